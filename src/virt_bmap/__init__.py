@@ -1,0 +1,1 @@
+"""Which file does every byte of a disk image belong to?"""

@@ -1,0 +1,146 @@
+"""Array operations that know no format and do no I/O.
+
+Ranges are half open and come as two int64 arrays, `starts` and `ends`, of one length. Unless a docstring
+says otherwise they may be unsorted and may overlap; empty ranges are allowed and own nothing.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+Bytes = NDArray[np.uint8]
+
+EMPTY: Int = np.zeros(0, np.int64)
+
+
+def ints(values: object) -> Int:
+    """`values` (an array, a sequence or a number) as a one-dimensional int64 array."""
+    return np.atleast_1d(np.asarray(values, np.int64))
+
+
+def expand(counts: Int) -> tuple[Int, Int]:
+    """Unroll lists: for each row i, `counts[i]` results.
+
+    Returns (row, step), both of length sum(counts): the row a result comes from, and its number within the row.
+    """
+    counts = np.asarray(counts, np.int64)
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    row = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    step = np.arange(total, dtype=np.int64) - np.repeat(ends - counts, counts)
+    return row, step
+
+
+def gather(data: Bytes, starts: Int, lengths: Int) -> Bytes:
+    """The bytes data[starts[i]:starts[i]+lengths[i]], one after the other, as one flat array."""
+    row, step = expand(lengths)
+    result: Bytes = data[np.asarray(starts, np.int64)[row] + step]
+    return result
+
+
+def runs(flags: Bool) -> tuple[Int, Int]:
+    """(starts, ends) of the runs of True in a one-dimensional boolean array, in order."""
+    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)).astype(np.int64)
+    return edges[0::2], edges[1::2]
+
+
+def bit_runs(bitmap: Bytes, bits: int, value: bool) -> tuple[Int, Int]:
+    """(starts, ends), in bits, of the runs of `value` among the first `bits` bits, least significant bit first."""
+    flags = np.unpackbits(bitmap, count=bits, bitorder="little").astype(bool)
+    return runs(flags if value else ~flags)
+
+
+def union(starts: Int, ends: Int, gap: int = 0) -> tuple[Int, Int]:
+    """The ranges sorted and merged where they overlap, touch, or lie at most `gap` apart."""
+    keep = ends > starts
+    if not keep.all():
+        starts, ends = starts[keep], ends[keep]
+    if len(starts) == 0:
+        return EMPTY, EMPTY
+    if not (starts[1:] >= starts[:-1]).all():
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], ends[order]
+    reach = np.maximum.accumulate(ends)
+    new = np.empty(len(starts), bool)
+    new[0] = True
+    new[1:] = starts[1:] > reach[:-1] + gap
+    first = np.flatnonzero(new)
+    last = np.append(first[1:], len(starts)) - 1
+    return starts[first], reach[last]
+
+
+def complement(starts: Int, ends: Int, low: int, high: int) -> tuple[Int, Int]:
+    """What of [low, high) none of the ranges covers, sorted."""
+    starts, ends = union(np.clip(starts, low, high), np.clip(ends, low, high))
+    left, right = np.append(low, ends), np.append(starts, high)
+    keep = right > left
+    return left[keep], right[keep]
+
+
+def intersect(a_starts: Int, a_ends: Int, b_starts: Int, b_ends: Int) -> tuple[Int, Int]:
+    """The bytes that both sets of ranges cover, sorted and merged."""
+    a = union(a_starts, a_ends)
+    b = union(b_starts, b_ends)
+    left, right = Intervals(*b).overlaps(*a)
+    return union(np.maximum(a[0][left], b[0][right]), np.minimum(a[1][left], b[1][right]))
+
+
+def subtract(a_starts: Int, a_ends: Int, b_starts: Int, b_ends: Int) -> tuple[Int, Int]:
+    """The bytes that the ranges a cover and the ranges b do not, sorted and merged."""
+    a_starts, a_ends = union(a_starts, a_ends)
+    if len(a_starts) == 0:
+        return EMPTY, EMPTY
+    holes = complement(b_starts, b_ends, int(a_starts[0]), int(a_ends[-1]))
+    return intersect(a_starts, a_ends, *holes)
+
+
+def covered_twice(starts: Int, ends: Int) -> tuple[Int, Int]:
+    """The bytes that more than one of the ranges covers, sorted and merged."""
+    keep = ends > starts
+    starts, ends = starts[keep], ends[keep]
+    points = np.concatenate([starts, ends])
+    delta = np.concatenate([np.ones(len(starts), np.int64), np.full(len(ends), -1, np.int64)])
+    order = np.lexsort((delta, points))  # at one point, ends come before starts: ranges that touch do not overlap
+    depth = np.cumsum(delta[order])
+    from_, to = runs(depth > 1)
+    points = np.append(points[order], 0)
+    return union(points[from_], points[to])
+
+
+def total(starts: Int, ends: Int) -> int:
+    """How many bytes the ranges cover, each byte counted once."""
+    starts, ends = union(starts, ends)
+    return int((ends - starts).sum())
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """An index over ranges: which of them does each query range overlap?
+
+    Sorted starts with the running maximum of ends: a query is two binary searches and a filter. One range that spans
+    most of the others makes every query visit them all, so containers and their contents belong in separate indexes.
+    """
+
+    starts: Int
+    ends: Int
+
+    def __post_init__(self) -> None:
+        order = np.argsort(self.starts, kind="stable")
+        object.__setattr__(self, "_order", order)
+        object.__setattr__(self, "_starts", self.starts[order])
+        object.__setattr__(self, "_ends", self.ends[order])
+        object.__setattr__(self, "_reach", np.maximum.accumulate(self.ends[order]))
+
+    def overlaps(self, starts: Int, ends: Int) -> tuple[Int, Int]:
+        """All pairs (query, range) that share a byte, by query and then by the range's start."""
+        order, low, high, reach = self._order, self._starts, self._ends, self._reach  # type: ignore[attr-defined]
+        starts, ends = ints(starts), ints(ends)
+        last = np.searchsorted(low, ends, "left")
+        first = np.minimum(np.searchsorted(reach, starts, "right"), last)
+        query, step = expand(last - first)
+        found = first[query] + step
+        keep = (high[found] > starts[query]) & (high[found] > low[found]) & (ends[query] > starts[query])
+        return query[keep], order[found[keep]]

@@ -1,0 +1,254 @@
+"""The block map: which object owns these bytes of a disk, and where do the bytes of this object lie?
+
+Both questions are answered layer by layer through the mapping rows; nothing is flattened to disk offsets before an output asks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from virt_bmap import paths, tables
+from virt_bmap.arrays import Int, Intervals, ints
+from virt_bmap.errors import UsageError
+from virt_bmap.mapping import ROLES, Rows, Side
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Who owns bytes, as columns of one length: query `query` meets row `extent` of `extents` (-1: the volume itself) of `volume`.
+
+    The shared bytes are [start, end) on the disk, and `inside` is where they begin in the volume. `depth` counts layers from the disk.
+    """
+
+    query: Int
+    volume: Int
+    extent: Int
+    start: Int
+    end: Int
+    inside: Int
+    depth: Int
+    role: Int
+
+    def take(self, keep: np.ndarray) -> "Owners":
+        """The rows that a boolean or index array asks for."""
+        return Owners(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+
+
+@dataclass
+class BlockMap:
+    """The tables of `tables.py`, and lookups in them. Tables are what is saved; all else is derived when first used."""
+
+    volumes: pa.Table
+    mappings: pa.Table
+    filesystems: pa.Table
+    inodes: pa.Table
+    names: pa.Table
+    extents: pa.Table
+    problems: pa.Table
+    _cache: dict[tuple[str, int], object] = field(default_factory=dict, repr=False, compare=False)
+
+    TABLES = ("volumes", "mappings", "filesystems", "inodes", "names", "extents", "problems")
+
+    # ---- parts of it ------------------------------------------------------------------------------------------------
+
+    def volume_named(self, name: str) -> int:
+        """The number of a device; the innermost where several layers share a name. UsageError lists the names there are."""
+        names = self.volumes.column("name").to_pylist()
+        found = [number for number, known in enumerate(names) if known == name]
+        if not found:
+            raise UsageError(f"no device {name} in this map; there are: {', '.join(dict.fromkeys(names))}")
+        return found[-1]
+
+    @cached_property
+    def disks(self) -> list[int]:
+        """The volumes that are whole disks, in order: disk 1 first."""
+        return np.flatnonzero(pc.equal(self.volumes.column("kind"), "disk").to_numpy()).tolist()
+
+    @cached_property
+    def depth(self) -> Int:
+        """For each volume the number of layers between it and a disk."""
+        depth = np.zeros(self.volumes.num_rows, np.int64)
+        child, parent = tables.integers(self.mappings, "volume"), tables.integers(self.mappings, "parent")
+        for volume in np.unique(child):  # parents come before children
+            depth[volume] = 1 + depth[parent[child == volume]].max()
+        return depth
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All mapping rows."""
+        column = {name: tables.integers(self.mappings, name) for name in self.mappings.column_names if name != "role"}
+        return Rows(
+            column["volume"], column["parent"], tables.codes(self.mappings, "role").astype(np.int64), column["run"], column["count"],
+            Side(column["volume_offset"], column["volume_step"]), Side(column["parent_offset"], column["parent_step"]),
+        )  # fmt: skip
+
+    def rows_into(self, parent: int) -> Rows:
+        """The mapping rows that lie in `parent`."""
+        return self._once("into", parent, lambda: self.rows.select(self.rows.parent == parent))
+
+    def rows_of(self, volume: int) -> Rows:
+        """The mapping rows of `volume`."""
+        return self._once("of", volume, lambda: self.rows.select(self.rows.volume == volume))
+
+    def slice_of(self, name: str, volume: int) -> tuple[int, pa.Table]:
+        """The rows of one volume in a table that is grouped by volume, and the number of the first."""
+        table: pa.Table = getattr(self, name)
+        column = self._once(f"{name}.volume", 0, lambda: tables.integers(table, "volume"))
+        low, high = np.searchsorted(column, [volume, volume + 1])
+        return int(low), table.slice(low, high - low)
+
+    def _once(self, what: str, number: int, make: Callable[[], T]) -> T:
+        key = (what, number)
+        if key not in self._cache:
+            self._cache[key] = make()
+        return cast(T, self._cache[key])
+
+    # ---- what owns these bytes --------------------------------------------------------------------------------------
+
+    def owners(self, disk: int, starts: Int, ends: Int) -> Owners:
+        """Every owner of the ranges [starts[i], ends[i]) of disk number `disk` (from 1), a volume at a time, most general first.
+
+        Layers are climbed breadth first; one call answers a million ranges.
+        """
+        if not 1 <= disk <= len(self.disks):
+            raise UsageError(f"no disk {disk} in this map, which has {len(self.disks)}")
+        starts, ends = ints(starts), ints(ends)
+        query = np.arange(len(starts), dtype=np.int64)
+        parts: list[Owners] = []
+        queue = [(self.disks[disk - 1], query, starts, starts, ends - starts, np.zeros(len(starts), np.int64))]
+        while queue:
+            volume, query, on_disk, inside, length, role = queue.pop(0)
+            parts.append(Owners(query, np.full(len(query), volume, np.int64), np.full(len(query), -1, np.int64), on_disk,
+                                on_disk + length, inside, np.full(len(query), self.depth[volume]), role))  # fmt: skip
+            for first, index in self._indexes(volume):
+                at, row = index.overlaps(inside, inside + length)
+                low = np.maximum(inside[at], index.starts[row])
+                high = np.minimum(inside[at] + length[at], index.ends[row])
+                start = on_disk[at] + low - inside[at]
+                parts.append(Owners(query[at], np.full(len(at), volume, np.int64), first[row], start, start + high - low, low,
+                                    np.full(len(at), self.depth[volume]), role[at]))  # fmt: skip
+            rows = self.rows_into(volume)
+            if len(rows):
+                pieces = rows.up(inside, inside + length)
+                child = rows.volume[pieces.row]
+                for number in np.unique(child).tolist():
+                    mine = np.flatnonzero(child == number)
+                    at = pieces.query[mine]
+                    queue.append((number, query[at], on_disk[at] + pieces.source[mine] - inside[at], pieces.target[mine],
+                                  pieces.length[mine], np.maximum(role[at], rows.role[pieces.row[mine]])))  # fmt: skip
+        return Owners(*(np.concatenate([getattr(part, name) for part in parts]) for name in Owners.__dataclass_fields__))
+
+    def _indexes(self, volume: int) -> list[tuple[Int, Intervals]]:
+        """Two indexes over a volume's extents: those with blocks of their own, and those inside others' bytes."""
+
+        def build() -> list[tuple[Int, Intervals]]:
+            first, mine = self.slice_of("extents", volume)
+            start, length = tables.integers(mine, "volume_offset"), tables.integers(mine, "length")
+            inline = (tables.integers(mine, "flags") & tables.INLINE) != 0
+            groups = [np.flatnonzero(~inline), np.flatnonzero(inline)]
+            return [(first + rows, Intervals(start[rows], start[rows] + length[rows])) for rows in groups if len(rows)]
+
+        return self._once("index", volume, build)
+
+    # ---- where they lie ---------------------------------------------------------------------------------------------
+
+    def descend(self, volume: int, starts: Int, ends: Int) -> Owners:
+        """Where ranges of a volume lie on the disks, with every copy and parity run: `volume` is then the disk's, `inside` the offset in the volume
+        asked about. Bytes that lie nowhere (a missing member) give no row."""
+        starts, ends = ints(starts), ints(ends)
+        parts: list[Owners] = []
+        zero = np.zeros(len(starts), np.int64)
+        queue = [(volume, np.arange(len(starts), dtype=np.int64), starts, starts, ends - starts, zero)]
+        while queue:
+            number, query, inside, here, length, role = queue.pop(0)
+            if self.depth[number] == 0:
+                parts.append(Owners(query, np.full(len(query), number, np.int64), np.full(len(query), -1, np.int64), here, here + length,
+                                    inside, np.zeros(len(query), np.int64), role))  # fmt: skip
+                continue
+            rows = self.rows_of(number)
+            pieces = rows.down(here, here + length)
+            parent = rows.parent[pieces.row]
+            for up in np.unique(parent).tolist():
+                mine = np.flatnonzero(parent == up)
+                at = pieces.query[mine]
+                queue.append((up, query[at], inside[at] + pieces.source[mine] - here[at], pieces.target[mine], pieces.length[mine],
+                              np.maximum(role[at], rows.role[pieces.row[mine]])))  # fmt: skip
+        if not parts:
+            none = np.zeros(0, np.int64)
+            return Owners(none, none, none, none, none, none, none, none)
+        return Owners(*(np.concatenate([getattr(part, name) for part in parts]) for name in Owners.__dataclass_fields__))
+
+    # ---- names ------------------------------------------------------------------------------------------------------
+
+    def paths(self, volume: int) -> tuple[Int, pa.Array]:
+        """(inode, path) of every name of a filesystem whose path is known, sorted by inode; the root directory is `/`."""
+
+        def build() -> tuple[Int, pa.Array]:
+            _, names = self.slice_of("names", volume)
+            _, inodes = self.slice_of("inodes", volume)
+            _, system = self.slice_of("filesystems", volume)
+            root = tables.integers(system, "root")
+            if len(root) == 0 or root[0] < 0:
+                return np.zeros(0, np.int64), pa.array([], pa.large_binary())
+            joined = paths.of_names(names, inodes, int(root[0]))
+            inode = np.append(tables.integers(names, "inode"), root[0])
+            joined = pa.concat_arrays([joined, pa.array([b"/"], pa.large_binary())])
+            known = np.flatnonzero(joined.is_valid().to_numpy(zero_copy_only=False))
+            order = known[np.argsort(inode[known], kind="stable")]
+            return inode[order], joined.take(pa.array(order))
+
+        return self._once("paths", volume, build)
+
+    def inode_of(self, volume: int, path: bytes) -> int:
+        """The inode that a path leads to. UsageError says up to where the path exists."""
+        _, names = self.slice_of("names", volume)
+        _, system = self.slice_of("filesystems", volume)
+        if system.num_rows == 0:
+            raise UsageError(f"{self.volumes.column('name')[volume].as_py()} holds no filesystem that can be read")
+        inode, walked = system.column("root")[0].as_py(), b""
+        parents, inodes = tables.integers(names, "parent"), tables.integers(names, "inode")
+        for part in filter(None, path.split(b"/")):
+            rows = np.flatnonzero(parents == inode)
+            hit = pc.index(names.column("name").take(pa.array(rows)), pa.scalar(part, pa.binary())).as_py()
+            if hit < 0:
+                where = (walked or b"/").decode(errors="backslashreplace")
+                raise UsageError(f"no {part.decode(errors='backslashreplace')!r} in {where}")
+            inode, walked = int(inodes[rows[hit]]), walked + b"/" + part
+        return int(inode)
+
+    # ---- a whole disk -----------------------------------------------------------------------------------------------
+
+    def disk_extents(self, disk: int) -> Owners:
+        """Every extent and volume, in offsets of one disk, unsorted: the flattened map, which outputs that list a disk need."""
+        target = self.disks[disk - 1]
+        parts = []
+        for volume in self._below(target):
+            first, mine = self.slice_of("extents", volume)
+            start = np.append(tables.integers(mine, "volume_offset"), 0)
+            length = np.append(tables.integers(mine, "length"), self.volumes.column("size")[volume].as_py())
+            extent = np.append(first + np.arange(mine.num_rows), -1)
+            found = self.descend(volume, start, start + length)
+            found = found.take(found.volume == target)
+            parts.append(Owners(found.query, np.full(len(found.query), volume, np.int64), extent[found.query], found.start, found.end,
+                                found.inside, np.full(len(found.query), self.depth[volume]), found.role))  # fmt: skip
+        return Owners(*(np.concatenate([getattr(part, name) for part in parts]) for name in Owners.__dataclass_fields__))
+
+    def _below(self, disk: int) -> Iterator[int]:
+        """The volumes that lie at least partly on a disk, parents first."""
+        inside = {disk}
+        child, parent = tables.integers(self.mappings, "volume").tolist(), tables.integers(self.mappings, "parent").tolist()
+        for volume, up in zip(child, parent, strict=True):
+            if up in inside:
+                inside.add(volume)
+        return iter(sorted(inside))
+
+    def role_name(self, role: int) -> str:
+        """data, copy or parity."""
+        return ROLES[role]

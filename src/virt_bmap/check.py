@@ -1,0 +1,97 @@
+"""Is the map complete, and does every filesystem's own allocator agree with it?
+
+For each volume: its extents and its children's bytes cover it to the last byte; no two owners claim the same bytes unless they
+share them on purpose; nothing that is owned is called free; nothing that is allocated lacks an owner.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from virt_bmap import tables
+from virt_bmap.arrays import Int, covered_twice, intersect, subtract, total, union
+from virt_bmap.blockmap import BlockMap
+
+LISTED = 100
+"""Ranges named one by one for each kind of disagreement on a volume; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """Bytes [start, end) of a volume about which the map contradicts itself, the allocator, or the format."""
+
+    volume: int
+    code: str
+    start: int
+    end: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Bytes of one volume by kind; `children` are bytes that lie in further volumes. Together they are `size`."""
+
+    volume: int
+    size: int
+    by_kind: dict[str, int]
+    children: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found. The map is proven when there is no disagreement."""
+
+    totals: list[Totals]
+    disagreements: list[Disagreement]
+
+
+def check(bmap: BlockMap) -> Report:
+    """Check every volume of the map."""
+    report = Report([], [])
+    for volume in range(bmap.volumes.num_rows):
+        _check_volume(bmap, volume, report)
+    for row in bmap.problems.filter(np.isin(bmap.problems.column("severity").to_pylist(), ("error", "warning"))).to_pylist():
+        at = row["volume_offset"]
+        if row["code"] != "unowned":  # reported below byte by byte
+            report.disagreements.append(Disagreement(row["volume"], row["code"], -1 if at is None else at, -1, row["detail"]))
+    return report
+
+
+def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
+    size = bmap.volumes.column("size")[volume].as_py()
+    _, extents = bmap.slice_of("extents", volume)
+    kind, flags = tables.codes(extents, "kind"), tables.integers(extents, "flags")
+    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
+    end = start + length
+    rows = bmap.rows_into(volume)
+    inner = union(rows.on_parent.offset, rows.on_parent.offset + (rows.count - 1) * rows.on_parent.step + rows.run)
+    inline = (flags & tables.INLINE) != 0
+    shared = (flags & tables.SHARED) != 0
+    own = ~inline
+
+    def disagree(code: str, detail: str, ranges: tuple[Int, Int]) -> None:
+        pairs = list(zip(ranges[0][:LISTED].tolist(), ranges[1][:LISTED].tolist(), strict=True))
+        report.disagreements.extend(Disagreement(volume, code, low, high, detail) for low, high in pairs)
+        if more := len(ranges[0]) - len(pairs):
+            low, high = int(ranges[0][LISTED]), int(ranges[1][-1])
+            report.disagreements.append(Disagreement(volume, code, low, high, f"{detail}: {more} more ranges"))
+
+    everything = union(np.append(start[own], inner[0]), np.append(end[own], inner[1]))
+    whole = np.zeros(1, np.int64), np.array([size], np.int64)
+    disagree("untiled", "no owner", subtract(*whole, *everything))
+    disagree("outside", "owned, but outside the volume", subtract(*everything, *whole))
+    owned, free = np.isin(kind, tables.OWNED) & own, kind == tables.FREE
+    disagree(
+        "owned-but-free", "owned, but the allocator calls it free", intersect(start[owned], end[owned], start[free], end[free])
+    )
+    unknown = kind == tables.UNKNOWN
+    disagree("allocated-but-not-owned", "allocated, but nothing refers to it", union(start[unknown], end[unknown]))
+    alone = own & ~shared & (kind != tables.FREE)
+    disagree("two-owners", "two owners that do not share on purpose", covered_twice(start[alone], end[alone]))
+    at_home = own & shared
+    disagree("two-owners", "an unshared owner on shared bytes",
+             intersect(start[alone], end[alone], start[at_home], end[at_home]))  # fmt: skip
+    outside = subtract(start[inline], end[inline], start[own], end[own])
+    disagree("inline-outside", "said to lie inside another extent, but does not", outside)
+    sums = {name: total(start[own & (kind == code)], end[own & (kind == code)]) for code, name in enumerate(tables.KINDS)}
+    report.totals.append(Totals(volume, size, {name: n for name, n in sums.items() if n}, int((inner[1] - inner[0]).sum())))

@@ -1,0 +1,9 @@
+"""placeholder"""
+
+from virt_bmap.reader import Reader
+
+NAME = "ext"
+
+
+def probe(reader: Reader) -> bool:
+    return False

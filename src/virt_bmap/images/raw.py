@@ -1,0 +1,58 @@
+"""Raw files and block devices, read with pread.
+
+Not mapped into memory: a file that shrinks while it is read would kill the process with SIGBUS instead of giving an error.
+"""
+
+import os
+import stat
+
+import numpy as np
+
+from virt_bmap.arrays import Bytes, Int
+from virt_bmap.errors import ImageError
+from virt_bmap.reader import Reader
+
+
+class RawReader(Reader):
+    """A raw file or block device, opened read-only."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ImageError(f"{path}: can't be opened: {error.strerror}") from error
+        try:
+            mode = os.fstat(self._fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+                raise ImageError(f"{path}: is {what}, not a disk image")
+            size = os.lseek(self._fd, 0, os.SEEK_END)
+            if size == 0:
+                raise ImageError(f"{path}: is empty (0 bytes), not a disk image")
+        except BaseException:
+            os.close(self._fd)
+            raise
+        super().__init__(size, path)
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        data = np.empty(int(lengths.sum()), np.uint8)
+        view = memoryview(data.data)
+        at = 0
+        for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
+            done = 0
+            while done < length:
+                try:
+                    got = os.preadv(self._fd, [view[at + done : at + length]], offset + done)
+                except OSError as error:
+                    raise ImageError(f"{self.name}: can't be read at byte {offset + done:#x}: {error.strerror}") from error
+                if got == 0:
+                    raise ImageError(
+                        f"{self.name}: ends at byte {offset + done:#x} although it was {self.size:#x} bytes long when it was "
+                        "opened: it shrank while it was read"
+                    )
+                done += got
+            at += length
+        return data
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -1,0 +1,117 @@
+"""Where a volume's bytes lie in its parents: strided rows, and the one function that follows them, either way.
+
+A row says: for i in [0, count), the `run` bytes of the volume from volume_offset + i * volume_step are the `run` bytes of
+the parent from parent_offset + i * parent_step. A partition is one row with count 1; a RAID0 member is one row; a rotating
+RAID5 repeats its pattern every n stripes. Reading through a volume, descending (volume to parent) and climbing (parent
+to volume) are the same arithmetic with the two sides exchanged, and stripes are never unrolled beyond what is asked for.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from virt_bmap.arrays import Int, Intervals, expand
+
+DATA, COPY, PARITY = "data", "copy", "parity"
+ROLES = (DATA, COPY, PARITY)
+"""data: the bytes themselves, each volume byte once; copy: the same bytes again; parity: computed from them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strided row, in bytes. `parent` is the parent's volume id."""
+
+    volume_offset: int
+    parent: int
+    parent_offset: int
+    run: int
+    count: int = 1
+    volume_step: int = 0
+    parent_step: int = 0
+    role: str = DATA
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of the rows: for each the first offset and the step between runs, in bytes."""
+
+    offset: Int
+    step: Int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Mapping rows as columns, all of one length; `row` translations refer to positions in them."""
+
+    volume: Int
+    parent: Int
+    role: Int
+    run: Int
+    count: Int
+    on_volume: Side
+    on_parent: Side
+    _index: dict[str, Intervals] = field(default_factory=dict, compare=False)
+
+    @staticmethod
+    def of(volume: int, rows: list[Row]) -> "Rows":
+        """The rows of one volume as columns."""
+        n = len(rows)
+
+        def column(name: str) -> Int:
+            return np.fromiter((getattr(row, name) for row in rows), np.int64, n)
+
+        role = np.fromiter((ROLES.index(row.role) for row in rows), np.int64, n)
+        return Rows(
+            np.full(n, volume, np.int64), column("parent"), role, column("run"), column("count"),
+            Side(column("volume_offset"), column("volume_step")), Side(column("parent_offset"), column("parent_step")),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    def select(self, keep: np.ndarray) -> "Rows":
+        """Those rows for which the boolean or index array `keep` asks."""
+        return Rows(
+            self.volume[keep], self.parent[keep], self.role[keep], self.run[keep], self.count[keep],
+            Side(self.on_volume.offset[keep], self.on_volume.step[keep]),
+            Side(self.on_parent.offset[keep], self.on_parent.step[keep]),
+        )  # fmt: skip
+
+    def down(self, starts: Int, ends: Int) -> "Pieces":
+        """Volume ranges to parent ranges. All rows must be of one volume."""
+        return self._translate("down", self.on_volume, self.on_parent, starts, ends)
+
+    def up(self, starts: Int, ends: Int) -> "Pieces":
+        """Parent ranges to volume ranges. All rows must have one parent."""
+        return self._translate("up", self.on_parent, self.on_volume, starts, ends)
+
+    def _translate(self, way: str, source: Side, target: Side, starts: Int, ends: Int) -> "Pieces":
+        if way not in self._index:
+            self._index[way] = Intervals(source.offset, source.offset + (self.count - 1) * source.step + self.run)
+        query, row = self._index[way].overlaps(starts, ends)
+        start, end, run = starts[query], ends[query], self.run[row]
+        offset, step = source.offset[row], np.maximum(source.step[row], 1)
+        # the first run that ends after `start` and the last that starts before `end`
+        first = np.maximum(0, -((offset + run - start - 1) // step))
+        last = np.minimum(self.count[row] - 1, (end - 1 - offset) // step)
+        piece, nth = expand(np.maximum(0, last - first + 1))
+        nth += first[piece]
+        row, query = row[piece], query[piece]
+        run_start = offset[piece] + nth * source.step[row]
+        low = np.maximum(start[piece], run_start)
+        high = np.minimum(end[piece], run_start + run[piece])
+        moved = target.offset[row] + nth * target.step[row] + (low - run_start)
+        keep = high > low
+        return Pieces(query[keep], row[keep], low[keep], moved[keep], (high - low)[keep])
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What became of the queries: `query` and `row` say where a piece comes from; it is `length` bytes at `source` on the
+    side asked about and at `target` on the other. A query that no row covers gives no piece."""
+
+    query: Int
+    row: Int
+    source: Int
+    target: Int
+    length: Int

@@ -1,0 +1,185 @@
+"""Random access to the bytes of a disk or volume, always asked for in batches.
+
+A `Reader` has a size and reads many ranges in one call; the batch is sorted, exact neighbours are merged, and what is left
+goes to the backend as one request, which may keep all of it in flight. A format that walks a tree asks for a whole level at once.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from virt_bmap.arrays import Bytes, Int, gather, ints
+from virt_bmap.errors import Corrupt
+from virt_bmap.mapping import DATA, ROLES, Rows, Side
+
+HEAD = 128 << 10
+"""Bytes at the start of every volume that are read once and kept: all magic numbers but md's and GPT's copies lie there."""
+TAIL = 64 << 10
+"""Likewise at the end: backup GPT (33 sectors of up to 4096 bytes would be more, but headers suffice), md 0.90 and 1.0."""
+
+
+class Reader:
+    """Bytes [0, size) of something. Subclasses provide `_fetch`."""
+
+    def __init__(self, size: int, name: str) -> None:
+        self.size = size
+        self.name = name
+        """For messages: which disk, or which volume of which disk."""
+        self._ends: tuple[Bytes, Bytes, int] | None = None
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        """The ranges one after the other. They are sorted, not empty, inside the volume and never touch or overlap."""
+        raise NotImplementedError
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`. Raises Corrupt where the range leaves the volume, ImageError where reading fails."""
+        return self.read_ranges(ints(offset), ints(length)).tobytes()
+
+    def read_clipped(self, offset: int, length: int) -> bytes:
+        """Like `read`, but what lies beyond the end reads as zeroes: for probing small volumes."""
+        inside = max(0, min(length, self.size - offset))
+        return (self.read(offset, inside) if inside else b"").ljust(length, b"\0")
+
+    def read_blocks(self, offsets: Int, size: int) -> Bytes:
+        """Blocks of equal size: an array of shape (len(offsets), size)."""
+        return self.read_ranges(offsets, np.full(len(offsets), size, np.int64)).reshape(len(offsets), size)
+
+    def read_ranges(self, offsets: Int, lengths: Int) -> Bytes:
+        """Any ranges, in any order, one after the other in one flat uint8 array; each byte of the disk is asked for once.
+
+        Raises Corrupt where a range leaves the volume: readers check numbers from the disk first if they want rows in
+        `problems` instead.
+        """
+        offsets, lengths = ints(offsets), ints(lengths)
+        outside = (offsets < 0) | (lengths < 0) | (offsets > self.size - lengths)
+        if outside.any():
+            bad = int(np.flatnonzero(outside)[0])
+            raise Corrupt(
+                f"{self.name}: bytes {offsets[bad]:#x}+{lengths[bad]:#x} lie outside the volume, which ends at "
+                f"{self.size:#x}: it is truncated, or its metadata is damaged",
+                int(offsets[bad]), "outside",
+            )  # fmt: skip
+        ends = offsets + lengths
+        if len(offsets) == 1:
+            kept = self._kept(int(offsets[0]), int(ends[0]))
+            if kept is not None:
+                return kept
+        in_order = bool((offsets[1:] >= ends[:-1]).all())
+        if in_order and (lengths > 0).all():
+            return self._fetch(*_join(offsets, ends))
+        order = np.argsort(offsets, kind="stable")
+        order = order[lengths[order] > 0]
+        starts, reach = offsets[order], np.maximum.accumulate(ends[order])
+        if len(order) == 0:
+            return np.zeros(0, np.uint8)
+        new = np.append(True, starts[1:] > reach[:-1])
+        first = np.flatnonzero(new)
+        piece_start, piece_end = starts[first], reach[np.append(first[1:], len(order)) - 1]
+        data = self._fetch(piece_start, piece_end - piece_start)
+        base = np.cumsum(piece_end - piece_start) - (piece_end - piece_start)
+        where = np.zeros(len(offsets), np.int64)
+        piece = np.cumsum(new) - 1
+        where[order] = base[piece] + starts - piece_start[piece]
+        if len(lengths) and (lengths == lengths[0]).all() and (where % lengths[0] == 0).all():
+            size = int(lengths[0])
+            if len(data) % size == 0:
+                return data.reshape(-1, size)[where // size].reshape(-1)
+        return gather(data, where, lengths)
+
+    def _kept(self, start: int, end: int) -> Bytes | None:
+        """The bytes from the head or tail, which are fetched together once; None where they reach further."""
+        head, tail = min(HEAD, self.size), max(0, self.size - TAIL)
+        if end > head and start < tail:
+            return None
+        if self._ends is None:
+            tail = max(tail, head)
+            offsets, lengths = ints([0, tail]), ints([head, self.size - tail])
+            both = self._fetch(*_join(offsets[lengths > 0], (offsets + lengths)[lengths > 0]))
+            self._ends = both[:head], both[head:], tail
+        first, last, at = self._ends
+        if end <= head:
+            return first[start:end]
+        if start >= at:
+            return last[start - at : end - at]
+        return None
+
+    def close(self) -> None:
+        """Give back what the reader holds open. Reading afterwards is an error."""
+
+
+def _join(starts: Int, ends: Int) -> tuple[Int, Int]:
+    """(offsets, lengths) of sorted ranges that do not overlap, with those that touch made one."""
+    if len(starts) > 1:
+        new = np.append(True, starts[1:] != ends[:-1])
+        first = np.flatnonzero(new)
+        starts, ends = starts[first], ends[np.append(first[1:], len(starts)) - 1]
+    return starts, ends - starts
+
+
+class MappedReader(Reader):
+    """A volume whose bytes lie in other readers, by mapping rows. Bytes that no `data` row covers read as zeroes."""
+
+    def __init__(self, size: int, name: str, parents: dict[int, Reader], rows: Rows) -> None:
+        super().__init__(size, name)
+        self._parents = parents
+        self._rows = rows.select(rows.role == ROLES.index(DATA))
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        pieces = self._rows.down(offsets, offsets + lengths)
+        base = np.cumsum(lengths) - lengths
+        place = base[pieces.query] + pieces.source - offsets[pieces.query]
+        whole = len(self._parents) == 1 and int(pieces.length.sum()) == int(lengths.sum())
+        if whole and (place[1:] >= place[:-1]).all():
+            (parent,) = self._parents.values()
+            return parent.read_ranges(pieces.target, pieces.length)
+        result = np.zeros(int(lengths.sum()), np.uint8)
+        owner = self._rows.parent[pieces.row]
+        for volume, parent in self._parents.items():
+            mine = np.flatnonzero(owner == volume)
+            data = parent.read_ranges(pieces.target[mine], pieces.length[mine])
+            scatter(result, place[mine], pieces.length[mine], data)
+        return result
+
+
+def scatter(result: Bytes, starts: Int, lengths: Int, data: Bytes) -> None:
+    """The opposite of `gather`: write the pieces of `data`, one after the other, to result[starts[i]:+lengths[i]]."""
+    base = np.cumsum(lengths) - lengths
+    if len(lengths) and int(lengths.sum()) // len(lengths) >= 512:
+        for start, length, at in zip(starts.tolist(), lengths.tolist(), base.tolist(), strict=True):
+            result[start : start + length] = data[at : at + length]
+        return
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    result[(starts - base)[row] + np.arange(len(data))] = data
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Blocks of `size` bytes that replace what lies at `offsets` (sorted, multiples of `size`); `blocks` is (n, size)."""
+
+    offsets: Int
+    blocks: Bytes
+
+
+class PatchedReader(Reader):
+    """A reader over another with some of its blocks replaced: a journal replayed in memory, never into the image."""
+
+    def __init__(self, base: Reader, patch: Patch) -> None:
+        super().__init__(base.size, base.name)
+        self._base = base
+        self._patch = patch
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        data = self._base.read_ranges(offsets, lengths)
+        if not data.flags.writeable:
+            data = data.copy()
+        n, size = self._patch.blocks.shape
+        none = np.zeros(n, np.int64)
+        rows = Rows(
+            volume=none, parent=none, role=none, run=np.full(n, size, np.int64), count=np.ones(n, np.int64),
+            on_volume=Side(self._patch.offsets, none), on_parent=Side(np.arange(n, dtype=np.int64) * size, none),
+        )  # fmt: skip
+        pieces = rows.down(offsets, offsets + lengths)
+        base = np.cumsum(lengths) - lengths
+        place = base[pieces.query] + pieces.source - offsets[pieces.query]
+        scatter(data, place, pieces.length, gather(self._patch.blocks.reshape(-1), pieces.target, pieces.length))
+        return data

@@ -1,0 +1,261 @@
+"""From disks to a block map: disk -> volumes -> filesystems, the only recursion in the project.
+
+Every volume is looked at once. A volume module turns it (with others) into more volumes, a filesystem module into tables; a
+volume that spans several members waits until no other volume is left to look at, so that all its members are known.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import filesystems, foreign, tables, volumes
+from virt_bmap.arrays import complement
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.contract import Assembly, Child, Filesystem, Member, Problem
+from virt_bmap.errors import FormatError, Unsupported
+from virt_bmap.mapping import Rows
+from virt_bmap.reader import MappedReader, Reader
+
+MAX_DEPTH = 16
+"""Layers on top of each other. Real stacks have five (disk, partition, md, LUKS, LVM); a hostile one must end."""
+MAX_VOLUMES = 4096
+
+
+@dataclass
+class _Volume:
+    number: int
+    kind: str
+    name: str
+    reader: Reader
+    depth: int
+    disk: int | None
+    size: int
+    type: str | None = None
+    label: str | None = None
+    uuid: str | None = None
+    detail: str | None = None
+    rows: Rows | None = None
+    extents: list[pa.Table] = field(default_factory=list)
+    problems: list[tuple[str, Problem]] = field(default_factory=list)
+    filesystem: Filesystem | None = None
+
+
+def disk_name(number: int) -> str:
+    """The name that libguestfs gives to disk `number`, from 1: /dev/sda, ..., /dev/sdz, /dev/sdaa."""
+    letters = ""
+    while number:
+        number, digit = divmod(number - 1, 26)
+        letters = chr(ord("a") + digit) + letters
+    return f"/dev/sd{letters}"
+
+
+def survey(disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None) -> BlockMap:
+    """The block map of these disks of one machine, which become /dev/sda, /dev/sdb, ...
+
+    `progress` is called with the name of each volume before it is read. Raises ImageError where a disk can't be read; what is
+    wrong *on* a disk becomes rows of `problems`.
+    """
+    return _Survey(disks, progress).run()
+
+
+class _Survey:
+    def __init__(self, disks: Sequence[Reader], progress: Callable[[str], None]) -> None:
+        self.volumes: list[_Volume] = []
+        self.progress = progress
+        for number, reader in enumerate(disks, 1):
+            self._add("disk", disk_name(number), reader, 0, number)
+        self.todo = list(self.volumes)
+        self.waiting: dict[str, list[_Volume]] = {}
+        self.unclaimed: list[_Volume] = []
+        self.found: list[tuple[_Volume, ModuleType]] = []
+
+    def run(self) -> BlockMap:
+        while self.todo or self.waiting:
+            while self.todo:
+                self._look_at(self.todo.pop(0))
+            for module in volumes.VOLUMES:
+                if members := self.waiting.pop(module.NAME, None):
+                    self._assemble(module, members)
+                    break
+        for volume, module in self.found:
+            self._read(volume, module)
+        for volume in self.volumes:
+            self._tile(volume)
+        return self._tables()
+
+    def _add(self, kind: str, name: str, reader: Reader, depth: int, disk: int | None) -> _Volume:
+        volume = _Volume(len(self.volumes), kind, name, reader, depth, disk, reader.size)
+        self.volumes.append(volume)
+        return volume
+
+    def _look_at(self, volume: _Volume) -> None:
+        """Find out what the volume holds, and send it where that is read."""
+        self.progress(volume.name)
+        if module := volumes.recognise(volume.reader):
+            volume.type = module.NAME
+            if volume.depth >= MAX_DEPTH or len(self.volumes) >= MAX_VOLUMES:
+                self._problem(volume, "survey", Problem("too-deep", f"more than {MAX_DEPTH} layers or {MAX_VOLUMES} volumes", 0))
+                self._whole(volume, module.NAME)
+            elif module.SPANS:
+                self.waiting.setdefault(module.NAME, []).append(volume)
+            else:
+                self._assemble(module, [volume])
+        elif module := filesystems.recognise(volume.reader):
+            volume.type = module.NAME
+            self.found.append((volume, module))
+        elif name := foreign.recognise(volume.reader):
+            volume.type = name
+            self._whole(volume, name)
+        else:
+            self.unclaimed.append(volume)
+            self._whole(volume, "unrecognised")
+
+    def _assemble(self, module: ModuleType, members: list[_Volume]) -> None:
+        """Let a volume module make volumes of its members; where it refuses, they are one piece each, with the reason."""
+        by_number = {volume.number: volume for volume in members}
+        try:
+            assembly: Assembly = module.assemble([Member(v.number, v.name, v.reader) for v in members])
+        except FormatError as error:
+            for volume in members:
+                self._refused(volume, module.NAME, error)
+            return
+        for number, volume in by_number.items():
+            volume.type = assembly.types.get(number, volume.type)
+            volume.detail = assembly.details.get(number, volume.detail)
+            volume.label = assembly.labels.get(number, volume.label)
+            volume.uuid = assembly.uuids.get(number, volume.uuid)
+            if rows := assembly.extents.get(number):
+                volume.extents.append(rows.table(number))
+            for problem in assembly.problems.get(number, ()):
+                self._problem(volume, module.NAME, problem)
+        for child in assembly.children:
+            self._add_child(child, by_number)
+
+    def _add_child(self, child: Child, members: dict[int, _Volume]) -> None:
+        number = len(self.volumes)
+        rows = Rows.of(number, child.rows)
+        parents = {parent: members[parent].reader for parent in dict.fromkeys(rows.parent.tolist())}
+        disks = {members[parent].disk for parent in parents}
+        image = ", ".join(dict.fromkeys(reader.name.rpartition(" of ")[2] for reader in parents.values()))
+        reader: Reader = MappedReader(child.size, f"{child.name} of {image}", parents, rows)
+        if child.open:
+            reader = child.open(reader)
+        depth = 1 + max((members[parent].depth for parent in parents), default=0)
+        volume = self._add(child.kind, child.name, reader, depth, disks.pop() if len(disks) == 1 else None)
+        volume.size, volume.rows = child.size, rows
+        volume.uuid, volume.label, volume.detail = child.uuid, child.label, child.detail
+        if child.contents:
+            self.todo.append(volume)
+
+    def _read(self, volume: _Volume, module: ModuleType) -> None:
+        """Let a filesystem module read its volume."""
+        self.progress(volume.name)
+        try:
+            found: Filesystem = module.read(volume.reader, [other.reader for other in self.unclaimed])
+        except FormatError as error:
+            self._refused(volume, module.NAME, error)
+            return
+        volume.filesystem = found
+        volume.type = found.type
+        volume.extents.append(_on_volume(found.extents, volume.number))
+        for problem in found.problems:
+            self._problem(volume, found.type, problem)
+
+    def _refused(self, volume: _Volume, name: str, error: FormatError) -> None:
+        severity = "warning" if isinstance(error, Unsupported) else "error"
+        offset = -1 if error.offset is None else error.offset
+        self._problem(volume, name, Problem(error.code, str(error), offset, severity))
+        self._whole(volume, name)
+
+    def _problem(self, volume: _Volume, source: str, problem: Problem) -> None:
+        volume.problems.append((source, problem))
+
+    def _whole(self, volume: _Volume, name: str) -> None:
+        """The volume is one piece that is named but not looked into."""
+        rows = tables.ExtentRows()
+        rows.add(tables.CONTENT, 0, volume.size, part=name)
+        volume.extents = [rows.table(volume.number)]
+
+    def _tile(self, volume: _Volume) -> None:
+        """Give an owner to what nobody named, so that the rows and the children together cover the volume."""
+        found = volume.filesystem
+        size = min(found.size, volume.size) if found else volume.size
+        starts = [tables.integers(table, "volume_offset") for table in volume.extents]
+        ends = [start + tables.integers(table, "length") for start, table in zip(starts, volume.extents, strict=True)]
+        for other in self.volumes:
+            if other.rows is not None:
+                mine = other.rows.select(other.rows.parent == volume.number)
+                starts.append(mine.on_parent.offset)
+                # strided runs on one parent fill their span together: each member's runs follow each other
+                ends.append(mine.on_parent.offset + (mine.count - 1) * mine.on_parent.step + mine.run)
+        none = np.zeros(0, np.int64)
+        left = complement(np.concatenate([*starts, none]), np.concatenate([*ends, none]), 0, size)
+        rows = tables.ExtentRows()
+        if found and found.type != "swap" and len(left[0]):
+            missing = int((left[1] - left[0]).sum())
+            self._problem(volume, found.type, Problem(
+                "unowned", f"{missing} bytes in {len(left[0])} ranges are allocated, but nothing refers to them",
+                int(left[0][0]), "warning",
+            ))  # fmt: skip
+        rows.add(tables.UNKNOWN if found else tables.GAP, left[0], left[1] - left[0])
+        if size < volume.size:
+            rows.add(tables.GAP, size, volume.size - size, part="slack")
+        volume.extents.append(rows.table(volume.number))
+
+    def _tables(self) -> BlockMap:
+        found = [volume for volume in self.volumes if volume.filesystem]
+        systems = [(volume, volume.filesystem) for volume in found if volume.filesystem]
+        mapped = [volume.rows for volume in self.volumes if volume.rows is not None]
+        column = _columns(self.volumes)
+        problems = [(volume.number, source, problem) for volume in self.volumes for source, problem in volume.problems]
+        return BlockMap(
+            volumes=tables.make(
+                "volumes", volume=column("number"), disk=column("disk"), kind=column("kind"), name=column("name"),
+                size=column("size"), type=column("type"), label=column("label"), uuid=column("uuid"), detail=column("detail"),
+            ),
+            mappings=_mappings(mapped),
+            filesystems=tables.make(
+                "filesystems", volume=[volume.number for volume, _ in systems],
+                **{name: [getattr(system, name) for _, system in systems]
+                   for name in ("type", "uuid", "label", "block_size", "size", "state", "features")},
+                root=[None if system.root < 0 else system.root for _, system in systems],
+            ),
+            inodes=tables.concat("inodes", [_on_volume(system.inodes, volume.number) for volume, system in systems]),
+            names=tables.concat("names", [_on_volume(system.names, volume.number) for volume, system in systems]),
+            extents=tables.concat("extents", [table for volume in self.volumes for table in volume.extents]),
+            problems=tables.make(
+                "problems", severity=[problem.severity for _, _, problem in problems],
+                format=[source for _, source, _ in problems], volume=[number for number, _, _ in problems],
+                volume_offset=[None if problem.offset < 0 else problem.offset for _, _, problem in problems],
+                code=[problem.code for _, _, problem in problems], detail=[problem.detail for _, _, problem in problems],
+            ),
+        )  # fmt: skip
+
+
+def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
+    return lambda name: [getattr(row, name) for row in rows]
+
+
+def _mappings(parts: list[Rows]) -> pa.Table:
+    if not parts:
+        return tables.empty("mappings")
+
+    def join(get: Callable[[Rows], np.ndarray]) -> np.ndarray:
+        return np.concatenate([get(part) for part in parts])
+
+    return tables.make(
+        "mappings", volume=join(lambda r: r.volume), volume_offset=join(lambda r: r.on_volume.offset),
+        parent=join(lambda r: r.parent), parent_offset=join(lambda r: r.on_parent.offset), run=join(lambda r: r.run),
+        count=join(lambda r: r.count), volume_step=join(lambda r: r.on_volume.step),
+        parent_step=join(lambda r: r.on_parent.step), role=join(lambda r: r.role),
+    )  # fmt: skip
+
+
+def _on_volume(table: pa.Table, number: int) -> pa.Table:
+    """The table with its `volume` column set."""
+    field = table.schema.field("volume")
+    column = pa.array(np.full(table.num_rows, number, np.int32), field.type)
+    return table.set_column(table.schema.get_field_index("volume"), field, column)

@@ -1,0 +1,10 @@
+"""placeholder"""
+
+from virt_bmap.reader import Reader
+
+NAME = "gpt"
+SPANS = False
+
+
+def probe(reader: Reader) -> bool:
+    return False
