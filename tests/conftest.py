@@ -1,0 +1,16 @@
+"""Fixtures for all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """The folder of real images made by other projects, beside the checkout or where BMAP_CORPUS says; else the test is skipped."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "corpus"
+    folder = Path(os.environ.get("BMAP_CORPUS", beside))
+    if not (folder / "INVENTORY.tsv").exists():
+        pytest.skip("the corpus of real images is not on this machine (set BMAP_CORPUS)")
+    return folder

@@ -1,0 +1,236 @@
+"""What tests of several formats share: tools, mounts, oracles of the running kernel, and content read by the map."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from virt_bmap import tables
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.check import check
+from virt_bmap.errors import FormatError
+from virt_bmap.images.raw import RawReader
+from virt_bmap.reader import Reader
+from virt_bmap.survey import survey
+
+
+def run(
+    *command: str | os.PathLike[str], stdin: bytes | None = None, ok: tuple[int, ...] = (0,), env: dict[str, str] | None = None
+) -> bytes:
+    """The standard output of a command; fails the test with its words when it exits with a status that is not in `ok`."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    done = subprocess.run([os.fspath(part) for part in command], input=stdin, capture_output=True,
+                          env={**os.environ, "PATH": path, "LC_ALL": "C", **(env or {})})  # fmt: skip
+    if done.returncode not in ok:
+        words = (done.stdout + done.stderr).decode(errors="replace")[-2000:]
+        raise AssertionError(f"{' '.join(map(str, command))} exited with {done.returncode}: {words}")
+    return done.stdout
+
+
+def need(tool: str, package: str) -> str:
+    """The path of a program, or skip the test saying which Debian package has it."""
+    found = shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if not found:
+        pytest.skip(f"{tool} is not installed (apt-get install {package})")
+    return found
+
+
+def need_root() -> None:
+    """Skip the test where loop devices and mounts can't be had."""
+    if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        pytest.skip("needs root and loop devices")
+
+
+# ---- maps -----------------------------------------------------------------------------------------------------------
+
+
+def mapped(*images: str | os.PathLike[str]) -> BlockMap:
+    """The block map of raw images as the disks of one machine."""
+    readers = [RawReader(os.fspath(image)) for image in images]
+    try:
+        return survey(readers)
+    finally:
+        for reader in readers:
+            reader.close()
+
+
+def assert_proven(bmap: BlockMap) -> None:
+    """`check` finds nothing: tiled, in agreement with the allocators, no problem of any severity but notes."""
+    found = check(bmap).disagreements
+    assert not found, "\n".join(map(str, found[:20]))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """One piece of a file, in bytes; `offset` counts from the volume's start."""
+
+    file_offset: int
+    offset: int
+    length: int
+    unwritten: bool = False
+
+
+def file_extents(bmap: BlockMap, volume: int, inode: int) -> list[Extent]:
+    """The plain content of an inode (no streams, no inline data), neighbours joined, in file order."""
+    _, table = bmap.slice_of("extents", volume)
+    kind, file_offset = tables.codes(table, "kind"), tables.integers(table, "file_offset")
+    flags, part = tables.integers(table, "flags"), table.column("part").is_valid().to_numpy()
+    mine = (tables.integers(table, "inode") == inode) & (file_offset >= 0) & ((flags & tables.INLINE) == 0) & ~part
+    mine &= np.isin(kind, (tables.DATA, tables.UNWRITTEN, tables.DIRECTORY, tables.SYMLINK))
+    rows = zip(file_offset[mine].tolist(), tables.integers(table, "volume_offset")[mine].tolist(),
+               tables.integers(table, "length")[mine].tolist(), (kind[mine] == tables.UNWRITTEN).tolist(), strict=True)  # fmt: skip
+    return join([Extent(*row) for row in rows])
+
+
+def join(extents: list[Extent]) -> list[Extent]:
+    """Sorted by file offset, with pieces that continue each other on both sides made one."""
+    result: list[Extent] = []
+    for extent in sorted(extents, key=lambda e: e.file_offset):
+        last = result[-1] if result else None
+        if last and last.unwritten == extent.unwritten and (
+            last.file_offset + last.length == extent.file_offset and last.offset + last.length == extent.offset
+        ):  # fmt: skip
+            result[-1] = Extent(last.file_offset, last.offset, last.length + extent.length, last.unwritten)
+        else:
+            result.append(extent)
+    return result
+
+
+def content(bmap: BlockMap, disks: list[Reader], volume: int, inode: int) -> bytes:
+    """A file's bytes, read from the disks where the map says they lie: holes and unwritten parts as zeroes, inline data included."""
+    _, inodes = bmap.slice_of("inodes", volume)
+    size = int(tables.integers(inodes, "size")[tables.integers(inodes, "inode") == inode][0])
+    _, table = bmap.slice_of("extents", volume)
+    kind, file_offset = tables.codes(table, "kind"), tables.integers(table, "file_offset")
+    part = table.column("part").is_valid().to_numpy()
+    mine = np.flatnonzero((tables.integers(table, "inode") == inode) & (file_offset >= 0) & ~part
+                          & np.isin(kind, (tables.DATA, tables.SYMLINK)))  # fmt: skip
+    start, length = tables.integers(table, "volume_offset")[mine], tables.integers(table, "length")[mine]
+    found = bmap.descend(volume, start, start + length)
+    found = found.take(found.role == 0)
+    result = bytearray(size)
+    for query, disk, low, high, inside in zip(found.query, found.volume, found.start, found.end, found.inside, strict=True):
+        at = int(file_offset[mine[query]] + inside - start[query])
+        want = min(int(high - low), size - at)
+        if want > 0:
+            result[at : at + want] = disks[bmap.disks.index(int(disk))].read(int(low), want)
+    return bytes(result)
+
+
+def tree(bmap: BlockMap, volume: int) -> dict[str, int]:
+    """Every path of a filesystem with its inode; bytes that are not UTF-8 as surrogates, as os.fsdecode gives them."""
+    inode, path = bmap.paths(volume)
+    return dict(zip((os.fsdecode(p) for p in path.to_pylist()), inode.tolist(), strict=True))
+
+
+# ---- the running kernel ---------------------------------------------------------------------------------------------
+
+FS_IOC_FIEMAP, FIEMAP_FLAG_SYNC = 0xC020660B, 1
+FIEMAP_EXTENT_LAST, FIEMAP_EXTENT_UNKNOWN, FIEMAP_EXTENT_DELALLOC = 1, 2, 4
+FIEMAP_EXTENT_INLINE, FIEMAP_EXTENT_UNWRITTEN = 0x200, 0x800
+
+
+def fiemap(path: str | os.PathLike[str]) -> list[Extent]:
+    """What the kernel says of a file (include/uapi/linux/fiemap.h), joined like `file_extents`; inline data left out."""
+    result, start, done = [], 0, False
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        while not done:
+            buffer = bytearray(struct.pack("=QQIIII", start, 2**64 - 1 - start, FIEMAP_FLAG_SYNC, 0, 512, 0) + bytes(512 * 56))
+            fcntl.ioctl(fd, FS_IOC_FIEMAP, buffer)
+            count = struct.unpack_from("=I", buffer, 20)[0]
+            done = count == 0
+            for i in range(count):
+                logical, physical, length, _, _, flags = struct.unpack_from("=QQQQQI", buffer, 32 + 56 * i)
+                if not flags & (FIEMAP_EXTENT_INLINE | FIEMAP_EXTENT_UNKNOWN):
+                    result.append(Extent(logical, physical, length, bool(flags & FIEMAP_EXTENT_UNWRITTEN)))
+                start, done = logical + length, done or bool(flags & FIEMAP_EXTENT_LAST)
+    finally:
+        os.close(fd)
+    return join(result)
+
+
+@contextlib.contextmanager
+def mounted(image: str | os.PathLike[str], options: str = "", offset: int = 0, kind: str = "") -> Iterator[Path]:
+    """A filesystem in an image mounted through a loop device; skips where this kernel can't. `options` as for mount -o."""
+    need_root()
+    loop = run("losetup", "-f", "--show", "-o", str(offset), image).decode().strip()
+    where = Path(tempfile.mkdtemp(prefix="bmap-mount-"))
+    try:
+        command = ["mount", *(["-t", kind] if kind else []), *(["-o", options] if options else []), loop, str(where)]
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode:
+            pytest.skip(f"this kernel does not mount it: {done.stderr.decode(errors='replace').strip()}")
+        try:
+            yield where
+        finally:
+            run("umount", where)
+    finally:
+        run("losetup", "-d", loop)
+        where.rmdir()
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+class BytesReader(Reader):
+    """A disk in memory."""
+
+    def __init__(self, data: np.ndarray, name: str = "memory") -> None:
+        super().__init__(len(data), name)
+        self.data = data
+
+    def _fetch(self, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.data[low : low + n] for low, n in zip(offsets.tolist(), lengths.tolist(), strict=True)])
+
+
+def mutations(image: bytes, count: int, seed: int, ranges: list[tuple[int, int]] | None = None) -> Iterator[np.ndarray]:
+    """`count` damaged copies of an image: flipped bits, bytes, 4-byte words, zeroed or copied sectors, and cut-off ends.
+
+    `ranges` are [start, end) in bytes where metadata lies and damage hurts; most damage goes there.
+    """
+    random = np.random.default_rng(seed)
+    base = np.frombuffer(image, np.uint8)
+    ranges = ranges or [(0, len(base))]
+    for _ in range(count):
+        data = base.copy()
+        for _ in range(int(random.integers(1, 6))):
+            low, high = ranges[int(random.integers(len(ranges)))]
+            at = int(random.integers(low, min(high, len(base)) - 4))
+            choice = int(random.integers(6))
+            if choice == 0:
+                data[at] ^= np.uint8(1 << int(random.integers(8)))
+            elif choice == 1:
+                data[at] = random.integers(256)
+            elif choice == 2:
+                word = int(random.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFF, int(random.integers(2**32))]))
+                data[at : at + 4] = np.frombuffer(struct.pack("<I", word), np.uint8)
+            elif choice == 3:
+                data[at & ~511 : (at & ~511) + 512] = 0
+            elif choice == 4:
+                source = int(random.integers(0, len(base) - 512)) & ~511
+                data[at & ~511 : (at & ~511) + 512] = base[source : source + 512]
+            elif random.integers(8) == 0:
+                data = data[: max(4096, int(random.integers(len(data) // 2, len(data))) & ~511)]
+        yield data
+
+
+def survives(data: np.ndarray) -> BlockMap | None:
+    """Map and check a damaged disk: tables that keep the contract, or one of the project's own errors; anything else fails the test."""
+    try:
+        bmap = survey([BytesReader(data)])
+    except FormatError:
+        return None
+    for name in BlockMap.TABLES:
+        tables.check(name, getattr(bmap, name))
+    check(bmap)
+    return bmap
