@@ -1,1 +1,30 @@
-"""One file for each way to open a disk image; `open_image` chooses by magic, or by the format that the caller names."""
+"""One file for each way to open a disk image; `open_image` chooses by magic, or by the format that the caller names.
+
+Safe by default. A guest can write any magic into the first bytes of its raw disk, and an image can name any file of the host as its
+backing or data file. So the format is found by magic and said aloud, and a file that a header refers to is opened only when the caller asks for it
+(`references=True`), with a format that the header states: never guessed. A guest's own qcow2 header can at worst make the map wrong; it can't make us read another file.
+"""
+
+from virt_bmap.images import nbd, qemu, raw
+from virt_bmap.reader import Reader
+
+FORMATS = ("raw", *qemu.FORMATS)
+"""What `--format` takes."""
+
+
+def open_image(image: str, format: str | None = None, references: bool = False) -> Reader:
+    """Open a path or NBD URI for reading.
+
+    `format` is one of FORMATS, or None to go by magic. `references` allows an image to consist of further files (backing files, external data files, VMDK extents).
+    Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
+    """
+    if nbd.is_uri(image):
+        return nbd.NbdReader(image)
+    plain = raw.RawReader(image)
+    found = format or qemu.recognise(plain) or "raw"
+    if found == "raw":
+        return plain
+    try:
+        return qemu.open_with_qemu(plain, found, references)
+    finally:
+        plain.close()
