@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from virt_bmap.mapping import Row
+from virt_bmap.mapping import Row, Rows
 from virt_bmap.reader import Reader
 from virt_bmap.tables import ExtentRows
 
@@ -73,6 +73,9 @@ class Child:
 
     `name` is the whole device name. `type` is set where the content is known without probing (and then not probed): a
     hint such as "swap" is not given here. `contents` False: not looked into (an extended partition, a hidden sub-volume).
+
+    A row's parent is a member's number, or the `child_reference` of an earlier child: a logical volume can lie on hidden ones. Where
+    there can be millions of rows they come as columns in `many`, and `rows` is empty.
     """
 
     kind: str
@@ -84,6 +87,7 @@ class Child:
     detail: str | None = None
     open: Callable[[Reader], Reader] | None = None
     contents: bool = True
+    many: Rows | None = None
 
 
 @dataclass
@@ -92,7 +96,8 @@ class Assembly:
 
     `extents[number]` holds the rows of the member's own metadata and of what its allocator calls free; with the bytes that
     children's rows take they tile the member, and what is left over survey calls `gap`. `consumed` lists members that were used: others
-    of them stay for a later round, when more members may be known. `types` renames what a member is (gpt, "LVM2_member", ...).
+    of them stay for a later round, when more members may be known. `types` renames what a member is (gpt, "LVM2_member", ...). `extents` and
+    `problems` may also name children, by `child_reference`.
     """
 
     children: list[Child] = field(default_factory=list)
@@ -102,6 +107,11 @@ class Assembly:
     details: dict[int, str] = field(default_factory=dict)
     labels: dict[int, str] = field(default_factory=dict)
     uuids: dict[int, str] = field(default_factory=dict)
+
+
+def child_reference(assembly: Assembly) -> int:
+    """The number (below 0) by which rows, extents and problems name the child that is appended next."""
+    return -1 - len(assembly.children)
 
 
 def extent_rows(assembly: Assembly, member: Member) -> ExtentRows:

@@ -6,7 +6,7 @@ RAID5 repeats its pattern every n stripes. Reading through a volume, descending 
 to volume) are the same arithmetic with the two sides exchanged, and stripes are never unrolled beyond what is asked for.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -76,6 +76,10 @@ class Rows:
             Side(self.on_volume.offset[keep], self.on_volume.step[keep]),
             Side(self.on_parent.offset[keep], self.on_parent.step[keep]),
         )  # fmt: skip
+
+    def placed(self, volume: int, parent: Int) -> "Rows":
+        """The same rows as rows of `volume`, in these parents."""
+        return replace(self, volume=np.full(len(self), volume, np.int64), parent=parent, _index={})
 
     def down(self, starts: Int, ends: Int) -> "Pieces":
         """Volume ranges to parent ranges. All rows must be of one volume."""

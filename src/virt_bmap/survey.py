@@ -127,23 +127,28 @@ class _Survey:
             volume.detail = assembly.details.get(number, volume.detail)
             volume.label = assembly.labels.get(number, volume.label)
             volume.uuid = assembly.uuids.get(number, volume.uuid)
+        base = len(self.volumes)
+        for child in assembly.children:
+            self._add_child(child, base)
+        by_number |= {-1 - at: volume for at, volume in enumerate(self.volumes[base:])}
+        for number, volume in by_number.items():
             if rows := assembly.extents.get(number):
-                volume.extents.append(rows.table(number))
+                volume.extents.append(rows.table(volume.number))
             for problem in assembly.problems.get(number, ()):
                 self._problem(volume, module.NAME, problem)
-        for child in assembly.children:
-            self._add_child(child, by_number)
 
-    def _add_child(self, child: Child, members: dict[int, _Volume]) -> None:
+    def _add_child(self, child: Child, base: int) -> None:
+        """A new volume. Parents below 0 are earlier children of the same assembly, the first of which is volume `base`."""
         number = len(self.volumes)
-        rows = Rows.of(number, child.rows)
-        parents = {parent: members[parent].reader for parent in dict.fromkeys(rows.parent.tolist())}
-        disks = {members[parent].disk for parent in parents}
+        rows = child.many or Rows.of(number, child.rows)
+        rows = rows.placed(number, np.where(rows.parent < 0, base - 1 - rows.parent, rows.parent))
+        parents = {parent: self.volumes[parent].reader for parent in np.unique(rows.parent).tolist()}
+        disks = {self.volumes[parent].disk for parent in parents}
         image = ", ".join(dict.fromkeys(reader.name.rpartition(" of ")[2] for reader in parents.values()))
         reader: Reader = MappedReader(child.size, f"{child.name} of {image}", parents, rows)
         if child.open:
             reader = child.open(reader)
-        depth = 1 + max((members[parent].depth for parent in parents), default=0)
+        depth = 1 + max((self.volumes[parent].depth for parent in parents), default=0)
         volume = self._add(child.kind, child.name, reader, depth, disks.pop() if len(disks) == 1 else None)
         volume.size, volume.rows = child.size, rows
         volume.uuid, volume.label, volume.detail = child.uuid, child.label, child.detail

@@ -1,0 +1,184 @@
+"""LVM2: physical volumes to logical volumes.
+
+Read: the label in the first four sectors, all metadata areas (the newest text with a right checksum wins), and the text itself.
+
+Sources: lvm2 (sourceware.org/git/lvm2.git) lib/format_text, lib/metadata; man pages lvmraid, lvmthin, lvmcache.
+"""
+
+from collections.abc import Sequence
+
+from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
+from virt_bmap.errors import Corrupt, FormatError, Unsupported
+from virt_bmap.mapping import DATA, Row
+from virt_bmap.reader import Reader
+from virt_bmap.tables import BOOT, CONTENT, FREE, METADATA
+from virt_bmap.volumes.lvm.group import Group, Space, add_free, in_order, new_group, segments_of
+from virt_bmap.volumes.lvm.label import SECTOR, Pv, find_label, read_pv
+from virt_bmap.volumes.lvm.segments import shape, span
+from virt_bmap.volumes.lvm.text import Section
+from virt_bmap.volumes.stripes import Place, bounded
+
+NAME = "LVM2_member"
+SPANS = True
+FEATURES = (
+    "linear and striped volumes",
+    "several physical volumes, also with some missing",
+    "several metadata areas, newest valid text",
+)
+REFUSED: tuple[str, ...] = ("LVM1 (pool format of the 1990s)",)
+ORACLES = ("lvs and pvs on the same loop devices",)
+
+
+def probe(reader: Reader) -> bool:
+    """A label in one of the first four sectors."""
+    return find_label(reader) >= 0
+
+
+def assemble(members: Sequence[Member]) -> Assembly:
+    """All groups of these physical volumes, and their logical volumes."""
+    assembly = Assembly()
+    pvs = _physical(members, assembly)
+    newest = _newest(pvs)
+    claimed: set[str] = set()
+    for text, name in newest:
+        listed = {section.text("id") for section in text.sections[name].section("physical_volumes").sections.values()}
+        mine = [pv for pv in pvs if pv.uuid in listed - claimed]
+        claimed |= listed
+        _stale(mine, text, name, assembly)
+        try:
+            _read_group(new_group(text, name, mine, assembly))
+        except Corrupt as error:
+            _unread(mine, Problem(error.code, f"volume group {name}: {error}"), assembly)
+    _orphans([pv for pv in pvs if pv.uuid not in claimed], assembly)
+    return assembly
+
+
+def _physical(members: Sequence[Member], assembly: Assembly) -> list[Pv]:
+    """The physical volumes, each once, with rows for what LVM itself takes of them."""
+    pvs: dict[str, Pv] = {}
+    for member in members:
+        try:
+            pv = read_pv(member)
+        except Corrupt as error:
+            _whole(assembly, member, Problem(error.code, str(error), -1 if error.offset is None else error.offset))
+            continue
+        if pv.uuid in pvs:
+            first = pvs[pv.uuid].member.name
+            _whole(
+                assembly, member, Problem("duplicate", f"{first} is the same physical volume {pv.uuid}: this copy is not used")
+            )
+            continue
+        pvs[pv.uuid] = pv
+        assembly.uuids[member.number] = pv.uuid
+        assembly.problems.setdefault(member.number, []).extend(pv.problems)
+        rows = extent_rows(assembly, member)
+        rows.add(METADATA, pv.label_offset, SECTOR, part="LVM label")
+        for offset, size in pv.areas:
+            rows.add(METADATA, offset, size, part="LVM metadata area")
+        for offset, size in pv.boot:
+            rows.add(BOOT, offset, size, part="boot loader area")
+    return list(pvs.values())
+
+
+def _whole(assembly: Assembly, member: Member, problem: Problem) -> None:
+    """A member that is not used: one piece, with the reason."""
+    extent_rows(assembly, member).add(CONTENT, 0, member.reader.size, part=NAME)
+    assembly.problems.setdefault(member.number, []).append(problem)
+
+
+def _newest(pvs: list[Pv]) -> list[tuple[Section, str]]:
+    """For each group the text with the highest sequence number, and the group's name."""
+    best: dict[str, tuple[int, Section, str]] = {}
+    for pv in pvs:
+        for text in pv.copies:
+            for name, group in text.sections.items():
+                uuid, seqno = group.text("id"), group.number("seqno", 0)
+                if uuid not in best or seqno > best[uuid][0]:
+                    best[uuid] = seqno, text, name
+    return [(text, name) for _, text, name in sorted(best.values(), key=lambda found: found[2])]
+
+
+def _stale(pvs: list[Pv], newest: Section, name: str, assembly: Assembly) -> None:
+    """Say which metadata areas hold an older text than the group's newest."""
+    group = newest.sections[name]
+    for pv in pvs:
+        assembly.labels[pv.member.number] = name
+        for copy in pv.copies:
+            older = [part.number("seqno", 0) for part in copy.sections.values() if part.text("id") == group.text("id")]
+            if older and older[0] < group.number("seqno", 0):
+                detail = f"a metadata area holds the group's state {older[0]}, the newest is {group.number('seqno', 0)}"
+                assembly.problems.setdefault(pv.member.number, []).append(Problem("stale-metadata", detail, -1, "warning"))
+
+
+def _unread(pvs: list[Pv], problem: Problem, assembly: Assembly) -> None:
+    """The data areas of a group that can't be read are one piece each."""
+    for pv in pvs:
+        assembly.problems.setdefault(pv.member.number, []).append(problem)
+        _add_data_area(pv, assembly, CONTENT)
+
+
+def _orphans(pvs: list[Pv], assembly: Assembly) -> None:
+    """Physical volumes that no group's text names: free, or of a group whose metadata lies on other disks."""
+    for pv in pvs:
+        if not pv.used:
+            _add_data_area(pv, assembly, FREE)
+            continue
+        detail = "its volume group's metadata lies on disks that were not given, or can't be read"
+        _unread([pv], Problem("incomplete", detail), assembly)
+
+
+def _add_data_area(pv: Pv, assembly: Assembly, kind: int) -> None:
+    size = pv.member.reader.size
+    for offset, length in pv.data:
+        # length 0: up to the end, where a second metadata area may lie
+        end = offset + length if length else min([start for start, _ in pv.areas if start > offset], default=size)
+        extent_rows(assembly, pv.member).add(kind, min(offset, size), max(0, min(end, size) - offset), part=NAME)
+
+
+def _read_group(group: Group) -> None:
+    """Place every logical volume of the group. Raises Corrupt where their order can't be found."""
+    for name in in_order(group):
+        section = group.volumes[name]
+        try:
+            _read_volume(group, name, section)
+        except FormatError as error:
+            group.logical[name] = None
+            group.missing[True, name] = f"of {name}"
+            severity = "warning" if isinstance(error, Unsupported) else "error"
+            for pv in group.pvs[:1]:
+                problem = Problem(error.code, f"logical volume {group.name}/{name}: {error}", -1, severity)
+                group.problem(pv.member.number, problem)
+    add_free(group)
+
+
+def _read_volume(group: Group, name: str, section: Section) -> None:
+    """One logical volume: its segments' rows, cut where the members end."""
+    rows: list[Row] = []
+    size, kinds, absent = 0, [], []
+    for segment in segments_of(section):
+        kind = segment.text("type").partition("+")[0]
+        start, length = span(group, segment)
+        size = max(size, start + length)
+        rows += shape(kind)(group, segment)
+        kinds.append("linear" if kind == "striped" and segment.number("stripe_count", 1) == 1 else kind)
+        absent += group.absent(segment)
+    rows, lost = bounded(rows, group.sizes)
+    visible = "VISIBLE" in section.words("status")
+    reference = group.add(Child(
+        "lv", f"/dev/{group.name}/{name}", size, rows, section.text("id"), detail=_detail(kinds, visible), contents=visible,
+    ))  # fmt: skip
+    group.logical[name] = Space(Place(reference, 0), size)
+    if lost:
+        group.problem(reference, Problem("truncated", f"{lost} of its bytes lie behind the end of their disks"))
+    if absent:
+        here = sum(row.run * row.count for row in rows if row.role == DATA)
+        detail = f"physical volume {', '.join(dict.fromkeys(absent))} is missing: {here} of {size} bytes are there"
+        group.problem(reference, Problem("missing-member", detail, -1, "warning" if here == size else "error"))
+        if not rows:
+            group.logical[name] = None
+            group.missing[True, name] = ", ".join(dict.fromkeys(absent))
+
+
+def _detail(kinds: list[str], visible: bool) -> str:
+    words = ", ".join(dict.fromkeys(kinds))
+    return words if visible else f"{words}; part of another volume"

@@ -1,0 +1,175 @@
+"""A volume group: its physical volumes, and its logical volumes in an order in which each comes after those that it is made of.
+
+Logical volumes lie on physical volumes or on other logical volumes (a RAID on its images, a thin volume on its pool). The inner
+ones become volumes of the map, too, but nobody looks for a filesystem in them.
+
+Sources: lvm2 lib/format_text/import_vsn1.c (the text's sections), lib/metadata/metadata-exported.h.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from virt_bmap.arrays import complement, ints
+from virt_bmap.contract import Assembly, Child, Problem, child_reference
+from virt_bmap.errors import Corrupt
+from virt_bmap.mapping import Rows
+from virt_bmap.reader import MappedReader, Reader
+from virt_bmap.tables import FREE, ExtentRows
+from virt_bmap.volumes.lvm.label import SECTOR, Pv
+from virt_bmap.volumes.lvm.text import Section
+from virt_bmap.volumes.stripes import Place
+
+MAX_EXTENTS = 1 << 40
+"""Extents of one volume, so that offsets in bytes stay far below 2**63 with extents of up to 4 MiB; LVM itself stops at 2**32."""
+MAX_EXTENT_SIZE = 1 << 30
+"""Sectors: 512 GiB, more than anyone sets; LVM's own text format stops at 2**32 sectors."""
+
+
+PHYSICAL_OR_LOGICAL = ("stripes", "mirrors")
+"""Keys of a segment that list physical or logical volumes; a name of both is the physical volume's (_read_segments in import_vsn1.c)."""
+LOGICAL = ("raids", "raid0_lvs", "mirror_log", "origin", "external_origin", "thin_pool", "pool", "metadata", "cow_store",
+           "merging_store", "cache_pool", "data", "writecache", "meta_dev", "vdo_pool")  # fmt: skip
+"""Keys of a segment that name logical volumes."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """A place that segments can name: a physical or logical volume. `place` is its extent 0, `size` what there is, in bytes."""
+
+    place: Place
+    size: int
+
+
+@dataclass
+class Group:
+    """One volume group while it is put together; `logical` grows as logical volumes are placed, None stands for a missing one."""
+
+    name: str
+    uuid: str
+    text: Section
+    extent_size: int
+    assembly: Assembly
+    pvs: list[Pv]
+    physical: dict[str, Space | None] = field(default_factory=dict)
+    logical: dict[str, Space | None] = field(default_factory=dict)
+    missing: dict[tuple[bool, str], str] = field(default_factory=dict)
+    """(logical?, name) of every volume that is not there, and the id of the disk for want of which it is not."""
+    readers: dict[int, Reader] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    extents: list[tuple[int, int, int]] = field(default_factory=list)
+    """Allocated on physical volumes: (member, first byte, bytes)."""
+
+    @property
+    def volumes(self) -> dict[str, Section]:
+        """The logical volumes of the text by name."""
+        return self.text.section("logical_volumes").sections
+
+    def find(self, key: str, name: str) -> tuple[bool, str]:
+        """Whether a name that `key` lists is a logical volume's, and the name. Raises Corrupt where it is nobody's."""
+        if key in PHYSICAL_OR_LOGICAL and name in self.physical:
+            return False, name
+        if name not in self.logical:
+            raise Corrupt(f"{key} names {name!r}, which is no volume of the group")
+        return True, name
+
+    def space(self, key: str, name: str) -> Space | None:
+        """The volume that `key` names; None where it is missing."""
+        logical, name = self.find(key, name)
+        return self.logical[name] if logical else self.physical[name]
+
+    def absent(self, segment: Section) -> list[str]:
+        """The ids of the missing disks that a segment needs."""
+        named = (self.find(key, name) for key in (*PHYSICAL_OR_LOGICAL, *LOGICAL) for name in segment.words(key))
+        return [self.missing[found] for found in named if found in self.missing]
+
+    def problem(self, where: int, problem: Problem) -> None:
+        """A problem of a member or, by its reference, of a child."""
+        self.assembly.problems.setdefault(where, []).append(problem)
+
+    def add(self, child: Child, parts: ExtentRows | None = None) -> int:
+        """One more volume; its reference, by which rows of further volumes name it."""
+        reference = child_reference(self.assembly)
+        rows = child.many or Rows.of(0, child.rows)
+        parents = {parent: self.readers[parent] for parent in dict.fromkeys(rows.parent.tolist())}
+        self.assembly.children.append(child)
+        self.readers[reference] = MappedReader(child.size, f"{child.name}", parents, rows)
+        self.sizes[reference] = child.size
+        if parts:
+            self.assembly.extents[reference] = parts
+        return reference
+
+
+def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Group:
+    """The group with its physical volumes placed. Raises Corrupt where the text lacks what every group has."""
+    group_text = text.sections[name]
+    extent_size = group_text.number("extent_size", low=1, high=MAX_EXTENT_SIZE) * SECTOR
+    group = Group(name, group_text.text("id"), group_text, extent_size, assembly, pvs)
+    by_uuid = {pv.uuid: pv for pv in pvs}
+    for label, section in group_text.section("physical_volumes").sections.items():
+        uuid = section.text("id")
+        pv = by_uuid.get(uuid)
+        if pv is None:
+            group.physical[label] = None
+            group.missing[False, label] = uuid
+            continue
+        number, reader = pv.member.number, pv.member.reader
+        start = section.number("pe_start") * SECTOR
+        group.readers[number], group.sizes[number] = reader, reader.size
+        group.physical[label] = Space(Place(number, start), reader.size - start)
+        if (end := start + section.number("pe_count", high=MAX_EXTENTS) * extent_size) > reader.size:
+            group.problem(number, Problem(
+                "truncated", f"its extents end at byte {end:#x}, but it ends at {reader.size:#x}", reader.size, "error",
+            ))  # fmt: skip
+    return group
+
+
+def segments_of(section: Section) -> list[Section]:
+    """The segments of a logical volume, by number."""
+    return [part for name, part in section.sections.items() if name.startswith("segment")]
+
+
+def references(section: Section, group: Group) -> Iterator[str]:
+    """The logical volumes that this one is made of."""
+    for segment in segments_of(section):
+        for key in (*PHYSICAL_OR_LOGICAL, *LOGICAL):
+            if key == "origin" and segment.text("type") == "thin":
+                continue  # where a thin snapshot was taken; its blocks lie in the pool
+            for name in segment.words(key):
+                if name in group.volumes and not (key in PHYSICAL_OR_LOGICAL and name in group.physical):
+                    yield name
+
+
+def in_order(group: Group) -> list[str]:
+    """The names so that each comes after its references. Raises Corrupt where volumes contain each other."""
+    result: list[str] = []
+    state: dict[str, bool] = {}
+    for name in group.volumes:
+        stack = [(name, False)]
+        while stack:
+            at, done = stack.pop()
+            if done:
+                state[at] = True
+                result.append(at)
+            elif at not in state:
+                state[at] = False
+                stack.append((at, True))
+                for other in references(group.volumes[at], group):
+                    if state.get(other) is False:
+                        raise Corrupt(f"the logical volumes {at} and {other} contain each other", code="loop")
+                    stack.append((other, False))
+    return result
+
+
+def add_free(group: Group) -> None:
+    """The physical extents that no logical volume takes."""
+    for label, section in group.text.section("physical_volumes").sections.items():
+        space = group.physical[label]
+        if space is None:
+            continue
+        number = space.place.parent
+        mine = [(start, size) for member, start, size in group.extents if member == number]
+        starts = ints([start for start, _ in mine])
+        low, high = space.place.offset, space.place.offset + section.number("pe_count") * group.extent_size
+        size = group.sizes[number]
+        left = complement(starts, starts + ints([size for _, size in mine]), min(low, size), min(high, size))
+        group.assembly.extents.setdefault(number, ExtentRows()).add(FREE, left[0], left[1] - left[0])
