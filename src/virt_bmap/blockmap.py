@@ -3,6 +3,7 @@
 Both questions are answered layer by layer through the mapping rows; nothing is flattened to disk offsets before an output asks.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,6 +53,8 @@ class BlockMap:
     names: pa.Table
     extents: pa.Table
     problems: pa.Table
+    given_paths: dict[int, tuple[Int, pa.Array]] = field(default_factory=dict, repr=False)
+    """For volumes whose paths are known though their names are not (text maps): as `paths` returns them."""
     _cache: dict[tuple[str, int], object] = field(default_factory=dict, repr=False, compare=False)
 
     TABLES = ("volumes", "mappings", "filesystems", "inodes", "names", "extents", "problems")
@@ -168,7 +171,7 @@ class BlockMap:
         queue = [(volume, np.arange(len(starts), dtype=np.int64), starts, starts, ends - starts, zero)]
         while queue:
             number, query, inside, here, length, role = queue.pop(0)
-            if self.depth[number] == 0:
+            if number in self.disks:  # not by depth: a volume that lies nowhere has depth 0, too
                 parts.append(Owners(query, np.full(len(query), number, np.int64), np.full(len(query), -1, np.int64), here, here + length,
                                     inside, np.zeros(len(query), np.int64), role))  # fmt: skip
                 continue
@@ -191,6 +194,8 @@ class BlockMap:
         """(inode, path) of every name of a filesystem whose path is known, sorted by inode; the root directory is `/`."""
 
         def build() -> tuple[Int, pa.Array]:
+            if volume in self.given_paths:
+                return self.given_paths[volume]
             _, names = self.slice_of("names", volume)
             _, inodes = self.slice_of("inodes", volume)
             _, system = self.slice_of("filesystems", volume)
@@ -207,21 +212,15 @@ class BlockMap:
         return self._once("paths", volume, build)
 
     def inode_of(self, volume: int, path: bytes) -> int:
-        """The inode that a path leads to. UsageError says up to where the path exists."""
-        _, names = self.slice_of("names", volume)
-        _, system = self.slice_of("filesystems", volume)
-        if system.num_rows == 0:
-            raise UsageError(f"{self.volumes.column('name')[volume].as_py()} holds no filesystem that can be read")
-        inode, walked = system.column("root")[0].as_py(), b""
-        parents, inodes = tables.integers(names, "parent"), tables.integers(names, "inode")
-        for part in filter(None, path.split(b"/")):
-            rows = np.flatnonzero(parents == inode)
-            hit = pc.index(names.column("name").take(pa.array(rows)), pa.scalar(part, pa.binary())).as_py()
-            if hit < 0:
-                where = (walked or b"/").decode(errors="backslashreplace")
-                raise UsageError(f"no {part.decode(errors='backslashreplace')!r} in {where}")
-            inode, walked = int(inodes[rows[hit]]), walked + b"/" + part
-        return int(inode)
+        """The inode that a path leads to; UsageError where there is none."""
+        device = self.volumes.column("name")[volume].as_py()
+        inode, known = self.paths(volume)
+        if len(inode) == 0:
+            raise UsageError(f"{device} holds no filesystem whose names can be read")
+        at = pc.index(known, pa.scalar(b"/" + path.strip(b"/"), pa.large_binary())).as_py()
+        if at < 0:
+            raise UsageError(f"no file {os.fsdecode(path)!r} on {device}")
+        return int(inode[at])
 
     # ---- a whole disk -----------------------------------------------------------------------------------------------
 

@@ -221,7 +221,7 @@ class _Survey:
                 "volumes", volume=column("number"), disk=column("disk"), kind=column("kind"), name=column("name"),
                 size=column("size"), type=column("type"), label=column("label"), uuid=column("uuid"), detail=column("detail"),
             ),
-            mappings=_mappings(mapped),
+            mappings=tables.mappings(mapped),
             filesystems=tables.make(
                 "filesystems", volume=[volume.number for volume, _ in systems],
                 **{name: [getattr(system, name) for _, system in systems]
@@ -242,21 +242,6 @@ class _Survey:
 
 def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
     return lambda name: [getattr(row, name) for row in rows]
-
-
-def _mappings(parts: list[Rows]) -> pa.Table:
-    if not parts:
-        return tables.empty("mappings")
-
-    def join(get: Callable[[Rows], np.ndarray]) -> np.ndarray:
-        return np.concatenate([get(part) for part in parts])
-
-    return tables.make(
-        "mappings", volume=join(lambda r: r.volume), volume_offset=join(lambda r: r.on_volume.offset),
-        parent=join(lambda r: r.parent), parent_offset=join(lambda r: r.on_parent.offset), run=join(lambda r: r.run),
-        count=join(lambda r: r.count), volume_step=join(lambda r: r.on_volume.step),
-        parent_step=join(lambda r: r.on_parent.step), role=join(lambda r: r.role),
-    )  # fmt: skip
 
 
 def _on_volume(table: pa.Table, number: int) -> pa.Table:

@@ -5,14 +5,14 @@ the volume named in the row's `volume`, never from the disk. A `volume` is a num
 logical volume, array or opened container; a filesystem is named by the volume it lies on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap.arrays import Int
-from virt_bmap.mapping import ROLES
+from virt_bmap.mapping import ROLES, Rows
 
 # ---- what owns bytes ------------------------------------------------------------------------------------------------
 
@@ -290,6 +290,22 @@ def _spread(value: Any, rows: int, dtype: Any) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value.astype(dtype, copy=False)
     return np.full(rows, value, dtype)
+
+
+def mappings(parts: list[Rows]) -> pa.Table:
+    """Mapping rows of several volumes as the table `mappings`."""
+    if not parts:
+        return empty("mappings")
+
+    def join(get: Callable[[Rows], Int]) -> Int:
+        return np.concatenate([get(part) for part in parts])
+
+    return make(
+        "mappings", volume=join(lambda r: r.volume), volume_offset=join(lambda r: r.on_volume.offset),
+        parent=join(lambda r: r.parent), parent_offset=join(lambda r: r.on_parent.offset), run=join(lambda r: r.run),
+        count=join(lambda r: r.count), volume_step=join(lambda r: r.on_volume.step),
+        parent_step=join(lambda r: r.on_parent.step), role=join(lambda r: r.role),
+    )  # fmt: skip
 
 
 def concat(name: str, parts: list[pa.Table]) -> pa.Table:

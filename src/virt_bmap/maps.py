@@ -1,0 +1,37 @@
+"""Saved maps and disks alike: what `lookup`, `locate` and `watch` are given."""
+
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.errors import ImageError
+from virt_bmap.outputs import bmap_reader, parquet
+
+
+def is_saved(path: str) -> bool:
+    """Is this file a saved map (Parquet or text) rather than a disk image?"""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        return False
+    return head[:4] == b"PAR1" or _first_line_is_a_maps(head)
+
+
+def _first_line_is_a_maps(head: bytes) -> bool:
+    words = head.split(b"\n", 1)[0].split(b" ")
+    return (
+        len(words) >= 4
+        and words[0].isdigit()
+        and len(words[3]) == 1
+        and all(set(w) <= set(b"0123456789abcdef") for w in words[1:3])
+    )
+
+
+def load(path: str) -> BlockMap:
+    """Read a saved map, whichever kind it is."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"PAR1":
+                return parquet.load(path)
+            file.seek(0)
+            return bmap_reader.load(file.read(), path)
+    except OSError as error:
+        raise ImageError(f"{path}: can't be read: {error.strerror}") from error
