@@ -1,9 +1,0 @@
-"""placeholder"""
-
-from virt_bmap.reader import Reader
-
-NAME = "ext"
-
-
-def probe(reader: Reader) -> bool:
-    return False

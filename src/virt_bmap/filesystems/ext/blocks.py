@@ -1,0 +1,222 @@
+"""Where inodes' blocks lie: extent trees and indirect blocks, a level of all trees at a time.
+
+Sources: kernel Documentation/filesystems/ext4/{ifork,blockmap}.rst; fs/ext4/ext4_extents.h, fs/ext4/indirect.c.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand
+from virt_bmap.filesystems.ext.damage import Problems, complain
+from virt_bmap.filesystems.ext.superblock import Superblock
+from virt_bmap.layout import lo_hi, struct
+from virt_bmap.reader import Reader
+
+HEADER = struct(12, [
+    (0x0, "eh_magic", "<u2"),
+    (0x2, "eh_entries", "<u2"),
+    (0x6, "eh_depth", "<u2"),
+])  # fmt: skip
+EXTENT = struct(12, [
+    (0x0, "ee_block", "<u4"),
+    (0x4, "ee_len", "<u2"),
+    (0x6, "ee_start_hi", "<u2"),
+    (0x8, "ee_start_lo", "<u4"),
+])  # fmt: skip
+INDEX = struct(12, [
+    (0x0, "ei_block", "<u4"),
+    (0x4, "ei_leaf_lo", "<u4"),
+    (0x8, "ei_leaf_hi", "<u2"),
+])  # fmt: skip
+EXTENT_MAGIC = 0xF30A
+MAX_DEPTH = 5
+"""EXT4_MAX_EXTENT_DEPTH: five levels of nodes with 340 entries hold more blocks than a file can have."""
+MAX_INITIALISED = 32768
+"""EXT_INIT_MAX_LEN: a greater ee_len means that many less, unwritten."""
+DIRECT, LEVELS = 12, 3
+"""Block pointers in i_block: 12 direct ones, then one to a tree of each height from 1 to 3."""
+
+BATCH = 16 << 20
+"""Bytes of tree nodes read at a time."""
+
+
+@dataclass
+class Found:
+    """What the trees say, in batches: columns owner (row of the inodes), logical, start, count (blocks), unwritten."""
+
+    runs: list[tuple[Int, Int, Int, Int, Bool]] = field(default_factory=list)
+    nodes: list[tuple[Int, Int]] = field(default_factory=list)
+
+    def add(self, owner: Int, logical: Int, start: Int, count: Int, unwritten: Bool | None = None) -> None:
+        self.runs.append((owner, logical, start, count, np.zeros(len(owner), bool) if unwritten is None else unwritten))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of blocks: `count` blocks from `start` hold the file's blocks from `logical`; `owner` is a row of the inodes."""
+
+    owner: Int
+    logical: Int
+    start: Int
+    count: Int
+    unwritten: Bool
+
+    def take(self, keep: np.ndarray) -> "Runs":
+        """The rows that a boolean or index array asks for."""
+        return Runs(self.owner[keep], self.logical[keep], self.start[keep], self.count[keep], self.unwritten[keep])
+
+
+def read_blocks_of(
+    reader: Reader, superblock: Superblock, block: Bytes, offsets: Int, by_extents: Bool, problems: Problems
+) -> tuple[Runs, tuple[Int, Int]]:
+    """All runs of the inodes whose i_block is `block`, (n, 60) bytes, and their tree nodes as (owner, block).
+
+    `offsets` are where the inodes' records lie, for messages; `by_extents` tells extent trees from block pointers. Runs that
+    reach out of the volume are cut, with a problem.
+    """
+    found = Found()
+    seen = np.zeros(0, np.int64)
+    extents, pointers = np.flatnonzero(by_extents), np.flatnonzero(~by_extents)
+    if len(extents):
+        seen = _extent_trees(reader, superblock, extents, block[extents], offsets[extents], found, problems)
+    if len(pointers):
+        _indirect(reader, superblock, pointers, block[pointers].view("<u4").astype(np.int64), seen, found, problems)
+    columns = [np.concatenate(parts) for parts in zip(*found.runs, strict=True)] if found.runs else [EMPTY] * 4 + [EMPTY > 0]
+    nodes = [np.concatenate(parts) for parts in zip(*found.nodes, strict=True)] if found.nodes else [EMPTY, EMPTY]
+    return _inside(superblock, Runs(*columns), offsets, problems), (nodes[0], nodes[1])
+
+
+def _inside(superblock: Superblock, runs: Runs, offsets: Int, problems: Problems) -> Runs:
+    fits = superblock.inside(runs.start, runs.count) & (runs.count > 0)
+    if fits.all():
+        return runs
+    complain(problems, "outside", "extents are empty or reach out of the volume", offsets[runs.owner[~fits]])
+    starts = superblock.inside(runs.start, 1) & (runs.count > 0)
+    count = np.where(fits, runs.count, np.minimum(runs.count, superblock.readable - runs.start))
+    return Runs(runs.owner, runs.logical, runs.start, count, runs.unwritten).take(starts)
+
+
+def _nodes(superblock: Superblock, block: Int, seen: Int, problems: Problems) -> tuple[Bool, Int]:
+    """Which of these tree nodes may be read (in the volume, and for the first time), and all nodes seen until now."""
+    fits, offsets = superblock.inside(block, 1), block * superblock.block_size
+    complain(problems, "outside", "tree nodes lie outside the volume", offsets[~fits])
+    first = np.zeros(len(block), bool)
+    first[np.unique(block, return_index=True)[1]] = True
+    first &= ~np.isin(block, seen)
+    complain(problems, "tree-twice", "tree nodes are used twice", offsets[fits & ~first])
+    keep = fits & first
+    return keep, np.append(seen, block[keep])
+
+
+def _batches(reader: Reader, superblock: Superblock, block: Int) -> Iterator[tuple[Int, Bytes]]:
+    """(positions in `block`, their contents (n, block size)), in the order of the disk."""
+    order = np.argsort(block, kind="stable")
+    step = max(1, BATCH // superblock.block_size)
+    for at in range(0, len(order), step):
+        part = order[at : at + step]
+        yield part, reader.read_blocks(block[part] * superblock.block_size, superblock.block_size)
+
+
+# ---- extent trees ---------------------------------------------------------------------------------------------------
+
+
+def _extent_trees(
+    reader: Reader, superblock: Superblock, owner: Int, roots: Bytes, offsets: Int, found: Found, problems: Problems
+) -> Int:
+    """Walk the extent trees from their roots in i_block; returns all nodes that were read."""
+    size = superblock.block_size
+    depth = roots.view("<u2")[:, 3].astype(np.int64)
+    owner, block, expected = _node(superblock, roots, owner, depth, offsets, found, problems)
+    seen = EMPTY
+    for _ in range(MAX_DEPTH):
+        if not len(block):
+            break
+        keep, seen = _nodes(superblock, block, seen, problems)
+        owner, block, expected = owner[keep], block[keep], expected[keep]
+        found.nodes.append((owner, block))
+        children = [
+            _node(superblock, data, owner[at], expected[at], block[at] * size, found, problems)
+            for at, data in _batches(reader, superblock, block)
+        ]
+        if not children:
+            break
+        owner, block, expected = (np.concatenate(parts) for parts in zip(*children, strict=True))
+    return seen
+
+
+def _node(
+    superblock: Superblock, data: Bytes, owner: Int, expected: Int, offsets: Int, found: Found, problems: Problems
+) -> tuple[Int, Int, Int]:
+    """Take n nodes apart, (n, node size) bytes: extents go to `found`, what is returned are children (owner, block, depth)."""
+    header = np.ascontiguousarray(data[:, :12]).view(HEADER)[:, 0]
+    room = data.shape[1] // 12 - 1
+    entries, depth = header["eh_entries"].astype(np.int64), header["eh_depth"].astype(np.int64)
+    good = (header["eh_magic"] == EXTENT_MAGIC) & (entries <= room) & (depth == expected) & (depth <= MAX_DEPTH)
+    if not good.all():
+        # an inode without any block may have no header at all
+        bad = ~good & (data[:, :60] != 0).any(axis=1) if data.shape[1] == 60 else ~good
+        complain(problems, "extent-header", "extent tree nodes have an impossible header", offsets[bad])
+        entries = np.where(good, entries, 0)
+    leaf = depth == 0
+    width = room + 1
+    flat = np.ascontiguousarray(data[:, : width * 12]).reshape(-1)
+    row, step = expand(np.where(leaf, entries, 0))
+    extent = flat.view(EXTENT)[row * width + 1 + step]
+    count = extent["ee_len"].astype(np.int64)
+    unwritten = count > MAX_INITIALISED
+    count -= unwritten * MAX_INITIALISED
+    found.add(
+        owner[row], extent["ee_block"].astype(np.int64), lo_hi(extent["ee_start_lo"], extent["ee_start_hi"]), count, unwritten
+    )
+    if leaf.all():
+        return EMPTY, EMPTY, EMPTY
+    row, step = expand(np.where(leaf, 0, entries))
+    index = flat.view(INDEX)[row * width + 1 + step]
+    return owner[row], lo_hi(index["ei_leaf_lo"], index["ei_leaf_hi"]), depth[row] - 1
+
+
+# ---- block pointers -------------------------------------------------------------------------------------------------
+
+
+def _indirect(
+    reader: Reader, superblock: Superblock, owner: Int, pointers: Int, seen: Int, found: Found, problems: Problems
+) -> None:
+    """Follow block pointers, (n, 15), of ext2 and ext3."""
+    per_block = superblock.block_size // 4
+    row, column = np.nonzero(pointers[:, :DIRECT])
+    parts = [_joined(owner[row], column.astype(np.int64), pointers[row, column])]
+    row, level = np.nonzero(pointers[:, DIRECT:])
+    first = DIRECT + np.cumsum([0, per_block, per_block**2])
+    node, block, height, logical = owner[row], pointers[row, DIRECT + level], level.astype(np.int64) + 1, first[level]
+    for _ in range(LEVELS):
+        if not len(block):
+            break
+        keep, seen = _nodes(superblock, block, seen, problems)
+        node, block, height, logical = node[keep], block[keep], height[keep], logical[keep]
+        found.nodes.append((node, block))
+        children = [(EMPTY, EMPTY, EMPTY, EMPTY)]
+        for at, data in _batches(reader, superblock, block):
+            values = data.view("<u4")
+            row, column = np.nonzero(values)
+            target, above = values[row, column].astype(np.int64), at[row]
+            where = logical[above] + column * per_block ** (height[above] - 1)
+            inner = height[above] > 1
+            children.append((node[above][inner], target[inner], height[above][inner] - 1, where[inner]))
+            parts.append(_joined(node[above][~inner], where[~inner], target[~inner]))
+        node, block, height, logical = (np.concatenate(columns) for columns in zip(*children, strict=True))
+    found.add(*_joined(*(np.concatenate(columns) for columns in zip(*parts, strict=True))))
+
+
+def _joined(owner: Int, logical: Int, start: Int, count: Int | None = None) -> tuple[Int, Int, Int, Int]:
+    """Runs (single blocks if no `count` is given) by owner and place in the file; those that go on where another ends made one."""
+    if not len(owner):
+        return owner, logical, start, start
+    count = np.ones(len(owner), np.int64) if count is None else count
+    order = np.lexsort((logical, owner))
+    owner, logical, start, count = owner[order], logical[order], start[order], count[order]
+    end, stop = logical + count, start + count
+    new = np.append(True, (owner[1:] != owner[:-1]) | (logical[1:] != end[:-1]) | (start[1:] != stop[:-1]))
+    at = np.flatnonzero(new)
+    return owner[at], logical[at], start[at], np.add.reduceat(count, at)

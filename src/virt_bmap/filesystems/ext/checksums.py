@@ -1,0 +1,67 @@
+"""CRC-32C and CRC-16 of many records at once, as ext4 and jbd2 use them: without the final inversion.
+
+A CRC is linear, so a record is folded like a tournament: neighbours are joined by moving the left one past the zero bytes
+that the right one takes the place of. A record of 4 KiB takes ten rounds, not four thousand steps.
+
+Sources: kernel lib/crc (crc32c reflected polynomial 0x82F63B78, crc16 reflected 0xA001); fs/ext4/super.c ext4_group_desc_csum.
+"""
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virt_bmap.arrays import Bytes
+
+U32 = NDArray[np.uint32]
+ALL_ONES = 0xFFFFFFFF
+
+
+def _table(polynomial: int, dtype: type) -> NDArray[np.generic]:
+    values = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        values = np.where(values & 1, (values >> 1) ^ np.uint32(polynomial), values >> 1).astype(np.uint32)
+    return values.astype(dtype)
+
+
+def _move(tables: U32, values: U32) -> U32:
+    """Each value moved past as many zero bytes as `tables`, of shape (4, 256), stand for."""
+    moved: U32 = tables[0][values & 0xFF]
+    for byte in (1, 2, 3):
+        moved ^= tables[byte][(values >> np.uint32(8 * byte)) & 0xFF]
+    return moved
+
+
+@cache
+def _moves(level: int) -> U32:
+    """Tables that move a value past 4 << level zero bytes."""
+    if level:
+        half = _moves(level - 1)
+        return _move(half, half)
+    one = _table(0x82F63B78, np.uint32)
+    values = np.arange(256, dtype=np.uint32)[None, :] << np.array([[0], [8], [16], [24]], np.uint32)
+    for _ in range(4):
+        values = one[values & 0xFF] ^ (values >> np.uint32(8))
+    return values.astype(np.uint32)
+
+
+def crc32c(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
+    """The CRC of each row of an (n, size) array; size is a multiple of 4, `seed` a number or one for each row."""
+    words = np.ascontiguousarray(data).view("<u4").astype(np.uint32)
+    words[:, 0] ^= np.asarray(seed, np.uint32)
+    level = 0
+    while words.shape[1] > 1:
+        if words.shape[1] % 2:  # zeroes in front change nothing
+            words = np.concatenate([np.zeros((len(words), 1), np.uint32), words], axis=1)
+        words = _move(_moves(level), words[:, 0::2]) ^ words[:, 1::2]
+        level += 1
+    return _move(_moves(0), words[:, 0])
+
+
+def crc16(data: Bytes, seed: int = 0xFFFF) -> NDArray[np.uint16]:
+    """The CRC of each row of an (n, size) array; for short records."""
+    table = _table(0xA001, np.uint16)
+    state = np.full(len(data), seed, np.uint16)
+    for column in data.T:
+        state = table[(state ^ column) & 0xFF] ^ (state >> np.uint16(8))
+    return state
