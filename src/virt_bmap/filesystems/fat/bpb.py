@@ -22,7 +22,6 @@ BOOT_SECTOR = struct(512, [
     (37, "BS_Reserved1", "u1"),
     (38, "BS_BootSig", "u1"),
     (39, "BS_VolID", "<u4"),
-    (43, "BS_VolLab", "V11"),
     (54, "BS_FilSysType", "V8"),
     # FAT32
     (36, "BPB_FATSz32", "<u4"),
@@ -34,7 +33,6 @@ BOOT_SECTOR = struct(512, [
     (65, "BS_Reserved1_32", "u1"),
     (66, "BS_BootSig_32", "u1"),
     (67, "BS_VolID_32", "<u4"),
-    (71, "BS_VolLab_32", "V11"),
     (82, "BS_FilSysType_32", "V8"),
     (510, "Signature_word", "<u2"),
 ])  # fmt: skip
@@ -47,7 +45,7 @@ MAX_CLUSTERS = {12: 0xFF4, 16: 0xFFF4, 32: 0xFFFFFF6}
 ENTRY = 32
 """Bytes of a directory entry."""
 EXTENDED = (0x28, 0x29)
-"""BS_BootSig: serial number follows, and with 0x29 the label too."""
+"""BS_BootSig: a serial number follows, and with 0x29 a label too."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,6 @@ class Geometry:
     backup: int
     state: int
     serial: int | None
-    label: bytes
 
     @property
     def data_end(self) -> int:
@@ -157,7 +154,6 @@ def read_geometry(sector: bytes, name: str) -> Geometry:
         active_fat=active, mirrored=not flags & 0x80, root_cluster=int(boot["BPB_RootClus"]) if wide else 0,
         fsinfo=_sector_of(boot, "BPB_FSInfo", wide, reserved), backup=_sector_of(boot, "BPB_BkBootSec", wide, reserved),
         state=int(boot[f"BS_Reserved1{suffix}"]), serial=int(boot[f"BS_VolID{suffix}"]) if signature in EXTENDED else None,
-        label=boot[f"BS_VolLab{suffix}"].tobytes() if signature == EXTENDED[1] else b"",
     )  # fmt: skip
 
 

@@ -1,0 +1,150 @@
+"""The directory tree of FAT or exFAT, a level a step: all directories of one level are read in one batch.
+
+Neither format has inode numbers. An entry's inode is the number of its 32-byte record on the volume (byte offset / 32), and
+the root's, which has no entry, is 0: there the boot sector lies.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, Intervals, expand, union
+from virt_bmap.contract import Problem
+from virt_bmap.filesystems.fat.bpb import ENTRY
+from virt_bmap.paths import MAX_DEPTH
+from virt_bmap.reader import Reader
+
+ROOT = 0
+BATCH = 32 << 20
+"""Bytes of directories that are looked at together: their arrays take some ten times as much."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Files and directories as their entries describe them, columns of one length; sizes in bytes."""
+
+    inode: Int
+    parent: Int
+    directory: Bool
+    cluster: Int
+    size: Int
+    valid: Int
+    """How much of `size` was ever written."""
+    contiguous: Bool
+    """The clusters follow each other on the volume, and the FAT says nothing of them (exFAT)."""
+    mtime_ns: Int
+    name: pa.Array
+
+    def take(self, keep: np.ndarray) -> "Entries":
+        """The rows that a boolean array asks for."""
+        columns: dict[str, Any] = {f.name: getattr(self, f.name)[keep] for f in fields(self)[:-1]}
+        return Entries(**columns, name=self.name.filter(pa.array(keep)))
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Where directories lie, sorted by directory and place in it: `length` bytes of `inode` from byte `offset` of it."""
+
+    inode: Int
+    start: Int
+    length: Int
+    offset: Int
+
+    def take(self, keep: np.ndarray) -> "Ranges":
+        """The rows that a boolean or index array asks for."""
+        return Ranges(self.inode[keep], self.start[keep], self.length[keep], self.offset[keep])
+
+
+@dataclass(frozen=True)
+class Tree:
+    """All that was found below the root."""
+
+    entries: Entries
+    ranges: Ranges
+    problems: list[Problem]
+
+    def names(self) -> pa.Table:
+        """The table `names`."""
+        return tables.make("names", volume=0, parent=self.entries.parent, inode=self.entries.inode, name=self.entries.name)
+
+
+Parse = Callable[[Bytes, Int, Int], Entries]
+"""raw entries (n, 32), the inode of the directory of each, the number of each on the volume -> what they describe"""
+
+
+def read_tree(reader: Reader, root: Ranges, locate: Callable[[Entries], Ranges], parse: Parse, largest: int) -> Tree:
+    """Read all directories from the root's ranges on; `locate` says where directories lie, `largest` how many bytes one may have."""
+    entries: list[Entries] = []
+    ranges: list[Ranges] = []
+    shared: list[Int] = []
+    oversize: list[Int] = []
+    seen = EMPTY, EMPTY
+    level = root
+    for _ in range(MAX_DEPTH):
+        again = _overlapping(level, seen)
+        shared.append(again)
+        level = level.take(~np.isin(level.inode, again)) if len(again) else level
+        if len(level.inode) == 0:
+            break
+        ranges.append(level)
+        seen = union(np.append(seen[0], level.start), np.append(seen[1], level.start + level.length))
+        oversize.append(level.inode[level.offset + level.length > largest])
+        found = _read_level(reader, level, parse, largest)
+        entries += found
+        level = join_ranges([locate(part.take(part.directory)) for part in found])
+    problems = list_problems([
+        ("directory-loop", "directories lie on clusters of another directory: not read twice", np.concatenate(shared) * ENTRY),
+        ("directory-size", f"parts of directories lie beyond the limit of {largest} bytes: not read",
+         np.concatenate(oversize) * ENTRY),
+        ("too-deep", f"directories lie more than {MAX_DEPTH} levels deep: not read", level.inode * ENTRY),
+    ])  # fmt: skip
+    return Tree(join_entries(entries), join_ranges(ranges), problems)
+
+
+def _read_level(reader: Reader, level: Ranges, parse: Parse, largest: int) -> list[Entries]:
+    """The entries of one level, in bounded batches of whole directories."""
+    length = np.clip(np.minimum(largest - level.offset, reader.size - level.start), 0, level.length) // ENTRY * ENTRY
+    total = np.cumsum(length)
+    same = np.append(False, level.inode[1:] == level.inode[:-1])
+    first = np.maximum.accumulate(np.where(same, 0, np.arange(len(same))))
+    batch = (total - length)[first] // BATCH
+    found = []
+    for number in np.unique(batch).tolist():
+        rows = np.flatnonzero((batch == number) & (length > 0))
+        raw = reader.read_ranges(level.start[rows], length[rows]).reshape(-1, ENTRY)
+        row, step = expand(length[rows] // ENTRY)
+        found.append(parse(raw, level.inode[rows][row], level.start[rows][row] // ENTRY + step))
+    return found
+
+
+def _overlapping(level: Ranges, seen: tuple[Int, Int]) -> Int:
+    """Directories that share bytes with one read before, or with another of this level (but the first)."""
+    start, end = level.start, level.start + level.length
+    order = np.argsort(start, kind="stable")
+    reach = np.maximum.accumulate(end[order]) if len(order) else EMPTY
+    late = order[1:][start[order][1:] < reach[:-1]]
+    old = Intervals(*seen).overlaps(start, end)[0] if len(seen[0]) else EMPTY
+    return np.unique(level.inode[np.append(late, old)])
+
+
+def join_ranges(parts: Sequence[Ranges]) -> Ranges:
+    """One after the other."""
+    return Ranges(*(np.concatenate([EMPTY, *(getattr(part, f.name) for part in parts)]) for f in fields(Ranges)))
+
+
+def join_entries(parts: Sequence[Entries]) -> Entries:
+    """One after the other."""
+    columns: dict[str, Any] = {
+        f.name: np.concatenate([getattr(part, f.name) for part in parts] or [EMPTY]) for f in fields(Entries)[:-1]
+    }
+    names = pa.concat_arrays([part.name for part in parts]) if parts else pa.array([], pa.binary())
+    return Entries(**columns, name=names)
+
+
+def list_problems(found: Sequence[tuple[str, str, Int]], severity: str = "error") -> list[Problem]:
+    """One problem for each kind of damage (code, what it is, offsets in bytes) that has at least one offset."""
+    return [Problem(code, f"{len(at)} {what}", int(at[0]), severity) for code, what, at in found if len(at)]
