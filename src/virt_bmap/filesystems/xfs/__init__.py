@@ -1,0 +1,105 @@
+"""XFS, versions 4 and 5.
+
+Read are: the headers of all allocation groups, their B-trees of free space, inodes and reference counts, all inode chunks with an inode in
+use, the B-trees of forks, all directory blocks that hold names, and the log as far as it tells whether it needs recovery.
+
+Sources: fs/xfs/libxfs (Linux 6.12): xfs_format.h, xfs_da_format.h, xfs_log_format.h, xfs_bmap_btree.c, xfs_dir2_data.c, xfs_dir2_sf.c;
+"XFS Algorithms & Data Structures", 3rd edition.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.arrays import Bool, Int
+from virt_bmap.contract import Filesystem
+from virt_bmap.filesystems.xfs import disk
+from virt_bmap.filesystems.xfs.columns import stack, take
+from virt_bmap.filesystems.xfs.damage import Damage
+from virt_bmap.filesystems.xfs.directories import Names, read_directories, stack_names
+from virt_bmap.filesystems.xfs.forks import ATTR_FORK, Extents, split, tree_extents, usable
+from virt_bmap.filesystems.xfs.geometry import Geometry, read_geometry, uuid_text
+from virt_bmap.filesystems.xfs.groups import read_groups
+from virt_bmap.filesystems.xfs.inodes import Inodes, read_inodes
+from virt_bmap.reader import Reader
+
+NAME = "xfs"
+
+
+def probe(reader: Reader) -> bool:
+    """The magic number of the first superblock."""
+    return reader.read_clipped(0, 4) == b"XFSB"
+
+
+def read(reader: Reader, others: tuple[Reader, ...] = ()) -> Filesystem:
+    """All tables of the filesystem."""
+    geometry = read_geometry(reader)
+    damage, rows = Damage(), tables.ExtentRows()
+    _log_rows(geometry, damage, rows)
+    groups = read_groups(reader, geometry, damage, rows)
+    contents = read_inodes(reader, geometry, damage, groups, rows)
+    inodes = contents.inodes
+    grown = tree_extents(reader, geometry, damage, contents.roots, inodes.number, rows)
+    extents = usable(geometry, damage, stack(Extents, [contents.extents, grown]), inodes.realtime, inodes.record)
+    in_blocks = read_directories(reader, geometry, damage, take(extents, _of(extents, inodes, tables.T_DIRECTORY)), inodes.number)
+    _fork_rows(geometry, damage, inodes, extents, groups.shared, rows)
+    names = _names_table(damage, stack_names([contents.names, in_blocks]), inodes)
+    return Filesystem(
+        type=NAME, size=geometry.size, block_size=geometry.block_size, root=geometry.rootino, state="clean",
+        inodes=_inodes_table(inodes), names=names, extents=rows.table(0), uuid=uuid_text(geometry.uuid), label=geometry.label or None,
+        features=" ".join(geometry.features), problems=damage.problems(),
+    )  # fmt: skip
+
+
+def _log_rows(geometry: Geometry, damage: Damage, rows: tables.ExtentRows) -> None:
+    """An internal log is one run of blocks in one allocation group."""
+    if geometry.logstart:
+        start = geometry.block_offset(np.array([geometry.logstart]))
+        rows.add(tables.METADATA, start, geometry.logblocks * geometry.block_size, part="log")
+
+
+def _of(extents: Extents, inodes: Inodes, kind: int) -> Bool:
+    """Which extents are content of inodes of this type."""
+    result: Bool = (inodes.type[extents.owner] == kind) & (extents.fork != ATTR_FORK)
+    return result
+
+
+def _fork_rows(
+    geometry: Geometry, damage: Damage, inodes: Inodes, extents: Extents, shared: tuple[Int, Int], rows: tables.ExtentRows
+) -> None:
+    """Rows for all extents of all forks; those of files are cut where sharing begins and ends."""
+    number = inodes.number[extents.owner]
+    start, length = geometry.block_offset(extents.block), extents.count * geometry.block_size
+
+    def add(which: Bool, kind: int, part: str | None = None) -> None:
+        if which.any():
+            rows.add(kind, start[which], length[which], inode=number[which], part=part)
+
+    add(extents.fork == ATTR_FORK, tables.XATTR)
+    add(_of(extents, inodes, tables.T_SYMLINK), tables.SYMLINK)
+    place = extents.file_block * geometry.block_size
+    directory = _of(extents, inodes, tables.T_DIRECTORY)
+    add(directory & (place < disk.DIR2_LEAF_OFFSET), tables.DIRECTORY)
+    add(directory & (place >= disk.DIR2_LEAF_OFFSET) & (place < disk.DIR2_FREE_OFFSET), tables.DIRECTORY, "leaf")
+    add(directory & (place >= disk.DIR2_FREE_OFFSET), tables.DIRECTORY, "free index")
+    hidden = _of(extents, inodes, tables.T_METADATA)
+    for inode, name in geometry.hidden.items():
+        add(hidden & (number == inode), tables.METADATA, name)
+    mine = np.flatnonzero(_of(extents, inodes, tables.T_FILE))
+    row, at, size, flags = split((start[mine], length[mine]), shared, damage)
+    row = mine[row]
+    kind = np.where(extents.unwritten[row] != 0, tables.UNWRITTEN, tables.DATA)
+    rows.add(kind, at, size, inode=number[row], file_offset=place[row] + at - start[row], flags=flags)
+
+
+def _inodes_table(inodes: Inodes) -> pa.Table:
+    return tables.make(
+        "inodes", volume=0, inode=inodes.number, type=inodes.type, mode=inodes.mode, uid=inodes.uid, gid=inodes.gid, size=inodes.size,
+        nlink=inodes.nlink, mtime_ns=inodes.mtime_ns, flags=inodes.flags, record_offset=inodes.record,
+    )  # fmt: skip
+
+
+def _names_table(damage: Damage, names: Names, inodes: Inodes) -> pa.Table:
+    ends = np.append(0, np.cumsum(names.length)).astype(np.int32)
+    name = pa.BinaryArray.from_buffers(pa.binary(), len(names.length), [None, pa.py_buffer(ends), pa.py_buffer(names.data)])
+    return tables.make("names", volume=0, parent=names.parent, inode=names.inode, name=name)

@@ -1,0 +1,264 @@
+"""Inodes: the chunks that the inode B-trees name, read a batch at a time, and what the records themselves hold.
+
+A chunk is 64 inodes; a sparse chunk lacks some groups of four. Only groups of four with an inode in use are read. What the records
+hold inline (short directories, symlink targets, attributes, extent lists, roots of B-trees) is taken out while the batch is in
+memory: on a disk full of small files that is nearly everything.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from virt_bmap import tables
+from virt_bmap.arrays import Bool, Bytes, Int, expand, union
+from virt_bmap.filesystems.xfs import disk
+from virt_bmap.filesystems.xfs.btree import BATCH, MAX_LEVELS
+from virt_bmap.filesystems.xfs.columns import stack
+from virt_bmap.filesystems.xfs.damage import Damage
+from virt_bmap.filesystems.xfs.directories import Names, short_form, stack_names
+from virt_bmap.filesystems.xfs.forks import ATTR_FORK, DATA_FORK, Extents, Roots, decode
+from virt_bmap.filesystems.xfs.geometry import Geometry
+from virt_bmap.filesystems.xfs.groups import Groups
+from virt_bmap.layout import records
+from virt_bmap.reader import Reader
+
+GROUP = disk.INODES_PER_HOLEMASK_BIT
+GROUPS = disk.INODES_PER_CHUNK // GROUP
+
+
+@dataclass(frozen=True)
+class Inodes:
+    """Inodes in use; `record` is the byte where each one's record lies, `realtime` 1 where its content is on the other device."""
+
+    number: Int
+    record: Int
+    type: Int
+    mode: Int
+    uid: Int
+    gid: Int
+    size: Int
+    nlink: Int
+    mtime_ns: Int
+    flags: Int
+    next_unlinked: Int
+    realtime: Int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the inode records hold: extent lists, roots of fork B-trees, and names of short directories."""
+
+    inodes: Inodes
+    extents: Extents
+    roots: Roots
+    names: Names
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """One fork of each inode of a batch: its format and number of extents, and the bytes [start, end) it may take in the batch."""
+
+    which: int
+    format: Int
+    nextents: Int
+    start: Int
+    end: Int
+
+
+def read_inodes(reader: Reader, geometry: Geometry, damage: Damage, groups: Groups, rows: tables.ExtentRows) -> Contents:
+    """All inodes in use, and what their records hold; chunks and inline contents become `rows`."""
+    parts: list[Contents] = []
+    known = 0
+    for data, number, used in _batches(reader, geometry, *_chunks(geometry, damage, groups, rows)):
+        part = _contents(geometry, damage, data, number, used, known, rows)
+        known += len(part.inodes.number)
+        parts.append(part)
+    return Contents(
+        stack(Inodes, [part.inodes for part in parts]), stack(Extents, [part.extents for part in parts]),
+        stack(Roots, [part.roots for part in parts]), stack_names([part.names for part in parts]),
+    )  # fmt: skip
+
+
+def _chunks(geometry: Geometry, damage: Damage, groups: Groups, rows: tables.ExtentRows) -> tuple[Int, Bool]:
+    """Groups of four inodes of which at least one is in use: number of the first, and which of the four are (n, 4)."""
+    agno, found = groups.chunks_agno, groups.chunks
+    first = found["ir_startino"].astype(np.int64)
+    low, high = first * geometry.inode_size, (first + disk.INODES_PER_CHUNK) * geometry.inode_size
+    room = geometry.group_blocks(agno) * geometry.block_size
+    number = (agno << geometry.agi_bits) | first
+    place = geometry.group_offset(agno)
+    good = (low >= 4 * geometry.sector_size) & (high <= room) & (place + high <= geometry.limit) & (first % GROUP == 0)
+    damage.check(good, "inode-chunk", "inode chunks lie outside their allocation group", place)
+    order = np.argsort(np.where(good, number, -1), kind="stable")[np.count_nonzero(~good) :]
+    again = np.append(False, np.diff(number[order]) < disk.INODES_PER_CHUNK)
+    damage.check(~again, "inode-chunk-overlap", "inode chunks overlap others", geometry.inode_offset(number[order]))
+    order = order[~again]
+    hole = np.zeros((len(order), GROUPS), bool)
+    if geometry.has("sparse"):
+        hole = (found["ir_holemask"][order, None].astype(np.int64) >> np.arange(GROUPS)) & 1 > 0
+    start = number[order, None] + np.arange(0, disk.INODES_PER_CHUNK, GROUP)
+    offset = geometry.inode_offset(start[~hole])
+    begin, end = union(offset, offset + GROUP * geometry.inode_size)
+    rows.add(tables.METADATA, begin, end - begin, part="inode chunk")
+    free = found["ir_free"][order].astype("<u8").view(np.uint8).reshape(-1, 8)
+    used = (np.unpackbits(free, axis=1, bitorder="little") == 0).reshape(-1, GROUPS, GROUP) & ~hole[:, :, None]
+    some = used.any(axis=2)
+    return start[some], used[some]
+
+
+def _batches(reader: Reader, geometry: Geometry, start: Int, used: Bool) -> Iterator[tuple[Bytes, Int, Bool]]:
+    """Inode records in bounded batches: bytes (n, inode size), the inode number and whether it is in use, for each."""
+    size = GROUP * geometry.inode_size
+    step = BATCH // size
+    for first in range(0, len(start), step):
+        some = start[first : first + step]
+        data = reader.read_blocks(geometry.inode_offset(some), size).reshape(-1, geometry.inode_size)
+        yield data, (some[:, None] + np.arange(GROUP)).reshape(-1), used[first : first + step].reshape(-1)
+
+
+def _contents(
+    geometry: Geometry, damage: Damage, data: Bytes, number: Int, used: Bool, known: int, rows: tables.ExtentRows
+) -> Contents:
+    """What a batch of records holds. The owners in the result count from `known`, the inodes found in earlier batches."""
+    dtype = disk.DINODE3 if geometry.crc else disk.DINODE
+    row = np.flatnonzero(used)
+    core = records(data[row, : dtype.itemsize], dtype)
+    good = (core["di_magic"] == disk.DINODE_MAGIC) & (core["di_mode"] != 0)
+    damage.check(good, "inode", "inodes that are in use have a wrong magic number or mode 0", geometry.inode_offset(number[row]))
+    if not good.all():
+        row, core = row[good], core[good]
+    inodes = _inodes(geometry, damage, core, number[row])
+    data_fork, attr_fork = _forks(geometry, damage, core, row * geometry.inode_size, inodes)
+    flat = data.reshape(-1)
+    move = inodes.record - row * geometry.inode_size
+    names = _data_inline(geometry, damage, flat, inodes, data_fork, move, rows)
+    _attributes_inline(geometry, damage, flat, inodes, attr_fork, move, rows)
+    forks = (data_fork, attr_fork)
+    return Contents(
+        inodes, stack(Extents, [_extents(damage, flat, fork, inodes.record, known) for fork in forks]),
+        stack(Roots, [_roots(damage, flat, fork, inodes.record, known) for fork in forks]), names,
+    )  # fmt: skip
+
+
+def _inodes(geometry: Geometry, damage: Damage, core: np.ndarray, number: Int) -> Inodes:
+    """The core of each record as columns."""
+    place = geometry.inode_offset(number)
+    mode = core["di_mode"].astype(np.int64)
+    kind = tables.type_of_mode(mode).astype(np.int64)
+    kind[np.isin(number, list(geometry.hidden))] = tables.T_METADATA
+    nlink = np.where(core["di_version"] == 1, core["di_onlink"], core["di_nlink"]).astype(np.int64)
+    if geometry.crc:
+        damage.check(core["di_ino"] == number, "inode-number", "inodes hold another inode's number", place)
+    # without bigtime: seconds and nanoseconds, each 32 bits, the seconds signed
+    stamp = core["di_mtime"].astype(np.int64)
+    mtime = (stamp >> 32) * 1_000_000_000 + (stamp & 0xFFFFFFFF)
+    if geometry.has("bigtime"):
+        late = core["di_mtime"].view(">u8").astype(np.uint64) if core.flags.contiguous else stamp.astype(np.uint64)
+        epoch = np.uint64(disk.BIGTIME_EPOCH_NS)
+        top = np.uint64(np.iinfo(np.int64).max)  # the year 2262: later ones, up to 2486, are cut off there
+        after = np.minimum(late - np.minimum(late, epoch), top).astype(np.int64)
+        before = (epoch - np.minimum(late, epoch)).astype(np.int64)
+        big = (core["di_flags2"] & disk.DIFLAG2_BIGTIME) != 0
+        mtime = np.where(big, after - before, mtime)
+    flags = np.where(core["di_flags"] & disk.DIFLAG_IMMUTABLE, tables.I_IMMUTABLE, 0)
+    flags |= np.where((nlink == 0) & (kind != tables.T_METADATA), tables.I_DELETED, 0)
+    size = core["di_size"].astype(np.int64)
+    damage.check(size >= 0, "inode-size", "inodes have a size of more than 2^63 bytes", place)
+    return Inodes(
+        number, place, kind, mode, core["di_uid"].astype(np.int64), core["di_gid"].astype(np.int64), np.maximum(size, 0), nlink, mtime,
+        flags, core["di_next_unlinked"].astype(np.int64), (core["di_flags"] & disk.DIFLAG_REALTIME).astype(np.int64),
+    )  # fmt: skip
+
+
+def _forks(geometry: Geometry, damage: Damage, core: np.ndarray, base: Int, inodes: Inodes) -> tuple[_Fork, _Fork]:
+    """Where the two forks of each record lie in the batch. di_forkoff, in units of 8 bytes, divides the literal area."""
+    literal = core.dtype.itemsize
+    forkoff = core["di_forkoff"].astype(np.int64) * 8
+    good = damage.check(
+        literal + forkoff < geometry.inode_size, "fork-offset", "inodes have a di_forkoff outside the inode", inodes.record
+    )
+    split = np.where(good & (forkoff > 0), forkoff, geometry.inode_size - literal)
+    nextents, anextents = core["di_nextents"].astype(np.int64), core["di_anextents"].astype(np.int64)
+    if geometry.has("nrext64"):
+        large = (core["di_flags2"] & disk.DIFLAG2_NREXT64) != 0
+        anextents = np.where(large, nextents, anextents)
+        nextents = np.where(large, np.minimum(core["di_big_nextents"], 1 << 62).astype(np.int64), nextents)
+    middle, end = base + literal + split, base + geometry.inode_size
+    # device nodes keep their number where others have extents; only files, directories and symlinks have blocks
+    own = np.isin(inodes.type, (tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK, tables.T_METADATA))
+    wanted = {tables.T_FILE: (disk.FMT_EXTENTS, disk.FMT_BTREE), tables.T_METADATA: (disk.FMT_EXTENTS, disk.FMT_BTREE)}
+    both = (disk.FMT_LOCAL, disk.FMT_EXTENTS, disk.FMT_BTREE)
+    form, aform = core["di_format"].astype(np.int64), core["di_aformat"].astype(np.int64)
+    allowed = np.isin(form, both) & ~(np.isin(inodes.type, list(wanted)) & (form == disk.FMT_LOCAL))
+    damage.check(allowed | ~own, "fork-format", "inodes have a data fork of a format that can't be", inodes.record)
+    damage.check(
+        (forkoff == 0) | np.isin(aform, both),
+        "attribute-format",
+        "inodes have an attribute fork of a format that can't be",
+        inodes.record,
+    )
+    return (
+        _Fork(DATA_FORK, np.where(own & allowed, form, disk.FMT_DEV), nextents, base + literal, middle),
+        _Fork(ATTR_FORK, np.where(middle < end, aform, disk.FMT_DEV), anextents, middle, end),
+    )
+
+
+def _data_inline(
+    geometry: Geometry, damage: Damage, flat: Bytes, inodes: Inodes, fork: _Fork, move: Int, rows: tables.ExtentRows
+) -> Names:
+    """Short directories and symlink targets in the data fork. `move`: from a place in the batch to one on the volume."""
+    local = np.flatnonzero(fork.format == disk.FMT_LOCAL)
+    fits = inodes.size[local] <= (fork.end - fork.start)[local]
+    local = local[damage.check(fits, "inline-size", "inodes are larger than their inline data", inodes.record[local])]
+    start, size = fork.start[local], inodes.size[local]
+    directory = inodes.type[local] == tables.T_DIRECTORY
+    for kind, mine in ((tables.DIRECTORY, directory), (tables.SYMLINK, ~directory)):
+        rows.add(kind, (start + move[local])[mine], size[mine], inode=inodes.number[local[mine]], flags=tables.INLINE)
+    local, start, size = local[directory], start[directory], size[directory]
+    return short_form(flat, start, start + size, inodes.number[local], inodes.record[local], geometry.has("ftype"), damage)
+
+
+def _attributes_inline(
+    geometry: Geometry, damage: Damage, flat: Bytes, inodes: Inodes, fork: _Fork, move: Int, rows: tables.ExtentRows
+) -> None:
+    """Attributes in the attribute fork: struct xfs_attr_sf_hdr, two bytes of total size and the count."""
+    local = np.flatnonzero((fork.format == disk.FMT_LOCAL) & (fork.end - fork.start >= 4))
+    start = fork.start[local]
+    size = flat[start].astype(np.int64) << 8 | flat[start + 1]
+    fits = damage.check(size <= (fork.end - fork.start)[local], "inline-attributes", "inline attributes are larger than their fork",
+                        inodes.record[local])  # fmt: skip
+    some = fits & (flat[start + 2] > 0)
+    rows.add(tables.XATTR, (start + move[local])[some], size[some], inode=inodes.number[local[some]], flags=tables.INLINE)
+
+
+def _extents(damage: Damage, flat: Bytes, fork: _Fork, place: Int, known: int) -> Extents:
+    """Extent lists in the records."""
+    mine = np.flatnonzero((fork.format == disk.FMT_EXTENTS) & (fork.nextents > 0))
+    start, count = fork.start[mine], fork.nextents[mine]
+    room = (fork.end[mine] - start) // disk.BMBT_REC_SIZE
+    damage.check(count <= room, "extent-count", "inodes claim more extents than they have room for", place[mine])
+    row, step = expand(np.minimum(count, room))
+    # the literal area begins on a multiple of 4, not always of 8: the words are seen from where it begins
+    shift = int(start[0] % 8) if len(start) else 0
+    words = flat[shift : shift + (len(flat) - shift) // 8 * 8].view(">u8")
+    at = (start[row] - shift) // 8 + 2 * step
+    owner = known + mine[row]
+    return decode(owner, np.full(len(owner), fork.which), words[at].astype(np.uint64), words[at + 1].astype(np.uint64))
+
+
+def _roots(damage: Damage, flat: Bytes, fork: _Fork, place: Int, known: int) -> Roots:
+    """struct xfs_bmdr_block: level and number of records (2 bytes each), keys, pointers; both 8 bytes."""
+    mine = np.flatnonzero(fork.format == disk.FMT_BTREE)
+    start = fork.start[mine]
+    room = np.maximum(0, (fork.end[mine] - start - 4) // 16)
+    head = flat[np.minimum(start[:, None] + np.arange(4), len(flat) - 1)].astype(np.int64)
+    level, count = head[:, 0] << 8 | head[:, 1], head[:, 2] << 8 | head[:, 3]
+    good = (count > 0) & (count <= room) & (level > 0) & (level < MAX_LEVELS)
+    damage.check(good, "tree-root", "roots of bmbt in inodes have a wrong level or count", place[mine])
+    mine, start, room, level, count = mine[good], start[good], room[good], level[good], count[good]
+    row, step = expand(count)
+    at = (start + 4 + 8 * room)[row] + 8 * step
+    raw = np.ascontiguousarray(flat[at[:, None] + np.arange(8)]).view(">u8")[:, 0]
+    block = np.where(raw < 1 << 62, raw, 0).astype(np.int64) - (raw >= 1 << 62)
+    return Roots(known + mine[row], np.full(len(row), fork.which), block, level[row] - 1)
