@@ -5,10 +5,10 @@ The contract is described in `virt_bmap.contract`; docs/adding-a-format.md walks
 
 from types import ModuleType
 
-from virt_bmap.filesystems import ext, fat
+from virt_bmap.filesystems import ext, fat, xfs
 from virt_bmap.reader import Reader
 
-FILESYSTEMS: tuple[ModuleType, ...] = (ext, fat)
+FILESYSTEMS: tuple[ModuleType, ...] = (ext, xfs, fat)
 """In probe order: magics that lie deeper or are longer first, so that leftovers of an older filesystem lose."""
 
 
