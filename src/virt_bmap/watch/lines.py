@@ -1,0 +1,89 @@
+"""The live log: `read f /dev/sda1 /Boot/BCD`, one line for consecutive accesses to one object, as the original printed.
+
+Behind a tab, which no escaped name contains, follow the ranges of the file that were touched (of the disk, behind an `@`, for what has no
+file offsets). A line is written when another object is touched, or when the guest pauses.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from virt_bmap import tables
+from virt_bmap.arrays import Int, union
+from virt_bmap.watch.accesses import Accesses
+from virt_bmap.watch.resolve import Resolver, Touched
+
+MOST_RANGES = 4
+"""Ranges shown on one line. A line for a person; the trace has them all."""
+SILENT = ("flush", "cache")
+"""Operations that touch no object's bytes, or only might."""
+
+
+class LineLog:
+    """Puts accesses of one disk into lines for `write`. `inline` names also what lies inside the blocks of another object."""
+
+    def __init__(self, resolver: Resolver, write: Callable[[list[str]], None], inline: bool = False) -> None:
+        self.resolver = resolver
+        self.write = write
+        self.inline = inline
+        self._key = -1
+        self._open: list[Touched] = []
+
+    def add(self, accesses: Accesses, touched: Touched) -> None:
+        """Write the lines that these accesses complete."""
+        op = accesses.op[touched.access]
+        keep = ~np.isin(op, [tables.OPS.index(name) for name in SILENT])
+        if not self.inline:
+            keep &= ~touched.inline
+        touched, op = touched.take(keep), op[keep]
+        if not len(touched):
+            return
+        key = touched.object * len(tables.OPS) + op
+        first = np.flatnonzero(np.append(key[0] != self._key, key[1:] != key[:-1]))
+        if len(first) == 0:
+            self._open.append(touched)
+            return
+        last = np.append(first[1:], len(key))
+        if first[0] > 0:
+            self._open.append(touched.take(np.arange(first[0])))
+        self.flush()
+        self._write_runs(touched, key, first[:-1], last[:-1])
+        self._key = int(key[-1])
+        self._open = [touched.take(np.arange(first[-1], len(key)))]
+
+    def flush(self) -> None:
+        """Write the line that is still open, at a pause or at the end."""
+        if self._open:
+            joined = Touched(
+                *(np.concatenate([getattr(part, name) for part in self._open]) for name in Touched.__dataclass_fields__)
+            )
+            self._write_runs(joined, np.full(len(joined), self._key), np.zeros(1, np.int64), np.full(1, len(joined)))
+        self._key, self._open = -1, []
+
+    def _write_runs(self, touched: Touched, key: Int, first: Int, last: Int) -> None:
+        """One line for the pieces [first[i], last[i]) each."""
+        if not len(first):
+            return
+        objects = key[first] // len(tables.OPS)
+        labels = self.resolver.labels(objects)
+        inside = touched.file_offset >= 0
+        low = np.where(inside, touched.file_offset, touched.start)
+        high = low + touched.end - touched.start
+        single = (last - first == 1).tolist()
+        lines = []
+        for op, number, begin, end, one in zip(
+            (key[first] % len(tables.OPS)).tolist(), objects.tolist(), first.tolist(), last.tolist(), single, strict=True
+        ):
+            letter, device, name = labels[number]
+            where = f"{low[begin]:#x}-{high[begin]:#x}" if one else _ranges(low[begin:end], high[begin:end])
+            lines.append(
+                f"{tables.OPS[op]} {letter} {device}{' ' if name else ''}{name}\t{'' if inside[begin] else '@'}{where}\n"
+            )
+        self.write(lines)
+
+
+def _ranges(low: Int, high: Int) -> str:
+    low, high = union(low, high)
+    text = ",".join(f"{a:#x}-{b:#x}" for a, b in zip(low[:MOST_RANGES].tolist(), high[:MOST_RANGES].tolist(), strict=True))
+    more = len(low) - MOST_RANGES
+    return f"{text},... ({more} more, {int((high - low).sum())} bytes in all)" if more > 0 else text

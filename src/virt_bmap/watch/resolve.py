@@ -1,0 +1,180 @@
+"""Accesses to objects: every file, directory and piece of metadata that a request touches, in batches.
+
+An object is what one line of the log names: (volume, kind, inode, part), or a whole volume where the map knows nothing better. Objects are
+numbered once for the map, so that all later work on accesses is arithmetic on numbers; names are looked up when they are shown.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.arrays import Bool, Int, Intervals, complement
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.outputs.escape import escape
+from virt_bmap.outputs.listing import LETTERS
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Pieces of accesses, by access and then by place: access number `access` touches bytes [start, end) of the disk, which belong to `object`.
+
+    `file_offset` is where in the file the piece begins, -1 where that means nothing or is not known. `inline` marks objects that lie inside
+    another's block (a symbolic link in its inode): they are touched whenever that block is.
+    """
+
+    access: Int
+    object: Int
+    start: Int
+    end: Int
+    file_offset: Int
+    inline: Bool
+
+    def __len__(self) -> int:
+        return len(self.access)
+
+    def take(self, keep: np.ndarray) -> "Touched":
+        """The rows that a boolean or index array asks for."""
+        return Touched(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+
+
+class Resolver:
+    """Finds the objects of a map's disks."""
+
+    def __init__(self, bmap: BlockMap) -> None:
+        self.bmap = bmap
+        table = bmap.extents
+        self._offset = tables.integers(table, "volume_offset")
+        self._file_offset = tables.integers(table, "file_offset")
+        self._inline = (tables.integers(table, "flags") & tables.INLINE) != 0
+        volume, inode, kind = (
+            tables.integers(table, "volume"),
+            tables.integers(table, "inode"),
+            tables.codes(table, "kind").astype(np.int64),
+        )
+        part = table.column("part").combine_chunks()
+        self._parts = part.dictionary.to_pylist()
+        code = part.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        first, self._object = _number(volume, kind, inode, code)
+        self._volume, self._kind, self._inode, self._part = volume[first], kind[first], inode[first], code[first]
+        self.named = len(first)
+        """Objects from this number on are whole volumes."""
+        self._labels: dict[int, tuple[str, str, str]] = {}
+
+    def touched(self, disk: int, offset: Int, length: Int) -> Touched:
+        """What the requests for [offset[i], +length[i]) of disk number `disk` (from 1) touch."""
+        size = self.bmap.volumes.column("size")[self.bmap.disks[disk - 1]].as_py()
+        offset = np.minimum(offset, size)
+        length = np.minimum(length, size - offset)
+        found = self.bmap.owners(disk, offset, offset + length)
+        extents = found.take(found.extent >= 0)
+        row = extents.extent
+        file_offset = self._file_offset[row]
+        file_offset = np.where(file_offset >= 0, file_offset + extents.inside - self._offset[row], -1)
+        pieces = Touched(extents.query, self._object[row], extents.start, extents.end, file_offset, self._inline[row])
+        base = np.cumsum(length) - length - offset  # places all requests one after the other, so that they can't overlap
+        left = complement(pieces.start + base[pieces.access], pieces.end + base[pieces.access], 0, int(length.sum()))
+        if len(left[0]):
+            volumes = found.take(found.extent < 0)
+            pieces = _join(
+                pieces, self._nameless(left, volumes.query, volumes.volume, volumes.start, volumes.end, volumes.depth, base)
+            )
+        return pieces.take(np.lexsort((pieces.inline, pieces.start, pieces.access)))
+
+    def _nameless(self, left: tuple[Int, Int], query: Int, volume: Int, start: Int, end: Int, depth: Int, base: Int) -> Touched:
+        """The innermost volumes that hold the bytes `left` (in places as `base` gives them)."""
+        index = Intervals(start + base[query], end + base[query])
+        at, row = index.overlaps(*left)
+        low, high = np.maximum(left[0][at], index.starts[row]), np.minimum(left[1][at], index.ends[row])
+        covered = Intervals(low, high)
+        # a piece goes to a volume unless a deeper one covers it too: volumes of one request nest, so one comparison is enough
+        one, other = covered.overlaps(low, high)
+        hidden = np.zeros(len(low), bool)
+        inner = (depth[row[other]] > depth[row[one]]) & (low[other] <= low[one]) & (high[other] >= high[one])
+        hidden[one[inner]] = True
+        keep = np.flatnonzero(~hidden)
+        access = query[row[keep]]
+        nothing = np.full(len(keep), -1, np.int64)
+        return Touched(access, self.named + volume[row[keep]], low[keep] - base[access], high[keep] - base[access], nothing,
+                       np.zeros(len(keep), bool))  # fmt: skip
+
+    def volume_of(self, objects: Int) -> Int:
+        """The volume on which each object lies."""
+        extent = np.minimum(objects, max(0, self.named - 1))
+        inside: Int = np.where(objects < self.named, self._volume[extent], objects - self.named) if self.named else objects
+        return inside
+
+    def kind_of(self, objects: Int) -> Int:
+        """The kind of each object as a code of tables.KINDS, -1 for a whole volume."""
+        return self._of(self._kind, objects)
+
+    def inode_of(self, objects: Int) -> Int:
+        """The inode of each object, -1 where it has none."""
+        return self._of(self._inode, objects)
+
+    def _of(self, column: Int, objects: Int) -> Int:
+        result = np.full(len(objects), -1, np.int64)
+        is_named = objects < self.named
+        result[is_named] = column[objects[is_named]]
+        return result
+
+    def paths(self, objects: Int) -> pa.Array:
+        """The path of each object as large_binary, the first one of a file with several names; null where there is none."""
+        inode, volume = self.inode_of(objects), self.volume_of(objects)
+        where = np.full(len(objects), -1, np.int64)
+        parts, base = [pa.array([], pa.large_binary())], 0
+        for number in np.unique(volume[inode >= 0]).tolist():
+            known, path = self.bmap.paths(number)
+            mine = np.flatnonzero((volume == number) & (inode >= 0))
+            at = np.searchsorted(known, inode[mine])
+            hit = at < len(known)
+            hit[hit] = known[at[hit]] == inode[mine][hit]
+            where[mine[hit]] = base + at[hit]
+            parts.append(path)
+            base += len(path)
+        return pa.concat_arrays(parts).take(pa.array(where, mask=where < 0))
+
+    def parts(self, objects: Int) -> pa.Array:
+        """The metadata structure or named stream that each object is; null where it is plain content."""
+        code = self._of(self._part, objects).astype(np.int16)
+        return pa.DictionaryArray.from_arrays(pa.array(code, mask=code < 0), pa.array(self._parts, pa.string()))
+
+    def labels(self, objects: Int) -> dict[int, tuple[str, str, str]]:
+        """(letter of the kind, device, escaped name) of each object, kept once found. A volume and free space have an empty name."""
+        new = np.array([number for number in np.unique(objects).tolist() if number not in self._labels], np.int64)
+        if len(new):
+            names = self.bmap.volumes.column("name").to_pylist()
+            kinds = self.bmap.volumes.column("kind").to_pylist()
+            columns = (new, self.volume_of(new), self.kind_of(new), self.inode_of(new), self._of(self._part, new))
+            for number, volume, kind, inode, part, path in zip(
+                *(c.tolist() for c in columns), self.paths(new).to_pylist(), strict=True
+            ):
+                letter = LETTERS[tables.KINDS[kind] if kind >= 0 else kinds[volume]]
+                word = f"[{escape(self._parts[part].encode())}]" if part >= 0 else ""
+                if path is None:
+                    name = word or (f"[inode {inode}]" if inode >= 0 else "")
+                else:
+                    name = f"{escape(path)}:{word}" if word and kind in (tables.DATA, tables.UNWRITTEN) else escape(path)
+                self._labels[number] = letter, escape(names[volume].encode()), name
+        return self._labels
+
+
+def _number(volume: Int, kind: Int, inode: Int, part: Int) -> tuple[Int, Int]:
+    """Give equal rows one number: (the first row of each number, the number of each row)."""
+    columns = [volume, kind, inode + 1, part + 1]
+    if len(volume) == 0:
+        return columns[0], columns[0]
+    widths = [int(column.max()) + 1 for column in columns]
+    if widths[0] * widths[1] * widths[2] * widths[3] >= 1 << 62:  # inode numbers near 2**63: take their ranks instead
+        columns[2] = np.unique(columns[2], return_inverse=True)[1].astype(np.int64)
+        widths[2] = len(volume)
+    key = columns[0]
+    for column, width in zip(columns[1:], widths[1:], strict=True):
+        key = key * width + column
+    _, first, number = np.unique(key, return_index=True, return_inverse=True)
+    return first.astype(np.int64), number.astype(np.int64)
+
+
+def _join(one: Touched, other: Touched) -> Touched:
+    return Touched(*(np.concatenate([getattr(one, name), getattr(other, name)]) for name in Touched.__dataclass_fields__))

@@ -1,0 +1,206 @@
+"""A disk served at C speed with its accesses logged: nbdkit with the log filter, on a Unix socket in a private folder.
+
+    client -> nbdkit: log filter -> cow filter (unless writing) -> file plugin                 raw files and block devices
+                                                                -> nbd plugin -> qemu-nbd      qcow2, vmdk, ...
+                                                                -> nbd plugin -> the server    NBD URIs
+
+The log goes to a file in memory, not through a pipe: nbdkit writes each line before it serves the request, so a full pipe would
+stall the guest. The file is followed, and what has been read is punched out of it, so that it stays as small as the backlog.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from virt_bmap.errors import ImageError, MissingTool
+from virt_bmap.images import nbd, qemu
+from virt_bmap.images.raw import RawReader
+
+START_TIMEOUT = 30.0
+"""Seconds that a server gets to open its disk and listen."""
+STOP_TIMEOUT = 10.0
+BACKLOG = 256 << 20
+"""Bytes of log that may wait: some 3 million requests. What lies further back is dropped, and counted through the gap in the ids."""
+PIECE = 4 << 20
+COW_BLOCK = 4096
+"""Block size of the throw-away layer. With nbdkit's default of 64 KiB every 4 KiB read would fetch 64 KiB."""
+COW_BLOCK_LARGE = 65536
+COW_LARGE = 1 << 41
+"""The layer's bitmap takes 2 bits a block (128 MiB here): larger disks get larger blocks."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A disk to serve: a path and the format it was mapped with, or an NBD URI (format "raw")."""
+
+    image: str
+    format: str
+    size: int
+    references: bool = False
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server."""
+
+    socket: str
+    log: str
+    process: "subprocess.Popen[bytes]"
+    messages: str
+
+    @property
+    def uri(self) -> str:
+        """What NBD clients are given."""
+        return f"nbd+unix:///?socket={self.socket}"
+
+    @property
+    def nbd(self) -> str:
+        """QEMU's older way to name it, as nbdkit's own $nbd."""
+        return f"nbd:unix:{self.socket}"
+
+    def words(self) -> str:
+        """The last thing that the server said on its standard error."""
+        with open(self.messages, errors="replace") as file:
+            lines = file.read().strip().splitlines()
+        return lines[-1] if lines else f"exit status {self.process.poll()}"
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[str]:
+    """A new folder that only this user can enter, in memory where there is /dev/shm."""
+    memory = "/dev/shm"
+    with tempfile.TemporaryDirectory(
+        prefix="virt-bmap-", dir=memory if os.access(memory, os.W_OK) else None, ignore_cleanup_errors=True
+    ) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def serve(source: Source, folder: str, write: bool) -> Iterator[Served]:
+    """Serve a disk until the block ends. Raises MissingTool, and ImageError with the server's words."""
+    program = _tool("nbdkit", source, "nbdkit")
+    with contextlib.ExitStack() as stack:
+        if nbd.is_uri(source.image):
+            plugin = ["nbd", f"uri={source.image}", "shared=true"]
+        elif source.format == "raw":
+            plugin = ["file", f"file={os.path.abspath(source.image)}"]
+        else:
+            plugin = ["nbd", f"socket={stack.enter_context(_qemu_nbd(source, folder, write))}", "shared=true"]
+        served = Served(f"{folder}/nbd", f"{folder}/log", None, f"{folder}/nbdkit.err")  # type: ignore[arg-type]
+        filters = ["--filter=log"] if write else ["--filter=log", "--filter=cow"]
+        block = COW_BLOCK if source.size <= COW_LARGE else COW_BLOCK_LARGE
+        command = [program, "--foreground", "--exit-with-parent", "--unix", served.socket, "--pidfile", f"{folder}/pid", *filters,
+                   *plugin, f"logfile={served.log}", *([] if write else [f"cow-block-size={block}"])]  # fmt: skip
+        # the log's times have no zone
+        process = stack.enter_context(_running(command, served.messages, {**os.environ, "TZ": "UTC0", "LC_ALL": "C"}))
+        served = Served(served.socket, served.log, process, served.messages)
+        _wait_for(f"{folder}/pid", served, source)
+        yield served
+
+
+def _tool(program: str, source: Source, package: str) -> str:
+    found = shutil.which(program)
+    if not found:
+        raise MissingTool(
+            f"{source.image}: serving it needs {program}, which is not installed (apt-get install {package}, or dnf install {package})"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _qemu_nbd(source: Source, folder: str, write: bool) -> Iterator[str]:
+    """The socket of a qemu-nbd that serves an image in one of QEMU's formats."""
+    program = _tool("qemu-nbd", source, "qemu-utils")
+    image = RawReader(source.image)
+    try:
+        options = qemu._options(image, source.format, source.references, 0)
+    finally:
+        image.close()
+    served = Served(f"{folder}/qemu", "", None, f"{folder}/qemu.err")  # type: ignore[arg-type]
+    command = [program, "--persistent", "--shared=0", "--pid-file", f"{folder}/qemu.pid", *([] if write else ["--read-only"]),
+               "--socket", served.socket, "--image-opts", ",".join(f"{key}={value}" for key, value in options.items())]  # fmt: skip
+    with _running(command, served.messages, None) as process:
+        _wait_for(f"{folder}/qemu.pid", Served(served.socket, "", process, served.messages), source)
+        yield served.socket
+
+
+@contextlib.contextmanager
+def _running(command: list[str], messages: str, env: dict[str, str] | None) -> "Iterator[subprocess.Popen[bytes]]":
+    """A server that is ended with the block. Signals of the terminal pass it by: the guest gets them, and needs its disk until it ends."""
+    with open(messages, "wb") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=env, process_group=0
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(pidfile: str, served: Served, source: Source) -> None:
+    """Until the server listens, which it says by writing its process number."""
+    end = time.monotonic() + START_TIMEOUT
+    while not (os.path.exists(pidfile) and os.path.getsize(pidfile)):
+        if served.process.poll() is not None:
+            raise ImageError(f"{source.image}: can't be served: {served.words()}")
+        if time.monotonic() > end:
+            raise ImageError(f"{source.image}: can't be served: no answer in {START_TIMEOUT:.0f} seconds")
+        time.sleep(0.01)
+
+
+class Follower:
+    """Reads a file that grows, and gives back the space of what it has read."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._at = 0
+        self._punched = 0
+        self.skipped = 0
+        """Bytes of the log that were dropped because the backlog grew beyond BACKLOG."""
+
+    def read(self) -> bytes:
+        """What was added since the last call, up to PIECE bytes."""
+        behind = os.fstat(self._fd).st_size - self._at
+        if behind > BACKLOG:
+            self._at += behind - BACKLOG // 2
+            self.skipped += behind - BACKLOG // 2
+        data = os.pread(self._fd, PIECE, self._at)
+        self._at += len(data)
+        if self._at - self._punched >= PIECE:
+            _punch(self._fd, self._punched, self._at - self._punched)
+            self._punched = self._at
+        return data
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+_LIBC = ctypes.CDLL(None)
+
+
+def _punch(fd: int, offset: int, length: int) -> None:
+    """fallocate(2), which Python lacks. Where the filesystem can't, the log just stays."""
+    if hasattr(_LIBC, "fallocate"):
+        _LIBC.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(length))
+
+
+def forwarded(number: int, child: "subprocess.Popen[bytes]") -> None:
+    """Pass a signal on to the command, unless the terminal has sent it there already."""
+    with contextlib.suppress(OSError):
+        if number in (signal.SIGINT, signal.SIGQUIT) and os.tcgetpgrp(2) == os.getpgrp():
+            return
+    with contextlib.suppress(ProcessLookupError):
+        child.send_signal(number)

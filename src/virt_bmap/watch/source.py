@@ -1,0 +1,61 @@
+"""Where the map and the disks of a watch come from."""
+
+import os
+from collections.abc import Sequence
+
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.errors import MapError
+from virt_bmap.images import nbd, open_image, qemu
+from virt_bmap.images.raw import RawReader
+from virt_bmap.outputs import bmap_reader, parquet
+from virt_bmap.survey import survey
+from virt_bmap.watch.serve import Source
+
+PARQUET_MAGIC = b"PAR1"
+
+
+def source(image: str, format: str | None = None, references: bool = False) -> Source:
+    """A disk to serve. Its format is found once, here, so that what is served is what was mapped."""
+    if nbd.is_uri(image):
+        reader = open_image(image)
+        reader.close()
+        return Source(image, "raw", reader.size, references)
+    found = format
+    if found is None:
+        plain = RawReader(image)
+        try:
+            found = qemu.recognise(plain) or "raw"
+        finally:
+            plain.close()
+    reader = open_image(image, found, references)
+    reader.close()
+    return Source(image, found, reader.size, references)
+
+
+def mapped(sources: Sequence[Source]) -> BlockMap:
+    """Map the disks now."""
+    readers = [open_image(disk.image, None if nbd.is_uri(disk.image) else disk.format, disk.references) for disk in sources]
+    try:
+        return survey(readers)
+    finally:
+        for reader in readers:
+            reader.close()
+
+
+def saved(path: str, sources: Sequence[Source]) -> BlockMap:
+    """A saved map of these disks, Parquet or text. Raises MapError where it is not one, or is of other disks."""
+    try:
+        with open(path, "rb") as file:
+            exact = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+            file.seek(0)
+            found = parquet.load(path) if exact else bmap_reader.load(file.read(), path)
+    except OSError as error:
+        raise MapError(f"{path}: can't be read: {error.strerror}") from error
+    if len(found.disks) != len(sources):
+        raise MapError(f"{path}: is a map of {len(found.disks)} disks, but {len(sources)} are watched")
+    sizes = found.volumes.column("size").to_pylist()
+    for number, disk in zip(found.disks, sources, strict=True):
+        # the last line of a text map of the original may end before the disk does
+        if sizes[number] > disk.size or (exact and sizes[number] != disk.size):
+            raise MapError(f"{path}: is the map of a disk of {sizes[number]} bytes, but {os.fspath(disk.image)} has {disk.size}")
+    return found

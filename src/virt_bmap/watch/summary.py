@@ -1,0 +1,194 @@
+"""What a guest did, added up: for each object the bytes read and written and the first access, and the share of the disk touched."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.arrays import EMPTY, Int, total, union
+from virt_bmap.paths import positions
+from virt_bmap.watch.accesses import Accesses
+from virt_bmap.watch.resolve import Resolver, Touched
+
+PENDING = 1 << 18
+"""Ranges that are kept before they are merged with what was touched before."""
+READ, WRITE = tables.OPS.index("read"), tables.OPS.index("write")
+
+OBJECTS = pa.schema([
+    pa.field("disk", pa.int32(), False, {"meaning": "number of the disk, from 1"}),
+    pa.field("kind", pa.string(), False, {"meaning": "kind of the object, or of the volume"}),
+    pa.field("device", pa.string(), False, {"meaning": "the volume it lies on"}),
+    pa.field("name", pa.string(), False, {"meaning": "path or name of the metadata, escaped"}),
+    pa.field("size", pa.int64(), True, {"meaning": "bytes of the file as stat reports; null: not a file"}),
+    pa.field("first_ns", pa.int64(), False, {"meaning": "time of the first access, since 1970 UTC"}),
+    pa.field("accesses", pa.int64(), False, {"meaning": "requests that touched it"}),
+    pa.field("read", pa.int64(), False, {"meaning": "bytes read, each time they were"}),
+    pa.field("written", pa.int64(), False, {"meaning": "bytes written, trimmed or zeroed, each time they were"}),
+])  # fmt: skip
+
+
+@dataclass
+class _Touch:
+    """The bytes of one disk that were touched in one way, each counted once."""
+
+    starts: Int
+    ends: Int
+    pending: list[tuple[Int, Int]]
+    waiting: int = 0
+
+    def add(self, starts: Int, ends: Int) -> None:
+        self.pending.append((starts, ends))
+        self.waiting += len(starts)
+        if self.waiting > max(PENDING, len(self.starts)):
+            self.merge()
+
+    def merge(self) -> None:
+        self.starts, self.ends = union(
+            np.concatenate([self.starts, *(s for s, _ in self.pending)]),
+            np.concatenate([self.ends, *(e for _, e in self.pending)]),
+        )
+        self.pending, self.waiting = [], 0
+
+    def bytes(self) -> int:
+        self.merge()
+        return total(self.starts, self.ends)
+
+
+class Summary:
+    """Adds up the accesses of one disk."""
+
+    def __init__(self, resolver: Resolver, disk: int) -> None:
+        self.resolver = resolver
+        self.disk = disk
+        count = resolver.named + resolver.bmap.volumes.num_rows
+        self._first = np.full(count, np.iinfo(np.int64).max, np.int64)
+        self._accesses, self._read, self._written = (np.zeros(count, np.int64) for _ in range(3))
+        self._touch = {"read": _Touch(EMPTY, EMPTY, []), "written": _Touch(EMPTY, EMPTY, [])}
+        self.requests = np.zeros(len(tables.OPS), np.int64)
+        self.bytes = np.zeros(len(tables.OPS), np.int64)
+        self.begin_ns = self.end_ns = 0
+
+    def add(self, accesses: Accesses, touched: Touched) -> None:
+        """Count these."""
+        if not len(accesses):
+            return
+        self.begin_ns = self.begin_ns or int(accesses.time_ns[0])
+        self.end_ns = int(accesses.time_ns[-1])
+        self.requests += np.bincount(accesses.op, minlength=len(tables.OPS))
+        np.add.at(self.bytes, accesses.op, accesses.length)
+        reading = accesses.op == READ
+        writing = np.isin(accesses.op, [tables.OPS.index(op) for op in ("write", "trim", "zero")])
+        for name, which in (("read", reading), ("written", writing)):
+            self._touch[name].add(accesses.offset[which], (accesses.offset + accesses.length)[which])
+        touched = touched.take((reading | writing)[touched.access] & ~touched.inline)
+        op, length = accesses.op[touched.access], touched.end - touched.start
+        np.minimum.at(self._first, touched.object, accesses.time_ns[touched.access])
+        np.add.at(self._accesses, touched.object, 1)
+        np.add.at(self._read, touched.object, np.where(op == READ, length, 0))
+        np.add.at(self._written, touched.object, np.where(op == READ, 0, length))
+
+    def share(self) -> dict[str, int]:
+        """Bytes of the disk that were read or written at least once, and its size."""
+        size = self.resolver.bmap.volumes.column("size")[self.resolver.bmap.disks[self.disk - 1]].as_py()
+        return {name: touch.bytes() for name, touch in self._touch.items()} | {"size": size}
+
+    def objects(self) -> pa.Table:
+        """Every object that was touched, in the order of its first access, as a table of the schema OBJECTS."""
+        found = np.flatnonzero(self._accesses)
+        found = found[np.argsort(self._first[found], kind="stable")]
+        labels = self.resolver.labels(found)
+        kind = self.resolver.kind_of(found)
+        volume = self.resolver.volume_of(found)
+        volumes = self.resolver.bmap.volumes.column("kind").to_pylist()
+        size = self._sizes(found)
+        return pa.Table.from_arrays([
+            pa.array(np.full(len(found), self.disk, np.int32)),
+            pa.array([tables.KINDS[k] if k >= 0 else volumes[v] for k, v in zip(kind.tolist(), volume.tolist(), strict=True)], pa.string()),
+            pa.array([labels[number][1] for number in found.tolist()], pa.string()),
+            pa.array([labels[number][2] for number in found.tolist()], pa.string()),
+            pa.array(size, mask=size < 0),
+            *(pa.array(column[found]) for column in (self._first, self._accesses, self._read, self._written)),
+        ], schema=OBJECTS)  # fmt: skip
+
+    def _sizes(self, objects: Int) -> Int:
+        """The size of each file, -1 for other objects."""
+        inode, volume = self.resolver.inode_of(objects), self.resolver.volume_of(objects)
+        size = np.full(len(objects), -1, np.int64)
+        for number in np.unique(volume[inode >= 0]).tolist():
+            _, table = self.resolver.bmap.slice_of("inodes", number)
+            mine = np.flatnonzero((volume == number) & (inode >= 0))
+            row = positions(tables.integers(table, "inode"), inode[mine])
+            size[mine] = np.where(row >= 0, tables.integers(table, "size")[row], -1)
+        return np.where(self.resolver.kind_of(objects) == tables.DATA, size, -1)
+
+
+def size_text(count: int) -> str:
+    """A number of bytes for people: 513 bytes, 1.5 MiB."""
+    if count < 10_000:
+        return f"{count} bytes"
+    value, unit = float(count), ""
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):  # noqa: B007
+        value /= 1024
+        if value < 1000:
+            break
+    return f"{value:.1f} {unit}"
+
+
+def report(summary: Summary, top: int) -> str:
+    """The closing summary of one disk as text: totals, share of the disk, files by bytes and by first access."""
+    objects = summary.objects().to_pylist()
+    files = [row for row in objects if row["kind"] in ("data", "unwritten")]
+    lines = [*_totals(summary, objects)]
+    by_bytes = sorted(files, key=lambda row: (-row["read"] - row["written"], row["first_ns"]))
+    lines += _listed("Files by bytes", by_bytes, top, [
+        ("read", lambda row: size_text(row["read"]) if row["read"] else "-"),
+        ("written", lambda row: size_text(row["written"]) if row["written"] else "-"),
+        ("size", lambda row: size_text(row["size"]) if row["size"] is not None else "-"),
+    ])  # fmt: skip
+    lines += _listed("Files by first access", files, top, [
+        ("after", lambda row: f"{(row['first_ns'] - summary.begin_ns) / 1e9:.3f} s"),
+        ("accesses", lambda row: str(row["accesses"])),
+    ])  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _totals(summary: Summary, objects: list[dict[str, Any]]) -> list[str]:
+    seconds = (summary.end_ns - summary.begin_ns) / 1e9
+    share = summary.share()
+    requests = [
+        f"{count:,} {op}{'s' if count != 1 else ''}" + (f" ({size_text(size)})" if size else "")
+        for op, count, size in zip(tables.OPS, summary.requests.tolist(), summary.bytes.tolist(), strict=True)
+        if count
+    ]
+    of_disk = ", ".join(f"{size_text(share[way])} {way} ({share[way] / share['size']:.1%})" for way in ("read", "written"))
+    kinds: dict[str, list[int]] = {}
+    for row in objects:
+        seen = kinds.setdefault(row["kind"], [0, 0, 0])
+        seen[0] += 1
+        seen[1] += row["read"]
+        seen[2] += row["written"]
+    device = summary.resolver.bmap.volumes.column("name")[summary.resolver.bmap.disks[summary.disk - 1]].as_py()
+    lines = [
+        f"{device}: {', '.join(requests) or 'no requests'} in {seconds:.1f} s",
+        f"Of the disk's {size_text(share['size'])}, each byte counted once: {of_disk}",
+        "",
+        f"{'objects':>10} {'read':>12} {'written':>12}  kind",
+    ]
+    for kind, (count, read, written) in sorted(kinds.items(), key=lambda item: -item[1][1] - item[1][2]):
+        lines.append(f"{count:>10,} {size_text(read):>12} {size_text(written):>12}  {kind}")
+    return lines
+
+
+def _listed(
+    title: str, rows: list[dict[str, Any]], top: int, columns: list[tuple[str, Callable[[dict[str, Any]], str]]]
+) -> list[str]:
+    if not rows or top <= 0:
+        return []
+    shown = f"{title} (first {top} of {len(rows):,})" if len(rows) > top else title
+    lines = ["", f"{shown}:", " ".join(f"{name:>12}" for name, _ in columns) + "  file"]
+    for row in rows[:top]:
+        lines.append(" ".join(f"{get(row):>12}" for _, get in columns) + f"  {row['device']} {row['name']}")
+    return lines
