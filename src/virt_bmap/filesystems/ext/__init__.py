@@ -7,7 +7,7 @@ import numpy as np
 from virt_bmap import tables
 from virt_bmap.arrays import Int, expand
 from virt_bmap.contract import Filesystem
-from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inodes
+from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inodes, owned
 from virt_bmap.filesystems.ext.blocks import Runs
 from virt_bmap.filesystems.ext.damage import Problems
 from virt_bmap.filesystems.ext.inodes import Inodes
@@ -23,9 +23,6 @@ FEATURES: tuple[str, ...] = ()
 REFUSED: tuple[str, ...] = ()
 ORACLES: tuple[str, ...] = ()
 
-VERITY_ALIGNMENT = 65536
-"""The Merkle tree of a verity file begins at the next multiple of this behind its end (fs/ext4/verity.c)."""
-
 
 def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """All tables of an ext2, ext3 or ext4 filesystem."""
@@ -35,19 +32,25 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     rows = ExtentRows()
     rows.add(tables.BOOT, 0, 1024)
     metadata = groups.add_metadata(rows, superblock, found)
-    groups.add_free(reader, superblock, found, metadata, rows)
+    free = groups.add_free(reader, superblock, found, metadata, rows)
     used = groups.used_inodes(reader, superblock, found)
-    nodes = inodes.read_inodes(reader, superblock, found, used, problems)
+    nodes, bodies = inodes.read_inodes(reader, superblock, found, used, problems)
     types = inodes.types_of(superblock, nodes)
     runs, trees = _block_map(reader, superblock, nodes, types, problems)
-    _add_owned(rows, superblock, nodes, types, runs, trees, problems)
+    owned.add_content(rows, superblock, nodes, types, runs)
+    attributes = owned.add_trees_and_attributes(rows, superblock, nodes, trees, problems)
+    inline.add_symlinks(rows, superblock, nodes, types)
     names = directories.read_names(reader, superblock, *_directory_blocks(superblock, nodes, types, runs), problems)
-    inline.add(reader, superblock, nodes, types, rows, names, problems)
+    names += inline.add_data(rows, superblock, nodes, types, bodies, problems)
+    if superblock.cluster > 1:
+        owned.add_cluster_slack(rows, superblock, free, [metadata, attributes, (runs.start, runs.start + runs.count)])
+    tree = directories.table(names)
+    owned.check_links(nodes, types, tree, problems)
     extents = rows.table(0)
-    names_table = directories.table(names)
+    owned.check_overlaps(extents, superblock, problems)
     return Filesystem(
         type=superblock.type, size=superblock.blocks * superblock.block_size, block_size=superblock.block_size, root=inodes.ROOT,
-        state=_state(superblock, problems), inodes=inodes.table(superblock, nodes, types), names=names_table, extents=extents,
+        state=_state(superblock, problems), inodes=inodes.table(superblock, nodes, types), names=tree, extents=extents,
         uuid=superblock.uuid, label=superblock.label, features=superblock.feature_words, problems=problems,
     )  # fmt: skip
 
@@ -83,34 +86,3 @@ def _directory_blocks(superblock: Superblock, nodes: Inodes, types: np.ndarray, 
     room = -(-nodes.size[mine.owner] // superblock.block_size)
     row, step = expand(np.clip(room - mine.logical, 0, mine.count))
     return nodes.number[mine.owner[row]], mine.start[row] + step
-
-
-def _add_owned(
-    rows: ExtentRows,
-    superblock: Superblock,
-    nodes: Inodes,
-    types: np.ndarray,
-    runs: Runs,
-    trees: tuple[Int, Int],
-    problems: Problems,
-) -> None:
-    """Rows for what inodes own."""
-    size = superblock.block_size
-    rows.add(tables.TREE, trees[1] * size, np.full(len(trees[1]), size, np.int64), inode=nodes.number[trees[0]])
-    kind_of = np.full(len(tables.TYPES), tables.METADATA, np.int8)
-    kind_of[[tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK]] = tables.DATA, tables.DIRECTORY, tables.SYMLINK
-    kind = kind_of[types]
-    kind[nodes.flags & inodes.EA_INODE_FL != 0] = tables.XATTR
-    special = np.flatnonzero(kind == tables.METADATA)
-    names = inodes.metadata_names(superblock)
-    is_special = kind[runs.owner] == tables.METADATA
-    for owner in special.tolist():  # a handful: journal, quotas, ...
-        mine = np.flatnonzero(is_special & (runs.owner == owner))
-        number = int(nodes.number[owner])
-        rows.add(tables.METADATA, runs.start[mine] * size, runs.count[mine] * size, part=names.get(number, "reserved inode"),
-                 inode=number, file_offset=runs.logical[mine] * size)  # fmt: skip
-    mine = np.flatnonzero(~is_special)
-    owner, unwritten = runs.owner[mine], runs.unwritten[mine]
-    encrypted = np.where(nodes.flags & inodes.ENCRYPT_FL != 0, tables.ENCRYPTED, 0).astype(np.int32)
-    rows.add(np.where(unwritten, np.int8(tables.UNWRITTEN), kind[owner]), runs.start[mine] * size, runs.count[mine] * size,
-             inode=nodes.number[owner], file_offset=runs.logical[mine] * size, flags=encrypted[owner])  # fmt: skip

@@ -63,7 +63,8 @@ class Groups:
 def has_super(superblock: Superblock, group: Int) -> Bool:
     """Which groups hold a copy of the superblock."""
     if superblock.has("sparse_super2"):
-        return (group == 0) | np.isin(group, superblock.record["s_backup_bgs"].astype(np.int64))
+        chosen: Bool = (group == 0) | np.isin(group, superblock.record["s_backup_bgs"].astype(np.int64))
+        return chosen
     if not superblock.has("sparse_super"):
         return np.ones(len(group), bool)
     powers = [base**exponent for base in (3, 5, 7) for exponent in range(1, 24) if base**exponent < 1 << 33]
@@ -72,7 +73,7 @@ def has_super(superblock: Superblock, group: Int) -> Bool:
 
 def first_block(superblock: Superblock, group: Int) -> Int:
     """Where the superblock's copy of a group would lie; block 1 for the very first where blocks have 1 KiB."""
-    block = superblock.first_data_block + group * superblock.blocks_per_group
+    block: Int = superblock.first_data_block + group * superblock.blocks_per_group
     return np.where(block == 0, 1, block) if superblock.block_size == 1024 else block
 
 
@@ -231,9 +232,9 @@ def add_metadata(rows: ExtentRows, superblock: Superblock, groups: Groups) -> tu
     add("inode table (unused)", (groups.inode_table + used)[known], (groups.table_blocks - used)[known])
     if superblock.has("mmp") and superblock.inside(mmp := np.array([superblock.number("s_mmp_block") & (1 << 62) - 1]), 1).all():
         add("mmp block", mmp, 1)
-    low, high = (1, 2) if size == 1024 else (0, 1)
+    high = 2 if size == 1024 else 1
     rows.add(METADATA, 1024, high * size - 1024, part="superblock")
-    taken.append((np.array([low]), np.array([high])))
+    taken.append((np.array([0]), np.array([high])))  # with the boot record
     return union(np.concatenate([a for a, _ in taken]), np.concatenate([b for _, b in taken]))
 
 
@@ -300,7 +301,7 @@ def add_free(
     end = superblock.readable
     low, high = union(np.concatenate(starts), np.minimum(np.concatenate(ends), end))
     if len(unread):
-        low, high = subtract(low, high, *_whole_clusters(superblock, *subtract(*metadata, *_initialised(superblock, groups))))
+        low, high = subtract(low, high, *whole_clusters(superblock, *subtract(*metadata, *_initialised(superblock, groups))))
     rows.add(FREE, low * superblock.block_size, (high - low) * superblock.block_size)
     return low, high
 
@@ -311,7 +312,8 @@ def _initialised(superblock: Superblock, groups: Groups) -> tuple[Int, Int]:
     return start, start + superblock.blocks_per_group
 
 
-def _whole_clusters(superblock: Superblock, low: Int, high: Int) -> tuple[Int, Int]:
+def whole_clusters(superblock: Superblock, low: Int, high: Int) -> tuple[Int, Int]:
+    """Ranges of blocks widened to whole clusters."""
     first, size = superblock.first_data_block, superblock.cluster
     return first + (low - first) // size * size, first - (first - high) // size * size
 

@@ -13,10 +13,10 @@ from virt_bmap.arrays import Bytes, Int
 from virt_bmap.filesystems.ext.damage import Problems, complain
 from virt_bmap.filesystems.ext.groups import Groups, record_offsets
 from virt_bmap.filesystems.ext.superblock import HURD, Superblock
-from virt_bmap.layout import records, struct
+from virt_bmap.layout import Field, records, struct
 from virt_bmap.reader import Reader
 
-INODE_FIELDS = [
+INODE_FIELDS: list[Field] = [
     (0x00, "i_mode", "<u2"),
     (0x02, "i_uid", "<u2"),
     (0x04, "i_size_lo", "<u4"),
@@ -33,7 +33,7 @@ INODE_FIELDS = [
     (0x78, "l_i_uid_high", "<u2"),
     (0x7A, "l_i_gid_high", "<u2"),
 ]  # fmt: skip
-INODE_EXTRA_FIELDS = [
+INODE_EXTRA_FIELDS: list[Field] = [
     (0x80, "i_extra_isize", "<u2"),
     (0x88, "i_mtime_extra", "<u4"),
 ]  # fmt: skip
@@ -85,7 +85,17 @@ class Inodes:
         return Inodes(*(getattr(self, field.name)[keep] for field in fields(self)))
 
 
-def read_inodes(reader: Reader, superblock: Superblock, groups: Groups, numbers: Int, problems: Problems) -> Inodes:
+@dataclass(frozen=True)
+class Bodies:
+    """Whole records, (n, inode_size) bytes, of the inodes with inline data."""
+
+    number: Int
+    data: Bytes
+
+
+def read_inodes(
+    reader: Reader, superblock: Superblock, groups: Groups, numbers: Int, problems: Problems
+) -> tuple[Inodes, Bodies]:
     """The records of these inodes, sorted by number."""
     size = superblock.block_size
     offset = record_offsets(superblock, groups, numbers)
@@ -94,20 +104,25 @@ def read_inodes(reader: Reader, superblock: Superblock, groups: Groups, numbers:
     new = np.append(True, blocks[1:] != blocks[:-1])[: len(blocks)]
     wanted, rank = blocks[new], np.cumsum(new) - 1
     step = max(1, BATCH // size)
-    parts = []
+    parts, bodies = [], [np.zeros((0, superblock.inode_size), np.uint8)]
     for at in range(0, len(wanted), step):
         part = wanted[at : at + step]
         low, high = np.searchsorted(rank, [at, at + len(part)])
         data = reader.read_blocks(part * size, size).reshape(-1, superblock.inode_size)
         row = (rank[low:high] - at) * (size // superblock.inode_size) + offset[low:high] % size // superblock.inode_size
-        parts.append(_columns(superblock, data if len(row) == len(data) else data[row]))
+        data = data if len(row) == len(data) else data[row]
+        parts.append(_columns(superblock, data))
+        if superblock.has("inline_data"):
+            bodies.append(data[parts[-1]["flags"] & INLINE_DATA_FL != 0])
     if not parts:
         parts = [_columns(superblock, np.zeros((0, superblock.inode_size), np.uint8))]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     huge = (joined["size"] < 0) | (joined["size"] > MAX_SIZE)
     complain(problems, "inode-size", "inodes say that they are larger than any file can be", offset[huge])
     joined["size"] = np.where(huge, 0, joined["size"]) if huge.any() else joined["size"]
-    return _without_empty(superblock, Inodes(number=numbers, offset=offset, **joined))
+    inline = np.flatnonzero(joined["flags"] & INLINE_DATA_FL) if superblock.has("inline_data") else numbers[:0]
+    found = _without_empty(superblock, Inodes(number=numbers, offset=offset, **joined))
+    return found, Bodies(numbers[inline], np.concatenate(bodies))
 
 
 def _columns(superblock: Superblock, data: Bytes) -> dict[str, np.ndarray]:

@@ -263,6 +263,8 @@ def _checked(data: bytes, offset: int, reader: Reader) -> Superblock:
         raise Corrupt(f"ext superblock at byte {offset:#x}: s_blocks_count is {blocks:#x}, more than any disk holds", offset)
     first = field("s_first_data_block", 0, min(1, blocks - 1))
     readable = min(blocks, reader.size // block_size)
+    if readable <= first:
+        raise Corrupt(f"ext superblock at byte {offset:#x}: the volume of {reader.size} bytes holds no group of it", offset)
     groups = -(-(blocks - first) // blocks_per_group)
     return Superblock(
         record=raw, features=features, offset=offset, block_size=block_size, blocks=blocks, readable=readable, first_data_block=first,
