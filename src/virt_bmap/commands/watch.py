@@ -3,11 +3,16 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+from virt_bmap import tables
+from virt_bmap.commands.common import add_disk_options, human, map_disks
+from virt_bmap.errors import OutputError
 
 if TYPE_CHECKING:
-    from virt_bmap.watch.session import Outcome
+    from virt_bmap.watch.session import Outcome, Sink
+    from virt_bmap.watch.summary import Summary
 
 NAME = "watch"
 HELP = "run a command, such as a guest, on a disk and log which files it reads and writes"
@@ -15,18 +20,11 @@ HELP = "run a command, such as a guest, on a disk and log which files it reads a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line, as docs/man/virt-bmap-watch.1.md describes it."""
-    from virt_bmap.images import FORMATS
-
-    parser.add_argument("disk", metavar="DISK", help="disk image, block device or NBD URI")
+    parser.add_argument("disk", metavar="DISK", help="the disk to serve: image, block device or NBD URI")
     parser.add_argument(
         "command", metavar="COMMAND", nargs="+", help="what to run, behind --; $uri and $nbd in it name the served disk"
     )
-    parser.add_argument(
-        "-a", "--add", metavar="DISK", action="append", default=[], help="a further disk of the same machine: $uri2, $nbd2, ..."
-    )
     parser.add_argument("--map", metavar="MAP", help="use this saved map instead of mapping the disks first")
-    parser.add_argument("--format", choices=FORMATS, help="format of the images (default: found by their magic)")
-    parser.add_argument("--references", action="store_true", help="open backing and data files that the image's header names")
     parser.add_argument(
         "--write", action="store_true", help="let writes reach the disk; otherwise they are thrown away at the end"
     )
@@ -44,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inline", action="store_true", help="log also objects that lie inside a block of inodes that is touched"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no live log")
+    add_disk_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,27 +51,25 @@ def run(args: argparse.Namespace) -> int:
     from virt_bmap.watch.lines import LineLog
     from virt_bmap.watch.resolve import Resolver
     from virt_bmap.watch.session import Printer, watch
-    from virt_bmap.watch.source import mapped, saved, source
-    from virt_bmap.watch.summary import Summary, report
+    from virt_bmap.watch.source import saved, source
+    from virt_bmap.watch.summary import Summary
     from virt_bmap.watch.trace import Trace
 
-    sources = [source(image, args.format, args.references) for image in [args.disk, *args.add]]
-    resolver = Resolver(saved(args.map, sources) if args.map else mapped(sources))
+    images = [args.disk, *args.add]
+    sources = [source(image, args.format, args.references) for image in images]
+    resolver = Resolver(saved(args.map, sources) if args.map else map_disks(args, images))
     disks = range(1, len(sources) + 1)
     summaries = {disk: Summary(resolver, disk) for disk in disks}
     with contextlib.ExitStack() as stack:
-        trace = None
+        printer = Printer(stack.enter_context(_text(args.log)))
+        lines = {disk: LineLog(resolver, printer.write, args.inline) for disk in disks}
+        sinks: list[Sink] = [lambda disk, *what: summaries[disk].add(*what)]
+        if not args.quiet:
+            sinks.append(lambda disk, *what: lines[disk].add(*what))
         if args.output:
             trace = Trace(resolver, stack.enter_context(replacing(args.output)))
             stack.callback(trace.close)
-        log = sys.stdout if args.log == "-" else stack.enter_context(_text(args.log))
-        printer = Printer(log)
-        lines = {disk: LineLog(resolver, printer.write, args.inline) for disk in disks}
-        sinks = [lambda disk, accesses, touched: summaries[disk].add(accesses, touched)]
-        if trace:
             sinks.append(trace.add)
-        if not args.quiet:
-            sinks.append(lambda disk, accesses, touched: lines[disk].add(accesses, touched))
 
         def flush() -> None:
             for line in lines.values():
@@ -83,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
         finally:
             flush()
             printer.close()
-    with contextlib.ExitStack() as stack:
-        out = sys.stdout if args.summary == "-" else stack.enter_context(_text(args.summary))
-        for summary in summaries.values():
-            out.write(report(summary, args.top))
+        if outcome.broken:
+            raise OutputError(f"{args.output}: can't be written: {outcome.broken}")
+    with _text(args.summary) as out:
+        out.write("\n".join(_report(summary, args.top) for summary in summaries.values()))
     for warning in _warnings(outcome, printer.dropped):
         print(f"virt-bmap: {warning}", file=sys.stderr)
     return outcome.status
@@ -94,15 +91,15 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _text(path: str) -> Iterator[TextIO]:
-    """A text file that grows while the guest runs: a live log can't wait for its end to get its name."""
-    from virt_bmap.errors import OutputError
-
+    """A text file that grows while the guest runs (a live log can't wait for its end to get its name), or standard output."""
+    if path == "-":
+        yield sys.stdout
+        return
     try:
-        file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        with open(path, "w", encoding="utf-8") as file:
+            yield file
     except OSError as error:
-        raise OutputError(f"{path}: can't be written: {error.strerror}") from error
-    with file:
-        yield file
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
 
 
 def _warnings(outcome: "Outcome", dropped: int) -> Iterator[str]:
@@ -115,3 +112,60 @@ def _warnings(outcome: "Outcome", dropped: int) -> Iterator[str]:
         yield f"{outcome.lost} accesses are missing from the log, {outcome.unread} lines of it could not be read"
     if dropped:
         yield f"{dropped} lines were not shown: the output was slower than the guest (the summary and the trace have them)"
+
+
+def _report(summary: "Summary", top: int) -> str:
+    """The closing summary of one disk as text: totals, share of the disk, files by bytes and by first access."""
+    objects = summary.objects().to_pylist()
+    files = [row for row in objects if row["kind"] in ("data", "unwritten")]
+    lines = [*_totals(summary, objects)]
+    by_bytes = sorted(files, key=lambda row: (-row["read"] - row["written"], row["first_ns"]))
+    lines += _listed("Files by bytes", by_bytes, top, [
+        ("read", lambda row: human(row["read"]) if row["read"] else "-"),
+        ("written", lambda row: human(row["written"]) if row["written"] else "-"),
+        ("size", lambda row: human(row["size"]) if row["size"] is not None else "-"),
+    ])  # fmt: skip
+    lines += _listed("Files by first access", files, top, [
+        ("after", lambda row: f"{(row['first_ns'] - summary.begin_ns) / 1e9:.3f} s"),
+        ("accesses", lambda row: str(row["accesses"])),
+    ])  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _totals(summary: "Summary", objects: list[dict[str, Any]]) -> list[str]:
+    seconds = (summary.end_ns - summary.begin_ns) / 1e9
+    share = summary.share()
+    requests = [
+        f"{count:,} {op}{'s' if count != 1 else ''}" + (f" ({human(size)})" if size else "")
+        for op, count, size in zip(tables.OPS, summary.requests.tolist(), summary.bytes.tolist(), strict=True)
+        if count
+    ]
+    of_disk = ", ".join(f"{human(share[way])} {way} ({share[way] / share['size']:.1%})" for way in ("read", "written"))
+    kinds: dict[str, list[int]] = {}
+    for row in objects:
+        seen = kinds.setdefault(row["kind"], [0, 0, 0])
+        seen[0] += 1
+        seen[1] += row["read"]
+        seen[2] += row["written"]
+    device = summary.resolver.bmap.volumes.column("name")[summary.resolver.bmap.disks[summary.disk - 1]].as_py()
+    lines = [
+        f"{device}: {', '.join(requests) or 'no requests'} in {seconds:.1f} s",
+        f"Of the disk's {human(share['size'])}, each byte counted once: {of_disk}",
+        "",
+        f"{'objects':>10} {'read':>12} {'written':>12}  kind",
+    ]
+    for kind, (count, read, written) in sorted(kinds.items(), key=lambda item: -item[1][1] - item[1][2]):
+        lines.append(f"{count:>10,} {human(read):>12} {human(written):>12}  {kind}")
+    return lines
+
+
+def _listed(
+    title: str, rows: list[dict[str, Any]], top: int, columns: list[tuple[str, Callable[[dict[str, Any]], str]]]
+) -> list[str]:
+    if not rows or top <= 0:
+        return []
+    shown = f"{title} (first {top} of {len(rows):,})" if len(rows) > top else title
+    lines = ["", f"{shown}:", " ".join(f"{name:>12}" for name, _ in columns) + "  file"]
+    for row in rows[:top]:
+        lines.append(" ".join(f"{get(row):>12}" for _, get in columns) + f"  {row['device']} {row['name']}")
+    return lines

@@ -39,6 +39,8 @@ class Outcome:
     failed: int = 0
     lost: int = 0
     unread: int = 0
+    broken: str | None = None
+    """Why a sink that failed was left out from then on; the guest runs on."""
     server: str | None = None
     """What a server said that ended before the command did."""
 
@@ -52,7 +54,7 @@ class _Disk:
 
 
 def watch(
-    resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: Sequence[Sink],
+    resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: list[Sink],
     *, write: bool = False, idle: Callable[[], None] = lambda: None,
 ) -> Outcome:  # fmt: skip
     """Serve the disks, run the command, and give each batch of accesses to every sink as (disk, accesses, what they touched).
@@ -79,7 +81,7 @@ def watch(
                 outcome.server = disk.served.words()
             disk.served.process.terminate()
             disk.served.process.wait()
-            while _step(resolver, disk, sinks):
+            while _step(resolver, disk, sinks, outcome):
                 pass
             outcome.failed += disk.parser.failed
             outcome.lost += disk.parser.lost
@@ -88,12 +90,12 @@ def watch(
 
 
 def _follow(
-    resolver: Resolver, disks: list[_Disk], sinks: Sequence[Sink], idle: Callable[[], None], ended: int, outcome: Outcome
+    resolver: Resolver, disks: list[_Disk], sinks: list[Sink], idle: Callable[[], None], ended: int, outcome: Outcome
 ) -> None:
     """Resolve what the log gains until the file descriptor `ended` says that the command has."""
     quiet = 0.0
     while True:
-        busy = sum(_step(resolver, disk, sinks) for disk in disks) > 0
+        busy = sum(_step(resolver, disk, sinks, outcome) for disk in disks) > 0
         quiet = 0.0 if busy else quiet + TICK
         if quiet >= PAUSE:
             idle()
@@ -101,15 +103,19 @@ def _follow(
             return
 
 
-def _step(resolver: Resolver, disk: _Disk, sinks: Sequence[Sink]) -> bool:
+def _step(resolver: Resolver, disk: _Disk, sinks: list[Sink], outcome: Outcome) -> bool:
     """Resolve the next piece of a disk's log; False when there is none."""
     data = disk.follower.read()
     accesses = disk.parser.feed(data)
     for at in range(0, len(accesses), BATCH):
         batch = accesses.take(slice(at, at + BATCH))  # type: ignore[arg-type]
         touched = resolver.touched(disk.number, batch.offset, batch.length)
-        for sink in sinks:
-            sink(disk.number, batch, touched)
+        for sink in list(sinks):
+            try:
+                sink(disk.number, batch, touched)
+            except OSError as error:
+                sinks.remove(sink)
+                outcome.broken = error.strerror or str(error)
     return bool(data)
 
 

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Sequence
 
+from virt_bmap import maps
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import MapError
 from virt_bmap.images import nbd, open_image, qemu
 from virt_bmap.images.raw import RawReader
-from virt_bmap.outputs import bmap_reader, parquet
 from virt_bmap.survey import survey
 from virt_bmap.watch.serve import Source
 
@@ -44,18 +44,18 @@ def mapped(sources: Sequence[Source]) -> BlockMap:
 
 def saved(path: str, sources: Sequence[Source]) -> BlockMap:
     """A saved map of these disks, Parquet or text. Raises MapError where it is not one, or is of other disks."""
-    try:
-        with open(path, "rb") as file:
-            exact = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-            file.seek(0)
-            found = parquet.load(path) if exact else bmap_reader.load(file.read(), path)
-    except OSError as error:
-        raise MapError(f"{path}: can't be read: {error.strerror}") from error
+    found = maps.load(path)
     if len(found.disks) != len(sources):
         raise MapError(f"{path}: is a map of {len(found.disks)} disks, but {len(sources)} are watched")
+    is_text = not _is_parquet(path)
     sizes = found.volumes.column("size").to_pylist()
     for number, disk in zip(found.disks, sources, strict=True):
         # the last line of a text map of the original may end before the disk does
-        if sizes[number] > disk.size or (exact and sizes[number] != disk.size):
+        if sizes[number] > disk.size or (not is_text and sizes[number] != disk.size):
             raise MapError(f"{path}: is the map of a disk of {sizes[number]} bytes, but {os.fspath(disk.image)} has {disk.size}")
     return found
+
+
+def _is_parquet(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC

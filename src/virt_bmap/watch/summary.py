@@ -1,8 +1,6 @@
 """What a guest did, added up: for each object the bytes read and written and the first access, and the share of the disk touched."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -123,72 +121,3 @@ class Summary:
             row = positions(tables.integers(table, "inode"), inode[mine])
             size[mine] = np.where(row >= 0, tables.integers(table, "size")[row], -1)
         return np.where(self.resolver.kind_of(objects) == tables.DATA, size, -1)
-
-
-def size_text(count: int) -> str:
-    """A number of bytes for people: 513 bytes, 1.5 MiB."""
-    if count < 10_000:
-        return f"{count} bytes"
-    value, unit = float(count), ""
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):  # noqa: B007
-        value /= 1024
-        if value < 1000:
-            break
-    return f"{value:.1f} {unit}"
-
-
-def report(summary: Summary, top: int) -> str:
-    """The closing summary of one disk as text: totals, share of the disk, files by bytes and by first access."""
-    objects = summary.objects().to_pylist()
-    files = [row for row in objects if row["kind"] in ("data", "unwritten")]
-    lines = [*_totals(summary, objects)]
-    by_bytes = sorted(files, key=lambda row: (-row["read"] - row["written"], row["first_ns"]))
-    lines += _listed("Files by bytes", by_bytes, top, [
-        ("read", lambda row: size_text(row["read"]) if row["read"] else "-"),
-        ("written", lambda row: size_text(row["written"]) if row["written"] else "-"),
-        ("size", lambda row: size_text(row["size"]) if row["size"] is not None else "-"),
-    ])  # fmt: skip
-    lines += _listed("Files by first access", files, top, [
-        ("after", lambda row: f"{(row['first_ns'] - summary.begin_ns) / 1e9:.3f} s"),
-        ("accesses", lambda row: str(row["accesses"])),
-    ])  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def _totals(summary: Summary, objects: list[dict[str, Any]]) -> list[str]:
-    seconds = (summary.end_ns - summary.begin_ns) / 1e9
-    share = summary.share()
-    requests = [
-        f"{count:,} {op}{'s' if count != 1 else ''}" + (f" ({size_text(size)})" if size else "")
-        for op, count, size in zip(tables.OPS, summary.requests.tolist(), summary.bytes.tolist(), strict=True)
-        if count
-    ]
-    of_disk = ", ".join(f"{size_text(share[way])} {way} ({share[way] / share['size']:.1%})" for way in ("read", "written"))
-    kinds: dict[str, list[int]] = {}
-    for row in objects:
-        seen = kinds.setdefault(row["kind"], [0, 0, 0])
-        seen[0] += 1
-        seen[1] += row["read"]
-        seen[2] += row["written"]
-    device = summary.resolver.bmap.volumes.column("name")[summary.resolver.bmap.disks[summary.disk - 1]].as_py()
-    lines = [
-        f"{device}: {', '.join(requests) or 'no requests'} in {seconds:.1f} s",
-        f"Of the disk's {size_text(share['size'])}, each byte counted once: {of_disk}",
-        "",
-        f"{'objects':>10} {'read':>12} {'written':>12}  kind",
-    ]
-    for kind, (count, read, written) in sorted(kinds.items(), key=lambda item: -item[1][1] - item[1][2]):
-        lines.append(f"{count:>10,} {size_text(read):>12} {size_text(written):>12}  {kind}")
-    return lines
-
-
-def _listed(
-    title: str, rows: list[dict[str, Any]], top: int, columns: list[tuple[str, Callable[[dict[str, Any]], str]]]
-) -> list[str]:
-    if not rows or top <= 0:
-        return []
-    shown = f"{title} (first {top} of {len(rows):,})" if len(rows) > top else title
-    lines = ["", f"{shown}:", " ".join(f"{name:>12}" for name, _ in columns) + "  file"]
-    for row in rows[:top]:
-        lines.append(" ".join(f"{get(row):>12}" for _, get in columns) + f"  {row['device']} {row['name']}")
-    return lines

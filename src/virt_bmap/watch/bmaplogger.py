@@ -1,0 +1,239 @@
+"""`bmaplogger`: an nbdkit server for one raw disk that prints which files are read and written, as the original of 2014 did.
+
+    bmaplogger [nbdkit options] file=disk.img [bmap=MAP] [logfile=LOG] [--run COMMAND]
+
+This process starts nbdkit with `plugin.py`, takes the accesses from a pipe and names their objects.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from virt_bmap.errors import BmapError, MissingTool, OutputError, UsageError
+from virt_bmap.watch import plugin
+from virt_bmap.watch.accesses import Accesses
+from virt_bmap.watch.lines import LineLog
+from virt_bmap.watch.resolve import Resolver
+from virt_bmap.watch.session import BATCH, PAUSE, TICK, Printer
+from virt_bmap.watch.source import mapped, saved, source
+
+USAGE = """\
+usage: bmaplogger [OPTION...] file=DISK [bmap=MAP] [logfile=LOG] [--run COMMAND]
+
+Serve a raw disk with nbdkit and print which files its clients read and write.
+
+parameters:
+  file=DISK       raw disk image or block device to serve
+  bmap=MAP        map saved by virt-bmap (default: map the disk first)
+  logfile=LOG     write the log to LOG (default: standard output)
+  format=raw      serve DISK as raw although it looks like another format
+  inline=true     log also objects that lie inside a block of inodes that is touched
+
+options:
+  -h, --help      show this help
+  -V, --version   show the version
+  OPTION          any other option is nbdkit's: -r (read-only), -U SOCKET, -p PORT, --run COMMAND, --filter=NAME, ...
+"""
+PARAMETERS = ("file", "bmap", "logfile", "format", "inline")
+PIPE_SIZE = 1 << 20
+"""Bytes of the pipe: some 26,000 accesses; the most that /proc/sys/fs/pipe-max-size allows ordinary users by default."""
+DRAIN_TICK = 0.01
+WAITING = 1 << 24
+"""Accesses that may wait to be resolved, 640 MiB. More are dropped, and counted."""
+
+_RECORD = np.dtype(
+    [
+        ("time_ns", "<i8"),
+        ("offset", "<i8"),
+        ("length", "<i8"),
+        ("dropped", "<i8"),
+        ("connection", "<i4"),
+        ("op", "u1"),
+        ("pad", "u1", 3),
+    ]
+)
+
+
+class Drain:
+    """Empties the pipe from a thread of its own, so that it never waits for resolving or printing."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._pieces: deque[bytes] = deque()
+        self._waiting = 0
+        self.dropped = 0
+        """Accesses dropped here, beside those that nbdkit's side dropped."""
+        self.ended = False
+        self._thread = threading.Thread(target=self._run, name="drain", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        rest = b""
+        while True:
+            try:
+                data = os.read(self._fd, PIPE_SIZE)
+            except BlockingIOError:
+                time.sleep(DRAIN_TICK)  # not woken for each record: that would cost more than the record
+                continue
+            if not data:
+                break
+            rest += data
+            whole = len(rest) // _RECORD.itemsize * _RECORD.itemsize
+            piece, rest = rest[:whole], rest[whole:]
+            if self._waiting + whole > WAITING * _RECORD.itemsize:
+                self.dropped += whole // _RECORD.itemsize
+            elif whole:
+                self._pieces.append(piece)
+                self._waiting += whole
+        self.ended = True
+
+    def take(self) -> np.ndarray:
+        """The next records, none when nothing has come."""
+        data = self._pieces.popleft() if self._pieces else b""
+        self._waiting -= len(data)
+        return np.frombuffer(data, _RECORD)
+
+
+def main() -> int:
+    """The program. Returns nbdkit's exit status, which with --run is the command's."""
+    try:
+        return _main(sys.argv[1:])
+    except BmapError as error:
+        print(f"bmaplogger: {error}", file=sys.stderr)
+        return 1
+
+
+def _main(arguments: Sequence[str]) -> int:
+    given, options = _split(arguments)
+    if "-h" in options or "--help" in options:
+        print(USAGE, end="")
+        return 0
+    if "-V" in options or "--version" in options:
+        from importlib.metadata import version
+
+        print(f"bmaplogger {version('virt-bmap')}")
+        return 0
+    if "file" not in given:
+        raise UsageError("file=DISK is missing (see bmaplogger --help)")
+    if given.get("format", "raw") != "raw":
+        raise UsageError("only raw disks can be served here; for other formats use virt-bmap watch")
+    disk = source(given["file"], given.get("format"))
+    if disk.format != "raw":
+        raise UsageError(
+            f"{disk.image}: looks like {disk.format}; use virt-bmap watch for it, or say format=raw if it is a raw disk"
+        )
+    resolver = Resolver(saved(given["bmap"], [disk]) if "bmap" in given else mapped([disk]))
+    with contextlib.ExitStack() as stack:
+        log = sys.stdout
+        if "logfile" in given:
+            try:
+                log = stack.enter_context(open(given["logfile"], "w", encoding="utf-8"))
+            except OSError as error:
+                raise OutputError(f"{given['logfile']}: can't be written: {error.strerror}") from error
+        printer = Printer(log)
+        lines = LineLog(resolver, printer.write, given.get("inline") == "true")
+        try:
+            status, dropped = _serve(disk.image, options, resolver, lines)
+        finally:
+            lines.flush()
+            printer.close()
+    if dropped:
+        print(f"bmaplogger: {dropped} accesses were dropped: naming them took longer than the guest", file=sys.stderr)
+    if printer.dropped:
+        print(f"bmaplogger: {printer.dropped} lines could not be written to the log", file=sys.stderr)
+    return status
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Our own parameters, and all the rest, which is nbdkit's."""
+    given: dict[str, str] = {}
+    options: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in PARAMETERS:
+            given[key] = value
+        else:
+            options.append(argument)
+    return given, options
+
+
+def _serve(image: str, options: Sequence[str], resolver: Resolver, lines: LineLog) -> tuple[int, int]:
+    """Run nbdkit until it ends and log what it tells: (exit status, accesses dropped)."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+    command = [_nbdkit(), "--foreground", *_private(options), "python", plugin.__file__, f"file={os.path.abspath(image)}",
+               f"accesses={write}", *options]  # fmt: skip
+    child = subprocess.Popen(command, pass_fds=[write])
+    os.close(write)
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to nbdkit as well
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number)),
+    }
+    drain = Drain(read)
+    dropped, quiet = 0, 0.0
+    try:
+        while True:
+            ended = drain.ended
+            records = drain.take()
+            if len(records):
+                dropped = max(dropped, int(records["dropped"].max()))
+                _log(records[records["op"] != plugin.END], resolver, lines)
+                quiet = 0.0
+                continue
+            if ended:
+                return _status(child), dropped + drain.dropped
+            quiet += TICK
+            if quiet >= PAUSE:
+                lines.flush()
+            time.sleep(TICK)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _private(options: Sequence[str]) -> list[str]:
+    """With a command to run and no address asked for: a private socket instead of nbdkit's TCP port, which anyone could connect to."""
+    asked = any(re.match(r"(-[Upi]|--unix|--port|--ipaddr|--ip-addr|--vsock|--single|-s$)", option) for option in options)
+    return ["--unix", "-"] if any(option.startswith("--run") for option in options) and not asked else []
+
+
+def _log(records: np.ndarray, resolver: Resolver, lines: LineLog) -> None:
+    """Resolve and print a batch."""
+    columns = (records[name].astype(np.int64) for name in ("time_ns", "connection", "op", "offset", "length"))
+    accesses = Accesses(*columns)
+    for at in range(0, len(accesses), BATCH):
+        batch = accesses.take(np.arange(at, min(at + BATCH, len(accesses))))
+        lines.add(batch, resolver.touched(1, batch.offset, batch.length))
+
+
+def _nbdkit() -> str:
+    """The path of an nbdkit that has the Python plugin."""
+    program = shutil.which("nbdkit")
+    missing = (
+        "bmaplogger needs nbdkit with its Python plugin, which is not installed (apt-get install nbdkit nbdkit-plugin-python)"
+    )
+    if not program or subprocess.run([program, "--dump-plugin", "python"], capture_output=True).returncode:
+        raise MissingTool(missing)
+    return program
+
+
+def _status(child: "subprocess.Popen[bytes]") -> int:
+    status = child.wait()
+    return 128 - status if status < 0 else status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
