@@ -7,12 +7,15 @@ Sources: fs/xfs/libxfs (Linux 6.12): xfs_format.h, xfs_da_format.h, xfs_log_form
 "XFS Algorithms & Data Structures", 3rd edition.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int
 from virt_bmap.contract import Filesystem
+from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.columns import stack, take
 from virt_bmap.filesystems.xfs.damage import Damage
@@ -21,6 +24,7 @@ from virt_bmap.filesystems.xfs.forks import ATTR_FORK, Extents, split, tree_exte
 from virt_bmap.filesystems.xfs.geometry import Geometry, read_geometry, uuid_text
 from virt_bmap.filesystems.xfs.groups import read_groups
 from virt_bmap.filesystems.xfs.inodes import Inodes, read_inodes
+from virt_bmap.filesystems.xfs.log import find_log
 from virt_bmap.reader import Reader
 
 NAME = "xfs"
@@ -31,11 +35,11 @@ def probe(reader: Reader) -> bool:
     return reader.read_clipped(0, 4) == b"XFSB"
 
 
-def read(reader: Reader, others: tuple[Reader, ...] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """All tables of the filesystem."""
     geometry = read_geometry(reader)
     damage, rows = Damage(), tables.ExtentRows()
-    _log_rows(geometry, damage, rows)
+    state = _state(reader, geometry, others, damage, rows)
     groups = read_groups(reader, geometry, damage, rows)
     contents = read_inodes(reader, geometry, damage, groups, rows)
     inodes = contents.inodes
@@ -45,17 +49,41 @@ def read(reader: Reader, others: tuple[Reader, ...] = ()) -> Filesystem:
     _fork_rows(geometry, damage, inodes, extents, groups.shared, rows)
     names = _names_table(damage, stack_names([contents.names, in_blocks]), inodes)
     return Filesystem(
-        type=NAME, size=geometry.size, block_size=geometry.block_size, root=geometry.rootino, state="clean",
+        type=NAME, size=geometry.size, block_size=geometry.block_size, root=geometry.rootino, state=state,
         inodes=_inodes_table(inodes), names=names, extents=rows.table(0), uuid=uuid_text(geometry.uuid), label=geometry.label or None,
         features=" ".join(geometry.features), problems=damage.problems(),
     )  # fmt: skip
 
 
-def _log_rows(geometry: Geometry, damage: Damage, rows: tables.ExtentRows) -> None:
-    """An internal log is one run of blocks in one allocation group."""
+def _state(reader: Reader, geometry: Geometry, others: Sequence[Reader], damage: Damage, rows: tables.ExtentRows) -> str:
+    """What the log says of the volume; an internal log is one run of blocks in one group."""
+    try:
+        log = find_log(reader, geometry, others)
+    except Corrupt as error:
+        damage.add("log", f"log that can't be followed: {error}", -1 if error.offset is None else error.offset)
+        return "damaged"
     if geometry.logstart:
-        start = geometry.block_offset(np.array([geometry.logstart]))
-        rows.add(tables.METADATA, start, geometry.logblocks * geometry.block_size, part="log")
+        rows.add(
+            tables.METADATA,
+            int(geometry.block_offset(np.array([geometry.logstart]))[0]),
+            geometry.logblocks * geometry.block_size,
+            part="log",
+        )
+    if geometry.has("needsrepair"):
+        return "needs repair"
+    if log is None:
+        damage.add(
+            "external-log", "external log is not among these disks: it may hold changes that are not in place", severity="note"
+        )
+        return "unknown"
+    if not log.clean:
+        damage.add(
+            "log",
+            f"log with {log.active} bytes of changes that are not in place, they are not replayed",
+            log.offset + log.tail * 512,
+            severity="warning",
+        )
+    return "clean" if log.clean else "needs recovery"
 
 
 def _of(extents: Extents, inodes: Inodes, kind: int) -> Bool:
@@ -76,20 +104,33 @@ def _fork_rows(
             rows.add(kind, start[which], length[which], inode=number[which], part=part)
 
     add(extents.fork == ATTR_FORK, tables.XATTR)
-    add(_of(extents, inodes, tables.T_SYMLINK), tables.SYMLINK)
     place = extents.file_block * geometry.block_size
     directory = _of(extents, inodes, tables.T_DIRECTORY)
-    add(directory & (place < disk.DIR2_LEAF_OFFSET), tables.DIRECTORY)
+    named = directory & (place < disk.DIR2_LEAF_OFFSET)
+    rows.add(tables.DIRECTORY, start[named], length[named], inode=number[named], file_offset=place[named])
     add(directory & (place >= disk.DIR2_LEAF_OFFSET) & (place < disk.DIR2_FREE_OFFSET), tables.DIRECTORY, "leaf")
     add(directory & (place >= disk.DIR2_FREE_OFFSET), tables.DIRECTORY, "free index")
     hidden = _of(extents, inodes, tables.T_METADATA)
     for inode, name in geometry.hidden.items():
         add(hidden & (number == inode), tables.METADATA, name)
+    _symlink_rows(geometry, take(extents, _of(extents, inodes, tables.T_SYMLINK)), inodes, rows)
     mine = np.flatnonzero(_of(extents, inodes, tables.T_FILE))
     row, at, size, flags = split((start[mine], length[mine]), shared, damage)
     row = mine[row]
     kind = np.where(extents.unwritten[row] != 0, tables.UNWRITTEN, tables.DATA)
     rows.add(kind, at, size, inode=number[row], file_offset=place[row] + at - start[row], flags=flags)
+
+
+def _symlink_rows(geometry: Geometry, extents: Extents, inodes: Inodes, rows: tables.ExtentRows) -> None:
+    """Targets of symlinks that do not fit into the inode; in version 5 each extent begins with struct xfs_dsymlink_hdr."""
+    header = disk.SYMLINK_HEADER if geometry.crc else 0
+    extents = take(extents, np.argsort(extents.owner, kind="stable"))
+    number = inodes.number[extents.owner]
+    start, length = geometry.block_offset(extents.block), extents.count * geometry.block_size
+    before = np.arange(len(start)) - np.searchsorted(extents.owner, extents.owner)
+    rows.add(tables.SYMLINK, start, header, inode=number, part="symlink header")
+    place = extents.file_block * geometry.block_size - before * header
+    rows.add(tables.SYMLINK, start + header, length - header, inode=number, file_offset=place)
 
 
 def _inodes_table(inodes: Inodes) -> pa.Table:

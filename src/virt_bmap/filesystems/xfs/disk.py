@@ -141,3 +141,6 @@ DIR2_FREE_OFFSET = 1 << 36
 DIR2_MAGICS = {b"XD2B": (16, True), b"XD2D": (16, False), b"XDB3": (64, True), b"XDD3": (64, False)}
 """Magic: (header size, with a block tail: the whole directory in one block)."""
 DIR2_FREE_TAG = 0xFFFF
+
+SYMLINK_HEADER = 56
+"""sizeof(struct xfs_dsymlink_hdr), version 5."""

@@ -105,7 +105,7 @@ def read_geometry(reader: Reader) -> Geometry:
     version = int(sb["sb_versionnum"]) & disk.VERSION_NUMBITS
     if not 1 <= version <= 5:
         raise Unsupported(f"XFS version {version} at byte 0x64: only versions 1 to 5 are known", 0x64)
-    if version >= 4 and not int(sb["sb_versionnum"]) & disk.VERSION_DIRV2BIT or version < 4:
+    if (version >= 4 and not int(sb["sb_versionnum"]) & disk.VERSION_DIRV2BIT) or version < 4:
         raise Unsupported("XFS with directories of version 1 (IRIX before 6.5): their names are not read", 0x64)
     _check_sizes(sb)
     features = _features(sb, version)

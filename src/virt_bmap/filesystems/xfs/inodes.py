@@ -213,8 +213,9 @@ def _data_inline(
     local = local[damage.check(fits, "inline-size", "inodes are larger than their inline data", inodes.record[local])]
     start, size = fork.start[local], inodes.size[local]
     directory = inodes.type[local] == tables.T_DIRECTORY
-    for kind, mine in ((tables.DIRECTORY, directory), (tables.SYMLINK, ~directory)):
-        rows.add(kind, (start + move[local])[mine], size[mine], inode=inodes.number[local[mine]], flags=tables.INLINE)
+    for kind, mine, at in ((tables.DIRECTORY, directory, -1), (tables.SYMLINK, ~directory, 0)):
+        where, owner = (start + move[local])[mine], inodes.number[local[mine]]
+        rows.add(kind, where, size[mine], inode=owner, file_offset=at, flags=tables.INLINE)
     local, start, size = local[directory], start[directory], size[directory]
     return short_form(flat, start, start + size, inodes.number[local], inodes.record[local], geometry.has("ftype"), damage)
 
