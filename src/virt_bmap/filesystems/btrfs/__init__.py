@@ -1,0 +1,137 @@
+"""btrfs: subvolumes, snapshots, inodes, names and extents, in the logical address space that `volumes/btrfs` makes of the devices.
+
+Read are the root tree, the extent tree (which is the allocator), and the trees of all subvolumes and snapshots, all at once, a level a
+step. Other trees are named. Blocks that snapshots share are read once; every file that refers to an extent owns it, flagged as shared.
+
+An inode's number here is `tree << 40 | objectid`, where the top-level subvolume counts as tree 0: numbers there are those of stat, and those
+of subvolume 257 begin at 257 << 40. Special ids, which are negative on the disk, count from 2^23 or 2^40 downwards. Subvolumes are directories where
+they are found in their parent, as in a mount of the top level. A snapshot holds an empty directory (objectid 2) in the place of a subvolume.
+
+Part "bookend": what is left of an extent after a part of it was overwritten; it stays allocated with inode of a file that keeps it.
+Part "log": written by fsync after the last commit, to be replayed at the next mount; names and sizes of before the fsync are told.
+
+Sources: include/uapi/linux/btrfs_tree.h, fs/btrfs/ (v6.12); btrfs-progs Documentation/dev/On-disk-format.rst.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.arrays import ints, union
+from virt_bmap.contract import Filesystem
+from virt_bmap.errors import Corrupt
+from virt_bmap.filesystems.btrfs import files, items, ondisk, owners, tree
+from virt_bmap.filesystems.btrfs.pool import Damage, Pool, PoolReader
+from virt_bmap.reader import Reader
+
+NAME = "btrfs"
+FEATURES = (
+    "all subvolumes and snapshots", "skinny and full extent items", "mixed block groups", "block group tree", "free space tree (checked)",
+    "free space cache v1", "inline extents", "zlib, LZO and zstd extents (flagged)", "preallocated extents", "reflinks",
+    "bookend extents", "log tree (named; not replayed)", "deletion and relocation that were interrupted", "nodes of 4 to 64 KiB",
+    "changed fsid (metadata_uuid)",
+)  # fmt: skip
+REFUSED = ("btrfs-image dumps",)
+ORACLES = (
+    "kernel FIEMAP through a loop mount", "btrfs inspect-internal dump-tree", "btrfs inspect-internal logical-resolve",
+    "content through the map", "the extent tree against all owners", "the free space tree against the extent tree",
+)  # fmt: skip
+
+READ_TREES = {ondisk.EXTENT_TREE, ondisk.FREE_SPACE_TREE, ondisk.BLOCK_GROUP_TREE, ondisk.DATA_RELOC_TREE, ondisk.TREE_LOG}
+
+
+def probe(reader: Reader) -> bool:
+    """A pool that the volume module put together. The superblock lies outside the logical address space."""
+    return isinstance(reader, PoolReader)
+
+
+def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+    """The filesystem of a pool. Raises Corrupt where its root tree or its extent tree can't be read."""
+    if not isinstance(reader, PoolReader):
+        raise Corrupt(f"{reader.name}: not a btrfs pool")
+    pool, damage = reader.pool, Damage()
+    superblock = pool.superblock
+    source = tree.Source(
+        reader, pool.copies, pool.chunks, int(superblock["nodesize"]), int(superblock["sectorsize"]), ondisk.metadata_fsid(superblock),
+    )  # fmt: skip
+    roots, refs = _roots(source, superblock, damage)
+    forest = tree.walk(source, roots, damage)
+    found = items.Tables()
+    for leaves in tree.read_leaves(source, forest, damage):
+        found.add(leaves, source.sectorsize)
+    if not found.inodes:
+        raise Corrupt(f"{reader.name}: no leaf of any tree can be read", None, "tree-block")
+    links = files.Links(roots, forest, refs)
+    inodes = files.inodes(items.join(found.inodes), links, damage)
+    names, stubs = files.names(items.join(found.names), found.name_bytes, links, damage)
+    extents = _extents(source, pool, found, links, inodes, damage)
+    return Filesystem(
+        type="btrfs", size=reader.size, block_size=source.sectorsize, root=ondisk.FIRST_FREE, state=_state(superblock, bool(damage)),
+        inodes=files.inode_table(inodes, stubs), names=names, extents=extents, uuid=ondisk.uuid_text(superblock["fsid"]),
+        label=bytes(superblock["label"]).decode(errors="replace") or None, features=ondisk.feature_names(superblock),
+        problems=[*pool.problems, *damage.problems()],
+    )  # fmt: skip
+
+
+def _roots(source: tree.Source, superblock: np.void, damage: Damage) -> tuple[tree.Roots, items.Columns]:
+    """All trees, and which directory holds which subvolume. Those of the superblock come first."""
+    generation = int(superblock["generation"])
+    first = [
+        tree.Roots.single(ondisk.ROOT_TREE, int(superblock["root"]), int(superblock["root_level"]), generation),
+        tree.Roots.single(
+            ondisk.CHUNK_TREE,
+            int(superblock["chunk_root"]),
+            int(superblock["chunk_root_level"]),
+            int(superblock["chunk_root_generation"]),
+        ),
+    ]
+    if int(superblock["log_root"]):  # written by the transaction after the last one that was committed
+        first.append(
+            tree.Roots.single(ondisk.TREE_LOG, int(superblock["log_root"]), int(superblock["log_root_level"]), generation + 1)
+        )
+        damage.note("log", "log tree is to be replayed at the next mount", ints(-1), "note")
+    known = tree.Roots.join(first)
+    known = replace(known, wanted=known.id != ondisk.CHUNK_TREE)
+    forest = tree.walk(source, known, Damage())  # what is wrong is noted when all trees are walked
+    parts, refs = [], []
+    for leaves in tree.read_leaves(source, forest, Damage()):
+        parts.append(items.roots_of(leaves, READ_TREES))
+        refs.append(items.root_refs(leaves))
+    if not parts:
+        raise Corrupt(f"{source.reader.name}: the root tree can't be read", int(superblock["root"]), "tree-block")
+    return tree.Roots.join([replace(known, wanted=known.id == ondisk.ROOT_TREE), *parts]), items.join(refs)
+
+
+def _extents(
+    source: tree.Source, pool: Pool, found: items.Tables, links: files.Links, inodes: files.Inodes, damage: Damage
+) -> pa.Table:
+    """Rows for every logical byte that has an owner, is free, or lies in no chunk."""
+    out = tables.ExtentRows()
+    used = owners.allocated(links.only(items.join(found.allocated), ondisk.EXTENT_TREE), source.nodesize, pool, damage)
+    logs = owners.add_trees(out, links.roots, links.forest, used, source.nodesize, damage)
+    regular = owners.sound(files.regular(items.join(found.regular), links), pool, damage)
+    written = regular.part == owners.LOG
+    old, new = regular.select(~written), regular.select(written)
+    new = new.select(used.find(new.base) < 0)  # the rest of the log's extents were committed with the files
+    owners.check_allocated(old, used, damage)
+    owners.add_files(out, owners.share(old))
+    owners.add_files(out, owners.share(new))
+    files.add_inline(out, items.join(found.inline), links, inodes)
+    owners.add_bookends(out, old, used)
+    logged = union(np.append(logs[0], new.base), np.append(logs[1], new.base + new.whole))
+    groups = links.only(items.join(found.groups), ondisk.EXTENT_TREE, ondisk.BLOCK_GROUP_TREE)
+    free = owners.add_space(out, pool, used, logged, groups, damage)
+    if int(pool.superblock["compat_ro_flags"]) & ondisk.COMPAT_RO_FREE_SPACE_TREE_VALID:
+        owners.check_free_space(free, links.only(items.join(found.free_space), ondisk.FREE_SPACE_TREE), pool, damage)
+    return out.table(0)
+
+
+def _state(superblock: np.void, damaged: bool) -> str:
+    if damaged:
+        return "damaged"
+    if int(superblock["flags"]) & ondisk.SUPER_FLAG_ERROR:
+        return "errors"
+    return "needs recovery" if int(superblock["log_root"]) else "clean"
