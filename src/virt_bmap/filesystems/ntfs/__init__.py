@@ -1,0 +1,72 @@
+"""NTFS, from NT 4 to Windows 11: every record of the $MFT in a few large reads, names from the records themselves.
+
+Read are the boot sector (or its copy), the $MFT with all its attributes, the bitmap, and a few bytes of $LogFile and hiberfil.sys. Directory
+indexes are never opened: each record carries its names with a reference to the directory. The journal is not replayed: the map shows the volume
+as it lies there, and `state` says when it was not left in order.
+
+Sources: ntfs-3g 2022.10.3 (include/ntfs-3g/layout.h, libntfs-3g); kernel fs/ntfs3 (v6.12); [MS-FSCC] for reparse points.
+"""
+
+from collections.abc import Sequence
+
+from virt_bmap import tables
+from virt_bmap.contract import Filesystem
+from virt_bmap.filesystems.ntfs import structures as ntfs
+from virt_bmap.filesystems.ntfs.boot import is_boot, read_boot, tail
+from virt_bmap.filesystems.ntfs.contents import read_contents, reparse_tags, sizes_and_flags
+from virt_bmap.filesystems.ntfs.inodes import inode_table, inode_types, name_table, read_tree
+from virt_bmap.filesystems.ntfs.mft import read_mft
+from virt_bmap.filesystems.ntfs.owners import claim
+from virt_bmap.filesystems.ntfs.problems import Problems
+from virt_bmap.filesystems.ntfs.state import check_records, free_space, label, state
+from virt_bmap.reader import Reader
+from virt_bmap.tables import ExtentRows
+
+NAME = "ntfs"
+FEATURES = (
+    "clusters of 256 bytes to 2 MiB, sectors of 256 to 4096 bytes, records of 512 to 4096 bytes",
+    "fragmented $MFT, its extension records",
+    "$MFTMirr and the copy of the boot sector, where the originals are damaged",
+    "attribute lists",
+    "resident data, exact to the bytes that update sequences move",
+    "named streams",
+    "sparse, compressed and encrypted attributes",
+    "preallocated and unwritten clusters",
+    "hard links; names with unpaired surrogates",
+    "reparse points: symbolic links, mount points, the special files of WSL, WOF",
+    "$Extend with $UsnJrnl, $ObjId, $Quota, $Reparse, $RmMetadata, $Deleted",
+    "bad clusters",
+    "deleted records, without their clusters",
+    "dirty, unclean and hibernated volumes",
+)
+REFUSED = ("records larger than 4096 bytes",)
+ORACLES = ("ntfs-3g (mount, ntfsinfo, ntfscluster)", "The Sleuth Kit (fls, istat)", "$Bitmap")
+
+
+def probe(reader: Reader) -> bool:
+    """Does a boot sector of NTFS lie at the start?"""
+    return is_boot(reader.read_clipped(0, ntfs.BOOT_SECTOR.itemsize))
+
+
+def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+    """The tables of one NTFS volume."""
+    problems = Problems()
+    geometry = read_boot(reader, problems)
+    mft = read_mft(reader, geometry, problems)
+    tree = read_tree(mft, problems)
+    contents = read_contents(mft, geometry, problems)
+    check_records(reader, mft, contents, problems)
+    tags = reparse_tags(reader, len(mft), contents)
+    types = inode_types(mft, tree, tags)
+    sizes, flags = sizes_and_flags(mft, tree, contents, tags)
+    root = ntfs.ROOT if mft.records.directory[ntfs.ROOT : ntfs.ROOT + 1].any() else -1
+    rows = ExtentRows()
+    claim(mft, tree, contents, types, reader.size, rows, problems)
+    rows.add(tables.FREE, *free_space(reader, geometry, contents, problems))
+    size = tail(reader, geometry, rows)
+    condition, features = state(reader, mft, tree, contents, problems)
+    return Filesystem(
+        type="ntfs", size=size, block_size=geometry.cluster_size, root=root, state=condition,
+        inodes=inode_table(mft, tree, types, sizes, flags), names=name_table(tree), extents=rows.table(0),
+        uuid=f"{geometry.serial:016X}", label=label(mft), features=features or None, problems=problems,
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""Attributes joined to what they are: whose they are, their pieces under the head that has sizes and flags, and where their clusters lie."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.arrays import Bool, Int
+from virt_bmap.filesystems.ntfs import structures as ntfs
+from virt_bmap.filesystems.ntfs.boot import Geometry
+from virt_bmap.filesystems.ntfs.inodes import Tree, owner_of, record_offset
+from virt_bmap.filesystems.ntfs.mft import Mft, read_stream
+from virt_bmap.filesystems.ntfs.problems import Problems
+from virt_bmap.filesystems.ntfs.records import Attributes
+from virt_bmap.filesystems.ntfs.runs import HOLE, Runs, Stream, decode
+from virt_bmap.reader import Reader
+
+
+@dataclass
+class Contents:
+    """The attributes of inodes in use, and their runs (`runs.row` counts attributes). For each attribute: its inode, the row of its first
+    piece (its own where that is lost), and its name as a number in `texts`; 0 is no name. `reach`: the VCN behind the last, by head."""
+
+    attributes: Attributes
+    owner: Int
+    head: Int
+    name: Int
+    texts: list[bytes]
+    runs: Runs
+    reach: Int
+    cluster_size: int
+
+    def rows(self, owner: int, kind: int, name: bytes = b"") -> Bool:
+        """Which attributes are pieces of one attribute."""
+        number = self.texts.index(name) if name in self.texts else -1
+        found: Bool = (self.owner == owner) & (self.attributes.type == kind) & (self.name == number)
+        return found
+
+    def stream(self, reader: Reader, owner: int, kind: int) -> tuple[Stream, int]:
+        """Where an unnamed attribute with run lists lies, and how many bytes it has."""
+        mine = self.rows(owner, kind)
+        size = int(self.attributes.data_size[mine].max(initial=0))
+        return Stream.of(self.runs.take(mine[self.runs.row]), self.cluster_size, reader.size), size
+
+    def read(self, reader: Reader, owner: int, kind: int, most: int) -> bytes:
+        """The first bytes of an unnamed attribute with run lists, at most `most`, and no more than lie together from its start."""
+        stream, size = self.stream(reader, owner, kind)
+        return read_stream(reader, stream, 0, min(stream.contiguous(0), size, most)).tobytes()
+
+
+def read_contents(mft: Mft, geometry: Geometry, problems: Problems) -> Contents:
+    """Join and decode the attributes of all inodes in use."""
+    owner, good = owner_of(mft.records, mft.attributes.record)
+    stale = mft.records.in_use[mft.attributes.record] & ~good
+    numbers = np.unique(mft.attributes.record[stale])
+    problems.add("stale-extension", "extension records belong to a file that is gone", record_offset(mft, numbers), "warning")
+    rows = np.flatnonzero(good)
+    found, owner = mft.attributes.take(rows), owner[rows]
+    name, texts = _numbered(found.name)
+    head, lost = _heads(found, owner, name)
+    problems.add("lost-piece", "attributes have lost their first piece", record_offset(mft, found.record[lost]))
+    listed = np.flatnonzero(found.value < 0)
+    decoded = decode(found.pairs, found.pairs_length[listed], found.lowest_vcn[listed], geometry.clusters, geometry.cluster_size)
+    short = decoded.bad | (~decoded.outside & (decoded.reach != found.highest_vcn[listed] + 1))
+    problems.add(
+        "run-list", "run lists break off or end elsewhere than they should", record_offset(mft, found.record[listed[short]])
+    )
+    problems.add("outside", "run lists lead out of the volume", record_offset(mft, found.record[listed[decoded.outside]]))
+    runs = decoded.runs
+    reach = np.zeros(len(found), np.int64)
+    np.maximum.at(reach, head[listed], decoded.reach)
+    return Contents(
+        found, owner, head, name, texts, Runs(listed[runs.row], runs.vcn, runs.lcn, runs.count), reach, geometry.cluster_size
+    )
+
+
+def _numbered(name: pa.ChunkedArray) -> tuple[Int, list[bytes]]:
+    """Names as numbers in a list of all that occur, which begins with no name."""
+    with_none = pa.chunked_array([pa.array([b""], pa.binary()), *name.chunks])
+    coded = with_none.dictionary_encode().unify_dictionaries().combine_chunks()
+    coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
+    return coded.indices.to_numpy()[1:].astype(np.int64), coded.dictionary.to_pylist()
+
+
+def _heads(found: Attributes, owner: Int, name: Int) -> tuple[Int, Int]:
+    """(for each attribute the row of its first piece, rows whose first piece is lost)."""
+    head = np.arange(len(found), dtype=np.int64)
+    later = np.flatnonzero(found.lowest_vcn > 0)
+    if len(later) == 0:
+        return head, later
+    first = np.flatnonzero((found.lowest_vcn == 0) & (found.value < 0) & np.isin(owner, owner[later]))
+    both = np.concatenate([first, later])
+    _, group = np.unique(np.stack([owner[both], found.type[both], name[both]]), axis=1, return_inverse=True)
+    group = group.reshape(-1)
+    where = np.full(int(group.max()) + 1, -1, np.int64)
+    where[group[: len(first)][::-1]] = first[::-1]
+    at = where[group[len(first) :]]
+    head[later] = np.where(at >= 0, at, later)
+    return head, later[at < 0]
+
+
+def reparse_tags(reader: Reader, count: int, contents: Contents) -> Int:
+    """The reparse tag of each of `count` records, 0 where there is none."""
+    tags = np.zeros(count, np.int64)
+    point = contents.attributes.type == ntfs.REPARSE_POINT
+    resident = np.flatnonzero(point & (contents.attributes.value >= 0))
+    tags[contents.owner[resident]] = contents.attributes.tag[resident]
+    runs = contents.runs.take(point[contents.runs.row] & (contents.runs.vcn == 0) & (contents.runs.lcn != HOLE))
+    place = runs.lcn * contents.cluster_size
+    inside = place <= reader.size - 4
+    data = reader.read_blocks(place[inside], 4)
+    tags[contents.owner[runs.row[inside]]] = data.view("<u4").reshape(-1)
+    return tags
+
+
+def sizes_and_flags(mft: Mft, tree: Tree, contents: Contents, tags: Int) -> tuple[Int, Int]:
+    """(bytes, mask of tables.INODE_FLAGS) of each record: of the plain content of a file, of the index of a directory."""
+    sizes, flags = np.zeros(len(mft), np.int64), np.zeros(len(mft), np.int64)
+    found = mft.attributes
+    of_deleted = np.flatnonzero((found.type == ntfs.DATA) & (found.lowest_vcn == 0) & tree.deleted[found.record])
+    of_deleted = of_deleted[~found.named(of_deleted)]
+    sizes[found.record[of_deleted]] = found.data_size[of_deleted]
+    found, first = contents.attributes, contents.attributes.lowest_vcn == 0
+    for kind in (ntfs.INDEX_ROOT, ntfs.INDEX_ALLOCATION):
+        index = np.flatnonzero((found.type == kind) & first & mft.records.directory[contents.owner])
+        sizes[contents.owner[index]] = found.data_size[index]
+    data = np.flatnonzero((found.type == ntfs.DATA) & first & (contents.name == 0))
+    sizes[contents.owner[data]] = found.data_size[data]
+    state = found.flags[data]
+    flags[contents.owner[data]] = np.where(state & ntfs.ATTR_COMPRESSED, tables.I_COMPRESSED, 0) | np.where(
+        state & ntfs.ATTR_ENCRYPTED, tables.I_ENCRYPTED, 0
+    )
+    flags[tags == ntfs.REPARSE_WOF] |= tables.I_COMPRESSED
+    return sizes, flags

@@ -1,0 +1,184 @@
+"""The $MFT: found, read in batches, and followed wherever its own run list leads.
+
+Its later pieces lie in extension records that the pieces before them reach (or Windows could not start either), so the table is read from its
+start while what was read says where it goes on. Its attribute list says nothing else and is not needed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from virt_bmap.arrays import Bytes, ints
+from virt_bmap.contract import Problem
+from virt_bmap.errors import Corrupt
+from virt_bmap.filesystems.ntfs import structures as ntfs
+from virt_bmap.filesystems.ntfs.boot import Geometry
+from virt_bmap.filesystems.ntfs.records import (
+    Attributes,
+    Batch,
+    Buffer,
+    Names,
+    Records,
+    attributes,
+    concat,
+    parse,
+    undo_update_sequence,
+)  # fmt: skip
+from virt_bmap.filesystems.ntfs.runs import Runs, Stream, decode
+from virt_bmap.layout import records
+from virt_bmap.reader import Reader, scatter
+
+BATCH = 16 << 20
+"""Bytes of the $MFT read at a time: few round trips, and a batch with all that is made of it stays below 64 MiB."""
+
+
+@dataclass
+class Mft:
+    """All records, what they hold, and where in the volume the table itself lies. `system` are the first records, made whole."""
+
+    stream: Stream
+    records: Records
+    attributes: Attributes
+    names: Names
+    system: Buffer
+
+    def __len__(self) -> int:
+        return len(self.records.usable)
+
+
+def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft:
+    """Read the whole $MFT. Corrupt where neither its first record nor the mirror's says where it lies."""
+    size = geometry.record_size
+    first, mirror = first_records(reader, geometry, problems)
+    batch = parse(first[:size], 0, size)
+    own = own_list(batch)
+    pieces = [decoded(own, geometry)]
+    length = int(own.initialized_size[own.lowest_vcn == 0].max(initial=0))
+    batches: list[Batch] = []
+    held = np.empty(BATCH + 128, np.uint8) if length > BATCH else None
+    at = 0
+    while True:
+        stream = stream_of(pieces, geometry, reader.size)
+        end = min(stream.contiguous(at), length, at + BATCH)
+        end -= (end - at) % size
+        if end <= at:
+            break
+        data = read_stream(reader, stream, at, end)
+        if at == 0:
+            data = repair(data, mirror, geometry, problems)
+            system = prepared(data[: ntfs.FIRST_USER * size], size)
+        batches.append(parse(data, at // size, size, held))
+        pieces.append(decoded(own_list(batches[-1]), geometry))
+        at = end
+    if not batches:
+        raise Corrupt(
+            f"record 0 of the $MFT at byte {geometry.mft:#x} has no $DATA that begins at VCN 0 and holds a record", geometry.mft
+        )
+    if at < length - size:
+        problems.append(
+            Problem("mft-cut", f"the $MFT is known for {at} of its {length} bytes: what lies behind is not read", geometry.mft)
+        )
+    return Mft(
+        stream, concat([b.records for b in batches]), concat([b.attributes for b in batches]), concat([b.names for b in batches]),
+        system,
+    )  # fmt: skip
+
+
+def read_stream(reader: Reader, stream: Stream, start: int, end: int) -> Bytes:
+    """Bytes [start, end) of a stream; zeroes where it has holes. Pieces are asked for in the order in which they lie in the volume."""
+    _, at, places, lengths = stream.place(ints(start), ints(end - start))
+    order = np.argsort(places)
+    data = reader.read_ranges(places[order], lengths[order])
+    if len(data) == end - start and (np.diff(order) > 0).all():
+        return data
+    result = np.zeros(end - start, np.uint8)
+    scatter(result, (at - start)[order], lengths[order], data)
+    return result
+
+
+def first_records(reader: Reader, geometry: Geometry, problems: list[Problem]) -> tuple[Bytes, Bytes | None]:
+    """(the first four records, their copies in $MFTMirr or None where these lie outside)."""
+    size = ntfs.MIRRORED * geometry.record_size
+    inside = 0 < geometry.mirror <= reader.size - size
+    places = ints([geometry.mft, geometry.mirror] if inside else [geometry.mft])
+    data = reader.read_blocks(places, size)
+    if not inside:
+        problems.append(
+            Problem("mft-mirror", f"mftmirr_lcn leads to byte {geometry.mirror:#x}, outside the volume", 0x38, "warning")
+        )
+    first = repair(data[0], data[1] if inside else None, geometry, [])
+    if not whole(first, geometry.record_size)[0]:
+        raise Corrupt(f"the first record of the $MFT at byte {geometry.mft:#x} has the signature {first[:4].tobytes()!r} or an update sequence "
+                      "that does not fit, and so has its copy in $MFTMirr", geometry.mft)  # fmt: skip
+    return first, data[1] if inside else None
+
+
+def repair(data: Bytes, mirror: Bytes | None, geometry: Geometry, problems: list[Problem]) -> Bytes:
+    """The records of `data`, the first four taken from the mirror where only that one is whole."""
+    size = geometry.record_size
+    if mirror is None:
+        return data
+    count = min(len(data), len(mirror)) // size
+    here, there = whole(data[: count * size], size), whole(mirror[: count * size], size)
+    rows, copies = data[: count * size].reshape(count, size), mirror[: count * size].reshape(count, size)
+    lost = np.flatnonzero(~here & there)
+    differs = np.flatnonzero(here & (~there | (rows != copies).any(axis=1)))
+    if len(lost):
+        data = data.copy()
+        data[: count * size].reshape(count, size)[lost] = copies[lost]
+        words = ", ".join(map(str, lost.tolist()))
+        problems.append(
+            Problem("mft-record", f"records {words} of the $MFT are damaged; their copies in $MFTMirr were read", geometry.mft)
+        )
+    if len(differs):
+        words = ", ".join(map(str, differs.tolist()))
+        problems.append(
+            Problem("mft-mirror", f"$MFTMirr says something else than the $MFT in records {words}", geometry.mirror, "warning")
+        )
+    return data
+
+
+def whole(data: Bytes, size: int) -> np.ndarray:
+    """Which of these records are good."""
+    buffer = Buffer(data, size)
+    return undo_update_sequence(buffer, records(buffer.records, ntfs.MFT_RECORD))[0]
+
+
+def prepared(data: Bytes, size: int) -> Buffer:
+    """Records with their update sequences undone, to look into."""
+    buffer = Buffer(data, size)
+    undo_update_sequence(buffer, records(buffer.records, ntfs.MFT_RECORD))
+    return buffer
+
+
+def resident_value(buffer: Buffer, number: int, kind: int) -> bytes:
+    """The value of a record's first resident attribute of a type; nothing where there is none."""
+    if number >= buffer.count:
+        return b""
+    heads = records(buffer.records, ntfs.MFT_RECORD)
+    _, at, _ = attributes(buffer, heads, ints(number)[heads["magic"][[number]] == ntfs.MAGIC_FILE])
+    header = buffer.window(at, ntfs.ATTR_RECORD)
+    for place in np.flatnonzero((header["type"] == kind) & (header["non_resident"] == 0))[:1]:
+        start = int(at[place]) + int(header["value_offset"][place])
+        return buffer.bytes[start : min(start + int(header["value_length"][place]), (number + 1) * buffer.size)].tobytes()
+    return b""
+
+
+def own_list(batch: Batch) -> Attributes:
+    """The pieces of the $MFT's own unnamed $DATA that this batch holds, in record 0 or in its extension records."""
+    found, record = batch.attributes, batch.records
+    base = record.base[found.record - batch.first]
+    own = (found.record == ntfs.MFT) | ((base != 0) & (base & ntfs.REFERENCE == ntfs.MFT))
+    mine = np.flatnonzero(own & (found.type == ntfs.DATA) & (found.value < 0) & record.in_use[found.record - batch.first])
+    return found.take(mine[~found.named(mine)])
+
+
+def decoded(found: Attributes, geometry: Geometry) -> Runs:
+    """The runs of these attributes, up to the first fault of each."""
+    return decode(found.pairs, found.pairs_length, found.lowest_vcn, geometry.clusters, geometry.cluster_size).runs
+
+
+def stream_of(pieces: list[Runs], geometry: Geometry, size: int) -> Stream:
+    """All pieces as one stream."""
+    joined = Runs(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("row", "vcn", "lcn", "count")))
+    return Stream.of(joined, geometry.cluster_size, size)
