@@ -11,9 +11,8 @@ from typing import TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from virt_bmap import paths, tables
+from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals, ints
 from virt_bmap.errors import UsageError
 from virt_bmap.mapping import ROLES, Rows, Side
@@ -72,7 +71,7 @@ class BlockMap:
     @cached_property
     def disks(self) -> list[int]:
         """The volumes that are whole disks, in order: disk 1 first."""
-        return np.flatnonzero(pc.equal(self.volumes.column("kind"), "disk").to_numpy()).tolist()
+        return [number for number, kind in enumerate(self.volumes.column("kind").to_pylist()) if kind == "disk"]
 
     @cached_property
     def depth(self) -> Int:
@@ -193,6 +192,8 @@ class BlockMap:
     def paths(self, volume: int) -> tuple[Int, pa.Array]:
         """(inode, path) of every name of a filesystem whose path is known, sorted by inode; the root directory is `/`."""
 
+        from virt_bmap import paths  # with pyarrow.compute: slow to import, and not needed where only tables are written
+
         def build() -> tuple[Int, pa.Array]:
             if volume in self.given_paths:
                 return self.given_paths[volume]
@@ -214,6 +215,8 @@ class BlockMap:
     def inode_of(self, volume: int, path: bytes) -> int:
         """The inode that a path leads to; UsageError where there is none."""
         device = self.volumes.column("name")[volume].as_py()
+        import pyarrow.compute as pc
+
         inode, known = self.paths(volume)
         if len(inode) == 0:
             raise UsageError(f"{device} holds no filesystem whose names can be read")

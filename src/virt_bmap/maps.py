@@ -1,8 +1,27 @@
-"""Saved maps and disks alike: what `lookup`, `locate` and `watch` are given."""
+"""Where block maps come from: disks, mapped now, and saved maps."""
+
+from collections.abc import Callable, Sequence
 
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError
-from virt_bmap.outputs import bmap_reader, parquet
+from virt_bmap.images import open_disks
+from virt_bmap.reader import Reader
+from virt_bmap.survey import survey
+
+
+def map_disks(
+    images: Sequence[str],
+    format: str | None = None,
+    references: bool = False,
+    watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
+) -> BlockMap:
+    """Map images, block devices or NBD URIs as the disks of one machine, /dev/sda, /dev/sdb, ...
+
+    `format` and `references` as for `images.open_image`. `watcher` is given the open disks and returns what is called with each volume's name.
+    Raises ImageError where a disk can't be opened or read; what is wrong *on* a disk becomes rows of the table `problems`.
+    """
+    with open_disks(images, format, references) as disks:
+        return survey(disks, watcher(disks)) if watcher else survey(disks)
 
 
 def is_saved(path: str) -> bool:
@@ -27,6 +46,8 @@ def _first_line_is_a_maps(head: bytes) -> bool:
 
 def load(path: str) -> BlockMap:
     """Read a saved map, whichever kind it is."""
+    from virt_bmap.outputs import bmap_reader, parquet
+
     try:
         with open(path, "rb") as file:
             if file.read(4) == b"PAR1":

@@ -69,7 +69,8 @@ def of_names(names: pa.Table, inodes: pa.Table, root: int) -> pa.Array:
 
 def _children(order: Int, bounds: Int, level: Int) -> Int:
     row, step = expand(bounds[level + 1] - bounds[level])
-    return order[bounds[level][row] + step]
+    children: Int = order[bounds[level][row] + step]
+    return children
 
 
 def _join(base: pa.Array, at: Int, name: pa.Array, rows: Int | None) -> pa.Array:

@@ -14,17 +14,23 @@ from virt_bmap.mapping import DATA, ROLES, Rows, Side
 
 HEAD = 128 << 10
 """Bytes at the start of every volume that are read once and kept: all magic numbers but md's and GPT's copies lie there."""
-TAIL = 64 << 10
-"""Likewise at the end: backup GPT (33 sectors of up to 4096 bytes would be more, but headers suffice), md 0.90 and 1.0."""
+TAIL = 128 << 10
+"""Likewise at the end: the backup GPT's header, md 0.90 (up to 128 KiB from the end) and 1.0."""
 
 
 class Reader:
     """Bytes [0, size) of something. Subclasses provide `_fetch`."""
 
+    filesystem: str | None = None
+    """The filesystem module that reads this, where that is known without probing."""
+
     def __init__(self, size: int, name: str) -> None:
         self.size = size
         self.name = name
         """For messages: which disk, or which volume of which disk."""
+        self.rounds = 0
+        """How often a batch was waited for, and how many bytes were asked for: what a slow link charges."""
+        self.requested = 0
         self._ends: tuple[Bytes, Bytes, int] | None = None
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
@@ -65,8 +71,8 @@ class Reader:
             if kept is not None:
                 return kept
         in_order = bool((offsets[1:] >= ends[:-1]).all())
-        if in_order and (lengths > 0).all():
-            return self._fetch(*_join(offsets, ends))
+        if len(offsets) and in_order and (lengths > 0).all():
+            return self._counted(*_join(offsets, ends))
         order = np.argsort(offsets, kind="stable")
         order = order[lengths[order] > 0]
         starts, reach = offsets[order], np.maximum.accumulate(ends[order])
@@ -75,7 +81,7 @@ class Reader:
         new = np.append(True, starts[1:] > reach[:-1])
         first = np.flatnonzero(new)
         piece_start, piece_end = starts[first], reach[np.append(first[1:], len(order)) - 1]
-        data = self._fetch(piece_start, piece_end - piece_start)
+        data = self._counted(piece_start, piece_end - piece_start)
         base = np.cumsum(piece_end - piece_start) - (piece_end - piece_start)
         where = np.zeros(len(offsets), np.int64)
         piece = np.cumsum(new) - 1
@@ -86,6 +92,11 @@ class Reader:
                 return data.reshape(-1, size)[where // size].reshape(-1)
         return gather(data, where, lengths)
 
+    def _counted(self, offsets: Int, lengths: Int) -> Bytes:
+        self.rounds += 1
+        self.requested += int(lengths.sum())
+        return self._fetch(offsets, lengths)
+
     def _kept(self, start: int, end: int) -> Bytes | None:
         """The bytes from the head or tail, which are fetched together once; None where they reach further."""
         head, tail = min(HEAD, self.size), max(0, self.size - TAIL)
@@ -94,7 +105,7 @@ class Reader:
         if self._ends is None:
             tail = max(tail, head)
             offsets, lengths = ints([0, tail]), ints([head, self.size - tail])
-            both = self._fetch(*_join(offsets[lengths > 0], (offsets + lengths)[lengths > 0]))
+            both = self._counted(*_join(offsets[lengths > 0], (offsets + lengths)[lengths > 0]))
             self._ends = both[:head], both[head:], tail
         first, last, at = self._ends
         if end <= head:

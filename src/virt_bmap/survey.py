@@ -68,7 +68,8 @@ class _Survey:
         for number, reader in enumerate(disks, 1):
             self._add("disk", disk_name(number), reader, 0, number)
         self.todo = list(self.volumes)
-        self.waiting: dict[str, list[_Volume]] = {}
+        self.waiting: dict[str, tuple[ModuleType, list[_Volume]]] = {}
+        """Members of what spans volumes, by the module's name; complete when no volume is left to look at."""
         self.unclaimed: list[_Volume] = []
         self.found: list[tuple[_Volume, ModuleType]] = []
 
@@ -76,10 +77,8 @@ class _Survey:
         while self.todo or self.waiting:
             while self.todo:
                 self._look_at(self.todo.pop(0))
-            for module in volumes.VOLUMES:
-                if members := self.waiting.pop(module.NAME, None):
-                    self._assemble(module, members)
-                    break
+            if self.waiting:
+                self._assemble(*self.waiting.pop(min(self.waiting, key=volumes.rank)))
         for volume, module in self.found:
             self._read(volume, module)
         for volume in self.volumes:
@@ -100,7 +99,7 @@ class _Survey:
                 self._problem(volume, "survey", Problem("too-deep", f"more than {MAX_DEPTH} layers or {MAX_VOLUMES} volumes", 0))
                 self._whole(volume, module.NAME)
             elif module.SPANS:
-                self.waiting.setdefault(module.NAME, []).append(volume)
+                self.waiting.setdefault(module.__name__, (module, []))[1].append(volume)
             else:
                 self._assemble(module, [volume])
         elif module := filesystems.recognise(volume.reader):
@@ -108,6 +107,7 @@ class _Survey:
             self.found.append((volume, module))
         elif name := foreign.recognise(volume.reader):
             volume.type = name
+            self.unclaimed.append(volume)  # an external journal ("jbd") is of use to its filesystem
             self._whole(volume, name)
         else:
             self.unclaimed.append(volume)

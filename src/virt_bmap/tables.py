@@ -240,6 +240,20 @@ def codes(table: pa.Table, name: str) -> np.ndarray:
     return np.concatenate(chunks) if chunks else np.zeros(0, np.int8)
 
 
+def recode(table: pa.Table) -> pa.Table:
+    """The table with its code columns numbered as in this module: files number dictionaries as they like."""
+    import pyarrow.compute as pc  # takes longer to import than most maps take, and only saved maps need it here
+
+    for at, field in enumerate(table.schema):
+        if field.type == CODE:
+            words = pa.array(_CODES[field.name], TEXT)
+            codes = pc.index_in(table.column(at).cast(TEXT), words).cast(pa.int8()).combine_chunks()
+            if codes.null_count:
+                raise ValueError(f"column {field.name} has words that this version does not know")
+            table = table.set_column(at, field, pa.DictionaryArray.from_arrays(codes, words))
+    return table
+
+
 class ExtentRows:
     """Collects extents as a reader finds them, a batch a call, and joins them once.
 

@@ -1,0 +1,13 @@
+"""One module for each command: NAME is its file's name, HELP one line, `add_arguments(parser)`, and `run(args) -> exit status`.
+
+Modules are imported only when their command is run; `COMMANDS` is the list that `virt-bmap --help` shows, in this order.
+"""
+
+COMMANDS = {
+    "map": "which file owns every byte of these disks? (the default)",
+    "lookup": "who owns these bytes of a disk?",
+    "locate": "where do the bytes of a file lie?",
+    "info": "the tree of volumes and filesystems",
+    "check": "prove that a map is complete and agrees with the filesystems' allocators",
+    "watch": "which files does a running guest read and write?",
+}

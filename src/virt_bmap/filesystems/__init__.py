@@ -5,16 +5,22 @@ The contract is described in `virt_bmap.contract`; docs/adding-a-format.md walks
 
 from types import ModuleType
 
-from virt_bmap.filesystems import ext, fat, xfs
 from virt_bmap.reader import Reader
+from virt_bmap.registry import Format, first
 
-FILESYSTEMS: tuple[ModuleType, ...] = (ext, xfs, fat)
+HERE = "virt_bmap.filesystems"
+FILESYSTEMS: tuple[Format, ...] = (
+    Format(f"{HERE}.btrfs", ()),  # never by magic: `volumes.btrfs` makes the pool and says what it is
+    Format(f"{HERE}.ext", ((0x438, b"\x53\xef"),)),
+    Format(f"{HERE}.xfs", ((0, b"XFSB"),)),
+    Format(f"{HERE}.ntfs", ((3, b"NTFS    "),)),
+    Format(f"{HERE}.fat", ((0, b"\xeb"), (0, b"\xe9"), (0, b"\0\0"), (510, b"\x55\xaa"))),
+)
 """In probe order: magics that lie deeper or are longer first, so that leftovers of an older filesystem lose."""
 
 
 def recognise(reader: Reader) -> ModuleType | None:
-    """The filesystem module whose magic the volume carries."""
-    for module in FILESYSTEMS:
-        if module.probe(reader):
-            return module
-    return None
+    """The filesystem module that reads this volume."""
+    if reader.filesystem:
+        return next(format for format in FILESYSTEMS if format.name == reader.filesystem).load()
+    return first(FILESYSTEMS, reader)

@@ -5,6 +5,9 @@ backing or data file. So the format is found by magic and said aloud, and a file
 (`references=True`), with a format that the header states: never guessed. A guest's own qcow2 header can at worst make the map wrong; it can't make us read another file.
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 from virt_bmap.images import nbd, qemu, raw
 from virt_bmap.reader import Reader
 
@@ -28,3 +31,14 @@ def open_image(image: str, format: str | None = None, references: bool = False) 
         return qemu.open_with_qemu(plain, found, references)
     finally:
         plain.close()
+
+
+@contextlib.contextmanager
+def open_disks(images: Sequence[str], format: str | None = None, references: bool = False) -> Iterator[list[Reader]]:
+    """The disks of one machine, in order; closed at the end of the block."""
+    with contextlib.ExitStack() as stack:
+        disks = []
+        for image in images:
+            disks.append(open_image(image, format, references))
+            stack.callback(disks[-1].close)
+        yield disks

@@ -29,10 +29,7 @@ def save(bmap: BlockMap, file: BinaryIO, disks: list[str] | None = None) -> None
         "disks": [{"image": image, "size": size} for image, size in zip(disks or [], sizes(bmap), strict=False)],
     }
     schema = pa.schema(
-        [
-            pa.field(name, _struct(name), metadata={b"rows": str(columns[name].num_rows)})
-            for name in columns
-        ],
+        [pa.field(name, _struct(name), metadata={b"rows": str(columns[name].num_rows)}) for name in columns],
         metadata={KEY: json.dumps(about)},
     )
     arrays = [_padded(table, schema.field(name).type, longest) for name, table in columns.items()]
@@ -84,4 +81,4 @@ def _table(file: Any, name: str) -> pa.Table:
     column = column.slice(0, rows)
     flat = [chunk.field(index) for chunk in column.chunks for index in range(len(schema))]
     arrays = [pa.chunked_array(flat[index :: len(schema)], field.type) for index, field in enumerate(schema)]
-    return pa.Table.from_arrays(arrays, schema=schema).unify_dictionaries().combine_chunks()
+    return tables.recode(pa.Table.from_arrays(arrays, schema=schema).unify_dictionaries().combine_chunks())

@@ -6,16 +6,26 @@ The contract is described in `virt_bmap.contract`.
 from types import ModuleType
 
 from virt_bmap.reader import Reader
-from virt_bmap.volumes import gpt, lvm, mbr
+from virt_bmap.registry import Format, first
 
-VOLUMES: tuple[ModuleType, ...] = (lvm, gpt, mbr)
+HERE = "virt_bmap.volumes"
+LVM_LABEL = b"LABELONE"
+BOOT_SIGNATURE = (510, b"\x55\xaa")
+VOLUMES: tuple[Format, ...] = (
+    Format(f"{HERE}.lvm", ((0, LVM_LABEL), (512, LVM_LABEL), (1024, LVM_LABEL), (1536, LVM_LABEL))),
+    Format(f"{HERE}.btrfs", ((0x10040, b"_BHRfS_M"),)),
+    Format(f"{HERE}.gpt", (BOOT_SIGNATURE,)),
+    Format(f"{HERE}.mbr", (BOOT_SIGNATURE,)),
+)
 """In probe order. Members of arrays and groups come before partition tables, since their data area can hold one; GPT before MBR,
-since every GPT disk has a protective MBR."""
+since every GPT disk has a protective MBR. In the same order those that span volumes are put together: arrays, then what lies on them."""
 
 
 def recognise(reader: Reader) -> ModuleType | None:
     """The volume module whose magic the volume carries."""
-    for module in VOLUMES:
-        if module.probe(reader):
-            return module
-    return None
+    return None if reader.filesystem else first(VOLUMES, reader)
+
+
+def rank(module: str) -> int:
+    """The place in VOLUMES of a module by its full name."""
+    return [format.module for format in VOLUMES].index(module)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from virt_bmap import tables
+from virt_bmap.arrays import Int
 from virt_bmap.contract import Assembly, Member, Problem, extent_rows
 from virt_bmap.errors import Corrupt
 from virt_bmap.layout import record, records, struct, widen
@@ -91,7 +92,7 @@ def probe(reader: Reader) -> bool:
     for size, at in places:
         table, _ = _read_table(reader, size, at)
         if table:
-            used = _used(table)
+            used = table.entries[_used(table)]
             return not mbr.isohybrid(
                 reader, used["starting_lba"] * np.uint64(size), (used["ending_lba"] + np.uint64(1)) * np.uint64(size)
             )
@@ -119,10 +120,8 @@ def assemble(members: list[Member]) -> Assembly:
                 part=f"{words} entries",
             )
     assembly.types[disk.number], assembly.uuids[disk.number] = NAME, table.disk_guid
-    used = _used(table)
-    for entry in used:
-        number = int(np.flatnonzero(table.entries == entry)[0]) + 1
-        _add(assembly, disk, table, entry, number, problems)
+    for index in _used(table).tolist():
+        _add(assembly, disk, table, table.entries[index], index + 1, problems)
     problems += mbr.overlaps(assembly.children)
     return assembly
 
@@ -143,10 +142,10 @@ def _add(assembly: Assembly, disk: Member, table: Table, entry: np.void, number:
     )  # fmt: skip
 
 
-def _used(table: Table) -> np.ndarray:
+def _used(table: Table) -> Int:
+    """Positions of the entries whose type is not zero."""
     kind = np.ascontiguousarray(table.entries["partition_type_guid"]).view(np.uint8).reshape(-1, 16)
-    used: np.ndarray = table.entries[kind.any(axis=1)] if len(table.entries) else table.entries
-    return used
+    return np.flatnonzero(kind.any(axis=1))
 
 
 def _guid(raw: np.void) -> str:

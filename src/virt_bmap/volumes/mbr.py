@@ -4,6 +4,8 @@ Sources: UEFI specification 2.10, section 5.2 (legacy and protective MBR); Linux
 extended boot records, and for numbering: primary partitions 1 to 4 by slot, logical ones from 5 in chain order.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 from virt_bmap import tables
@@ -182,7 +184,7 @@ def overlaps(children: list[Child]) -> list[Problem]:
     spans = sorted((child.rows[0].parent_offset, child.rows[0].parent_offset + child.size, child.name) for child in children)
     return [
         Problem("partitions-overlap", f"{name} begins at byte {start:#x}, inside {before}, which ends at {end:#x}", start)
-        for (_, end, before), (start, _, name) in zip(spans, spans[1:], strict=False)
+        for (_, end, before), (start, _, name) in pairwise(spans)
         if start < end
     ]
 

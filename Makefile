@@ -1,0 +1,33 @@
+# Two commands: each does all of its own set-up on a fresh Debian 12 (system packages, a virtual environment in .venv).
+#   make demo   boots a small real guest and shows live which files it reads
+#   make test   linter, types and tests
+
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: test demo bench setup lint clean
+
+test: setup lint
+	$(RUN)/pytest
+
+demo: setup
+	demo/run
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml tools/setup tools/packages
+	tools/setup $(PYTHON) $(VENV)
+	touch $@
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+bench: setup
+	@echo "each script in bench/ prints its figures beside its peer's; see docs/performance.md"
+	@ls bench/*.py
+
+clean:
+	rm -rf $(VENV) demo/out build dist

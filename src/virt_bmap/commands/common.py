@@ -1,0 +1,142 @@
+"""What several commands share: how disks are named on the command line, sizes for people, progress, tables on a terminal."""
+
+import argparse
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from virt_bmap import maps
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.errors import UsageError
+from virt_bmap.images import FORMATS
+from virt_bmap.reader import Reader
+
+PATIENCE = 0.7
+"""Seconds before a progress line appears: most maps are done by then."""
+
+
+def add_disk_options(parser: argparse.ArgumentParser) -> None:
+    """How images are opened; the names are those of the virt tools."""
+    group = parser.add_argument_group("disks")
+    group.add_argument(
+        "-a",
+        "--add",
+        metavar="IMAGE",
+        action="append",
+        default=[],
+        help="an image, block device or NBD URI; repeat it for /dev/sdb, ...",
+    )
+    group.add_argument(
+        "--format", choices=FORMATS, metavar="FORMAT", help=f"image format instead of going by its magic: {', '.join(FORMATS)}"
+    )
+    group.add_argument(
+        "--references",
+        action="store_true",
+        help="open the backing and data files that an image's header names (only for images you trust)",
+    )
+
+
+def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
+    """The images from -a and from plain arguments; UsageError without any."""
+    images = [*args.add, *given]
+    if not images:
+        raise UsageError("no disk given: name an image, a block device or an NBD URI")
+    return images
+
+
+def map_disks(args: argparse.Namespace, images: Sequence[str]) -> BlockMap:
+    """Map the disks, with progress on a terminal."""
+    with Progress() as progress:
+        return maps.map_disks(images, args.format, args.references, progress.watch)
+
+
+def map_or_disks(args: argparse.Namespace, given: Sequence[str]) -> BlockMap:
+    """A single saved map is loaded, disks are mapped; -a names disks only."""
+    if len(given) == 1 and not args.add and maps.is_saved(given[0]):
+        return maps.load(given[0])
+    return map_disks(args, disks_of(args, given))
+
+
+class Progress:
+    """A line on standard error that says what is being read: on a terminal only, and only if it takes long."""
+
+    def __init__(self) -> None:
+        self._what, self._done = "", threading.Event()
+        self._disks: Sequence[Reader] = ()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def watch(self, disks: Sequence[Reader]) -> Callable[[str], None]:
+        """Count what is read from these disks; the function returned is told of each volume."""
+        self._disks = disks
+
+        def tell(volume: str) -> None:
+            self._what = volume
+
+        return tell
+
+    def _show(self) -> None:
+        if self._done.wait(PATIENCE):
+            return
+        from rich import progress
+        from rich.console import Console
+
+        columns = (progress.TextColumn("mapping {task.description}"), progress.BarColumn(), progress.TextColumn("{task.fields[read]} read"),
+                   progress.TimeElapsedColumn())  # fmt: skip
+        with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None, read="")
+            while not self._done.wait(0.1):
+                bar.update(task, description=self._what, read=human(sum(disk.requested for disk in self._disks)))
+
+
+def human(size: int) -> str:
+    """Bytes for people, in binary units with one decimal: 4.0 KiB."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+SUFFIXES = {"": 1, "s": 512, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
+
+
+def number(text: str) -> int:
+    """A number of bytes: decimal or 0x hexadecimal, with s (sectors of 512), k, M, G, T, P."""
+    match = re.fullmatch(r"(0x[0-9a-f]+|[0-9]+)([skmgtp]?)(?:i?b)?", text.lower()) or re.fullmatch(
+        r"(0x[0-9a-f]+)()", text.lower()
+    )
+    if not match:
+        raise UsageError(
+            f"{text!r} is not a number of bytes: decimal or 0x hexadecimal, with s (sectors), k, M, G, T or P behind it"
+        )
+    return int(match[1], 0 if match[1].startswith("0x") else 10) * SUFFIXES[match[2]]
+
+
+def print_json(rows: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def plural(count: int, word: str, words: str | None = None) -> str:
+    """'1 file', '2 files', '1,234 directories'."""
+    return f"{count:,} {word if count == 1 else words or word + 's'}"
+
+
+def elapsed(since: float) -> str:
+    """Seconds since a time.monotonic() value."""
+    return f"{time.monotonic() - since:.1f} s"

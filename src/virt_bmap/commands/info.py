@@ -1,0 +1,109 @@
+"""virt-bmap info: the tree of volumes and filesystems."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from virt_bmap import tables
+from virt_bmap.arrays import union
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.commands.common import add_disk_options, human, map_or_disks, plural, print_json
+from virt_bmap.outputs.escape import escape
+
+HELP = "show the tree of disks, volumes and filesystems with sizes, types, labels, UUIDs and states"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("disk", nargs="*", metavar="MAP-or-DISK", help="a saved map, or images, block devices, NBD URIs")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, one for each volume")
+    add_disk_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    bmap = map_or_disks(args, args.disk)
+    found = volumes(bmap)
+    if args.json:
+        print_json(found)
+    else:
+        _print_tree(found)
+    return 0
+
+
+def volumes(bmap: BlockMap) -> list[dict[str, Any]]:
+    """Each volume as a dictionary, with its filesystem's facts and the problems found on it; parents before children."""
+    child, parent = tables.integers(bmap.mappings, "volume"), tables.integers(bmap.mappings, "parent")
+    systems = {row["volume"]: row for row in bmap.filesystems.to_pylist()}
+    problems: dict[int, list[dict[str, Any]]] = {}
+    for row in bmap.problems.to_pylist():
+        problems.setdefault(row["volume"], []).append(row)
+    result = []
+    for row in bmap.volumes.to_pylist():
+        number = row["volume"]
+        system = systems.get(number)
+        result.append({
+            "volume": number, "parents": sorted(set(parent[child == number].tolist())), "disk": row["disk"], "kind": row["kind"],
+            "device": _safe(row["name"]), "size": row["size"], "type": _safe(row["type"]), "label": _safe(row["label"]), "uuid": _safe(row["uuid"]),
+            "detail": _safe(row["detail"]), "filesystem": _filesystem(bmap, number, system) if system else None,
+            "problems": [{"severity": p["severity"], "code": p["code"], "offset": p["volume_offset"], "detail": _safe(p["detail"])}
+                         for p in problems.get(number, ())],
+        })  # fmt: skip
+    return result
+
+
+def _safe(text: str | None) -> str | None:
+    return None if text is None else escape(text.encode(errors="surrogateescape"))
+
+
+def _filesystem(bmap: BlockMap, number: int, system: dict[str, Any]) -> dict[str, Any]:
+    _, inodes = bmap.slice_of("inodes", number)
+    _, extents = bmap.slice_of("extents", number)
+    free = tables.codes(extents, "kind") == tables.FREE
+    start = tables.integers(extents, "volume_offset")[free]
+    low, high = union(start, start + tables.integers(extents, "length")[free])
+    types = tables.codes(inodes, "type")
+    return {
+        **{key: _safe(system[key]) for key in ("type", "label", "uuid", "state", "features")},
+        "block_size": system["block_size"], "size": system["size"], "free": int((high - low).sum()),
+        "directories": int(np.count_nonzero(types == tables.T_DIRECTORY)), "files": int(np.count_nonzero(types == tables.T_FILE)),
+    }  # fmt: skip
+
+
+def _print_tree(found: list[dict[str, Any]]) -> None:
+    """Volumes below the first of their parents, as lsblk draws them."""
+    children: dict[int, list[dict[str, Any]]] = {}
+    for row in found:
+        children.setdefault(row["parents"][0] if row["parents"] else -1, []).append(row)
+
+    def show(number: int, indent: str) -> None:
+        rows = children.get(number, [])
+        for at, row in enumerate(rows):
+            last = at == len(rows) - 1
+            branch, below = ("", "") if number < 0 else ("└─", "  ") if last else ("├─", "│ ")
+            stem = "│ " if children.get(row["volume"]) else "  "
+            first, *more = _lines(row, found)
+            print(indent + branch + first)
+            for text in more:
+                print(indent + below + stem + text)
+            show(row["volume"], indent + below)
+
+    show(-1, "")
+
+
+def _lines(row: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
+    """What is said of one volume: a line of facts, a line for its filesystem, a line for each problem."""
+    facts = [row["device"], human(row["size"]), row["kind"], row["type"] or "nothing known"]
+    system = row["filesystem"] or {}
+    facts += [f"label {label!r}" for label in dict.fromkeys((row["label"], system.get("label"))) if label]
+    facts += [f"uuid {uuid}" for uuid in [system.get("uuid") or row["uuid"]] if uuid]
+    facts += [row["detail"]] if row["detail"] else []
+    others = row["parents"][1:]
+    facts += [f"also on {', '.join(found[number]['device'] for number in others)}"] if others else []
+    lines = [", ".join(facts)]
+    if system:
+        counted = f"{plural(system['directories'], 'directory', 'directories')}, {plural(system['files'], 'file')}"
+        lines.append(
+            f"  {system['state']}; {human(system['free'])} free of {human(system['size'])}; blocks of {human(system['block_size'])}; {counted}"
+        )
+    lines += [f"{problem['severity']}: {problem['detail']}" for problem in row["problems"]]
+    return lines

@@ -1,0 +1,99 @@
+"""virt-bmap locate: where do the bytes of a file lie?"""
+
+import argparse
+import os
+from typing import Any
+
+import numpy as np
+
+from virt_bmap import tables
+from virt_bmap.arrays import complement
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.commands.common import add_disk_options, map_or_disks, print_json
+from virt_bmap.errors import UsageError
+from virt_bmap.outputs.escape import escape
+
+HELP = "list where the bytes of a file lie, in file order, with holes and unwritten parts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments",
+        metavar="[MAP-or-DISK] DEVICE PATH",
+        nargs="+",
+        help="a saved map or a disk (not with -a), a device such as /dev/sda1, and a path on it",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_disk_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    wanted = 2 if args.add else 3
+    if len(args.arguments) != wanted:
+        raise UsageError(
+            f"locate needs {'DEVICE and PATH' if args.add else 'a map or disk, DEVICE and PATH'}; given: {' '.join(args.arguments)}"
+        )
+    device, path = args.arguments[-2:]
+    bmap = map_or_disks(args, args.arguments[:-2])
+    volume = bmap.volume_named(device)
+    rows = pieces(bmap, volume, bmap.inode_of(volume, os.fsencode(path)))
+    for row in rows:
+        row.update(device=device, path=escape(os.fsencode(path)))
+    if args.json:
+        print_json(rows)
+    else:
+        for row in rows:
+            print(line(row))
+    return 0
+
+
+def pieces(bmap: BlockMap, volume: int, inode: int) -> list[dict[str, Any]]:
+    """Every piece of an inode: its content in file order with holes up to its size, then its streams and metadata; copies follow what they copy."""
+    _, table = bmap.slice_of("extents", volume)
+    mine = np.flatnonzero(tables.integers(table, "inode") == inode)
+    rows = table.take(mine).to_pylist()
+    start = tables.integers(table, "volume_offset")[mine]
+    found = bmap.descend(volume, start, start + tables.integers(table, "length")[mine])
+    result: list[dict[str, Any]] = []
+    for at, row in enumerate(rows):
+        for piece in np.flatnonzero(found.query == at).tolist():
+            skip = int(found.inside[piece]) - row["volume_offset"]
+            length = int(found.end[piece] - found.start[piece])
+            whole = row["flags"] & tables.COMPRESSED
+            result.append({
+                "kind": row["kind"], "part": row["part"], "disk": bmap.disks.index(int(found.volume[piece])) + 1,
+                "start": int(found.start[piece]), "end": int(found.end[piece]), "volume_offset": int(found.inside[piece]),
+                "file_offset": None if row["file_offset"] is None else row["file_offset"] + (0 if whole else skip),
+                "file_length": None if row["file_offset"] is None else row["file_length"] if whole else length,
+                "role": bmap.role_name(int(found.role[piece])),
+                "flags": [word for word, bit in tables.FLAGS.items() if row["flags"] & bit],
+            })  # fmt: skip
+    _, inodes = bmap.slice_of("inodes", volume)
+    size = tables.integers(inodes, "size")[tables.integers(inodes, "inode") == inode]
+    result += _holes(result, int(size[0]) if len(size) else 0)
+    content = [row for row in result if row["file_offset"] is not None and row["part"] is None]
+    rest = [row for row in result if row["file_offset"] is None or row["part"] is not None]
+    return sorted(content, key=lambda row: (row["file_offset"], row["role"])) + rest
+
+
+def _holes(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    known = [row for row in rows if row["file_offset"] is not None and row["part"] is None]
+    if not known and any(row["part"] for row in rows):
+        return []
+    start = np.array([row["file_offset"] for row in known], np.int64)
+    end = start + np.array([row["file_length"] for row in known], np.int64)
+    return [
+        {"kind": "hole", "part": None, "disk": None, "start": None, "end": None, "volume_offset": None, "file_offset": low,
+         "file_length": high - low, "role": "data", "flags": []}
+        for low, high in zip(*(side.tolist() for side in complement(start, end, 0, size)), strict=True)
+    ]  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """One piece for people: where in the file, what it is, where on the disk and in the device."""
+    inside = "-" if row["file_offset"] is None else f"{row['file_offset']:x}-{row['file_offset'] + row['file_length']:x}"
+    words = "".join(f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])])
+    part = f" [{row['part']}]" if row["part"] else ""
+    if row["disk"] is None:
+        return f"{inside} {row['kind']}"
+    return f"{inside} {row['kind']}{part} disk {row['disk']} at {row['start']:x}-{row['end']:x}, {row['device']} at {row['volume_offset']:x}{words}"

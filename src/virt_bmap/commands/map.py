@@ -1,0 +1,75 @@
+"""virt-bmap map: write the block map of one or more disks."""
+
+import argparse
+import sys
+import time
+
+from virt_bmap import tables
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.commands.common import add_disk_options, disks_of, elapsed, map_disks, plural
+from virt_bmap.errors import ImageError
+from virt_bmap.outputs.escape import escape
+from virt_bmap.outputs.files import replacing
+
+HELP = "write the block map of disks: which file owns every byte?"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("disk", nargs="*", help="image, block device or NBD URI")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="bmap",
+        help="where to write the map: text, or the tables if it ends in .parquet; - is standard output (default: bmap)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    add_disk_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    images = disks_of(args, args.disk)
+    bmap = map_disks(args, images)
+    refuse_unknown(bmap, images)
+    with replacing(args.output) as file:
+        if args.output.endswith(".parquet"):
+            from virt_bmap.outputs import parquet
+
+            parquet.save(bmap, file, images)
+        else:
+            from virt_bmap.outputs import bmap as text
+
+            text.save(bmap, file)
+    if not args.quiet:
+        summary(bmap, args.output, elapsed(start))
+    return 0
+
+
+def refuse_unknown(bmap: BlockMap, images: list[str]) -> None:
+    """ImageError where nothing on a disk is known: no partition table, volume or filesystem."""
+    for image, disk in zip(images, bmap.disks, strict=False):
+        if bmap.volumes.column("type")[disk].as_py() is None:
+            raise ImageError(
+                f"{image}: nothing known is on this disk: no partition table, volume manager or filesystem at any of their places; "
+                "if it is an image of another format than raw, name it with --format"
+            )
+
+
+def summary(bmap: BlockMap, output: str, took: str) -> None:
+    """What was found, as the original said it, and what was wrong; on standard error when the map goes to standard output."""
+    out = sys.stderr if output == "-" else sys.stdout
+    kinds = bmap.volumes.column("kind").to_pylist()
+    types = tables.codes(bmap.inodes, "type").tolist()
+    counted = [
+        plural(kinds.count("disk"), "disk"), plural(kinds.count("partition"), "partition"), plural(kinds.count("lv"), "logical volume"),
+        plural(bmap.filesystems.num_rows, "filesystem"), plural(types.count(tables.T_DIRECTORY), "directory", "directories"),
+        plural(types.count(tables.T_FILE), "file"),
+    ]  # fmt: skip
+    print(", ".join(counted), file=out)
+    for problem in bmap.problems.to_pylist():
+        if problem["severity"] != "note":
+            name = bmap.volumes.column("name")[problem["volume"]].as_py()
+            print(f"{problem['severity']}: {escape(name.encode())}: {escape(problem['detail'].encode())}", file=sys.stderr)
+    if output != "-":
+        print(f"{output}: written in {took}", file=out)
