@@ -7,7 +7,7 @@ import numpy as np
 from virt_bmap import tables
 from virt_bmap.arrays import Int, expand
 from virt_bmap.contract import Filesystem
-from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inodes, owned
+from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inodes, journal, owned
 from virt_bmap.filesystems.ext.blocks import Runs
 from virt_bmap.filesystems.ext.damage import Problems
 from virt_bmap.filesystems.ext.inodes import Inodes
@@ -28,6 +28,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """All tables of an ext2, ext3 or ext4 filesystem."""
     problems: Problems = []
     superblock = read_superblock(reader, problems)
+    reader, superblock = journal.replay(reader, superblock, others, problems)
     found = groups.read_groups(reader, superblock, problems)
     rows = ExtentRows()
     rows.add(tables.BOOT, 0, 1024)
