@@ -77,8 +77,11 @@ def add_trees(out: ExtentRows, roots: Roots, forest: Forest, used: Allocated, no
     """Rows of the tree blocks, those that lie together as one. Returns the ranges of log trees, which have no extent items."""
     logs = np.zeros(0, np.int64), np.zeros(0, np.int64)
     parts = np.array([_tree_name(tree) for tree in roots.id.tolist()])[forest.tree]
+    subvolumes = np.unique(forest.address[parts == ondisk.TREE_NAMES[ondisk.FS_TREE]])
     for part in np.unique(parts).tolist():
         address = np.unique(forest.address[parts == part])
+        if part == ondisk.TREE_NAMES[ondisk.TREE_RELOC]:  # a snapshot, in all but name, of the subvolume that is being moved
+            address = np.setdiff1d(address, subvolumes)
         starts, ends = union(address, address + nodesize)
         out.add(tables.METADATA, starts, ends - starts, part=part)
         if part == ondisk.TREE_NAMES[ondisk.TREE_LOG]:
