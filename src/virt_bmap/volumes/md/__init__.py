@@ -1,0 +1,120 @@
+"""Linux software RAID (md): members to arrays.
+
+Read: superblocks 0.90 (both byte orders), 1.0, 1.1 and 1.2; of several members the one with the most events is believed. Arrays are called
+/dev/md127, /dev/md126, ... in the order in which their members are found, as the appliance of libguestfs calls arrays of other hosts; the name that the
+array gives itself is its label.
+
+Sources: kernel drivers/md/, include/uapi/linux/raid/md_p.h; mdadm's super0.c, super1.c and man page md(4).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
+from virt_bmap.errors import FormatError, Unsupported
+from virt_bmap.reader import Reader
+from virt_bmap.tables import CONTENT, METADATA
+from virt_bmap.volumes.md.arrays import NAMES, RAID4, RAID5, RAID6, Array, gather, lost, place
+from virt_bmap.volumes.md.superblock import Superblock, find, read
+from virt_bmap.volumes.rebuild import RebuiltReader
+from virt_bmap.volumes.stripes import bounded
+
+NAME = "linux_raid_member"
+SPANS = True
+FEATURES = (
+    "superblocks 0.90 (both byte orders), 1.0, 1.1, 1.2",
+    "linear, RAID0 (both layouts of unequal members), RAID1, RAID4",
+    "RAID5 and RAID6 with all layouts of md and DDF, RAID10 near, far, offset",
+    "missing members: copies, or bytes computed from parity",
+    "out-of-date, faulty, spare and doubled members named",
+    "bitmap, bad block log, partial parity log, journal device",
+)
+REFUSED = ("arrays in the middle of a reshape", "multipath and containers", "IMSM and DDF metadata (named only)")
+ORACLES = (
+    "arrays that the kernel made and filled in the appliance of libguestfs",
+    "a byte by byte reference of the kernel's formulas",
+)
+FIRST_MINOR = 127
+
+
+def probe(reader: Reader) -> bool:
+    """A superblock at one of its four places."""
+    return find(reader) is not None
+
+
+def assemble(members: Sequence[Member]) -> Assembly:
+    """All arrays of these members."""
+    assembly = Assembly()
+    groups: dict[tuple[str, str], list[Superblock]] = {}
+    for member in members:
+        try:
+            found = read(member)
+        except FormatError as error:
+            _refuse(assembly, member, error)
+            continue
+        groups.setdefault((found.version, found.uuid), []).append(found)
+        assembly.uuids[member.number], assembly.details[member.number] = found.uuid, f"superblock {found.version}"
+    for minor, group in enumerate(groups.values()):
+        _add_array(assembly, group, f"/dev/md{FIRST_MINOR - minor}" if minor <= FIRST_MINOR else f"/dev/md{minor}")
+    return assembly
+
+
+def _add_array(assembly: Assembly, members: list[Superblock], name: str) -> None:
+    """One array, and the rows of its members' own metadata."""
+    try:
+        array = gather(members)
+        size, rows, parity = place(array)
+    except FormatError as error:
+        for one in members:
+            _refuse(assembly, one.member, error)
+        return
+    head = array.head
+    degraded = parity is not None and not all(array.slots)
+    rows, cut = bounded(rows, {one.member.number: one.member.reader.size for one in array.present})
+    child = Child(
+        "md", name, size, rows, head.uuid, head.name.rpartition(":")[2] or None, _state(array),
+        open=partial(RebuiltReader, stripes=parity) if parity and degraded else None,
+    )  # fmt: skip
+    _describe(assembly, array, cut)
+    assembly.children.append(child)
+
+
+def _state(array: Array) -> str:
+    """Level, members and state in a few words."""
+    head = array.head
+    words = [NAMES[head.level], f"{len(array.present)} of {len(array.slots)} members"]
+    words += [] if head.clean else ["not in sync"]
+    return ", ".join(words)
+
+
+def _describe(assembly: Assembly, array: Array, cut: int) -> None:
+    """Rows and problems of the members, and what is wrong with the array as a whole (said of its freshest member)."""
+    for one in array.members:
+        rows = extent_rows(assembly, one.member)
+        for part, start, length in one.metadata:
+            rows.add(METADATA, start, length, part=part)
+        if one not in array.present and one.metadata[-1][0] != "md journal":
+            start = one.data_offset
+            rows.add(CONTENT, start, max(0, min(one.data_size or one.size, one.member.reader.size - start)), part=NAME)
+        assembly.problems.setdefault(one.member.number, []).extend(one.problems)
+    problems = assembly.problems.setdefault(-1 - len(assembly.children), [])
+    if missing := [slot for slot, one in enumerate(array.slots) if one is None]:
+        beyond = lost(array)
+        slots = ", ".join(map(str, missing))
+        words = (
+            "its bytes are lost"
+            if beyond
+            else ("they are computed from parity" if array.head.level in (RAID4, RAID5, RAID6) else "there are copies")
+        )
+        problems.append(
+            Problem("missing-member", f"members in slots {slots} are missing: {words}", -1, "error" if beyond else "warning")
+        )
+    if cut:
+        problems.append(Problem("truncated", f"{cut} of its bytes lie behind the end of their disks"))
+
+
+def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
+    severity = "warning" if isinstance(error, Unsupported) else "error"
+    offset = -1 if error.offset is None else error.offset
+    assembly.problems.setdefault(member.number, []).append(Problem(error.code, str(error), offset, severity))
+    extent_rows(assembly, member).add(CONTENT, 0, member.reader.size, part=NAME)
