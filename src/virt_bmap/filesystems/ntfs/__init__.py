@@ -13,7 +13,7 @@ from virt_bmap import tables
 from virt_bmap.contract import Filesystem
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.boot import is_boot, read_boot, tail
-from virt_bmap.filesystems.ntfs.contents import read_contents, reparse_tags, sizes_and_flags
+from virt_bmap.filesystems.ntfs.contents import interix_starts, read_contents, reparse_tags, sizes_and_flags
 from virt_bmap.filesystems.ntfs.inodes import inode_table, inode_types, name_table, read_tree
 from virt_bmap.filesystems.ntfs.mft import read_mft
 from virt_bmap.filesystems.ntfs.owners import claim
@@ -33,7 +33,7 @@ FEATURES = (
     "sparse, compressed and encrypted attributes",
     "preallocated and unwritten clusters",
     "hard links; names with unpaired surrogates",
-    "reparse points: symbolic links, mount points, the special files of WSL, WOF",
+    "reparse points: symbolic links, mount points, the special files of WSL, WOF; links and devices of Interix",
     "$Extend with $UsnJrnl, $ObjId, $Quota, $Reparse, $RmMetadata, $Deleted",
     "bad clusters",
     "deleted records, without their clusters",
@@ -57,7 +57,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     contents = read_contents(mft, geometry, problems)
     check_records(reader, mft, contents, problems)
     tags = reparse_tags(reader, len(mft), contents)
-    types = inode_types(mft, tree, tags)
+    types = inode_types(mft, tree, tags, interix_starts(mft, contents))
     sizes, flags = sizes_and_flags(mft, tree, contents, tags)
     root = ntfs.ROOT if mft.records.directory[ntfs.ROOT : ntfs.ROOT + 1].any() else -1
     rows = ExtentRows()

@@ -105,13 +105,22 @@ def reparse_tags(reader: Reader, count: int, contents: Contents) -> Int:
     tags = np.zeros(count, np.int64)
     point = contents.attributes.type == ntfs.REPARSE_POINT
     resident = np.flatnonzero(point & (contents.attributes.value >= 0))
-    tags[contents.owner[resident]] = contents.attributes.tag[resident]
+    tags[contents.owner[resident]] = contents.attributes.start[resident] & 0xFFFFFFFF
     runs = contents.runs.take(point[contents.runs.row] & (contents.runs.vcn == 0) & (contents.runs.lcn != HOLE))
     place = runs.lcn * contents.cluster_size
     inside = place <= reader.size - 4
     data = reader.read_blocks(place[inside], 4)
     tags[contents.owner[runs.row[inside]]] = data.view("<u4").reshape(-1)
     return tags
+
+
+def interix_starts(mft: Mft, contents: Contents) -> Int:
+    """The first eight bytes, as a number, of each record's resident content where it is a system file, else 0."""
+    starts = np.zeros(len(mft), np.int64)
+    mine = np.flatnonzero((contents.attributes.type == ntfs.DATA) & (contents.name == 0) & (contents.attributes.value >= 0))
+    owner = contents.owner[mine]
+    starts[owner] = np.where(mft.records.file_attributes[owner] & ntfs.FILE_ATTR_SYSTEM, contents.attributes.start[mine], 0)
+    return starts
 
 
 def sizes_and_flags(mft: Mft, tree: Tree, contents: Contents, tags: Int) -> tuple[Int, Int]:

@@ -24,6 +24,9 @@ TYPE_OF_TAG = {
     ntfs.REPARSE_AF_UNIX: tables.T_SOCKET, ntfs.REPARSE_LX_FIFO: tables.T_FIFO, ntfs.REPARSE_LX_CHR: tables.T_CHAR,
     ntfs.REPARSE_LX_BLK: tables.T_BLOCK,
 }  # fmt: skip
+TYPE_OF_START = {
+    ntfs.INTX_SYMBOLIC_LINK: tables.T_SYMLINK, ntfs.INTX_CHARACTER_DEVICE: tables.T_CHAR, ntfs.INTX_BLOCK_DEVICE: tables.T_BLOCK,
+}  # fmt: skip
 
 
 def owner_of(records: Records, number: Int) -> tuple[Int, Bool]:
@@ -114,12 +117,13 @@ def record_offset(mft: Mft, number: Int) -> Int:
     return places
 
 
-def inode_types(mft: Mft, tree: Tree, tags: Int) -> np.ndarray:
-    """The code of tables.TYPES of every record; `tags` are reparse tags, 0 where there is none."""
+def inode_types(mft: Mft, tree: Tree, tags: Int, starts: Int) -> np.ndarray:
+    """The code of tables.TYPES of every record; `tags` are reparse tags, `starts` the content of system files, 0 where there is none."""
     types = np.full(len(mft), tables.T_FILE, np.int8)
     types[mft.records.directory] = tables.T_DIRECTORY
-    for tag, code in TYPE_OF_TAG.items():
-        types[tags == tag] = code
+    for values, meaning in ((tags, TYPE_OF_TAG), (starts, TYPE_OF_START)):
+        for value, code in meaning.items():
+            types[values == value] = code
     types[tree.metadata & ~mft.records.directory] = tables.T_METADATA
     return types
 

@@ -77,6 +77,7 @@ def kinds_of(mft: Mft, tree: Tree, contents: Contents, types: np.ndarray) -> Int
     kind, owner = contents.attributes.type, contents.owner
     result = np.full(len(kind), tables.METADATA, np.int64)
     result[kind == ntfs.DATA] = tables.DATA
+    result[(kind == ntfs.DATA) & (types[owner] == tables.T_SYMLINK) & (contents.name == 0)] = tables.SYMLINK
     result[(kind == ntfs.EA) | (kind == ntfs.LOGGED_UTILITY_STREAM)] = tables.XATTR
     result[(kind == ntfs.REPARSE_POINT) & (types[owner] == tables.T_SYMLINK)] = tables.SYMLINK
     result[tree.metadata[owner]] = tables.METADATA
@@ -144,7 +145,7 @@ def clusters(contents: Contents, kinds: Int) -> Claims:
     size = contents.cluster_size
     plain = runs.take(~packed)
     kind = kinds[plain.row]
-    with_place = np.isin(attributes.type[plain.row], (ntfs.DATA, ntfs.INDEX_ALLOCATION))
+    with_place = np.isin(attributes.type[plain.row], (ntfs.DATA, ntfs.INDEX_ALLOCATION)) & (kind != tables.SYMLINK)
     result = Claims(
         plain.row, kind, np.where(with_place, plain.vcn * size, -1), plain.count * size, plain.lcn * size, plain.count * size,
         np.zeros(len(kind), np.int64),
@@ -225,7 +226,7 @@ def residents(mft: Mft, contents: Contents, kinds: Int) -> Claims:
     query, inside, volume_offset, length = mft.stream.place(place, length)
     attribute = mine[row[query]]
     offset = offset[query] + inside - place[query]
-    with_place = attributes.type[attribute] == ntfs.DATA
+    with_place = (attributes.type[attribute] == ntfs.DATA) & (kinds[attribute] != tables.SYMLINK)
     return Claims(
         attribute, kinds[attribute], np.where(with_place, offset, -1), length, volume_offset, length,
         np.full(len(query), tables.INLINE, np.int64),

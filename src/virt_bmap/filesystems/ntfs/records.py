@@ -37,6 +37,7 @@ class Records:
     sequence: Int
     base: Int
     mtime_ns: Int
+    file_attributes: Int
     usa_ofs: Int
 
 
@@ -45,7 +46,7 @@ class Attributes:
     """One row for each attribute that owns bytes. `data_size` and `initialized_size` are 0 where another piece of it has them.
 
     `value`: where a resident value begins in its record, -1 for others. `pairs` are all run lists, one after the other, each
-    of `pairs_length` bytes. `tag` is the first four bytes of a resident value (the tag, for a reparse point).
+    of `pairs_length` bytes. `start` is the number in the first eight bytes of a resident value, 0 where it has fewer.
     """
 
     record: Int
@@ -57,7 +58,7 @@ class Attributes:
     data_size: Int
     initialized_size: Int
     value: Int
-    tag: Int
+    start: Int
     pairs_length: Int
     name: pa.Array
     pairs: Bytes
@@ -158,7 +159,10 @@ def parse(data: Bytes, first: int, size: int, held: Bytes | None = None) -> Batc
 
     mtime = np.full(buffer.count, NO_TIME, np.int64)
     mine = np.flatnonzero((kind == ntfs.STANDARD_INFORMATION) & resident & ~wrong & (header["value_length"] >= 48))
-    mtime[row[mine]] = _times(buffer, at[mine] + header["value_offset"][mine])
+    standard = buffer.window(at[mine] + header["value_offset"][mine], ntfs.STANDARD_INFORMATION_VALUE)
+    mtime[row[mine]] = _times(standard["last_data_change_time"])
+    file_attributes = np.zeros(buffer.count, np.int64)
+    file_attributes[row[mine]] = standard["file_attributes"]
     mine = np.flatnonzero((kind == ntfs.FILE_NAME) & resident & ~wrong)
     names = _names(buffer, row[mine], at[mine] + header["value_offset"][mine], header["value_length"][mine], broken)
     mine = np.flatnonzero(~resident | (np.isin(kind, KEPT_RESIDENT) & ~wrong))
@@ -171,7 +175,7 @@ def parse(data: Bytes, first: int, size: int, held: Bytes | None = None) -> Batc
         Records(
             usable=whole, torn=torn, damaged=broken, in_use=whole & (flags & ntfs.IN_USE != 0),
             directory=whole & (flags & ntfs.IS_DIRECTORY != 0), sequence=heads["sequence_number"].astype(np.int64),
-            base=heads["base_mft_record"].astype(np.int64), mtime_ns=mtime, usa_ofs=heads["usa_ofs"].astype(np.int64),
+            base=heads["base_mft_record"].astype(np.int64), mtime_ns=mtime, file_attributes=file_attributes, usa_ofs=heads["usa_ofs"].astype(np.int64),
         ),
         found, names,
     )  # fmt: skip
@@ -226,9 +230,8 @@ def attributes(buffer: Buffer, heads: NDArray[np.void], row: Int) -> tuple[Int, 
     return np.concatenate(rows), np.concatenate(places), broken
 
 
-def _times(buffer: Buffer, at: Int) -> Int:
+def _times(time: NDArray[np.uint64]) -> Int:
     """FILETIME, 100 ns since 1601, to nanoseconds since 1970; what int64 can't hold is no time."""
-    time = buffer.window(at, ntfs.STANDARD_INFORMATION_VALUE)["last_data_change_time"]
     fits = (time > 0) & (time <= FILETIME_MAX)
     return np.where(fits, (np.where(fits, time, 0).astype(np.int64) - FILETIME_OF_1970) * 100, NO_TIME)
 
@@ -245,7 +248,7 @@ def _names(buffer: Buffer, row: Int, at: Int, length: NDArray[np.uint32], broken
     return Names(row[good], value["parent_directory"].astype(np.int64), utf8(text, units))
 
 
-TAG = struct(4, [(0, "reparse_tag", "<u4")])
+START = struct(8, [(0, "start", "<i8")])
 
 
 def _attributes(buffer: Buffer, row: Int, at: Int, header: NDArray[np.void], broken: Bool) -> Attributes:
@@ -266,14 +269,14 @@ def _attributes(buffer: Buffer, row: Int, at: Int, header: NDArray[np.void], bro
     pairs_length = np.where(resident, 0, length - pairs_at)
     value = np.where(resident, header["value_offset"].astype(np.int64), -1)
     value_length = header["value_length"].astype(np.int64)
-    has_tag = resident & (value_length >= 4)
-    tag = np.where(has_tag, buffer.window(np.where(has_tag, at + value, 0), TAG)["reparse_tag"], 0)
+    has_start = resident & (value_length >= START.itemsize)
+    start = np.where(has_start, buffer.window(np.where(has_start, at + value, 0), START)["start"], 0)
     text = buffer.text(at + np.where(name_units > 0, name_at[keep], 0), name_units)
     return Attributes(
         record=row, type=header["type"].astype(np.int64), flags=header["flags"].astype(np.int64),
         lowest_vcn=np.where(resident, 0, lowest), highest_vcn=np.where(resident, -1, highest),
         compression_unit=np.where(resident, 0, header["compression_unit"]).astype(np.int64),
         data_size=np.where(resident, value_length, sizes[0][keep]), initialized_size=np.where(resident, value_length, sizes[1][keep]),
-        value=np.where(resident, at % buffer.size + value, -1), tag=tag.astype(np.int64), pairs_length=pairs_length,
+        value=np.where(resident, at % buffer.size + value, -1), start=start, pairs_length=pairs_length,
         name=utf8(text, name_units), pairs=gather(buffer.bytes, at + pairs_at, pairs_length),
     )  # fmt: skip

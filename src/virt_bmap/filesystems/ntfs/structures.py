@@ -65,7 +65,8 @@ ATTR_NAMES = {
     0xC0: "$REPARSE_POINT", 0xD0: "$EA_INFORMATION", 0xE0: "$EA", 0xF0: "$PROPERTY_SET", 0x100: "$LOGGED_UTILITY_STREAM",
 }  # fmt: skip
 
-STANDARD_INFORMATION_VALUE = struct(0x10, [(0x08, "last_data_change_time", "<u8")])
+STANDARD_INFORMATION_VALUE = struct(0x24, [(0x08, "last_data_change_time", "<u8"), (0x20, "file_attributes", "<u4")])
+FILE_ATTR_SYSTEM = 4
 FILE_NAME_VALUE = struct(0x42, [
     (0x00, "parent_directory", "<u8"),
     (0x40, "file_name_length", "u1"),
@@ -88,6 +89,11 @@ REPARSE_SYMLINK, REPARSE_MOUNT_POINT, REPARSE_WOF, REPARSE_DEDUP = 0xA000000C, 0
 REPARSE_LX_SYMLINK, REPARSE_AF_UNIX, REPARSE_LX_FIFO, REPARSE_LX_CHR, REPARSE_LX_BLK = (
     0xA000001D, 0x80000023, 0x80000024, 0x80000025, 0x80000026,
 )  # fmt: skip
+
+INTX_SYMBOLIC_LINK, INTX_CHARACTER_DEVICE, INTX_BLOCK_DEVICE = (
+    int.from_bytes(b"Intx" + word, "little") for word in (b"LNK\1", b"CHR\0", b"BLK\0")
+)
+"""How Interix, and after it ntfs-3g, begins the content of a system file that stands for something else."""
 
 RESTART_PAGE = struct(0x1E, [(0x00, "magic", "S4"), (0x18, "restart_area_offset", "<u2")])
 RESTART_AREA = struct(0x10, [(0x00, "current_lsn", "<u8"), (0x0C, "client_in_use_list", "<u2"), (0x0E, "flags", "<u2")])
