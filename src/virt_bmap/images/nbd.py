@@ -53,26 +53,31 @@ def is_uri(image: str) -> bool:
 
 def connect(uri: str) -> tuple[socket.socket, str]:
     """A connected socket and the export's name. UsageError for URIs that can't be served, ImageError where nobody answers."""
-    parts = urlsplit(uri)
-    export = unquote(parts.path[1:] if parts.path.startswith("/") else parts.path)
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname or "localhost", parts.port or DEFAULT_PORT
+    except ValueError as error:
+        raise UsageError(f"{uri}: is not a valid URI: {error}") from error
     if parts.scheme not in ("nbd", "nbd+unix"):
         raise UsageError(
-            f"{uri}: {parts.scheme} is not supported; nbd:// and nbd+unix:// are (put TLS behind a local proxy such as nbdkit nbd)"
+            f"{uri}: {parts.scheme} is not supported; nbd:// and nbd+unix:// are (for TLS, put a local proxy such as nbdkit nbd in between)"
         )
+    path = parse_qs(parts.query).get("socket", [""])[0]
+    if parts.scheme == "nbd+unix" and not path:
+        raise UsageError(f"{uri}: a nbd+unix URI needs ?socket=PATH")
+    link = socket.socket(socket.AF_UNIX) if parts.scheme == "nbd+unix" else None
     try:
-        if parts.scheme == "nbd+unix":
-            path = parse_qs(parts.query).get("socket", [""])[0]
-            if not path:
-                raise UsageError(f"{uri}: a nbd+unix URI needs ?socket=PATH")
-            link = socket.socket(socket.AF_UNIX)
+        if link:
             link.settimeout(TIMEOUT)
             link.connect(path)
         else:
-            link = socket.create_connection((parts.hostname or "localhost", parts.port or DEFAULT_PORT), TIMEOUT)
+            link = socket.create_connection((host, port), TIMEOUT)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{uri}: can't connect: {getattr(error, 'strerror', None) or error}") from error
-    return link, export
+    except OSError as error:
+        if link:
+            link.close()
+        raise ImageError(f"{uri}: can't connect: {error.strerror or error}") from error
+    return link, unquote(parts.path.removeprefix("/"))
 
 
 class NbdReader(Reader):
