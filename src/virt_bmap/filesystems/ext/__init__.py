@@ -71,14 +71,12 @@ def _block_map(
     reader: Reader, superblock: Superblock, nodes: Inodes, types: np.ndarray, problems: Problems
 ) -> tuple[Runs, tuple[Int, Int]]:
     """Where the blocks of all inodes lie that have any: runs, and tree nodes as (owner, block)."""
-    with_blocks = np.isin(types, (tables.T_FILE, tables.T_DIRECTORY, tables.T_METADATA))
+    with_blocks = inodes.with_types(types, tables.T_FILE, tables.T_DIRECTORY, tables.T_METADATA)
     with_blocks |= (types == tables.T_SYMLINK) & ~inline.fast_symlinks(superblock, nodes, types)
     with_blocks &= (nodes.flags & inodes.INLINE_DATA_FL == 0) & (nodes.number != inodes.RESIZE)
-    at = np.flatnonzero(with_blocks)
-    runs, trees = blocks.read_blocks_of(
-        reader, superblock, nodes.block[at], nodes.offset[at], nodes.flags[at] & inodes.EXTENTS_FL != 0, problems
-    )
-    return Runs(at[runs.owner], runs.logical, runs.start, runs.count, runs.unwritten), (at[trees[0]], trees[1])
+    by_extents = nodes.flags & inodes.EXTENTS_FL != 0
+    extents, pointers = np.flatnonzero(with_blocks & by_extents), np.flatnonzero(with_blocks & ~by_extents)
+    return blocks.read_blocks_of(reader, superblock, nodes.block, extents, pointers, nodes.offset, problems)
 
 
 def _directory_blocks(superblock: Superblock, nodes: Inodes, types: np.ndarray, runs: Runs) -> tuple[Int, Int]:

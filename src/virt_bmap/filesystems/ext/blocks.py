@@ -69,23 +69,23 @@ class Runs:
 
 
 def read_blocks_of(
-    reader: Reader, superblock: Superblock, block: Bytes, offsets: Int, by_extents: Bool, problems: Problems
+    reader: Reader, superblock: Superblock, block: Bytes, extents: Int, pointers: Int, offsets: Int, problems: Problems
 ) -> tuple[Runs, tuple[Int, Int]]:
-    """All runs of the inodes whose i_block is `block`, (n, 60) bytes, and their tree nodes as (owner, block).
+    """All runs of inodes, and their tree nodes as (owner, block).
 
-    `offsets` are where the inodes' records lie, for messages; `by_extents` tells extent trees from block pointers. Runs that
-    reach out of the volume are cut, with a problem.
+    `block` holds all inodes' i_block, (n, 60) bytes; `extents` are the rows that are extent trees, `pointers` those that are block
+    pointers; `offsets` are where the inodes' records lie, for messages. Runs that reach out of the volume are cut, with a problem.
     """
     found = Found()
-    seen = np.zeros(0, np.int64)
-    extents, pointers = np.flatnonzero(by_extents), np.flatnonzero(~by_extents)
+    seen = EMPTY
     if len(extents):
-        seen = _extent_trees(reader, superblock, extents, block[extents], offsets[extents], found, problems)
+        roots = block if len(extents) == len(block) else block[extents]
+        seen = _extent_trees(reader, superblock, extents, roots, offsets[extents], found, problems)
     if len(pointers):
         _indirect(reader, superblock, pointers, block[pointers].view("<u4").astype(np.int64), seen, found, problems)
-    columns = [np.concatenate(parts) for parts in zip(*found.runs, strict=True)] if found.runs else [EMPTY] * 4 + [EMPTY > 0]
-    nodes = [np.concatenate(parts) for parts in zip(*found.nodes, strict=True)] if found.nodes else [EMPTY, EMPTY]
-    return _inside(superblock, Runs(*columns), offsets, problems), (nodes[0], nodes[1])
+    columns = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*found.runs, strict=True)]
+    nodes = [np.concatenate(parts) for parts in zip(*found.nodes, strict=True)] or [EMPTY, EMPTY]
+    return _inside(superblock, Runs(*columns or [EMPTY] * 4 + [EMPTY > 0]), offsets, problems), (nodes[0], nodes[1])
 
 
 def _inside(superblock: Superblock, runs: Runs, offsets: Int, problems: Problems) -> Runs:
@@ -99,15 +99,17 @@ def _inside(superblock: Superblock, runs: Runs, offsets: Int, problems: Problems
 
 
 def _nodes(superblock: Superblock, block: Int, seen: Int, problems: Problems) -> tuple[Bool, Int]:
-    """Which of these tree nodes may be read (in the volume, and for the first time), and all nodes seen until now."""
+    """Which of these tree nodes may be read (in the volume, and for the first time), and all nodes seen until now, sorted."""
     fits, offsets = superblock.inside(block, 1), block * superblock.block_size
     complain(problems, "outside", "tree nodes lie outside the volume", offsets[~fits])
-    first = np.zeros(len(block), bool)
-    first[np.unique(block, return_index=True)[1]] = True
-    first &= ~np.isin(block, seen)
-    complain(problems, "tree-twice", "tree nodes are used twice", offsets[fits & ~first])
-    keep = fits & first
-    return keep, np.append(seen, block[keep])
+    order = np.argsort(block, kind="stable")
+    again = np.zeros(len(block), bool)
+    again[order[1:]] = block[order[1:]] == block[order[:-1]]
+    if len(seen):
+        again |= seen[np.minimum(np.searchsorted(seen, block), len(seen) - 1)] == block
+    complain(problems, "tree-twice", "tree nodes are used twice", offsets[fits & again])
+    keep = fits & ~again
+    return keep, np.sort(np.append(seen, block[keep]))
 
 
 def _batches(reader: Reader, superblock: Superblock, block: Int) -> Iterator[tuple[Int, Bytes]]:

@@ -60,15 +60,16 @@ class Groups:
 # ---- where descriptors and superblocks lie --------------------------------------------------------------------------
 
 
-def has_super(superblock: Superblock, group: Int) -> Bool:
-    """Which groups hold a copy of the superblock."""
-    if superblock.has("sparse_super2"):
-        chosen: Bool = (group == 0) | np.isin(group, superblock.record["s_backup_bgs"].astype(np.int64))
-        return chosen
-    if not superblock.has("sparse_super"):
-        return np.ones(len(group), bool)
-    powers = [base**exponent for base in (3, 5, 7) for exponent in range(1, 24) if base**exponent < 1 << 33]
-    return (group <= 1) | np.isin(group, powers)
+def has_super(superblock: Superblock) -> Bool:
+    """For each group whether it holds a copy of the superblock."""
+    if not superblock.has("sparse_super", "sparse_super2"):
+        return np.ones(superblock.groups, bool)
+    chosen = [0, *superblock.record["s_backup_bgs"].tolist()]
+    if not superblock.has("sparse_super2"):
+        chosen = [0, 1, *(base**exponent for base in (3, 5, 7) for exponent in range(1, 24))]
+    found = np.zeros(superblock.groups, bool)
+    found[[group for group in chosen if group < superblock.groups]] = True
+    return found
 
 
 def first_block(superblock: Superblock, group: Int) -> Int:
@@ -98,7 +99,7 @@ def descriptor_places(superblock: Superblock) -> DescriptorPlaces:
     low = total
     if superblock.has("meta_bg"):
         low = min(superblock.number("s_first_meta_bg"), total)
-    supers, base = has_super(superblock, group), first_block(superblock, group)
+    supers, base = has_super(superblock), first_block(superblock, group)
     meta = group // per_block >= low
     old = supers & ~meta & (low > 0)
     place = group % per_block
@@ -214,7 +215,7 @@ def add_metadata(rows: ExtentRows, superblock: Superblock, groups: Groups) -> tu
 
     group = np.arange(superblock.groups, dtype=np.int64)
     base = first_block(superblock, group)
-    supers = has_super(superblock, group)
+    supers = has_super(superblock)
     places = descriptor_places(superblock)
     add("backup superblock", base[supers & (group > 0)], 1)
     add("group descriptors", places.start[~places.backup], places.count[~places.backup])

@@ -12,7 +12,7 @@ from virt_bmap.arrays import Bool, Int
 from virt_bmap.filesystems.ext import directories
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.directories import Names
-from virt_bmap.filesystems.ext.inodes import EXTENTS_FL, I_BLOCK, I_BLOCK_SIZE, INLINE_DATA_FL, Bodies, Inodes
+from virt_bmap.filesystems.ext.inodes import EXTENTS_FL, I_BLOCK, I_BLOCK_SIZE, INLINE_DATA_FL, Bodies, Inodes, with_types
 from virt_bmap.filesystems.ext.superblock import Superblock
 from virt_bmap.layout import struct
 from virt_bmap.tables import ExtentRows
@@ -57,7 +57,7 @@ def add_data(
 ) -> list[Names]:
     """Rows for inline data; returns the names in inline directories."""
     at = np.searchsorted(nodes.number, bodies.number)
-    kept = np.isin(types[at], (tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK))
+    kept = with_types(types[at], tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK)
     at, data = at[kept], bodies.data[kept]
     if not len(at):
         return []

@@ -3,14 +3,15 @@
 Sources: kernel Documentation/filesystems/ext4/{inodes,special_inodes}.rst; fs/ext4/inode.c (ext4_iget), fs/ext4/ext4.h.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Bytes, Int
-from virt_bmap.filesystems.ext.damage import Problems, complain
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int
+from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.groups import Groups, record_offsets
 from virt_bmap.filesystems.ext.superblock import HURD, Superblock
 from virt_bmap.layout import Field, records, struct
@@ -26,7 +27,6 @@ INODE_FIELDS: list[Field] = [
     (0x1C, "i_blocks_lo", "<u4"),
     (0x20, "i_flags", "<u4"),
     (0x24, "h_i_translator", "<u4"),
-    (0x28, "i_block", "<u4", (15,)),
     (0x68, "i_file_acl_lo", "<u4"),
     (0x6C, "i_size_high", "<u4"),
     (0x76, "l_i_file_acl_high", "<u2"),
@@ -104,60 +104,75 @@ def read_inodes(
     new = np.append(True, blocks[1:] != blocks[:-1])[: len(blocks)]
     wanted, rank = blocks[new], np.cumsum(new) - 1
     step = max(1, BATCH // size)
-    parts, bodies = [], [np.zeros((0, superblock.inode_size), np.uint8)]
+    columns: dict[str, np.ndarray] = {}
+    inline, bodies = [EMPTY], [np.zeros((0, superblock.inode_size), np.uint8)]
     for at in range(0, len(wanted), step):
         part = wanted[at : at + step]
-        low, high = np.searchsorted(rank, [at, at + len(part)])
+        low, high = np.searchsorted(rank, [at, at + len(part)]).tolist()
         data = reader.read_blocks(part * size, size).reshape(-1, superblock.inode_size)
         row = (rank[low:high] - at) * (size // superblock.inode_size) + offset[low:high] % size // superblock.inode_size
         data = data if len(row) == len(data) else data[row]
-        parts.append(_columns(superblock, data))
+        for name, values in _fields(superblock, data):
+            if name not in columns:  # whole columns from the start: pieces to be joined would take twice the memory
+                columns[name] = np.empty((len(numbers), *values.shape[1:]), values.dtype)
+            columns[name][low:high] = values
         if superblock.has("inline_data"):
-            bodies.append(data[parts[-1]["flags"] & INLINE_DATA_FL != 0])
-    if not parts:
-        parts = [_columns(superblock, np.zeros((0, superblock.inode_size), np.uint8))]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    huge = (joined["size"] < 0) | (joined["size"] > MAX_SIZE)
-    complain(problems, "inode-size", "inodes say that they are larger than any file can be", offset[huge])
-    joined["size"] = np.where(huge, 0, joined["size"]) if huge.any() else joined["size"]
-    inline = np.flatnonzero(joined["flags"] & INLINE_DATA_FL) if superblock.has("inline_data") else numbers[:0]
-    found = _without_empty(superblock, Inodes(number=numbers, offset=offset, **joined))
-    return found, Bodies(numbers[inline], np.concatenate(bodies))
+            found = np.flatnonzero(columns["flags"][low:high] & INLINE_DATA_FL)
+            inline.append(numbers[low:high][found])
+            bodies.append(data[found])
+    if not columns:
+        columns = dict(_fields(superblock, np.zeros((0, superblock.inode_size), np.uint8)))
+    columns |= {"number": numbers, "offset": offset}
+    columns = _without_empty(superblock, columns)
+    huge = (columns["size"] < 0) | (columns["size"] > MAX_SIZE)
+    complain_where(problems, "inode-size", "inodes say that they are larger than any file can be", huge, columns["offset"])
+    columns["size"][huge] = 0
+    columns.setdefault("translator", np.broadcast_to(np.int64(0), len(columns["size"])))
+    return Inodes(**columns), Bodies(np.concatenate(inline), np.concatenate(bodies))
 
 
-def _columns(superblock: Superblock, data: Bytes) -> dict[str, np.ndarray]:
-    """The fields of (n, inode_size) bytes of records, widened."""
+def _fields(superblock: Superblock, data: Bytes) -> Iterator[tuple[str, np.ndarray]]:
+    """The columns of Inodes that come from (n, inode_size) bytes of records."""
     extra = superblock.inode_size >= 0x8C
     raw = records(data, struct(superblock.inode_size, INODE_FIELDS + (INODE_EXTRA_FIELDS if extra else [])))
-
-    def wide(name: str) -> Int:
-        return raw[name].astype(np.int64)
-
     hurd = superblock.number("s_creator_os") == HURD
+
+    def wide(low: str, high: str = "", shift: int = 16) -> Int:
+        value = raw[low].astype(np.int64)
+        return value | raw[high].astype(np.int64) << shift if high else value
+
     mode = wide("i_mode")
-    size = wide("i_size_lo")
+    yield "mode", mode
+    yield "uid", wide("i_uid", "l_i_uid_high")
+    yield "gid", wide("i_gid", "l_i_gid_high")
     large = (mode >> 12 == 0o10) | ((mode >> 12 == 0o4) & superblock.has("large_dir"))
-    size += np.where(large, wide("i_size_high"), 0) << 32
+    size = wide("i_size_lo", "i_size_high", 32)
+    yield "size", size if large.all() else np.where(large, size, wide("i_size_lo"))
+    yield "nlink", wide("i_links_count")
+    yield "flags", wide("i_flags")
     mtime = wide("i_mtime") * 1_000_000_000
     if extra:
-        more = np.where(raw["i_extra_isize"] >= 0x8C - 0x80, wide("i_mtime_extra"), 0)
+        more = np.where(raw["i_extra_isize"] >= 0x8C - 0x80, raw["i_mtime_extra"], 0).astype(np.int64)
         mtime += ((more & 3) << 32) * 1_000_000_000 + (more >> 2)
-    acl = wide("i_file_acl_lo")
-    return {
-        "mode": mode, "uid": wide("i_uid") | wide("l_i_uid_high") << 16, "gid": wide("i_gid") | wide("l_i_gid_high") << 16,
-        "size": size, "nlink": wide("i_links_count"), "flags": wide("i_flags"), "mtime_ns": mtime,
-        "sectors": wide("i_blocks_lo"), "acl": acl if hurd else acl | wide("l_i_file_acl_high") << 32,
-        "translator": wide("h_i_translator") if hurd else np.zeros(len(raw), np.int64),
-        "block": np.ascontiguousarray(raw["i_block"]).view(np.uint8).reshape(-1, I_BLOCK_SIZE),
-    }  # fmt: skip
+    yield "mtime_ns", mtime
+    yield "sectors", wide("i_blocks_lo")
+    yield "acl", wide("i_file_acl_lo") if hurd else wide("i_file_acl_lo", "l_i_file_acl_high", 32)
+    if hurd:
+        yield "translator", wide("h_i_translator")
+    yield "block", data[:, I_BLOCK : I_BLOCK + I_BLOCK_SIZE]
 
 
-def _without_empty(superblock: Superblock, inodes: Inodes) -> Inodes:
-    """Without the reserved numbers whose records nobody uses."""
-    count = int(np.searchsorted(inodes.number, superblock.first_inode))
-    head = inodes.take(np.arange(count))
-    empty = (head.mode == 0) & (head.size == 0) & (head.sectors == 0) & (head.block == 0).all(axis=1) & (head.number != ROOT)
-    return inodes.take(np.flatnonzero(np.append(~empty, np.ones(len(inodes) - count, bool)))) if empty.any() else inodes
+def _without_empty(superblock: Superblock, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without the reserved numbers whose records nobody uses; they come first, so nothing else needs to be moved."""
+    count = int(np.searchsorted(columns["number"], superblock.first_inode))
+    head = {name: values[:count] for name, values in columns.items()}
+    used = (head["mode"] != 0) | (head["size"] != 0) | (head["sectors"] != 0) | (head["block"] != 0).any(axis=1)
+    keep = np.flatnonzero(used | (head["number"] == ROOT))
+    gone = count - len(keep)
+    for name, values in head.items():
+        values[gone:] = values[keep]
+        columns[name] = columns[name][gone:]
+    return columns
 
 
 def metadata_names(superblock: Superblock) -> dict[int, str]:
@@ -178,9 +193,20 @@ def metadata_names(superblock: Superblock) -> dict[int, str]:
 def types_of(superblock: Superblock, inodes: Inodes) -> np.ndarray:
     """Codes of tables.TYPES."""
     types = tables.type_of_mode(inodes.mode).copy()
-    types[np.isin(inodes.number, list(metadata_names(superblock)))] = tables.T_METADATA
+    special = np.array(sorted(metadata_names(superblock)), np.int64)
+    at = np.searchsorted(inodes.number, special)
+    at, special = at[at < len(inodes)], special[at < len(inodes)]
+    types[at[inodes.number[at] == special]] = tables.T_METADATA
     types[(inodes.flags & EA_INODE_FL) != 0] = tables.T_METADATA
     return types
+
+
+def with_types(types: np.ndarray, *wanted: int) -> Bool:
+    """Which of `types` are among the wanted codes."""
+    table = np.zeros(len(tables.TYPES), bool)
+    table[list(wanted)] = True
+    found: Bool = table[types]
+    return found
 
 
 def table(superblock: Superblock, inodes: Inodes, types: np.ndarray) -> pa.Table:

@@ -15,6 +15,7 @@ import numpy as np
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand
 from virt_bmap.contract import Problem
 from virt_bmap.filesystems.ext import blocks, inodes
+from virt_bmap.filesystems.ext.blocks import EXTENT_MAGIC
 from virt_bmap.filesystems.ext.checksums import crc32c
 from virt_bmap.filesystems.ext.damage import Problems, complain
 from virt_bmap.filesystems.ext.groups import read_groups
@@ -124,12 +125,14 @@ def _internal(reader: Reader, superblock: Superblock, problems: Problems) -> Log
     number = np.array([superblock.number("s_journal_inum")], np.int64)
     node, _ = inodes.read_inodes(reader, superblock, groups, number, ignored)
     saved = superblock.record["s_jnl_blocks"].astype("<u4").view(np.uint8)[None, : inodes.I_BLOCK_SIZE]
-    choices = [(node.block, node.flags & inodes.EXTENTS_FL != 0)] if len(node) else []
+    choices = [(node.block, bool(node.flags[0] & inodes.EXTENTS_FL))] if len(node) else []
     if superblock.number("s_jnl_backup_type") == 1:
-        choices.append((saved, np.array([saved[0, 0] == 0x0A and saved[0, 1] == 0xF3])))
+        choices.append((saved, saved[0, :2].tobytes() == EXTENT_MAGIC.to_bytes(2, "little")))
     for block, by_extents in choices:
         ignored = []
-        runs, _ = blocks.read_blocks_of(reader, superblock, block, number * 0, by_extents, ignored)
+        one, none = np.zeros(1, np.int64), EMPTY
+        trees = (one, none) if by_extents else (none, one)
+        runs, _ = blocks.read_blocks_of(reader, superblock, block, trees[0], trees[1], one, ignored)
         runs = runs.take(np.argsort(runs.logical, kind="stable"))
         whole = len(runs.start) and (runs.logical == np.append(0, np.cumsum(runs.count)[:-1])).all()
         if whole and (log := _opened(reader, superblock, _unrolled(superblock, runs))):
@@ -254,7 +257,7 @@ def _chain(log: Log, headers: Headers, tags: Int) -> int:
     commits = np.cumsum(headers.kind == COMMIT) - (headers.kind == COMMIT)
     good = headers.at == np.append(0, next_at[:-1])
     good &= headers.sequence == (log.number("s_sequence") + commits) & 0xFFFFFFFF
-    good &= np.isin(headers.kind, (DESCRIPTOR, COMMIT, REVOKE))
+    good &= (headers.kind == DESCRIPTOR) | (headers.kind == COMMIT) | (headers.kind == REVOKE)
     if log.features & (CSUM_V2 | CSUM_V3):
         good &= ~_wrong_headers(log, headers)
     bad = np.flatnonzero(~good)

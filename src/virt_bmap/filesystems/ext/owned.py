@@ -30,13 +30,11 @@ def add_content(rows: ExtentRows, superblock: Superblock, nodes: Inodes, types: 
     kind = kind_of[types]
     kind[nodes.flags & EA_INODE_FL != 0] = tables.XATTR
     special = kind == tables.METADATA
-    names = metadata_names(superblock)
     if special.any():
         of_special = runs.take(special[runs.owner])
         runs = runs.take(~special[runs.owner])
-        for number, part in (names | {0: "reserved inode"}).items():
-            mine = nodes.number[of_special.owner] == number if number else ~np.isin(nodes.number[of_special.owner], list(names))
-            some = of_special.take(mine)
+        for number, part in metadata_names(superblock).items():
+            some = of_special.take(nodes.number[of_special.owner] == number)
             rows.add(tables.METADATA, some.start * size, some.count * size, part=part, inode=nodes.number[some.owner],
                      file_offset=some.logical * size)  # fmt: skip
     if (nodes.flags & VERITY_FL != 0).any():
