@@ -39,6 +39,8 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """All tables of the filesystem."""
     geometry = read_geometry(reader)
     damage, rows = Damage(), tables.ExtentRows()
+    if geometry.size > reader.size:
+        damage.add("truncated", f"filesystem of {geometry.size} bytes on a volume of {reader.size}", reader.size)
     state = _state(reader, geometry, others, damage, rows)
     groups = read_groups(reader, geometry, damage, rows)
     contents = read_inodes(reader, geometry, damage, groups, rows)

@@ -91,7 +91,8 @@ def _chunks(geometry: Geometry, damage: Damage, groups: Groups, rows: tables.Ext
     good = (low >= 4 * geometry.sector_size) & (high <= room) & (place + high <= geometry.limit) & (first % GROUP == 0)
     damage.check(good, "inode-chunk", "inode chunks lie outside their allocation group", place)
     order = np.argsort(np.where(good, number, -1), kind="stable")[np.count_nonzero(~good) :]
-    again = np.append(False, np.diff(number[order]) < disk.INODES_PER_CHUNK)
+    again = np.zeros(len(order), bool)
+    again[1:] = np.diff(number[order]) < disk.INODES_PER_CHUNK
     damage.check(~again, "inode-chunk-overlap", "inode chunks overlap others", geometry.inode_offset(number[order]))
     order = order[~again]
     hole = np.zeros((len(order), GROUPS), bool)
