@@ -265,6 +265,12 @@ def ones(words: Bytes) -> tuple[Int, Int]:
     return points[0::2], points[1::2]
 
 
+def _each(first: Int, high: Int, width: int) -> tuple[Int, Int]:
+    """Cut runs at the seams between bitmaps of `width` bits: for each piece (its bitmap, the run it comes from)."""
+    run, step = expand((high - 1) // width - first + 1)
+    return first[run] + step, run
+
+
 def _bitmaps(reader: Reader, superblock: Superblock, blocks: Int, bits: int) -> Iterator[tuple[Int, Bytes]]:
     """Batches (positions in `blocks`, bitmaps of shape (n, whole words)): `bits` bits of each, the others zero."""
     step = max(1, BATCH // superblock.block_size)
@@ -292,13 +298,11 @@ def add_free(
         bitmaps = ~bitmaps
         width = bitmaps.shape[1] * 8
         low, high = ones(bitmaps.reshape(-1))
-        # runs that go on into the next bitmap are cut at the seam, and bits behind the last cluster of a group dropped
-        row, step = expand((high - 1) // width - low // width + 1)
-        group = low[row] // width + step
-        base = group * width
-        origin = first + read[position[0] + group] * per_group
-        starts.append(origin + (np.maximum(low[row], base) - base) * superblock.cluster)
-        ends.append(origin + np.minimum(np.minimum(high[row], base + width) - base, bits) * superblock.cluster)
+        row, nth = _each(low // width, high, width)
+        base = row * width
+        origin = first + read[position][row] * per_group
+        starts.append(origin + (np.maximum(low[nth], base) - base) * superblock.cluster)
+        ends.append(origin + np.minimum(np.minimum(high[nth], base + width) - base, bits) * superblock.cluster)  # no padding
     end = superblock.readable
     low, high = union(np.concatenate(starts), np.minimum(np.concatenate(ends), end))
     if len(unread):
@@ -326,12 +330,18 @@ def used_inodes(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
     found = [EMPTY]
     for position, bitmaps in _bitmaps(reader, superblock, groups.inode_bitmap[read], per_group):
         width = bitmaps.shape[1] * 8
-        flat = bitmaps.reshape(-1)
-        at = np.flatnonzero(flat)
-        bits = np.flatnonzero(np.unpackbits(flat[at], bitorder="little"))
-        bits = at[bits >> 3] * 8 + (bits & 7)
-        found.append(read[position[0] + bits // width] * per_group + bits % width + 1)
-    return np.concatenate(found)
+        group = read[position]
+        low, high = ones(bitmaps.reshape(-1))
+        row, nth = _each(low // width, high, width)
+        base = row * width
+        first = np.maximum(low[nth], base)
+        count = np.minimum(high[nth], base + width) - first
+        first += group[row] * per_group + 1 - base
+        numbers = np.ones(int(count.sum()), np.int64)
+        ends = np.cumsum(count)
+        numbers[ends - count] = first - np.append(0, (first + count - 1)[:-1])
+        found.append(np.cumsum(numbers, out=numbers))
+    return np.concatenate(found) if len(found) > 2 else found[-1]
 
 
 def record_offsets(superblock: Superblock, groups: Groups, numbers: Int) -> Int:
