@@ -206,6 +206,8 @@ def mutations(image: bytes, count: int, seed: int, ranges: list[tuple[int, int]]
         for _ in range(int(random.integers(1, 6))):
             low, high = ranges[int(random.integers(len(ranges)))]
             at = int(random.integers(low, min(high, len(base)) - 4))
+            if at + 512 > len(data):
+                continue
             choice = int(random.integers(6))
             if choice == 0:
                 data[at] ^= np.uint8(1 << int(random.integers(8)))

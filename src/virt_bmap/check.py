@@ -93,5 +93,8 @@ def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
              intersect(start[alone], end[alone], start[at_home], end[at_home]))  # fmt: skip
     outside = subtract(start[inline], end[inline], start[own], end[own])
     disagree("inline-outside", "said to lie inside another extent, but does not", outside)
-    sums = {name: total(start[own & (kind == code)], end[own & (kind == code)]) for code, name in enumerate(tables.KINDS)}
-    report.totals.append(Totals(volume, size, {name: n for name, n in sums.items() if n}, int((inner[1] - inner[0]).sum())))
+    sums = {
+        tables.KINDS[code]: total(start[own & (kind == code)], end[own & (kind == code)])
+        for code in np.unique(kind[own]).tolist()
+    }
+    report.totals.append(Totals(volume, size, sums, int((inner[1] - inner[0]).sum())))

@@ -39,7 +39,8 @@ class Reader:
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`. Raises Corrupt where the range leaves the volume, ImageError where reading fails."""
-        return self.read_ranges(ints(offset), ints(length)).tobytes()
+        kept = self._kept(offset, offset + length) if 0 <= offset <= offset + length <= self.size else None
+        return (self.read_ranges(ints(offset), ints(length)) if kept is None else kept).tobytes()
 
     def read_clipped(self, offset: int, length: int) -> bytes:
         """Like `read`, but what lies beyond the end reads as zeroes: for probing small volumes."""

@@ -42,7 +42,7 @@ def specificity(bmap: BlockMap, owners: Owners) -> Int:
         if len(flags)
         else np.zeros(len(owners.extent), bool)
     )
-    return np.lexsort((~inline, owners.extent < 0, -owners.depth))
+    return np.lexsort((-owners.volume, ~inline, owners.extent < 0, -owners.depth))
 
 
 def describe(bmap: BlockMap, disk: int, owners: Owners) -> pa.Table:
