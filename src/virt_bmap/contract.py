@@ -71,11 +71,8 @@ class Member:
 class Child:
     """A new volume. `rows` place its bytes in its parents; `open`, where given, wraps the reader that follows the rows (decryption).
 
-    `name` is the whole device name. `type` is set where the content is known without probing (and then not probed): a
-    hint such as "swap" is not given here. `contents` False: not looked into (an extended partition, a hidden sub-volume).
-
-    A row's parent is a member's number, or the `child_reference` of an earlier child: a logical volume can lie on hidden ones. Where
-    there can be millions of rows they come as columns in `many`, and `rows` is empty.
+    `name` is the whole device name. `contents` False: not looked into (an extended partition, a hidden sub-volume). `unread` names the bytes
+    that no reader claims: "BIOS boot".
     """
 
     kind: str

@@ -37,6 +37,7 @@ class _Volume:
     label: str | None = None
     uuid: str | None = None
     detail: str | None = None
+    unread: str = "unrecognised"
     rows: Rows | None = None
     extents: list[pa.Table] = field(default_factory=list)
     problems: list[tuple[str, Problem]] = field(default_factory=list)
@@ -111,7 +112,7 @@ class _Survey:
             self._whole(volume, name)
         else:
             self.unclaimed.append(volume)
-            self._whole(volume, "unrecognised")
+            self._whole(volume, volume.unread)
 
     def _assemble(self, module: ModuleType, members: list[_Volume]) -> None:
         """Let a volume module make volumes of its members; where it refuses, they are one piece each, with the reason."""
@@ -152,8 +153,11 @@ class _Survey:
         volume = self._add(child.kind, child.name, reader, depth, disks.pop() if len(disks) == 1 else None)
         volume.size, volume.rows = child.size, rows
         volume.uuid, volume.label, volume.detail = child.uuid, child.label, child.detail
+        volume.unread = child.unread or volume.unread
         if child.contents:
             self.todo.append(volume)
+        elif child.unread:
+            self._whole(volume, child.unread)
 
     def _read(self, volume: _Volume, module: ModuleType) -> None:
         """Let a filesystem module read its volume."""

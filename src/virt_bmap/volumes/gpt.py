@@ -138,7 +138,7 @@ def _add(assembly: Assembly, disk: Member, table: Table, entry: np.void, number:
     name = entry["partition_name"].tobytes().decode("utf-16-le", "replace").split("\0")[0]
     mbr.add_partition(
         assembly, disk, number, first * table.sector, (last + 1 - first) * table.sector, uuid=_guid(entry["unique_partition_guid"]),
-        label=name or None, detail=TYPES.get(kind, f"type {kind}"),
+        label=name or None, detail=TYPES.get(kind, f"type {kind}"), unread="BIOS boot" if TYPES.get(kind) == "BIOS boot" else None,
     )  # fmt: skip
 
 

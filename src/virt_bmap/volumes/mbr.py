@@ -5,6 +5,7 @@ extended boot records, and for numbering: primary partitions 1 to 4 by slot, log
 """
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -94,8 +95,8 @@ def assemble(members: list[Member]) -> Assembly:
     own.add(tables.BOOT, 0, ENTRIES, part="boot code")
     own.add(tables.METADATA, ENTRIES, SECTOR - ENTRIES, part="partition table")
     assembly.types[disk.number] = NAME
-    signature = int.from_bytes(disk.reader.read(440, 4), "little")
-    assembly.uuids[disk.number] = f"{signature:08x}"
+    signature = f"{int.from_bytes(disk.reader.read(440, 4), 'little'):08x}"
+    assembly.uuids[disk.number] = signature
     problems = assembly.problems.setdefault(disk.number, [])
     for slot, entry in enumerate(entries(disk.reader.read(0, SECTOR)), 1):
         kind, start = int(entry["os_type"]), int(entry["starting_lba"]) * SECTOR
@@ -104,10 +105,19 @@ def assemble(members: list[Member]) -> Assembly:
             continue
         if kind in EXTENDED:
             # the kernel shows an extended partition as its first two sectors, so that boot loaders can be put there
-            _add(assembly, disk, slot, kind, start, min(length, 2 * SECTOR), f"{signature:08x}", contents=False)
-            _logical(assembly, disk, start, length, f"{signature:08x}")
+            add_partition(
+                assembly,
+                disk,
+                slot,
+                start,
+                min(length, 2 * SECTOR),
+                **_about(kind, slot, signature),
+                contents=False,
+                unread="extended partition",
+            )
+            _logical(assembly, disk, start, length, signature)
         else:
-            _add(assembly, disk, slot, kind, start, length, f"{signature:08x}")
+            add_partition(assembly, disk, slot, start, length, **_about(kind, slot, signature))
     problems += overlaps(assembly.children)
     _post_mbr_gap(disk, own, [child.rows[0].parent_offset for child in assembly.children])
     return assembly
@@ -138,7 +148,7 @@ def _logical(assembly: Assembly, disk: Member, base: int, length: int, signature
                         "partition-outside", f"logical partition {number} reaches beyond its extended partition", at, "warning"
                     )
                 )
-            _add(assembly, disk, number, int(logical["os_type"]), start, size, signature)
+            add_partition(assembly, disk, number, start, size, **_about(int(logical["os_type"]), number, signature))
             number += 1
         if int(further["os_type"]) not in EXTENDED or further["size_in_lba"] == 0:
             return
@@ -146,25 +156,12 @@ def _logical(assembly: Assembly, disk: Member, base: int, length: int, signature
     problems.append(Problem("ebr-loop", f"the chain of extended boot records comes back to byte {at:#x}", at))
 
 
-def _add(
-    assembly: Assembly, disk: Member, number: int, kind: int, start: int, length: int, signature: str, contents: bool = True
-) -> None:
-    add_partition(
-        assembly,
-        disk,
-        number,
-        start,
-        length,
-        uuid=f"{signature}-{number:02x}",
-        detail=f"{kind:#04x} {TYPES.get(kind, 'unknown type')}",
-        contents=contents,
-    )
+def _about(kind: int, number: int, signature: str) -> dict[str, str]:
+    return {"uuid": f"{signature}-{number:02x}", "detail": f"{kind:#04x} {TYPES.get(kind, 'unknown type')}"}
 
 
-def add_partition(
-    assembly: Assembly, disk: Member, number: int, start: int, length: int, *, uuid: str, detail: str, label: str | None = None, contents: bool = True,
-) -> None:  # fmt: skip
-    """Add partition `number` at bytes [start, start + length) of the disk; what lies beyond the disk's end is cut off and said."""
+def add_partition(assembly: Assembly, disk: Member, number: int, start: int, length: int, **about: Any) -> None:
+    """Add partition `number` at bytes [start, start + length) of the disk, `about` it as in Child; what lies beyond the disk's end is cut off and said."""
     name, problems = partition_name(disk.name, number), assembly.problems.setdefault(disk.number, [])
     end = start + length
     if start >= disk.reader.size:
@@ -176,7 +173,7 @@ def add_partition(
             "partition-truncated", f"{name} ends at byte {end:#x}, but the disk ends at {disk.reader.size:#x}: the image is truncated, or the table is wrong"))  # fmt: skip
         length = disk.reader.size - start
     row = Row(volume_offset=0, parent=disk.number, parent_offset=start, run=length)
-    assembly.children.append(Child("partition", name, length, [row], uuid=uuid, label=label, detail=detail, contents=contents))
+    assembly.children.append(Child("partition", name, length, [row], **about))
 
 
 def overlaps(children: list[Child]) -> list[Problem]:
