@@ -7,16 +7,14 @@ Sources: lvm2 (sourceware.org/git/lvm2.git) lib/format_text, lib/metadata; man p
 
 from collections.abc import Sequence
 
-from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
-from virt_bmap.errors import Corrupt, FormatError, Unsupported
-from virt_bmap.mapping import DATA, Row
+from virt_bmap.contract import Assembly, Member, Problem, extent_rows
+from virt_bmap.errors import Corrupt
 from virt_bmap.reader import Reader
 from virt_bmap.tables import BOOT, CONTENT, FREE, METADATA
-from virt_bmap.volumes.lvm.group import Group, Space, add_free, in_order, new_group, segments_of
+from virt_bmap.volumes.lvm.group import new_group
 from virt_bmap.volumes.lvm.label import SECTOR, Pv, find_label, read_pv
-from virt_bmap.volumes.lvm.segments import shape, span
+from virt_bmap.volumes.lvm.logical import read_group
 from virt_bmap.volumes.lvm.text import Section
-from virt_bmap.volumes.stripes import Place, bounded
 
 NAME = "LVM2_member"
 SPANS = True
@@ -46,7 +44,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
         claimed |= listed
         _stale(mine, text, name, assembly)
         try:
-            _read_group(new_group(text, name, mine, assembly))
+            read_group(new_group(text, name, mine, assembly))
         except Corrupt as error:
             _unread(mine, Problem(error.code, f"volume group {name}: {error}"), assembly)
     _orphans([pv for pv in pvs if pv.uuid not in claimed], assembly)
@@ -133,52 +131,3 @@ def _add_data_area(pv: Pv, assembly: Assembly, kind: int) -> None:
         # length 0: up to the end, where a second metadata area may lie
         end = offset + length if length else min([start for start, _ in pv.areas if start > offset], default=size)
         extent_rows(assembly, pv.member).add(kind, min(offset, size), max(0, min(end, size) - offset), part=NAME)
-
-
-def _read_group(group: Group) -> None:
-    """Place every logical volume of the group. Raises Corrupt where their order can't be found."""
-    for name in in_order(group):
-        section = group.volumes[name]
-        try:
-            _read_volume(group, name, section)
-        except FormatError as error:
-            group.logical[name] = None
-            group.missing[True, name] = f"of {name}"
-            severity = "warning" if isinstance(error, Unsupported) else "error"
-            for pv in group.pvs[:1]:
-                problem = Problem(error.code, f"logical volume {group.name}/{name}: {error}", -1, severity)
-                group.problem(pv.member.number, problem)
-    add_free(group)
-
-
-def _read_volume(group: Group, name: str, section: Section) -> None:
-    """One logical volume: its segments' rows, cut where the members end."""
-    rows: list[Row] = []
-    size, kinds, absent = 0, [], []
-    for segment in segments_of(section):
-        kind = segment.text("type").partition("+")[0]
-        start, length = span(group, segment)
-        size = max(size, start + length)
-        rows += shape(kind)(group, segment)
-        kinds.append("linear" if kind == "striped" and segment.number("stripe_count", 1) == 1 else kind)
-        absent += group.absent(segment)
-    rows, lost = bounded(rows, group.sizes)
-    visible = "VISIBLE" in section.words("status")
-    reference = group.add(Child(
-        "lv", f"/dev/{group.name}/{name}", size, rows, section.text("id"), detail=_detail(kinds, visible), contents=visible,
-    ))  # fmt: skip
-    group.logical[name] = Space(Place(reference, 0), size)
-    if lost:
-        group.problem(reference, Problem("truncated", f"{lost} of its bytes lie behind the end of their disks"))
-    if absent:
-        here = sum(row.run * row.count for row in rows if row.role == DATA)
-        detail = f"physical volume {', '.join(dict.fromkeys(absent))} is missing: {here} of {size} bytes are there"
-        group.problem(reference, Problem("missing-member", detail, -1, "warning" if here == size else "error"))
-        if not rows:
-            group.logical[name] = None
-            group.missing[True, name] = ", ".join(dict.fromkeys(absent))
-
-
-def _detail(kinds: list[str], visible: bool) -> str:
-    words = ", ".join(dict.fromkeys(kinds))
-    return words if visible else f"{words}; part of another volume"

@@ -6,7 +6,7 @@ ones become volumes of the map, too, but nobody looks for a filesystem in them.
 Sources: lvm2 lib/format_text/import_vsn1.c (the text's sections), lib/metadata/metadata-exported.h.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from virt_bmap.arrays import complement, ints
@@ -17,6 +17,7 @@ from virt_bmap.reader import MappedReader, Reader
 from virt_bmap.tables import FREE, ExtentRows
 from virt_bmap.volumes.lvm.label import SECTOR, Pv
 from virt_bmap.volumes.lvm.text import Section
+from virt_bmap.volumes.lvm.thin import Pool
 from virt_bmap.volumes.stripes import Place
 
 MAX_EXTENTS = 1 << 40
@@ -30,6 +31,10 @@ PHYSICAL_OR_LOGICAL = ("stripes", "mirrors")
 LOGICAL = ("raids", "raid0_lvs", "mirror_log", "origin", "external_origin", "thin_pool", "pool", "metadata", "cow_store",
            "merging_store", "cache_pool", "data", "writecache", "meta_dev", "vdo_pool")  # fmt: skip
 """Keys of a segment that name logical volumes."""
+
+
+Opener = Callable[[Reader], Reader]
+"""Wraps the reader that follows a volume's rows."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class Group:
     logical: dict[str, Space | None] = field(default_factory=dict)
     missing: dict[tuple[bool, str], str] = field(default_factory=dict)
     """(logical?, name) of every volume that is not there, and the id of the disk for want of which it is not."""
+    pools: dict[str, tuple[Pool, int]] = field(default_factory=dict)
+    """Thin pools that were read, with the reference of their data volume."""
+    snapshots: dict[str, str] = field(default_factory=dict)
+    """Stores of snapshots of the old kind, and their origins."""
     readers: dict[int, Reader] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     extents: list[tuple[int, int, int]] = field(default_factory=list)
@@ -92,7 +101,8 @@ class Group:
         rows = child.many or Rows.of(0, child.rows)
         parents = {parent: self.readers[parent] for parent in dict.fromkeys(rows.parent.tolist())}
         self.assembly.children.append(child)
-        self.readers[reference] = MappedReader(child.size, f"{child.name}", parents, rows)
+        reader: Reader = MappedReader(child.size, child.name, parents, rows)
+        self.readers[reference] = child.open(reader) if child.open else reader
         self.sizes[reference] = child.size
         if parts:
             self.assembly.extents[reference] = parts
@@ -120,7 +130,19 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
             group.problem(number, Problem(
                 "truncated", f"its extents end at byte {end:#x}, but it ends at {reader.size:#x}", reader.size, "error",
             ))  # fmt: skip
+    for section in group.volumes.values():
+        for segment in segments_of(section):
+            if segment.text("type") == "snapshot":
+                store = segment.text("cow_store") or segment.text("merging_store")
+                if store in group.volumes and segment.text("origin") in group.volumes:
+                    group.snapshots[store] = segment.text("origin")
     return group
+
+
+def span(group: Group, segment: Section) -> tuple[int, int]:
+    """(first byte, bytes) of the logical volume that the segment describes."""
+    start, count = segment.number("start_extent", high=MAX_EXTENTS), segment.number("extent_count", high=MAX_EXTENTS)
+    return start * group.extent_size, count * group.extent_size
 
 
 def segments_of(section: Section) -> list[Section]:
@@ -128,15 +150,17 @@ def segments_of(section: Section) -> list[Section]:
     return [part for name, part in section.sections.items() if name.startswith("segment")]
 
 
-def references(section: Section, group: Group) -> Iterator[str]:
+def references(name: str, group: Group) -> Iterator[str]:
     """The logical volumes that this one is made of."""
-    for segment in segments_of(section):
+    if name in group.snapshots:
+        yield group.snapshots[name]
+    for segment in segments_of(group.volumes[name]):
         for key in (*PHYSICAL_OR_LOGICAL, *LOGICAL):
             if key == "origin" and segment.text("type") == "thin":
                 continue  # where a thin snapshot was taken; its blocks lie in the pool
-            for name in segment.words(key):
-                if name in group.volumes and not (key in PHYSICAL_OR_LOGICAL and name in group.physical):
-                    yield name
+            for other in segment.words(key):
+                if other in group.volumes and not (key in PHYSICAL_OR_LOGICAL and other in group.physical):
+                    yield other
 
 
 def in_order(group: Group) -> list[str]:
@@ -153,7 +177,7 @@ def in_order(group: Group) -> list[str]:
             elif at not in state:
                 state[at] = False
                 stack.append((at, True))
-                for other in references(group.volumes[at], group):
+                for other in references(at, group):
                     if state.get(other) is False:
                         raise Corrupt(f"the logical volumes {at} and {other} contain each other", code="loop")
                     stack.append((other, False))

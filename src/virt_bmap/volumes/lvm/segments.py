@@ -5,10 +5,10 @@ Sources: lvm2 lib/striped/striped.c, lib/mirror/mirrored.c, lib/raid/raid.c (key
 
 from collections.abc import Callable
 
-from virt_bmap.errors import Corrupt, Unsupported
-from virt_bmap.mapping import COPY, DATA, Row
+from virt_bmap.errors import Corrupt
+from virt_bmap.mapping import Row
 from virt_bmap.volumes import stripes
-from virt_bmap.volumes.lvm.group import MAX_EXTENTS, Group, Space
+from virt_bmap.volumes.lvm.group import MAX_EXTENTS, Group, Space, span
 from virt_bmap.volumes.lvm.label import SECTOR
 from virt_bmap.volumes.lvm.text import Section
 from virt_bmap.volumes.stripes import Place
@@ -18,12 +18,6 @@ MAX_STRIPES = 512
 
 Area = tuple[Space | None, int]
 """The physical or logical volume (None where it is missing) and the first byte in it."""
-
-
-def span(group: Group, segment: Section) -> tuple[int, int]:
-    """(first byte, bytes) of the logical volume that the segment describes."""
-    start, count = segment.number("start_extent", high=MAX_EXTENTS), segment.number("extent_count", high=MAX_EXTENTS)
-    return start * group.extent_size, count * group.extent_size
 
 
 def areas(group: Group, segment: Section, key: str) -> list[Area]:
@@ -65,8 +59,7 @@ def striped(group: Group, segment: Section) -> list[Row]:
 def mirror(group: Group, segment: Section) -> list[Row]:
     """The old mirror target, which pvmove uses, too: every area holds all bytes; reads come from the first that is there."""
     start, size = span(group, segment)
-    places = [place for area in areas(group, segment, "mirrors") if (place := _take(group, area, size))]
-    return [Row(start, place.parent, place.offset, size, role=COPY if copy else DATA) for copy, place in enumerate(places)]
+    return stripes.mirrored(size, [_take(group, area, size) for area in areas(group, segment, "mirrors")], start)
 
 
 def nothing(group: Group, segment: Section) -> list[Row]:
@@ -77,10 +70,3 @@ def nothing(group: Group, segment: Section) -> list[Row]:
 SHAPES: dict[str, Callable[[Group, Section], list[Row]]] = {
     "striped": striped, "linear": striped, "mirror": mirror, "zero": nothing, "error": nothing, "free": nothing,
 }  # fmt: skip
-
-
-def shape(kind: str) -> Callable[[Group, Section], list[Row]]:
-    """The function for segments of this type. Raises Unsupported for types that are not read."""
-    if kind not in SHAPES:
-        raise Unsupported(f"segments of type {kind!r} are not read", code="segment-type")
-    return SHAPES[kind]

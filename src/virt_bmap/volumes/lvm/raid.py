@@ -1,0 +1,112 @@
+"""RAID volumes: dm-raid is md with its superblock in a volume of its own beside each image.
+
+Sources: kernel drivers/md/dm-raid.c (raid_types, struct dm_raid_superblock); lvm2 lib/raid/raid.c; man page lvmraid(7).
+"""
+
+from functools import partial
+
+from virt_bmap.contract import Problem
+from virt_bmap.errors import Corrupt
+from virt_bmap.layout import record, struct
+from virt_bmap.mapping import Row
+from virt_bmap.tables import METADATA, ExtentRows
+from virt_bmap.volumes import stripes
+from virt_bmap.volumes.lvm.group import Group, Opener, span
+from virt_bmap.volumes.lvm.label import SECTOR
+from virt_bmap.volumes.lvm.text import Section
+from virt_bmap.volumes.rebuild import RebuiltReader, Stripes
+from virt_bmap.volumes.stripes import Place, Raid10
+
+MAGIC = 0x64526D44
+NEVER = (1 << 64) - 1
+SUPERBLOCK = struct(512, [
+    (0x00, "magic", "<u4"), (0x08, "num_devices", "<u4"), (0x0C, "array_position", "<u4"), (0x10, "events", "<u8"),
+    (0x18, "failed_devices", "<u8"), (0x20, "disk_recovery_offset", "<u8"),
+])  # fmt: skip
+
+PARITY_TYPES = {
+    "raid4": (5, stripes.PARITY_0),
+    "raid5": (5, stripes.LEFT_SYMMETRIC), "raid5_ls": (5, stripes.LEFT_SYMMETRIC), "raid5_la": (5, stripes.LEFT_ASYMMETRIC),
+    "raid5_ra": (5, stripes.RIGHT_ASYMMETRIC), "raid5_rs": (5, stripes.RIGHT_SYMMETRIC), "raid5_n": (5, stripes.PARITY_N),
+    "raid6": (6, stripes.ROTATING_ZERO_RESTART), "raid6_zr": (6, stripes.ROTATING_ZERO_RESTART),
+    "raid6_nr": (6, stripes.ROTATING_N_RESTART), "raid6_nc": (6, stripes.ROTATING_N_CONTINUE), "raid6_n_6": (6, stripes.PARITY_N),
+    "raid6_ls_6": (6, stripes.Q_LAST + stripes.LEFT_SYMMETRIC), "raid6_la_6": (6, stripes.Q_LAST + stripes.LEFT_ASYMMETRIC),
+    "raid6_ra_6": (6, stripes.Q_LAST + stripes.RIGHT_ASYMMETRIC), "raid6_rs_6": (6, stripes.Q_LAST + stripes.RIGHT_SYMMETRIC),
+}  # fmt: skip
+"""Segment type -> md's level and layout. dm-raid's raid4 has its parity first, unlike md's own."""
+MIRRORED_TYPES = ("raid1",)
+STRIPED_TYPES = ("raid0", "raid0_meta")
+NEAR_TYPES = ("raid10", "raid10_near")
+TYPES = (*PARITY_TYPES, *MIRRORED_TYPES, *STRIPED_TYPES, *NEAR_TYPES)
+
+
+def raid(group: Group, segment: Section) -> tuple[list[Row], Opener | None]:
+    """The mapping rows of a RAID segment, and for RAID4, 5 and 6 with missing images what computes their bytes."""
+    start, size = span(group, segment)
+    kind = segment.text("type")
+    images, metadata = _parts(segment, kind)
+    spaces = [group.space("raids", name) for name in images]
+    shift = segment.number("data_offset", 0, high=1 << 40)
+    skip = shift * SECTOR if shift > 1 else 0  # 1 stands for none: room for a reshape at the images' ends
+    for at in _failed(group, images, metadata):
+        spaces[at] = None
+    places = [Place(space.place.parent, space.place.offset + skip) if space else None for space in spaces]
+    if kind in MIRRORED_TYPES:
+        return stripes.mirrored(size, places, start), None
+    chunk = segment.number("stripe_size", low=1, high=1 << 32) * SECTOR
+    if kind in STRIPED_TYPES:
+        return stripes.rows(stripes.striped(len(places)), chunk, size, places, start), None
+    if kind in NEAR_TYPES:
+        near = segment.number("data_copies", 2, 1, 255)
+        pattern = Raid10.of(near | 1 << 8, len(places)).pattern(size // chunk, len(places))
+        return stripes.rows(pattern, chunk, size, places, start), None
+    layout = stripes.parity(*PARITY_TYPES[kind], len(places))
+    members = [(group.readers[place.parent], place.offset) if place else None for place in places]
+    degraded = Stripes(layout, chunk, size, members) if None in members else None
+    rows = stripes.rows(layout.pattern(), chunk, size, places, start)
+    return rows, partial(RebuiltReader, stripes=degraded) if degraded else None
+
+
+def _parts(segment: Section, kind: str) -> tuple[list[str], list[str]]:
+    """The names of images and of their metadata volumes; a plain raid0 has none of these."""
+    names = segment.words("raids") or segment.words("raid0_lvs")
+    if kind == "raid0":
+        images, metadata = names, []
+    else:
+        metadata, images = names[::2], names[1::2]
+    if not 1 <= len(images) <= stripes.MAX_MEMBERS or (metadata and len(metadata) != len(images)):
+        raise Corrupt(f"a {kind} segment lists {len(names)} parts", code="segment")
+    return images, metadata
+
+
+def _failed(group: Group, images: list[str], metadata: list[str]) -> list[int]:
+    """The images that the newest superblock calls failed, or that say of themselves that they are not rebuilt yet."""
+    heads = {}
+    for at, name in enumerate(metadata):
+        space = group.space("raids", name)
+        if space is None:
+            continue
+        reference = space.place.parent
+        parts = ExtentRows()
+        parts.add(METADATA, 0, space.size, part="RAID metadata")
+        group.assembly.extents[reference] = parts
+        head = record(group.readers[reference].read_clipped(space.place.offset, SUPERBLOCK.itemsize), SUPERBLOCK)
+        if head["magic"] == MAGIC and head["array_position"] == at:
+            heads[at] = head
+    if not heads:
+        return []
+    newest = max(heads.values(), key=lambda head: int(head["events"]))
+    gone = []
+    for at, name in enumerate(images):
+        own = heads.get(at)
+        space = group.space("raids", name)
+        if space is None:
+            continue
+        failed = at < 64 and int(newest["failed_devices"]) >> at & 1
+        stale = own is not None and int(own["events"]) + 1 < int(newest["events"])
+        rebuilding = own is not None and int(own["disk_recovery_offset"]) * SECTOR < space.size
+        if failed or stale or rebuilding:
+            why = "has failed" if failed else "is out of date" if stale else "is not rebuilt yet"
+            group.problem(space.place.parent, Problem("faulty", f"RAID image {name} {why}: it is not used", -1, "warning"))
+            gone.append(at)
+    return gone
