@@ -15,7 +15,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int
 from virt_bmap.contract import Filesystem
-from virt_bmap.errors import Corrupt
+from virt_bmap.errors import Corrupt, FormatError
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.columns import stack, take
 from virt_bmap.filesystems.xfs.damage import Damage
@@ -25,6 +25,7 @@ from virt_bmap.filesystems.xfs.geometry import Geometry, read_geometry, uuid_tex
 from virt_bmap.filesystems.xfs.groups import read_groups
 from virt_bmap.filesystems.xfs.inodes import Inodes, read_inodes
 from virt_bmap.filesystems.xfs.log import find_log
+from virt_bmap.filesystems.xfs.replay import replay
 from virt_bmap.reader import Reader
 
 NAME = "xfs"
@@ -41,7 +42,12 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     damage, rows = Damage(), tables.ExtentRows()
     if geometry.size > reader.size:
         damage.add("truncated", f"filesystem of {geometry.size} bytes on a volume of {reader.size}", reader.size)
-    state = _state(reader, geometry, others, damage, rows)
+    reader, state = _recovered(reader, geometry, others, damage)
+    if state == "needs recovery":
+        geometry = read_geometry(reader)  # the superblock may be in the log, too
+    if geometry.logstart:
+        start = geometry.block_offset(np.array([geometry.logstart]))
+        rows.add(tables.METADATA, start, geometry.logblocks * geometry.block_size, part="log")
     groups = read_groups(reader, geometry, damage, rows)
     contents = read_inodes(reader, geometry, damage, groups, rows)
     inodes = contents.inodes
@@ -57,35 +63,32 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     )  # fmt: skip
 
 
-def _state(reader: Reader, geometry: Geometry, others: Sequence[Reader], damage: Damage, rows: tables.ExtentRows) -> str:
-    """What the log says of the volume; an internal log is one run of blocks in one group."""
+def _recovered(reader: Reader, geometry: Geometry, others: Sequence[Reader], damage: Damage) -> tuple[Reader, str]:
+    """The volume as it is once its log is replayed, and its state."""
     try:
         log = find_log(reader, geometry, others)
     except Corrupt as error:
-        damage.add("log", f"log that can't be followed: {error}", -1 if error.offset is None else error.offset)
-        return "damaged"
-    if geometry.logstart:
-        rows.add(
-            tables.METADATA,
-            int(geometry.block_offset(np.array([geometry.logstart]))[0]),
-            geometry.logblocks * geometry.block_size,
-            part="log",
-        )
-    if geometry.has("needsrepair"):
-        return "needs repair"
+        damage.add("log", f"log can't be followed: {error}", -1 if error.offset is None else error.offset)
+        return reader, "damaged"
     if log is None:
         damage.add(
-            "external-log", "external log is not among these disks: it may hold changes that are not in place", severity="note"
+            "external-log", "log lies outside, on none of these disks: it may hold changes that are not in place", severity="note"
         )
-        return "unknown"
-    if not log.clean:
-        damage.add(
-            "log",
-            f"log with {log.active} bytes of changes that are not in place, they are not replayed",
-            log.offset + log.tail * 512,
-            severity="warning",
-        )
-    return "clean" if log.clean else "needs recovery"
+        return reader, "unknown"
+    if log.clean:
+        return reader, "needs repair" if geometry.has("needsrepair") else "clean"
+    try:
+        done = replay(reader, geometry, log)
+    except FormatError as error:
+        damage.add("log", f"log with {log.active} bytes of changes was not replayed: {error}", severity="warning")
+        return reader, "needs recovery"
+    damage.add(
+        "replayed", "changes of the log are applied in memory, the image itself is unchanged", count=done.items, severity="note"
+    )
+    if done.unfinished:
+        text = "operations of the log were begun and not ended; a kernel would complete them, what they free is still shown as it was"
+        damage.add("unfinished", text, count=done.unfinished, severity="warning")
+    return done.reader, "needs recovery"
 
 
 def _of(extents: Extents, inodes: Inodes, kind: int) -> Bool:
