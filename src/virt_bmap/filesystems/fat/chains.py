@@ -20,8 +20,8 @@ FREE, END, BAD, BROKEN, EDGE = 0, -1, -2, -3, -4
 WHOLE, NOTHING, CUT, LOOP, TANGLED = range(5)
 """How a chain ended: well; it starts at no allocated cluster; at a link to none; in itself; not followed to the end."""
 
-MAX_MEETINGS = 256
-"""Places where one chain meets others that are passed. Sound tables have none."""
+MAX_MEETINGS = 512
+"""Places where one chain meets others that are passed. Sound FATs have none; exFAT leaves links behind in clusters it frees."""
 ROWS_A_RUN = 4
 """Rows that all chains together may have for each run of the table: chains that share their runs by the thousand must end."""
 
@@ -82,11 +82,12 @@ class Chains:
             parts.append((query[row], begin, self.end[found] - begin))
             onward = self.onward[at]
             fate[query] = np.where(onward == END, WHOLE, np.where(onward < 0, CUT, TANGLED))
-            seen = np.append(seen, query * len(self.start) + self.stop[at])
+            seen = np.append(seen, query * len(self.start) + self.stop[at] - 1)
             more = np.flatnonzero(onward >= 0)
             query, run = query[more], onward[more]
-            again = np.isin(query * len(self.start) + self.stop[self.place[run]], seen) if len(more) else np.zeros(0, bool)
+            again = np.isin(query * len(self.start) + self.stop[self.place[run]] - 1, seen) if len(more) else np.zeros(0, bool)
             fate[query[again]] = LOOP
+            seen = seen[np.isin(seen // len(self.start), query)]
             query, run, skip = query[~again], run[~again], np.zeros(int((~again).sum()), np.int64)
         return _followed(parts, fate)
 

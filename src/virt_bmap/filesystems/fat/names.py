@@ -5,7 +5,7 @@ import pyarrow as pa
 
 from virt_bmap.arrays import Bool, Bytes, Int, expand
 
-LFN_UNITS = np.r_[1:11, 14:26, 28:32]
+LFN_PARTS = slice(1, 11), slice(14, 26), slice(28, 32)
 """Where an entry of a long name keeps its 13 UTF-16 units."""
 UNITS = 13
 MAX_SLOTS = 20
@@ -18,39 +18,41 @@ CP437 = np.array([ord(bytes([byte]).decode("cp437")) for byte in range(256)], "<
 CP437_LOWER = np.array([ord(lower) if len(lower := chr(unit).lower()) == 1 else unit for unit in CP437.tolist()], "<u2")
 
 
-def utf8(units: np.ndarray, starts: Int, lengths: Int) -> pa.Array:
-    """Names units[starts[i]:starts[i]+lengths[i]] in UTF-16 as a binary array in UTF-8.
+def utf8(units: np.ndarray, lengths: Int) -> pa.Array:
+    """Names in UTF-16, one after the other, of `lengths` units, as a binary array in UTF-8.
 
     Unpaired surrogates stay as three bytes each, as Python's surrogatepass does; a unit 0 inside a name becomes U+FFFD.
     """
-    row, step = expand(lengths)
-    joined = np.zeros(len(row) + len(lengths), "<u2")
-    unit = units[starts[row] + step]
-    joined[np.arange(len(row)) + row] = np.where(unit == 0, 0xFFFD, unit)
-    text = joined.tobytes().decode("utf-16-le", "surrogatepass").encode("utf-8", "surrogatepass")
-    data = np.frombuffer(text, np.uint8)
-    ends = np.flatnonzero(data == 0) - np.arange(len(lengths))
-    offsets = np.append(0, ends).astype(np.int32)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data[data != 0])]
-    return pa.Array.from_buffers(pa.binary(), len(lengths), buffers)
+    units = np.where(units == 0, np.uint16(0xFFFD), units) if not units.all() else units
+    ends = np.append(0, np.cumsum(lengths))
+    if len(units) == 0 or units.max() < 0x80:
+        data = units.astype(np.uint8)
+    else:
+        text = units.astype("<u2").tobytes().decode("utf-16-le", "surrogatepass")
+        data = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+        size = 1 + (units >= 0x80).view(np.uint8) + (units >= 0x800)
+        pairs = np.flatnonzero((units[:-1] & 0xFC00 == 0xD800) & (units[1:] & 0xFC00 == 0xDC00))
+        size[pairs] = size[pairs + 1] = 2  # four bytes for two units
+        ends = np.append(0, np.cumsum(size, dtype=np.int64))[ends]
+    return pa.Array.from_buffers(pa.binary(), len(lengths), [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(data)])
 
 
 def entry_names(raw: Bytes, owner: Int, slots: Int, files: Int) -> tuple[pa.Array, int]:
     """Names of the entries `files`; these and `slots` (entries of long names) are sorted positions in raw (n, 32).
 
-    `owner` is the directory of each entry. A long name counts when all its slots stand right before the entry and carry its checksum, as in fs/fat/dir.c; otherwise
-    the short name does. Also returns how many slots belong to no entry.
+    `owner` is the directory of each entry. A long name counts when all its slots stand right before the entry and carry its
+    checksum, as in fs/fat/dir.c; otherwise the short name does. Also returns how many slots belong to no entry.
     """
-    slot_count, orphans = _slot_counts(raw, owner, files, slots)
-    long = slot_count > 0
-    long_units, long_lengths = _long_names(raw, files[long], slot_count[long])
-    long[long] = long_lengths > 0
-    long_starts = (np.cumsum(slot_count) - slot_count)[long] * UNITS
-    short_units, short_lengths = _short_names(raw[files[~long]])
-    starts, lengths = np.zeros(len(files), np.int64), np.zeros(len(files), np.int64)
-    starts[long], lengths[long] = long_starts, long_lengths[long_lengths > 0]
-    starts[~long], lengths[~long] = len(long_units) + np.cumsum(short_lengths) - short_lengths, short_lengths
-    return utf8(np.concatenate([long_units, short_units]), starts, lengths), orphans
+    count, orphans = _slot_counts(raw, owner, files, slots)
+    with_long = np.flatnonzero(count)
+    names, lengths = _long_names(raw, files[with_long], count[with_long])
+    has_long = np.zeros(len(files), bool)
+    has_long[with_long[lengths > 0]] = True
+    if has_long.all():
+        return names, orphans
+    short = utf8(*_short_names(raw[files[~has_long]]))
+    order = np.argsort(np.concatenate([with_long[lengths > 0], np.flatnonzero(~has_long)]), kind="stable")
+    return pa.concat_arrays([names.filter(pa.array(lengths > 0)), short]).take(pa.array(order)), orphans
 
 
 def _slot_counts(raw: Bytes, owner: Int, files: Int, slots: Int) -> tuple[Int, int]:
@@ -81,16 +83,17 @@ def _checksum(short: Bytes) -> Bytes:
     return total
 
 
-def _long_names(raw: Bytes, files: Int, count: Int) -> tuple[np.ndarray, Int]:
-    """(units, lengths) of long names that have `count` slots right before `files`, 13 units a slot; they end before a unit 0."""
+def _long_names(raw: Bytes, files: Int, count: Int) -> tuple[pa.Array, Int]:
+    """Long names that have `count` slots right before `files`, and their lengths in units; they end before a unit 0."""
     row, step = expand(count)
-    units = np.ascontiguousarray(raw[files[row] - 1 - step][:, LFN_UNITS]).view("<u2").reshape(-1)
+    slots = raw[files[row] - 1 - step]
+    text = np.concatenate([slots[:, part] for part in LFN_PARTS], axis=1).view("<u2")
     lengths = count * UNITS
-    begin = np.cumsum(lengths) - lengths
-    zero = np.flatnonzero(units == 0)[::-1]
-    name = row[zero // UNITS]
-    lengths[name] = zero - begin[name]  # in descending order: the first zero is written last
-    return units, lengths
+    zero = np.flatnonzero(text.reshape(-1) == 0)[::-1]
+    at = zero // UNITS
+    lengths[row[at]] = step[at] * UNITS + zero % UNITS  # descending: the first zero of a name is written last
+    keep = np.arange(UNITS) < (lengths[row] - step * UNITS)[:, None]
+    return utf8(text[keep], lengths), lengths
 
 
 def _short_names(raw: Bytes) -> tuple[np.ndarray, Int]:

@@ -19,7 +19,7 @@ from virt_bmap.paths import MAX_DEPTH
 from virt_bmap.reader import Reader
 
 ROOT = 0
-BATCH = 32 << 20
+BATCH = 16 << 20
 """Bytes of directories that are looked at together: their arrays take some ten times as much."""
 
 
