@@ -72,7 +72,7 @@ class Child:
     """A new volume. `rows` place its bytes in its parents; `open`, where given, wraps the reader that follows the rows (decryption).
 
     `name` is the whole device name. `contents` False: not looked into (an extended partition, a hidden sub-volume). `unread` names the bytes
-    that no reader claims: "BIOS boot".
+    that no reader claims: "BIOS boot". `many` gives further rows as columns, for volumes with too many rows for objects (thin).
     """
 
     kind: str
@@ -85,6 +85,7 @@ class Child:
     open: Callable[[Reader], Reader] | None = None
     contents: bool = True
     many: Rows | None = None
+    unread: str | None = None
 
 
 @dataclass
