@@ -14,6 +14,7 @@ FILESYSTEMS: tuple[Format, ...] = (
     Format(f"{HERE}.ext", ((0x438, b"\x53\xef"),)),
     Format(f"{HERE}.xfs", ((0, b"XFSB"),)),
     Format(f"{HERE}.ntfs", ((3, b"NTFS    "),)),
+    Format(f"{HERE}.iso9660", ((0x8001, b"CD001"), (0x8009, b"CDROM"))),
     Format(f"{HERE}.fat", ((0, b"\xeb"), (0, b"\xe9"), (0, b"\0\0"), (510, b"\x55\xaa"))),
 )
 """In probe order: magics that lie deeper or are longer first, so that leftovers of an older filesystem lose."""
