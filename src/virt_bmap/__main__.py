@@ -1,0 +1,5 @@
+"""`python -m virt_bmap` is `virt-bmap`."""
+
+from virt_bmap.cli import main
+
+main()
