@@ -8,7 +8,8 @@ of subvolume 257 begin at 257 << 40. Special ids, which are negative on the disk
 they are found in their parent, as in a mount of the top level. A snapshot holds an empty directory (objectid 2) in the place of a subvolume.
 
 Part "bookend": what is left of an extent after a part of it was overwritten; it stays allocated with inode of a file that keeps it.
-Part "log": written by fsync after the last commit, to be replayed at the next mount; names and sizes of before the fsync are told.
+Part "log": written to a file by fsync after the last commit, to be put into its place at the next mount; until then the file's other extents
+are those of the commit, as are its size and its names. Files that were created and fsynced since are shown as they will be.
 
 Sources: include/uapi/linux/btrfs_tree.h, fs/btrfs/ (v6.12); btrfs-progs Documentation/dev/On-disk-format.rst.
 """
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import ints, union
+from virt_bmap.arrays import Int, ints, union
 from virt_bmap.contract import Filesystem
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.btrfs import files, items, ondisk, owners, tree
@@ -31,7 +32,7 @@ NAME = "btrfs"
 FEATURES = (
     "all subvolumes and snapshots", "skinny and full extent items", "mixed block groups", "block group tree", "free space tree (checked)",
     "free space cache v1", "inline extents", "zlib, LZO and zstd extents (flagged)", "preallocated extents", "reflinks",
-    "bookend extents", "log tree (named; not replayed)", "deletion and relocation that were interrupted", "nodes of 4 to 64 KiB",
+    "bookend extents", "log tree (new files are shown; what changes old ones is named, not replayed)", "deletion and relocation that were interrupted", "nodes of 4 to 64 KiB",
     "changed fsid (metadata_uuid)",
 )  # fmt: skip
 REFUSED = ("btrfs-image dumps",)
@@ -61,13 +62,13 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     forest = tree.walk(source, roots, damage)
     found = items.Tables()
     for leaves in tree.read_leaves(source, forest, damage):
-        found.add(leaves, source.sectorsize)
+        found.add(leaves, source.sectorsize, refs=bool(superblock["log_root"]))
     if not found.inodes:
         raise Corrupt(f"{reader.name}: no leaf of any tree can be read", None, "tree-block")
     links = files.Links(roots, forest, refs)
-    inodes = files.inodes(items.join(found.inodes), links, damage)
-    names, stubs = files.names(items.join(found.names), found.name_bytes, links, damage)
-    extents = _extents(source, pool, found, links, inodes, damage)
+    inodes, fresh = files.inodes(items.join(found.inodes), links, damage)
+    names, stubs = files.names(items.join(found.names), found.name_bytes, links, fresh, damage)
+    extents = _extents(source, pool, found, links, (inodes, fresh), damage)
     return Filesystem(
         type="btrfs", size=reader.size, block_size=source.sectorsize, root=ondisk.FIRST_FREE, state=_state(superblock, bool(damage)),
         inodes=files.inode_table(inodes, stubs), names=names, extents=extents, uuid=ondisk.uuid_text(superblock["fsid"]),
@@ -106,21 +107,23 @@ def _roots(source: tree.Source, superblock: np.void, damage: Damage) -> tuple[tr
 
 
 def _extents(
-    source: tree.Source, pool: Pool, found: items.Tables, links: files.Links, inodes: files.Inodes, damage: Damage
+    source: tree.Source, pool: Pool, found: items.Tables, links: files.Links, known: tuple[files.Inodes, Int], damage: Damage
 ) -> pa.Table:
     """Rows for every logical byte that has an owner, is free, or lies in no chunk."""
     out = tables.ExtentRows()
     used = owners.allocated(links.only(items.join(found.allocated), ondisk.EXTENT_TREE), source.nodesize, pool, damage)
     logs = owners.add_trees(out, links.roots, links.forest, used, source.nodesize, damage)
-    regular = owners.sound(files.regular(items.join(found.regular), links), pool, damage)
-    written = regular.part == owners.LOG
-    old, new = regular.select(~written), regular.select(written)
-    new = new.select(used.find(new.base) < 0)  # the rest of the log's extents were committed with the files
-    owners.check_allocated(old, used, damage)
-    owners.add_files(out, owners.share(old))
-    owners.add_files(out, owners.share(new))
-    files.add_inline(out, items.join(found.inline), links, inodes)
-    owners.add_bookends(out, old, used)
+    regular = owners.sound(files.regular(items.join(found.regular), links, known[1]), pool, damage)
+    # after the last commit, extents were allocated that have no extent item yet: the log's word counts
+    uncommitted = regular.logged & (used.find(regular.base) < 0)
+    waiting = regular.part == owners.LOG
+    owners.check_allocated(regular.select(~uncommitted & ~waiting), used, damage)
+    plain = regular.select(~waiting)
+    owners.add_files(out, owners.share(plain))
+    owners.add_files(out, owners.share(regular.select(waiting & uncommitted)))
+    files.add_inline(out, items.join(found.inline), links, *known)
+    owners.add_bookends(out, plain, used)
+    new = regular.select(uncommitted)
     logged = union(np.append(logs[0], new.base), np.append(logs[1], new.base + new.whole))
     groups = links.only(items.join(found.groups), ondisk.EXTENT_TREE, ondisk.BLOCK_GROUP_TREE)
     free = owners.add_space(out, pool, used, logged, groups, damage)

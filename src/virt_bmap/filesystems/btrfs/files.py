@@ -91,13 +91,15 @@ class Inodes:
     record_offset: Int
 
 
-def inodes(rows: Columns, links: Links, damage: Damage) -> Inodes:
-    """Every inode of every tree. Inodes that only a log knows count as well: they were created and fsynced after the last commit."""
+def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
+    """Every inode of every tree, and which of them only a log knows: they were created and fsynced after the last commit."""
     row, tree = links.spread(rows)
     inode = number(links.tree_id[tree], rows["objectid"][row])
     part = links.parts[tree]
+    fresh = inode[:0]
     if (part == owners.LOG).any():
-        keep = (part != owners.LOG) | (positions(inode[part != owners.LOG], inode) < 0)
+        new = (part == owners.LOG) & (positions(inode[part != owners.LOG], inode) < 0)
+        fresh, keep = np.unique(inode[new]), (part != owners.LOG) | new
         row, tree, inode, part = row[keep], tree[keep], inode[keep], part[keep]
     column = {name: values[row] for name, values in rows.items()}
     damage.note("inode", "inodes have an impossible size", column["record"][column["size"] < 0])
@@ -112,7 +114,7 @@ def inodes(rows: Columns, links: Links, damage: Damage) -> Inodes:
     kind = np.where(special, tables.T_METADATA, tables.type_of_mode(mode))
     return Inodes(
         inode, kind, mode, column["uid"], column["gid"], np.maximum(column["size"], 0), nlink, column["mtime_ns"], flags, column["record"],
-    )  # fmt: skip
+    ), fresh  # fmt: skip
 
 
 def inode_table(found: Inodes, stubs: Int) -> pa.Table:
@@ -135,10 +137,14 @@ def inode_table(found: Inodes, stubs: Int) -> pa.Table:
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
-def names(rows: Columns, name_bytes: list[pa.Array], links: Links, damage: Damage) -> tuple[pa.Table, Int]:
-    """The table `names`, and the inode numbers of directories that stand where a subvolume is not."""
+def names(rows: Columns, name_bytes: list[pa.Array], links: Links, fresh: Int, damage: Damage) -> tuple[pa.Table, Int]:
+    """The table `names`, and the inode numbers of directories that stand where a subvolume is not. A log names only what is `fresh`."""
     row, tree = links.spread(rows)
-    keep = (links.parts[tree] == 0) & _fits(rows["target"][row], OBJECT_BITS)
+    keep = (links.parts[tree] == 0) & (rows["ref"][row] == 0)
+    if len(fresh):
+        new = (links.parts[tree] == owners.LOG) & (rows["ref"][row] == 1)
+        keep |= new & np.isin(number(links.tree_id[tree], rows["target"][row]), fresh)
+    keep &= _fits(rows["target"][row], OBJECT_BITS)
     row, tree = row[keep], tree[keep]
     tree_id, objectid, target = links.tree_id[tree], rows["objectid"][row], rows["target"][row]
     child = number(tree_id, target)
@@ -173,11 +179,17 @@ def _mounted(links: Links, parent: Int, child: Int, dirid: Int) -> np.ndarray:
 # ---- file extents ---------------------------------------------------------------------------------------------------
 
 
-def regular(rows: Columns, links: Links) -> FileExtents:
-    """Extents with blocks of their own, a row for every inode of every tree that refers to them."""
+def regular(rows: Columns, links: Links, fresh: Int) -> FileExtents:
+    """Extents with blocks of their own, a row for every inode of every tree that refers to them.
+
+    What a log holds of inodes that are `fresh` is plain content, of others it is part "log": beside it lies what it is to replace.
+    """
     row, tree = links.spread(rows)
     column = {name: values[row] for name, values in rows.items()}
-    part = links.parts[tree]
+    inode, part = number(links.tree_id[tree], column["objectid"]), links.parts[tree]
+    logged = part == owners.LOG
+    if len(fresh):
+        part[np.isin(inode, fresh)] = 0
     compressed = column["compression"] != 0
     base, whole = column["disk_bytenr"], column["disk_num_bytes"]
     unwritten = column["type"] == ondisk.FILE_EXTENT_PREALLOC
@@ -185,9 +197,10 @@ def regular(rows: Columns, links: Links) -> FileExtents:
         (part == owners.CACHE) | (part == owners.RELOCATION), tables.METADATA, np.where(unwritten, tables.UNWRITTEN, tables.DATA)
     )
     return FileExtents(
-        inode=number(links.tree_id[tree], column["objectid"]), kind=kind, part=part, file_offset=column["file_offset"],
+        inode=inode, kind=kind, part=part, file_offset=column["file_offset"],
         file_length=column["num_bytes"], start=np.where(compressed, base, base + column["offset"]),
         length=np.where(compressed, whole, column["num_bytes"]), flags=_flags(column), base=base, whole=whole,
+        logged=logged,
     )  # fmt: skip
 
 
@@ -197,13 +210,15 @@ def _flags(column: Columns) -> Int:
     return flags
 
 
-def add_inline(out: tables.ExtentRows, rows: Columns, links: Links, known: Inodes) -> None:
+def add_inline(out: tables.ExtentRows, rows: Columns, links: Links, known: Inodes, fresh: Int) -> None:
     """Rows of content and link targets that lie in tree blocks."""
     row, tree = links.spread(rows)
+    inode = number(links.tree_id[tree], rows["objectid"][row])
     keep = links.parts[tree] == 0
-    row, tree = row[keep], tree[keep]
+    if len(fresh):
+        keep |= (links.parts[tree] == owners.LOG) & np.isin(inode, fresh)
+    inode, row = inode[keep], row[keep]
     column = {name: values[row] for name, values in rows.items()}
-    inode = number(links.tree_id[tree], column["objectid"])
     at = positions(known.inode, inode)
     symlink: np.ndarray = (at >= 0) & (known.type[np.maximum(at, 0)] == tables.T_SYMLINK) if len(known.inode) else at >= 0
     shared = np.where(links.forest.count[column["leaf"]] > 1, tables.SHARED, 0)

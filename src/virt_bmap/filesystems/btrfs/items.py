@@ -33,12 +33,12 @@ class Tables:
     groups: list[Columns] = field(default_factory=list)
     free_space: list[Columns] = field(default_factory=list)
 
-    def add(self, leaves: Leaves, sectorsize: int) -> None:
-        """The items of one batch of leaves."""
+    def add(self, leaves: Leaves, sectorsize: int, refs: bool) -> None:
+        """The items of one batch of leaves. `refs`: names are read from INODE_REFs, too; a log has them only there."""
         self.inodes.append(_inodes(leaves))
-        names, name_bytes = _names(leaves)
-        self.names.append(names)
-        self.name_bytes.append(name_bytes)
+        for names, name_bytes in (_names(leaves), *([_inode_refs(leaves)] if refs else [])):
+            self.names.append(names)
+            self.name_bytes.append(name_bytes)
         regular, inline = _file_extents(leaves)
         self.regular.append(regular)
         self.inline.append(inline)
@@ -80,7 +80,27 @@ def _names(leaves: Leaves) -> tuple[Columns, pa.Array]:
         leaves.damage.note("name", "directory entries are longer than their item", items.logical[~whole])
         items, records, length = items.select(whole), records[whole], length[whole]
     columns = _columns(items, records, {"target": "location.objectid", "target_type": "location.type"})
-    return columns | {"objectid": items.objectid}, binary(items.data, items.start + ondisk.DIR_ITEM.itemsize, length)
+    columns |= {"objectid": items.objectid, "ref": np.zeros(len(items), np.int64)}
+    return columns, binary(items.data, items.start + ondisk.DIR_ITEM.itemsize, length)
+
+
+def _inode_refs(leaves: Leaves) -> tuple[Columns, pa.Array]:
+    """The same of INODE_REF items, `ref` 1: each the first name (of one, but for hard links in one directory) of its inode in a directory."""
+    items = leaves.of(ondisk.INODE_REF_KEY, ondisk.INODE_REF.itemsize)
+    length = items.records(ondisk.INODE_REF)["name_len"].astype(np.int64)
+    whole = (
+        (length > 0) & (ondisk.INODE_REF.itemsize + length <= items.size) & (items.objectid != items.offset)
+    )  # the root is its own parent
+    items, length = items.select(whole), length[whole]
+    kind = np.full(len(items), ondisk.INODE_ITEM_KEY, np.int64)
+    columns = {
+        "target": items.objectid,
+        "target_type": kind,
+        "objectid": items.offset,
+        "leaf": items.leaf,
+        "ref": np.ones_like(kind),
+    }
+    return columns, binary(items.data, items.start + ondisk.INODE_REF.itemsize, length)
 
 
 def binary(data: np.ndarray, starts: Int, lengths: Int) -> pa.Array:

@@ -146,7 +146,7 @@ KEY_PTR = struct(KEY_PTR_SIZE, [
 ])  # fmt: skip
 """Numbers of 64 bits are read as signed: from 2^63 on they are special ids (the kernel writes -9ULL) or damage, and then negative."""
 
-INODE_ITEM_KEY, XATTR_ITEM_KEY, DIR_INDEX_KEY, EXTENT_DATA_KEY = 1, 24, 96, 108
+INODE_ITEM_KEY, INODE_REF_KEY, DIR_INDEX_KEY, EXTENT_DATA_KEY = 1, 12, 96, 108
 ROOT_ITEM_KEY, ROOT_REF_KEY, EXTENT_ITEM_KEY, METADATA_ITEM_KEY, BLOCK_GROUP_ITEM_KEY = 132, 156, 168, 169, 192
 FREE_SPACE_EXTENT_KEY, FREE_SPACE_BITMAP_KEY, DEV_ITEM_KEY, CHUNK_ITEM_KEY = 199, 200, 216, 228
 
@@ -167,6 +167,7 @@ INODE_IMMUTABLE, INODE_COMPRESS, INODE_RO_VERITY = 1 << 6, 1 << 11, 1 << 32
 DIR_ITEM = struct(30, [
     (0, "location.objectid", "<i8"), (8, "location.type", "u1"), (25, "data_len", "<u2"), (27, "name_len", "<u2"), (29, "type", "u1"),
 ])  # fmt: skip
+INODE_REF = struct(10, [(8, "name_len", "<u2")])
 FILE_EXTENT_INLINE, FILE_EXTENT_REG, FILE_EXTENT_PREALLOC = 0, 1, 2
 FILE_EXTENT_HEAD = struct(21, [(8, "ram_bytes", "<i8"), (16, "compression", "u1"), (17, "encryption", "u1"), (20, "type", "u1")])
 FILE_EXTENT = struct(53, [

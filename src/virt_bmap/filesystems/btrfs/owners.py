@@ -33,6 +33,8 @@ class FileExtents:
     flags: Int
     base: Int
     whole: Int
+    logged: np.ndarray
+    """Which of them a log holds: they need not have an extent item yet."""
 
     def select(self, keep: np.ndarray) -> "FileExtents":
         """Those for which the boolean or index array asks."""
@@ -140,7 +142,7 @@ def share(extents: FileExtents) -> FileExtents:
     return FileExtents(
         pieces.inode, pieces.kind, pieces.part, pieces.file_offset + (begin - pieces.start),
         np.where(compressed[row], pieces.file_length, stop - begin), begin, stop - begin,
-        pieces.flags | np.where(several, tables.SHARED, 0), pieces.base, pieces.whole,
+        pieces.flags | np.where(several, tables.SHARED, 0), pieces.base, pieces.whole, pieces.logged,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from virt_bmap.filesystems.btrfs.ondisk import HEADER_SIZE, ITEM_SIZE, KEY_PTR_S
 from virt_bmap.filesystems.btrfs.pool import Damage, Ranges
 from virt_bmap.reader import Reader
 
-BATCH = 32 << 20
+BATCH = 16 << 20
 """Bytes of tree blocks that are in memory at once."""
 
 
