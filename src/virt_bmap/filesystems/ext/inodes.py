@@ -52,6 +52,8 @@ RESERVED = {
 BATCH = 8 << 20
 """Bytes of inode tables read at a time: they stay in the processor's cache while their fields are taken apart."""
 MAX_SIZE = 1 << 62
+LATEST = (1 << 63) // 1_000_000_000 - 2
+"""Seconds in the year 2262: the last that a count of nanoseconds since 1970 holds. ext4 goes on until 2446."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,15 @@ def _fields(superblock: Superblock, data: Bytes) -> Iterator[tuple[str, np.ndarr
     yield "size", size if large.all() else np.where(large, size, wide("i_size_lo"))
     yield "nlink", wide("i_links_count")
     yield "flags", wide("i_flags")
-    mtime = wide("i_mtime") * 1_000_000_000
+    mtime = wide("i_mtime")
     if extra:
         more = np.where(raw["i_extra_isize"] >= 0x8C - 0x80, raw["i_mtime_extra"], 0).astype(np.int64)
-        mtime += ((more & 3) << 32) * 1_000_000_000 + (more >> 2)
+        mtime += (more & 3) << 32
+        np.minimum(mtime, LATEST, out=mtime)
+        mtime *= 1_000_000_000
+        mtime += more >> 2
+    else:
+        mtime *= 1_000_000_000
     yield "mtime_ns", mtime
     yield "sectors", wide("i_blocks_lo")
     yield "acl", wide("i_file_acl_lo") if hurd else wide("i_file_acl_lo", "l_i_file_acl_high", 32)
