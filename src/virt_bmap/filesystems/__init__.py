@@ -9,13 +9,24 @@ from virt_bmap.reader import Reader
 from virt_bmap.registry import Format, first
 
 HERE = "virt_bmap.filesystems"
+SWAP_MAGICS = (
+    b"SWAP-SPACE",
+    b"SWAPSPACE2",
+    b"S1SUSPEND",
+    b"S2SUSPEND",
+    b"ULSUSPEND",
+    b"LINHIB0001",
+    b"\xed\xc3\x02\xe9\x98\x56\xe5\x0c",
+)
 FILESYSTEMS: tuple[Format, ...] = (
     Format(f"{HERE}.btrfs", ()),  # never by magic: `volumes.btrfs` makes the pool and says what it is
     Format(f"{HERE}.ext", ((0x438, b"\x53\xef"),)),
     Format(f"{HERE}.xfs", ((0, b"XFSB"),)),
     Format(f"{HERE}.ntfs", ((3, b"NTFS    "),)),
     Format(f"{HERE}.iso9660", ((0x8001, b"CD001"), (0x8009, b"CDROM"))),
-    Format(f"{HERE}.fat", ((0, b"\xeb"), (0, b"\xe9"), (0, b"\0\0"), (510, b"\x55\xaa"))),
+    Format(f"{HERE}.exfat", ((3, b"EXFAT   "),)),
+    Format(f"{HERE}.swap", tuple(((4096 << shift) - 10, magic) for shift in range(5) for magic in SWAP_MAGICS)),
+    Format(f"{HERE}.fat", ((0, b"\xeb"), (0, b"\xe9"), (0, b"\x60"), (510, b"\x55\xaa"))),
 )
 """In probe order: magics that lie deeper or are longer first, so that leftovers of an older filesystem lose."""
 

@@ -20,7 +20,7 @@ from virt_bmap.arrays import Int, complement, ints
 from virt_bmap.contract import Filesystem, Problem
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.fat.bpb import BOOT_SECTOR, ENTRY, Geometry, looks_like_fat, read_geometry
-from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, read_chains
+from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
 from virt_bmap.filesystems.fat.entries import Parser
 from virt_bmap.filesystems.fat.files import Heap, add_owned, clipped, inode_table
 from virt_bmap.filesystems.fat.tree import ROOT, Ranges, Tree, read_tree
@@ -57,13 +57,14 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """Everything the volume holds."""
     geometry = read_geometry(reader.read_clipped(0, BOOT_SECTOR.itemsize), reader.name)
     _check_size(reader, geometry)
-    heap = Heap(geometry.data_start, geometry.cluster_size, geometry.clusters, read_chains(_fat_entries(reader, geometry)))
+    runs = read_runs(_fat_entries(reader, geometry))
+    heap = Heap(geometry.data_start, geometry.cluster_size, geometry.clusters, chains_of(runs))
     parser = Parser(geometry.bits)
     tree, problems = _read_directories(reader, geometry, heap, parser)
     rows = tables.ExtentRows()
     _add_system(rows, geometry)
-    _add_clusters(rows, heap)
-    problems += add_owned(rows, heap, tree) + _other_problems(reader, geometry, heap, parser)
+    _add_clusters(rows, heap, runs)
+    problems += add_owned(rows, heap, tree) + _other_problems(reader, geometry, runs, parser)
     serial = geometry.serial
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.cluster_size, root=ROOT, state=_state(reader, geometry),
@@ -147,9 +148,9 @@ def _add_system(rows: tables.ExtentRows, geometry: Geometry) -> None:
     rows.add(tables.GAP, geometry.data_end, geometry.size - geometry.data_end, part="slack")
 
 
-def _add_clusters(rows: tables.ExtentRows, heap: Heap) -> None:
+def _add_clusters(rows: tables.ExtentRows, heap: Heap, runs: Runs) -> None:
     """What the FAT calls free or bad."""
-    for kind, part, (start, end) in ((tables.FREE, None, heap.chains.free), (tables.METADATA, "bad clusters", heap.chains.bad)):
+    for kind, part, (start, end) in ((tables.FREE, None, runs.free), (tables.METADATA, "bad clusters", runs.bad)):
         rows.add(kind, heap.offset(start), (end - start) * heap.cluster_size, part=part)
 
 
@@ -170,7 +171,7 @@ def _label(labels: list[bytes]) -> str | None:
     return labels[0].replace(b"\x05", b"\xe5").rstrip(b" \0").decode("cp437") or None if labels else None
 
 
-def _other_problems(reader: Reader, geometry: Geometry, heap: Heap, parser: Parser) -> list[Problem]:
+def _other_problems(reader: Reader, geometry: Geometry, runs: Runs, parser: Parser) -> list[Problem]:
     """A volume that ends too early, slots of long names that are nobody's, a wrong count of free clusters."""
     problems = []
     if reader.size < geometry.size:
@@ -185,7 +186,7 @@ def _other_problems(reader: Reader, geometry: Geometry, heap: Heap, parser: Pars
         problems.append(Problem("lfn-orphans", f"{parser.orphans} entries of long names belong to no file", -1, "note"))
     if geometry.fsinfo:
         info = record(reader.read(geometry.fsinfo, FSINFO.itemsize), FSINFO)
-        start, end = heap.chains.free
+        start, end = runs.free
         free, said = int((end - start).sum()), int(info["FSI_Free_Count"])
         if (info["FSI_LeadSig"], info["FSI_StrucSig"]) != FSINFO_SIGNATURES:
             problems.append(Problem("fsinfo", "the FSInfo sector has no signature", geometry.fsinfo, "note"))

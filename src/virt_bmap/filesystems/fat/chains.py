@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Int, expand
+from virt_bmap.arrays import EMPTY, Int, Intervals, expand
 
 FREE, END, BAD, BROKEN, EDGE = 0, -1, -2, -3, -4
 """What an entry says where it is no link: free, last of its chain, bad cluster, a number no cluster has. EDGE: no entry at all."""
@@ -55,8 +55,6 @@ class Chains:
     place: Int
     stop: Int
     onward: Int
-    free: tuple[Int, Int]
-    bad: tuple[Int, Int]
     budget: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,10 +109,26 @@ def _followed(parts: list[tuple[Int, Int, Int]], fate: Int) -> Followed:
     return Followed(query, cluster, count, before, length, fate)
 
 
-def read_chains(batches: Iterable[Int]) -> Chains:
-    """The chains of a table whose entries come in batches, from cluster 2: links, FREE, END, BAD or BROKEN."""
-    start, end, link, free, bad = _runs(batches)
-    start, end, link = _split(start, end, link)
+@dataclass(frozen=True)
+class Runs:
+    """Runs of clusters [start, end), sorted, each linked to the next, with the entry of the last one; free and bad clusters."""
+
+    start: Int
+    end: Int
+    link: Int
+    free: tuple[Int, Int]
+    bad: tuple[Int, Int]
+
+    def within(self, starts: Int, ends: Int) -> "Runs":
+        """What of the runs lies in the clusters [starts[i], ends[i]), sorted ranges that do not overlap."""
+        run, part = Intervals(starts, ends).overlaps(self.start, self.end)
+        start, end = np.maximum(self.start[run], starts[part]), np.minimum(self.end[run], ends[part])
+        return Runs(start, end, np.where(end == self.end[run], self.link[run], end), self.free, self.bad)
+
+
+def chains_of(runs: Runs) -> Chains:
+    """The chains that the runs make."""
+    start, end, link = _split(runs.start, runs.end, runs.link)
     run = np.searchsorted(start, link)
     known = (link >= 2) & (np.append(start, -1)[run] == link)
     successor = np.where(known, run, np.where(link == END, END, BROKEN))
@@ -123,18 +137,17 @@ def read_chains(batches: Iterable[Int]) -> Chains:
     place[order] = np.arange(len(order))
     last = np.append(np.flatnonzero(chain[1:] != chain[:-1]), len(chain) - 1) if len(chain) else EMPTY
     of = np.searchsorted(last, np.arange(len(order)))
-    return Chains(start, end, order, place, last[of] + 1, successor[order[last]][of], free, bad)
+    return Chains(start, end, order, place, last[of] + 1, successor[order[last]][of])
 
 
-def _runs(batches: Iterable[Int]) -> tuple[Int, Int, Int, tuple[Int, Int], tuple[Int, Int]]:
-    """(starts, ends, link of the last cluster) of the runs, and (starts, ends) of free and of bad clusters."""
+def read_runs(batches: Iterable[Int]) -> Runs:
+    """The runs of a table whose entries come in batches, from cluster 2: links, FREE, END, BAD or BROKEN."""
     edges: list[list[Int]] = [[EMPTY] for _ in range(7)]
     cluster, held = 1, np.array([EDGE], np.int64)
     for batch in _with_edge(batches):
         values = np.concatenate([held, batch])
         here, after = values[:-1], values[1:]
-        number = np.arange(cluster, cluster + len(batch))  # of `here`
-        linked = here == number + 1
+        linked = here == np.arange(cluster + 1, cluster + 1 + len(batch))
         starts = (after != FREE) & (after != BAD) & (after != EDGE)  # in use, and below: not reached from the one before
         ends = (here != FREE) & (here != BAD) & (here != EDGE) & ~(linked & starts)
         starts &= ~linked
@@ -147,7 +160,7 @@ def _runs(batches: Iterable[Int]) -> tuple[Int, Int, Int, tuple[Int, Int], tuple
             kept.append(new)
         cluster, held = cluster + len(batch), values[-1:]
     start, end, link, *rest = (np.concatenate(parts) for parts in edges)
-    return start, end, link, (rest[0], rest[1]), (rest[2], rest[3])
+    return Runs(start, end, link, (rest[0], rest[1]), (rest[2], rest[3]))
 
 
 def _with_edge(batches: Iterable[Int]) -> Iterator[Int]:

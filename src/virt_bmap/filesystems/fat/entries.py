@@ -34,7 +34,7 @@ class Parser:
     orphans: int = 0
 
     def __call__(self, raw: Bytes, owner: Int, number: Int) -> Entries:
-        live = np.flatnonzero((raw[:, 0] != DELETED) & _before_end(raw, owner))
+        live = np.flatnonzero((raw[:, 0] != DELETED) & before_end(raw, owner))
         attributes = raw[live, 11]
         is_slot = attributes & ATTR_LONG_NAME_MASK == ATTR_LONG_NAME
         is_label = ~is_slot & (attributes & ATTR_VOLUME_ID != 0)
@@ -57,7 +57,7 @@ class Parser:
         )  # fmt: skip
 
 
-def _before_end(raw: Bytes, owner: Int) -> np.ndarray:
+def before_end(raw: Bytes, owner: Int) -> np.ndarray:
     """Which entries come before the first of their directory that begins with 0: behind it nothing counts."""
     new = np.append(True, owner[1:] != owner[:-1])[: len(owner)]
     directory = np.cumsum(new) - 1
