@@ -55,10 +55,14 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     extents = usable(geometry, damage, stack(Extents, [contents.extents, grown]), inodes.realtime, inodes.record)
     in_blocks = read_directories(reader, geometry, damage, take(extents, _of(extents, inodes, tables.T_DIRECTORY)), inodes.number)
     _fork_rows(geometry, damage, inodes, extents, groups.shared, rows)
-    names = _names_table(damage, stack_names([contents.names, in_blocks]), inodes)
+    names = stack_names([contents.names, in_blocks])
+    _check_names(geometry, damage, names, inodes, groups.unlinked)
+    table = rows.table(0)
+    _check_owners(damage, table)
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.block_size, root=geometry.rootino, state=state,
-        inodes=_inodes_table(inodes), names=names, extents=rows.table(0), uuid=uuid_text(geometry.uuid), label=geometry.label or None,
+        inodes=_inodes_table(inodes), extents=table,
+        names=tables.make("names", volume=0, parent=names.parent, inode=names.inode, name=names.name), uuid=uuid_text(geometry.uuid), label=geometry.label or None,
         features=" ".join(geometry.features), problems=damage.problems(),
     )  # fmt: skip
 
@@ -145,7 +149,35 @@ def _inodes_table(inodes: Inodes) -> pa.Table:
     )  # fmt: skip
 
 
-def _names_table(damage: Damage, names: Names, inodes: Inodes) -> pa.Table:
-    ends = np.append(0, np.cumsum(names.length)).astype(np.int32)
-    name = pa.BinaryArray.from_buffers(pa.binary(), len(names.length), [None, pa.py_buffer(ends), pa.py_buffer(names.data)])
-    return tables.make("names", volume=0, parent=names.parent, inode=names.inode, name=name)
+def _check_names(geometry: Geometry, damage: Damage, names: Names, inodes: Inodes, heads: Int) -> None:
+    """Names without inode, inodes without name, and orphans that no list of orphans (AGI, di_next_unlinked) leads to."""
+    known = len(inodes.number)
+    if known == 0:
+        damage.add("empty", "root directory is missing: no inode could be read")
+        return
+    at = np.minimum(np.searchsorted(inodes.number, names.inode), known - 1)
+    found = inodes.number[at] == names.inode
+    if not found.all():
+        damage.add("name-dangling", "names lead to inodes that are not in use", count=int((~found).sum()))
+    named = np.zeros(known, bool)
+    named[at[found]] = True
+    deleted = (inodes.flags & tables.I_DELETED) != 0
+    named |= deleted | (inodes.type == tables.T_METADATA) | (inodes.number == geometry.rootino)
+    damage.check(named, "no-name", "inodes have links but no name", inodes.record)
+    if not (inodes.number == geometry.rootino).any():
+        damage.add("root", f"root directory, inode {geometry.rootino}, is missing")
+    orphans = inodes.number[deleted]
+    group = orphans >> geometry.agi_bits << geometry.agi_bits
+    listed = np.isin(orphans, np.concatenate([heads, group | inodes.next_unlinked[deleted]]))
+    damage.check(listed, "lost-orphan", "inodes without links are on no list of orphans", inodes.record[deleted], "warning")
+
+
+def _check_owners(damage: Damage, extents: pa.Table) -> None:
+    """Bytes with two owners, or owned and free, that no reference count allows."""
+    flags = tables.integers(extents, "flags")
+    mine = np.flatnonzero((flags & (tables.INLINE | tables.SHARED)) == 0)
+    start, length = tables.integers(extents, "volume_offset")[mine], tables.integers(extents, "length")[mine]
+    order = np.argsort(start, kind="stable")
+    start, end = start[order], (start + length)[order]
+    alone = np.append(True, start[1:] >= np.maximum.accumulate(end)[:-1])[: len(start)]
+    damage.check(alone, "two-owners", "extents have a second owner, or are free as well", start)

@@ -19,7 +19,7 @@ from virt_bmap.reader import Reader
 
 MAX_LEVELS = 12
 """XFS_BTREE_MAXLEVELS is 9, reverse-map trees on huge groups may get 10: more is a loop or garbage."""
-BATCH = 32 << 20
+BATCH = 16 << 20
 """Bytes of metadata in memory at once."""
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from virt_bmap.arrays import Bytes, Int, expand, gather
+from virt_bmap.arrays import Bytes, Int, expand
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import BATCH
 from virt_bmap.filesystems.xfs.columns import take
@@ -27,19 +28,29 @@ MAX_INODE = 1 << 56
 
 @dataclass(frozen=True)
 class Names:
-    """Directory entries: numbers of directory and inode, and the names' `length`; their bytes follow each other in `data`."""
+    """Directory entries: numbers of directory and inode, and the name (pyarrow binary)."""
 
     parent: Int
     inode: Int
-    length: Int
-    data: Bytes
+    name: pa.Array
 
 
 def stack_names(parts: Sequence[Names]) -> Names:
     """The entries of all parts, one after the other."""
     none = np.zeros(0, np.int64)
-    parent, inode, length = (np.concatenate([none, *(getattr(p, f) for p in parts)]) for f in ("parent", "inode", "length"))
-    return Names(parent, inode, length, np.concatenate([np.zeros(0, np.uint8), *(part.data for part in parts)]))
+    parent, inode = (np.concatenate([none, *(getattr(part, name) for part in parts)]) for name in ("parent", "inode"))
+    return Names(parent, inode, pa.concat_arrays([pa.array([], pa.binary()), *(part.name for part in parts)]))
+
+
+def _cut_out(data: Bytes, start: Int, length: Int) -> pa.Array:
+    """The pieces data[start:start+length], which lie in ascending order: every other item of the binary array over all of
+    `data` whose items are, in turns, a piece and what lies behind it. No index for each byte is needed."""
+    edges = np.empty(2 * len(start), np.int32)
+    edges[0::2], edges[1::2] = start, start + length
+    if len(edges) == 0:
+        return pa.array([], pa.binary())
+    array = pa.BinaryArray.from_buffers(pa.binary(), len(edges) - 1, [None, pa.py_buffer(edges), pa.py_buffer(data)])
+    return array.take(pa.array(np.arange(0, len(edges), 2)))
 
 
 def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype: bool, damage: Damage) -> Names:
@@ -67,6 +78,8 @@ def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype
     if not found:
         return stack_names([])
     row, at = (np.concatenate(part) for part in zip(*found, strict=True))
+    order = np.argsort(at)
+    row, at = row[order], at[order]
     length = data[at].astype(np.int64)
     number_at = at + 3 + length + ftype
     inode = _big_endian(data, number_at, 4)
@@ -74,7 +87,7 @@ def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype
     inode[eight] = _big_endian(data, number_at[eight], 8)
     good = damage.check((inode > 0) & (inode < MAX_INODE), "name-inode", "names lead to inode numbers that can't be", place[row])
     row, at, length = row[good], at[good], length[good]
-    return Names(parent[row], inode[good], length, gather(data, at + 3, length))
+    return Names(parent[row], inode[good], _cut_out(data, at + 3, length))
 
 
 def _big_endian(data: Bytes, at: Int, size: int) -> Int:
@@ -179,7 +192,7 @@ def _entries(damage: Damage, flat: Bytes, words: np.ndarray, at: Int, parent: In
     good = damage.check((inode > 0) & (inode < MAX_INODE), "name-inode", "names lead to inode numbers that can't be", place)
     keep = good & ~dots
     at, length = at[keep], length[keep]
-    return Names(parent[keep], inode[keep], length, gather(flat, at + 9, length))
+    return Names(parent[keep], inode[keep], _cut_out(flat, at + 9, length))
 
 
 def _spans(geometry: Geometry, damage: Damage, place: Int, blocks: Bytes) -> tuple[Int, Int]:
