@@ -6,8 +6,10 @@ import fcntl
 import os
 import socket
 import stat
+import struct
 from pathlib import Path
 
+import numpy as np
 from support import run
 
 SIZE = 320 << 20
@@ -139,3 +141,49 @@ def _reflinks(where: Path) -> None:
     with open(where / "changed", "r+b") as file:
         file.seek(131072)
         file.write(b"c" * 70_000)
+
+
+def churn(root: Path, seed: int, rounds: int) -> None:
+    """Random work: files made, grown, cut, renamed, linked and removed, now and then fsynced, so that the log goes around."""
+    random = np.random.default_rng(seed)
+    folders, files = [root], []
+    for number in range(rounds):
+        choice = int(random.integers(10))
+        if choice == 0 and len(folders) < 40:
+            folders.append(folders[int(random.integers(len(folders)))] / f"folder-{number}")
+            folders[-1].mkdir()
+        elif choice < 5 or len(files) < 10:
+            files.append(folders[int(random.integers(len(folders)))] / f"{'file' * int(random.integers(1, 20))}-{number}")
+            files[-1].write_bytes(b"x" * int(random.integers(0, 30000)))
+        else:
+            at = int(random.integers(len(files)))
+            _change(files, at, choice, folders[int(random.integers(len(folders)))] / f"other-{number}", random)
+        if number % 20 == 0:
+            fd = os.open(root, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+    if files:
+        with open(files[-1], "ab") as file:
+            os.fsync(file.fileno())
+
+
+def _change(files: list[Path], at: int, choice: int, other: Path, random: np.random.Generator) -> None:
+    if choice == 5:
+        files.pop(at).unlink()
+    elif choice == 6:
+        os.rename(files[at], other)
+        files[at] = other
+    elif choice == 7:
+        os.link(files[at], other)
+        files.append(other)
+    elif choice == 8:
+        os.truncate(files[at], int(random.integers(0, 60000)))
+    else:
+        os.setxattr(files[at], f"user.a{random.integers(5)}", b"v" * int(random.integers(10, 3000)))
+
+
+def shut_down(root: Path, log_too: bool = True) -> None:
+    """XFS_IOC_GOINGDOWN: stop at once, as after a power cut, with the log written or not."""
+    fd = os.open(root, os.O_RDONLY)
+    fcntl.ioctl(fd, 0x8004587D, struct.pack("=I", 1 if log_too else 2))
+    os.close(fd)

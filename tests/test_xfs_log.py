@@ -1,0 +1,170 @@
+"""XFS' log: head and tail as xfs_logprint finds them, and replay in memory as the kernel does it on the disk."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xfs_images
+from support import BytesReader, assert_proven, content, fiemap, file_extents, mapped, mounted, mutations, need, need_root, run, survives, tree
+
+from virt_bmap import tables
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.filesystems.xfs.geometry import read_geometry
+from virt_bmap.filesystems.xfs.log import find_log
+from virt_bmap.images.raw import RawReader
+from virt_bmap.reader import Reader
+
+SMALL = ("--unsupported", "-d", "agcount=2")
+WAYS = {
+    "default": ("-m", "rmapbt=1,reflink=1"),
+    "small-blocks": ("-b", "size=1024", "-n", "size=8192", "-m", "rmapbt=1"),
+    "old-v5": ("-m", "finobt=0,reflink=0,bigtime=0", "-i", "size=1024,sparse=0"),
+}
+ROUNDS = 4000
+"""Enough for the log, of 12 MiB, to go around."""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    need("mkfs.xfs", "xfsprogs")
+    need_root()
+    return tmp_path_factory.mktemp("xfs-log")
+
+
+@pytest.fixture(scope="session", params=list(WAYS))
+def dirty(request: pytest.FixtureRequest, folder: Path) -> Path:
+    """A filesystem whose power was cut in the middle of its work."""
+    image = xfs_images.make(folder / request.param, *SMALL, *WAYS[request.param], size=96 << 20)
+    with mounted(image) as where:
+        xfs_images.churn(where, len(request.param), ROUNDS)
+        with open(where / "orphan", "wb") as orphan:
+            orphan.write(b"o" * 50_000)
+            os.fsync(orphan.fileno())
+            os.unlink(where / "orphan")
+            (where / "last").write_bytes(b"last")
+            xfs_images.shut_down(where)
+    return image
+
+
+def owned(bmap: BlockMap, but: set[int]) -> set[tuple[object, ...]]:
+    return {tuple(row.values()) for row in bmap.extents.to_pylist() if row["inode"] is not None and row["inode"] not in but}
+
+
+def rows(table: object, but: set[int]) -> set[tuple[object, ...]]:
+    return {tuple(row.values()) for row in table.to_pylist() if row["inode"] not in but}  # type: ignore[attr-defined]
+
+
+def test_the_replayed_log_is_what_the_kernel_makes_of_it(dirty: Path, tmp_path: Path) -> None:
+    before = mapped(dirty)
+    assert_proven(before)
+    assert before.filesystems.column("state").to_pylist() == ["needs recovery"]
+    assert before.problems.column("code").to_pylist() == ["replayed"]
+    copy = tmp_path / "recovered"
+    run("cp", "--sparse=always", dirty, copy)
+    with mounted(copy) as where:
+        os.sync()
+        paths, reader = tree(before, 0), RawReader(str(dirty))
+        for path in list(paths)[::15]:
+            if (where / path[1:]).is_file():
+                assert file_extents(before, 0, paths[path]) == fiemap(where / path[1:]), path
+                assert content(before, [reader], 0, paths[path]) == (where / path[1:]).read_bytes(), path
+        reader.close()
+    after = mapped(copy)
+    assert after.filesystems.column("state").to_pylist() == ["clean"]
+    # the kernel then frees orphans; in the map these are still there, marked as deleted
+    deleted = {row["inode"] for row in before.inodes.to_pylist() if row["flags"] & tables.I_DELETED}
+    assert deleted and not deleted & {row["inode"] for row in after.inodes.to_pylist()}
+    assert rows(before.names, set()) == rows(after.names, set())
+    assert rows(before.inodes, deleted) == rows(after.inodes, set())
+    assert owned(before, deleted) == owned(after, set())
+
+
+def test_head_and_tail_as_xfs_logprint_finds_them(dirty: Path) -> None:
+    said = subprocess.run([need("xfs_logprint", "xfsprogs"), "-t", dirty], capture_output=True, text=True).stdout
+    words = next(line for line in said.splitlines() if "log tail" in line).split()  # log tail: 2 head: 4040 state: <DIRTY>
+    reader = RawReader(str(dirty))
+    log = find_log(reader, read_geometry(reader), ())
+    reader.close()
+    assert log and (log.tail, log.head, log.clean) == (int(words[2]), int(words[4]), False)
+
+
+def test_a_damaged_log_never_raises(dirty: Path) -> None:
+    if dirty.name != "default":
+        pytest.skip("one way to make the filesystem is enough")
+    reader = RawReader(str(dirty))
+    log = find_log(reader, read_geometry(reader), ())
+    reader.close()
+    assert log
+    start = log.offset + log.tail * 512
+    ranges = [(start, start + min(log.active, (log.blocks - log.tail) * 512))]
+    words = 0
+    for data in mutations(dirty.read_bytes(), 40, 3, ranges):
+        damaged = survives(data)
+        words += damaged is None or "log" in damaged.problems.column("code").to_pylist()
+    assert words > 5
+
+
+@pytest.fixture(scope="session")
+def external(folder: Path) -> tuple[Path, Path]:
+    """A filesystem with its log on another disk, power cut."""
+    data, log = folder / "external-data", folder / "external-log"
+    with open(log, "wb") as file:
+        file.truncate(64 << 20)
+    xfs_images.make(data, *SMALL, "-l", f"logdev={log}", size=96 << 20)
+    loop = run("losetup", "-f", "--show", log).decode().strip()
+    try:
+        with mounted(data, f"logdev={loop}") as where:
+            xfs_images.churn(where, 5, 300)
+            xfs_images.shut_down(where)
+    finally:
+        run("losetup", "-d", loop)
+    return data, log
+
+
+def test_an_external_log_is_found_among_the_other_disks(external: tuple[Path, Path]) -> None:
+    bmap = mapped(*external)
+    assert_proven(bmap)
+    assert bmap.filesystems.column("state").to_pylist() == ["needs recovery"]
+    assert "replayed" in bmap.problems.column("code").to_pylist()
+    assert bmap.names.num_rows > 100
+
+
+def test_a_missing_external_log_is_said(external: tuple[Path, Path]) -> None:
+    bmap = mapped(external[0])
+    assert bmap.filesystems.column("state").to_pylist() == ["unknown"]
+    assert "external-log" in bmap.problems.column("code").to_pylist()
+
+
+def test_a_mounted_filesystem_is_mapped_as_it_is(folder: Path) -> None:
+    """Not unmounted, only synced: what a snapshot of a running guest looks like."""
+    image = xfs_images.make(folder / "running", *SMALL, size=96 << 20)
+    with mounted(image) as where:
+        xfs_images.populate(where, 10)
+        os.sync()
+        copy = folder / "snapshot"
+        shutil.copyfile(image, copy)
+        expected = {f"{parent[len(str(where)) :]}/{name}" for parent, folders, files in os.walk(where) for name in folders + files}
+    bmap = mapped(copy)
+    assert_proven(bmap)
+    assert set(tree(bmap, 0)) == expected | {"/"}
+
+
+def test_round_trips_of_a_whole_map_are_few(dirty: Path) -> None:
+    class Counting(Reader):
+        fetches = 0
+
+        def _fetch(self, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+            self.fetches += 1
+            return inner.read_ranges(offsets, lengths)
+
+    from virt_bmap.filesystems import xfs
+
+    inner = RawReader(str(dirty))
+    counting = Counting(inner.size, inner.name)
+    xfs.read(counting)
+    inner.close()
+    assert counting.fetches < 40
+    print(counting.fetches)
