@@ -18,6 +18,8 @@ SWAP_MAGICS = (
     b"LINHIB0001",
     b"\xed\xc3\x02\xe9\x98\x56\xe5\x0c",
 )
+EXT_BACKUPS = tuple((((8 << log) * 1024 + (log == 0)) * (1024 << log) + 0x38, b"\x53\xef") for log in range(3))
+"""Where ext has its first backup superblock, for blocks of 1, 2 and 4 KiB: its primary one may be wiped."""
 FILESYSTEMS: tuple[Format, ...] = (
     Format(f"{HERE}.btrfs", ()),  # never by magic: `volumes.btrfs` makes the pool and says what it is
     Format(f"{HERE}.ext", ((0x438, b"\x53\xef"),)),
@@ -27,6 +29,7 @@ FILESYSTEMS: tuple[Format, ...] = (
     Format(f"{HERE}.exfat", ((3, b"EXFAT   "),)),
     Format(f"{HERE}.swap", tuple(((4096 << shift) - 10, magic) for shift in range(5) for magic in SWAP_MAGICS)),
     Format(f"{HERE}.fat", ((0, b"\xeb"), (0, b"\xe9"), (0, b"\x60"), (510, b"\x55\xaa"))),
+    Format(f"{HERE}.ext", EXT_BACKUPS),  # last: these may be leftovers
 )
 """In probe order: magics that lie deeper or are longer first, so that leftovers of an older filesystem lose."""
 

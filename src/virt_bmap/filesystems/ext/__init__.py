@@ -11,7 +11,7 @@ from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inode
 from virt_bmap.filesystems.ext.blocks import Runs
 from virt_bmap.filesystems.ext.damage import Problems
 from virt_bmap.filesystems.ext.inodes import Inodes
-from virt_bmap.filesystems.ext.superblock import STATE_CLEAN, STATE_ERRORS, Superblock, probe, read_superblock
+from virt_bmap.filesystems.ext.superblock import STATE_CLEAN, STATE_ERRORS, Superblock, check_size, probe, read_superblock
 from virt_bmap.reader import Reader
 from virt_bmap.tables import ExtentRows
 
@@ -28,6 +28,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """All tables of an ext2, ext3 or ext4 filesystem."""
     problems: Problems = []
     superblock = read_superblock(reader, problems)
+    check_size(reader, superblock, problems)
     reader, superblock = journal.replay(reader, superblock, others, problems)
     found = groups.read_groups(reader, superblock, problems)
     rows = ExtentRows()
@@ -48,7 +49,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     tree = directories.table(names)
     owned.check_links(nodes, types, tree, problems)
     extents = rows.table(0)
-    owned.check_overlaps(extents, superblock, problems)
+    owned.check_overlaps(extents, problems)
     return Filesystem(
         type=superblock.type, size=superblock.blocks * superblock.block_size, block_size=superblock.block_size, root=inodes.ROOT,
         state=_state(superblock, problems), inodes=inodes.table(superblock, nodes, types), names=tree, extents=extents,

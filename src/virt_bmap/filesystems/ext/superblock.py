@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from virt_bmap import foreign
 from virt_bmap.arrays import Int
 from virt_bmap.contract import Problem
 from virt_bmap.errors import Corrupt, Unsupported
@@ -155,6 +156,8 @@ def probe(reader: Reader) -> bool:
     found = record(data, SUPER)
     if found["s_magic"] == MAGIC:
         return not int(found["s_feature_incompat"]) & 0x8  # an external journal has the magic, but no files
+    if foreign.recognise(reader):  # it was formatted anew: what looks like a backup is a leftover
+        return False
     return any(_belongs(data, copy) for _, copy in _backups(reader))
 
 
@@ -212,6 +215,15 @@ def _check_checksum(data: bytes, superblock: Superblock) -> None:
         is_ = int(crc32c(np.frombuffer(data, np.uint8)[None, :0x3FC], ALL_ONES)[0])
         if is_ != (said := superblock.number("s_checksum")):
             raise Corrupt(f"ext superblock at byte 1024 has checksum {is_:#010x}, but says {said:#010x}", OFFSET, "checksum")
+
+
+def check_size(reader: Reader, superblock: Superblock, problems: Problems) -> None:
+    """Say so where the volume ends before the filesystem does."""
+    size = superblock.blocks * superblock.block_size
+    if size > reader.size:
+        problems.append(
+            Problem("truncated", f"the filesystem has {size} bytes, but the volume ends after {reader.size}", reader.size)
+        )
 
 
 def _features(data: np.void, offset: int) -> frozenset[str]:
