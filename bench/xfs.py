@@ -77,7 +77,9 @@ def main() -> None:
     if tool:
         whole = best([tool, "-o", str(Path(sys.argv[1]) / "xfs.parquet"), path])
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"virt-bmap -o PARQUET  {whole:.3f} s, {whole / repair:.2f} of xfs_repair -n (target {TARGET_RATIO}), peak of all {peak:.0f} MiB")
+        print(
+            f"virt-bmap -o PARQUET  {whole:.3f} s, {whole / repair:.2f} of xfs_repair -n (target {TARGET_RATIO}), peak of all {peak:.0f} MiB"
+        )
 
 
 if __name__ == "__main__":

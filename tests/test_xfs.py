@@ -8,19 +8,29 @@ import hashlib
 import lzma
 import os
 import re
-import shutil
 import stat
 import struct
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+
 import xfs_images
 from support import (
-    BytesReader, assert_proven, content, fiemap, file_extents, join, mapped, mounted, mutations, need, need_root, run, survives, tree,
+    BytesReader,
+    assert_proven,
+    content,
+    fiemap,
+    file_extents,
+    mapped,
+    mounted,
+    mutations,
+    need,
+    need_root,
+    run,
+    survives,
+    tree,
 )  # fmt: skip
-
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
@@ -476,3 +486,45 @@ def test_what_is_refused_is_said(small: bytes, offset: int, value: bytes, words:
 
 def mapped_bytes(data: bytes) -> BlockMap:
     return survey([BytesReader(np.frombuffer(data, np.uint8))])
+
+
+# ---- inodes that no directory names ---------------------------------------------------------------------------------
+
+
+def parts(bmap: BlockMap, part: str) -> list[tuple[int, int, int]]:
+    """(inode, volume offset, length) of all rows of one part."""
+    return [(row["inode"], row["volume_offset"], row["length"]) for row in bmap.extents.to_pylist() if row["part"] == part]
+
+
+def test_a_realtime_device_is_named_and_its_bitmap_mapped(tmp_path: Path) -> None:
+    need("mkfs.xfs", "xfsprogs")
+    with open(tmp_path / "device", "wb") as file:
+        file.truncate(300 << 20)
+    image = xfs_images.make(tmp_path / "image", "-r", f"rtdev={tmp_path / 'device'},size=256m")
+    bmap = mapped(image)
+    assert_proven(bmap)
+    for part, field in (("realtime bitmap", "rbmino"), ("realtime summary", "rsumino")):
+        inode = int(xfs_db(image, "sb 0", f"p {field}").split("=")[1])
+        assert [(0, at, n) for _, at, n in parts(bmap, part)] == xfs_db_bmap(image, inode)
+
+
+def test_content_on_the_realtime_device_is_a_note(default: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    run("cp", "--sparse=always", default, image)
+    inode = tree(mapped(image), 0)["/files/plain-100000"]
+    run("xfs_db", "-x", "-c", f"inode {inode}", "-c", "write -d core.realtime 1", image)
+    bmap = mapped(image)
+    assert "realtime" in bmap.problems.column("code").to_pylist()
+    assert file_extents(bmap, 0, inode) == []
+
+
+def test_quota_inodes_are_metadata(default: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    run("cp", "--sparse=always", default, image)
+    inode = tree(mapped(image), 0)["/files/plain-100000"]
+    version = int(xfs_db(image, "sb 0", "p versionnum").split("=")[1], 16)
+    run("xfs_db", "-x", "-c", "sb 0", "-c", f"write -d uquotino {inode}", "-c", f"write -d versionnum {version | 0x40:#x}", image)
+    bmap = mapped(image)
+    assert_proven(bmap)
+    assert sum(length for _, _, length in parts(bmap, "user quota")) == -(-100_000 // 4096) * 4096
+    assert {row["type"] for row in bmap.inodes.to_pylist() if row["inode"] == inode} == {"metadata"}

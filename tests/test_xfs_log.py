@@ -7,9 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xfs_images
-from support import BytesReader, assert_proven, content, fiemap, file_extents, mapped, mounted, mutations, need, need_root, run, survives, tree
 
+import xfs_images
+from support import (
+    assert_proven,
+    content,
+    fiemap,
+    file_extents,
+    mapped,
+    mounted,
+    mutations,
+    need,
+    need_root,
+    run,
+    survives,
+    tree,
+)
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.filesystems.xfs.geometry import read_geometry
@@ -76,7 +89,8 @@ def test_the_replayed_log_is_what_the_kernel_makes_of_it(dirty: Path, tmp_path: 
     assert after.filesystems.column("state").to_pylist() == ["clean"]
     # the kernel then frees orphans; in the map these are still there, marked as deleted
     deleted = {row["inode"] for row in before.inodes.to_pylist() if row["flags"] & tables.I_DELETED}
-    assert deleted and not deleted & {row["inode"] for row in after.inodes.to_pylist()}
+    assert deleted
+    assert not deleted & {row["inode"] for row in after.inodes.to_pylist()}
     assert rows(before.names, set()) == rows(after.names, set())
     assert rows(before.inodes, deleted) == rows(after.inodes, set())
     assert owned(before, deleted) == owned(after, set())
@@ -88,7 +102,8 @@ def test_head_and_tail_as_xfs_logprint_finds_them(dirty: Path) -> None:
     reader = RawReader(str(dirty))
     log = find_log(reader, read_geometry(reader), ())
     reader.close()
-    assert log and (log.tail, log.head, log.clean) == (int(words[2]), int(words[4]), False)
+    assert log
+    assert (log.tail, log.head, log.clean) == (int(words[2]), int(words[4]), False)
 
 
 def test_a_damaged_log_never_raises(dirty: Path) -> None:
@@ -146,7 +161,9 @@ def test_a_mounted_filesystem_is_mapped_as_it_is(folder: Path) -> None:
         os.sync()
         copy = folder / "snapshot"
         shutil.copyfile(image, copy)
-        expected = {f"{parent[len(str(where)) :]}/{name}" for parent, folders, files in os.walk(where) for name in folders + files}
+        expected = {
+            f"{parent[len(str(where)) :]}/{name}" for parent, folders, files in os.walk(where) for name in folders + files
+        }
     bmap = mapped(copy)
     assert_proven(bmap)
     assert set(tree(bmap, 0)) == expected | {"/"}

@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+
 from support import run
 
 SIZE = 320 << 20

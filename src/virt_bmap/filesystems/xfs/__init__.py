@@ -1,10 +1,14 @@
 """XFS, versions 4 and 5.
 
-Read are: the headers of all allocation groups, their B-trees of free space, inodes and reference counts, all inode chunks with an inode in
-use, the B-trees of forks, all directory blocks that hold names, and the log as far as it tells whether it needs recovery.
+Read are: the headers of all allocation groups; their B-trees of free space, inodes and reference counts with the records, those by size,
+of free inodes and of owners (rmapbt) down to the places of their leaves; all inode chunks with an inode in use; the B-trees of
+forks; all directory blocks that hold names; of the log what it takes to find head and tail, and what lies between them if the volume was not
+unmounted.
 
-Sources: fs/xfs/libxfs (Linux 6.12): xfs_format.h, xfs_da_format.h, xfs_log_format.h, xfs_bmap_btree.c, xfs_dir2_data.c, xfs_dir2_sf.c;
-"XFS Algorithms & Data Structures", 3rd edition.
+The allocator is the B-tree of free extents (bnobt) with the AGFL. Attributes are mapped by place, their names are not read.
+
+Sources: fs/xfs/libxfs (Linux 6.12): xfs_format.h, xfs_da_format.h, xfs_log_format.h, xfs_bmap_btree.c, xfs_dir2_data.c, xfs_dir2_sf.c,
+xfs_symlink_remote.c; fs/xfs/xfs_log_recover.c; "XFS Algorithms & Data Structures", 3rd edition.
 """
 
 from collections.abc import Sequence
@@ -29,6 +33,31 @@ from virt_bmap.filesystems.xfs.replay import replay
 from virt_bmap.reader import Reader
 
 NAME = "xfs"
+FEATURES = (
+    "versions 4 and 5, blocks of 512 bytes to 64 KiB, inodes of 256 bytes to 2 KiB, larger directory blocks",
+    "short, block, leaf, node and B-tree directories, with or without file types, ASCII case-insensitive too",
+    "extents in inodes and in B-trees, unwritten extents, attribute forks with remote values",
+    "reverse-map and reference-count B-trees: shared (reflinked) extents with all owners, copy-on-write staging",
+    "sparse inode chunks, large extent counters, big timestamps",
+    "orphans: files deleted while open",
+    "quota inodes, bitmap and summary of a real-time device",
+    "the log, internal or on another disk, replayed in memory (version 5)",
+)
+REFUSED = (
+    "directories of version 1 (IRIX before 6.5)",
+    "metadata directory trees and real-time groups (metadir)",
+    "zoned devices",
+    "incompatible features nobody has named yet",
+    "replay of version 4 logs: the state says that recovery is needed",
+    "content on a real-time device: a note",
+)
+ORACLES = (
+    "kernel FIEMAP, GETFSMAP, stat and contents through a loop mount",
+    "the kernel's own log recovery",
+    "xfs_db blockuse and bmap on version 4",
+    "head and tail of xfs_logprint",
+    "truth tables of images from other projects",
+)
 
 
 def probe(reader: Reader) -> bool:
