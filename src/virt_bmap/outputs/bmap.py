@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from virt_bmap import tables
 from virt_bmap.arrays import Int, expand
 from virt_bmap.blockmap import BlockMap, Owners
-from virt_bmap.outputs.escape import escape_all
+from virt_bmap.outputs.escape import escape, escape_all
 from virt_bmap.outputs.listing import LETTERS, describe, specificity
 
 BATCH = 1 << 18
@@ -48,10 +48,16 @@ def _words(bmap: BlockMap, disk: int, owners: Owners) -> tuple[Int, pa.Array]:
     listed = describe(bmap, disk, replace(owners, query=np.arange(n)))
     kind = listed.column("kind").combine_chunks()
     letter = pa.array([LETTERS[word] for word in kind.dictionary.to_pylist()]).take(kind.indices)
-    device = listed.column("device").combine_chunks().cast(pa.string())
+    device = listed.column("device").combine_chunks()
+    device = pa.array([_word(name) for name in device.dictionary.to_pylist()]).take(device.indices)
     line = pc.binary_join_element_wise("", letter, device, names(listed), " ")
     line = pc.binary_join_element_wise(pc.utf8_rtrim(line, " "), "\n", "")
     return np.searchsorted(tables.integers(listed, "query"), np.arange(n + 1)), line
+
+
+def _word(device: str) -> str:
+    """A device name as one word of a line; array and group names come from the disk."""
+    return escape(device.encode(errors="surrogateescape")).replace(" ", "\\x20")
 
 
 def names(listed: pa.Table) -> pa.Array:

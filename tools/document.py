@@ -1,0 +1,104 @@
+"""Write the pages that are made from the code: docs/data-model.md and docs/formats.md. A test fails when they are out of date.
+
+Usage: .venv/bin/python tools/document.py
+"""
+
+from pathlib import Path
+
+from virt_bmap import filesystems, foreign, tables, volumes
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.images import qemu
+from virt_bmap.outputs.listing import LETTERS
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def data_model() -> str:
+    """The page on the tables."""
+    lines = [
+        "# The data model",
+        "",
+        "A block map is seven tables; a trace of a guest is one more. All offsets, lengths and sizes are bytes; ranges are half open. The page is made from",
+        "`src/virt_bmap/tables.py` by `tools/document.py`.",
+        "",
+        "A **volume** is a number that the map gives to each disk, partition, logical volume, array or opened container, parents before children. A filesystem is named",
+        "by the volume it lies on, and columns called `volume_offset` count from the start of that volume, never from the disk. **Mapping rows** place a volume's bytes in its",
+        "parents; they are strided, so a RAID of terabytes is a handful of rows. Disk offsets are worked out when asked for: `BlockMap.owners` climbs from disk",
+        "to file, `BlockMap.descend` goes down with every copy.",
+        "",
+        "## In Parquet",
+        "",
+        "`virt-bmap -o map.parquet` writes one file with one column for each table: row i of the column `inodes` is row i of the table `inodes`, and shorter tables end in nulls.",
+        "",
+        "```sql",
+        "select unnest(extents) from 'map.parquet' where extents is not null;     -- DuckDB: the table extents",
+        "```",
+        "",
+        "```python",
+        "virt_bmap.load('map.parquet').extents.to_pandas()                         # or .inodes, .names, ...",
+        "```",
+    ]
+    for name in (*BlockMap.TABLES, "accesses"):
+        lines += ["", f"## {name}", "", "| column | type | null | meaning |", "|---|---|---|---|"]
+        for field in tables.SCHEMAS[name]:
+            meaning, _, null = field.metadata[b"meaning"].decode().partition("; null: ")
+            kind = (
+                "text (dictionary)"
+                if str(field.type).startswith("dictionary")
+                else {"string": "text", "binary": "bytes"}.get(str(field.type), str(field.type))
+            )
+            lines.append(f"| {field.name} | {kind} | {null} | {meaning} |")
+    lines += ["", "## Kinds of extents", "", "| kind | letter in the text map | meaning |", "|---|---|---|"]
+    lines += [f"| {kind} | {LETTERS[kind]} | {tables.KIND_MEANING[kind]} |" for kind in tables.KINDS]
+    lines += [
+        "",
+        "Volumes themselves are lines of the text map, too: "
+        + ", ".join(f"{letter} {kind}" for kind, letter in LETTERS.items() if kind not in tables.KINDS)
+        + ".",
+    ]
+    lines += ["", "## Inodes of formats without inode numbers", ""]
+    for format in filesystems.FILESYSTEMS:
+        module = format.load()
+        if about := getattr(module, "INODE", None):
+            lines.append(f"- **{module.NAME}**: {about}")
+    return "\n".join(lines) + "\n"
+
+
+def formats() -> str:
+    """The page on the formats."""
+    lines = [
+        "# Formats",
+        "",
+        "What is read, what is known and refused with a clear word, and what each reader was checked with. The page is made from the modules by `tools/document.py`.",
+        "The sources of each format are named at the top of its module.",
+    ]
+    for title, found in (("Volumes", volumes.VOLUMES), ("Filesystems", filesystems.FILESYSTEMS)):
+        lines += ["", f"## {title}"]
+        for format in found:
+            module = format.load()
+            lines += ["", f"### {module.NAME}", "", f"`{module.__name__}`", ""]
+            for words, name in (("Read", "FEATURES"), ("Refused or only named", "REFUSED"), ("Checked with", "ORACLES")):
+                if values := getattr(module, name):
+                    lines += [f"- {words}: {'; '.join(values)}."]
+    lines += [
+        "",
+        "## Image formats",
+        "",
+        "Raw files, block devices and NBD exports are read directly; through `qemu-nbd`: " + ", ".join(qemu.FORMATS) + ".",
+    ]
+    lines += [
+        "",
+        "## Known by magic alone",
+        "",
+        "Named in `info` and in the map as one piece: "
+        + ", ".join(sorted({row[0] for row in foreign.MAGICS}, key=str.lower))
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"data-model.md": data_model, "formats.md": formats}
+
+if __name__ == "__main__":
+    for name, make in PAGES.items():
+        (DOCS / name).write_text(make())
