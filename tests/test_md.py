@@ -330,11 +330,10 @@ def steps() -> list[Step]:
             sync
             echo size {name} $(blockdev --getsize64 /dev/md127)
             mdadm --stop /dev/md127
-            udevadm settle
             for device in {devices}; do blockdev --flushbufs $device; done
         """))  # fmt: skip
         copies = "; ".join(f"cp --sparse=always d{at} {name}.{at}" for at in range(1, disks + 1))
-        result += [("host", copies), ("sh", f"mdadm --zero-superblock {devices}; udevadm settle")]
+        result += [("host", copies), ("sh", f"mdadm --zero-superblock {devices}")]
     return result
 
 

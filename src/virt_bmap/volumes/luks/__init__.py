@@ -1,0 +1,151 @@
+"""LUKS 1 and 2: an encrypted volume, opened when a key is given.
+
+Without a key the header and the key slots are named and the rest is one piece, `encrypted`. With one, the volume /dev/mapper/luks-UUID
+appears and is looked into.
+
+Sources: cryptsetup docs/on-disk-format-luks1 and -luks2; kernel drivers/md/dm-crypt.c.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from virt_bmap.arrays import Bytes, Int, complement, ints
+from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
+from virt_bmap.errors import Unsupported
+from virt_bmap.mapping import Row
+from virt_bmap.reader import Reader
+from virt_bmap.tables import CONTENT, ENCRYPTED, FREE, METADATA
+from virt_bmap.volumes.keys import Keys
+from virt_bmap.volumes.luks.cipher import DecryptedReader, Sectors
+from virt_bmap.volumes.luks.header import LUKS_MAGIC, SECONDARY_MAGIC, SECONDARY_OFFSETS, Header, Segment, read_header
+from virt_bmap.volumes.luks.unlock import volume_keys
+
+NAME = "crypto_LUKS"
+SPANS = False
+FEATURES = (
+    "LUKS1 and LUKS2, both header copies",
+    "AES in ECB, CBC (plain, plain64, ESSIV) and XTS with sectors of 512 to 4096 bytes",
+    "PBKDF2 with any hash of OpenSSL, Argon2i and Argon2id",
+    "segments of a reencryption, of which parts may be plain",
+)
+REFUSED = (
+    "other ciphers (Serpent, Twofish, Adiantum)",
+    "authenticated encryption",
+    "hardware encryption (OPAL)",
+    "detached headers",
+)
+ORACLES = ("what a kernel reads through dm-crypt in the appliance of libguestfs", "cryptsetup luksDump and --test-passphrase")
+NO_KEYS = Keys()
+
+
+def probe(reader: Reader) -> bool:
+    """The magic of the first header, or of a second one where the first is overwritten."""
+    return reader.read_clipped(0, 6) == LUKS_MAGIC or (
+        not any(reader.read_clipped(0, 6)) and any(reader.read_clipped(at, 6) == SECONDARY_MAGIC for at in SECONDARY_OFFSETS[:4])
+    )
+
+
+def assemble(members: Sequence[Member], keys: Keys = NO_KEYS) -> Assembly:
+    """The opened volume, where one of the keys fits."""
+    (member,) = members
+    assembly = Assembly()
+    header = read_header(member.reader)
+    assembly.uuids[member.number] = header.uuid
+    assembly.labels |= {member.number: header.label} if header.label else {}
+    assembly.problems[member.number] = header.problems
+    ciphers = dict.fromkeys(segment.cipher or "not encrypted" for segment in header.segments)
+    assembly.details[member.number] = f"LUKS{header.version}, {', '.join(ciphers)}, {len(header.slots)} key slots"
+    _add_areas(assembly, member, header)
+    if header.segments:
+        _open(assembly, member, header, keys.for_volume(member.name, header.uuid))
+    return assembly
+
+
+def _add_areas(assembly: Assembly, member: Member, header: Header) -> None:
+    """Rows of the headers and key slots; what is reserved for slots and not in use is free."""
+    rows = extent_rows(assembly, member)
+    size = member.reader.size
+    starts, ends = ints([start for _, start, _ in header.areas]), ints([start + length for _, start, length in header.areas])
+    for part, start, length in header.areas:
+        rows.add(METADATA, start, max(0, min(length, size - start)), part=part)
+    payload = min((segment.offset for segment in header.segments), default=size)
+    for start, length in header.free:
+        low, high = complement(starts, ends, start, min(start + length, payload, size))
+        rows.add(FREE, low, high - low)
+
+
+def _open(assembly: Assembly, member: Member, header: Header, secrets: list[bytes]) -> None:
+    """Add the opened volume; without a key that fits, the ciphertext is one piece."""
+    keys, refused = volume_keys(member.reader, header, secrets) if secrets else ({}, [])
+    problems = assembly.problems[member.number]
+    try:
+        parts = [(segment, _cipher(segment, keys)) for segment in header.segments]
+    except Unsupported as error:
+        problems.append(Problem(error.code, str(error), -1, "warning"))
+        parts = []
+    if not parts or any(segment.cipher and cipher is None for segment, cipher in parts):
+        if secrets:
+            words = "; ".join(refused) or "none of the given keys opens it"
+            problems.append(Problem("no-key", words, -1, "warning"))
+        for segment in header.segments:
+            flags = ENCRYPTED if segment.cipher else 0
+            extent_rows(assembly, member).add(CONTENT, segment.offset, segment.size, part="encrypted", flags=flags)
+        return
+    rows = [Row(segment.start, member.number, segment.offset, segment.size) for segment in header.segments if segment.size]
+    size = sum(segment.size for segment in header.segments)
+    assembly.children.append(Child(
+        "crypt", f"/dev/mapper/luks-{header.uuid}", size, rows, header.uuid, header.label or None,
+        detail=", ".join(dict.fromkeys(segment.cipher or "not encrypted" for segment in header.segments)),
+        open=partial(_reader, parts=parts),
+    ))  # fmt: skip
+
+
+def _cipher(segment: Segment, keys: dict[str, bytes]) -> Sectors | None:
+    """What decrypts a segment; None where it is plain, or where its key is not known."""
+    if segment.cipher is None or segment.name not in keys:
+        return None
+    return Sectors(segment.cipher, keys[segment.name], segment.sector)
+
+
+def _reader(base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> Reader:
+    (segment, cipher), *more = parts
+    if not more and cipher:
+        return DecryptedReader(base, cipher, segment.tweak)
+    return SegmentsReader(base, parts)
+
+
+@dataclass(frozen=True)
+class _Window:
+    start: int
+    end: int
+    reader: Reader
+
+
+class SegmentsReader(Reader):
+    """Several segments, each with a cipher of its own or none: a device in the middle of a reencryption."""
+
+    def __init__(self, base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> None:
+        super().__init__(base.size, base.name)
+        # a cipher numbers sectors from its segment's start: with the start taken off the tweak, one reader over all serves it
+        self._windows = [
+            _Window(segment.start, segment.start + segment.size,
+                    DecryptedReader(base, cipher, segment.tweak - segment.start // 512) if cipher else base)
+            for segment, cipher in parts
+        ]  # fmt: skip
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        result = np.zeros(int(lengths.sum()), np.uint8)
+        place = np.cumsum(lengths) - lengths
+        for window in self._windows:
+            low, high = np.clip(offsets, window.start, window.end), np.clip(offsets + lengths, window.start, window.end)
+            mine = np.flatnonzero(high > low)
+            data = window.reader.read_ranges(low[mine], (high - low)[mine])
+            at = 0
+            for number, start in zip(mine.tolist(), (place + low - offsets)[mine].tolist(), strict=True):
+                length = int(high[number] - low[number])
+                result[start : start + length] = data[at : at + length]
+                at += length
+        return result

@@ -1,0 +1,115 @@
+"""dm-crypt's ciphers over many sectors at once: everything is built from AES on single blocks, called once for a whole batch.
+
+Sources: kernel drivers/md/dm-crypt.c (initial vectors), crypto/xts.c; IEEE 1619 (XTS).
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virt_bmap.arrays import Bytes, Int, expand, gather
+from virt_bmap.errors import MissingTool, Unsupported
+from virt_bmap.reader import Reader
+
+IV_SECTOR = 512
+"""Initial vectors count sectors of this size, also where larger ones are encrypted as one (no `iv_large_sectors` in LUKS)."""
+AES_BLOCK = 16
+MODES = ("ecb", "cbc-null", "cbc-plain", "cbc-plain64", "cbc-plain64be", "cbc-essiv:sha256", "cbc-essiv:sha512", "cbc-essiv:sha1",
+         "xts-plain", "xts-plain64", "xts-plain64be", "xts-essiv:sha256")  # fmt: skip
+
+
+def aes(key: bytes, data: Bytes, encrypt: bool = False) -> Bytes:
+    """Every block of 16 bytes through AES by itself."""
+    try:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    except ImportError as error:
+        raise MissingTool("opening LUKS needs the Python package cryptography (pip install 'virt-bmap[crypt]')") from error
+    cipher = Cipher(algorithms.AES(key), modes.ECB())
+    context = cipher.encryptor() if encrypt else cipher.decryptor()
+    return np.frombuffer(context.update(np.ascontiguousarray(data)) + context.finalize(), np.uint8)
+
+
+@dataclass(frozen=True)
+class Sectors:
+    """A cipher by its dm-crypt name ("aes-xts-plain64") with its key, for sectors of `size` bytes."""
+
+    name: str
+    key: bytes
+    size: int
+
+    def __post_init__(self) -> None:
+        cipher, _, mode = self.name.partition("-")
+        if cipher != "aes" or mode not in MODES:
+            raise Unsupported(f"the cipher {self.name!r} is not read; AES in the modes {', '.join(MODES)} is", code="cipher")
+        if len(self.key) not in ((32, 64) if mode.startswith("xts") else (16, 24, 32)):
+            raise Unsupported(f"{self.name} with a key of {len(self.key)} bytes is not read", code="cipher")
+
+    def decrypt(self, data: Bytes, numbers: Int) -> Bytes:
+        """Whole sectors; `numbers[i]` is the number of the i-th in units of 512 bytes."""
+        mode, _, vector = self.name.partition("-")[2].partition("-")
+        if len(data) == 0:
+            return data
+        if mode == "ecb":
+            return aes(self.key, data)
+        if mode == "cbc":
+            return self._cbc(data, self._vectors(vector, numbers, self.key))
+        half = len(self.key) // 2
+        tweaks = aes(self.key[half:], self._vectors(vector, numbers, self.key[:half]).reshape(-1), encrypt=True)
+        whitening = _powers(tweaks.view("<u8").reshape(-1, 2), self.size // AES_BLOCK).reshape(-1).view(np.uint8)
+        plain: Bytes = aes(self.key[:half], data ^ whitening) ^ whitening
+        return plain
+
+    def _cbc(self, data: Bytes, vectors: Bytes) -> Bytes:
+        before = np.empty_like(data).reshape(len(vectors), -1, AES_BLOCK)
+        before[:, 0] = vectors
+        before[:, 1:] = data.reshape(before.shape)[:, :-1]
+        plain: Bytes = aes(self.key, data) ^ before.reshape(-1)
+        return plain
+
+    def _vectors(self, kind: str, numbers: Int, key: bytes) -> Bytes:
+        """(sectors, 16): the initial vector of each sector."""
+        words = np.zeros((len(numbers), 2), "<u8")
+        if kind.startswith("plain64be"):
+            words[:, 1] = numbers.astype(np.uint64).byteswap()
+        elif kind != "null":
+            words[:, 0] = numbers & 0xFFFFFFFF if kind == "plain" else numbers
+        vectors: Bytes = words.view(np.uint8).reshape(-1, AES_BLOCK)
+        if kind.startswith("essiv:"):
+            salt = hashlib.new(kind.partition(":")[2], key).digest()
+            vectors = aes(salt[:32], vectors.reshape(-1), encrypt=True).reshape(-1, AES_BLOCK)
+        return vectors
+
+
+def _powers(tweaks: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
+    """(sectors, count, 2): each tweak times x to the powers 0 to count - 1 in GF(2**128), low word first."""
+    result = np.empty((len(tweaks), count, 2), "<u8")
+    low, high = tweaks[:, 0].copy(), tweaks[:, 1].copy()
+    one, top = np.uint64(1), np.uint64(63)
+    for power in range(count):
+        result[:, power, 0], result[:, power, 1] = low, high
+        carry = (high >> top) * np.uint64(0x87)
+        high = (high << one) | (low >> top)
+        low = (low << one) ^ carry
+    return result
+
+
+class DecryptedReader(Reader):
+    """The bytes behind a cipher. `first` is the number of the first sector, in units of 512 bytes."""
+
+    def __init__(self, base: Reader, cipher: Sectors, first: int) -> None:
+        super().__init__(base.size, base.name)
+        self._base, self._cipher, self._first = base, cipher, first
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        size = self._cipher.size
+        low = offsets // size
+        count = -(-(offsets + lengths) // size) - low
+        sector, step = expand(count)
+        numbers = low[sector] + step
+        unique, which = np.unique(numbers, return_inverse=True)
+        data = self._base.read_ranges(unique * size, np.full(len(unique), size, np.int64))
+        plain = self._cipher.decrypt(data, self._first + unique * (size // IV_SECTOR))
+        first = which[np.cumsum(count) - count]
+        return gather(plain, first * size + offsets - low * size, lengths)
