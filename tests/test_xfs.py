@@ -417,7 +417,7 @@ def compare_with_truth(bmap: BlockMap, image: Path, truth: Path) -> int:
     paths, compared = tree(bmap, 0), 0
     reader = RawReader(str(image))
     lines = [line for line in truth.read_text(errors="surrogateescape").splitlines() if not line.startswith("#")]
-    some = max(1, len(lines) // 300)  # every so manieth content: each takes a search of the whole map
+    some = max(1, len(lines) // 60)  # every so manieth content: each takes a search of the whole map
     for line in lines:
         path, kind, size, mode, uid, gid, mtime, nlink, inode, digest, extents = line.split("\t")
         name = ast.literal_eval(path)
@@ -458,10 +458,10 @@ def test_damage_never_raises_and_never_hangs(small: bytes) -> None:
     metadata = [(int(start), int(start + length)) for kind, part, start, length in zip(kinds, parts, starts, lengths, strict=True)
                 if kind in ("metadata", "tree", "directory", "xattr", "symlink") and part != "log" and length >= 8]  # fmt: skip
     found = 0
-    for data in mutations(small, 150, 7, metadata):
+    for data in mutations(small, 80, 7, metadata):
         damaged = survives(data)
         found += damaged is None or damaged.problems.num_rows > 0
-    assert found > 50
+    assert found > 30
 
 
 def test_a_truncated_volume_is_read_as_far_as_it_goes(small: bytes) -> None:

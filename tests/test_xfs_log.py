@@ -116,10 +116,10 @@ def test_a_damaged_log_never_raises(dirty: Path) -> None:
     start = log.offset + log.tail * 512
     ranges = [(start, start + min(log.active, (log.blocks - log.tail) * 512))]
     words = 0
-    for data in mutations(dirty.read_bytes(), 40, 3, ranges):
+    for data in mutations(dirty.read_bytes(), 15, 3, ranges):
         damaged = survives(data)
         words += damaged is None or "log" in damaged.problems.column("code").to_pylist()
-    assert words > 5
+    assert words > 2
 
 
 @pytest.fixture(scope="session")

@@ -74,9 +74,9 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     reader, state = _recovered(reader, geometry, others, damage)
     if state == "needs recovery":
         geometry = read_geometry(reader)  # the superblock may be in the log, too
-    if geometry.logstart:
-        start = geometry.block_offset(np.array([geometry.logstart]))
-        rows.add(tables.METADATA, start, geometry.logblocks * geometry.block_size, part="log")
+    log = np.array([geometry.logstart])
+    if geometry.logstart and geometry.holds(log, np.array([geometry.logblocks])).all():
+        rows.add(tables.METADATA, geometry.block_offset(log), geometry.logblocks * geometry.block_size, part="log")
     groups = read_groups(reader, geometry, damage, rows)
     contents = read_inodes(reader, geometry, damage, groups, rows)
     inodes = contents.inodes
@@ -91,8 +91,8 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.block_size, root=geometry.rootino, state=state,
         inodes=_inodes_table(inodes), extents=table,
-        names=tables.make("names", volume=0, parent=names.parent, inode=names.inode, name=names.name), uuid=uuid_text(geometry.uuid), label=geometry.label or None,
-        features=" ".join(geometry.features), problems=damage.problems(),
+        names=tables.make("names", volume=0, parent=names.parent, inode=names.inode, name=names.name),
+        uuid=uuid_text(geometry.uuid), label=geometry.label or None, features=" ".join(geometry.features), problems=damage.problems(),
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ DINODE_FIELDS = (
     (0x0C, "di_gid", ">u4"),
     (0x10, "di_nlink", ">u4"),
     (0x18, "di_big_nextents", ">u8"),
-    (0x28, "di_mtime", ">i8"),
+    (0x28, "di_mtime", ">u8"),
     (0x38, "di_size", ">u8"),
     (0x4C, "di_nextents", ">u4"),
     (0x50, "di_anextents", ">u2"),

@@ -151,25 +151,28 @@ def _inodes(geometry: Geometry, damage: Damage, core: np.ndarray, number: Int) -
     nlink = np.where(core["di_version"] == 1, core["di_onlink"], core["di_nlink"]).astype(np.int64)
     if geometry.crc:
         damage.check(core["di_ino"] == number, "inode-number", "inodes hold another inode's number", place)
-    # without bigtime: seconds and nanoseconds, each 32 bits, the seconds signed
-    stamp = core["di_mtime"].astype(np.int64)
-    mtime = (stamp >> 32) * 1_000_000_000 + (stamp & 0xFFFFFFFF)
-    if geometry.has("bigtime"):
-        late = core["di_mtime"].view(">u8").astype(np.uint64) if core.flags.contiguous else stamp.astype(np.uint64)
-        epoch = np.uint64(disk.BIGTIME_EPOCH_NS)
-        top = np.uint64(np.iinfo(np.int64).max)  # the year 2262: later ones, up to 2486, are cut off there
-        after = np.minimum(late - np.minimum(late, epoch), top).astype(np.int64)
-        before = (epoch - np.minimum(late, epoch)).astype(np.int64)
-        big = (core["di_flags2"] & disk.DIFLAG2_BIGTIME) != 0
-        mtime = np.where(big, after - before, mtime)
     flags = np.where(core["di_flags"] & disk.DIFLAG_IMMUTABLE, tables.I_IMMUTABLE, 0)
     flags |= np.where((nlink == 0) & (kind != tables.T_METADATA), tables.I_DELETED, 0)
     size = core["di_size"].astype(np.int64)
     damage.check(size >= 0, "inode-size", "inodes have a size of more than 2^63 bytes", place)
     return Inodes(
-        number, place, kind, mode, core["di_uid"].astype(np.int64), core["di_gid"].astype(np.int64), np.maximum(size, 0), nlink, mtime,
+        number, place, kind, mode, core["di_uid"].astype(np.int64), core["di_gid"].astype(np.int64), np.maximum(size, 0), nlink, _mtime_ns(geometry, core),
         flags, core["di_next_unlinked"].astype(np.int64), (core["di_flags"] & disk.DIFLAG_REALTIME).astype(np.int64),
     )  # fmt: skip
+
+
+def _mtime_ns(geometry: Geometry, core: np.ndarray) -> Int:
+    """di_mtime as nanoseconds since 1970: two signed 32-bit numbers, or with bigtime nanoseconds since December 1901."""
+    stamp = core["di_mtime"].astype(np.uint64)
+    signed = stamp.view(np.int64)
+    mtime: Int = (signed >> 32) * 1_000_000_000 + (signed & 0xFFFFFFFF)
+    if geometry.has("bigtime"):
+        last = np.uint64(np.iinfo(np.int64).max)  # bigtime reaches to 2486, the table to 2262
+        late = np.minimum(stamp, last + np.uint64(disk.BIGTIME_EPOCH_NS)) - np.uint64(disk.BIGTIME_EPOCH_NS)
+        mtime = np.where(
+            (core["di_flags2"] & disk.DIFLAG2_BIGTIME) != 0, late.view(np.int64), mtime
+        )  # early ones wrap to negative
+    return mtime
 
 
 def _forks(geometry: Geometry, damage: Damage, core: np.ndarray, base: Int, inodes: Inodes) -> tuple[_Fork, _Fork]:

@@ -94,6 +94,10 @@ class Item:
     regions: list[bytes]
 
 
+Cancelled = Counter[tuple[int, int]]
+"""How often a buffer (first sector, sectors) is still to be thrown away in the log; (first sector, 0) counts those of all sizes."""
+
+
 @dataclass(frozen=True)
 class Replayed:
     """A reader that shows the volume as it is after recovery; `unfinished` operations a kernel would then still finish."""
@@ -114,7 +118,10 @@ def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
     if strange := {item.kind for item in items} - known:
         raise Unsupported(f"the log holds items of type {min(strange):#x}, which are not known")
     memory = _Memory(reader, geometry, items)
-    cancelled = Counter(_buffer(item)[:2] for item in items if item.kind == LI_BUF and _buffer(item)[2] & BLF_CANCEL)
+    cancelled: Cancelled = Counter()
+    for item in items:
+        if item.kind == LI_BUF and _buffer(item)[2] & BLF_CANCEL:
+            cancelled.update(_cancels(item))
     for item in items:
         if item.kind == LI_BUF:
             _replay_buffer(memory, geometry, item, cancelled)
@@ -229,6 +236,11 @@ def _buffer(item: Item) -> tuple[int, int, int]:
     return sector, length, flags
 
 
+def _cancels(item: Item) -> list[tuple[int, int]]:
+    sector, count, _ = _buffer(item)
+    return [(sector, count), (sector, 0)]
+
+
 # ---- the sectors that change ------------------------------------------------------------------------------------------
 
 
@@ -293,11 +305,11 @@ def _range(geometry: Geometry, item: Item) -> tuple[int, int]:
 # ---- items ------------------------------------------------------------------------------------------------------------
 
 
-def _replay_buffer(memory: _Memory, geometry: Geometry, item: Item, cancelled: Counter[tuple[int, int]]) -> None:
+def _replay_buffer(memory: _Memory, geometry: Geometry, item: Item, cancelled: Cancelled) -> None:
     """Copy the logged pieces of a buffer, unless it was thrown away later or is newer on the disk."""
     sector, count, flags = _buffer(item)
     if flags & BLF_CANCEL:
-        cancelled[sector, count] -= 1
+        cancelled.subtract(_cancels(item))
         return
     if cancelled[sector, count] > 0:
         return
@@ -349,7 +361,7 @@ def _unlinked(memory: _Memory, geometry: Geometry, start: int, at: int, piece: b
             memory.put(start + field_at, piece[field_at - at : field_at - at + 4], end)
 
 
-def _replay_inode(memory: _Memory, geometry: Geometry, item: Item, cancelled: Counter[tuple[int, int]]) -> None:
+def _replay_inode(memory: _Memory, geometry: Geometry, item: Item, cancelled: Cancelled) -> None:
     """struct xfs_inode_log_format, the core, and what was logged of the forks."""
     (fields,) = _unpack("<I", item.regions[0], 4)
     sector, length, _ = _unpack("<qii", item.regions[0], 40)
@@ -388,13 +400,14 @@ def _root(block: bytes, room: int) -> bytes:
     return struct.pack(">HH", level, count) + keys + pointers
 
 
-def _replay_icreate(memory: _Memory, geometry: Geometry, item: Item, cancelled: Counter[tuple[int, int]]) -> None:
+def _replay_icreate(memory: _Memory, geometry: Geometry, item: Item, cancelled: Cancelled) -> None:
     """A new chunk of inodes: each gets its number and is free (xfs_ialloc_inode_init)."""
     group, block, count, size, _, generation = _unpack(">IIIIII", item.regions[0], 4)
     start, room = _range(geometry, item)
-    if size != geometry.inode_size or count * size > room:
+    most = max(disk.INODES_PER_CHUNK, 1 << geometry.inopblog)
+    if size != geometry.inode_size or count > most or count * size > room:
         raise Corrupt(f"XFS log: a new inode chunk of {count} inodes of {size} bytes", start, "log")
-    if any(left > 0 and start <= sector * BLOCK < start + room for (sector, _), left in cancelled.items()):
+    if any(cancelled[at // BLOCK, 0] > 0 for at in range(start, start + count * size, geometry.block_size)):
         return
     first = (group << geometry.agi_bits) | (block << geometry.inopblog)
     for number in range(count):
