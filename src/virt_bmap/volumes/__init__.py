@@ -10,14 +10,17 @@ from virt_bmap.registry import Format, first
 
 HERE = "virt_bmap.volumes"
 LVM_LABEL = b"LABELONE"
+MD_MAGIC = b"\xfc\x4e\x2b\xa9"
 BOOT_SIGNATURE = (510, b"\x55\xaa")
 VOLUMES: tuple[Format, ...] = (
+    Format(f"{HERE}.md", ((0, MD_MAGIC), (4096, MD_MAGIC), (None, MD_MAGIC), (None, MD_MAGIC[::-1]))),
     Format(f"{HERE}.lvm", ((0, LVM_LABEL), (512, LVM_LABEL), (1024, LVM_LABEL), (1536, LVM_LABEL))),
+    Format(f"{HERE}.luks", ((0, b"LUKS\xba\xbe"), *((0x4000 << step, b"SKUL\xba\xbe") for step in range(4)))),
     Format(f"{HERE}.btrfs", ((0x10040, b"_BHRfS_M"),)),
     Format(f"{HERE}.gpt", (BOOT_SIGNATURE,)),
     Format(f"{HERE}.mbr", (BOOT_SIGNATURE,)),
 )
-"""In probe order. Members of arrays and groups come before partition tables, since their data area can hold one; GPT before MBR,
+"""In probe order. md before LVM: a mirror whose superblock lies at the end shows LVM's label at its start. Members of arrays and groups come before partition tables, since their data area can hold one; GPT before MBR,
 since every GPT disk has a protective MBR. In the same order those that span volumes are put together: arrays, then what lies on them."""
 
 
