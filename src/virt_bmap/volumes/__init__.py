@@ -20,8 +20,9 @@ VOLUMES: tuple[Format, ...] = (
     Format(f"{HERE}.gpt", (BOOT_SIGNATURE,)),
     Format(f"{HERE}.mbr", (BOOT_SIGNATURE,)),
 )
-"""In probe order. md before LVM: a mirror whose superblock lies at the end shows LVM's label at its start. Members of arrays and groups come before partition tables, since their data area can hold one; GPT before MBR,
-since every GPT disk has a protective MBR. In the same order those that span volumes are put together: arrays, then what lies on them."""
+"""In probe order. Members of arrays and groups come before partition tables, since their data area can hold one; md before LVM,
+since a mirror whose superblock lies at its end shows LVM's label at its start; GPT before MBR, since every GPT disk has a protective
+MBR. In the same order those that span volumes are put together: arrays, then what lies on them."""
 
 
 def recognise(reader: Reader) -> ModuleType | None:
