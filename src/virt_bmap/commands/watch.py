@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from virt_bmap import tables
-from virt_bmap.commands.common import add_disk_options, human, map_disks
+from virt_bmap.commands.common import add_disk_options, human, map_disks, plural
 from virt_bmap.errors import OutputError
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _totals(summary: "Summary", objects: list[dict[str, Any]]) -> list[str]:
     seconds = (summary.end_ns - summary.begin_ns) / 1e9
     share = summary.share()
     requests = [
-        f"{count:,} {op}{'s' if count != 1 else ''}" + (f" ({human(size)})" if size else "")
+        plural(count, op, "flushes" if op == "flush" else None) + (f" ({human(size)})" if size else "")
         for op, count, size in zip(tables.OPS, summary.requests.tolist(), summary.bytes.tolist(), strict=True)
         if count
     ]
