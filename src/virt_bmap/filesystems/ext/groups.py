@@ -34,6 +34,8 @@ DESCRIPTOR_64_FIELDS = [
 CHECKSUM_AT = 0x1E
 INODE_UNINIT, BLOCK_UNINIT = 1, 2
 
+UNKNOWN = -(1 << 62)
+"""Stands for the place of a table that no descriptor gives: less than any offset that is added makes up for."""
 BATCH = 8 << 20
 """Bytes of bitmaps read at a time: enough for half a terabyte in blocks of 4 KiB, and small when unpacked."""
 
@@ -346,8 +348,11 @@ def used_inodes(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
 
 def record_offsets(superblock: Superblock, groups: Groups, numbers: Int) -> Int:
     """Where the records of these inodes lie, in bytes; negative where the group's table is unknown."""
-    group, within = np.divmod(numbers - 1, superblock.inodes_per_group)
-    table = groups.inode_table[np.minimum(group, len(groups) - 1)]
-    offset = table * superblock.block_size + within * superblock.inode_size
-    known = (table > 0) & (group < len(groups))
-    return np.where(known, offset, -1)
+    per_group, size = superblock.inodes_per_group, superblock.inode_size
+    # offset = table + (number - 1 - group * per_group) * size, with what belongs to the group joined beforehand
+    number = np.arange(len(groups) + 1, dtype=np.int64)
+    base = np.where(np.append(groups.inode_table, -1) > 0, np.append(groups.inode_table, 0) * superblock.block_size, UNKNOWN)
+    base -= (number * per_group + 1) * size
+    offset = base[np.minimum((numbers - 1) // per_group, len(groups))]
+    offset += numbers * size
+    return offset
