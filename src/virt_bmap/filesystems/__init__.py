@@ -28,6 +28,7 @@ FILESYSTEMS: tuple[Format, ...] = (
     Format(f"{HERE}.iso9660", ((0x8001, b"CD001"), (0x8009, b"CDROM"))),
     Format(f"{HERE}.exfat", ((3, b"EXFAT   "),)),
     Format(f"{HERE}.swap", tuple(((4096 << shift) - 10, magic) for shift in range(5) for magic in SWAP_MAGICS)),
+    Format(f"{HERE}.squashfs", ((0, b"hsqs"), (0, b"sqsh"))),
     Format(f"{HERE}.fat", ((0, b"\xeb"), (0, b"\xe9"), (0, b"\x60"), (510, b"\x55\xaa"))),
     Format(f"{HERE}.ext", EXT_BACKUPS),  # last: these may be leftovers
 )
