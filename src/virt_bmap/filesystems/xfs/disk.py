@@ -72,6 +72,7 @@ AGF = struct(0xE0, [
 AGI = struct(0x158, [
     (0x00, "agi_magicnum", "S4"),
     (0x08, "agi_seqno", ">u4"),
+    (0x0C, "agi_length", ">u4"),
     (0x14, "agi_root", ">u4"),
     (0x18, "agi_level", ">u4"),
     (0x28, "agi_unlinked", ">u4", (64,)),

@@ -20,12 +20,26 @@ from virt_bmap.reader import Reader
 HEADERS = ("superblock", "AGF", "AGI", "AGFL")
 """One sector each, at the start of every group."""
 
-BNOBT = Shape("bnobt", (b"ABTB", b"AB3B"), 8, 8)
-CNTBT = Shape("cntbt", (b"ABTC", b"AB3C"), 8, 8, leaves=False)
-RMAPBT = Shape("rmapbt", (b"", b"RMB3"), 40, 24, leaves=False)
-REFCOUNTBT = Shape("refcountbt", (b"", b"R3FC"), 4, 12)
-INOBT = Shape("inobt", (b"IABT", b"IAB3"), 4, 16)
-FINOBT = Shape("finobt", (b"FIBT", b"FIB3"), 4, 16, leaves=False)
+
+@dataclass(frozen=True)
+class Tree:
+    """A B-tree that every group has one of: its shape, where its root and height stand, and the feature that brings it."""
+
+    shape: Shape
+    header: str
+    root: str
+    level: str
+    feature: str = ""
+
+
+TREES = (
+    Tree(Shape("bnobt", (b"ABTB", b"AB3B"), 8, 8), "AGF", "agf_bno_root", "agf_bno_level"),
+    Tree(Shape("cntbt", (b"ABTC", b"AB3C"), 8, 8, leaves=False), "AGF", "agf_cnt_root", "agf_cnt_level"),
+    Tree(Shape("inobt", (b"IABT", b"IAB3"), 4, 16), "AGI", "agi_root", "agi_level"),
+    Tree(Shape("finobt", (b"FIBT", b"FIB3"), 4, 16, leaves=False), "AGI", "agi_free_root", "agi_free_level", "finobt"),
+    Tree(Shape("rmapbt", (b"", b"RMB3"), 40, 24, leaves=False), "AGF", "agf_rmap_root", "agf_rmap_level", "rmapbt"),
+    Tree(Shape("refcountbt", (b"", b"R3FC"), 4, 12), "AGF", "agf_refcount_root", "agf_refcount_level", "reflink"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,57 +55,72 @@ class Groups:
     unlinked: Int
 
 
+@dataclass(frozen=True)
+class _Header:
+    """AGF or AGI of those groups where it is sound, and the groups' numbers."""
+
+    agno: Int
+    record: np.ndarray
+
+
 def read_groups(reader: Reader, geometry: Geometry, damage: Damage, rows: tables.ExtentRows) -> Groups:
     """Read all headers and trees; their own blocks, free space and staging extents become `rows`."""
-    agno = np.arange(geometry.groups, dtype=np.int64)
-    headers, agno = _read_headers(reader, geometry, damage, agno)
-    agf, agi = records(headers[:, 1], disk.AGF), records(headers[:, 2], disk.AGI)
-    agf_good = _check_header(geometry, damage, agno, agf["agf_magicnum"], b"XAGF", agf["agf_seqno"], "AGF")
-    agi_good = _check_header(geometry, damage, agno, agi["agi_magicnum"], b"XAGI", agi["agi_seqno"], "AGI")
+    sectors, agno = _read_headers(reader, geometry, damage)
+    headers = {"AGF": _header(geometry, damage, "AGF", disk.AGF, sectors[:, 1], agno),
+               "AGI": _header(geometry, damage, "AGI", disk.AGI, sectors[:, 2], agno)}  # fmt: skip
     _header_rows(geometry, agno, rows)
-    _free_list(geometry, damage, agno[agf_good], agf[agf_good], headers[agf_good, 3], rows)
-
-    def tree(shape: Shape, good: Bool, header: np.ndarray, root: str, level: str) -> Walked:
-        group = agno[good]
-        block = (group << geometry.agblklog) | header[root][good].astype(np.int64)
-        block = np.where(header[root][good] < geometry.agblocks, block, -1)
-        walked = walk(reader, geometry, damage, shape, Nodes(group, block, header[level][good].astype(np.int64) - 1))
-        rows.add(tables.METADATA, geometry.block_offset(walked.nodes.block), geometry.block_size, part=shape.name)
-        return walked
-
-    _free_space(geometry, damage, tree(BNOBT, agf_good, agf, "agf_bno_root", "agf_bno_level"), rows)
-    tree(CNTBT, agf_good, agf, "agf_cnt_root", "agf_cnt_level")
-    inobt = tree(INOBT, agi_good, agi, "agi_root", "agi_level")
-    if geometry.has("finobt"):
-        tree(FINOBT, agi_good, agi, "agi_free_root", "agi_free_level")
-    if geometry.has("rmapbt"):
-        tree(RMAPBT, agf_good, agf, "agf_rmap_root", "agf_rmap_level")
+    _free_list(geometry, damage, headers["AGF"], sectors[np.isin(agno, headers["AGF"].agno), 3], rows)
+    found: dict[str, Walked] = {}
+    for tree in TREES:
+        if not tree.feature or geometry.has(tree.feature):
+            found[tree.shape.name] = _walk(reader, geometry, damage, tree, headers[tree.header], rows)
+    _free_space(geometry, damage, found["bnobt"], rows)
     shared = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    if geometry.has("reflink"):
-        shared = _shared(geometry, damage, tree(REFCOUNTBT, agf_good, agf, "agf_refcount_root", "agf_refcount_level"), rows)
-    heads = agi["agi_unlinked"][agi_good].astype(np.int64)
-    group, bucket = np.nonzero(heads != disk.NULLAGINO)
-    unlinked = (agno[agi_good][group] << geometry.agi_bits) | heads[group, bucket]
-    return Groups(inobt.owner, records(inobt.rows, disk.INOBT_REC), shared, unlinked)
+    if "refcountbt" in found:
+        shared = _shared(geometry, damage, found["refcountbt"], rows)
+    inobt = found["inobt"]
+    return Groups(inobt.owner, records(inobt.rows, disk.INOBT_REC), shared, _unlinked(geometry, headers["AGI"]))
 
 
-def _read_headers(reader: Reader, geometry: Geometry, damage: Damage, agno: Int) -> tuple[Bytes, Int]:
+def _read_headers(reader: Reader, geometry: Geometry, damage: Damage) -> tuple[Bytes, Int]:
     """The header sectors (groups, 4, sector size) of those groups whose headers can be read, and their numbers."""
+    agno = np.arange(geometry.groups, dtype=np.int64)
     size = len(HEADERS) * geometry.sector_size
     start = geometry.group_offset(agno)
-    inside = damage.check(
-        start + size <= geometry.limit, "group-header", "allocation groups' headers lie behind the volume's end", start
-    )
-    agno = agno[inside]
-    return reader.read_blocks(start[inside], size).reshape(len(agno), len(HEADERS), geometry.sector_size), agno
+    inside = damage.check(start + size <= geometry.limit, "group-header", "headers of groups lie behind the volume's end", start)
+    agno, start = agno[inside], start[inside]
+    sectors = reader.read_blocks(start, size).reshape(len(agno), len(HEADERS), geometry.sector_size)
+    copies = records(sectors[:, 0], disk.SUPERBLOCK)["sb_magicnum"] == b"XFSB"
+    damage.check(copies, "superblock-copy", "copies of the superblock have a wrong magic number", start, "warning")
+    return sectors, agno
 
 
-def _check_header(
-    geometry: Geometry, damage: Damage, agno: Int, magic: np.ndarray, wanted: bytes, seqno: np.ndarray, name: str
-) -> Bool:
+def _header(geometry: Geometry, damage: Damage, name: str, dtype: np.dtype[np.void], sectors: Bytes, agno: Int) -> _Header:
+    """AGF or AGI of all groups where they are sound."""
+    found = records(sectors, dtype)
+    prefix = name.lower()
     at = geometry.group_offset(agno) + HEADERS.index(name) * geometry.sector_size
-    good = (magic == wanted) & (seqno == agno)
-    return damage.check(good, f"{name.lower()}-header", f"{name} sectors have a wrong magic number or group number", at)
+    good = (found[f"{prefix}_magicnum"] == b"X" + name.encode()) & (found[f"{prefix}_seqno"] == agno)
+    damage.check(good, f"{prefix}-header", f"{name} sectors have a wrong magic number or group number", at)
+    length = found[f"{prefix}_length"] == geometry.group_blocks(agno)
+    damage.check(length | ~good, f"{prefix}-length", f"{name} sectors give their group another length than the superblock", at)
+    return _Header(agno[good], found[good])
+
+
+def _walk(reader: Reader, geometry: Geometry, damage: Damage, tree: Tree, header: _Header, rows: tables.ExtentRows) -> Walked:
+    """One kind of tree in all groups; its blocks become rows."""
+    root, level = header.record[tree.root].astype(np.int64), header.record[tree.level].astype(np.int64) - 1
+    block = np.where(root < geometry.agblocks, (header.agno << geometry.agblklog) | root, -1)
+    walked = walk(reader, geometry, damage, tree.shape, Nodes(header.agno, block, level))
+    rows.add(tables.METADATA, geometry.block_offset(walked.nodes.block), geometry.block_size, part=tree.shape.name)
+    return walked
+
+
+def _unlinked(geometry: Geometry, agi: _Header) -> Int:
+    """Inodes at the heads of the lists of orphans, of which each group has 64."""
+    heads = agi.record["agi_unlinked"].astype(np.int64)
+    group, bucket = np.nonzero(heads != disk.NULLAGINO)
+    return (agi.agno[group] << geometry.agi_bits) | heads[group, bucket]
 
 
 def _header_rows(geometry: Geometry, agno: Int, rows: tables.ExtentRows) -> None:
@@ -103,11 +132,12 @@ def _header_rows(geometry: Geometry, agno: Int, rows: tables.ExtentRows) -> None
     rows.add(tables.METADATA, start + size, -size % geometry.block_size, part="AG header padding")
 
 
-def _free_list(geometry: Geometry, damage: Damage, agno: Int, agf: np.ndarray, sectors: Bytes, rows: tables.ExtentRows) -> None:
+def _free_list(geometry: Geometry, damage: Damage, agf: _Header, sectors: Bytes, rows: tables.ExtentRows) -> None:
     """The AGFL: `agf_flcount` entries from `agf_flfirst`, round and round the sector."""
     header = disk.AGFL_HEADER if geometry.crc else 0
     entries = np.ascontiguousarray(sectors[:, header : header + (geometry.sector_size - header) // 4 * 4]).view(">u4")
-    count, first = agf["agf_flcount"].astype(np.int64), agf["agf_flfirst"].astype(np.int64)
+    agno = agf.agno
+    count, first = agf.record["agf_flcount"].astype(np.int64), agf.record["agf_flfirst"].astype(np.int64)
     at = geometry.group_offset(agno) + HEADERS.index("AGFL") * geometry.sector_size
     good = (count <= entries.shape[1]) & (first < entries.shape[1])
     if geometry.crc:
@@ -134,7 +164,7 @@ def _ranges(geometry: Geometry, damage: Damage, walked: Walked, start: Int, coun
 def _free_space(geometry: Geometry, damage: Damage, walked: Walked, rows: tables.ExtentRows) -> None:
     found = records(walked.rows, disk.ALLOC_REC)
     start, count = found["ar_startblock"].astype(np.int64), found["ar_blockcount"].astype(np.int64)
-    starts, ends, _ = _ranges(geometry, damage, walked, start, count, BNOBT.name)
+    starts, ends, _ = _ranges(geometry, damage, walked, start, count, "bnobt")
     starts, ends = union(starts, ends)
     rows.add(tables.FREE, starts, ends - starts)
 
@@ -143,7 +173,7 @@ def _shared(geometry: Geometry, damage: Damage, walked: Walked, rows: tables.Ext
     """Ranges with more than one owner, merged. Copy-on-write staging extents, which no file owns yet, become rows."""
     found = records(walked.rows, disk.REFCOUNT_REC)
     raw, count = found["rc_startblock"].astype(np.int64), found["rc_blockcount"].astype(np.int64)
-    starts, ends, good = _ranges(geometry, damage, walked, raw & ~disk.REFC_COWFLAG, count, REFCOUNTBT.name)
+    starts, ends, good = _ranges(geometry, damage, walked, raw & ~disk.REFC_COWFLAG, count, "refcountbt")
     staging = (raw[good] & disk.REFC_COWFLAG) != 0
     rows.add(tables.METADATA, starts[staging], (ends - starts)[staging], part="CoW staging")
     several = ~staging & (found["rc_refcount"][good] > 1)
