@@ -222,7 +222,7 @@ def test_blocks_that_snapshots_share_belong_to_each(kernel_volumes: Path) -> Non
     pool = bmap.volume_named("/dev/vg/pool_tdata")
     thin = {bmap.volume_named(f"/dev/vg/{name}") for name in ("t1", "t1s", "t1ss")}
     into = bmap.rows_into(pool)
-    start, end = covered_twice(into.on_parent.offset, into.on_parent.offset + into.run)
+    start, _ = covered_twice(into.on_parent.offset, into.on_parent.offset + into.run)
     assert len(start)
     on_disk = bmap.descend(pool, start, start + 1)
     for disk, at in zip(on_disk.volume.tolist(), on_disk.start.tolist(), strict=True):
