@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 import numpy as np
 
@@ -137,10 +138,7 @@ def _main(arguments: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         log = sys.stdout
         if "logfile" in given:
-            try:
-                log = stack.enter_context(open(given["logfile"], "w", encoding="utf-8"))
-            except OSError as error:
-                raise OutputError(f"{given['logfile']}: can't be written: {error.strerror}") from error
+            log = stack.enter_context(_log_file(given["logfile"]))
         printer = Printer(log)
         lines = LineLog(resolver, printer.write, given.get("inline") == "true")
         try:
@@ -153,6 +151,20 @@ def _main(arguments: Sequence[str]) -> int:
     if printer.dropped:
         print(f"bmaplogger: {printer.dropped} lines could not be written to the log", file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def _log_file(path: str) -> Iterator[TextIO]:
+    """The log. That it can't be opened is an error; that it can't be written later must not become the guest's problem."""
+    try:
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror}") from error
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # the printer has counted what was lost
+            file.close()
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -94,7 +94,7 @@ class Connection:
         self.size = os.lseek(self.fd, 0, os.SEEK_END)
 
 
-def open(readonly: bool) -> Connection:  # noqa: A001
+def open(readonly: bool) -> Connection:
     """A new connection; one that can't write becomes read-only, as with nbdkit's file plugin."""
     try:
         return Connection(readonly)
