@@ -4,9 +4,11 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,17 @@ def need_root() -> None:
     """Skip the test where loop devices and mounts can't be had."""
     if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
         pytest.skip("needs root and loop devices")
+
+
+def wait_for_socket(path: str | os.PathLike[str]) -> None:
+    """Until a server listens on a Unix socket; fails the test after half a minute."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        with socket.socket(socket.AF_UNIX) as link, contextlib.suppress(OSError):
+            link.connect(os.fspath(path))
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"nobody listens on {path}")
 
 
 # ---- maps -----------------------------------------------------------------------------------------------------------

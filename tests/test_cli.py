@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support import need, run
+from support import need, run, wait_for_socket
 
 PROGRAM = [sys.executable, "-m", "virt_bmap"]
 
@@ -246,8 +246,7 @@ def test_interrupted_by_the_user(disk, tmp_path):
     path = tmp_path / "s"
     server = subprocess.Popen(["nbdkit", "-f", "-r", "-U", path, "--filter=delay", "file", disk, "delay-read=30"])
     try:
-        while not path.exists():
-            time.sleep(0.05)
+        wait_for_socket(path)
         client = subprocess.Popen(
             [*PROGRAM, "-o", tmp_path / "bmap", f"nbd+unix:///?socket={path}"], stderr=subprocess.PIPE, text=True
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support import need, run
+from support import need, run, wait_for_socket
 from virt_bmap.arrays import ints
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.images import open_image
@@ -189,9 +189,7 @@ def nbdkit(tmp_path):
     def serve(*arguments: str) -> str:
         path = tmp_path / f"socket{len(started)}"
         started.append(subprocess.Popen(["nbdkit", "-f", "-r", "-U", path, *arguments]))
-        until = time.monotonic() + 10
-        while not path.exists() and time.monotonic() < until:
-            time.sleep(0.02)
+        wait_for_socket(path)
         return f"nbd+unix:///?socket={path}"
 
     yield serve
