@@ -81,8 +81,12 @@ def main() -> int:
         reads.append(float(facts[0]))
         peer.append(timed(["btrfs", "check", "--readonly", str(image)])[0])
     process, read, check = (statistics.median(values[1:]) for values in (ours, reads, peer))
-    print(f"{options.files} files: process {process:.2f} s (read {read:.2f} s), btrfs check {check:.2f} s: ratio {process / check:.2f}, goal {GOAL}")
-    print(f"paths {facts[1]}, peak {int(facts[2]) >> 10} MiB, {facts[3]} rounds of reading, {int(facts[4]) >> 20} MiB read, problems {facts[5]}")
+    print(
+        f"{options.files} files: process {process:.2f} s (read {read:.2f} s), btrfs check {check:.2f} s: ratio {process / check:.2f}, goal {GOAL}"
+    )
+    print(
+        f"paths {facts[1]}, peak {int(facts[2]) >> 10} MiB, {facts[3]} rounds of reading, {int(facts[4]) >> 20} MiB read, problems {facts[5]}"
+    )
     print(f"(this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB)", file=sys.stderr)
     return 0 if process <= GOAL * check else 1
 
