@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import struct
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from appliance import Step, made
-from support import BytesReader, assert_proven, mapped, mutations, survives
+from support import BytesReader, assert_proven, content, mapped, mutations, need, run, survives, tree
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.contract import Assembly, Member
@@ -375,3 +376,74 @@ def test_a_reshape_is_refused_in_clear_words(corpus: Path) -> None:
     bmap = survey([BytesReader(data)])
     assert "reshape" in bmap.problems.column("code").to_pylist()
     assert bmap.volumes.num_rows == 1
+
+
+# ---- arrays and what lies around them ---------------------------------------------------------------------------------
+
+
+def superblock(level: int, layout: int, chunk: int, size: int, role: int, disks: int, data_offset: int, at: int) -> bytes:
+    """A superblock of version 1 for member `role`, by the fields of md_p.h; sizes and offsets in sectors."""
+    head = bytearray(256 + 2 * disks)
+    struct.pack_into("<II", head, 0, 0xA92B4EFC, 1)
+    head[0x10:0x20] = b"0123456789abcdef"
+    head[0x20:0x29] = b"host:name"
+    struct.pack_into("<iIQII", head, 0x48, level, layout, size, chunk, disks)
+    struct.pack_into("<QQQ", head, 0x80, data_offset, size, at)
+    struct.pack_into("<I", head, 0xA0, role)
+    struct.pack_into("<QQ", head, 0xC8, 7, 2**64 - 1)
+    struct.pack_into("<I", head, 0xDC, disks)
+    struct.pack_into(f"<{disks}H", head, 256, *range(disks))
+    head[0xD8:0xDC] = struct.pack("<I", md.superblock._checksum_1(bytes(head)))
+    return bytes(head)
+
+
+def test_an_ext4_over_raid5_over_partitions(tmp_path: Path) -> None:
+    need("mke2fs", "e2fsprogs"), need("sfdisk", "fdisk")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(np.random.default_rng(1).bytes(900_000))
+    run("mke2fs", "-q", "-t", "ext4", "-b", "1024", "-d", source, tmp_path / "ext4", "4096k")
+    volume = np.fromfile(tmp_path / "ext4", np.uint8).reshape(-1, 16384)
+    members = np.zeros((3, len(volume) // 2, 16384), np.uint8)
+    for chunk, data in enumerate(volume):
+        row, dd, pd, _ = raid5_compute_sector(5, 2, 3, chunk)
+        members[dd, row] = data
+        members[pd, row] ^= data
+    paths = []
+    for role, member in enumerate(members):
+        path = tmp_path / f"disk{role}"
+        image = bytearray(5 << 20)
+        start = 1 << 20
+        image[start + 4096 : start + 4096 + 262] = superblock(5, 2, 32, member.size // 512, role, 3, 2048, 8)
+        image[start + (1 << 20) : start + (1 << 20) + member.size] = member.tobytes()
+        path.write_bytes(image)
+        run("sfdisk", "-q", path, stdin=b"label: dos\n2048,,fd\n")
+        paths.append(path)
+    bmap = mapped(*paths)
+    assert_proven(bmap)
+    assert bmap.volumes.column("name").to_pylist()[-1] == "/dev/md127"
+    number = bmap.volume_named("/dev/md127")
+    inode = tree(bmap, number)["/file"]
+    assert content(bmap, [RawReader(str(path)) for path in paths], number, inode) == (source / "file").read_bytes()
+    degraded = mapped(*paths[1:])
+    assert tree(degraded, degraded.volume_named("/dev/md127"))["/file"] == inode
+    assert degraded.names.drop_columns(["volume"]).equals(bmap.names.drop_columns(["volume"]))
+
+
+def test_lvm_on_a_mirror_whose_superblock_lies_at_the_end(corpus: Path) -> None:
+    """At the start of each member there is LVM's label, which is not the member's but the array's."""
+    group = unpacked(corpus / "images/fox-it+dissect.volume/tests/_data/lvm/lvm.bin.gz").data
+    size = len(group) // 512
+    disks = []
+    for role in range(2):
+        image = np.zeros(len(group) + 65536, np.uint8)
+        image[: len(group)] = group
+        at = (len(image) // 512 - 16) // 8 * 8
+        head = np.frombuffer(superblock(1, 0, 0, size, role, 2, 0, at), np.uint8)
+        image[at * 512 : at * 512 + len(head)] = head
+        disks.append(BytesReader(image))
+    bmap = survey(disks)
+    assert bmap.volumes.column("name").to_pylist() == ["/dev/sda", "/dev/sdb", "/dev/md127", "/dev/vg_test/lv_test"]
+    assert bmap.volumes.column("type").to_pylist()[:3] == ["linux_raid_member", "linux_raid_member", "LVM2_member"]
+    assert_proven(bmap)
+    assert bmap.volumes.column("label").to_pylist()[2] == "vg_test"

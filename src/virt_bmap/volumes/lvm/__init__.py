@@ -1,6 +1,8 @@
 """LVM2: physical volumes to logical volumes.
 
-Read: the label in the first four sectors, all metadata areas (the newest text with a right checksum wins), and the text itself.
+Read: the label in the first four sectors, all metadata areas (the newest text with a right checksum wins), the text itself, and what
+device-mapper keeps inside volumes: thin pools, snapshot stores, caches, RAID superblocks. Volumes are called /dev/VG/LV, as libguestfs calls
+them; inner ones keep their names (/dev/VG/pool_tdata) and say that they are part of another.
 
 Sources: lvm2 (sourceware.org/git/lvm2.git) lib/format_text, lib/metadata; man pages lvmraid, lvmthin, lvmcache.
 """
@@ -19,12 +21,26 @@ from virt_bmap.volumes.lvm.text import Section
 NAME = "LVM2_member"
 SPANS = True
 FEATURES = (
-    "linear and striped volumes",
-    "several physical volumes, also with some missing",
-    "several metadata areas, newest valid text",
+    "linear and striped volumes, mirrors, unfinished pvmove",
+    "RAID0, 1, 4, 5, 6 and 10 with all layouts, failed and missing images computed from parity",
+    "thin pools, thin volumes, their snapshots and external origins",
+    "snapshots of the old kind",
+    "dm-cache (pool or single volume) and dm-writecache: blocks that are newer than the origin",
+    "integrity",
+    "several physical volumes, also with some missing; several metadata areas, the newest valid text",
 )
-REFUSED: tuple[str, ...] = ("LVM1 (pool format of the 1990s)",)
-ORACLES = ("lvs and pvs on the same loop devices",)
+REFUSED = (
+    "VDO",
+    "volumes in the middle of a RAID reshape",
+    "fresh data in the journal of dm-integrity that was not shut down",
+    "LVM1",
+)
+ORACLES = (
+    "lvs and pvs on the same loop devices",
+    "every volume as a kernel reads it in the appliance of libguestfs",
+    "thin_dump",
+    "the pool's own space maps",
+)
 
 
 def probe(reader: Reader) -> bool:
@@ -118,7 +134,7 @@ def _unread(pvs: list[Pv], problem: Problem, assembly: Assembly) -> None:
 def _orphans(pvs: list[Pv], assembly: Assembly) -> None:
     """Physical volumes that no group's text names: free, or of a group whose metadata lies on other disks."""
     for pv in pvs:
-        if not pv.used:
+        if pv.empty or not pv.used:
             _add_data_area(pv, assembly, FREE)
             continue
         detail = "its volume group's metadata lies on disks that were not given, or can't be read"

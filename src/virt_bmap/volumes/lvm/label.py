@@ -43,7 +43,10 @@ RAW_LOCN = struct(24, [(0x00, "offset", "<u8"), (0x08, "size", "<u8"), (0x10, "c
 
 @dataclass
 class Pv:
-    """One physical volume: areas are (offset, size) in bytes; `copies` holds the parsed text of each metadata area that has one."""
+    """One physical volume: areas are (offset, size) in bytes; `copies` holds the parsed text of each metadata area that has one.
+
+    `used`: a group claims it, as far as its label knows; `empty`: it has metadata areas, all of them readable, without any text.
+    """
 
     member: Member
     uuid: str
@@ -52,6 +55,7 @@ class Pv:
     data: list[tuple[int, int]]
     areas: list[tuple[int, int]]
     boot: list[tuple[int, int]]
+    empty: bool = False
     copies: list[Section] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -84,14 +88,17 @@ def read_pv(member: Member) -> Pv:
     if at + PV_HEADER_EXTENSION.itemsize <= SECTOR:
         extension = record(sector, PV_HEADER_EXTENSION, at)
         pv.boot, _ = _areas(sector, at + PV_HEADER_EXTENSION.itemsize) if extension["version"] else ([], 0)
-        pv.used = extension["version"] < 2 or bool(extension["flags"] & PV_EXT_USED)
+        pv.used = extension["version"] < 2 or bool(extension["flags"] & PV_EXT_USED)  # version 1 does not say
+        pv.empty = bool(pv.areas) and extension["version"] < 2
     pv.areas = [area for area in pv.areas if _inside(pv, "metadata area", *area)]
     pv.boot = [area for area in pv.boot if _inside(pv, "boot loader area", *area)]
     for offset, size in pv.areas:
         try:
             if text := _read_text(pv, offset, size):
+                pv.empty = False
                 pv.copies.append(parse(text))
         except Corrupt as error:
+            pv.empty = False
             pv.problems.append(Problem("metadata-area", str(error), offset, "warning"))
     return pv
 

@@ -6,7 +6,7 @@ Sources: kernel drivers/md/dm-raid.c (raid_types, struct dm_raid_superblock); lv
 from functools import partial
 
 from virt_bmap.contract import Problem
-from virt_bmap.errors import Corrupt
+from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.layout import record, struct
 from virt_bmap.mapping import Row
 from virt_bmap.tables import METADATA, ExtentRows
@@ -46,6 +46,8 @@ def raid(group: Group, segment: Section) -> tuple[list[Row], Opener | None]:
     kind = segment.text("type")
     images, metadata = _parts(segment, kind)
     spaces = [group.space("raids", name) for name in images]
+    if segment.number("reshape_count", 0):
+        raise Unsupported("room for a reshape is set aside in this RAID volume, which moves its bytes", code="reshape")
     shift = segment.number("data_offset", 0, high=1 << 40)
     skip = shift * SECTOR if shift > 1 else 0  # 1 stands for none: room for a reshape at the images' ends
     for at in _failed(group, images, metadata):
