@@ -9,7 +9,7 @@ from virt_bmap.arrays import Int, expand
 from virt_bmap.contract import Filesystem
 from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inodes, journal, owned
 from virt_bmap.filesystems.ext.blocks import Runs
-from virt_bmap.filesystems.ext.damage import Problems
+from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.inodes import Inodes
 from virt_bmap.filesystems.ext.superblock import STATE_CLEAN, STATE_ERRORS, Superblock, check_size, probe, read_superblock
 from virt_bmap.reader import Reader
@@ -42,7 +42,8 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     owned.add_content(rows, superblock, nodes, types, runs)
     attributes = owned.add_trees_and_attributes(rows, superblock, nodes, trees, problems)
     inline.add_symlinks(rows, superblock, nodes, types)
-    names = directories.read_names(reader, superblock, *_directory_blocks(superblock, nodes, types, runs), problems)
+    parents, holding = _directory_blocks(superblock, nodes, types, runs, problems)
+    names = directories.read_names(reader, superblock, parents, holding, problems)
     names += inline.add_data(rows, superblock, nodes, types, bodies, problems)
     if superblock.cluster > 1:
         owned.add_cluster_slack(rows, superblock, free, [metadata, attributes, (runs.start, runs.start + runs.count)])
@@ -80,9 +81,18 @@ def _block_map(
     return blocks.read_blocks_of(reader, superblock, nodes.block, extents, pointers, nodes.offset, problems)
 
 
-def _directory_blocks(superblock: Superblock, nodes: Inodes, types: np.ndarray, runs: Runs) -> tuple[Int, Int]:
-    """(directory's inode number, block) of every block that holds names."""
+def _directory_blocks(
+    superblock: Superblock, nodes: Inodes, types: np.ndarray, runs: Runs, problems: Problems
+) -> tuple[Int, Int]:
+    """(directory's inode number, block) of every block that holds names, each block once: damage can't make this long."""
     mine = runs.take(np.flatnonzero((types[runs.owner] == tables.T_DIRECTORY) & ~runs.unwritten))
     room = -(-nodes.size[mine.owner] // superblock.block_size)
-    row, step = expand(np.clip(room - mine.logical, 0, mine.count))
-    return nodes.number[mine.owner[row]], mine.start[row] + step
+    order = np.argsort(mine.start, kind="stable")
+    owner, start = mine.owner[order], mine.start[order]
+    end = start + np.clip(room - mine.logical, 0, mine.count)[order]
+    reach = np.append(0, np.maximum.accumulate(end)[:-1]) if len(end) else end
+    twice = (start < reach) & (end > start)
+    complain_where(problems, "directory-twice", "pieces of directories overlap others", twice, start * superblock.block_size)
+    start = np.maximum(start, reach)
+    row, step = expand(np.maximum(end - start, 0))
+    return nodes.number[owner[row]], start[row] + step

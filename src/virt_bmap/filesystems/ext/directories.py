@@ -32,9 +32,7 @@ class Names:
 
 
 def read_names(reader: Reader, superblock: Superblock, parent: Int, block: Int, problems: Problems) -> list[Names]:
-    """The entries of these directory blocks, each of which belongs to the directory `parent`."""
-    order = np.argsort(block, kind="stable")
-    parent, block = parent[order], block[order]
+    """The entries of these blocks, sorted; each belongs to the directory `parent`."""
     size = superblock.block_size
     step = max(1, BATCH // size)
     found = []

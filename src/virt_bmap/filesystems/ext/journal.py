@@ -7,6 +7,7 @@ its own: all of them are found at once, and then only their order has to be prov
 Sources: kernel Documentation/filesystems/ext4/journal.rst; include/linux/jbd2.h; fs/jbd2/recovery.c (v6.12); fs/ext4/fast_commit.h.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ JOURNAL_SUPER = struct(1024, [
     (0x014, "s_first", ">u4"),
     (0x018, "s_sequence", ">u4"),
     (0x01C, "s_start", ">u4"),
+    (0x024, "s_feature_compat", ">u4"),
     (0x028, "s_feature_incompat", ">u4"),
     (0x030, "s_uuid", "V16"),
     (0x054, "s_num_fc_blks", ">u4"),
@@ -46,6 +48,7 @@ REVOKES, LARGE, ASYNC_COMMIT, CSUM_V2, CSUM_V3, FAST_COMMIT = 1, 2, 4, 8, 16, 32
 ESCAPE, SAME_UUID, DELETED, LAST_TAG = 1, 2, 4, 8
 DEFAULT_FC_BLOCKS = 256
 FC_TAG_HEAD = 9
+CHECKSUM_V1, CRC32_TYPE = 1, 1
 CHECKSUM_AT = 0x10
 """h_chksum[0] of a commit block."""
 
@@ -134,7 +137,9 @@ def _internal(reader: Reader, superblock: Superblock, problems: Problems) -> Log
         trees = (one, none) if by_extents else (none, one)
         runs, _ = blocks.read_blocks_of(reader, superblock, block, trees[0], trees[1], one, ignored)
         runs = runs.take(np.argsort(runs.logical, kind="stable"))
-        whole = len(runs.start) and (runs.logical == np.append(0, np.cumsum(runs.count)[:-1])).all()
+        whole = (
+            0 < int(runs.count.sum()) <= superblock.readable and (runs.logical == np.append(0, np.cumsum(runs.count)[:-1])).all()
+        )
         if whole and (log := _opened(reader, superblock, _unrolled(superblock, runs))):
             return log
     problems.append(Problem("journal", "needs recovery, but its journal can't be read: the map shows the state before recovery"))
@@ -240,6 +245,8 @@ def _walk(log: Log) -> tuple[Headers, tuple[Int, Int, Int, Int, Int]]:
         if chain < len(found.at) or begin + step >= length:
             break
     commits = np.flatnonzero(found.kind[:chain] == COMMIT)
+    if log.number("h_blocktype") == SUPERBLOCK_V2 and log.number("s_feature_compat") & CHECKSUM_V1:
+        commits = commits[: _good_transactions(log, found, count, commits)]
     done = int(commits[-1]) + 1 if len(commits) else 0
     row, target, flags, checksum, nth = tags
     keep = row < done
@@ -262,6 +269,28 @@ def _chain(log: Log, headers: Headers, tags: Int) -> int:
         good &= ~_wrong_headers(log, headers)
     bad = np.flatnonzero(~good)
     return int(bad[0]) if len(bad) else len(good)
+
+
+def _good_transactions(log: Log, headers: Headers, tags: Int, commits: Int) -> int:
+    """How many transactions have the CRC-32 that their commit block gives: of descriptors and logged blocks, most significant bit first.
+
+    With asynchronous commits it is all that tells a whole transaction from one of which only the commit block was written.
+    """
+    flip = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)[:, ::-1], axis=1)[:, 0]
+    begin = 0
+    for number, commit in enumerate(commits.tolist()):
+        kind, size = headers.data[commit, 12:14].tolist()
+        said = int(_big(headers.data[commit : commit + 1], CHECKSUM_AT, 4)[0])
+        mine = begin + np.flatnonzero(headers.kind[begin:commit] == DESCRIPTOR)
+        begin = commit + 1
+        if not (kind or size or said):
+            continue  # written by a kernel that gave none
+        row, step = expand(1 + tags[mine])
+        data = log.reader.read_blocks(_ring(log, headers.at[mine][row] + step), log.block_size)
+        crc = (zlib.crc32(flip[data].tobytes()) ^ 0xFFFFFFFF).to_bytes(4, "little")
+        if (kind, size, said) != (CRC32_TYPE, 4, int.from_bytes(flip[np.frombuffer(crc, np.uint8)].tobytes(), "big")):
+            return number
+    return len(commits)
 
 
 def _wrong_headers(log: Log, headers: Headers) -> Bool:

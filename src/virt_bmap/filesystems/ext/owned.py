@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals, covered_twice, subtract, union
+from virt_bmap.contract import Problem
 from virt_bmap.filesystems.ext.blocks import Runs
 from virt_bmap.filesystems.ext.damage import Problems, complain, complain_where
 from virt_bmap.filesystems.ext.groups import whole_clusters
@@ -112,7 +113,9 @@ def add_cluster_slack(rows: ExtentRows, superblock: Superblock, free: tuple[Int,
 
 
 def check_links(nodes: Inodes, types: np.ndarray, names: pa.Table, problems: Problems) -> None:
-    """Every name must lead to a used inode, every inode with links must have a name."""
+    """There must be a root; every name must lead to a used inode, every inode with links must have a name."""
+    if not (types[nodes.number == ROOT] == tables.T_DIRECTORY).any():
+        problems.append(Problem("root", f"inode {ROOT}, the root directory, is not in use or no directory: nothing has a path"))
     if not len(nodes):
         return
     target = tables.integers(names, "inode")

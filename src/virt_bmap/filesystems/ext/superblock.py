@@ -277,9 +277,11 @@ def _checked(data: bytes, offset: int, reader: Reader) -> Superblock:
     readable = min(blocks, reader.size // block_size)
     if readable <= first:
         raise Corrupt(f"ext superblock at byte {offset:#x}: the volume of {reader.size} bytes holds no group of it", offset)
-    groups = -(-(blocks - first) // blocks_per_group)
+    groups = min(-(-(blocks - first) // blocks_per_group), -(-readable // blocks_per_group))
+    if groups * inodes_per_group * inode_size > readable * block_size:
+        raise Corrupt(f"ext superblock at byte {offset:#x}: {groups} tables of {inodes_per_group} inodes do not fit", offset)
     return Superblock(
         record=raw, features=features, offset=offset, block_size=block_size, blocks=blocks, readable=readable, first_data_block=first,
         blocks_per_group=blocks_per_group, cluster=cluster, inodes=int(raw["s_inodes_count"]), inodes_per_group=inodes_per_group,
-        inode_size=inode_size, desc_size=desc_size, groups=min(groups, -(-max(readable, 1) // blocks_per_group)),
+        inode_size=inode_size, desc_size=desc_size, groups=groups,
     )  # fmt: skip
