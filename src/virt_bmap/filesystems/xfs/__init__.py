@@ -29,7 +29,6 @@ from virt_bmap.filesystems.xfs.geometry import Geometry, read_geometry, uuid_tex
 from virt_bmap.filesystems.xfs.groups import read_groups
 from virt_bmap.filesystems.xfs.inodes import Inodes, read_inodes
 from virt_bmap.filesystems.xfs.log import find_log
-from virt_bmap.filesystems.xfs.replay import replay
 from virt_bmap.reader import Reader
 
 NAME = "xfs"
@@ -110,6 +109,8 @@ def _recovered(reader: Reader, geometry: Geometry, others: Sequence[Reader], dam
         return reader, "unknown"
     if log.clean:
         return reader, "needs repair" if geometry.has("needsrepair") else "clean"
+    from virt_bmap.filesystems.xfs.replay import replay  # most volumes were unmounted, and do without it
+
     try:
         done = replay(reader, geometry, log)
     except FormatError as error:

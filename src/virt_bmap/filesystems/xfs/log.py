@@ -37,6 +37,7 @@ RECORD = struct(0x148, [
     (0x00C, "h_len", ">u4"),
     (0x010, "h_lsn", ">u8"),
     (0x018, "h_tail_lsn", ">u8"),
+    (0x020, "h_crc", "<u4"),
     (0x028, "h_num_logops", ">u4"),
     (0x02C, "h_cycle_data", ">u4", (CYCLE_DATA,)),
     (0x12C, "h_fmt", ">u4"),

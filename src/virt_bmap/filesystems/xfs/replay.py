@@ -22,6 +22,7 @@ import numpy as np
 
 from virt_bmap.arrays import Bytes, ints, union
 from virt_bmap.errors import Corrupt, Unsupported
+from virt_bmap.filesystems.ext.checksums import crc32c
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.geometry import Geometry
 from virt_bmap.filesystems.xfs.log import BLOCK, CYCLE_DATA, HEADER_MAGIC, RECORD, Log, header_blocks
@@ -32,6 +33,12 @@ MAX_ACTIVE = 128 << 20
 """Bytes between tail and head that are replayed; with them the patched sectors stay in memory."""
 MAX_PATCH = 256 << 20
 """Bytes of metadata that one log may change: more than a log of MAX_ACTIVE bytes needs, unless it lies."""
+
+CRC_AT = 0x20
+RECORD_SIZES = (328, 324)
+"""XLOG_REC_SIZE: how much of the header the checksum covers, on 64-bit machines and on i386."""
+EXTENDED_SIZE = 260
+"""XLOG_REC_EXT_SIZE: of each further header block."""
 
 # struct xlog_op_header
 START, COMMIT, CONTINUE, WAS_CONT, END, UNMOUNT = 1, 2, 4, 8, 16, 32
@@ -164,9 +171,30 @@ def _records(log: Log) -> Iterator[tuple[int, int, bytes]]:
             (stamps != head["h_cycle"]).any() and not _wraps(log, at, end, stamps, int(head["h_cycle"]))
         ):
             raise Corrupt(f"XFS log: the record at byte {place:#x} was not written completely", place, "log")
+        if not _sound(head, data[at:end]):
+            raise Corrupt(f"XFS log: the record at byte {place:#x} does not match its checksum", place, "log")
         blocks[:, :4] = words[: len(blocks)]
         yield int(head["h_lsn"]), int(head["h_num_logops"]), blocks.tobytes()[: int(head["h_len"])]
         at = end
+
+
+def _sound(head: np.void, blocks: Bytes) -> bool:
+    """Does h_crc match? It covers the record as it lies on the disk; mkfs.xfs and xfs_repair leave it 0."""
+    wanted, length, headers = int(head["h_crc"]), int(head["h_len"]), header_blocks(head)
+    if wanted == 0:
+        return True
+    own = blocks[:1].copy()
+    own[0, CRC_AT : CRC_AT + 4] = 0
+    body = blocks[headers:].reshape(1, -1)[:, :length]
+    for size in RECORD_SIZES:
+        state = crc32c(own[:, :size])
+        for further in range(1, min(headers, -(-length // (CYCLE_DATA * BLOCK)))):
+            state = crc32c(blocks[further : further + 1, :EXTENDED_SIZE], state)
+        if length % 4 == 0 and length:
+            state = crc32c(body, state)
+        if int(state[0]) ^ 0xFFFFFFFF == wanted:
+            return True
+    return False
 
 
 def _wraps(log: Log, at: int, end: int, stamps: np.ndarray, cycle: int) -> bool:
