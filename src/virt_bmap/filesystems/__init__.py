@@ -29,6 +29,7 @@ FILESYSTEMS: tuple[Format, ...] = (
     Format(f"{HERE}.exfat", ((3, b"EXFAT   "),)),
     Format(f"{HERE}.swap", tuple(((4096 << shift) - 10, magic) for shift in range(5) for magic in SWAP_MAGICS)),
     Format(f"{HERE}.squashfs", ((0, b"hsqs"), (0, b"sqsh"))),
+    Format(f"{HERE}.erofs", ((1024, b"\xe2\xe1\xf5\xe0"),)),
     Format(f"{HERE}.fat", ((0, b"\xeb"), (0, b"\xe9"), (0, b"\x60"), (510, b"\x55\xaa"))),
     Format(f"{HERE}.ext", EXT_BACKUPS),  # last: these may be leftovers
 )
