@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand
 from virt_bmap.filesystems.ext.damage import Problems, complain
@@ -163,9 +164,8 @@ def _node(
         entries = np.where(good, entries, 0)
     leaf = depth == 0
     width = room + 1
-    flat = np.ascontiguousarray(data[:, : width * 12]).reshape(-1)
-    row, step = _unrolled(np.where(leaf, entries, 0))
-    extent = flat.view(EXTENT)[row * width + 1 + step]
+    flat = np.ascontiguousarray(data[:, : width * 12])
+    row, extent = _entries(flat.view(EXTENT), np.where(leaf, entries, 0))
     unwritten = extent["ee_len"] > MAX_INITIALISED
     count = extent["ee_len"].astype(np.int64)
     count[unwritten] -= MAX_INITIALISED
@@ -174,14 +174,17 @@ def _node(
     )
     if leaf.all():
         return EMPTY, EMPTY, EMPTY
-    row, step = _unrolled(np.where(leaf, 0, entries))
-    index = flat.view(INDEX)[row * width + 1 + step]
+    row, index = _entries(flat.view(INDEX), np.where(leaf, 0, entries))
     return owner[row], lo_hi(index["ei_leaf_lo"], index["ei_leaf_hi"]), depth[row] - 1
 
 
-def _unrolled(counts: Int) -> tuple[Int, Int | int]:
-    """`expand`, made short for what nearly all files are: in one piece, or empty."""
-    return (np.flatnonzero(counts), 0) if len(counts) and counts.max() <= 1 else expand(counts)
+def _entries(nodes: NDArray[np.void], counts: Int) -> tuple[Int, NDArray[np.void]]:
+    """(node, entry) for the first `counts` entries of each node, (n, 1 + entries); the header takes the place of one."""
+    if len(counts) and counts.max() <= 1:  # nearly all files are empty or in one piece
+        row, first = np.flatnonzero(counts), nodes[:, 1]
+        return row, first if len(row) == len(nodes) else first[row]
+    row, step = expand(counts)
+    return row, nodes[row, 1 + step]
 
 
 # ---- block pointers -------------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ RESERVED = {
 COLUMNS = ("mode", "uid", "gid", "size", "nlink", "flags", "mtime_ns", "sectors", "acl", "translator")
 BATCH = 16 << 20
 """Bytes of inode tables read at a time: 65,536 records of the usual size, and few waits for a slow disk."""
+AT_ONCE = 8192
+"""Records that are taken apart at a time: few enough to stay in the processor's own cache while field after field is read."""
 MAX_SIZE = 1 << 62
 LATEST = (1 << 63) // 1_000_000_000 - 2
 """Seconds in the year 2262: the last that a count of nanoseconds since 1970 holds. ext4 goes on until 2446."""
@@ -119,8 +121,10 @@ def read_inodes(
         data = reader.read_blocks(part * size, size).reshape(-1, superblock.inode_size)
         row = (rank[low:high] - at) * (size // superblock.inode_size) + offset[low:high] % size // superblock.inode_size
         data = data if len(row) == len(data) else data[row]
-        for name, values in _fields(superblock, data):
-            columns[name][low:high] = values
+        for first in range(0, len(data), AT_ONCE):
+            some = data[first : first + AT_ONCE]
+            for name, values in _fields(superblock, some):
+                columns[name][low + first : low + first + len(some)] = values
         if superblock.has("inline_data"):
             found = np.flatnonzero(columns["flags"][low:high] & INLINE_DATA_FL)
             inline.append(numbers[low:high][found])
