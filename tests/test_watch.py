@@ -217,6 +217,30 @@ def test_text_map_names_files_and_volumes(disk: SimpleNamespace, tmp_path: Path)
     ]  # fmt: skip
 
 
+def test_map_of_the_original(corpus: Path) -> None:
+    """Bytes of a real Fedora disk are named as the lines of its map name them."""
+    from virt_bmap import maps
+
+    path = corpus / "bmap/fedora20.bmap"
+    lines = [line.split(" ", 5) for line in path.read_text(errors="surrogateescape").splitlines()]
+    files = [(int(line[1], 16), int(line[2], 16), line) for line in lines if line[3] in "fd"]
+    starts, ends = (np.array([row[column] for row in files]) for column in (0, 1))
+    chooser = random.Random(11)
+    points = [chooser.choice(files)[0] + chooser.randrange(0, 512) for _ in range(300)] + [
+        chooser.randrange(6 << 30) for _ in range(100)
+    ]
+    resolver = Resolver(maps.load(str(path)))
+    touched = resolver.touched(1, np.array(points, np.int64), np.ones(len(points), np.int64))
+    labels = resolver.labels(touched.object)
+    for number, point in enumerate(points):
+        found = {" ".join(labels[o]) for o in touched.object[touched.access == number].tolist()}
+        expected = {" ".join(files[row][2][3:]) for row in np.flatnonzero((starts <= point) & (point < ends)).tolist()}
+        if expected:
+            assert found == expected
+        else:
+            assert all(label.split(" ")[0] in ("v", "p", "l") for label in found)
+
+
 # ---- lines and sums -------------------------------------------------------------------------------------------------
 
 
@@ -428,6 +452,14 @@ def test_exit_status_environment_and_signals(disk: SimpleNamespace) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 128 + signal.SIGTERM
     process.stdout.close()
+
+
+@pytest.mark.usefixtures("tools")
+def test_a_guest_in_the_background_is_watched_to_its_end(disk: SimpleNamespace) -> None:
+    at = place(disk, "/boot/initrd")
+    client = f"(qemu-io -f raw -c 'read 0 512' -c 'sleep 1500' -c 'read {at} 4k' $1 >/dev/null 2>&1 &) ; sleep 0.7"
+    out, _ = watch(disk.image, "--", "sh", "-c", client, "sh", "$uri")
+    assert "read f /dev/sda1 /boot/initrd\t0x0-0x1000" in out
 
 
 @pytest.mark.usefixtures("tools")

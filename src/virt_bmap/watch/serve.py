@@ -93,14 +93,14 @@ def serve(source: Source, folder: str, write: bool) -> Iterator[Served]:
             plugin = ["file", f"file={os.path.abspath(source.image)}"]
         else:
             plugin = ["nbd", f"socket={stack.enter_context(_qemu_nbd(source, folder, write))}", "shared=true"]
-        served = Served(f"{folder}/nbd", f"{folder}/log", None, f"{folder}/nbdkit.err")  # type: ignore[arg-type]
+        socket, log, messages = f"{folder}/nbd", f"{folder}/log", f"{folder}/nbdkit.err"
         filters = ["--filter=log"] if write else ["--filter=log", "--filter=cow"]
         block = COW_BLOCK if source.size <= COW_LARGE else COW_BLOCK_LARGE
-        command = [program, "--foreground", "--exit-with-parent", "--unix", served.socket, "--pidfile", f"{folder}/pid", *filters,
-                   *plugin, f"logfile={served.log}", *([] if write else [f"cow-block-size={block}"])]  # fmt: skip
+        command = [program, "--foreground", "--exit-with-parent", "--unix", socket, "--pidfile", f"{folder}/pid", *filters,
+                   *plugin, f"logfile={log}", *([] if write else [f"cow-block-size={block}"])]  # fmt: skip
         # the log's times have no zone
-        process = stack.enter_context(_running(command, served.messages, {**os.environ, "TZ": "UTC0", "LC_ALL": "C"}))
-        served = Served(served.socket, served.log, process, served.messages)
+        process = stack.enter_context(_running(command, messages, {**os.environ, "TZ": "UTC0", "LC_ALL": "C"}))
+        served = Served(socket, log, process, messages)
         _wait_for(f"{folder}/pid", served, source)
         yield served
 
@@ -123,12 +123,12 @@ def _qemu_nbd(source: Source, folder: str, write: bool) -> Iterator[str]:
         options = qemu._options(image, source.format, source.references, 0)
     finally:
         image.close()
-    served = Served(f"{folder}/qemu", "", None, f"{folder}/qemu.err")  # type: ignore[arg-type]
+    socket, messages = f"{folder}/qemu", f"{folder}/qemu.err"
     command = [program, "--persistent", "--shared=0", "--pid-file", f"{folder}/qemu.pid", *([] if write else ["--read-only"]),
-               "--socket", served.socket, "--image-opts", ",".join(f"{key}={value}" for key, value in options.items())]  # fmt: skip
-    with _running(command, served.messages, None) as process:
-        _wait_for(f"{folder}/qemu.pid", Served(served.socket, "", process, served.messages), source)
-        yield served.socket
+               "--socket", socket, "--image-opts", ",".join(f"{key}={value}" for key, value in options.items())]  # fmt: skip
+    with _running(command, messages, None) as process:
+        _wait_for(f"{folder}/qemu.pid", Served(socket, "", process, messages), source)
+        yield socket
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -52,6 +53,10 @@ class _Disk:
     follower: Follower
     parser: LogParser = field(default_factory=LogParser)
 
+    def is_used(self) -> bool:
+        """Has a client, as far as the log tells: where parts of it were dropped it can't."""
+        return self.parser.open_connections > 0 and not self.follower.skipped and self.served.process.poll() is None
+
 
 def watch(
     resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: list[Sink],
@@ -76,6 +81,7 @@ def watch(
             outcome.status = child.wait()
         if outcome.status < 0:
             outcome.status = 128 - outcome.status
+        _linger(resolver, disks, sinks, idle, outcome)
         for disk in disks:
             if disk.served.process.poll() is not None:
                 outcome.server = disk.served.words()
@@ -101,6 +107,15 @@ def _follow(
             idle()
         if select.select([ended], [], [], TICK)[0]:
             return
+
+
+def _linger(resolver: Resolver, disks: list[_Disk], sinks: list[Sink], idle: Callable[[], None], outcome: Outcome) -> None:
+    """A command may put the guest into the background and end: follow it until its last connection closes, or SIGINT comes."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while any(disk.is_used() for disk in disks):
+            if not sum(_step(resolver, disk, sinks, outcome) for disk in disks):
+                idle()
+                time.sleep(TICK)
 
 
 def _step(resolver: Resolver, disk: _Disk, sinks: list[Sink], outcome: Outcome) -> bool:
