@@ -6,6 +6,7 @@ checksums are not: CRC-32C is not in Python's standard library).
 Sources: kernel drivers/md/persistent-data/ dm-btree-internal.h, dm-space-map-common.h, dm-array.c.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,9 @@ BLOCK = 4096
 INTERNAL_NODE, LEAF_NODE = 1, 2
 MAX_DEPTH = 16
 """Levels of one tree. 252 entries a node: five levels hold more than 2**39 keys."""
-MAX_BATCH = 8192
-"""Blocks read at once: 32 MiB."""
-MAX_NODES = 1 << 24
+MAX_BATCH = 4096
+"""Blocks read at once: 16 MiB, a million entries."""
+MAX_NODES = 1 << 23
 """(tree, node) pairs followed: metadata devices end at 16 GiB, 4 million blocks, of which snapshots may share many."""
 ENTRIES_PER_BITMAP = (BLOCK - 16) * 4
 
@@ -93,9 +94,13 @@ class Store:
         self.damage("lie outside its metadata device or on its superblock", blocks[~inside])
         return inside
 
-    def walk(self, part: str, roots: Int, value_size: int) -> Entries:
-        """All leaf entries of the trees with these roots, by tree, in no certain order. Nodes that many trees share are read once a level."""
-        found: list[Entries] = [Entries(ints([]), ints([]), np.zeros((0, value_size), np.uint8))]
+    def walk(self, part: str, roots: Int, value_size: int, pack: Callable[[Entries], Entries] | None = None) -> Entries:
+        """All leaf entries of the trees with these roots, in no certain order. Nodes that many trees share are read once a level.
+
+        `pack`, where given, makes the entries of each batch fewer before the next is read.
+        """
+        pack = pack or (lambda entries: entries)
+        found: list[Entries] = [pack(Entries(ints([]), ints([]), np.zeros((0, value_size), np.uint8)))]
         tree, block = np.arange(len(roots), dtype=np.int64), roots
         seen = np.zeros(0, np.int64)
         for _ in range(MAX_DEPTH):
@@ -119,7 +124,7 @@ class Store:
                 low, high = np.searchsorted(which, [start, start + len(batch)])
                 inner, leaves = self._nodes(part, batch, tree[low:high], which[low:high] - start, value_size)
                 children.append(inner)
-                found.append(leaves)
+                found.append(pack(leaves))
             below = _join(children)
             tree, block = below.tree, below.numbers()
         self.damage(f"lie deeper than {MAX_DEPTH} levels", block)
@@ -136,15 +141,17 @@ class Store:
         good &= limit <= (BLOCK - NODE.itemsize) // (8 + wanted)
         self.damage(f"are no nodes of {part}", blocks[~good])
         self.take(part, blocks[good])
-        results = []
+        words, results = data.view("<u8"), []
         for kind, length in ((internal, 8), (leaf, value_size)):
             visit = np.flatnonzero((good & kind)[which])
             row, step = expand(count[which[visit]])
             node = which[visit][row]
-            base = node * BLOCK + NODE.itemsize
-            keys = _columns(data, base + step * 8, 8).view("<u8")[:, 0]
+            keys = words[node, 4 + step]
             self.damage("have keys that no tree holds", blocks[np.unique(node[keys >> np.uint64(63) != 0])])
-            values = _columns(data, base + limit[node] * 8 + step * length, length)
+            if length == 8:
+                values = words[node, 4 + limit[node] + step].view(np.uint8).reshape(-1, 8)
+            else:
+                values = _columns(data, node * BLOCK + NODE.itemsize + limit[node] * 8 + step * length, length)
             fits = keys >> np.uint64(63) == 0
             results.append(Entries(tree[visit][row][fits], keys[fits].astype(np.int64), values[fits]))
         return results[0], results[1]

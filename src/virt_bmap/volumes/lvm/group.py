@@ -37,6 +37,10 @@ Opener = Callable[[Reader], Reader]
 """Wraps the reader that follows a volume's rows."""
 
 
+MAX_VOLUMES = 1 << 16
+"""Logical volumes of one group."""
+
+
 @dataclass(frozen=True)
 class Space:
     """A place that segments can name: a physical or logical volume. `place` is its extent 0, `size` what there is, in bytes."""
@@ -114,6 +118,8 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
     group_text = text.sections[name]
     extent_size = group_text.number("extent_size", low=1, high=MAX_EXTENT_SIZE) * SECTOR
     group = Group(name, group_text.text("id"), group_text, extent_size, assembly, pvs)
+    if len(group.volumes) > MAX_VOLUMES:
+        raise Corrupt(f"it lists {len(group.volumes)} logical volumes, more than {MAX_VOLUMES}", code="too-many")
     by_uuid = {pv.uuid: pv for pv in pvs}
     for label, section in group_text.section("physical_volumes").sections.items():
         uuid = section.text("id")

@@ -26,8 +26,8 @@ PV_EXT_USED = 1
 RAW_LOCN_IGNORED = 1
 MAX_AREAS = 16
 """Data, metadata and boot loader areas in one header; LVM writes at most two of a kind."""
-MAX_TEXT = 64 << 20
-"""Bytes of metadata text. LVM's areas are 1 MiB unless asked otherwise; a few thousand volumes need some MiB."""
+MAX_TEXT = 16 << 20
+"""Bytes of metadata text. LVM's areas are 1 MiB unless asked otherwise; ten thousand volumes need some MiB."""
 
 LABEL_HEADER = struct(32, [
     (0x00, "id", "S8"), (0x08, "sector_xl", "<u8"), (0x10, "crc_xl", "<u4"), (0x14, "offset_xl", "<u4"), (0x18, "type", "S8"),

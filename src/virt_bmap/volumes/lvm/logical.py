@@ -196,12 +196,13 @@ def _snapshot(group: Group, name: str, segments: list[Section]) -> None:
         raise Corrupt(f"its origin {group.snapshots[name]!r} is missing or can't be read", code="missing-member")
     found = read_exceptions(group.readers[store], origin.size)
     group.assembly.extents[store] = found.extents
-    mine = columns(
-        found.old * found.chunk, store, found.new * found.chunk, np.minimum(found.chunk, origin.size - found.old * found.chunk)
+    start = found.old * found.chunk
+    run = np.minimum(found.count * found.chunk, origin.size - start)
+    starts, ends = complement(start, start + run, 0, origin.size)
+    rows = _together(
+        columns(start, store, found.new * found.chunk, run), columns(starts, origin.place.parent, starts, ends - starts)
     )
-    starts, ends = complement(found.old * found.chunk, (found.old + 1) * found.chunk, 0, origin.size)
-    rows = _together(mine, columns(starts, origin.place.parent, starts, ends - starts))
-    detail = f"snapshot of {group.snapshots[name]}, {len(found.old)} chunks of its own"
+    detail = f"snapshot of {group.snapshots[name]}, {int(found.count.sum())} chunks of its own"
     reference = _add(
         group, name, Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows), inner=False
     )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from virt_bmap.arrays import Int, complement, union
+from virt_bmap.arrays import Int, complement
 from virt_bmap.errors import Corrupt
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 from virt_bmap.tables import FREE, METADATA, ExtentRows
 from virt_bmap.volumes.lvm.label import SECTOR
+from virt_bmap.volumes.lvm.thin import merged
 
 MAGIC = 0x70416E53
 VERSION = 1
@@ -27,11 +28,12 @@ EXCEPTION = struct(16, [(0x00, "old_chunk", "<u8"), (0x08, "new_chunk", "<u8")])
 
 @dataclass(frozen=True)
 class Exceptions:
-    """Chunk `old` of the origin was put in chunk `new` of the store, sorted by `old`; `chunk` is in bytes."""
+    """`count` chunks of the origin from `old` on were put in chunks of the store from `new` on, sorted by `old`; `chunk` is in bytes."""
 
     chunk: int
     old: Int
     new: Int
+    count: Int
     extents: ExtentRows
     outside: int
 
@@ -67,15 +69,17 @@ def read_exceptions(reader: Reader, origin_size: int) -> Exceptions:
     old, first = np.unique(old, return_index=True)
     new = new[first]
     at = HEADER_CHUNKS + (each + 1) * np.arange(areas, dtype=np.int64)
-    return Exceptions(chunk, old, new, _extents(chunk, chunks, at, new), int((~good).sum()))
+    one = np.ones(len(old), np.int64)
+    _, old, new, count = merged(one, old, new, one)
+    return Exceptions(chunk, old, new, count, _extents(chunk, chunks, at, new, count), int((~good).sum()))
 
 
-def _extents(chunk: int, chunks: int, areas: Int, new: Int) -> ExtentRows:
+def _extents(chunk: int, chunks: int, areas: Int, new: Int, count: Int) -> ExtentRows:
     """The header, the exception areas, and the chunks that nothing was put in."""
     rows = ExtentRows()
     rows.add(METADATA, 0, chunk, part="snapshot header")
     rows.add(METADATA, areas * chunk, np.full(len(areas), chunk, np.int64), part="snapshot exceptions")
-    used = union(np.concatenate([areas, new]), np.concatenate([areas, new]) + 1)
-    starts, ends = complement(*used, HEADER_CHUNKS, chunks)
+    used = np.concatenate([areas, new])
+    starts, ends = complement(used, used + np.concatenate([np.ones(len(areas), np.int64), count]), HEADER_CHUNKS, chunks)
     rows.add(FREE, starts * chunk, (ends - starts) * chunk)
     return rows

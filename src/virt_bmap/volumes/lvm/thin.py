@@ -14,7 +14,7 @@ from virt_bmap.layout import record, struct, widen
 from virt_bmap.mapping import Rows, Side
 from virt_bmap.reader import Reader
 from virt_bmap.tables import FREE, METADATA, UNKNOWN, ExtentRows
-from virt_bmap.volumes.lvm.btree import BLOCK, SPACE_MAP_ROOT, Store
+from virt_bmap.volumes.lvm.btree import BLOCK, SPACE_MAP_ROOT, Entries, Store
 from virt_bmap.volumes.lvm.label import SECTOR
 
 MAGIC = 27022010
@@ -31,7 +31,8 @@ TIME_BITS = 24
 
 @dataclass
 class Pool:
-    """A pool's metadata, read. Columns `device`, `virtual`, `block`: virtual block `virtual` of a device lies in pool block `block`."""
+    """A pool's metadata, read. Columns, by device and virtual block: `count` virtual blocks from `virtual` on of a device lie in pool blocks
+    from `block` on."""
 
     block_size: int
     transaction: int
@@ -39,6 +40,7 @@ class Pool:
     device: Int
     virtual: Int
     block: Int
+    count: Int
     data: ExtentRows
     metadata: ExtentRows
     problems: list[Problem]
@@ -46,14 +48,11 @@ class Pool:
     def rows(self, device: int, size: int, parent: int) -> Rows:
         """The mapping rows of a thin volume of `size` bytes, whose pool's data is `parent`, by volume offset."""
         low, high = np.searchsorted(self.device, [device, device + 1])
-        virtual, block = self.virtual[low:high], self.block[low:high]
+        virtual, block, count = self.virtual[low:high], self.block[low:high], self.count[low:high]
         keep = virtual < -(-size // self.block_size)
-        virtual, block = virtual[keep], block[keep]
-        first = np.flatnonzero(np.append(True, (np.diff(virtual) != 1) | (np.diff(block) != 1))[: len(virtual)])
-        count = np.diff(np.append(first, len(virtual)))
-        start = virtual[first] * self.block_size
-        run = np.minimum(count * self.block_size, size - start)
-        return columns(start, parent, block[first] * self.block_size, run)
+        start = virtual[keep] * self.block_size
+        run = np.minimum(count[keep] * self.block_size, size - start)
+        return columns(start, parent, block[keep] * self.block_size, run)
 
 
 def columns(volume_offset: Int, parent: int, parent_offset: Int, run: Int) -> Rows:
@@ -61,6 +60,22 @@ def columns(volume_offset: Int, parent: int, parent_offset: Int, run: Int) -> Ro
     n = len(run)
     zero, one = np.zeros(n, np.int64), np.ones(n, np.int64)
     return Rows(zero, np.full(n, parent, np.int64), zero, run, one, Side(volume_offset, zero), Side(parent_offset, zero))
+
+
+def merged(owner: Int, key: Int, block: Int, count: Int) -> tuple[Int, Int, Int, Int]:
+    """Runs of blocks, sorted by owner and key, with those that continue each other on both sides made one."""
+    order = np.lexsort((key, owner))
+    owner, key, block, count = owner[order], key[order], block[order], count[order]
+    new = (owner[1:] != owner[:-1]) | (key[1:] != key[:-1] + count[:-1]) | (block[1:] != block[:-1] + count[:-1])
+    first = np.flatnonzero(np.append(True, new)[: len(key)])
+    return owner[first], key[first], block[first], np.add.reduceat(count, first) if len(first) else count
+
+
+def _runs(entries: Entries) -> Entries:
+    """Mappings of single blocks as runs: the value is the first pool block and the number of blocks."""
+    block = entries.numbers() >> TIME_BITS
+    tree, key, block, count = merged(entries.tree, entries.keys, block, np.ones(len(block), np.int64))
+    return Entries(tree, key, np.column_stack([block, count]).view(np.uint8).reshape(-1, 16))
 
 
 def read_pool(reader: Reader, data_size: int) -> Pool:
@@ -73,7 +88,7 @@ def read_pool(reader: Reader, data_size: int) -> Pool:
         raise Corrupt(f"the thin pool's superblock says data_block_size {block_size} bytes", 0x150, "superblock")
     store = Store(reader)
     blocks = data_size // block_size
-    devices, device, virtual, block = _mappings(store, head, blocks)
+    devices, (device, virtual, block, count) = _mappings(store, head, blocks)
     total, free = store.free_data(record(head["data_space_map_root"].tobytes(), SPACE_MAP_ROOT))
     store.walk("device details", widen(head["device_details_root"], "device_details_root").reshape(1), 24)
     free_metadata = store.free_metadata(record(head["metadata_space_map_root"].tobytes(), SPACE_MAP_ROOT))
@@ -84,30 +99,27 @@ def read_pool(reader: Reader, data_size: int) -> Pool:
         problems.append(
             Problem("held-root", "a metadata snapshot is held; blocks that only it refers to have no owner", 0x38, "note")
         )
-    data = _data_rows(min(total, blocks), free, block, block_size, problems, bool(head["held_root"]))
+    data = _data_rows(min(total, blocks), free, union(block, block + count), block_size, problems, bool(head["held_root"]))
     metadata = _metadata_rows(store, free_metadata, problems, bool(head["held_root"]))
     transaction = int(widen(head["trans_id"], "trans_id"))
-    return Pool(block_size, transaction, devices, device, virtual, block, data, metadata, problems + store.report())
+    return Pool(block_size, transaction, devices, device, virtual, block, count, data, metadata, problems + store.report())
 
 
-def _mappings(store: Store, head: np.void, blocks: int) -> tuple[Int, Int, Int, Int]:
-    """(all device ids; device, virtual block, pool block of each mapping, by device and virtual block)."""
+def _mappings(store: Store, head: np.void, blocks: int) -> tuple[Int, tuple[Int, Int, Int, Int]]:
+    """(all device ids; device, virtual block, pool block and number of blocks of each run, by device and virtual block)."""
     devices = store.walk("device tree", widen(head["data_mapping_root"], "data_mapping_root").reshape(1), 8)
-    entries = store.walk("mapping tree", devices.numbers(), 8)
-    block = entries.numbers() >> TIME_BITS
-    inside = (block >= 0) & (block < blocks)
+    entries = store.walk("mapping tree", devices.numbers(), 8, _runs)
+    block, count = (np.ascontiguousarray(entries.values[:, at : at + 8]).view(np.int64)[:, 0] for at in (0, 8))
+    inside = (block >= 0) & (block + count <= blocks)
     store.damage("map blocks outside the pool", block[~inside])
-    device, virtual, block = devices.keys[entries.tree][inside], entries.keys[inside], block[inside]
-    order = np.lexsort((virtual, device))
-    return devices.keys, device[order], virtual[order], block[order]
+    return devices.keys, merged(devices.keys[entries.tree][inside], entries.keys[inside], block[inside], count[inside])
 
 
-def _data_rows(total: int, free: np.ndarray, mapped: Int, size: int, problems: list[Problem], held: bool) -> ExtentRows:
+def _data_rows(total: int, free: np.ndarray, used: tuple[Int, Int], size: int, problems: list[Problem], held: bool) -> ExtentRows:
     """Free pool blocks, and those that are allocated to nobody."""
     rows = ExtentRows()
     starts, ends = runs(free[:total])
     rows.add(FREE, starts * size, (ends - starts) * size)
-    used = union(mapped, mapped + 1)
     starts, ends = complement(np.concatenate([starts, used[0]]), np.concatenate([ends, used[1]]), 0, total)
     if len(starts):
         rows.add(UNKNOWN, starts * size, (ends - starts) * size)
