@@ -96,7 +96,7 @@ MEMBERS: tuple[Row, ...] = (
     ("zfs_member", ((256 << 10) + 16384 + 24, b"version\0")),
     ("zfs_member", (128 << 10, _le(0x00BAB10C, 8))),
     ("zfs_member", (128 << 10, _be(0x00BAB10C, 8))),
-    ("LVM1_member", (0, b"HM"), (2, b"\1\0", b"\xfe\xff")),
+    ("LVM1_member", (0, b"HM"), (2, _le(1, 2))),
     ("LVM1_member", (0, b"HM"), (2, _le(2, 2))),
 )
 
