@@ -277,12 +277,10 @@ class _Memory:
 
     def __init__(self, reader: Reader, geometry: Geometry, items: list[Item]) -> None:
         ranges = [_range(geometry, item) for item in items if item.kind in (LI_BUF, LI_INODE, LI_ICREATE)]
+        for low, size in ranges:
+            if not 0 <= low <= geometry.limit - size or size < 0:
+                raise Corrupt(f"XFS log: an item changes bytes {low:#x}+{size:#x}, outside the volume", code="log")
         start, length = ints([low for low, _ in ranges]), ints([size for _, size in ranges])
-        bad = (start < 0) | (length < 0) | (start > geometry.limit - length)
-        if bad.any():
-            raise Corrupt(
-                f"XFS log: an item changes bytes {int(start[bad][0]):#x}+{int(length[bad][0]):#x}, outside the volume", code="log"
-            )
         first, last = start // BLOCK * BLOCK, -(-(start + length) // BLOCK) * BLOCK
         self._starts, ends = union(first, last)
         if int((ends - self._starts).sum()) > MAX_PATCH:
