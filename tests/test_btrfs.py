@@ -193,7 +193,7 @@ def test_variants_of_mkfs(options: str, tmp_path: Path) -> None:
         script = (
             "mkdir d; for i in $(seq 60); do head -c $((i * 130)) /dev/urandom > d/f$i; done; head -c 2000000 /dev/urandom > big"
         )
-        fill(where, script + "; cp --reflink=always big big2; btrfs -q subvolume snapshot . s; sync")
+        fill(where, script + "; cp --reflink=always big big2; btrfs -q subvolume snapshot . s; sync -f .")
     with mounted_pool(images, tmp_path / "mnt", "ro") as where:
         assert compare_with_kernel(images, where) == 2 * 64
     bmap = support.mapped(*images)
@@ -205,7 +205,7 @@ def test_variants_of_mkfs(options: str, tmp_path: Path) -> None:
 def test_free_space_cache_v1(tmp_path: Path) -> None:
     images = make(tmp_path, "2G", "-R ^free-space-tree")  # no cache for groups below 100 MB
     with mounted_pool(images, tmp_path / "mnt", "space_cache=v1") as where:
-        fill(where, "head -c 3000000 /dev/urandom > f; sync; rm f; head -c 100000 /dev/urandom > g; sync")
+        fill(where, "head -c 3000000 /dev/urandom > f; sync -f .; rm f; head -c 100000 /dev/urandom > g; sync -f .")
     bmap = support.mapped(*images)
     support.assert_proven(bmap)
     caches = [row for row in rows_of(bmap, pool(bmap)) if row["part"] == "free space cache"]
@@ -218,7 +218,7 @@ def test_what_fsync_wrote_after_the_last_commit(tmp_path: Path) -> None:
     images = make(tmp_path, "160M", "")
     copy = tmp_path / "copy.img"
     with mounted_pool(images, tmp_path / "mnt", "commit=300") as where:
-        fill(where, "head -c 100000 /dev/urandom > old; mkdir d; sync")
+        fill(where, "head -c 100000 /dev/urandom > old; mkdir d; sync -f .")
         for name, size in (("new", 50000), ("d/tiny", 300)):
             with open(where / name, "wb") as file:
                 file.write(os.urandom(size))
@@ -249,10 +249,12 @@ def test_relocation_and_deletion_that_were_interrupted(tmp_path: Path) -> None:
     taken: list[Path] = []
     with mounted_pool(images, tmp_path / "mnt", "commit=1") as where:
         fill(
-            where, "btrfs -q subvolume create s; mkdir s/d; for i in $(seq 6000); do head -c 3000 /dev/zero > s/d/$i; done; sync"
+            where,
+            "btrfs -q subvolume create s; mkdir s/d; for i in $(seq 6000); do head -c 3000 /dev/zero > s/d/$i; done; sync -f .",
         )
         fill(
-            where, "head -c 60000000 /dev/urandom > big; sync; btrfs -q subvolume snapshot s t; btrfs -q subvolume delete s; sync"
+            where,
+            "head -c 60000000 /dev/urandom > big; sync -f .; btrfs -q subvolume snapshot s t; btrfs -q subvolume delete s; sync -f .",
         )
         balance = subprocess.Popen(
             ["btrfs", "balance", "start", "--full-balance", where], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -308,7 +310,7 @@ def test_mutations(tmp_path: Path) -> None:
         )
         fill(
             where,
-            "cp --reflink=always big s/r; btrfs -q subvolume snapshot s t; sync; dd if=/dev/urandom of=big bs=4k count=2 seek=3 conv=notrunc",
+            "cp --reflink=always big s/r; btrfs -q subvolume snapshot s t; sync -f .; dd if=/dev/urandom of=big bs=4k count=2 seek=3 conv=notrunc",
         )
     bmap = support.mapped(image)
     support.assert_proven(bmap)

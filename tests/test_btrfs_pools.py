@@ -11,9 +11,10 @@ import support
 from btrfs_images import fill, make, mounted_pool
 from test_btrfs import compare_with_kernel, pool
 from virt_bmap.blockmap import BlockMap
+from virt_bmap.images.raw import RawReader
 from virt_bmap.mapping import COPY, DATA, PARITY, ROLES
 
-FILL = "for i in $(seq 12); do head -c $((i * 37000)) /dev/urandom > f$i; done; head -c 9000000 /dev/urandom > big; mkdir d; echo x > d/x; sync"
+FILL = "for i in $(seq 12); do head -c $((i * 37000)) /dev/urandom > f$i; done; head -c 9000000 /dev/urandom > big; mkdir d; echo x > d/x; sync -f ."
 PROFILES = (
     ("raid0", "raid1", 3), ("raid10", "raid10", 4), ("raid5", "raid5", 3), ("raid6", "raid6", 4), ("raid1c3", "raid1c4", 4),
     ("single", "dup", 2), ("raid5", "raid1", 2),
@@ -42,13 +43,13 @@ def strips(bmap: BlockMap, volume: int, images: list[Path], role: str) -> dict[i
     start = np.array([row["volume_offset"] for row in used])
     found = bmap.descend(volume, start, start + np.array([row["length"] for row in used]))
     found = found.take(found.role == ROLES.index(role))
-    content = [image.read_bytes() for image in images]
+    content = [np.memmap(image, np.uint8, "r") for image in images]
     result: dict[int, list[bytes]] = {}
     for disk, low, high, inside in zip(
         found.volume.tolist(), found.start.tolist(), found.end.tolist(), found.inside.tolist(), strict=True
     ):
         for at in range(0, high - low, 4096):
-            result.setdefault(inside + at, []).append(content[bmap.disks.index(disk)][low + at : low + at + 4096])
+            result.setdefault(inside + at, []).append(content[bmap.disks.index(disk)][low + at : low + at + 4096].tobytes())
     return result
 
 
@@ -74,7 +75,7 @@ def test_parity_computed_anew(members: list[Path]) -> None:
     parity = rows.select(rows.role == ROLES.index(PARITY))
     if len(parity) == 0:
         pytest.skip("this profile has no parity")
-    content = {disk: image.read_bytes() for disk, image in zip(bmap.disks, members, strict=True)}
+    content = {disk: np.memmap(image, np.uint8, "r") for disk, image in zip(bmap.disks, members, strict=True)}
     data = rows.select(rows.role == ROLES.index(DATA))
     by_place: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for at in range(len(parity)):
@@ -86,8 +87,8 @@ def test_parity_computed_anew(members: list[Path]) -> None:
             by_place.setdefault(place, set()).add((int(data.parent[found.row[0]]), int(found.target[0])))
     exact = 0
     for (disk, start), strips_of_row in by_place.items():
-        row = [np.frombuffer(content[where][at : at + STRIPE], np.uint8) for where, at in strips_of_row]
-        exact += bool((reduce(np.bitwise_xor, row) == np.frombuffer(content[disk][start : start + STRIPE], np.uint8)).all())
+        row = [content[where][at : at + STRIPE] for where, at in strips_of_row]
+        exact += bool((reduce(np.bitwise_xor, row) == content[disk][start : start + STRIPE]).all())
         assert disk not in {where for where, _ in strips_of_row}
     share = (
         0.49 if "RAID6" in bmap.volumes.column("detail")[volume].as_py() else 0.99
@@ -123,7 +124,7 @@ def test_seed(tmp_path: Path) -> None:
     """A filesystem that has grown from a read-only seed onto another device."""
     seed, sprout = make(tmp_path, "200M", "")[0], tmp_path / "sprout.img"
     with mounted_pool([seed], tmp_path / "mnt") as where:
-        fill(where, "head -c 500000 /dev/urandom > old; sync")
+        fill(where, "head -c 500000 /dev/urandom > old; sync -f .")
     support.run("btrfstune", "-S", "1", seed)
     support.run("truncate", "-s", "200M", sprout)
     with mounted_pool([seed], tmp_path / "mnt", "ro") as where:
@@ -131,7 +132,7 @@ def test_seed(tmp_path: Path) -> None:
         try:
             support.run("btrfs", "device", "add", "-f", loop, where)
             support.run("mount", "-o", "remount,rw", where)
-            fill(where, "head -c 300000 /dev/urandom > new; sync")
+            fill(where, "head -c 300000 /dev/urandom > new; sync -f .")
             expected = {name: (where / name).read_bytes() for name in ("old", "new")}
         finally:
             support.run("umount", where)
@@ -141,8 +142,6 @@ def test_seed(tmp_path: Path) -> None:
     volume = pool(bmap)
     assert bmap.filesystems.num_rows == 1
     paths = support.tree(bmap, volume)
-    from virt_bmap.images.raw import RawReader
-
     disks = [RawReader(os.fspath(image)) for image in (seed, sprout)]
     for name, content in expected.items():
         assert support.content(bmap, disks, volume, paths[f"/{name}"]) == content
