@@ -103,15 +103,24 @@ truth wb wt vol wc integ
 dmsetup status
 flush
 """
+RESHAPE = """
+modprobe -a dm-mod dm-raid raid456 raid10 raid1 raid0
+lvm pvcreate /dev/sda /dev/sdb /dev/sdc /dev/sdd /dev/sde; lvm vgcreate -s 256k vg /dev/sda /dev/sdb /dev/sdc /dev/sdd /dev/sde
+lvm lvcreate --type raid5 -i2 -I64k -L 3M -n a vg; fill a 1; sleep 2
+lvm lvcreate --type raid5 -i2 -I64k -L 3M -n b vg; fill b 2; sleep 2
+lvm lvconvert --type raid5_rs vg/b || echo NOCONV; sleep 8
+lvm lvconvert --stripes 3 vg/a || echo NORESHAPE; sleep 8; lvm lvs -a -o name,size,segtype,reshape_len,data_offset,new_data_offset,devices vg
+truth a b
+lvm vgchange -an vg; lvm vgchange -ay vg; truth a b; dmsetup table; lvm vgchange -an vg; flush
+"""
+NUMBERS: Step = ("host", "python3 -c \"import numpy; numpy.arange(5 << 20, dtype='<u8').tofile('pattern')\"")
 
 
 def steps() -> list[Step]:
-    numbers = "import numpy; numpy.arange(5 << 20, dtype='<u8').tofile('pattern')"
-
     def keep(name: str, disks: int) -> Step:
         return "host", "; ".join(f"cp --sparse=always d{at} {name}.{at}" for at in range(1, disks + 1))
 
-    return [("host", f'python3 -c "{numbers}"'), ("sh", WORDS + RAID), keep("raid", 5), ("sh", WORDS + THIN), keep("thin", 3),
+    return [NUMBERS, ("sh", WORDS + RAID), keep("raid", 5), ("sh", WORDS + THIN), keep("thin", 3),
             ("sh", WORDS + CACHE), keep("running", 2), ("sh", WORDS + "lvm vgchange -an vg; flush"), keep("cache", 2)]  # fmt: skip
 
 
@@ -170,6 +179,17 @@ def test_every_byte_has_one_owner(kernel_volumes: Path, name: str) -> None:
         assert set(bmap.problems.column("code").to_pylist()) == {"unclean"}
         return
     assert_proven(bmap)
+
+
+def test_raid_after_a_reshape() -> None:
+    """Images begin with room that the reshape left, or end with it; the number of stripes has grown."""
+    folder = made("reshape", {**{f"d{at}": 32 * MIB for at in range(1, 6)}, "pattern": 0}, [NUMBERS, ("sh", WORDS + RESHAPE)])
+    disks = sorted(folder.glob("d[1-5]"))
+    for gone in (None, *disks):
+        _, found = volumes_of([disk for disk in disks if disk != gone])
+        for name in ("a", "b"):
+            assert (found[name].size, digest(found[name])) == truth(folder)[name], (name, gone)
+    assert_proven(mapped(*disks))
 
 
 def test_caches_hold_what_the_origin_lacks(kernel_volumes: Path) -> None:

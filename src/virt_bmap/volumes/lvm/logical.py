@@ -72,14 +72,14 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
     for segment in segments:
         kind = _kind(segment)
         start, length = span(group, segment)
-        size = max(size, start + length)
         if kind in RAID_TYPES:
-            more, opener = raid(group, segment)
+            length, more, opener = raid(group, segment)
             rows += more
         elif kind in SHAPES:
             rows += SHAPES[kind](group, segment)
         else:
             raise Unsupported(f"segments of type {kind!r} are not read", code="segment-type")
+        size = max(size, start + length)
         if log := group.logical.get(segment.text("mirror_log")):
             group.assembly.extents[log.place.parent] = _all_metadata(log.size, "mirror log")
         kinds.append("linear" if kind == "striped" and segment.number("stripe_count", 1) == 1 else kind)

@@ -5,24 +5,31 @@ Sources: kernel drivers/md/dm-raid.c (raid_types, struct dm_raid_superblock); lv
 
 from functools import partial
 
+import numpy as np
+
 from virt_bmap.contract import Problem
 from virt_bmap.errors import Corrupt, Unsupported
-from virt_bmap.layout import record, struct
+from virt_bmap.layout import record, struct, widen
 from virt_bmap.mapping import Row
 from virt_bmap.tables import METADATA, ExtentRows
 from virt_bmap.volumes import stripes
-from virt_bmap.volumes.lvm.group import Group, Opener, span
+from virt_bmap.volumes.lvm.group import MAX_EXTENTS, Group, Opener, span
 from virt_bmap.volumes.lvm.label import SECTOR
 from virt_bmap.volumes.lvm.text import Section
 from virt_bmap.volumes.rebuild import RebuiltReader, Stripes
 from virt_bmap.volumes.stripes import Place, Raid10
 
 MAGIC = 0x64526D44
-NEVER = (1 << 64) - 1
+SUPPORTS_V190 = 1
+RESHAPE_ACTIVE = 1
 SUPERBLOCK = struct(512, [
-    (0x00, "magic", "<u4"), (0x08, "num_devices", "<u4"), (0x0C, "array_position", "<u4"), (0x10, "events", "<u8"),
+    (0x00, "magic", "<u4"), (0x04, "compat_features", "<u4"), (0x08, "num_devices", "<u4"), (0x0C, "array_position", "<u4"), (0x10, "events", "<u8"),
     (0x18, "failed_devices", "<u8"), (0x20, "disk_recovery_offset", "<u8"),
+    (0x3C, "flags", "<u4"), (0x60, "data_offset", "<u8"),
 ])  # fmt: skip
+
+MAX_SKIP = 1 << 40
+"""Bytes of the room for a reshape at an image's start; LVM sets aside a few MiB."""
 
 PARITY_TYPES = {
     "raid4": (5, stripes.PARITY_0),
@@ -40,33 +47,53 @@ NEAR_TYPES = ("raid10", "raid10_near")
 TYPES = (*PARITY_TYPES, *MIRRORED_TYPES, *STRIPED_TYPES, *NEAR_TYPES)
 
 
-def raid(group: Group, segment: Section) -> tuple[list[Row], Opener | None]:
-    """The mapping rows of a RAID segment, and for RAID4, 5 and 6 with missing images what computes their bytes."""
+def raid(group: Group, segment: Section) -> tuple[int, list[Row], Opener | None]:
+    """(bytes, mapping rows, what computes the bytes of missing images) of a RAID segment. The last is None where none is missing."""
     start, size = span(group, segment)
-    kind = segment.text("type")
+    kind = segment.text("type").partition("+")[0]
     images, metadata = _parts(segment, kind)
     spaces = [group.space("raids", name) for name in images]
-    if segment.number("reshape_count", 0):
-        raise Unsupported("room for a reshape is set aside in this RAID volume, which moves its bytes", code="reshape")
-    shift = segment.number("data_offset", 0, high=1 << 40)
-    skip = shift * SECTOR if shift > 1 else 0  # 1 stands for none: room for a reshape at the images' ends
-    for at in _failed(group, images, metadata):
+    heads = _superblocks(group, metadata)
+    for at in _failed(group, images, heads):
         spaces[at] = None
+    if any(head["compat_features"] & SUPPORTS_V190 and head["flags"] & RESHAPE_ACTIVE for head in heads.values()):
+        raise Unsupported("the RAID volume is in the middle of a reshape", code="reshape")
+    skip = _skipped(heads)
     places = [Place(space.place.parent, space.place.offset + skip) if space else None for space in spaces]
-    if kind in MIRRORED_TYPES:
-        return stripes.mirrored(size, places, start), None
-    chunk = segment.number("stripe_size", low=1, high=1 << 32) * SECTOR
+    chunk = segment.number("stripe_size", 1, low=1, high=1 << 32) * SECTOR
+    layout = stripes.parity(*PARITY_TYPES[kind], len(places)) if kind in PARITY_TYPES else None
+    width = layout.data.shape[1] if layout else len(places)
+    # room that a reshape left behind is counted in the segment, but holds nothing of the volume
+    size = max(0, size - segment.number("reshape_count", 0, high=MAX_EXTENTS) * group.extent_size * width)
+    if layout:
+        members = [(group.readers[place.parent], place.offset) if place else None for place in places]
+        degraded = Stripes(layout, chunk, size, members) if None in members else None
+        rows = stripes.rows(layout.pattern(), chunk, size, places, start)
+        return size, rows, partial(RebuiltReader, stripes=degraded) if degraded else None
     if kind in STRIPED_TYPES:
-        return stripes.rows(stripes.striped(len(places)), chunk, size, places, start), None
-    if kind in NEAR_TYPES:
+        rows = stripes.rows(stripes.striped(len(places)), chunk, size, places, start)
+    elif kind in NEAR_TYPES:
         near = segment.number("data_copies", 2, 1, 255)
         pattern = Raid10.of(near | 1 << 8, len(places)).pattern(size // chunk, len(places))
-        return stripes.rows(pattern, chunk, size, places, start), None
-    layout = stripes.parity(*PARITY_TYPES[kind], len(places))
-    members = [(group.readers[place.parent], place.offset) if place else None for place in places]
-    degraded = Stripes(layout, chunk, size, members) if None in members else None
-    rows = stripes.rows(layout.pattern(), chunk, size, places, start)
-    return rows, partial(RebuiltReader, stripes=degraded) if degraded else None
+        rows = stripes.rows(pattern, chunk, size, places, start)
+    else:
+        rows = stripes.mirrored(size, places, start)
+    return size, rows, None
+
+
+def _skipped(heads: dict[int, np.void]) -> int:
+    """Bytes at the start of every image that a reshape left free."""
+    found = {
+        int(widen(head["data_offset"], "data_offset")) * SECTOR
+        for head in heads.values()
+        if head["compat_features"] & SUPPORTS_V190
+    }
+    if len(found) > 1:
+        raise Corrupt(f"the RAID superblocks disagree on where data begins: {sorted(found)}", code="superblock")
+    skip = found.pop() if found else 0
+    if skip > MAX_SKIP:
+        raise Corrupt(f"a RAID superblock says that data begins at byte {skip:#x}", code="superblock")
+    return skip
 
 
 def _parts(segment: Section, kind: str) -> tuple[list[str], list[str]]:
@@ -81,8 +108,8 @@ def _parts(segment: Section, kind: str) -> tuple[list[str], list[str]]:
     return images, metadata
 
 
-def _failed(group: Group, images: list[str], metadata: list[str]) -> list[int]:
-    """The images that the newest superblock calls failed, or that say of themselves that they are not rebuilt yet."""
+def _superblocks(group: Group, metadata: list[str]) -> dict[int, np.void]:
+    """Image -> its superblock, of those that are there; their volumes are named."""
     heads = {}
     for at, name in enumerate(metadata):
         space = group.space("raids", name)
@@ -95,6 +122,11 @@ def _failed(group: Group, images: list[str], metadata: list[str]) -> list[int]:
         head = record(group.readers[reference].read_clipped(space.place.offset, SUPERBLOCK.itemsize), SUPERBLOCK)
         if head["magic"] == MAGIC and head["array_position"] == at:
             heads[at] = head
+    return heads
+
+
+def _failed(group: Group, images: list[str], heads: dict[int, np.void]) -> list[int]:
+    """The images that the newest superblock calls failed, or that say of themselves that they are not rebuilt yet."""
     if not heads:
         return []
     newest = max(heads.values(), key=lambda head: int(head["events"]))
