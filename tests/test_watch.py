@@ -444,6 +444,9 @@ def test_exit_status_environment_and_signals(disk: SimpleNamespace) -> None:
     )
     assert out.startswith("nbd:unix:/")
     watch(disk.image, "-q", "--", "sh", "-c", "kill -9 $$", ok=137)
+    for options in ([disk.image, "-q"], ["-q", disk.image]):
+        out, _ = watch(*options, "--", "echo", "-q", "--", "x", "--summary")
+        assert out.startswith("-q -- x --summary\n")
     process = subprocess.Popen(
         [BMAP, "watch", "-q", disk.image, "--", "sh", "-c", "echo up; exec sleep 60"], stdout=subprocess.PIPE, text=True
     )

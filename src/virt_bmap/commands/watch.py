@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line, as docs/man/virt-bmap-watch.1.md describes it."""
     parser.add_argument("disk", metavar="DISK", help="the disk to serve: image, block device or NBD URI")
     parser.add_argument(
-        "command", metavar="COMMAND", nargs="+", help="what to run, behind --; $uri and $nbd in it name the served disk"
+        "command",
+        metavar="COMMAND",
+        nargs=argparse.PARSER,
+        help="what to run, behind --; $uri and $nbd in it name the served disk",
     )
     parser.add_argument("--map", metavar="MAP", help="use this saved map instead of mapping the disks first")
     parser.add_argument(
@@ -75,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
             for line in lines.values():
                 line.flush()
 
+        # nargs=PARSER leaves a further -- to the command, but Python before 3.13 the first one, too
+        command = args.command[1:] if args.command[0] == "--" else args.command
         try:
-            outcome = watch(resolver, sources, args.command, sinks, write=args.write, idle=flush)
+            outcome = watch(resolver, sources, command, sinks, write=args.write, idle=flush)
         finally:
             flush()
             printer.close()

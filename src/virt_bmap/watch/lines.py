@@ -69,16 +69,13 @@ class LineLog:
         inside = touched.file_offset >= 0
         low = np.where(inside, touched.file_offset, touched.start)
         high = low + touched.end - touched.start
-        single = (last - first == 1).tolist()
+        bounds = zip((key[first] % len(tables.OPS)).tolist(), objects.tolist(), first.tolist(), last.tolist(), strict=True)
+        firsts = zip(low[first].tolist(), high[first].tolist(), np.where(inside[first], "", "@").tolist(), strict=True)
         lines = []
-        for op, number, begin, end, one in zip(
-            (key[first] % len(tables.OPS)).tolist(), objects.tolist(), first.tolist(), last.tolist(), single, strict=True
-        ):
+        for (op, number, begin, end), (start, stop, origin) in zip(bounds, firsts, strict=True):
             letter, device, name = labels[number]
-            where = f"{low[begin]:#x}-{high[begin]:#x}" if one else _ranges(low[begin:end], high[begin:end])
-            lines.append(
-                f"{tables.OPS[op]} {letter} {device}{' ' if name else ''}{name}\t{'' if inside[begin] else '@'}{where}\n"
-            )
+            where = f"{start:#x}-{stop:#x}" if end - begin == 1 else _ranges(low[begin:end], high[begin:end])
+            lines.append(f"{tables.OPS[op]} {letter} {device}{' ' if name else ''}{name}\t{origin}{where}\n")
         self.write(lines)
 
 
