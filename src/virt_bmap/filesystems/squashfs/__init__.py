@@ -150,7 +150,7 @@ def _read_tables(reader: Reader, superblock: np.void, rows: ExtentRows, problems
 
     def indexed(part: str, column: str, count: int, size: int, header: int = 0) -> tuple[Table, int]:
         """A table of `count` records of `size` bytes, found through pointers at `column`; and where its first metadata block lies."""
-        index = int(superblock[column])
+        index = _place(superblock, column)
         pointers = -(-count * size // 8192)
         if index >= end or count == 0:
             return read_blocks(np.zeros(0, np.uint8), 0, unpack, part)[0], end if index >= end else index
@@ -158,7 +158,7 @@ def _read_tables(reader: Reader, superblock: np.void, rows: ExtentRows, problems
             problems.append(Problem("table", f"the {part} at {index:#x} has more pointers than fit the image", index))
             return read_blocks(np.zeros(0, np.uint8), 0, unpack, part)[0], index
         where = widen(np.frombuffer(reader.read(index + header, 8 * pointers), "<u8"), part)
-        first = int(where.min())
+        first = min(int(where.min()), index)
         table = blocks(part, first, index)
         region(part, index, index + header + 8 * pointers)
         if (where < first).any() or not np.isin(where, table.disk).all():
@@ -191,7 +191,7 @@ def _read_xattrs(reader: Reader, superblock: np.void, end: int, blocks: object, 
     if at > end - 16:
         return none, np.zeros(0, XATTR_ID), end
     header = np.frombuffer(reader.read(at, 16), "<u4")
-    start, count = int(header[0]) | int(header[1]) << 32, int(header[2])
+    start, count = int(header[0]) | (int(header[1]) & 0x3FFFFFFF) << 32, int(header[2])
     found, first = indexed("xattr table", "xattr_id_table_start", count, XATTR_ID.itemsize, 16)  # type: ignore[operator]
     if start == first:
         return none, records(found.data[: found.length], XATTR_ID), first
