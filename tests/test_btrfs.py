@@ -214,6 +214,19 @@ def test_free_space_cache_v1(tmp_path: Path) -> None:
     assert all(row["kind"] == "metadata" and types[row["inode"]] == "metadata" for row in caches)
 
 
+def test_free_space_bitmaps(tmp_path: Path) -> None:
+    """Free space in very many pieces: the free space tree turns to bitmaps, and agrees with the extent tree bit by bit."""
+    images = make(tmp_path, "250M", "")
+    with mounted_pool(images, tmp_path / "mnt") as where:
+        for number in range(4000):
+            (where / f"f{number}").write_bytes(bytes(4096))
+        support.run("sync", "-f", where)
+        for number in range(0, 4000, 2):
+            (where / f"f{number}").unlink()
+    assert b"FREE_SPACE_BITMAP" in support.run("btrfs", "inspect-internal", "dump-tree", "-t", "10", images[0])
+    support.assert_proven(support.mapped(*images))
+
+
 def test_what_fsync_wrote_after_the_last_commit(tmp_path: Path) -> None:
     images = make(tmp_path, "160M", "")
     copy = tmp_path / "copy.img"
@@ -248,13 +261,12 @@ def test_relocation_and_deletion_that_were_interrupted(tmp_path: Path) -> None:
     images = make(tmp_path, "300M", "-n 4096")
     taken: list[Path] = []
     with mounted_pool(images, tmp_path / "mnt", "commit=1") as where:
+        fill(where, "btrfs -q subvolume create s; mkdir s/d")
+        for number in range(1000):
+            (where / "s" / "d" / str(number)).write_bytes(bytes(3000))
         fill(
             where,
-            "btrfs -q subvolume create s; mkdir s/d; for i in $(seq 6000); do head -c 3000 /dev/zero > s/d/$i; done; sync -f .",
-        )
-        fill(
-            where,
-            "head -c 60000000 /dev/urandom > big; sync -f .; btrfs -q subvolume snapshot s t; btrfs -q subvolume delete s; sync -f .",
+            "head -c 9000000 /dev/urandom > big; sync -f .; btrfs -q subvolume snapshot s t; btrfs -q subvolume delete s; sync -f .",
         )
         balance = subprocess.Popen(
             ["btrfs", "balance", "start", "--full-balance", where], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -321,10 +333,10 @@ def test_mutations(tmp_path: Path) -> None:
     ranges = [(0x10000, 0x11000), *zip(found.start.tolist(), found.end.tolist(), strict=True)]
     read = sum(
         1
-        for data in support.mutations(image.read_bytes(), 150, 1, ranges)
+        for data in support.mutations(image.read_bytes(), 100, 1, ranges)
         if (found := support.survives(data)) and found.filesystems.num_rows
     )
-    assert read > 90
+    assert read > 60
 
 
 def test_crc32c() -> None:
@@ -337,8 +349,8 @@ def test_crc32c() -> None:
 def corpus_images(corpus: Path) -> dict[str, list[str]]:
     lines = [line.split("\t") for line in (corpus / "INVENTORY.tsv").read_text().splitlines()]
     found = {line[0]: line for line in lines if line[5] == "btrfs" and (corpus / line[0]).exists()}
-    # those of syzkaller differ little: a third of them; some others are large
-    found = {name: line for name, line in found.items() if "syzkaller" not in name or zlib.crc32(name.encode()) % 3 == 0}
+    # those of syzkaller differ little: an eighth of them; some others are large
+    found = {name: line for name, line in found.items() if "syzkaller" not in name or zlib.crc32(name.encode()) % 8 == 0}
     return {name: line for name, line in found.items() if int((re.search(r"real=(\d+)", line[6]) or [0, 0])[1]) < 300 << 20}
 
 
@@ -364,7 +376,7 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
             support.assert_proven(bmap)
             assert bmap.filesystems.num_rows == 1, name
             valid += 1
-    assert valid > 9
+    assert valid > 5
 
 
 @pytest.mark.parametrize("name", ["btrfs-default", "btrfs-subvolume-snapshot"])

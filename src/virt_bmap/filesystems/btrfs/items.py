@@ -171,15 +171,20 @@ def _free_space_extents(leaves: Leaves) -> Columns:
 
 
 def _free_space_bitmaps(leaves: Leaves, sectorsize: int) -> Columns:
-    """A bit for each sector, one where it is free, as a row for each sector (a bitmap is at most 256 bytes: BTRFS_FREE_SPACE_BITMAP_SIZE)."""
+    """A bit for each sector of [objectid, objectid + offset), one where it is free, as runs."""
     items = leaves.of(ondisk.FREE_SPACE_BITMAP_KEY, 1)
-    at = np.flatnonzero(np.unpackbits(gather(items.data, items.start, items.size), bitorder="little"))
-    first = np.cumsum(items.size) - items.size
-    item = np.searchsorted(first, at // 8, "right") - 1
-    start = (at - first[item] * 8) * sectorsize
-    inside = start < items.offset[item]
-    item, start = item[inside], start[inside]
-    return {"leaf": items.leaf[item], "start": items.objectid[item] + start, "length": np.full(len(item), sectorsize, np.int64)}
+    bits = np.unpackbits(gather(items.data, items.start, items.size), bitorder="little").astype(bool)
+    ends = np.cumsum(items.size) * 8
+    starts = ends - items.size * 8
+    rising, falling = bits.copy(), bits.copy()
+    rising[1:] &= ~bits[:-1]
+    falling[:-1] &= ~bits[1:]
+    rising[starts], falling[ends - 1] = bits[starts], bits[ends - 1]  # no run reaches into the next item
+    low, high = np.flatnonzero(rising), np.flatnonzero(falling) + 1
+    item = np.searchsorted(starts, low, "right") - 1
+    begin = (low - starts[item]) * sectorsize
+    length = np.minimum((high - starts[item]) * sectorsize, items.offset[item]) - begin
+    return {"leaf": items.leaf[item], "start": items.objectid[item] + begin, "length": np.maximum(length, 0)}
 
 
 # ---- the root tree --------------------------------------------------------------------------------------------------
