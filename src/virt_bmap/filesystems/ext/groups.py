@@ -105,11 +105,7 @@ def descriptor_places(superblock: Superblock) -> DescriptorPlaces:
     meta = group // per_block >= low
     old = supers & ~meta & (low > 0)
     place = group % per_block
-    new = (
-        meta & ((place == 0) | (place == 1) | (place == per_block - 1))
-        if superblock.has("meta_bg")
-        else np.zeros(len(group), bool)
-    )
+    new = meta & ((place == 0) | (place == 1) | (place == per_block - 1)) & superblock.has("meta_bg")
     rank = np.arange(low, dtype=np.int64)
     copies = group[old & (group > 0)]
     primary = np.concatenate([base[0] + 1 + rank, (base + supers)[new & (place == 0)]])
@@ -126,22 +122,24 @@ def read_groups(reader: Reader, superblock: Superblock, problems: Problems) -> G
     """All group descriptors; those that are damaged from the first copy, if it is better."""
     places = descriptor_places(superblock)
     found = _descriptors(reader, superblock, places.primary)
+    block, nth = np.divmod(np.arange(superblock.groups), superblock.block_size // superblock.desc_size)
+    where = places.primary[block] * superblock.block_size + nth * superblock.desc_size
     groups, bad = _parse(superblock, found)
     if bad.any() and not np.array_equal(places.second, places.primary):
         copy = _descriptors(reader, superblock, places.second).copy()
         if superblock.has("uninit_bg", "metadata_csum"):  # copies are not kept up to date: their hints may be too good
-            copy["bg_flags"], copy["bg_itable_unused_lo"] = 0, 0
+            for hint in ("bg_flags", "bg_itable_unused_lo", "bg_itable_unused_hi"):
+                if hint in (copy.dtype.names or ()):
+                    copy[hint] = 0
         _, still_bad = _parse(superblock, copy)
         take = bad & ~still_bad
-        where = places.primary[0] * superblock.block_size + np.flatnonzero(bad) * superblock.desc_size
         complain(
-            problems, "group-descriptor", f"group descriptors are damaged, {int(take.sum())} of them read from a copy", where
+            problems, "group-descriptor", f"group descriptors are damaged, {int(take.sum())} are read from a copy", where[bad]
         )
         groups, bad = _parse(superblock, np.where(take, copy, found))
     elif bad.any():
-        where = places.primary[0] * superblock.block_size + np.flatnonzero(bad) * superblock.desc_size
-        complain(problems, "group-descriptor", "group descriptors are damaged, and there is no copy", where)
-    _check_checksums(superblock, found, places.primary[0] * superblock.block_size, problems)
+        complain(problems, "group-descriptor", "group descriptors are damaged, and there is no copy", where[bad])
+    _check_checksums(superblock, found, where, problems)
     return groups
 
 
@@ -183,7 +181,7 @@ def _parse(superblock: Superblock, raw: np.ndarray) -> tuple[Groups, Bool]:
     ), bad  # fmt: skip
 
 
-def _check_checksums(superblock: Superblock, raw: np.ndarray, offset: int, problems: Problems) -> None:
+def _check_checksums(superblock: Superblock, raw: np.ndarray, where: Int, problems: Problems) -> None:
     """Compare bg_checksum: CRC-32C with metadata_csum, CRC-16 with uninit_bg (which ext4 ignores where both are set)."""
     if not superblock.has("metadata_csum", "uninit_bg") or not len(raw):
         return
@@ -199,7 +197,7 @@ def _check_checksums(superblock: Superblock, raw: np.ndarray, offset: int, probl
         parts = [np.broadcast_to(uuid, (len(raw), 16)), number, data[:, :CHECKSUM_AT], data[:, CHECKSUM_AT + 2 :]]
         is_ = crc16(np.concatenate(parts, axis=1)).astype(np.uint32)
     wrong = is_ != raw["bg_checksum"]
-    complain_where(problems, "checksum", "group descriptors have a wrong checksum", wrong, offset + np.arange(len(raw)) * size)
+    complain_where(problems, "checksum", "group descriptors have a wrong checksum", wrong, where)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -267,7 +265,7 @@ def ones(words: Bytes) -> tuple[Int, Int]:
     return points[0::2], points[1::2]
 
 
-def _each(first: Int, high: Int, width: int) -> tuple[Int, Int]:
+def _cut_at_seams(first: Int, high: Int, width: int) -> tuple[Int, Int]:
     """Cut runs at the seams between bitmaps of `width` bits: for each piece (its bitmap, the run it comes from)."""
     run, step = expand((high - 1) // width - first + 1)
     return first[run] + step, run
@@ -290,7 +288,7 @@ def _bitmaps(reader: Reader, superblock: Superblock, blocks: Int, bits: int) -> 
 def add_free(
     reader: Reader, superblock: Superblock, groups: Groups, metadata: tuple[Int, Int], rows: ExtentRows
 ) -> tuple[Int, Int]:
-    """Rows for the blocks that the bitmaps call free; returns what they call used, as (starts, ends) in blocks, merged."""
+    """Rows for the blocks that the bitmaps call free; returns them as (starts, ends) in blocks, merged."""
     per_group, first = superblock.blocks_per_group, superblock.first_data_block
     read = np.flatnonzero((groups.block_bitmap > 0) & ~groups.blocks_unused)
     unread = np.flatnonzero(groups.blocks_unused)
@@ -300,7 +298,7 @@ def add_free(
         bitmaps = ~bitmaps
         width = bitmaps.shape[1] * 8
         low, high = ones(bitmaps.reshape(-1))
-        row, nth = _each(low // width, high, width)
+        row, nth = _cut_at_seams(low // width, high, width)
         base = row * width
         origin = first + read[position][row] * per_group
         starts.append(origin + (np.maximum(low[nth], base) - base) * superblock.cluster)
@@ -334,7 +332,7 @@ def used_inodes(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
         width = bitmaps.shape[1] * 8
         group = read[position]
         low, high = ones(bitmaps.reshape(-1))
-        row, nth = _each(low // width, high, width)
+        row, nth = _cut_at_seams(low // width, high, width)
         base = row * width
         first = np.maximum(low[nth], base)
         count = np.minimum(high[nth], base + width) - first

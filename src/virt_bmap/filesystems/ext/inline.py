@@ -12,7 +12,16 @@ from virt_bmap.arrays import Bool, Int
 from virt_bmap.filesystems.ext import directories
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.directories import Names
-from virt_bmap.filesystems.ext.inodes import EXTENTS_FL, I_BLOCK, I_BLOCK_SIZE, INLINE_DATA_FL, Bodies, Inodes, with_types
+from virt_bmap.filesystems.ext.inodes import (
+    ENCRYPT_FL,
+    EXTENTS_FL,
+    I_BLOCK,
+    I_BLOCK_SIZE,
+    INLINE_DATA_FL,
+    Bodies,
+    Inodes,
+    with_types,
+)
 from virt_bmap.filesystems.ext.superblock import Superblock
 from virt_bmap.layout import struct
 from virt_bmap.tables import ExtentRows
@@ -48,8 +57,9 @@ def fast_symlinks(superblock: Superblock, nodes: Inodes, types: np.ndarray) -> B
 def add_symlinks(rows: ExtentRows, superblock: Superblock, nodes: Inodes, types: np.ndarray) -> None:
     """Rows for the targets that lie in i_block."""
     at = np.flatnonzero(fast_symlinks(superblock, nodes, types))
+    flags = np.where(nodes.flags[at] & ENCRYPT_FL != 0, tables.INLINE | tables.ENCRYPTED, tables.INLINE)
     rows.add(tables.SYMLINK, nodes.offset[at] + I_BLOCK, nodes.size[at], inode=nodes.number[at],
-             file_offset=np.zeros(len(at), np.int64), flags=tables.INLINE)  # fmt: skip
+             file_offset=np.zeros(len(at), np.int64), flags=flags)  # fmt: skip
 
 
 def add_data(

@@ -118,7 +118,7 @@ def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], pro
     )
     problems.append(Problem("journal-replayed", note, -1, "note"))
     patched = PatchedReader(reader, patch)
-    return patched, read_superblock(patched, problems)
+    return patched, read_superblock(patched, [])  # its faults are known by now
 
 
 def _internal(reader: Reader, superblock: Superblock, problems: Problems) -> Log | None:

@@ -125,7 +125,7 @@ def check_links(nodes: Inodes, types: np.ndarray, names: pa.Table, problems: Pro
     clipped = np.minimum(target, last + 1)
     named[clipped] = True
     lost = ~used[clipped]
-    complain(problems, "unused-inode", "names lead to inodes that are not in use", np.where(lost, -1, 0)[lost])
+    complain(problems, "unused-inode", "names lead to inodes that are not in use", np.full(int(lost.sum()), -1))
     alone = ~named[nodes.number] & (nodes.nlink > 0) & (types != tables.T_METADATA) & (nodes.number != ROOT)
     complain_where(problems, "nameless", "inodes have links, but no name", alone, nodes.offset, "warning")
 
