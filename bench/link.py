@@ -20,7 +20,7 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.images import open_image
 from virt_bmap.survey import survey
 
-THREADS = 64
+THREADS = 256
 """Requests that nbdkit holds at a time; a real link holds any number."""
 TARGET_TRIPS, TARGET_BYTES = 40, 1.2
 UNREAD = ("inode table (unused)", "reserved group descriptors", "journal", "boot code")

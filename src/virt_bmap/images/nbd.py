@@ -20,8 +20,8 @@ from virt_bmap.arrays import Bytes, Int, gather, union
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.reader import Reader
 
-IN_FLIGHT = 128
-"""Requests sent before the first reply is awaited: 3.5 KiB, which any socket buffer takes without blocking."""
+IN_FLIGHT = 256
+"""Requests sent before the first reply is awaited: 7 KiB, which any socket buffer takes without blocking."""
 REQUEST = 2 << 20
 """Longest single read, in bytes: servers must accept 32 MiB, but many short ones share a slow link better."""
 SPARE = 0.1
