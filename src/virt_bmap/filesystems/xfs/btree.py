@@ -145,7 +145,7 @@ def _children(geometry: Geometry, shape: Shape, nodes: Nodes, blocks: Bytes, cou
     base = header + most * shape.key
     table = np.ascontiguousarray(blocks[:, base : base + most * size]).view(f">u{size}")
     row, step = expand(counts)
-    target = _narrow(table[row, step])
+    target = narrow(table[row, step])
     if not shape.long:
         group = nodes.block[row] >> geometry.agblklog
         # an agbno that needs more bits than a group has would name a block of another group
@@ -153,7 +153,7 @@ def _children(geometry: Geometry, shape: Shape, nodes: Nodes, blocks: Bytes, cou
     return Nodes(nodes.owner[row], target, nodes.level[row] - 1)
 
 
-def _narrow(pointers: np.ndarray) -> Int:
+def narrow(pointers: np.ndarray) -> Int:
     """Pointers as int64; -1, which no check lets pass, for those that do not fit."""
     wide = pointers.astype(np.uint64)
     return np.where(wide < np.uint64(1 << 62), wide, np.uint64(0)).astype(np.int64) - (wide >= np.uint64(1 << 62))

@@ -13,7 +13,7 @@ import numpy as np
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Bytes, Int, expand, union
 from virt_bmap.filesystems.xfs import disk
-from virt_bmap.filesystems.xfs.btree import BATCH, MAX_LEVELS
+from virt_bmap.filesystems.xfs.btree import BATCH, MAX_LEVELS, narrow
 from virt_bmap.filesystems.xfs.columns import stack
 from virt_bmap.filesystems.xfs.damage import Damage
 from virt_bmap.filesystems.xfs.directories import Names, short_form, stack_names
@@ -64,6 +64,19 @@ class _Fork:
     nextents: Int
     start: Int
     end: Int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Records in memory: `flat` bytes, in which the record of each of `inodes` begins at `base`. Owners count from `known`."""
+
+    geometry: Geometry
+    damage: Damage
+    rows: tables.ExtentRows
+    flat: Bytes
+    base: Int
+    inodes: Inodes
+    known: int
 
 
 def read_inodes(reader: Reader, geometry: Geometry, damage: Damage, groups: Groups, rows: tables.ExtentRows) -> Contents:
@@ -130,15 +143,12 @@ def _contents(
     if not good.all():
         row, core = row[good], core[good]
     inodes = _inodes(geometry, damage, core, number[row])
-    data_fork, attr_fork = _forks(geometry, damage, core, row * geometry.inode_size, inodes)
-    flat = data.reshape(-1)
-    move = inodes.record - row * geometry.inode_size
-    names = _data_inline(geometry, damage, flat, inodes, data_fork, move, rows)
-    _attributes_inline(geometry, damage, flat, inodes, attr_fork, move, rows)
-    forks = (data_fork, attr_fork)
+    batch = _Batch(geometry, damage, rows, data.reshape(-1), row * geometry.inode_size, inodes, known)
+    forks = data_fork, attr_fork = _forks(batch, core)
+    _attributes_inline(batch, attr_fork)
     return Contents(
-        inodes, stack(Extents, [_extents(damage, flat, fork, inodes.record, known) for fork in forks]),
-        stack(Roots, [_roots(damage, flat, fork, inodes.record, known) for fork in forks]), names,
+        inodes, stack(Extents, [_extents(batch, fork) for fork in forks]), stack(Roots, [_roots(batch, fork) for fork in forks]),
+        _data_inline(batch, data_fork),
     )  # fmt: skip
 
 
@@ -168,102 +178,104 @@ def _mtime_ns(geometry: Geometry, core: np.ndarray) -> Int:
     mtime: Int = (signed >> 32) * 1_000_000_000 + (signed & 0xFFFFFFFF)
     if geometry.has("bigtime"):
         last = np.uint64(np.iinfo(np.int64).max)  # bigtime reaches to 2486, the table to 2262
-        late = np.minimum(stamp, last + np.uint64(disk.BIGTIME_EPOCH_NS)) - np.uint64(disk.BIGTIME_EPOCH_NS)
-        mtime = np.where(
-            (core["di_flags2"] & disk.DIFLAG2_BIGTIME) != 0, late.view(np.int64), mtime
-        )  # early ones wrap to negative
+        epoch = np.uint64(disk.BIGTIME_EPOCH_NS)
+        big = (np.minimum(stamp, last + epoch) - epoch).view(np.int64)  # what lies before 1970 wraps to negative, as it should
+        mtime = np.where((core["di_flags2"] & disk.DIFLAG2_BIGTIME) != 0, big, mtime)
     return mtime
 
 
-def _forks(geometry: Geometry, damage: Damage, core: np.ndarray, base: Int, inodes: Inodes) -> tuple[_Fork, _Fork]:
-    """Where the two forks of each record lie in the batch. di_forkoff, in units of 8 bytes, divides the literal area."""
+def _forks(batch: _Batch, core: np.ndarray) -> tuple[_Fork, _Fork]:
+    """Where the two forks of each record lie. di_forkoff, in units of 8 bytes, divides the literal area; 0: all is data fork."""
+    inodes, damage, size = batch.inodes, batch.damage, batch.geometry.inode_size
     literal = core.dtype.itemsize
     forkoff = core["di_forkoff"].astype(np.int64) * 8
-    good = damage.check(
-        literal + forkoff < geometry.inode_size, "fork-offset", "inodes have a di_forkoff outside the inode", inodes.record
+    good = damage.check(literal + forkoff < size, "fork-offset", "inodes have a di_forkoff outside the inode", inodes.record)
+    low, high = batch.base + literal, batch.base + size
+    middle = np.where(good & (forkoff > 0), low + forkoff, high)
+    data_format, attr_format = core["di_format"].astype(np.int64), core["di_aformat"].astype(np.int64)
+    # device nodes keep their number where others have extents; of the rest only directories and symlinks fit into the inode
+    owns = np.isin(inodes.type, (tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK, tables.T_METADATA))
+    fits = np.isin(inodes.type, (tables.T_DIRECTORY, tables.T_SYMLINK)) & (data_format == disk.FMT_LOCAL)
+    fits |= (data_format == disk.FMT_EXTENTS) | (data_format == disk.FMT_BTREE)
+    damage.check(fits | ~owns, "fork-format", "inodes have a data fork of a format that can't be", inodes.record)
+    known = (attr_format >= disk.FMT_LOCAL) & (attr_format <= disk.FMT_BTREE)
+    damage.check(
+        (middle == high) | known, "attribute-format", "inodes have an attribute fork of a format that can't be", inodes.record
     )
-    split = np.where(good & (forkoff > 0), forkoff, geometry.inode_size - literal)
+    nextents, anextents = _extent_counts(batch.geometry, core)
+    return (
+        _Fork(DATA_FORK, np.where(owns & fits, data_format, disk.FMT_DEV), nextents, low, middle),
+        _Fork(ATTR_FORK, np.where(middle < high, attr_format, disk.FMT_DEV), anextents, middle, high),
+    )
+
+
+def _extent_counts(geometry: Geometry, core: np.ndarray) -> tuple[Int, Int]:
+    """Extents of data and attribute fork; inodes with large counters keep them elsewhere."""
     nextents, anextents = core["di_nextents"].astype(np.int64), core["di_anextents"].astype(np.int64)
     if geometry.has("nrext64"):
         large = (core["di_flags2"] & disk.DIFLAG2_NREXT64) != 0
         anextents = np.where(large, nextents, anextents)
         nextents = np.where(large, np.minimum(core["di_big_nextents"], 1 << 62).astype(np.int64), nextents)
-    middle, end = base + literal + split, base + geometry.inode_size
-    # device nodes keep their number where others have extents; only files, directories and symlinks have blocks
-    own = np.isin(inodes.type, (tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK, tables.T_METADATA))
-    wanted = {tables.T_FILE: (disk.FMT_EXTENTS, disk.FMT_BTREE), tables.T_METADATA: (disk.FMT_EXTENTS, disk.FMT_BTREE)}
-    both = (disk.FMT_LOCAL, disk.FMT_EXTENTS, disk.FMT_BTREE)
-    form, aform = core["di_format"].astype(np.int64), core["di_aformat"].astype(np.int64)
-    allowed = np.isin(form, both) & ~(np.isin(inodes.type, list(wanted)) & (form == disk.FMT_LOCAL))
-    damage.check(allowed | ~own, "fork-format", "inodes have a data fork of a format that can't be", inodes.record)
-    damage.check(
-        (forkoff == 0) | np.isin(aform, both),
-        "attribute-format",
-        "inodes have an attribute fork of a format that can't be",
-        inodes.record,
-    )
-    return (
-        _Fork(DATA_FORK, np.where(own & allowed, form, disk.FMT_DEV), nextents, base + literal, middle),
-        _Fork(ATTR_FORK, np.where(middle < end, aform, disk.FMT_DEV), anextents, middle, end),
-    )
+    return nextents, anextents
 
 
-def _data_inline(
-    geometry: Geometry, damage: Damage, flat: Bytes, inodes: Inodes, fork: _Fork, move: Int, rows: tables.ExtentRows
-) -> Names:
-    """Short directories and symlink targets in the data fork. `move`: from a place in the batch to one on the volume."""
+def _data_inline(batch: _Batch, fork: _Fork) -> Names:
+    """Short directories and symlink targets in the data fork."""
+    inodes, damage = batch.inodes, batch.damage
     local = np.flatnonzero(fork.format == disk.FMT_LOCAL)
     fits = inodes.size[local] <= (fork.end - fork.start)[local]
     local = local[damage.check(fits, "inline-size", "inodes are larger than their inline data", inodes.record[local])]
-    start, size = fork.start[local], inodes.size[local]
     directory = inodes.type[local] == tables.T_DIRECTORY
-    for kind, mine, at in ((tables.DIRECTORY, directory, -1), (tables.SYMLINK, ~directory, 0)):
-        where, owner = (start + move[local])[mine], inodes.number[local[mine]]
-        rows.add(kind, where, size[mine], inode=owner, file_offset=at, flags=tables.INLINE)
-    local, start, size = local[directory], start[directory], size[directory]
-    return short_form(flat, start, start + size, inodes.number[local], inodes.record[local], geometry.has("ftype"), damage)
+    for kind, mine, at in ((tables.DIRECTORY, local[directory], -1), (tables.SYMLINK, local[~directory], 0)):
+        where = (inodes.record + fork.start - batch.base)[mine]
+        batch.rows.add(kind, where, inodes.size[mine], inode=inodes.number[mine], file_offset=at, flags=tables.INLINE)
+    mine = local[directory]
+    start, end = fork.start[mine], fork.start[mine] + inodes.size[mine]
+    return short_form(batch.flat, start, end, inodes.number[mine], inodes.record[mine], batch.geometry.has("ftype"), damage)
 
 
-def _attributes_inline(
-    geometry: Geometry, damage: Damage, flat: Bytes, inodes: Inodes, fork: _Fork, move: Int, rows: tables.ExtentRows
-) -> None:
+def _attributes_inline(batch: _Batch, fork: _Fork) -> None:
     """Attributes in the attribute fork: struct xfs_attr_sf_hdr, two bytes of total size and the count."""
+    inodes, flat = batch.inodes, batch.flat
     local = np.flatnonzero((fork.format == disk.FMT_LOCAL) & (fork.end - fork.start >= 4))
     start = fork.start[local]
     size = flat[start].astype(np.int64) << 8 | flat[start + 1]
-    fits = damage.check(size <= (fork.end - fork.start)[local], "inline-attributes", "inline attributes are larger than their fork",
-                        inodes.record[local])  # fmt: skip
+    fits = size <= (fork.end - fork.start)[local]
+    batch.damage.check(fits, "inline-attributes", "inline attributes are larger than their fork", inodes.record[local])
     some = fits & (flat[start + 2] > 0)
-    rows.add(tables.XATTR, (start + move[local])[some], size[some], inode=inodes.number[local[some]], flags=tables.INLINE)
+    mine, size = local[some], size[some]
+    where = (inodes.record + fork.start - batch.base)[mine]
+    batch.rows.add(tables.XATTR, where, size, inode=inodes.number[mine], flags=tables.INLINE)
 
 
-def _extents(damage: Damage, flat: Bytes, fork: _Fork, place: Int, known: int) -> Extents:
+def _extents(batch: _Batch, fork: _Fork) -> Extents:
     """Extent lists in the records."""
+    flat, place = batch.flat, batch.inodes.record
     mine = np.flatnonzero((fork.format == disk.FMT_EXTENTS) & (fork.nextents > 0))
     start, count = fork.start[mine], fork.nextents[mine]
     room = (fork.end[mine] - start) // disk.BMBT_REC_SIZE
-    damage.check(count <= room, "extent-count", "inodes claim more extents than they have room for", place[mine])
+    batch.damage.check(count <= room, "extent-count", "inodes claim more extents than they have room for", place[mine])
     row, step = expand(np.minimum(count, room))
     # the literal area begins on a multiple of 4, not always of 8: the words are seen from where it begins
     shift = int(start[0] % 8) if len(start) else 0
     words = flat[shift : shift + (len(flat) - shift) // 8 * 8].view(">u8")
     at = (start[row] - shift) // 8 + 2 * step
-    owner = known + mine[row]
+    owner = batch.known + mine[row]
     return decode(owner, np.full(len(owner), fork.which), words[at].astype(np.uint64), words[at + 1].astype(np.uint64))
 
 
-def _roots(damage: Damage, flat: Bytes, fork: _Fork, place: Int, known: int) -> Roots:
+def _roots(batch: _Batch, fork: _Fork) -> Roots:
     """struct xfs_bmdr_block: level and number of records (2 bytes each), keys, pointers; both 8 bytes."""
+    flat, place = batch.flat, batch.inodes.record
     mine = np.flatnonzero(fork.format == disk.FMT_BTREE)
     start = fork.start[mine]
     room = np.maximum(0, (fork.end[mine] - start - 4) // 16)
     head = flat[np.minimum(start[:, None] + np.arange(4), len(flat) - 1)].astype(np.int64)
     level, count = head[:, 0] << 8 | head[:, 1], head[:, 2] << 8 | head[:, 3]
     good = (count > 0) & (count <= room) & (level > 0) & (level < MAX_LEVELS)
-    damage.check(good, "tree-root", "roots of bmbt in inodes have a wrong level or count", place[mine])
+    batch.damage.check(good, "tree-root", "roots of bmbt in inodes have a wrong level or count", place[mine])
     mine, start, room, level, count = mine[good], start[good], room[good], level[good], count[good]
     row, step = expand(count)
     at = (start + 4 + 8 * room)[row] + 8 * step
     raw = np.ascontiguousarray(flat[at[:, None] + np.arange(8)]).view(">u8")[:, 0]
-    block = np.where(raw < 1 << 62, raw, 0).astype(np.int64) - (raw >= 1 << 62)
-    return Roots(known + mine[row], np.full(len(row), fork.which), block, level[row] - 1)
+    return Roots(batch.known + mine[row], np.full(len(row), fork.which), narrow(raw), level[row] - 1)
