@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Bytes, Int, expand, ints
+from virt_bmap.arrays import Bytes, Int, expand, ints
 from virt_bmap.contract import Filesystem, Problem
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.sharing import cut_shared, overlap
-from virt_bmap.filesystems.squashfs.compression import COMPRESSIONS, UNCOMPRESSED, Table, decompressor, read_blocks
+from virt_bmap.filesystems.squashfs.compression import COMPRESSIONS, METADATA_SIZE, UNCOMPRESSED, Table, decompressor, read_blocks
 from virt_bmap.filesystems.squashfs.inodes import DIR, INVALID, REG, SYMLINK, Tree, walk
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
@@ -120,83 +120,88 @@ class _Tables:
     regions: Int
 
 
-def _read_tables(reader: Reader, superblock: np.void, rows: ExtentRows, problems: list[Problem]) -> _Tables:
-    """Read every table and add its row. Tables lie one behind the other; each ends where the next one begins."""
-    unpack = decompressor(int(superblock["compression"]))
-    end = min(int(superblock["bytes_used"]), reader.size)
-    regions: list[tuple[int, int]] = []
+class _TableReader:
+    """Reads tables, names the bytes they take, and writes down what is wrong with them."""
 
-    def region(part: str, start: int, stop: int) -> Bytes:
+    def __init__(self, reader: Reader, superblock: np.void, rows: ExtentRows, problems: list[Problem]) -> None:
+        self.reader, self.superblock, self.rows, self.problems = reader, superblock, rows, problems
+        self.unpack = decompressor(int(superblock["compression"]))
+        self.end = min(int(superblock["bytes_used"]), reader.size)
+        self.regions: list[tuple[int, int]] = []
+
+    def region(self, part: str, start: int, stop: int) -> Bytes:
         """Name the bytes [start, stop) and read them; nothing where they do not lie inside the image."""
-        if not 0 <= start < stop <= end or stop - start > MAX_TABLE:
+        if not 0 <= start < stop <= self.end or stop - start > MAX_TABLE:
             if start != stop:
-                problems.append(
-                    Problem(
-                        "table",
-                        f"the {part} from {start:#x} to {stop:#x} is not inside the image or not before the next table",
-                        start,
-                    )
-                )
+                words = f"the {part} from {start:#x} to {stop:#x} is not inside the image or not before the next table"
+                self.problems.append(Problem("table", words, start))
             return np.zeros(0, np.uint8)
-        rows.add(tables.METADATA, start, stop - start, part=part)
-        regions.append((start, stop))
-        return reader.read_ranges(ints(start), ints(stop - start))
+        self.rows.add(tables.METADATA, start, stop - start, part=part)
+        self.regions.append((start, stop))
+        return self.reader.read_ranges(ints(start), ints(stop - start))
 
-    def blocks(part: str, start: int, stop: int) -> Table:
-        table, broken = read_blocks(region(part, start, stop), start, unpack, part)
+    def blocks(self, part: str, start: int, stop: int) -> Table:
+        """The metadata blocks that fill [start, stop)."""
+        table, broken = read_blocks(self.region(part, start, stop), start, self.unpack, part)
         if broken:
-            problems.append(Problem("metadata-block", f"{broken} metadata blocks of the {part} can't be read", start))
+            self.problems.append(Problem("metadata-block", f"{broken} metadata blocks of the {part} can't be read", start))
         return table
 
-    def indexed(part: str, column: str, count: int, size: int, header: int = 0) -> tuple[Table, int]:
-        """A table of `count` records of `size` bytes, found through pointers at `column`; and where its first metadata block lies."""
-        index = _place(superblock, column)
-        pointers = -(-count * size // 8192)
-        if index >= end or count == 0:
-            return read_blocks(np.zeros(0, np.uint8), 0, unpack, part)[0], end if index >= end else index
-        if pointers * 8 > end - index - header:
-            problems.append(Problem("table", f"the {part} at {index:#x} has more pointers than fit the image", index))
-            return read_blocks(np.zeros(0, np.uint8), 0, unpack, part)[0], index
-        where = widen(np.frombuffer(reader.read(index + header, 8 * pointers), "<u8"), part)
+    def indexed(self, part: str, column: str, count: int, size: int, header: int = 0) -> tuple[Table, int]:
+        """A table of `count` records of `size` bytes, whose metadata blocks are found through pointers `header` bytes behind the superblock's
+        `column`; and where the first of them lies."""
+        index = _place(self.superblock, column)
+        none = read_blocks(np.zeros(0, np.uint8), 0, self.unpack, part)[0]
+        if index >= self.end or count == 0:
+            return none, min(index, self.end)
+        pointers = -(-count * size // METADATA_SIZE)
+        if pointers * 8 > self.end - index - header:
+            self.problems.append(Problem("table", f"the {part} at {index:#x} has more pointers than fit the image", index))
+            return none, index
+        where = widen(np.frombuffer(self.reader.read(index + header, 8 * pointers), "<u8"), part)
         first = min(int(where.min()), index)
-        table = blocks(part, first, index)
-        region(part, index, index + header + 8 * pointers)
-        if (where < first).any() or not np.isin(where, table.disk).all():
-            problems.append(Problem("table", f"the {part}'s pointers at {index:#x} do not lead to its metadata blocks", index))
+        table = self.blocks(part, first, index)
+        self.region(part, index, index + header + 8 * pointers)
+        if not np.isin(where, table.disk).all():
+            self.problems.append(
+                Problem("table", f"the {part}'s pointers at {index:#x} do not lead to its metadata blocks", index)
+            )
         return table, first
 
-    rows.add(tables.METADATA, 0, SUPERBLOCK.itemsize, part="superblock")
-    regions.append((0, SUPERBLOCK.itemsize))
+    def xattrs(self) -> tuple[Table, np.ndarray, int]:
+        """The attributes, the records that inodes refer to, and where the first of both lies."""
+        at = _place(self.superblock, "xattr_id_table_start")
+        none = read_blocks(np.zeros(0, np.uint8), 0, self.unpack, "xattr table")[0]
+        if at > self.end - 16:
+            return none, np.zeros(0, XATTR_ID), self.end
+        header = np.frombuffer(self.reader.read(at, 16), "<u4")
+        start, count = int(header[0]) | (int(header[1]) & 0x3FFFFFFF) << 32, int(header[2])
+        found, first = self.indexed("xattr table", "xattr_id_table_start", count, XATTR_ID.itemsize, 16)
+        values = self.blocks("xattr table", start, first) if start != first else none
+        return values, records(found.data[: found.length], XATTR_ID), min(start, first)
+
+
+def _read_tables(reader: Reader, superblock: np.void, rows: ExtentRows, problems: list[Problem]) -> _Tables:
+    """Read every table and add its rows. Tables lie one behind the other; each ends where the next one begins."""
+    source = _TableReader(reader, superblock, rows, problems)
+    source.region("superblock", 0, SUPERBLOCK.itemsize)
     if int(superblock["flags"]) & COMPRESSOR_OPTIONS:
-        length = int.from_bytes(reader.read_clipped(96, 2), "little") & (UNCOMPRESSED - 1)
-        region("compressor options", 96, 98 + length)
-    xattrs, xattr_ids, after = _read_xattrs(reader, superblock, end, blocks, indexed)
-    ids, id_start = indexed("id table", "id_table_start", int(superblock["no_ids"]), 4)
-    _, export_start = indexed("export table", "lookup_table_start", int(superblock["inodes"]), 8)
-    fragments, fragment_start = indexed("fragment table", "fragment_table_start", int(superblock["fragments"]), FRAGMENT.itemsize)
-    stop = min(place for place in (after, id_start, export_start, fragment_start))
+        at = SUPERBLOCK.itemsize
+        length = int.from_bytes(reader.read_clipped(at, 2), "little") & (UNCOMPRESSED - 1)
+        source.region("compressor options", at, at + 2 + length)
+    xattrs, xattr_ids, xattr_start = source.xattrs()
+    ids, id_start = source.indexed("id table", "id_table_start", int(superblock["no_ids"]), 4)
+    _, export_start = source.indexed("export table", "lookup_table_start", int(superblock["inodes"]), 8)
+    fragments, fragment_start = source.indexed(
+        "fragment table", "fragment_table_start", int(superblock["fragments"]), FRAGMENT.itemsize
+    )
     directory_start = _place(superblock, "directory_table_start")
-    inodes = blocks("inode table", _place(superblock, "inode_table_start"), directory_start)
-    directories = blocks("directory table", directory_start, stop)
+    inodes = source.blocks("inode table", _place(superblock, "inode_table_start"), directory_start)
+    directories = source.blocks("directory table", directory_start, min(xattr_start, id_start, export_start, fragment_start))
     return _Tables(
         inodes, directories, records(fragments.data[: fragments.length], FRAGMENT),
-        widen(np.frombuffer(ids.data[: ids.length // 4 * 4], "<u4"), "id"), xattr_ids, xattrs, np.array(regions, np.int64),
+        widen(np.frombuffer(ids.data[: ids.length // 4 * 4], "<u4"), "id"), xattr_ids, xattrs, np.array(source.regions, np.int64).reshape(-1, 2),
     )  # fmt: skip
-
-
-def _read_xattrs(reader: Reader, superblock: np.void, end: int, blocks: object, indexed: object) -> tuple[Table, np.ndarray, int]:
-    """The attributes, the records that inodes refer to, and where the first of them lies."""
-    at = int(superblock["xattr_id_table_start"])
-    none = Table(EMPTY, EMPTY, np.zeros(0, bool), EMPTY, np.zeros(64, np.uint8), 0)
-    if at > end - 16:
-        return none, np.zeros(0, XATTR_ID), end
-    header = np.frombuffer(reader.read(at, 16), "<u4")
-    start, count = int(header[0]) | (int(header[1]) & 0x3FFFFFFF) << 32, int(header[2])
-    found, first = indexed("xattr table", "xattr_id_table_start", count, XATTR_ID.itemsize, 16)  # type: ignore[operator]
-    if start == first:
-        return none, records(found.data[: found.length], XATTR_ID), first
-    values = blocks("xattr table", start, first)  # type: ignore[operator]
-    return values, records(found.data[: found.length], XATTR_ID), min(start, first)
 
 
 def _root(inodes: Table, superblock: np.void, tree: Tree, reader: Reader) -> int:
