@@ -1,5 +1,6 @@
 """NTFS piece by piece: names, run lists and bitmaps against plain loops; damaged, dirty and odd volumes made by patching bytes."""
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,39 @@ def test_a_lost_first_record_is_read_from_the_mirror(patched: Callable[[Patch], 
     assert codes(found) == {"mft-record"}
     assert found.extents.equals(whole.extents)
     assert state(found) == "damaged"
+
+
+def test_a_first_record_without_a_run_list_is_read_from_the_mirror(patched: Callable[[Patch], BlockMap], image: Path) -> None:
+    def rename(data: bytearray, bmap: BlockMap) -> None:
+        data[attribute(data, record_of(bmap, 0), 0x80)] = 0x81
+
+    found = patched(rename)
+    assert "mft-record" in codes(found)
+    assert found.extents.equals(mapped(image).extents)
+
+
+@pytest.mark.parametrize(("tag", "wanted"), [(0xA000000C, "symlink"), (0xA0000003, "symlink"), (0xA000001D, "symlink"), (0x80000023, "socket"),
+                                             (0x80000024, "fifo"), (0x80000025, "char"), (0x80000026, "block"), (0x80000017, "file"),
+                                             (0x80000013, "file"), (0x9000001A, "file")])  # fmt: skip
+def test_reparse_points_say_what_a_file_is(tag: int, wanted: str, image: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "image"
+    copy.write_bytes(image.read_bytes())
+    with fuse(copy, "rw") as root:
+        (root / "point").touch()
+        os.setxattr(root / "point", "system.ntfs_reparse_data", struct.pack("<IHH", 0x80000017, 24, 0) + bytes(24))
+    data = bytearray(copy.read_bytes())  # ntfs-3g checks what it knows
+    at = attribute(data, record_of(mapped(copy), tree(mapped(copy), 0)["/point"]), 0xC0)
+    struct.pack_into("<I", data, at + struct.unpack_from("<H", data, at + 0x14)[0], tag)
+    copy.write_bytes(data)
+    bmap = mapped(copy)
+    assert_proven(bmap)
+    inode = tree(bmap, 0)["/point"]
+    row = next(row for row in bmap.inodes.to_pylist() if row["inode"] == inode)
+    assert row["type"] == wanted
+    assert bool(row["flags"] & tables.I_COMPRESSED) == (tag == 0x80000017)
+    assert codes(bmap) == ({"dedup"} if tag == 0x80000013 else set())
+    parts = [(row["kind"], row["part"]) for row in bmap.extents.to_pylist() if row["inode"] == inode]
+    assert parts == [("symlink", None) if wanted == "symlink" else ("metadata", "$REPARSE_POINT")]
 
 
 def test_a_mirror_that_differs_is_reported(patched: Callable[[Patch], BlockMap]) -> None:

@@ -9,12 +9,14 @@ Sources: ntfs-3g 2022.10.3 (include/ntfs-3g/layout.h, libntfs-3g); kernel fs/ntf
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from virt_bmap import tables
 from virt_bmap.contract import Filesystem
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.boot import is_boot, read_boot, tail
 from virt_bmap.filesystems.ntfs.contents import interix_starts, read_contents, reparse_tags, sizes_and_flags
-from virt_bmap.filesystems.ntfs.inodes import inode_table, inode_types, name_table, read_tree
+from virt_bmap.filesystems.ntfs.inodes import inode_table, inode_types, name_table, read_tree, record_offset
 from virt_bmap.filesystems.ntfs.mft import read_mft
 from virt_bmap.filesystems.ntfs.owners import claim
 from virt_bmap.filesystems.ntfs.problems import Problems
@@ -33,7 +35,7 @@ FEATURES = (
     "sparse, compressed and encrypted attributes",
     "preallocated and unwritten clusters",
     "hard links; names with unpaired surrogates",
-    "reparse points: symbolic links, mount points, the special files of WSL, WOF; links and devices of Interix",
+    "reparse points: symbolic links, mount points, the special files of WSL, WOF, deduplicated files; links and devices of Interix",
     "$Extend with $UsnJrnl, $ObjId, $Quota, $Reparse, $RmMetadata, $Deleted",
     "bad clusters",
     "deleted records, without their clusters",
@@ -57,6 +59,8 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     contents = read_contents(mft, geometry, problems)
     check_records(reader, mft, contents, problems)
     tags = reparse_tags(reader, len(mft), contents)
+    moved = np.flatnonzero(tags == ntfs.REPARSE_DEDUP)
+    problems.add("dedup", "files have their content in the chunk store of deduplication", record_offset(mft, moved), "note")
     types = inode_types(mft, tree, tags, interix_starts(mft, contents))
     sizes, flags = sizes_and_flags(mft, tree, contents, tags)
     root = ntfs.ROOT if mft.records.directory[ntfs.ROOT : ntfs.ROOT + 1].any() else -1

@@ -50,8 +50,12 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
     """Read the whole $MFT. Corrupt where neither its first record nor the mirror's says where it lies."""
     size = geometry.record_size
     first, mirror = first_records(reader, geometry, problems)
-    batch = parse(first[:size], 0, size)
-    own = own_list(batch)
+    own, replaced = own_list(parse(first[:size], 0, size)), None
+    if mirror is not None and not begins(own) and begins(copy := own_list(parse(mirror[:size], 0, size))):
+        replaced, own = mirror[:size], copy  # whole as a record, but its run list is lost
+        problems.append(
+            Problem("mft-record", "record 0 of the $MFT says not where it lies; its copy in $MFTMirr was read", geometry.mft)
+        )
     pieces = [decoded(own, geometry)]
     length = int(own.initialized_size[own.lowest_vcn == 0].max(initial=0))
     batches: list[Batch] = []
@@ -65,6 +69,7 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
             break
         data = read_stream(reader, stream, at, end)
         if at == 0:
+            data = data if replaced is None else np.concatenate([replaced, data[size:]])
             data = repair(data, mirror, geometry, problems)
             system = prepared(data[: ntfs.FIRST_USER * size], size)
         batches.append(parse(data, at // size, size, held))
@@ -171,6 +176,11 @@ def own_list(batch: Batch) -> Attributes:
     own = (found.record == ntfs.MFT) | ((base != 0) & (base & ntfs.REFERENCE == ntfs.MFT))
     mine = np.flatnonzero(own & (found.type == ntfs.DATA) & (found.value < 0) & record.in_use[found.record - batch.first])
     return found.take(mine[~found.named(mine)])
+
+
+def begins(own: Attributes) -> bool:
+    """Is the first piece of the $MFT among these?"""
+    return bool(((own.lowest_vcn == 0) & (own.initialized_size > 0)).any())
 
 
 def decoded(found: Attributes, geometry: Geometry) -> Runs:

@@ -76,7 +76,7 @@ NAME_DOS = 2
 VOLUME_INFORMATION_VALUE = struct(0x0C, [(0x08, "major_ver", "u1"), (0x09, "minor_ver", "u1"), (0x0A, "flags", "<u2")])
 VOLUME_IS_DIRTY = 1
 
-MFT, MFTMIRR, LOGFILE, VOLUME, ROOT, BITMAP_FILE, BOOT, EXTEND = 0, 1, 2, 3, 5, 6, 7, 11
+MFT, LOGFILE, VOLUME, ROOT, BITMAP_FILE, BOOT, EXTEND = 0, 2, 3, 5, 6, 7, 11
 SYSTEM_FILES = (
     "$MFT", "$MFTMirr", "$LogFile", "$Volume", "$AttrDef", ".", "$Bitmap", "$Boot", "$BadClus", "$Secure", "$UpCase", "$Extend",
 )  # fmt: skip
