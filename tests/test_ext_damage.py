@@ -15,7 +15,7 @@ from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
 from virt_bmap.filesystems import ext
-from virt_bmap.filesystems.ext import blocks
+from virt_bmap.filesystems.ext import blocks, owned
 from virt_bmap.filesystems.ext.checksums import crc16, crc32c
 from virt_bmap.filesystems.ext.groups import ones
 from virt_bmap.filesystems.ext.superblock import read_superblock
@@ -110,6 +110,16 @@ def test_two_owners_are_named(folder: Path, tmp_path: Path) -> None:
     bmap = mapped(image)
     assert "two-owners" in codes(bmap)
     assert {d.code for d in check(bmap).disagreements} >= {"two-owners", "allocated-but-not-owned"}
+
+
+def test_flags_of_unused_reserved_inodes_do_no_harm(folder: Path, tmp_path: Path) -> None:
+    """An empty reserved record with nothing but the flag for inline data is no inode, and no other takes its place."""
+    ext_images.make(folder, Flavour("x", "-t ext4 -b 1024 -O inline_data,^metadata_csum", "8M"), image := tmp_path / "x.img")
+    before = mapped(image)
+    run("debugfs", "-w", "-R", "set_inode_field <9> flags 0x10000000", image)
+    after = mapped(image)
+    assert after.extents.equals(before.extents)
+    assert after.names.equals(before.names)
 
 
 # ---- mutations ------------------------------------------------------------------------------------------------------
@@ -249,3 +259,20 @@ def _tiny() -> tuple[ext.superblock.Superblock, np.ndarray]:
     for at, value in fields.items():
         data[1024 + at : 1024 + at + 4] = np.frombuffer(int(value).to_bytes(4, "little"), np.uint8)
     return read_superblock(BytesReader(data), []), data
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), min_size=1, max_size=12))
+def test_shared_blocks_are_flagged_exactly(pieces: list[tuple[int, int]]) -> None:
+    """Runs of several owners over the same blocks, cut so that the flag covers the shared ones and no others."""
+    n = len(pieces)
+    start, count = np.array([a for a, _ in pieces]), np.array([b for _, b in pieces])
+    runs = blocks.Runs(np.arange(n), np.arange(n) * 100, start, count, np.zeros(n, bool))
+    cut, flags = owned._shared(runs)
+    users = np.bincount(np.concatenate([np.arange(a, a + b) for a, b in pieces]))
+    found = {
+        (int(o), int(s) + i): (int(p) + i, bool(f & tables.SHARED))
+        for o, p, s, c, f in zip(cut.owner, cut.logical, cut.start, cut.count, flags, strict=True)
+        for i in range(c)
+    }
+    expected = {(k, a + i): (k * 100 + i, users[a + i] > 1) for k, (a, b) in enumerate(pieces) for i in range(b)}
+    assert found == expected

@@ -66,11 +66,11 @@ def add_data(
     rows: ExtentRows, superblock: Superblock, nodes: Inodes, types: np.ndarray, bodies: Bodies, problems: Problems
 ) -> list[Names]:
     """Rows for inline data; returns the names in inline directories."""
-    at = np.searchsorted(nodes.number, bodies.number)
-    kept = with_types(types[at], tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK)
-    at, data = at[kept], bodies.data[kept]
-    if not len(at):
+    if not len(bodies.number) or not len(nodes):
         return []
+    at = np.minimum(np.searchsorted(nodes.number, bodies.number), len(nodes) - 1)
+    kept = with_types(types[at], tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK) & (nodes.number[at] == bodies.number)
+    at, data = at[kept], bodies.data[kept]
     value, length = _system_data(data, nodes.offset[at], problems)
     offset, number, size, is_dir = nodes.offset[at], nodes.number[at], nodes.size[at], types[at] == tables.T_DIRECTORY
     kind_of = {tables.T_FILE: tables.DATA, tables.T_DIRECTORY: tables.DIRECTORY, tables.T_SYMLINK: tables.SYMLINK}
