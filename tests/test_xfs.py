@@ -94,6 +94,7 @@ V4 = {
         "-b",
         "size=512",
     ),
+    "v4-ci": ("-m", "crc=0", "-n", "version=ci"),
     "v4-dirblock": ("-m", "crc=0", "-n", "size=16384", "-b", "size=1024"),
 }
 
