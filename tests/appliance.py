@@ -23,7 +23,8 @@ Step = tuple[str, str]
 def made(name: str, disks: dict[str, int], steps: list[Step]) -> Path:
     """The folder with what the steps made, from the cache or fresh.
 
-    `disks` are files and their sizes in bytes, /dev/sda and on in the machine; a size of 0 stands for a file that a first step made.
+    `disks` are files and their sizes in bytes, in the machine /dev/disk/guestfs/NAME (/dev/sda and so on come in any order); a size of 0
+    stands for a file that a first step made.
     """
     if not shutil.which("guestfish"):
         pytest.skip("guestfish is not installed (apt-get install libguestfs-tools linux-image-amd64)")
@@ -49,7 +50,7 @@ def _run(work: Path, disks: dict[str, int], steps: list[Step]) -> None:
         if size:
             with (work / disk).open("wb") as file:
                 file.truncate(size)
-    lines = [f"add {disk} format:raw" for disk in disks] + ["run"]
+    lines = [f"add {disk} format:raw label:{disk}" for disk in disks] + ["run"]
     for where, command in steps[first:]:
         if where == "host":
             lines.append(f"!set -e; {command}")

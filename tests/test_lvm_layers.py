@@ -39,15 +39,15 @@ lvm() {
     checks='thin_check_executable="" cache_check_executable="" thin_repair_executable="" cache_repair_executable=""'
     command lvm $verb --yes --config "global{$checks} activation{monitoring=0} allocation{raid_stripe_all_devices=0}" "$@"
 }
-fill() { dd if=/dev/sdf of=/dev/vg/$1 bs=64k skip=$2 count=$(($(blockdev --getsize64 /dev/vg/$1) / 65536)); sync; }
-piece() { dd if=/dev/sdf of=/dev/vg/$1 bs=4k seek=$2 count=$3 skip=$4 conv=notrunc; sync; }
+fill() { dd if=/dev/disk/guestfs/pattern of=/dev/vg/$1 bs=64k skip=$2 count=$(($(blockdev --getsize64 /dev/vg/$1) / 65536)); sync; }
+piece() { dd if=/dev/disk/guestfs/pattern of=/dev/vg/$1 bs=4k seek=$2 count=$3 skip=$4 conv=notrunc; sync; }
 truth() { for name in "$@"; do echo sha $name $(blockdev --getsize64 /dev/vg/$name) $(sha256sum < /dev/vg/$name); done; }
-flush() { sync; for disk in a b c d e; do blockdev --flushbufs /dev/sd$disk; done; }
+flush() { sync; for disk in 1 2 3 4 5; do blockdev --flushbufs /dev/disk/guestfs/d$disk; done; }
 """
 RAID = rf"""
 modprobe -a dm-mod dm-raid raid456 raid10 raid1 raid0 dm-mirror dm-snapshot dm-thin-pool dm-cache dm-cache-smq dm-writecache dm-integrity
-lvm pvcreate /dev/sda /dev/sdb /dev/sdc /dev/sdd /dev/sde
-lvm vgcreate -s 256k vg /dev/sda /dev/sdb /dev/sdc /dev/sdd /dev/sde
+lvm pvcreate /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3 /dev/disk/guestfs/d4 /dev/disk/guestfs/d5
+lvm vgcreate -s 256k vg /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3 /dev/disk/guestfs/d4 /dev/disk/guestfs/d5
 number=0
 for spec in {" ".join(f'"{spec}"' for spec in RAIDS)}; do
     number=$((number + 1)); set -- $spec; name=r$number-$1
@@ -59,7 +59,7 @@ sleep 3
 lvm vgchange -an vg; flush
 """
 THIN = """
-lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/sda /dev/sdb /dev/sdc
+lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3
 lvm lvcreate -L 4M -n origin vg; fill origin 0
 lvm lvcreate -s -c 4k -L 2M -n snap vg/origin
 piece origin 0 3 5000; piece origin 100 40 5100; piece snap 50 5 5200; piece snap 110 5 5300; piece snap 1000 8 5400
@@ -78,25 +78,25 @@ truth t1 t2 t1s t1ss empty t3
 lvm vgchange -an vg; flush
 """
 CACHE = """
-lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/sda /dev/sdb /dev/sdc
-for name in wb wt vol wc; do lvm lvcreate -L 4M -n $name vg /dev/sda; fill $name 3; done
-lvm lvcreate --type cache-pool -L 4M -c 32k -n fast1 vg /dev/sdb
+lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3
+for name in wb wt vol wc; do lvm lvcreate -L 4M -n $name vg /dev/disk/guestfs/d1; fill $name 3; done
+lvm lvcreate --type cache-pool -L 4M -c 32k -n fast1 vg /dev/disk/guestfs/d2
 lvm lvconvert --type cache --cachepool vg/fast1 --cachemode writeback vg/wb
-lvm lvcreate --type cache-pool -L 4M -c 32k -n fast2 vg /dev/sdb
+lvm lvcreate --type cache-pool -L 4M -c 32k -n fast2 vg /dev/disk/guestfs/d2
 lvm lvconvert --type cache --cachepool vg/fast2 --cachemode writethrough vg/wt
-lvm lvcreate -L 8M -n fast3 vg /dev/sdb; lvm lvconvert --type cache --cachevol vg/fast3 --cachemode writeback -c 32k vg/vol
+lvm lvcreate -L 8M -n fast3 vg /dev/disk/guestfs/d2; lvm lvconvert --type cache --cachevol vg/fast3 --cachemode writeback -c 32k vg/vol
 for round in 1 2 3 4 5 6; do
     for name in wb wt vol; do
         dd if=/dev/vg/$name of=/dev/null bs=4k iflag=direct skip=$((round * 8)) count=64
-        dd if=/dev/sdf of=/dev/vg/$name bs=4k skip=$((round + 100)) seek=64 count=64 oflag=direct conv=notrunc
+        dd if=/dev/disk/guestfs/pattern of=/dev/vg/$name bs=4k skip=$((round + 100)) seek=64 count=64 oflag=direct conv=notrunc
     done
     sleep 1
 done
 for name in wb vol; do
     dmsetup message vg-$name 0 migration_threshold 0
-    dd if=/dev/sdf of=/dev/vg/$name bs=4k skip=999 seek=66 count=20 oflag=direct conv=notrunc
+    dd if=/dev/disk/guestfs/pattern of=/dev/vg/$name bs=4k skip=999 seek=66 count=20 oflag=direct conv=notrunc
 done
-lvm lvcreate -L 4M -n fast4 vg /dev/sdb; lvm lvchange -an vg/fast4; lvm lvchange -an vg/wc
+lvm lvcreate -L 4M -n fast4 vg /dev/disk/guestfs/d2; lvm lvchange -an vg/fast4; lvm lvchange -an vg/wc
 lvm lvconvert --type writecache --cachevol vg/fast4 vg/wc; lvm lvchange -ay vg/wc; piece wc 5 10 4000; piece wc 9 3 4100
 lvm lvcreate --type raid1 --raidintegrity y -m1 -L 2M -n integ vg; fill integ 4
 truth wb wt vol wc integ
@@ -105,7 +105,7 @@ flush
 """
 RESHAPE = """
 modprobe -a dm-mod dm-raid raid456 raid10 raid1 raid0
-lvm pvcreate /dev/sda /dev/sdb /dev/sdc /dev/sdd /dev/sde; lvm vgcreate -s 256k vg /dev/sda /dev/sdb /dev/sdc /dev/sdd /dev/sde
+lvm pvcreate /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3 /dev/disk/guestfs/d4 /dev/disk/guestfs/d5; lvm vgcreate -s 256k vg /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3 /dev/disk/guestfs/d4 /dev/disk/guestfs/d5
 lvm lvcreate --type raid5 -i2 -I64k -L 3M -n a vg; fill a 1; sleep 2
 lvm lvcreate --type raid5 -i2 -I64k -L 3M -n b vg; fill b 2; sleep 2
 lvm lvconvert --type raid5_rs vg/b || echo NOCONV; sleep 8

@@ -284,14 +284,14 @@ def test_members_out_of_date_and_doubled_are_named(corpus: Path) -> None:
 def test_damage_never_escapes(corpus: Path) -> None:
     folder = corpus / "images/fox-it+dissect.volume/tests/_data/md"
     readers = [unpacked(folder / f"md-raid5-{number}.bin.gz") for number in (1, 2, 3)]
-    for data in mutations(readers[0].data.tobytes(), 200, 3, [(4096, 4096 + 512), (12288, 12800)]):
+    for data in mutations(readers[0].data.tobytes(), 120, 3, [(4096, 4096 + 512), (12288, 12800)]):
         survives(data)
         with contextlib.suppress(FormatError):
             bmap = survey([BytesReader(data), *readers[1:]])
             for name in BlockMap.TABLES:
                 tables.check(name, getattr(bmap, name))
     old = unpacked(folder / "md-90-raid1-1.bin.gz")
-    for end in mutations(old.data[-65536:].tobytes(), 100, 4, [(0, 4096)]):
+    for end in mutations(old.data[-65536:].tobytes(), 60, 4, [(0, 4096)]):
         survives(np.concatenate([old.data[:-65536], end]))
 
 
@@ -322,12 +322,12 @@ def steps() -> list[Step]:
     )
     result = [("host", f'python3 -c "{numbers}"'), ("sh", start)]
     for name, (options, disks) in ARRAYS.items():
-        devices = " ".join(f"/dev/sd{'abcde'[at]}" for at in range(disks))
+        devices = " ".join(f"/dev/disk/guestfs/d{at}" for at in range(1, disks + 1))
         result.append(("sh", f"""
             yes | mdadm --create /dev/md127 --name={name} --run {options} --raid-devices={disks} {devices}
             mdadm --wait /dev/md127 || true
             test -b /dev/md127
-            dd if=/dev/sdf of=/dev/md127 bs=64k || true
+            dd if=/dev/disk/guestfs/pattern of=/dev/md127 bs=64k || true
             sync
             echo size {name} $(blockdev --getsize64 /dev/md127)
             mdadm --stop /dev/md127

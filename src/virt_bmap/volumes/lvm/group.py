@@ -20,10 +20,12 @@ from virt_bmap.volumes.lvm.text import Section
 from virt_bmap.volumes.lvm.thin import Pool
 from virt_bmap.volumes.stripes import Place
 
-MAX_EXTENTS = 1 << 40
-"""Extents of one volume, so that offsets in bytes stay far below 2**63 with extents of up to 4 MiB; LVM itself stops at 2**32."""
-MAX_EXTENT_SIZE = 1 << 30
-"""Sectors: 512 GiB, more than anyone sets; LVM's own text format stops at 2**32 sectors."""
+MAX_EXTENTS = 1 << 32
+"""Extents of one volume (MAX_EXTENT_COUNT in lvm2's metadata.h)."""
+MAX_EXTENT_SIZE = 1 << 32
+"""Sectors of one extent (MAX_EXTENT_SIZE there)."""
+MAX_BYTES = 1 << 58
+"""Of one volume, so that sums and products with small numbers fit in 63 bits."""
 
 
 PHYSICAL_OR_LOGICAL = ("stripes", "mirrors")
@@ -71,6 +73,12 @@ class Group:
     sizes: dict[int, int] = field(default_factory=dict)
     extents: list[tuple[int, int, int]] = field(default_factory=list)
     """Allocated on physical volumes: (member, first byte, bytes)."""
+
+    def bytes(self, extents: int) -> int:
+        """So many extents in bytes. Raises Corrupt where that is more than any volume has."""
+        if not 0 <= extents * self.extent_size <= MAX_BYTES:
+            raise Corrupt(f"{extents} extents of {self.extent_size} bytes are more than any volume has", code="too-large")
+        return extents * self.extent_size
 
     @property
     def volumes(self) -> dict[str, Section]:
@@ -129,10 +137,10 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
             group.missing[False, label] = uuid
             continue
         number, reader = pv.member.number, pv.member.reader
-        start = section.number("pe_start") * SECTOR
+        start = section.number("pe_start", high=MAX_BYTES // SECTOR) * SECTOR
         group.readers[number], group.sizes[number] = reader, reader.size
         group.physical[label] = Space(Place(number, start), reader.size - start)
-        if (end := start + section.number("pe_count", high=MAX_EXTENTS) * extent_size) > reader.size:
+        if (end := start + group.bytes(section.number("pe_count", high=MAX_EXTENTS))) > reader.size:
             group.problem(number, Problem(
                 "truncated", f"its extents end at byte {end:#x}, but it ends at {reader.size:#x}", reader.size, "error",
             ))  # fmt: skip
@@ -148,7 +156,7 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
 def span(group: Group, segment: Section) -> tuple[int, int]:
     """(first byte, bytes) of the logical volume that the segment describes."""
     start, count = segment.number("start_extent", high=MAX_EXTENTS), segment.number("extent_count", high=MAX_EXTENTS)
-    return start * group.extent_size, count * group.extent_size
+    return group.bytes(start), group.bytes(count)
 
 
 def segments_of(section: Section) -> list[Section]:
@@ -199,7 +207,7 @@ def add_free(group: Group) -> None:
         number = space.place.parent
         mine = [(start, size) for member, start, size in group.extents if member == number]
         starts = ints([start for start, _ in mine])
-        low, high = space.place.offset, space.place.offset + section.number("pe_count") * group.extent_size
+        low, high = space.place.offset, space.place.offset + group.bytes(section.number("pe_count", high=MAX_EXTENTS))
         size = group.sizes[number]
         left = complement(starts, starts + ints([size for _, size in mine]), min(low, size), min(high, size))
         group.assembly.extents.setdefault(number, ExtentRows()).add(FREE, left[0], left[1] - left[0])

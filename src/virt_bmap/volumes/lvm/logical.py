@@ -22,6 +22,8 @@ from virt_bmap.volumes.lvm.text import Section
 from virt_bmap.volumes.lvm.thin import columns, read_pool
 from virt_bmap.volumes.stripes import Place, bounded
 
+MAX_SECTORS = 1 << 40
+"""Of a cache volume, in which metadata and data have places of their own."""
 MAX_DEVICE = 1 << 24
 """Thin devices are numbered in 24 bits (MAX_DEV_ID in dm-thin.c)."""
 
@@ -216,7 +218,7 @@ def _cache(group: Group, name: str, segment: Section) -> None:
     pool = segment.text("cache_pool")
     if "metadata_len" in segment.values:  # one volume for both: sectors of metadata, then of data
         fast = _space(group, segment, "cache_pool")
-        places = [(fast.place.parent, segment.number(f"{part}_start") * SECTOR, segment.number(f"{part}_len") * SECTOR)
+        places = [(fast.place.parent, segment.number(f"{part}_start", high=MAX_SECTORS) * SECTOR, segment.number(f"{part}_len", high=MAX_SECTORS) * SECTOR)
                   for part in ("metadata", "data")]  # fmt: skip
     else:
         (inner,) = segments_of(group.volumes.get(pool, Section())) or [Section()]

@@ -27,7 +27,7 @@ def areas(group: Group, segment: Section, key: str) -> list[Area]:
     for name, extent in zip(items[::2], items[1::2], strict=False):
         if not isinstance(name, str) or not isinstance(extent, int) or not 0 <= extent <= MAX_EXTENTS:
             raise Corrupt(f"{key} lists {name!r}, {extent!r} instead of a volume and an extent")
-        found.append((group.space(key, name), extent * group.extent_size))
+        found.append((group.space(key, name), group.bytes(extent)))
     if not 1 <= len(found) <= MAX_STRIPES or len(items) % 2:
         raise Corrupt(f"{key} has {len(items)} items instead of pairs for 1 to {MAX_STRIPES} areas")
     return found

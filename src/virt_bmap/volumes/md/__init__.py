@@ -7,10 +7,11 @@ array gives itself is its label.
 Sources: kernel drivers/md/, include/uapi/linux/raid/md_p.h; mdadm's super0.c, super1.c and man page md(4).
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
 
-from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
+from virt_bmap.contract import Assembly, Child, Member, Problem, child_reference, extent_rows
 from virt_bmap.errors import FormatError, Unsupported
 from virt_bmap.reader import Reader
 from virt_bmap.tables import CONTENT, METADATA
@@ -35,6 +36,7 @@ ORACLES = (
     "a byte by byte reference of the kernel's formulas",
 )
 FIRST_MINOR = 127
+REDUNDANCY = dict.fromkeys((RAID4, RAID5, RAID6), "they are computed from parity")
 
 
 def probe(reader: Reader) -> bool:
@@ -54,9 +56,16 @@ def assemble(members: Sequence[Member]) -> Assembly:
             continue
         groups.setdefault((found.version, found.uuid), []).append(found)
         assembly.uuids[member.number], assembly.details[member.number] = found.uuid, f"superblock {found.version}"
+    first = _first_minor(members)
     for minor, group in enumerate(groups.values()):
-        _add_array(assembly, group, f"/dev/md{FIRST_MINOR - minor}" if minor <= FIRST_MINOR else f"/dev/md{minor}")
+        _add_array(assembly, group, f"/dev/md{first - minor if minor <= first else FIRST_MINOR + minor}")
     return assembly
+
+
+def _first_minor(members: Sequence[Member]) -> int:
+    """127, or one less than the arrays that these members lie on."""
+    below = [int(found[1]) for member in members if (found := re.match(r"/dev/md(\d+)", member.name))]
+    return max(0, min(below, default=FIRST_MINOR + 1) - 1)
 
 
 def _add_array(assembly: Assembly, members: list[Superblock], name: str) -> None:
@@ -88,27 +97,21 @@ def _state(array: Array) -> str:
 
 
 def _describe(assembly: Assembly, array: Array, cut: int) -> None:
-    """Rows and problems of the members, and what is wrong with the array as a whole (said of its freshest member)."""
+    """Rows and problems of the members, and what is wrong with the array as a whole."""
     for one in array.members:
-        rows = extent_rows(assembly, one.member)
+        rows, size = extent_rows(assembly, one.member), one.member.reader.size
         for part, start, length in one.metadata:
-            rows.add(METADATA, start, length, part=part)
+            rows.add(METADATA, start, max(0, min(length, size - start)), part=part)
         if one not in array.present and one.metadata[-1][0] != "md journal":
             start = one.data_offset
-            rows.add(CONTENT, start, max(0, min(one.data_size or one.size, one.member.reader.size - start)), part=NAME)
+            rows.add(CONTENT, start, max(0, min(one.data_size or one.size, size - start)), part=NAME)
         assembly.problems.setdefault(one.member.number, []).extend(one.problems)
-    problems = assembly.problems.setdefault(-1 - len(assembly.children), [])
+    problems = assembly.problems.setdefault(child_reference(assembly), [])
     if missing := [slot for slot, one in enumerate(array.slots) if one is None]:
         beyond = lost(array)
-        slots = ", ".join(map(str, missing))
-        words = (
-            "its bytes are lost"
-            if beyond
-            else ("they are computed from parity" if array.head.level in (RAID4, RAID5, RAID6) else "there are copies")
-        )
-        problems.append(
-            Problem("missing-member", f"members in slots {slots} are missing: {words}", -1, "error" if beyond else "warning")
-        )
+        words = "its bytes are lost" if beyond else REDUNDANCY.get(array.head.level, "there are copies")
+        detail = f"members in slots {', '.join(map(str, missing))} are missing: {words}"
+        problems.append(Problem("missing-member", detail, -1, "error" if beyond else "warning"))
     if cut:
         problems.append(Problem("truncated", f"{cut} of its bytes lie behind the end of their disks"))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from virt_bmap.contract import Member, Problem
 from virt_bmap.errors import Corrupt
-from virt_bmap.layout import INT64_MAX, record, struct
+from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes import gpt, mbr
 
@@ -17,6 +17,8 @@ SECTOR = 512
 MD_SB_MAGIC = 0xA92B4EFC
 MD_SB_BYTES = 4096
 MD_RESERVED_BYTES = 64 << 10
+MAX_SECTORS = 1 << 43
+"""Of one member: 4 PiB, so that the bytes of an array of all members there can be fit in 63 bits."""
 MAX_ROLES = (MD_SB_BYTES - 256) // 2
 MD_DISK_FAULTY, MD_DISK_ACTIVE, MD_DISK_SYNC = 0, 1, 2
 MD_SB_CLEAN, MD_SB_BITMAP_PRESENT = 0, 8
@@ -154,7 +156,7 @@ def _read_1(member: Member, version: str, offset: int) -> Superblock:
     features, number = int(head["feature_map"]), int(head["dev_number"])
     for name in ("size", "data_offset", "data_size", "resync_offset"):
         value = int(head[name])
-        if name != "resync_offset" and value > INT64_MAX // SECTOR:
+        if name != "resync_offset" and value > MAX_SECTORS:
             raise Corrupt(
                 f"the md superblock at byte {offset:#x} says {name} {value:#x}, more than any disk has", offset, "superblock"
             )
