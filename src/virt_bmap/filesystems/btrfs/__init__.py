@@ -4,10 +4,11 @@ Read are the root tree, the extent tree (which is the allocator), and the trees 
 step. Other trees are named. Blocks that snapshots share are read once; every file that refers to an extent owns it, flagged as shared.
 
 An inode's number here is `tree << 40 | objectid`, where the top-level subvolume counts as tree 0: numbers there are those of stat, and those
-of subvolume 257 begin at 257 << 40. Special ids, which are negative on the disk, count from 2^23 or 2^40 downwards. Subvolumes are directories where
-they are found in their parent, as in a mount of the top level. A snapshot holds an empty directory (objectid 2) in the place of a subvolume.
+of subvolume 257 begin at 257 << 40. Special ids, which are negative on the disk, count from 2^23 or 2^40 downwards. Subvolumes are
+directories where they are found in their parent, as in a mount of the top level. A snapshot holds an empty directory (objectid 2) in the
+place of a subvolume.
 
-Part "bookend": what is left of an extent after a part of it was overwritten; it stays allocated with inode of a file that keeps it.
+Part "bookend": what is left of an extent after a part of it was overwritten; it stays allocated, with the inode of a file that keeps it.
 Part "log": written to a file by fsync after the last commit, to be put into its place at the next mount; until then the file's other extents
 are those of the commit, as are its size and its names. Files that were created and fsynced since are shown as they will be.
 
@@ -32,8 +33,8 @@ NAME = "btrfs"
 FEATURES = (
     "all subvolumes and snapshots", "skinny and full extent items", "mixed block groups", "block group tree", "free space tree (checked)",
     "free space cache v1", "inline extents", "zlib, LZO and zstd extents (flagged)", "preallocated extents", "reflinks",
-    "bookend extents", "log tree (new files are shown; what changes old ones is named, not replayed)", "deletion and relocation that were interrupted", "nodes of 4 to 64 KiB",
-    "changed fsid (metadata_uuid)",
+    "bookend extents", "log tree (new files are shown; what changes old ones is named, not replayed)",
+    "deletion and relocation that were interrupted", "nodes of 4 to 64 KiB", "changed fsid (metadata_uuid)",
 )  # fmt: skip
 REFUSED = ("btrfs-image dumps",)
 ORACLES = (
@@ -58,6 +59,8 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     source = tree.Source(
         reader, pool.copies, pool.chunks, int(superblock["nodesize"]), int(superblock["sectorsize"]), ondisk.metadata_fsid(superblock),
     )  # fmt: skip
+    if int(superblock["flags"]) & ondisk.SUPER_FLAG_METADUMP:
+        damage.note("metadump", "filesystem restored from btrfs-image: the content of files is not there", ints(-1), "note")
     roots, refs = _roots(source, superblock, damage)
     forest = tree.walk(source, roots, damage)
     found = items.Tables()

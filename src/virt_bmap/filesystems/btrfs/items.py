@@ -162,7 +162,8 @@ def _metadata_items(leaves: Leaves) -> Columns:
 
 def _groups(leaves: Leaves) -> Columns:
     items = leaves.of(ondisk.BLOCK_GROUP_ITEM_KEY, ondisk.BLOCK_GROUP_ITEM.itemsize)
-    return {"leaf": items.leaf, "start": items.objectid, "length": items.offset}
+    used = items.records(ondisk.BLOCK_GROUP_ITEM)["used"].astype(np.int64)
+    return {"leaf": items.leaf, "start": items.objectid, "length": items.offset, "used": used}
 
 
 def _free_space_extents(leaves: Leaves) -> Columns:

@@ -31,7 +31,7 @@ MAX_END = 1 << 62
 SUPERBLOCK = struct(SUPER_SIZE, [
     (0x00, "csum", "u1", (32,)), (0x20, "fsid", "u1", (16,)), (0x30, "bytenr", "<u8"), (0x38, "flags", "<u8"),
     (0x40, "magic", "S8"), (0x48, "generation", "<u8"), (0x50, "root", "<u8"), (0x58, "chunk_root", "<u8"),
-    (0x60, "log_root", "<u8"), (0x70, "total_bytes", "<u8"), (0x88, "num_devices", "<u8"), (0x90, "sectorsize", "<u4"),
+    (0x60, "log_root", "<u8"), (0x90, "sectorsize", "<u4"),
     (0x94, "nodesize", "<u4"), (0xA0, "sys_chunk_array_size", "<u4"), (0xA4, "chunk_root_generation", "<u8"),
     (0xB4, "compat_ro_flags", "<u8"), (0xBC, "incompat_flags", "<u8"), (0xC4, "csum_type", "<u2"), (0xC6, "root_level", "u1"),
     (0xC7, "chunk_root_level", "u1"), (0xC8, "log_root_level", "u1"), (0xC9, "dev_item.devid", "<u8"),
@@ -165,10 +165,10 @@ INODE_ITEM = struct(160, [
 ])  # fmt: skip
 INODE_IMMUTABLE, INODE_COMPRESS, INODE_RO_VERITY = 1 << 6, 1 << 11, 1 << 32
 DIR_ITEM = struct(30, [
-    (0, "location.objectid", "<i8"), (8, "location.type", "u1"), (25, "data_len", "<u2"), (27, "name_len", "<u2"), (29, "type", "u1"),
+    (0, "location.objectid", "<i8"), (8, "location.type", "u1"), (27, "name_len", "<u2"),
 ])  # fmt: skip
 INODE_REF = struct(10, [(8, "name_len", "<u2")])
-FILE_EXTENT_INLINE, FILE_EXTENT_REG, FILE_EXTENT_PREALLOC = 0, 1, 2
+FILE_EXTENT_INLINE, FILE_EXTENT_PREALLOC = 0, 2
 FILE_EXTENT_HEAD = struct(21, [(8, "ram_bytes", "<i8"), (16, "compression", "u1"), (17, "encryption", "u1"), (20, "type", "u1")])
 FILE_EXTENT = struct(53, [
     (8, "ram_bytes", "<i8"), (16, "compression", "u1"), (17, "encryption", "u1"), (20, "type", "u1"), (21, "disk_bytenr", "<i8"),
@@ -179,10 +179,10 @@ ROOT_ITEM = struct(239, [
     (220, "drop_progress.objectid", "<u8"), (228, "drop_progress.type", "u1"), (229, "drop_progress.offset", "<u8"),
     (237, "drop_level", "u1"), (238, "level", "u1"),
 ])  # fmt: skip
-ROOT_REF = struct(18, [(0, "dirid", "<i8"), (16, "name_len", "<u2")])
+ROOT_REF = struct(18, [(0, "dirid", "<i8")])
 EXTENT_ITEM = struct(24, [(16, "flags", "<u8")])
 EXTENT_FLAG_DATA = 1
-BLOCK_GROUP_ITEM = struct(24, [(0, "used", "<i8"), (16, "flags", "<u8")])
+BLOCK_GROUP_ITEM = struct(24, [(0, "used", "<i8")])
 DEV_ITEM = struct(98, [(0, "devid", "<i8"), (8, "total_bytes", "<i8"), (66, "uuid", "u1", (16,))])
 
 CHUNK_HEAD, STRIPE_SIZE = 48, 32

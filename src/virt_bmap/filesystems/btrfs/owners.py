@@ -191,22 +191,37 @@ def add_space(
 ) -> tuple[Int, Int]:
     """Rows of what is free, reserved for superblocks, or in no chunk. Returns what of the chunks has no extent item."""
     chunks = pool.chunks
-    starts, lengths = groups["start"], groups["length"]
-    at = np.searchsorted(chunks.starts, starts)
-    at = np.minimum(at, len(chunks.starts) - 1)
-    odd = (chunks.starts[at] != starts) | (chunks.ends[at] - chunks.starts[at] != lengths)
-    damage.note("block-group", "block groups are no chunk", np.maximum(starts[odd], -1))
-    missing = np.setdiff1d(chunks.starts, starts)
-    damage.note("block-group", "chunks have no block group", missing)
-    end = int(chunks.ends[-1])
-    gaps = complement(chunks.starts, chunks.ends, 0, end)
+    trusted = _trusted(pool, used, groups, damage)
+    gaps = complement(chunks.starts, chunks.ends, 0, int(chunks.ends[-1]))
     out.add(tables.GAP, gaps[0], gaps[1] - gaps[0], part="not in any chunk")
     reserved = subtract(pool.reserved.starts, pool.reserved.ends, used.start, used.start + used.length)
     out.add(tables.METADATA, reserved[0], reserved[1] - reserved[0], part="superblock")
     free = subtract(chunks.starts, chunks.ends, used.start, used.start + used.length)
     left = subtract(*free, np.append(reserved[0], logged[0]), np.append(reserved[1], logged[1]))
+    left = intersect(*left, chunks.starts[trusted], chunks.ends[trusted])
     out.add(tables.FREE, left[0], left[1] - left[0])
     return free
+
+
+def _trusted(pool: Pool, used: Allocated, groups: Columns, damage: Damage) -> np.ndarray:
+    """Of which chunks all extent items were found: their block group says how many bytes it gave away.
+
+    In others nothing is called free: a part of the extent tree is lost, and what it said was used is not known.
+    """
+    chunks = pool.chunks
+    at = np.clip(np.searchsorted(chunks.starts, groups["start"]), 0, len(chunks.starts) - 1)
+    fits = (chunks.starts[at] == groups["start"]) & (chunks.ends[at] - chunks.starts[at] == groups["length"])
+    damage.note("block-group", "block groups are no chunk", np.maximum(groups["start"][~fits], -1))
+    damage.note("block-group-missing", "chunks have no block group", np.setdiff1d(chunks.starts, groups["start"]))
+    found = np.zeros(len(chunks.starts), np.int64)
+    np.add.at(found, np.searchsorted(chunks.starts, used.start, "right") - 1, used.length)
+    exact = fits & (found[at] == groups["used"])
+    damage.note(
+        "block-group-used", "block groups gave away more or less than there are extent items", groups["start"][fits & ~exact]
+    )
+    trusted = np.zeros(len(chunks.starts), bool)
+    trusted[at[exact]] = True
+    return trusted
 
 
 def check_free_space(free: tuple[Int, Int], rows: Columns, pool: Pool, damage: Damage) -> None:
