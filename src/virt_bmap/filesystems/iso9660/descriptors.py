@@ -10,7 +10,7 @@ import numpy as np
 from virt_bmap.arrays import Int, ints
 from virt_bmap.contract import Problem
 from virt_bmap.errors import Corrupt
-from virt_bmap.layout import record, records, struct, widen
+from virt_bmap.layout import record, records, struct
 from virt_bmap.reader import Reader
 
 SECTOR = 2048
@@ -203,8 +203,3 @@ def _boot_image(reader: Reader, entry: np.void, platform: str) -> BootImage | No
 def sorted_ranges(ranges: list[tuple[int, int]]) -> tuple[Int, Int]:
     """Pairs (start, end) as two arrays."""
     return ints([start for start, _ in ranges] or []), ints([end for _, end in ranges] or [])
-
-
-def blocks(numbers: object, block_size: int, what: str) -> Int:
-    """Block numbers as byte offsets."""
-    return widen(numbers, what) * block_size
