@@ -1,8 +1,11 @@
 """NTFS, from NT 4 to Windows 11: every record of the $MFT in a few large reads, names from the records themselves.
 
-Read are the boot sector (or its copy), the $MFT with all its attributes, the bitmap, and a few bytes of $LogFile and hiberfil.sys. Directory
-indexes are never opened: each record carries its names with a reference to the directory. The journal is not replayed: the map shows the volume
-as it lies there, and `state` says when it was not left in order.
+Read are the boot sector (or its copy), the $MFT with all its attributes, the bitmap, and a few bytes of $LogFile and
+hiberfil.sys. Directory indexes are never opened: each record carries its names with a reference to the directory. The journal is
+not replayed: the map shows the volume as it lies there, and `state` says when it was not left in order.
+
+Bytes of a resident value that an update sequence moved are mapped to where they lie. A compression unit in several pieces gives
+rows of one file_offset, in order. Deleted records become inodes (and names, where the directory is known) without extents.
 
 Sources: ntfs-3g 2022.10.3 (include/ntfs-3g/layout.h, libntfs-3g); kernel fs/ntfs3 (v6.12); [MS-FSCC] for reparse points.
 """
@@ -35,13 +38,14 @@ FEATURES = (
     "sparse, compressed and encrypted attributes",
     "preallocated and unwritten clusters",
     "hard links; names with unpaired surrogates",
-    "reparse points: symbolic links, mount points, the special files of WSL, WOF, deduplicated files; links and devices of Interix",
+    "reparse points: symbolic links, mount points, special files of WSL, WOF, deduplicated files",
+    "links and devices of Interix",
     "$Extend with $UsnJrnl, $ObjId, $Quota, $Reparse, $RmMetadata, $Deleted",
     "bad clusters",
     "deleted records, without their clusters",
     "dirty, unclean and hibernated volumes",
 )
-REFUSED = ("records larger than 4096 bytes",)
+REFUSED = ("records larger than 4096 bytes", "clusters larger than 2 MiB", "replay of $LogFile: `state` says that it is needed")
 ORACLES = ("ntfs-3g (mount, ntfsinfo, ntfscluster)", "The Sleuth Kit (fls, istat)", "$Bitmap")
 
 

@@ -1,6 +1,7 @@
 """The boot sector and its copy: how large everything is, and where the $MFT begins.
 
-Sources: ntfs-3g libntfs-3g/bootsect.c; kernel fs/ntfs3/super.c ntfs_init_from_boot() (sectors_per_cluster above 0x80, the backup sector).
+Sources: ntfs-3g libntfs-3g/bootsect.c; kernel fs/ntfs3/super.c ntfs_init_from_boot() (sectors_per_cluster above 0x80, the
+backup sector).
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ RECORD_SIZES = (512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes and places in bytes; `clusters` counts those that the volume really has. `end` is where the last whole cluster ends."""
+    """Sizes and places in bytes, as the boot sector gives them; a truncated image has fewer `clusters`."""
 
     sector_size: int
     cluster_size: int
@@ -37,6 +38,7 @@ class Geometry:
 
     @property
     def end(self) -> int:
+        """Where the last whole cluster ends."""
         return self.clusters * self.cluster_size
 
     @property

@@ -1,4 +1,4 @@
-"""Attributes joined to what they are: whose they are, their pieces under the head that has sizes and flags, and where their clusters lie."""
+"""Attributes joined: whose they are, their pieces under the head that has sizes and flags, and where their clusters lie."""
 
 from dataclasses import dataclass
 
