@@ -49,6 +49,8 @@ FLAGS = {0x001: "noI", 0x002: "noD", 0x008: "noF", 0x010: "no-fragments", 0x020:
 STORED = 1 << 24
 """Set in a block's size where it is stored as it is."""
 BLOCK_LOGS = range(12, 21)
+MAX_XATTRS = 256 << 10
+"""Bytes of one inode's attributes; Linux lists at most 64 KiB of names, and has values of 64 KiB."""
 MAX_TABLE = 1 << 30
 """Bytes of one table on disk: 64 million inodes have about this much."""
 
@@ -272,6 +274,9 @@ def _block_rows(table: Table, tree: Tree, block_size: int, problems: list[Proble
     size, tail = column["size"][file], column["fragment"][file] != INVALID
     count = np.where(tail, size // block_size, -(-size // block_size))
     fits = count <= (table.length - column["list_at"][file]) // 4
+    fits &= (
+        np.cumsum(np.where(fits, count, 0)) <= table.length // 4
+    )  # lists do not overlap, so together they are shorter than the table
     if not fits.all():
         problems.append(Problem("block-list", f"{int((~fits).sum())} files claim more blocks than the inode table has room for"))
     file, count = file[fits], count[fits]
@@ -335,11 +340,12 @@ def _inside_tables(rows: ExtentRows, found: _Tables, tree: Tree) -> None:
 
     add(tables.DIRECTORY, found.directories, *tree.listing)
     link = (column["type"] == SYMLINK) & (column["size"] > 0) & (column["list_at"] + column["size"] <= found.inodes.length)
+    link &= np.cumsum(np.where(link, column["size"], 0)) <= found.inodes.length
     add(tables.SYMLINK, found.inodes, column["inode"][link], column["list_at"][link], column["size"][link], content=True)
     has = np.flatnonzero(column["xattr"] < len(found.xattr_ids))
     named = found.xattr_ids[column["xattr"][has]]
     place, size = widen(np.minimum(named["xattr"], np.uint64(2**62)), "xattr"), widen(named["size"], "size")
     base = int(found.xattrs.disk[0]) if len(found.xattrs.disk) else 0
     at = found.xattrs.position(base + (place >> 16), place & 0xFFFF)
-    good = (at >= 0) & (size > 0) & (at + size <= found.xattrs.length)
+    good = (at >= 0) & (size > 0) & (size <= MAX_XATTRS) & (at + size <= found.xattrs.length)
     add(tables.XATTR, found.xattrs, column["inode"][has][good], at[good], size[good])
