@@ -15,6 +15,7 @@ from btrfs_images import FILL, fill, make, mounted_pool
 from virt_bmap import tables
 from virt_bmap.arrays import total
 from virt_bmap.blockmap import BlockMap
+from virt_bmap.check import check
 from virt_bmap.filesystems.btrfs import ondisk
 from virt_bmap.images.raw import RawReader
 
@@ -310,6 +311,15 @@ def test_second_copy_of_a_tree_block_is_used(rich: Path) -> None:
     assert bmap is not None
     assert [row["code"] for row in bmap.problems.to_pylist() if row["severity"] != "note"] == ["tree-copy"]
     assert bmap.names.num_rows == clean.names.num_rows
+
+
+def test_sharing_is_bounded(rich: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where snapshots share more blocks than there is memory for, some of their names are left out: told, and no byte loses its owner."""
+    whole = support.mapped(rich)
+    monkeypatch.setattr("virt_bmap.filesystems.btrfs.tree.MAX_SHARED", 0)
+    bmap = support.mapped(rich)
+    assert {found.code for found in check(bmap).disagreements} == {"shared-blocks"}
+    assert 0 < bmap.names.num_rows < whole.names.num_rows
 
 
 def test_mutations(tmp_path: Path) -> None:

@@ -131,7 +131,18 @@ def _once(tree: Int, address: Int, generation: Int, damage: Damage) -> tuple[Int
     again = np.zeros(len(tree), bool)
     again[1:] = (tree[1:] == tree[:-1]) & (address[1:] == address[:-1])
     damage.note("tree-twice", "tree blocks that one tree refers to twice", address[again])
-    return tree[~again], address[~again], generation[~again]
+    tree, address, generation = tree[~again], address[~again], generation[~again]
+    told = _bounded(address, np.ones(len(address), np.int64), damage)
+    return tree[told], address[told], generation[told]
+
+
+def _bounded(address: Int, weight: Int, damage: Damage) -> np.ndarray:
+    """Of pairs sorted by address, all that are the first of their block, and of the others as many as MAX_SHARED allows."""
+    again = np.zeros(len(address), bool)
+    again[1:] = address[1:] == address[:-1]
+    told: np.ndarray = ~again | (np.cumsum(np.where(again, weight, 0)) <= MAX_SHARED)
+    damage.note("shared-blocks", "tree blocks are shared by too many snapshots: not all are told", address[~told], "warning")
+    return told
 
 
 def _step(source: Source, roots: Roots, level: int, pairs: tuple[Int, Int, Int], damage: Damage) -> tuple[Int, Int, Int]:
@@ -147,11 +158,7 @@ def _step(source: Source, roots: Roots, level: int, pairs: tuple[Int, Int, Int],
         found.append(slots[np.arange(room) < nritems[:, None]].view(ondisk.KEY_PTR))
         counts.append(nritems)
     pointers, count = np.concatenate(found), np.concatenate(counts)
-    again = np.ones(len(block), bool)
-    again[first] = False
-    told = np.cumsum(np.where(again, count[block], 0)) <= MAX_SHARED
-    told |= ~again
-    damage.note("shared-blocks", "tree blocks are shared by too many snapshots: not all are told", address[~told], "warning")
+    told = _bounded(address, count[block], damage)
     tree, block = tree[told], block[told]
     pair, step = expand(count[block])
     child = (np.cumsum(count) - count)[block][pair] + step
