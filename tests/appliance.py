@@ -23,7 +23,7 @@ Step = tuple[str, str]
 def made(name: str, disks: dict[str, int], steps: list[Step]) -> Path:
     """The folder with what the steps made, from the cache or fresh.
 
-    `disks` are files and their sizes in bytes, in the machine /dev/disk/guestfs/NAME (/dev/sda and so on come in any order); a size of 0
+    `disks` are files (named with letters alone) and their sizes in bytes, in the machine /dev/disk/guestfs/NAME (/dev/sda and so on come in any order); a size of 0
     stands for a file that a first step made.
     """
     if not shutil.which("guestfish"):

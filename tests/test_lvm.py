@@ -1,7 +1,9 @@
 """LVM2: volumes made by LVM's own tools on loop devices, checked against what `lvs` and `pvs` say and by content."""
 
 import contextlib
+import gzip
 import json
+import lzma
 import random
 import re
 import shutil
@@ -22,6 +24,7 @@ from virt_bmap.images.raw import RawReader
 from virt_bmap.survey import survey
 from virt_bmap.volumes.lvm.label import _crc
 from virt_bmap.volumes.lvm.text import parse
+from virt_bmap.volumes.lvm.thin import read_pool
 
 MIB = 1 << 20
 
@@ -223,6 +226,41 @@ def test_texts_with_numbers_and_names_that_make_no_sense(group: Group) -> None:
                      b"stripes =", b"start_extent ="][int(random.integers(11))]  # fmt: skip
             changed = changed[:low] + other + changed[high:]
         survives(with_text(disk, changed).data)
+
+
+# ---- the corpus -------------------------------------------------------------------------------------------------------
+
+
+def unpacked(path: Path) -> BytesReader:
+    opener = lzma.open if path.suffix == ".xz" else gzip.open
+    with opener(path) as file:
+        return BytesReader(np.frombuffer(file.read(), np.uint8), path.name)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("fox-it+dissect.volume/tests/_data/lvm/lvm.bin.gz", ["vg_test/lv_test"]),
+        ("fox-it+dissect.volume/tests/_data/lvm/lvm-thin.bin.gz",
+         ["lvm-thin/data_tmeta", "lvm-thin/data_tdata", "lvm-thin/lv-1", "lvm-thin/lv-2", "lvm-thin/lvol0_pmspare"]),
+        ("util-linux+util-linux/tests/ts/blkid/images-fs/lvm2.img.xz", []),
+    ],
+)  # fmt: skip
+def test_corpus(corpus: Path, path: str, names: list[str]) -> None:
+    bmap = survey([unpacked(corpus / "images" / path)])
+    assert bmap.volumes.column("name").to_pylist() == ["/dev/sda", *(f"/dev/{name}" for name in names)]
+    assert_proven(bmap)
+
+
+def test_corpus_thin_pool_with_an_empty_device(corpus: Path) -> None:
+    folder = corpus / "images/fox-it+dissect.volume/tests/_data/dm"
+    data = unpacked(folder / "dm-thin-empty-data.bin.gz")
+    pool = read_pool(unpacked(folder / "dm-thin-empty-metadata.bin.gz"), data.size)
+    assert pool.devices.tolist() == [0, 1]
+    assert not np.isin(1, pool.device)
+    assert not pool.problems
+    free = tables.integers(pool.data.table(0), "length").sum()
+    assert free + int(pool.count.sum()) * pool.block_size == data.size
 
 
 @pytest.mark.parametrize("text", ["a {", "}", "a = ", "a = [1, 2", 'a = "x', "a b", "= 1", "a { b { } } }", "x {" * 20, "[ ]"])

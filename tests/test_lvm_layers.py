@@ -29,7 +29,7 @@ from virt_bmap.volumes.lvm.thin import read_pool
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-DISKS = {**{f"d{number}": 48 * MIB for number in range(1, 6)}, "pattern": 0}
+DISKS = {**{f"disk{letter}": 48 * MIB for letter in "abcde"}, "pattern": 0}
 RAIDS = ("raid1 -m1", "raid4 -i2 -I64k", "raid5 -i2 -I64k", "raid5_ra -i3 -I32k", "raid5_n -i2 -I64k", "raid6 -i3 -I64k",
          "raid6_nr -i3 -I64k", "raid6_nc -i3 -I64k", "raid6_n_6 -i3 -I64k", "raid6_ls_6 -i3 -I64k", "raid10 -i2 -m1 -I64k",
          "raid0 -i3 -I64k", "raid0_meta -i3 -I64k", "mirror -m1 --mirrorlog disk")  # fmt: skip
@@ -42,12 +42,12 @@ lvm() {
 fill() { dd if=/dev/disk/guestfs/pattern of=/dev/vg/$1 bs=64k skip=$2 count=$(($(blockdev --getsize64 /dev/vg/$1) / 65536)); sync; }
 piece() { dd if=/dev/disk/guestfs/pattern of=/dev/vg/$1 bs=4k seek=$2 count=$3 skip=$4 conv=notrunc; sync; }
 truth() { for name in "$@"; do echo sha $name $(blockdev --getsize64 /dev/vg/$name) $(sha256sum < /dev/vg/$name); done; }
-flush() { sync; for disk in 1 2 3 4 5; do blockdev --flushbufs /dev/disk/guestfs/d$disk; done; }
+flush() { sync; for disk in a b c d e; do blockdev --flushbufs /dev/disk/guestfs/disk$disk; done; }
 """
 RAID = rf"""
 modprobe -a dm-mod dm-raid raid456 raid10 raid1 raid0 dm-mirror dm-snapshot dm-thin-pool dm-cache dm-cache-smq dm-writecache dm-integrity
-lvm pvcreate /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3 /dev/disk/guestfs/d4 /dev/disk/guestfs/d5
-lvm vgcreate -s 256k vg /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3 /dev/disk/guestfs/d4 /dev/disk/guestfs/d5
+lvm pvcreate /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc /dev/disk/guestfs/diskd /dev/disk/guestfs/diske
+lvm vgcreate -s 256k vg /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc /dev/disk/guestfs/diskd /dev/disk/guestfs/diske
 number=0
 for spec in {" ".join(f'"{spec}"' for spec in RAIDS)}; do
     number=$((number + 1)); set -- $spec; name=r$number-$1
@@ -59,7 +59,7 @@ sleep 3
 lvm vgchange -an vg; flush
 """
 THIN = """
-lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3
+lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc
 lvm lvcreate -L 4M -n origin vg; fill origin 0
 lvm lvcreate -s -c 4k -L 2M -n snap vg/origin
 piece origin 0 3 5000; piece origin 100 40 5100; piece snap 50 5 5200; piece snap 110 5 5300; piece snap 1000 8 5400
@@ -78,13 +78,13 @@ truth t1 t2 t1s t1ss empty t3
 lvm vgchange -an vg; flush
 """
 CACHE = """
-lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3
-for name in wb wt vol wc; do lvm lvcreate -L 4M -n $name vg /dev/disk/guestfs/d1; fill $name 3; done
-lvm lvcreate --type cache-pool -L 4M -c 32k -n fast1 vg /dev/disk/guestfs/d2
+lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc
+for name in wb wt vol wc; do lvm lvcreate -L 4M -n $name vg /dev/disk/guestfs/diska; fill $name 3; done
+lvm lvcreate --type cache-pool -L 4M -c 32k -n fast1 vg /dev/disk/guestfs/diskb
 lvm lvconvert --type cache --cachepool vg/fast1 --cachemode writeback vg/wb
-lvm lvcreate --type cache-pool -L 4M -c 32k -n fast2 vg /dev/disk/guestfs/d2
+lvm lvcreate --type cache-pool -L 4M -c 32k -n fast2 vg /dev/disk/guestfs/diskb
 lvm lvconvert --type cache --cachepool vg/fast2 --cachemode writethrough vg/wt
-lvm lvcreate -L 8M -n fast3 vg /dev/disk/guestfs/d2; lvm lvconvert --type cache --cachevol vg/fast3 --cachemode writeback -c 32k vg/vol
+lvm lvcreate -L 8M -n fast3 vg /dev/disk/guestfs/diskb; lvm lvconvert --type cache --cachevol vg/fast3 --cachemode writeback -c 32k vg/vol
 for round in 1 2 3 4 5 6; do
     for name in wb wt vol; do
         dd if=/dev/vg/$name of=/dev/null bs=4k iflag=direct skip=$((round * 8)) count=64
@@ -96,7 +96,7 @@ for name in wb vol; do
     dmsetup message vg-$name 0 migration_threshold 0
     dd if=/dev/disk/guestfs/pattern of=/dev/vg/$name bs=4k skip=999 seek=66 count=20 oflag=direct conv=notrunc
 done
-lvm lvcreate -L 4M -n fast4 vg /dev/disk/guestfs/d2; lvm lvchange -an vg/fast4; lvm lvchange -an vg/wc
+lvm lvcreate -L 4M -n fast4 vg /dev/disk/guestfs/diskb; lvm lvchange -an vg/fast4; lvm lvchange -an vg/wc
 lvm lvconvert --type writecache --cachevol vg/fast4 vg/wc; lvm lvchange -ay vg/wc; piece wc 5 10 4000; piece wc 9 3 4100
 lvm lvcreate --type raid1 --raidintegrity y -m1 -L 2M -n integ vg; fill integ 4
 truth wb wt vol wc integ
@@ -105,7 +105,7 @@ flush
 """
 RESHAPE = """
 modprobe -a dm-mod dm-raid raid456 raid10 raid1 raid0
-lvm pvcreate /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3 /dev/disk/guestfs/d4 /dev/disk/guestfs/d5; lvm vgcreate -s 256k vg /dev/disk/guestfs/d1 /dev/disk/guestfs/d2 /dev/disk/guestfs/d3 /dev/disk/guestfs/d4 /dev/disk/guestfs/d5
+lvm pvcreate /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc /dev/disk/guestfs/diskd /dev/disk/guestfs/diske; lvm vgcreate -s 256k vg /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc /dev/disk/guestfs/diskd /dev/disk/guestfs/diske
 lvm lvcreate --type raid5 -i2 -I64k -L 3M -n a vg; fill a 1; sleep 2
 lvm lvcreate --type raid5 -i2 -I64k -L 3M -n b vg; fill b 2; sleep 2
 lvm lvconvert --type raid5_rs vg/b || echo NOCONV; sleep 8
@@ -118,7 +118,7 @@ NUMBERS: Step = ("host", "python3 -c \"import numpy; numpy.arange(5 << 20, dtype
 
 def steps() -> list[Step]:
     def keep(name: str, disks: int) -> Step:
-        return "host", "; ".join(f"cp --sparse=always d{at} {name}.{at}" for at in range(1, disks + 1))
+        return "host", "; ".join(f"cp --sparse=always disk{'abcde'[at]} {name}.{at + 1}" for at in range(disks))
 
     return [NUMBERS, ("sh", WORDS + RAID), keep("raid", 5), ("sh", WORDS + THIN), keep("thin", 3),
             ("sh", WORDS + CACHE), keep("running", 2), ("sh", WORDS + "lvm vgchange -an vg; flush"), keep("cache", 2)]  # fmt: skip
@@ -183,8 +183,10 @@ def test_every_byte_has_one_owner(kernel_volumes: Path, name: str) -> None:
 
 def test_raid_after_a_reshape() -> None:
     """Images begin with room that the reshape left, or end with it; the number of stripes has grown."""
-    folder = made("reshape", {**{f"d{at}": 32 * MIB for at in range(1, 6)}, "pattern": 0}, [NUMBERS, ("sh", WORDS + RESHAPE)])
-    disks = sorted(folder.glob("d[1-5]"))
+    folder = made(
+        "reshape", {**{f"disk{letter}": 32 * MIB for letter in "abcde"}, "pattern": 0}, [NUMBERS, ("sh", WORDS + RESHAPE)]
+    )
+    disks = sorted(folder.glob("disk?"))
     for gone in (None, *disks):
         _, found = volumes_of([disk for disk in disks if disk != gone])
         for name in ("a", "b"):

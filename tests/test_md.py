@@ -311,7 +311,7 @@ ARRAYS = {
     "raid0": ("--level=0 --chunk=64", 5),
     "linear": ("--level=linear", 3),
 }  # fmt: skip
-SIZES = {"d1": 6 << 20, "d2": 6 << 20, "d3": 7 << 20, "d4": 7 << 20, "d5": 8 << 20, "pattern": 0}
+SIZES = {"diska": 6 << 20, "diskb": 6 << 20, "diskc": 7 << 20, "diskd": 7 << 20, "diske": 8 << 20, "pattern": 0}
 
 
 def steps() -> list[Step]:
@@ -322,7 +322,7 @@ def steps() -> list[Step]:
     )
     result = [("host", f'python3 -c "{numbers}"'), ("sh", start)]
     for name, (options, disks) in ARRAYS.items():
-        devices = " ".join(f"/dev/disk/guestfs/d{at}" for at in range(1, disks + 1))
+        devices = " ".join(f"/dev/disk/guestfs/disk{letter}" for letter in "abcde"[:disks])
         result.append(("sh", f"""
             yes | mdadm --create /dev/md127 --name={name} --run {options} --raid-devices={disks} {devices}
             mdadm --wait /dev/md127 || true
@@ -333,7 +333,7 @@ def steps() -> list[Step]:
             mdadm --stop /dev/md127
             for device in {devices}; do blockdev --flushbufs $device; done
         """))  # fmt: skip
-        copies = "; ".join(f"cp --sparse=always d{at} {name}.{at}" for at in range(1, disks + 1))
+        copies = "; ".join(f"cp --sparse=always disk{'abcde'[at]} {name}.{at + 1}" for at in range(disks))
         result += [("host", copies), ("sh", f"mdadm --zero-superblock {devices}")]
     return result
 

@@ -54,11 +54,16 @@ def assemble(members: Sequence[Member]) -> Assembly:
     pvs = _physical(members, assembly)
     newest = _newest(pvs)
     claimed: set[str] = set()
+    names = [name for _, name in newest]
     for text, name in newest:
         listed = {section.text("id") for section in text.sections[name].section("physical_volumes").sections.values()}
         mine = [pv for pv in pvs if pv.uuid in listed - claimed]
         claimed |= listed
         _stale(mine, text, name, assembly)
+        if names.count(name) > 1:
+            for pv in mine[:1]:
+                detail = f"there are {names.count(name)} volume groups called {name}: their volumes have the same device names"
+                assembly.problems[pv.member.number].append(Problem("duplicate-name", detail, -1, "warning"))
         try:
             read_group(new_group(text, name, mine, assembly))
         except Corrupt as error:

@@ -69,6 +69,8 @@ class Group:
     """Thin pools that were read, with the reference of their data volume."""
     snapshots: dict[str, str] = field(default_factory=dict)
     """Stores of snapshots of the old kind, and their origins."""
+    merging: dict[str, str] = field(default_factory=dict)
+    """Origins into which a snapshot is being merged, and its store."""
     readers: dict[int, Reader] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     extents: list[tuple[int, int, int]] = field(default_factory=list)
@@ -147,9 +149,10 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
     for section in group.volumes.values():
         for segment in segments_of(section):
             if segment.text("type") == "snapshot":
-                store = segment.text("cow_store") or segment.text("merging_store")
-                if store in group.volumes and segment.text("origin") in group.volumes:
-                    group.snapshots[store] = segment.text("origin")
+                store, origin = segment.text("cow_store") or segment.text("merging_store"), segment.text("origin")
+                if store in group.volumes and origin in group.volumes:
+                    group.snapshots[store] = origin
+                    group.merging |= {origin: store} if segment.text("merging_store") else {}
     return group
 
 

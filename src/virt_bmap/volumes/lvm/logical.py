@@ -94,6 +94,9 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
         group.problem(reference, Problem("truncated", f"{lost} of its bytes lie behind the end of their disks"))
     if absent:
         _say_missing(group, name, reference, size, rows, absent)
+    if store := group.merging.get(name):
+        detail = f"the snapshot {store} is being merged into it; what is not merged yet is shown in the snapshot only"
+        group.problem(reference, Problem("merging", detail, -1, "warning"))
     return reference
 
 
