@@ -37,7 +37,11 @@ REFUSED = (
     "hardware encryption (OPAL)",
     "detached headers",
 )
-ORACLES = ("what a kernel reads through dm-crypt in the appliance of libguestfs", "cryptsetup luksDump and --test-passphrase")
+ORACLES = (
+    "images that cryptsetup encrypted itself, in place",
+    "payloads encrypted a sector at a time by the modes of the package cryptography, with the key that cryptsetup tells",
+    "cryptsetup luksDump",
+)
 NO_KEYS = Keys()
 
 
