@@ -42,7 +42,7 @@ def fill(folder: Path) -> dict[str, bytes]:
 def volume(request, tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     need("mount.exfat-fuse", "exfat-fuse")
     need("mkfs.exfat", "exfatprogs")
-    image = tmp_path_factory.mktemp("exfat") / "exfat.img"
+    image = tmp_path_factory.mktemp("exfat") / f"exfat-{request.param}.img"
     with open(image, "wb") as file:
         file.truncate(16 << 20)
     run("mkfs.exfat", "-L", "Läbel", *SIZES[request.param].split(), image, env={"LC_ALL": "C.UTF-8"})
@@ -59,10 +59,12 @@ def codes(bmap: BlockMap) -> set[str]:
     return {row["code"] for row in bmap.problems.to_pylist()}
 
 
-def clean(image: Path) -> bool:
-    """What fsck.exfat says."""
+def fsck(image: Path) -> tuple[bool, str]:
+    """(clean, words) of fsck.exfat without repairs."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    return subprocess.run(["fsck.exfat", "-n", image], capture_output=True, env={**os.environ, "PATH": path}).returncode == 0
+    command = ["fsck.exfat", "-n", image]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env={**os.environ, "PATH": path}, text=True)
+    return done.returncode == 0, done.stdout
 
 
 # ---- sound volumes --------------------------------------------------------------------------------------------------
@@ -70,7 +72,8 @@ def clean(image: Path) -> bool:
 
 def test_every_byte_has_the_owner_that_the_bitmap_says(volume):
     bmap = mapped(volume[0])
-    assert clean(volume[0])
+    if "512" not in volume[0].name:  # fsck.exfat 1.2 never ends where an entry set spans more than two clusters
+        assert fsck(volume[0])[0]
     assert_proven(bmap)
     for name in BlockMap.TABLES:
         tables.check(name, getattr(bmap, name))
@@ -104,7 +107,7 @@ def test_sectors_are_those_of_the_sleuth_kit(volume):
         mine = [at // 512 for e in file_extents(bmap, 0, inodes[path]) for at in range(e.offset, e.offset + e.length, 512)]
         count = -(-len(contents[path]) // 512)
         assert mine[:count] == theirs[:count], path
-    assert len(file_extents(bmap, 0, inodes["/in pieces.bin"])) > 1 or "64k" in str(image)
+    assert len(file_extents(bmap, 0, inodes["/in pieces.bin"])) > 1 or "64k" in image.name
 
 
 def test_modification_times_are_those_of_the_mount(volume):
@@ -120,8 +123,6 @@ def test_modification_times_are_those_of_the_mount(volume):
 
 @pytest.fixture
 def image(volume) -> np.ndarray:
-    if "c 4k" not in SIZES.get(volume[0].parent.name, "c 4k"):
-        pytest.skip("one cluster size is enough")
     return np.frombuffer(volume[0].read_bytes(), np.uint8).copy()
 
 
@@ -177,13 +178,14 @@ def test_marks_in_the_boot_sector(image):
 
 
 def test_a_wrong_checksum_and_a_broken_set(image):
-    at = entry_of(image, "/empty")
+    path = next(path for path, inode in by_path(survives(image)).items() if path.endswith(".dat") and inode % 16 < 13)
+    at = entry_of(image, path)  # whose set lies in one cluster
     image[at + 4] ^= 0x20
     assert codes(survives(image)) == {"set-checksum"}
     image[at + 32] = 0x40  # the stream entry is gone
     bmap = survives(image)
-    assert codes(bmap) == {"entry-set"}
-    assert "/empty" not in by_path(bmap)
+    assert codes(bmap) == {"entry-set", "unowned"}
+    assert path not in by_path(bmap)
 
 
 def test_a_bitmap_that_forgets_a_file(image):
@@ -208,7 +210,7 @@ def test_damage_never_stops_the_reader(volume):
 
 
 def test_volumes_that_others_made(corpus, tmp_path):
-    """What fsck.exfat calls clean agrees with its bitmap and has the paths that The Sleuth Kit lists."""
+    """What fsck.exfat calls clean agrees with its bitmap and has as many files, and the paths that The Sleuth Kit lists."""
     need("fsck.exfat", "exfatprogs")
     need("fls", "sleuthkit")
     proven = 0
@@ -217,12 +219,17 @@ def test_volumes_that_others_made(corpus, tmp_path):
             continue
         bmap = mapped(image)
         found = {row.code for row in check(bmap).disagreements}
-        if not clean(image):
+        clean, words = fsck(image)
+        if not clean:
             continue
         assert found <= {"allocated-but-not-owned"}, name  # fsck.exfat 1.2 does not look for lost clusters
         listed = run("fls", "-rpu", "-f", "exfat", image, ok=(0, 1)).decode(errors="surrogateescape")
         theirs = {path for kind, path in re.findall(r"^(\S+) \d+:\t(.*)$", listed, re.M) if kind in ("r/r", "d/d")}
         theirs = {path for path in theirs if not path.startswith("$") and not path.endswith("(Volume Label Entry)")}
-        assert {path[1:] for path in by_path(bmap)} == theirs, name
+        mine = {path[1:] for path in by_path(bmap)}
+        directories = np.count_nonzero(tables.codes(bmap.inodes, "type") == tables.T_DIRECTORY)
+        assert f"directories {directories}, files {len(mine) + 1 - directories}" in words, name
+        assert mine <= theirs, name  # The Sleuth Kit goes on behind the end of a directory
+        assert mine == theirs or "unused-dentries" in name, name
         proven += 1
     assert proven >= 7

@@ -104,6 +104,10 @@ def _followed(parts: list[tuple[Int, Int, Int]], fate: Int) -> Followed:
     if len(parts) > 1:
         order = np.argsort(query, kind="stable")
         query, cluster, count = query[order], cluster[order], count[order]
+    apart = np.append(True, (query[1:] != query[:-1]) | (cluster[1:] != (cluster + count)[:-1]))[: len(query)]
+    if not apart.all():  # where the chain was only met by another
+        first = np.flatnonzero(apart)
+        query, cluster, count = query[first], cluster[first], np.add.reduceat(count, first)
     length = np.bincount(query, count, len(fate)).astype(np.int64)
     before = np.cumsum(count) - count - (np.cumsum(length) - length)[query]
     return Followed(query, cluster, count, before, length, fate)
