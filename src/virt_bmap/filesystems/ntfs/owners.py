@@ -10,6 +10,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int, expand
+from virt_bmap.contract import Problem
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.contents import Contents
 from virt_bmap.filesystems.ntfs.inodes import Tree
@@ -54,9 +55,13 @@ def claim(mft: Mft, tree: Tree, contents: Contents, types: np.ndarray, size: int
     )
     twice(claims, problems)
     number, parts = parts_of(tree, contents, kinds)
-    if len(parts) > MAX_PARTS:
-        problems.add("many-names", f"names of streams are too many to keep apart: only the first {MAX_PARTS} are named",
-                     np.full(len(parts) - MAX_PARTS, -1), "note")  # fmt: skip
+    unnamed = int(number.max(initial=0)) - (MAX_PARTS - 1)
+    if unnamed > 0:
+        problems.append(
+            Problem(
+                "many-names", f"{unnamed} names of streams are more than a map keeps apart: their part is 'stream'", -1, "note"
+            )
+        )
     number = np.minimum(number, MAX_PARTS)
     order = np.argsort(number[claims.attribute], kind="stable")
     claims = claims.take(order)
