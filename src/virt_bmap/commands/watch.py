@@ -156,9 +156,9 @@ def _totals(summary: "Summary", objects: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"{device}: {', '.join(requests) or 'no requests'} in {seconds:.1f} s",
         f"Of the disk's {human(share['size'])}, each byte counted once: {of_disk}",
-        "",
-        f"{'objects':>10} {'read':>12} {'written':>12}  kind",
     ]
+    if kinds:
+        lines += ["", f"{'objects':>10} {'read':>12} {'written':>12}  kind"]
     for kind, (count, read, written) in sorted(kinds.items(), key=lambda item: -item[1][1] - item[1][2]):
         lines.append(f"{count:>10,} {human(read):>12} {human(written):>12}  {kind}")
     return lines

@@ -234,9 +234,7 @@ def _log(records: np.ndarray, resolver: Resolver, lines: LineLog) -> None:
 def _nbdkit() -> str:
     """The path of an nbdkit that has the Python plugin."""
     program = shutil.which("nbdkit")
-    missing = (
-        "bmaplogger needs nbdkit with its Python plugin, which is not installed (apt-get install nbdkit nbdkit-plugin-python)"
-    )
+    missing = "nbdkit with its Python plugin is needed, and is not installed (apt-get install nbdkit nbdkit-plugin-python)"
     if not program or subprocess.run([program, "--dump-plugin", "python"], capture_output=True).returncode:
         raise MissingTool(missing)
     return program
