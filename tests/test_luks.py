@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import lzma
 import random
+import re
 import tarfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from virt_bmap.mapping import Rows
 from virt_bmap.reader import MappedReader, Reader
 from virt_bmap.survey import survey
 from virt_bmap.volumes import luks
-from virt_bmap.volumes.keys import Keys, parse
+from virt_bmap.keys import Keys, parse
 
 MIB = 1 << 20
 SECRET = b"correct horse battery staple"
@@ -227,3 +228,52 @@ def test_keys(tmp_path: Path) -> None:
             parse([wrong])
     with pytest.raises(ImageError):
         parse([f"all:file:{tmp_path / 'none'}"])
+
+
+# ---- headers that make no sense ---------------------------------------------------------------------------------------
+
+
+def with_json(device: np.ndarray, text: bytes) -> BytesReader:
+    """The device with another JSON in its first header, whose checksum is right; the second is gone."""
+    data = device.copy()
+    data[4096:16384] = np.frombuffer(text.ljust(12288, b"\0")[:12288], np.uint8)
+    head = data[:16384].copy()
+    head[0x1C0:0x200] = 0
+    data[0x1C0 : 0x1C0 + 32] = np.frombuffer(hashlib.sha256(head.tobytes()).digest(), np.uint8)
+    data[16384 : 16384 + 6] = 0
+    return BytesReader(data)
+
+
+def test_metadata_with_a_right_checksum_and_senseless_content(devices: dict[int, Path]) -> None:
+    device = np.fromfile(devices[3], np.uint8)
+    text = device[4096:16384].tobytes().split(b"\0")[0]
+    assert opened(with_json(device, text), SECRET)[1]
+    spans = [match.span() for match in re.finditer(rb'"[^"]*"|\b[0-9]+\b', text)]
+    chance = random.Random(5)
+    values = [
+        b"0",
+        b"-1",
+        b"1",
+        b"99999999999999999999",
+        b'"18446744073709551615"',
+        b'"dynamic"',
+        b"[]",
+        b"{}",
+        b"null",
+        b'"0"',
+        b"[[1]]",
+        b"1.5",
+    ]
+    tried = 0
+    for _ in range(200):
+        changed = text
+        for low, high in sorted(chance.sample(spans, 2), reverse=True):
+            changed = changed[:low] + chance.choice(values) + changed[high:]
+        if b'"memory":64' not in changed or b'"time":4' not in changed:
+            continue  # a hostile Argon2 that takes a GiB is allowed, but not wanted here
+        tried += 1
+        try:
+            opened(with_json(device, changed), SECRET)
+        except FormatError:
+            continue
+    assert tried > 100

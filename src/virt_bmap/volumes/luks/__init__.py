@@ -18,7 +18,6 @@ from virt_bmap.errors import Unsupported
 from virt_bmap.mapping import Row
 from virt_bmap.reader import Reader
 from virt_bmap.tables import CONTENT, ENCRYPTED, FREE, METADATA
-from virt_bmap.volumes.keys import Keys
 from virt_bmap.volumes.luks.cipher import DecryptedReader, Sectors
 from virt_bmap.volumes.luks.header import LUKS_MAGIC, SECONDARY_MAGIC, SECONDARY_OFFSETS, Header, Segment, read_header
 from virt_bmap.volumes.luks.unlock import volume_keys
@@ -42,7 +41,6 @@ ORACLES = (
     "payloads encrypted a sector at a time by the modes of the package cryptography, with the key that cryptsetup tells",
     "cryptsetup luksDump",
 )
-NO_KEYS = Keys()
 
 
 def probe(reader: Reader) -> bool:
@@ -52,8 +50,8 @@ def probe(reader: Reader) -> bool:
     )
 
 
-def assemble(members: Sequence[Member], keys: Keys = NO_KEYS) -> Assembly:
-    """The opened volume, where one of the keys fits."""
+def assemble(members: Sequence[Member]) -> Assembly:
+    """The opened volume, where one of the member's keys fits."""
     (member,) = members
     assembly = Assembly()
     header = read_header(member.reader)
@@ -64,7 +62,7 @@ def assemble(members: Sequence[Member], keys: Keys = NO_KEYS) -> Assembly:
     assembly.details[member.number] = f"LUKS{header.version}, {', '.join(ciphers)}, {len(header.slots)} key slots"
     _add_areas(assembly, member, header)
     if header.segments:
-        _open(assembly, member, header, keys.for_volume(member.name, header.uuid))
+        _open(assembly, member, header, member.keys.for_volume(member.name, header.uuid))
     return assembly
 
 

@@ -224,15 +224,15 @@ def _fill(header: Header, tree: dict[str, Any], size: int, device: int) -> None:
             header.problems.append(Problem("key-slot", f"slot {name} of type {slot['type']!r} holds no key", offset, "note"))
             continue
         header.slots.append(Slot(
-            name, _kdf(slot["kdf"]), _number(slot["key_size"], MAX_KEY), _number(area["key_size"], MAX_KEY), offset, length,
-            str(area["encryption"]), _number(slot["af"]["stripes"], MAX_STRIPES), str(slot["af"]["hash"]),
+            name, _kdf(slot["kdf"]), _number(slot["key_size"], MAX_KEY, 1), _number(area["key_size"], MAX_KEY, 1), offset, length,
+            str(area["encryption"]), _number(slot["af"]["stripes"], MAX_STRIPES, 1), str(slot["af"]["hash"]),
         ))  # fmt: skip
     header.free.append((reserved[0], max(0, min(reserved[1], device) - reserved[0])))
     _add_segments(header, tree, device)
     for digest in tree.get("digests", {}).values():
         kdf = Kdf(str(digest["type"]), base64.b64decode(digest["salt"]), str(digest["hash"]), _number(digest["iterations"]))
         header.digests.append(
-            Digest(tuple(digest["keyslots"]), tuple(digest["segments"]), kdf, base64.b64decode(digest["digest"]))
+            Digest(_names(digest["keyslots"]), _names(digest["segments"]), kdf, base64.b64decode(digest["digest"]))
         )
     if mandatory := [str(word) for word in tree["config"].get("requirements", {}).get("mandatory", [])]:
         words = ", ".join(mandatory)
@@ -272,11 +272,15 @@ def _kdf(kdf: dict[str, Any]) -> Kdf:
     return Kdf(str(kdf["type"]), salt, time=_number(kdf["time"]), memory=_number(kdf["memory"]), cpus=_number(kdf["cpus"]))
 
 
-def _number(value: object, limit: int = INT64_MAX) -> int:
+def _names(values: list[object]) -> tuple[str, ...]:
+    return tuple(str(value) for value in values)
+
+
+def _number(value: object, limit: int = INT64_MAX, least: int = 0) -> int:
     """A number of the JSON, which writes 64 bit ones as strings."""
     number = int(str(value))
-    if not 0 <= number <= limit:
-        raise ValueError(f"{number} is not between 0 and {limit}")
+    if not least <= number <= limit:
+        raise ValueError(f"{number} is not between {least} and {limit}")
     return number
 
 
