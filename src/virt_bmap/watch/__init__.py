@@ -1,8 +1,8 @@
 """Watching a guest: its accesses to a served disk, and the objects that they touch.
 
-    serve     nbdkit in front of the disk, its log followed          plugin      the same inside nbdkit, for bmaplogger
-    accesses  the log as columns                                     bmaplogger  the program around it
-    resolve   accesses -> objects of the block map, in batches
-    lines, summary, trace   what becomes of them: live log, totals, Parquet
-    session   one watched run of a command: all of the above until it ends
+serve     nbdkit in front of the disk, its log followed          plugin      the same inside nbdkit, for bmaplogger
+accesses  the log as columns                                     bmaplogger  the program around it
+resolve   accesses -> objects of the block map, in batches
+lines, summary, trace   what becomes of them: live log, totals, Parquet
+session   one watched run of a command: all of the above until it ends
 """
