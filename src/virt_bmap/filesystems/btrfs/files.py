@@ -93,6 +93,10 @@ class Inodes:
 
 def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
     """Every inode of every tree, and which of them only a log knows: they were created and fsynced after the last commit."""
+    beyond = ~_fits(rows["objectid"], OBJECT_BITS)
+    damage.note("inode-number", "inodes have an objectid beyond 2^40 and are left out", rows["record"][beyond])
+    far = links.roots.bytenr[links.has_files & ~_fits(links.tree_id, TREE_BITS)]
+    damage.note("tree-number", "subvolumes have an id beyond 2^23 and are left out", np.maximum(far, -1))
     row, tree = links.spread(rows)
     inode = number(links.tree_id[tree], rows["objectid"][row])
     part = links.parts[tree]
