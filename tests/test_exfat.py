@@ -197,6 +197,11 @@ def test_a_bitmap_that_forgets_a_file(image):
     assert codes(survives(image)) <= {"unowned"}
 
 
+def test_a_root_directory_that_is_nowhere(image):
+    image[96:100] = 0xFF
+    assert "corrupt" in codes(survives(image))
+
+
 def test_cut_off_volumes(image):
     assert "truncated" in codes(survives(image[: len(image) // 2]))
     assert codes(survives(image[:65536])) == {"truncated"}

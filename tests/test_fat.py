@@ -414,6 +414,15 @@ def test_a_volume_that_is_cut_off(small):
     assert codes(survives(data[:20000]), "error") == {"truncated"}  # inside the FATs: nothing can be read
 
 
+def test_a_root_directory_that_is_nowhere(tmp_path):
+    data = np.frombuffer(make(tmp_path, "fat32-small").read_bytes(), np.uint8).copy()
+    for cluster in 0, 1, 9, 0xFFFFFFFF:
+        data[44:48] = np.frombuffer(struct.pack("<I", cluster), np.uint8)
+        bmap = survives(data)
+        assert codes(bmap, "error") == {"root"}
+        assert "unowned" in codes(bmap)
+
+
 @pytest.mark.parametrize("flavour", ["fat12-floppy", "fat16", "fat32-reserved"])
 def test_damage_never_stops_the_reader(flavour, tmp_path):
     image = make(tmp_path, flavour)

@@ -226,6 +226,10 @@ class Special:
 
 def _read_special(reader: Reader, root: Ranges, geometry: Geometry) -> Special:
     """The entries of the root directory that describe the volume; Corrupt where the allocation bitmap is missing."""
+    if len(root.start) == 0:
+        raise Corrupt(
+            f"{reader.name}: the root directory of exFAT begins at cluster {geometry.root_cluster}, which is not in use", 96
+        )
     length = np.clip(np.minimum(reader.size - root.start, MAX_DIRECTORY - root.offset), 0, root.length)
     raw = reader.read_ranges(root.start, length // ENTRY * ENTRY).reshape(-1, ENTRY)
     raw = raw[before_end(raw, np.zeros(len(raw), np.int64))]

@@ -45,6 +45,10 @@ class Entries:
         return Entries(**columns, name=self.name.filter(pa.array(keep)))
 
 
+NO = np.zeros(0, bool)
+NONE = Entries(EMPTY, EMPTY, NO, EMPTY, EMPTY, EMPTY, NO, EMPTY, pa.array([], pa.binary()))
+
+
 @dataclass(frozen=True)
 class Ranges:
     """Where directories lie, sorted by directory and place in it: `length` bytes of `inode` from byte `offset` of it."""
@@ -78,10 +82,9 @@ Parse = Callable[[Bytes, Int, Int], Entries]
 
 def read_tree(reader: Reader, root: Ranges, locate: Callable[[Entries], Ranges], parse: Parse, largest: int) -> Tree:
     """Read all directories from the root's ranges on; `locate` says where directories lie, `largest` how many bytes one may have."""
-    entries: list[Entries] = []
+    entries = [NONE]
     ranges: list[Ranges] = []
-    shared: list[Int] = []
-    oversize: list[Int] = []
+    shared, oversize = [EMPTY], [EMPTY]
     seen = EMPTY, EMPTY
     level = root
     for _ in range(MAX_DEPTH):
@@ -137,12 +140,9 @@ def join_ranges(parts: Sequence[Ranges]) -> Ranges:
 
 
 def join_entries(parts: Sequence[Entries]) -> Entries:
-    """One after the other."""
-    columns: dict[str, Any] = {
-        f.name: np.concatenate([getattr(part, f.name) for part in parts] or [EMPTY]) for f in fields(Entries)[:-1]
-    }
-    names = pa.concat_arrays([part.name for part in parts]) if parts else pa.array([], pa.binary())
-    return Entries(**columns, name=names)
+    """One after the other; at least one."""
+    columns: dict[str, Any] = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Entries)[:-1]}
+    return Entries(**columns, name=pa.concat_arrays([part.name for part in parts]))
 
 
 def list_problems(found: Sequence[tuple[str, str, Int]], severity: str = "error") -> list[Problem]:
