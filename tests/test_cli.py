@@ -172,25 +172,56 @@ def test_a_truncated_disk_is_mapped_and_said(disk, tmp_path):
     assert bmap("check", "cut", cwd=tmp_path).returncode == 1
 
 
-def test_encrypted_is_named(tmp_path):
+@pytest.fixture(scope="module")
+def encrypted(disk, tmp_path_factory) -> Path:
+    """The filesystem of `disk`, encrypted in place by cryptsetup; the passphrase is `secret`."""
     need("cryptsetup", "cryptsetup-bin")
-    (tmp_path / "luks").write_bytes(bytes(20 << 20))
+    path = tmp_path_factory.mktemp("luks") / "luks"
+    path.write_bytes(disk.read_bytes()[1 << 20 : 31 << 20] + bytes(32 << 20))
+    fast = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
     run(
         "cryptsetup",
-        "luksFormat",
+        "reencrypt",
         "-q",
+        "--encrypt",
         "--type",
         "luks2",
-        "--pbkdf",
-        "pbkdf2",
-        "--pbkdf-force-iterations",
-        "1000",
-        tmp_path / "luks",
+        *fast,
+        "--reduce-device-size",
+        "32M",
+        path,
         "-",
         stdin=b"secret",
     )
-    assert "crypto_LUKS" in bmap("info", "luks", cwd=tmp_path).stdout
-    assert bmap("check", "luks", cwd=tmp_path).returncode == 0
+    return path
+
+
+def test_encrypted_without_a_key_is_named(encrypted):
+    assert "crypto_LUKS" in bmap("info", encrypted).stdout
+    checked = bmap("check", encrypted)
+    assert checked.returncode == 0
+    assert "not looked into: /dev/sda" in checked.stdout
+
+
+def test_encrypted_with_a_key_is_read(encrypted, tmp_path):
+    (tmp_path / "key").write_bytes(b"secret\n")
+    for words, given in (
+        (["--keys-from-stdin"], "wrong\nsecret\n"),
+        (["--key", f"all:file:{tmp_path}/key"], ""),
+        (["--key", "/dev/sda:key:secret"], ""),
+    ):
+        done = bmap("info", *words, encrypted, input=given)
+        assert "ext4" in done.stdout
+        assert "4 files" in done.stdout
+    assert bmap("check", "--key", "all:key:secret", encrypted).returncode == 0
+
+
+def test_a_wrong_key_is_said(encrypted):
+    done = bmap("info", "--key", "all:key:wrong", encrypted)
+    assert "none of the given keys opens it" in done.stdout
+    assert bmap("check", "--key", "all:key:wrong", encrypted).returncode == 1
+    assert "a key is given as SELECTOR" in fails("info", "--key", "nonsense", encrypted)
+    assert "No such file" in fails("info", "--key", "all:file:/nonexistent", encrypted)
 
 
 def test_bad_words(disk, tmp_path):

@@ -17,11 +17,11 @@ from virt_bmap.arrays import ints
 from virt_bmap.contract import Assembly, Member
 from virt_bmap.errors import FormatError, ImageError, UsageError
 from virt_bmap.images.raw import RawReader
+from virt_bmap.keys import Keys, parse
 from virt_bmap.mapping import Rows
 from virt_bmap.reader import MappedReader, Reader
 from virt_bmap.survey import survey
 from virt_bmap.volumes import luks
-from virt_bmap.keys import Keys, parse
 
 MIB = 1 << 20
 SECRET = b"correct horse battery staple"
@@ -33,7 +33,7 @@ FAST = {"pbkdf2": ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"),
 def opened(reader: Reader, *secrets: bytes) -> tuple[Assembly, Reader | None]:
     """What `assemble` makes of one device with these secrets, and a reader of the volume behind the cipher."""
     keys = Keys(tuple(("all", secret) for secret in secrets))
-    assembly = luks.assemble([Member(0, "/dev/sda", reader)], keys)
+    assembly = luks.assemble([Member(0, "/dev/sda", reader, keys)])
     if not assembly.children:
         return assembly, None
     (child,) = assembly.children

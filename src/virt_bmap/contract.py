@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.mapping import Row, Rows
 from virt_bmap.reader import Reader
 from virt_bmap.tables import ExtentRows
@@ -60,11 +61,12 @@ class Filesystem:
 
 @dataclass(frozen=True)
 class Member:
-    """A volume as an assembling module sees it. `name` is its device name, `number` its id for mapping rows' `parent`."""
+    """A volume as an assembling module sees it. `name` is its device name, `number` its id for mapping rows' `parent`, `keys` what the user gave."""
 
     number: int
     name: str
     reader: Reader
+    keys: Keys = NO_KEYS
 
 
 @dataclass

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError
 from virt_bmap.images import open_disks
+from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.reader import Reader
 from virt_bmap.survey import survey
 
@@ -13,15 +14,16 @@ def map_disks(
     images: Sequence[str],
     format: str | None = None,
     references: bool = False,
+    keys: Keys = NO_KEYS,
     watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
 ) -> BlockMap:
     """Map images, block devices or NBD URIs as the disks of one machine, /dev/sda, /dev/sdb, ...
 
-    `format` and `references` as for `images.open_image`. `watcher` is given the open disks and returns what is called with each volume's name.
+    `format` and `references` as for `images.open_image`; `keys` open encrypted volumes. `watcher` is given the open disks and returns what is called with each volume's name.
     Raises ImageError where a disk can't be opened or read; what is wrong *on* a disk becomes rows of the table `problems`.
     """
     with open_disks(images, format, references) as disks:
-        return survey(disks, watcher(disks)) if watcher else survey(disks)
+        return survey(disks, watcher(disks) if watcher else lambda _: None, keys)
 
 
 def is_saved(path: str) -> bool:

@@ -16,6 +16,7 @@ from virt_bmap.arrays import complement
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.contract import Assembly, Child, Filesystem, Member, Problem
 from virt_bmap.errors import FormatError, Unsupported
+from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.mapping import Rows
 from virt_bmap.reader import MappedReader, Reader
 
@@ -53,19 +54,20 @@ def disk_name(number: int) -> str:
     return f"/dev/sd{letters}"
 
 
-def survey(disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None) -> BlockMap:
+def survey(disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS) -> BlockMap:
     """The block map of these disks of one machine, which become /dev/sda, /dev/sdb, ...
 
-    `progress` is called with the name of each volume before it is read. Raises ImageError where a disk can't be read; what is
+    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes. Raises ImageError where a disk can't be read; what is
     wrong *on* a disk becomes rows of `problems`.
     """
-    return _Survey(disks, progress).run()
+    return _Survey(disks, progress, keys).run()
 
 
 class _Survey:
-    def __init__(self, disks: Sequence[Reader], progress: Callable[[str], None]) -> None:
+    def __init__(self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys) -> None:
         self.volumes: list[_Volume] = []
         self.progress = progress
+        self.keys = keys
         for number, reader in enumerate(disks, 1):
             self._add("disk", disk_name(number), reader, 0, number)
         self.todo = list(self.volumes)
@@ -118,7 +120,7 @@ class _Survey:
         """Let a volume module make volumes of its members; where it refuses, they are one piece each, with the reason."""
         by_number = {volume.number: volume for volume in members}
         try:
-            assembly: Assembly = module.assemble([Member(v.number, v.name, v.reader) for v in members])
+            assembly: Assembly = module.assemble([Member(v.number, v.name, v.reader, self.keys) for v in members])
         except FormatError as error:
             for volume in members:
                 self._refused(volume, module.NAME, error)

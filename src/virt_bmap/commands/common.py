@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from virt_bmap import maps
+from virt_bmap import keys, maps
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS
+from virt_bmap.keys import Keys
 from virt_bmap.reader import Reader
 
 PATIENCE = 0.7
@@ -38,6 +39,22 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="open the backing and data files that an image's header names (only for images you trust)",
     )
+    group.add_argument(
+        "--key",
+        metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE",
+        action="append",
+        default=[],
+        help="open encrypted volumes; SELECTOR is a device, a UUID or all",
+    )
+    group.add_argument(
+        "--keys-from-stdin", action="store_true", help="read passphrases for encrypted volumes from standard input, one a line"
+    )
+
+
+def keys_of(args: argparse.Namespace) -> Keys:
+    """The keys of --key and --keys-from-stdin."""
+    lines = sys.stdin.buffer.read().splitlines() if args.keys_from_stdin else []
+    return keys.parse(args.key, lines)
 
 
 def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
@@ -51,7 +68,7 @@ def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
 def map_disks(args: argparse.Namespace, images: Sequence[str]) -> BlockMap:
     """Map the disks, with progress on a terminal."""
     with Progress() as progress:
-        return maps.map_disks(images, args.format, args.references, progress.watch)
+        return maps.map_disks(images, args.format, args.references, keys_of(args), progress.watch)
 
 
 def map_or_disks(args: argparse.Namespace, given: Sequence[str]) -> BlockMap:

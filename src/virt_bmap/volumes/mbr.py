@@ -61,8 +61,9 @@ def probe(reader: Reader) -> bool:
     used = table[(table["os_type"] != 0) & (table["size_in_lba"] != 0)]
     if not len(used) or not np.isin(table["boot_indicator"], (0, 0x80)).all():
         return False
-    start = widen(used["starting_lba"], "starting_lba") * SECTOR
-    return not isohybrid(reader, start, start + widen(used["size_in_lba"], "size_in_lba") * SECTOR)
+    # isolinux gives the entry that covers the CD image type 0
+    start, size = widen(table["starting_lba"], "starting_lba") * SECTOR, widen(table["size_in_lba"], "size_in_lba") * SECTOR
+    return not isohybrid(reader, start, start + size)
 
 
 def isohybrid(reader: Reader, starts: np.ndarray, ends: np.ndarray) -> bool:

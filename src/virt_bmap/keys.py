@@ -26,8 +26,11 @@ class Keys:
         return own + [secret for selector, secret in self.entries if selector == ALL]
 
 
-def parse(options: Sequence[str]) -> Keys:
-    """The keys of `--key` options. Raises UsageError where one is no option of this kind, ImageError where its file can't be read."""
+NO_KEYS = Keys()
+
+
+def parse(options: Sequence[str], passphrases: Sequence[bytes] = ()) -> Keys:
+    """The keys of `--key` options, and passphrases to try on every volume. Raises UsageError where one is no option of this kind, ImageError where its file can't be read."""
     entries = []
     for option in options:
         for kind in (":key:", ":file:"):
@@ -39,7 +42,7 @@ def parse(options: Sequence[str]) -> Keys:
             raise UsageError(
                 "a key is given as SELECTOR:key:PASSPHRASE or SELECTOR:file:FILE; SELECTOR is a device, a UUID or 'all'"
             )
-    return Keys(tuple(entries))
+    return Keys((*entries, *((ALL, passphrase) for passphrase in passphrases)))
 
 
 def _file(path: str) -> bytes:
