@@ -5,6 +5,8 @@ breadth first. The bitmap decides what is free. A file's clusters follow each ot
 they are chained in the FAT, of which only entries of allocated clusters count: drivers leave old links in freed ones. What lies
 beyond a file's ValidDataLength was never written.
 
+Clusters that vendor extensions allocate (entries 0xE1) have no owner here: they are `unknown`.
+
 Inode numbers: byte offset of the file's directory entry / 32; the root is 0.
 
 Sources: Microsoft exFAT file system specification (2019); kernel fs/exfat/{super,balloc,dir,namei}.c; exfatprogs fsck/fsck.c.
@@ -34,7 +36,7 @@ FEATURES = (
     "TexFAT's second FAT and bitmap", "up-case table", "valid data length", "entry sets with checksum", "vendor extensions, skipped",
     "volume label, serial number", "bad clusters", "dirty and failure marks",
 )  # fmt: skip
-REFUSED = ("revisions other than 1.x", "clusters that vendor entries allocate: unknown")
+REFUSED = ("revisions other than 1.x",)
 ORACLES = ("istat and fls of The Sleuth Kit", "fsck.exfat and dump.exfat of exfatprogs", "the allocation bitmap", "exfat-fuse")
 
 BOOT_SECTOR = struct(512, [

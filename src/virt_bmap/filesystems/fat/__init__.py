@@ -5,6 +5,9 @@ free; a cluster that no file owns is lost and becomes `unknown`. The width of FA
 where BPB_FATSz16 is 0, otherwise by the number of clusters. Short names are shown in code page 437, the kernel's default; the
 disk does not say which one was used. Times are local times of an unknown zone, taken as UTC.
 
+Not recognised, and so named as one unknown piece: volumes of DOS 1.x without parameters in their boot sector, and those whose sector
+count has 64 bits.
+
 Inode numbers: byte offset of the directory entry / 32; the root is 0.
 
 Sources: Microsoft FAT specification (fatgen103); kernel fs/fat/{inode,fatent,dir,namei_vfat}.c; util-linux
@@ -36,7 +39,7 @@ FEATURES = (
     "one or more FATs, mirrored or with one active", "FSInfo, backup boot sector", "bad clusters", "Atari's boot sectors",
     "volume labels in the root directory", "dirty and error marks",
 )  # fmt: skip
-REFUSED = ("volumes of DOS 1.x, without parameters in their boot sector", "FAT+ and 64-bit sector counts (called FAT64)")
+REFUSED: tuple[str, ...] = ()
 ORACLES = ("istat and fls of The Sleuth Kit", "mshowfat and mcopy of mtools", "fsck.fat of dosfstools", "the FAT itself")
 
 FSINFO = struct(512, [(0, "FSI_LeadSig", "<u4"), (484, "FSI_StrucSig", "<u4"), (488, "FSI_Free_Count", "<u4")])
