@@ -1,8 +1,8 @@
 """Linux software RAID (md): members to arrays.
 
 Read: superblocks 0.90 (both byte orders), 1.0, 1.1 and 1.2; of several members the one with the most events is believed. Arrays are called
-/dev/md127, /dev/md126, ... in the order in which their members are found, as the appliance of libguestfs calls arrays of other hosts; the name that the
-array gives itself is its label.
+/dev/md127, /dev/md126, ... in the order in which their members are found. The appliance of libguestfs gives the same numbers, but which of several
+arrays gets which depends there on the order of probing: the name that an array gives itself is its label, and tells for sure.
 
 Sources: kernel drivers/md/, include/uapi/linux/raid/md_p.h; mdadm's super0.c, super1.c and man page md(4).
 """
