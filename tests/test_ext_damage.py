@@ -14,9 +14,9 @@ from support import BytesReader, assert_proven, mapped, mutations, need, run, su
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
+from virt_bmap.checksums import crc16, crc32c
 from virt_bmap.filesystems import ext
 from virt_bmap.filesystems.ext import blocks, owned
-from virt_bmap.filesystems.ext.checksums import crc16, crc32c
 from virt_bmap.filesystems.ext.groups import ones
 from virt_bmap.filesystems.ext.superblock import read_superblock
 from virt_bmap.survey import survey

@@ -81,7 +81,7 @@ def open_with_qemu(image: RawReader, format: str, references: bool) -> Reader:
     """Serve the image with qemu-nbd and read it from there. Raises ImageError with QEMU's own words, MissingTool without qemu-nbd."""
     if format not in FORMATS:
         raise UsageError(f"unknown image format {format!r}; there are: raw, {', '.join(FORMATS)}")
-    options = _options(image, format, references, 0)
+    options = block_options(image, format, references, 0)
     program = shutil.which("qemu-nbd")
     if not program:
         raise MissingTool(
@@ -109,7 +109,7 @@ def open_with_qemu(image: RawReader, format: str, references: bool) -> Reader:
         return NbdReader(f"nbd+unix:///?socket={socket}", image.name)
 
 
-def _options(image: RawReader, format: str, references: bool, depth: int) -> dict[str, str]:
+def block_options(image: RawReader, format: str, references: bool, depth: int) -> dict[str, str]:
     """The image and all that it refers to as QEMU's block options."""
     found = _references(image, format)
     if found.names() and not references:
@@ -132,7 +132,7 @@ def _options(image: RawReader, format: str, references: bool, depth: int) -> dic
             )
         backing = RawReader(os.path.join(folder, found.backing))
         try:
-            below = _options(backing, found.backing_format, references, depth + 1)
+            below = block_options(backing, found.backing_format, references, depth + 1)
         finally:
             backing.close()
         options |= {f"backing.{key}": value for key, value in below.items()}

@@ -214,7 +214,9 @@ class Raid10:
         stride = self.chunks(each, members)[1]
         chunk = np.repeat(np.arange(period, dtype=np.int64), self.near)
         slot = np.arange(period * self.near, dtype=np.int64)
-        first = chunk * self.near // members  # near copies that wrap around lie one chunk lower, also where rows are `far` chunks high
+        first = (
+            chunk * self.near // members
+        )  # near copies that wrap around lie one chunk lower, also where rows are `far` chunks high
         member, row = slot % members, first * (self.far if self.offset else 1) + slot // members - first
         columns = [(chunk, member, row)]
         for _ in range(1, self.far):

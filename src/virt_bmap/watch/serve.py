@@ -125,7 +125,7 @@ def _qemu_nbd(source: Source, folder: str, write: bool) -> Iterator[str]:
     program = _tool("qemu-nbd", source, "qemu-utils")
     image = RawReader(source.image)
     try:
-        options = qemu._options(image, source.format, source.references, 0)
+        options = qemu.block_options(image, source.format, source.references, 0)
     finally:
         image.close()
     socket, messages = f"{folder}/qemu", f"{folder}/qemu.err"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand, subtract, union
-from virt_bmap.filesystems.ext.checksums import crc16, crc32c
+from virt_bmap.checksums import crc16, crc32c
 from virt_bmap.filesystems.ext.damage import Problems, complain, complain_where
 from virt_bmap.filesystems.ext.superblock import Superblock
 from virt_bmap.layout import lo_hi, records, struct

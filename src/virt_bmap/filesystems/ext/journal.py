@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand
+from virt_bmap.checksums import crc32c
 from virt_bmap.contract import Problem
 from virt_bmap.filesystems.ext import blocks, inodes
 from virt_bmap.filesystems.ext.blocks import EXTENT_MAGIC
-from virt_bmap.filesystems.ext.checksums import crc32c
 from virt_bmap.filesystems.ext.damage import Problems, complain
 from virt_bmap.filesystems.ext.groups import read_groups
 from virt_bmap.filesystems.ext.superblock import MAGIC, OFFSET, SIZE, SUPER, Superblock, read_superblock

@@ -10,9 +10,9 @@ import numpy as np
 
 from virt_bmap import foreign
 from virt_bmap.arrays import Int
+from virt_bmap.checksums import ALL_ONES, crc32c
 from virt_bmap.contract import Problem
 from virt_bmap.errors import Corrupt, Unsupported
-from virt_bmap.filesystems.ext.checksums import ALL_ONES, crc32c
 from virt_bmap.filesystems.ext.damage import Problems
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader

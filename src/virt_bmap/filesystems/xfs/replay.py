@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from virt_bmap.arrays import Bytes, ints, union
+from virt_bmap.checksums import crc32c
 from virt_bmap.errors import Corrupt, Unsupported
-from virt_bmap.filesystems.ext.checksums import crc32c
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.geometry import Geometry
 from virt_bmap.filesystems.xfs.log import BLOCK, CYCLE_DATA, HEADER_MAGIC, RECORD, Log, header_blocks
