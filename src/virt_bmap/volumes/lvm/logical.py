@@ -10,7 +10,7 @@ from virt_bmap.arrays import complement
 from virt_bmap.contract import Child, Problem
 from virt_bmap.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.mapping import COPY, DATA, ROLES, Row, Rows
-from virt_bmap.tables import METADATA, ExtentRows
+from virt_bmap.tables import CONTENT, METADATA, ExtentRows
 from virt_bmap.volumes.lvm.cache import Cached, read_cache, read_writecache
 from virt_bmap.volumes.lvm.group import Group, Opener, Space, add_free, in_order, segments_of, span
 from virt_bmap.volumes.lvm.label import SECTOR
@@ -40,7 +40,23 @@ def read_group(group: Group) -> None:
             for pv in group.pvs[:1]:
                 detail = f"logical volume {group.name}/{name}: {error}"
                 group.problem(pv.member.number, Problem(error.code, detail, -1, severity))
+    _name_unread(group)
     add_free(group)
+
+
+def _name_unread(group: Group) -> None:
+    """An inner volume that no other lies on, because what it serves is not read: one piece, not a gap."""
+    children, extents = group.assembly.children, group.assembly.extents
+    used = {
+        parent
+        for child in children
+        for parent in (np.unique(child.many.parent).tolist() if child.many else {row.parent for row in child.rows})
+    }
+    for reference in group.sizes:
+        if reference < 0 and reference not in used and reference not in extents and not children[-1 - reference].contents:
+            spare = children[-1 - reference].name.endswith("_pmspare")
+            rows = extents.setdefault(reference, ExtentRows())
+            rows.add(CONTENT, 0, group.sizes[reference], part="spare pool metadata" if spare else "inner volume")
 
 
 def _read_volume(group: Group, name: str) -> None:
