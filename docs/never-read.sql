@@ -1,9 +1,9 @@
 -- Which files did no boot read, and how much would the image shrink without them, by directory?
 -- duckdb -f docs/never-read.sql, in a folder with map.parquet and trace.parquet. For one filesystem; with several, group by volume too.
 
-create or replace view filesystems as select unnest(filesystems, recursive := true) from 'map.parquet' where filesystems is not null;
-create or replace view names as select unnest(names, recursive := true) from 'map.parquet' where names is not null;
-create or replace view extents as select unnest(extents, recursive := true) from 'map.parquet' where extents is not null;
+create or replace view filesystems as select unnest(filesystems, recursive := true) from 'map.parquet';
+create or replace view names as select unnest(names, recursive := true) from 'map.parquet';
+create or replace view extents as select unnest(extents, recursive := true) from 'map.parquet';
 create or replace view touched as select unnest(o, recursive := true) from (select unnest(objects) as o from 'trace.parquet');
 
 with recursive paths(inode, path, top) as (

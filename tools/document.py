@@ -7,7 +7,7 @@ from pathlib import Path
 
 from virt_bmap import filesystems, foreign, tables, volumes
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.images import qemu
+from virt_bmap.images import magic
 from virt_bmap.outputs.listing import LETTERS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -28,10 +28,11 @@ def data_model() -> str:
         "",
         "## In Parquet",
         "",
-        "`virt-bmap -o map.parquet` writes one file with one column for each table: row i of the column `inodes` is row i of the table `inodes`, and shorter tables end in nulls.",
+        "`virt-bmap -o map.parquet` writes one file with one column for each table, a list of the table's rows (65,536 at most; further rows of a table are in the next",
+        "rows of the file, where shorter tables have empty lists).",
         "",
         "```sql",
-        "select unnest(extents) from 'map.parquet' where extents is not null;     -- DuckDB: the table extents",
+        "select unnest(extents, recursive := true) from 'map.parquet';            -- DuckDB: the table extents",
         "```",
         "",
         "```python",
@@ -84,7 +85,7 @@ def formats() -> str:
         "",
         "## Image formats",
         "",
-        "Raw files, block devices and NBD exports are read directly; through `qemu-nbd`: " + ", ".join(qemu.FORMATS) + ".",
+        "Raw files, block devices and NBD exports are read directly; through `qemu-nbd`: " + ", ".join(magic.FORMATS) + ".",
     ]
     lines += [
         "",

@@ -8,10 +8,10 @@ backing or data file. So the format is found by magic and said aloud, and a file
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from virt_bmap.images import nbd, qemu, raw
+from virt_bmap.images import magic, raw
 from virt_bmap.reader import Reader
 
-FORMATS = ("raw", *qemu.FORMATS)
+FORMATS = ("raw", *magic.FORMATS)
 """What `--format` takes."""
 
 
@@ -21,12 +21,16 @@ def open_image(image: str, format: str | None = None, references: bool = False) 
     `format` is one of FORMATS, or None to go by magic. `references` allows an image to consist of further files (backing files, external data files, VMDK extents).
     Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
     """
-    if nbd.is_uri(image):
+    if magic.is_uri(image):
+        from virt_bmap.images import nbd
+
         return nbd.NbdReader(image)
     plain = raw.RawReader(image)
-    found = format or qemu.recognise(plain) or "raw"
+    found = format or magic.recognise(plain) or "raw"
     if found == "raw":
         return plain
+    from virt_bmap.images import qemu
+
     try:
         return qemu.open_with_qemu(plain, found, references)
     finally:

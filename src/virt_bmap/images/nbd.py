@@ -46,11 +46,6 @@ REP_ERRORS = {
 DEFAULT_PORT = 10809
 
 
-def is_uri(image: str) -> bool:
-    """Does this name an NBD server rather than a file?"""
-    return image.split(":", 1)[0] in ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock") and ":" in image
-
-
 def connect(uri: str) -> tuple[socket.socket, str]:
     """A connected socket and the export's name. UsageError for URIs that can't be served, ImageError where nobody answers."""
     try:

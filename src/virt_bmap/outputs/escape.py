@@ -8,7 +8,6 @@ import re
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 _SUSPECT = re.compile(
     rb"[\x00-\x1f\x7f\\]|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9\xaa-\xae]|\xe2\x81[\xa6-\xa9]"
@@ -43,6 +42,8 @@ def escape_all(names: pa.Array) -> pa.Array:
     data = np.frombuffer(names.buffers()[2] or b"", np.uint8)
     if not ((data < 0x20) | (data >= 0x7F) | (data == 0x5C)).any():
         return names.view(pa.large_string())
+    import pyarrow.compute as pc  # slow to import, and nearly no map needs it here
+
     suspect = _suspects(names)
     rows = np.flatnonzero(suspect)
     fixed = pa.array(

@@ -1,12 +1,14 @@
-"""The whole block map in one Parquet file: one column for each table, row i of the column `inodes` is row i of the table `inodes`.
+"""The whole block map in one Parquet file: one column for each table, each a list of that table's rows.
 
-Shorter tables end in nulls, so `select unnest(extents) from 'map.parquet' where extents is not null` is the table `extents` to DuckDB, and pandas and Polars
-read single tables by column. The file's metadata names the disks and the version of the schema.
+A list holds up to CHUNK rows; the tables' further rows are in the next rows of the file, where shorter tables have empty lists. So
+`select unnest(inodes, recursive := true) from 'map.parquet'` is the table `inodes` to DuckDB, and no table costs another one anything. The file's
+metadata names the disks and the version of the schema.
 """
 
 import json
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
@@ -15,44 +17,47 @@ from virt_bmap.errors import MapError
 
 VERSION = 1
 KEY = b"virt-bmap"
-ROW_GROUP = 1 << 20
+CHUNK = 1 << 16
+"""Rows of a table in one list."""
+ROW_GROUP = 16
+"""Lists in one row group: a million rows of each table."""
 
 
 def save(bmap: BlockMap, file: BinaryIO, disks: list[str] | None = None) -> None:
     """Write the map; `disks` are the images' names, kept so that a map can be told from another disk's."""
     import pyarrow.parquet as pq
 
-    columns = {name: getattr(bmap, name) for name in BlockMap.TABLES}
-    longest = max(table.num_rows for table in columns.values())
+    rows = max(1, max(-(-getattr(bmap, name).num_rows // CHUNK) for name in BlockMap.TABLES))
+    lists = [_lists(getattr(bmap, name), rows) for name in BlockMap.TABLES]
     about = {
         "version": VERSION,
         "disks": [{"image": image, "size": size} for image, size in zip(disks or [], sizes(bmap), strict=False)],
     }
-    schema = pa.schema(
-        [pa.field(name, _struct(name), metadata={b"rows": str(columns[name].num_rows)}) for name in columns],
-        metadata={KEY: json.dumps(about)},
-    )
-    arrays = [_padded(table, schema.field(name).type, longest) for name, table in columns.items()]
+    fields = [pa.field(name, found.type, nullable=False) for name, found in zip(BlockMap.TABLES, lists, strict=True)]
+    schema = pa.schema(fields, metadata={KEY: json.dumps(about)})
+    integers = [
+        f"{name}.list.element.{field.name}"
+        for name in BlockMap.TABLES
+        for field in tables.SCHEMAS[name]
+        if pa.types.is_integer(field.type)
+    ]
     pq.write_table(
-        pa.table(arrays, schema=schema), file, row_group_size=ROW_GROUP, compression="lz4", use_dictionary=False, write_statistics=False,
+        pa.table(lists, schema=schema), file, row_group_size=ROW_GROUP, compression="lz4", use_dictionary=False, write_statistics=False,
+        column_encoding=dict.fromkeys(integers, "DELTA_BINARY_PACKED"),
     )  # fmt: skip
+
+
+def _lists(table: pa.Table, rows: int) -> pa.ListArray:
+    """The table cut into `rows` lists of up to CHUNK rows."""
+    columns = [column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in table.combine_chunks().columns]
+    found = pa.StructArray.from_arrays(columns, fields=list(table.schema))
+    offsets = np.minimum(np.arange(rows + 1) * CHUNK, len(found)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), found, type=pa.list_(pa.field("element", found.type, nullable=False)))
 
 
 def sizes(bmap: BlockMap) -> list[int]:
     """The size of each disk in bytes."""
     return [bmap.volumes.column("size")[disk].as_py() for disk in bmap.disks]
-
-
-def _struct(name: str) -> pa.StructType:
-    """The table's schema as one column; its fields may be null where the table has ended."""
-    return pa.struct([field.with_nullable(True) for field in tables.SCHEMAS[name]])
-
-
-def _padded(table: pa.Table, kind: pa.StructType, rows: int) -> pa.ChunkedArray:
-    table = table.combine_chunks()
-    columns = [column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in table.columns]
-    found = pa.StructArray.from_arrays(columns, fields=list(kind))
-    return pa.chunked_array([found, pa.nulls(rows - len(found), kind)] if len(found) < rows else [found])
 
 
 def load(path: str) -> BlockMap:
@@ -76,9 +81,6 @@ def load(path: str) -> BlockMap:
 
 def _table(file: Any, name: str) -> pa.Table:
     schema = tables.SCHEMAS[name]
-    column = file.read(columns=[name]).column(name)
-    rows = int(file.schema_arrow.field(name).metadata[b"rows"])
-    column = column.slice(0, rows)
-    flat = [chunk.field(index) for chunk in column.chunks for index in range(len(schema))]
-    arrays = [pa.chunked_array(flat[index :: len(schema)], field.type) for index, field in enumerate(schema)]
-    return tables.recode(pa.Table.from_arrays(arrays, schema=schema).unify_dictionaries().combine_chunks())
+    structs = [chunk.flatten() for chunk in file.read(columns=[name]).column(name).chunks]
+    columns = [pa.chunked_array([found.field(index) for found in structs], field.type) for index, field in enumerate(schema)]
+    return tables.recode(pa.Table.from_arrays(columns, schema=schema).unify_dictionaries().combine_chunks())

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from virt_bmap.errors import ImageError, MissingTool
-from virt_bmap.images import nbd, qemu
+from virt_bmap.images import magic, qemu
 from virt_bmap.images.raw import RawReader
 
 START_TIMEOUT = 30.0
@@ -91,7 +91,7 @@ def serve(source: Source, folder: str, write: bool) -> Iterator[Served]:
     program = _tool("nbdkit", source, "nbdkit")
     with contextlib.ExitStack() as stack:
         threads: list[str] = []
-        if nbd.is_uri(source.image):
+        if magic.is_uri(source.image):
             plugin = ["nbd", f"uri={source.image}", "shared=true"]
         elif source.format == "raw":
             plugin, threads = ["file", f"file={os.path.abspath(source.image)}"], ["--threads", str(THREADS)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from virt_bmap import maps
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import MapError
-from virt_bmap.images import nbd, open_image, qemu
+from virt_bmap.images import magic, open_image
 from virt_bmap.images.raw import RawReader
 from virt_bmap.survey import survey
 from virt_bmap.watch.serve import Source
@@ -16,7 +16,7 @@ PARQUET_MAGIC = b"PAR1"
 
 def source(image: str, format: str | None = None, references: bool = False) -> Source:
     """A disk to serve. Its format is found once, here, so that what is served is what was mapped."""
-    if nbd.is_uri(image):
+    if magic.is_uri(image):
         reader = open_image(image)
         reader.close()
         return Source(image, "raw", reader.size, references)
@@ -24,7 +24,7 @@ def source(image: str, format: str | None = None, references: bool = False) -> S
     if found is None:
         plain = RawReader(image)
         try:
-            found = qemu.recognise(plain) or "raw"
+            found = magic.recognise(plain) or "raw"
         finally:
             plain.close()
     reader = open_image(image, found, references)
@@ -34,7 +34,7 @@ def source(image: str, format: str | None = None, references: bool = False) -> S
 
 def mapped(sources: Sequence[Source]) -> BlockMap:
     """Map the disks now."""
-    readers = [open_image(disk.image, None if nbd.is_uri(disk.image) else disk.format, disk.references) for disk in sources]
+    readers = [open_image(disk.image, None if magic.is_uri(disk.image) else disk.format, disk.references) for disk in sources]
     try:
         return survey(readers)
     finally:
