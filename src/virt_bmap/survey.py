@@ -60,7 +60,15 @@ def survey(disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: 
     `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes. Raises ImageError where a disk can't be read; what is
     wrong *on* a disk becomes rows of `problems`.
     """
-    return _Survey(disks, progress, keys).run()
+    return survey_open(disks, progress, keys)[0]
+
+
+def survey_open(
+    disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS
+) -> tuple[BlockMap, list[Reader]]:
+    """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, as the survey read it. They read while the disks are open."""
+    work = _Survey(disks, progress, keys)
+    return work.run(), [volume.reader for volume in work.volumes]
 
 
 class _Survey:
@@ -253,5 +261,5 @@ def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
 def _on_volume(table: pa.Table, number: int) -> pa.Table:
     """The table with its `volume` column set."""
     field = table.schema.field("volume")
-    column = pa.array(np.full(table.num_rows, number, np.int32), field.type)
+    column = tables.arrow(np.full(table.num_rows, number, np.int32))
     return table.set_column(table.schema.get_field_index("volume"), field, column)

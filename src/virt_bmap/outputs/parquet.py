@@ -35,15 +35,11 @@ def save(bmap: BlockMap, file: BinaryIO, disks: list[str] | None = None) -> None
     }
     fields = [pa.field(name, found.type, nullable=False) for name, found in zip(BlockMap.TABLES, lists, strict=True)]
     schema = pa.schema(fields, metadata={KEY: json.dumps(about)})
-    integers = [
-        f"{name}.list.element.{field.name}"
-        for name in BlockMap.TABLES
-        for field in tables.SCHEMAS[name]
-        if pa.types.is_integer(field.type)
-    ]
+    columns = [(f"{name}.list.element.{field.name}", field.type) for name in BlockMap.TABLES for field in tables.SCHEMAS[name]]
     pq.write_table(
-        pa.table(lists, schema=schema), file, row_group_size=ROW_GROUP, compression="lz4", use_dictionary=False, write_statistics=False,
-        column_encoding=dict.fromkeys(integers, "DELTA_BINARY_PACKED"),
+        pa.table(lists, schema=schema), file, row_group_size=ROW_GROUP, compression="lz4", write_statistics=False,
+        use_dictionary=[column for column, kind in columns if pa.types.is_dictionary(kind)],
+        column_encoding={column: "DELTA_BINARY_PACKED" for column, kind in columns if pa.types.is_integer(kind)},
     )  # fmt: skip
 
 
@@ -52,7 +48,7 @@ def _lists(table: pa.Table, rows: int) -> pa.ListArray:
     columns = [column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in table.combine_chunks().columns]
     found = pa.StructArray.from_arrays(columns, fields=list(table.schema))
     offsets = np.minimum(np.arange(rows + 1) * CHUNK, len(found)).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), found, type=pa.list_(pa.field("element", found.type, nullable=False)))
+    return pa.ListArray.from_arrays(tables.arrow(offsets), found, type=pa.list_(pa.field("element", found.type, nullable=False)))
 
 
 def sizes(bmap: BlockMap) -> list[int]:
