@@ -6,6 +6,7 @@ Modules are imported only when their command is run; `COMMANDS` is the list that
 COMMANDS = {
     "map": "which file owns every byte of these disks? (the default)",
     "lookup": "who owns these bytes of a disk?",
+    "explain": "all that is known of one byte: every layer, the owner, the bytes there",
     "locate": "where do the bytes of a file lie?",
     "info": "the tree of volumes and filesystems",
     "check": "prove that a map is complete and agrees with the filesystems' allocators",

@@ -1,0 +1,204 @@
+"""virt-bmap explain: one byte of a disk, all the way down."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from virt_bmap import maps
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.commands.common import Progress, add_disk_options, disks_of, human, keys_of, plural
+from virt_bmap.commands.lookup import parse_range
+from virt_bmap.errors import ImageError, UsageError
+from virt_bmap.explain import explain, kinds_of
+from virt_bmap.outputs.escape import escape
+
+HELP = "say all that is known of one byte of a disk: every layer, the owner, and the bytes there"
+
+DUMP = 64
+"""Bytes shown."""
+SHOWN = 10
+"""Names, other inodes, owners and problems that a person is shown; --json has them all."""
+
+TOLD = ("unwritten", "xattr", "tree", "boot", "gap", "free", "content", "unknown")
+"""Kinds whose meaning is said: the others are plain from the name behind them."""
+
+Found = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("arguments", nargs="+", metavar="[MAP-or-DISK] OFFSET", help="a saved map or a disk (not with -a), and a byte of it; "
+                        "DISK:OFFSET for another disk than the first")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_disk_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    wanted = 1 if args.add else 2
+    if len(args.arguments) != wanted:
+        raise UsageError(
+            f"explain needs {'one OFFSET' if args.add else 'a map or disk, and one OFFSET'}; given: {' '.join(args.arguments)}"
+        )
+    disk, start, end = parse_range(args.arguments[-1])
+    if end != start + 1:
+        raise UsageError(f"{args.arguments[-1]!r}: explain takes one byte; lookup takes ranges")
+    given = args.arguments[:-1]
+    if given and maps.is_saved(given[0]):
+        answer = explain(maps.load(given[0]), disk, start) | {
+            "image": None,
+            "bytes": None,
+            "unread": "the map was saved without the disk's bytes",
+        }
+    else:
+        answer = _of_disks(args, disks_of(args, given), disk, start)
+    if args.json:
+        print(json.dumps(answer, ensure_ascii=False))
+    else:
+        print("\n".join(_lines(answer)))
+    return 0
+
+
+def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
+    """The answer with the bytes themselves, read while the disks are open; a bad sector is a reason to ask, so that is no error."""
+    from virt_bmap.images import open_disks
+    from virt_bmap.survey import survey
+
+    with open_disks(images, args.format, args.references) as disks:
+        with Progress() as progress:
+            bmap: BlockMap = survey(disks, progress.watch(disks), keys_of(args))
+        answer = explain(bmap, disk, offset) | {
+            "image": escape(images[disk - 1].encode(errors="surrogateescape")),
+            "bytes": None,
+            "unread": None,
+        }
+        reader = disks[disk - 1]
+        try:
+            answer["bytes"] = reader.read(offset, min(DUMP, reader.size - offset)).hex()
+        except ImageError as error:
+            answer["unread"] = str(error)
+    return answer
+
+
+# ---- for people -----------------------------------------------------------------------------------------------------
+
+
+def _lines(answer: Found) -> Iterator[str]:
+    image = f" of {answer['image']}" if answer["image"] else ""
+    yield f"byte {answer['offset']:#x} ({answer['offset']:,}){image}, in sector {answer['sector']:,} of 512 bytes"
+    yield from _layer(answer["layer"], "")
+    if not answer["complete"]:
+        yield "(further layers are left out)"
+    yield ""
+    if answer["bytes"] is None:
+        yield f"the bytes there: not shown, {answer['unread']}"
+        return
+    where = "as they are on the disk, encrypted" if "crypt" in kinds_of(answer["layer"]) else "as they are on the disk"
+    yield f"the bytes there, {where}:"
+    yield from _dump(answer["offset"], bytes.fromhex(answer["bytes"]))
+
+
+def _layer(layer: Found, indent: str) -> Iterator[str]:
+    if run := layer.get("from"):
+        yield from (indent + text for text in _run(run))
+    facts = [layer["kind"], human(layer["size"]), layer["type"] or "nothing known in it"]
+    facts += [f"{word} {layer[word]}" for word in ("label", "uuid") if layer[word]] + (
+        [layer["detail"]] if layer["detail"] else []
+    )
+    yield f"{indent}{layer['device']} ({', '.join(facts)}): byte {layer['offset']:#x}"
+    inner = indent + "  "
+    if system := layer["filesystem"]:
+        label = f" {system['label']!r}" if system["label"] else ""
+        yield (f"{inner}{system['type']}{label}, {system['state']}: block {system['block']:,} of {system['block_size']:,} bytes, "
+               f"byte {system['block_offset']:#x} in it")  # fmt: skip
+    for owner in layer["owners"][:SHOWN]:
+        yield from (inner + text for text in _owner(owner, layer))
+    if more := len(layer["owners"]) - SHOWN:
+        yield from [f"{inner}and {plural(more, 'more owner')} of the same bytes"] if more > 0 else []
+    if not layer["owners"] and not layer["layers"]:
+        yield f"{inner}the map names no owner"
+    if system:
+        yield from (inner + text for text in _records(system))
+    yield from (inner + text for text in layer["problems"][:SHOWN])
+    for found in layer["layers"]:
+        yield from _layer(found, inner)
+
+
+def _run(run: Found) -> Iterator[str]:
+    """How the next volume's bytes lie here: said where they lie in chunks or are no plain data."""
+    if run["count"] > 1:
+        yield (f"chunk {run['number']:,} of {run['count']:,}, {human(run['end'] - run['start'])} at {run['start']:#x}, "
+               f"byte {run['inside']:#x} in it: {run['role']}")  # fmt: skip
+    elif run["role"] != "data":
+        yield f"{run['role']}, {human(run['end'] - run['start'])} at {run['start']:#x}"
+
+
+def _owner(owner: Found, layer: Found) -> Iterator[str]:
+    part = f" [{owner['part']}]" if owner["part"] else ""
+    flags = f" ({', '.join(owner['flags'])})" if owner["flags"] else ""
+    inode = owner["inode"]
+    name = f" of {inode['path'] or 'inode ' + str(inode['inode'])}" if inode else ""
+    meaning = f": {owner['meaning']}" if owner["kind"] in TOLD else ""
+    yield f"{owner['kind']}{part}{name}{flags}{meaning}"
+    if owner["kind"] == "gap" and owner["part"] is None:
+        before, behind = layer["between"]
+        yield f"  between {before or 'the start'} and {behind or 'the end'}"
+    yield f"  bytes {owner['start']:#x}-{owner['end']:#x} of {layer['device']}" + _in_file(owner)
+    if inode:
+        yield from ("  " + text for text in _inode(inode))
+    if names := owner["names"]:
+        yield (
+            f"  {plural(names['count'], 'name')} in this directory: {_some(names['names'], names['count'])}"
+            if names["count"]
+            else "  no names in it"
+        )
+
+
+def _in_file(owner: Found) -> str:
+    if owner["file_start"] is None:
+        return ""
+    text = f", which hold bytes {owner['file_start']:#x}-{owner['file_end']:#x} of it"
+    if owner["file_offset"] is None:
+        return text + ", compressed"
+    size = owner["inode"].get("size") if owner["inode"] else None
+    behind = (
+        size is not None and owner["part"] is None and owner["kind"] in ("data", "unwritten") and owner["file_offset"] >= size
+    )
+    return text + f"; this one is byte {owner['file_offset']:#x}" + (" (behind its end: slack)" if behind else "")
+
+
+def _inode(inode: Found) -> Iterator[str]:
+    if inode.get("type", "unknown") != "unknown":
+        facts = [inode["type"], f"{inode['size']:,} bytes"] + ([f"mode {inode['mode']}"] if inode["mode"] else [])
+        facts += [f"{word} {inode[word]}" for word in ("uid", "gid") if inode[word] is not None] + [
+            plural(inode["nlink"], "link")
+        ]
+        facts += ([f"modified {inode['mtime']}"] if inode["mtime"] else []) + inode["flags"]
+        yield f"inode {inode['inode']}: {', '.join(facts)}"
+    if inode["names"] > 1:
+        yield f"{plural(inode['names'], 'name')}: {_some(inode['paths'], inode['names'])}"
+    elif not inode["names"]:
+        yield "no name leads to it"
+
+
+def _records(system: Found) -> Iterator[str]:
+    """The inodes whose own records lie here: what a bad block puts at risk."""
+    if record := system["record"]:
+        yield f"byte {record['inside']:#x} of the {record['size']}-byte record of inode {record['inode']}" + (
+            f", {record['path']}" if record["path"] else ""
+        )
+    block = system["records_in_block"]
+    if block["count"]:
+        names = [row["path"] or f"inode {row['inode']}" for row in block["records"]]
+        yield f"{plural(block['count'], 'inode')} with records in this block: {_some(names, block['count'])}"
+
+
+def _some(names: list[str], count: int) -> str:
+    more = count - len(names[:SHOWN])
+    return ", ".join(names[:SHOWN]) + (f", and {more:,} more" if more else "")
+
+
+def _dump(offset: int, data: bytes) -> Iterator[str]:
+    for at in range(0, len(data), 16):
+        row = data[at : at + 16]
+        text = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in row)
+        yield f"{offset + at:010x}  {row[:8].hex(' '):<23}  {row[8:].hex(' '):<23}  |{text}|"

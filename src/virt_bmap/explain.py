@@ -1,0 +1,229 @@
+"""One byte of a disk, all the way down: every layer it passes, who owns it there, and what is known of the owner.
+
+The result is plain dictionaries, ready for JSON: names are escaped, offsets and sizes are bytes. What the map does not say is left out
+rather than guessed: which of several names of a large directory lie in this block, or whose a free block once was.
+"""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.arrays import ints
+from virt_bmap.blockmap import BlockMap, Owners
+from virt_bmap.errors import UsageError
+from virt_bmap.mapping import ROLES, Rows
+from virt_bmap.outputs.escape import escape
+
+MAX_LAYERS = 256
+"""Layers in one answer: a parity byte belongs to every data disk's byte of its stripe, a thin block to every snapshot; a hostile stack multiplies both."""
+MAX_NAMES = 1000
+"""Names listed of one directory, paths of one inode, records of one block; all are counted."""
+SECTOR = 512
+FIXED_RECORDS = ("ext2", "ext3", "ext4", "xfs", "ntfs", "vfat", "exfat")
+"""Filesystems whose inodes' own records all have one size, so that the map's `record_offset`s tell it."""
+
+Found = dict[str, Any]
+
+
+def explain(bmap: BlockMap, disk: int, offset: int) -> Found:
+    """Byte `offset` of disk number `disk` (from 1); UsageError where there is no such byte."""
+    if not 1 <= disk <= len(bmap.disks):
+        raise UsageError(f"there is no disk {disk} in this map, which has {len(bmap.disks)}")
+    top = bmap.disks[disk - 1]
+    size = bmap.volumes.column("size")[top].as_py()
+    if not 0 <= offset < size:
+        raise UsageError(f"byte {offset:#x} lies behind the end of disk {disk}, which has {size:#x} bytes")
+    owners = bmap.owners(disk, ints(offset), ints(offset + 1))
+    owners = owners.take(owners.extent >= 0)
+    walk = _Walk(bmap, owners)
+    layer = walk.layer(top, offset)
+    return {"disk": disk, "offset": offset, "sector": offset // SECTOR, "complete": walk.left >= 0, "layer": layer}
+
+
+class _Walk:
+    """Climbs from the disk; `left` is how many more layers may be shown."""
+
+    def __init__(self, bmap: BlockMap, owners: Owners) -> None:
+        self.bmap, self.owners, self.left = bmap, owners, MAX_LAYERS - 1
+
+    def layer(self, volume: int, offset: int) -> Found:
+        """What a volume has to say of its byte `offset`, and the volumes that hold this byte in turn."""
+        row = self.bmap.volumes.slice(volume, 1).to_pylist()[0]
+        extents = np.unique(self.owners.extent[(self.owners.volume == volume) & (self.owners.inside == offset)])
+        system = _filesystem(self.bmap, volume, offset)
+        result = {
+            "device": _safe(row["name"]), "kind": row["kind"], "size": row["size"], "offset": offset,
+            **{key: _safe(row[key]) for key in ("type", "label", "uuid", "detail")}, "filesystem": system,
+            "owners": [_owner(self.bmap, volume, offset, extent) for extent in extents.tolist()],
+        }  # fmt: skip
+        kinds = {owner["kind"] for owner in result["owners"]}
+        if tables.KINDS[tables.GAP] in kinds:
+            result["between"] = _neighbours(self.bmap, volume, offset)
+        block = system["block_size"] if system else SECTOR
+        result["problems"] = _problems(self.bmap, volume, offset, block, bool(kinds & {"content", "unknown"}))
+        result["layers"] = self._inner(volume, offset)
+        return result
+
+    def _inner(self, volume: int, offset: int) -> list[Found]:
+        rows = self.bmap.rows_into(volume)
+        pieces = rows.up(ints(offset), ints(offset + 1))
+        result = []
+        for row, target in zip(pieces.row.tolist(), pieces.target.tolist(), strict=True):
+            self.left -= 1
+            if self.left < 0:
+                break
+            result.append({"from": _run(rows, row, offset), **self.layer(int(rows.volume[row]), target)})
+        return result
+
+
+def _run(rows: Rows, row: int, offset: int) -> Found:
+    """The run of bytes (an LV's segment, a chunk of an array's member) in which the parent's byte `offset` lies; offsets of the parent."""
+    first, step, run = int(rows.on_parent.offset[row]), int(rows.on_parent.step[row]), int(rows.run[row])
+    nth = (offset - first) // step if step else 0
+    start = first + nth * step
+    return {"role": ROLES[rows.role[row]], "start": start, "end": start + run, "inside": offset - start, "number": nth,
+            "count": int(rows.count[row])}  # fmt: skip
+
+
+def _neighbours(bmap: BlockMap, volume: int, offset: int) -> list[str | None]:
+    """The devices that end before and begin behind a byte which belongs to none."""
+    rows = bmap.rows_into(volume)
+    start = rows.on_parent.offset
+    end = start + (rows.count - 1) * rows.on_parent.step + rows.run
+    before, behind = np.flatnonzero(end <= offset), np.flatnonzero(start > offset)
+    nearest = [before[np.argmax(end[before])] if len(before) else -1, behind[np.argmin(start[behind])] if len(behind) else -1]
+    names = bmap.volumes.column("name")
+    return [_safe(names[int(rows.volume[at])].as_py()) if at >= 0 else None for at in nearest]
+
+
+def _problems(bmap: BlockMap, volume: int, offset: int, block: int, whole: bool) -> list[str]:
+    """What the readers complained of in this block, and of the whole volume where it could not be read."""
+    where, at = tables.integers(bmap.problems, "volume"), tables.integers(bmap.problems, "volume_offset")
+    here = (at >= 0) & (at // block == offset // block)
+    mine = np.flatnonzero((where == volume) & (here | whole))
+    return [f"{row['severity']}: {escape(row['detail'].encode())}" for row in bmap.problems.take(mine).to_pylist()]
+
+
+# ---- the filesystem -------------------------------------------------------------------------------------------------
+
+
+def _filesystem(bmap: BlockMap, volume: int, offset: int) -> Found | None:
+    """The filesystem's facts, the block (counted from the start of the volume), and the inodes whose records lie in it."""
+    rows = bmap.slice_of("filesystems", volume)[1].to_pylist()
+    if not rows or offset >= rows[0]["size"]:
+        return None
+    size = max(1, rows[0]["block_size"])
+    record, others = _records(bmap, volume, offset, size, rows[0]["type"] in FIXED_RECORDS)
+    return {
+        **{key: _safe(rows[0][key]) for key in ("type", "label", "uuid", "state")}, "block_size": size, "block": offset // size,
+        "block_offset": offset % size, "record": record, "records_in_block": others,
+    }  # fmt: skip
+
+
+def _records(bmap: BlockMap, volume: int, offset: int, block: int, fixed: bool) -> tuple[Found | None, Found]:
+    """The inode whose record holds the byte, where records have one size; and all whose records begin in this block."""
+    _, inodes = bmap.slice_of("inodes", volume)
+    place, number = tables.integers(inodes, "record_offset"), tables.integers(inodes, "inode")
+    mine = np.flatnonzero(place // block == offset // block)
+    mine = mine[np.argsort(place[mine], kind="stable")]
+    listed = [
+        {"inode": int(number[at]), "offset": int(place[at]), "path": _first_path(bmap, volume, int(number[at]))}
+        for at in mine[:MAX_NAMES].tolist()
+    ]
+    within = {"count": len(mine), "records": listed}
+    known = np.unique(place[place >= 0])
+    if not fixed or len(known) < 2:
+        return None, within
+    size = int(np.gcd.reduce(np.diff(known)))
+    at = int(np.searchsorted(known, offset, "right")) - 1
+    if at < 0 or offset - known[at] >= size:
+        return None, within
+    inode = int(number[np.flatnonzero(place == known[at])[0]])
+    return {"inode": inode, "path": _first_path(bmap, volume, inode), "offset": int(known[at]), "size": size,
+            "inside": offset - int(known[at])}, within  # fmt: skip
+
+
+# ---- the owner ------------------------------------------------------------------------------------------------------
+
+
+def _owner(bmap: BlockMap, volume: int, offset: int, extent: int) -> Found:
+    """One extent that holds the byte: what it is, where the byte lies in the file, and the inode."""
+    row = bmap.extents.slice(extent, 1).to_pylist()[0]
+    start, in_file = row["volume_offset"], row["file_offset"]
+    compressed = bool(row["flags"] & tables.COMPRESSED)
+    inode = None if row["inode"] is None else _inode(bmap, volume, row["inode"])
+    return {
+        "kind": row["kind"], "meaning": tables.KIND_MEANING[row["kind"]], "part": _safe(row["part"]),
+        "start": start, "end": start + row["length"],
+        "file_offset": None if in_file is None or compressed else in_file + offset - start,
+        "file_start": in_file, "file_end": None if in_file is None else in_file + row["file_length"],
+        "flags": _words(tables.FLAGS, row["flags"]), "inode": inode,
+        "names": _names(bmap, volume, row["inode"]) if row["kind"] == "directory" and inode else None,
+    }  # fmt: skip
+
+
+def _inode(bmap: BlockMap, volume: int, number: int) -> Found:
+    """What stat would say, and all names; where the map holds no inodes (a text map), the names alone."""
+    _, inodes = bmap.slice_of("inodes", volume)
+    rows = inodes.take(np.flatnonzero(tables.integers(inodes, "inode") == number)[:1]).to_pylist()
+    count, paths = _paths(bmap, volume, number)
+    result: Found = {"inode": number, "path": paths[0] if paths else None, "paths": paths, "names": count}
+    for row in rows:
+        result |= {
+            "type": row["type"], "size": row["size"], "mode": None if row["mode"] is None else f"{row['mode']:o}",
+            "uid": row["uid"], "gid": row["gid"], "nlink": row["nlink"], "mtime": _time(row["mtime_ns"]),
+            "flags": _words(tables.INODE_FLAGS, row["flags"]),
+        }  # fmt: skip
+    return result
+
+
+def _names(bmap: BlockMap, volume: int, directory: int) -> Found | None:
+    """The names in a directory, all of its blocks together."""
+    _, names = bmap.slice_of("names", volume)
+    if not len(names):
+        return None
+    mine = np.flatnonzero(tables.integers(names, "parent") == directory)
+    return {
+        "count": len(mine),
+        "names": [escape(name) for name in names.column("name").take(pa.array(mine[:MAX_NAMES])).to_pylist()],
+    }
+
+
+def _paths(bmap: BlockMap, volume: int, inode: int) -> tuple[int, list[str]]:
+    known, path = bmap.paths(volume)
+    low, high = (int(np.searchsorted(known, inode, side)) for side in ("left", "right"))
+    return high - low, [escape(name) for name in path.slice(low, min(high - low, MAX_NAMES)).to_pylist()]
+
+
+def _first_path(bmap: BlockMap, volume: int, inode: int) -> str | None:
+    known, path = bmap.paths(volume)
+    at = int(np.searchsorted(known, inode))
+    return escape(path[at].as_py()) if at < len(known) and known[at] == inode else None
+
+
+def _words(words: dict[str, int], flags: int) -> list[str]:
+    return [word for word, bit in words.items() if flags & bit]
+
+
+def _safe(text: str | None) -> str | None:
+    return None if text is None else escape(text.encode(errors="surrogateescape"))
+
+
+def _time(nanoseconds: int | None) -> str | None:
+    """ISO 8601 in UTC with all nanoseconds; the plain number where no calendar reaches."""
+    if nanoseconds is None:
+        return None
+    seconds, rest = divmod(nanoseconds, 10**9)
+    try:
+        when = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+    except OverflowError:
+        return f"{nanoseconds} ns"
+    return f"{when:%Y-%m-%dT%H:%M:%S}" + (f".{rest:09}" if rest else "") + "Z"
+
+
+def kinds_of(layer: Found) -> set[str]:
+    """The kinds of a layer and of all inside it: does a byte pass an encrypted volume?"""
+    return {layer["kind"]}.union(*(kinds_of(inner) for inner in layer["layers"]))
