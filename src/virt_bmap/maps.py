@@ -1,13 +1,14 @@
 """Where block maps come from: disks, mapped now, and saved maps."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError
 from virt_bmap.images import open_disks
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.reader import Reader
-from virt_bmap.survey import survey
+from virt_bmap.survey import survey, survey_open
 
 
 def map_disks(
@@ -24,6 +25,19 @@ def map_disks(
     """
     with open_disks(images, format, references) as disks:
         return survey(disks, watcher(disks) if watcher else lambda _: None, keys)
+
+
+@contextlib.contextmanager
+def open_volumes(
+    images: Sequence[str],
+    format: str | None = None,
+    references: bool = False,
+    keys: Keys = NO_KEYS,
+    watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
+) -> Iterator[tuple[BlockMap, list[Reader]]]:
+    """Map disks as `map_disks` does, and keep them open: also the reader of each volume, by its number, good until the block ends."""
+    with open_disks(images, format, references) as disks:
+        yield survey_open(disks, watcher(disks) if watcher else lambda _: None, keys)
 
 
 def is_saved(path: str) -> bool:

@@ -92,6 +92,10 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the line away: the map is done, what follows has an output of its own."""
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -1,0 +1,56 @@
+"""virt-bmap cat: the content of a file on standard output."""
+
+import argparse
+import os
+import sys
+
+from virt_bmap import maps, tables
+from virt_bmap.arrays import ints
+from virt_bmap.commands.common import Progress, add_disk_options, keys_of
+from virt_bmap.commands.extract import warn_of_journal
+from virt_bmap.errors import Corrupt, Unsupported, UsageError
+from virt_bmap.outputs.escape import escape
+
+HELP = "write the content of a file to standard output"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments",
+        metavar="[DISK] DEVICE PATH",
+        nargs="+",
+        help="a disk (not with -a), a device such as /dev/sda1, and a path on it",
+    )
+    parser.add_argument("--stream", metavar="NAME", help="a named stream of the file (NTFS) instead of its content")
+    add_disk_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from virt_bmap.content import Files, spread
+
+    wanted = 2 if args.add else 3
+    if len(args.arguments) != wanted:
+        raise UsageError(
+            f"cat needs {'DEVICE and PATH' if args.add else 'a disk, DEVICE and PATH'}; given: {' '.join(args.arguments)}"
+        )
+    images, (device, path) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
+    with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
+        bmap, readers = opened
+        volume = bmap.volume_named(device)
+        files = Files(bmap, volume, readers[volume])
+        inode = files.find(os.fsencode(path))
+        shown = f"{escape(os.fsencode(path))} on {device}"
+        if not files.is_kind(inode, tables.T_FILE) and args.stream is None:
+            row = int(files.rows_of(ints(inode))[0])
+            raise UsageError(f"{shown}: is no file but of type {tables.TYPES[files.kind[row]] if row >= 0 else 'unknown'}")
+        if reason := files.refusal(inode, args.stream):
+            raise Unsupported(f"{shown}: can't be read: {reason}")
+        progress.stop()
+        warn_of_journal(files)
+        try:
+            for data in spread(files.pieces([inode], args.stream), files.length(inode, args.stream)):
+                sys.stdout.buffer.write(data.data)
+        except Corrupt as error:
+            raise Corrupt(f"{shown}: {error}", error.offset) from error
+        sys.stdout.buffer.flush()
+    return 0

@@ -1,0 +1,128 @@
+"""virt-bmap dump: copy a disk, partition, logical volume, array or opened container out of its images."""
+
+import argparse
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+
+from virt_bmap import maps
+from virt_bmap.arrays import EMPTY, total
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.commands.common import Progress, add_disk_options, human, keys_of
+from virt_bmap.errors import OutputError, UsageError
+from virt_bmap.outputs.escape import escape
+from virt_bmap.outputs.files import replacing
+
+HELP = "copy a volume (partition, logical volume, array, opened LUKS, disk) to a file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments",
+        metavar="[DISK] DEVICE OUT",
+        nargs="+",
+        help="a disk (not with -a), a device on it such as /dev/sda1, and a file to write (- is standard output)",
+    )
+    parser.add_argument("--skip-free", action="store_true", help="leave out what is free: it reads as zeroes in the copy")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it exists; needed for a block device, too")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
+    add_disk_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from virt_bmap.dump import dump
+    from virt_bmap.space import free_space
+
+    wanted = 2 if args.add else 3
+    if len(args.arguments) != wanted:
+        raise UsageError(
+            f"dump needs {'DEVICE and OUT' if args.add else 'a disk, DEVICE and OUT'}; given: {' '.join(args.arguments)}"
+        )
+    images, (device, out) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
+    refuse_target(out, images, args.force)
+    with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
+        bmap, readers = opened
+        volume = device_named(bmap, device)
+        reader = readers[volume]
+        skip = (EMPTY, EMPTY)
+        if args.skip_free:
+            space = free_space(bmap, volume)
+            skip = space.all()
+            for number, reason in space.left.items():
+                warn(bmap, number, f"free space is copied, too: {reason}")
+        for text in doubts(bmap, volume):
+            print(f"virt-bmap: {text}", file=sys.stderr)
+        refuse_small(out, reader.size)
+        progress.stop()
+        with replacing(out) as file, bar(f"dumping {device}", reader.size, args.quiet) as tell:
+            dump(reader, file, out != "-" and stat.S_ISREG(os.fstat(file.fileno()).st_mode), skip, tell)
+    if not args.quiet and out != "-":
+        left = f", {human(total(*skip))} of it free and left out" if args.skip_free else ""
+        print(f"{out}: {human(reader.size)} of {device}{left}")
+    return 0
+
+
+def device_named(bmap: BlockMap, name: str) -> int:
+    """The number of a device as a system shows it: of a btrfs filesystem and the partition it lies on, which share a name, the partition."""
+    volume = bmap.volume_named(name)
+    if bmap.volumes.column("kind")[volume].as_py() == "pool":
+        names: list[str] = bmap.volumes.column("name").to_pylist()
+        return names.index(name)
+    return volume
+
+
+def refuse_target(out: str, images: list[str], force: bool) -> None:
+    """UsageError where writing OUT would destroy something that was not named for it, or an image that is being read."""
+    if out == "-" or not os.path.exists(out):
+        return
+    for image in images:
+        if os.path.exists(image) and os.path.samefile(out, image):
+            raise UsageError(f"{out}: is the disk that is read; name another file")
+    mode = os.stat(out).st_mode
+    if not force and (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise UsageError(f"{out}: exists already; --force replaces it")
+
+
+def refuse_small(out: str, size: int) -> None:
+    """OutputError where OUT is a device with fewer than `size` bytes, before anything is written to it."""
+    if out == "-" or not os.path.exists(out) or not stat.S_ISBLK(os.stat(out).st_mode):
+        return
+    with contextlib.suppress(OSError), open(out, "rb") as file:
+        has = file.seek(0, os.SEEK_END)
+        if has < size:
+            raise OutputError(f"{out}: can't be written: the device has {has:,} bytes, {size:,} are needed")
+
+
+def doubts(bmap: BlockMap, volume: int) -> Iterator[str]:
+    """Errors found on a volume and on what it lies in, one line each: its bytes may not be what they should."""
+    below, queue = {volume}, [volume]
+    while queue:
+        queue += list(set(bmap.rows_of(queue.pop()).parent.tolist()) - below)
+        below.update(queue)
+    for row in bmap.problems.to_pylist():
+        if row["volume"] in below and row["severity"] != "note":
+            name = escape(bmap.volumes.column("name")[row["volume"]].as_py().encode())
+            yield f"{row['severity']}: {name}: {escape(row['detail'].encode())}"
+
+
+def warn(bmap: BlockMap, volume: int, text: str) -> None:
+    """One line about a volume on standard error."""
+    print(f"virt-bmap: {escape(bmap.volumes.column('name')[volume].as_py().encode())}: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def bar(what: str, size: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, on a terminal only; what is yielded is told how many of `size` bytes are done."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (progress.TextColumn(escape(what.encode()), markup=False), progress.BarColumn(), progress.DownloadColumn(binary_units=True),
+               progress.TransferSpeedColumn(), progress.TimeRemainingColumn())  # fmt: skip
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=size or None)
+        yield lambda done: shown.update(task, completed=done)

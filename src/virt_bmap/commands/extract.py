@@ -1,0 +1,99 @@
+"""virt-bmap extract: copy files and trees out of a disk, with modes, times, links and holes."""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from virt_bmap import maps
+from virt_bmap.commands.common import Progress, add_disk_options, human, keys_of, plural
+from virt_bmap.commands.dump import bar
+from virt_bmap.errors import OutputError, UsageError
+from virt_bmap.outputs.escape import escape
+
+if TYPE_CHECKING:
+    from virt_bmap.content import Files
+    from virt_bmap.extract import Report
+
+HELP = "copy files and trees to a folder, with modes, times, links and holes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments",
+        metavar="[DISK] DEVICE PATH...",
+        nargs="+",
+        help="a disk (not with -a), a device such as /dev/sda1, and paths on it; / is all of it",
+    )
+    parser.add_argument(
+        "-C", "--directory", metavar="DIR", default=".", help="the folder to write to, which must exist (default: .)"
+    )
+    parser.add_argument("--same-owner", action="store_true", help="keep owners and set-user-ID bits (only root can)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
+    add_disk_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from virt_bmap.content import Files
+    from virt_bmap.extract import extract
+
+    needed = 2 if args.add else 3
+    if len(args.arguments) < needed:
+        raise UsageError(
+            f"extract needs {'DEVICE' if args.add else 'a disk, DEVICE'} and PATHs; given: {' '.join(args.arguments)}"
+        )
+    first = 0 if args.add else 1
+    images, device = [*args.add, *args.arguments[:first]], args.arguments[first]
+    paths = [os.fsencode(path) for path in args.arguments[first + 1 :]]
+    if args.same_owner and os.geteuid() != 0:
+        raise UsageError("--same-owner: only root can give files to other users")
+    if not os.path.isdir(args.directory):
+        raise OutputError(f"{args.directory}: can't be written: is no directory")
+    with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
+        bmap, readers = opened
+        volume = bmap.volume_named(device)
+        files = Files(bmap, volume, readers[volume])
+        wanted = named(files, paths)
+        progress.stop()
+        warn_of_journal(files)
+        with bar(f"extracting from {device}", 0, args.quiet) as tell:
+            report = extract(files, wanted, args.directory, args.same_owner, tell)
+    say(report, args.directory, args.quiet)
+    return 1 if report.lost else 0
+
+
+def named(files: "Files", paths: list[bytes]) -> list[tuple[bytes, int]]:
+    """(name, inode) of each path; of the root directory what lies in it. UsageError where two would have the same name."""
+    result: list[tuple[bytes, int]] = []
+    for path in paths:
+        inode = files.find(path, follow=False)
+        name = path.rstrip(b"/").rpartition(b"/")[2]
+        if inode == files.root:
+            result += files.children(inode)
+        elif name in (b".", b".."):
+            raise UsageError(f"{escape(path)}: names no file")
+        elif any(name == known for known, _ in result):
+            raise UsageError(f"{escape(path)}: another of the paths is called {escape(name)}, too")
+        else:
+            result.append((name, inode))
+    return result
+
+
+def warn_of_journal(files: "Files") -> None:
+    """Content is read as it lies on the disk; a journal may hold newer content (data=journal) than that."""
+    if files.state != "clean":
+        print(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read as they lie on the disk, and what was "
+              "written last may be missing from them", file=sys.stderr)  # fmt: skip
+
+
+def say(report: "Report", folder: str, quiet: bool) -> None:
+    """What was made, and on standard error what was not."""
+    if not quiet:
+        what = [
+            plural(report.files, "file"),
+            plural(report.directories, "directory", "directories"),
+            plural(report.links, "link"),
+        ]
+        print(f"{folder}: {', '.join(what)}, {human(report.size)}")
+    for reason, (count, first) in report.left.items():
+        print(f"virt-bmap: left out: {count:,} {reason}; the first: {escape(first)}", file=sys.stderr)
