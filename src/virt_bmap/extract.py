@@ -32,6 +32,11 @@ SPECIAL = (tables.T_CHAR, tables.T_BLOCK, tables.T_FIFO, tables.T_SOCKET)
 Place = tuple[bytes, ...]
 
 
+def is_name(name: bytes) -> bool:
+    """Can these bytes be the name of one file here?"""
+    return name not in (b"", b".", b"..") and b"/" not in name and b"\0" not in name
+
+
 @dataclass(frozen=True)
 class Entry:
     """One name to make: its directory, as names below the new folder, its own name, and the inode with its row of columns."""
@@ -74,19 +79,21 @@ def extract(
     """
     try:
         for name, _ in wanted:
-            if os.path.lexists(os.path.join(os.fsencode(folder), name)):
+            if is_name(name) and os.path.lexists(os.path.join(os.fsencode(folder), name)):
                 raise OutputError(f"{folder}: {escape(name)} exists there already")
         new = tempfile.mkdtemp(prefix=".virt-bmap-", dir=folder)
         try:
             with contextlib.ExitStack() as stack:
                 work = _Work(files, os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), same_owner, tell)
                 stack.callback(work.close)
-                tops = work.make(wanted)
+                names, directories = work.make(wanted)
                 above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
                 stack.callback(os.close, above)
-                for top in tops:
-                    os.rename(top.name, top.name, src_dir_fd=work.top, dst_dir_fd=above)
-                for top in tops:  # a directory that may not be written can't be moved, so the outermost get their modes last
+                for name in names:
+                    os.rename(name, name, src_dir_fd=work.top, dst_dir_fd=above)
+                for (
+                    top
+                ) in directories:  # a directory that may not be written can't be moved, so the outermost get their modes last
                     work.dress_directory(top, above)
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -106,8 +113,8 @@ class _Work:
         os.close(self._open[1])
         os.close(self.top)
 
-    def make(self, wanted: Sequence[tuple[bytes, int]]) -> list[Entry]:
-        """Everything below the new folder; the outermost entries that were made."""
+    def make(self, wanted: Sequence[tuple[bytes, int]]) -> tuple[list[bytes], list[Entry]]:
+        """Everything in the new folder: (names, directories) that lie there now; these directories still lack their modes and times."""
         directories, plain, again, links = self._plan(wanted)
         for low in range(0, len(plain), GROUP):
             self._write(plain[low : low + GROUP])
@@ -117,9 +124,7 @@ class _Work:
         for entry in reversed(directories):
             if entry.folder:
                 self.dress_directory(entry, self._enter(entry.folder))
-        self._enter(())
-        made = [Entry((), name, inode, int(self.files.rows_of(ints(inode))[0])) for name, inode in wanted]
-        return [entry for entry in made if _is_there(entry.name, self.top)]
+        return [os.fsencode(name) for name in os.listdir(self.top)], [entry for entry in directories if not entry.folder]
 
     def _plan(self, wanted: Sequence[tuple[bytes, int]]) -> tuple[list[Entry], list[Entry], list[Entry], list[Entry]]:
         """Make the directories, breadth first, and sort what lies in them: (directories, files, further names of files, symbolic links)."""
@@ -151,7 +156,7 @@ class _Work:
         return directories, plain, again, links
 
     def _refusal(self, entry: Entry, kind: int) -> str | None:
-        if entry.name in (b"", b".", b"..") or b"/" in entry.name or b"\0" in entry.name:
+        if not is_name(entry.name):
             return "names that are none"
         if kind in SPECIAL:
             return "devices, fifos and sockets"
@@ -230,13 +235,12 @@ class _Work:
                     os.utime(entry.name, ns=(mtime, mtime), dir_fd=where, follow_symlinks=False)
 
     def dress_directory(self, entry: Entry, where: int) -> None:
-        """Mode, owner and time of a directory that is complete; nothing for other kinds."""
-        if self.files.kind[entry.row] == tables.T_DIRECTORY:
-            made = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=where)
-            try:
-                self._dress(made, entry.row, 0o777)
-            finally:
-                os.close(made)
+        """Mode, owner and time of a directory that is complete."""
+        made = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=where)
+        try:
+            self._dress(made, entry.row, 0o777)
+        finally:
+            os.close(made)
 
     def _dress(self, file: int, row: int, default: int) -> None:
         """Owner, mode and time of an open file. Without the owner, a set-user-ID bit would make it a program of another user's."""
@@ -299,14 +303,6 @@ def _put(file: int, piece: Piece) -> None:
     while len(data):
         done = os.pwrite(file, data, at)
         data, at = data[done:], at + done
-
-
-def _is_there(name: bytes, where: int) -> bool:
-    try:
-        os.stat(name, dir_fd=where, follow_symlinks=False)
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
 
 
 def _umask() -> int:
