@@ -116,34 +116,40 @@ def _filesystem(bmap: BlockMap, volume: int, offset: int) -> Found | None:
     if not rows or offset >= rows[0]["size"]:
         return None
     size = max(1, rows[0]["block_size"])
-    record, others = _records(bmap, volume, offset, size, rows[0]["type"] in FIXED_RECORDS)
+    record, others = _records(bmap, volume, offset, size)
     return {
         **{key: _safe(rows[0][key]) for key in ("type", "label", "uuid", "state")}, "block_size": size, "block": offset // size,
         "block_offset": offset % size, "record": record, "records_in_block": others,
     }  # fmt: skip
 
 
-def _records(bmap: BlockMap, volume: int, offset: int, block: int, fixed: bool) -> tuple[Found | None, Found]:
-    """The inode whose record holds the byte, where records have one size; and all whose records begin in this block."""
+def record_size(bmap: BlockMap, volume: int) -> int:
+    """The size of the inodes' own records on a volume; 0 where it differs from one to the next, or where they lie compressed."""
+    kind = bmap.slice_of("filesystems", volume)[1].column("type").to_pylist()
+    if not kind or kind[0] not in FIXED_RECORDS:
+        return 0
+    _, inodes = bmap.slice_of("inodes", volume)
+    place = tables.integers(inodes, "record_offset")
+    return int(np.gcd.reduce(np.diff(np.unique(place[place >= 0]))))
+
+
+def _records(bmap: BlockMap, volume: int, offset: int, block: int) -> tuple[Found | None, Found]:
+    """The inode whose record holds the byte; and all whose records begin in this block."""
+    size = record_size(bmap, volume)
+    if not size:
+        return None, {"count": 0, "records": []}
     _, inodes = bmap.slice_of("inodes", volume)
     place, number = tables.integers(inodes, "record_offset"), tables.integers(inodes, "inode")
-    mine = np.flatnonzero(place // block == offset // block)
-    mine = mine[np.argsort(place[mine], kind="stable")]
-    listed = [
-        {"inode": int(number[at]), "offset": int(place[at]), "path": _first_path(bmap, volume, int(number[at]))}
-        for at in mine[:MAX_NAMES].tolist()
-    ]
-    within = {"count": len(mine), "records": listed}
-    known = np.unique(place[place >= 0])
-    if not fixed or len(known) < 2:
-        return None, within
-    size = int(np.gcd.reduce(np.diff(known)))
-    at = int(np.searchsorted(known, offset, "right")) - 1
-    if at < 0 or offset - known[at] >= size:
-        return None, within
-    inode = int(number[np.flatnonzero(place == known[at])[0]])
-    return {"inode": inode, "path": _first_path(bmap, volume, inode), "offset": int(known[at]), "size": size,
-            "inside": offset - int(known[at])}, within  # fmt: skip
+
+    def record(at: int) -> Found:
+        inode = int(number[at])
+        return {"inode": inode, "path": _first_path(bmap, volume, inode), "offset": int(place[at])}
+
+    beside = np.flatnonzero((place >= 0) & (place // block == offset // block))
+    beside = beside[np.argsort(place[beside], kind="stable")]
+    here = np.flatnonzero((place >= 0) & (place <= offset) & (offset < place + size))
+    mine = {**record(int(here[0])), "size": size, "inside": offset - int(place[here[0]])} if len(here) else None
+    return mine, {"count": len(beside), "records": [record(at) for at in beside[:MAX_NAMES].tolist()]}
 
 
 # ---- the owner ------------------------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 import argparse
 import re
+import sys
 from typing import Any
 
 import numpy as np
 
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, map_or_disks, number, print_json
-from virt_bmap.errors import UsageError
+from virt_bmap.commands.common import add_disk_options, map_or_disks, number, plural, print_json
+from virt_bmap.errors import ImageError, UsageError
+from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.records import owner_records
+from virt_bmap.ranges import Ranges, parse
 
 HELP = "name every owner of byte ranges of a disk, the most specific first"
 
@@ -20,10 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "range", nargs="*", metavar="OFFSET[-END|+LENGTH]", help="bytes on the disk; DISK:OFFSET for another disk than the first"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    group = parser.add_argument_group("many ranges")
+    group.add_argument("--ranges", metavar="FILE", help="what these ranges hit, by object: a ddrescue map, offset,length lines, nbdinfo --map, "
+                       "qemu-img map --output=json, or a badblocks list; - is standard input")  # fmt: skip
+    group.add_argument(
+        "--status", metavar="LETTERS", help="with a ddrescue map: which blocks (default: --status=-*/, what could not be read)"
+    )
+    group.add_argument("--block-size", metavar="BYTES", help="with a badblocks list: bytes of a block")
+    group.add_argument("--disk", metavar="N", type=int, help="the disk that the ranges are of, from 1 (default: 1)")
     add_disk_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.ranges is not None:
+        return _many(args)
+    if args.status is not None or args.block_size is not None or args.disk is not None:
+        raise UsageError("--status, --block-size and --disk belong to --ranges; for another disk than the first give DISK:OFFSET")
     given, ranges = (None, [args.map, *args.range]) if args.add else (args.map, args.range)
     if given is None and not args.add:
         raise UsageError("lookup needs a map or disk, and at least one OFFSET[-END|+LENGTH]")
@@ -69,3 +84,74 @@ def line(row: dict[str, Any]) -> str:
     offset = f" at {row['file_offset']:#x}" if row["file_offset"] is not None else ""
     words = "".join(f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])])
     return f"{row['disk']} {row['start']:x} {row['end']:x} {row['kind']} {row['device']} {name}{part}{offset}{words}".rstrip()
+
+
+# ---- many ranges ------------------------------------------------------------------------------------------------------
+
+SHOWN = 4
+"""Ranges inside a file that a person is shown; --json has them all."""
+
+
+def _many(args: argparse.Namespace) -> int:
+    """What the ranges of a file hit, by object."""
+    from virt_bmap.hits import hits
+
+    if args.range or (args.add and args.map):
+        raise UsageError(
+            f"lookup takes ranges from --ranges or as arguments, not both; given: {' '.join([args.map, *args.range])}"
+        )
+    ranges = _read_ranges(args)
+    number_of_disk = 1 if args.disk is None else args.disk
+    bmap = map_or_disks(args, [args.map] if args.map else [])
+    if not 1 <= number_of_disk <= len(bmap.disks):
+        raise UsageError(f"there is no disk {number_of_disk} in this map, which has {len(bmap.disks)}")
+    volume = bmap.volumes.slice(bmap.disks[number_of_disk - 1], 1).to_pylist()[0]
+    starts, ends = ranges.inside(volume["size"], escape(volume["name"].encode()))
+    print(f"{ranges.source}: {ranges.format}, {plural(len(starts), 'range')} to look up", file=sys.stderr)
+    found = hits(bmap, number_of_disk, starts, ends)
+    if args.json:
+        print_json(found.objects)
+        return 0
+    for row in found.objects:
+        if row["kind"] != "slack":
+            print(hit_line(row))
+    kinds = sorted(found.kinds.items(), key=lambda item: -item[1])
+    print(
+        f"{found.size:>15,} bytes in {plural(len(starts), 'range')}"
+        + (": " + ", ".join(f"{size:,} {kind}" for kind, size in kinds) if kinds else "")
+    )
+    return 0
+
+
+def _read_ranges(args: argparse.Namespace) -> Ranges:
+    """The ranges of --ranges; read before any disk is, so that a slip costs no time."""
+    if args.ranges == "-" and args.keys_from_stdin:
+        raise UsageError("standard input can hold ranges or keys, not both")
+    try:
+        if args.ranges == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            with open(args.ranges, "rb") as file:
+                data = file.read()
+    except OSError as error:
+        raise ImageError(f"{args.ranges}: can't be read: {error.strerror}") from error
+    block_size = None if args.block_size is None else number(args.block_size)
+    return parse(data, "standard input" if args.ranges == "-" else args.ranges, args.status, block_size)
+
+
+def hit_line(row: dict[str, Any]) -> str:
+    """One object for people: bytes hit, kind, device and name, and where in the file."""
+    names = [
+        row["path"] or ("" if row["inode"] is None else f"[inode {row['inode']}]"),
+        f"[{row['part']}]" if row["part"] else "",
+    ]
+    name = " ".join(word for word in names if word)
+    also = f" (and {plural(len(row['also']), 'more name')})" if row["also"] else ""
+    where = ", ".join(f"{low:#x}-{high:#x}" for low, high in row["ranges"][:SHOWN])
+    more = f" and {plural(len(row['ranges']) - SHOWN, 'more range')}" if len(row["ranges"]) > SHOWN else ""
+    words = "".join(f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])])
+    return (
+        f"{row['bytes']:>15,} {row['kind']:<9} {row['device']} {name}{also}".rstrip()
+        + (f" at {where}{more}" if where else "")
+        + words
+    )
