@@ -1,18 +1,23 @@
 # Two commands: each does all of its own set-up on a fresh Debian 12 (system packages, a virtual environment in .venv).
 #   make demo   boots a small real guest and shows live which files it reads
 #   make test   linter, types and tests
+# And: make test-appliance runs the tests that let a real kernel make arrays and volume groups, in libguestfs's appliance (15 minutes the first time).
 
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: test demo bench setup lint clean
+.PHONY: test test-appliance demo bench setup lint clean
 
 test: setup lint
-	$(RUN)/pytest
+	$(RUN)/pytest -n auto --dist loadfile -m "not guest and not slow"
+	$(RUN)/pytest -m guest
+
+test-appliance: setup
+	$(RUN)/pytest -m slow
 
 demo: setup
-	demo/run
+	$(RUN)/python demo/run
 
 setup: $(VENV)/.ready
 

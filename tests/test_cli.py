@@ -178,21 +178,18 @@ def encrypted(disk, tmp_path_factory) -> Path:
     need("cryptsetup", "cryptsetup-bin")
     path = tmp_path_factory.mktemp("luks") / "luks"
     path.write_bytes(disk.read_bytes()[1 << 20 : 31 << 20] + bytes(32 << 20))
-    fast = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
-    run(
-        "cryptsetup",
-        "reencrypt",
-        "-q",
-        "--encrypt",
-        "--type",
-        "luks2",
-        *fast,
-        "--reduce-device-size",
-        "32M",
-        path,
-        "-",
-        stdin=b"secret",
-    )
+    (path.parent / "secret").write_text("secret")
+    options = [
+        "--key-file",
+        path.parent / "secret",
+        "--pbkdf",
+        "pbkdf2",
+        "--pbkdf-force-iterations",
+        "1000",
+        "--resilience",
+        "checksum",
+    ]
+    run("cryptsetup", "reencrypt", "-q", "--encrypt", "--reduce-device-size", "32M", "--hotzone-size", "1M", *options, path)
     return path
 
 

@@ -209,9 +209,6 @@ def test_installer_is_read(installer: Path) -> None:
     assert set(found.names.column("name").to_pylist()) == {b"isolinux.bin", b"efi.img", b"boot.cat"}
 
 
-@pytest.mark.xfail(
-    reason="volumes/mbr.py looks only at entries whose type is not 0, and takes the image for a partitioned disk", strict=False
-)
 def test_installer_is_one_filesystem(installer: Path) -> None:
     assert mapped(installer).filesystems.column("type").to_pylist() == ["iso9660"]
 
