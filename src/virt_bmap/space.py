@@ -48,7 +48,9 @@ def free_space(bmap: BlockMap, target: int, kinds: Callable[[int], tuple[int, ..
         used.append(owned)
         space.free[volume] = down
     taken = _together(used)
-    space.free = {volume: subtract(*ranges, *taken) for volume, ranges in space.free.items()}
+    for volume, ranges in space.free.items():
+        space.free[volume] = subtract(*ranges, *taken)
+        taken = _together([taken, space.free[volume]])  # what two volumes call free is given once
     return space
 
 

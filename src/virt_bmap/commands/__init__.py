@@ -14,4 +14,5 @@ COMMANDS = {
     "dump": "copy a volume to a file, sparse, free space left out if wanted",
     "cat": "write the content of a file to standard output",
     "extract": "copy files and trees out, with modes, times, links and holes",
+    "sparsify": "estimate what an image would give back to its host without its free space",
 }

@@ -1,0 +1,87 @@
+"""What a disk image could give back to its host, without writing anything: free space, gaps, slack and swap, and which of it takes space now.
+
+Sources: lseek(2) on SEEK_DATA and SEEK_HOLE; fallocate(2) on FALLOC_FL_PUNCH_HOLE, which frees whole blocks only.
+"""
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+
+import numpy as np
+
+from virt_bmap import tables
+from virt_bmap.arrays import Int, ints
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.errors import ImageError
+from virt_bmap.space import Ranges, free_space, overlap
+
+
+@dataclass(frozen=True)
+class Gain:
+    """`size` bytes of one kind on one volume, of which `held` take space on the host; None where that is not known."""
+
+    volume: int
+    what: str
+    size: int
+    held: int | None
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a raw image file has data on its host, and the host's block size in bytes."""
+
+    data: Ranges
+    block: int
+
+
+def host_of(path: str) -> Host | None:
+    """What of a file takes space on this host; None for what is no regular file. Raises ImageError where it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                return None
+            return Host(_data_ranges(file.fileno(), about.st_size), about.st_blksize)
+    except OSError as error:
+        raise ImageError(f"{path}: can't be read: {error.strerror}") from error
+
+
+def _data_ranges(file: int, size: int) -> Ranges:
+    starts, ends, at = [], [], 0
+    while at < size:
+        try:
+            starts.append(os.lseek(file, at, os.SEEK_DATA))
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # no data behind `at`
+                raise
+            break
+        at = os.lseek(file, starts[-1], os.SEEK_HOLE)
+        ends.append(at)
+    return ints(starts).astype(np.int64), ints(ends).astype(np.int64)
+
+
+def estimate(bmap: BlockMap, disk: int, host: Host | None) -> tuple[list[Gain], dict[int, str]]:
+    """What the volume `disk`, a whole disk, would give back; and the volumes that are left alone, with the reason."""
+    systems = dict(zip(bmap.filesystems.column("volume").to_pylist(), bmap.filesystems.column("type").to_pylist(), strict=True))
+
+    def swap(volume: int) -> tuple[int, ...]:
+        return (tables.CONTENT,) if systems.get(volume) == "swap" else ()
+
+    gains: list[Gain] = []
+    left: dict[int, str] = {}
+    for what, kinds in (("free", lambda _: (tables.FREE,)), ("gap", lambda _: (tables.GAP,)), ("swap", swap)):
+        space = free_space(bmap, disk, kinds)
+        left |= space.left
+        for volume, ranges in space.free.items():
+            if len(ranges[0]):
+                size = int((ranges[1] - ranges[0]).sum())
+                held = None if host is None else overlap(whole_blocks(ranges, host.block), host.data)
+                gains.append(Gain(volume, "slack" if what == "gap" and volume in systems else what, size, held))
+    return sorted(gains, key=lambda gain: (gain.volume, gain.what)), left
+
+
+def whole_blocks(ranges: Ranges, block: int) -> tuple[Int, Int]:
+    """The whole blocks in ranges: all that punching them would free."""
+    low, high = -(-ranges[0] // block) * block, ranges[1] // block * block
+    return low[high > low], high[high > low]
