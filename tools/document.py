@@ -58,8 +58,7 @@ def data_model() -> str:
         + ".",
     ]
     lines += ["", "## Inodes of formats without inode numbers", ""]
-    for format in filesystems.FILESYSTEMS:
-        module = format.load()
+    for module in dict.fromkeys(format.load() for format in filesystems.FILESYSTEMS):
         if about := getattr(module, "INODE", None):
             lines.append(f"- **{module.NAME}**: {about}")
     return "\n".join(lines) + "\n"
@@ -75,8 +74,7 @@ def formats() -> str:
     ]
     for title, found in (("Volumes", volumes.VOLUMES), ("Filesystems", filesystems.FILESYSTEMS)):
         lines += ["", f"## {title}"]
-        for format in found:
-            module = format.load()
+        for module in dict.fromkeys(format.load() for format in found):
             lines += ["", f"### {module.NAME}", "", f"`{module.__name__}`", ""]
             for words, name in (("Read", "FEATURES"), ("Refused or only named", "REFUSED"), ("Checked with", "ORACLES")):
                 if values := getattr(module, name):

@@ -213,7 +213,7 @@ class _Survey:
         none = np.zeros(0, np.int64)
         left = complement(np.concatenate([*starts, none]), np.concatenate([*ends, none]), 0, size)
         rows = tables.ExtentRows()
-        if found and found.type != "swap" and len(left[0]):
+        if found and len(left[0]):
             missing = int((left[1] - left[0]).sum())
             self._problem(volume, found.type, Problem(
                 "unowned", f"{missing} bytes in {len(left[0])} ranges are allocated, but nothing refers to them",

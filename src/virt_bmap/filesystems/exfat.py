@@ -31,6 +31,7 @@ from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
 
 NAME = "exfat"
+INODE = "byte offset of the file's directory entry / 32; the root is 0"
 FEATURES = (
     "main and backup boot region, with checksum", "files in one piece (NoFatChain) and chained in the FAT", "allocation bitmap",
     "TexFAT's second FAT and bitmap", "up-case table", "valid data length", "entry sets with checksum", "vendor extensions, skipped",

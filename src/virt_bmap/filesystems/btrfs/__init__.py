@@ -30,6 +30,7 @@ from virt_bmap.filesystems.btrfs.pool import Damage, Pool, PoolReader
 from virt_bmap.reader import Reader
 
 NAME = "btrfs"
+INODE = "tree << 40 | objectid; the top-level subvolume counts as tree 0, so its numbers are those of stat"
 FEATURES = (
     "all subvolumes and snapshots", "skinny and full extent items", "mixed block groups", "block group tree", "free space tree (checked)",
     "free space cache v1", "inline extents", "zlib, LZO and zstd extents (flagged)", "preallocated extents", "reflinks",

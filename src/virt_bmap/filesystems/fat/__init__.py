@@ -30,7 +30,8 @@ from virt_bmap.filesystems.fat.tree import ROOT, Ranges, Tree, read_tree
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 
-__all__ = ["FEATURES", "NAME", "ORACLES", "REFUSED", "looks_like_fat", "probe", "read"]
+__all__ = ["INODE = "byte offset of the directory entry / 32; the root is 0"
+FEATURES", "NAME", "ORACLES", "REFUSED", "looks_like_fat", "probe", "read"]
 
 NAME = "vfat"
 FEATURES = (

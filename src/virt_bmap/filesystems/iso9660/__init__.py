@@ -34,6 +34,7 @@ from virt_bmap.reader import Reader
 from virt_bmap.tables import ExtentRows
 
 NAME = "iso9660"
+INODE = "a directory's is the byte offset of its content, any other file's that of its directory record"
 FEATURES = (
     "ISO 9660 levels 1 to 3 and ISO 9660:1999", "Rock Ridge with continuation areas and relocated directories", "Joliet", "multi-extent files",
     "interleaved files", "associated files as a stream", "extended attribute records", "path tables", "El Torito boot catalogs and images",
