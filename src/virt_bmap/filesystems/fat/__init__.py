@@ -30,10 +30,10 @@ from virt_bmap.filesystems.fat.tree import ROOT, Ranges, Tree, read_tree
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 
-__all__ = ["INODE = "byte offset of the directory entry / 32; the root is 0"
-FEATURES", "NAME", "ORACLES", "REFUSED", "looks_like_fat", "probe", "read"]
+__all__ = ["FEATURES", "NAME", "ORACLES", "REFUSED", "looks_like_fat", "probe", "read"]
 
 NAME = "vfat"
+INODE = "byte offset of the directory entry / 32; the root is 0"
 FEATURES = (
     "FAT12, FAT16, FAT32, also FAT32 with few clusters", "sectors of 512 to 4096 bytes, clusters of any power of two",
     "long names, checked by their checksum", "short names in code page 437, with Windows NT's lower-case flags",
