@@ -29,7 +29,7 @@ UNIT = st.one_of(st.integers(0, 0x7F), st.integers(0, 0xFFFF), st.integers(0xD80
 @given(st.lists(st.lists(UNIT, max_size=12), max_size=8))
 def test_names_become_utf8_as_python_makes_it(names: list[list[int]]) -> None:
     units = np.array([unit for name in names for unit in name], np.uint16)
-    found = utf8(units, np.array([len(name) for name in names], np.int64)).to_pylist()
+    found = utf8(units, np.array([len(name) for name in names], np.int64)).strings()
     wanted = [struct.pack(f"<{len(name)}H", *name).decode("utf-16-le", "surrogatepass") for name in names]
     assert found == [name.encode("utf-8", "surrogatepass") for name in wanted]
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int
@@ -56,12 +55,14 @@ def read_contents(mft: Mft, geometry: Geometry, problems: Problems) -> Contents:
     numbers = np.unique(mft.attributes.record[stale])
     problems.add("stale-extension", "extension records belong to a file that is gone", record_offset(mft, numbers), "warning")
     rows = np.flatnonzero(good)
-    found, owner = mft.attributes.take(rows), owner[rows]
-    name, texts = _numbered(found.name)
+    found, owner = (mft.attributes.take(rows), owner[rows]) if len(rows) < len(good) else (mft.attributes, owner)
+    name, texts = found.name.distinct()
     head, lost = _heads(found, owner, name)
     problems.add("lost-piece", "attributes have lost their first piece", record_offset(mft, found.record[lost]))
     listed = np.flatnonzero(found.value < 0)
-    decoded = decode(found.pairs, found.pairs_length[listed], found.lowest_vcn[listed], geometry.clusters, geometry.cluster_size)
+    decoded = decode(
+        found.pairs.data, found.pairs.lengths[listed], found.lowest_vcn[listed], geometry.clusters, geometry.cluster_size
+    )
     short = decoded.bad | (~decoded.outside & (decoded.reach != found.highest_vcn[listed] + 1))
     problems.add(
         "run-list", "run lists break off or end elsewhere than they should", record_offset(mft, found.record[listed[short]])
@@ -73,14 +74,6 @@ def read_contents(mft: Mft, geometry: Geometry, problems: Problems) -> Contents:
     return Contents(
         found, owner, head, name, texts, Runs(listed[runs.row], runs.vcn, runs.lcn, runs.count), reach, geometry.cluster_size
     )
-
-
-def _numbered(name: pa.ChunkedArray) -> tuple[Int, list[bytes]]:
-    """Names as numbers in a list of all that occur, which begins with no name."""
-    with_none = pa.chunked_array([pa.array([b""], pa.binary()), *name.chunks])
-    coded = with_none.dictionary_encode().unify_dictionaries().combine_chunks()
-    coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
-    return coded.indices.to_numpy()[1:].astype(np.int64), coded.dictionary.to_pylist()
 
 
 def _heads(found: Attributes, owner: Int, name: Int) -> tuple[Int, Int]:
@@ -127,8 +120,8 @@ def sizes_and_flags(mft: Mft, tree: Tree, contents: Contents, tags: Int) -> tupl
     """(bytes, mask of tables.INODE_FLAGS) of each record: of the plain content of a file, of the index of a directory."""
     sizes, flags = np.zeros(len(mft), np.int64), np.zeros(len(mft), np.int64)
     found = mft.attributes
-    of_deleted = np.flatnonzero((found.type == ntfs.DATA) & (found.lowest_vcn == 0) & tree.deleted[found.record])
-    of_deleted = of_deleted[~found.named(of_deleted)]
+    unnamed = found.name.lengths == 0
+    of_deleted = np.flatnonzero((found.type == ntfs.DATA) & (found.lowest_vcn == 0) & unnamed & tree.deleted[found.record])
     sizes[found.record[of_deleted]] = found.data_size[of_deleted]
     found, first = contents.attributes, contents.attributes.lowest_vcn == 0
     for kind in (ntfs.INDEX_ROOT, ntfs.INDEX_ALLOCATION):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.mft import Mft
 from virt_bmap.filesystems.ntfs.problems import Problems
+from virt_bmap.filesystems.ntfs.ragged import Ragged
 from virt_bmap.filesystems.ntfs.records import Names, Records
 
 MAX_EXTEND_DEPTH = 8
@@ -53,7 +53,7 @@ class Tree:
 
     parent: Int
     inode: Int
-    name: pa.ChunkedArray
+    name: Ragged
     links: Int
     live: Bool
     deleted: Bool
@@ -76,7 +76,8 @@ def read_tree(mft: Mft, problems: Problems) -> Tree:
     problems.add("orphan", "names lie in a directory that is gone or was never one", record_offset(mft, names.record[lost]))
     keep = np.flatnonzero((good | gone) & reached & ~((owner == ntfs.ROOT) & (parent == ntfs.ROOT)))
     links = np.bincount(owner[good | gone], minlength=count)
-    parent, owner, name = parent[keep], owner[keep], names.name.take(pa.array(keep))
+    name = names.name.take(keep) if len(keep) < len(owner) else names.name
+    parent, owner = parent[keep], owner[keep]
     metadata, trash = _own(parent, owner, name, live)
     return Tree(parent, owner, name, links, live, deleted, trash, metadata)
 
@@ -92,7 +93,7 @@ def _directories(records: Records, names: Names, gone: Bool) -> tuple[Int, Bool]
     return number, there & ((records.in_use[number] & same) | (gone & ~records.in_use[number] & (same | before)))
 
 
-def _own(parent: Int, inode: Int, name: pa.ChunkedArray, live: Bool) -> tuple[Bool, Bool]:
+def _own(parent: Int, inode: Int, name: Ragged, live: Bool) -> tuple[Bool, Bool]:
     """(the filesystem's own inodes, those in $Extend/$Deleted: deleted while they were open)."""
     own, trash = np.zeros(len(live), bool), np.zeros(len(live), bool)
     own[: ntfs.FIRST_USER] = True
@@ -100,7 +101,7 @@ def _own(parent: Int, inode: Int, name: pa.ChunkedArray, live: Bool) -> tuple[Bo
     below = np.zeros(len(live), bool)
     below[ntfs.EXTEND : ntfs.EXTEND + 1] = True
     in_extend = np.flatnonzero(parent == ntfs.EXTEND)
-    bins = inode[in_extend[pc.equal(name.take(pa.array(in_extend)), pa.scalar(b"$Deleted")).to_numpy()]]
+    bins = inode[in_extend[name.take(in_extend).equal(b"$Deleted")]]
     for _ in range(MAX_EXTEND_DEPTH):
         children = inode[below[parent] & ~np.isin(parent, bins)]
         if below[children].all():
@@ -141,4 +142,4 @@ def inode_table(mft: Mft, tree: Tree, types: np.ndarray, sizes: Int, flags: Int)
 
 def name_table(tree: Tree) -> pa.Table:
     """The table `names`."""
-    return tables.make("names", volume=0, parent=tree.parent, inode=tree.inode, name=tree.name)
+    return tables.make("names", volume=0, parent=tree.parent, inode=tree.inode, name=tree.name.arrow())

@@ -29,7 +29,9 @@ from virt_bmap.layout import records
 from virt_bmap.reader import Reader, scatter
 
 BATCH = 16 << 20
-"""Bytes of the $MFT read at a time: few round trips, and a batch with all that is made of it stays below 64 MiB."""
+"""Bytes of the $MFT read at a time: few round trips, in bounded memory."""
+PIECE = 2 << 20
+"""Bytes of a batch that are looked into together: what is made of them stays in the processor's cache."""
 
 
 @dataclass
@@ -59,7 +61,7 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
     pieces = [decoded(own, geometry)]
     length = int(own.initialized_size[own.lowest_vcn == 0].max(initial=0))
     batches: list[Batch] = []
-    held = np.empty(BATCH + 128, np.uint8) if length > BATCH else None
+    held, mended = np.empty(PIECE + 128, np.uint8), np.empty(min(BATCH, reader.size), np.uint8)
     at = 0
     while True:
         stream = stream_of(pieces, geometry, reader.size)
@@ -67,13 +69,14 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
         end -= (end - at) % size
         if end <= at:
             break
-        data = read_stream(reader, stream, at, end)
+        data = read_stream(reader, stream, at, end, mended)
         if at == 0:
             data = data if replaced is None else np.concatenate([replaced, data[size:]])
             data = repair(data, mirror, geometry, problems)
             system = prepared(data[: ntfs.FIRST_USER * size], size)
-        batches.append(parse(data, at // size, size, held))
-        pieces.append(decoded(own_list(batches[-1]), geometry))
+        for start in range(0, len(data), PIECE):
+            batches.append(parse(data[start : start + PIECE], (at + start) // size, size, held))
+            pieces.append(decoded(own_list(batches[-1]), geometry))
         at = end
     if not batches:
         raise Corrupt(
@@ -89,14 +92,19 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
     )  # fmt: skip
 
 
-def read_stream(reader: Reader, stream: Stream, start: int, end: int) -> Bytes:
-    """Bytes [start, end) of a stream; zeroes where it has holes. Pieces are asked for in the order in which they lie in the volume."""
+def read_stream(reader: Reader, stream: Stream, start: int, end: int, held: Bytes | None = None) -> Bytes:
+    """Bytes [start, end) of a stream; zeroes where it has holes. Pieces are asked for in the order in which they lie in the volume.
+
+    `held` is memory to put them in order in, where they are not.
+    """
     _, at, places, lengths = stream.place(ints(start), ints(end - start))
     order = np.argsort(places)
     data = reader.read_ranges(places[order], lengths[order])
     if len(data) == end - start and (np.diff(order) > 0).all():
         return data
-    result = np.zeros(end - start, np.uint8)
+    result = np.empty(end - start, np.uint8) if held is None else held[: end - start]
+    if len(data) < len(result):
+        result[:] = 0
     scatter(result, (at - start)[order], lengths[order], data)
     return result
 
@@ -162,7 +170,7 @@ def resident_value(buffer: Buffer, number: int, kind: int) -> bytes:
         return b""
     heads = records(buffer.records, ntfs.MFT_RECORD)
     _, at, _ = attributes(buffer, heads, ints(number)[heads["magic"][[number]] == ntfs.MAGIC_FILE])
-    header = buffer.window(at, ntfs.ATTR_RECORD)
+    header = buffer.window(at, ntfs.ATTR_HEADER)
     for place in np.flatnonzero((header["type"] == kind) & (header["non_resident"] == 0))[:1]:
         start = int(at[place]) + int(header["value_offset"][place])
         return buffer.bytes[start : min(start + int(header["value_length"][place]), (number + 1) * buffer.size)].tobytes()
@@ -172,10 +180,11 @@ def resident_value(buffer: Buffer, number: int, kind: int) -> bytes:
 def own_list(batch: Batch) -> Attributes:
     """The pieces of the $MFT's own unnamed $DATA that this batch holds, in record 0 or in its extension records."""
     found, record = batch.attributes, batch.records
-    base = record.base[found.record - batch.first]
-    own = (found.record == ntfs.MFT) | ((base != 0) & (base & ntfs.REFERENCE == ntfs.MFT))
-    mine = np.flatnonzero(own & (found.type == ntfs.DATA) & (found.value < 0) & record.in_use[found.record - batch.first])
-    return found.take(mine[~found.named(mine)])
+    rows = np.flatnonzero((found.type == ntfs.DATA) & (found.value < 0) & (found.name.lengths == 0))
+    number = found.record[rows]
+    base = record.base[number - batch.first]
+    own = (number == ntfs.MFT) | ((base != 0) & (base & ntfs.REFERENCE == ntfs.MFT))
+    return found.take(rows[own & record.in_use[number - batch.first]])
 
 
 def begins(own: Attributes) -> bool:
@@ -185,7 +194,7 @@ def begins(own: Attributes) -> bool:
 
 def decoded(found: Attributes, geometry: Geometry) -> Runs:
     """The runs of these attributes, up to the first fault of each."""
-    return decode(found.pairs, found.pairs_length, found.lowest_vcn, geometry.clusters, geometry.cluster_size).runs
+    return decode(found.pairs.data, found.pairs.lengths, found.lowest_vcn, geometry.clusters, geometry.cluster_size).runs
 
 
 def stream_of(pieces: list[Runs], geometry: Geometry, size: int) -> Stream:

@@ -121,7 +121,7 @@ def _names_of(tree: Tree, wanted: Int) -> dict[int, str]:
     """What the filesystem's own files are called."""
     first = dict(enumerate(ntfs.SYSTEM_FILES))
     rows = np.flatnonzero(np.isin(tree.inode, wanted))[:MAX_PARTS]
-    names = tree.name.take(rows).to_pylist()
+    names = tree.name.take(rows).strings()
     return dict(zip(tree.inode[rows].tolist(), map(_text, names), strict=True)) | first
 
 
@@ -214,20 +214,14 @@ def residents(mft: Mft, contents: Contents, kinds: Int) -> Claims:
     """Where resident values lie: in their record, but for the last two bytes of every 512, which are kept in its update sequence array."""
     attributes, size = contents.attributes, mft.system.size
     mine = np.flatnonzero((attributes.value >= 0) & (attributes.data_size > 0))
-    start, number = attributes.value[mine], attributes.record[mine]
+    start, number = attributes.value[mine].astype(np.int64), attributes.record[mine]
     end = np.minimum(start + attributes.data_size[mine], size)
-    usa = mft.records.usa_ofs[number]
-    rows, places, lengths, offsets = [], [], [], []
-    for stride in range(size // ntfs.STRIDE):
-        base, tail = stride * ntfs.STRIDE, (stride + 1) * ntfs.STRIDE - 2
-        for low, high, moved in ((base, tail, 0), (tail, tail + 2, usa + 2 + 2 * stride - tail)):
-            from_, to = np.maximum(start, low), np.minimum(end, high)
-            keep = np.flatnonzero(to > from_)
-            rows.append(keep)
-            offsets.append((from_ - start)[keep])
-            places.append((number * size + from_ + moved)[keep])
-            lengths.append((to - from_)[keep])
-    row, place, length, offset = (np.concatenate(parts) for parts in (rows, places, lengths, offsets))
+    in_stride = start % ntfs.STRIDE + end - start <= ntfs.STRIDE - 2
+    cut = np.flatnonzero(~in_stride)
+    row, offset, place, length = _without_tails(start[cut], end[cut], mft.records.usa_ofs[number[cut]].astype(np.int64), size)
+    whole = np.flatnonzero(in_stride)
+    row, offset = np.append(whole, cut[row]), np.append(np.zeros(len(whole), np.int64), offset)
+    place, length = np.append(start[whole], place) + number[row] * size, np.append((end - start)[whole], length)
     query, inside, volume_offset, length = mft.stream.place(place, length)
     attribute = mine[row[query]]
     offset = offset[query] + inside - place[query]
@@ -236,6 +230,19 @@ def residents(mft: Mft, contents: Contents, kinds: Int) -> Claims:
         attribute, kinds[attribute], np.where(with_place, offset, -1), length, volume_offset, length,
         np.full(len(query), tables.INLINE, np.int64),
     )  # fmt: skip
+
+
+def _without_tails(start: Int, end: Int, usa: Int, size: int) -> tuple[Int, Int, Int, Int]:
+    """(row, offset in it, place in its record, length) of what values [start, end) of records are in, whose update sequence array is at `usa`."""
+    found = []
+    for tail in range(ntfs.STRIDE - 2, size, ntfs.STRIDE):
+        moved = usa + 2 + tail // ntfs.STRIDE * 2 - tail
+        for low, high, away in ((tail + 2 - ntfs.STRIDE, tail, 0), (tail, tail + 2, moved)):
+            from_, to = np.maximum(start, low), np.minimum(end, high)
+            row = np.flatnonzero(to > from_)
+            found.append(np.stack([row, (from_ - start)[row], (from_ + away)[row], (to - from_)[row]]))
+    row, offset, place, length = np.concatenate(found, axis=1)
+    return row, offset, place, length
 
 
 def twice(claims: Claims, problems: Problems) -> None:

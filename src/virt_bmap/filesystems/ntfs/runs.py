@@ -7,6 +7,7 @@ distance of no bytes is a hole. Sources: ntfs-3g libntfs-3g/runlist.c ntfs_mappi
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand
 
@@ -40,13 +41,13 @@ class Decoded:
     outside: Bool
 
 
-def decode(data: Bytes, lengths: Int, lowest_vcn: Int, clusters: int, cluster_size: int) -> Decoded:
+def decode(data: Bytes, lengths: NDArray[np.integer], lowest_vcn: Int, clusters: int, cluster_size: int) -> Decoded:
     """Decode lists that lie one after the other in `data`, list i in `lengths[i]` bytes and starting at `lowest_vcn[i]`.
 
     One cursor for each list, all stepped together: as many steps as the longest list has runs.
     """
     n = len(lengths)
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(lengths, dtype=np.int64)
     padded = np.append(data, np.zeros(16, np.uint8))
     words = np.lib.stride_tricks.sliding_window_view(padded, 8)
     reach, bad, outside = lowest_vcn.copy(), np.zeros(n, bool), np.zeros(n, bool)
@@ -124,6 +125,9 @@ class Stream:
         """(query, stream offset, volume offset, length) of the pieces in which ranges of the stream lie; what lies in holes is left out."""
         ends = self.start + self.length
         first = np.searchsorted(ends, starts, "right")
+        piece = np.minimum(first, len(ends) - 1)
+        if len(ends) and bool(((self.start[piece] <= starts) & (starts + lengths <= ends[piece])).all()):  # none is cut
+            return np.arange(len(starts)), starts, self.volume[piece] + starts - self.start[piece], lengths
         last = np.searchsorted(self.start, starts + lengths, "left")
         query, step = expand(np.maximum(0, last - first))
         piece = first[query] + step

@@ -4,8 +4,6 @@ Sources: ntfs-3g libntfs-3g/logfile.c ntfs_is_logfile_clean(), volume.c ntfs_vol
 """
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from virt_bmap.arrays import EMPTY, Bytes, Int, union
 from virt_bmap.filesystems.ntfs import structures as ntfs
@@ -52,7 +50,7 @@ def state(reader: Reader, mft: Mft, tree: Tree, contents: Contents, problems: Pr
 def hibernated(reader: Reader, tree: Tree, contents: Contents) -> bool:
     """Does Windows sleep in this volume, or wait for a fast start-up?"""
     rows = np.flatnonzero(tree.parent == ntfs.ROOT)
-    hit = rows[pc.equal(pc.ascii_lower(tree.name.take(pa.array(rows)).cast(pa.string(), safe=False)), "hiberfil.sys").to_numpy()]
+    hit = rows[tree.name.take(rows).lower().equal(b"hiberfil.sys")]
     return any(contents.read(reader, int(inode), ntfs.DATA, 4) in HIBERNATED for inode in tree.inode[hit[:1]])
 
 

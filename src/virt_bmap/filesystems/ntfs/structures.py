@@ -34,7 +34,7 @@ STRIDE = 512
 REFERENCE = (1 << 48) - 1
 """Mask of the record number in an MFT reference; the 16 bits above are the sequence number."""
 
-ATTR_RECORD = struct(0x40, [
+ATTR_HEADER = struct(0x18, [
     (0x00, "type", "<u4"),
     (0x04, "length", "<u4"),
     (0x08, "non_resident", "u1"),
@@ -43,7 +43,9 @@ ATTR_RECORD = struct(0x40, [
     (0x0C, "flags", "<u2"),
     (0x10, "value_length", "<u4"),          # resident
     (0x14, "value_offset", "<u2"),
-    (0x10, "lowest_vcn", "<i8"),            # non-resident
+])  # fmt: skip
+ATTR_RECORD = struct(0x40, [                # non-resident
+    (0x10, "lowest_vcn", "<i8"),
     (0x18, "highest_vcn", "<i8"),
     (0x20, "mapping_pairs_offset", "<u2"),
     (0x22, "compression_unit", "u1"),
