@@ -15,11 +15,13 @@ import btrfs_images
 import fat_images
 import ntfs_images
 import xfs_images
-from support import mounted, need, need_root, run
+from support import BytesReader, mounted, mutations, need, need_root, run
 from virt_bmap import content, maps
+from virt_bmap import extract as writer
 from virt_bmap.cli import run as bmap
 from virt_bmap.content import Files
-from virt_bmap.errors import OutputError, Unsupported, UsageError
+from virt_bmap.errors import BmapError, OutputError, Unsupported, UsageError
+from virt_bmap.survey import survey_open
 
 MIB = 1 << 20
 Facts = dict[str, tuple[object, ...]]
@@ -123,6 +125,11 @@ def test_windows_filesystems(tmp_path: Path) -> None:
         (root / "name" / ("€" * 200)).unlink()  # 600 bytes: more than a name may have here
         ntfs_images._streams(volume, root, np.random.default_rng(2))
         before = facts(root, modes=False)
+    (tmp_path / "all").mkdir()
+    assert bmap(["extract", "-q", str(volume.image), "/dev/sda", "/", "-C", str(tmp_path / "all")]) == 0
+    whole = facts(tmp_path / "all")
+    assert whole.pop("$Extend")
+    assert {path: row[2:] for path, row in whole.items()} == {path: row[2:] for path, row in before.items()}
     out = tmp_path / "ntfs"
     out.mkdir()
     with maps.open_volumes([str(volume.image)]) as (bmap_, readers):
@@ -308,6 +315,22 @@ def test_a_directory_in_itself_is_made_once(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert b"directories that lie in themselves" in done.stderr
     assert os.listdir(tmp_path / "out/Dtwin") == ["inside"]
+
+
+def test_damage_ends_in_words(tmp_path: Path) -> None:
+    """Damaged disks: what can be read is written, or one of the project's own errors says why not; nothing is left half done."""
+    image = patched(tmp_path, {}).read_bytes()
+    for number, data in enumerate(mutations(image, 60, 6, [(0, len(image) // 16)])):
+        out = tmp_path / f"damaged{number}"
+        out.mkdir()
+        try:
+            found, readers = survey_open([BytesReader(data)])
+            files = Files(found, 0, readers[0])
+            writer.extract(files, files.children(files.root), str(out), same_owner=False)
+        except BmapError:
+            assert os.listdir(out) == []
+        assert not [name for name in os.listdir(out) if name.startswith(".virt-bmap")]
+        assert os.listdir(tmp_path / "outside") == []
 
 
 # ---- where it is written --------------------------------------------------------------------------------------------

@@ -140,10 +140,10 @@ class Files:
         return row >= 0 and int(self.kind[row]) == kind
 
     def target(self, inode: int) -> bytes | None:
-        """What a symbolic link leads to; None where the format keeps it in a way that is not read here."""
+        """What a symbolic link leads to; None where it is damaged, or the format keeps it in a way that is not read here."""
         row = int(self.rows_of(ints(inode))[0])
         if self.type == "ntfs":
-            return self._ntfs_target(inode)
+            return self._ntfs_target(inode, row)
         if row < 0 or not 0 < self.size[row] <= MAX_TARGET or self.refusal(inode):
             return None
         result = bytearray(int(self.size[row]))
@@ -153,20 +153,20 @@ class Files:
             known += len(piece.data)
         return bytes(result) if known == len(result) else None
 
-    def _ntfs_target(self, inode: int) -> bytes | None:
+    def _ntfs_target(self, inode: int, row: int) -> bytes | None:
         """Links of Interix and ntfs-3g (UTF-16 behind a magic) and of WSL (UTF-8 in a reparse point); those of Windows name devices, not files."""
         low, high = np.searchsorted(self._link_owner, [inode, inode + 1]).tolist()
         at, length = self._link_at[low:high], self._link_length[low:high]
         if low == high:
             first, last = self._content(inode, -1)
             at, length = self._start[first:last], self._length[first:last]
-        if not 0 < length.sum() <= MAX_TARGET:
+        if row < 0 or not 0 < length.sum() <= MAX_TARGET or (at + length > self.reader.size).any():
             return None
-        row = int(self.rows_of(ints(inode))[0])
         data = self.reader.read_ranges(at, length).tobytes()
         if data.startswith(INTERIX_LINK):
             data = data[: int(self.size[row])] if self.size[row] > len(INTERIX_LINK) else data
-            return data[len(INTERIX_LINK) :].decode("utf-16-le", "surrogatepass").encode(errors="surrogatepass") or None
+            words = data[len(INTERIX_LINK) : len(data) // 2 * 2]
+            return words.decode("utf-16-le", "surrogatepass").encode(errors="surrogatepass") or None
         if int.from_bytes(data[:4], "little") == REPARSE_LX_SYMLINK:
             return data[12 : 8 + int.from_bytes(data[4:6], "little")] or None
         return None

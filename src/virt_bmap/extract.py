@@ -28,6 +28,8 @@ GROUP = 16384
 HERE_IMPOSSIBLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EFBIG, errno.EOVERFLOW)
 """What one hostile name, size or time can cause: that file is left out, while a full disk ends the job."""
 SPECIAL = (tables.T_CHAR, tables.T_BLOCK, tables.T_FIFO, tables.T_SOCKET)
+NO_LOSS = (*SPECIAL, tables.T_METADATA)
+"""What is left out without being missed."""
 
 Place = tuple[bytes, ...]
 
@@ -140,7 +142,7 @@ class _Work:
                 entry = Entry(folder, name, inode, row)
                 kind = int(self.files.kind[row]) if row >= 0 else tables.T_UNKNOWN
                 if reason := self._refusal(entry, kind):
-                    self.report.leave(reason, entry.path, kind not in SPECIAL)
+                    self.report.leave(reason, entry.path, kind not in NO_LOSS)
                 elif kind == tables.T_SYMLINK:
                     links.append(entry)
                 elif kind == tables.T_FILE:
@@ -160,8 +162,10 @@ class _Work:
             return "names that are none"
         if kind in SPECIAL:
             return "devices, fifos and sockets"
+        if kind == tables.T_METADATA:
+            return "files of the filesystem itself"
         if kind not in (tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK):
-            return "inodes that are damaged or not for users"
+            return "inodes that are damaged"
         reason = self.files.refusal(entry.inode) if kind == tables.T_FILE else None
         return f"files whose content can't be read: {reason}" if reason else None
 
