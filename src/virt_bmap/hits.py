@@ -7,19 +7,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, Intervals, total, union
+from virt_bmap.arrays import Int, Intervals, expand, ints, total, union
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.explain import record_size
 from virt_bmap.mapping import ROLES
-from virt_bmap.outputs.escape import escape
+from virt_bmap.outputs.escape import escape, escape_all
 from virt_bmap.paths import positions
 
 KINDS = (*tables.KINDS, "slack", "record")
 """The kinds of extents, and two more. slack: behind the end of the file in its last block, no loss to the file; record: the inode's own, without which
 the file can't be found though its bytes are whole."""
 SLACK, RECORD = range(len(tables.KINDS), len(KINDS))
+
+WORDS = [[word for word, bit in tables.FLAGS.items() if flags & bit] for flags in range(1 << len(tables.FLAGS))]
+"""The words of every combination of flags: objects can be many."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Hits:
 
 def hits(bmap: BlockMap, disk: int, starts: Int, ends: Int) -> Hits:
     """What lies in the ranges [starts[i], ends[i]) of disk number `disk` (from 1); where they overlap, bytes count once."""
-    starts, ends = union(starts, ends)
+    starts, ends = union(ints(starts), ints(ends))
     owners = bmap.owners(disk, starts, ends)
     pieces = _pieces(bmap, owners.take(owners.extent >= 0))
     pieces = _slack(bmap, pieces).join(*_records(bmap, owners.take(owners.extent < 0)))
@@ -163,7 +167,7 @@ def _object(
         "bytes": size[at], "kind": KINDS[kind[at]], "device": devices[volume[at]], "path": names[at][0] if names[at] else None,
         "also": names[at][1:], "part": escape(parts[part[at]].encode()) if part[at] >= 0 else None,
         "inode": inode[at] if inode[at] >= 0 else None, "ranges": ranges[bounds[at] : bounds[at + 1]], "role": ROLES[role[at]],
-        "flags": [word for word, bit in tables.FLAGS.items() if flags[at] & bit],
+        "flags": WORDS[flags[at] & (len(WORDS) - 1)],
     }  # fmt: skip
 
 
@@ -174,8 +178,11 @@ def _names(bmap: BlockMap, one: _Pieces) -> list[list[str]]:
         known, path = bmap.paths(volume)
         mine = np.flatnonzero((one.volume == volume) & (one.inode >= 0))
         low, high = np.searchsorted(known, one.inode[mine], "left"), np.searchsorted(known, one.inode[mine], "right")
-        for at, start, end in zip(mine.tolist(), low.tolist(), high.tolist(), strict=True):
-            result[at] = [escape(path[row].as_py()) for row in range(start, end)]
+        row, step = expand(high - low)
+        words = escape_all(path.take(pa.array(low[row] + step))).to_pylist()
+        ends = np.cumsum(high - low)
+        for at, start, end in zip(mine.tolist(), (ends - (high - low)).tolist(), ends.tolist(), strict=True):
+            result[at] = words[start:end]
     return result
 
 

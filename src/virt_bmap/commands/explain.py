@@ -98,7 +98,7 @@ def _lines(answer: Found) -> Iterator[str]:
 
 
 def _layer(layer: Found, indent: str) -> Iterator[str]:
-    if run := layer.get("from"):
+    if (run := layer.get("from")) and layer["kind"] != "partition":
         yield from (indent + text for text in _run(run))
     facts = [layer["kind"], human(layer["size"]), layer["type"] or "nothing known in it"]
     facts += [f"{word} {layer[word]}" for word in ("label", "uuid") if layer[word]] + (
@@ -124,12 +124,9 @@ def _layer(layer: Found, indent: str) -> Iterator[str]:
 
 
 def _run(run: Found) -> Iterator[str]:
-    """How the next volume's bytes lie here: said where they lie in chunks or are no plain data."""
-    if run["count"] > 1:
-        yield (f"chunk {run['number']:,} of {run['count']:,}, {human(run['end'] - run['start'])} at {run['start']:#x}, "
-               f"byte {run['inside']:#x} in it: {run['role']}")  # fmt: skip
-    elif run["role"] != "data":
-        yield f"{run['role']}, {human(run['end'] - run['start'])} at {run['start']:#x}"
+    """Which run of bytes of the parent holds it: a segment of an LV, a chunk of an array's member."""
+    chunk = f"chunk {run['number']:,} of {run['count']:,}, " if run["count"] > 1 else ""
+    yield f"{run['role']}: {chunk}{human(run['end'] - run['start'])} from byte {run['start']:#x}, byte {run['inside']:#x} in it"
 
 
 def _owner(owner: Found, layer: Found) -> Iterator[str]:
