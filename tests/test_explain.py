@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support import BytesReader, mapped, need, run, wait_for_socket
+from support import BytesReader, mapped, need, need_root, run, wait_for_socket
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.explain import MAX_LAYERS, _Walk, explain
@@ -295,6 +295,69 @@ def test_parity_is_the_xor_of_what_it_is_said_to_protect(corpus: Path) -> None:
                 protected ^= int(disks[int(home.volume[0])].data[home.start[0]])
             assert protected == int(disk.data[at])
     assert seen == {"data", "parity"}
+
+
+def test_below_the_encryption(disk: Path, tmp_path: Path) -> None:
+    """The filesystem encrypted in place by cryptsetup, which needs no kernel for that."""
+    need("cryptsetup", "cryptsetup-bin")
+    pytest.importorskip("cryptography")
+    image, key = tmp_path / "luks", tmp_path / "key"
+    image.write_bytes(disk.read_bytes()[START : START + (30 << 20)] + bytes(32 << 20))
+    key.write_text("secret")
+    fast = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+    run(
+        "cryptsetup",
+        "reencrypt",
+        "-q",
+        "--encrypt",
+        "--type",
+        "luks2",
+        *fast,
+        "--reduce-device-size",
+        "32M",
+        "--key-file",
+        key,
+        image,
+    )
+    block = int(debugfs(disk, "bmap /etc/passwd 0"))
+    dump = run("cryptsetup", "luksDump", image).decode()
+    at = int(re.search(r"Data segments:\s+0: crypt\s+offset: (\d+)", dump)[1]) + block * 1024
+    found = answer("--key", f"all:file:{key}", image, at)
+    layer = innermost(found)
+    assert (layer["kind"], layer["filesystem"]["block"], layer["owners"][0]["inode"]["path"]) == ("crypt", block, "/hard")
+    assert bytes.fromhex(found["bytes"]) == image.read_bytes()[at : at + 64]
+    assert bytes.fromhex(found["bytes"]) != (disk.parent / "tree/etc/passwd").read_bytes()[:64]
+    assert "below the encryption" in words("--key", f"all:file:{key}", image, at).stdout
+    shut = words(image, at).stdout
+    assert "one piece that is named but not looked into" in shut
+
+
+def test_segments_of_a_logical_volume(tmp_path: Path) -> None:
+    """LVM in a partition, made without device-mapper; lvs and pvs say where the segment lies."""
+    need("lvcreate", "lvm2"), need_root()
+    image = tmp_path / "lvm"
+    with open(image, "wb") as file:
+        file.truncate(48 << 20)
+    run("sfdisk", "-q", image, stdin=b"label: dos\nstart=2048,type=8e\n")
+    loop = run("losetup", "-f", "--show", "-o", str(START), image).decode().strip()
+    try:
+        more = ["--config", f'devices{{filter=["a|{loop}$|","r|.*|"]}}', "--driverloaded", "n"]
+        run("pvcreate", "-q", *more, loop)
+        run("vgcreate", "-q", "-s", "1M", *more, "group", loop)
+        for name in ("one", "two"):
+            run("lvcreate", "-q", "-L", "8M", "-an", "-Zn", "-Wn", "-n", name, *more, "group")
+        shown = run("pvs", "--noheadings", "--units", "b", "--nosuffix", "-o", "pe_start", *more)
+        extent = run("lvs", "--noheadings", "-o", "seg_pe_ranges", *more, "group/two").decode().split(":")[1].split("-")[0]
+        place = int(shown) + (int(extent) << 20)
+    finally:
+        run("losetup", "-d", loop)
+    found = answer(image, START + place + 4097)
+    partition = found["layer"]["layers"][0]
+    (volume,) = partition["layers"]
+    assert (partition["device"], partition["type"], partition["offset"]) == ("/dev/sda1", "LVM2_member", place + 4097)
+    assert (volume["device"], volume["kind"], volume["offset"]) == ("/dev/group/two", "lv", 4097)
+    assert volume["from"] == {"role": "data", "start": place, "end": place + (8 << 20), "inside": 4097, "number": 0, "count": 1}
+    assert f"data: 8.0 MiB from byte {place:#x}, byte 0x1001 in it" in words(image, START + place + 4097).stdout
 
 
 def test_a_stack_that_multiplies_is_cut() -> None:

@@ -92,7 +92,7 @@ def _lines(answer: Found) -> Iterator[str]:
     if answer["bytes"] is None:
         yield f"the bytes there: not shown, {answer['unread']}"
         return
-    where = "as they are on the disk, encrypted" if "crypt" in kinds_of(answer["layer"]) else "as they are on the disk"
+    where = "as they are on the disk, below the encryption" if "crypt" in kinds_of(answer["layer"]) else "as they are on the disk"
     yield f"the bytes there, {where}:"
     yield from _dump(answer["offset"], bytes.fromhex(answer["bytes"]))
 
