@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support import mapped, need, need_root, run, wait_for_socket
+from support import mapped, mutations, need, need_root, run, survives, wait_for_socket
 from virt_bmap import tables
 from virt_bmap.arrays import union
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import BmapError
+from virt_bmap.explain import explain
 from virt_bmap.hits import grouped_union, hits
 from virt_bmap.mapping import Row, Rows
 from virt_bmap.ranges import parse
@@ -121,6 +122,55 @@ def test_files_named_damaged_are_those_whose_content_changes(disk: Path, tmp_pat
     shown = words(disk, "--ranges", tmp_path / "bad.csv").stdout.splitlines()
     assert shown[-1].split(" in ")[0].strip() == f"{everything:,} bytes"
     assert all(any(path in line for line in shown) for path in expected)
+
+
+def test_damaged_files_on_fat(tmp_path: Path) -> None:
+    """The same with one cluster in three inverted, and mcopy as the reader."""
+    need("mkfs.vfat", "dosfstools"), need("mcopy", "mtools")
+    rng = np.random.default_rng(2)
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        (tmp_path / f"in/F{number}").write_bytes(rng.bytes(int(rng.integers(0, 9000))))
+    image, bad = tmp_path / "fat", tmp_path / "bad"
+    with open(image, "wb") as file:
+        file.truncate(4 << 20)
+    run("mkfs.vfat", "-s", "1", image)
+    run("mcopy", "-i", image, *sorted((tmp_path / "in").iterdir()), "::/")
+    bmap = mapped(image)
+    used = np.flatnonzero(tables.codes(bmap.extents, "kind") == tables.DATA)
+    low = np.concatenate([np.arange(row["volume_offset"], row["volume_offset"] + row["length"], 1536)
+                          for row in bmap.extents.take(used).to_pylist()])  # fmt: skip
+    data = np.frombuffer(image.read_bytes(), np.uint8).copy()
+    for at in low.tolist():
+        data[at : at + 512] ^= 0xFF
+    bad.write_bytes(data.tobytes())
+    expected = {}
+    for path in sorted((tmp_path / "in").iterdir()):
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+        now = np.frombuffer(run("mtype", "-i", bad, f"::/{path.name}"), np.uint8)
+        changed = np.flatnonzero(content != now)
+        if len(changed):
+            expected[f"/{path.name}"] = np.stack(union(changed, changed + 1), 1).tolist()
+    found = hits(bmap, 1, low, low + 512)
+    assert {row["path"]: row["ranges"] for row in found.objects if row["kind"] == "data"} == expected
+    assert len(expected) > 30
+    assert set(found.kinds) == {"data", "slack"}
+
+
+def test_damaged_disks_are_explained_without_an_exception(tmp_path: Path) -> None:
+    need("mke2fs", "e2fsprogs")
+    (tmp_path / "tree/d").mkdir(parents=True)
+    for number in range(30):
+        (tmp_path / f"tree/d/f{number}").write_bytes(b"x" * 100 * number)
+    run("mke2fs", "-q", "-t", "ext4", "-O", "inline_data", "-d", tmp_path / "tree", tmp_path / "image", "2M")
+    for data in mutations((tmp_path / "image").read_bytes(), 60, 5, [(1024, 200_000)]):
+        bmap = survives(data)
+        if bmap is None:
+            continue
+        everything = hits(bmap, 1, np.array([0]), np.array([len(data)]))
+        assert everything.size == len(data)
+        for at in range(0, len(data), len(data) // 20):
+            json.dumps(explain(bmap, 1, at))
 
 
 def test_inode_records_that_a_bad_sector_hits(disk: Path, tmp_path: Path) -> None:
@@ -315,6 +365,7 @@ MALFORMED = {
     "ddrescue huge": (DDRESCUE + "0x0 0x200 +\n0x7fffffffffffffff 0x200 -\n", "line 4: the range ends behind byte 2**63"),
     "pairs": ("1,2\n3;4\n", "line 2: '3;4' is not offset,length"),
     "negative": ("1,2\n-3,4\n", "line 2: '-3,4' is not offset,length"),
+    "long": (f"1,2\n{'9' * 5000},4\n", "line 2: '9999"),
     "three": ("1,2\n3,4,5\n", "line 2: '3,4,5' is not offset,length"),
     "nbdinfo": ("0 5 0 data\n5 x 0 data\n", "line 2: '5 x 0 data' is not an extent of nbdinfo"),
     "numbers": ("1\n2 3\n", "line 2: '2 3' is not a block number"),

@@ -60,7 +60,7 @@ def parse(data: bytes, source: str, status: str | None = None, block_size: int |
     `status` says which of ddrescue's blocks are meant, `block_size` what a badblocks list counts in. Raises MapError, with the line, where the content is malformed.
     """
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise MapError(f"{source}: byte {error.start:#x} is not text; expected {KNOWN}") from error
     if text.lstrip()[:1] in ("[", "{"):
@@ -146,7 +146,8 @@ def _malformed(source: str, number: int, line: str, expected: str) -> MapError:
 
 # ---- GNU ddrescue -----------------------------------------------------------------------------------------------------
 
-_NUMBER = r"(?:0[xX][0-9a-fA-F]+|[0-9]+)"
+_NUMBER = r"(?:0[xX][0-9a-fA-F]{1,16}|[0-9]{1,22})"
+"""No longer than 64 bits are in octal: Python refuses to read numbers of thousands of digits."""
 _BLOCK = re.compile(rf"({_NUMBER})\s+({_NUMBER})\s+([{re.escape(STATUSES)}])")
 _CURRENT = re.compile(rf"{_NUMBER}\s+[{re.escape(CURRENT)}](?:\s+[0-9]+)?")
 
