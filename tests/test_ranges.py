@@ -267,10 +267,32 @@ def test_nbdinfo_map(disk: Path, tmp_path: Path) -> None:
     text = [line.split() for line in outputs[""].decode().splitlines()]
     assert pairs(outputs[""]) == [(int(a), int(a) + int(n)) for a, n, kind, _ in text if kind == "0"]
     assert "has no offsets" in fails(disk, "--ranges", "-", input=outputs["--totals"].decode())
-    words_ = {"dirty": [(5, 6)], "clean": [], "local": [(5, 6)], "backing depth 2": [], "unallocated": []}
+    words_ = {"dirty": [(5, 6)], "clean": [], "local": [(5, 6)], "backing depth 2": [], "absent": []}
     for word, expected in words_.items():
         assert pairs(f"0 5 0 hole,zero\n5 1 1 {word}\n") == expected
         assert pairs(json.dumps([{"offset": 5, "length": 1, "type": 1, "description": word}])) == expected
+
+
+def test_dirty_bitmap_of_an_export(tmp_path: Path) -> None:
+    """What a guest wrote since the last backup, as qemu-nbd and nbdinfo tell it."""
+    need("qemu-nbd", "qemu-utils"), need("nbdinfo", "libnbd-bin")
+    image, socket = tmp_path / "image.qcow2", tmp_path / "socket"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "10M")
+    run("qemu-io", "-c", "write 5M 1M", image)
+    run("qemu-img", "bitmap", "--add", "-g", "64k", image, "b0")
+    run("qemu-io", "-c", "write 1M 100k", image)
+    server = subprocess.Popen(["qemu-nbd", "-r", "-t", "-B", "b0", "-A", "-k", socket, "-f", "qcow2", image])
+    try:
+        wait_for_socket(socket)
+        uri = f"nbd+unix:///?socket={socket}"
+        for more in ([], ["--json"]):
+            dirty = run("nbdinfo", *more, "--map=qemu:dirty-bitmap:b0", uri)
+            assert pairs(dirty) == [(1 << 20, (1 << 20) + (128 << 10))]
+            local = run("nbdinfo", *more, "--map=qemu:allocation-depth", uri)
+            assert pairs(local) == [(1 << 20, (1 << 20) + (128 << 10)), (5 << 20, 6 << 20)]
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_ddrescue_of_a_disk_with_bad_sectors(disk: Path, tmp_path: Path) -> None:

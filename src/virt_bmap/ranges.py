@@ -222,7 +222,7 @@ WORDS = {
     "zero": False,
     "hole,zero": False,
     "clean": False,
-    "unallocated": False,
+    "absent": False,
 }
 """The descriptions of base:allocation, of dirty bitmaps and of allocation depths: is that what one asks about?"""
 
