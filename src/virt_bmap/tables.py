@@ -282,7 +282,7 @@ class ExtentRows:
         columns = {"kind": kind, "volume_offset": volume_offset, "length": length, "inode": inode, "file_offset": file_offset,
                    "file_length": file_length, "flags": flags, "part": part}  # fmt: skip
         rows = max((len(value) for value in columns.values() if isinstance(value, np.ndarray)), default=1)
-        if rows:
+        if rows and (isinstance(length, np.ndarray) or length):  # to leave rows out later takes Arrow's functions, slow to import
             self._batches.append((rows, columns))
 
     def table(self, volume: int) -> pa.Table:

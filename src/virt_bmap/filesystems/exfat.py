@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bytes, Int, bit_runs, expand, intersect, ints, subtract, union
@@ -27,6 +26,7 @@ from virt_bmap.filesystems.fat.entries import before_end
 from virt_bmap.filesystems.fat.files import Heap, add_owned, clipped, inode_table
 from virt_bmap.filesystems.fat.names import timestamps, utf8
 from virt_bmap.filesystems.fat.tree import ROOT, Entries, Ranges, list_problems, read_tree
+from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
 
@@ -363,7 +363,7 @@ def _is_whole(raw: Bytes, kind: Bytes, owner: Int, first: Int) -> np.ndarray:
     return whole
 
 
-def _names(raw: Bytes, first: Int) -> pa.Array:
+def _names(raw: Bytes, first: Int) -> Ragged:
     length = raw[first + 1, 3].astype(np.int64)
     row, step = expand(-(-length // NAME_UNITS))
     text = np.ascontiguousarray(raw[first[row] + 2 + step, 2:]).view("<u2")

@@ -101,8 +101,9 @@ def add_owned(rows: tables.ExtentRows, heap: Heap, tree: Tree) -> list[Problem]:
     start, length, offset = heap.offset(found.cluster), found.count * heap.cluster_size, found.before * heap.cluster_size
     owner = files.inode[found.query]
     written = np.clip(heap.needed(files.valid)[found.query] * heap.cluster_size - offset, 0, length)
-    rows.add(tables.DATA, start, written, inode=owner, file_offset=offset)
-    rows.add(tables.UNWRITTEN, start + written, length - written, inode=owner, file_offset=offset + written)
+    for kind, from_, size in ((tables.DATA, 0, written), (tables.UNWRITTEN, written, length - written)):
+        some = slice(None) if size.all() else np.flatnonzero(size)
+        rows.add(kind, (start + from_)[some], size[some], inode=owner[some], file_offset=(offset + from_)[some])
     problems = heap.problems()
     starts = np.concatenate([start, ranges.start])
     ends = np.concatenate([start + length, ranges.start + ranges.length])
@@ -147,5 +148,5 @@ def clipped(extents: pa.Table, size: int) -> pa.Table:
     file_length = np.where(tables.integers(extents, "file_offset") < 0, -1, inside)
     for name, values in (("length", inside), ("file_length", file_length)):
         at = extents.schema.get_field_index(name)
-        extents = extents.set_column(at, extents.schema.field(at), pa.array(values, mask=values < 0))
+        extents = extents.set_column(at, extents.schema.field(at), tables.arrow(values, values < 0))
     return extents.filter(pa.array(inside > 0))

@@ -1,12 +1,15 @@
 """Names and times of FAT and exFAT directory entries: UTF-16 and code page 437 to UTF-8, long names put together."""
 
 import numpy as np
-import pyarrow as pa
 
 from virt_bmap.arrays import Bool, Bytes, Int, expand
+from virt_bmap.filesystems.fat.bpb import ENTRY
+from virt_bmap.filesystems.ragged import Ragged, items, pieces
+from virt_bmap.layout import struct
 
-LFN_PARTS = slice(1, 11), slice(14, 26), slice(28, 32)
+LFN_ENTRY = struct(ENTRY, [(1, "LDIR_Name1", "V10"), (14, "LDIR_Name2", "V12"), (28, "LDIR_Name3", "V4")])
 """Where an entry of a long name keeps its 13 UTF-16 units."""
+TEXT = struct(26, [(0, "LDIR_Name1", "V10"), (10, "LDIR_Name2", "V12"), (22, "LDIR_Name3", "V4")])
 UNITS = 13
 MAX_SLOTS = 20
 """255 units take 20 entries: fs/fat/namei_vfat.c (MSDOS_SLOTS)."""
@@ -18,13 +21,12 @@ CP437 = np.array([ord(bytes([byte]).decode("cp437")) for byte in range(256)], "<
 CP437_LOWER = np.array([ord(lower) if len(lower := chr(unit).lower()) == 1 else unit for unit in CP437.tolist()], "<u2")
 
 
-def utf8(units: np.ndarray, lengths: Int) -> pa.Array:
-    """Names in UTF-16, one after the other, of `lengths` units, as a binary array in UTF-8.
+def utf8(units: np.ndarray, lengths: Int) -> Ragged:
+    """Names in UTF-16, one after the other, of `lengths` units, in UTF-8.
 
     Unpaired surrogates stay as three bytes each, as Python's surrogatepass does; a unit 0 inside a name becomes U+FFFD.
     """
     units = np.where(units == 0, np.uint16(0xFFFD), units) if not units.all() else units
-    ends = np.append(0, np.cumsum(lengths))
     if len(units) == 0 or units.max() < 0x80:
         data = units.astype(np.uint8)
     else:
@@ -33,11 +35,12 @@ def utf8(units: np.ndarray, lengths: Int) -> pa.Array:
         size = 1 + (units >= 0x80).view(np.uint8) + (units >= 0x800)
         pairs = np.flatnonzero((units[:-1] & 0xFC00 == 0xD800) & (units[1:] & 0xFC00 == 0xDC00))
         size[pairs] = size[pairs + 1] = 2  # four bytes for two units
-        ends = np.append(0, np.cumsum(size, dtype=np.int64))[ends]
-    return pa.Array.from_buffers(pa.binary(), len(lengths), [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(data)])
+        ends = np.append(0, np.cumsum(lengths))
+        lengths = np.diff(np.append(0, np.cumsum(size, dtype=np.int64))[ends])
+    return Ragged(data, lengths.astype(np.uint16))
 
 
-def entry_names(raw: Bytes, owner: Int, slots: Int, files: Int) -> tuple[pa.Array, int]:
+def entry_names(raw: Bytes, owner: Int, slots: Int, files: Int) -> tuple[Ragged, int]:
     """Names of the entries `files`; these and `slots` (entries of long names) are sorted positions in raw (n, 32).
 
     `owner` is the directory of each entry. A long name counts when all its slots stand right before the entry and carry its
@@ -52,7 +55,7 @@ def entry_names(raw: Bytes, owner: Int, slots: Int, files: Int) -> tuple[pa.Arra
         return names, orphans
     short = utf8(*_short_names(raw[files[~has_long]]))
     order = np.argsort(np.concatenate([with_long[lengths > 0], np.flatnonzero(~has_long)]), kind="stable")
-    return pa.concat_arrays([names.filter(pa.array(lengths > 0)), short]).take(pa.array(order)), orphans
+    return Ragged.concat([names.take(np.flatnonzero(lengths)), short]).take(order), orphans
 
 
 def _slot_counts(raw: Bytes, owner: Int, files: Int, slots: Int) -> tuple[Int, int]:
@@ -83,17 +86,20 @@ def _checksum(short: Bytes) -> Bytes:
     return total
 
 
-def _long_names(raw: Bytes, files: Int, count: Int) -> tuple[pa.Array, Int]:
+def _long_names(raw: Bytes, files: Int, count: Int) -> tuple[Ragged, Int]:
     """Long names that have `count` slots right before `files`, and their lengths in units; they end before a unit 0."""
     row, step = expand(count)
-    slots = raw[files[row] - 1 - step]
-    text = np.concatenate([slots[:, part] for part in LFN_PARTS], axis=1).view("<u2")
+    slots = items(raw.reshape(-1), ENTRY)[(files[row] - 1 - step) * ENTRY].view(LFN_ENTRY)
+    text = np.empty(len(slots), TEXT)
+    for part in TEXT.names or ():
+        text[part] = slots[part]
+    units = text.view("<u2")
     lengths = count * UNITS
-    zero = np.flatnonzero(text.reshape(-1) == 0)[::-1]
+    zero = np.flatnonzero(units == 0)[::-1]
     at = zero // UNITS
     lengths[row[at]] = step[at] * UNITS + zero % UNITS  # descending: the first zero of a name is written last
-    keep = np.arange(UNITS) < (lengths[row] - step * UNITS)[:, None]
-    return utf8(text[keep], lengths), lengths
+    starts = (np.cumsum(count) - count) * TEXT.itemsize
+    return utf8(pieces(text.view(np.uint8), starts, (2 * lengths).astype(np.uint16)).view("<u2"), lengths), lengths
 
 
 def _short_names(raw: Bytes) -> tuple[np.ndarray, Int]:

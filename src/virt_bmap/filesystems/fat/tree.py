@@ -15,12 +15,16 @@ from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, Intervals, expand, union
 from virt_bmap.contract import Problem
 from virt_bmap.filesystems.fat.bpb import ENTRY
-from virt_bmap.paths import MAX_DEPTH
+from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.reader import Reader
 
 ROOT = 0
+MAX_DEPTH = 1024
+"""Levels of directories that are read: as many as get a path (`virt_bmap.paths`, whose import would take a tenth of the time of a map)."""
 BATCH = 16 << 20
-"""Bytes of directories that are looked at together: their arrays take some ten times as much."""
+"""Bytes of directories that are read together."""
+PIECE = 2 << 20
+"""Bytes of them that are looked at together, in whole directories: their arrays take some ten times as much, and stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,17 @@ class Entries:
     contiguous: Bool
     """The clusters follow each other on the volume, and the FAT says nothing of them (exFAT)."""
     mtime_ns: Int
-    name: pa.Array
+    name: Ragged
 
     def take(self, keep: np.ndarray) -> "Entries":
-        """The rows that a boolean array asks for."""
+        """The rows that a boolean array asks for, without their names: who looks for clusters has no use for them."""
         columns: dict[str, Any] = {f.name: getattr(self, f.name)[keep] for f in fields(self)[:-1]}
-        return Entries(**columns, name=self.name.filter(pa.array(keep)))
+        return Entries(**columns, name=NO_NAMES)
 
 
 NO = np.zeros(0, bool)
-NONE = Entries(EMPTY, EMPTY, NO, EMPTY, EMPTY, EMPTY, NO, EMPTY, pa.array([], pa.binary()))
+NO_NAMES = Ragged(np.zeros(0, np.uint8), np.zeros(0, np.uint16))
+NONE = Entries(EMPTY, EMPTY, NO, EMPTY, EMPTY, EMPTY, NO, EMPTY, NO_NAMES)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class Tree:
 
     def names(self) -> pa.Table:
         """The table `names`."""
-        return tables.make("names", volume=0, parent=self.entries.parent, inode=self.entries.inode, name=self.entries.name)
+        return tables.make(
+            "names", volume=0, parent=self.entries.parent, inode=self.entries.inode, name=self.entries.name.arrow()
+        )
 
 
 Parse = Callable[[Bytes, Int, Int], Entries]
@@ -114,14 +121,24 @@ def _read_level(reader: Reader, level: Ranges, parse: Parse, largest: int) -> li
     total = np.cumsum(length)
     same = np.append(False, level.inode[1:] == level.inode[:-1])
     first = np.maximum.accumulate(np.where(same, 0, np.arange(len(same))))
-    batch = (total - length)[first] // BATCH
+    begin = (total - length)[first]  # of each range's directory, among all that is read
     found = []
-    for number in np.unique(batch).tolist():
-        rows = np.flatnonzero((batch == number) & (length > 0))
+    some = np.flatnonzero(length)
+    for rows in _cut(some, begin[some] // BATCH):
         raw = reader.read_ranges(level.start[rows], length[rows]).reshape(-1, ENTRY)
-        row, step = expand(length[rows] // ENTRY)
-        found.append(parse(raw, level.inode[rows][row], level.start[rows][row] // ENTRY + step))
+        done = 0
+        for piece in _cut(rows, begin[rows] // PIECE):
+            count = length[piece] // ENTRY
+            row, step = expand(count)
+            part = raw[done : done + len(row)]
+            found.append(parse(part, level.inode[piece][row], (level.start[piece] // ENTRY)[row] + step))
+            done += len(row)
     return found
+
+
+def _cut(rows: Int, piece: Int) -> list[Int]:
+    """The rows in lists of those whose `piece` (ascending) is the same."""
+    return np.split(rows, np.flatnonzero(np.diff(piece)) + 1)
 
 
 def _overlapping(level: Ranges, seen: tuple[Int, Int]) -> Int:
@@ -131,7 +148,8 @@ def _overlapping(level: Ranges, seen: tuple[Int, Int]) -> Int:
     reach = np.maximum.accumulate(end[order]) if len(order) else EMPTY
     late = order[1:][start[order][1:] < reach[:-1]]
     old = Intervals(*seen).overlaps(start, end)[0] if len(seen[0]) else EMPTY
-    return np.unique(level.inode[np.append(late, old)])
+    both = np.append(late, old)
+    return np.unique(level.inode[both]) if len(both) else EMPTY
 
 
 def join_ranges(parts: Sequence[Ranges]) -> Ranges:
@@ -142,7 +160,7 @@ def join_ranges(parts: Sequence[Ranges]) -> Ranges:
 def join_entries(parts: Sequence[Entries]) -> Entries:
     """One after the other; at least one."""
     columns: dict[str, Any] = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Entries)[:-1]}
-    return Entries(**columns, name=pa.concat_arrays([part.name for part in parts]))
+    return Entries(**columns, name=Ragged.concat([part.name for part in parts]))
 
 
 def list_problems(found: Sequence[tuple[str, str, Int]], severity: str = "error") -> list[Problem]:

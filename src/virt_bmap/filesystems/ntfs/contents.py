@@ -52,7 +52,7 @@ def read_contents(mft: Mft, geometry: Geometry, problems: Problems) -> Contents:
     """Join and decode the attributes of all inodes in use."""
     owner, good = owner_of(mft.records, mft.attributes.record)
     stale = mft.records.in_use[mft.attributes.record] & ~good
-    numbers = np.unique(mft.attributes.record[stale])
+    numbers = np.flatnonzero(np.bincount(mft.attributes.record[stale]))
     problems.add("stale-extension", "extension records belong to a file that is gone", record_offset(mft, numbers), "warning")
     rows = np.flatnonzero(good)
     found, owner = (mft.attributes.take(rows), owner[rows]) if len(rows) < len(good) else (mft.attributes, owner)

@@ -14,8 +14,8 @@ from virt_bmap.arrays import Bool, Int
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.mft import Mft
 from virt_bmap.filesystems.ntfs.problems import Problems
-from virt_bmap.filesystems.ntfs.ragged import Ragged
 from virt_bmap.filesystems.ntfs.records import Names, Records
+from virt_bmap.filesystems.ragged import Ragged
 
 MAX_EXTEND_DEPTH = 8
 """Levels of directories below $Extend; Windows makes three ($RmMetadata/$TxfLog/...)."""

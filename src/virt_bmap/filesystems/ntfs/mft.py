@@ -30,7 +30,7 @@ from virt_bmap.reader import Reader, scatter
 
 BATCH = 16 << 20
 """Bytes of the $MFT read at a time: few round trips, in bounded memory."""
-PIECE = 2 << 20
+PIECE = 4 << 20
 """Bytes of a batch that are looked into together: what is made of them stays in the processor's cache."""
 
 

@@ -108,7 +108,7 @@ def parts_of(tree: Tree, contents: Contents, kinds: Int) -> tuple[Int, list[str]
     special = np.flatnonzero(~plain)
     key = np.stack([np.where(own, contents.owner, -1)[special], kind[special], name[special]])
     distinct, number = np.unique(key, axis=1, return_inverse=True)
-    names = _names_of(tree, np.unique(distinct[0]))
+    names = _names_of(tree, distinct[0])
     words = [
         _part(names.get(owner, ""), kind, contents.texts[name]) for owner, kind, name in distinct[:, : MAX_PARTS + 1].T.tolist()
     ]

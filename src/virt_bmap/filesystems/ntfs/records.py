@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int
 from virt_bmap.filesystems.ntfs import structures as ntfs
-from virt_bmap.filesystems.ntfs.ragged import Ragged, items, pieces
 from virt_bmap.filesystems.ntfs.runs import MAX_BYTES
 from virt_bmap.filesystems.ntfs.text import utf8
+from virt_bmap.filesystems.ragged import Ragged, items, pieces
 from virt_bmap.layout import records, struct
 
 FILETIME_OF_1970, FILETIME_MAX = 116444736000000000, 116444736000000000 + (2**63 - 1) // 100

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virt_bmap.arrays import Bytes, Int
-from virt_bmap.filesystems.ntfs.ragged import Ragged
+from virt_bmap.filesystems.ragged import Ragged
 
 Units = NDArray[np.uint16]
 
