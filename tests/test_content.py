@@ -1,5 +1,6 @@
 """cat and extract: files and trees equal what was put in, on every filesystem, and nothing on a disk leads out of the folder."""
 
+import ast
 import hashlib
 import os
 import stat
@@ -16,6 +17,7 @@ import fat_images
 import ntfs_images
 import xfs_images
 from support import BytesReader, mounted, mutations, need, need_root, run
+from test_ext_corpus import LARGEST, unpack
 from virt_bmap import content, maps
 from virt_bmap import extract as writer
 from virt_bmap.cli import run as bmap
@@ -162,6 +164,35 @@ def test_fat(flavour: str, tmp_path: Path) -> None:
     assert bmap(["extract", "-q", str(image), "/dev/sda", "/", "-C", str(out)]) == 0
     found = {f"/{path.relative_to(out)}": b"" if path.is_dir() else path.read_bytes() for path in out.rglob("*")}
     assert found == contents
+
+
+def test_corpus_contents_are_those_that_kernels_read(corpus: Path) -> None:
+    """SHA-256 of files and targets of links, as tables of a mounted walk have them."""
+    compared = 0
+    for truth in sorted((corpus / "truth").rglob("*.truth.tsv")):
+        if not str(truth.relative_to(corpus / "truth")).startswith(("fox-it+dissect", "dsoprea", "tytso")):
+            continue
+        data = unpack(corpus / "images" / str(truth.relative_to(corpus / "truth")).removesuffix(".truth.tsv"))
+        if len(data) > LARGEST:
+            continue
+        found, readers = survey_open([BytesReader(np.frombuffer(data, np.uint8))])
+        volume = found.filesystems.column("volume")[0].as_py()
+        files = Files(found, volume, readers[volume])
+        if files.state != "clean":
+            continue
+        for line in truth.read_text().splitlines():
+            if line.startswith("#") or line.split("\t")[1] not in "fl":
+                continue
+            path, kind, *_, said, _ = line.split("\t")
+            inode = files.find(os.fsencode(ast.literal_eval(path)), follow=False)
+            if kind == "l":
+                target = files.target(inode)
+                assert target is None or target == ast.literal_eval(said), (truth, path)
+            elif not files.refusal(inode):
+                parts = content.spread(files.pieces([inode]), files.length(inode))
+                assert hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest() == said, (truth, path)
+                compared += 1
+    assert compared > 200
 
 
 # ---- one file -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 from virt_bmap import maps, tables
 from virt_bmap.arrays import ints
 from virt_bmap.commands.common import Progress, add_disk_options, keys_of
-from virt_bmap.commands.extract import warn_of_journal
+from virt_bmap.commands.extract import warn_of_doubts
 from virt_bmap.errors import Corrupt, Unsupported, UsageError
 from virt_bmap.outputs.escape import escape
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         if reason := files.refusal(inode, args.stream):
             raise Unsupported(f"{shown}: can't be read: {reason}")
         progress.stop()
-        warn_of_journal(files)
+        warn_of_doubts(bmap, volume, files)
         try:
             for data in spread(files.pieces([inode], args.stream), files.length(inode, args.stream)):
                 sys.stdout.buffer.write(data.data)

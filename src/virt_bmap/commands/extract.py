@@ -6,8 +6,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from virt_bmap import maps
+from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import Progress, add_disk_options, human, keys_of, plural
-from virt_bmap.commands.dump import bar
+from virt_bmap.commands.dump import bar, doubts
 from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.outputs.escape import escape
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         files = Files(bmap, volume, readers[volume])
         wanted = named(files, paths)
         progress.stop()
-        warn_of_journal(files)
+        warn_of_doubts(bmap, volume, files)
         with bar(f"extracting from {device}", 0, args.quiet) as tell:
             report = extract(files, wanted, args.directory, args.same_owner, tell)
     say(report, args.directory, args.quiet)
@@ -79,8 +80,10 @@ def named(files: "Files", paths: list[bytes]) -> list[tuple[bytes, int]]:
     return result
 
 
-def warn_of_journal(files: "Files") -> None:
-    """Content is read as it lies on the disk; a journal may hold newer content (data=journal) than that."""
+def warn_of_doubts(bmap: BlockMap, volume: int, files: "Files") -> None:
+    """Say on standard error what is wrong with the volume, and that content is read as it lies on the disk: a journal may hold newer (data=journal)."""
+    for text in doubts(bmap, volume):
+        print(f"virt-bmap: {text}", file=sys.stderr)
     if files.state != "clean":
         print(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read as they lie on the disk, and what was "
               "written last may be missing from them", file=sys.stderr)  # fmt: skip
