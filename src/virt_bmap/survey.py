@@ -153,7 +153,7 @@ class _Survey:
         number = len(self.volumes)
         rows = child.many or Rows.of(number, child.rows)
         rows = rows.placed(number, np.where(rows.parent < 0, base - 1 - rows.parent, rows.parent))
-        parents = {parent: self.volumes[parent].reader for parent in np.unique(rows.parent).tolist()}
+        parents = {parent: self.volumes[parent].reader for parent in sorted(set(rows.parent.tolist()))}
         disks = {self.volumes[parent].disk for parent in parents}
         image = ", ".join(dict.fromkeys(reader.name.rpartition(" of ")[2] for reader in parents.values()))
         reader: Reader = MappedReader(child.size, f"{child.name} of {image}", parents, rows)
