@@ -467,6 +467,7 @@ def test_a_guest_in_the_background_is_watched_to_its_end(disk: SimpleNamespace) 
 
 @pytest.mark.usefixtures("tools")
 def test_what_goes_wrong_is_one_line(disk: SimpleNamespace, tmp_path: Path) -> None:
+    before = private_folders()
     _, err = watch(disk.image, "--", "no-such-command", ok=1)
     assert err == "virt-bmap: no-such-command: no such command\n"
     _, err = watch(tmp_path / "none.img", "--", "true", ok=1)
@@ -479,8 +480,12 @@ def test_what_goes_wrong_is_one_line(disk: SimpleNamespace, tmp_path: Path) -> N
     assert "is the map of a disk of 33554432 bytes" in err
     _, err = watch("-o", "/dev/full", disk.image, *qemu_io("read 0 512"), ok=1)
     assert err == "virt-bmap: /dev/full: can't be written: No space left on device\n"
-    leftovers = [name for name in os.listdir("/dev/shm") if name.startswith("virt-bmap-")] if os.path.isdir("/dev/shm") else []
-    assert not [name for name in leftovers if not in_use(f"/dev/shm/{name}")]
+    assert not [name for name in private_folders() - before if not in_use(f"/dev/shm/{name}")]
+
+
+def private_folders() -> set[str]:
+    """Folders in memory that watches made, also those that were killed before this test."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("virt-bmap-")} if os.path.isdir("/dev/shm") else set()
 
 
 def in_use(folder: str) -> bool:
