@@ -95,9 +95,8 @@ class Assembly:
     """What a volume module makes of its members.
 
     `extents[number]` holds the rows of the member's own metadata and of what its allocator calls free; with the bytes that
-    children's rows take they tile the member, and what is left over survey calls `gap`. `consumed` lists members that were used: others
-    of them stay for a later round, when more members may be known. `types` renames what a member is (gpt, "LVM2_member", ...). `extents` and
-    `problems` may also name children, by `child_reference`.
+    children's rows take they tile the member, and what is left over survey calls `gap`. `types` renames what a member is (gpt, "LVM2_member", ...).
+    `extents` and `problems` may also name children, by `child_reference`.
     """
 
     children: list[Child] = field(default_factory=list)
