@@ -214,9 +214,9 @@ class BlockMap:
 
     def inode_of(self, volume: int, path: bytes) -> int:
         """The inode that a path leads to; UsageError where there is none."""
-        device = self.volumes.column("name")[volume].as_py()
         import pyarrow.compute as pc
 
+        device = self.volumes.column("name")[volume].as_py()
         inode, known = self.paths(volume)
         if len(inode) == 0:
             raise UsageError(f"{device} holds no filesystem whose names can be read")
