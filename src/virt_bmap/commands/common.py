@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from virt_bmap import keys, maps
 from virt_bmap.blockmap import BlockMap
@@ -15,6 +15,9 @@ from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS
 from virt_bmap.keys import Keys
 from virt_bmap.reader import Reader
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PATIENCE = 0.7
 """Seconds before a progress line appears: most maps are done by then."""
@@ -145,6 +148,27 @@ def number(text: str) -> int:
             f"{text!r} is not a number of bytes: decimal or 0x hexadecimal, with s (sectors), k, M, G, T or P behind it"
         )
     return int(match[1], 0 if match[1].startswith("0x") else 10) * SUFFIXES[match[2]]
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """How a result is written: a table for people, or what `emit` makes of these."""
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write the result to a file instead: .csv, .parquet or .jsonl (JSON lines)"
+    )
+
+
+def emit(args: argparse.Namespace, table: "pa.Table", columns: Sequence[str] | None = None, limit: int | None = None) -> int:
+    """Write a result, its names safe already, as `add_result_options` asks; for people `columns` and at most `limit` rows. How many were left out."""
+    from virt_bmap.outputs import results
+
+    if args.output is not None:
+        results.save(table, args.output)
+        return 0
+    if args.json:
+        sys.stdout.writelines(f"{line}\n" for line in results.json_lines(table))
+        return 0
+    return results.show(table, sys.stdout, columns, limit)
 
 
 def print_json(rows: Sequence[dict[str, Any]]) -> None:
