@@ -21,6 +21,7 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
 from virt_bmap.errors import FormatError
 from virt_bmap.images.raw import RawReader
+from virt_bmap.mapping import COPY, PARITY, ROLES, Rows
 from virt_bmap.reader import Reader
 from virt_bmap.survey import survey
 
@@ -80,6 +81,57 @@ def assert_proven(bmap: BlockMap) -> None:
     """`check` finds nothing: tiled, in agreement with the allocators, no problem of any severity but notes."""
     found = check(bmap).disagreements
     assert not found, "\n".join(map(str, found[:20]))
+
+
+def assert_copies_and_parity(bmap: BlockMap, readers: list[Reader]) -> tuple[int, int]:
+    """Every copy equals the data, and the XOR of what a parity chunk protects is what lies there; (bytes of copies, of parity) compared.
+
+    `readers` are the volumes' by number. Of a filesystem's volume only what is owned counts: in free space copies may differ. RAID6's Q is no XOR: a
+    parity place that differs is allowed where the same chunks have another one that agrees.
+    """
+    copied = parity = 0
+    for volume in range(bmap.volumes.num_rows):
+        rows = bmap.rows_of(volume)
+        copied += _compare_copies(bmap, volume, rows.select(rows.role == ROLES.index(COPY)), readers)
+        parity += _compare_parity(rows.select(rows.role == ROLES.index(PARITY)), readers, volume)
+    return copied, parity
+
+
+def _compare_copies(bmap: BlockMap, volume: int, copies: Rows, readers: list[Reader]) -> int:
+    _, extents = bmap.slice_of("extents", volume)
+    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
+    if bmap.slice_of("filesystems", volume)[1].num_rows:
+        owned = np.isin(tables.codes(extents, "kind"), tables.OWNED) & ((tables.integers(extents, "flags") & tables.INLINE) == 0)
+        # btrfs keeps copies of its superblock at places of each device: no data of the pool lies on the other side there
+        owned &= np.array([part != "superblock" for part in extents.column("part").to_pylist()])
+        start, end = start[owned], (start + length)[owned]
+    else:
+        start, end = np.zeros(1, np.int64), np.array([readers[volume].size])
+    pieces = copies.down(start, end)
+    for row, low, high, size in zip(pieces.row, pieces.source, pieces.target, pieces.length, strict=True):
+        parent = readers[copies.parent[row]]
+        assert parent.read(int(high), int(size)) == readers[volume].read(int(low), int(size)), (volume, int(low), parent.name)
+    return int(pieces.length.sum())
+
+
+def _compare_parity(rows: Rows, readers: list[Reader], volume: int) -> int:
+    """Rows of one place in one member tell which chunks are protected there, a whole column of stripes at once."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for at in range(len(rows)):
+        place = rows.parent[at], rows.on_parent.offset[at], rows.on_parent.step[at], rows.run[at], rows.count[at]
+        places.setdefault(tuple(map(int, place)), []).append(at)
+    compared, agreed = 0, dict[tuple[int, ...], bool]()
+    for (parent, offset, step, run, count), members in places.items():
+        each = np.arange(count, dtype=np.int64)
+        expected = np.zeros((count, run), np.uint8)
+        for at in members:
+            expected ^= readers[volume].read_blocks(rows.on_volume.offset[at] + each * rows.on_volume.step[at], run)
+        stripes = tuple(int(rows.on_volume.offset[at]) for at in members)
+        same = bool((readers[parent].read_blocks(offset + each * step, run) == expected).all())
+        agreed[stripes] = agreed.get(stripes, False) or same
+        compared += expected.size if same else 0
+    assert all(agreed.values()), [stripe for stripe, same in agreed.items() if not same][:5]
+    return compared
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
     present = {uuid: device for uuid, device in known.items() if device in group or uuid in wanted}
     if lost := len(wanted - set(known)):
         what = f"devices of the filesystem are missing; {layout.unreachable} strips have no other copy"
-        damage.note("missing-device", what, np.full(lost, -1, np.int64), "error" if layout.unreachable else "warning")
+        damage.note("missing-device", what, np.full(lost, -1, np.int64), "error" if layout.unreachable else "note")
     _, copies = _readers(layout, size, known, newest.member.name)
     reserved = union(*_super_stripes(chunks))
     pool = Pool(superblock, _ranges(chunks), Ranges(*reserved), copies, damage.problems())

@@ -132,7 +132,8 @@ def _say_missing(group: Group, name: str, reference: int, size: int, rows: list[
     rebuilt = group.assembly.children[-1 - reference].open is not None
     words = "what is not there is computed from parity" if rebuilt else f"{here} of {size} bytes are there"
     ids = ", ".join(dict.fromkeys(absent))
-    severity = "warning" if here == size or rebuilt else "error"
+    # of an inner volume the one that needs it says whether anything is lost
+    severity = "note" if here == size or rebuilt or "VISIBLE" not in group.volumes[name].words("status") else "error"
     group.problem(reference, Problem("missing-member", f"physical volume {ids} is missing: {words}", -1, severity))
     if not rows:
         group.logical[name] = None

@@ -67,7 +67,8 @@ def raid(group: Group, segment: Section) -> tuple[int, list[Row], Opener | None]
     size = max(0, size - segment.number("reshape_count", 0, high=MAX_EXTENTS) * group.extent_size * width)
     if layout:
         members = [(group.readers[place.parent], place.offset) if place else None for place in places]
-        degraded = Stripes(layout, chunk, size, members) if None in members else None
+        computable = 0 < members.count(None) <= (2 if layout.q[0] >= 0 else 1)
+        degraded = Stripes(layout, chunk, size, members) if computable else None
         rows = stripes.rows(layout.pattern(), chunk, size, places, start)
         return size, rows, partial(RebuiltReader, stripes=degraded) if degraded else None
     if kind in STRIPED_TYPES:
@@ -141,6 +142,6 @@ def _failed(group: Group, images: list[str], heads: dict[int, np.void]) -> list[
         rebuilding = own is not None and int(own["disk_recovery_offset"]) * SECTOR < space.size
         if failed or stale or rebuilding:
             why = "has failed" if failed else "is out of date" if stale else "is not rebuilt yet"
-            group.problem(space.place.parent, Problem("faulty", f"RAID image {name} {why}: it is not used", -1, "warning"))
+            group.problem(space.place.parent, Problem("faulty", f"RAID image {name} {why}: it is not used", -1, "note"))
             gone.append(at)
     return gone

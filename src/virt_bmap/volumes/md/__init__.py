@@ -111,7 +111,7 @@ def _describe(assembly: Assembly, array: Array, cut: int) -> None:
         beyond = lost(array)
         words = "its bytes are lost" if beyond else REDUNDANCY.get(array.head.level, "there are copies")
         detail = f"members in slots {', '.join(map(str, missing))} are missing: {words}"
-        problems.append(Problem("missing-member", detail, -1, "error" if beyond else "warning"))
+        problems.append(Problem("missing-member", detail, -1, "error" if beyond else "note"))
     if cut:
         problems.append(Problem("truncated", f"{cut} of its bytes lie behind the end of their disks"))
 

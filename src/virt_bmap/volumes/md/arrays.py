@@ -56,7 +56,8 @@ def gather(members: list[Superblock]) -> Array:
             first = array.slots[role]
             assert first is not None
             code = "replacement" if member.replacement else "duplicate"
-            _unused(member, code, f"slot {role} is held by {first.member.name}, too: this copy is not used")
+            severity = "note" if member.replacement else "warning"
+            _unused(member, code, f"slot {role} is held by {first.member.name}, too: this copy is not used", severity)
         elif member.recovered is not None and member.recovered < fresh.size:
             _unused(member, "rebuilding", f"only its first {member.recovered} bytes are rebuilt: it is not used")
         else:
@@ -64,8 +65,9 @@ def gather(members: list[Superblock]) -> Array:
     return array
 
 
-def _unused(member: Superblock, code: str, detail: str) -> None:
-    member.problems.append(Problem(code, detail, -1, "warning"))
+def _unused(member: Superblock, code: str, detail: str, severity: str = "note") -> None:
+    """A member that dropped out is what redundancy is for: a note, unless two claim one slot."""
+    member.problems.append(Problem(code, detail, -1, severity))
 
 
 def place(array: Array) -> tuple[int, list[Row], Stripes | None]:
