@@ -371,7 +371,7 @@ def test_a_stack_that_multiplies_is_cut() -> None:
     )  # fmt: skip
     none = np.zeros(0, np.int64)
     # without owners, which climb all ways, as lookups must: survey lets no stack grow deeper than 16
-    walk = _Walk(bmap, Owners(none, none, none, none, none, none, none, none))
+    walk = _Walk(bmap, Owners(none, none, none, none, none, none, none, none, none))
     count = json.dumps(walk.layer(0, 5)).count('"device"')
     assert count == MAX_LAYERS
     assert walk.left < 0

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from support import BytesReader
 from virt_bmap.arrays import ints
-from virt_bmap.mapping import ROLES, Row, Rows
+from virt_bmap.mapping import PACKED, ROLES, Row, Rows, Side
 from virt_bmap.reader import MappedReader
 from virt_bmap.volumes import stripes
 from virt_bmap.volumes.stripes import Place
@@ -134,3 +134,34 @@ def test_no_rows() -> None:
     nothing = Rows.of(VOLUME, [])
     assert len(nothing.down(ints([0]), ints([10])).query) == 0
     assert MappedReader(100, "empty", {}, nothing).read(0, 100) == bytes(100)
+
+
+def packed_rows(volume: list[int], run: list[int], parent: list[int], stored: list[int]) -> Rows:
+    """Compressed rows of count 1."""
+    none = np.zeros(len(run), np.int64)
+    return Rows(none, none, none + PACKED, ints(run), none + 1, Side(ints(volume), none), Side(ints(parent), none), ints(stored))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=5),
+)
+def test_a_compressed_run_is_one_piece_either_way(found, asked):
+    run, gap, stored, space = (list(column) for column in zip(*found, strict=True))
+    volume = (np.cumsum(np.add(run, gap)) - run).tolist()
+    parent = (np.cumsum(np.add(stored, space)) - stored).tolist()
+    rows = packed_rows(volume, run, parent, stored)
+    starts = ints([start for start, _ in asked])
+    ends = starts + ints([length for _, length in asked])
+    for pieces, source, size, target, whole in (
+        (rows.down(starts, ends), volume, run, parent, stored),
+        (rows.up(starts, ends), parent, stored, volume, run),
+    ):
+        expected = [
+            (query, max(low, at), min(high, at + size[row]), target[row], whole[row])
+            for query, (low, high) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
+            for row, at in enumerate(source)
+            if max(low, at) < min(high, at + size[row])
+        ]
+        got = zip(pieces.query, pieces.source, pieces.source + pieces.length, pieces.target, pieces.target_length, strict=True)
+        assert sorted(tuple(map(int, piece)) for piece in got) == sorted(expected)

@@ -5,7 +5,7 @@ Both questions are answered layer by layer through the mapping rows; nothing is 
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar, cast
 
@@ -15,16 +15,20 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals, ints
 from virt_bmap.errors import UsageError
-from virt_bmap.mapping import ROLES, Rows, Side
+from virt_bmap.mapping import PACKED, ROLES, Pieces, Rows, Side
 
 T = TypeVar("T")
+
+FILE = "file"
+"""The kind of volume that is a file of the host."""
 
 
 @dataclass(frozen=True)
 class Owners:
     """Who owns bytes, as columns of one length: query `query` meets row `extent` of `extents` (-1: the volume itself) of `volume`.
 
-    The shared bytes are [start, end) on the disk, and `inside` is where they begin in the volume. `depth` counts layers from the disk.
+    The shared bytes are [start, end) on the disk, and [inside, inside + length) in the volume: as many, unless `role` is compressed, where offsets on one side say
+    nothing of the other. `depth` counts layers from the disk.
     """
 
     query: Int
@@ -35,6 +39,13 @@ class Owners:
     inside: Int
     depth: Int
     role: Int
+    length: Int
+
+    @staticmethod
+    def concat(parts: "list[Owners]") -> "Owners":
+        """All rows of the parts, in order."""
+        none = np.zeros(0, np.int64)
+        return Owners(*(np.concatenate([none, *(getattr(part, name) for part in parts)]) for name in Owners.__dataclass_fields__))
 
     def take(self, keep: np.ndarray) -> "Owners":
         """The rows that a boolean or index array asks for."""
@@ -70,8 +81,15 @@ class BlockMap:
 
     @cached_property
     def disks(self) -> list[int]:
-        """The volumes that are whole disks, in order: disk 1 first."""
-        return [number for number, kind in enumerate(self.volumes.column("kind").to_pylist()) if kind == "disk"]
+        """The volumes that nothing contains, in order, disk 1 first: whole disks, or the files of the host that hold their images."""
+        kinds = self.volumes.column("kind").to_pylist()
+        top = FILE if FILE in kinds else "disk"
+        return [number for number, kind in enumerate(kinds) if kind == top]
+
+    @cached_property
+    def on_files(self) -> bool:
+        """Are the offsets of this map those of image files on the host, rather than those that the guest sees?"""
+        return FILE in self.volumes.column("kind").to_pylist()
 
     @cached_property
     def depth(self) -> Int:
@@ -89,6 +107,7 @@ class BlockMap:
         return Rows(
             column["volume"], column["parent"], tables.codes(self.mappings, "role").astype(np.int64), column["run"], column["count"],
             Side(column["volume_offset"], column["volume_step"]), Side(column["parent_offset"], column["parent_step"]),
+            column["parent_run"] if (column["parent_run"] != column["run"]).any() else None,
         )  # fmt: skip
 
     def rows_into(self, parent: int) -> Rows:
@@ -124,28 +143,26 @@ class BlockMap:
         starts, ends = ints(starts), ints(ends)
         query = np.arange(len(starts), dtype=np.int64)
         parts: list[Owners] = []
-        queue = [(self.disks[disk - 1], query, starts, starts, ends - starts, np.zeros(len(starts), np.int64))]
+        queue = [
+            (self.disks[disk - 1], _Way(query, starts, ends - starts, starts, ends - starts, np.zeros(len(starts), np.int64)))
+        ]
         while queue:
-            volume, query, on_disk, inside, length, role = queue.pop(0)
-            parts.append(Owners(query, np.full(len(query), volume, np.int64), np.full(len(query), -1, np.int64), on_disk,
-                                on_disk + length, inside, np.full(len(query), self.depth[volume]), role))  # fmt: skip
+            volume, way = queue.pop(0)
+            parts.append(self._owned(volume, way, np.full(len(way.query), -1, np.int64)))
             for first, index in self._indexes(volume):
-                at, row = index.overlaps(inside, inside + length)
-                low = np.maximum(inside[at], index.starts[row])
-                high = np.minimum(inside[at] + length[at], index.ends[row])
-                start = on_disk[at] + low - inside[at]
-                parts.append(Owners(query[at], np.full(len(at), volume, np.int64), first[row], start, start + high - low, low,
-                                    np.full(len(at), self.depth[volume]), role[at]))  # fmt: skip
+                at, row = index.overlaps(way.here, way.here + way.length)
+                low = np.maximum(way.here[at], index.starts[row])
+                high = np.minimum(way.here[at] + way.length[at], index.ends[row])
+                parts.append(self._owned(volume, way.step(at, low, high - low, low, high - low), first[row]))
             rows = self.rows_into(volume)
             if len(rows):
-                pieces = rows.up(inside, inside + length)
-                child = rows.volume[pieces.row]
-                for number in np.unique(child).tolist():
-                    mine = np.flatnonzero(child == number)
-                    at = pieces.query[mine]
-                    queue.append((number, query[at], on_disk[at] + pieces.source[mine] - inside[at], pieces.target[mine],
-                                  pieces.length[mine], np.maximum(role[at], rows.role[pieces.row[mine]])))  # fmt: skip
-        return Owners(*(np.concatenate([getattr(part, name) for part in parts]) for name in Owners.__dataclass_fields__))
+                queue += _steps(way, rows.up(way.here, way.here + way.length), rows.volume, rows.role)
+        return Owners.concat(parts)
+
+    def _owned(self, volume: int, way: "_Way", extent: Int) -> Owners:
+        """What was reached on the way up from a disk, as rows of one volume."""
+        number, depth = np.full(len(way.query), volume, np.int64), np.full(len(way.query), self.depth[volume])
+        return Owners(way.query, number, extent, way.asked, way.asked + way.asked_length, way.here, depth, way.role, way.length)
 
     def _indexes(self, volume: int) -> list[tuple[Int, Intervals]]:
         """Two indexes over a volume's extents: those with blocks of their own, and those inside others' bytes."""
@@ -166,26 +183,18 @@ class BlockMap:
         asked about. Bytes that lie nowhere (a missing member) give no row."""
         starts, ends = ints(starts), ints(ends)
         parts: list[Owners] = []
-        zero = np.zeros(len(starts), np.int64)
-        queue = [(volume, np.arange(len(starts), dtype=np.int64), starts, starts, ends - starts, zero)]
+        query, zero = np.arange(len(starts), dtype=np.int64), np.zeros(len(starts), np.int64)
+        queue = [(volume, _Way(query, starts, ends - starts, starts, ends - starts, zero))]
         while queue:
-            number, query, inside, here, length, role = queue.pop(0)
+            number, way = queue.pop(0)
             if number in self.disks:  # not by depth: a volume that lies nowhere has depth 0, too
-                parts.append(Owners(query, np.full(len(query), number, np.int64), np.full(len(query), -1, np.int64), here, here + length,
-                                    inside, np.zeros(len(query), np.int64), role))  # fmt: skip
+                n = len(way.query)
+                parts.append(Owners(way.query, np.full(n, number, np.int64), np.full(n, -1, np.int64), way.here, way.here + way.length,
+                                    way.asked, np.zeros(n, np.int64), way.role, way.asked_length))  # fmt: skip
                 continue
             rows = self.rows_of(number)
-            pieces = rows.down(here, here + length)
-            parent = rows.parent[pieces.row]
-            for up in np.unique(parent).tolist():
-                mine = np.flatnonzero(parent == up)
-                at = pieces.query[mine]
-                queue.append((up, query[at], inside[at] + pieces.source[mine] - here[at], pieces.target[mine], pieces.length[mine],
-                              np.maximum(role[at], rows.role[pieces.row[mine]])))  # fmt: skip
-        if not parts:
-            none = np.zeros(0, np.int64)
-            return Owners(none, none, none, none, none, none, none, none)
-        return Owners(*(np.concatenate([getattr(part, name) for part in parts]) for name in Owners.__dataclass_fields__))
+            queue += _steps(way, rows.down(way.here, way.here + way.length), rows.parent, rows.role)
+        return Owners.concat(parts)
 
     # ---- names ------------------------------------------------------------------------------------------------------
 
@@ -239,8 +248,8 @@ class BlockMap:
             found = self.descend(volume, start, start + length)
             found = found.take(found.volume == target)
             parts.append(Owners(found.query, np.full(len(found.query), volume, np.int64), extent[found.query], found.start, found.end,
-                                found.inside, np.full(len(found.query), self.depth[volume]), found.role))  # fmt: skip
-        return Owners(*(np.concatenate([getattr(part, name) for part in parts]) for name in Owners.__dataclass_fields__))
+                                found.inside, np.full(len(found.query), self.depth[volume]), found.role, found.length))  # fmt: skip
+        return Owners.concat(parts)
 
     def _below(self, disk: int) -> Iterator[int]:
         """The volumes that lie at least partly on a disk, parents first."""
@@ -254,3 +263,34 @@ class BlockMap:
     def role_name(self, role: int) -> str:
         """data, copy or parity."""
         return ROLES[role]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Pieces on their way through the layers: bytes [asked, +asked_length) of where the question began are bytes [here, +length) of the volume reached."""
+
+    query: Int
+    asked: Int
+    asked_length: Int
+    here: Int
+    length: Int
+    role: Int
+
+    def step(self, at: Int, source: Int, length: Int, target: Int, target_length: Int) -> "_Way":
+        """Parts of the pieces `at`: bytes [source, +length) of the volume reached, which are [target, +target_length) of the next one."""
+        packed = self.role[at] == PACKED  # inside a compressed run there is nothing to cut
+        asked = np.where(packed, self.asked[at], self.asked[at] + source - self.here[at])
+        asked_length = np.where(packed, self.asked_length[at], length)
+        return _Way(self.query[at], asked, asked_length, target, target_length, self.role[at])
+
+    def take(self, keep: np.ndarray) -> "_Way":
+        return _Way(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+
+
+def _steps(way: _Way, pieces: Pieces, volume: Int, role: Int) -> "list[tuple[int, _Way]]":
+    """The next layer: for each volume that mapping rows lead to, the pieces there. `volume` and `role` are columns of the rows."""
+    further = way.step(pieces.query, pieces.source, pieces.length, pieces.target, pieces.target_length)
+    further = replace(further, role=np.maximum(further.role, role[pieces.row]))
+    reached = volume[pieces.row]
+    numbers = np.unique(reached).tolist()
+    return [(number, further.take(reached == number)) for number in numbers]

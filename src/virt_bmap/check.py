@@ -64,7 +64,7 @@ def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
     start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
     end = start + length
     rows = bmap.rows_into(volume)
-    inner = union(rows.on_parent.offset, rows.on_parent.offset + (rows.count - 1) * rows.on_parent.step + rows.run)
+    inner = union(rows.on_parent.offset, rows.parent_end)
     inline = (flags & tables.INLINE) != 0
     shared = (flags & tables.SHARED) != 0
     own = ~inline

@@ -92,7 +92,7 @@ def _neighbours(bmap: BlockMap, volume: int, offset: int) -> list[str | None]:
     """The devices that end before and begin behind a byte which belongs to none."""
     rows = bmap.rows_into(volume)
     start = rows.on_parent.offset
-    end = start + (rows.count - 1) * rows.on_parent.step + rows.run
+    end = rows.parent_end
     before, behind = np.flatnonzero(end <= offset), np.flatnonzero(start > offset)
     nearest = [before[np.argmax(end[before])] if len(before) else -1, behind[np.argmin(start[behind])] if len(behind) else -1]
     names = bmap.volumes.column("name")

@@ -13,7 +13,7 @@ from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals, expand, ints, total, union
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.explain import record_size
-from virt_bmap.mapping import ROLES
+from virt_bmap.mapping import PACKED, ROLES
 from virt_bmap.outputs.escape import escape, escape_all
 from virt_bmap.paths import positions
 
@@ -79,7 +79,7 @@ def _pieces(bmap: BlockMap, owners: Owners) -> _Pieces:
     # a damaged byte of a compressed extent spoils all that is stored there
     whole = (column["flags"] & tables.COMPRESSED) != 0
     low = column["file_offset"] + np.where(whole, 0, owners.inside - column["volume_offset"])
-    high = low + np.where(whole, column["file_length"], owners.end - owners.start)
+    high = low + np.where(whole, column["file_length"], owners.length)
     nowhere = column["file_offset"] < 0
     return _Pieces(
         owners.volume, tables.codes(bmap.extents, "kind").astype(np.int64)[row], column["inode"], part, owners.role, column["flags"],
@@ -101,7 +101,7 @@ def _slack(bmap: BlockMap, pieces: _Pieces) -> _Pieces:
     behind = pieces.high > size
     if not behind.any():
         return pieces
-    plain = (pieces.flags & tables.COMPRESSED) == 0
+    plain = ((pieces.flags & tables.COMPRESSED) == 0) & (pieces.role != PACKED)
     inside = np.where(plain & behind, np.maximum(0, size - pieces.low), 0)
     cut = np.where(plain & behind, pieces.start + inside, pieces.end)
     front = replace(pieces, end=cut, high=np.minimum(pieces.high, np.maximum(size, pieces.low)))
@@ -120,13 +120,15 @@ def _records(bmap: BlockMap, volumes: Owners) -> list[_Pieces]:
         _, inodes = bmap.slice_of("inodes", volume)
         place = tables.integers(inodes, "record_offset")
         some = np.flatnonzero(place >= 0)
-        at, row = Intervals(place[some], place[some] + size).overlaps(here.inside, here.inside + here.end - here.start)
+        at, row = Intervals(place[some], place[some] + size).overlaps(here.inside, here.inside + here.length)
         low = np.maximum(here.inside[at], place[some[row]])
-        high = np.minimum(here.inside[at] + here.end[at] - here.start[at], place[some[row]] + size)
-        start = here.start[at] + low - here.inside[at]
+        high = np.minimum(here.inside[at] + here.length[at], place[some[row]] + size)
+        packed = here.role[at] == PACKED
+        start = np.where(packed, here.start[at], here.start[at] + low - here.inside[at])
+        end = np.where(packed, here.end[at], start + high - low)
         none = np.full(len(at), -1, np.int64)
         result.append(_Pieces(none * 0 + volume, none * 0 + RECORD, tables.integers(inodes, "inode")[some[row]], none, here.role[at], none * 0,
-                              start, start + high - low, none, none))  # fmt: skip
+                              start, end, none, none))  # fmt: skip
     return result
 
 

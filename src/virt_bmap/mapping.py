@@ -4,6 +4,9 @@ A row says: for i in [0, count), the `run` bytes of the volume from volume_offse
 the parent from parent_offset + i * parent_step. A partition is one row with count 1; a RAID0 member is one row; a rotating
 RAID5 repeats its pattern every n stripes. Reading through a volume, descending (volume to parent) and climbing (parent
 to volume) are the same arithmetic with the two sides exchanged, and stripes are never unrolled beyond what is asked for.
+
+A compressed run (an image format's compressed cluster) takes `parent_run` bytes of the parent, in which offsets mean nothing: whatever is asked of
+one side, the answer is the whole run on the other.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,9 +15,11 @@ import numpy as np
 
 from virt_bmap.arrays import Int, Intervals, expand
 
-DATA, COPY, PARITY = "data", "copy", "parity"
-ROLES = (DATA, COPY, PARITY)
-"""data: the bytes themselves, each volume byte once; copy: the same bytes again; parity: computed from them."""
+DATA, COPY, PARITY, ZERO, COMPRESSED = "data", "copy", "parity", "zero", "compressed"
+ROLES = (DATA, COPY, PARITY, ZERO, COMPRESSED)
+"""data: the bytes themselves, each volume byte once; copy: the same bytes again; parity: computed from them; zero: space kept for bytes that read as zeroes;
+compressed: the bytes, packed. Layers on top of each other have the last of their roles."""
+PACKED = ROLES.index(COMPRESSED)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Rows:
     count: Int
     on_volume: Side
     on_parent: Side
+    parent_run: Int | None = None
+    """Bytes that a run takes in the parent, where that is not `run` for every row: only compressed rows may differ."""
     _index: dict[str, Intervals] = field(default_factory=dict, compare=False)
 
     @staticmethod
@@ -75,7 +82,18 @@ class Rows:
             self.volume[keep], self.parent[keep], self.role[keep], self.run[keep], self.count[keep],
             Side(self.on_volume.offset[keep], self.on_volume.step[keep]),
             Side(self.on_parent.offset[keep], self.on_parent.step[keep]),
+            None if self.parent_run is None else self.parent_run[keep],
         )  # fmt: skip
+
+    @property
+    def in_parent(self) -> Int:
+        """Bytes that a run takes in the parent."""
+        return self.run if self.parent_run is None else self.parent_run
+
+    @property
+    def parent_end(self) -> Int:
+        """For each row the byte behind its last run, in the parent."""
+        return self.on_parent.offset + (self.count - 1) * self.on_parent.step + self.in_parent
 
     def placed(self, volume: int, parent: Int) -> "Rows":
         """The same rows as rows of `volume`, in these parents."""
@@ -83,17 +101,19 @@ class Rows:
 
     def down(self, starts: Int, ends: Int) -> "Pieces":
         """Volume ranges to parent ranges. All rows must be of one volume."""
-        return self._translate("down", self.on_volume, self.on_parent, starts, ends)
+        return self._translate("down", self.on_volume, self.run, self.on_parent, self.in_parent, starts, ends)
 
     def up(self, starts: Int, ends: Int) -> "Pieces":
         """Parent ranges to volume ranges. All rows must have one parent."""
-        return self._translate("up", self.on_parent, self.on_volume, starts, ends)
+        return self._translate("up", self.on_parent, self.in_parent, self.on_volume, self.run, starts, ends)
 
-    def _translate(self, way: str, source: Side, target: Side, starts: Int, ends: Int) -> "Pieces":
+    def _translate(
+        self, way: str, source: Side, source_run: Int, target: Side, target_run: Int, starts: Int, ends: Int
+    ) -> "Pieces":
         if way not in self._index:
-            self._index[way] = Intervals(source.offset, source.offset + (self.count - 1) * source.step + self.run)
+            self._index[way] = Intervals(source.offset, source.offset + (self.count - 1) * source.step + source_run)
         query, row = self._index[way].overlaps(starts, ends)
-        start, end, run = starts[query], ends[query], self.run[row]
+        start, end, run = starts[query], ends[query], source_run[row]
         offset, step = source.offset[row], np.maximum(source.step[row], 1)
         # the first run that ends after `start` and the last that starts before `end`
         first = np.maximum(0, -((offset + run - start - 1) // step))
@@ -105,17 +125,23 @@ class Rows:
         low = np.maximum(start[piece], run_start)
         high = np.minimum(end[piece], run_start + run[piece])
         moved = target.offset[row] + nth * target.step[row] + (low - run_start)
+        length = target_length = high - low
+        if self.parent_run is not None:
+            packed = self.role[row] == PACKED
+            moved = np.where(packed, target.offset[row] + nth * target.step[row], moved)
+            target_length = np.where(packed, target_run[row], length)
         keep = high > low
-        return Pieces(query[keep], row[keep], low[keep], moved[keep], (high - low)[keep])
+        return Pieces(query[keep], row[keep], low[keep], moved[keep], length[keep], target_length[keep])
 
 
 @dataclass(frozen=True)
 class Pieces:
     """What became of the queries: `query` and `row` say where a piece comes from; it is `length` bytes at `source` on the
-    side asked about and at `target` on the other. A query that no row covers gives no piece."""
+    side asked about, and `target_length` (the same but for compressed rows) at `target` on the other. A query that no row covers gives no piece."""
 
     query: Int
     row: Int
     source: Int
     target: Int
     length: Int
+    target_length: Int

@@ -89,7 +89,7 @@ def translate(bmap: BlockMap, volume: int, ranges: Ranges, target: int) -> Range
         parent = rows.parent[pieces.row]
         for up in np.unique(parent).tolist():
             mine = parent == up
-            queue.append((up, union(pieces.target[mine], (pieces.target + pieces.length)[mine])))
+            queue.append((up, union(pieces.target[mine], (pieces.target + pieces.target_length)[mine])))
     return _together(parts)
 
 

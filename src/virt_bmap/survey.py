@@ -209,7 +209,7 @@ class _Survey:
                 mine = other.rows.select(other.rows.parent == volume.number)
                 starts.append(mine.on_parent.offset)
                 # strided runs on one parent fill their span together: each member's runs follow each other
-                ends.append(mine.on_parent.offset + (mine.count - 1) * mine.on_parent.step + mine.run)
+                ends.append(mine.parent_end)
         none = np.zeros(0, np.int64)
         left = complement(np.concatenate([*starts, none]), np.concatenate([*ends, none]), 0, size)
         rows = tables.ExtentRows()

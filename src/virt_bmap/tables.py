@@ -89,8 +89,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     "volumes": pa.schema([
         _field("volume", I32, "number of the volume in this map, from 0; parents come before children"),
         _field("disk", I32, "number of the disk, from 1", "lies on several disks"),
-        _field("kind", TEXT, "disk, partition, lv, md, crypt, pool (btrfs chunks), image (nested)"),
-        _field("name", TEXT, "as libguestfs names it: /dev/sda, /dev/sda1, /dev/VG/LV"),
+        _field("kind", TEXT, "disk, partition, lv, md, crypt, pool (btrfs chunks), image (nested), file (of the host: --host-offsets)"),
+        _field("name", TEXT, "as libguestfs names it: /dev/sda, /dev/sda1, /dev/VG/LV; the path of a file of the host"),
         _field("size", I64, "bytes"),
         _field("type", TEXT, "what it contains, in blkid's words: gpt, dos, LVM2_member, ext4, ...", "nothing known"),
         _field("label", TEXT, "partition name or volume label", "none"),
@@ -106,7 +106,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("count", I64, "how many such runs"),
         _field("volume_step", I64, "from one run to the next, in the volume; 0 where count is 1"),
         _field("parent_step", I64, "from one run to the next, in the parent; 0 where count is 1"),
-        _field("role", CODE, "data (each byte of the volume once), copy (again), parity (computed from it)"),
+        _field("parent_run", I64, "bytes that a run takes in the parent: `run`, but where role is compressed"),
+        _field("role", CODE, "data (each byte of the volume once), copy (again), zero (space kept for zeroes), parity (computed from it), compressed"),
     ]),
     "filesystems": pa.schema([
         _field("volume", I32, "the volume it lies on"),
@@ -328,7 +329,7 @@ def mappings(parts: list[Rows]) -> pa.Table:
         "mappings", volume=join(lambda r: r.volume), volume_offset=join(lambda r: r.on_volume.offset),
         parent=join(lambda r: r.parent), parent_offset=join(lambda r: r.on_parent.offset), run=join(lambda r: r.run),
         count=join(lambda r: r.count), volume_step=join(lambda r: r.on_volume.step),
-        parent_step=join(lambda r: r.on_parent.step), role=join(lambda r: r.role),
+        parent_step=join(lambda r: r.on_parent.step), parent_run=join(lambda r: r.in_parent), role=join(lambda r: r.role),
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def pieces(bmap: BlockMap, volume: int, inode: int) -> list[dict[str, Any]]:
     for at, row in enumerate(rows):
         for piece in np.flatnonzero(found.query == at).tolist():
             skip = int(found.inside[piece]) - row["volume_offset"]
-            length = int(found.end[piece] - found.start[piece])
+            length = int(found.length[piece])
             whole = row["flags"] & tables.COMPRESSED
             result.append({
                 "kind": row["kind"], "part": row["part"], "disk": bmap.disks.index(int(found.volume[piece])) + 1,

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, union
-from virt_bmap.blockmap import BlockMap
+from virt_bmap.blockmap import FILE, BlockMap
 from virt_bmap.errors import MapError
 from virt_bmap.mapping import Row, Rows
 from virt_bmap.outputs.escape import unescape
@@ -88,19 +88,20 @@ def _parse(data: bytes, source: str) -> _Lines:
 
 
 def _volumes(lines: _Lines) -> list[_Volume]:
-    """Disks first, then by kind; a device of which only objects are listed is taken for a partition."""
+    """Disks (or the host's files) first, then by kind; a device of which only objects are listed is taken for a partition."""
     volumes: list[_Volume] = []
     parent: dict[int, int] = {}
+    top = FILE if (lines.kind == FILE).any() else "disk"
     for on in np.unique(lines.disk).tolist():
         mine = lines.disk == on
-        names = lines.device[mine & (lines.kind == "disk")]
+        names = lines.device[mine & (lines.kind == top)]
         parent[on] = len(volumes)
-        volumes.append(_Volume(on, "disk", lines.devices[names[0]] if len(names) else f"disk {on}", int(lines.end[mine].max())))
+        volumes.append(_Volume(on, top, lines.devices[names[0]] if len(names) else f"disk {on}", int(lines.end[mine].max())))
     kind_of = dict.fromkeys(range(len(lines.devices)), "partition")
     for word in VOLUME_KINDS:
         kind_of |= dict.fromkeys(np.unique(lines.device[lines.kind == word]).tolist(), word)
     for code, kind in sorted(kind_of.items(), key=lambda item: VOLUME_KINDS.index(item[1])):
-        if kind != "disk":
+        if kind != top:
             volumes.append(_placed(lines, code, kind, parent))
     return volumes
 
@@ -123,7 +124,7 @@ def _of(lines: _Lines, volume: _Volume) -> np.ndarray:
     if volume.name not in lines.devices:
         return np.zeros(len(lines.disk), bool)
     mine: np.ndarray = lines.device == lines.devices.index(volume.name)
-    return mine & (lines.disk == volume.disk) if volume.kind == "disk" else mine
+    return mine & (lines.disk == volume.disk) if not volume.rows else mine
 
 
 def _objects(lines: _Lines, mine: np.ndarray) -> tuple[Int, tuple[Int, pa.Array]]:

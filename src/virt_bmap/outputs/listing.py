@@ -6,11 +6,12 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import Int, expand
 from virt_bmap.blockmap import BlockMap, Owners
+from virt_bmap.mapping import ROLES
 
 LETTERS = {
     "data": "f", "directory": "d", "symlink": "s", "unwritten": "u", "xattr": "x", "tree": "t", "metadata": "m", "boot": "b", "gap": "g",
     "free": "e", "content": "c", "unknown": "n",
-    "disk": "v", "partition": "p", "lv": "l", "md": "r", "crypt": "k", "pool": "w", "image": "i",
+    "file": "h", "disk": "v", "partition": "p", "lv": "l", "md": "r", "crypt": "k", "pool": "w", "image": "i",
 }  # fmt: skip
 """One letter for each kind of owner, extents first, then volumes. v, p, l, d and f are the original's."""
 NAMES_OF = {letter: name for name, letter in LETTERS.items()}
@@ -28,7 +29,8 @@ LISTING = pa.schema([
     pa.field("inode", pa.int64(), True, {"meaning": "number of the inode"}),
     pa.field("file_offset", pa.int64(), True, {"meaning": "where in the file the range begins"}),
     pa.field("volume_offset", pa.int64(), False, {"meaning": "where in the device the range begins"}),
-    pa.field("role", pa.dictionary(pa.int8(), pa.string()), False, {"meaning": "data, copy or parity"}),
+    pa.field("length", pa.int64(), False, {"meaning": "bytes of the device: end - start, unless role is compressed"}),
+    pa.field("role", pa.dictionary(pa.int8(), pa.string()), False, {"meaning": "data, copy, zero, parity or compressed"}),
     pa.field("flags", pa.int32(), False, {"meaning": "bit mask as in the table extents"}),
     pa.field("depth", pa.int32(), False, {"meaning": "layers between the disk and the device"}),
 ])  # fmt: skip
@@ -78,7 +80,8 @@ def describe(bmap: BlockMap, disk: int, owners: Owners) -> pa.Table:
         _nullable(inode),
         _nullable(file_offset),
         owners.inside,
-        _dictionary(owners.role.astype(np.int8), ("data", "copy", "parity")),
+        owners.length,
+        _dictionary(owners.role.astype(np.int8), ROLES),
         extent(tables.integers(bmap.extents, "flags"), 0).astype(np.int32),
         owners.depth.astype(np.int32),
     ]

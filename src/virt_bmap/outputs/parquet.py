@@ -15,7 +15,7 @@ from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import MapError
 
-VERSION = 1
+VERSION = 2
 KEY = b"virt-bmap"
 CHUNK = 1 << 16
 """Rows of a table in one list."""

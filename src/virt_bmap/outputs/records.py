@@ -10,7 +10,21 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.listing import describe, specificity
 
-KEYS = ("disk", "start", "end", "kind", "device", "path", "file_offset", "part", "inode", "volume_offset", "role", "flags")
+KEYS = (
+    "disk",
+    "start",
+    "end",
+    "kind",
+    "device",
+    "path",
+    "file_offset",
+    "part",
+    "inode",
+    "volume_offset",
+    "length",
+    "role",
+    "flags",
+)
 
 
 def owner_records(bmap: BlockMap, disk: int, starts: Int, ends: Int) -> list[dict[str, Any]]:

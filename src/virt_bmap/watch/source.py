@@ -45,6 +45,10 @@ def mapped(sources: Sequence[Source]) -> BlockMap:
 def saved(path: str, sources: Sequence[Source]) -> BlockMap:
     """A saved map of these disks, Parquet or text. Raises MapError where it is not one, or is of other disks."""
     found = maps.load(path)
+    if found.on_files:
+        raise MapError(
+            f"{path}: counts in bytes of image files, but a guest's accesses count in bytes of its disks: map them without --host-offsets"
+        )
     if len(found.disks) != len(sources):
         raise MapError(f"{path}: is a map of {len(found.disks)} disks, but {len(sources)} are watched")
     is_text = not _is_parquet(path)
