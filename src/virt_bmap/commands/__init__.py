@@ -11,6 +11,7 @@ COMMANDS = {
     "info": "the tree of volumes and filesystems",
     "check": "prove that a map is complete and agrees with the filesystems' allocators",
     "watch": "which files does a running guest read and write?",
+    "trace": "make a trace of what another tool logged",
     "dump": "copy a volume to a file, sparse, free space left out if wanted",
     "cat": "write the content of a file to standard output",
     "extract": "copy files and trees out, with modes, times, links and holes",

@@ -1,0 +1,67 @@
+"""`virt-bmap trace import`: accesses that other tools logged, as a trace."""
+
+import argparse
+import sys
+
+from virt_bmap import maps
+from virt_bmap.commands.common import plural
+from virt_bmap.errors import ImageError, UsageError
+from virt_bmap.logs import NAMES
+
+HELP = "make a trace of a log by nbdkit, QEMU, blkparse, fio or biosnoop"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["import"], help="the only one so far: read another tool's log")
+    parser.add_argument("file", metavar="FILE", help="the log; - is standard input")
+    parser.add_argument("-o", "--output", metavar="TRACE", help="the Parquet file to write; required")
+    parser.add_argument("--map", metavar="MAP", help="name what the accesses touched by this saved map")
+    parser.add_argument("--disk", metavar="N", type=int, default=1, help="the disk that the log is of, from 1 (default: 1)")
+    parser.add_argument(
+        "--format",
+        metavar="FORMAT",
+        choices=tuple(NAMES),
+        help=f"the log's format instead of going by its content: {', '.join(NAMES)}",
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="the device or file whose accesses are meant, where a log is of several"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from virt_bmap.logs import parse
+    from virt_bmap.outputs.files import replacing
+    from virt_bmap.traces import save_log
+
+    if not args.output:
+        raise UsageError("trace import needs -o TRACE, the file to write")
+    if not 1 <= args.disk < 1 << 31:
+        raise UsageError(f"--disk counts from 1; given: {args.disk}")
+    source = "standard input" if args.file == "-" else args.file
+    log = parse(_content(args.file), source, args.format, args.device)
+    bmap = maps.load(args.map) if args.map else None
+    with replacing(args.output) as file:
+        save_log(log, file, bmap, args.disk)
+    for note in log.notes:
+        print(f"virt-bmap: {source}: {note}", file=sys.stderr)
+    if len(log.unread):
+        more = f" and {plural(len(log.unread) - 1, 'more line')}" if len(log.unread) > 1 else ""
+        print(
+            f"virt-bmap: {source}: line {log.unread[0]}{more} left out, no part of {log.format}: {log.example}", file=sys.stderr
+        )
+    seconds = (log.accesses.time_ns[-1] - log.accesses.time_ns[0]) / 1e9
+    print(
+        f"{source}: {log.format}, {plural(len(log.accesses), 'access', 'accesses')} in {seconds:.1f} s; {args.output}: written",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _content(path: str) -> bytes:
+    if path == "-":
+        return sys.stdin.buffer.read()
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ImageError(f"{path}: can't be read: {error.strerror}") from error

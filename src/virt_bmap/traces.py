@@ -1,0 +1,315 @@
+"""Saved traces: read back as columns, and made from the logs of other tools.
+
+A trace is Parquet with a row for each request, see docs/data-model.md. What the requests touched is taken from the trace itself, which knows best; where it
+does not say, a map is asked.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from virt_bmap import tables
+from virt_bmap.arrays import Int, ints
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.errors import ImageError, MapError, UsageError
+from virt_bmap.logs.text import Log
+from virt_bmap.outputs.escape import escape_all
+from virt_bmap.outputs.parquet import sizes
+from virt_bmap.watch.accesses import Accesses
+from virt_bmap.watch.resolve import Resolver
+from virt_bmap.watch.session import BATCH
+from virt_bmap.watch.trace import KEY, OBJECT, VERSION, Trace
+
+IDENTITY = ("device", "kind", "path", "part")
+"""What makes two traces of one machine mean the same object. Inodes don't: a file that is written anew may get another one."""
+CHECKED = 10_000
+"""Objects of a trace whose names are compared with a map's."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A trace as it lies in its file: the rows, and the sizes of the disks it is of (empty: not known)."""
+
+    name: str
+    rows: pa.Table
+    sizes: list[int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trace: its accesses with their disks, and the pieces of objects that they touched, by access and then by place.
+
+    Bytes [start, end) of access `access` belong to object `object` of the common list, at `file_offset` in the file (-1: means nothing).
+    """
+
+    name: str
+    disk: Int
+    accesses: Accesses
+    access: Int
+    object: Int
+    start: Int
+    end: Int
+    file_offset: Int
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Traces with the objects that any of them touched: a table of device, kind, path, part (as in a trace), `inode` (of the first mention, null: none), and
+    `size` in bytes (null: no file, or no map was there to ask)."""
+
+    runs: list[Run]
+    objects: pa.Table
+
+    def labels(self) -> list[str]:
+        """A name for each object that people can read: the path, or the metadata in brackets."""
+        path = escape_all(self.objects.column("path").combine_chunks()).to_pylist()
+        columns = (path, *(self.objects.column(name).to_pylist() for name in ("part", "inode", "kind")))
+        return [label(*row) for row in zip(*columns, strict=True)]
+
+
+def label(path: str | None, part: str | None, inode: int | None, kind: str) -> str:
+    """An object's name: `/etc/passwd`, `/a:[stream]`, `[superblock]`, `[inode 12]`, `[free]`."""
+    if path is not None:
+        return f"{path}:[{part}]" if part is not None and kind in ("data", "unwritten") else path
+    return f"[{part}]" if part is not None else f"[inode {inode}]" if inode is not None else f"[{kind}]"
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def is_trace(path: str) -> bool:
+    """Is this a Parquet file with the columns of a trace?"""
+    try:
+        return {"offset", "op", "objects"} <= set(pq.read_schema(path).names)
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def read(path: str) -> Saved:
+    """The rows of a trace. Raises ImageError where it can't be read, MapError where it is not one, is damaged, or has no access in it."""
+    try:
+        file = pq.ParquetFile(path)
+        names = set(file.schema_arrow.names)
+        if missing := [
+            field.name for field in (*tables.SCHEMAS["accesses"], pa.field("objects", OBJECT)) if field.name not in names
+        ]:
+            raise MapError(f"{path}: is a Parquet file, but no trace: it has no column {missing[0]!r}")
+        rows = file.read()
+        about = json.loads((file.schema_arrow.metadata or {}).get(KEY, b'{"disks": []}'))
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: can't be read: {error.strerror}") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise MapError(f"{path}: can't be read as a trace: {str(error).splitlines()[0]}") from error
+    if about.get("version", VERSION) != VERSION:
+        raise MapError(f"{path}: is a trace of version {about['version']}, this program reads version {VERSION}")
+    if not rows.num_rows:
+        raise MapError(f"{path}: is an empty trace: nothing was read or written")
+    _check_numbers(path, rows)
+    return Saved(path, rows, about["disks"])
+
+
+def _check_numbers(path: str, rows: pa.Table) -> None:
+    for name in ("disk", "offset", "length"):
+        column = rows.column(name)
+        low = pc.min(column).as_py()
+        if column.null_count or low is None or low < (name == "disk"):
+            raise MapError(f"{path}: is damaged: column {name!r} has {'nulls' if column.null_count else f'the value {low}'}")
+    if pc.max(rows.column("offset")).as_py() + pc.max(rows.column("length")).as_py() >= 1 << 63:
+        raise MapError(f"{path}: is damaged: it has offsets behind byte 2**63")
+
+
+def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
+    """Traces with their objects. With a map, sizes of files are known, and traces without names of their own get some.
+
+    Raises as `read` does, and MapError where a trace is not of the map's disks.
+    """
+    resolver = Resolver(bmap) if bmap else None
+    runs, parts, base = [], [], 0
+    for path in paths:
+        saved = read(path)
+        if bmap:
+            check_disks(saved, bmap)
+        if resolver and not pc.any(pc.greater(pc.list_value_length(saved.rows.column("objects")), 0)).as_py():
+            saved = named(saved, resolver)
+        run, objects = _run(saved)
+        runs.append(replace(run, object=run.object + base))
+        parts.append(objects)
+        base += len(objects)
+    everything = pa.concat_tables(parts)
+    number, first = _identify(everything)
+    objects = everything.take(pa.array(first))
+    runs = [replace(run, object=number[run.object]) for run in runs]
+    return Traces(runs, objects.append_column("size", _sizes(objects, bmap)))
+
+
+def check_disks(saved: Saved, bmap: BlockMap) -> None:
+    """MapError where a trace can't be of a map's disks: sizes, accesses behind the end, or names that the map has elsewhere."""
+    mine = sizes(bmap)
+    if saved.sizes and saved.sizes != mine:
+        raise MapError(f"{saved.name}: is a trace of {_disks(saved.sizes)}, but the map is of {_disks(mine)}: another machine's")
+    disk, end = tables.integers(saved.rows, "disk"), tables.integers(saved.rows, "offset") + tables.integers(saved.rows, "length")
+    if disk.max() > len(mine):
+        raise MapError(f"{saved.name}: is a trace of disk {disk.max()}, but the map has {len(mine)}: another machine's")
+    behind = np.flatnonzero(end > ints(mine)[disk - 1])
+    if len(behind):
+        row = int(behind[0])
+        raise MapError(
+            f"{saved.name}: row {row + 1}: bytes up to {end[row]:#x} lie behind the end of disk {disk[row]}, which has {mine[disk[row] - 1]:#x}: "
+            "it is a trace of another disk"
+        )
+    _check_names(saved, bmap)
+
+
+def _check_names(saved: Saved, bmap: BlockMap) -> None:
+    """Disks of one size can still be different ones: then most inodes have other names."""
+    _, objects = _run(saved)
+    has_both = pc.and_(objects.column("path").is_valid(), objects.column("inode").is_valid())
+    objects = objects.filter(has_both).slice(0, CHECKED)
+    if not len(objects):
+        return
+    devices = bmap.volumes.column("name").to_pylist()
+    known = right = 0
+    for device in pc.unique(objects.column("device")).to_pylist():
+        mine = objects.filter(pc.equal(objects.column("device"), device))
+        known += len(mine)
+        if device not in devices:
+            continue
+        inode, path = bmap.paths(bmap.volume_named(device))
+        wanted = tables.integers(mine, "inode")
+        pairs = pa.table({"inode": inode, "path": path.cast(pa.large_binary())}).filter(
+            pc.is_in(pa.array(inode), pa.array(wanted))
+        )
+        right += len(pairs.join(pa.table({"inode": wanted, "path": mine.column("path")}), ["inode", "path"], join_type="inner"))
+    if right * 2 < known:
+        raise MapError(
+            f"{saved.name}: names {known:,} files, of which {known - right:,} are others in the map: it is a trace of another disk"
+        )
+
+
+def _disks(sizes: Sequence[int]) -> str:
+    return f"{'a disk' if len(sizes) == 1 else f'{len(sizes)} disks'} of {', '.join(f'{size:,}' for size in sizes)} bytes"
+
+
+def _run(saved: Saved) -> tuple[Run, pa.Table]:
+    """A trace's columns, and the objects that its pieces name, one for each piece: those with a byte of their own, and reads, writes and the like only."""
+    rows = saved.rows
+    op = pc.index_in(rows.column("op").cast(pa.string()), pa.array(tables.OPS)).combine_chunks()
+    accesses = Accesses(
+        tables.integers(rows, "time_ns"), tables.integers(rows, "connection"), op.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64),
+        tables.integers(rows, "offset"), tables.integers(rows, "length"),
+    )  # fmt: skip
+    lists = rows.column("objects").combine_chunks()
+    pieces = pa.Table.from_struct_array(lists.flatten())
+    access = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+    moves = accesses.op <= tables.OPS.index("zero")
+    keep = moves[access] & ~pieces.column("inline").combine_chunks().to_numpy(zero_copy_only=False)
+    if not len(pieces):  # nobody named them: each access touches its disk
+        access, keep = np.arange(len(accesses)), moves
+        disk = tables.integers(rows, "disk")
+        pieces = _nameless(disk, accesses)
+    pieces, access = pieces.filter(pa.array(keep)), access[keep]
+    start = tables.integers(pieces, "offset")
+    objects = pa.table({
+        **{name: pieces.column(name).cast(pa.large_binary() if name == "path" else pa.string()).combine_chunks() for name in IDENTITY},
+        "inode": pieces.column("inode").cast(pa.int64()).combine_chunks(),
+    })  # fmt: skip
+    run = Run(saved.name, tables.integers(rows, "disk"), accesses, access, np.arange(len(access)), start,
+              start + tables.integers(pieces, "length"), tables.integers(pieces, "file_offset"))  # fmt: skip
+    return run, objects
+
+
+def _nameless(disk: Int, accesses: Accesses) -> pa.Table:
+    n = len(disk)
+    letters = pa.array(
+        [f"/dev/sd{chr(97 + number)}" if number < 26 else f"disk {number + 1}" for number in range(int(disk.max()))]
+    )
+    return pa.table({
+        "device": letters.take(pa.array(disk - 1)), "kind": pa.repeat("disk", n), "path": pa.nulls(n, pa.large_binary()), "part": pa.nulls(n, pa.string()),
+        "inode": pa.nulls(n, pa.int64()), "offset": accesses.offset, "length": accesses.length, "file_offset": pa.nulls(n, pa.int64()),
+    })  # fmt: skip
+
+
+def _identify(objects: pa.Table) -> tuple[Int, Int]:
+    """(the number of each row's object, the first row of each object)."""
+    key = np.zeros(len(objects), np.int64)
+    for name in IDENTITY:
+        code = (
+            objects.column(name).combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy(zero_copy_only=False)
+        )
+        key = key * (int(code.max(initial=0)) + 1) + code
+        key = np.unique(key, return_inverse=True)[1].astype(np.int64)
+    # what has no path is told apart by its inode
+    nameless = objects.column("path").combine_chunks().is_null().to_numpy(zero_copy_only=False)
+    inode = np.where(nameless, tables.integers(objects, "inode"), -1)
+    order = np.lexsort((inode, key))
+    new = np.append(True, (key[order][1:] != key[order][:-1]) | (inode[order][1:] != inode[order][:-1]))[: len(order)]
+    number = np.empty(len(order), np.int64)
+    number[order] = np.cumsum(new) - 1
+    return number, order[new]
+
+
+def _sizes(objects: pa.Table, bmap: BlockMap | None) -> pa.Array:
+    """The size of each file by the map."""
+    size = np.full(len(objects), -1, np.int64)
+    if bmap:
+        from virt_bmap.paths import positions
+
+        names = bmap.volumes.column("name").to_pylist()
+        device = objects.column("device").to_pylist()
+        of = np.array([len(names) - 1 - names[::-1].index(name) if name in names else -1 for name in device], np.int64)
+        inode = tables.integers(objects, "inode")
+        content = pc.is_in(objects.column("kind"), pa.array(["data", "unwritten"])).to_numpy(zero_copy_only=False)
+        for volume in np.unique(of[of >= 0]).tolist():
+            _, table = bmap.slice_of("inodes", volume)
+            mine = np.flatnonzero((of == volume) & (inode >= 0) & content)
+            row = positions(tables.integers(table, "inode"), inode[mine])
+            if table.num_rows:
+                size[mine] = np.where(row >= 0, tables.integers(table, "size")[row], -1)
+    return tables.arrow(size, size < 0)
+
+
+# ---- making -----------------------------------------------------------------------------------------------------------
+
+
+def named(saved: Saved, resolver: Resolver) -> Saved:
+    """The trace with the objects that a map knows."""
+    buffer = pa.BufferOutputStream()
+    writer: Any = Trace(resolver, buffer)
+    run, _ = _run(saved)
+    for disk in np.unique(run.disk).tolist():
+        _write(writer, run.accesses.take(run.disk == disk), resolver, disk)
+    writer.close()
+    rows = pq.read_table(pa.BufferReader(buffer.getvalue()))
+    return replace(saved, rows=rows.sort_by("time_ns"))
+
+
+def save_log(log: Log, file: BinaryIO, bmap: BlockMap | None = None, disk: int = 1) -> None:
+    """Write a log as a trace of disk number `disk`, its objects named by the map. Raises MapError, with the line, where an access lies behind the disk's end."""
+    accesses = log.accesses
+    resolver = Resolver(bmap) if bmap else None
+    if bmap:
+        if not 1 <= disk <= len(bmap.disks):
+            raise UsageError(f"there is no disk {disk} in this map, which has {len(bmap.disks)}")
+        size = sizes(bmap)[disk - 1]
+        behind = np.flatnonzero(accesses.offset + accesses.length > size)
+        if len(behind):
+            row = int(behind[np.argmin(log.line[behind])])
+            raise MapError(
+                f"{log.source}: line {log.line[row]}: bytes {accesses.offset[row]:#x}-{accesses.offset[row] + accesses.length[row]:#x} lie behind the end of "
+                f"disk {disk}, which has {size:#x} bytes: it is a log of another disk"
+            )
+    trace = Trace(resolver, file)
+    _write(trace, accesses, resolver, disk)
+    trace.close()
+
+
+def _write(trace: Trace, accesses: Accesses, resolver: Resolver | None, disk: int) -> None:
+    for at in range(0, len(accesses), BATCH):
+        batch = accesses.take(np.arange(at, min(at + BATCH, len(accesses))))
+        trace.add(disk, batch, resolver.touched(disk, batch.offset, batch.length) if resolver else None)
