@@ -115,6 +115,10 @@ class Reader:
             return last[start - at : end - at]
         return None
 
+    def stored(self) -> tuple[Int, Int]:
+        """(starts, ends) of what may hold anything but zeroes, sorted and merged, as far as that can be told without reading."""
+        return ints(0), ints(self.size)
+
     def close(self) -> None:
         """Give back what the reader holds open. Reading afterwards is an error."""
 

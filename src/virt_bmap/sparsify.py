@@ -3,17 +3,15 @@
 Sources: lseek(2) on SEEK_DATA and SEEK_HOLE; fallocate(2) on FALLOC_FL_PUNCH_HOLE, which frees whole blocks only.
 """
 
-import errno
 import os
 import stat
 from dataclasses import dataclass
 
-import numpy as np
-
 from virt_bmap import tables
-from virt_bmap.arrays import Int, ints
+from virt_bmap.arrays import Int
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError
+from virt_bmap.images.raw import data_ranges
 from virt_bmap.space import Ranges, free_space, overlap
 
 
@@ -42,23 +40,9 @@ def host_of(path: str) -> Host | None:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 return None
-            return Host(_data_ranges(file.fileno(), about.st_size), about.st_blksize)
+            return Host(data_ranges(file.fileno(), about.st_size), about.st_blksize)
     except OSError as error:
         raise ImageError(f"{path}: can't be read: {error.strerror}") from error
-
-
-def _data_ranges(file: int, size: int) -> Ranges:
-    starts, ends, at = [], [], 0
-    while at < size:
-        try:
-            starts.append(os.lseek(file, at, os.SEEK_DATA))
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # no data behind `at`
-                raise
-            break
-        at = os.lseek(file, starts[-1], os.SEEK_HOLE)
-        ends.append(at)
-    return ints(starts).astype(np.int64), ints(ends).astype(np.int64)
 
 
 def estimate(bmap: BlockMap, disk: int, host: Host | None) -> tuple[list[Gain], dict[int, str]]:

@@ -8,6 +8,7 @@ backing or data file. So the format is found by magic and said aloud, and a file
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from virt_bmap.errors import ImageError
 from virt_bmap.images import magic, raw
 from virt_bmap.reader import Reader
 
@@ -15,24 +16,32 @@ FORMATS = ("raw", *magic.FORMATS)
 """What `--format` takes."""
 
 
-def open_image(image: str, format: str | None = None, references: bool = False) -> Reader:
+def open_image(image: str, format: str | None = None, references: bool = False, status: Sequence[str] | None = None) -> Reader:
     """Open a path or NBD URI for reading.
 
     `format` is one of FORMATS, or None to go by magic. `references` allows an image to consist of further files (backing files, external data files, VMDK extents).
+    `status`, where given, asks NBD servers (qemu-nbd included) for these metadata contexts, and for allocation where they tell it.
     Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
     """
     if magic.is_uri(image):
+        if status is not None:
+            from virt_bmap.images.status import StatusReader
+
+            return StatusReader(image, wanted=status)
         from virt_bmap.images import nbd
 
         return nbd.NbdReader(image)
     plain = raw.RawReader(image)
     found = format or magic.recognise(plain) or "raw"
     if found == "raw":
+        if status:
+            plain.close()
+            raise ImageError(f"{image}: is a raw disk, which has no {status[0].removeprefix('qemu:')}")
         return plain
     from virt_bmap.images import qemu
 
     try:
-        return qemu.open_with_qemu(plain, found, references)
+        return qemu.open_with_qemu(plain, found, references, status)
     finally:
         plain.close()
 

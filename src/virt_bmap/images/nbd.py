@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable, Iterator
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
@@ -43,6 +44,7 @@ REP_ERRORS = {
     6: "unknown export",
     8: "block size required",
 }
+OPTION_NAMES = {OPT_GO: "NBD_OPT_GO"}
 DEFAULT_PORT = 10809
 
 
@@ -75,6 +77,18 @@ def connect(uri: str) -> tuple[socket.socket, str]:
     return link, unquote(parts.path.removeprefix("/"))
 
 
+def string(text: str) -> bytes:
+    """A string as options carry it."""
+    data = text.encode()
+    return struct.pack(">I", len(data)) + data
+
+
+def refusal(kind: int, data: bytes) -> str:
+    """The server's reason for refusing an option, in words."""
+    words = data.decode(errors="replace").strip()
+    return REP_ERRORS.get(kind & ~REP_ERROR, f"error {kind:#x}") + (f": {words}" if words else "")
+
+
 class NbdReader(Reader):
     """An NBD export, read-only."""
 
@@ -97,30 +111,37 @@ class NbdReader(Reader):
         if magic != NBDMAGIC or options != IHAVEOPT or not flags & FLAG_FIXED_NEWSTYLE:
             raise ImageError(f"{self.name}: the server does not speak NBD's fixed newstyle protocol")
         self._send(struct.pack(">I", flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)))
-        name = export.encode()
-        body = struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, INFO_BLOCK_SIZE)
-        self._send(IHAVEOPT + struct.pack(">II", OPT_GO, len(body)) + body)
+        self._negotiate(export)
         size = -1
-        while True:
-            magic, _, kind, length = struct.unpack(">QIII", self._receive(20))
-            if magic != OPTION_REPLY or length > 65536:
-                raise ImageError(f"{self.name}: the server's answer to NBD_OPT_GO is not valid")
-            data = bytes(self._receive(length))
+        for kind, data in self._option(OPT_GO, string(export) + struct.pack(">HH", 1, INFO_BLOCK_SIZE)):
             if kind & REP_ERROR:
-                why = REP_ERRORS.get(kind & ~REP_ERROR, f"error {kind:#x}")
-                words = data.decode(errors="replace").strip()
-                raise ImageError(f"{self.name}: the server refuses export {export!r}: {why}{': ' + words if words else ''}")
-            if kind == REP_ACK:
-                break
-            if kind == REP_INFO and length >= 10 and data[:2] == struct.pack(">H", INFO_EXPORT):
+                raise ImageError(f"{self.name}: the server refuses export {export!r}: {refusal(kind, data)}")
+            if kind == REP_INFO and len(data) >= 10 and data[:2] == struct.pack(">H", INFO_EXPORT):
                 size = struct.unpack_from(">Q", data, 2)[0]
-            elif kind == REP_INFO and length >= 14 and data[:2] == struct.pack(">H", INFO_BLOCK_SIZE):
+            elif kind == REP_INFO and len(data) >= 14 and data[:2] == struct.pack(">H", INFO_BLOCK_SIZE):
                 self.minimum, _, largest = struct.unpack_from(">III", data, 2)
                 self.minimum = max(1, self.minimum)
                 self.maximum = max(self.minimum, min(REQUEST, largest) // self.minimum * self.minimum)
         if not 0 <= size < 1 << 63:
             raise ImageError(f"{self.name}: the server gives {size} bytes as the export's size")
         return size
+
+    def _negotiate(self, export: str) -> None:
+        """What else to agree on before the export is opened: here nothing."""
+
+    def _option(self, option: int, body: bytes) -> Iterator[tuple[int, bytes]]:
+        """(kind, data) of the server's replies to one option; an error is the last of them, the acknowledgement is left out."""
+        self._send(IHAVEOPT + struct.pack(">II", option, len(body)) + body)
+        while True:
+            magic, _, kind, length = struct.unpack(">QIII", self._receive(20))
+            if magic != OPTION_REPLY or length > 65536:
+                raise ImageError(f"{self.name}: the server's answer to {OPTION_NAMES[option]} is not valid")
+            data = bytes(self._receive(length))
+            if kind == REP_ACK:
+                return
+            yield kind, data
+            if kind & REP_ERROR:
+                return
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         starts, ends = self._plan(offsets, offsets + lengths)
@@ -145,35 +166,51 @@ class NbdReader(Reader):
         return starts, ends
 
     def _transfer(self, starts: Int, ends: Int) -> Bytes:
-        """Read the ranges with up to IN_FLIGHT requests under way; replies may come in any order."""
+        """Read the ranges in pieces that the server takes."""
         result = np.empty(int((ends - starts).sum()), np.uint8)
         counts = -(-(ends - starts) // self.maximum)
         piece = np.repeat(np.arange(len(starts)), counts)
         nth = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
         offsets = starts[piece] + nth * self.maximum
         lengths = np.minimum(ends[piece] - offsets, self.maximum)
+        place = (np.cumsum(lengths) - lengths).tolist()
+        self._exchange(
+            CMD_READ, offsets, lengths, self._reads(offsets.tolist(), lengths.tolist(), place, memoryview(result.data))
+        )
+        return result
+
+    def _exchange(self, command: int, offsets: Int, lengths: Int, receive: Callable[[int], bool]) -> None:
+        """Send a request for each range, up to IN_FLIGHT under way; `receive`, told how many are sent, takes in a reply and says whether it ended a request."""
         requests = np.zeros(len(offsets), np.dtype([("magic", ">u4"), ("flags", ">u2"), ("type", ">u2"), ("cookie", ">u8"),
                                                     ("offset", ">u8"), ("length", ">u4")]))  # fmt: skip
-        requests["magic"], requests["type"] = REQUEST_MAGIC, CMD_READ
+        requests["magic"], requests["type"] = REQUEST_MAGIC, command
         requests["cookie"], requests["offset"], requests["length"] = np.arange(len(offsets)), offsets, lengths
-        wire, view = requests.tobytes(), memoryview(result.data)
-        place = (np.cumsum(lengths) - lengths).tolist()
-        wanted, offset_of = lengths.tolist(), offsets.tolist()
+        wire, total = requests.tobytes(), len(offsets)
         sent = received = 0
-        while received < len(wanted):
-            window = min(len(wanted), received + IN_FLIGHT)
-            if sent < window and (sent == received or window - sent >= IN_FLIGHT // 2 or window == len(wanted)):
+        while received < total:
+            window = min(total, received + IN_FLIGHT)
+            if sent < window and (sent == received or window - sent >= IN_FLIGHT // 2 or window == total):
                 self._send(wire[28 * sent : 28 * window])
                 sent = window
+            received += receive(sent)
+
+    def _reads(self, offset_of: list[int], wanted: list[int], place: list[int], view: memoryview) -> Callable[[int], bool]:
+        """Takes in the reply to one of these reads; replies may come in any order."""
+
+        def receive(sent: int) -> bool:
             magic, error, cookie = struct.unpack(">IIQ", self._receive(16))
             if magic != SIMPLE_REPLY_MAGIC or cookie >= sent:
                 raise ImageError(f"{self.name}: the server's reply is not a reply to any request")
             if error:
-                words = os.strerror(error) if error in errno.errorcode else f"error {error}"
-                raise ImageError(f"{self.name}: can't be read at byte {offset_of[cookie]:#x}: the server says: {words}")
+                raise self._failed(error, offset_of[cookie])
             self._receive_into(view[place[cookie] : place[cookie] + wanted[cookie]])
-            received += 1
-        return result
+            return True
+
+        return receive
+
+    def _failed(self, error: int, offset: int) -> ImageError:
+        words = os.strerror(error) if error in errno.errorcode else f"error {error}"
+        return ImageError(f"{self.name}: can't be read at byte {offset:#x}: the server says: {words}")
 
     def _send(self, data: bytes) -> None:
         try:

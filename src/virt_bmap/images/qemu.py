@@ -12,12 +12,14 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from virt_bmap.errors import ImageError, MissingTool, UsageError
 from virt_bmap.images.magic import FORMATS
 from virt_bmap.images.nbd import NbdReader
 from virt_bmap.images.raw import RawReader
+from virt_bmap.images.status import DEPTH, DIRTY, StatusReader
 from virt_bmap.reader import Reader
 
 MAX_CHAIN = 64
@@ -40,8 +42,8 @@ class References:
         return [name for name in (self.backing, self.data, *self.extents) if name]
 
 
-def open_with_qemu(image: RawReader, format: str, references: bool) -> Reader:
-    """Serve the image with qemu-nbd and read it from there. Raises ImageError with QEMU's own words, MissingTool without qemu-nbd."""
+def open_with_qemu(image: RawReader, format: str, references: bool, status: Sequence[str] | None = None) -> Reader:
+    """Serve the image with qemu-nbd and read it from there; `status` as for `images.open_image`. Raises ImageError with QEMU's own words, MissingTool without qemu-nbd."""
     if format not in FORMATS:
         raise UsageError(f"unknown image format {format!r}; there are: raw, {', '.join(FORMATS)}")
     options = block_options(image, format, references, 0)
@@ -59,6 +61,7 @@ def open_with_qemu(image: RawReader, format: str, references: bool) -> Reader:
             "--read-only",
             "--socket",
             socket,
+            *_status_options(status or ()),
             "--image-opts",
             ",".join(f"{k}={v}" for k, v in options.items()),
         ]
@@ -69,7 +72,14 @@ def open_with_qemu(image: RawReader, format: str, references: bool) -> Reader:
                 re.sub(r"^qemu-nbd: (Failed to blk_new_open .*?: )?", "", words[0]) if words else f"exit status {done.returncode}"
             )
             raise ImageError(f"{image.name}: qemu-nbd can't open it as {format}: {why}")
-        return NbdReader(f"nbd+unix:///?socket={socket}", image.name)
+        uri = f"nbd+unix:///?socket={socket}"
+        return NbdReader(uri, image.name) if status is None else StatusReader(uri, image.name, status)
+
+
+def _status_options(contexts: Sequence[str]) -> list[str]:
+    """What makes qemu-nbd tell these contexts."""
+    bitmaps = [f"--bitmap={context.removeprefix(DIRTY)}" for context in contexts if context.startswith(DIRTY)]
+    return bitmaps + ["--allocation-depth"] * (DEPTH in contexts)
 
 
 def block_options(image: RawReader, format: str, references: bool, depth: int) -> dict[str, str]:

@@ -3,12 +3,13 @@
 Not mapped into memory: a file that shrinks while it is read would kill the process with SIGBUS instead of giving an error.
 """
 
+import errno
 import os
 import stat
 
 import numpy as np
 
-from virt_bmap.arrays import Bytes, Int
+from virt_bmap.arrays import Bytes, Int, ints
 from virt_bmap.errors import ImageError
 from virt_bmap.reader import Reader
 
@@ -54,5 +55,28 @@ class RawReader(Reader):
             at += length
         return data
 
+    def stored(self) -> tuple[Int, Int]:
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            return super().stored()
+        try:
+            return data_ranges(self._fd, self.size)
+        except OSError as error:
+            raise ImageError(f"{self.name}: can't be read: {error.strerror}") from error
+
     def close(self) -> None:
         os.close(self._fd)
+
+
+def data_ranges(file: int, size: int) -> tuple[Int, Int]:
+    """(starts, ends) of what of an open file is no hole, by lseek(2) with SEEK_DATA and SEEK_HOLE. Raises OSError."""
+    starts, ends, at = [], [], 0
+    while at < size:
+        try:
+            starts.append(os.lseek(file, at, os.SEEK_DATA))
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # no data behind `at`
+                raise
+            break
+        at = min(size, os.lseek(file, starts[-1], os.SEEK_HOLE))
+        ends.append(at)
+    return ints(starts).astype(np.int64), ints(ends).astype(np.int64)
