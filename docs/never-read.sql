@@ -1,23 +1,11 @@
 -- Which files did no boot read, and how much would the image shrink without them, by directory?
--- duckdb -f docs/never-read.sql, in a folder with map.parquet and trace.parquet. For one filesystem; with several, group by volume too.
+-- virt-bmap sql -f never-read.sql map.parquet trace.parquet
 
-create or replace view filesystems as select unnest(filesystems, recursive := true) from 'map.parquet';
-create or replace view names as select unnest(names, recursive := true) from 'map.parquet';
-create or replace view extents as select unnest(extents, recursive := true) from 'map.parquet';
-create or replace view touched as select unnest(o, recursive := true) from (select unnest(objects) as o from 'trace.parquet');
-
-with recursive paths(inode, path, top) as (
-    select root, '', '/' from filesystems
-    union all
-    select names.inode, path || '/' || decode(name), case when path in ('', '/usr', '/var') then path || '/' || decode(name) else top end
-    from paths join names on names.parent = paths.inode
-),
-size as (select inode, sum(length) as bytes from extents where kind = 'data' and inode is not null group by inode)
-select top as directory,
-       count(*) as files,
-       count(*) filter (inode not in (select inode from touched where inode is not null)) as never_read,
-       sum(bytes) as bytes,
-       sum(bytes) filter (inode not in (select inode from touched where inode is not null)) as never_read_bytes
-from paths join size using (inode)
-group by top
-order by never_read_bytes desc nulls last;
+with here as (
+    select *, (device, inode) in (select (device, inode) from touched where inode is not null) as was_read,
+           regexp_extract(path, '^(/usr/[^/]+|/var/[^/]+|/[^/]+)') as directory
+    from files where type = 'file'
+)
+select device, directory, count(*) as files, count(*) filter (not was_read) as never_read,
+       sum(allocated)::bigint as bytes, coalesce(sum(allocated) filter (not was_read), 0)::bigint as never_read_bytes
+from here group by all order by never_read_bytes desc, directory

@@ -15,5 +15,6 @@ COMMANDS = {
     "dump": "copy a volume to a file, sparse, free space left out if wanted",
     "cat": "write the content of a file to standard output",
     "extract": "copy files and trees out, with modes, times, links and holes",
+    "sql": "ask saved maps, traces and results in SQL",
     "sparsify": "estimate what an image would give back to its host without its free space",
 }
