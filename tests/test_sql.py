@@ -68,7 +68,10 @@ def test_two_maps_side_by_side(files):
 def test_an_answer_is_the_next_questions_table(files):
     for name in ("big.parquet", "big.csv"):
         kept = files["folder"] / name
-        assert bmap("sql", "select path, size from files where type = 'file' and size > 6000", files["map"], "-o", kept).returncode == 0
+        assert (
+            bmap("sql", "select path, size from files where type = 'file' and size > 6000", files["map"], "-o", kept).returncode
+            == 0
+        )
         assert ask("select count(*) as n from big join files using (path)", kept, files["map"]) == [{"n": 3}]
     assert pq.read_table(files["folder"] / "big.parquet").column_names == ["path", "size"]
 
