@@ -3,12 +3,17 @@
 Usage: .venv/bin/python tools/document.py
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+
+import pyarrow as pa
 
 from virt_bmap import filesystems, foreign, tables, volumes
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.images import magic
 from virt_bmap.outputs.listing import LETTERS
+from virt_bmap.profile.saved import RANGES
+from virt_bmap.watch import trace
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -40,15 +45,9 @@ def data_model() -> str:
         "```",
     ]
     for name in (*BlockMap.TABLES, "accesses"):
-        lines += ["", f"## {name}", "", "| column | type | null | meaning |", "|---|---|---|---|"]
-        for field in tables.SCHEMAS[name]:
-            meaning, _, null = field.metadata[b"meaning"].decode().partition("; null: ")
-            kind = (
-                "text (dictionary)"
-                if str(field.type).startswith("dictionary")
-                else {"string": "text", "binary": "bytes"}.get(str(field.type), str(field.type))
-            )
-            lines.append(f"| {field.name} | {kind} | {null} | {meaning} |")
+        lines += ["", f"## {name}", "", *columns(tables.SCHEMAS[name])]
+    lines += ["", "## A trace", "", *TRACE, "", *columns(trace.SCHEMA), "", "Each of `objects`:", "", *columns(trace.OBJECT)]
+    lines += ["", "## A profile", "", *PROFILE, "", *columns(RANGES)]
     lines += ["", "## Kinds of extents", "", "| kind | letter in the text map | meaning |", "|---|---|---|"]
     lines += [f"| {kind} | {LETTERS[kind]} | {tables.KIND_MEANING[kind]} |" for kind in tables.KINDS]
     lines += [
@@ -62,6 +61,27 @@ def data_model() -> str:
         if about := getattr(module, "INODE", None):
             lines.append(f"- **{module.NAME}**: {about}")
     return "\n".join(lines) + "\n"
+
+
+TRACE = (
+    "`virt-bmap watch -o` and `virt-bmap trace import` write Parquet with a row for each request, in order of time: the table `accesses` and what the",
+    "request touched. The file's metadata `virt-bmap-trace` is JSON: `version`, and the sizes of the `disks` in bytes where they are known.",
+)
+PROFILE = (
+    "`virt-bmap profile -o` writes Parquet with a row for each range of bytes that some run needed, in order of first use. The file's metadata",
+    "`virt-bmap-profile` is JSON: `version`, the sizes of the `disks`, and for each of the `runs` the trace, its seconds, requests and bytes read.",
+)
+
+
+def columns(schema: Iterable[pa.Field]) -> list[str]:
+    """The columns of a table as a table."""
+    lines = ["| column | type | null | meaning |", "|---|---|---|---|"]
+    for field in schema:
+        meaning, _, null = field.metadata[b"meaning"].decode().partition("; null: ")
+        kind = str(field.type).split("<")[0].removeprefix("large_")
+        kind = {"dictionary": "text (dictionary)", "string": "text", "binary": "bytes"}.get(kind, kind)
+        lines.append(f"| {field.name} | {kind} | {null} | {meaning} |")
+    return lines
 
 
 def formats() -> str:

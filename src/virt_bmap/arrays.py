@@ -110,6 +110,26 @@ def covered_twice(starts: Int, ends: Int) -> tuple[Int, Int]:
     return union(points[from_], points[to])
 
 
+def first_covers(starts: Int, ends: Int, slots: int) -> Int:
+    """For each slot of [0, slots) the number of the first range, in the order given, that covers it; len(starts) where none does.
+
+    Ranges are in slots and inside. A range of length n is two of the next lower power of two; their minima are handed down, halves at a time: no range is
+    ever unrolled.
+    """
+    none = len(starts)
+    best = np.full(slots, none, np.int64)
+    row = np.flatnonzero(ends > starts)
+    level = np.frexp((ends - starts)[row].astype(np.float64))[1] - 1
+    for power in range(int(level.max(initial=0)), -1, -1):
+        mine, size = row[level == power], 1 << power
+        np.minimum.at(best, starts[mine], mine)
+        np.minimum.at(best, ends[mine] - size, mine)
+        if power:
+            half = size >> 1
+            best[half:] = np.minimum(best[half:], best[:-half])
+    return best
+
+
 def total(starts: Int, ends: Int) -> int:
     """How many bytes the ranges cover, each byte counted once."""
     starts, ends = union(starts, ends)

@@ -65,6 +65,8 @@ class Traces:
 
     runs: list[Run]
     objects: pa.Table
+    sizes: list[int]
+    """Of the disks, in bytes; empty where no trace says."""
 
     def labels(self) -> list[str]:
         """A name for each object that people can read: the path, or the metadata in brackets."""
@@ -115,13 +117,17 @@ def read(path: str) -> Saved:
 
 
 def _check_numbers(path: str, rows: pa.Table) -> None:
-    for name in ("disk", "offset", "length"):
-        column = rows.column(name)
-        low = pc.min(column).as_py()
-        if column.null_count or low is None or low < (name == "disk"):
-            raise MapError(f"{path}: is damaged: column {name!r} has {'nulls' if column.null_count else f'the value {low}'}")
-    if pc.max(rows.column("offset")).as_py() + pc.max(rows.column("length")).as_py() >= 1 << 63:
-        raise MapError(f"{path}: is damaged: it has offsets behind byte 2**63")
+    """MapError where numbers are none that a disk can have."""
+    objects = pa.Table.from_struct_array(rows.column("objects").combine_chunks().flatten())
+    for table, names in ((rows, ("disk", "offset", "length")), (objects, ("offset", "length"))):
+        for name in names:
+            column = table.column(name)
+            low = pc.min(column).as_py()
+            if column.null_count or (low is not None and low < (name == "disk")):
+                raise MapError(f"{path}: is damaged: column {name!r} has {'nulls' if column.null_count else f'the value {low}'}")
+        high = [pc.max(table.column(name)).as_py() or 0 for name in ("offset", "length")]
+        if sum(high) >= 1 << 63:
+            raise MapError(f"{path}: is damaged: it has offsets behind byte 2**63")
 
 
 def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
@@ -131,10 +137,14 @@ def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
     """
     resolver = Resolver(bmap) if bmap else None
     runs, parts, base = [], [], 0
+    known: list[int] = sizes(bmap) if bmap else []
     for path in paths:
         saved = read(path)
         if bmap:
             check_disks(saved, bmap)
+        if known and saved.sizes and saved.sizes != known:
+            raise MapError(f"{path}: is a trace of {_disks(saved.sizes)}, but {paths[0]} of {_disks(known)}: another machine's")
+        known = known or saved.sizes
         if resolver and not pc.any(pc.greater(pc.list_value_length(saved.rows.column("objects")), 0)).as_py():
             saved = named(saved, resolver)
         run, objects = _run(saved)
@@ -142,10 +152,10 @@ def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
         parts.append(objects)
         base += len(objects)
     everything = pa.concat_tables(parts)
-    number, first = _identify(everything)
+    number, first = identify(everything)
     objects = everything.take(pa.array(first))
     runs = [replace(run, object=number[run.object]) for run in runs]
-    return Traces(runs, objects.append_column("size", _sizes(objects, bmap)))
+    return Traces(runs, objects.append_column("size", _sizes(objects, bmap)), known)
 
 
 def check_disks(saved: Saved, bmap: BlockMap) -> None:
@@ -235,7 +245,7 @@ def _nameless(disk: Int, accesses: Accesses) -> pa.Table:
     })  # fmt: skip
 
 
-def _identify(objects: pa.Table) -> tuple[Int, Int]:
+def identify(objects: pa.Table) -> tuple[Int, Int]:
     """(the number of each row's object, the first row of each object)."""
     key = np.zeros(len(objects), np.int64)
     for name in IDENTITY:

@@ -12,6 +12,8 @@ COMMANDS = {
     "check": "prove that a map is complete and agrees with the filesystems' allocators",
     "watch": "which files does a running guest read and write?",
     "trace": "make a trace of what another tool logged",
+    "profile": "what a guest needs, from traces; lists of it; what changed since the last boot",
+    "replay": "warm a disk with what a profile says will be needed",
     "dump": "copy a volume to a file, sparse, free space left out if wanted",
     "cat": "write the content of a file to standard output",
     "extract": "copy files and trees out, with modes, times, links and holes",

@@ -22,15 +22,15 @@ ROW_GROUP = 1 << 17
 """Requests that are kept in memory before they are written."""
 
 OBJECT = pa.struct([
-    pa.field("device", pa.dictionary(pa.int32(), pa.string()), False),
-    pa.field("kind", pa.dictionary(pa.int8(), pa.string()), False),
-    pa.field("path", pa.large_binary()),
-    pa.field("part", pa.dictionary(pa.int16(), pa.string())),
-    pa.field("inode", pa.int64()),
-    pa.field("offset", pa.int64(), False),
-    pa.field("length", pa.int64(), False),
-    pa.field("file_offset", pa.int64()),
-    pa.field("inline", pa.bool_(), False),
+    pa.field("device", pa.dictionary(pa.int32(), pa.string()), False, {"meaning": "the volume's name"}),
+    pa.field("kind", pa.dictionary(pa.int8(), pa.string()), False, {"meaning": "kind of extent, or of volume where the map knows no more"}),
+    pa.field("path", pa.large_binary(), True, {"meaning": "path in the filesystem, the first of several names; null: has none"}),
+    pa.field("part", pa.dictionary(pa.int16(), pa.string()), True, {"meaning": "metadata structure or named stream; null: plain content"}),
+    pa.field("inode", pa.int64(), True, {"meaning": "number of the inode; null: has none"}),
+    pa.field("offset", pa.int64(), False, {"meaning": "first byte touched, on the disk"}),
+    pa.field("length", pa.int64(), False, {"meaning": "bytes of the object that were touched"}),
+    pa.field("file_offset", pa.int64(), True, {"meaning": "where in the file they begin; null: means nothing, or is not known"}),
+    pa.field("inline", pa.bool_(), False, {"meaning": "lies inside another object's block, and is touched whenever that is"}),
 ])  # fmt: skip
 SCHEMA = tables.SCHEMAS["accesses"].append(
     pa.field(
