@@ -19,7 +19,7 @@ from support import mapped, mutations, need, need_root, run, survives, wait_for_
 from virt_bmap import tables
 from virt_bmap.arrays import union
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.errors import BmapError
+from virt_bmap.errors import BmapError, MapError, UsageError
 from virt_bmap.explain import explain
 from virt_bmap.hits import grouped_union, hits
 from virt_bmap.mapping import Row, Rows
@@ -425,10 +425,33 @@ def test_bad_words(disk: Path, tmp_path: Path) -> None:
     assert "not both" in fails(disk, "--ranges", "-", "--keys-from-stdin")
     assert "belong to --ranges" in fails(disk, "5", "--disk", "1")
     assert "there is no disk 3" in fails(disk, "--ranges", tmp_path / "list", "--disk", "3")
-    assert "--status chooses among" in fails(disk, "--ranges", tmp_path / "list", "--status=+")
-    assert "--block-size is for lists of block numbers" in fails(disk, "--ranges", tmp_path / "list", "--block-size", "512")
+    assert "--status is for a ddrescue map" in fails(disk, "--ranges", tmp_path / "list", "--status=+")
+    assert "--block-size is for a list of block numbers" in fails(disk, "--ranges", tmp_path / "list", "--block-size", "512")
     assert "no disk given" in fails("--ranges", tmp_path / "list")
     (tmp_path / "map").write_text(DDRESCUE + "0x0 0x200 -\n")
     assert "--status takes letters" in fails(disk, "--ranges", tmp_path / "map", "--status", "bad")
     (tmp_path / "numbers").write_text("1\n")
     assert "more than 0" in fails(disk, "--ranges", tmp_path / "numbers", "--block-size", "0")
+
+
+LOGS = {
+    "blkparse": "  8,0    1        1     0.000000000  4510  D   R 2048 + 8 [cat]\n  8,0    1        2     0.100000000  4510  D   W 4096 + 16 [cat]\n",
+    "fio": "fio version 2 iolog\n/dev/sda add\n/dev/sda open\n/dev/sda read 1048576 4096\n/dev/sda write 2097152 8192\n/dev/sda close\n",
+    "csv": "time(s),op,sector,bytes\n0.1,R,2048,4096\n0.2,W,4096,8192\n",
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_logs_of_accesses(name):
+    found = parse(LOGS[name].encode(), "log")
+    assert found.format.startswith("a log of accesses")
+    assert sorted(zip(found.starts.tolist(), found.ends.tolist(), strict=True)) == [
+        (1 << 20, (1 << 20) + 4096),
+        (2 << 20, (2 << 20) + 8192),
+    ]
+    written = parse(LOGS[name].encode(), "log", op="write")
+    assert written.starts.tolist() == [2 << 20]
+    with pytest.raises(MapError, match=f"line {found.at.max()}: .* behind the end of /dev/sda"):
+        found.inside(2 << 20, "/dev/sda")
+    with pytest.raises(UsageError, match="--op is for a log of accesses, but list is offset,length lines"):
+        parse(b"1,2\n", "list", op="read")

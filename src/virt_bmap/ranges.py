@@ -1,6 +1,6 @@
 """Lists of byte ranges that other tools write: what was bad, changed or allocated, as arrays.
 
-Each format has a small parser of its own; which one reads a file is found by its content. Sources: GNU ddrescue manual, "Mapfile structure"; nbdinfo(1),
+Each format has a small parser of its own; which one reads a file is found by its content. Logs of accesses are read by `virt_bmap.logs`. Sources: GNU ddrescue manual, "Mapfile structure"; nbdinfo(1),
 --map; qemu-img(1), map; badblocks(8), -o.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from virt_bmap.arrays import Int, ints
 from virt_bmap.errors import MapError, UsageError
+from virt_bmap.tables import OPS
 
 LIMIT = 1 << 63
 """Offsets are int64, as in all tables."""
@@ -25,7 +26,7 @@ CURRENT = STATUSES + "FG"
 """What its first line may say that it was doing; F and G: filling, generating."""
 ROUNDING = 4096
 """Tools count in blocks: the last range may reach this far behind the end of a disk that does not fill its last one."""
-KNOWN = "a ddrescue map, offset,length lines, nbdinfo --map or qemu-img map --output=json output, or a badblocks list"
+KNOWN = "a ddrescue map, offset,length lines, nbdinfo --map or qemu-img map --output=json output, a badblocks list, or a log of accesses (blkparse, fio, nbdkit, QEMU)"
 
 Entry = tuple[int, int, int]
 """(line or entry number, first byte, bytes)"""
@@ -54,11 +55,48 @@ class Ranges:
         return self.starts, np.minimum(self.ends, size)
 
 
-def parse(data: bytes, source: str, status: str | None = None, block_size: int | None = None) -> Ranges:
+def parse(
+    data: bytes,
+    source: str,
+    status: str | None = None,
+    block_size: int | None = None,
+    op: str | None = None,
+    device: str | None = None,
+) -> Ranges:
     """The ranges in a file's content; `source` is its name for messages.
 
-    `status` says which of ddrescue's blocks are meant, `block_size` what a badblocks list counts in. Raises MapError, with the line, where the content is malformed.
+    `status` says which of ddrescue's blocks are meant, `block_size` what a badblocks list counts in, `op` which accesses of a log (None: all that have bytes), `device` whose.
+    Raises MapError, with the line, where the content is malformed.
     """
+    found = _of_log(data, source, op, device) or _of_list(data, source, status, block_size)
+    for option, given, meant in (
+        ("--status", status, DDRESCUE),
+        ("--block-size", block_size, BADBLOCKS),
+        ("--op", op, LOG),
+        ("--device", device, LOG),
+    ):
+        if given is not None and not found.format.startswith((meant, EMPTY)):
+            raise UsageError(f"{option} is for {meant}, but {source} is {found.format}")
+    return found
+
+
+def _of_log(data: bytes, source: str, op: str | None, device: str | None) -> Ranges | None:
+    """The accesses of a log, None where it is none."""
+    from virt_bmap import logs  # slow to import, and only commands with --ranges come here
+    from virt_bmap.logs.text import HEAD, Lines
+
+    head = Lines(data).head(HEAD)
+    if data.lstrip()[:1] in (b"[", b"{") or not any(module.recognise(head) for module in logs.LOGS):
+        return None
+    log = logs.parse(data, source, device=device)
+    wanted = log.accesses.length > 0
+    if op is not None:
+        wanted &= log.accesses.op == OPS.index(op)
+    start, length = log.accesses.offset[wanted], log.accesses.length[wanted]
+    return Ranges(source, f"{LOG} ({log.format})", "line", start, start + length, log.line[wanted])
+
+
+def _of_list(data: bytes, source: str, status: str | None, block_size: int | None) -> Ranges:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -71,20 +109,12 @@ def parse(data: bytes, source: str, status: str | None = None, block_size: int |
         name = _format_of(lines, source, "GNU ddrescue" in text[:200])
         unit = "line"
         entries = _entries(name, lines, source, status, block_size)
-    if status is not None and name != DDRESCUE:
-        raise UsageError(f"--status chooses among the blocks of a ddrescue map, but {source} is {name}")
-    if block_size is not None and name not in (BADBLOCKS, EMPTY):
-        raise UsageError(f"--block-size is for lists of block numbers, but {source} is {name}: it is in bytes")
     return _ranges(source, name, unit, entries)
 
 
-DDRESCUE, CSV, NBDINFO, BADBLOCKS, EMPTY = (
-    "a ddrescue map",
-    "offset,length lines",
-    "nbdinfo --map output",
-    "a list of block numbers",
-    "empty",
-)
+DDRESCUE, CSV, NBDINFO, BADBLOCKS, LOG, EMPTY = (
+    "a ddrescue map", "offset,length lines", "nbdinfo --map output", "a list of block numbers", "a log of accesses", "empty",
+)  # fmt: skip
 
 
 def _format_of(lines: list[tuple[int, str]], source: str, says_ddrescue: bool) -> str:

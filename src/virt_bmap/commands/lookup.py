@@ -25,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     group = parser.add_argument_group("many ranges")
     group.add_argument("--ranges", metavar="FILE", help="what these ranges hit, by object: a ddrescue map, offset,length lines, nbdinfo --map, "
-                       "qemu-img map --output=json, or a badblocks list; - is standard input")  # fmt: skip
+                       "qemu-img map --output=json, a badblocks list, or a log by blkparse, fio, nbdkit or QEMU; - is standard input")  # fmt: skip
     group.add_argument(
         "--status", metavar="LETTERS", help="with a ddrescue map: which blocks (default: --status=-*/, what could not be read)"
     )
     group.add_argument("--block-size", metavar="BYTES", help="with a badblocks list: bytes of a block")
+    group.add_argument("--op", choices=("read", "write", "trim"), help="with a log: which accesses (default: all)")
+    group.add_argument("--device", metavar="DEVICE", help="with a log of several devices: whose accesses")
     group.add_argument("--disk", metavar="N", type=int, help="the disk that the ranges are of, from 1 (default: 1)")
     add_disk_options(parser)
 
@@ -37,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.ranges is not None:
         return _many(args)
-    if args.status is not None or args.block_size is not None or args.disk is not None:
-        raise UsageError("--status, --block-size and --disk belong to --ranges; for another disk than the first give DISK:OFFSET")
+    if any(option is not None for option in (args.status, args.block_size, args.op, args.device, args.disk)):
+        raise UsageError(
+            "--status, --block-size, --op, --device and --disk belong to --ranges; for another disk than the first give DISK:OFFSET"
+        )
     given, ranges = (None, [args.map, *args.range]) if args.add else (args.map, args.range)
     if given is None and not args.add:
         raise UsageError("lookup needs a map or disk, and at least one OFFSET[-END|+LENGTH]")
@@ -136,7 +140,7 @@ def _read_ranges(args: argparse.Namespace) -> Ranges:
     except OSError as error:
         raise ImageError(f"{args.ranges}: can't be read: {error.strerror}") from error
     block_size = None if args.block_size is None else number(args.block_size)
-    return parse(data, "standard input" if args.ranges == "-" else args.ranges, args.status, block_size)
+    return parse(data, "standard input" if args.ranges == "-" else args.ranges, args.status, block_size, args.op, args.device)
 
 
 def hit_line(row: dict[str, Any]) -> str:
