@@ -1,6 +1,7 @@
 """The commands as a person calls them: what they print, where they write, and what they say of bad input."""
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from support import need, run, wait_for_socket
@@ -286,3 +288,39 @@ def test_interrupted_by_the_user(disk, tmp_path):
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize("command", ["lookup", "ranges", "locate", "info"])
+def test_results_in_files_are_what_json_prints(command, ending, disk, tmp_path):
+    """The same rows: Parquet by its own reader, CSV with lists as JSON text."""
+    (tmp_path / "list").write_text("1048576,2000000\n4000000,5\n")
+    arguments = {
+        "lookup": ["lookup", disk, "1M+2000000"], "ranges": ["lookup", disk, "--ranges", tmp_path / "list"],
+        "locate": ["locate", disk, "/dev/sda1", "/sparse"], "info": ["info", disk],
+    }[command]  # fmt: skip
+    path = tmp_path / f"result.{ending}"
+    expected = [json.loads(line) for line in bmap(*arguments, "--json").stdout.splitlines()]
+    done = bmap(*arguments, "-o", path)
+    assert (done.returncode, done.stdout) == (0, ""), done
+    assert expected
+    if ending == "csv":
+        with open(path, newline="") as file:
+            found = list(csv.DictReader(file))
+        assert [set(row) for row in found] == [set(row) for row in expected]
+        for row, other in zip(found, expected, strict=True):
+            for name, value in other.items():
+                assert (
+                    row[name] == ("" if value is None else value if isinstance(value, str) else json.dumps(value))
+                    or json.loads(row[name]) == value
+                )
+    else:
+        found = (
+            pq.read_table(path).to_pylist()
+            if ending == "parquet"
+            else [json.loads(line) for line in path.read_text().splitlines()]
+        )
+        assert found == expected
+    done = bmap(*arguments, "-o", tmp_path / "nowhere" / f"result.{ending}")
+    assert (done.returncode, "No such file" in done.stderr) == (1, True)
+    assert ".csv, .parquet or .jsonl" in fails(*arguments, "-o", tmp_path / "result.txt")

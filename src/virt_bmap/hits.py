@@ -15,6 +15,7 @@ from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.explain import record_size
 from virt_bmap.mapping import PACKED, ROLES
 from virt_bmap.outputs.escape import escape, escape_all
+from virt_bmap.outputs.results import field
 from virt_bmap.paths import positions
 
 KINDS = (*tables.KINDS, "slack", "record")
@@ -24,6 +25,20 @@ SLACK, RECORD = range(len(tables.KINDS), len(KINDS))
 
 WORDS = [[word for word, bit in tables.FLAGS.items() if flags & bit] for flags in range(1 << len(tables.FLAGS))]
 """The words of every combination of flags: objects can be many."""
+
+OBJECTS = pa.schema([
+    field("bytes", pa.int64(), "bytes of the disk that were hit", unit="bytes"),
+    field("kind", pa.string(), "kind of extent, slack or record"),
+    field("device", pa.string(), "the volume"),
+    field("path", pa.string(), "path in the filesystem", null="has none"),
+    field("also", pa.list_(pa.string()), "its other paths"),
+    field("part", pa.string(), "metadata structure or named stream", null="plain content"),
+    field("inode", pa.int64(), "the owner's number", null="belongs to no inode"),
+    field("ranges", pa.list_(pa.list_(pa.int64())), "[first byte, byte after the last] inside the file"),
+    field("role", pa.string(), "data, copy, zero, parity or compressed"),
+    field("flags", pa.list_(pa.string()), "inline, shared, compressed, encrypted"),
+])  # fmt: skip
+"""The columns of `Hits.objects`."""
 
 
 @dataclass(frozen=True)

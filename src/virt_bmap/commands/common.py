@@ -150,12 +150,24 @@ def number(text: str) -> int:
     return int(match[1], 0 if match[1].startswith("0x") else 10) * SUFFIXES[match[2]]
 
 
-def add_result_options(parser: argparse.ArgumentParser) -> None:
-    """How a result is written: a table for people, or what `emit` makes of these."""
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+def add_result_options(parser: argparse.ArgumentParser, json: str = "one JSON object a line") -> None:
+    """How a result is written: for people, or what `emit` and `emit_records` make of these."""
+    parser.add_argument("--json", action="store_true", help=json)
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="write the result to a file instead: .csv, .parquet or .jsonl (JSON lines)"
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=_result_file,
+        help="write the result to a file instead: .csv, .parquet or .jsonl (JSON lines)",
     )
+
+
+def _result_file(path: str) -> str:
+    """Refused before the disk is read, where its ending says nothing."""
+    from virt_bmap.outputs import results
+
+    results.check_name(path)
+    return path
 
 
 def emit(args: argparse.Namespace, table: "pa.Table", columns: Sequence[str] | None = None, limit: int | None = None) -> int:
@@ -169,6 +181,23 @@ def emit(args: argparse.Namespace, table: "pa.Table", columns: Sequence[str] | N
         sys.stdout.writelines(f"{line}\n" for line in results.json_lines(table))
         return 0
     return results.show(table, sys.stdout, columns, limit)
+
+
+def emit_records(
+    args: argparse.Namespace, rows: Sequence[dict[str, Any]], schema: "pa.Schema", line: Callable[[dict[str, Any]], str]
+) -> None:
+    """Write records, their names safe already, as `add_result_options` asks; for people a `line` each."""
+    if args.output is not None:
+        import pyarrow as pa
+
+        from virt_bmap.outputs import results
+
+        results.save(pa.Table.from_pylist(rows, schema=schema), args.output)
+    elif args.json:
+        print_json(rows)
+    else:
+        for row in rows:
+            print(line(row))
 
 
 def print_json(rows: Sequence[dict[str, Any]]) -> None:

@@ -4,27 +4,38 @@ import argparse
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import union
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, human, map_or_disks, plural, print_json
+from virt_bmap.commands.common import add_disk_options, add_result_options, emit_records, human, map_or_disks, plural
 from virt_bmap.outputs.escape import escape
 
 HELP = "show the tree of disks, volumes and filesystems with sizes, types, labels, UUIDs and states"
 
+FACTS = ("type", "label", "uuid", "state", "features")
+COUNTS = ("block_size", "size", "free", "directories", "files")
+SCHEMA = pa.schema([
+    ("volume", pa.int32()), ("parents", pa.list_(pa.int32())), ("disk", pa.int32()), ("kind", pa.string()), ("device", pa.string()),
+    ("size", pa.int64()), ("type", pa.string()), ("label", pa.string()), ("uuid", pa.string()), ("detail", pa.string()),
+    ("filesystem", pa.struct([*((name, pa.string()) for name in FACTS), *((name, pa.int64()) for name in COUNTS)])),
+    ("problems", pa.list_(pa.struct([("severity", pa.string()), ("code", pa.string()), ("offset", pa.int64()), ("detail", pa.string())]))),
+])  # fmt: skip
+"""The columns of `volumes`."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("disk", nargs="*", metavar="MAP-or-DISK", help="a saved map, or images, block devices, NBD URIs")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, one for each volume")
+    add_result_options(parser, "one JSON object a line, one for each volume")
     add_disk_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     bmap = map_or_disks(args, args.disk)
     found = volumes(bmap)
-    if args.json:
-        print_json(found)
+    if args.json or args.output is not None:
+        emit_records(args, found, SCHEMA, str)
     else:
         _print_tree(found)
     return 0
@@ -63,7 +74,7 @@ def _filesystem(bmap: BlockMap, number: int, system: dict[str, Any]) -> dict[str
     low, high = union(start, start + tables.integers(extents, "length")[free])
     types = tables.codes(inodes, "type")
     return {
-        **{key: _safe(system[key]) for key in ("type", "label", "uuid", "state", "features")},
+        **{key: _safe(system[key]) for key in FACTS},
         "block_size": system["block_size"], "size": system["size"], "free": int((high - low).sum()),
         "directories": int(np.count_nonzero(types == tables.T_DIRECTORY)), "files": int(np.count_nonzero(types == tables.T_FILE)),
     }  # fmt: skip

@@ -5,15 +5,24 @@ import os
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import complement
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, map_or_disks, print_json
+from virt_bmap.commands.common import add_disk_options, add_result_options, emit_records, map_or_disks
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.escape import escape
+from virt_bmap.outputs.listing import LISTING
+from virt_bmap.outputs.results import field
 
 HELP = "list where the bytes of a file lie, in file order, with holes and unwritten parts"
+SCHEMA = pa.schema([
+    *(LISTING.field(name).with_nullable(True) for name in ("disk", "start", "end", "kind", "device")),
+    ("path", pa.string()), LISTING.field("file_offset"), field("file_length", pa.int64(), "bytes of the file", null="not file content"),
+    LISTING.field("part"), LISTING.field("volume_offset").with_nullable(True), LISTING.field("role"), ("flags", pa.list_(pa.string())),
+])  # fmt: skip
+"""The columns of `pieces`; a hole lies on no disk."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="a saved map or a disk (not with -a), a device such as /dev/sda1, and a path on it",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_result_options(parser)
     add_disk_options(parser)
 
 
@@ -39,11 +48,7 @@ def run(args: argparse.Namespace) -> int:
     rows = pieces(bmap, volume, bmap.inode_of(volume, os.fsencode(path)))
     for row in rows:
         row.update(device=device, path=escape(os.fsencode(path)))
-    if args.json:
-        print_json(rows)
-    else:
-        for row in rows:
-            print(line(row))
+    emit_records(args, rows, SCHEMA, line)
     return 0
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, map_or_disks, number, plural, print_json
+from virt_bmap.commands.common import add_disk_options, add_result_options, emit_records, map_or_disks, number, plural
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.outputs.escape import escape
-from virt_bmap.outputs.records import owner_records
+from virt_bmap.outputs.records import SCHEMA, owner_records
 from virt_bmap.ranges import Ranges, parse
 
 HELP = "name every owner of byte ranges of a disk, the most specific first"
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "range", nargs="*", metavar="OFFSET[-END|+LENGTH]", help="bytes on the disk; DISK:OFFSET for another disk than the first"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_result_options(parser)
     group = parser.add_argument_group("many ranges")
     group.add_argument("--ranges", metavar="FILE", help="what these ranges hit, by object: a ddrescue map, offset,length lines, nbdinfo --map, "
                        "qemu-img map --output=json, a badblocks list, or a log by blkparse, fio, nbdkit or QEMU; - is standard input")  # fmt: skip
@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no range to look up: give OFFSET, OFFSET-END or OFFSET+LENGTH")
     asked = [parse_range(text) for text in ranges if text is not None]
     bmap = map_or_disks(args, [given] if given else [])
-    for disk, start, end in asked:
-        _show(bmap, disk, start, end, args.json)
+    emit_records(args, [row for disk, start, end in asked for row in owners(bmap, disk, start, end)], SCHEMA, line)
     return 0
 
 
@@ -67,18 +66,14 @@ def parse_range(text: str) -> tuple[int, int, int]:
     return int(match[1] or 1), start, end
 
 
-def _show(bmap: BlockMap, disk: int, start: int, end: int, as_json: bool) -> None:
+def owners(bmap: BlockMap, disk: int, start: int, end: int) -> list[dict[str, Any]]:
+    """The records of all owners of a range; UsageError where it is not on the disk."""
     if not 1 <= disk <= len(bmap.disks):
         raise UsageError(f"there is no disk {disk} in this map, which has {len(bmap.disks)}")
     size = bmap.volumes.column("size")[bmap.disks[disk - 1]].as_py()
     if start >= size:
         raise UsageError(f"byte {start:#x} lies behind the end of disk {disk}, which has {size:#x} bytes")
-    found = owner_records(bmap, disk, np.array([start]), np.array([end]))
-    if as_json:
-        print_json(found)
-        return
-    for row in found:
-        print(line(row))
+    return owner_records(bmap, disk, np.array([start]), np.array([end]))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -98,7 +93,7 @@ SHOWN = 4
 
 def _many(args: argparse.Namespace) -> int:
     """What the ranges of a file hit, by object."""
-    from virt_bmap.hits import hits
+    from virt_bmap.hits import OBJECTS, hits
 
     if args.range or (args.add and args.map):
         raise UsageError(
@@ -113,8 +108,8 @@ def _many(args: argparse.Namespace) -> int:
     starts, ends = ranges.inside(volume["size"], escape(volume["name"].encode()))
     print(f"{ranges.source}: {ranges.format}, {plural(len(starts), 'range')} to look up", file=sys.stderr)
     found = hits(bmap, number_of_disk, starts, ends)
-    if args.json:
-        print_json(found.objects)
+    if args.json or args.output is not None:
+        emit_records(args, found.objects, OBJECTS, hit_line)
         return 0
     for row in found.objects:
         if row["kind"] != "slack":

@@ -3,32 +3,24 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.outputs.escape import escape
-from virt_bmap.outputs.listing import describe, specificity
+from virt_bmap.outputs.listing import LISTING, describe, specificity
 
-KEYS = (
-    "disk",
-    "start",
-    "end",
-    "kind",
-    "device",
-    "path",
-    "file_offset",
-    "part",
-    "inode",
-    "volume_offset",
-    "length",
-    "role",
-    "flags",
-)
+NAMES = (
+    "disk", "start", "end", "kind", "device", "path", "file_offset", "part", "inode", "volume_offset", "length", "role", "flags",
+)  # fmt: skip
+PLAIN = {"path": pa.string(), "flags": pa.list_(pa.string())}
+SCHEMA = pa.schema([LISTING.field(name).with_type(PLAIN.get(name, LISTING.field(name).type)) for name in NAMES])
+"""The columns of a listing as people and programs are given them: paths as escaped text, flags as words."""
 
 
 def owner_records(bmap: BlockMap, disk: int, starts: Int, ends: Int) -> list[dict[str, Any]]:
-    """Every owner of the ranges, range by range, the most specific first, each a dictionary with KEYS."""
+    """Every owner of the ranges, range by range, the most specific first, each a dictionary with NAMES."""
     owners = bmap.owners(disk, starts, ends)
     owners = owners.take(specificity(bmap, owners))
     owners = owners.take(np.argsort(owners.query, kind="stable"))
@@ -37,7 +29,7 @@ def owner_records(bmap: BlockMap, disk: int, starts: Int, ends: Int) -> list[dic
 
 def record(row: dict[str, Any]) -> dict[str, Any]:
     """One row of a listing with its names escaped and its flags as words."""
-    result = {key: row[key] for key in KEYS}
+    result = {key: row[key] for key in NAMES}
     for key in ("path", "device", "part"):
         if row[key] is not None:
             result[key] = escape(row[key] if isinstance(row[key], bytes) else row[key].encode())
