@@ -16,6 +16,7 @@ VOLUMES: tuple[Format, ...] = (
     Format(f"{HERE}.md", ((0, MD_MAGIC), (4096, MD_MAGIC), (None, MD_MAGIC), (None, MD_MAGIC[::-1]))),
     Format(f"{HERE}.lvm", ((0, LVM_LABEL), (512, LVM_LABEL), (1024, LVM_LABEL), (1536, LVM_LABEL))),
     Format(f"{HERE}.luks", ((0, b"LUKS\xba\xbe"), *((0x4000 << step, b"SKUL\xba\xbe") for step in range(4)))),
+    Format(f"{HERE}.bitlocker", ((3, b"-FVE-FS-"), (3, b"MSWIN4.1"))),
     Format(f"{HERE}.btrfs", ((0x10040, b"_BHRfS_M"),)),
     Format(f"{HERE}.gpt", (BOOT_SIGNATURE,)),
     Format(f"{HERE}.mbr", (BOOT_SIGNATURE,)),

@@ -7,18 +7,15 @@ Sources: cryptsetup docs/on-disk-format-luks1 and -luks2; kernel drivers/md/dm-c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
-from virt_bmap.arrays import Bytes, Int, complement, ints
+from virt_bmap.arrays import complement, ints
 from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
 from virt_bmap.errors import Unsupported
 from virt_bmap.mapping import Row
 from virt_bmap.reader import Reader
 from virt_bmap.tables import CONTENT, ENCRYPTED, FREE, METADATA
-from virt_bmap.volumes.luks.cipher import DecryptedReader, Sectors
+from virt_bmap.volumes.cipher import IV_SECTOR, DecryptedReader, Sectors, Window, WindowsReader
 from virt_bmap.volumes.luks.header import LUKS_MAGIC, SECONDARY_MAGIC, SECONDARY_OFFSETS, Header, Segment, read_header
 from virt_bmap.volumes.luks.unlock import volume_keys
 
@@ -113,41 +110,13 @@ def _cipher(segment: Segment, keys: dict[str, bytes]) -> Sectors | None:
 
 
 def _reader(base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> Reader:
+    """One cipher over all, or, in the middle of a reencryption, several segments, each with a cipher of its own or none."""
     (segment, cipher), *more = parts
     if not more and cipher:
         return DecryptedReader(base, cipher, segment.tweak)
-    return SegmentsReader(base, parts)
-
-
-@dataclass(frozen=True)
-class _Window:
-    start: int
-    end: int
-    reader: Reader
-
-
-class SegmentsReader(Reader):
-    """Several segments, each with a cipher of its own or none: a device in the middle of a reencryption."""
-
-    def __init__(self, base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> None:
-        super().__init__(base.size, base.name)
-        # a cipher numbers sectors from its segment's start: with the start taken off the tweak, one reader over all serves it
-        self._windows = [
-            _Window(segment.start, segment.start + segment.size,
-                    DecryptedReader(base, cipher, segment.tweak - segment.start // 512) if cipher else base)
-            for segment, cipher in parts
-        ]  # fmt: skip
-
-    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
-        result = np.zeros(int(lengths.sum()), np.uint8)
-        place = np.cumsum(lengths) - lengths
-        for window in self._windows:
-            low, high = np.clip(offsets, window.start, window.end), np.clip(offsets + lengths, window.start, window.end)
-            mine = np.flatnonzero(high > low)
-            data = window.reader.read_ranges(low[mine], (high - low)[mine])
-            at = 0
-            for number, start in zip(mine.tolist(), (place + low - offsets)[mine].tolist(), strict=True):
-                length = int(high[number] - low[number])
-                result[start : start + length] = data[at : at + length]
-                at += length
-        return result
+    # a cipher numbers sectors from its segment's start: with the start taken off the tweak, one reader over all serves it
+    return WindowsReader(base, [
+        Window(segment.start, segment.start + segment.size,
+               DecryptedReader(base, cipher, segment.tweak - segment.start // IV_SECTOR) if cipher else base)
+        for segment, cipher in parts
+    ])  # fmt: skip

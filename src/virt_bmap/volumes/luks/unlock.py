@@ -10,7 +10,7 @@ import numpy as np
 
 from virt_bmap.errors import MissingTool, Unsupported
 from virt_bmap.reader import Reader
-from virt_bmap.volumes.luks.cipher import Sectors
+from virt_bmap.volumes.cipher import Sectors
 from virt_bmap.volumes.luks.header import SECTOR, Digest, Header, Kdf, Slot
 
 MAX_MEMORY = 4 << 20
@@ -95,7 +95,9 @@ def derive(kdf: Kdf, secret: bytes, length: int) -> bytes:
     try:
         from cryptography.hazmat.primitives.kdf import argon2
     except ImportError as error:
-        raise MissingTool("opening LUKS needs the Python package cryptography (pip install 'virt-bmap[crypt]')") from error
+        raise MissingTool(
+            "opening encrypted volumes needs the Python package cryptography (pip install 'virt-bmap[crypt]')"
+        ) from error
     function = getattr(argon2, {"argon2i": "Argon2i", "argon2id": "Argon2id"}[kdf.type], None)
     if function is None:
         raise Unsupported(f"this version of the Python package cryptography has no {kdf.type}", code="kdf")

@@ -1,22 +1,24 @@
 """dm-crypt's ciphers over many sectors at once: everything is built from AES on single blocks, called once for a whole batch.
 
-Sources: kernel drivers/md/dm-crypt.c (initial vectors), crypto/xts.c; IEEE 1619 (XTS).
+Used by all formats of encrypted volumes. Sources: kernel drivers/md/dm-crypt.c (initial vectors), crypto/xts.c; IEEE 1619 (XTS).
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from virt_bmap.arrays import Bytes, Int, expand, gather
 from virt_bmap.errors import MissingTool, Unsupported
-from virt_bmap.reader import Reader
+from virt_bmap.reader import Reader, scatter
 
 IV_SECTOR = 512
-"""Initial vectors count sectors of this size, also where larger ones are encrypted as one (no `iv_large_sectors` in LUKS)."""
+"""Sectors are numbered in units of this size, also where larger ones are encrypted as one (LUKS has no `iv_large_sectors`, BitLocker has)."""
 AES_BLOCK = 16
-MODES = ("ecb", "cbc-null", "cbc-plain", "cbc-plain64", "cbc-plain64be", "cbc-essiv:sha256", "cbc-essiv:sha512", "cbc-essiv:sha1",
+MODES = ("ecb", "cbc-null", "cbc-plain", "cbc-plain64", "cbc-plain64be", "cbc-essiv:sha256", "cbc-essiv:sha512", "cbc-essiv:sha1", "cbc-eboiv",
          "xts-plain", "xts-plain64", "xts-plain64be", "xts-essiv:sha256")  # fmt: skip
 
 
@@ -25,19 +27,31 @@ def aes(key: bytes, data: Bytes, encrypt: bool = False) -> Bytes:
     try:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
     except ImportError as error:
-        raise MissingTool("opening LUKS needs the Python package cryptography (pip install 'virt-bmap[crypt]')") from error
+        raise MissingTool(
+            "opening encrypted volumes needs the Python package cryptography (pip install 'virt-bmap[crypt]')"
+        ) from error
     cipher = Cipher(algorithms.AES(key), modes.ECB())
     context = cipher.encryptor() if encrypt else cipher.decryptor()
     return np.frombuffer(context.update(np.ascontiguousarray(data)) + context.finalize(), np.uint8)
 
 
+class Decrypts(Protocol):
+    """What turns whole sectors of `size` bytes into plain text; `numbers[i]` is the i-th sector's number in units of 512 bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def decrypt(self, data: Bytes, numbers: Int) -> Bytes: ...
+
+
 @dataclass(frozen=True)
 class Sectors:
-    """A cipher by its dm-crypt name ("aes-xts-plain64") with its key, for sectors of `size` bytes."""
+    """A cipher by its dm-crypt name ("aes-xts-plain64") with its key, for sectors of `size` bytes; `large_iv` counts whole sectors for initial vectors."""
 
     name: str
     key: bytes
     size: int
+    large_iv: bool = False
 
     def __post_init__(self) -> None:
         cipher, _, mode = self.name.partition("-")
@@ -71,6 +85,10 @@ class Sectors:
     def _vectors(self, kind: str, numbers: Int, key: bytes) -> Bytes:
         """(sectors, 16): the initial vector of each sector."""
         words = np.zeros((len(numbers), 2), "<u8")
+        if kind == "eboiv":
+            words[:, 0] = numbers * IV_SECTOR
+            return aes(key, words.view(np.uint8).reshape(-1), encrypt=True).reshape(-1, AES_BLOCK)
+        numbers = numbers // (self.size // IV_SECTOR) if self.large_iv else numbers
         if kind.startswith("plain64be"):
             words[:, 1] = numbers.astype(np.uint64).byteswap()
         elif kind != "null":
@@ -98,7 +116,7 @@ def _powers(tweaks: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
 class DecryptedReader(Reader):
     """The bytes behind a cipher. `first` is the number of the first sector, in units of 512 bytes."""
 
-    def __init__(self, base: Reader, cipher: Sectors, first: int) -> None:
+    def __init__(self, base: Reader, cipher: Decrypts, first: int) -> None:
         super().__init__(base.size, base.name)
         self._base, self._cipher, self._first = base, cipher, first
 
@@ -113,3 +131,31 @@ class DecryptedReader(Reader):
         plain = self._cipher.decrypt(data, self._first + unique * (size // IV_SECTOR))
         first = which[np.cumsum(count) - count]
         return gather(plain, first * size + offsets - low * size, lengths)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Bytes [start, end) of a volume and the reader, of the same offsets, that has them; None: they read as zeroes."""
+
+    start: int
+    end: int
+    reader: Reader | None
+
+
+class WindowsReader(Reader):
+    """A volume of which every part is read in its own way: with a cipher, with another, plain, or not at all."""
+
+    def __init__(self, base: Reader, windows: Sequence[Window]) -> None:
+        super().__init__(base.size, base.name)
+        self._windows = windows
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        result = np.zeros(int(lengths.sum()), np.uint8)
+        place = np.cumsum(lengths) - lengths
+        for window in self._windows:
+            low, high = np.clip(offsets, window.start, window.end), np.clip(offsets + lengths, window.start, window.end)
+            mine = np.flatnonzero(high > low)
+            if window.reader and len(mine):
+                data = window.reader.read_ranges(low[mine], (high - low)[mine])
+                scatter(result, (place + low - offsets)[mine], (high - low)[mine], data)
+        return result
