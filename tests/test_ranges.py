@@ -334,6 +334,10 @@ def test_ddrescue_of_a_disk_with_bad_sectors(disk: Path, tmp_path: Path) -> None
     names = run("debugfs", "-R", f"ncheck {' '.join(inodes)}", where).decode().split("\n")[1:]
     assert hit == {line.split("\t")[1].replace("//", "/") for line in names if line}
     assert set(blocks) <= hit
+    rows = [row for row in objects(disk, tmp_path / "map") if row["kind"] == "directory"]
+    for row in rows:
+        listing = run("debugfs", "-R", f"ls -p {row['path']}", where).decode().splitlines()
+        assert row["names"] == sum(line.split("/")[5] not in (".", "..") for line in listing if line)
     everything = pairs((tmp_path / "map").read_bytes(), status="+")
     assert sum(high - low for low, high in everything) == SIZE - 3 * 4096
 

@@ -35,6 +35,7 @@ OBJECTS = pa.schema([
     field("part", pa.string(), "metadata structure or named stream", null="plain content"),
     field("inode", pa.int64(), "the owner's number", null="belongs to no inode"),
     field("ranges", pa.list_(pa.list_(pa.int64())), "[first byte, byte after the last] inside the file"),
+    field("names", pa.int64(), "names in the directory, all of its blocks together: they are at risk", unit="count", null="no directory"),
     field("role", pa.string(), "data, copy, zero, parity or compressed"),
     field("flags", pa.list_(pa.string()), "inline, shared, compressed, encrypted"),
 ])  # fmt: skip
@@ -172,18 +173,20 @@ def _objects(bmap: BlockMap, pieces: _Pieces) -> list[dict[str, Any]]:
     devices = [escape(name.encode(errors="surrogateescape")) for name in bmap.volumes.column("name").to_pylist()]
     parts = bmap.extents.column("part").combine_chunks().dictionary.to_pylist()
     ranked = np.lexsort((one.kind, one.inode, one.volume, -size)).tolist()
-    columns = [column.tolist() for column in (one.volume, one.kind, one.inode, one.part, one.role, flags, size, bounds)]
+    held = _names_held(bmap, one)
+    columns = [column.tolist() for column in (one.volume, one.kind, one.inode, one.part, one.role, flags, size, bounds, held)]
     return [_object(at, columns, names, ranges, devices, parts) for at in ranked]
 
 
 def _object(
     at: int, columns: list[list[int]], names: list[list[str]], ranges: list[list[int]], devices: list[str], parts: list[str]
 ) -> dict[str, Any]:
-    volume, kind, inode, part, role, flags, size, bounds = columns
+    volume, kind, inode, part, role, flags, size, bounds, held = columns
     return {
         "bytes": size[at], "kind": KINDS[kind[at]], "device": devices[volume[at]], "path": names[at][0] if names[at] else None,
         "also": names[at][1:], "part": escape(parts[part[at]].encode()) if part[at] >= 0 else None,
-        "inode": inode[at] if inode[at] >= 0 else None, "ranges": ranges[bounds[at] : bounds[at + 1]], "role": ROLES[role[at]],
+        "inode": inode[at] if inode[at] >= 0 else None, "ranges": ranges[bounds[at] : bounds[at + 1]],
+        "names": held[at] if held[at] >= 0 else None, "role": ROLES[role[at]],
         "flags": WORDS[flags[at] & (len(WORDS) - 1)],
     }  # fmt: skip
 
@@ -200,6 +203,17 @@ def _names(bmap: BlockMap, one: _Pieces) -> list[list[str]]:
         ends = np.cumsum(high - low)
         for at, start, end in zip(mine.tolist(), (ends - (high - low)).tolist(), ends.tolist(), strict=True):
             result[at] = words[start:end]
+    return result
+
+
+def _names_held(bmap: BlockMap, one: _Pieces) -> Int:
+    """How many names each directory holds; -1 for what is none."""
+    result = np.full(len(one.volume), -1, np.int64)
+    blocks = (one.kind == tables.DIRECTORY) & (one.inode >= 0)
+    for volume in np.unique(one.volume[blocks]).tolist():
+        mine = np.flatnonzero(blocks & (one.volume == volume))
+        parent = np.sort(tables.integers(bmap.slice_of("names", volume)[1], "parent"))
+        result[mine] = np.searchsorted(parent, one.inode[mine], "right") - np.searchsorted(parent, one.inode[mine], "left")
     return result
 
 

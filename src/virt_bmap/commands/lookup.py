@@ -146,11 +146,12 @@ def hit_line(row: dict[str, Any]) -> str:
     ]
     name = " ".join(word for word in names if word)
     also = f" (and {plural(len(row['also']), 'more name')})" if row["also"] else ""
+    risk = "" if row["names"] is None else f", with {plural(row['names'], 'name')}"
     where = ", ".join(f"{low:#x}-{high:#x}" for low, high in row["ranges"][:SHOWN])
     more = f" and {plural(len(row['ranges']) - SHOWN, 'more range')}" if len(row["ranges"]) > SHOWN else ""
     words = "".join(f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])])
     return (
-        f"{row['bytes']:>15,} {row['kind']:<9} {row['device']} {name}{also}".rstrip()
+        f"{row['bytes']:>15,} {row['kind']:<9} {row['device']} {name}{also}{risk}".rstrip()
         + (f" at {where}{more}" if where else "")
         + words
     )
