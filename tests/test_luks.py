@@ -20,7 +20,7 @@ from virt_bmap.images.raw import RawReader
 from virt_bmap.keys import Keys, parse
 from virt_bmap.mapping import Rows
 from virt_bmap.reader import MappedReader, Reader
-from virt_bmap.survey import survey
+from virt_bmap.survey import survey, survey_open
 from virt_bmap.volumes import luks
 
 MIB = 1 << 20
@@ -228,6 +228,38 @@ def test_keys(tmp_path: Path) -> None:
             parse([wrong])
     with pytest.raises(ImageError):
         parse([f"all:file:{tmp_path / 'none'}"])
+
+
+@pytest.mark.parametrize("version", ["luks1", "luks2"])
+def test_a_detached_header(tmp_path: Path, version: str) -> None:
+    tool = need("cryptsetup", "cryptsetup-bin")
+    header, device, key, secret = (tmp_path / name for name in ("header", "device", "key", "secret"))
+    secret.write_bytes(SECRET)
+    plain = payload(9)
+    device.write_bytes(bytes(len(plain)))
+    sector = ["--sector-size", "512"] if version == "luks2" else []
+    run(tool, "luksFormat", "-q", "--type", version, "--header", header, *FAST["pbkdf2"], *sector, "--key-file", secret, device)
+    run(tool, "luksDump", "-q", "--dump-volume-key", "--volume-key-file", key, "--key-file", secret, header)
+    device.write_bytes(encrypted("aes-xts-plain64", key.read_bytes(), plain, 512))
+    keys = parse([f"/dev/sda:header:{header}", f"/dev/sda:file:{secret}"])
+    bmap, readers = survey_open([RawReader(str(device))], keys=keys)
+    assert readers[1].read(0, readers[1].size) == plain
+    assert_proven(bmap)
+    wrong = survey([RawReader(str(device))], keys=parse([f"/dev/sda:header:{header}", "all:key:wrong"]))
+    assert wrong.problems.column("code").to_pylist() == ["no-key"]
+    assert_proven(survey([RawReader(str(device))], keys=parse([f"/dev/sda:header:{header}"])))
+    alone = survey([RawReader(str(header))], keys=parse(["all:key:" + SECRET.decode()]))
+    assert alone.problems.column("code").to_pylist() == ["detached"]
+    assert_proven(alone)
+
+
+def test_header_options(tmp_path: Path) -> None:
+    (tmp_path / "no-header").write_bytes(b"nothing")
+    for wrong in (f"/dev/sda:header:{tmp_path / 'no-header'}", f"/dev/sda:header:{tmp_path / 'none'}"):
+        with pytest.raises(ImageError, match="header file"):
+            parse([wrong])
+    with pytest.raises(UsageError, match="/dev/sdb:header:x"):
+        parse(["all:header:x"])
 
 
 # ---- headers that make no sense ---------------------------------------------------------------------------------------

@@ -132,6 +132,17 @@ def _join(starts: Int, ends: Int) -> tuple[Int, Int]:
     return starts, ends - starts
 
 
+class BytesReader(Reader):
+    """Bytes in memory."""
+
+    def __init__(self, data: Bytes, name: str) -> None:
+        super().__init__(len(data), name)
+        self._data = data
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        return gather(self._data, offsets, lengths)
+
+
 class MappedReader(Reader):
     """A volume whose bytes lie in other readers, by mapping rows. Bytes that no `data` row covers read as zeroes."""
 

@@ -104,7 +104,7 @@ class _Survey:
     def _look_at(self, volume: _Volume) -> None:
         """Find out what the volume holds, and send it where that is read."""
         self.progress(volume.name)
-        if module := volumes.recognise(volume.reader):
+        if module := volumes.recognise(volume.reader, has_header=self.keys.header_of(volume.name) is not None):
             volume.type = module.NAME
             if volume.depth >= MAX_DEPTH or len(self.volumes) >= MAX_VOLUMES:
                 self._problem(volume, "survey", Problem("too-deep", f"more than {MAX_DEPTH} layers or {MAX_VOLUMES} volumes", 0))

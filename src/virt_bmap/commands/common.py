@@ -44,10 +44,10 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--key",
-        metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE",
+        metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE|DEVICE:header:FILE",
         action="append",
         default=[],
-        help="open encrypted volumes; SELECTOR is a device, a UUID or all",
+        help="open encrypted volumes; SELECTOR is a device, a UUID or all; `header` gives a detached LUKS header",
     )
     group.add_argument(
         "--keys-from-stdin", action="store_true", help="read passphrases for encrypted volumes from standard input, one a line"

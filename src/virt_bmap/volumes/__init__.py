@@ -26,8 +26,10 @@ since a mirror whose superblock lies at its end shows LVM's label at its start; 
 MBR. In the same order those that span volumes are put together: arrays, then what lies on them."""
 
 
-def recognise(reader: Reader) -> ModuleType | None:
-    """The volume module whose magic the volume carries."""
+def recognise(reader: Reader, has_header: bool = False) -> ModuleType | None:
+    """The volume module whose magic the volume carries; with a detached LUKS header there is none on it."""
+    if has_header:
+        return next(format for format in VOLUMES if format.name == "luks").load()
     return None if reader.filesystem else first(VOLUMES, reader)
 
 

@@ -9,11 +9,13 @@ Sources: cryptsetup docs/on-disk-format-luks1 and -luks2; kernel drivers/md/dm-c
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
+
 from virt_bmap.arrays import complement, ints
 from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
 from virt_bmap.errors import Unsupported
 from virt_bmap.mapping import Row
-from virt_bmap.reader import Reader
+from virt_bmap.reader import BytesReader, Reader
 from virt_bmap.tables import CONTENT, ENCRYPTED, FREE, METADATA
 from virt_bmap.volumes.cipher import IV_SECTOR, DecryptedReader, Sectors, Window, WindowsReader
 from virt_bmap.volumes.luks.header import LUKS_MAGIC, SECONDARY_MAGIC, SECONDARY_OFFSETS, Header, Segment, read_header
@@ -26,12 +28,12 @@ FEATURES = (
     "AES in ECB, CBC (plain, plain64, ESSIV) and XTS with sectors of 512 to 4096 bytes",
     "PBKDF2 with any hash of OpenSSL, Argon2i and Argon2id",
     "segments of a reencryption, of which parts may be plain",
+    "detached headers, given beside the disk",
 )
 REFUSED = (
     "other ciphers (Serpent, Twofish, Adiantum)",
     "authenticated encryption",
     "hardware encryption (OPAL)",
-    "detached headers",
 )
 ORACLES = (
     "images that cryptsetup encrypted itself, in place",
@@ -51,15 +53,25 @@ def assemble(members: Sequence[Member]) -> Assembly:
     """The opened volume, where one of the member's keys fits."""
     (member,) = members
     assembly = Assembly()
-    header = read_header(member.reader)
+    detached = member.keys.header_of(member.name)
+    if detached is None:
+        source, header = member.reader, read_header(member.reader)
+    else:
+        source = BytesReader(np.frombuffer(detached, np.uint8), f"the detached header of {member.name}")
+        header = read_header(source, member.reader.size)
     assembly.uuids[member.number] = header.uuid
     assembly.labels |= {member.number: header.label} if header.label else {}
     assembly.problems[member.number] = header.problems
     ciphers = dict.fromkeys(segment.cipher or "not encrypted" for segment in header.segments)
     assembly.details[member.number] = f"LUKS{header.version}, {', '.join(ciphers)}, {len(header.slots)} key slots"
-    _add_areas(assembly, member, header)
+    if detached is None:
+        _add_areas(assembly, member, header)
+    else:
+        assembly.details[member.number] += ", detached header"
     if header.segments:
-        _open(assembly, member, header, member.keys.for_volume(member.name, header.uuid))
+        secrets = member.keys.for_volume(member.name, header.uuid)
+        keys, refused = volume_keys(source, header, secrets) if secrets else ({}, [])
+        _open(assembly, member, header, keys, "; ".join(refused) or "none of the given keys opens it" if secrets else "")
     return assembly
 
 
@@ -76,9 +88,8 @@ def _add_areas(assembly: Assembly, member: Member, header: Header) -> None:
         rows.add(FREE, low, high - low)
 
 
-def _open(assembly: Assembly, member: Member, header: Header, secrets: list[bytes]) -> None:
-    """Add the opened volume; without a key that fits, the ciphertext is one piece."""
-    keys, refused = volume_keys(member.reader, header, secrets) if secrets else ({}, [])
+def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, bytes], failed: str) -> None:
+    """Add the opened volume; without its keys the ciphertext is one piece, and `failed` says why none of those tried fits."""
     problems = assembly.problems[member.number]
     try:
         parts = [(segment, _cipher(segment, keys)) for segment in header.segments]
@@ -86,9 +97,8 @@ def _open(assembly: Assembly, member: Member, header: Header, secrets: list[byte
         problems.append(Problem(error.code, str(error), -1, "warning"))
         parts = []
     if not parts or any(segment.cipher and cipher is None for segment, cipher in parts):
-        if secrets:
-            words = "; ".join(refused) or "none of the given keys opens it"
-            problems.append(Problem("no-key", words, -1, "warning"))
+        if failed:
+            problems.append(Problem("no-key", failed, -1, "warning"))
         for segment in header.segments:
             flags = ENCRYPTED if segment.cipher else 0
             extent_rows(assembly, member).add(CONTENT, segment.offset, segment.size, part="encrypted", flags=flags)

@@ -40,6 +40,12 @@ LUKS2 = struct(4096, [
     (0x000, "magic", "V6"), (0x006, "version", ">u2"), (0x008, "hdr_size", ">u8"), (0x010, "seqid", ">u8"), (0x018, "label", "S48"),
     (0x048, "csum_alg", "S32"), (0x0A8, "uuid", "S40"), (0x100, "hdr_offset", ">u8"), (0x1C0, "csum", "V64"),
 ])  # fmt: skip
+DETACHED = Problem(
+    "detached",
+    "a detached header: the encrypted bytes lie on another device (open that with --key DEVICE:header:FILE)",
+    0,
+    "note",
+)
 
 
 @dataclass(frozen=True)
@@ -108,18 +114,18 @@ class Header:
     problems: list[Problem] = field(default_factory=list)
 
 
-def read_header(reader: Reader) -> Header:
-    """The header. Raises Corrupt where it can't be used, Unsupported for versions to come."""
+def read_header(reader: Reader, device: int | None = None) -> Header:
+    """The header; a detached one is for a `device` of so many bytes. Raises Corrupt where it can't be used, Unsupported for versions to come."""
     head = reader.read_clipped(0, 8)
     version = int.from_bytes(head[6:8], "big")
     if head[:6] == LUKS_MAGIC and version == 1:
-        return _read_1(reader)
+        return _read_1(reader, device)
     if head[:6] == LUKS_MAGIC and version != 2:
         raise Unsupported(f"LUKS version {version} is not read", 6)
-    return _read_2(reader)
+    return _read_2(reader, device)
 
 
-def _read_1(reader: Reader) -> Header:
+def _read_1(reader: Reader, device: int | None) -> Header:
     head = record(reader.read_clipped(0, LUKS1.itemsize), LUKS1)
     key_size, hash_spec = int(head["key_bytes"]), _text(head["hash_spec"])
     encryption = f"{_text(head['cipher_name'])}-{_text(head['cipher_mode'])}"
@@ -142,11 +148,11 @@ def _read_1(reader: Reader) -> Header:
         header.areas.append((f"LUKS key slot {number}", offset, size))
         kdf = Kdf("pbkdf2", slot["salt"].tobytes(), hash_spec, int(slot["iterations"]))
         header.slots.append(Slot(str(number), kdf, key_size, key_size, offset, size, encryption, stripes, hash_spec))
-    if payload:
-        size = max(0, reader.size - payload) // SECTOR * SECTOR
+    if payload or device is not None:
+        size = max(0, (reader.size if device is None else device) - payload) // SECTOR * SECTOR
         header.segments.append(Segment("0", 0, payload, size, encryption, SECTOR, 0))
     else:
-        header.problems.append(Problem("detached", "a detached header: the encrypted bytes lie on another device", 0x68, "note"))
+        header.problems.append(DETACHED)
     digest = Kdf("pbkdf2", head["mk_digest_salt"].tobytes(), hash_spec, int(head["mk_digest_iter"]))
     header.digests.append(Digest(tuple(slot.name for slot in header.slots), ("0",), digest, head["mk_digest"].tobytes()))
     return header
@@ -155,7 +161,7 @@ def _read_1(reader: Reader) -> Header:
 # ---- version 2 ------------------------------------------------------------------------------------------------------
 
 
-def _read_2(reader: Reader) -> Header:
+def _read_2(reader: Reader, device: int | None) -> Header:
     """The copy with the higher sequence number of those whose checksum is right."""
     found: list[tuple[int, int, int, np.void, dict[str, Any]]] = []
     problems: list[Problem] = []
@@ -178,8 +184,12 @@ def _read_2(reader: Reader) -> Header:
     header = Header(2, _text(head["uuid"]), _text(head["label"]), [], [], [], [], problems=problems)
     try:
         _fill(header, tree, size, reader.size)
+        _add_segments(header, tree, reader.size if device is None else device)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"the LUKS2 metadata lacks or misstates something: {error!r}", LUKS2.itemsize, "luks-header") from error
+    if device is None and any(segment.offset < 2 * size for segment in header.segments):
+        header.segments.clear()
+        header.problems.append(DETACHED)
     return header
 
 
@@ -208,7 +218,7 @@ def _copy(reader: Reader, at: int) -> tuple[np.void, dict[str, Any]]:
 
 
 def _fill(header: Header, tree: dict[str, Any], size: int, device: int) -> None:
-    """Slots, segments, digests and areas of the JSON. KeyError, TypeError or ValueError where it is not as it should be."""
+    """Slots, digests and areas of the JSON. KeyError, TypeError or ValueError where it is not as it should be."""
     header.areas += [("LUKS2 header", 0, size), ("LUKS2 header copy", size, size)]
     reserved = 2 * size, 2 * size + _number(tree["config"]["keyslots_size"])
     for name, slot in sorted(tree.get("keyslots", {}).items()):
@@ -228,7 +238,6 @@ def _fill(header: Header, tree: dict[str, Any], size: int, device: int) -> None:
             str(area["encryption"]), _number(slot["af"]["stripes"], MAX_STRIPES, 1), str(slot["af"]["hash"]),
         ))  # fmt: skip
     header.free.append((reserved[0], max(0, min(reserved[1], device) - reserved[0])))
-    _add_segments(header, tree, device)
     for digest in tree.get("digests", {}).values():
         kdf = Kdf(str(digest["type"]), base64.b64decode(digest["salt"]), str(digest["hash"]), _number(digest["iterations"]))
         header.digests.append(
