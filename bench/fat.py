@@ -3,34 +3,18 @@
     python bench/fat.py [--files N] [--rounds N] CACHE
 
 CACHE keeps the image for the next run. It is written here, since mtools take an hour for it: directories of 400 files with long names, files of one
-to three clusters, every tenth of them in pieces. `fsck.fat` must call it clean. Both are whole processes with everything in the page cache, in
-turns; medians are compared.
+to three clusters, every tenth of them in pieces. `fsck.fat` calls it clean.
 """
 
-import argparse
-import statistics
 import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import fair
 import numpy as np
 
 GOAL = 1 / 3
 """Of the time of fsck.fat."""
 CLUSTER, RESERVED, PER_DIRECTORY, SLOTS = 2048, 32 * 512, 400, 3
-CODE = """
-import sys, time, resource
-from virt_bmap.images.raw import RawReader
-from virt_bmap.survey import survey
-from virt_bmap.check import check
-start = time.perf_counter()
-bmap = survey([RawReader(sys.argv[1])])
-read = time.perf_counter() - start
-found = len(check(bmap).disagreements) if len(sys.argv) > 2 else 0
-print(read, bmap.names.num_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, found)
-"""
 
 
 def entries(names: list[str], first: np.ndarray, sizes: np.ndarray, attribute: int) -> np.ndarray:
@@ -122,34 +106,7 @@ def build(cache: Path, files: int) -> Path:
     return image
 
 
-def timed(command: list[str]) -> tuple[float, str]:
-    """Seconds and standard output of a process."""
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return time.perf_counter() - start, done.stdout
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=200_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("cache", type=Path)
-    options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
-    image = str(build(options.cache, options.files))
-    peer = ["fsck.fat", "-n", image]
-    ours = [sys.executable, "-c", CODE, image]
-    words = timed(peer)[1].strip().splitlines()[-1]
-    read, names, peak, found = timed([*ours, "check"])[1].split()
-    print(f"{words}; mapped: {names} names, {found} disagreements with the FAT, peak {int(peak) >> 10} MiB")
-    times = [(timed(peer)[0], *timed(ours)) for _ in range(options.rounds)]
-    theirs, process = statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
-    read = statistics.median(float(t[2].split()[0]) for t in times)
-    print(
-        f"fsck.fat -n {theirs:.2f} s; the whole process {process:.2f} s, of which reading {read:.2f} s: {process / theirs:.2f} of it (goal {GOAL:.2f})"
-    )
-    return 0 if process <= theirs * GOAL and found == "0" else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(fair.main(fair.Match(
+        __doc__ or "", "fat", build, ["fsck.fat", "-n"], {"fsck.fat": "dosfstools"}, lambda files: GOAL,
+    )))  # fmt: skip

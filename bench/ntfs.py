@@ -46,8 +46,6 @@ def build(cache: Path, files: int) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(
-        fair.main(
-            __doc__ or "", build, ["fls", "-r", "-p"], {"mkntfs": "ntfs-3g", "ntfs-3g": "ntfs-3g", "fls": "sleuthkit"}, GOAL
-        )
-    )
+    raise SystemExit(fair.main(fair.Match(
+        __doc__ or "", "ntfs", build, ["fls", "-r", "-p"], {"mkntfs": "ntfs-3g", "ntfs-3g": "ntfs-3g", "fls": "sleuthkit"}, lambda files: GOAL,
+    )))  # fmt: skip

@@ -11,6 +11,8 @@ from virt_bmap import __version__
 from virt_bmap.commands import COMMANDS
 from virt_bmap.errors import BmapError, UsageError
 
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are errors like all others: one line, exit status 1."""
@@ -41,10 +43,22 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "-V", "--version"):
         parser().parse_args(arguments or ["--help"])  # prints and leaves
     command, rest = (arguments[0], arguments[1:]) if arguments[0] in COMMANDS else ("map", arguments)
+    _import_numpy()
     module = importlib.import_module(f"virt_bmap.commands.{command}")
     status: int = module.run(parser(command).parse_args(rest))
     sys.stdout.flush()
     return status
+
+
+def _import_numpy() -> None:
+    """NumPy without the threads of its OpenBLAS: nothing here is linear algebra, and each spins for a tenth of a second when it starts."""
+    before = os.environ.get(BLAS_THREADS)
+    os.environ[BLAS_THREADS] = "1"
+    importlib.import_module("numpy")
+    if before is None:
+        del os.environ[BLAS_THREADS]  # the commands that we run are to find their environment as it was
+    else:
+        os.environ[BLAS_THREADS] = before
 
 
 def main() -> NoReturn:
