@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from ext import FILES, best, command, image
+import fair
+from ext import build
 
 import virt_bmap
 from virt_bmap import hits
 
-RANGES, SECTOR, BLOCK = 10_000, 512, 4096
+FILES, RANGES, SECTOR, BLOCK = 200_000, 10_000, 512, 4096
 SAMPLED = 5
 """Calls of what takes seconds each."""
 AT_ONCE = 1000
@@ -60,13 +61,14 @@ def sampled(run: list[list[str | Path]]) -> float:
 def main() -> None:
     cache = Path(sys.argv[1])
     files, count, times = (int(sys.argv[n]) if len(sys.argv) > n else default for n, default in ((2, FILES), (3, RANGES), (4, 5)))
-    disk, listed = image(cache, files), cache / "bad.map"
+    disk, listed = build(cache, files), cache / "bad.map"
+    fair.as_installed()
     sectors = bad_sectors(disk, count)
     listed.write_text("# Mapfile. Created by GNU ddrescue\n0x0 - 1\n" + "".join(f"{s * SECTOR:#x} 0x200 -\n" for s in sectors))
-    script = Path(sys.executable).with_name("virt-bmap")
-    mapping = best(command(script, "-o", cache / "out.parquet", disk), times)
-    whole = best(command(script, "lookup", "--json", disk, "--ranges", listed), times)
-    saved = best(command(script, "lookup", "--json", cache / "out.parquet", "--ranges", listed), times)
+    ours = [sys.executable, "-m", "virt_bmap"]
+    mapping = min(fair.seconds([*ours, "-o", cache / "out.parquet", disk]) for _ in range(times))
+    whole = min(fair.seconds([*ours, "lookup", "--json", disk, "--ranges", listed]) for _ in range(times))
+    saved = min(fair.seconds([*ours, "lookup", "--json", cache / "out.parquet", "--ranges", listed]) for _ in range(times))
     print(f"{files} files, {count} bad sectors; fastest of {times} runs, from the page cache")
     print(
         f"virt-bmap lookup --ranges {whole:10.3f} s   mapping included; the map alone {mapping:.3f} s, from a saved map {saved:.3f} s"
@@ -74,11 +76,11 @@ def main() -> None:
     bmap = virt_bmap.load(str(cache / "out.parquet"))
     starts = [sector * SECTOR for sector in sectors]
     found = hits.hits(bmap, 1, starts, [start + SECTOR for start in starts]).objects
-    ours = {row["path"] for row in found if row["kind"] in ("data", "slack", "directory")}
+    named = {row["path"] for row in found if row["kind"] in ("data", "slack", "directory")}
     start = time.perf_counter()
     theirs = by_debugfs(disk, sectors)
     print(
-        f"debugfs, all at once      {time.perf_counter() - start:10.3f} s   icheck and ncheck; the same files: {ours == theirs}"
+        f"debugfs, all at once      {time.perf_counter() - start:10.3f} s   icheck and ncheck; the same files: {named == theirs}"
     )
     some = [sectors[at] * SECTOR // BLOCK for at in range(0, count, count // SAMPLED)][:SAMPLED]
     each = sampled([["debugfs", "-R", f"icheck {block}", disk] for block in some])
