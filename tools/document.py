@@ -66,6 +66,7 @@ def data_model() -> str:
 TRACE = (
     "`virt-bmap watch -o` and `virt-bmap trace import` write Parquet with a row for each request, in order of time: the table `accesses` and what the",
     "request touched. The file's metadata `virt-bmap-trace` is JSON: `version`, and the sizes of the `disks` in bytes where they are known.",
+    "`virt-bmap-maps`, written when a watch ends, lists the maps that named the objects: the number of each `map`, and `begun_ns`, when its reading began (0: before).",
 )
 PROFILE = (
     "`virt-bmap profile -o` writes Parquet with a row for each range of bytes that some run needed, in order of first use. The file's metadata",

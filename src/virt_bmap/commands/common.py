@@ -68,10 +68,10 @@ def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
     return images
 
 
-def map_disks(args: argparse.Namespace, images: Sequence[str]) -> BlockMap:
-    """Map the disks, with progress on a terminal."""
+def map_disks(args: argparse.Namespace, images: Sequence[str], secrets: Keys | None = None) -> BlockMap:
+    """Map the disks, with progress on a terminal. `secrets` where the keys were taken from the command line before."""
     with Progress() as progress:
-        return maps.map_disks(images, args.format, args.references, keys_of(args), progress.watch)
+        return maps.map_disks(images, args.format, args.references, secrets or keys_of(args), progress.watch)
 
 
 def map_or_disks(args: argparse.Namespace, given: Sequence[str]) -> BlockMap:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from virt_bmap import tables
-from virt_bmap.commands.common import add_disk_options, human, map_disks, plural
+from virt_bmap.commands.common import add_disk_options, human, keys_of, map_disks, plural
 from virt_bmap.errors import OutputError
 
 if TYPE_CHECKING:
-    from virt_bmap.watch.session import Outcome, Sink
+    from virt_bmap.watch.session import Outcome
+    from virt_bmap.watch.sinks import Sink
     from virt_bmap.watch.summary import Summary
 
 NAME = "watch"
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inline", action="store_true", help="log also objects that lie inside a block of inodes that is touched"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no live log")
+    parser.add_argument(
+        "--no-refresh", action="store_true", help="name everything by the map from the start, even where metadata is written"
+    )
     add_disk_options(parser)
 
 
@@ -54,25 +58,28 @@ def run(args: argparse.Namespace) -> int:
     from virt_bmap.watch.lines import LineLog
     from virt_bmap.watch.resolve import Resolver
     from virt_bmap.watch.session import Printer, watch
+    from virt_bmap.watch.sinks import EachDisk
     from virt_bmap.watch.source import saved, source
     from virt_bmap.watch.summary import Summary
     from virt_bmap.watch.trace import Trace
 
     images = [args.disk, *args.add]
     sources = [source(image, args.format, args.references) for image in images]
-    resolver = Resolver(saved(args.map, sources) if args.map else map_disks(args, images))
+    keys = keys_of(args)
+    resolver = Resolver(saved(args.map, sources) if args.map else map_disks(args, images, keys))
+    refresh = None if args.no_refresh else keys
     disks = range(1, len(sources) + 1)
     summaries = {disk: Summary(resolver, disk) for disk in disks}
     with contextlib.ExitStack() as stack:
         printer = Printer(stack.enter_context(_text(args.log)))
         lines = {disk: LineLog(resolver, printer.write, args.inline) for disk in disks}
-        sinks: list[Sink] = [lambda disk, *what: summaries[disk].add(*what)]
+        sinks: list[Sink] = [EachDisk(summaries)]
         if not args.quiet:
-            sinks.append(lambda disk, *what: lines[disk].add(*what))
+            sinks.append(EachDisk(lines))
         if args.output:
             trace = Trace(resolver, stack.enter_context(replacing(args.output)))
             stack.callback(trace.close)
-            sinks.append(trace.add)
+            sinks.append(trace)
 
         def flush() -> None:
             for line in lines.values():
@@ -81,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         # nargs=PARSER leaves a further -- to the command, but Python before 3.13 the first one, too
         command = args.command[1:] if args.command[0] == "--" else args.command
         try:
-            outcome = watch(resolver, sources, command, sinks, write=args.write, idle=flush)
+            outcome = watch(resolver, sources, command, sinks, write=args.write, idle=flush, refresh=refresh)
         finally:
             flush()
             printer.close()
@@ -111,6 +118,8 @@ def _warnings(outcome: "Outcome", dropped: int) -> Iterator[str]:
     """What is not as it should be, one line each."""
     if outcome.server:
         yield f"the disk's server ended before the command did: {outcome.server}"
+    if outcome.stale:
+        yield f"the map could not always be read again (names behind which the log says 'older map' may be wrong): {outcome.stale}"
     if outcome.failed:
         yield f"{outcome.failed} requests failed: the disk could not be read or written there"
     if outcome.lost or outcome.unread:

@@ -76,10 +76,13 @@ class LogParser:
     """Turns the log of one nbdkit process into Accesses, in pieces as they come.
 
     `failed` counts requests that the server answered with an error, `unread` lines that are not as documented, and `lost` requests
-    whose line never came: ids count up from 1 in each connection.
+    whose line never came: ids count up from 1 in each connection. Connections that ask for the export `own` are the watcher's, not
+    the guest's, and are left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own: str | None = None) -> None:
+        self._own = f"export={own} ".encode() if own else None
+        self._own_connections: set[int] = set()
         self.failed = 0
         self.unread = 0
         self.open_connections = 0
@@ -108,6 +111,8 @@ class LogParser:
         tokens = _Tokens(buffer, size)
         word = _four_bytes(buffer, tokens.start(3))
         connected = tokens.has(4) & (buffer[tokens.start(2)] == ord("c"))
+        if self._own or self._own_connections:
+            connected &= ~self._is_own(buffer, tokens, np.flatnonzero(connected & (word == _CONNECT)))
         self.open_connections += int((connected & (word == _CONNECT)).sum()) - int((connected & (word == _DISCONNECT)).sum())
         done = connected & ((word & 0xFFFFFF) == _DOTS) & tokens.has(6)
         self.failed += int((buffer[tokens.start(5) + len("return=")][done] == ord("-")).sum())
@@ -126,6 +131,14 @@ class LogParser:
         self._count(connection[good], id_[good])
         found = Accesses(time_ns, connection, op, offset, length)
         return found.take(good & (op >= 0))  # block status queries (Extents) move no bytes
+
+    def _is_own(self, buffer: Bytes, tokens: "_Tokens", connects: Int) -> Bool:
+        """Which lines are of the watcher's own connections, the new ones among `connects` (line numbers) included."""
+        new = tokens.take(connects)
+        for start, connection in zip(new.start(4).tolist(), new.number(2, "connection=").tolist(), strict=True):
+            if self._own and buffer[start : start + len(self._own)].tobytes() == self._own:
+                self._own_connections.add(connection)
+        return np.isin(tokens.number(2, "connection="), list(self._own_connections))
 
     def _count(self, connection: Int, id_: Int) -> None:
         self._seen += len(id_)

@@ -1,7 +1,8 @@
 """The live log: `read f /dev/sda1 /Boot/BCD`, one line for consecutive accesses to one object, as the original printed.
 
 Behind a tab, which no escaped name contains, follow the ranges of the file that were touched (of the disk, behind an `@`, for what has no
-file offsets). A line is written when another object is touched, or when the guest pauses.
+file offsets). A line is written when another object is touched, or when the guest pauses. Behind another tab stands what is special about it: a
+name from a map that is older than the metadata, or a line that comes late.
 """
 
 from collections.abc import Callable
@@ -11,12 +12,14 @@ import numpy as np
 from virt_bmap import tables
 from virt_bmap.arrays import Int, union
 from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import Resolver, Touched
+from virt_bmap.watch.resolve import HELD, OLDER, Resolver, Touched
 
 MOST_RANGES = 4
 """Ranges shown on one line. A line for a person; the trace has them all."""
 SILENT = ("flush", "cache")
 """Operations that touch no object's bytes, or only might."""
+OLDER_MAP, LATE = "older map", "late"
+"""older map: metadata was written since the map was read that gave this name; late: the write was earlier, and only a newer map knew whose bytes it filled."""
 
 
 class LineLog:
@@ -30,7 +33,8 @@ class LineLog:
         self._open: list[Touched] = []
 
     def add(self, accesses: Accesses, touched: Touched) -> None:
-        """Write the lines that these accesses complete."""
+        """Write the lines that these accesses complete. What is held comes later."""
+        touched = touched.take(touched.state != HELD)
         op = accesses.op[touched.access]
         keep = ~np.isin(op, [tables.OPS.index(name) for name in SILENT])
         if not self.inline:
@@ -51,6 +55,20 @@ class LineLog:
         self._key = int(key[-1])
         self._open = [touched.take(np.arange(first[-1], len(key)))]
 
+    def late(self, accesses: Accesses, touched: Touched) -> None:
+        """Write the lines of pieces that were held."""
+        self.flush()
+        touched = touched.take(np.full(len(touched), True) if self.inline else ~touched.inline)
+        if len(touched):
+            key = touched.object * len(tables.OPS) + accesses.op[touched.access]
+            first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
+            self._write_runs(touched, key, first, np.append(first[1:], len(key)), LATE)
+
+    def renew(self, resolver: Resolver) -> None:
+        """Names come from a newer map from now on."""
+        self.flush()
+        self.resolver = resolver
+
     def flush(self) -> None:
         """Write the line that is still open, at a pause or at the end."""
         if self._open:
@@ -60,7 +78,7 @@ class LineLog:
             self._write_runs(joined, np.full(len(joined), self._key), np.zeros(1, np.int64), np.full(1, len(joined)))
         self._key, self._open = -1, []
 
-    def _write_runs(self, touched: Touched, key: Int, first: Int, last: Int) -> None:
+    def _write_runs(self, touched: Touched, key: Int, first: Int, last: Int, mark: str = "") -> None:
         """One line for the pieces [first[i], last[i]) each."""
         if not len(first):
             return
@@ -70,12 +88,14 @@ class LineLog:
         low = np.where(inside, touched.file_offset, touched.start)
         high = low + touched.end - touched.start
         bounds = zip((key[first] % len(tables.OPS)).tolist(), objects.tolist(), first.tolist(), last.tolist(), strict=True)
-        firsts = zip(low[first].tolist(), high[first].tolist(), np.where(inside[first], "", "@").tolist(), strict=True)
+        older = np.add.reduceat(touched.state[: last[-1]] == OLDER, first, dtype=np.int64) > 0
+        marks = np.where(older, f"\t{OLDER_MAP}", f"\t{mark}" if mark else "").tolist()
+        firsts = zip(low[first].tolist(), high[first].tolist(), np.where(inside[first], "", "@").tolist(), marks, strict=True)
         lines = []
-        for (op, number, begin, end), (start, stop, origin) in zip(bounds, firsts, strict=True):
+        for (op, number, begin, end), (start, stop, origin, special) in zip(bounds, firsts, strict=True):
             letter, device, name = labels[number]
             where = f"{start:#x}-{stop:#x}" if end - begin == 1 else _ranges(low[begin:end], high[begin:end])
-            lines.append(f"{tables.OPS[op]} {letter} {device}{' ' if name else ''}{name}\t{origin}{where}\n")
+            lines.append(f"{tables.OPS[op]} {letter} {device}{' ' if name else ''}{name}\t{origin}{where}{special}\n")
         self.write(lines)
 
 

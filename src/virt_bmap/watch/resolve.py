@@ -10,10 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Bool, Int, Intervals, complement
+from virt_bmap.arrays import Bool, Bytes, Int, Intervals, complement
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.listing import LETTERS
+
+KNOWN, OLDER, HELD = range(3)
+"""How sure a name is. Known: metadata has not changed between the reading of the map and the access; older: it has; held: nobody's bytes were
+written, and a map to come may know whose they became."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Touched:
     """Pieces of accesses, by access and then by place: access number `access` touches bytes [start, end) of the disk, which belong to `object`.
 
     `file_offset` is where in the file the piece begins, -1 where that means nothing or is not known. `inline` marks objects that lie inside
-    another's block (a symbolic link in its inode): they are touched whenever that block is.
+    another's block (a symbolic link in its inode): they are touched whenever that block is. `state` says how sure the name is.
     """
 
     access: Int
@@ -30,6 +34,7 @@ class Touched:
     end: Int
     file_offset: Int
     inline: Bool
+    state: Bytes
 
     def __len__(self) -> int:
         return len(self.access)
@@ -40,10 +45,12 @@ class Touched:
 
 
 class Resolver:
-    """Finds the objects of a map's disks."""
+    """Finds the objects of a map's disks. `number` counts the maps of a watch, from 0; `begun_ns` is when the reading of this one began."""
 
-    def __init__(self, bmap: BlockMap) -> None:
+    def __init__(self, bmap: BlockMap, number: int = 0, begun_ns: int = 0) -> None:
         self.bmap = bmap
+        self.number = number
+        self.begun_ns = begun_ns
         table = bmap.extents
         self._offset = tables.integers(table, "volume_offset")
         self._file_offset = tables.integers(table, "file_offset")
@@ -72,7 +79,8 @@ class Resolver:
         row = extents.extent
         file_offset = self._file_offset[row]
         file_offset = np.where(file_offset >= 0, file_offset + extents.inside - self._offset[row], -1)
-        pieces = Touched(extents.query, self._object[row], extents.start, extents.end, file_offset, self._inline[row])
+        known = np.full(len(row), KNOWN, np.uint8)
+        pieces = Touched(extents.query, self._object[row], extents.start, extents.end, file_offset, self._inline[row], known)
         base = np.cumsum(length) - length - offset  # places all requests one after the other, so that they can't overlap
         left = complement(pieces.start + base[pieces.access], pieces.end + base[pieces.access], 0, int(length.sum()))
         if len(left[0]):
@@ -97,7 +105,7 @@ class Resolver:
         access = query[row[keep]]
         nothing = np.full(len(keep), -1, np.int64)
         return Touched(access, self.named + volume[row[keep]], low[keep] - base[access], high[keep] - base[access], nothing,
-                       np.zeros(len(keep), bool))  # fmt: skip
+                       np.zeros(len(keep), bool), np.full(len(keep), KNOWN, np.uint8))  # fmt: skip
 
     def volume_of(self, objects: Int) -> Int:
         """The volume on which each object lies."""

@@ -68,6 +68,10 @@ class Served:
         """QEMU's older way to name it, as nbdkit's own $nbd."""
         return f"nbd:unix:{self.socket}"
 
+    def export(self, name: str) -> str:
+        """The URI with the name of an export: there is only one disk behind all names, but the log tells them apart."""
+        return f"nbd+unix:///{name}?socket={self.socket}"
+
     def words(self) -> str:
         """The last thing that the server said on its standard error."""
         with open(self.messages, errors="replace") as file:

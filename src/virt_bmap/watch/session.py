@@ -4,6 +4,7 @@ import contextlib
 import os
 import queue
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -11,15 +12,21 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TextIO
 
-from virt_bmap.errors import UsageError
-from virt_bmap.watch.accesses import Accesses, LogParser
-from virt_bmap.watch.resolve import Resolver, Touched
-from virt_bmap.watch.serve import Follower, Served, Source, forwarded, private_folder, serve
+import numpy as np
 
-TICK = 0.1
+from virt_bmap.errors import UsageError
+from virt_bmap.keys import NO_KEYS, Keys
+from virt_bmap.watch.accesses import LogParser
+from virt_bmap.watch.naming import Naming
+from virt_bmap.watch.refresh import Refresher
+from virt_bmap.watch.resolve import Resolver
+from virt_bmap.watch.serve import Follower, Served, Source, forwarded, private_folder, serve
+from virt_bmap.watch.sinks import Sink, Sinks
+
+TICK = 0.05
 """Seconds between two looks at the log."""
 PAUSE = 0.5
 """Seconds without any access after which the line that is still open is written."""
@@ -27,9 +34,9 @@ BATCH = 1 << 15
 """Requests that are resolved at a time: bounds the memory that a batch takes, as one may touch many objects."""
 QUEUE = 1 << 10
 """Blocks of lines that may wait for a slow terminal."""
+LAST_MAP = 60.0
+"""Seconds that the last map may take, which names what the command wrote just before it ended."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
-Sink = Callable[[int, Accesses, Touched], None]
 
 
 @dataclass
@@ -44,14 +51,19 @@ class Outcome:
     """Why a sink that failed was left out from then on; the guest runs on."""
     server: str | None = None
     """What a server said that ended before the command did."""
+    stale: str | None = None
+    """Why the last map that was asked for could not be had."""
+    maps: int = 1
+    """How many maps named the accesses, one after the other."""
 
 
 @dataclass
 class _Disk:
     number: int
+    folder: str
     served: Served
     follower: Follower
-    parser: LogParser = field(default_factory=LogParser)
+    parser: LogParser
 
     def is_used(self) -> bool:
         """Has a client, as far as the log tells: where parts of it were dropped it can't."""
@@ -59,49 +71,58 @@ class _Disk:
 
 
 def watch(
-    resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: list[Sink],
-    *, write: bool = False, idle: Callable[[], None] = lambda: None,
+    resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: Sequence[Sink],
+    *, write: bool = False, idle: Callable[[], None] = lambda: None, refresh: Keys | None = NO_KEYS,
 ) -> Outcome:  # fmt: skip
-    """Serve the disks, run the command, and give each batch of accesses to every sink as (disk, accesses, what they touched).
+    """Serve the disks, run the command, and give its accesses with what they touched to every sink.
 
-    `idle` is called when nothing has happened for a while. Blocks until the command has ended and all was resolved.
+    `idle` is called when nothing has happened for a while. `refresh` has the keys with which the map is read again where the command writes metadata;
+    None: it is not. Blocks until the command has ended and all was named.
     """
     if not shutil.which(command[0]):
         raise UsageError(f"{command[0]}: no such command")
     with contextlib.ExitStack() as stack:
-        disks = []
-        for number, source in enumerate(sources, 1):
-            folder = stack.enter_context(private_folder())
-            follower = Follower(f"{folder}/log")
-            stack.callback(follower.close)
-            disks.append(_Disk(number, stack.enter_context(serve(source, folder, write)), follower))
+        own = f"virt-bmap-{secrets.token_hex(8)}" if refresh is not None else None
+        disks = [stack.enter_context(_disk(number, source, write, own)) for number, source in enumerate(sources, 1)]
+        refresher = None
+        if refresh is not None:
+            refresher = Refresher(disks[0].folder, [disk.served.export(own or "") for disk in disks], refresh)
+            stack.callback(refresher.close)
+        naming = Naming(resolver, Sinks(sinks), refresher)
         outcome = Outcome()
         with _child(command, [disk.served for disk in disks]) as (child, ended):
-            _follow(resolver, disks, sinks, idle, ended, outcome)
+            _follow(disks, naming, idle, ended)
             outcome.status = child.wait()
         if outcome.status < 0:
             outcome.status = 128 - outcome.status
-        _linger(resolver, disks, sinks, idle, outcome)
+        with contextlib.suppress(KeyboardInterrupt):
+            _linger(disks, naming, idle)
+            _settle(disks, naming)
         for disk in disks:
-            if disk.served.process.poll() is not None:
-                outcome.server = disk.served.words()
-            disk.served.process.terminate()
-            disk.served.process.wait()
-            while _step(resolver, disk, sinks, outcome):
-                pass
-            outcome.failed += disk.parser.failed
-            outcome.lost += disk.parser.lost
-            outcome.unread += disk.parser.unread
+            _end(disk, naming, outcome)
+        naming.finish()
+        outcome.broken, outcome.maps = naming.sinks.broken, naming.resolver.number + 1
+        outcome.stale = naming.failure if naming.failures else None
     return outcome
 
 
-def _follow(
-    resolver: Resolver, disks: list[_Disk], sinks: list[Sink], idle: Callable[[], None], ended: int, outcome: Outcome
-) -> None:
-    """Resolve what the log gains until the file descriptor `ended` says that the command has."""
+@contextlib.contextmanager
+def _disk(number: int, source: Source, write: bool, own: str | None) -> Iterator[_Disk]:
+    """A disk that is served until the block ends."""
+    with (
+        private_folder() as folder,
+        contextlib.closing(Follower(f"{folder}/log")) as follower,
+        serve(source, folder, write) as served,
+    ):
+        yield _Disk(number, folder, served, follower, LogParser(own))
+
+
+def _follow(disks: list[_Disk], naming: Naming, idle: Callable[[], None], ended: int) -> None:
+    """Name what the log gains until the file descriptor `ended` says that the command has."""
     quiet = 0.0
     while True:
-        busy = sum(_step(resolver, disk, sinks, outcome) for disk in disks) > 0
+        busy = sum(_step(disk, naming) for disk in disks) > 0
+        naming.tick()
         quiet = 0.0 if busy else quiet + TICK
         if quiet >= PAUSE:
             idle()
@@ -109,28 +130,43 @@ def _follow(
             return
 
 
-def _linger(resolver: Resolver, disks: list[_Disk], sinks: list[Sink], idle: Callable[[], None], outcome: Outcome) -> None:
+def _linger(disks: list[_Disk], naming: Naming, idle: Callable[[], None]) -> None:
     """A command may put the guest into the background and end: follow it until its last connection closes, or SIGINT comes."""
-    with contextlib.suppress(KeyboardInterrupt):
-        while any(disk.is_used() for disk in disks):
-            if not sum(_step(resolver, disk, sinks, outcome) for disk in disks):
-                idle()
-                time.sleep(TICK)
+    while any(disk.is_used() for disk in disks):
+        busy = sum(_step(disk, naming) for disk in disks)
+        naming.tick()
+        if not busy:
+            idle()
+            time.sleep(TICK)
 
 
-def _step(resolver: Resolver, disk: _Disk, sinks: list[Sink], outcome: Outcome) -> bool:
-    """Resolve the next piece of a disk's log; False when there is none."""
+def _settle(disks: list[_Disk], naming: Naming) -> None:
+    """Read the map a last time if the guest has changed it, while there is a server to read it from."""
+    until = time.monotonic() + LAST_MAP
+    while sum(_step(disk, naming) for disk in disks) or (not naming.is_settled and time.monotonic() < until):
+        naming.tick()
+        time.sleep(TICK if not naming.is_settled else 0)
+
+
+def _end(disk: _Disk, naming: Naming, outcome: Outcome) -> None:
+    """Take the disk away, name the rest of its log, and note what is missing."""
+    if disk.served.process.poll() is not None:
+        outcome.server = disk.served.words()
+    disk.served.process.terminate()
+    disk.served.process.wait()
+    while _step(disk, naming):
+        pass
+    outcome.failed += disk.parser.failed
+    outcome.lost += disk.parser.lost
+    outcome.unread += disk.parser.unread
+
+
+def _step(disk: _Disk, naming: Naming) -> bool:
+    """Name the next piece of a disk's log; False when there is none."""
     data = disk.follower.read()
     accesses = disk.parser.feed(data)
     for at in range(0, len(accesses), BATCH):
-        batch = accesses.take(slice(at, at + BATCH))  # type: ignore[arg-type]
-        touched = resolver.touched(disk.number, batch.offset, batch.length)
-        for sink in list(sinks):
-            try:
-                sink(disk.number, batch, touched)
-            except OSError as error:
-                sinks.remove(sink)
-                outcome.broken = error.strerror or str(error)
+        naming.add(disk.number, accesses.take(np.arange(at, min(at + BATCH, len(accesses)))))
     return bool(data)
 
 

@@ -1,4 +1,7 @@
-"""What a guest did, added up: for each object the bytes read and written and the first access, and the share of the disk touched."""
+"""What a guest did, added up: for each object the bytes read and written and the first access, and the share of the disk touched.
+
+Objects of different maps are one where device, kind and name are the same: a file that was renamed has a row for each name it was used under.
+"""
 
 from dataclasses import dataclass
 
@@ -9,10 +12,12 @@ from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, total, union
 from virt_bmap.paths import positions
 from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import Resolver, Touched
+from virt_bmap.watch.resolve import HELD, Resolver, Touched
 
 PENDING = 1 << 18
 """Ranges that are kept before they are merged with what was touched before."""
+OBJECT_TABLES = 64
+"""Tables of objects, one of each map, that are kept before they are added up."""
 READ, WRITE = tables.OPS.index("read"), tables.OPS.index("write")
 
 OBJECTS = pa.schema([
@@ -59,15 +64,27 @@ class Summary:
     """Adds up the accesses of one disk."""
 
     def __init__(self, resolver: Resolver, disk: int) -> None:
-        self.resolver = resolver
         self.disk = disk
-        count = resolver.named + resolver.bmap.volumes.num_rows
-        self._first = np.full(count, np.iinfo(np.int64).max, np.int64)
-        self._accesses, self._read, self._written = (np.zeros(count, np.int64) for _ in range(3))
+        self._older: list[pa.Table] = []
+        """Objects that were touched while older maps were in force."""
+        self._use(resolver)
         self._touch = {"read": _Touch(EMPTY, EMPTY, []), "written": _Touch(EMPTY, EMPTY, [])}
         self.requests = np.zeros(len(tables.OPS), np.int64)
         self.bytes = np.zeros(len(tables.OPS), np.int64)
         self.begin_ns = self.end_ns = 0
+
+    def _use(self, resolver: Resolver) -> None:
+        self.resolver = resolver
+        count = resolver.named + resolver.bmap.volumes.num_rows
+        self._first = np.full(count, np.iinfo(np.int64).max, np.int64)
+        self._accesses, self._read, self._written = (np.zeros(count, np.int64) for _ in range(3))
+
+    def renew(self, resolver: Resolver) -> None:
+        """Count by the objects of a newer map from now on."""
+        self._older.append(self._objects())
+        if len(self._older) >= OBJECT_TABLES:
+            self._older = [_together(self._older)]
+        self._use(resolver)
 
     def add(self, accesses: Accesses, touched: Touched) -> None:
         """Count these."""
@@ -81,7 +98,12 @@ class Summary:
         writing = np.isin(accesses.op, [tables.OPS.index(op) for op in ("write", "trim", "zero")])
         for name, which in (("read", reading), ("written", writing)):
             self._touch[name].add(accesses.offset[which], (accesses.offset + accesses.length)[which])
-        touched = touched.take((reading | writing)[touched.access] & ~touched.inline)
+        self.late(accesses, touched.take(touched.state != HELD))
+
+    def late(self, accesses: Accesses, touched: Touched) -> None:
+        """Count the objects of these pieces; their requests were counted before."""
+        moving = np.isin(accesses.op, [tables.OPS.index(op) for op in ("read", "write", "trim", "zero")])
+        touched = touched.take(moving[touched.access] & ~touched.inline)
         op, length = accesses.op[touched.access], touched.end - touched.start
         np.minimum.at(self._first, touched.object, accesses.time_ns[touched.access])
         np.add.at(self._accesses, touched.object, 1)
@@ -95,6 +117,10 @@ class Summary:
 
     def objects(self) -> pa.Table:
         """Every object that was touched, in the order of its first access, as a table of the schema OBJECTS."""
+        return _together([*self._older, self._objects()]) if self._older else self._objects()
+
+    def _objects(self) -> pa.Table:
+        """The same of the map in force."""
         found = np.flatnonzero(self._accesses)
         found = found[np.argsort(self._first[found], kind="stable")]
         labels = self.resolver.labels(found)
@@ -121,3 +147,11 @@ class Summary:
             row = positions(tables.integers(table, "inode"), inode[mine])
             size[mine] = np.where(row >= 0, tables.integers(table, "size")[row], -1)
         return np.where(self.resolver.kind_of(objects) == tables.DATA, size, -1)
+
+
+def _together(parts: list[pa.Table]) -> pa.Table:
+    """Tables of the schema OBJECTS added up, in the order of the first access; sizes are those that are known last."""
+    joined = pa.concat_tables(parts).group_by(["disk", "kind", "device", "name"], use_threads=False)
+    sums = joined.aggregate([("size", "last"), ("first_ns", "min"), ("accesses", "sum"), ("read", "sum"), ("written", "sum")])
+    columns = {name.rpartition("_")[0] if name not in OBJECTS.names else name: sums.column(name) for name in sums.column_names}
+    return pa.Table.from_arrays([columns[name] for name in OBJECTS.names], OBJECTS.names).cast(OBJECTS).sort_by("first_ns")

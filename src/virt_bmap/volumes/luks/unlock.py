@@ -3,6 +3,7 @@
 Sources: cryptsetup docs/on-disk-format-luks1 (sections 2.4, 4.2), lib/luks1/af.c.
 """
 
+import functools
 import hashlib
 import hmac
 
@@ -81,6 +82,7 @@ def _digest(name: str, data: bytes) -> bytes:
         raise Unsupported(f"the hash {name!r} is not in this Python's OpenSSL", code="hash") from error
 
 
+@functools.lru_cache(maxsize=64)  # slow on purpose, and the disk of a watched guest is mapped again and again
 def derive(kdf: Kdf, secret: bytes, length: int) -> bytes:
     """The key of `length` bytes that the function makes of a secret."""
     if kdf.type == "pbkdf2":

@@ -1,0 +1,177 @@
+"""The map read again while the guest runs, by another process, from the server that the guest's own disk comes from.
+
+What the guest wrote is seen there even where it never reaches the image, and journals are replayed in memory as for any map. The process is asked by
+a line on its standard input, answers with a line of JSON, and hands the map over in a file in memory: Arrow's tables as they are, with all paths
+joined, so that taking over a map of any size is a matter of milliseconds.
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.errors import BmapError
+from virt_bmap.keys import Keys
+from virt_bmap.maps import map_disks
+from virt_bmap.watch.resolve import Resolver
+
+NICENESS = 10
+"""The guest and its disk go first."""
+PATHS = pa.schema([("volume", pa.int32()), ("inode", pa.int64()), ("path", pa.large_binary())])
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """A map that was read from `begun_ns` on, in `seconds`; or the reason why there is none."""
+
+    begun_ns: int
+    seconds: float
+    resolver: Resolver | None = None
+    error: str = ""
+
+
+class Refresher:
+    """The other process, as the watch sees it. One map at a time."""
+
+    def __init__(self, folder: str, uris: Sequence[str], keys: Keys) -> None:
+        self._folder = folder
+        self._number = 0
+        self._rest = b""
+        self.busy = False
+        self.ended = False
+        """The process is gone, which it should not be: there will be no more maps."""
+        with open(f"{folder}/refresh.err", "wb") as errors:
+            # in a process group of its own: what the terminal sends to the guest must not end it
+            self._process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                                             process_group=0)  # fmt: skip
+        assert self._process.stdin
+        assert self._process.stdout
+        self._to, self._from = self._process.stdin, self._process.stdout
+        os.set_blocking(self._from.fileno(), False)
+        self._tell(pickle.dumps((folder, list(uris), keys)))
+
+    def fileno(self) -> int:
+        """For select: readable when there is a result."""
+        return self._from.fileno()
+
+    def begin(self) -> None:
+        """Ask for a map of the disks as they are now."""
+        self.busy = True
+        self._tell(b"again\n")
+
+    def result(self) -> Refreshed | None:
+        """The map that was asked for, if it is done."""
+        if not self.busy:
+            return None
+        data = os.read(self._from.fileno(), 1 << 16) if self._readable() else None
+        if data == b"":
+            self.busy, self.ended = False, True
+            return Refreshed(0, 0.0, error=f"the process that reads it ended: {self._words()}")
+        self._rest += data or b""
+        if not self._rest.endswith(b"\n"):
+            return None
+        answer, self._rest, self.busy = json.loads(self._rest), b"", False
+        if answer["error"]:
+            return Refreshed(answer["begun_ns"], answer["seconds"], error=answer["error"])
+        self._number += 1
+        bmap = load(answer["file"])
+        os.unlink(answer["file"])  # the tables stay mapped
+        return Refreshed(answer["begun_ns"], answer["seconds"], Resolver(bmap, self._number, answer["begun_ns"]))
+
+    def _readable(self) -> bool:
+        import select
+
+        return bool(select.select([self._from], [], [], 0)[0])
+
+    def _tell(self, data: bytes) -> None:
+        try:
+            self._to.write(data)
+            self._to.flush()
+        except OSError:
+            self.ended = True
+
+    def _words(self) -> str:
+        lines = Path(self._folder, "refresh.err").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit status {self._process.wait()}"
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        self._from.close()
+        try:
+            self._to.close()
+        except OSError:
+            return  # it was gone before the last question reached it
+
+
+# ---- the other process ------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Answer until standard input ends, which it does with the watch."""
+    os.nice(NICENESS)
+    folder, uris, keys = pickle.load(sys.stdin.buffer)
+    for number, _ in enumerate(sys.stdin.buffer):
+        print(json.dumps(_answer(f"{folder}/map{number}", uris, keys)), flush=True)
+
+
+def _answer(file: str, uris: Sequence[str], keys: Keys) -> dict[str, Any]:
+    begun, started = time.time_ns(), time.monotonic()
+    error = ""
+    try:
+        save(map_disks(uris, keys=keys), file)
+    except BmapError as problem:
+        error = str(problem)
+    except OSError as problem:  # no room for it
+        error = f"{file}: {problem.strerror}"
+    return {"file": file, "begun_ns": begun, "seconds": time.monotonic() - started, "error": error}
+
+
+def save(bmap: BlockMap, file: str) -> None:
+    """The tables and all paths, one Arrow stream behind the other."""
+    with pa.OSFile(file, "wb") as out:
+        for table in (*(getattr(bmap, name) for name in BlockMap.TABLES), _paths(bmap)):
+            with pa.ipc.new_stream(out, table.schema) as stream:
+                stream.write_table(table.combine_chunks())
+
+
+def load(file: str) -> BlockMap:
+    """What `save` wrote, where it lies."""
+    source = pa.memory_map(file)
+    found = {}
+    for name in (*BlockMap.TABLES, "paths"):
+        with pa.ipc.open_stream(source) as stream:
+            found[name] = stream.read_all()
+    paths = found.pop("paths")
+    volume = tables.integers(paths, "volume")
+    bmap = BlockMap(**found)
+    for number in tables.integers(bmap.filesystems, "volume").tolist():
+        low, high = np.searchsorted(volume, [number, number + 1])
+        mine = paths.slice(low, high - low)
+        path = mine.column("path").combine_chunks()
+        bmap.given_paths[number] = tables.integers(mine, "inode"), path.chunk(0) if isinstance(path, pa.ChunkedArray) else path
+    return bmap
+
+
+def _paths(bmap: BlockMap) -> pa.Table:
+    parts = []
+    for volume in tables.integers(bmap.filesystems, "volume").tolist():
+        inode, path = bmap.paths(volume)
+        parts.append(pa.table([np.full(len(inode), volume, np.int32), inode, path], schema=PATHS))
+    return pa.concat_tables(parts) if parts else PATHS.empty_table()
+
+
+if __name__ == "__main__":
+    main()
