@@ -3,6 +3,9 @@
 serve     nbdkit in front of the disk, its log followed          plugin      the same inside nbdkit, for bmaplogger
 accesses  the log as columns                                     bmaplogger  the program around it
 resolve   accesses -> objects of the block map, in batches
-lines, summary, trace   what becomes of them: live log, totals, Parquet
+naming    which map names which access, while the guest changes its filesystems
+refresh   the map read again, by another process
+sinks     what lines, summary and trace have in common: they take the named accesses
+lines, summary, trace   live log, totals, Parquet
 session   one watched run of a command: all of the above until it ends
 """

@@ -26,7 +26,7 @@ SETTLE = 150 * MS
 """ns that a write may be under way: it is logged before it is served. What was written less than this before a map was begun may not be in it."""
 QUIET = 20 * MS
 """ns without metadata writes after which a new map is begun: they come in bursts."""
-LATEST = 200 * MS
+LATEST = 80 * MS
 """ns after which it is begun although they go on."""
 PATIENCE = 2000 * MS
 """ns that accesses wait for a new map; then the map in force names them, and they are marked."""
@@ -97,6 +97,10 @@ class Naming:
             return
         self._waiting.append(self._resolved(disk, accesses))
         self._release(time.time_ns())
+
+    def wake(self) -> list[Refresher]:
+        """What select should wait for beside the clock: a map that is being read."""
+        return [self._refresher] if self._refresher and self._refresher.busy else []
 
     def tick(self) -> None:
         """Take a map that is done, let go what has waited long enough, ask for a map that is due. To be called often."""

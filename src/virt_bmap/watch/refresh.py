@@ -8,6 +8,7 @@ joined, so that taking over a map of any size is a matter of milliseconds.
 import json
 import os
 import pickle
+import select
 import subprocess
 import sys
 import time
@@ -90,8 +91,6 @@ class Refresher:
         return Refreshed(answer["begun_ns"], answer["seconds"], Resolver(bmap, self._number, answer["begun_ns"]))
 
     def _readable(self) -> bool:
-        import select
-
         return bool(select.select([self._from], [], [], 0)[0])
 
     def _tell(self, data: bytes) -> None:
@@ -122,6 +121,8 @@ class Refresher:
 def main() -> None:
     """Answer until standard input ends, which it does with the watch."""
     os.nice(NICENESS)
+    import virt_bmap.paths  # noqa: F401 - slow to import, and the first map is waited for
+
     folder, uris, keys = pickle.load(sys.stdin.buffer)
     for number, _ in enumerate(sys.stdin.buffer):
         print(json.dumps(_answer(f"{folder}/map{number}", uris, keys)), flush=True)

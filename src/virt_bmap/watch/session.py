@@ -126,7 +126,7 @@ def _follow(disks: list[_Disk], naming: Naming, idle: Callable[[], None], ended:
         quiet = 0.0 if busy else quiet + TICK
         if quiet >= PAUSE:
             idle()
-        if select.select([ended], [], [], TICK)[0]:
+        if ended in select.select([ended, *naming.wake()], [], [], TICK)[0]:
             return
 
 
@@ -137,7 +137,7 @@ def _linger(disks: list[_Disk], naming: Naming, idle: Callable[[], None]) -> Non
         naming.tick()
         if not busy:
             idle()
-            time.sleep(TICK)
+            select.select(naming.wake(), [], [], TICK)
 
 
 def _settle(disks: list[_Disk], naming: Naming) -> None:
@@ -145,7 +145,7 @@ def _settle(disks: list[_Disk], naming: Naming) -> None:
     until = time.monotonic() + LAST_MAP
     while sum(_step(disk, naming) for disk in disks) or (not naming.is_settled and time.monotonic() < until):
         naming.tick()
-        time.sleep(TICK if not naming.is_settled else 0)
+        select.select(naming.wake(), [], [], 0 if naming.is_settled else TICK)
 
 
 def _end(disk: _Disk, naming: Naming, outcome: Outcome) -> None:
