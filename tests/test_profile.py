@@ -42,7 +42,7 @@ def write_trace(path: Path, accesses: list[Access], size: int = SIZE) -> str:
         while at < offset + length:
             number, end = at // FILE, min(offset + length, (at // FILE + 1) * FILE)
             objects.append({"device": "/dev/sda1", "kind": "data", "path": b"/dir/%d" % number, "part": None, "inode": number, "offset": at,
-                            "length": end - at, "file_offset": at - number * FILE, "inline": False})  # fmt: skip
+                            "length": end - at, "file_offset": at - number * FILE, "inline": False, "map": 0, "older": False})  # fmt: skip
             at = end
         rows.append(
             {"disk": 1, "time_ns": n * 10**9, "connection": 1, "op": op, "offset": offset, "length": length, "objects": objects}

@@ -98,9 +98,9 @@ class Naming:
         self._waiting.append(self._resolved(disk, accesses))
         self._release(time.time_ns())
 
-    def wake(self) -> list[Refresher]:
-        """What select should wait for beside the clock: a map that is being read."""
-        return [self._refresher] if self._refresher and self._refresher.busy else []
+    def wake(self) -> list[int]:
+        """File descriptors that select should wait for beside the clock: a map that is being read."""
+        return [self._refresher.fileno()] if self._refresher and self._refresher.busy else []
 
     def tick(self) -> None:
         """Take a map that is done, let go what has waited long enough, ask for a map that is due. To be called often."""
