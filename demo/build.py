@@ -121,22 +121,31 @@ def lvm_initramfs(root: Path, folder: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         run("debugfs", "-R", f"dump /{modules}/{name} {target}", root)
 
-    program = shutil.which("lvm", path="/usr/sbin:/sbin:" + os.environ.get("PATH", ""))
-    if not program:
+    found = shutil.which("lvm", path="/usr/sbin:/sbin:" + os.environ.get("PATH", ""))
+    if not found:
         sys.exit("demo: lvm is not installed (apt-get install lvm2)")
-    copy(Path(program), tree / "usr/sbin/lvm")
-    for library in re.findall(r"(/\S+) \(0x", run("ldd", program).decode()):
-        # /lib is a link to /usr/lib there, and must stay one
-        copy(Path(library), tree / (library[1:] if library.startswith("/lib64/") else f"usr/{library.removeprefix('/usr')[1:]}"))
+    program(Path(found), tree)
     (tree / "etc/lvm").mkdir(parents=True)
     (tree / "etc/lvm/lvm.conf").write_text(
         "activation { udev_rules = 0 udev_sync = 0 }\n"
     )  # no udev there to make the device nodes
-    names = "\n".join(sorted(str(path.relative_to(tree)) for path in tree.rglob("*")))
-    archive = run("cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0", "-D", tree, stdin=names.encode())
     result = folder / "initramfs-lvm"
-    result.write_bytes(zlib_gzip(archive))
+    result.write_bytes(archive(tree))
     return result
+
+
+def program(found: Path, tree: Path) -> None:
+    """Copy a program of this system into a tree, with the libraries that it is linked with."""
+    copy(found, tree / "usr/sbin" / found.name)
+    for library in re.findall(r"(/\S+) \(0x", run("ldd", found).decode()):
+        # /lib is a link to /usr/lib there, and must stay one
+        copy(Path(library), tree / (library[1:] if library.startswith("/lib64/") else f"usr/{library.removeprefix('/usr')[1:]}"))
+
+
+def archive(tree: Path) -> bytes:
+    """The tree as an initramfs, which may follow another."""
+    names = "\n".join(sorted(str(path.relative_to(tree)) for path in tree.rglob("*")))
+    return zlib_gzip(run("cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0", "-D", tree, stdin=names.encode()))
 
 
 def zlib_gzip(data: bytes) -> bytes:

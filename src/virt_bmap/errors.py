@@ -7,6 +7,7 @@
     |-- FormatError        what is on the disk
     |   |-- Corrupt        bytes contradict the format's own rules
     |   `-- Unsupported    features known but not read; says nothing about damage
+    |-- FreezeError        filesystems can't be frozen, or did not stay so
     |-- MapError           a saved map or trace can't be read, or belongs to another disk
     `-- OutputError        a result can't be written
 
@@ -51,6 +52,10 @@ class Unsupported(FormatError):
 
     def __init__(self, message: str, offset: int | None = None, code: str = "unsupported") -> None:
         super().__init__(message, offset, code)
+
+
+class FreezeError(BmapError):
+    """Filesystems can't be frozen, or were thawed before they were to be."""
 
 
 class MapError(BmapError):

@@ -16,8 +16,6 @@ from virt_bmap.mapping import PARITY, ROLES
 
 Ranges = tuple[Int, Int]
 NONE: Ranges = (EMPTY, EMPTY)
-TRUSTED = ("clean",)
-"""States in which an allocator is up to date."""
 
 
 @dataclass
@@ -57,7 +55,7 @@ def free_space(bmap: BlockMap, target: int, kinds: Callable[[int], tuple[int, ..
 def distrust(bmap: BlockMap, volume: int) -> str | None:
     """Why the allocator of the filesystem on a volume is not believed; None where it is, or where there is no filesystem."""
     _, system = bmap.slice_of("filesystems", volume)
-    if system.num_rows and (state := system.column("state")[0].as_py()) not in TRUSTED:
+    if system.num_rows and (state := system.column("state")[0].as_py()) not in tables.CONSISTENT:
         return f"its {system.column('type')[0].as_py()} is not clean: {state}"
     found = [row for row in bmap.problems.to_pylist() if row["volume"] == volume and row["severity"] != "note"]
     return f"it has a problem: {found[0]['code']}" if found else None

@@ -47,6 +47,11 @@ ENCRYPTED = 8
 """The bytes are ciphertext."""
 FLAGS = {"inline": INLINE, "shared": SHARED, "compressed": COMPRESSED, "encrypted": ENCRYPTED}
 
+# ---- what state a filesystem is in ------------------------------------------------------------------------------------
+
+CONSISTENT = ("clean", "frozen")
+"""States in which all of a filesystem's metadata is in place: nothing needs to be recovered. Frozen: still mounted when the disk was copied."""
+
 # ---- what an inode is -----------------------------------------------------------------------------------------------
 
 TYPES = ("file", "directory", "symlink", "char", "block", "fifo", "socket", "metadata", "unknown")
@@ -117,7 +122,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("block_size", I64, "the unit of allocation in bytes"),
         _field("size", I64, "bytes from the volume's start that the filesystem claims"),
         _field("root", I64, "inode of the root directory", "has no names"),
-        _field("state", TEXT, "clean, needs recovery, errors, damaged, ..."),
+        _field("state", TEXT, "clean, frozen (consistent, though mounted), needs recovery, errors, damaged, ..."),
         _field("features", TEXT, "space separated, in the words of the filesystem's own tools", "none"),
     ]),
     "inodes": pa.schema([

@@ -18,5 +18,6 @@ COMMANDS = {
     "cat": "write the content of a file to standard output",
     "extract": "copy files and trees out, with modes, times, links and holes",
     "sql": "ask saved maps, traces and results in SQL",
+    "freeze": "run a command while the filesystems of a guest or of this host stand still",
     "sparsify": "estimate what an image would give back to its host without its free space",
 }

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from virt_bmap import maps
+from virt_bmap import maps, tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import Progress, add_disk_options, human, keys_of, plural
 from virt_bmap.commands.dump import bar, doubts
@@ -84,7 +84,7 @@ def warn_of_doubts(bmap: BlockMap, volume: int, files: "Files") -> None:
     """Say on standard error what is wrong with the volume, and that content is read as it lies on the disk: a journal may hold newer (data=journal)."""
     for text in doubts(bmap, volume):
         print(f"virt-bmap: {text}", file=sys.stderr)
-    if files.state != "clean":
+    if files.state not in tables.CONSISTENT:
         print(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read as they lie on the disk, and what was "
               "written last may be missing from them", file=sys.stderr)  # fmt: skip
 

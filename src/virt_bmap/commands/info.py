@@ -19,7 +19,7 @@ COUNTS = ("block_size", "size", "free", "directories", "files")
 SCHEMA = pa.schema([
     ("volume", pa.int32()), ("parents", pa.list_(pa.int32())), ("disk", pa.int32()), ("kind", pa.string()), ("device", pa.string()),
     ("size", pa.int64()), ("type", pa.string()), ("label", pa.string()), ("uuid", pa.string()), ("detail", pa.string()),
-    ("filesystem", pa.struct([*((name, pa.string()) for name in FACTS), *((name, pa.int64()) for name in COUNTS)])),
+    ("filesystem", pa.struct([*((name, pa.string()) for name in FACTS), ("consistent", pa.bool_()), *((name, pa.int64()) for name in COUNTS)])),
     ("problems", pa.list_(pa.struct([("severity", pa.string()), ("code", pa.string()), ("offset", pa.int64()), ("detail", pa.string())]))),
 ])  # fmt: skip
 """The columns of `volumes`."""
@@ -75,6 +75,7 @@ def _filesystem(bmap: BlockMap, number: int, system: dict[str, Any]) -> dict[str
     types = tables.codes(inodes, "type")
     return {
         **{key: _safe(system[key]) for key in FACTS},
+        "consistent": system["state"] in tables.CONSISTENT,
         "block_size": system["block_size"], "size": system["size"], "free": int((high - low).sum()),
         "directories": int(np.count_nonzero(types == tables.T_DIRECTORY)), "files": int(np.count_nonzero(types == tables.T_FILE)),
     }  # fmt: skip
@@ -113,8 +114,9 @@ def _lines(row: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     lines = [", ".join(facts)]
     if system:
         counted = f"{plural(system['directories'], 'directory', 'directories')}, {plural(system['files'], 'file')}"
+        state = "frozen (consistent)" if system["state"] == "frozen" else system["state"]
         lines.append(
-            f"  {system['state']}; {human(system['free'])} free of {human(system['size'])}; blocks of {human(system['block_size'])}; {counted}"
+            f"  {state}; {human(system['free'])} free of {human(system['size'])}; blocks of {human(system['block_size'])}; {counted}"
         )
     lines += [f"{problem['severity']}: {problem['detail']}" for problem in row["problems"]]
     return lines

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -204,12 +203,3 @@ def _punch(fd: int, offset: int, length: int) -> None:
     """fallocate(2), which Python lacks. Where the filesystem can't, the log just stays."""
     if hasattr(_LIBC, "fallocate"):
         _LIBC.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(length))
-
-
-def forwarded(number: int, child: "subprocess.Popen[bytes]") -> None:
-    """Pass a signal on to the command, unless the terminal has sent it there already."""
-    with contextlib.suppress(OSError):
-        if number in (signal.SIGINT, signal.SIGQUIT) and os.tcgetpgrp(2) == os.getpgrp():
-            return
-    with contextlib.suppress(ProcessLookupError):
-        child.send_signal(number)

@@ -19,11 +19,12 @@ import numpy as np
 
 from virt_bmap.errors import UsageError
 from virt_bmap.keys import NO_KEYS, Keys
+from virt_bmap.signals import SIGNALS, forwarded
 from virt_bmap.watch.accesses import LogParser
 from virt_bmap.watch.naming import Naming
 from virt_bmap.watch.refresh import Refresher
 from virt_bmap.watch.resolve import Resolver
-from virt_bmap.watch.serve import Follower, Served, Source, forwarded, private_folder, serve
+from virt_bmap.watch.serve import Follower, Served, Source, private_folder, serve
 from virt_bmap.watch.sinks import Sink, Sinks
 
 TICK = 0.05
@@ -36,7 +37,6 @@ QUEUE = 1 << 10
 """Blocks of lines that may wait for a slow terminal."""
 LAST_MAP = 60.0
 """Seconds that the last map may take, which names what the command wrote just before it ended."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass

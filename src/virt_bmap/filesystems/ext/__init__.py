@@ -100,7 +100,11 @@ def _state(superblock: Superblock, problems: Problems) -> str:
     state = superblock.number("s_state")
     if state & STATE_ERRORS:
         return "errors"
-    return "clean" if state & STATE_CLEAN else "not clean"
+    if not state & STATE_CLEAN:
+        return "not clean"
+    # an unmount leaves no orphans: these are files that were deleted while open, on a filesystem that is still mounted (ext4_freeze)
+    orphans = superblock.number("s_last_orphan") or superblock.has("orphan_present")
+    return "frozen" if orphans else "clean"
 
 
 def _block_map(

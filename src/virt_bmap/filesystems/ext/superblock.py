@@ -43,6 +43,7 @@ SUPER = struct(SIZE, [
     (0x0CE, "s_reserved_gdt_blocks", "<u2"),
     (0x0D0, "s_journal_uuid", "V16"),
     (0x0E0, "s_journal_inum", "<u4"),
+    (0x0E8, "s_last_orphan", "<u4"),
     (0x0FD, "s_jnl_backup_type", "u1"),
     (0x0FE, "s_desc_size", "<u2"),
     (0x104, "s_first_meta_bg", "<u4"),

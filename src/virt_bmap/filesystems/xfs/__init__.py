@@ -71,7 +71,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     if geometry.size > reader.size:
         damage.add("truncated", f"filesystem of {geometry.size} bytes on a volume of {reader.size}", reader.size)
     reader, state = _recovered(reader, geometry, others, damage)
-    if state == "needs recovery":
+    if state in ("needs recovery", "frozen"):
         geometry = read_geometry(reader)  # the superblock may be in the log, too
     log = np.array([geometry.logstart])
     if geometry.logstart and geometry.holds(log, np.array([geometry.logblocks])).all():
@@ -116,6 +116,8 @@ def _recovered(reader: Reader, geometry: Geometry, others: Sequence[Reader], dam
     except FormatError as error:
         damage.add("log", f"log with {log.active} bytes of changes was not replayed: {error}", severity="warning")
         return reader, "needs recovery"
+    if done.superblock_only:  # xfs_fs_freeze empties the log, then logs the superblock so that orphans are freed after a crash
+        return done.reader, "frozen"
     damage.add(
         "replayed", "changes of the log are applied in memory, the image itself is unchanged", count=done.items, severity="note"
     )

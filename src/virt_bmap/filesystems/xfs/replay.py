@@ -107,11 +107,15 @@ Cancelled = Counter[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Replayed:
-    """A reader that shows the volume as it is after recovery; `unfinished` operations a kernel would then still finish."""
+    """A reader that shows the volume as it is after recovery; `unfinished` operations a kernel would then still finish.
+
+    `superblock_only`: all else was in place already.
+    """
 
     reader: Reader
     items: int
     unfinished: int
+    superblock_only: bool
 
 
 def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
@@ -138,7 +142,8 @@ def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
             _replay_icreate(memory, geometry, item, cancelled)
     begun = Counter((item.kind, _unpack("<Q", item.regions[0], 8)[0]) for item in items if item.kind in INTENTS)
     begun.subtract((item.kind - 1, _unpack("<Q", item.regions[0], 8)[0]) for item in items if item.kind - 1 in INTENTS)
-    return Replayed(memory.reader(), len(items), sum(count for count in begun.values() if count > 0))
+    superblock_only = all(item.kind == LI_BUF and _buffer(item)[0] == 0 for item in items)
+    return Replayed(memory.reader(), len(items), sum(count for count in begun.values() if count > 0), superblock_only)
 
 
 # ---- records, operations, transactions, items -------------------------------------------------------------------------
