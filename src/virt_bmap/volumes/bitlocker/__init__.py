@@ -43,9 +43,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
     (member,) = members
     assembly = Assembly()
     header = read_header(member.reader)
-    holders = ", ".join(PROTECTIONS.get(key.protection, f"protection {key.protection:#x}") for key in header.keys)
     assembly.uuids[member.number] = header.guid
-    assembly.details[member.number] = f"{header.cipher}, key held by {holders or 'nobody'}"
+    assembly.details[member.number] = f"{header.cipher}, {_holders(header)}"
     assembly.problems[member.number] = header.problems
     _add_metadata(assembly, member, header)
     secrets = member.keys.for_volume(member.name, header.guid)
@@ -54,11 +53,23 @@ def assemble(members: Sequence[Member]) -> Assembly:
         if header.refused:
             header.problems.append(Problem("unsupported", header.refused, 0, "note"))
         elif secrets:
-            header.problems.append(Problem("no-key", "none of the given keys opens it", -1, "warning"))
+            header.problems.append(
+                Problem(
+                    "no-key",
+                    f"none of the given keys opens it ({_holders(header)}; FVE metadata at byte {header.metadata[0]:#x})",
+                    header.metadata[0],
+                    "warning",
+                )
+            )
         _name_ciphertext(assembly, member, header)
     else:
         _add_volume(assembly, member, header, _cipher(header, key))
     return assembly
+
+
+def _holders(header: Header) -> str:
+    holders = ", ".join(PROTECTIONS.get(key.protection, f"protection {key.protection:#x}") for key in header.keys)
+    return f"key held by {holders or 'nobody'}"
 
 
 def _zones(header: Header) -> list[tuple[int, int]]:

@@ -109,7 +109,7 @@ def read_header(reader: Reader) -> Header:
     problems: list[Problem] = []
     data, at = _metadata(reader, offsets, problems)
     header = _header(reader, data, at, size)
-    header.metadata = [offset for offset in offsets if offset <= reader.size - FVE_SIZE]
+    header.metadata = sorted({at, *(offset for offset in offsets if offset <= reader.size - FVE_SIZE)})
     header.problems = problems
     if found[0] == ENCRYPT_ON_WRITE:  # a bitmap of blocks says which of them are encrypted already
         header.refused = "a volume that is being encrypted as it is written to (encrypt-on-write, Windows 10) is not read"

@@ -71,7 +71,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
     if header.segments:
         secrets = member.keys.for_volume(member.name, header.uuid)
         keys, refused = volume_keys(source, header, secrets) if secrets else ({}, [])
-        _open(assembly, member, header, keys, "; ".join(refused) or "none of the given keys opens it" if secrets else "")
+        _open(assembly, member, header, keys, ("; ".join(refused) or "none of the given keys opens it") if secrets else "")
     return assembly
 
 
@@ -98,7 +98,11 @@ def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, by
         parts = []
     if not parts or any(segment.cipher and cipher is None for segment, cipher in parts):
         if failed:
-            problems.append(Problem("no-key", failed, -1, "warning"))
+            slot = min((slot.offset for slot in header.slots), default=-1)
+            where = (
+                f" ({len(header.slots)} key slots, the first at byte {slot:#x})" if header.slots else " (there is no key slot)"
+            )
+            problems.append(Problem("no-key", failed + where, slot, "warning"))
         for segment in header.segments:
             flags = ENCRYPTED if segment.cipher else 0
             extent_rows(assembly, member).add(CONTENT, segment.offset, segment.size, part="encrypted", flags=flags)

@@ -62,12 +62,13 @@ def assemble(members: Sequence[Member]) -> Assembly:
         _stale(mine, text, name, assembly)
         if names.count(name) > 1:
             for pv in mine[:1]:
-                detail = f"there are {names.count(name)} volume groups called {name}: their volumes have the same device names"
-                assembly.problems[pv.member.number].append(Problem("duplicate-name", detail, -1, "warning"))
+                detail = (f"there are {names.count(name)} volume groups called {name}, so their volumes have the same device names; this one, with the metadata "
+                          f"at byte {pv.text_at:#x} of {pv.member.name}, has the id {text.sections[name].text('id')}")  # fmt: skip
+                assembly.problems[pv.member.number].append(Problem("duplicate-name", detail, pv.text_at, "warning"))
         try:
             read_group(new_group(text, name, mine, assembly))
         except Corrupt as error:
-            _unread(mine, Problem(error.code, f"volume group {name}: {error}"), assembly)
+            _unread(mine, error.code, f"volume group {name}: {error}", assembly)
     _orphans([pv for pv in pvs if pv.uuid not in claimed], assembly)
     return assembly
 
@@ -129,10 +130,10 @@ def _stale(pvs: list[Pv], newest: Section, name: str, assembly: Assembly) -> Non
                 assembly.problems.setdefault(pv.member.number, []).append(Problem("stale-metadata", detail, -1, "warning"))
 
 
-def _unread(pvs: list[Pv], problem: Problem, assembly: Assembly) -> None:
+def _unread(pvs: list[Pv], code: str, detail: str, assembly: Assembly) -> None:
     """The data areas of a group that can't be read are one piece each."""
     for pv in pvs:
-        assembly.problems.setdefault(pv.member.number, []).append(problem)
+        assembly.problems.setdefault(pv.member.number, []).append(Problem(code, detail, pv.text_at))
         _add_data_area(pv, assembly, CONTENT)
 
 
@@ -142,8 +143,7 @@ def _orphans(pvs: list[Pv], assembly: Assembly) -> None:
         if pv.empty or not pv.used:
             _add_data_area(pv, assembly, FREE)
             continue
-        detail = "its volume group's metadata lies on disks that were not given, or can't be read"
-        _unread([pv], Problem("incomplete", detail), assembly)
+        _unread([pv], "incomplete", "its volume group's metadata lies on disks that were not given, or can't be read", assembly)
 
 
 def _add_data_area(pv: Pv, assembly: Assembly, kind: int) -> None:

@@ -136,7 +136,8 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
         pv = by_uuid.get(uuid)
         if pv is None:
             group.physical[label] = None
-            group.missing[False, label] = uuid
+            hint = section.text("device")
+            group.missing[False, label] = f"{uuid} (once {hint})" if hint else uuid
             continue
         number, reader = pv.member.number, pv.member.reader
         start = section.number("pe_start", high=MAX_BYTES // SECTOR) * SECTOR

@@ -59,6 +59,11 @@ class Pv:
     copies: list[Section] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
+    @property
+    def text_at(self) -> int:
+        """The byte at which the first metadata area begins, for messages; the label's where there is none."""
+        return min((start for start, _ in self.areas), default=self.label_offset)
+
 
 def find_label(reader: Reader) -> int:
     """The byte offset of the label, in one of the first four sectors; -1 where there is none."""

@@ -4,6 +4,8 @@ Inner volumes keep their names (`/dev/VG/pool_tdata`); the store of a snapshot g
 device-mapper calls it. A thin pool or cache pool is no volume of its own: its data and metadata volumes are.
 """
 
+import re
+
 import numpy as np
 
 from virt_bmap.arrays import complement
@@ -24,6 +26,8 @@ from virt_bmap.volumes.stripes import Place, bounded
 
 MAX_SECTORS = 1 << 40
 """Of a cache volume, in which metadata and data have places of their own."""
+IMAGE = re.compile(r"_(rimage|rmeta|mimage|mlog)(_\d+)?$")
+"""Names that LVM keeps for the parts of RAID volumes and mirrors (lvm(8), "Valid names")."""
 MAX_DEVICE = 1 << 24
 """Thin devices are numbered in 24 bits (MAX_DEV_ID in dm-thin.c)."""
 
@@ -39,7 +43,7 @@ def read_group(group: Group) -> None:
             severity = "warning" if isinstance(error, Unsupported) else "error"
             for pv in group.pvs[:1]:
                 detail = f"logical volume {group.name}/{name}: {error}"
-                group.problem(pv.member.number, Problem(error.code, detail, -1, severity))
+                group.problem(pv.member.number, Problem(error.code, detail, pv.text_at, severity))
     _name_unread(group)
     add_free(group)
 
@@ -132,9 +136,10 @@ def _say_missing(group: Group, name: str, reference: int, size: int, rows: list[
     rebuilt = group.assembly.children[-1 - reference].open is not None
     words = "what is not there is computed from parity" if rebuilt else f"{here} of {size} bytes are there"
     ids = ", ".join(dict.fromkeys(absent))
-    # of an inner volume the one that needs it says whether anything is lost
-    severity = "note" if here == size or rebuilt or "VISIBLE" not in group.volumes[name].words("status") else "error"
-    group.problem(reference, Problem("missing-member", f"physical volume {ids} is missing: {words}", -1, severity))
+    # whether the loss of an image matters says the volume that is made of it
+    severity = "note" if here == size or rebuilt or IMAGE.search(name) else "error"
+    says = f", says the metadata at byte {group.pvs[0].text_at:#x} of {group.pvs[0].member.name}" if group.pvs else ""
+    group.problem(reference, Problem("missing-member", f"physical volume {ids} is missing{says}: {words}", -1, severity))
     if not rows:
         group.logical[name] = None
         group.missing[True, name] = ids

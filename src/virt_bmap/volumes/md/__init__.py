@@ -58,7 +58,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
         assembly.uuids[member.number], assembly.details[member.number] = found.uuid, f"superblock {found.version}"
     first = _first_minor(members)
     for minor, group in enumerate(groups.values()):
-        _add_array(assembly, group, f"/dev/md{first - minor if minor <= first else FIRST_MINOR + minor}")
+        strangers = [other.member.name for found in groups.values() if found is not group for other in found]
+        _add_array(assembly, group, f"/dev/md{first - minor if minor <= first else FIRST_MINOR + minor}", strangers)
     return assembly
 
 
@@ -68,8 +69,8 @@ def _first_minor(members: Sequence[Member]) -> int:
     return max(0, min(below, default=FIRST_MINOR + 1) - 1)
 
 
-def _add_array(assembly: Assembly, members: list[Superblock], name: str) -> None:
-    """One array, and the rows of its members' own metadata."""
+def _add_array(assembly: Assembly, members: list[Superblock], name: str, strangers: list[str]) -> None:
+    """One array, and the rows of its members' own metadata. `strangers` are members of other arrays, for messages."""
     try:
         array = gather(members)
         size, rows, parity = place(array)
@@ -84,7 +85,7 @@ def _add_array(assembly: Assembly, members: list[Superblock], name: str) -> None
         "md", name, size, rows, head.uuid, head.name.rpartition(":")[2] or None, _state(array),
         open=partial(RebuiltReader, stripes=parity) if parity and degraded else None,
     )  # fmt: skip
-    _describe(assembly, array, cut)
+    _describe(assembly, array, cut, strangers)
     assembly.children.append(child)
 
 
@@ -96,7 +97,7 @@ def _state(array: Array) -> str:
     return ", ".join(words)
 
 
-def _describe(assembly: Assembly, array: Array, cut: int) -> None:
+def _describe(assembly: Assembly, array: Array, cut: int, strangers: list[str]) -> None:
     """Rows and problems of the members, and what is wrong with the array as a whole."""
     for one in array.members:
         rows, size = extent_rows(assembly, one.member), one.member.reader.size
@@ -110,7 +111,9 @@ def _describe(assembly: Assembly, array: Array, cut: int) -> None:
     if missing := [slot for slot, one in enumerate(array.slots) if one is None]:
         beyond = lost(array)
         words = "its bytes are lost" if beyond else REDUNDANCY.get(array.head.level, "there are copies")
-        detail = f"members in slots {', '.join(map(str, missing))} are missing: {words}"
+        head = array.head
+        detail = f"members in slots {', '.join(map(str, missing))} are missing, says the superblock at byte {head.offset:#x} of {head.member.name}: {words}"
+        detail += f"; {', '.join(strangers)} belong to other arrays" if strangers else ""
         problems.append(Problem("missing-member", detail, -1, "error" if beyond else "note"))
     if cut:
         problems.append(Problem("truncated", f"{cut} of its bytes lie behind the end of their disks"))
