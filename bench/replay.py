@@ -51,7 +51,7 @@ def guest(uri: str, folder: Path) -> list[str]:
     """The demo's guest; it switches itself off once it is up."""
     accelerator = os.environ.get("ACCEL", "tcg")
     return ["timeout", str(LIMIT), "qemu-system-x86_64", "-accel", accelerator, "-m", "512", "-nodefaults", "-display", "none", "-no-reboot",
-            "-serial", f"file:{folder}/console.txt", "-drive", f"file={uri},format=raw,if=virtio"]  # fmt: skip
+            "-serial", f"file:{folder}/console.txt", "-drive", f"file={uri},format=raw,if=virtio,snapshot=on"]  # fmt: skip
 
 
 def boot(disk: Path, profile: Path, way: str, delay: int) -> tuple[float, float, int]:
@@ -59,28 +59,11 @@ def boot(disk: Path, profile: Path, way: str, delay: int) -> tuple[float, float,
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         log = folder / "far.log"
-        far = [
-            "--filter=cow",
-            "--filter=log",
-            "--filter=delay",
-            "file",
-            str(disk),
-            f"logfile={log}",
-            f"delay-read={delay}ms",
-            "cow-block-size=4096",
-        ]
+        far = ["-r", "--filter=log", "--filter=delay", "file", str(disk), f"logfile={log}", f"delay-read={delay}ms"]
         with contextlib.ExitStack() as stack:
             uri = stack.enter_context(nbdkit(folder, "far", *far))
             if way != WAYS[0]:
-                near = [
-                    "--filter=cow",
-                    "--filter=cache",
-                    "nbd",
-                    f"uri={uri}",
-                    "shared=true",
-                    "cache-on-read=true",
-                    "cow-block-size=4096",
-                ]
+                near = ["-r", "--filter=cache", "nbd", f"uri={uri}", "shared=true", "cache-on-read=true"]
                 uri = stack.enter_context(nbdkit(folder, "near", *near))
             start = time.monotonic()
             if way == WAYS[2]:

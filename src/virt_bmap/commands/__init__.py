@@ -17,6 +17,7 @@ COMMANDS = {
     "dump": "copy a volume to a file, sparse, free space left out if wanted",
     "cat": "write the content of a file to standard output",
     "extract": "copy files and trees out, with modes, times, links and holes",
+    "report": "a map, and traces of its disks, as one HTML page",
     "sql": "ask saved maps, traces and results in SQL",
     "freeze": "run a command while the filesystems of a guest or of this host stand still",
     "sparsify": "estimate what an image would give back to its host without its free space",

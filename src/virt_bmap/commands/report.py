@@ -1,0 +1,40 @@
+"""`virt-bmap report`: a map and traces as one HTML page."""
+
+import argparse
+import os
+import sys
+
+from virt_bmap.commands.common import add_disk_options, human, map_or_disks, plural
+from virt_bmap.errors import UsageError
+
+HELP = "draw a map, and traces of its disks, as one HTML page that needs no network"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("map", metavar="MAP-or-DISK", nargs="?", help="a saved map, or a disk to map now")
+    parser.add_argument("trace", metavar="TRACE", nargs="*", help="traces of the map's disks")
+    parser.add_argument("-o", "--output", metavar="PAGE", help="the HTML file to write; required")
+    parser.add_argument("--title", metavar="TEXT", help="the page's heading (default: the name of the map or disk)")
+    add_disk_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from virt_bmap.outputs.files import replacing
+
+    if not args.output:
+        raise UsageError("report needs -o PAGE, the file to write")
+    if args.map is None and not args.add:
+        raise UsageError("report needs a saved map or a disk")
+    given, names = ([], [args.map, *args.trace]) if args.add else ([args.map], args.trace)
+    names = [name for name in names if name is not None]
+    title = args.title or os.path.basename(args.add[0] if args.add else args.map)
+    from virt_bmap.report.page import page
+    from virt_bmap.traces import load, read
+
+    for name in names:
+        read(name)  # before a disk is mapped: a slip should cost no time
+    bmap = map_or_disks(args, given)
+    with replacing(args.output) as file:
+        size = file.write(page(bmap, load(names, bmap) if names else None, title))
+    print(f"{args.output}: {human(size)} written, {plural(len(names), 'trace')} in it", file=sys.stderr)
+    return 0
