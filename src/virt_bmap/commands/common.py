@@ -14,6 +14,7 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS
 from virt_bmap.keys import Keys
+from virt_bmap.outputs.amounts import human as human
 from virt_bmap.reader import Reader
 
 if TYPE_CHECKING:
@@ -124,15 +125,6 @@ class Progress:
             task = bar.add_task("", total=None, read="")
             while not self._done.wait(0.1):
                 bar.update(task, description=self._what, read=human(sum(disk.requested for disk in self._disks)))
-
-
-def human(size: int) -> str:
-    """Bytes for people, in binary units with one decimal: 4.0 KiB."""
-    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 SUFFIXES = {"": 1, "s": 512, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
@@ -11,10 +12,13 @@ from virt_bmap.commands.common import add_disk_options, human, keys_of, map_disk
 from virt_bmap.errors import OutputError
 
 if TYPE_CHECKING:
-    from virt_bmap.watch.session import Outcome
+    from virt_bmap.watch.resolve import Resolver
+    from virt_bmap.watch.session import Outcome, Runner
     from virt_bmap.watch.sinks import Sink
     from virt_bmap.watch.summary import Summary
 
+LAST_WORDS = 10
+"""Lines of a failed command's output that are left on the terminal when the screen is gone."""
 NAME = "watch"
 HELP = "run a command, such as a guest, on a disk and log which files it reads and writes"
 
@@ -47,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no live log")
     parser.add_argument(
+        "--tui", action="store_true", help="show what goes on as a picture of the disk with lists, instead of the live log"
+    )
+    parser.add_argument(
         "--no-refresh", action="store_true", help="name everything by the map from the start, even where metadata is written"
     )
     add_disk_options(parser)
@@ -66,15 +73,15 @@ def run(args: argparse.Namespace) -> int:
     images = [args.disk, *args.add]
     sources = [source(image, args.format, args.references) for image in images]
     keys = keys_of(args)
+    tui = args.tui and _can_show()
     resolver = Resolver(saved(args.map, sources) if args.map else map_disks(args, images, keys))
-    refresh = None if args.no_refresh else keys
     disks = range(1, len(sources) + 1)
     summaries = {disk: Summary(resolver, disk) for disk in disks}
     with contextlib.ExitStack() as stack:
         printer = Printer(stack.enter_context(_text(args.log)))
         lines = {disk: LineLog(resolver, printer.write, args.inline) for disk in disks}
         sinks: list[Sink] = [EachDisk(summaries)]
-        if not args.quiet:
+        if not args.quiet and not (tui and args.log == "-"):
             sinks.append(EachDisk(lines))
         if args.output:
             trace = Trace(resolver, stack.enter_context(replacing(args.output)))
@@ -85,10 +92,14 @@ def run(args: argparse.Namespace) -> int:
             for line in lines.values():
                 line.flush()
 
-        # nargs=PARSER leaves a further -- to the command, but Python before 3.13 the first one, too
-        command = args.command[1:] if args.command[0] == "--" else args.command
+        def go(run: "Runner | None" = None) -> "Outcome":
+            # nargs=PARSER leaves a further -- to the command, but Python before 3.13 the first one, too
+            command = args.command[1:] if args.command[0] == "--" else args.command
+            refresh = None if args.no_refresh else keys
+            return watch(resolver, sources, command, sinks, write=args.write, idle=flush, refresh=refresh, run=run)
+
         try:
-            outcome = watch(resolver, sources, command, sinks, write=args.write, idle=flush, refresh=refresh)
+            outcome = _show(resolver, sinks, go) if tui else go()
         finally:
             flush()
             printer.close()
@@ -99,6 +110,30 @@ def run(args: argparse.Namespace) -> int:
     for warning in _warnings(outcome, printer.dropped):
         print(f"virt-bmap: {warning}", file=sys.stderr)
     return outcome.status
+
+
+def _can_show() -> bool:
+    """Is there a terminal for --tui, and the package that draws on it? Says so where there is not."""
+    missing = None if sys.stdin.isatty() and sys.stdout.isatty() else "needs a terminal"
+    if not missing and not importlib.util.find_spec("textual"):
+        missing = "needs the Python package textual (pip install 'virt-bmap[tui]')"
+    if missing:
+        print(f"virt-bmap: --tui {missing}: plain lines instead", file=sys.stderr)
+    return not missing
+
+
+def _show(resolver: "Resolver", sinks: "list[Sink]", go: "Callable[[Runner], Outcome]") -> "Outcome":
+    """The watch under the screen; what the command said at last, where it failed."""
+    from virt_bmap.watch.activity import Activity
+    from virt_bmap.watch.screen import show
+
+    activity = Activity(resolver)
+    sinks.append(activity)
+    outcome, said = show(activity, go)
+    if outcome.status:
+        for line in said[-LAST_WORDS:]:
+            print(line, file=sys.stderr)
+    return outcome
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -37,6 +37,9 @@ QUEUE = 1 << 10
 """Blocks of lines that may wait for a slow terminal."""
 LAST_MAP = 60.0
 """Seconds that the last map may take, which names what the command wrote just before it ended."""
+
+Runner = Callable[[Sequence[str], Mapping[str, str]], contextlib.AbstractContextManager["subprocess.Popen[bytes]"]]
+"""Starts a command, given as its words and environment, and looks after it until the block ends."""
 
 
 @dataclass
@@ -72,12 +75,12 @@ class _Disk:
 
 def watch(
     resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: Sequence[Sink],
-    *, write: bool = False, idle: Callable[[], None] = lambda: None, refresh: Keys | None = NO_KEYS,
+    *, write: bool = False, idle: Callable[[], None] = lambda: None, refresh: Keys | None = NO_KEYS, run: "Runner | None" = None,
 ) -> Outcome:  # fmt: skip
     """Serve the disks, run the command, and give its accesses with what they touched to every sink.
 
     `idle` is called when nothing has happened for a while. `refresh` has the keys with which the map is read again where the command writes metadata;
-    None: it is not. Blocks until the command has ended and all was named.
+    None: it is not. `run` starts the command, on our own terminal unless told. Blocks until the command has ended and all was named.
     """
     if not shutil.which(command[0]):
         raise UsageError(f"{command[0]}: no such command")
@@ -90,7 +93,7 @@ def watch(
             stack.callback(refresher.close)
         naming = Naming(resolver, Sinks(sinks), refresher)
         outcome = Outcome()
-        with _child(command, [disk.served for disk in disks]) as (child, ended):
+        with _child(command, [disk.served for disk in disks], run or foreground) as (child, ended):
             _follow(disks, naming, idle, ended)
             outcome.status = child.wait()
         if outcome.status < 0:
@@ -171,25 +174,38 @@ def _step(disk: _Disk, naming: Naming) -> bool:
 
 
 @contextlib.contextmanager
-def _child(command: Sequence[str], served: Sequence[Served]) -> "Iterator[tuple[subprocess.Popen[bytes], int]]":
-    """The running command, with a file descriptor that can be read once it has ended. Signals that we get are passed on to it."""
+def _child(command: Sequence[str], served: Sequence[Served], run: Runner) -> "Iterator[tuple[subprocess.Popen[bytes], int]]":
+    """The running command, with a file descriptor that can be read once it has ended."""
     words = _words(served)
-    arguments = [substituted(part, words) for part in command]
-    try:
-        child = subprocess.Popen(arguments, env={**os.environ, **words})
-    except OSError as error:
-        raise UsageError(f"{command[0]}: can't be run: {error.strerror}") from error
+    with run([substituted(part, words) for part in command], {**os.environ, **words}) as child:
+        ended = os.pidfd_open(child.pid)
+        try:
+            yield child, ended
+        finally:
+            os.close(ended)
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+
+
+@contextlib.contextmanager
+def foreground(arguments: Sequence[str], environment: Mapping[str, str]) -> "Iterator[subprocess.Popen[bytes]]":
+    """The command on our own terminal. Signals that we get are passed on to it."""
+    child = started(arguments, environment)
     before = {number: signal.signal(number, lambda number, _: forwarded(number, child)) for number in SIGNALS}
-    ended = os.pidfd_open(child.pid)
     try:
-        yield child, ended
+        yield child
     finally:
-        os.close(ended)
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def started(arguments: Sequence[str], environment: Mapping[str, str], **streams: Any) -> "subprocess.Popen[bytes]":
+    """The running command; UsageError where it can't be run."""
+    try:
+        return subprocess.Popen(arguments, env=environment, **streams)
+    except OSError as error:
+        raise UsageError(f"{arguments[0]}: can't be run: {error.strerror}") from error
 
 
 def _words(served: Sequence[Served]) -> dict[str, str]:
