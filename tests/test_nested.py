@@ -7,6 +7,7 @@ import pytest
 
 from support import assert_proven, content, need, run, tree
 from virt_bmap.blockmap import BlockMap
+from virt_bmap.errors import UsageError
 from virt_bmap.images.raw import RawReader
 from virt_bmap.nested import MAX_LEVELS, parse
 from virt_bmap.survey import survey
@@ -53,6 +54,11 @@ def test_a_file_by_its_path(disk: Path) -> None:
     expected = np.random.default_rng(3).bytes(700_000)
     inode = tree(bmap, volume)["/file"]
     assert content(bmap, [RawReader(str(disk))], volume, inode) == expected
+
+
+def test_a_file_that_is_not_there(disk: Path) -> None:
+    with pytest.raises(UsageError, match="no file '/none.img' on any filesystem"):
+        mapped(disk, "/plain.img", "none.img")
 
 
 def test_all_of_them(disk: Path) -> None:

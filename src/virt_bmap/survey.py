@@ -4,6 +4,7 @@ Every volume is looked at once. A volume module turns it (with others) into more
 volume that spans several members waits until no other volume is left to look at, so that all its members are known.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -15,7 +16,7 @@ from virt_bmap import filesystems, foreign, tables, volumes
 from virt_bmap.arrays import complement
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.contract import Assembly, Child, Filesystem, Member, Problem
-from virt_bmap.errors import FormatError, Unsupported
+from virt_bmap.errors import FormatError, Unsupported, UsageError
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.mapping import Rows
 from virt_bmap.nested import MAX_IMAGES, MAX_LEVELS, NOTHING, Nested, images
@@ -77,6 +78,8 @@ def survey_open(
 class _Survey:
     def __init__(self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys, nested: Nested) -> None:
         self.nested, self.images = nested, 0
+        self.seen: set[bytes] = set()
+        """Paths of nested images that were found."""
         self.volumes: list[_Volume] = []
         self.progress = progress
         self.keys = keys
@@ -102,6 +105,8 @@ class _Survey:
             if self.nested and level < MAX_LEVELS:
                 for volume, _ in fresh:
                     self._open_images(volume)
+        if absent := sorted(self.nested.paths - self.seen):
+            raise UsageError(f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk")
         for volume in self.volumes:
             self._tile(volume)
         return self._tables()
@@ -111,6 +116,7 @@ class _Survey:
         if not parent.filesystem:
             return
         for image in images(parent.filesystem, parent.reader, self.nested):
+            self.seen.add(image.path)
             name = f"{parent.name}:{image.path.decode(errors='backslashreplace')}"
             if image.refused or self.images >= MAX_IMAGES:
                 why = image.refused or f"is one of more than {MAX_IMAGES} images: it is not opened"
