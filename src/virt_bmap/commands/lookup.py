@@ -8,15 +8,7 @@ from typing import Any
 import numpy as np
 
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import (
-    add_disk_options,
-    add_nested_option,
-    add_result_options,
-    emit_records,
-    map_or_disks,
-    number,
-    plural,
-)
+from virt_bmap.commands.common import add_disk_options, add_result_options, emit_records, map_or_disks, number, plural
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.records import SCHEMA, owner_records
@@ -42,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="DEVICE", help="with a log of several devices: whose accesses")
     group.add_argument("--disk", metavar="N", type=int, help="the disk that the ranges are of, from 1 (default: 1)")
     add_disk_options(parser)
-    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -133,18 +124,22 @@ def _many(args: argparse.Namespace) -> int:
 
 def _read_ranges(args: argparse.Namespace) -> Ranges:
     """The ranges of --ranges; read before any disk is, so that a slip costs no time."""
-    if args.ranges == "-" and args.keys_from_stdin:
+    data, source = read_list(args.ranges, args.keys_from_stdin)
+    block_size = None if args.block_size is None else number(args.block_size)
+    return parse(data, source, args.status, block_size, args.op, args.device)
+
+
+def read_list(path: str, keys_from_stdin: bool) -> tuple[bytes, str]:
+    """The content of the file that --ranges names, and its name for messages; `-` is standard input."""
+    if path == "-" and keys_from_stdin:
         raise UsageError("standard input can hold ranges or keys, not both")
     try:
-        if args.ranges == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            with open(args.ranges, "rb") as file:
-                data = file.read()
+        if path == "-":
+            return sys.stdin.buffer.read(), "standard input"
+        with open(path, "rb") as file:
+            return file.read(), path
     except OSError as error:
-        raise ImageError(f"{args.ranges}: can't be read: {error.strerror}") from error
-    block_size = None if args.block_size is None else number(args.block_size)
-    return parse(data, "standard input" if args.ranges == "-" else args.ranges, args.status, block_size, args.op, args.device)
+        raise ImageError(f"{path}: can't be read: {error.strerror}") from error
 
 
 def hit_line(row: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from virt_bmap.errors import ImageError, MissingTool, UsageError
-from virt_bmap.images.magic import FORMATS
+from virt_bmap.images.magic import FORMATS, recognise
 from virt_bmap.images.nbd import NbdReader
 from virt_bmap.images.raw import RawReader
 from virt_bmap.images.status import DEPTH, DIRTY, StatusReader
@@ -110,6 +110,41 @@ def block_options(image: RawReader, format: str, references: bool, depth: int) -
             backing.close()
         options |= {f"backing.{key}": value for key, value in below.items()}
     return options
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One image of a backing chain: its file, its format, and the bytes of its clusters."""
+
+    path: str
+    format: str
+    cluster: int
+
+
+def backing_chain(path: str, format: str | None) -> list[Layer]:
+    """An image and those below it, uppermost first, as their headers name them. Nothing is opened but to read these headers."""
+    chain: list[Layer] = []
+    while True:
+        if len(chain) >= MAX_CHAIN:
+            raise ImageError(f"{path}: its backing chain is longer than {MAX_CHAIN} files, or a loop")
+        image = RawReader(path)
+        try:
+            format = format or recognise(image) or "raw"
+            found = _references(image, format)
+            chain.append(Layer(path, format, _cluster(image, format)))
+        finally:
+            image.close()
+        if not found.backing:
+            return chain
+        path, format = os.path.join(os.path.dirname(os.path.abspath(path)), found.backing), found.backing_format
+        if not format:
+            return chain  # whoever opens the chain says what is missing
+
+
+def _cluster(image: Reader, format: str) -> int:
+    """qcow2.rst, "Header": cluster_bits; 64 KiB, which is the default, for all others."""
+    bits = struct.unpack_from(">I", image.read_clipped(20, 4))[0] if format == "qcow2" else 16
+    return 1 << min(max(bits, 9), 21)
 
 
 def _file_driver(path: str) -> str:

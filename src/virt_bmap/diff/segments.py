@@ -1,0 +1,157 @@
+"""A delta cut into segments, each with one owner in the old map and one in the new one, in terms that both share."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from virt_bmap import tables
+from virt_bmap.arrays import EMPTY, Bool, Int
+from virt_bmap.diff import objects as matched
+from virt_bmap.diff.compare import SECTOR, compare
+from virt_bmap.diff.delta import Delta
+from virt_bmap.diff.objects import CONTENT, Objects, Side
+from virt_bmap.diff.tiles import Records, Tiles, tiles, touched
+from virt_bmap.explain import record_size
+from virt_bmap.reader import Reader
+
+Readers = tuple[list[Reader], list[Reader]]
+"""The readers of the volumes of the old and of the new map, by their numbers."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One map's side of the segments: whose they are, in terms that both maps share. `object` -1: no file's."""
+
+    tiles: Tiles
+    object: Int
+    volume: Int
+    kind: Int
+    part: Int
+    offset: Int
+    """Where in the file the segment begins; -1: not content of a file."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The delta as both maps see it, row by row; `same`: the bytes are known to be equal on both sides."""
+
+    old: View
+    new: View
+    size: Int
+    same: Bool
+
+
+class Content:
+    """Compares the content of volumes on both sides."""
+
+    def __init__(self, objects: Objects, readers: Readers) -> None:
+        self.objects, self.old, self.new = objects, *readers
+
+    def equal(self, volume: int, old: Int, new: Int, length: Int, block: int = SECTOR) -> Int:
+        """How many bytes of pieces of a volume of the new map are in blocks that are equal to what lies at `old` in its counterpart."""
+        result = np.zeros(len(length), np.int64)
+        for blocks in compare(self.old[int(self.objects.old_volume[volume])], old, self.new[volume], new, length, block):
+            np.add.at(result, blocks.piece, np.where(blocks.equal, blocks.length, 0))
+        return result
+
+    def different(self, records: Records) -> Bool:
+        """Which records of the new map differ from what lay at the same place before? A file whose record only lies in the same block is not to blame."""
+        different = np.ones(len(records.record), bool)
+        for volume in np.unique(records.volume).tolist():
+            before = int(self.objects.old_volume[volume])
+            if before < 0:
+                continue
+            reach = min(self.old[before].size, self.new[volume].size)
+            mine = np.flatnonzero((records.volume == volume) & (records.end <= reach))
+            start, size = records.start[mine], records.end[mine] - records.start[mine]
+            if len(mine):
+                different[mine] = self.equal(volume, start, start, size, int(size.max())) < size
+        return different
+
+
+def segments(objects: Objects, disk: int, delta: Delta, words: "Words", content: Content | None) -> Segments:
+    """The delta of disk number `disk`, cut where an owner changes in either map and where bytes are known to be equal."""
+    sides = [tiles(side.bmap, disk, delta.starts, delta.ends, records)
+             for side, records in zip((objects.old, objects.new), _changed_records(objects, disk, delta, content), strict=True)]  # fmt: skip
+    equal = delta.same or (EMPTY, EMPTY)
+    bounds = np.unique(np.concatenate([*(side.start for side in sides), *(side.end for side in sides), *equal]))
+    old, new = (side.cut(bounds) for side in sides)
+    at = np.searchsorted(equal[0], new.start, "right") - 1
+    same = (at >= 0) & (new.start < equal[1][at]) if len(equal[0]) else np.zeros(len(new.start), bool)
+    seen = _view(objects.old, objects.of_old, words, old), _view(objects.new, objects.of_new, words, new)
+    return Segments(*seen, new.end - new.start, same)
+
+
+def _view(side: Side, of_side: Int, words: "Words", found: Tiles) -> View:
+    extents, row, owned = side.bmap.extents, np.maximum(found.extent, 0), found.extent >= 0
+
+    def column(values: Int) -> Int:
+        return np.where(owned, values[row], -1) if len(values) else np.full(len(row), -1, np.int64)
+
+    owner = column(side.owner)
+    owner = np.where(owner >= 0, of_side[owner], -1) if len(of_side) else owner
+    kind, offset = column(tables.codes(extents, "kind").astype(np.int64)), column(tables.integers(extents, "file_offset"))
+    content = owned & (offset >= 0) & np.isin(kind, CONTENT)
+    offset = np.where(content, offset + found.inside - column(tables.integers(extents, "volume_offset")), -1)
+    owner = np.where(found.record >= 0, found.record, owner)
+    return View(found, owner, words.volume(side, found.volume), kind, words.part(side, column(side.part)), offset)
+
+
+# ---- records ----------------------------------------------------------------------------------------------------------
+
+
+def _changed_records(objects: Objects, disk: int, delta: Delta, content: Content | None) -> tuple[Records, Records]:
+    """The inodes' records that changed, numbered by object: in the old map those of files that are gone, in the new one all others."""
+    none = Records(EMPTY, EMPTY, EMPTY, EMPTY)
+    if delta.only_owners:
+        return none, none
+    gone = np.flatnonzero((objects.event == matched.DELETED) & (objects.new_row < 0))
+    alive = matched.pick(objects.new.alive, objects.new_row) | (objects.event != matched.NONE)  # not what was gone before, too
+    here = np.flatnonzero((objects.new_row >= 0) & alive)
+    old, new = _records(objects.old, objects.old_row[gone], gone), _records(objects.new, objects.new_row[here], here)
+    if content is None:
+        return old, new.take(objects.event[new.record] != matched.NONE)
+    new = new.take(touched(objects.new.bmap, disk, delta.starts, delta.ends, new))
+    return old, new.take(content.different(new))
+
+
+def _records(side: Side, rows: Int, numbers: Int) -> Records:
+    """The records of these inode rows, where the filesystem's all have one size and a place of their own."""
+    volume, place = side.volume[rows], side.record_offset[rows]
+    size = np.zeros(side.bmap.volumes.num_rows, np.int64)
+    for number in np.unique(volume).tolist():
+        size[number] = record_size(side.bmap, number)
+    keep = (place >= 0) & (size[volume] > 0) & (side.type[rows] != tables.T_METADATA)
+    volume, place = volume[keep], place[keep]
+    return Records(volume, place, place + size[volume], numbers[keep])
+
+
+# ---- common words -----------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """The volumes and parts of both maps in common numbers: those of the new map, and behind them what only the old one has."""
+
+    def __init__(self, objects: Objects) -> None:
+        old, new = objects.old.bmap, objects.new.bmap
+        parts = [bmap.extents.column("part").combine_chunks().dictionary.to_pylist() for bmap in (old, new)]
+        self.parts: list[str] = list(dict.fromkeys([*parts[1], *parts[0]]))
+        known = {word: number for number, word in enumerate(self.parts)}
+        self._old, self._new = (np.array([*(known[word] for word in mine), -1], np.int64) for mine in parts)
+        self._old_side = objects.old
+        back = {before: after for after, before in enumerate(objects.old_volume.tolist()) if before >= 0}
+        self.volumes: list[str] = new.volumes.column("name").to_pylist()
+        for number, name in enumerate(old.volumes.column("name").to_pylist()):
+            if number not in back:
+                back[number] = len(self.volumes)
+                self.volumes.append(name)
+        self.volume_of_old = np.array([back[number] for number in range(old.volumes.num_rows)], np.int64)
+
+    def part(self, side: Side, codes: Int) -> Int:
+        """One map's codes of parts (-1: none) in common numbers."""
+        found: Int = (self._old if side is self._old_side else self._new)[codes]
+        return found
+
+    def volume(self, side: Side, numbers: Int) -> Int:
+        """One map's volumes (-1: none) in common numbers."""
+        return np.where(numbers >= 0, self.volume_of_old[numbers], -1) if side is self._old_side else numbers

@@ -1,0 +1,145 @@
+"""Both sides of a comparison, opened: images, NBD exports, backing chains, saved maps."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from virt_bmap import maps
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.diff import identity
+from virt_bmap.diff.delta import CLUSTER
+from virt_bmap.errors import ImageError, MapError, UsageError
+from virt_bmap.images import open_image
+from virt_bmap.images.magic import is_uri
+from virt_bmap.images.status import DEPTH, DIRTY
+from virt_bmap.keys import NO_KEYS, Keys
+from virt_bmap.ranges import Ranges
+from virt_bmap.reader import Reader
+from virt_bmap.survey import survey_open
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: `old` and `new` are images, block devices, NBD URIs or saved maps; `old` None: the backing chain of `new`, or nothing older is there.
+
+    `bitmap` names a dirty bitmap of `new`; `ranges` are changed ranges of disk number `disk`. `verify` reads what other means call changed. `force` compares
+    what does not look like one disk. `formats` are those of old and new, None to go by magic.
+    """
+
+    old: str | None
+    new: str
+    bitmap: str | None = None
+    ranges: Ranges | None = None
+    disk: int = 1
+    verify: bool = False
+    force: bool = False
+    formats: tuple[str | None, str | None] = (None, None)
+    references: bool = False
+    keys: Keys = NO_KEYS
+
+
+@dataclass(frozen=True)
+class Telling:
+    """How progress is told: `mapping` is given the open disks of a side and returns what hears each volume's name; `comparing` hears how many bytes
+    are done, and of how many."""
+
+    mapping: Callable[[Sequence[Reader]], Callable[[str], None]] = lambda _: lambda _: None
+    comparing: Callable[[int, int], None] = lambda _done, _all: None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side, open: its map, and for a disk that can be read its reader and those of its volumes."""
+
+    name: str
+    bmap: BlockMap
+    reader: Reader | None = None
+    volumes: list[Reader] | None = None
+
+    def size(self, disk: int) -> int:
+        """Bytes of disk number `disk`, from 1."""
+        size: int = self.bmap.volumes.column("size")[self.bmap.disks[disk - 1]].as_py()
+        return size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared with what: the older side's name and format (None: there is none), and of how many images of a backing chain, with clusters of `cluster`
+    bytes at most, the delta is; `layers` 0: it is found in another way."""
+
+    old: str | None
+    format: str | None
+    layers: int = 0
+    cluster: int = CLUSTER
+
+
+def plan(question: Question) -> Plan:
+    """Find out what is asked: a backing chain is compared with what lies below it. Raises UsageError where there is nothing to compare."""
+    asked = Plan(question.old, question.formats[0])
+    if question.bitmap is not None or question.ranges is not None:
+        return asked
+    if is_uri(question.new):
+        return Plan(None, None, 1) if question.old is None else asked
+    if maps.is_saved(question.new) or (question.old is not None and (is_uri(question.old) or maps.is_saved(question.old))):
+        if question.old is None:
+            raise UsageError(f"{question.new}: is one map; name two, or a map and a disk")
+        return asked
+    from virt_bmap.images.qemu import backing_chain
+
+    chain = backing_chain(question.new, question.formats[1])
+    if question.old is None:
+        if len(chain) == 1:
+            raise UsageError(
+                f"{question.new}: has no backing file; name what to compare it with, an older image or map, or a --bitmap"
+            )
+        return Plan(chain[1].path, chain[1].format, 1, chain[0].cluster)
+    for number, layer in enumerate(chain[1:], 1):
+        if os.path.exists(layer.path) and os.path.exists(question.old) and os.path.samefile(layer.path, question.old):
+            return Plan(question.old, layer.format, number, max(each.cluster for each in chain[:number]))
+    return asked
+
+
+def open_sides(question: Question, stack: contextlib.ExitStack, telling: Telling) -> tuple[Plan, Side | None, Side]:
+    """What is compared, and both sides, mapped; they stay open as long as `stack`. Raises what `plan` does, and ImageError or MapError in words that name the side."""
+    found = plan(question)
+    status = [DEPTH] if found.layers else [DIRTY + question.bitmap] if question.bitmap is not None else []
+    new = _open(question.new, question.formats[1], status, question, stack, telling)
+    old = _open(found.old, found.format, [], question, stack, telling) if found.old is not None else None
+    if old is not None and not question.force:
+        _require_one_disk(old, new, question.disk, resized=found.layers > 0)
+    return found, old, new
+
+
+def _open(
+    name: str, format: str | None, status: list[str], question: Question, stack: contextlib.ExitStack, telling: Telling
+) -> Side:
+    if maps.is_saved(name):
+        if status:
+            raise UsageError(f"{name}: is a saved map, which has no {status[0].removeprefix('qemu:')}: name the disk itself")
+        bmap = maps.load(name)
+        if bmap.given_paths:
+            raise MapError(
+                f"{name}: is a text map, which holds no inodes to compare: make a Parquet map (virt-bmap -o map.parquet)"
+            )
+        side = Side(name, bmap)
+    else:
+        reader = open_image(name, format, question.references, status)
+        stack.callback(reader.close)
+        bmap, volumes = survey_open([reader], telling.mapping([reader]), question.keys)
+        side = Side(name, bmap, reader, volumes)
+    if bmap.on_files:
+        raise MapError(f"{name}: is a map of an image file's own bytes, not of the disk that a guest sees")
+    if not 1 <= question.disk <= len(bmap.disks):
+        raise UsageError(f"{name}: there is no disk {question.disk}; it has {len(bmap.disks)}")
+    return side
+
+
+def _require_one_disk(old: Side, new: Side, disk: int, resized: bool) -> None:
+    """ImageError where sizes differ (an overlay may be `resized`), MapError where the disks are different ones."""
+    if old.size(disk) != new.size(disk) and not resized:
+        raise ImageError(
+            f"{old.name} has {old.size(disk):,} bytes, {new.name} {new.size(disk):,}: they are of different disks, or one was resized; "
+            "--force compares them all the same"
+        )
+    identity.require_same(old.bmap, old.name, new.bmap, new.name, disk)
