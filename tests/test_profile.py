@@ -285,6 +285,13 @@ def test_bad_traces_say_what_is_wrong(tmp_path: Path) -> None:
         load([good, write_trace(tmp_path / "small", [("read", 0, 16)], size=512)])
 
 
+def test_a_trace_of_many_row_groups_is_read_whole(tmp_path: Path) -> None:
+    """Arrow reads nested columns whose names come in several pieces only group by group."""
+    table = pq.read_table(write_trace(tmp_path / "t", [("read", n * 16, 16) for n in range(100)]))
+    pq.write_table(table, tmp_path / "groups", row_group_size=7)
+    assert totals(build(load([str(tmp_path / "groups")])))[0]["needed"] == 1600
+
+
 def test_a_disk_of_another_size_is_not_warmed(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(4096))
     profile = build(load([write_trace(tmp_path / "t", [("read", 0, 16)])]))

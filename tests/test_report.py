@@ -226,6 +226,12 @@ def test_all_charts_are_drawn(browser: Any) -> None:
     assert set(drawn) == {"map", "treemap", "fragments", "free-runs", "over-time", "places", "lanes", "growth"}
     assert all(drawn.values()), drawn
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    buttons = browser.execute_script(
+        "return [...document.querySelectorAll('.modebar-btn')].map((button) => button.dataset.title)"
+    )
+    assert set(buttons) == {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}, (
+        "none that sends data anywhere"
+    )
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 

@@ -102,7 +102,9 @@ def read(path: str) -> Saved:
             field.name for field in (*tables.SCHEMAS["accesses"], pa.field("objects", OBJECT)) if field.name not in names
         ]:
             raise MapError(f"{path}: is a Parquet file, but no trace: it has no column {missing[0]!r}")
-        rows = file.read()
+        # group by group: of nested columns with names in several pieces Arrow reads no more at a time
+        groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+        rows = pa.concat_tables(groups or [file.schema_arrow.empty_table()]).unify_dictionaries()
         about = json.loads((file.schema_arrow.metadata or {}).get(KEY, b'{"disks": []}'))
     except FileNotFoundError as error:
         raise ImageError(f"{path}: can't be read: {error.strerror}") from error

@@ -49,7 +49,10 @@ def gains(bmap: BlockMap, disk: int) -> dict[str, list[dict[str, Any]]]:
     found, left = estimate(bmap, bmap.disks[disk - 1], None)
     names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
     return {
-        "gains": [{"device": names[gain.volume], "what": gain.what, "bytes": gain.size} for gain in found],
+        "gains": [
+            {"device": names[gain.volume], "what": gain.what, "bytes": gain.size}
+            for gain in sorted(found, key=lambda gain: -gain.size)
+        ],
         "left": [{"device": names[volume], "reason": reason} for volume, reason in left.items()],
     }
 

@@ -41,6 +41,10 @@ function drawFreeRuns() {
 
 // ---- traces ----------------------------------------------------------------------------------------------------------
 
+// The charts over time lie below each other: one margin for all makes their seconds line up.
+const OVER_TIME = { l: 200, r: 84, t: 30, b: 44 };
+const LONGEST = 28;  // letters of a name that fit there
+
 const times = (run) => Array.from({ length: report.data.steps.times }, (_, step) => (run.seconds * (step + 0.5)) / report.data.steps.times);
 
 function drawOverTime(run) {
@@ -51,18 +55,18 @@ function drawOverTime(run) {
   const ticks = byteTicks(most);
   draw("over-time", [bars("read", read, colour("read")), bars("written", written, colour("write")),
     { type: "scatter", name: "requests a second", mode: "lines", x, y: speed(requests), yaxis: "y2", line: { color: colour("soft"), width: 1 }, hovertemplate: "%{y:.0f} requests a second<extra></extra>" }],
-  { barmode: "stack", bargap: 0, xaxis: { title: { text: "seconds" } }, yaxis: { tickvals: ticks.tickvals, ticktext: ticks.ticktext.map((word) => `${word}/s`) },
-    yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", automargin: true, title: { text: "requests/s" } }, margin: { l: 70, r: 60, t: 30, b: 44 } });
+  { barmode: "stack", bargap: 0, xaxis: { title: { text: "seconds" }, range: [0, run.seconds] }, yaxis: { tickvals: ticks.tickvals, ticktext: ticks.ticktext.map((word) => `${word}/s`) },
+    yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", tickmode: "auto", nticks: 5, title: { text: "requests/s" } }, margin: OVER_TIME });
 }
 
 // Bytes differ by orders of magnitude: colours follow their logarithm.
 const logarithm = (value) => (value > 0 ? Math.log2(value) : null);
 
-function heat(id, x, y, z, hover, more) {
+function heat(id, x, y, z, words, { fill, ...more }) {
   const top = Math.max(1, ...z.flat().filter((value) => value !== null));
-  const ticks = [0.25, 0.5, 0.75, 1].map((share) => Math.round(top * share));
-  draw(id, [{ type: "heatmap", x, y, z, zmin: Math.max(0, top - 14), zmax: top, hoverongaps: false, hovertemplate: hover, customdata: z.map((row) => row.map((value) => (value === null ? "" : human(Math.round(2 ** value))))),
-    colorscale: [[0, colour("line")], [1, colour(more.fill)]], colorbar: { tickvals: ticks, ticktext: ticks.map((value) => human(2 ** value)), thickness: 12, outlinewidth: 0 } }], more.layout);
+  const least = Math.max(0, top - 14), ticks = [0, 0.5, 1].map((share) => Math.round(least + (top - least) * share));
+  draw(id, [{ type: "heatmap", x, y, z, zmin: least, zmax: top, hoverongaps: false, hovertemplate: "%{x:.2f} s<br>%{customdata}<extra></extra>", customdata: z.map((row, at) => row.map((value) => (value === null ? "" : words(at, Math.round(2 ** value))))),
+    colorscale: [[0, colour("line")], [1, colour(fill)]], colorbar: { tickvals: ticks, ticktext: ticks.map((value) => human(2 ** value)), thickness: 12, outlinewidth: 0 } }], { margin: { ...OVER_TIME, t: 8 }, ...more });
 }
 
 function drawPlaces(run) {
@@ -71,16 +75,15 @@ function drawPlaces(run) {
   const z = Array.from({ length: places }, () => new Array(steps).fill(null));
   found[`${way}_at`].forEach((at, row) => { z[at % places][Math.floor(at / places)] = logarithm(found[way][row]); });
   const y = z.map((_, row) => (disk.size * (row + 0.5)) / places);
-  heat("places", times(run), y, z, `%{x:.2f} s, at %{text}: %{customdata} ${way}<extra></extra>`.replace("%{text}", "%{y:.4s}B"),
-    { fill: way === "read" ? "read" : "write", layout: { xaxis: { title: { text: "seconds" } }, yaxis: { ...byteTicks(disk.size, 8), range: [0, disk.size] } } });
+  heat("places", times(run), y, z, (at, bytes) => `${human(bytes)} ${way} at ${human(y[at])}`, {
+    fill: way === "read" ? "read" : "write", xaxis: { title: { text: "seconds" }, range: [0, run.seconds] }, yaxis: { ...byteTicks(disk.size, 8), range: [0, disk.size] } });
 }
 
 function drawLanes(run) {
   if (!run.lanes.name.length) { nothing("lanes", "Nothing was read or written in this trace."); return; }
-  const short = run.lanes.name.map((name) => (name.length > 48 ? `…${name.slice(-47)}` : name));
-  const y = short.map((name, row) => `${row + 1}. ${plain(name)}`);
-  heat("lanes", times(run), y, run.lanes.bytes.map((row) => row.map(logarithm)), "%{y}<br>%{x:.2f} s: %{customdata}<extra></extra>",
-    { fill: "both", layout: { xaxis: { title: { text: "seconds" } }, yaxis: { type: "category", autorange: "reversed", tickfont: { size: 11 } }, margin: { l: 120, r: 16, t: 8, b: 44 } } });
+  const y = run.lanes.name.map((name, row) => `${row + 1}. ${plain(name.length > LONGEST ? `…${name.slice(1 - LONGEST)}` : name)}`);
+  heat("lanes", times(run), y, run.lanes.bytes.map((row) => row.map(logarithm)), (at, bytes) => `${human(bytes)} of ${plain(run.lanes.name[at])}`, {
+    fill: "both", xaxis: { title: { text: "seconds" }, range: [0, run.seconds] }, yaxis: { type: "category", autorange: "reversed", dtick: 1, tickfont: { size: 11 } } });
 }
 
 const LINES = ["solid", "dash", "dot", "dashdot"];
@@ -93,5 +96,5 @@ function drawGrowth() {
       type: "scatter", mode: "lines", name: name + what, x: run.growth.seconds, y: run.growth[key], line: { color: fill, dash, width: 2, shape: "hv" },
       customdata: run.growth[key].map(human), hovertemplate: `%{x:.2f} s: %{customdata} ${what}<extra></extra>` }));
   });
-  draw("growth", lines, { xaxis: { title: { text: "seconds" } }, yaxis: { ...byteTicks(most), rangemode: "tozero" }, margin: { l: 70, r: 16, t: 30, b: 44 } });
+  draw("growth", lines, { xaxis: { title: { text: "seconds" } }, yaxis: { ...byteTicks(most), rangemode: "tozero" }, margin: OVER_TIME });
 }

@@ -5,7 +5,7 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 const kindColours = () => report.data.kinds.map((_, kind) => colour(`k${kind}`));
 
 function layout(more = {}) {
-  const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true };
+  const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: "height" };
   const { xaxis, yaxis, ...rest } = more;
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 16, t: 12, b: 44 },
@@ -15,8 +15,9 @@ function layout(more = {}) {
   };
 }
 
-const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
-const BARE = { displayModeBar: false, responsive: true };
+// Nothing of a page may be sent anywhere: the library's button for its maker's cloud is left out, and its address, too.
+const CONFIG = { displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+const BARE = { ...CONFIG, displayModeBar: false };
 
 function draw(id, traces, more, config = CONFIG) {
   return Plotly.react($(id), traces, layout(more), config);
