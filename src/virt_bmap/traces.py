@@ -102,9 +102,7 @@ def read(path: str) -> Saved:
             field.name for field in (*tables.SCHEMAS["accesses"], pa.field("objects", OBJECT)) if field.name not in names
         ]:
             raise MapError(f"{path}: is a Parquet file, but no trace: it has no column {missing[0]!r}")
-        # group by group: of nested columns with names in several pieces Arrow reads no more at a time
-        groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
-        rows = pa.concat_tables(groups or [file.schema_arrow.empty_table()]).unify_dictionaries()
+        rows = _rows(file)
         about = json.loads((file.schema_arrow.metadata or {}).get(KEY, b'{"disks": []}'))
     except FileNotFoundError as error:
         raise ImageError(f"{path}: can't be read: {error.strerror}") from error
@@ -116,6 +114,12 @@ def read(path: str) -> Saved:
         raise MapError(f"{path}: is an empty trace: nothing was read or written")
     _check_numbers(path, rows)
     return Saved(path, rows, about["disks"])
+
+
+def _rows(file: pq.ParquetFile) -> pa.Table:
+    """All rows, group by group: of nested columns with names in several pieces Arrow reads no more at a time."""
+    groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+    return pa.concat_tables(groups or [file.schema_arrow.empty_table()]).unify_dictionaries()
 
 
 def _check_numbers(path: str, rows: pa.Table) -> None:
@@ -297,7 +301,7 @@ def named(saved: Saved, resolver: Resolver) -> Saved:
     for disk in np.unique(run.disk).tolist():
         _write(writer, run.accesses.take(run.disk == disk), resolver, disk)
     writer.close()
-    rows = pq.read_table(pa.BufferReader(buffer.getvalue()))
+    rows = _rows(pq.ParquetFile(pa.BufferReader(buffer.getvalue())))
     return replace(saved, rows=rows.sort_by("time_ns"))
 
 

@@ -66,7 +66,7 @@ function heat(id, x, y, z, words, { fill, ...more }) {
   const top = Math.max(1, ...z.flat().filter((value) => value !== null));
   const least = Math.max(0, top - 14), ticks = [0, 0.5, 1].map((share) => Math.round(least + (top - least) * share));
   draw(id, [{ type: "heatmap", x, y, z, zmin: least, zmax: top, hoverongaps: false, hovertemplate: "%{x:.2f} s<br>%{customdata}<extra></extra>", customdata: z.map((row, at) => row.map((value) => (value === null ? "" : words(at, Math.round(2 ** value))))),
-    colorscale: [[0, colour("line")], [1, colour(fill)]], colorbar: { tickvals: ticks, ticktext: ticks.map((value) => human(2 ** value)), thickness: 12, outlinewidth: 0 } }], { margin: { ...OVER_TIME, t: 8 }, ...more });
+    colorscale: [[0, colour("line")], [1, colour(fill)]], colorbar: { tickvals: ticks, ticktext: ticks.map((value) => human(2 ** value)), thickness: 12, outlinewidth: 0 } }], { margin: OVER_TIME, ...more });
 }
 
 function drawPlaces(run) {
