@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from support import BytesReader, mapped, need, need_root, run, wait_for_socket
-from virt_bmap import tables
+from virt_bmap import structures, tables
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.explain import MAX_LAYERS, _Walk, explain
 from virt_bmap.mapping import Row, Rows
@@ -375,3 +375,45 @@ def test_a_stack_that_multiplies_is_cut() -> None:
     count = json.dumps(walk.layer(0, 5)).count('"device"')
     assert count == MAX_LAYERS
     assert walk.left < 0
+
+
+# ---- fields -----------------------------------------------------------------------------------------------------------
+
+
+def fields_of(disk: Path, offset: int) -> dict[str, Any]:
+    found = answer(disk, offset)["fields"]
+    return {row["name"]: row["value"] for row in found["fields"] if row["record"] in (None, found["fields"][0]["record"])}
+
+
+def test_fields_of_the_superblock_are_those_of_dumpe2fs(disk: Path) -> None:
+    said = dict(
+        line.split(":", 1) for line in run("dumpe2fs", "-h", f"{disk}?offset={START}").decode().splitlines() if ":" in line
+    )
+    found = fields_of(disk, START + 1024)
+    assert (found["s_inodes_count"], found["s_blocks_per_group"]) == (int(said["Inode count"]), int(said["Blocks per group"]))
+    assert bytes.fromhex(fields_of(disk, START + 1024 + 0x68)["s_uuid"]).hex() == said["Filesystem UUID"].strip().replace("-", "")
+    backup = next(at for at in range(8193, 30 << 10, 8192) if answer(disk, START + at * 1024)["fields"])
+    assert fields_of(disk, START + backup * 1024)["s_inodes_count"] == int(said["Inode count"])
+
+
+def test_fields_of_an_inode_are_those_of_debugfs(disk: Path) -> None:
+    group, at = re.search(r"block (\d+), offset (0x[0-9a-f]+)", debugfs(disk, "imap /etc/passwd")).groups()  # type: ignore[union-attr]
+    found = fields_of(disk, START + int(group) * 1024 + int(at, 16))
+    assert (found["i_size_lo"], found["i_links_count"], found["i_mode"]) == (11_000, 2, 0o100644)
+
+
+def test_fields_of_gpt_are_those_of_sfdisk(disk: Path) -> None:
+    table = json.loads(run("sfdisk", "--json", disk))["partitiontable"]
+    assert fields_of(disk, 512)["signature"] == "EFI PART"
+    assert fields_of(disk, 512 + 32)["first_usable_lba"] == int(table["firstlba"])
+    found = fields_of(disk, 1024)
+    entry = answer(disk, 1024 + 32)["fields"]["fields"]
+    assert {row["name"]: row["value"] for row in entry}["starting_lba"] == table["partitions"][0]["start"]
+    assert bytes.fromhex(found["unique_partition_guid"])[:4][::-1].hex() == table["partitions"][0]["uuid"].split("-")[0].lower()
+
+
+def test_data_has_no_fields_and_every_structure_is_declared(disk: Path) -> None:
+    assert answer(disk, START + int(debugfs(disk, "bmap /etc/passwd 3")) * 1024)["fields"] is None
+    for parts in structures.TABLE.values():
+        for known in parts.values():
+            assert known.dtype.names

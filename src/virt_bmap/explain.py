@@ -4,6 +4,7 @@ The result is plain dictionaries, ready for JSON: names are escaped, offsets and
 rather than guessed: which of several names of a large directory lie in this block, or whose a free block once was.
 """
 
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,6 +17,8 @@ from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.errors import UsageError
 from virt_bmap.mapping import ROLES, Rows
 from virt_bmap.outputs.escape import escape
+from virt_bmap.reader import Reader
+from virt_bmap.structures import fields, structure
 
 MAX_LAYERS = 256
 """Layers in one answer: a parity byte belongs to every data disk's byte of its stripe, a thin block to every snapshot; a hostile stack multiplies both."""
@@ -55,7 +58,7 @@ class _Walk:
         extents = np.unique(self.owners.extent[(self.owners.volume == volume) & (self.owners.inside == offset)])
         system = _filesystem(self.bmap, volume, offset)
         result = {
-            "device": _safe(row["name"]), "kind": row["kind"], "size": row["size"], "offset": offset,
+            "volume": volume, "device": _safe(row["name"]), "kind": row["kind"], "size": row["size"], "offset": offset,
             **{key: _safe(row[key]) for key in ("type", "label", "uuid", "detail")}, "filesystem": system,
             "owners": [_owner(self.bmap, volume, offset, extent) for extent in extents.tolist()],
         }  # fmt: skip
@@ -105,6 +108,29 @@ def _problems(bmap: BlockMap, volume: int, offset: int, block: int, whole: bool)
     here = (at >= 0) & (at // block == offset // block)
     mine = np.flatnonzero((where == volume) & (here | whole))
     return [f"{row['severity']}: {escape(row['detail'].encode())}" for row in bmap.problems.take(mine).to_pylist()]
+
+
+def fields_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader], length: int) -> Found | None:
+    """The fields of metadata in `length` bytes from the byte on: of the innermost layer that knows any, its device, what lies there, and a list."""
+    for inner in layer["layers"]:
+        if found := fields_at(bmap, inner, readers, length):
+            return found
+    low, volume = layer["offset"], layer["volume"]
+    features = (bmap.slice_of("filesystems", volume)[1].column("features").to_pylist() or [None])[0] or ""
+    for part, start, end in _places(layer):
+        if known := structure(layer["type"], part, features):
+            rows = fields(known, start, end, low, min(low + length, end), readers[volume].read_clipped)
+            return {"device": layer["device"], "part": part, "fields": rows} if rows else None
+    return None
+
+
+def _places(layer: Found) -> Iterator[tuple[str, int, int]]:
+    """(name, first byte, byte after the last) of what may have a structure: the inode's record, then each owner's extent."""
+    if layer["filesystem"] and (record := layer["filesystem"]["record"]):
+        yield "record", record["offset"], record["offset"] + record["size"]
+    for owner in layer["owners"]:
+        if owner["file_start"] in (None, 0) or owner["kind"] == "directory":
+            yield owner["part"] or owner["kind"], owner["start"], owner["end"]
 
 
 # ---- the filesystem -------------------------------------------------------------------------------------------------

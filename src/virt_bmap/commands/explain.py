@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from virt_bmap import maps
-from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import Progress, add_disk_options, disks_of, human, keys_of, plural
 from virt_bmap.commands.lookup import parse_range
 from virt_bmap.errors import ImageError, UsageError
-from virt_bmap.explain import explain, kinds_of
+from virt_bmap.explain import explain, fields_at, kinds_of
 from virt_bmap.outputs.escape import escape
 
 HELP = "say all that is known of one byte of a disk: every layer, the owner, and the bytes there"
@@ -47,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         answer = explain(maps.load(given[0]), disk, start) | {
             "image": None,
             "bytes": None,
+            "fields": None,
             "unread": "the map was saved without the disk's bytes",
         }
     else:
@@ -60,20 +60,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
     """The answer with the bytes themselves, read while the disks are open; a bad sector is a reason to ask, so that is no error."""
-    from virt_bmap.images import open_disks
-    from virt_bmap.survey import survey
-
-    with open_disks(images, args.format, args.references) as disks:
-        with Progress() as progress:
-            bmap: BlockMap = survey(disks, progress.watch(disks), keys_of(args))
+    with (
+        Progress() as progress,
+        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as (bmap, readers),
+    ):
+        progress.stop()
         answer = explain(bmap, disk, offset) | {
             "image": escape(images[disk - 1].encode(errors="surrogateescape")),
             "bytes": None,
+            "fields": None,
             "unread": None,
         }
-        reader = disks[disk - 1]
+        reader = readers[bmap.disks[disk - 1]]
         try:
             answer["bytes"] = reader.read(offset, min(DUMP, reader.size - offset)).hex()
+            answer["fields"] = fields_at(bmap, answer["layer"], readers, DUMP)
         except ImageError as error:
             answer["unread"] = str(error)
     return answer
@@ -95,6 +96,8 @@ def _lines(answer: Found) -> Iterator[str]:
     where = "as they are on the disk, below the encryption" if "crypt" in kinds_of(answer["layer"]) else "as they are on the disk"
     yield f"the bytes there, {where}:"
     yield from _dump(answer["offset"], bytes.fromhex(answer["bytes"]))
+    if answer["fields"]:
+        yield from _fields(answer["fields"])
 
 
 def _layer(layer: Found, indent: str) -> Iterator[str]:
@@ -192,6 +195,21 @@ def _records(system: Found) -> Iterator[str]:
 def _some(names: list[str], count: int) -> str:
     more = count - len(names[:SHOWN])
     return ", ".join(names[:SHOWN]) + (f", and {more:,} more" if more else "")
+
+
+def _fields(found: Found) -> Iterator[str]:
+    """What the bytes mean, by the format's own names."""
+    yield ""
+    yield (
+        f"fields of the {found['part']}, at bytes of {found['device']}:"
+        if found["part"] != "record"
+        else f"fields of the inode's record, at bytes of {found['device']}:"
+    )
+    for row in found["fields"]:
+        number = "" if row["record"] is None else f"[{row['record']}] "
+        value = row["value"]
+        words = f"{value:,} ({value:#x})" if isinstance(value, int) and abs(value) > 9 else str(value)
+        yield f"{row['start']:010x}  {number}{row['name']} = {words}"
 
 
 def _dump(offset: int, data: bytes) -> Iterator[str]:

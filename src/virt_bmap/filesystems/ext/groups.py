@@ -31,6 +31,7 @@ DESCRIPTOR_64_FIELDS = [
     (0x28, "bg_inode_table_hi", "<u4"),
     (0x32, "bg_itable_unused_hi", "<u2"),
 ]  # fmt: skip
+DESCRIPTOR, DESCRIPTOR_64 = struct(32, DESCRIPTOR_FIELDS), struct(64, DESCRIPTOR_FIELDS + DESCRIPTOR_64_FIELDS)
 CHECKSUM_AT = 0x1E
 INODE_UNINIT, BLOCK_UNINIT = 1, 2
 

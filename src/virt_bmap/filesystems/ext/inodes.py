@@ -21,12 +21,16 @@ INODE_FIELDS: list[Field] = [
     (0x00, "i_mode", "<u2"),
     (0x02, "i_uid", "<u2"),
     (0x04, "i_size_lo", "<u4"),
+    (0x08, "i_atime", "<i4"),
+    (0x0C, "i_ctime", "<i4"),
     (0x10, "i_mtime", "<i4"),
+    (0x14, "i_dtime", "<u4"),
     (0x18, "i_gid", "<u2"),
     (0x1A, "i_links_count", "<u2"),
     (0x1C, "i_blocks_lo", "<u4"),
     (0x20, "i_flags", "<u4"),
     (0x24, "h_i_translator", "<u4"),
+    (0x64, "i_generation", "<u4"),
     (0x68, "i_file_acl_lo", "<u4"),
     (0x6C, "i_size_high", "<u4"),
     (0x76, "l_i_file_acl_high", "<u2"),
@@ -37,6 +41,11 @@ INODE_EXTRA_FIELDS: list[Field] = [
     (0x80, "i_extra_isize", "<u2"),
     (0x88, "i_mtime_extra", "<u4"),
 ]  # fmt: skip
+INODE = struct(0xA0, [
+    *INODE_FIELDS, *INODE_EXTRA_FIELDS,
+    (0x28, "i_block", "V60"), (0x84, "i_ctime_extra", "<u4"), (0x8C, "i_atime_extra", "<u4"), (0x90, "i_crtime", "<i4"), (0x9C, "i_projid", "<u4"),
+])  # fmt: skip
+"""All fields, for people; what is read takes the size that the superblock gives."""
 I_BLOCK = 0x28
 I_BLOCK_SIZE = 60
 
