@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,25 +159,46 @@ def test_what_another_volume_uses_is_not_free(tmp_path: Path) -> None:
             file.write(struct.pack("<B3sB3sII", 0, b"", 0x83, b"", start, size))
         file.seek(510)
         file.write(b"\x55\xaa")
-    space = free_space(mapped(image), 0)
-    low, high = space.all()
+    found = mapped(image)
+    space = free_space(found, 0)
+    assert not space.all()[0].size
+    assert space.left == {1: "it lies on what has a problem: /dev/sda, partitions-overlap"}
+    low, high = free_space(replace(found, problems=found.problems.slice(0, 0)), 0).all()
     assert len(low)
     assert not ((low < 14 * MIB) & (high > 10 * MIB)).any()
 
 
 def test_arrays_with_parity(tmp_path: Path) -> None:
-    """A member that is missing is computed; no member has free space, since the parity is computed from that, too."""
+    """A member that is missing is computed; what is free on the members may become zeroes together, and their parity stays right."""
     disks, out = _raid5(tmp_path), tmp_path / "out"
     for some in (disks, disks[1:], disks[:2]):
         dump("--force", *(word for disk in some for word in ("-a", disk)), "/dev/md127", out)
         assert out.read_bytes() == (tmp_path / "source").read_bytes()
     found = mapped(*disks)
     volume = found.volumes.column("kind").to_pylist().index("md")
-    assert free_space(found, volume).all()[0].size, "in the array itself it is"
-    for disk in range(3):
-        space = free_space(found, disk)
-        assert space.left == {volume: "it lies on an array with parity"}
-        assert not any(ranges[0].size for number, ranges in space.free.items() if number == volume)
+    free = free_space(found, volume).all()
+    assert free[0].size
+    given, columns = 0, []
+    for disk, path in enumerate(disks):
+        low, high = free_space(found, disk).all()
+        given += int((high - low).sum())
+        data = np.fromfile(path, np.uint8)
+        for start, end in zip(low.tolist(), high.tolist(), strict=True):
+            data[start:end] = 0
+        data.tofile(path)
+        columns.append(data[MIB:])
+    assert not np.bitwise_xor.reduce(columns).any()
+    assert 0.8 * 1.5 < given / int((free[1] - free[0]).sum()) <= 1.5, "two bytes of data share one of parity"
+    for some in (disks, disks[1:], disks[:2]):
+        dump("--force", *(word for disk in some for word in ("-a", disk)), "/dev/md127", out)
+        run("e2fsck", "-fn", out)
+        now, before = np.fromfile(out, np.uint8), np.fromfile(tmp_path / "source", np.uint8)
+        for start, end in zip(*(side.tolist() for side in free), strict=True):
+            before[start:end] = now[start:end]
+        assert (now == before).all()
+    space = free_space(mapped(*disks[1:]), 0)
+    assert space.left == {2: "it has a problem: missing-member"}
+    assert not space.all()[0].size
 
 
 def _raid5(folder: Path) -> list[Path]:
@@ -184,8 +206,8 @@ def _raid5(folder: Path) -> list[Path]:
     from test_md import superblock  # its byte layout is checked there
 
     source = folder / "source"
-    run("truncate", "-s", "16M", source)
-    run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", source)
+    source.write_bytes(np.random.default_rng(4).bytes(16 * MIB))
+    run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "nodiscard", source)
     data = np.fromfile(source, np.uint8).reshape(-1, 2, 65536)
     disks = [folder / f"disk{number}" for number in range(3)]
     columns = np.zeros((3, len(data), 65536), np.uint8)

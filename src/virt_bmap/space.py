@@ -1,21 +1,29 @@
 """What of a volume is free for certain: what every allocator on it calls free and nobody owns, in bytes of that volume.
 
-A filesystem whose allocator can't be trusted (not clean, damaged) gives nothing, and says why. What several volumes share (thin snapshots, the origin of
-a snapshot, mirrors) is free only where none of them uses it; below parity nothing is, since the parity is computed from free bytes, too.
+A filesystem whose allocator can't be trusted (not clean, damaged, on a layer with a problem) gives nothing, and says why. What several volumes share (thin
+snapshots, the origin of a snapshot, mirrors) is free only where none of them uses it. On an array with parity a byte is free where all bytes that share
+its parity are: then their parity is free, too, and may be given back with them, since the parity of zeroes is zero (P as their sum, Q as their weighted sum).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int, intersect, subtract, union
+from virt_bmap.arrays import EMPTY, Int, complement, intersect, subtract, union
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.mapping import PARITY, ROLES
+from virt_bmap.mapping import PARITY, ROLES, Rows
 
 Ranges = tuple[Int, Int]
 NONE: Ranges = (EMPTY, EMPTY)
+NO_DOUBTS: Mapping[int, str] = {}
+HARMLESS = ("gpt-backup",)
+"""Problems of a layer that place no byte elsewhere: the first partition table is valid, and the disk was made larger or smaller."""
+GROUPED = "LVM2_member"
+"""Volumes of one group are described together: what is wrong with one (the metadata of a thin pool) casts doubt on all."""
+CHECKSUMMED = "integrity"
+"""dm-integrity: a block that is not written through it fails to be read."""
 
 
 @dataclass
@@ -30,21 +38,27 @@ class Space:
         return _together(list(self.free.values()))
 
 
-def free_space(bmap: BlockMap, target: int, kinds: Callable[[int], tuple[int, ...]] = lambda _: (tables.FREE,)) -> Space:
-    """What of volume `target` is free, whichever volume that lies in it says so. `kinds` tells which kinds of extents count as free on a volume."""
+def free_space(
+    bmap: BlockMap,
+    target: int,
+    kinds: Callable[[int], tuple[int, ...]] = lambda _: (tables.FREE,),
+    doubts: Mapping[int, str] = NO_DOUBTS,
+) -> Space:
+    """What of volume `target` is free, whichever volume that lies in it says so. `kinds` tells which kinds of extents count as free on a volume; `doubts`
+    are further volumes not to believe, with the reason."""
     space, used = Space(), []
     volumes = inside(bmap, target)
-    on_parity = _on_parity(bmap, volumes, target)
+    arrays = {volume for volume in volumes if volume != target and (bmap.rows_of(volume).role == ROLES.index(PARITY)).any()}
     for volume in volumes:
-        mine, rest = _ranges(bmap, volume, kinds(volume))
-        reason = distrust(bmap, volume) or ("it lies on an array with parity" if volume in on_parity else None)
-        if reason:
-            if len(mine[0]):
+        if volume in arrays:  # it answers for all that lies in it
+            mine, rest = _of_array(bmap, volume, kinds, doubts, space)
+        else:
+            mine, rest = _ranges(bmap, volume, kinds(volume))
+            if len(mine[0]) and (reason := distrust(bmap, volume) or doubts.get(volume)):
                 space.left[volume] = reason
-            mine, rest = NONE, _together([mine, rest])
-        down, owned = translate(bmap, volume, mine, target), translate(bmap, volume, rest, target)
-        used.append(owned)
-        space.free[volume] = down
+                mine, rest = NONE, _together([mine, rest])
+        space.free[volume] = translate(bmap, volume, mine, target, arrays)
+        used.append(translate(bmap, volume, rest, target, arrays))
     taken = _together(used)
     for volume, ranges in space.free.items():
         space.free[volume] = subtract(*ranges, *taken)
@@ -52,13 +66,63 @@ def free_space(bmap: BlockMap, target: int, kinds: Callable[[int], tuple[int, ..
     return space
 
 
+def _of_array(
+    bmap: BlockMap, volume: int, kinds: Callable[[int], tuple[int, ...]], doubts: Mapping[int, str], space: Space
+) -> tuple[Ranges, Ranges]:
+    """(free, all else) of an array with parity, in its own bytes, whatever lies in it counted."""
+    found = free_space(bmap, volume, kinds, doubts)
+    space.left |= found.left
+    size = bmap.volumes.column("size")[volume].as_py()
+    free = sharing_parity(bmap.rows_of(volume), found.all(), size)
+    return free, complement(*free, 0, size)
+
+
+def sharing_parity(rows: Rows, free: Ranges, size: int) -> Ranges:
+    """What of the free bytes of an array shares its parity with free bytes only. `rows` are the array's, `size` its bytes."""
+    parity = rows.select(rows.role == ROLES.index(PARITY))
+    used = complement(*free, 0, size)
+    computed = parity.down(*used)
+    parent = parity.parent[computed.row]
+    tied = [NONE]
+    for number in np.unique(parent).tolist():
+        mine = parent == number
+        back = parity.select(parity.parent == number).up(*union(computed.target[mine], (computed.target + computed.length)[mine]))
+        tied.append((back.target, back.target + back.length))
+    return subtract(*free, *_together(tied))
+
+
 def distrust(bmap: BlockMap, volume: int) -> str | None:
-    """Why the allocator of the filesystem on a volume is not believed; None where it is, or where there is no filesystem."""
+    """Why the allocator of a volume is not believed: its filesystem, or a layer that it lies on; None where it is."""
     _, system = bmap.slice_of("filesystems", volume)
     if system.num_rows and (state := system.column("state")[0].as_py()) not in tables.CONSISTENT:
         return f"its {system.column('type')[0].as_py()} is not clean: {state}"
-    found = [row for row in bmap.problems.to_pylist() if row["volume"] == volume and row["severity"] != "note"]
-    return f"it has a problem: {found[0]['code']}" if found else None
+    names, details = bmap.volumes.column("name").to_pylist(), bmap.volumes.column("detail").to_pylist()
+    below = layers(bmap, volume)
+    for row in bmap.problems.to_pylist():
+        number = row["volume"]
+        if row["severity"] == "note" or row["code"] in HARMLESS:
+            continue
+        if number == volume:
+            return f"it has a problem: {row['code']}"
+        if number in below or (row["format"] == GROUPED and _same_group(bmap, layers(bmap, number), below)):
+            return f"it lies on what has a problem: {names[number]}, {row['code']}"
+    checked = [number for number in sorted(below) if details[number] == CHECKSUMMED]
+    return f"{names[checked[0]]} keeps checksums of its blocks (dm-integrity)" if checked else None
+
+
+def _same_group(bmap: BlockMap, some: set[int], others: set[int]) -> bool:
+    """Do two volumes share a physical volume?"""
+    types = bmap.volumes.column("type").to_pylist()
+    return any(types[number] == GROUPED for number in some & others)
+
+
+def layers(bmap: BlockMap, volume: int) -> set[int]:
+    """A volume and all that it lies on, down to the disks."""
+    below, queue = {volume}, [volume]
+    while queue:
+        queue += list(set(bmap.rows_of(queue.pop()).parent.tolist()) - below)
+        below.update(queue)
+    return below
 
 
 def inside(bmap: BlockMap, target: int) -> list[int]:
@@ -71,8 +135,9 @@ def inside(bmap: BlockMap, target: int) -> list[int]:
     return sorted(found)
 
 
-def translate(bmap: BlockMap, volume: int, ranges: Ranges, target: int) -> Ranges:
-    """Ranges of a volume as ranges of a volume below it, all copies and computed parity included; what lies elsewhere is left out."""
+def translate(bmap: BlockMap, volume: int, ranges: Ranges, target: int, without: Set[int] = frozenset()) -> Ranges:
+    """Ranges of a volume as ranges of a volume below it, all copies and computed parity included; what lies elsewhere, or in further volumes
+    of `without`, is left out."""
     parts: list[Ranges] = []
     queue = [(volume, ranges)]
     while queue:
@@ -81,7 +146,7 @@ def translate(bmap: BlockMap, volume: int, ranges: Ranges, target: int) -> Range
             parts.append((starts, ends))
             continue
         rows = bmap.rows_of(number)
-        if len(rows) == 0 or len(starts) == 0:
+        if len(rows) == 0 or len(starts) == 0 or (number in without and number != volume):
             continue
         pieces = rows.down(starts, ends)
         parent = rows.parent[pieces.row]
@@ -92,22 +157,14 @@ def translate(bmap: BlockMap, volume: int, ranges: Ranges, target: int) -> Range
 
 
 def _ranges(bmap: BlockMap, volume: int, kinds: tuple[int, ...]) -> tuple[Ranges, Ranges]:
-    """(free and not owned, owned) ranges of a volume, from its own extents. What its children lie on is theirs to say."""
+    """(free and not owned, owned) ranges of a volume, from its own extents. What its children lie on is theirs to say, and not free here."""
     _, table = bmap.slice_of("extents", volume)
     start = tables.integers(table, "volume_offset")
     end, free = start + tables.integers(table, "length"), np.isin(tables.codes(table, "kind"), kinds)
     owned = union(start[~free], end[~free])
-    return subtract(start[free], end[free], *owned), owned
-
-
-def _on_parity(bmap: BlockMap, volumes: list[int], target: int) -> set[int]:
-    """Those of the volumes in a volume that have a layer with parity between them and it."""
-    found: set[int] = set()
-    for volume in volumes:
-        rows = bmap.rows_of(volume)
-        if volume != target and ((rows.role == ROLES.index(PARITY)).any() or not found.isdisjoint(rows.parent.tolist())):
-            found.add(volume)
-    return found
+    rows = bmap.rows_into(volume)
+    children = rows.on_parent.offset, rows.on_parent.offset + (rows.count - 1) * rows.on_parent.step + rows.run
+    return subtract(*subtract(start[free], end[free], *owned), *children), owned
 
 
 def _together(parts: list[Ranges]) -> Ranges:
