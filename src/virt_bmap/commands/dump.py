@@ -6,16 +6,21 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from virt_bmap import maps
 from virt_bmap.arrays import EMPTY, total
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import Progress, add_disk_options, human, keys_of
 from virt_bmap.errors import OutputError, UsageError
+from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.files import replacing
 
-HELP = "copy a volume (partition, logical volume, array, opened LUKS, disk) to a file"
+if TYPE_CHECKING:
+    from virt_bmap.dump import Target
+
+HELP = "copy a volume (partition, logical volume, array, opened LUKS, disk) to a file or NBD export"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments",
         metavar="[DISK] DEVICE OUT",
         nargs="+",
-        help="a disk (not with -a), a device on it such as /dev/sda1, and a file to write (- is standard output)",
+        help="a disk (not with -a), a device on it such as /dev/sda1, and a file or NBD URI to write (- is standard output)",
     )
     parser.add_argument("--skip-free", action="store_true", help="leave out what is free: it reads as zeroes in the copy")
-    parser.add_argument("--force", action="store_true", help="replace OUT where it exists; needed for a block device, too")
+    parser.add_argument(
+        "--force", action="store_true", help="replace OUT where it exists; needed for block devices and NBD exports"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
     add_disk_options(parser)
 
@@ -56,12 +63,33 @@ def run(args: argparse.Namespace) -> int:
             print(f"virt-bmap: {text}", file=sys.stderr)
         refuse_small(out, reader.size)
         progress.stop()
-        with replacing(out) as file, bar(f"dumping {device}", reader.size, args.quiet) as tell:
-            dump(reader, file, out != "-" and stat.S_ISREG(os.fstat(file.fileno()).st_mode), skip, tell)
+        with target(out, reader.size) as where, bar(f"dumping {device}", reader.size, args.quiet) as tell:
+            dump(reader, where, skip, tell)
     if not args.quiet and out != "-":
         left = f", {human(total(*skip))} of it free and left out" if args.skip_free else ""
         print(f"{out}: {human(reader.size)} of {device}{left}")
     return 0
+
+
+@contextlib.contextmanager
+def target(out: str, size: int) -> "Iterator[Target]":
+    """What the copy of `size` bytes is written to. Raises OutputError where it can't be written."""
+    from virt_bmap.dump import SparseFile, Stream
+
+    if magic.is_uri(out):
+        from virt_bmap.images.nbd_writer import NbdWriter
+
+        export = NbdWriter(out)
+        try:
+            if export.size < size:
+                raise OutputError(f"{out}: can't be written: the export has {export.size:,} bytes, {size:,} are needed")
+            yield export
+            export.flush()
+        finally:
+            export.close()
+        return
+    with replacing(out) as file:
+        yield SparseFile(file, size) if out != "-" and stat.S_ISREG(os.fstat(file.fileno()).st_mode) else Stream(file)
 
 
 def device_named(bmap: BlockMap, name: str) -> int:
@@ -75,6 +103,10 @@ def device_named(bmap: BlockMap, name: str) -> int:
 
 def refuse_target(out: str, images: list[str], force: bool) -> None:
     """UsageError where writing OUT would destroy something that was not named for it, or an image that is being read."""
+    if magic.is_uri(out):
+        if not force:
+            raise UsageError(f"{out}: what the export holds is overwritten; --force allows that")
+        return
     if out == "-" or not os.path.exists(out):
         return
     for image in images:

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
-from virt_bmap.arrays import Bytes, Int, gather, union
+from virt_bmap.arrays import Bytes, Int, expand, gather, union
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.reader import Reader
 
@@ -36,6 +36,10 @@ OPT_GO, REP_ACK, REP_INFO, REP_ERROR = 7, 1, 3, 1 << 31
 INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
 REQUEST_MAGIC, SIMPLE_REPLY_MAGIC = 0x25609513, 0x67446698
 CMD_READ, CMD_DISC = 0, 2
+REQUEST_HEADER = np.dtype(
+    [("magic", ">u4"), ("flags", ">u2"), ("type", ">u2"), ("cookie", ">u8"), ("offset", ">u8"), ("length", ">u4")]
+)
+REQUEST_SIZE = REQUEST_HEADER.itemsize
 REP_ERRORS = {
     1: "unsupported",
     2: "denied by policy",
@@ -89,13 +93,30 @@ def refusal(kind: int, data: bytes) -> str:
     return REP_ERRORS.get(kind & ~REP_ERROR, f"error {kind:#x}") + (f": {words}" if words else "")
 
 
+def split(starts: Int, ends: Int, longest: int) -> tuple[Int, Int]:
+    """(offsets, lengths) of the ranges in pieces of at most `longest` bytes."""
+    piece, nth = expand(-(-(ends - starts) // longest))
+    offsets = starts[piece] + nth * longest
+    return offsets, np.minimum(ends[piece] - offsets, longest)
+
+
+def requests(kind: int, cookies: Int, offsets: Int, lengths: Int) -> bytes:
+    """Requests of one kind as they go over the wire, REQUEST_SIZE bytes each."""
+    made = np.zeros(len(offsets), REQUEST_HEADER)
+    made["magic"], made["type"], made["cookie"], made["offset"], made["length"] = REQUEST_MAGIC, kind, cookies, offsets, lengths
+    return made.tobytes()
+
+
 class NbdReader(Reader):
     """An NBD export, read-only."""
 
-    def __init__(self, uri: str, name: str | None = None) -> None:
+    def __init__(self, uri: str, name: str | None = None, link: socket.socket | None = None) -> None:
+        """`link`: a socket that is connected already, to the default export."""
         self.name = name or uri
         self.minimum, self.maximum = 1, REQUEST
-        self._link, export = connect(uri)
+        self.flags = 0
+        """What the server offers besides reading: transmission flags."""
+        self._link, export = (link, "") if link else connect(uri)
         try:
             size = self._handshake(export)
             if size == 0:
@@ -116,8 +137,8 @@ class NbdReader(Reader):
         for kind, data in self._option(OPT_GO, string(export) + struct.pack(">HH", 1, INFO_BLOCK_SIZE)):
             if kind & REP_ERROR:
                 raise ImageError(f"{self.name}: the server refuses export {export!r}: {refusal(kind, data)}")
-            if kind == REP_INFO and len(data) >= 10 and data[:2] == struct.pack(">H", INFO_EXPORT):
-                size = struct.unpack_from(">Q", data, 2)[0]
+            if kind == REP_INFO and len(data) >= 12 and data[:2] == struct.pack(">H", INFO_EXPORT):
+                size, self.flags = struct.unpack_from(">QH", data, 2)
             elif kind == REP_INFO and len(data) >= 14 and data[:2] == struct.pack(">H", INFO_BLOCK_SIZE):
                 self.minimum, _, largest = struct.unpack_from(">III", data, 2)
                 self.minimum = max(1, self.minimum)
@@ -168,11 +189,7 @@ class NbdReader(Reader):
     def _transfer(self, starts: Int, ends: Int) -> Bytes:
         """Read the ranges in pieces that the server takes."""
         result = np.empty(int((ends - starts).sum()), np.uint8)
-        counts = -(-(ends - starts) // self.maximum)
-        piece = np.repeat(np.arange(len(starts)), counts)
-        nth = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
-        offsets = starts[piece] + nth * self.maximum
-        lengths = np.minimum(ends[piece] - offsets, self.maximum)
+        offsets, lengths = split(starts, ends, self.maximum)
         place = (np.cumsum(lengths) - lengths).tolist()
         self._exchange(
             CMD_READ, offsets, lengths, self._reads(offsets.tolist(), lengths.tolist(), place, memoryview(result.data))
@@ -181,16 +198,12 @@ class NbdReader(Reader):
 
     def _exchange(self, command: int, offsets: Int, lengths: Int, receive: Callable[[int], bool]) -> None:
         """Send a request for each range, up to IN_FLIGHT under way; `receive`, told how many are sent, takes in a reply and says whether it ended a request."""
-        requests = np.zeros(len(offsets), np.dtype([("magic", ">u4"), ("flags", ">u2"), ("type", ">u2"), ("cookie", ">u8"),
-                                                    ("offset", ">u8"), ("length", ">u4")]))  # fmt: skip
-        requests["magic"], requests["type"] = REQUEST_MAGIC, command
-        requests["cookie"], requests["offset"], requests["length"] = np.arange(len(offsets)), offsets, lengths
-        wire, total = requests.tobytes(), len(offsets)
+        wire, total = requests(command, np.arange(len(offsets)), offsets, lengths), len(offsets)
         sent = received = 0
         while received < total:
             window = min(total, received + IN_FLIGHT)
             if sent < window and (sent == received or window - sent >= IN_FLIGHT // 2 or window == total):
-                self._send(wire[28 * sent : 28 * window])
+                self._send(wire[REQUEST_SIZE * sent : REQUEST_SIZE * window])
                 sent = window
             received += receive(sent)
 

@@ -63,6 +63,10 @@ class RawReader(Reader):
         except OSError as error:
             raise ImageError(f"{self.name}: can't be read: {error.strerror}") from error
 
+    def fileno(self) -> int:
+        """The open file's descriptor."""
+        return self._fd
+
     def close(self) -> None:
         os.close(self._fd)
 

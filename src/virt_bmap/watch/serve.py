@@ -9,7 +9,6 @@ stall the guest. The file is followed, and what has been read is punched out of 
 """
 
 import contextlib
-import ctypes
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from virt_bmap.errors import ImageError, MissingTool
 from virt_bmap.images import magic, qemu
 from virt_bmap.images.raw import RawReader
+from virt_bmap.punch import punch
 
 START_TIMEOUT = 30.0
 """Seconds that a server gets to open its disk and listen."""
@@ -187,19 +187,10 @@ class Follower:
         data = os.pread(self._fd, PIECE, self._at)
         self._at += len(data)
         if self._at - self._punched >= PIECE:
-            _punch(self._fd, self._punched, self._at - self._punched)
+            with contextlib.suppress(OSError):  # where the filesystem can't, the log just stays
+                punch(self._fd, self._punched, self._at - self._punched)
             self._punched = self._at
         return data
 
     def close(self) -> None:
         os.close(self._fd)
-
-
-FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
-_LIBC = ctypes.CDLL(None)
-
-
-def _punch(fd: int, offset: int, length: int) -> None:
-    """fallocate(2), which Python lacks. Where the filesystem can't, the log just stays."""
-    if hasattr(_LIBC, "fallocate"):
-        _LIBC.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(length))
