@@ -163,8 +163,7 @@ def _ranges(bmap: BlockMap, volume: int, kinds: tuple[int, ...]) -> tuple[Ranges
     end, free = start + tables.integers(table, "length"), np.isin(tables.codes(table, "kind"), kinds)
     owned = union(start[~free], end[~free])
     rows = bmap.rows_into(volume)
-    children = rows.on_parent.offset, rows.on_parent.offset + (rows.count - 1) * rows.on_parent.step + rows.run
-    return subtract(*subtract(start[free], end[free], *owned), *children), owned
+    return subtract(*subtract(start[free], end[free], *owned), rows.on_parent.offset, rows.parent_end), owned
 
 
 def _together(parts: list[Ranges]) -> Ranges:

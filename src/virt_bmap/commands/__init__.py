@@ -15,11 +15,11 @@ COMMANDS = {
     "trace": "make a trace of what another tool logged",
     "profile": "what a guest needs, from traces; lists of it; what changed since the last boot",
     "replay": "warm a disk with what a profile says will be needed",
-    "dump": "copy a volume to a file, sparse, free space left out if wanted",
+    "dump": "copy a volume to a file or NBD export, sparse, free space left out if wanted",
     "cat": "write the content of a file to standard output",
     "extract": "copy files and trees out, with modes, times, links and holes",
     "report": "a map, and traces of its disks, as one HTML page",
     "sql": "ask saved maps, traces and results in SQL",
     "freeze": "run a command while the filesystems of a guest or of this host stand still",
-    "sparsify": "estimate what an image would give back to its host without its free space",
+    "sparsify": "give the free space of an image back to its host, in place or in a copy",
 }

@@ -1,33 +1,176 @@
-"""virt-bmap sparsify --estimate: what an image would give back to its host if its free space were punched out."""
+"""virt-bmap sparsify: give the free space of disk images back to their host, in place or in a copy, or estimate how much that is."""
 
 import argparse
+import contextlib
+import os
+import stat
 from typing import Any
 
 from virt_bmap import maps
+from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import Progress, add_disk_options, disks_of, human, keys_of, print_json
-from virt_bmap.commands.dump import warn
-from virt_bmap.errors import UsageError
+from virt_bmap.commands.dump import bar, refuse_target, warn
+from virt_bmap.errors import ImageError, UsageError
+from virt_bmap.images import magic
 from virt_bmap.images.raw import RawReader
 from virt_bmap.outputs.escape import escape
 
-HELP = "estimate what an image would give back to its host without its free space"
+HELP = "give the free space of a disk image back to its host"
+FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("disk", nargs="*", help="image, block device or NBD URI")
-    parser.add_argument("--estimate", action="store_true", help="only say what could be given back; required, and writes nothing")
+    parser.add_argument("disk", nargs="*", metavar="DISK [OUT]", help="an image, block device or NBD URI, and a file to write; with --in-place or "
+                        "--estimate images only")  # fmt: skip
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--estimate", action="store_true", help="only say what could be given back, and write nothing")
+    how.add_argument("--in-place", action="store_true", help="change the images themselves: raw files, block devices, qcow2")
+    parser.add_argument("--swap", action="store_true", help="give back the content of swap space, too")
+    parser.add_argument(
+        "--convert", choices=FORMATS, metavar="FORMAT", help=f"format of OUT, instead of the disk's own: {', '.join(FORMATS)}"
+    )
+    parser.add_argument("--compress", action="store_true", help="compress OUT (qcow2)")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
     add_disk_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap.sparsify import estimate, host_of
+    if args.estimate or args.in_place:
+        if args.convert or args.compress or args.force:
+            raise UsageError(
+                "--convert, --compress and --force are about the copy OUT, which is not made with --estimate and --in-place"
+            )
+        return _estimate(args) if args.estimate else _in_place(args)
+    return _copy(args)
+
+
+def _left(bmap: BlockMap, left: dict[int, str]) -> None:
+    for volume, reason in left.items():
+        warn(bmap, volume, f"left as it is: {reason}")
+
+
+# ---- a copy ---------------------------------------------------------------------------------------------------------
+
+
+def _copy(args: argparse.Namespace) -> int:
+    from virt_bmap.outputs.files import new_file
+    from virt_bmap.sparsify.copying import copy, holes_of
+    from virt_bmap.sparsify.plan import plan
+
+    if len(args.disk) != 2:
+        raise UsageError("sparsify needs a disk and OUT, the file to write; or --in-place to change the disk itself, or --estimate; "
+                         f"given: {' '.join(args.disk) or 'nothing'}")  # fmt: skip
+    image, out = args.disk
+    images = [*args.add, image]
+    _refuse_out(out, images, args.force)
+    format = _format_of_copy(args, image)
+    _refuse_writers(images)
+    with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
+        bmap, readers = opened
+        disk = bmap.disks[-1]
+        space = plan(bmap, disk, args.swap)
+        holes = holes_of(image, readers[disk], args.format, args.references)
+        progress.stop()
+        _left(bmap, space.left)
+        with new_file(out) as name, bar(f"copying {image}", readers[disk].size, args.quiet) as tell:
+            copy(readers[disk], space.all(), holes, name, format, args.compress, tell)
+    _tell(args, [{"disk": len(images), "image": image, "out": out, "size": readers[disk].size, **_sizes(image, out)}])
+    return 0
+
+
+def _sizes(image: str, out: str) -> dict[str, Any]:
+    from virt_bmap.sparsify.in_place import held
+
+    return {"host_before": None if magic.is_uri(image) else held(image), "host_after": held(out)}
+
+
+def _refuse_out(out: str, images: list[str], force: bool) -> None:
+    """UsageError where OUT is no plain file or must not be replaced."""
+    if out == "-" or magic.is_uri(out) or (os.path.exists(out) and not stat.S_ISREG(os.stat(out).st_mode)):
+        raise UsageError(f"{out}: OUT must be the name of a file; dump --skip-free writes to devices, pipes and NBD exports")
+    refuse_target(out, images, force)
+
+
+def _format_of_copy(args: argparse.Namespace, image: str) -> str:
+    """The format of OUT: as asked for, or as the disk has it."""
+    found: str | None = args.convert
+    if found is None and not magic.is_uri(image):
+        plain = RawReader(image)
+        found = args.format or magic.recognise(plain)
+        plain.close()
+        if found not in (None, *FORMATS):
+            raise UsageError(
+                f"{image}: a {found} image can't be written; choose another format with --convert: {', '.join(FORMATS)}"
+            )
+    found = found or "raw"
+    if args.compress and found != "qcow2":
+        raise UsageError(f"--compress needs a qcow2 image, but OUT becomes {found}: say --convert qcow2")
+    return found
+
+
+def _refuse_writers(images: list[str]) -> None:
+    """ImageError where somebody may change an image while it is copied."""
+    from virt_bmap.sparsify.in_use import writer_of
+
+    for image in images:
+        if not magic.is_uri(image) and (reason := writer_of(image)):
+            raise ImageError(f"{image}: is in use: {reason}; a copy made now would be of no one moment")
+
+
+# ---- in place -------------------------------------------------------------------------------------------------------
+
+
+def _in_place(args: argparse.Namespace) -> int:
+    from virt_bmap.sparsify.in_place import held, opened
+    from virt_bmap.sparsify.plan import plan
+    from virt_bmap.survey import survey
 
     images = disks_of(args, args.disk)
-    if not args.estimate:
-        raise UsageError(
-            "sparsify can only estimate in this version: say --estimate; to copy a disk without its free space, see dump --skip-free"
-        )
+    rows: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack, Progress() as progress:
+        disks = [stack.enter_context(opened(image, args.format, args.references)) for image in images]
+        readers = [disk.reader for disk in disks]
+        bmap = survey(readers, progress.watch(readers), keys_of(args))
+        plans = [plan(bmap, number, args.swap) for number in bmap.disks]
+        progress.stop()
+        for volume, reason in {volume: reason for space in plans for volume, reason in space.left.items()}.items():
+            warn(bmap, volume, f"left as it is: {reason}")
+        before = [held(image) for image in images]
+        for number, (image, disk, space) in enumerate(zip(images, disks, plans, strict=True), 1):
+            free = space.all()
+            with bar(f"sparsifying {image}", int((free[1] - free[0]).sum()), args.quiet) as tell:
+                disk.give_back(free, tell)
+            rows.append({"disk": number, "image": image, "out": None, "size": disk.reader.size})
+    for row, image, had in zip(rows, images, before, strict=True):
+        row |= {"host_before": had, "host_after": held(image)}
+    _tell(args, rows)
+    return 0
+
+
+def _tell(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    if args.json:
+        print_json(rows)
+    elif not args.quiet:
+        for row in rows:
+            took, takes = row["host_before"], row["host_after"]
+            known = (
+                ""
+                if took is None or takes is None
+                else f", {human(max(0, took - takes))} less than {row['image'] if row['out'] else 'before'}"
+            )
+            now = "given back what is free" if takes is None else f"{human(takes)} on the host{known}"
+            print(f"{row['out'] or row['image']}: a disk of {human(row['size'])}, {now}")
+
+
+# ---- an estimate ----------------------------------------------------------------------------------------------------
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from virt_bmap.sparsify.estimate import estimate, host_of
+
+    images = disks_of(args, args.disk)
     rows: list[dict[str, Any]] = []
     with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
         bmap, readers = opened
@@ -37,8 +180,7 @@ def run(args: argparse.Namespace) -> int:
             gains, left = estimate(bmap, disk, host_of(image) if isinstance(readers[disk], RawReader) else None)
             rows += [{"disk": number, "device": names[gain.volume], "what": gain.what, "bytes": gain.size, "host_bytes": gain.held}
                      for gain in gains]  # fmt: skip
-            for volume, reason in left.items():
-                warn(bmap, volume, f"left as it is: {reason}")
+            _left(bmap, left)
     if args.json:
         print_json(rows)
     else:

@@ -28,11 +28,19 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             with open(path, "wb") as file:
                 yield file
             return
+        with new_file(path) as name, open(name, "wb") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[str]:
+    """The name of an empty file beside `path` that replaces it only when the block ends without an error. Raises OutputError as `replacing` does."""
+    with _words(path):
         target = os.path.realpath(path)
         handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(target)[:100]}.", dir=os.path.dirname(target) or ".")
+        os.close(handle)
         try:
-            with os.fdopen(handle, "wb") as file:
-                yield file
+            yield temporary
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)

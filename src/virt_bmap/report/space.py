@@ -10,7 +10,7 @@ from virt_bmap.arrays import Int, expand, union
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.outputs.escape import escape, escape_all
 from virt_bmap.paths import MAX_DEPTH, positions
-from virt_bmap.sparsify import estimate
+from virt_bmap.sparsify.estimate import estimate
 from virt_bmap.watch.resolve import Resolver, Touched
 
 NODES = 1500

@@ -7,12 +7,11 @@ import os
 import stat
 from dataclasses import dataclass
 
-from virt_bmap import tables
-from virt_bmap.arrays import Int
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError
 from virt_bmap.images.raw import data_ranges
 from virt_bmap.space import Ranges, free_space, overlap
+from virt_bmap.sparsify.plan import SWAP, doubts, kinds_of, whole_blocks
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,11 @@ def host_of(path: str) -> Host | None:
 
 def estimate(bmap: BlockMap, disk: int, host: Host | None) -> tuple[list[Gain], dict[int, str]]:
     """What the volume `disk`, a whole disk, would give back; and the volumes that are left alone, with the reason."""
-    systems = dict(zip(bmap.filesystems.column("volume").to_pylist(), bmap.filesystems.column("type").to_pylist(), strict=True))
-
-    def swap(volume: int) -> tuple[int, ...]:
-        return (tables.CONTENT,) if systems.get(volume) == "swap" else ()
-
     gains: list[Gain] = []
     left: dict[int, str] = {}
-    for what, kinds in (("free", lambda _: (tables.FREE,)), ("gap", lambda _: (tables.GAP,)), ("swap", swap)):
-        space = free_space(bmap, disk, kinds)
+    unbelieved, systems = doubts(bmap), set(bmap.filesystems.column("volume").to_pylist())
+    for what in ("free", "gap", SWAP):
+        space = free_space(bmap, disk, kinds_of(bmap, (what,)), unbelieved)
         left |= space.left
         for volume, ranges in space.free.items():
             if len(ranges[0]):
@@ -63,9 +58,3 @@ def estimate(bmap: BlockMap, disk: int, host: Host | None) -> tuple[list[Gain], 
                 held = None if host is None else overlap(whole_blocks(ranges, host.block), host.data)
                 gains.append(Gain(volume, "slack" if what == "gap" and volume in systems else what, size, held))
     return sorted(gains, key=lambda gain: (gain.volume, gain.what)), left
-
-
-def whole_blocks(ranges: Ranges, block: int) -> tuple[Int, Int]:
-    """The whole blocks in ranges: all that punching them would free."""
-    low, high = -(-ranges[0] // block) * block, ranges[1] // block * block
-    return low[high > low], high[high > low]

@@ -1,0 +1,8 @@
+"""Giving the free space of disk images back to their host.
+
+plan.py       what may be given back: what allocator and map both call free
+estimate.py   how much that is, without writing anything
+in_use.py     does anybody else use the image?
+in_place.py   punching holes into an image, or trimming it
+copying.py    a new image without the free space
+"""

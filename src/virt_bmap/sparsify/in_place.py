@@ -1,0 +1,135 @@
+"""Giving space back without a copy: holes punched into raw files and block devices, trims for qcow2.
+
+Only free bytes change, one range after the other, so that an image is valid at every moment, whenever this ends.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+from virt_bmap.errors import ImageError, OutputError, UsageError
+from virt_bmap.images import magic
+from virt_bmap.images.nbd_writer import NbdWriter
+from virt_bmap.images.qemu_writer import writing
+from virt_bmap.images.raw import RawReader
+from virt_bmap.punch import punch
+from virt_bmap.reader import Reader
+from virt_bmap.space import Ranges
+from virt_bmap.sparsify.in_use import lock, user_of
+from virt_bmap.sparsify.plan import whole_blocks
+
+SECTOR = 512
+AT_ONCE = 4096
+"""Trims between two reports of progress."""
+
+
+class Disk(Protocol):
+    """An image that nobody else uses while it is open here."""
+
+    @property
+    def reader(self) -> Reader: ...
+
+    def give_back(self, free: Ranges, tell: Callable[[int], None]) -> None:
+        """Free these sorted ranges; `tell` is called with the number of bytes that are done. Raises OutputError."""
+
+
+@contextlib.contextmanager
+def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
+    """An image for reading and giving back, kept from others until the block ends.
+
+    Raises UsageError where it is of a kind that can't give space back, ImageError where somebody uses it, OutputError where it can't be written.
+    """
+    if magic.is_uri(image):
+        raise UsageError(
+            f"{image}: who uses an NBD export can't be seen from here; sparsify the image where it lies, or make a copy: sparsify {image} OUT"
+        )
+    plain = RawReader(image)
+    try:
+        found = format or magic.recognise(plain) or "raw"
+    finally:
+        plain.close()
+    if found not in ("raw", "qcow2"):
+        raise UsageError(f"{image}: a {found} image can't give space back in place; make a copy: sparsify {image} OUT")
+    if reason := user_of(image):
+        raise ImageError(f"{image}: is in use: {reason}; it is not changed")
+    if found == "raw":
+        disk = PunchedFile(image)
+        try:
+            yield disk
+        finally:
+            disk.close()
+    else:
+        with writing(image, found, references) as writer:
+            yield TrimmedImage(writer)
+
+
+class PunchedFile:
+    """A raw file or block device. A device is opened exclusively: neither mounted nor below another device."""
+
+    def __init__(self, path: str) -> None:
+        self.reader = RawReader(path)
+        self.name = path
+        try:
+            device = stat.S_ISBLK(os.stat(path).st_mode)
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if device else 0))
+        except OSError as error:
+            self.reader.close()
+            if error.errno == errno.EBUSY:
+                raise ImageError(f"{path}: is in use: it is mounted, or another device lies on it; it is not changed") from error
+            raise OutputError(f"{path}: can't be changed: {error.strerror}") from error
+        try:
+            about = os.fstat(self._fd)
+            if not os.path.samestat(about, os.fstat(self.reader.fileno())):
+                raise ImageError(f"{path}: was replaced by another file while it was opened")
+            if not lock(self._fd):
+                raise ImageError(f"{path}: is in use: QEMU holds its lock (a running guest or another tool); it is not changed")
+        except BaseException:
+            self.close()
+            raise
+        self.block = about.st_blksize if stat.S_ISREG(about.st_mode) else SECTOR
+
+    def give_back(self, free: Ranges, tell: Callable[[int], None]) -> None:
+        done = 0
+        try:
+            for start, end in zip(*(side.tolist() for side in whole_blocks(free, self.block)), strict=True):
+                punch(self._fd, start, end - start)
+                done += end - start
+                tell(done)
+            os.fsync(self._fd)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise OutputError(
+                    f"{self.name}: can't be changed in place: what it lies on can't punch holes; make a copy: sparsify {self.name} OUT"
+                ) from error
+            raise OutputError(f"{self.name}: can't be changed: {error.strerror}") from error
+
+    def close(self) -> None:
+        self.reader.close()
+        os.close(self._fd)
+
+
+class TrimmedImage:
+    """The disk in a qcow2 image, whose clusters QEMU frees."""
+
+    def __init__(self, writer: NbdWriter) -> None:
+        self.reader = writer
+        self._writer = writer
+
+    def give_back(self, free: Ranges, tell: Callable[[int], None]) -> None:
+        starts, ends = whole_blocks(free, max(SECTOR, self._writer.minimum))
+        done = np.cumsum(ends - starts)
+        for low in range(0, len(starts), AT_ONCE):
+            self._writer.trim(starts[low : low + AT_ONCE], ends[low : low + AT_ONCE])
+            tell(int(done[min(low + AT_ONCE, len(done)) - 1]))
+        self._writer.flush()
+
+
+def held(image: str) -> int | None:
+    """Bytes that an image file takes on its host; None for what is no regular file."""
+    about = os.stat(image)
+    return about.st_blocks * SECTOR if stat.S_ISREG(about.st_mode) else None
