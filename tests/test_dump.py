@@ -18,6 +18,9 @@ from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, complement, ints
 from virt_bmap.cli import run as bmap
 from virt_bmap.errors import ImageError, OutputError, UsageError
+from virt_bmap.images.raw import RawReader
+from virt_bmap.mapping import Row, Rows
+from virt_bmap.reader import MappedReader
 from virt_bmap.space import free_space
 
 MIB = 1 << 20
@@ -360,3 +363,24 @@ def test_kinds_that_hold_nothing_are_the_only_ones_left_out(disk: Path) -> None:
     end = start + tables.integers(table, "length")
     for a, b in zip(start[kind != tables.FREE].tolist(), end[kind != tables.FREE].tolist(), strict=True):
         assert not ((low < b) & (high > a)).any()
+
+
+def test_what_is_not_stored_is_not_read(tmp_path: Path) -> None:
+    """Holes of image files are holes of the volumes that lie on them, wherever rows put them; all that is not told as a hole is there."""
+    image = tmp_path / "image"
+    random = np.random.default_rng(5)
+    with image.open("wb") as file:
+        file.truncate(4 * MIB)
+        for at in random.choice(1024, 60, replace=False).tolist():
+            file.seek(at * 4096)
+            file.write(random.bytes(4096))
+    parents = {0: RawReader(str(image))}
+    rows = Rows.of(1, [Row(0, 0, MIB, 8192, 64, 16384, 16384), Row(8192, 0, 0, 8192, 64, 16384, 8192)])
+    reader = MappedReader(MIB + 8192, "volume", parents, rows)
+    starts, ends = reader.stored()
+    data = np.frombuffer(reader.read(0, reader.size), np.uint8).reshape(-1, 4096)
+    there = np.zeros(len(data), bool)
+    for low, high in zip(starts.tolist(), ends.tolist(), strict=True):
+        there[low // 4096 : -(-high // 4096)] = True
+    assert (there == data.any(axis=1)).all()
+    parents[0].close()

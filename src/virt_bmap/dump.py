@@ -6,7 +6,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Bytes, Int, complement, ints, runs
+from virt_bmap.arrays import EMPTY, Bytes, Int, ints, runs, subtract
 from virt_bmap.reader import Reader
 
 BATCH = 8 << 20
@@ -62,11 +62,11 @@ def dump(
     tell: Callable[[int], None] = lambda _: None,
     grain: int = GRAIN,
 ) -> int:
-    """Copy all of a volume, the bytes of `skip` as zeroes without reading them; how many bytes were read.
+    """Copy all of a volume, the bytes of `skip` as zeroes without reading them; how many bytes were read. Holes of image files are not read either.
 
     Zeroes are told from data in pieces of `grain` bytes, which divide BATCH. `tell` is called with the number of bytes that are done.
     """
-    wanted = complement(*skip, 0, reader.size)
+    wanted = subtract(*reader.stored(), *skip)
     done = 0
     for low in _batches(wanted):
         if low > done:

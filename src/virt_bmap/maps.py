@@ -34,9 +34,13 @@ def open_volumes(
     references: bool = False,
     keys: Keys = NO_KEYS,
     watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
+    status: Sequence[str] | None = None,
 ) -> Iterator[tuple[BlockMap, list[Reader]]]:
-    """Map disks as `map_disks` does, and keep them open: also the reader of each volume, by its number, good until the block ends."""
-    with open_disks(images, format, references) as disks:
+    """Map disks as `map_disks` does, and keep them open: also the reader of each volume, by its number, good until the block ends.
+
+    `status=()`: the readers can also tell what is stored, as far as servers know; see `images.open_image`.
+    """
+    with open_disks(images, format, references, status) as disks:
         yield survey_open(disks, watcher(disks) if watcher else lambda _: None, keys)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from virt_bmap.arrays import Bytes, Int, gather, ints
+from virt_bmap.arrays import Bytes, Int, gather, ints, union
 from virt_bmap.errors import Corrupt
 from virt_bmap.mapping import DATA, ROLES, Rows, Side
 
@@ -166,6 +166,13 @@ class MappedReader(Reader):
             data = parent.read_ranges(pieces.target[mine], pieces.length[mine])
             scatter(result, place[mine], pieces.length[mine], data)
         return result
+
+    def stored(self) -> tuple[Int, Int]:
+        parts = [np.zeros((2, 0), np.int64)]
+        for volume, parent in self._parents.items():
+            pieces = self._rows.select(self._rows.parent == volume).up(*parent.stored())
+            parts.append(np.stack([pieces.target, pieces.target + pieces.length]))
+        return union(*np.concatenate(parts, axis=1))
 
 
 def scatter(result: Bytes, starts: Int, lengths: Int, data: Bytes) -> None:

@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
         )
     images, (device, out) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
     refuse_target(out, images, args.force)
-    with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
+    with (
+        Progress() as progress,
+        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, status=()) as opened,
+    ):
         bmap, readers = opened
         volume = device_named(bmap, device)
         reader = readers[volume]

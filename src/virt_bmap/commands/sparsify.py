@@ -56,7 +56,7 @@ def _left(bmap: BlockMap, left: dict[int, str]) -> None:
 
 def _copy(args: argparse.Namespace) -> int:
     from virt_bmap.outputs.files import new_file
-    from virt_bmap.sparsify.copying import copy, holes_of
+    from virt_bmap.sparsify.copying import copy
     from virt_bmap.sparsify.plan import plan
 
     if len(args.disk) != 2:
@@ -67,15 +67,17 @@ def _copy(args: argparse.Namespace) -> int:
     _refuse_out(out, images, args.force)
     format = _format_of_copy(args, image)
     _refuse_writers(images)
-    with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
+    with (
+        Progress() as progress,
+        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, status=()) as opened,
+    ):
         bmap, readers = opened
         disk = bmap.disks[-1]
         space = plan(bmap, disk, args.swap)
-        holes = holes_of(image, readers[disk], args.format, args.references)
         progress.stop()
         _left(bmap, space.left)
         with new_file(out) as name, bar(f"copying {image}", readers[disk].size, args.quiet) as tell:
-            copy(readers[disk], space.all(), holes, name, format, args.compress, tell)
+            copy(readers[disk], space.all(), name, format, args.compress, tell)
     _tell(args, [{"disk": len(images), "image": image, "out": out, "size": readers[disk].size, **_sizes(image, out)}])
     return 0
 

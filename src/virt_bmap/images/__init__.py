@@ -47,11 +47,13 @@ def open_image(image: str, format: str | None = None, references: bool = False, 
 
 
 @contextlib.contextmanager
-def open_disks(images: Sequence[str], format: str | None = None, references: bool = False) -> Iterator[list[Reader]]:
-    """The disks of one machine, in order; closed at the end of the block."""
+def open_disks(
+    images: Sequence[str], format: str | None = None, references: bool = False, status: Sequence[str] | None = None
+) -> Iterator[list[Reader]]:
+    """The disks of one machine, in order, opened as `open_image` does; closed at the end of the block."""
     with contextlib.ExitStack() as stack:
         disks = []
         for image in images:
-            disks.append(open_image(image, format, references))
+            disks.append(open_image(image, format, references, status))
             stack.callback(disks[-1].close)
         yield disks
