@@ -448,3 +448,48 @@ def test_a_process_that_is_killed_is_missed_once(served: tuple[str, str]) -> Non
     assert "ended" in found.error
     assert refresher.ended
     refresher.close()
+
+
+# ---- a real guest -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.guest
+def test_files_that_a_real_guest_writes_are_named(tmp_path: Path) -> None:
+    """A Linux in QEMU writes files with fsync to an ext4: the bytes on the disk say whose each of the named pieces is."""
+    for tool, package in (
+        ("qemu-system-x86_64", "qemu-system-x86"),
+        ("nbdkit", "nbdkit"),
+        ("mke2fs", "e2fsprogs"),
+        ("cpio", "cpio"),
+    ):
+        need(tool, package)
+    import qemu_guest
+
+    image, count = tmp_path / "disk.img", 300
+    with open(image, "wb") as file:
+        file.truncate(128 << 20)
+    run("mke2fs", "-q", "-t", "ext4", image)
+    try:
+        command = qemu_guest.command(tmp_path, "ext4", count)
+    except SystemExit as error:
+        pytest.skip(f"the guest's package can't be had here: {str(error)[-200:]}")
+    trace, log = tmp_path / "trace.parquet", tmp_path / "log"
+    watched = [BMAP, "watch", "--write", "-o", trace, "--log", log, image, "--", *command]
+    done = subprocess.run(watched, capture_output=True, text=True, timeout=240)
+    console = (tmp_path / "console.txt").read_text(errors="replace")
+    assert done.returncode == 0, done.stderr + console[-500:]
+    assert "written" in console
+    disk, number_of = image.read_bytes(), {qemu_guest.path(n): n for n in range(count)}
+    wrong, named, pieces = 0, set(), 0
+    for row in pq.read_table(trace, columns=["op", "objects"]).to_pylist():
+        for piece in row["objects"] if row["op"] == "write" else ():
+            if piece["kind"] == "data":
+                name, inside = piece["path"].decode(), piece["file_offset"]
+                data = qemu_guest.content(number_of[name])[inside : inside + piece["length"]]
+                wrong += disk[piece["offset"] : piece["offset"] + len(data)] != data
+                named.add(name)
+                pieces += 1
+    assert wrong <= pieces // 100
+    assert len(named) >= 0.99 * count
+    logged = {line.split("\t")[0].split(" ", 3)[3] for line in log.read_text().splitlines() if line.startswith("write f ")}
+    assert len(logged & set(number_of)) >= 0.99 * count

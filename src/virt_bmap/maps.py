@@ -7,6 +7,7 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError
 from virt_bmap.images import open_disks
 from virt_bmap.keys import NO_KEYS, Keys
+from virt_bmap.nested import NOTHING, Nested
 from virt_bmap.reader import Reader
 from virt_bmap.survey import survey, survey_open
 
@@ -17,14 +18,15 @@ def map_disks(
     references: bool = False,
     keys: Keys = NO_KEYS,
     watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
+    nested: Nested = NOTHING,
 ) -> BlockMap:
     """Map images, block devices or NBD URIs as the disks of one machine, /dev/sda, /dev/sdb, ...
 
-    `format` and `references` as for `images.open_image`; `keys` open encrypted volumes. `watcher` is given the open disks and returns what is called with each volume's name.
+    `format` and `references` as for `images.open_image`; `keys` open encrypted volumes; `nested` says which files are disks, too. `watcher` is given the open disks and returns what is called with each volume's name.
     Raises ImageError where a disk can't be opened or read; what is wrong *on* a disk becomes rows of the table `problems`.
     """
     with open_disks(images, format, references) as disks:
-        return survey(disks, watcher(disks) if watcher else lambda _: None, keys)
+        return survey(disks, watcher(disks) if watcher else lambda _: None, keys, nested)
 
 
 @contextlib.contextmanager
@@ -34,6 +36,7 @@ def open_volumes(
     references: bool = False,
     keys: Keys = NO_KEYS,
     watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
+    nested: Nested = NOTHING,
     status: Sequence[str] | None = None,
 ) -> Iterator[tuple[BlockMap, list[Reader]]]:
     """Map disks as `map_disks` does, and keep them open: also the reader of each volume, by its number, good until the block ends.
@@ -41,7 +44,7 @@ def open_volumes(
     `status=()`: the readers can also tell what is stored, as far as servers know; see `images.open_image`.
     """
     with open_disks(images, format, references, status) as disks:
-        yield survey_open(disks, watcher(disks) if watcher else lambda _: None, keys)
+        yield survey_open(disks, watcher(disks) if watcher else lambda _: None, keys, nested)
 
 
 def is_saved(path: str) -> bool:

@@ -4,6 +4,7 @@ Every volume is looked at once. A volume module turns it (with others) into more
 volume that spans several members waits until no other volume is left to look at, so that all its members are known.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -15,9 +16,10 @@ from virt_bmap import filesystems, foreign, tables, volumes
 from virt_bmap.arrays import complement
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.contract import Assembly, Child, Filesystem, Member, Problem
-from virt_bmap.errors import FormatError, Unsupported
+from virt_bmap.errors import FormatError, Unsupported, UsageError
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.mapping import Rows
+from virt_bmap.nested import MAX_IMAGES, MAX_LEVELS, NOTHING, Nested, images
 from virt_bmap.reader import MappedReader, Reader
 
 MAX_DEPTH = 16
@@ -54,25 +56,30 @@ def disk_name(number: int) -> str:
     return f"/dev/sd{letters}"
 
 
-def survey(disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS) -> BlockMap:
+def survey(
+    disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS, nested: Nested = NOTHING
+) -> BlockMap:
     """The block map of these disks of one machine, which become /dev/sda, /dev/sdb, ...
 
-    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes. Raises ImageError where a disk can't be read; what is
+    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes; `nested` says which files are disks, too. Raises ImageError where a disk can't be read; what is
     wrong *on* a disk becomes rows of `problems`.
     """
-    return survey_open(disks, progress, keys)[0]
+    return survey_open(disks, progress, keys, nested)[0]
 
 
 def survey_open(
-    disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS
+    disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS, nested: Nested = NOTHING
 ) -> tuple[BlockMap, list[Reader]]:
     """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, as the survey read it. They read while the disks are open."""
-    work = _Survey(disks, progress, keys)
+    work = _Survey(disks, progress, keys, nested)
     return work.run(), [volume.reader for volume in work.volumes]
 
 
 class _Survey:
-    def __init__(self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys) -> None:
+    def __init__(self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys, nested: Nested) -> None:
+        self.nested, self.images = nested, 0
+        self.seen: set[bytes] = set()
+        """Paths of nested images that were found."""
         self.volumes: list[_Volume] = []
         self.progress = progress
         self.keys = keys
@@ -85,16 +92,41 @@ class _Survey:
         self.found: list[tuple[_Volume, ModuleType]] = []
 
     def run(self) -> BlockMap:
-        while self.todo or self.waiting:
-            while self.todo:
-                self._look_at(self.todo.pop(0))
-            if self.waiting:
-                self._assemble(*self.waiting.pop(min(self.waiting, key=volumes.rank)))
-        for volume, module in self.found:
-            self._read(volume, module)
+        done = 0
+        for level in range(MAX_LEVELS + 1):
+            while self.todo or self.waiting:
+                while self.todo:
+                    self._look_at(self.todo.pop(0))
+                if self.waiting:
+                    self._assemble(*self.waiting.pop(min(self.waiting, key=volumes.rank)))
+            fresh, done = self.found[done:], len(self.found)
+            for volume, module in fresh:
+                self._read(volume, module)
+            if self.nested and level < MAX_LEVELS:
+                for volume, _ in fresh:
+                    self._open_images(volume)
+        if absent := sorted(self.nested.paths - self.seen):
+            raise UsageError(f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk")
         for volume in self.volumes:
             self._tile(volume)
         return self._tables()
+
+    def _open_images(self, parent: _Volume) -> None:
+        """Files of a filesystem that are disks themselves, as further volumes to look at."""
+        if not parent.filesystem:
+            return
+        for image in images(parent.filesystem, parent.reader, self.nested):
+            self.seen.add(image.path)
+            name = f"{parent.name}:{image.path.decode(errors='backslashreplace')}"
+            if image.refused or self.images >= MAX_IMAGES:
+                why = image.refused or f"is one of more than {MAX_IMAGES} images: it is not opened"
+                self._problem(parent, "nested", Problem("nested", f"{name} {why}", -1, "note"))
+                continue
+            self.images += 1
+            self._add_child(
+                Child("image", name, image.size, [], many=image.rows.placed(0, image.rows.parent + parent.number)),
+                len(self.volumes),
+            )
 
     def _add(self, kind: str, name: str, reader: Reader, depth: int, disk: int | None) -> _Volume:
         volume = _Volume(len(self.volumes), kind, name, reader, depth, disk, reader.size)

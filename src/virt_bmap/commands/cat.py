@@ -6,7 +6,7 @@ import sys
 
 from virt_bmap import maps, tables
 from virt_bmap.arrays import ints
-from virt_bmap.commands.common import Progress, add_disk_options, keys_of
+from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, keys_of, nested_of
 from virt_bmap.commands.extract import warn_of_doubts
 from virt_bmap.errors import Corrupt, Unsupported, UsageError
 from virt_bmap.outputs.escape import escape
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stream", metavar="NAME", help="a named stream of the file (NTFS) instead of its content")
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +35,10 @@ def run(args: argparse.Namespace) -> int:
             f"cat needs {'DEVICE and PATH' if args.add else 'a disk, DEVICE and PATH'}; given: {' '.join(args.arguments)}"
         )
     images, (device, path) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
-    with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
+    with (
+        Progress() as progress,
+        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, nested_of(args)) as opened,
+    ):
         bmap, readers = opened
         volume = bmap.volume_named(device)
         files = Files(bmap, volume, readers[volume])

@@ -2,7 +2,7 @@
 
 import argparse
 
-from virt_bmap.commands.common import add_disk_options, map_or_disks, plural, print_json
+from virt_bmap.commands.common import add_disk_options, add_nested_option, map_or_disks, plural, print_json
 from virt_bmap.commands.map import refuse_unknown
 from virt_bmap.outputs.escape import escape
 
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line: totals of each volume, then disagreements")
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

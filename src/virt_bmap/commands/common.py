@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from virt_bmap import keys, maps
+from virt_bmap import keys, maps, nested
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS
 from virt_bmap.keys import Keys
+from virt_bmap.nested import Nested
 from virt_bmap.outputs.amounts import human as human
 from virt_bmap.reader import Reader
 
@@ -55,6 +56,22 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_nested_option(parser: argparse.ArgumentParser) -> None:
+    """Files of a guest that are disk images."""
+    parser.add_argument(
+        "--nested",
+        metavar="PATH|all",
+        action="append",
+        default=[],
+        help="open this file of a filesystem on the disks as a further disk; repeat it; `all`: every file that begins as a disk does",
+    )
+
+
+def nested_of(args: argparse.Namespace) -> Nested:
+    """The files of --nested, for commands that have it."""
+    return nested.parse(getattr(args, "nested", []))
+
+
 def keys_of(args: argparse.Namespace) -> Keys:
     """The keys of --key and --keys-from-stdin."""
     lines = sys.stdin.buffer.read().splitlines() if args.keys_from_stdin else []
@@ -72,7 +89,7 @@ def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
 def map_disks(args: argparse.Namespace, images: Sequence[str], secrets: Keys | None = None) -> BlockMap:
     """Map the disks, with progress on a terminal. `secrets` where the keys were taken from the command line before."""
     with Progress() as progress:
-        return maps.map_disks(images, args.format, args.references, secrets or keys_of(args), progress.watch)
+        return maps.map_disks(images, args.format, args.references, secrets or keys_of(args), progress.watch, nested_of(args))
 
 
 def map_or_disks(args: argparse.Namespace, given: Sequence[str]) -> BlockMap:

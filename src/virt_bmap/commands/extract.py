@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from virt_bmap import maps, tables
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import Progress, add_disk_options, human, keys_of, plural
+from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, human, keys_of, nested_of, plural
 from virt_bmap.commands.dump import bar, doubts
 from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.outputs.escape import escape
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--same-owner", action="store_true", help="keep owners and set-user-ID bits (only root can)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--same-owner: only root can give files to other users")
     if not os.path.isdir(args.directory):
         raise OutputError(f"{args.directory}: can't be written: is no directory")
-    with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
+    with (
+        Progress() as progress,
+        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, nested_of(args)) as opened,
+    ):
         bmap, readers = opened
         volume = bmap.volume_named(device)
         files = Files(bmap, volume, readers[volume])

@@ -9,7 +9,15 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import union
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, add_result_options, emit_records, human, map_or_disks, plural
+from virt_bmap.commands.common import (
+    add_disk_options,
+    add_nested_option,
+    add_result_options,
+    emit_records,
+    human,
+    map_or_disks,
+    plural,
+)
 from virt_bmap.outputs.escape import escape
 
 HELP = "show the tree of disks, volumes and filesystems with sizes, types, labels, UUIDs and states"
@@ -29,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("disk", nargs="*", metavar="MAP-or-DISK", help="a saved map, or images, block devices, NBD URIs")
     add_result_options(parser, "one JSON object a line, one for each volume")
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import complement
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, add_result_options, emit_records, map_or_disks
+from virt_bmap.commands.common import add_disk_options, add_nested_option, add_result_options, emit_records, map_or_disks
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.listing import LISTING
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_result_options(parser)
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, add_result_options, emit_records, map_or_disks, number, plural
+from virt_bmap.commands.common import (
+    add_disk_options,
+    add_nested_option,
+    add_result_options,
+    emit_records,
+    map_or_disks,
+    number,
+    plural,
+)
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.records import SCHEMA, owner_records
@@ -34,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="DEVICE", help="with a log of several devices: whose accesses")
     group.add_argument("--disk", metavar="N", type=int, help="the disk that the ranges are of, from 1 (default: 1)")
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import time
 
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, disks_of, elapsed, map_disks, plural
+from virt_bmap.commands.common import add_disk_options, add_nested_option, disks_of, elapsed, map_disks, plural
 from virt_bmap.errors import ImageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.files import replacing
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -245,7 +245,7 @@ class Watching(App[None]):
         top.border_title = f"by {self.sort}"
         for part, rows, sort in ((now, recent, "bytes"), (top, most, self.sort)):
             width, height = part.size.width, part.size.height
-            text = Text(heading(sort, width), "dim", end="")
+            text = Text(end="").append(heading(sort, width), "dim")
             if rows and height > 1:
                 text.append("\n")
                 text.append(rows_lines(rows[: height - 1], sort, width))
