@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from virt_bmap.arrays import union
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.diff import delta as deltas
 from virt_bmap.diff import report
@@ -72,7 +71,7 @@ def _delta(question: Question, plan: Plan, old: Side | None, new: Side, telling:
     """The delta, in whichever way the question asks for."""
     if question.ranges is not None:
         starts, ends = question.ranges.inside(new.size(question.disk), f"disk {question.disk} of {new.name}")
-        found = Delta(*union(starts, ends), deltas.CLUSTER, f"{question.ranges.format} in {question.ranges.source}")
+        found = deltas.of_ranges(starts, ends, f"{question.ranges.format} in {question.ranges.source}")
     elif question.bitmap is not None and isinstance(new.reader, StatusReader):
         found = deltas.of_bitmap(new.reader, question.bitmap)
     elif plan.layers and isinstance(new.reader, StatusReader):

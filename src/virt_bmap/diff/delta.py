@@ -61,11 +61,18 @@ def of_layers(reader: StatusReader, layers: int = 1, grain: int = CLUSTER) -> De
     return Delta(*union(starts[keep], ends[keep]), grain, "clusters that the overlay allocates")
 
 
-def of_bitmap(reader: StatusReader, name: str, grain: int = CLUSTER) -> Delta:
+def of_bitmap(reader: StatusReader, name: str) -> Delta:
     """What a dirty bitmap calls changed."""
     starts, ends, flags = reader.status(DIRTY + name)
     keep = (flags & STATE_DIRTY) != 0
-    return Delta(*union(starts[keep], ends[keep]), grain, f"dirty bitmap {name}")
+    return of_ranges(starts[keep], ends[keep], f"dirty bitmap {name}")
+
+
+def of_ranges(starts: Int, ends: Int, how: str) -> Delta:
+    """What a list calls changed. Its unit is the largest that all its ranges are whole numbers of, as far as that is a likely one."""
+    starts, ends = union(starts, ends)
+    unit = int(np.gcd.reduce(np.concatenate([starts, (ends - starts)[: max(1, len(ends) - 1)]]))) if len(starts) else CLUSTER
+    return Delta(starts, ends, min(max(unit, SECTOR), CLUSTER), how)  # the last range may be cut by the disk's end
 
 
 def verified(delta: Delta, old: Reader, new: Reader, tell: Callable[[int, int], None] = lambda _done, _all: None) -> Delta:
