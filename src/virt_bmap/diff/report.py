@@ -102,7 +102,8 @@ def _or_null(values: Int, known: np.ndarray) -> pa.Array:
 
 
 def shown(rows: pa.Table) -> pa.Table:
-    """The rows for a person: bytes, change, kind, device, and one name that says it all."""
+    """The rows for a person, without those of what did not change: bytes, change, kind, device, and one name that says it all."""
+    rows = rows.filter(pc.not_equal(rows.column("change"), CHANGES[UNCHANGED]))
     part = _joined("[", rows.column("part"), "]")
     inode = _joined("[inode ", rows.column("inode").cast(TEXT), "]")
     path = rows.column("path")
