@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rich.cells import cell_len
 from textual.pilot import Pilot
@@ -351,3 +352,29 @@ def test_on_a_terminal_of_40_columns(disk: SimpleNamespace) -> None:
     assert b"Traceback" not in shown
     assert b"said" in after  # the last words of a command that failed
     assert b"/dev/sda: 1 read (4.0 KiB)" in after or b"/one" in after
+
+
+@pytest.mark.parametrize("hang_up", [True, False])
+def test_a_terminal_that_goes_away_ends_the_watch_and_keeps_the_trace(
+    disk: SimpleNamespace, tmp_path: Path, hang_up: bool
+) -> None:
+    """With the signal that a terminal's own session gets, and without."""
+    need("nbdkit", "nbdkit")
+    need("qemu-io", "qemu-utils")
+    client = f"qemu-io -f raw -c 'read {disk.where['/one']} 4k' $1; exec sleep 60"
+    main, ours = pty.openpty()
+    trace = tmp_path / "trace.parquet"
+    take = "import fcntl, termios, os; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)" if hang_up else "import os; os.setsid()"
+    command = [BMAP, "watch", "--tui", disk.image, "-o", trace, "--", "sh", "-c", client, "sh", "$uri"]
+    start = f"{take}; os.execv({str(BMAP)!r}, {[str(word) for word in command]!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", start], stdin=ours, stdout=ours, stderr=ours, env={**os.environ, "TERM": "xterm-256color"}
+    )
+    os.close(ours)
+    shown, until = b"", time.monotonic() + 60
+    while b"4.0 KiB read" not in shown and time.monotonic() < until:
+        if select.select([main], [], [], 0.2)[0]:
+            shown += os.read(main, 65536)
+    os.close(main)
+    process.wait(30)
+    assert pq.read_table(trace).num_rows >= 1

@@ -99,12 +99,15 @@ def run(args: argparse.Namespace) -> int:
             return watch(resolver, sources, command, sinks, write=args.write, idle=flush, refresh=refresh, run=run)
 
         try:
-            outcome = _show(resolver, sinks, go) if tui else go()
+            outcome, last_words = _show(resolver, sinks, go) if tui else (go(), [])
         finally:
             flush()
             printer.close()
         if outcome.broken:
             raise OutputError(f"{args.output}: can't be written: {outcome.broken}")
+    if outcome.status:  # the terminal may be gone: not before the trace has its name
+        for line in last_words[-LAST_WORDS:]:
+            print(line, file=sys.stderr)
     with _text(args.summary) as out:
         out.write("\n".join(_report(summary, args.top) for summary in summaries.values()))
     for warning in _warnings(outcome, printer.dropped):
@@ -122,18 +125,14 @@ def _can_show() -> bool:
     return not missing
 
 
-def _show(resolver: "Resolver", sinks: "list[Sink]", go: "Callable[[Runner], Outcome]") -> "Outcome":
-    """The watch under the screen; what the command said at last, where it failed."""
+def _show(resolver: "Resolver", sinks: "list[Sink]", go: "Callable[[Runner], Outcome]") -> "tuple[Outcome, list[str]]":
+    """The watch under the screen: how it ended, and the last lines that the command printed."""
     from virt_bmap.watch.activity import Activity
     from virt_bmap.watch.screen import show
 
     activity = Activity(resolver)
     sinks.append(activity)
-    outcome, said = show(activity, go)
-    if outcome.status:
-        for line in said[-LAST_WORDS:]:
-            print(line, file=sys.stderr)
-    return outcome
+    return show(activity, go)
 
 
 @contextlib.contextmanager

@@ -13,12 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
+from textual.drivers.linux_driver import LinuxDriver
 from textual.widgets import Footer, Input, RichLog, Static
 
 from virt_bmap import tables
@@ -96,6 +97,41 @@ class Output:
             self.child.terminate()
 
 
+class Terminal:
+    """What Textual writes to. Its writing thread would end where a write fails, and the screen then wait for it for ever: a terminal that goes away must not take the watch with it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.gone = file, False
+
+    def write(self, text: str) -> None:
+        """Write, as long as there is a terminal."""
+        with self._watched():
+            self._file.write(text)
+
+    def flush(self) -> None:
+        """Flush, as long as there is a terminal."""
+        with self._watched():
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.gone = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class LastingDriver(LinuxDriver):
+    """Textual's driver on such a terminal."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._file: Any = Terminal(self._file)
+
+
 class Watching(App[None]):
     """The screen. `go` runs the watch, with the command started by the Runner it is given, until that ends."""
 
@@ -123,7 +159,7 @@ class Watching(App[None]):
     ]
 
     def __init__(self, activity: Activity, go: Callable[[Runner], Outcome]) -> None:
-        super().__init__(ansi_color=True)
+        super().__init__(ansi_color=True, driver_class=LastingDriver)
         self.activity = activity
         self.output = Output()
         self.outcome: Outcome | BaseException | None = None
@@ -170,6 +206,8 @@ class Watching(App[None]):
     def look(self) -> None:
         """Show what has changed."""
         self._show_output()
+        if isinstance(self._driver, LastingDriver) and self._driver._file.gone and not self._leaving:
+            self._told_to_end()
         if isinstance(self.outcome, BaseException) or (self._leaving and self.outcome is not None):
             self.exit()
             return
