@@ -39,6 +39,8 @@ def before(top: Path) -> None:
     for name, size in (("append", 10_000), ("overwrite", 200_000), ("delete", 100_000), ("rename", 30_000), ("touch", 20_000),
                        ("sparse", 5000), ("replace", 40_000), ("truncate", 200_000)):  # fmt: skip
         (top / "d" / name).write_bytes(content(name, size))
+    for number in range(20):  # beside the others, so that they share their blocks of inodes
+        (top / "d" / f"link{number}").symlink_to(f"../keep/f{number}")
     with open(top / "d" / "holey", "wb") as file:
         file.truncate(1 << 20)
 

@@ -59,10 +59,10 @@ def changed_blocks(made: Changed) -> bytes:
 
 
 def by_path(answer: Answer) -> dict[str, dict[str, int]]:
-    """Bytes by path and change, of files and directories."""
+    """Bytes by path and change, of files, directories and links."""
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for row in answer.rows.to_pylist():
-        if row["inode"] is not None and row["kind"] in ("file", "directory"):
+        if row["inode"] is not None and row["kind"] in ("file", "directory", "symlink"):
             found[row["path"]][row["change"]] = row["bytes"]
     return found
 
@@ -162,7 +162,9 @@ def test_the_files_reported_are_those_that_two_mounts_show_to_differ(made: Chang
         copy.unlink()
     old, new = trees
     expected = {path for path in old.keys() | new.keys() if old.get(path) != new.get(path)} - {"/d/rename"}
-    reported = {path for path, changes in by_path(answers["images"]).items() if set(changes) - {"moved"} and path != "/"}
+    reported = {
+        path for path, changes in by_path(answers["images"]).items() if set(changes) - {"moved", "unchanged"} and path != "/"
+    }
     assert reported == expected
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Bool, Int
+from virt_bmap.arrays import EMPTY, Bool, Int, union
 from virt_bmap.diff import objects as matched
 from virt_bmap.diff.compare import SECTOR, compare
 from virt_bmap.diff.delta import Delta
@@ -71,9 +71,10 @@ class Content:
 
 def segments(objects: Objects, disk: int, delta: Delta, words: "Words", content: Content | None) -> Segments:
     """The delta of disk number `disk`, cut where an owner changes in either map and where bytes are known to be equal."""
-    sides = [tiles(side.bmap, disk, delta.starts, delta.ends, records)
-             for side, records in zip((objects.old, objects.new), _changed_records(objects, disk, delta, content), strict=True)]  # fmt: skip
-    equal = delta.same or (EMPTY, EMPTY)
+    *records, untouched = _changed_records(objects, disk, delta, content)
+    sides = [tiles(side.bmap, disk, delta.starts, delta.ends, mine)
+             for side, mine in zip((objects.old, objects.new), records, strict=True)]  # fmt: skip
+    equal = _together(delta.same or (EMPTY, EMPTY), _on_disk(objects.new, disk, untouched))
     bounds = np.unique(np.concatenate([*(side.start for side in sides), *(side.end for side in sides), *equal]))
     old, new = (side.cut(bounds) for side in sides)
     at = np.searchsorted(equal[0], new.start, "right") - 1
@@ -100,19 +101,36 @@ def _view(side: Side, of_side: Int, words: "Words", found: Tiles) -> View:
 # ---- records ----------------------------------------------------------------------------------------------------------
 
 
-def _changed_records(objects: Objects, disk: int, delta: Delta, content: Content | None) -> tuple[Records, Records]:
-    """The inodes' records that changed, numbered by object: in the old map those of files that are gone, in the new one all others."""
+def _changed_records(objects: Objects, disk: int, delta: Delta, content: Content | None) -> tuple[Records, Records, Records]:
+    """The inodes' records that changed, numbered by object: in the old map those of files that are gone, in the new one all others. And those of
+    the new map that lie in the delta and are known not to have changed."""
     none = Records(EMPTY, EMPTY, EMPTY, EMPTY)
     if delta.only_owners:
-        return none, none
+        return none, none, none
     gone = np.flatnonzero((objects.event == matched.DELETED) & (objects.new_row < 0))
     alive = matched.pick(objects.new.alive, objects.new_row) | (objects.event != matched.NONE)  # not what was gone before, too
     here = np.flatnonzero((objects.new_row >= 0) & alive)
     old, new = _records(objects.old, objects.old_row[gone], gone), _records(objects.new, objects.new_row[here], here)
     if content is None:
-        return old, new.take(objects.event[new.record] != matched.NONE)
+        return old, new.take(objects.event[new.record] != matched.NONE), none
     new = new.take(touched(objects.new.bmap, disk, delta.starts, delta.ends, new))
-    return old, new.take(content.different(new))
+    different = content.different(new)
+    return old, new.take(different), new.take(~different)
+
+
+def _on_disk(side: Side, disk: int, records: Records) -> tuple[Int, Int]:
+    """Where records lie on a disk."""
+    parts = [(EMPTY, EMPTY)]
+    for volume in np.unique(records.volume).tolist():
+        mine = records.take(records.volume == volume)
+        found = side.bmap.descend(volume, mine.start, mine.end)
+        found = found.take(found.volume == side.bmap.disks[disk - 1])
+        parts.append((found.start, found.end))
+    return _together(*parts)
+
+
+def _together(*ranges: tuple[Int, Int]) -> tuple[Int, Int]:
+    return union(np.concatenate([low for low, _ in ranges]), np.concatenate([high for _, high in ranges]))
 
 
 def _records(side: Side, rows: Int, numbers: Int) -> Records:
