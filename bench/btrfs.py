@@ -41,5 +41,5 @@ def build(cache: Path, files: int) -> Path:
 
 if __name__ == "__main__":
     raise SystemExit(fair.main(fair.Match(
-        __doc__ or "", "btrfs", build, ["btrfs", "check", "--readonly"], {"btrfs": "btrfs-progs", "mkfs.btrfs": "btrfs-progs"}, lambda files: GOAL,
+        __doc__ or "", "", build, ["btrfs", "check", "--readonly"], {"btrfs": "btrfs-progs", "mkfs.btrfs": "btrfs-progs"}, lambda files: GOAL,
     )))  # fmt: skip
