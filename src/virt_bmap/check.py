@@ -1,7 +1,7 @@
 """Is the map complete, and does every filesystem's own allocator agree with it?
 
 For each volume: its extents and its children's bytes cover it to the last byte; no two owners claim the same bytes unless they
-share them on purpose; nothing that is owned is called free; nothing that is allocated lacks an owner.
+share them on purpose; nothing that is owned is called free; nothing that is allocated lacks an owner. An observed filesystem can't be proven: that is a disagreement, too.
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,12 @@ def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
         "owned-but-free", "owned, but the allocator calls it free", intersect(start[owned], end[owned], start[free], end[free])
     )
     unknown = kind == tables.UNKNOWN
-    disagree("allocated-but-not-owned", "allocated, but nothing refers to it", union(start[unknown], end[unknown]))
+    if tables.OBSERVED in bmap.slice_of("filesystems", volume)[1].column("state").to_pylist():
+        unseen = total(start[unknown], end[unknown])
+        detail = f"mapped by reading its files: {unseen} bytes were never observed, and its allocator was not read"
+        report.disagreements.append(Disagreement(volume, "not-observed", -1, -1, detail))
+    else:
+        disagree("allocated-but-not-owned", "allocated, but nothing refers to it", union(start[unknown], end[unknown]))
     alone = own & ~shared & (kind != tables.FREE)
     disagree("two-owners", "two owners that do not share on purpose", covered_twice(start[alone], end[alone]))
     at_home = own & shared

@@ -211,7 +211,7 @@ class _Survey:
             return
         volume.filesystem = found
         volume.type = found.type
-        volume.extents.append(_on_volume(found.extents, volume.number))
+        volume.extents.append(on_volume(found.extents, volume.number))
         for problem in found.problems:
             self._problem(volume, found.type, problem)
 
@@ -274,8 +274,8 @@ class _Survey:
                    for name in ("type", "uuid", "label", "block_size", "size", "state", "features")},
                 root=[None if system.root < 0 else system.root for _, system in systems],
             ),
-            inodes=tables.concat("inodes", [_on_volume(system.inodes, volume.number) for volume, system in systems]),
-            names=tables.concat("names", [_on_volume(system.names, volume.number) for volume, system in systems]),
+            inodes=tables.concat("inodes", [on_volume(system.inodes, volume.number) for volume, system in systems]),
+            names=tables.concat("names", [on_volume(system.names, volume.number) for volume, system in systems]),
             extents=tables.concat("extents", [table for volume in self.volumes for table in volume.extents]),
             problems=tables.make(
                 "problems", severity=[problem.severity for _, _, problem in problems],
@@ -290,7 +290,7 @@ def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
     return lambda name: [getattr(row, name) for row in rows]
 
 
-def _on_volume(table: pa.Table, number: int) -> pa.Table:
+def on_volume(table: pa.Table, number: int) -> pa.Table:
     """The table with its `volume` column set."""
     field = table.schema.field("volume")
     column = tables.arrow(np.full(table.num_rows, number, np.int32))

@@ -32,7 +32,7 @@ KIND_MEANING = {
     "gap": "belongs to nothing: outside any partition, or slack behind a filesystem's or volume's end",
     "free": "the filesystem's or volume manager's own allocator calls it free",
     "content": "one piece that is named but not looked into: a foreign or encrypted filesystem",
-    "unknown": "allocated, but no owner was found: damage, or a feature that is not read yet",
+    "unknown": "allocated, but no owner was found: damage, a feature that is not read yet, or (`part` says so) never observed",
 }
 OWNED = (DATA, DIRECTORY, SYMLINK, UNWRITTEN, XATTR, TREE, METADATA, BOOT, CONTENT)
 """Kinds that an allocator must call used."""
@@ -51,6 +51,8 @@ FLAGS = {"inline": INLINE, "shared": SHARED, "compressed": COMPRESSED, "encrypte
 
 CONSISTENT = ("clean", "frozen")
 """States in which all of a filesystem's metadata is in place: nothing needs to be recovered. Frozen: still mounted when the disk was copied."""
+OBSERVED = "observed"
+"""The state of a filesystem whose map comes from reading its files through a kernel: what was never read is `unknown`."""
 
 # ---- what an inode is -----------------------------------------------------------------------------------------------
 
@@ -122,7 +124,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("block_size", I64, "the unit of allocation in bytes"),
         _field("size", I64, "bytes from the volume's start that the filesystem claims"),
         _field("root", I64, "inode of the root directory", "has no names"),
-        _field("state", TEXT, "clean, frozen (consistent, though mounted), needs recovery, errors, damaged, ..."),
+        _field("state", TEXT, "clean, frozen (consistent, though mounted), needs recovery, errors, damaged, ...; observed: its files were read, not its metadata"),
         _field("features", TEXT, "space separated, in the words of the filesystem's own tools", "none"),
     ]),
     "inodes": pa.schema([

@@ -10,6 +10,7 @@ COMMANDS = {
     "locate": "where do the bytes of a file lie?",
     "info": "the tree of volumes and filesystems",
     "check": "prove that a map is complete and agrees with the filesystems' allocators",
+    "verify": "does a map agree with what a real kernel reads of the files?",
     "diff": "which files changed: between two images, in an overlay, by a dirty bitmap, between two maps",
     "watch": "which files does a running guest read and write?",
     "trace": "make a trace of what another tool logged",

@@ -1,12 +1,13 @@
 """What several commands share: how disks are named on the command line, sizes for people, progress, tables on a terminal."""
 
 import argparse
+import contextlib
 import json
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from virt_bmap import keys, maps, nested
@@ -142,6 +143,22 @@ class Progress:
             task = bar.add_task("", total=None, read="")
             while not self._done.wait(0.1):
                 bar.update(task, description=self._what, read=human(sum(disk.requested for disk in self._disks)))
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, on a terminal only, for work in stages; what is yielded is told the stage and how many of how many bytes are done."""
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.DownloadColumn(binary_units=True),
+               progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn())  # fmt: skip
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda what, done, total: shown.update(task, description=what, completed=done, total=total or None)
 
 
 SUFFIXES = {"": 1, "s": 512, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}

@@ -7,7 +7,7 @@ import time
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import add_disk_options, add_nested_option, disks_of, elapsed, map_disks, plural
-from virt_bmap.errors import ImageError
+from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.files import replacing
 
@@ -24,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write the map: text, or the tables if it ends in .parquet; - is standard output (default: bmap)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    parser.add_argument(
+        "--method",
+        choices=("auto", "direct", "observe"),
+        default="auto",
+        help="direct: read the filesystems' metadata; observe: read every file through a kernel and watch which blocks it reads; "
+        "auto: direct, and say what would have to be observed (default: auto)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an observation that was interrupted")
     add_disk_options(parser)
     add_nested_option(parser)
 
@@ -31,10 +39,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     images = disks_of(args, args.disk)
-    bmap = map_disks(args, images)
-    refuse_unknown(bmap, images)
-    with replacing(args.output) as file:
-        if args.output.endswith(".parquet"):
+    if args.method == "observe":
+        from virt_bmap.commands.observing import observe
+
+        with observe(args, images) as bmap:
+            write(bmap, args.output, images)
+    elif args.resume:
+        raise UsageError("--resume goes on with an observation: it needs --method observe")
+    else:
+        bmap = map_disks(args, images)
+        refuse_unknown(bmap, images)
+        write(bmap, args.output, images)
+    if not args.quiet:
+        summary(bmap, args.output, elapsed(start))
+    if args.method == "auto":
+        from virt_bmap.observe.advice import advice
+
+        for line in advice(bmap):
+            print(f"virt-bmap: {line}", file=sys.stderr)
+    return 0
+
+
+def write(bmap: BlockMap, output: str, images: list[str]) -> None:
+    """The map as text, or as tables where the name says so."""
+    with replacing(output) as file:
+        if output.endswith(".parquet"):
             from virt_bmap.outputs import parquet
 
             parquet.save(bmap, file, images)
@@ -42,9 +71,6 @@ def run(args: argparse.Namespace) -> int:
             from virt_bmap.outputs import bmap as text
 
             text.save(bmap, file)
-    if not args.quiet:
-        summary(bmap, args.output, elapsed(start))
-    return 0
 
 
 def refuse_unknown(bmap: BlockMap, images: list[str]) -> None:

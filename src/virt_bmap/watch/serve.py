@@ -89,8 +89,11 @@ def private_folder() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serve(source: Source, folder: str, write: bool) -> Iterator[Served]:
-    """Serve a disk until the block ends. Raises MissingTool, and ImageError with the server's words."""
+def serve(source: Source, folder: str, write: bool, in_order: bool = False) -> Iterator[Served]:
+    """Serve a disk until the block ends. `in_order`: each connection's requests are served, and logged, one after the other as they come.
+
+    Raises MissingTool, and ImageError with the server's words.
+    """
     program = _tool("nbdkit", source, "nbdkit")
     with contextlib.ExitStack() as stack:
         threads: list[str] = []
@@ -101,6 +104,8 @@ def serve(source: Source, folder: str, write: bool) -> Iterator[Served]:
         else:
             plugin = ["nbd", f"socket={stack.enter_context(_qemu_nbd(source, folder, write))}", "shared=true"]
         socket, log, messages = f"{folder}/nbd", f"{folder}/log", f"{folder}/nbdkit.err"
+        if in_order:
+            threads = ["--threads", "1"]
         filters = ["--filter=log"] if write else ["--filter=log", "--filter=cow"]
         block = COW_BLOCK if source.size <= COW_LARGE else COW_BLOCK_LARGE
         command = [program, "--foreground", "--exit-with-parent", *threads, "--unix", socket,

@@ -1,0 +1,48 @@
+"""What `map --method observe` and `verify` share: the disks behind an appliance, with progress on a terminal."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.commands.common import keys_of, plural, stages
+from virt_bmap.errors import UsageError
+from virt_bmap.outputs.escape import escape
+from virt_bmap.watch.source import source
+
+
+@contextlib.contextmanager
+def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
+    """The observed map. What was seen is kept beside the output until the block, which writes the map, has ended well."""
+    from virt_bmap.observe.journal import SUFFIX, Journal
+    from virt_bmap.observe.session import observed_map, session
+
+    if args.output == "-":
+        raise UsageError("an observation keeps what it has seen beside the map: give it a file with -o")
+    sources = [source(image, args.format, args.references) for image in images]
+    journal = Journal(args.output + SUFFIX, sources, args.resume)
+    if journal.seen and not args.quiet:
+        print(f"resuming: {plural(len(journal.seen), 'file')} observed before")
+    try:
+        with stages() as tell, session(sources, keys_of(args), tell) as found:
+            bmap = observed_map(found, journal, tell)
+        say_left(found.left)
+        yield bmap
+    except BaseException:
+        journal.close()
+        if journal.seen:
+            print(
+                f"virt-bmap: {plural(len(journal.seen), 'file')} observed so far, kept in {journal.path}: --resume goes on from there",
+                file=sys.stderr,
+            )
+        else:
+            journal.remove()
+        raise
+    journal.remove()
+
+
+def say_left(left: dict[str, str]) -> None:
+    """Filesystems that were not observed, on standard error."""
+    for device, why in left.items():
+        print(f"virt-bmap: {escape(device.encode())}: not observed: {escape(why.encode())}", file=sys.stderr)
