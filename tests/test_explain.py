@@ -1,5 +1,6 @@
 """virt-bmap explain against debugfs, parity worked out, the records' own magic numbers, and the bytes that were put in."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -12,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support import BytesReader, mapped, need, need_root, run, wait_for_socket
+from support import BytesReader, mapped, mounted, mutations, need, need_root, run, wait_for_socket
 from virt_bmap import structures, tables
 from virt_bmap.blockmap import BlockMap, Owners
+from virt_bmap.errors import BmapError
 from virt_bmap.explain import MAX_LAYERS, _Walk, explain
+from virt_bmap.filesystems.ext import history
+from virt_bmap.images.raw import RawReader
 from virt_bmap.mapping import Row, Rows
 from virt_bmap.survey import survey
 
@@ -417,3 +421,61 @@ def test_data_has_no_fields_and_every_structure_is_declared(disk: Path) -> None:
     for parts in structures.TABLE.values():
         for known in parts.values():
             assert known.dtype.names
+
+
+# ---- what a journal remembers -------------------------------------------------------------------------------------------
+
+
+def test_whose_a_free_block_was_and_what_a_journal_block_is_a_copy_of(tmp_path: Path) -> None:
+    """A file is written, synced and deleted by this kernel; debugfs said where it lay, and reads the journal for us."""
+    need("mke2fs", "e2fsprogs"), need_root()
+    image = tmp_path / "disk.img"
+    with open(image, "wb") as file:
+        file.truncate(64 << 20)
+    run("mke2fs", "-q", "-t", "ext4", "-b", "1024", image)
+    with mounted(image, "rw") as folder:
+        (folder / "d").mkdir()
+        for number in range(4):
+            with open(folder / f"d/file{number}", "wb") as file:
+                file.write(bytes([number]) * 50_000)
+                os.fsync(file.fileno())
+        inode = (folder / "d/file2").stat().st_ino
+        run("sync", "-f", folder)
+        block = int(run("debugfs", "-R", "bmap /d/file2 3", image))
+        kept = int(run("debugfs", "-R", "bmap /d/file3 3", image))
+        (folder / "d/file2").unlink()
+    found = answer(image, block * 1024 + 17)
+    assert innermost(found)["owners"][0]["kind"] == "free"
+    (former,) = found["history"]["former"]
+    assert (former["inode"], former["names"], former["path"]) == (inode, ["file2"], None)
+    assert (former["file_offset"], former["size"]) == (3 * 1024 + 17, 50_000)
+    assert "was once byte 0xc11 of inode" in words(image, block * 1024 + 17).stdout
+    assert answer(image, kept * 1024)["history"] is None
+    untouched = answer(image, (60 << 20) + 512)
+    assert untouched["history"]["former"] == []
+    first = int(run("debugfs", "-R", "bmap <8> 0", image))
+    reader, data = RawReader(str(image)), image.read_bytes()
+    latest: dict[int, tuple[int, int]] = {}
+    for block in range(first + 1, first + 60):
+        if copy := history.copy_of(reader, block * 1024):
+            latest[copy[0]] = max(latest.get(copy[0], (0, 0)), (copy[1], block))
+    reader.close()
+    # every block that was logged was also written home since, and the last copy of it is what lies there
+    same = {
+        target
+        for target, (_, block) in latest.items()
+        if data[target : target + 1024] == data[block * 1024 : block * 1024 + 1024]
+    }
+    assert len(same) > 5
+    assert set(latest) - same <= {1024}  # the superblock is written again when it is unmounted
+    _, block = latest[max(same)]
+    found = answer(image, block * 1024 + 5)
+    assert found["history"]["copy_of"] == max(same) + 5
+    assert f"belongs at byte {max(same) + 5:#x} of /dev/sda" in words(image, block * 1024 + 5).stdout
+    # a hostile journal costs an answer at most, never more than that
+    start = first * 1024
+    for mutant in mutations(data, 60, seed=7, ranges=[(start, start + 64 * 1024)]):
+        hostile = BytesReader(mutant)
+        with contextlib.suppress(BmapError):
+            history.copy_of(hostile, block * 1024)
+            history.former_owners(hostile, max(same), np.array([max(same)]))

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import ints
+from virt_bmap.arrays import expand, ints
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.errors import UsageError
 from virt_bmap.mapping import ROLES, Rows
@@ -25,6 +25,8 @@ MAX_LAYERS = 256
 MAX_NAMES = 1000
 """Names listed of one directory, paths of one inode, records of one block; all are counted."""
 SECTOR = 512
+JOURNALS = ("ext3", "ext4")
+"""Filesystems whose journal is asked what it remembers."""
 FIXED_RECORDS = ("ext2", "ext3", "ext4", "xfs", "ntfs", "vfat", "exfat")
 """Filesystems whose inodes' own records all have one size, so that the map's `record_offset`s tell it."""
 
@@ -131,6 +133,41 @@ def _places(layer: Found) -> Iterator[tuple[str, int, int]]:
     for owner in layer["owners"]:
         if owner["file_start"] in (None, 0) or owner["kind"] == "directory":
             yield owner["part"] or owner["kind"], owner["start"], owner["end"]
+
+
+def history_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader]) -> Found | None:
+    """What a journal remembers of the byte, in the innermost layer that has one: of a byte in the journal what it is a copy of, of a free one whose it was."""
+    for inner in layer["layers"]:
+        if found := history_at(bmap, inner, readers):
+            return found
+    if layer["type"] not in JOURNALS:
+        return None
+    from virt_bmap.filesystems.ext.history import copy_of, former_owners
+
+    volume, offset = layer["volume"], layer["offset"]
+    owners = {owner["part"] or owner["kind"] for owner in layer["owners"]}
+    _, extents = bmap.slice_of("extents", volume)
+    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
+    if "journal" in owners and (copy := copy_of(readers[volume], offset)):
+        rows = extents.take(np.flatnonzero((start <= copy[0]) & (copy[0] < start + length))).to_pylist()
+        here = [
+            {
+                "kind": row["kind"],
+                "part": _safe(row["part"]),
+                "path": None if row["inode"] is None else _first_path(bmap, volume, row["inode"]),
+            }
+            for row in rows
+        ]
+        return {"device": layer["device"], "copy_of": copy[0], "transaction": copy[1], "owners": here, "former": None}
+    if "free" in owners:
+        size = layer["filesystem"]["block_size"]
+        mine = (tables.codes(extents, "kind") == tables.DIRECTORY) & (tables.integers(extents, "flags") & tables.INLINE == 0)
+        row, step = expand(length[mine] // size)
+        former = former_owners(readers[volume], offset, start[mine][row] + step * size)
+        told = [{"inode": one.inode, "names": [escape(name) for name in one.names], "path": _first_path(bmap, volume, one.inode), "file_offset": one.file_offset,
+                 "size": one.size, "mtime": _time(one.mtime_ns), "transaction": one.sequence} for one in former]  # fmt: skip
+        return {"device": layer["device"], "copy_of": None, "transaction": None, "owners": [], "former": told}
+    return None
 
 
 # ---- the filesystem -------------------------------------------------------------------------------------------------

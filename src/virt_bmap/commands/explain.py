@@ -9,7 +9,7 @@ from virt_bmap import maps
 from virt_bmap.commands.common import Progress, add_disk_options, disks_of, human, keys_of, plural
 from virt_bmap.commands.lookup import parse_range
 from virt_bmap.errors import ImageError, UsageError
-from virt_bmap.explain import explain, fields_at, kinds_of
+from virt_bmap.explain import explain, fields_at, history_at, kinds_of
 from virt_bmap.outputs.escape import escape
 
 HELP = "say all that is known of one byte of a disk: every layer, the owner, and the bytes there"
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             "image": None,
             "bytes": None,
             "fields": None,
+            "history": None,
             "unread": "the map was saved without the disk's bytes",
         }
     else:
@@ -69,12 +70,14 @@ def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: in
             "image": escape(images[disk - 1].encode(errors="surrogateescape")),
             "bytes": None,
             "fields": None,
+            "history": None,
             "unread": None,
         }
         reader = readers[bmap.disks[disk - 1]]
         try:
             answer["bytes"] = reader.read(offset, min(DUMP, reader.size - offset)).hex()
             answer["fields"] = fields_at(bmap, answer["layer"], readers, DUMP)
+            answer["history"] = history_at(bmap, answer["layer"], readers)
         except ImageError as error:
             answer["unread"] = str(error)
     return answer
@@ -89,6 +92,8 @@ def _lines(answer: Found) -> Iterator[str]:
     yield from _layer(answer["layer"], "")
     if not answer["complete"]:
         yield "(further layers are left out)"
+    if answer["history"]:
+        yield from _history(answer["history"])
     yield ""
     if answer["bytes"] is None:
         yield f"the bytes there: not shown, {answer['unread']}"
@@ -195,6 +200,23 @@ def _records(system: Found) -> Iterator[str]:
 def _some(names: list[str], count: int) -> str:
     more = count - len(names[:SHOWN])
     return ", ".join(names[:SHOWN]) + (f", and {more:,} more" if more else "")
+
+
+def _history(history: Found) -> Iterator[str]:
+    """What the journal remembers."""
+    if history["copy_of"] is not None:
+        names = [owner["path"] or f"[{owner['part'] or owner['kind']}]" for owner in history["owners"]]
+        yield (
+            f"a journal copy, of transaction {history['transaction']}: belongs at byte {history['copy_of']:#x} of {history['device']}"
+            + (f", {', '.join(names)}" if names else "")
+        )
+    for one in history["former"] or []:
+        name = ", ".join(one["names"]) or "a name that is gone"
+        now = f"; the inode is {one['path']} now" if one["path"] else "; the inode is free or has no name now"
+        yield (f"was once byte {one['file_offset']:#x} of inode {one['inode']} ({name}), {one['size']:,} bytes, modified {one['mtime']}, "
+               f"says transaction {one['transaction']} of the journal{now}")  # fmt: skip
+    if history["former"] == []:
+        yield "the journal remembers no owner"
 
 
 def _fields(found: Found) -> Iterator[str]:
