@@ -1,7 +1,7 @@
 """One byte of a disk, all the way down: every layer it passes, who owns it there, and what is known of the owner.
 
 The result is plain dictionaries, ready for JSON: names are escaped, offsets and sizes are bytes. What the map does not say is left out
-rather than guessed: which of several names of a large directory lie in this block, or whose a free block once was.
+rather than guessed: which of several names of a large directory lie in this block. Whose a free block was, the journal may say (`history_at`).
 """
 
 from collections.abc import Iterator, Sequence
