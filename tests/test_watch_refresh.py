@@ -44,12 +44,31 @@ def kernel() -> None:
         pytest.skip("needs FUSE (/dev/fuse)")
 
 
+TRIES = 3
+"""What is asked is how soon names come: a machine that stands still for a second in the wrong place spoils a try, not three."""
+
+
+@pytest.mark.guest
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
     ("kind", "make", "package"), [("ext4", ["mke2fs", "-q", "-t", "ext4"], "e2fsprogs"), ("xfs", ["mkfs.xfs", "-q"], "xfsprogs")]
 )
 def test_files_that_a_kernel_writes_are_named(tmp_path: Path, kind: str, make: list[str], package: str) -> None:
     need(make[0], package)
+    failures: list[AssertionError] = []
+    for number in range(TRIES):
+        (tmp_path / str(number)).mkdir()
+        try:
+            _write_and_compare(tmp_path / str(number), make)
+        except AssertionError as error:
+            failures.append(error)
+        else:
+            return
+    raise failures[-1]
+
+
+def _write_and_compare(tmp_path: Path, make: list[str]) -> None:
+    """A kernel writes files to a watched disk: what the log and the trace name is what was written, and when."""
     image, count = tmp_path / "disk.img", 300
     with open(image, "wb") as file:
         file.truncate(320 << 20)
