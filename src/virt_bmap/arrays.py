@@ -130,6 +130,15 @@ def first_covers(starts: Int, ends: Int, slots: int) -> Int:
     return best
 
 
+def weigh(points: Int, starts: Int, ends: Int, weights: Int | int = 1) -> Int:
+    """For each piece [points[i], points[i + 1]) the sum of the weights of the ranges that cover it; every start and end is one of the sorted `points`."""
+    change = np.zeros(len(points), np.int64)
+    np.add.at(change, np.searchsorted(points, starts), weights)
+    np.add.at(change, np.searchsorted(points, ends), -np.asarray(weights))
+    depth: Int = np.cumsum(change)[:-1]
+    return depth
+
+
 def total(starts: Int, ends: Int) -> int:
     """How many bytes the ranges cover, each byte counted once."""
     starts, ends = union(starts, ends)

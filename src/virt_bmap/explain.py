@@ -15,8 +15,10 @@ from virt_bmap import tables
 from virt_bmap.arrays import expand, ints
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.errors import UsageError
-from virt_bmap.mapping import ROLES, Rows
+from virt_bmap.mapping import PACKED, ROLES, Rows
 from virt_bmap.outputs.escape import escape
+from virt_bmap.outputs.listing import describe, specificity
+from virt_bmap.outputs.records import record
 from virt_bmap.reader import Reader
 from virt_bmap.structures import fields, structure
 
@@ -43,7 +45,7 @@ def explain(bmap: BlockMap, disk: int, offset: int) -> Found:
         raise UsageError(f"byte {offset:#x} lies behind the end of disk {disk}, which has {size:#x} bytes")
     owners = bmap.owners(disk, ints(offset), ints(offset + 1))
     owners = owners.take(owners.extent >= 0)
-    walk = _Walk(bmap, owners)
+    walk = _Walk(bmap, owners, disk)
     layer = walk.layer(top, offset)
     return {"disk": disk, "offset": offset, "sector": offset // SECTOR, "complete": walk.left >= 0, "layer": layer}
 
@@ -51,8 +53,8 @@ def explain(bmap: BlockMap, disk: int, offset: int) -> Found:
 class _Walk:
     """Climbs from the disk; `left` is how many more layers may be shown."""
 
-    def __init__(self, bmap: BlockMap, owners: Owners) -> None:
-        self.bmap, self.owners, self.left = bmap, owners, MAX_LAYERS - 1
+    def __init__(self, bmap: BlockMap, owners: Owners, disk: int = 1) -> None:
+        self.bmap, self.owners, self.disk, self.left = bmap, owners, disk, MAX_LAYERS - 1
 
     def layer(self, volume: int, offset: int) -> Found:
         """What a volume has to say of its byte `offset`, and the volumes that hold this byte in turn."""
@@ -76,17 +78,32 @@ class _Walk:
         rows = self.bmap.rows_into(volume)
         pieces = rows.up(ints(offset), ints(offset + 1))
         result = []
-        for row, target in zip(pieces.row.tolist(), pieces.target.tolist(), strict=True):
+        for row, target, length in zip(pieces.row.tolist(), pieces.target.tolist(), pieces.target_length.tolist(), strict=True):
             self.left -= 1
             if self.left < 0:
                 break
-            result.append({"from": _run(rows, row, offset), **self.layer(int(rows.volume[row]), target)})
+            if rows.role[row] == PACKED:
+                inner = self._packed(int(rows.volume[row]), target, target + length)
+            else:
+                inner = self.layer(int(rows.volume[row]), target)
+            result.append({"from": _run(rows, row, offset), **inner})
         return result
+
+    def _packed(self, volume: int, start: int, end: int) -> Found:
+        """A compressed run: any byte of it belongs to all owners of the bytes that it holds, so that no single one is followed."""
+        row = self.bmap.volumes.slice(volume, 1).to_pylist()[0]
+        packed = self.owners.take(self.owners.role == PACKED)
+        packed = packed.take(specificity(self.bmap, packed))
+        return {
+            "volume": volume, "device": _safe(row["name"]), "kind": row["kind"], "size": row["size"], "offset": start, "end": end,
+            **{key: _safe(row[key]) for key in ("type", "label", "uuid", "detail")}, "filesystem": None, "owners": [], "problems": [], "layers": [],
+            "packed": [record(found) for found in describe(self.bmap, self.disk, packed).to_pylist()],
+        }  # fmt: skip
 
 
 def _run(rows: Rows, row: int, offset: int) -> Found:
     """The run of bytes (an LV's segment, a chunk of an array's member) in which the parent's byte `offset` lies; offsets of the parent."""
-    first, step, run = int(rows.on_parent.offset[row]), int(rows.on_parent.step[row]), int(rows.run[row])
+    first, step, run = int(rows.on_parent.offset[row]), int(rows.on_parent.step[row]), int(rows.in_parent[row])
     nth = (offset - first) // step if step else 0
     start = first + nth * step
     return {"role": ROLES[rows.role[row]], "start": start, "end": start + run, "inside": offset - start, "number": nth,

@@ -9,6 +9,7 @@ A compressed run (an image format's compressed cluster) takes `parent_run` bytes
 one side, the answer is the whole run on the other.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -75,6 +76,19 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.run)
+
+    @staticmethod
+    def concat(parts: "list[Rows]") -> "Rows":
+        """The rows of all parts, in order."""
+
+        def join(get: Callable[[Rows], Int]) -> Int:
+            return np.concatenate([np.zeros(0, np.int64), *(get(part) for part in parts)])
+
+        return Rows(
+            join(lambda r: r.volume), join(lambda r: r.parent), join(lambda r: r.role), join(lambda r: r.run), join(lambda r: r.count),
+            Side(join(lambda r: r.on_volume.offset), join(lambda r: r.on_volume.step)),
+            Side(join(lambda r: r.on_parent.offset), join(lambda r: r.on_parent.step)), join(lambda r: r.in_parent),
+        )  # fmt: skip
 
     def select(self, keep: np.ndarray) -> "Rows":
         """Those rows for which the boolean or index array `keep` asks."""

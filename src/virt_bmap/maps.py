@@ -9,7 +9,7 @@ from virt_bmap.images import open_disks
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.nested import NOTHING, Nested
 from virt_bmap.reader import Reader
-from virt_bmap.survey import survey, survey_open
+from virt_bmap.survey import survey, survey_host, survey_open
 
 
 def map_disks(
@@ -19,12 +19,20 @@ def map_disks(
     keys: Keys = NO_KEYS,
     watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
     nested: Nested = NOTHING,
+    host_offsets: bool = False,
 ) -> BlockMap:
     """Map images, block devices or NBD URIs as the disks of one machine, /dev/sda, /dev/sdb, ...
 
     `format` and `references` as for `images.open_image`; `keys` open encrypted volumes; `nested` says which files are disks, too. `watcher` is given the open disks and returns what is called with each volume's name.
-    Raises ImageError where a disk can't be opened or read; what is wrong *on* a disk becomes rows of the table `problems`.
+    With `host_offsets` the map counts in bytes of the image files: these are its disks 1, 2, ..., and the guest's disks volumes that lie in them.
+    Raises ImageError where a disk can't be opened or read, FormatError where an image's own tables can't; what is wrong *on* a disk becomes rows of the table
+    `problems`.
     """
+    if host_offsets:
+        from virt_bmap.images.host import open_host
+
+        with open_host(images, format, references) as host:
+            return survey_host(host, watcher(host.files) if watcher else lambda _: None, keys, nested)[0]
     with open_disks(images, format, references) as disks:
         return survey(disks, watcher(disks) if watcher else lambda _: None, keys, nested)
 

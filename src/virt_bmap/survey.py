@@ -8,19 +8,23 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap import filesystems, foreign, tables, volumes
 from virt_bmap.arrays import complement
-from virt_bmap.blockmap import BlockMap
+from virt_bmap.blockmap import FILE, BlockMap
 from virt_bmap.contract import Assembly, Child, Filesystem, Member, Problem
 from virt_bmap.errors import FormatError, Unsupported, UsageError
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.mapping import Rows
 from virt_bmap.nested import MAX_IMAGES, MAX_LEVELS, NOTHING, Nested, images
 from virt_bmap.reader import MappedReader, Reader
+
+if TYPE_CHECKING:
+    from virt_bmap.images.host import Host
 
 MAX_DEPTH = 16
 """Layers on top of each other. Real stacks have five (disk, partition, md, LUKS, LVM); a hostile one must end."""
@@ -67,6 +71,16 @@ def survey(
     return survey_open(disks, progress, keys, nested)[0]
 
 
+def survey_host(
+    host: "Host", progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS, nested: Nested = NOTHING
+) -> tuple[BlockMap, list[Reader]]:
+    """The block map of the disks in these image files, in bytes of the files: these become disk 1, 2, ..., and the guest's disks volumes in them. And the
+    reader of each volume, by its number."""
+    work = _Survey([], progress, keys, nested)
+    work.start_on(host)
+    return work.run(), [volume.reader for volume in work.volumes]
+
+
 def survey_open(
     disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS, nested: Nested = NOTHING
 ) -> tuple[BlockMap, list[Reader]]:
@@ -90,6 +104,14 @@ class _Survey:
         """Members of what spans volumes, by the module's name; complete when no volume is left to look at."""
         self.unclaimed: list[_Volume] = []
         self.found: list[tuple[_Volume, ModuleType]] = []
+
+    def start_on(self, host: "Host") -> None:
+        """Start with files of the host instead of disks; the disks are what lies in them."""
+        files = [
+            self._add(FILE, path, reader, 0, number)
+            for number, (path, reader) in enumerate(zip(host.paths, host.files, strict=True), 1)
+        ]
+        self._assemble(host, files)
 
     def run(self) -> BlockMap:
         done = 0
@@ -156,7 +178,7 @@ class _Survey:
             self.unclaimed.append(volume)
             self._whole(volume, volume.unread)
 
-    def _assemble(self, module: ModuleType, members: list[_Volume]) -> None:
+    def _assemble(self, module: "ModuleType | Host", members: list[_Volume]) -> None:
         """Let a volume module make volumes of its members; where it refuses, they are one piece each, with the reason."""
         by_number = {volume.number: volume for volume in members}
         try:

@@ -2,7 +2,8 @@
 
 import argparse
 
-from virt_bmap.commands.common import add_disk_options, add_nested_option, map_or_disks, plural, print_json
+from virt_bmap.blockmap import FILE
+from virt_bmap.commands.common import add_disk_options, add_host_option, add_nested_option, map_or_disks, plural, print_json
 from virt_bmap.commands.map import refuse_unknown
 from virt_bmap.outputs.escape import escape
 
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "disk", nargs="*", metavar="MAP-or-DISK", help="a saved map (Parquet), or images, block devices, NBD URIs"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line: totals of each volume, then disagreements")
+    add_host_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
 
@@ -46,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     if report.disagreements:
         print(f"not proven: {plural(len(report.disagreements), 'disagreement')}")
         return 1
-    opaque = [names[total.volume] for total in report.totals if "content" in total.by_kind]
+    kinds = bmap.volumes.column("kind").to_pylist()
+    opaque = [names[total.volume] for total in report.totals if "content" in total.by_kind and kinds[total.volume] != FILE]
     print(f"proven: {plural(len(report.totals), 'volume')}, every byte owned, owners and allocators agree")
     if opaque:
         print(f"taken as one piece, not looked into: {', '.join(opaque)}")

@@ -73,6 +73,12 @@ def nested_of(args: argparse.Namespace) -> Nested:
     return nested.parse(getattr(args, "nested", []))
 
 
+def add_host_option(parser: argparse.ArgumentParser) -> None:
+    """For commands that can count in bytes of image files."""
+    parser.add_argument("--host-offsets", action="store_true", help="count in bytes of the image files on the host (qcow2, vmdk, vhd, vhdx, vdi, raw), whose own "
+                        "metadata is named, too; disk 1, 2, ... are these files")  # fmt: skip
+
+
 def keys_of(args: argparse.Namespace) -> Keys:
     """The keys of --key and --keys-from-stdin."""
     lines = sys.stdin.buffer.read().splitlines() if args.keys_from_stdin else []
@@ -90,14 +96,25 @@ def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
 def map_disks(args: argparse.Namespace, images: Sequence[str], secrets: Keys | None = None) -> BlockMap:
     """Map the disks, with progress on a terminal. `secrets` where the keys were taken from the command line before."""
     with Progress() as progress:
-        return maps.map_disks(images, args.format, args.references, secrets or keys_of(args), progress.watch, nested_of(args))
+        return maps.map_disks(
+            images, args.format, args.references, secrets or keys_of(args), progress.watch, nested_of(args),
+            getattr(args, "host_offsets", False),
+        )  # fmt: skip
 
 
 def map_or_disks(args: argparse.Namespace, given: Sequence[str]) -> BlockMap:
     """A single saved map is loaded, disks are mapped; -a names disks only."""
     if len(given) == 1 and not args.add and maps.is_saved(given[0]):
-        return maps.load(given[0])
+        return load(args, given[0])
     return map_disks(args, disks_of(args, given))
+
+
+def load(args: argparse.Namespace, path: str) -> BlockMap:
+    """A saved map; UsageError where --host-offsets is said of one that counts in bytes of the guest's disks."""
+    bmap = maps.load(path)
+    if getattr(args, "host_offsets", False) and not bmap.on_files:
+        raise UsageError(f"{path}: this map counts in bytes of the guest's disks; say --host-offsets when the images are mapped")
+    return bmap
 
 
 class Progress:

@@ -2,15 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from virt_bmap import maps
-from virt_bmap.commands.common import Progress, add_disk_options, disks_of, human, keys_of, plural
-from virt_bmap.commands.lookup import parse_range
-from virt_bmap.errors import ImageError, UsageError
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.commands.common import Progress, add_disk_options, add_host_option, disks_of, human, keys_of, load, plural
+from virt_bmap.commands.lookup import line, parse_range
+from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.explain import explain, fields_at, history_at, kinds_of
 from virt_bmap.outputs.escape import escape
+from virt_bmap.reader import Reader
 
 HELP = "say all that is known of one byte of a disk: every layer, the owner, and the bytes there"
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs="+", metavar="[MAP-or-DISK] OFFSET", help="a saved map or a disk (not with -a), and a byte of it; "
                         "DISK:OFFSET for another disk than the first")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_host_option(parser)
     add_disk_options(parser)
 
 
@@ -43,13 +46,16 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.arguments[-1]!r}: explain takes one byte; lookup takes ranges")
     given = args.arguments[:-1]
     if given and maps.is_saved(given[0]):
-        answer = explain(maps.load(given[0]), disk, start) | {
+        answer = explain(load(args, given[0]), disk, start) | {
             "image": None,
+            "host": None,
             "bytes": None,
             "fields": None,
             "history": None,
             "unread": "the map was saved without the disk's bytes",
         }
+    elif args.host_offsets:
+        answer = _of_files(args, disks_of(args, given), disk, start)
     else:
         answer = _of_disks(args, disks_of(args, given), disk, start)
     if args.json:
@@ -66,21 +72,51 @@ def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: in
         maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as (bmap, readers),
     ):
         progress.stop()
-        answer = explain(bmap, disk, offset) | {
-            "image": escape(images[disk - 1].encode(errors="surrogateescape")),
-            "bytes": None,
-            "fields": None,
-            "history": None,
-            "unread": None,
-        }
-        reader = readers[bmap.disks[disk - 1]]
-        try:
-            answer["bytes"] = reader.read(offset, min(DUMP, reader.size - offset)).hex()
-            answer["fields"] = fields_at(bmap, answer["layer"], readers, DUMP)
-            answer["history"] = history_at(bmap, answer["layer"], readers)
-        except ImageError as error:
-            answer["unread"] = str(error)
-    return answer
+        answer = explain(bmap, disk, offset)
+        host = _host(images[disk - 1], args, offset)
+        return answer | {"image": _shown(images[disk - 1]), "host": host} | _bytes(bmap, answer, readers)
+
+
+def _of_files(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
+    """The answer for a byte of an image file."""
+    from virt_bmap.images.host import open_host
+    from virt_bmap.survey import survey_host
+
+    with open_host(images, args.format, args.references) as host:
+        with Progress() as progress:
+            bmap, readers = survey_host(host, progress.watch(host.files), keys_of(args))
+        answer = explain(bmap, disk, offset)
+        return answer | {"image": _shown(host.paths[disk - 1]), "host": None} | _bytes(bmap, answer, readers)
+
+
+def _host(image: str, args: argparse.Namespace, offset: int) -> Found | None:
+    """Where a byte of the disk lies in the image's files; None where the file is the disk, or where the format's layer is not read."""
+    from virt_bmap.images.host import open_host
+
+    try:
+        with open_host([image], args.format, args.references) as host:
+            return None if host.disks[0].format == "raw" else host.place(0, offset) | {"unread": None}
+    except Unsupported:
+        return None
+    except Corrupt as error:
+        return {"unread": str(error)}
+
+
+def _shown(path: str) -> str:
+    return escape(path.encode(errors="surrogateescape"))
+
+
+def _bytes(bmap: BlockMap, answer: Found, readers: Sequence[Reader]) -> Found:
+    """The bytes there, the fields of what lies there, and what was there before; or why they can't be read."""
+    reader, offset = readers[bmap.disks[answer["disk"] - 1]], answer["offset"]
+    found: Found = {"bytes": None, "fields": None, "history": None, "unread": None}
+    try:
+        found["bytes"] = reader.read(offset, min(DUMP, reader.size - offset)).hex()
+        found["fields"] = fields_at(bmap, answer["layer"], readers, DUMP)
+        found["history"] = history_at(bmap, answer["layer"], readers)
+    except ImageError as error:
+        found["unread"] = str(error)
+    return found
 
 
 # ---- for people -----------------------------------------------------------------------------------------------------
@@ -89,6 +125,8 @@ def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: in
 def _lines(answer: Found) -> Iterator[str]:
     image = f" of {answer['image']}" if answer["image"] else ""
     yield f"byte {answer['offset']:#x} ({answer['offset']:,}){image}, in sector {answer['sector']:,} of 512 bytes"
+    if answer["host"]:
+        yield _host_line(answer["host"])
     yield from _layer(answer["layer"], "")
     if not answer["complete"]:
         yield "(further layers are left out)"
@@ -98,11 +136,28 @@ def _lines(answer: Found) -> Iterator[str]:
     if answer["bytes"] is None:
         yield f"the bytes there: not shown, {answer['unread']}"
         return
-    where = "as they are on the disk, below the encryption" if "crypt" in kinds_of(answer["layer"]) else "as they are on the disk"
+    place = "in the file" if answer["layer"]["kind"] == "file" else "on the disk"
+    where = f"as they are {place}, below the encryption" if "crypt" in kinds_of(answer["layer"]) else f"as they are {place}"
     yield f"the bytes there, {where}:"
     yield from _dump(answer["offset"], bytes.fromhex(answer["bytes"]))
     if answer["fields"]:
         yield from _fields(answer["fields"])
+
+
+def _host_line(host: Found) -> str:
+    """The image format's cluster, and where it lies in which file."""
+    if host["unread"]:
+        return f"in the image file: not known, {host['unread']}"
+    cluster = f"{host['format']} cluster {host['cluster']:,} of {host['cluster_size']:,} bytes, byte {host['cluster_offset']:#x} in it: "
+    if host["file"] is None:
+        return cluster + "in no file of the image, so it reads as zeroes"
+    file = escape(host["file"].encode(errors="surrogateescape"))
+    below = f", {plural(host['level'], 'backing file')} down" if host["level"] else ""
+    if host["role"] == "compressed":
+        return f"{cluster}compressed, in bytes {host['offset']:#x}-{host['end']:#x} of {file}{below}"
+    return f"{cluster}byte {host['offset']:#x} of {file}{below}" + (
+        ", which is kept for it, but reads as zeroes" if host["role"] == "zero" else ""
+    )
 
 
 def _layer(layer: Found, indent: str) -> Iterator[str]:
@@ -112,7 +167,8 @@ def _layer(layer: Found, indent: str) -> Iterator[str]:
     facts += [f"{word} {layer[word]}" for word in ("label", "uuid") if layer[word]] + (
         [layer["detail"]] if layer["detail"] else []
     )
-    yield f"{indent}{layer['device']} ({', '.join(facts)}): byte {layer['offset']:#x}"
+    where = f"byte {layer['offset']:#x}" if layer.get("end") is None else f"bytes {layer['offset']:#x}-{layer['end']:#x}"
+    yield f"{indent}{layer['device']} ({', '.join(facts)}): {where}"
     inner = indent + "  "
     if system := layer["filesystem"]:
         label = f" {system['label']!r}" if system["label"] else ""
@@ -122,7 +178,10 @@ def _layer(layer: Found, indent: str) -> Iterator[str]:
         yield from (inner + text for text in _owner(owner, layer))
     if more := len(layer["owners"]) - SHOWN:
         yield from [f"{inner}and {plural(more, 'more owner')} of the same bytes"] if more > 0 else []
-    if not layer["owners"] and not layer["layers"]:
+    if packed := layer.get("packed"):
+        yield from (f"{inner}{line(row)}" for row in packed[:SHOWN])
+        yield from [f"{inner}and {plural(len(packed) - SHOWN, 'more owner')} of these bytes"] if len(packed) > SHOWN else []
+    elif not layer["owners"] and not layer["layers"]:
         yield f"{inner}the map names no owner"
     if system:
         yield from (inner + text for text in _records(system))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
+from virt_bmap import maps, tables
 from virt_bmap.arrays import union
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import (
@@ -18,15 +18,18 @@ from virt_bmap.commands.common import (
     map_or_disks,
     plural,
 )
+from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.outputs.escape import escape
 
 HELP = "show the tree of disks, volumes and filesystems with sizes, types, labels, UUIDs and states"
 
 FACTS = ("type", "label", "uuid", "state", "features")
 COUNTS = ("block_size", "size", "free", "directories", "files")
+IMAGE_SIZES = ("virtual_size", "cluster_size", "allocated", "stored", "file_size")
 SCHEMA = pa.schema([
     ("volume", pa.int32()), ("parents", pa.list_(pa.int32())), ("disk", pa.int32()), ("kind", pa.string()), ("device", pa.string()),
     ("size", pa.int64()), ("type", pa.string()), ("label", pa.string()), ("uuid", pa.string()), ("detail", pa.string()),
+    ("image", pa.struct([("file", pa.string()), ("format", pa.string()), *((name, pa.int64()) for name in IMAGE_SIZES)])),
     ("filesystem", pa.struct([*((name, pa.string()) for name in FACTS), ("consistent", pa.bool_()), *((name, pa.int64()) for name in COUNTS)])),
     ("problems", pa.list_(pa.struct([("severity", pa.string()), ("code", pa.string()), ("offset", pa.int64()), ("detail", pa.string())]))),
 ])  # fmt: skip
@@ -43,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     bmap = map_or_disks(args, args.disk)
     found = volumes(bmap)
+    if not (len(args.disk) == 1 and not args.add and maps.is_saved(args.disk[0])):
+        for image, disk in zip([*args.add, *args.disk], bmap.disks, strict=True):
+            found[disk]["image"] = image_facts(image, args.format, args.references)
     if args.json or args.output is not None:
         emit_records(args, found, SCHEMA, str)
     else:
@@ -64,11 +70,37 @@ def volumes(bmap: BlockMap) -> list[dict[str, Any]]:
         result.append({
             "volume": number, "parents": sorted(set(parent[child == number].tolist())), "disk": row["disk"], "kind": row["kind"],
             "device": _safe(row["name"]), "size": row["size"], "type": _safe(row["type"]), "label": _safe(row["label"]), "uuid": _safe(row["uuid"]),
-            "detail": _safe(row["detail"]), "filesystem": _filesystem(bmap, number, system) if system else None,
+            "detail": _safe(row["detail"]), "image": None, "filesystem": _filesystem(bmap, number, system) if system else None,
             "problems": [{"severity": p["severity"], "code": p["code"], "offset": p["volume_offset"], "detail": _safe(p["detail"])}
                          for p in problems.get(number, ())],
         })  # fmt: skip
     return result
+
+
+def image_facts(image: str, format: str | None, references: bool) -> dict[str, Any] | None:
+    """What the image format itself says of a disk, names escaped; None for a raw disk, and for formats whose layer is not read."""
+    from virt_bmap.images.host import describe, open_host
+
+    try:
+        with open_host([image], format, references) as host:
+            facts: dict[str, Any] | None = None if host.disks[0].format == "raw" else _escaped(describe(host))
+            return facts
+    except Unsupported:
+        return None
+    except Corrupt as error:
+        return {
+            "file": _safe(image),
+            "format": None,
+            "problems": [{"severity": "error", "code": error.code, "offset": error.offset, "detail": _safe(str(error))}],
+        }
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return _safe(value) if isinstance(value, str) else value
 
 
 def _safe(text: str | None) -> str | None:
@@ -121,6 +153,7 @@ def _lines(row: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     others = row["parents"][1:]
     facts += [f"also on {', '.join(found[number]['device'] for number in others)}"] if others else []
     lines = [", ".join(facts)]
+    lines += _image_lines(row["image"]) if row["image"] else []
     if system:
         counted = f"{plural(system['directories'], 'directory', 'directories')}, {plural(system['files'], 'file')}"
         state = "frozen (consistent)" if system["state"] == "frozen" else system["state"]
@@ -129,3 +162,37 @@ def _lines(row: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
         )
     lines += [f"{problem['severity']}: {problem['detail']}" for problem in row["problems"]]
     return lines
+
+
+NAMED = 10
+"""Snapshots and bitmaps that a person is shown; --json has them all."""
+
+
+def _image_lines(image: dict[str, Any]) -> list[str]:
+    """What is said of the image itself: a line of facts, one each for the chain, snapshots and bitmaps, and its problems."""
+    lines = []
+    if image["format"]:
+        facts = [
+            " ".join(
+                [
+                    image["format"],
+                    *([f"version {image['version']}"] if image.get("version") else []),
+                    image.get("subformat") or "",
+                ]
+            ).rstrip()
+        ]
+        facts += [f"clusters of {human(image['cluster_size'])}"] if image["cluster_size"] > 1 else []
+        facts += [f"{human(image['allocated'])} allocated", f"file of {human(image['file_size'])}"]
+        facts += [f"encrypted ({image['encryption']})"] if image.get("encryption") else []
+        facts += [word for word in ("dirty", "corrupt") if image.get(word)]
+        lines.append("  image: " + ", ".join(facts))
+        lines += [
+            f"  {word} {file['file']} ({file['format']})"
+            for word, file in zip(["backing file", *["on"] * 64], image["backing"], strict=False)
+        ]
+        lines += [f"  data in {file}" for file in image["data_files"]]
+        for word in ("snapshot", "bitmap"):
+            names = [found["name"] for found in image.get(f"{word}s", [])]
+            more = f", and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+            lines += [f"  {plural(len(names), word)}: {', '.join(names[:NAMED])}{more}"] if names else []
+    return lines + [f"{problem['severity']}: {problem['detail']}" for problem in image["problems"]]

@@ -10,7 +10,14 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import complement
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, add_nested_option, add_result_options, emit_records, map_or_disks
+from virt_bmap.commands.common import (
+    add_disk_options,
+    add_host_option,
+    add_nested_option,
+    add_result_options,
+    emit_records,
+    map_or_disks,
+)
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.listing import LISTING
@@ -33,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a saved map or a disk (not with -a), a device such as /dev/sda1, and a path on it",
     )
     add_result_options(parser)
+    add_host_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
 

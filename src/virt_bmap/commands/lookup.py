@@ -10,6 +10,7 @@ import numpy as np
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import (
     add_disk_options,
+    add_host_option,
     add_nested_option,
     add_result_options,
     emit_records,
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--op", choices=("read", "write", "trim"), help="with a log: which accesses (default: all)")
     group.add_argument("--device", metavar="DEVICE", help="with a log of several devices: whose accesses")
     group.add_argument("--disk", metavar="N", type=int, help="the disk that the ranges are of, from 1 (default: 1)")
+    add_host_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
 

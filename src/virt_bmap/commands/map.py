@@ -6,7 +6,7 @@ import time
 
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, add_nested_option, disks_of, elapsed, map_disks, plural
+from virt_bmap.commands.common import add_disk_options, add_host_option, add_nested_option, disks_of, elapsed, map_disks, plural
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.files import replacing
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "auto: direct, and say what would have to be observed (default: auto)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an observation that was interrupted")
+    add_host_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
 
@@ -39,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     images = disks_of(args, args.disk)
+    if args.method == "observe" and args.host_offsets:
+        raise UsageError(
+            "--host-offsets reads the image formats' own metadata; an observation counts in bytes of the guest's disks"
+        )
     if args.method == "observe":
         from virt_bmap.commands.observing import observe
 
@@ -75,7 +80,8 @@ def write(bmap: BlockMap, output: str, images: list[str]) -> None:
 
 def refuse_unknown(bmap: BlockMap, images: list[str]) -> None:
     """ImageError where nothing on a disk is known: no partition table, volume or filesystem."""
-    for image, disk in zip(images, bmap.disks, strict=False):
+    disks = [number for number, kind in enumerate(bmap.volumes.column("kind").to_pylist()) if kind == "disk"]
+    for image, disk in zip(images, disks, strict=False):
         if bmap.volumes.column("type")[disk].as_py() is None:
             raise ImageError(
                 f"{image}: nothing known is on this disk: no partition table, volume manager or filesystem at any of their places; "

@@ -14,6 +14,8 @@ from virt_bmap.reader import Reader
 
 FORMATS = ("raw", *magic.FORMATS)
 """What `--format` takes."""
+BY_LAYERS = ("vpc", "vhdx")
+"""Formats whose differencing images QEMU does not open; the readers of their layers do."""
 
 
 def open_image(image: str, format: str | None = None, references: bool = False, status: Sequence[str] | None = None) -> Reader:
@@ -38,9 +40,12 @@ def open_image(image: str, format: str | None = None, references: bool = False, 
             plain.close()
             raise ImageError(f"{image}: is a raw disk, which has no {status[0].removeprefix('qemu:')}")
         return plain
-    from virt_bmap.images import qemu
+    from virt_bmap.images import host, qemu
+    from virt_bmap.images.references import references_of
 
     try:
+        if found in BY_LAYERS and references_of(plain, found).backing:
+            return host.open_by_layers(image, found, references)
         return qemu.open_with_qemu(plain, found, references, status)
     finally:
         plain.close()

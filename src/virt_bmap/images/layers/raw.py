@@ -1,0 +1,22 @@
+"""Raw images: the file is the disk.
+
+Sources: none needed.
+"""
+
+from collections.abc import Sequence
+
+from virt_bmap.arrays import ints
+from virt_bmap.images.layer import Draft, Layer
+from virt_bmap.reader import Reader
+
+NAME = "raw"
+FEATURES = ("files and block devices, NBD exports",)
+REFUSED = ()
+ORACLES = ("qemu-img map",)
+
+
+def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
+    """One row: every byte is where it is."""
+    draft = Draft([image], image.size)
+    draft.place(ints(0), ints(0), ints(image.size))
+    return draft.finish(NAME, 1, {})

@@ -1,0 +1,132 @@
+"""What else an image would make us open: backing files, external data files, extents. Headers are read here before anything else looks at them.
+
+Whoever wrote an image chose these names, and that can be a guest: nothing of it is opened unless the caller allows it, and never in a format that was guessed.
+
+Sources: QEMU docs/interop/qcow2.rst, block/qcow.c, block/qed.h, block/vmdk.c.
+"""
+
+import os
+import struct
+from dataclasses import dataclass, field
+
+from virt_bmap.errors import Corrupt, ImageError
+from virt_bmap.images import descriptor
+from virt_bmap.images.magic import FORMATS
+from virt_bmap.reader import Reader
+
+MAX_CHAIN = 64
+"""Backing files below each other. QEMU itself sets no limit; chains beyond a few dozen are unusable, and a loop must end."""
+QCOW2_DATA_FILE = 1 << 2
+QCOW2_EXT_BACKING_FORMAT, QCOW2_EXT_DATA_FILE = 0xE2792ACA, 0x44415441
+QED_BACKING_FILE, QED_BACKING_RAW = 1, 4
+
+
+@dataclass
+class References:
+    """Other files that an image's header names, and the backing format that it states."""
+
+    backing: str | None = None
+    backing_format: str | None = None
+    data: str | None = None
+    extents: list[str] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        return [name for name in (self.backing, self.data, *self.extents) if name]
+
+
+def allowed_references(image: Reader, format: str, references: bool, depth: int) -> References:
+    """What the image refers to. ImageError where it does so though `references` are not allowed, where the backing file has no stated format, and where the
+    chain, of which this is number `depth`, does not end."""
+    found = references_of(image, format)
+    if found.names() and not references:
+        raise ImageError(
+            f"{image.name}: its {format} header refers to {', '.join(map(repr, found.names()))}, which is not opened unasked, since whoever wrote the image "
+            "chose that name; if you trust it, say --references (or --format raw for a raw disk that only looks like this)"
+        )
+    if depth >= MAX_CHAIN:
+        raise ImageError(f"{image.name}: its backing chain is longer than {MAX_CHAIN} files, or a loop")
+    if found.backing and not found.backing_format:
+        raise ImageError(
+            f"{image.name}: its header names the backing file {found.backing!r} without a format, and guessing it is unsafe; "
+            f"state it with: qemu-img rebase -u -b {found.backing} -F FORMAT {image.name}"
+        )
+    return found
+
+
+def references_of(image: Reader, format: str) -> References:
+    """What else an image of this format would make QEMU open."""
+    if format in ("qcow2", "qcow"):
+        return _qcow_references(image, format)
+    if format == "qed":
+        header = image.read_clipped(0, 72)
+        features, at, length = struct.unpack_from("<Q", header, 16)[0], *struct.unpack_from("<II", header, 56)
+        name = _name(image, at, length) if features & QED_BACKING_FILE else None
+        return References(backing=name, backing_format="raw" if features & QED_BACKING_RAW else None)
+    if format == "vmdk":
+        return _vmdk_references(image)
+    if format in ("vpc", "vhdx"):
+        return _parent_of_vhd(image, format)
+    return References()
+
+
+def _name(image: Reader, offset: int, length: int) -> str | None:
+    if length == 0:
+        return None
+    if length > 1023 or offset + length > image.size:
+        raise ImageError(
+            f"{image.name}: the backing file name at byte {offset:#x}, {length} bytes long, does not fit into the image"
+        )
+    return os.fsdecode(image.read(offset, length))
+
+
+def _qcow_references(image: Reader, format: str) -> References:
+    """qcow2.rst, "Header" and "Header extensions"."""
+    header = image.read_clipped(0, 104)
+    version, at, length = struct.unpack_from(">IQI", header, 4)
+    found = References(backing=_name(image, at, length) if at else None)
+    extensions = 72 if version < 3 else struct.unpack_from(">I", header, 100)[0]
+    if format == "qcow2" and extensions <= 65536:
+        area = image.read_clipped(extensions, 65536)
+        place = 0
+        while place + 8 <= len(area):
+            kind, size = struct.unpack_from(">II", area, place)
+            body = area[place + 8 : place + 8 + size]
+            if kind == 0 or len(body) < size:
+                break
+            if kind == QCOW2_EXT_BACKING_FORMAT:
+                found.backing_format = body.decode("ascii", "replace")
+            elif kind == QCOW2_EXT_DATA_FILE:
+                found.data = os.fsdecode(body)
+            place += 8 + (size + 7) // 8 * 8
+        incompatible = struct.unpack_from(">Q", header, 72)[0] if version >= 3 else 0
+        if not incompatible & QCOW2_DATA_FILE:
+            found.data = None
+        elif found.data is None:
+            raise ImageError(f"{image.name}: its qcow2 header says that an external data file holds the data, but names none")
+    if found.backing_format and found.backing_format not in ("raw", *FORMATS):
+        raise ImageError(
+            f"{image.name}: its header states the backing format {found.backing_format!r}; there are: raw, {', '.join(FORMATS)}"
+        )
+    return found
+
+
+def _parent_of_vhd(image: Reader, format: str) -> References:
+    """A differencing VHD's or VHDX' parent, which is of the same format. What is damaged is said by whoever reads the image."""
+    from virt_bmap.images import layers
+
+    try:
+        parent = layers.load(format).parent(image)  # type: ignore[union-attr]
+    except Corrupt:
+        parent = None
+    return References(backing=parent, backing_format=format if parent else None)
+
+
+def _vmdk_references(image: Reader) -> References:
+    """The text descriptor's extent lines and its parent's name. A parent is always a VMDK: the specification leaves nothing to guess."""
+    found, separate = descriptor.find(image)
+    if found is None:
+        return References()
+    parent = found.parent
+    # the extent that a monolithic file's embedded descriptor names is the file itself, which QEMU does not open again
+    extents = [extent.file for extent in found.extents if extent.file] if separate else []
+    return References(backing=parent, backing_format="vmdk" if parent else None, extents=extents)
