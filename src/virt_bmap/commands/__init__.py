@@ -23,4 +23,5 @@ COMMANDS = {
     "sql": "ask saved maps, traces and results in SQL",
     "freeze": "run a command while the filesystems of a guest or of this host stand still",
     "sparsify": "give the free space of an image back to its host, in place or in a copy",
+    "make": "make a prepared disk image, filled with a tree if wanted",
 }
