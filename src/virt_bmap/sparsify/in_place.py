@@ -99,8 +99,9 @@ class PunchedFile:
             for start, end in zip(*(side.tolist() for side in whole_blocks(free, self.block)), strict=True):
                 punch(self._fd, start, end - start)
                 done += end - start
-                tell(done)
-            os.fsync(self._fd)
+                tell(
+                    done
+                )  # no fsync: a power cut brings free space back at worst, and to wait for the host's journal would take longest
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 raise OutputError(
