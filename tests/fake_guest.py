@@ -2,7 +2,7 @@
 
 Files are read page by page through the served disk, as a kernel's page cache would, so that nbdkit's log is a real one. A plan has `type` and `files`:
 by path `ino`, `mode`, `size`, `runs` (file offset, place, length), `first` (places read before the content: trees, inodes), `coded` (file offset, file
-length, place, length: the content is the stored bytes, inverted, over and over), `error` (what reading it says), `die` (reading it ends the process).
+length, place, length: the content is the stored bytes, inverted, over and over), `error` (what reading it says), `die` (reading it ends the process), `crash` (the virtual machine only).
 """
 
 import json
@@ -99,6 +99,10 @@ class Guest:
         if about.get("die"):
             print("Kernel panic - not syncing", file=sys.stderr, flush=True)
             os._exit(1)
+        if about.get("crash"):  # of the virtual machine alone
+            self.plan["gone"] = True
+        if self.plan.get("gone"):
+            raise RuntimeError("pread: appliance closed the connection unexpectedly")
         if about.get("hang"):
             time.sleep(60)
         if words := about.get("error"):
@@ -152,7 +156,7 @@ def main() -> None:
         try:
             result = getattr(guest, name)(*positional, **named)
         except RuntimeError as error:
-            answer, body = {"error": str(error)}, b""
+            answer, body = {"error": str(error), "ready": not guest.plan.get("gone")}, b""
         else:
             is_bytes = isinstance(result, bytes)
             answer, body = ({"bytes": len(result)}, result) if is_bytes else ({"result": result}, b"")

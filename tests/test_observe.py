@@ -242,6 +242,15 @@ def test_an_appliance_that_dies_half_way_loses_nothing_and_the_rest_is_resumed(m
     assert rows_of(maps.load("map.parquet"), 21)[0] == ("data", 0, 2 << 20, 4096, 0)
 
 
+def test_files_that_a_dead_virtual_machine_could_not_read_are_not_taken_as_observed(machine):
+    machine.files["/pieces"]["crash"] = True
+    machine.write()
+    with pytest.raises(ImageError, match="died during pread: pread: appliance closed the connection"):
+        cli.run(["map", "--method", "observe", "-q", "-o", "map.parquet", str(machine.image)])
+    kept = [json.loads(line) for line in (machine.folder / "map.parquet.observed").read_text().splitlines()[1:]]
+    assert [row["inode"] for row in kept if row["failed"]] == [26]  # /broken: an error of the disk
+
+
 def test_a_journal_of_another_disk_or_no_journal_is_refused(machine):
     command = ["map", "--method", "observe", "--resume", "-o", "map.parquet", str(machine.image)]
     path = machine.folder / "map.parquet.observed"

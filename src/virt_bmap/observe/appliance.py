@@ -37,6 +37,7 @@ class Appliance:
 
     def __init__(self, process: "subprocess.Popen[bytes]", messages: str) -> None:
         self._process, self._messages = process, messages
+        self._launched = False
 
     def call(self, name: str, *arguments: Any, timeout: float = CALL_TIMEOUT, **named: Any) -> Any:
         """One call of libguestfs. Raises CallFailed with its words, ImageError where the appliance is gone or hangs."""
@@ -70,7 +71,10 @@ class Appliance:
         finally:
             timer.cancel()
         if "error" in head:
+            if self._launched and not head.get("ready"):
+                raise ImageError(f"libguestfs's appliance died during {name}: {_first_words(head['error'])}")
             raise CallFailed(head["error"])
+        self._launched |= name == "launch"
         return head.get("result")
 
     def _last_words(self) -> str:
@@ -136,8 +140,12 @@ def launched(sockets: Sequence[str], folder: str) -> Iterator[Appliance]:
         try:
             appliance.call("launch", timeout=LAUNCH_TIMEOUT)
         except CallFailed as error:
-            words = str(error).partition(" This usually means")[0]
             raise ImageError(
-                f"libguestfs's appliance did not start: {words} (libguestfs-test-tool says why; it needs QEMU and a kernel: {INSTALL})"
+                f"libguestfs's appliance did not start: {_first_words(str(error))} (libguestfs-test-tool says why; it needs QEMU and a kernel: {INSTALL})"
             ) from error
         yield appliance
+
+
+def _first_words(error: str) -> str:
+    """What went wrong, without libguestfs's paragraph on how to find out more."""
+    return error.partition(" This usually means")[0].partition(" To see full error messages")[0]

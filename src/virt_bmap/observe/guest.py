@@ -2,9 +2,9 @@
 
     -> ["pread", ["/etc/fstab", 1048576, 0], {}]        <- {"bytes": 656} and the 656 bytes
     -> ["vfs_type", ["/dev/sda1"], {}]                  <- {"result": "ext4"}
-                                                        <- {"error": "vfs_type: /dev/sda1: No such file or directory"}
+                                                        <- {"error": "vfs_type: /dev/sda1: No such file or directory", "ready": true}
 
-Standard library and `guestfs` only: this file is run as it is, by another Python than the rest. It ends, and the virtual machine with it, when its input does.
+`ready`: the virtual machine runs; libguestfs survives its death, and refuses all calls from then on. Standard library and `guestfs` only: this file is run as it is, by another Python than the rest. It ends, and the virtual machine with it, when its input does.
 """
 
 import json
@@ -26,7 +26,7 @@ def main() -> None:
         try:
             result = getattr(machine, name)(*positional, **named)
         except Exception as error:
-            answer(answers, {"error": " ".join(str(error).split()) or repr(error)})
+            answer(answers, {"error": " ".join(str(error).split()) or repr(error), "ready": bool(machine.is_ready())})
             continue
         if isinstance(result, bytes):
             answer(answers, {"bytes": len(result)}, result)
