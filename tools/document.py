@@ -5,12 +5,13 @@ Usage: .venv/bin/python tools/document.py
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 
 from virt_bmap import filesystems, foreign, tables, volumes
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.images import magic
+from virt_bmap.images import layers, magic
 from virt_bmap.outputs.listing import LETTERS
 from virt_bmap.profile.saved import RANGES
 from virt_bmap.watch import trace
@@ -85,6 +86,15 @@ def columns(schema: Iterable[pa.Field]) -> list[str]:
     return lines
 
 
+def described(module: ModuleType) -> list[str]:
+    """What a module says of itself."""
+    lines = ["", f"### {module.NAME}", "", f"`{module.__name__}`", ""]
+    for words, name in (("Read", "FEATURES"), ("Refused or only named", "REFUSED"), ("Checked with", "ORACLES")):
+        if values := getattr(module, name):
+            lines += [f"- {words}: {'; '.join(values)}."]
+    return lines
+
+
 def formats() -> str:
     """The page on the formats."""
     lines = [
@@ -96,16 +106,17 @@ def formats() -> str:
     for title, found in (("Volumes", volumes.VOLUMES), ("Filesystems", filesystems.FILESYSTEMS)):
         lines += ["", f"## {title}"]
         for module in dict.fromkeys(format.load() for format in found):
-            lines += ["", f"### {module.NAME}", "", f"`{module.__name__}`", ""]
-            for words, name in (("Read", "FEATURES"), ("Refused or only named", "REFUSED"), ("Checked with", "ORACLES")):
-                if values := getattr(module, name):
-                    lines += [f"- {words}: {'; '.join(values)}."]
+            lines += described(module)
     lines += [
         "",
         "## Image formats",
         "",
         "Raw files, block devices and NBD exports are read directly; through `qemu-nbd`: " + ", ".join(magic.FORMATS) + ".",
+        "",
+        "Of these the format's own layer is read, too (`--host-offsets`, `info`, `explain`):",
     ]
+    for module in map(layers.load, layers.LAYERS):
+        lines += described(module)
     lines += [
         "",
         "## Known by magic alone",

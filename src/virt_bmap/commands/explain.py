@@ -11,6 +11,7 @@ from virt_bmap.commands.common import Progress, add_disk_options, add_host_optio
 from virt_bmap.commands.lookup import line, parse_range
 from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.explain import explain, fields_at, history_at, kinds_of
+from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
 from virt_bmap.reader import Reader
 
@@ -90,7 +91,9 @@ def _of_files(args: argparse.Namespace, images: list[str], disk: int, offset: in
 
 
 def _host(image: str, args: argparse.Namespace, offset: int) -> Found | None:
-    """Where a byte of the disk lies in the image's files; None where the file is the disk, or where the format's layer is not read."""
+    """Where a byte of the disk lies in the image's files; None where the file is the disk, behind NBD, and where the format's layer is not read."""
+    if magic.is_uri(image):
+        return None
     from virt_bmap.images.host import open_host
 
     try:

@@ -19,6 +19,7 @@ from virt_bmap.commands.common import (
     plural,
 )
 from virt_bmap.errors import Corrupt, Unsupported
+from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
 
 HELP = "show the tree of disks, volumes and filesystems with sizes, types, labels, UUIDs and states"
@@ -78,7 +79,9 @@ def volumes(bmap: BlockMap) -> list[dict[str, Any]]:
 
 
 def image_facts(image: str, format: str | None, references: bool) -> dict[str, Any] | None:
-    """What the image format itself says of a disk, names escaped; None for a raw disk, and for formats whose layer is not read."""
+    """What the image format itself says of a disk, names escaped; None for a raw disk, behind NBD, and for formats whose layer is not read."""
+    if magic.is_uri(image):
+        return None
     from virt_bmap.images.host import describe, open_host
 
     try:

@@ -93,7 +93,7 @@ def line(row: dict[str, Any]) -> str:
     part = f" [{row['part']}]" if row["part"] and row["path"] else ""
     offset = f" at {row['file_offset']:#x}" if row["file_offset"] is not None else ""
     words = "".join(f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])])
-    return f"{row['disk']} {row['start']:x} {row['end']:x} {row['kind']} {row['device']} {name}{part}{offset}{words}".rstrip()
+    return f"{row['disk']} {row['start']:x} {row['end']:x} {row['kind']} {row['device']} {name}{part}{offset}".rstrip() + words
 
 
 # ---- many ranges ------------------------------------------------------------------------------------------------------

@@ -70,9 +70,8 @@ class Host:
 
     def file(self, path: str) -> int:
         """The number of a file, which is opened if it was not yet."""
-        if magic.is_uri(path):
-            key: object = path
-        else:
+        key: object = path
+        if not magic.is_uri(path):
             with contextlib.suppress(OSError):  # what is wrong is said when it is opened
                 about = os.stat(path)
                 key = about.st_dev, about.st_ino
