@@ -110,8 +110,10 @@ class Draft:
         guest, host, length, stored, role, file = columns
         kept = np.clip(self.size - guest, 0, length)
         plain = role != PACKED
-        for at in np.flatnonzero(plain & (kept < length)).tolist():  # the last cluster of a disk, more only in damaged images
-            self.own("slack", host[at] + kept[at], length[at] - kept[at], tables.GAP, int(file[at]))
+        cut = plain & (kept < length)
+        for number in range(len(self.files)):
+            mine = cut & (file == number)
+            self.own("slack", (host + kept)[mine], (length - kept)[mine], tables.GAP, number)
         keep = kept > 0
         return [column[keep] for column in (guest, host, kept, np.where(plain, kept, stored), role, file)]
 
