@@ -22,6 +22,7 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import BmapError, MapError, UsageError
 from virt_bmap.explain import explain
 from virt_bmap.hits import grouped_union, hits
+from virt_bmap.make import make
 from virt_bmap.mapping import Row, Rows
 from virt_bmap.ranges import parse
 
@@ -62,11 +63,8 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(rng.bytes(int(rng.integers(1, 40_000))))
     path = folder / "disk.img"
-    with open(path, "wb") as file:
-        file.truncate(SIZE)
-    run("sfdisk", "-q", path, stdin=b"label: gpt\nsize=30M\n")
+    make(f"fs:ext4:{SIZE}:gpt", str(path), str(folder / "tree"))
     where = f"{path}?offset={START}"
-    run("mke2fs", "-q", "-t", "ext4", "-d", folder / "tree", "-E", f"offset={START}", path, "30M")
     (folder / "gone").write_text("".join(f"rm d{n % 7}/f{n}\n" for n in range(0, 300, 3)))
     run("debugfs", "-w", "-f", folder / "gone", where)
     (folder / "big").write_bytes(rng.bytes(3_000_001))

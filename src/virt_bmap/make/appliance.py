@@ -14,6 +14,10 @@ TIMEOUT = 900.0
 """Seconds for one launch and all that is done in it: without KVM the launch alone takes up to a minute."""
 EMULATED = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
 
+LABEL = "made"
+DISK = f"/dev/disk/guestfs/{LABEL}"
+"""The disk's name for programs in the machine itself, where /dev/sda may be the machine's own disk."""
+
 Step = tuple[str, ...]
 """A command of guestfish with its arguments."""
 
@@ -22,7 +26,8 @@ def run(disk: Path, steps: Sequence[Step]) -> None:
     """Run commands of guestfish with a raw image as /dev/sda. Where the machine does not start, once more without KVM (there are hosts where /dev/kvm opens and
     does not work). Raises ImageError with guestfish's words."""
     script = "\n".join(
-        " ".join([step[0], *map(_quoted, step[1:])]) for step in [("add", str(disk), "format:raw"), ("run",), *steps]
+        " ".join([step[0], *map(_quoted, step[1:])])
+        for step in [("add", str(disk), "format:raw", f"label:{LABEL}"), ("run",), *steps]
     )
     try:
         tools.run("guestfish", stdin=script + "\n", timeout=TIMEOUT)

@@ -208,16 +208,20 @@ def _thin(group: str, name: str) -> list[appliance.Step]:
     return [
         appliance.shell("lvm", "lvcreate", "-qq", "-y", "-l", "90%FREE", "--thinpool", pool, group),
         appliance.shell(
-            "lvm", "lvcreate", "-qq", "-y", "-V", f"$(lvm lvs --noheadings --units b --nosuffix -o lv_size {group}/{pool} | tr -d ' ')b",
+            "lvm", "lvcreate", "-qq", "-y", "-V", f"$(($(lvm lvs --noheadings --units b --nosuffix -o lv_size {group}/{pool})))b",
             "--thin", "-n", name, f"{group}/{pool}",
         ),
     ]  # fmt: skip
 
 
 def _array(work: Work, members: int) -> None:
-    devices = " ".join(f"/dev/sda{number}" for number in range(1, members + 1))
-    work.steps.append(("md-create", "md0", devices, f"level:{work.spec.values['level']}"))
-    _inside(work, "/dev/md127", "filesystem", "/")
+    """An array over all partitions. They are blank: copies and parity of zeroes are in place already, nothing needs to be synchronised."""
+    device = "/dev/md127"
+    devices = [f"{appliance.DISK}{number}" for number in range(1, members + 1)]
+    words = ("--run", "--assume-clean", "--metadata=1.2", "--homehost=any", "--name=md0", f"--level={work.spec.values['level']}")
+    work.steps.append(appliance.shell("mdadm", "--create", device, *words, f"--raid-devices={members}", *devices))
+    _inside(work, device, "filesystem", "/")
+    work.steps.append(("md-stop", device))
 
 
 def _inside(work: Work, device: str, parameter: str, where: str) -> None:
