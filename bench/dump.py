@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ext import best, image
+from ext import build
+from fair import seconds
 
 EMULATED = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
 FILES, START = 50_000, 1 << 20
@@ -21,7 +22,8 @@ def disk(cache: Path, files: int) -> Path:
     """A GPT disk with the filesystem as its only partition, made if it is not there yet."""
     made = cache / f"dump-{files}.img"
     if not made.exists():
-        part, size = image(cache, files), image(cache, files).stat().st_size
+        part = build(cache, files)
+        size = part.stat().st_size
         with made.open("wb") as file:
             file.truncate(size + 2 * START)
         subprocess.run(
@@ -37,17 +39,15 @@ def main() -> None:
     files, times = (int(sys.argv[n]) if len(sys.argv) > n else default for n, default in ((2, FILES), (3, 3)))
     source, ours, theirs = disk(cache, files), cache / "ours", cache / "theirs"
     program = Path(sys.executable).with_name("virt-bmap")
-    mine = best(lambda: subprocess.run([program, "dump", "-q", "--force", source, "/dev/sda1", ours], check=True), times)
-    print(
-        f"virt-bmap dump       {mine:8.2f} s   {source.stat().st_blocks / 2048:.0f} MiB on the host, {ours.stat().st_size >> 20} MiB in all"
-    )
+    mine = min(seconds([program, "dump", "-q", "--force", source, "/dev/sda1", ours]) for _ in range(times))
+    stored, size = source.stat().st_blocks // 2048, ours.stat().st_size >> 20
+    print(f"virt-bmap dump       {mine:8.2f} s   {stored} MiB on the host, {size} MiB in all")
     if not shutil.which("guestfish"):
         return
+    os.environ.update(EMULATED)
     guestfish = ["guestfish", "--ro", "--format=raw", "-a", source, "run", ":"]
-    peer = best(lambda: subprocess.run([*guestfish, "download", "/dev/sda1", theirs], check=True, env=os.environ | EMULATED), 1)
-    start = best(
-        lambda: subprocess.run([*guestfish, "list-devices"], check=True, env=os.environ | EMULATED, stdout=subprocess.DEVNULL), 1
-    )
+    peer = seconds([*guestfish, "download", "/dev/sda1", theirs])
+    start = seconds([*guestfish, "list-devices"])
     same = subprocess.run(["cmp", ours, theirs]).returncode == 0
     print(
         f"guestfish download   {peer:8.2f} s   of which {start:.2f} s to start; {peer / mine:.0f} times as long; the same bytes: {same}"
