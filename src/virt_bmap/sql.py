@@ -19,6 +19,7 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError, MapError, MissingTool, UsageError
 from virt_bmap.maps import is_saved, load
 from virt_bmap.outputs import parquet, results
+from virt_bmap.traces import is_trace
 
 FENCE = {
     "enable_external_access": "false", "autoinstall_known_extensions": "false", "autoload_known_extensions": "false",
@@ -100,7 +101,7 @@ def _tables(path: str, with_files: bool) -> Iterator[tuple[str, pa.Table | str]]
             yield "files", FILES
         return
     table = results.safe(_parquet(path))
-    if "objects" in table.column_names and "time_ns" in table.column_names:
+    if is_trace(path):
         yield "accesses", table
         yield "touched", TOUCHED
     else:

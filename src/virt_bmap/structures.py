@@ -18,10 +18,9 @@ FILESYSTEMS, VOLUMES = "virt_bmap.filesystems.", "virt_bmap.volumes."
 
 @dataclass(frozen=True)
 class Structure:
-    """Where a record type is declared (module:name), where the first record begins in its extent, and whether others follow it to the extent's end."""
+    """Where a record type is declared (module:name), and whether others follow the first one to the extent's end."""
 
     declared: str
-    at: int = 0
     many: bool = False
 
     @property
@@ -88,12 +87,14 @@ def fields(
 
     `read(offset, length)` gives the volume's bytes. Each field is a dictionary: record (its number in the extent), name, start, end, value.
     """
-    dtype, base = found.dtype, start + found.at
+    dtype = found.dtype
     size = dtype.itemsize
-    first, last = (max(0, (low - base) // size), min((end - base) // size, -(-(high - base) // size))) if found.many else (0, 1)
+    first, last = (
+        (max(0, (low - start) // size), min((end - start) // size, -(-(high - start) // size))) if found.many else (0, 1)
+    )
     result = []
     for number in range(first, last):
-        at = base + number * size
+        at = start + number * size
         record = np.frombuffer(read(at, min(size, end - at)).ljust(size, b"\0"), dtype)[
             0
         ]  # an ext inode of 128 bytes ends before its last fields

@@ -30,6 +30,8 @@ from virt_bmap.reader import Reader
 
 MAX_FORMER = 16
 """Former owners of one block that are told, the latest first."""
+MAX_ENTRIES = 1000
+"""Entries with these inodes that are looked at in one batch of blocks: a hostile disk can be full of them."""
 NAME_AT = 8
 """Where the name begins in a directory entry: after inode, rec_len, name_len, file_type."""
 
@@ -161,18 +163,15 @@ def _names(reader: Reader, size: int, places: Int, numbers: list[int]) -> dict[i
     for begin in range(0, len(places) if numbers else 0, step):
         data = reader.read_blocks(places[begin : begin + step], size)
         words = np.ascontiguousarray(data).view("<u4")
-        for row, word in np.argwhere(np.isin(words, numbers)).tolist():
-            block, at = data[row], word * 4
-            length, named = (
-                int(block[at + 4 : at + 6].view("<u2")[0]) if at + 6 <= size else 0,
-                int(block[at + 6]) if at + 7 <= size else 0,
-            )
-            name = block[at + NAME_AT : at + NAME_AT + named].tobytes()
-            if (
-                length % 4 == 0
-                and NAME_AT + named <= length <= size - at
-                and len(name) == named > 0
-                and not {0, ord("/")} & set(name)
-            ):
-                found[int(words[row, word])][name] = None
+        row, at = np.nonzero(np.isin(words[:, :-1], numbers))
+        at = at * 4
+        length = data[row, at + 4] | data[row, at + 5].astype(np.int64) << 8
+        named = data[row, at + 6].astype(np.int64)
+        good = (length % 4 == 0) & (named > 0) & (NAME_AT + named <= length) & (length <= size - at)
+        for block, begins, count in list(zip(row[good].tolist(), at[good].tolist(), named[good].tolist(), strict=True))[
+            :MAX_ENTRIES
+        ]:
+            name = data[block, begins + NAME_AT : begins + NAME_AT + count].tobytes()
+            if not {0, ord("/")} & set(name):
+                found[int(words[block, begins // 4])][name] = None
     return {number: tuple(name for name in names if name not in (b".", b"..")) for number, names in found.items()}
