@@ -38,6 +38,17 @@ def test_union_with_gap_leaves_no_smaller_gap(ranges, gap):
     assert (as_bytes(starts, ends) >= (painted(ranges) > 0)).all()
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, SIZE), st.integers(1, 9)), max_size=12))
+def test_union_by_is_the_union_of_each_group(rows):
+    group, low, size = (arrays.ints([row[column] for row in rows]) for column in range(3))
+    of, starts, ends = arrays.union_by(group, low, low + size)
+    assert (np.diff(of) >= 0).all()
+    for number in range(4):
+        for mine, theirs in zip((starts[of == number], ends[of == number]),
+                                arrays.union(low[group == number], (low + size)[group == number]), strict=True):  # fmt: skip
+            assert mine.tolist() == theirs.tolist()
+
+
 @given(pairs)
 def test_complement(ranges):
     assert (as_bytes(*arrays.complement(*columns(ranges), 0, SIZE))[:SIZE] == (painted(ranges) == 0)[:SIZE]).all()

@@ -72,6 +72,23 @@ def union(starts: Int, ends: Int, gap: int = 0) -> tuple[Int, Int]:
     return starts[first], reach[last]
 
 
+def union_by(group: Int, starts: Int, ends: Int) -> tuple[Int, Int, Int]:
+    """(group, starts, ends): the ranges of each group sorted and merged where they overlap or touch, by group; none of the ranges may be empty."""
+    if len(starts) == 0:
+        return EMPTY, EMPTY, EMPTY
+    order = np.lexsort((starts, group))
+    group, starts, ends = group[order], starts[order], ends[order]
+    new = np.append(True, group[1:] != group[:-1])
+    by_end = np.argsort(ends, kind="stable")
+    rank = np.empty(len(ends), np.int64)
+    rank[by_end] = np.arange(len(ends))
+    # ends by their ranks, each group's above those of the one before: one running maximum serves them all
+    reach = ends[by_end[np.maximum.accumulate(np.cumsum(new) * len(ends) + rank) % len(ends)]]
+    new[1:] |= starts[1:] > reach[:-1]
+    first = np.flatnonzero(new)
+    return group[first], starts[first], reach[np.append(first[1:], len(starts)) - 1]
+
+
 def complement(starts: Int, ends: Int, low: int, high: int) -> tuple[Int, Int]:
     """What of [low, high) none of the ranges covers, sorted."""
     starts, ends = union(np.clip(starts, low, high), np.clip(ends, low, high))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, union
+from virt_bmap.arrays import Int, union_by
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.resolve import HELD, OLDER, Resolver, Touched
 
@@ -79,28 +79,30 @@ class LineLog:
         self._key, self._open = -1, []
 
     def _write_runs(self, touched: Touched, key: Int, first: Int, last: Int, mark: str = "") -> None:
-        """One line for the pieces [first[i], last[i]) each."""
+        """One line for the pieces [first[i], last[i]) each; every run begins where the one before ends."""
         if not len(first):
             return
+        shown = touched.take(np.arange(first[0], last[-1]))
         objects = key[first] // len(tables.OPS)
         labels = self.resolver.labels(objects)
-        inside = touched.file_offset >= 0
-        low = np.where(inside, touched.file_offset, touched.start)
-        high = low + touched.end - touched.start
-        bounds = zip((key[first] % len(tables.OPS)).tolist(), objects.tolist(), first.tolist(), last.tolist(), strict=True)
-        older = np.add.reduceat(touched.state[: last[-1]] == OLDER, first, dtype=np.int64) > 0
+        has_file = shown.file_offset >= 0
+        low = np.where(has_file, shown.file_offset, shown.start)
+        origins = np.where(has_file[first - first[0]], "", "@").tolist()
+        older = np.add.reduceat(shown.state == OLDER, first - first[0], dtype=np.int64) > 0
         marks = np.where(older, f"\t{OLDER_MAP}", f"\t{mark}" if mark else "").tolist()
-        firsts = zip(low[first].tolist(), high[first].tolist(), np.where(inside[first], "", "@").tolist(), marks, strict=True)
+        line, low, high = union_by(np.repeat(np.arange(len(first)), last - first), low, low + shown.end - shown.start)
+        bounds = np.searchsorted(line, np.arange(len(first) + 1)).tolist()
+        starts, ends = low.tolist(), high.tolist()
+        heads = zip((key[first] % len(tables.OPS)).tolist(), objects.tolist(), origins, marks, strict=True)
         lines = []
-        for (op, number, begin, end), (start, stop, origin, special) in zip(bounds, firsts, strict=True):
+        for (op, number, origin, special), begin, end in zip(heads, bounds[:-1], bounds[1:], strict=True):
             letter, device, name = labels[number]
-            where = f"{start:#x}-{stop:#x}" if end - begin == 1 else _ranges(low[begin:end], high[begin:end])
+            where = f"{starts[begin]:#x}-{ends[begin]:#x}" if end - begin == 1 else _ranges(starts[begin:end], ends[begin:end])
             lines.append(f"{tables.OPS[op]} {letter} {device}{' ' if name else ''}{name}\t{origin}{where}{special}\n")
         self.write(lines)
 
 
-def _ranges(low: Int, high: Int) -> str:
-    low, high = union(low, high)
-    text = ",".join(f"{a:#x}-{b:#x}" for a, b in zip(low[:MOST_RANGES].tolist(), high[:MOST_RANGES].tolist(), strict=True))
+def _ranges(low: list[int], high: list[int]) -> str:
+    text = ",".join(f"{a:#x}-{b:#x}" for a, b in zip(low[:MOST_RANGES], high, strict=False))
     more = len(low) - MOST_RANGES
-    return f"{text},... ({more} more, {int((high - low).sum())} bytes in all)" if more > 0 else text
+    return f"{text},... ({more} more, {sum(high) - sum(low)} bytes in all)" if more > 0 else text
