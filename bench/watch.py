@@ -23,8 +23,8 @@ from pathlib import Path
 
 DISK = 512 << 20
 """Bytes: fits into the page cache of any machine, so that the servers are measured and not a disk."""
-SEQUENTIAL = ("256 KiB sequential", 262144, ["-c", "6000", "-d", "16", "-s", "262144"])
-RANDOM = ("4 KiB random", 4096, ["-c", "100000", "-d", "64", "-s", "4096", "-S", str(4096 * 2477 * 7)])
+SEQUENTIAL = ("256 KiB sequential", 262144, ["-c", "20000", "-d", "16", "-s", "262144"])
+RANDOM = ("4 KiB random", 4096, ["-c", "200000", "-d", "64", "-s", "4096", "-S", str(4096 * 2477 * 7)])
 BIN = Path(sys.executable).parent
 GOAL = {SEQUENTIAL[0]: 0.9, RANDOM[0]: 0.5}
 CLIENT = "; ".join(f"qemu-img bench -f raw {' '.join(options)} $1" for _, _, options in (SEQUENTIAL, RANDOM))

@@ -28,9 +28,6 @@ STOP_TIMEOUT = 10.0
 BACKLOG = 256 << 20
 """Bytes of log that may wait: some 3 million requests. What lies further back is dropped, and counted through the gap in the ids."""
 PIECE = 4 << 20
-THREADS = 8
-"""Requests that nbdkit serves at a time in each connection to a file. With its default of 16, their buffers outgrow the CPU's caches: reading
-256 KiB pieces takes a tenth more CPU time, as much as logging them costs."""
 COW_BLOCK = 4096
 """Block size of the throw-away layer. With nbdkit's default of 64 KiB every 4 KiB read would fetch 64 KiB."""
 COW_BLOCK_LARGE = 65536
@@ -96,16 +93,14 @@ def serve(source: Source, folder: str, write: bool, in_order: bool = False) -> I
     """
     program = _tool("nbdkit", source, "nbdkit")
     with contextlib.ExitStack() as stack:
-        threads: list[str] = []
         if magic.is_uri(source.image):
             plugin = ["nbd", f"uri={source.image}", "shared=true"]
         elif source.format == "raw":
-            plugin, threads = ["file", f"file={os.path.abspath(source.image)}"], ["--threads", str(THREADS)]
+            plugin = ["file", f"file={os.path.abspath(source.image)}"]
         else:
             plugin = ["nbd", f"socket={stack.enter_context(_qemu_nbd(source, folder, write))}", "shared=true"]
         socket, log, messages = f"{folder}/nbd", f"{folder}/log", f"{folder}/nbdkit.err"
-        if in_order:
-            threads = ["--threads", "1"]
+        threads = ["--threads", "1"] if in_order else []
         filters = ["--filter=log"] if write else ["--filter=log", "--filter=cow"]
         block = COW_BLOCK if source.size <= COW_LARGE else COW_BLOCK_LARGE
         command = [program, "--foreground", "--exit-with-parent", *threads, "--unix", socket,
