@@ -19,12 +19,10 @@ NARROW = 64
 
 # the upper half of a cell is for reads, the lower for writes: the shape says it where colours don't
 UNTOUCHED, TOUCHED, READS, WRITES, BOTH = " ", "·", "▀", "▄", "█"
-READ_COLOURS, WRITE_COLOURS, BOTH_COLOURS, TOUCHED_COLOUR = (
-    ("green", "bright_green"),
-    ("red", "bright_red"),
-    ("yellow", "bright_yellow"),
-    "bright_black",
-)
+SHAPES = (UNTOUCHED, TOUCHED, READS, WRITES, BOTH)
+READ_COLOURS, WRITE_COLOURS = ("green", "bright_green"), ("red", "bright_red")
+COLOURS = (("bright_black",) * 2, ("bright_black",) * 2, READ_COLOURS, WRITE_COLOURS, ("yellow", "bright_yellow"))
+"""Of each shape, dim and bright."""
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -47,16 +45,15 @@ def strip_lines(strip: Strip, light: Light, width: int, height: int) -> Text:
     touched = _spread(np.maximum(strip.was_read, strip.was_written), cells) > 0
     lit = np.stack([reads, writes]) > FADING**8
     both = np.maximum(reads, writes) > BRIGHT
+    shape = np.where(lit.any(axis=0), 1 + lit[0] + 2 * lit[1], touched)
+    look = 2 * shape + both
     text = Text(no_wrap=True, end="")
-    for at in range(cells):
-        if lit[0, at] or lit[1, at]:
-            shape = BOTH if lit[:, at].all() else READS if lit[0, at] else WRITES
-            colours = {BOTH: BOTH_COLOURS, READS: READ_COLOURS, WRITES: WRITE_COLOURS}[shape]
-            text.append(shape, colours[int(both[at])])
-        else:
-            text.append(TOUCHED if touched[at] else UNTOUCHED, TOUCHED_COLOUR)
-        if at % width == width - 1 and at < cells - 1:
-            text.append("\n")
+    for low in range(0, cells, width):  # neighbours of one look are one piece: the terminal's time goes by pieces
+        row = look[low : low + width]
+        first = np.flatnonzero(np.append(True, row[1:] != row[:-1]))
+        text.append("\n" if low else "")
+        for number, count in zip(row[first].tolist(), np.diff(np.append(first, len(row))).tolist(), strict=True):
+            text.append(SHAPES[number >> 1] * count, COLOURS[number >> 1][number & 1])
     return text
 
 

@@ -29,10 +29,14 @@ from virt_bmap.outputs.amounts import human
 from virt_bmap.outputs.escape import escape
 from virt_bmap.watch.activity import SORTS, Activity, View
 from virt_bmap.watch.cells import READ_COLOURS, WRITE_COLOURS, Light, heading, rows_lines, shortened, spark, strip_lines
-from virt_bmap.watch.session import Outcome, Runner, started
+from virt_bmap.watch.session import Outcome, Runner, started, step_aside
 
 LOOK = 0.25
 """Seconds between two looks."""
+SHARE = 0.05
+"""Of a processor, that the screen may take: where drawing is dear, looks are fewer, but still one in LONGEST seconds."""
+LONGEST = 1.0
+LONG_AGO = (float("-inf"), 0.0)
 RECENT = 3_000_000_000
 """ns for which an object counts as touched now."""
 HISTORY = 240
@@ -171,6 +175,8 @@ class Watching(App[None]):
         self._lights: list[Light] = []
         self._history: tuple[list[float], list[float]] = ([], [])
         self._before: tuple[float, int, int] | None = None
+        self._drawn = LONG_AGO
+        """When the screen was drawn last, and the processor time that its thread had taken by then."""
         self._shown = 0
         self._leaving = False
 
@@ -199,6 +205,8 @@ class Watching(App[None]):
         for number in (signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._told_to_end)
         self._thread.start()
+        if not self.is_headless:  # then the thread is somebody else's
+            step_aside()
         self.set_interval(LOOK, self.look)
 
     # ---- a look -----------------------------------------------------------------------------------------------------
@@ -211,6 +219,8 @@ class Watching(App[None]):
         if isinstance(self.outcome, BaseException) or (self._leaving and self.outcome is not None):
             self.exit()
             return
+        if self._is_dear():
+            return
         view = self.activity.look()
         reading, writing = self._rates(view)
         if not self.paused:
@@ -218,6 +228,14 @@ class Watching(App[None]):
             self._show_lists()
             self._show_rates(reading, writing)
         self.query_one("#status", Static).update(self._status(view))
+
+    def _is_dear(self) -> bool:
+        """Has the screen had its share of the processor since it was drawn last? Never once the command has ended."""
+        now, spent = time.monotonic(), time.thread_time()
+        if self.outcome is None and now - self._drawn[0] < min(LONGEST, (spent - self._drawn[1]) / SHARE):
+            return True
+        self._drawn = now, spent
+        return False
 
     def _rates(self, view: View) -> tuple[float, float]:
         """Bytes a second since the last look, read and written."""
@@ -304,10 +322,12 @@ class Watching(App[None]):
     def action_pause(self) -> None:
         """Stop the picture; the guest and the watch go on."""
         self.paused = not self.paused
+        self._drawn = LONG_AGO  # a key's effect is seen at once
 
     def action_sort(self) -> None:
         """The next of the orders."""
         self.sort = SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)]
+        self._drawn = LONG_AGO
 
     def action_filter(self) -> None:
         """Ask for a part of a name."""
@@ -318,6 +338,7 @@ class Watching(App[None]):
     def on_input_changed(self, event: Input.Changed) -> None:
         """Filter while it is typed."""
         self.words = event.value
+        self._drawn = LONG_AGO
 
     def on_input_submitted(self) -> None:
         """Keep the filter."""

@@ -36,7 +36,7 @@ BATCH = 1 << 15
 QUEUE = 1 << 10
 """Blocks of lines that may wait for a slow terminal."""
 NICENESS = 5
-"""Of the thread that names accesses: where the guest and its disk want every core, they go first, and the names come a little later."""
+"""Of the threads that name accesses and draw the screen: where the guest and its disk want every core, they go first, and names and picture come a little later."""
 LAST_MAP = 60.0
 """Seconds that the last map may take, which names what the command wrote just before it ended."""
 
@@ -96,7 +96,7 @@ def watch(
         naming = Naming(resolver, Sinks(sinks), refresher)
         outcome = Outcome()
         with _child(command, [disk.served for disk in disks], run or foreground) as (child, ended):
-            _step_aside()
+            step_aside()
             _follow(disks, naming, idle, ended)
             outcome.status = child.wait()
         if outcome.status < 0:
@@ -123,7 +123,7 @@ def _disk(number: int, source: Source, write: bool, own: str | None) -> Iterator
         yield _Disk(number, folder, served, follower, LogParser(own))
 
 
-def _step_aside() -> None:
+def step_aside() -> None:
     """From here on this thread, and no other, takes what processor time is left over, and interrupts nobody when it wakes."""
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
