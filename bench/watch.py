@@ -1,22 +1,28 @@
 """How much of `nbdkit file`'s throughput is left when the same disk is watched, with the same client, in one run.
 
-    python bench/watch.py [--files N] [--rounds N]
+    python bench/watch.py [--files N] [--rounds N] [--writing]
 
 The client is `qemu-img bench` (C, pipelined): 256 KiB sequential reads with 16 in flight, and 4 KiB reads scattered over the disk with 64 in flight.
 Rounds alternate between the servers, so that the machine's moods hit all of them alike; the medians are compared
-(on a busy machine the best rounds, printed as well, say more). Everything that watching costs
-runs meanwhile: nbdkit's log filter and throw-away layer, and the process that names the objects and prints the live log (to /dev/null).
+(on a busy machine the best rounds, printed as well, say more). Everything that watching costs runs meanwhile: nbdkit's log filter and throw-away layer, the
+process that reads the map again, and the one that names the objects, prints the live log (to /dev/null) or draws the screen (on a pseudo terminal), and writes
+the trace. With --writing, a second client of each server writes the filesystem's superblock twice a second, as it is: so the map is read again and again.
 """
 
 import argparse
 import contextlib
+import fcntl
 import os
+import pty
 import random
 import re
+import select
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +33,15 @@ SEQUENTIAL = ("256 KiB sequential", 262144, ["-c", "20000", "-d", "16", "-s", "2
 RANDOM = ("4 KiB random", 4096, ["-c", "200000", "-d", "64", "-s", "4096", "-S", str(4096 * 2477 * 7)])
 BIN = Path(sys.executable).parent
 GOAL = {SEQUENTIAL[0]: 0.9, RANDOM[0]: 0.5}
-CLIENT = "; ".join(f"qemu-img bench -f raw {' '.join(options)} $1" for _, _, options in (SEQUENTIAL, RANDOM))
+READING = "; ".join(f"qemu-img bench -f raw {' '.join(options)} $1" for _, _, options in (SEQUENTIAL, RANDOM))
+WRITING = """
+(while sleep 0.5 && echo "write -q -s $2 0 4096"; do :; done) | qemu-io -f raw $1 & writer=$!
+trap 'kill $writer' EXIT
+"""
+"""Until the reading is done; what it writes is the disk's first block, from the file $2."""
+WATCHED = ("watch", "watch -o TRACE", "watch --tui -o TRACE")
+SCREEN = 40, 120
+"""Lines and columns of the terminal."""
 
 
 def build(folder: Path, files: int) -> Path:
@@ -71,32 +85,68 @@ def measured(output: str) -> list[float]:
     return [count / second for count, second in zip(counts, seconds, strict=True)]
 
 
-def run_plain(image: Path, folder: Path, _map: Path) -> list[float]:
-    """The client against nbdkit's file plugin."""
-    with plain(image, folder) as uri:
-        return measured(subprocess.run(["sh", "-c", CLIENT, "client", uri], check=True, capture_output=True, text=True).stdout)
+class Bench:
+    """One disk, its map, and the servers."""
+
+    def __init__(self, folder: Path, files: int, writing: bool) -> None:
+        self.folder, self.image, self.map = folder, build(folder, files), folder / "map.parquet"
+        subprocess.run([BIN / "virt-bmap", self.image, "-o", self.map], check=True, capture_output=True)
+        self.output, self.head = folder / "client.txt", folder / "head"
+        self.head.write_bytes(self.image.open("rb").read(4096))
+        self.client = f"{WRITING if writing else ''}({READING}) > {self.output}"
+        self.servers = {
+            "nbdkit file": self.plain,
+            **{f"virt-bmap {name}": lambda name=name: self.watch(name) for name in WATCHED},
+            "bmaplogger": self.bmaplogger,
+        }
+
+    def plain(self) -> None:
+        """The client against nbdkit's file plugin."""
+        with plain(self.image, self.folder) as uri:
+            subprocess.run(["sh", "-c", self.client, "client", uri, self.head], check=True, stdout=subprocess.DEVNULL)
+
+    def watch(self, name: str) -> None:
+        """The client under `virt-bmap watch`, with the options of the row."""
+        options = ["-o", self.folder / "trace.parquet"] if "-o" in name else []
+        options += ["--tui"] if "--tui" in name else ["--log", "/dev/null"]
+        command = [BIN / "virt-bmap", "watch", "--map", self.map, "--summary", "/dev/null", *options, self.image, "--",
+                   "sh", "-c", self.client, "client", "$uri", self.head]  # fmt: skip
+        if "--tui" in name:
+            on_terminal(command)
+            return
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        if done.stderr.strip():
+            print(done.stderr.strip())
+
+    def bmaplogger(self) -> None:
+        """The client under bmaplogger, for comparison: no goal is set for it."""
+        command = [BIN / "bmaplogger", *([] if "qemu-io" in self.client else ["-r"]), f"file={self.image}", f"bmap={self.map}",
+                   "logfile=/dev/null", "--run", f"set -- $uri {self.head}; {self.client}"]  # fmt: skip
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        if done.stderr.strip():
+            print(done.stderr.strip())
+
+    def run(self, server: str) -> list[float]:
+        """Bytes per second of both kinds of reading."""
+        self.servers[server]()
+        return measured(self.output.read_text())
 
 
-def run_watch(image: Path, folder: Path, saved: Path) -> list[float]:
-    """The client under `virt-bmap watch`."""
-    output = folder / "client.txt"
-    command = [BIN / "virt-bmap", "watch", "--map", str(saved), "--log", "/dev/null", str(image), "--",
-               "sh", "-c", f"({CLIENT}) > {output}", "client", "$uri"]  # fmt: skip
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    if done.stderr.strip():
-        print(done.stderr.strip())
-    return measured(output.read_text())
-
-
-def run_bmaplogger(image: Path, folder: Path, saved: Path) -> list[float]:
-    """The client under bmaplogger, for comparison: no goal is set for it."""
-    output = folder / "client.txt"
-    command = [BIN / "bmaplogger", "-r", f"file={image}", f"bmap={saved}", "logfile=/dev/null",
-               "--run", f"set -- $uri; ({CLIENT}) > {output}"]  # fmt: skip
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    if done.stderr.strip():
-        print(done.stderr.strip())
-    return measured(output.read_text())
+def on_terminal(command: list[str | Path]) -> None:
+    """Run a screen on a pseudo terminal that takes all that is drawn, and leave it when it says that the command has ended."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(command[0], [str(word) for word in command], {**os.environ, "TERM": "xterm-256color"})
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", *SCREEN, 0, 0))
+    seen, left = b"", False
+    with contextlib.suppress(OSError):  # the terminal's end
+        while select.select([terminal], [], [], 60)[0] and (data := os.read(terminal, 1 << 16)):
+            seen = seen[-100:] + data
+            if b"ended, status" in seen and not left:
+                left = bool(os.write(terminal, b"q"))
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    assert status == 0, seen.decode(errors="replace")
 
 
 def main() -> int:
@@ -104,28 +154,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--writing", action="store_true")
     args = parser.parse_args()
-    servers = {"nbdkit file": run_plain, "virt-bmap watch": run_watch, "bmaplogger": run_bmaplogger}
-    found: dict[str, list[list[float]]] = {name: [] for name in servers}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        image = build(folder, args.files)
-        saved = folder / "map.parquet"
-        subprocess.run([BIN / "virt-bmap", str(image), "-o", str(saved)], check=True, capture_output=True)
+        bench = Bench(Path(name), args.files, args.writing)
+        found: dict[str, list[list[float]]] = {server: [] for server in bench.servers}
         for _ in range(args.rounds):
-            for server, run in servers.items():
-                found[server].append(run(image, folder, saved))
+            for server, runs in found.items():
+                runs.append(bench.run(server))
     missed = 0
     for column, (what, _, _) in enumerate((SEQUENTIAL, RANDOM)):
-        runs = {server: [rounds[column] for rounds in found[server]] for server in servers}
-        base = statistics.median(runs["nbdkit file"]), max(runs["nbdkit file"])
-        for server, speeds in runs.items():
+        base = [speeds[column] for speeds in found["nbdkit file"]]
+        for server, rounds in found.items():
+            speeds = [both[column] for both in rounds]
             median, best = statistics.median(speeds), max(speeds)
-            goal = GOAL[what] if server == "virt-bmap watch" else 0.0
-            missed += median / base[0] < goal
+            share, goal = median / statistics.median(base), GOAL[what] if "watch" in server else 0.0
+            missed += share < goal
             print(
-                f"{what:20} {server:16} median {median / 1e6:7.1f} MB/s {median / base[0]:6.1%}   best {best / 1e6:7.1f} MB/s "
-                f"{best / base[1]:6.1%}" + (f"   goal {goal:.0%}" if goal else "")
+                f"{what:20} {server:30} median {median / 1e6:7.1f} MB/s {share:6.1%}   best {best / 1e6:7.1f} MB/s "
+                f"{best / max(base):6.1%}" + (f"   goal {goal:.0%}" if goal else "")
             )
     return int(missed > 0)
 

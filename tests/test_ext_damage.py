@@ -14,7 +14,7 @@ from support import BytesReader, assert_proven, mapped, mutations, need, run, su
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
-from virt_bmap.checksums import crc16, crc32c
+from virt_bmap.checksums import crc16, crc32c, crc32c_each
 from virt_bmap.filesystems import ext
 from virt_bmap.filesystems.ext import blocks, owned
 from virt_bmap.filesystems.ext.groups import ones
@@ -193,6 +193,10 @@ def test_checksums_have_the_published_values() -> None:
     assert int(crc32c(ones_)[0]) ^ 0xFFFFFFFF == 0x62A8AB43
     ascending = np.arange(32, dtype=np.uint8)[None, :]
     assert int(crc32c(ascending)[0]) ^ 0xFFFFFFFF == 0x46DD794E
+    starts, counts = np.array([0, 3, 8, 2]), np.array([8, 0, 5, 1])
+    words, seeds = np.arange(16, dtype="<u4") * 0x01010101, np.array([0xFFFFFFFF, 7, 0, 1], np.uint32)
+    for start, count, seed, found in zip(starts, counts, seeds, crc32c_each(words, starts, counts, seeds), strict=True):
+        assert found == (crc32c(words[start : start + count].view(np.uint8)[None, :], seed)[0] if count else seed)
     head = crc32c(ascending[:, :12])
     assert int(crc32c(ascending[:, 12:], head)[0]) ^ 0xFFFFFFFF == 0x46DD794E
 

@@ -11,10 +11,12 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from virt_bmap.arrays import Bytes
+from virt_bmap.arrays import Bytes, Int
 
 U32 = NDArray[np.uint32]
 ALL_ONES = 0xFFFFFFFF
+BATCH = 1 << 20
+"""Words that `crc32c_each` folds at a time, which bounds its memory to some 30 MiB beside the longest run."""
 
 
 def _table(polynomial: int, dtype: type) -> NDArray[np.generic]:
@@ -49,6 +51,30 @@ def crc32c(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
     """The CRC of each row of an (n, size) array; size is a multiple of 4, `seed` a number or one for each row."""
     words = np.ascontiguousarray(data).view("<u4").astype(np.uint32)
     words[:, 0] ^= np.asarray(seed, np.uint32)
+    return _folded(words)
+
+
+def crc32c_each(words: U32, starts: Int, counts: Int, seeds: U32) -> U32:
+    """The CRC of each run words[starts[i]:starts[i] + counts[i]], of little-endian words and any length, with a seed for each; an empty run keeps its seed.
+
+    Runs are taken together with others of about their length, BATCH words at a time.
+    """
+    result = seeds.copy()
+    level = np.frexp(np.maximum(counts - 1, 0).astype(np.float64))[1]
+    for power in np.unique(level[counts > 0]).tolist():
+        width = 1 << power
+        mine = np.flatnonzero((level == power) & (counts > 0))
+        for rows in np.array_split(mine, -(-len(mine) * width // BATCH)):
+            front = width - counts[rows]  # zeroes in front change nothing
+            column = np.arange(width)
+            block = words[np.maximum((starts[rows] - front)[:, None] + column, 0)]
+            block[column < front[:, None]] = 0
+            block[np.arange(len(rows)), front] ^= seeds[rows]
+            result[rows] = _folded(block)
+    return result
+
+
+def _folded(words: U32) -> U32:
     level = 0
     while words.shape[1] > 1:
         if words.shape[1] % 2:  # zeroes in front change nothing

@@ -29,6 +29,8 @@ from virt_bmap.watch.sinks import Sink, Sinks
 
 TICK = 0.05
 """Seconds between two looks at the log."""
+READING_TICK = 0.2
+"""The same while a guest only reads, and keeps reading: fewer and larger batches cost half, and no new map waits to be asked for."""
 PAUSE = 0.5
 """Seconds without any access after which the line that is still open is written."""
 BATCH = 1 << 15
@@ -139,7 +141,7 @@ def _follow(disks: list[_Disk], naming: Naming, idle: Callable[[], None], ended:
         quiet = 0.0 if busy else quiet + TICK
         if quiet >= PAUSE:
             idle()
-        if ended in select.select([ended, *naming.wake()], [], [], TICK)[0]:
+        if ended in select.select([ended, *naming.wake()], [], [], READING_TICK if busy and not naming.is_written else TICK)[0]:
             return
 
 

@@ -67,6 +67,10 @@ class Log:
         """Bytes between tail and head."""
         return (self.head - self.tail) % self.blocks * BLOCK
 
+    def place(self, at: int) -> int:
+        """The byte at which the `at`th block behind the tail lies."""
+        return self.offset + (self.tail + at) % self.blocks * BLOCK
+
 
 def find_log(reader: Reader, geometry: Geometry, others: Sequence[Reader]) -> Log | None:
     """The log with its head and tail; None where it is external and none of `others` is it. Corrupt where it makes no sense."""

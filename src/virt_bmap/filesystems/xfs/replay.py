@@ -21,24 +21,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from virt_bmap.arrays import Bytes, ints, union
-from virt_bmap.checksums import crc32c
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.geometry import Geometry
-from virt_bmap.filesystems.xfs.log import BLOCK, CYCLE_DATA, HEADER_MAGIC, RECORD, Log, header_blocks
-from virt_bmap.layout import record
+from virt_bmap.filesystems.xfs.log import BLOCK, Log
+from virt_bmap.filesystems.xfs.records import records
 from virt_bmap.reader import Patch, PatchedReader, Reader
 
 MAX_ACTIVE = 128 << 20
 """Bytes between tail and head that are replayed; with them the patched sectors stay in memory."""
 MAX_PATCH = 256 << 20
 """Bytes of metadata that one log may change: more than a log of MAX_ACTIVE bytes needs, unless it lies."""
-
-CRC_AT = 0x20
-RECORD_SIZES = (328, 324)
-"""XLOG_REC_SIZE: how much of the header the checksum covers, on 64-bit machines and on i386."""
-EXTENDED_SIZE = 260
-"""XLOG_REC_EXT_SIZE: of each further header block."""
 
 # struct xlog_op_header
 START, COMMIT, CONTINUE, WAS_CONT, END, UNMOUNT = 1, 2, 4, 8, 16, 32
@@ -146,73 +139,20 @@ def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
     return Replayed(memory.reader(), len(items), sum(count for count in begun.values() if count > 0), superblock_only)
 
 
-# ---- records, operations, transactions, items -------------------------------------------------------------------------
+# ---- operations, transactions, items -------------------------------------------------------------------------
 
 
 def _unpack(form: str, data: bytes, at: int = 0) -> tuple[int, ...]:
-    if at < 0 or at + struct.calcsize(form) > len(data):
-        raise Corrupt(f"XFS log: an item of {len(data)} bytes is too short", code="log")
-    return struct.unpack_from(form, data, at)
-
-
-def _records(log: Log) -> Iterator[tuple[int, int, bytes]]:
-    """(lsn, number of operations, body) of each record from the tail to the head, the first words of its blocks put back in place."""
-    count = log.active // BLOCK
-    data = log.reader.read_blocks(log.offset + (log.tail + np.arange(count)) % log.blocks * BLOCK, BLOCK)
-    at = 0
-    while at < count:
-        head = record(data[at].tobytes(), RECORD)
-        place = log.offset + (log.tail + at) % log.blocks * BLOCK
-        headers = header_blocks(head)
-        body = at + headers
-        end = body + -(-int(head["h_len"]) // BLOCK)
-        if head["h_magicno"] != HEADER_MAGIC or end > count or head["h_fmt"] != 1:
-            raise Corrupt(f"XFS log: the record at byte {place:#x} has a wrong magic number, format or length", place, "log")
-        kept = np.concatenate([head["h_cycle_data"].view(np.uint8), data[at + 1 : body, 4 : 4 + 4 * CYCLE_DATA].reshape(-1)])
-        blocks = data[body:end].copy()
-        stamps = np.ascontiguousarray(blocks[:, :4]).view(">u4")[:, 0]
-        words = kept.reshape(-1, 4)
-        if len(words) < len(blocks) or (
-            (stamps != head["h_cycle"]).any() and not _wraps(log, at, end, stamps, int(head["h_cycle"]))
-        ):
-            raise Corrupt(f"XFS log: the record at byte {place:#x} was not written completely", place, "log")
-        if not _sound(head, data[at:end]):
-            raise Corrupt(f"XFS log: the record at byte {place:#x} does not match its checksum", place, "log")
-        blocks[:, :4] = words[: len(blocks)]
-        yield int(head["h_lsn"]), int(head["h_num_logops"]), blocks.tobytes()[: int(head["h_len"])]
-        at = end
-
-
-def _sound(head: np.void, blocks: Bytes) -> bool:
-    """Does h_crc match? It covers the record as it lies on the disk; mkfs.xfs and xfs_repair leave it 0."""
-    wanted, length, headers = int(head["h_crc"]), int(head["h_len"]), header_blocks(head)
-    if wanted == 0:
-        return True
-    own = blocks[:1].copy()
-    own[0, CRC_AT : CRC_AT + 4] = 0
-    body = blocks[headers:].reshape(1, -1)[:, :length]
-    for size in RECORD_SIZES:
-        state = crc32c(own[:, :size])
-        for further in range(1, min(headers, -(-length // (CYCLE_DATA * BLOCK)))):
-            state = crc32c(blocks[further : further + 1, :EXTENDED_SIZE], state)
-        if length % 4 == 0 and length:
-            state = crc32c(body, state)
-        if int(state[0]) ^ 0xFFFFFFFF == wanted:
-            return True
-    return False
-
-
-def _wraps(log: Log, at: int, end: int, stamps: np.ndarray, cycle: int) -> bool:
-    """A record across the end of the ring: its blocks behind it carry the next cycle."""
-    first = end - len(stamps)
-    beyond = (log.tail + np.arange(first, end)) // log.blocks > (log.tail + at) // log.blocks
-    return bool((stamps == cycle + beyond).all())
+    try:
+        return struct.unpack_from(form, data, at)
+    except struct.error:
+        raise Corrupt(f"XFS log: an item of {len(data)} bytes is too short", code="log") from None
 
 
 def _committed(log: Log) -> Iterator[Transaction]:
     """Transactions in the order of their commits."""
     open_: dict[int, Transaction] = {}
-    for lsn, operations, body in _records(log):
+    for lsn, operations, body in records(log):
         at = 0
         for _ in range(operations):  # what lies behind them in the record is not defined
             tid, length, _, flags = _unpack(">IIBB", body, at)
