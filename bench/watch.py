@@ -1,6 +1,6 @@
 """How much of `nbdkit file`'s throughput is left when the same disk is watched, with the same client, in one run.
 
-    python bench/watch.py [--files N] [--rounds N] [--writing]
+    python bench/watch.py [--files N] [--rounds N] [--writing] [--bmaplogger]
 
 The client is `qemu-img bench` (C, pipelined): 256 KiB sequential reads with 16 in flight, and 4 KiB reads scattered over the disk with 64 in flight.
 Rounds alternate between the servers, so that the machine's moods hit all of them alike; the medians are compared
@@ -35,7 +35,7 @@ BIN = Path(sys.executable).parent
 GOAL = {SEQUENTIAL[0]: 0.9, RANDOM[0]: 0.5}
 READING = "; ".join(f"qemu-img bench -f raw {' '.join(options)} $1" for _, _, options in (SEQUENTIAL, RANDOM))
 WRITING = """
-(while sleep 0.5 && echo "write -q -s $2 0 4096"; do :; done) | qemu-io -f raw $1 & writer=$!
+(while sleep 0.5 && echo "write -q -s $2 0 4096"; do :; done) 2>/dev/null | qemu-io -f raw $1 >/dev/null & writer=$!
 trap 'kill $writer' EXIT
 """
 """Until the reading is done; what it writes is the disk's first block, from the file $2."""
@@ -154,11 +154,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--writing", action="store_true")
+    parser.add_argument("--writing", action="store_true", help="let a second client write the superblock all the time")
+    parser.add_argument("--bmaplogger", action="store_true", help="measure that, too; no goal is set for it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), args.files, args.writing)
-        found: dict[str, list[list[float]]] = {server: [] for server in bench.servers}
+        found: dict[str, list[list[float]]] = {
+            server: [] for server in bench.servers if args.bmaplogger or server != "bmaplogger"
+        }
         for _ in range(args.rounds):
             for server, runs in found.items():
                 runs.append(bench.run(server))

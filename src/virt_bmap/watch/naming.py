@@ -34,8 +34,6 @@ CLAIM = 36_000 * MS
 """ns that writes to nobody's bytes wait for their owner. ext4 commits every 5 s; XFS flushes its log every 30 s (xfs_sync_work)."""
 RETRY, LONGEST_RETRY = 1000 * MS, 30_000 * MS
 """ns until it is tried again where a map could not be read; doubled each time."""
-WRITING = 5000 * MS
-"""ns without a write after which a guest is taken to read only: what it changes next is noticed a little later then."""
 MOST_WAITING = 1 << 18
 """Accesses that may wait, and pieces that may be held: some 100 MiB each."""
 RESOLUTION = 10 * MS
@@ -79,7 +77,6 @@ class Naming:
         self._refresher = refresher
         self._changes = EMPTY
         """Times of metadata writes that the map in force may not know, in order."""
-        self._written_ns = 0
         self._asked_ns = 0
         self._rest_until = 0
         self._retry = RETRY
@@ -94,18 +91,10 @@ class Naming:
         alive = self._refresher and not self._refresher.ended
         return not alive or not (len(self._changes) or (self._refresher and self._refresher.busy))
 
-    @property
-    def is_written(self) -> bool:
-        """Did the guest write lately?"""
-        return time.time_ns() < self._written_ns + WRITING
-
     def add(self, disk: int, accesses: Accesses) -> None:
         """Name these, or let them wait."""
         if not len(accesses):
             return
-        written = accesses.time_ns[_WRITING[accesses.op]]
-        if len(written):
-            self._written_ns = int(written[-1])
         self._waiting.append(self._resolved(disk, accesses))
         self._release(time.time_ns())
 

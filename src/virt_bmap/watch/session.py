@@ -28,9 +28,10 @@ from virt_bmap.watch.serve import Follower, Served, Source, private_folder, serv
 from virt_bmap.watch.sinks import Sink, Sinks
 
 TICK = 0.05
-"""Seconds between two looks at the log."""
-READING_TICK = 0.2
-"""The same while a guest only reads, and keeps reading: fewer and larger batches cost half, and no new map waits to be asked for."""
+"""Seconds between two looks at the log, at least."""
+LONGEST_TICK = 0.2
+SHARE = 0.05
+"""Of a processor, that naming may take before its looks become fewer, up to LONGEST_TICK: large batches cost half of what small ones do."""
 PAUSE = 0.5
 """Seconds without any access after which the line that is still open is written."""
 BATCH = 1 << 15
@@ -136,12 +137,14 @@ def _follow(disks: list[_Disk], naming: Naming, idle: Callable[[], None], ended:
     """Name what the log gains until the file descriptor `ended` says that the command has."""
     quiet = 0.0
     while True:
+        spent = time.thread_time()
         busy = sum(_step(disk, naming) for disk in disks) > 0
         naming.tick()
-        quiet = 0.0 if busy else quiet + TICK
+        tick = min(max(TICK, (time.thread_time() - spent) / SHARE), LONGEST_TICK)
+        quiet = 0.0 if busy else quiet + tick
         if quiet >= PAUSE:
             idle()
-        if ended in select.select([ended, *naming.wake()], [], [], READING_TICK if busy and not naming.is_written else TICK)[0]:
+        if ended in select.select([ended, *naming.wake()], [], [], tick)[0]:
             return
 
 
