@@ -428,7 +428,8 @@ def wait(refresher: Refresher) -> Refreshed:
 
 def test_the_map_comes_from_the_server_and_the_guest_is_not_blamed(disks: SimpleNamespace, served: tuple[str, str]) -> None:
     folder, uri = served
-    refresher = Refresher(folder, [uri], NO_KEYS)
+    refresher = Refresher(NO_KEYS)
+    refresher.serve(folder, [uri])
     try:
         for number in (1, 2):
             refresher.begin()
@@ -449,7 +450,8 @@ def test_the_map_comes_from_the_server_and_the_guest_is_not_blamed(disks: Simple
 
 def test_what_can_not_be_read_is_said_and_tried_again(served: tuple[str, str]) -> None:
     folder, _ = served
-    refresher = Refresher(folder, [f"nbd+unix:///?socket={folder}/nobody"], NO_KEYS)
+    refresher = Refresher(NO_KEYS)
+    refresher.serve(folder, [f"nbd+unix:///?socket={folder}/nobody"])
     try:
         for _ in range(2):
             refresher.begin()
@@ -460,7 +462,8 @@ def test_what_can_not_be_read_is_said_and_tried_again(served: tuple[str, str]) -
 
 def test_a_process_that_is_killed_is_missed_once(served: tuple[str, str]) -> None:
     folder, uri = served
-    refresher = Refresher(folder, [uri], NO_KEYS)
+    refresher = Refresher(NO_KEYS)
+    refresher.serve(folder, [uri])
     refresher.begin()
     refresher._process.kill()
     found = wait(refresher)

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Map, serve, run, follow, sum up. Returns the exit status of the command."""
     from virt_bmap.outputs.files import replacing
     from virt_bmap.watch.lines import LineLog
+    from virt_bmap.watch.refresh import Refresher
     from virt_bmap.watch.resolve import Resolver
     from virt_bmap.watch.session import Printer, watch
     from virt_bmap.watch.sinks import EachDisk
@@ -74,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
     sources = [source(image, args.format, args.references) for image in images]
     keys = keys_of(args)
     tui = args.tui and _can_show()
-    resolver = Resolver(saved(args.map, sources) if args.map else map_disks(args, images, keys))
-    disks = range(1, len(sources) + 1)
-    summaries = {disk: Summary(resolver, disk) for disk in disks}
     with contextlib.ExitStack() as stack:
+        refresher = None if args.no_refresh else stack.enter_context(contextlib.closing(Refresher(keys)))
+        resolver = Resolver(saved(args.map, sources) if args.map else map_disks(args, images, keys))
+        summaries = {disk: Summary(resolver, disk) for disk in range(1, len(sources) + 1)}
         printer = Printer(stack.enter_context(_text(args.log)))
-        lines = {disk: LineLog(resolver, printer.write, args.inline) for disk in disks}
+        lines = {disk: LineLog(resolver, printer.write, args.inline) for disk in summaries}
         sinks: list[Sink] = [EachDisk(summaries)]
         if not args.quiet and not (tui and args.log == "-"):
             sinks.append(EachDisk(lines))
@@ -95,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
         def go(run: "Runner | None" = None) -> "Outcome":
             # nargs=PARSER leaves a further -- to the command, but Python before 3.13 the first one, too
             command = args.command[1:] if args.command[0] == "--" else args.command
-            refresh = None if args.no_refresh else keys
-            return watch(resolver, sources, command, sinks, write=args.write, idle=flush, refresh=refresh, run=run)
+            return watch(resolver, sources, command, sinks, write=args.write, idle=flush, refresher=refresher, run=run)
 
         try:
             outcome, last_words = _show(resolver, sinks, go) if tui else (go(), [])

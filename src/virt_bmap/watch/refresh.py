@@ -11,10 +11,10 @@ import pickle
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ from virt_bmap.watch.resolve import Resolver
 
 NICENESS = 10
 """The guest and its disk go first."""
+START = 5.0
+"""Seconds that the process may take to start before nobody waits for it any longer."""
+READY = b"\n"
 PATHS = pa.schema([("volume", pa.int32()), ("inode", pa.int64()), ("path", pa.large_binary())])
 
 
@@ -43,24 +46,32 @@ class Refreshed:
 
 
 class Refresher:
-    """The other process, as the watch sees it. One map at a time."""
+    """The other process, as the watch sees it. One map at a time.
 
-    def __init__(self, folder: str, uris: Sequence[str], keys: Keys) -> None:
-        self._folder = folder
+    It is started early, beside the first map: what it imports is to cost the guest nothing.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         self._number = 0
         self._rest = b""
         self.busy = False
         self.ended = False
         """The process is gone, which it should not be: there will be no more maps."""
-        with open(f"{folder}/refresh.err", "wb") as errors:
-            # in a process group of its own: what the terminal sends to the guest must not end it
-            self._process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                             process_group=0)  # fmt: skip
+        # in a process group of its own: what the terminal sends to the guest must not end it
+        self._process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=self._errors, process_group=0)  # fmt: skip
         assert self._process.stdin
         assert self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
         os.set_blocking(self._from.fileno(), False)
-        self._tell(pickle.dumps((folder, list(uris), keys)))
+
+    def serve(self, folder: str, uris: Sequence[str]) -> None:
+        """Say which disks are to be read, and where maps may lie on their way. Returns when the process is ready."""
+        self._tell(pickle.dumps((folder, list(uris), self._keys)))
+        if select.select([self._from], [], [], START)[0]:
+            os.read(self._from.fileno(), len(READY))  # nothing: it ended, which will be noticed when a map is wanted
 
     def fileno(self) -> int:
         """For select: readable when there is a result."""
@@ -79,7 +90,7 @@ class Refresher:
         if data == b"":
             self.busy, self.ended = False, True
             return Refreshed(0, 0.0, error=f"the process that reads it ended: {self._words()}")
-        self._rest += data or b""
+        self._rest = (self._rest + (data or b"")).lstrip()
         if not self._rest.endswith(b"\n"):
             return None
         answer, self._rest, self.busy = json.loads(self._rest), b"", False
@@ -101,13 +112,15 @@ class Refresher:
             self.ended = True
 
     def _words(self) -> str:
-        lines = Path(self._folder, "refresh.err").read_text(errors="replace").strip().splitlines()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"exit status {self._process.wait()}"
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.wait()
+        self._errors.close()
         self._from.close()
         try:
             self._to.close()
@@ -120,10 +133,11 @@ class Refresher:
 
 def main() -> None:
     """Answer until standard input ends, which it does with the watch."""
-    os.nice(NICENESS)
     import virt_bmap.paths  # noqa: F401 - slow to import, and the first map is waited for
 
     folder, uris, keys = pickle.load(sys.stdin.buffer)
+    os.nice(NICENESS)
+    print(READY.decode(), end="", flush=True)
     for number, _ in enumerate(sys.stdin.buffer):
         print(json.dumps(_answer(f"{folder}/map{number}", uris, keys)), flush=True)
 

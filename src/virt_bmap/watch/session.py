@@ -18,7 +18,6 @@ from typing import Any, TextIO
 import numpy as np
 
 from virt_bmap.errors import UsageError
-from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.signals import SIGNALS, forwarded
 from virt_bmap.watch.accesses import LogParser
 from virt_bmap.watch.naming import Naming
@@ -80,22 +79,20 @@ class _Disk:
 
 def watch(
     resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: Sequence[Sink],
-    *, write: bool = False, idle: Callable[[], None] = lambda: None, refresh: Keys | None = NO_KEYS, run: "Runner | None" = None,
+    *, write: bool = False, idle: Callable[[], None] = lambda: None, refresher: Refresher | None = None, run: "Runner | None" = None,
 ) -> Outcome:  # fmt: skip
     """Serve the disks, run the command, and give its accesses with what they touched to every sink.
 
-    `idle` is called when nothing has happened for a while. `refresh` has the keys with which the map is read again where the command writes metadata;
-    None: it is not. `run` starts the command, on our own terminal unless told. Blocks until the command has ended and all was named.
+    `idle` is called when nothing has happened for a while. `refresher` reads the map again where the command writes metadata;
+    None: nobody does. `run` starts the command, on our own terminal unless told. Blocks until the command has ended and all was named.
     """
     if not shutil.which(command[0]):
         raise UsageError(f"{command[0]}: no such command")
     with contextlib.ExitStack() as stack:
-        own = f"virt-bmap-{secrets.token_hex(8)}" if refresh is not None else None
+        own = f"virt-bmap-{secrets.token_hex(8)}" if refresher else None
         disks = [stack.enter_context(_disk(number, source, write, own)) for number, source in enumerate(sources, 1)]
-        refresher = None
-        if refresh is not None:
-            refresher = Refresher(disks[0].folder, [disk.served.export(own or "") for disk in disks], refresh)
-            stack.callback(refresher.close)
+        if refresher:
+            refresher.serve(disks[0].folder, [disk.served.export(own or "") for disk in disks])
         naming = Naming(resolver, Sinks(sinks), refresher)
         outcome = Outcome()
         with _child(command, [disk.served for disk in disks], run or foreground) as (child, ended):
