@@ -153,12 +153,12 @@ class Watching(App[None]):
     #filter { display: none; height: 3; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q,ctrl+c", "leave", "Quit", priority=False),
         Binding("space", "pause", "Pause"),
         Binding("slash", "filter", "Filter"),
         Binding("s", "sort", "Sort"),
         Binding("w", "save", "Save"),
         Binding("o", "output", "Output"),
-        Binding("q,ctrl+c", "leave", "Quit", priority=False),
         Binding("escape", "clear", "No filter", show=False),
     ]
 
@@ -273,7 +273,8 @@ class Watching(App[None]):
             parts.append("PAUSED")
         if self.words:
             parts.append(f"only {shortened(self.words, 12)}")
-        parts.append(f"{(view.end_ns - view.begin_ns) / 1e9:.0f} s")
+        now = view.end_ns if self.outcome or not view.begin_ns else time.time_ns()
+        parts.append(f"{(now - view.begin_ns) / 1e9:.0f} s")
         parts.append(f"{human(int(view.bytes[READ]))} read, {human(int(view.bytes[WRITE]))} written")
         parts.append(f"{view.objects:,} objects")
         parts.append(f"map read again {view.maps} times" if view.maps else "map as at the start")
