@@ -244,6 +244,11 @@ def mounted(image: str | os.PathLike[str], options: str = "", offset: int = 0, k
         where.rmdir()
 
 
+def sync(mount: Path) -> None:
+    """Write out one filesystem. os.sync() would write out those of all other tests as well, the crashed ones among them."""
+    run("sync", "-f", mount)
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 

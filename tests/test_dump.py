@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support import BytesReader, mapped, mounted, need, need_root, run, wait_for_socket
+from support import BytesReader, mapped, mounted, need, need_root, run, sync, wait_for_socket
 from test_lvm import Group, group  # noqa: F401  (a fixture: a volume group on two disks, and what lvs says of it)
 from virt_bmap import dump as dumping
 from virt_bmap import tables
@@ -44,7 +44,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with mounted(part) as root:
         for number in range(40):
             (root / f"file{number}").write_bytes(random.bytes(int(random.integers(1, 400_000))))
-        os.sync()
+        sync(root)
         for number in range(0, 40, 2):
             (root / f"file{number}").unlink()
     run("truncate", "-s", "40M", image)

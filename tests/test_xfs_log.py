@@ -21,6 +21,7 @@ from support import (
     need_root,
     run,
     survives,
+    sync,
     tree,
 )
 from virt_bmap import tables
@@ -79,7 +80,7 @@ def test_the_replayed_log_is_what_the_kernel_makes_of_it(dirty: Path, tmp_path: 
     copy = tmp_path / "recovered"
     run("cp", "--sparse=always", dirty, copy)
     with mounted(copy) as where:
-        os.sync()
+        sync(where)
         paths, reader = tree(before, 0), RawReader(str(dirty))
         for path in list(paths)[::15]:
             if (where / path[1:]).is_file():
@@ -174,7 +175,7 @@ def test_a_mounted_filesystem_is_mapped_as_it_is(folder: Path) -> None:
     image = xfs_images.make(folder / "running", *SMALL, size=96 << 20)
     with mounted(image) as where:
         xfs_images.populate(where, 10)
-        os.sync()
+        sync(where)
         copy = folder / "snapshot"
         shutil.copyfile(image, copy)
         expected = {

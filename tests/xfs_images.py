@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support import run
+from support import run, sync
 
 SIZE = 320 << 20
 """mkfs.xfs refuses less than 300 MB; the files are sparse."""
@@ -130,7 +130,7 @@ def _reflinks(where: Path) -> None:
     """Copies that share blocks, wholly and in part; nothing where the filesystem can't share."""
     where.mkdir()
     (where / "original").write_bytes(os.urandom(600_000))
-    os.sync()
+    sync(where)
     for name in ("whole", "changed"):
         with open(where / "original", "rb") as source, open(where / name, "wb") as target:
             try:
