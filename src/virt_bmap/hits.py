@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, Intervals, expand, ints, total, union
+from virt_bmap.arrays import Int, Intervals, expand, in_order, ints, total, union
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.explain import record_size
 from virt_bmap.mapping import PACKED, ROLES
@@ -212,7 +212,7 @@ def _names_held(bmap: BlockMap, one: _Pieces) -> Int:
     blocks = (one.kind == tables.DIRECTORY) & (one.inode >= 0)
     for volume in np.unique(one.volume[blocks]).tolist():
         mine = np.flatnonzero(blocks & (one.volume == volume))
-        parent = np.sort(tables.integers(bmap.slice_of("names", volume)[1], "parent"))
+        parent = in_order(tables.integers(bmap.slice_of("names", volume)[1], "parent"))
         result[mine] = np.searchsorted(parent, one.inode[mine], "right") - np.searchsorted(parent, one.inode[mine], "left")
     return result
 

@@ -7,7 +7,6 @@ header: only the device's name can tell which one it belongs to, since on the de
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from virt_bmap.errors import ImageError, UsageError
 
@@ -76,7 +75,7 @@ def _header(device: str, path: str) -> bytes:
 
 def _content(what: str, path: str, limit: int) -> bytes:
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise ImageError(f"{what} {path}: {error.strerror}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, complement, covered_twice, expand, intersect, subtract, total, union
+from virt_bmap.arrays import Int, complement, covered_twice, expand, in_order, intersect, subtract, total, union
 from virt_bmap.filesystems.btrfs import ondisk
 from virt_bmap.filesystems.btrfs.items import Columns
 from virt_bmap.filesystems.btrfs.pool import Damage, Pool
@@ -135,7 +135,7 @@ def share(extents: FileExtents) -> FileExtents:
     start, end = extents.start, extents.start + extents.length
     compressed = (extents.flags & tables.COMPRESSED) != 0
     # stored compressed, an extent can't be cut: every owner uses all its bytes
-    row, begin, stop = _cut(start, end, np.sort(np.concatenate(shared)), ~compressed)
+    row, begin, stop = _cut(start, end, in_order(np.concatenate(shared)), ~compressed)
     at = np.searchsorted(shared[0], begin, "right") - 1
     several = (at >= 0) & (shared[1][np.maximum(at, 0)] > begin)
     pieces = extents.select(row)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand, in_order
 from virt_bmap.filesystems.ext.damage import Problems, complain
 from virt_bmap.filesystems.ext.superblock import Superblock
 from virt_bmap.layout import lo_hi, struct
@@ -110,7 +110,7 @@ def _nodes(superblock: Superblock, block: Int, seen: Int, problems: Problems) ->
         again |= seen[np.minimum(np.searchsorted(seen, block), len(seen) - 1)] == block
     complain(problems, "tree-twice", "tree nodes are used twice", offsets[fits & again])
     keep = fits & ~again
-    return keep, np.sort(np.append(seen, block[keep]))
+    return keep, in_order(np.append(seen, block[keep]))
 
 
 def _batches(reader: Reader, superblock: Superblock, block: Int) -> Iterator[tuple[Int, Bytes]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Bytes, Int
+from virt_bmap.arrays import EMPTY, Bytes, Int, in_order
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.superblock import Superblock
 from virt_bmap.reader import Reader
@@ -94,7 +94,7 @@ def _entries(words: np.ndarray, starts: Int, ends: Int, offsets: Int, block_size
     bad, where = np.concatenate(bad_area), np.concatenate(bad_at)
     place = offsets[bad] + where - starts[bad]
     complain_where(problems, "directory-entry", "directory entries have an impossible length", np.ones(len(bad), bool), place)
-    return np.sort(np.concatenate(found))
+    return in_order(np.concatenate(found))
 
 
 def _gather_names(data: Bytes, starts: Int, lengths: Int) -> pa.Array:

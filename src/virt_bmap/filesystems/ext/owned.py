@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, Intervals, covered_twice, subtract, union
+from virt_bmap.arrays import Int, Intervals, covered_twice, in_order, subtract, union
 from virt_bmap.contract import Problem
 from virt_bmap.filesystems.ext.blocks import Runs
 from virt_bmap.filesystems.ext.damage import Problems, complain, complain_where
@@ -136,5 +136,5 @@ def check_overlaps(extents: pa.Table, problems: Problems) -> None:
     start, length = tables.integers(extents, "volume_offset")[own], tables.integers(extents, "length")[own]
     end = start + length
     # where nothing overlaps, the n-th range to begin is also the n-th to end
-    if (np.sort(start)[1:] < np.sort(end)[:-1]).any():
+    if (in_order(start)[1:] < in_order(end)[:-1]).any():
         complain(problems, "two-owners", "ranges have two owners", covered_twice(start, end)[0])

@@ -98,7 +98,7 @@ def read_stream(reader: Reader, stream: Stream, start: int, end: int, held: Byte
     `held` is memory to put them in order in, where they are not.
     """
     _, at, places, lengths = stream.place(ints(start), ints(end - start))
-    order = np.argsort(places)
+    order = np.argsort(places, kind="stable")
     data = reader.read_ranges(places[order], lengths[order])
     if len(data) == end - start and (np.diff(order) > 0).all():
         return data

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.arrays import Bytes, Int, expand
+from virt_bmap.arrays import Bytes, Int, expand, in_order
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import BATCH
 from virt_bmap.filesystems.xfs.columns import take
@@ -78,7 +78,7 @@ def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype
     if not found:
         return stack_names([])
     row, at = (np.concatenate(part) for part in zip(*found, strict=True))
-    order = np.argsort(at)
+    order = np.argsort(at, kind="stable")
     row, at = row[order], at[order]
     length = data[at].astype(np.int64)
     number_at = at + 3 + length + ftype
@@ -179,7 +179,7 @@ def _names(geometry: Geometry, damage: Damage, parent: Int, place: Int, blocks: 
             at, end, step, unused = at[good], end[good], step[good], unused[good]
         found.append(at[~unused])
         at = at + step
-    at = np.sort(np.concatenate(found))
+    at = in_order(np.concatenate(found))
     return _entries(damage, flat, words, at, parent[at // size], place[at // size])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int
+from virt_bmap.arrays import Int, in_order
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import Nodes, Shape, walk
 from virt_bmap.filesystems.xfs.columns import take
@@ -87,7 +87,7 @@ def split(extents: tuple[Int, Int], shared: tuple[Int, Int], damage: Damage) -> 
     if len(shared[0]) == 0:
         return np.arange(len(start)), start, length, np.zeros(len(start), np.int64)
     end = start + length
-    points = np.sort(np.concatenate(shared))
+    points = in_order(np.concatenate(shared))
     low, high = np.searchsorted(points, start, "right"), np.searchsorted(points, end, "left")
     cuts = np.maximum(0, high - low)
     # every cut borders bytes with one owner, so two rows can't both be cut around the same gap
