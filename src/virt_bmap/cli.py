@@ -10,9 +10,7 @@ from typing import NoReturn
 from virt_bmap import __version__
 from virt_bmap.commands import COMMANDS
 from virt_bmap.errors import BmapError, UsageError
-
-BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-LARGEST_KEPT = 31 << 20
+from virt_bmap.startup import import_libraries
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,30 +42,11 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "-V", "--version"):
         parser().parse_args(arguments or ["--help"])  # prints and leaves
     command, rest = (arguments[0], arguments[1:]) if arguments[0] in COMMANDS else ("map", arguments)
-    _import_libraries()
+    import_libraries()
     module = importlib.import_module(f"virt_bmap.commands.{command}")
     status: int = module.run(parser(command).parse_args(rest))
     sys.stdout.flush()
     return status
-
-
-def _import_libraries() -> None:
-    """NumPy and Arrow, set up for a process that lives a second.
-
-    OpenBLAS gets no threads: nothing here is linear algebra, and each would spin for a tenth of a second when it starts. glibc's malloc takes blocks that are no
-    larger than one it was given back before from its heap, and keeps them there (mallopt(3), M_MMAP_THRESHOLD; at most 32 MiB): without a first one, never touched,
-    every large array would be new pages from the kernel, a tenth of the time of a map. Arrow's tables share this heap.
-    """
-    before = os.environ.get(BLAS_THREADS)
-    os.environ[BLAS_THREADS] = "1"
-    numpy = importlib.import_module("numpy")
-    if before is None:
-        del os.environ[BLAS_THREADS]  # the commands that we run are to find their environment as it was
-    else:
-        os.environ[BLAS_THREADS] = before
-    numpy.empty(LARGEST_KEPT, numpy.uint8)
-    arrow = importlib.import_module("pyarrow")
-    arrow.set_memory_pool(arrow.system_memory_pool())
 
 
 def main() -> NoReturn:

@@ -26,7 +26,9 @@ ROW_GROUP = 16
 def save(bmap: BlockMap, file: BinaryIO, disks: list[str] | None = None) -> None:
     """Write the map; `disks` are the images' names, kept so that a map can be told from another disk's."""
     try:
-        from pyarrow._parquet import ParquetWriter  # what pyarrow.parquet wraps, without the filesystems of clouds: 20 ms to import
+        from pyarrow._parquet import (
+            ParquetWriter,
+        )  # what pyarrow.parquet wraps, without the filesystems of clouds: 20 ms to import
     except ImportError:
         from pyarrow.parquet import ParquetWriter
 

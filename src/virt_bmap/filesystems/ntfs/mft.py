@@ -61,11 +61,11 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
     pieces = [decoded(own, geometry)]
     length = int(own.initialized_size[own.lowest_vcn == 0].max(initial=0))
     batches: list[Batch] = []
-    held, mended = np.empty(PIECE + 128, np.uint8), np.empty(min(BATCH, reader.size), np.uint8)
+    held, mended = np.empty(PIECE + 128, np.uint8), np.empty(min(PIECE, reader.size), np.uint8)
     at = 0
     while True:
         stream = stream_of(pieces, geometry, reader.size)
-        end = min(stream.contiguous(at), length, at + BATCH)
+        end = min(stream.contiguous(at), length, at + (BATCH if stream.ascends(at, BATCH) else PIECE))
         end -= (end - at) % size
         if end <= at:
             break
@@ -102,7 +102,7 @@ def read_stream(reader: Reader, stream: Stream, start: int, end: int, held: Byte
     data = reader.read_ranges(places[order], lengths[order])
     if len(data) == end - start and (np.diff(order) > 0).all():
         return data
-    result = np.empty(end - start, np.uint8) if held is None else held[: end - start]
+    result = held[: end - start] if held is not None and len(held) >= end - start else np.empty(end - start, np.uint8)
     if len(data) < len(result):
         result[:] = 0
     scatter(result, (at - start)[order], lengths[order], data)

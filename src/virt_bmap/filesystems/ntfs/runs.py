@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand, ints
 
 HOLE = -1
 MAX_BYTES = 1 << 62
@@ -120,6 +120,11 @@ class Stream:
             return start
         gaps = np.flatnonzero(self.start[first + 1 :] != ends[first:-1])
         return int(ends[first + gaps[0]] if len(gaps) else ends[-1])
+
+    def ascends(self, start: int, length: int) -> bool:
+        """Do these bytes of the stream lie in the volume in the order of the stream?"""
+        _, _, places, _ = self.place(ints(start), ints(length))
+        return bool((np.diff(places) > 0).all())
 
     def place(self, starts: Int, lengths: Int) -> tuple[Int, Int, Int, Int]:
         """(query, stream offset, volume offset, length) of the pieces in which ranges of the stream lie; what lies in holes is left out."""

@@ -1,0 +1,41 @@
+"""What the command line sets up before anything else runs."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+from virt_bmap import startup
+
+REPORT = """
+import os, resource
+from virt_bmap import startup
+startup.import_libraries()
+import numpy, pyarrow
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    numpy.ones(24 << 20, numpy.uint8)
+before = faults()
+numpy.ones(24 << 20, numpy.uint8)
+print(os.environ.get("OPENBLAS_NUM_THREADS"), pyarrow.default_memory_pool().backend_name, faults() - before)
+"""
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_memory_stays_and_the_environment_too(given: str | None) -> None:
+    """An array's memory serves the next one; commands that we run find their environment as it was."""
+    environment = {name: value for name, value in os.environ.items() if name != startup.BLAS_THREADS}
+    if given:
+        environment[startup.BLAS_THREADS] = given
+    done = subprocess.run([sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True, check=True)
+    word, pool, faults = done.stdout.split()
+    assert (word, pool) == (str(given), "system")
+    assert int(faults) < 100  # of 6,144 pages
+
+
+def test_another_libc_has_no_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As musl has not; then nothing is set."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    startup._keep_memory()
