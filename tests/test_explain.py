@@ -447,7 +447,7 @@ def test_whose_a_free_block_was_and_what_a_journal_block_is_a_copy_of(tmp_path: 
     found = answer(image, block * 1024 + 17)
     assert innermost(found)["owners"][0]["kind"] == "free"
     (former,) = found["history"]["former"]
-    assert (former["inode"], former["names"], former["path"]) == (inode, ["file2"], None)
+    assert (former["inode"], former["names"], former["now"]) == (inode, ["file2"], None)
     assert (former["file_offset"], former["size"]) == (3 * 1024 + 17, 50_000)
     assert "was once byte 0xc11 of inode" in words(image, block * 1024 + 17).stdout
     assert answer(image, kept * 1024)["history"] is None
@@ -478,4 +478,4 @@ def test_whose_a_free_block_was_and_what_a_journal_block_is_a_copy_of(tmp_path: 
         hostile = BytesReader(mutant)
         with contextlib.suppress(BmapError):
             history.copy_of(hostile, block * 1024)
-            history.former_owners(hostile, max(same), np.array([max(same)]))
+            history.former(hostile, tables.empty("extents"), np.array([max(same)]), np.array([max(same) + 1]))

@@ -119,6 +119,14 @@ def subtract(a_starts: Int, a_ends: Int, b_starts: Int, b_ends: Int) -> tuple[In
     return intersect(a_starts, a_ends, *holes)
 
 
+def touching(starts: Int, ends: Int, others_starts: Int, others_ends: Int) -> Bool:
+    """Which of the ranges share a byte with any of the others. Costs a sort and a search, however many they touch."""
+    low, high = union(others_starts, others_ends)
+    at = np.searchsorted(high, starts, "right")
+    found: Bool = (ends > starts) & (at < len(low)) & (np.append(low, 0)[at] < ends)
+    return found
+
+
 def covered_twice(starts: Int, ends: Int) -> tuple[Int, Int]:
     """The bytes that more than one of the ranges covers, sorted and merged."""
     keep = ends > starts

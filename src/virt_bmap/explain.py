@@ -1,7 +1,7 @@
 """One byte of a disk, all the way down: every layer it passes, who owns it there, and what is known of the owner.
 
 The result is plain dictionaries, ready for JSON: names are escaped, offsets and sizes are bytes. What the map does not say is left out
-rather than guessed: which of several names of a large directory lie in this block. Whose a free block was, the journal may say (`history_at`).
+rather than guessed: which of several names of a large directory lie in this block. Whose a free block was, the metadata may still say (`history_at`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
-from virt_bmap.arrays import expand, ints
+from virt_bmap import history, tables
+from virt_bmap.arrays import ints
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.errors import UsageError
 from virt_bmap.mapping import PACKED, ROLES, Rows
@@ -27,8 +27,8 @@ MAX_LAYERS = 256
 MAX_NAMES = 1000
 """Names listed of one directory, paths of one inode, records of one block; all are counted."""
 SECTOR = 512
-JOURNALS = ("ext3", "ext4")
-"""Filesystems whose journal is asked what it remembers."""
+MAX_FORMER = 16
+"""Former owners of one byte that are told, the last first."""
 FIXED_RECORDS = ("ext2", "ext3", "ext4", "xfs", "ntfs", "vfat", "exfat")
 """Filesystems whose inodes' own records all have one size, so that the map's `record_offset`s tell it."""
 
@@ -153,38 +153,52 @@ def _places(layer: Found) -> Iterator[tuple[str, int, int]]:
 
 
 def history_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader]) -> Found | None:
-    """What a journal remembers of the byte, in the innermost layer that has one: of a byte in the journal what it is a copy of, of a free one whose it was."""
+    """What the metadata still says of the past of the byte, in the innermost layer that knows: of a byte in a journal what it is a copy of, of a free one whose
+    it was (`former`, None where the format keeps nothing)."""
     for inner in layer["layers"]:
         if found := history_at(bmap, inner, readers):
             return found
-    if layer["type"] not in JOURNALS:
-        return None
-    from virt_bmap.filesystems.ext.history import copy_of, former_owners
-
-    volume, offset = layer["volume"], layer["offset"]
-    owners = {owner["part"] or owner["kind"] for owner in layer["owners"]}
-    _, extents = bmap.slice_of("extents", volume)
-    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
-    if "journal" in owners and (copy := copy_of(readers[volume], offset)):
-        rows = extents.take(np.flatnonzero((start <= copy[0]) & (copy[0] < start + length))).to_pylist()
-        here = [
-            {
-                "kind": row["kind"],
-                "part": _safe(row["part"]),
-                "path": None if row["inode"] is None else _first_path(bmap, volume, row["inode"]),
-            }
-            for row in rows
-        ]
-        return {"device": layer["device"], "copy_of": copy[0], "transaction": copy[1], "owners": here, "former": None}
-    if "free" in owners:
-        size = layer["filesystem"]["block_size"]
-        mine = (tables.codes(extents, "kind") == tables.DIRECTORY) & (tables.integers(extents, "flags") & tables.INLINE == 0)
-        row, step = expand(length[mine] // size)
-        former = former_owners(readers[volume], offset, start[mine][row] + step * size)
-        told = [{"inode": one.inode, "names": [escape(name) for name in one.names], "path": _first_path(bmap, volume, one.inode), "file_offset": one.file_offset,
-                 "size": one.size, "mtime": _time(one.mtime_ns), "transaction": one.sequence} for one in former]  # fmt: skip
+    volume, owners = layer["volume"], {owner["part"] or owner["kind"] for owner in layer["owners"]}
+    if layer["filesystem"] and "journal" in owners:
+        return _copy(bmap, layer, readers[volume])
+    if layer["filesystem"] and "free" in owners:
+        former = history.former_owners(bmap, volume, readers[volume], ints(layer["offset"]), ints(layer["offset"] + 1))
+        told = None if former is None else _former(bmap, volume, former, layer["offset"])
         return {"device": layer["device"], "copy_of": None, "transaction": None, "owners": [], "former": told}
     return None
+
+
+def _copy(bmap: BlockMap, layer: Found, reader: Reader) -> Found | None:
+    """What a byte of a journal is a copy of, and whose that is."""
+    volume = layer["volume"]
+    copy_of = getattr(history.module_of(bmap, volume), "copy_of", None)
+    copy = copy_of(reader, layer["offset"]) if copy_of else None
+    if copy is None:
+        return None
+    _, extents = bmap.slice_of("extents", volume)
+    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
+    rows = extents.take(np.flatnonzero((start <= copy[0]) & (copy[0] < start + length))).to_pylist()
+    here = [{"kind": row["kind"], "part": _safe(row["part"]), "path": None if row["inode"] is None else _first_path(bmap, volume, row["inode"])}
+            for row in rows]  # fmt: skip
+    return {"device": layer["device"], "copy_of": copy[0], "transaction": copy[1], "owners": here, "former": None}
+
+
+def _former(bmap: BlockMap, volume: int, former: pa.Table, offset: int) -> list[Found]:
+    """The former owners of one byte, each as its last word has it."""
+    _, first = np.unique(tables.integers(former, "inode"), return_index=True)
+    rows = former.take(np.sort(first)[:MAX_FORMER]).to_pylist()
+    _, inodes = bmap.slice_of("inodes", volume)
+    number = tables.integers(inodes, "inode")[tables.integers(inodes, "flags") & tables.I_DELETED == 0]
+    living = set(number[np.isin(number, [row["inode"] for row in rows])].tolist())
+    return [
+        {
+            "inode": row["inode"], "names": [escape(name) for name in row["names"]], "part": _safe(row["part"]),
+            "file_offset": None if row["file_offset"] is None else row["file_offset"] + offset - row["volume_offset"],
+            "size": row["size"], "mtime": _time(row["mtime_ns"]), "said_by": row["said_by"], "sequence": row["sequence"],
+            "doubt": row["doubt"], "now": _first_path(bmap, volume, row["inode"]) if row["inode"] in living else None,
+        }
+        for row in rows
+    ]  # fmt: skip
 
 
 # ---- the filesystem -------------------------------------------------------------------------------------------------

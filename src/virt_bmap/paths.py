@@ -67,6 +67,18 @@ def of_names(names: pa.Table, inodes: pa.Table, root: int) -> pa.Array:
     return _join(base, at, name, None)
 
 
+def lists(names: pa.Table, path: pa.Array, wanted: Int) -> pa.Array:
+    """For each wanted inode the list of its paths, from `path` (of_names) or, where the directory is not known, the bare name."""
+    inode = tables.integers(names, "inode")
+    order = np.argsort(inode, kind="stable")
+    low, high = (np.searchsorted(inode[order], wanted, side) for side in ("left", "right"))
+    row, step = expand(high - low)
+    at = pa.array(order[low[row] + step])
+    bare = _splittable(names.column("name").combine_chunks().cast(pa.large_binary()).take(at))
+    ends = np.append(0, np.cumsum(high - low)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pc.coalesce(path.take(at), bare))
+
+
 def _children(order: Int, bounds: Int, level: Int) -> Int:
     row, step = expand(bounds[level + 1] - bounds[level])
     children: Int = order[bounds[level][row] + step]

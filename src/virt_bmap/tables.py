@@ -173,6 +173,19 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("offset", I64, "first byte, on the disk"),
         _field("length", I64, "bytes"),
     ]),
+    "former": pa.schema([
+        _field("volume_offset", I64, "first byte that the owner had, in the volume"),
+        _field("length", I64, "bytes"),
+        _field("inode", I64, "the owner's number then"),
+        _field("names", pa.list_(pa.large_binary()), "its paths; of a name whose directory is not known the name alone; empty: none is left"),
+        _field("part", TEXT, "which structure or named stream", "plain content"),
+        _field("file_offset", I64, "where in the file or stream the first byte lay", "not known"),
+        _field("size", I64, "bytes of the file", "not kept"),
+        _field("mtime_ns", I64, "last change of its content, nanoseconds since 1970 UTC", "none kept"),
+        _field("said_by", TEXT, "what remembers it"),
+        _field("sequence", I64, "tells later from earlier: transaction, log sequence number, generation", "nothing but mtime does"),
+        _field("doubt", TEXT, "what is assumed, not recorded", "the place is recorded"),
+    ]),
 }  # fmt: skip
 
 OPS = ("read", "write", "trim", "zero", "flush", "cache", "fua")

@@ -265,20 +265,40 @@ def _some(names: list[str], count: int) -> str:
 
 
 def _history(history: Found) -> Iterator[str]:
-    """What the journal remembers."""
+    """What the metadata still says of the past."""
     if history["copy_of"] is not None:
         names = [owner["path"] or f"[{owner['part'] or owner['kind']}]" for owner in history["owners"]]
         yield (
             f"a journal copy, of transaction {history['transaction']}: belongs at byte {history['copy_of']:#x} of {history['device']}"
             + (f", {', '.join(names)}" if names else "")
         )
-    for one in history["former"] or []:
-        name = ", ".join(one["names"]) or "a name that is gone"
-        now = f"; the inode is {one['path']} now" if one["path"] else "; the inode is free or has no name now"
-        yield (f"was once byte {one['file_offset']:#x} of inode {one['inode']} ({name}), {one['size']:,} bytes, modified {one['mtime']}, "
-               f"says transaction {one['transaction']} of the journal{now}")  # fmt: skip
-    if history["former"] == []:
-        yield "the journal remembers no owner"
+    former = history["former"]
+    if former is None and history["copy_of"] is None:
+        yield "whose it was is not known: this filesystem keeps nothing of what it frees that is read here"
+    if former == []:
+        yield "the metadata remembers no owner"
+    if former and len(former) > 1:
+        yield f"{len(former)} owners that it had are remembered, the last one first as far as can be told:"
+    for one in former or []:
+        yield from _former(one)
+
+
+def _former(one: Found) -> Iterator[str]:
+    """One former owner: what was there, who says so, and how sure that is."""
+    name = ", ".join(one["names"]) or "a name that is gone"
+    part = f" [{one['part']}]" if one["part"] else ""
+    size = "" if one["size"] is None else f", {one['size']:,} bytes"
+    modified = f", modified {one['mtime']}" if one["mtime"] else ""
+    place = "in"
+    if one["file_offset"] is not None:
+        behind = one["size"] is not None and one["part"] is None and one["file_offset"] >= one["size"]
+        place = f"byte {one['file_offset']:#x}{' (behind its end: slack)' if behind else ''} of"
+    yield f"was once {place} inode {one['inode']} ({name}){part}{size}{modified}"
+    number = "" if one["sequence"] is None else f", sequence number {one['sequence']}"
+    now = f"; that inode is {one['now']} now" if one["now"] else ""
+    yield f"  says the {one['said_by']}{number}{now}"
+    if one["doubt"]:
+        yield f"  {one['doubt']}"
 
 
 def _fields(found: Found) -> Iterator[str]:

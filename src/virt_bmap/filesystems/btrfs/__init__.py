@@ -57,19 +57,10 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         raise Corrupt(f"{reader.name}: not a btrfs pool")
     pool, damage = reader.pool, Damage()
     superblock = pool.superblock
-    source = tree.Source(
-        reader, pool.copies, pool.chunks, int(superblock["nodesize"]), int(superblock["sectorsize"]), ondisk.metadata_fsid(superblock),
-    )  # fmt: skip
+    source = source_of(reader)
     if int(superblock["flags"]) & ondisk.SUPER_FLAG_METADUMP:
         damage.note("metadump", "filesystem restored from btrfs-image: the content of files is not there", ints(-1), "note")
-    roots, refs = _roots(source, superblock, damage)
-    forest = tree.walk(source, roots, damage)
-    found = items.Tables()
-    for leaves in tree.read_leaves(source, forest, damage):
-        found.add(leaves, source.sectorsize, refs=bool(superblock["log_root"]))
-    if not found.inodes:
-        raise Corrupt(f"{reader.name}: no leaf of any tree can be read", None, "tree-block")
-    links = files.Links(roots, forest, refs)
+    found, links = read_trees(source, superblock, READ_TREES, damage)
     inodes, fresh = files.inodes(items.join(found.inodes), links, damage)
     names, stubs = files.names(items.join(found.names), found.name_bytes, links, fresh, damage)
     extents = _extents(source, pool, found, links, (inodes, fresh), damage)
@@ -81,7 +72,27 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     )  # fmt: skip
 
 
-def _roots(source: tree.Source, superblock: np.void, damage: Damage) -> tuple[tree.Roots, items.Columns]:
+def source_of(reader: PoolReader) -> tree.Source:
+    """Where the tree blocks of a pool are read."""
+    pool, superblock = reader.pool, reader.pool.superblock
+    return tree.Source(
+        reader, pool.copies, pool.chunks, int(superblock["nodesize"]), int(superblock["sectorsize"]), ondisk.metadata_fsid(superblock),
+    )  # fmt: skip
+
+
+def read_trees(source: tree.Source, superblock: np.void, wanted: set[int], damage: Damage) -> tuple[items.Tables, files.Links]:
+    """The items of all subvolumes and of the trees `wanted` that a superblock leads to. Corrupt where there are none."""
+    roots, refs = _roots(source, superblock, wanted, damage)
+    forest = tree.walk(source, roots, damage)
+    found = items.Tables()
+    for leaves in tree.read_leaves(source, forest, damage):
+        found.add(leaves, source.sectorsize, refs=bool(superblock["log_root"]))
+    if not found.inodes:
+        raise Corrupt(f"{source.reader.name}: no leaf of any tree can be read", None, "tree-block")
+    return found, files.Links(roots, forest, refs)
+
+
+def _roots(source: tree.Source, superblock: np.void, wanted: set[int], damage: Damage) -> tuple[tree.Roots, items.Columns]:
     """All trees, and which directory holds which subvolume. Those of the superblock come first."""
     generation = int(superblock["generation"])
     first = [
@@ -103,7 +114,7 @@ def _roots(source: tree.Source, superblock: np.void, damage: Damage) -> tuple[tr
     forest = tree.walk(source, known, Damage())  # what is wrong is noted when all trees are walked
     parts, refs = [], []
     for leaves in tree.read_leaves(source, forest, Damage()):
-        parts.append(items.roots_of(leaves, READ_TREES))
+        parts.append(items.roots_of(leaves, wanted))
         refs.append(items.root_refs(leaves))
     if not parts:
         raise Corrupt(f"{source.reader.name}: the root tree can't be read", int(superblock["root"]), "tree-block")

@@ -28,6 +28,9 @@ RESERVED = 1 << 20
 MAX_END = 1 << 62
 """Logical addresses beyond are damage: sums of two numbers below fit in int64."""
 
+BACKUP_ROOTS = 4
+"""BTRFS_NUM_BACKUP_ROOTS: of the last four transactions; older trees, as far as nobody has written over their blocks."""
+BACKUP = struct(168, [(0x00, "tree_root", "<u8"), (0x08, "tree_root_gen", "<u8"), (0x98, "tree_root_level", "u1")])
 SUPERBLOCK = struct(SUPER_SIZE, [
     (0x00, "csum", "u1", (32,)), (0x20, "fsid", "u1", (16,)), (0x30, "bytenr", "<u8"), (0x38, "flags", "<u8"),
     (0x40, "magic", "S8"), (0x48, "generation", "<u8"), (0x50, "root", "<u8"), (0x58, "chunk_root", "<u8"),
@@ -37,6 +40,7 @@ SUPERBLOCK = struct(SUPER_SIZE, [
     (0xC7, "chunk_root_level", "u1"), (0xC8, "log_root_level", "u1"), (0xC9, "dev_item.devid", "<u8"),
     (0xD1, "dev_item.total_bytes", "<u8"), (0x10B, "dev_item.uuid", "u1", (16,)), (0x12B, "label", "S256"),
     (0x23B, "metadata_uuid", "u1", (16,)), (0x32B, "sys_chunk_array", "u1", (2048,)),
+    (0xB2B, "super_roots", "u1", (BACKUP_ROOTS * BACKUP.itemsize,)),
 ])  # fmt: skip
 
 SUPER_FLAG_ERROR, SUPER_FLAG_SEEDING = 1 << 2, 1 << 32

@@ -1,18 +1,23 @@
-"""What an ext journal still remembers: which block a block in it is a copy of, and whose a free block was.
+"""What an ext filesystem still remembers: which block a block in its journal is a copy of, and whose a free block was.
 
 Transactions stay in the log until the ring comes round, also those that were checkpointed long ago: here all of them are looked at, where recovery stops at the first
 that is not due. ext4 clears the run list of an inode that it deletes, so an older copy of the inode's block, logged while the file was alive, is what tells its blocks.
-Sources: Linux fs/jbd2/recovery.c, include/linux/jbd2.h.
+Without extents (ext2, ext3) an inode that was deleted may keep its pointers, too: old kernels and libext2fs (fuse2fs, debugfs) leave them. Names come from directory
+entries, living and dead: an entry stays behind in the room of the one before it.
+
+Sources: Linux fs/jbd2/recovery.c, include/linux/jbd2.h, fs/ext4/namei.c ext4_generic_delete_entry(); e2fsprogs debugfs/debugfs.c kill_file_by_inode().
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from virt_bmap.arrays import Bytes, Int
+from virt_bmap import tables
+from virt_bmap.arrays import EMPTY, Bytes, Int, expand, touching
 from virt_bmap.filesystems.ext import inodes
 from virt_bmap.filesystems.ext.blocks import read_blocks_of
-from virt_bmap.filesystems.ext.groups import Groups, read_groups
+from virt_bmap.filesystems.ext.groups import Groups, read_groups, record_offsets, used_inodes
 from virt_bmap.filesystems.ext.journal import (
     BATCH,
     COMMIT,
@@ -26,10 +31,9 @@ from virt_bmap.filesystems.ext.journal import (
     _tags,
 )
 from virt_bmap.filesystems.ext.superblock import Superblock, read_superblock
+from virt_bmap.filesystems.past import MAX_NAMED
 from virt_bmap.reader import Reader
 
-MAX_FORMER = 16
-"""Former owners of one block that are told, the latest first."""
 MAX_ENTRIES = 1000
 """Entries with these inodes that are looked at in one batch of blocks: a hostile disk can be full of them."""
 NAME_AT = 8
@@ -46,15 +50,12 @@ class Copies:
 
 
 @dataclass(frozen=True)
-class Former:
-    """An inode that held the byte, in the journal's transaction `sequence`; `names` are from directory entries, living and dead."""
+class Remembered:
+    """Records of inodes as they once were: `number` of each, the transaction (`sequence`, -1: none) that wrote it, and its bytes, (n, inode_size)."""
 
-    inode: int
-    file_offset: int
-    size: int
-    mtime_ns: int
-    sequence: int
-    names: tuple[bytes, ...]
+    number: Int
+    sequence: Int
+    raw: Bytes
 
 
 def copy_of(reader: Reader, offset: int) -> tuple[int, int] | None:
@@ -68,21 +69,29 @@ def copy_of(reader: Reader, offset: int) -> tuple[int, int] | None:
     return (int(copies.target[found[0]]) + offset % log.block_size, int(copies.sequence[found[0]])) if len(found) else None
 
 
-def former_owners(reader: Reader, offset: int, directories: Int) -> list[Former]:
-    """Whose a byte was, the latest first, as far as the journal remembers; `directories` are the offsets of all blocks that hold names now."""
+def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Table:
+    """Whose the bytes [starts[i], ends[i]) were, as far as the journal and records of deleted inodes remember."""
     superblock = read_superblock(reader, [])
+    groups = read_groups(reader, superblock, [])
     log = _log(reader, superblock)
-    if log is None:
-        return []
-    size = superblock.block_size
-    copies = _copies(log)
-    first, data = _inode_blocks(reader, superblock, read_groups(reader, superblock, []), copies)
-    order = np.argsort(-first[1], kind="stable")
-    found = _holding(reader, superblock, first[0][order], first[1][order], data[order], offset // size)
-    numbers = [number for number, *_ in found]
-    names = _names(reader, size, np.concatenate([copies.place, directories]), numbers)
-    return [Former(number, logical * size + offset % size, length, mtime, sequence, names.get(number, ()))
-            for number, logical, length, mtime, sequence in found]  # fmt: skip
+    copies = _copies(log) if log else None
+    known = {}
+    if copies:
+        known["journal"] = _logged(reader, superblock, groups, copies)
+    if not superblock.has("extent"):
+        known["record of the deleted inode"] = _deleted(reader, superblock, groups)
+    table = tables.concat("former", [_holding(reader, superblock, which, starts, ends, who) for who, which in known.items()])
+    places = np.concatenate([copies.place if copies else EMPTY, _directory_blocks(extents, superblock.block_size)])
+    return _named(table, _names(reader, superblock.block_size, places, np.unique(tables.integers(table, "inode"))))
+
+
+def _directory_blocks(extents: pa.Table, size: int) -> Int:
+    """Where all blocks lie that hold names now."""
+    mine = (tables.codes(extents, "kind") == tables.DIRECTORY) & (tables.integers(extents, "flags") & tables.INLINE == 0)
+    start, length = tables.integers(extents, "volume_offset")[mine], tables.integers(extents, "length")[mine]
+    row, step = expand(length // size)
+    places: Int = start[row] + step * size
+    return places
 
 
 def _log(reader: Reader, superblock: Superblock) -> Log | None:
@@ -116,51 +125,85 @@ def _copies(log: Log) -> Copies:
     return Copies(log.place[first + place[keep]], target[keep] * log.block_size, sequence[keep])
 
 
-def _inode_blocks(reader: Reader, superblock: Superblock, groups: Groups, copies: Copies) -> tuple[tuple[Int, Int], Bytes]:
-    """Of the copies that are blocks of inode tables: (number of the first inode, transaction), and their bytes."""
-    size = superblock.block_size
+def _logged(reader: Reader, superblock: Superblock, groups: Groups, copies: Copies) -> Remembered:
+    """The records of living inodes in the copies of blocks of inode tables."""
+    size, each = superblock.block_size, superblock.block_size // superblock.inode_size
     start = groups.inode_table * size
     order = np.argsort(start, kind="stable")
     at = order[np.maximum(np.searchsorted(start[order], copies.target, "right") - 1, 0)]
     inside = (start[at] > 0) & (copies.target >= start[at]) & (copies.target < start[at] + groups.table_blocks * size)
-    number = at * superblock.inodes_per_group + (copies.target - start[at]) // superblock.inode_size + 1
-    return (number[inside], copies.sequence[inside]), reader.read_blocks(copies.place[inside], size)
-
-
-def _holding(
-    reader: Reader, superblock: Superblock, first: Int, sequence: Int, data: Bytes, block: int
-) -> list[tuple[int, int, int, int, int]]:
-    """(inode, logical block, size, mtime, transaction) of the inodes whose logged records hold a block, each once."""
-    each = superblock.block_size // superblock.inode_size
-    raw = data.reshape(-1, superblock.inode_size)
-    columns = dict(inodes._fields(superblock, raw))
+    first = (at * superblock.inodes_per_group + (copies.target - start[at]) // superblock.inode_size + 1)[inside]
+    raw = reader.read_blocks(copies.place[inside], size).reshape(-1, superblock.inode_size)
+    columns = _columns(superblock, raw)
+    alive = np.flatnonzero((columns["mode"] != 0) & (columns["nlink"] > 0))
     number = (first[:, None] + np.arange(each)).ravel()
-    sequence = np.repeat(sequence, each)
-    alive = (columns["mode"] != 0) & (columns["nlink"] > 0) & (columns["flags"] & inodes.INLINE_DATA_FL == 0)
+    return Remembered(number[alive], np.repeat(copies.sequence[inside], each)[alive], raw[alive])
+
+
+def _deleted(reader: Reader, superblock: Superblock, groups: Groups) -> Remembered:
+    """The records of inodes that no bitmap calls used, but that still say what they were and point at something."""
+    unused = np.ones(len(groups) * superblock.inodes_per_group + 1, bool)
+    unused[0] = False
+    unused[used_inodes(reader, superblock, groups)] = False
+    numbers, parts = np.flatnonzero(unused), [(EMPTY, np.zeros((0, superblock.inode_size), np.uint8))]
+    offsets = record_offsets(superblock, groups, numbers)
+    inside = (offsets >= 0) & (offsets <= reader.size - superblock.inode_size)
+    numbers, offsets = numbers[inside], offsets[inside]
+    step = BATCH // superblock.inode_size
+    for at in range(0, len(numbers), step):
+        raw = reader.read_blocks(offsets[at : at + step], superblock.inode_size)
+        columns = _columns(superblock, raw)
+        dead = (columns["mode"] != 0) & (columns["nlink"] == 0) & columns["block"].any(axis=1)
+        parts.append((numbers[at : at + step][dead], raw[dead]))
+    number = np.concatenate([part[0] for part in parts])
+    return Remembered(number, np.full(len(number), -1, np.int64), np.concatenate([part[1] for part in parts]))
+
+
+def _columns(superblock: Superblock, raw: Bytes) -> dict[str, np.ndarray]:
+    return dict(inodes._fields(superblock, raw))
+
+
+def _holding(reader: Reader, superblock: Superblock, known: Remembered, starts: Int, ends: Int, said_by: str) -> pa.Table:
+    """The table `former`, without names, of the runs of these records that touch the ranges; of several that say the same the latest."""
+    size, columns = superblock.block_size, _columns(superblock, known.raw)
+    with_blocks = columns["flags"] & inodes.INLINE_DATA_FL == 0
     by_extents = columns["flags"] & inodes.EXTENTS_FL != 0
-    plain = np.ascontiguousarray(columns["block"])
-    extents, pointers = (
-        np.flatnonzero(alive & by_extents),
-        np.flatnonzero(alive & ~by_extents & np.isin(columns["mode"] >> 12, (4, 8))),
-    )
+    extents = np.flatnonzero(with_blocks & by_extents)
+    pointers = np.flatnonzero(with_blocks & ~by_extents & np.isin(columns["mode"] >> 12, (4, 8)))
     # each older copy by itself: the same tree block in two of them is no damage
-    runs, _ = read_blocks_of(reader, superblock, plain, extents, pointers, np.zeros(len(raw), np.int64), [])
-    here = np.flatnonzero((runs.start <= block) & (block < runs.start + runs.count))
-    found: dict[int, tuple[int, int, int, int, int]] = {}
-    for row, at in zip(runs.owner[here].tolist(), here.tolist(), strict=True):
-        inode = int(number[row])
-        logical = int(runs.logical[at]) + block - int(runs.start[at])
-        told = (inode, logical, int(columns["size"][row]), int(columns["mtime_ns"][row]), int(sequence[row]))
-        if inode not in found or found[inode][4] < told[4]:
-            found[inode] = told
-    return sorted(found.values(), key=lambda told: -told[4])[:MAX_FORMER]
+    none = np.zeros(len(known.raw), np.int64)
+    runs, _ = read_blocks_of(reader, superblock, np.ascontiguousarray(columns["block"]), extents, pointers, none, [])
+    here = np.flatnonzero(touching(runs.start * size, (runs.start + runs.count) * size, starts, ends))
+    row = runs.owner[here]
+    order = np.lexsort((-known.sequence[row], runs.start[here], runs.logical[here], known.number[row]))
+    here, row = here[order], row[order]
+    keys = np.stack([known.number[row], runs.logical[here], runs.start[here]])
+    new = np.append(True, (keys[:, 1:] != keys[:, :-1]).any(axis=0))[: len(row)]
+    here, row = here[new][:MAX_NAMED], row[new][:MAX_NAMED]
+    return tables.make(
+        "former", volume_offset=runs.start[here] * size, length=runs.count[here] * size, inode=known.number[row], names=_no_names(len(row)),
+        part=None, file_offset=runs.logical[here] * size, size=columns["size"][row], mtime_ns=columns["mtime_ns"][row], said_by=said_by,
+        sequence=known.sequence[row], doubt=None,
+    )  # fmt: skip
 
 
-def _names(reader: Reader, size: int, places: Int, numbers: list[int]) -> dict[int, tuple[bytes, ...]]:
-    """The names that directory entries in these blocks give to the inodes: entries stay behind a deleted file in the room of the one before."""
-    found: dict[int, dict[bytes, None]] = {number: {} for number in numbers}
+def _no_names(count: int) -> pa.Array:
+    return pa.array([[]] * count, tables.SCHEMAS["former"].field("names").type)
+
+
+def _named(table: pa.Table, names: dict[int, tuple[bytes, ...]]) -> pa.Table:
+    """The table with the names of its inodes."""
+    at = table.schema.get_field_index("names")
+    field = table.schema.field(at)
+    lists = [names.get(number, ()) for number in table.column("inode").to_pylist()]
+    return table.set_column(at, field, pa.array(lists, field.type))
+
+
+def _names(reader: Reader, size: int, places: Int, numbers: Int) -> dict[int, tuple[bytes, ...]]:
+    """The names that directory entries in these blocks, living and dead, give to the inodes."""
+    found: dict[int, dict[bytes, None]] = {number: {} for number in numbers.tolist()}
     step = max(1, BATCH // size)
-    for begin in range(0, len(places) if numbers else 0, step):
+    for begin in range(0, len(places) if len(numbers) else 0, step):
         data = reader.read_blocks(places[begin : begin + step], size)
         words = np.ascontiguousarray(data).view("<u4")
         row, at = np.nonzero(np.isin(words[:, :-1], numbers))

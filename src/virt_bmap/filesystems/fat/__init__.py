@@ -26,7 +26,7 @@ from virt_bmap.filesystems.fat.bpb import BOOT_SECTOR, ENTRY, Geometry, looks_li
 from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
 from virt_bmap.filesystems.fat.entries import Parser
 from virt_bmap.filesystems.fat.files import Heap, add_owned, clipped, inode_table
-from virt_bmap.filesystems.fat.tree import ROOT, Ranges, Tree, read_tree
+from virt_bmap.filesystems.fat.tree import ROOT, Parse, Ranges, Tree, read_tree
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 
@@ -59,12 +59,9 @@ def probe(reader: Reader) -> bool:
 
 def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """Everything the volume holds."""
-    geometry = read_geometry(reader.read_clipped(0, BOOT_SECTOR.itemsize), reader.name)
-    _check_size(reader, geometry)
-    runs = read_runs(_fat_entries(reader, geometry))
-    heap = Heap(geometry.data_start, geometry.cluster_size, geometry.clusters, chains_of(runs))
+    geometry, runs, heap = read_tables(reader)
     parser = Parser(geometry.bits)
-    tree, problems = _read_directories(reader, geometry, heap, parser)
+    tree, problems = read_directories(reader, geometry, heap, parser)
     rows = tables.ExtentRows()
     _add_system(rows, geometry)
     _add_clusters(rows, heap, runs)
@@ -75,6 +72,14 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         uuid=None if serial is None else f"{serial >> 16:04X}-{serial & 0xFFFF:04X}", label=_label(parser.labels),
         features=f"FAT{geometry.bits}", inodes=inode_table(tree), names=tree.names(), extents=clipped(rows.table(0), reader.size), problems=problems,
     )  # fmt: skip
+
+
+def read_tables(reader: Reader) -> tuple[Geometry, Runs, Heap]:
+    """Boot sector and FAT."""
+    geometry = read_geometry(reader.read_clipped(0, BOOT_SECTOR.itemsize), reader.name)
+    _check_size(reader, geometry)
+    runs = read_runs(_fat_entries(reader, geometry))
+    return geometry, runs, Heap(geometry.data_start, geometry.cluster_size, geometry.clusters, chains_of(runs))
 
 
 def _check_size(reader: Reader, geometry: Geometry) -> None:
@@ -114,7 +119,7 @@ def _decoded(raw: np.ndarray, bits: int, count: int, end: int) -> Int:
     return entries
 
 
-def _read_directories(reader: Reader, geometry: Geometry, heap: Heap, parser: Parser) -> tuple[Tree, list[Problem]]:
+def read_directories(reader: Reader, geometry: Geometry, heap: Heap, parser: Parse) -> tuple[Tree, list[Problem]]:
     """The tree below the root, which has an area of its own in FAT12 and FAT16, and a chain of clusters in FAT32."""
     problems = []
     if geometry.bits == 32:

@@ -8,6 +8,7 @@ from virt_bmap.arrays import Bytes, Int
 from virt_bmap.filesystems.fat.bpb import ENTRY
 from virt_bmap.filesystems.fat.names import entry_names, timestamps
 from virt_bmap.filesystems.fat.tree import ROOT, Entries
+from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.layout import records, struct
 
 DIRECTORY_ENTRY = struct(ENTRY, [
@@ -45,16 +46,24 @@ class Parser:
         files = files[~dotted]
         names, orphans = entry_names(raw, owner, live[is_slot], files)
         self.orphans += orphans
-        entry = records(raw[files], DIRECTORY_ENTRY)
-        cluster = entry["DIR_FstClusLO"].astype(np.int64)
-        if self.bits == 32:
-            cluster |= (entry["DIR_FstClusHI"].astype(np.int64) & 0x0FFF) << 16
-        size = entry["DIR_FileSize"].astype(np.int64)
-        return Entries(
-            inode=number[files], parent=owner[files], directory=entry["DIR_Attr"] & ATTR_DIRECTORY != 0, cluster=cluster,
-            size=size, valid=size, contiguous=np.zeros(len(files), bool),
-            mtime_ns=timestamps(entry["DIR_WrtDate"], entry["DIR_WrtTime"]), name=names,
-        )  # fmt: skip
+        return described(raw, owner, number, files, names, self.bits)
+
+
+def described(raw: Bytes, owner: Int, number: Int, files: Int, names: Ragged, bits: int) -> Entries:
+    """What the entries at the positions `files` say; the FAT, entries of `bits`, says which clusters follow their first one."""
+    entry = records(raw[files], DIRECTORY_ENTRY)
+    size = entry["DIR_FileSize"].astype(np.int64)
+    return Entries(
+        inode=number[files], parent=owner[files], directory=entry["DIR_Attr"] & ATTR_DIRECTORY != 0, cluster=first_cluster(entry, bits),
+        size=size, valid=size, contiguous=np.zeros(len(files), bool),
+        mtime_ns=timestamps(entry["DIR_WrtDate"], entry["DIR_WrtTime"]), name=names,
+    )  # fmt: skip
+
+
+def first_cluster(entry: np.ndarray, bits: int) -> Int:
+    """The first clusters that entries name, in a FAT of `bits`."""
+    low = entry["DIR_FstClusLO"].astype(np.int64)
+    return low | (entry["DIR_FstClusHI"].astype(np.int64) & 0x0FFF) << 16 if bits == 32 else low
 
 
 def before_end(raw: Bytes, owner: Int) -> np.ndarray:

@@ -48,12 +48,12 @@ def entry_names(raw: Bytes, owner: Int, slots: Int, files: Int) -> tuple[Ragged,
     """
     count, orphans = _slot_counts(raw, owner, files, slots)
     with_long = np.flatnonzero(count)
-    names, lengths = _long_names(raw, files[with_long], count[with_long])
+    names, lengths = long_names(raw, files[with_long], count[with_long])
     has_long = np.zeros(len(files), bool)
     has_long[with_long[lengths > 0]] = True
     if has_long.all():
         return names, orphans
-    short = utf8(*_short_names(raw[files[~has_long]]))
+    short = utf8(*short_names(raw[files[~has_long]]))
     order = np.argsort(np.concatenate([with_long[lengths > 0], np.flatnonzero(~has_long)]), kind="stable")
     return Ragged.concat([names.take(np.flatnonzero(lengths)), short]).take(order), orphans
 
@@ -86,7 +86,7 @@ def _checksum(short: Bytes) -> Bytes:
     return total
 
 
-def _long_names(raw: Bytes, files: Int, count: Int) -> tuple[Ragged, Int]:
+def long_names(raw: Bytes, files: Int, count: Int) -> tuple[Ragged, Int]:
     """Long names that have `count` slots right before `files`, and their lengths in units; they end before a unit 0."""
     row, step = expand(count)
     slots = items(raw.reshape(-1), ENTRY)[(files[row] - 1 - step) * ENTRY].view(LFN_ENTRY)
@@ -102,7 +102,7 @@ def _long_names(raw: Bytes, files: Int, count: Int) -> tuple[Ragged, Int]:
     return utf8(pieces(text.view(np.uint8), starts, (2 * lengths).astype(np.uint16)).view("<u2"), lengths), lengths
 
 
-def _short_names(raw: Bytes) -> tuple[np.ndarray, Int]:
+def short_names(raw: Bytes) -> tuple[np.ndarray, Int]:
     """(units, lengths) of 8.3 names; byte 12 says (since Windows NT) that base or extension is to be shown in lower case."""
     name = raw[:, :11].copy()
     name[name[:, 0] == 0x05, 0] = 0xE5

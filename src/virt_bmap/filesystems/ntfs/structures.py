@@ -21,6 +21,7 @@ MFT_RECORD = struct(0x28, [
     (0x00, "magic", "<u4"),
     (0x04, "usa_ofs", "<u2"),
     (0x06, "usa_count", "<u2"),
+    (0x08, "lsn", "<u8"),
     (0x10, "sequence_number", "<u2"),
     (0x14, "attrs_offset", "<u2"),
     (0x16, "flags", "<u2"),

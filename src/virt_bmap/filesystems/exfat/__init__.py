@@ -117,14 +117,14 @@ class Geometry:
 
 def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """Everything the volume holds."""
-    geometry, problems = _read_geometry(reader)
-    runs = read_runs(_fat_entries(reader, geometry))
+    geometry, problems = read_geometry(reader)
+    runs = read_runs(fat_entries(reader, geometry))
     heap = Heap(geometry.heap, geometry.cluster_size, geometry.clusters, chains_of(runs))
-    root = _ranges_of(heap, ROOT, ints(geometry.root_cluster))
-    special = _read_special(reader, root, geometry)
+    root = ranges_of(heap, ROOT, ints(geometry.root_cluster))
+    special = read_special(reader, root, geometry)
     rows = tables.ExtentRows()
     _add_regions(rows, geometry)
-    used = _add_special(rows, reader, heap, special, problems)
+    used = add_special(rows, reader, heap, special, problems)
     problems += _add_bad(rows, heap, runs, used)
     heap.chains = chains_of(runs.within(*used))
     parser = Parser()
@@ -139,7 +139,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     )  # fmt: skip
 
 
-def _read_geometry(reader: Reader) -> tuple[Geometry, list[Problem]]:
+def read_geometry(reader: Reader) -> tuple[Geometry, list[Problem]]:
     """The main boot sector; Corrupt where its regions can't be."""
     boot = record(reader.read_clipped(0, BOOT_SECTOR.itemsize), BOOT_SECTOR)
     shift, per_cluster = int(boot["BytesPerSectorShift"]), int(boot["SectorsPerClusterShift"])
@@ -194,7 +194,7 @@ def _boot_problems(reader: Reader, sector_size: int) -> list[Problem]:
     ]
 
 
-def _fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int]:
+def fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int]:
     """The entries of the active FAT from cluster 2 on, in batches, as `chains` wants them."""
     start, end = geometry.fat + geometry.active * geometry.fat_size, geometry.clusters + 2
     for first in range(2, end, FAT_BATCH // 4):
@@ -206,7 +206,7 @@ def _fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int]:
         yield entries
 
 
-def _ranges_of(heap: Heap, inode: int, first: Int, size: int = 0) -> Ranges:
+def ranges_of(heap: Heap, inode: int, first: Int, size: int = 0) -> Ranges:
     """Where a structure of the volume lies: chained in the FAT or, where the chain is none, in one piece of `size` bytes."""
     found = heap.chains.follow(first)
     cluster, count, before = found.cluster, found.count, found.before
@@ -227,7 +227,7 @@ class Special:
     label: str | None
 
 
-def _read_special(reader: Reader, root: Ranges, geometry: Geometry) -> Special:
+def read_special(reader: Reader, root: Ranges, geometry: Geometry) -> Special:
     """The entries of the root directory that describe the volume; Corrupt where the allocation bitmap is missing."""
     if len(root.start) == 0:
         raise Corrupt(
@@ -252,14 +252,14 @@ def _read_special(reader: Reader, root: Ranges, geometry: Geometry) -> Special:
     return Special(mine[0], upcase[0][1:] if upcase else (0, 0), others, label.rstrip("\0") or None)
 
 
-def _add_special(
+def add_special(
     rows: tables.ExtentRows, reader: Reader, heap: Heap, special: Special, problems: list[Problem]
 ) -> tuple[Int, Int]:
     """Rows for allocation bitmap, up-case table and free clusters; returns the clusters that the bitmap calls used."""
     limit = heap.clusters * heap.cluster_size
 
     def place(what: str, cluster: int, size: int) -> Ranges:
-        found = _ranges_of(heap, -1, ints(cluster), min(size, limit))
+        found = ranges_of(heap, -1, ints(cluster), min(size, limit))
         rows.add(tables.METADATA, found.start, found.length, part=what)
         return found
 
