@@ -1,10 +1,13 @@
 """Whose free clusters of an exFAT were: deleting clears one bit in each entry of a set, and frees its clusters in the bitmap.
 
 All else stays, name, size and the set's checksum included, so that a set which was partly written over is known by it. A file in one piece (NoFatChain) has its
-exact place; of others the FAT often keeps the old chain, since drivers leave links behind in what they free: nobody knows whose these links are now, which is said.
+exact place; of others the FAT often keeps the old chain, since drivers leave links behind in what they free: nobody knows whose these links are now, which is said. Where a driver
+wiped the chain, only the first cluster is known.
 
 Sources: Microsoft exFAT file system specification, sections 6.2.1.4 (InUse) and 7.1; kernel fs/exfat/dir.c exfat_remove_entries(), fatent.c __exfat_free_cluster().
 """
+
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +16,7 @@ from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bytes, Int, ints, touching
 from virt_bmap.filesystems import exfat, past
 from virt_bmap.filesystems.exfat import FILE, FILE_NAME, STREAM, Parser
-from virt_bmap.filesystems.fat.chains import chains_of, read_runs
+from virt_bmap.filesystems.fat.chains import NOTHING, chains_of, read_runs
 from virt_bmap.filesystems.fat.files import Heap, inode_table
 from virt_bmap.filesystems.fat.tree import ROOT, Entries, read_tree
 from virt_bmap.reader import Reader
@@ -34,6 +37,12 @@ def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Tabl
     tree = read_tree(reader, root, heap.locate, parser, exfat.MAX_DIRECTORY)
     entries = tree.entries.take(np.flatnonzero(np.isin(tree.entries.inode, parser.dead) & ~tree.entries.directory))
     heap.chains = old
+    wiped = heap.follow(entries).fate == NOTHING
+    entries = replace(
+        entries,
+        contiguous=entries.contiguous | wiped,
+        size=np.where(wiped, np.minimum(entries.size, heap.cluster_size), entries.size),
+    )
     found = heap.follow(entries)
     offset = found.before * heap.cluster_size
     start = heap.offset(found.cluster)
