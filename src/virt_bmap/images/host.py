@@ -9,60 +9,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from virt_bmap import tables
-from virt_bmap.arrays import Int, complement, ints, subtract, union
-from virt_bmap.contract import Assembly, Child, Member
-from virt_bmap.errors import ImageError, Unsupported
-from virt_bmap.images import layers, magic, open_image
-from virt_bmap.images.layer import PACKED, Layer
+from virt_bmap.arrays import ints
+from virt_bmap.contract import Assembly, Member
+from virt_bmap.errors import Unsupported
+from virt_bmap.images import magic, open_image
+from virt_bmap.images.chains import ChainedDisk, Chains
+from virt_bmap.images.layer import PACKED
 from virt_bmap.images.raw import RawReader
 from virt_bmap.images.references import References, allowed_references
-from virt_bmap.mapping import ROLES, ZERO, Rows, Side
+from virt_bmap.mapping import ROLES, ZERO
 from virt_bmap.reader import MappedReader, Reader
 
-HIDDEN = "hidden by an overlay"
-
-
-@dataclass(frozen=True)
-class Link:
-    """One image of a chain; `files` are the numbers (from 0) of its own files, the image file first."""
-
-    layer: Layer
-    files: Int
-    names: References
-
 
 @dataclass
-class HostDisk:
-    """One disk of the machine: `image` as it was given, its chain from the top down, and its rows, whose `parent` is the number of a file."""
+class Host(Chains):
+    """All files of some images, those that were given first, and the disks in them. `allowed`: may images refer to further files?"""
 
-    image: str
-    format: str
-    chain: list[Link]
-    rows: Rows
-
-    @property
-    def size(self) -> int:
-        return self.chain[0].layer.size
-
-    @property
-    def unreadable(self) -> str | None:
-        """Why the guest's bytes can't be read; None where they can."""
-        return next((link.layer.unreadable for link in self.chain if link.layer.unreadable), None)
-
-
-@dataclass
-class Host:
-    """All files of some images, those that were given first, and the disks in them."""
-
-    references: bool
-    files: list[Reader] = field(default_factory=list)
+    allowed: bool = False
     paths: list[str] = field(default_factory=list)
-    disks: list[HostDisk] = field(default_factory=list)
     NAME = "image"
-    _links: dict[int, tuple[str, Link]] = field(default_factory=dict)
     _known: dict[object, int] = field(default_factory=dict)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -83,38 +48,11 @@ class Host:
             self.paths.append(path if magic.is_uri(path) else os.path.abspath(path))
         return self._known[key]
 
-    def link(self, number: int, format: str, depth: int) -> Link:
-        """The layer of the image in a file. Raises ImageError for what it may not refer to, FormatError for what can't be read."""
-        reader = self.files[number]
-        if number in self._links:
-            other, link = self._links[number]
-            if other != format:
-                raise ImageError(f"{reader.name}: is used as {other} by one image and as {format} by another")
-            return link
-        names = allowed_references(reader, format, self.references, depth)
-        module = layers.load(format)
-        if module is None:
-            raise Unsupported(
-                f"{reader.name}: where the bytes of a {format} image lie in its file is not read; it is of {', '.join(layers.LAYERS)}"
-            )
-        folder = os.path.dirname(os.path.abspath(reader.name))
-        others = [self.file(os.path.join(folder, name)) for name in (*([names.data] if names.data else []), *names.extents)]
-        layer = module.read(reader, [self.files[other] for other in others])
-        link = Link(layer, ints([self.files.index(file) for file in layer.files]), names)
-        self._links[number] = format, link
-        return link
+    def references(self, number: int, format: str, depth: int) -> References:
+        return allowed_references(self.files[number], format, self.allowed, depth)
 
-    def chain(self, number: int, format: str) -> list[Link]:
-        """An image and its backing files, top first."""
-        found = [self.link(number, format, 0)]
-        while names := found[-1].names:
-            if not names.backing or not names.backing_format:
-                break
-            folder = os.path.dirname(os.path.abspath(self.files[int(found[-1].files[0])].name))
-            number = self.file(os.path.join(folder, names.backing))
-            allowed_references(self.files[number], names.backing_format, self.references, len(found))  # also ends loops
-            found.append(self.link(number, names.backing_format, len(found)))
-        return found
+    def beside(self, number: int, name: str) -> int:
+        return self.file(os.path.join(os.path.dirname(os.path.abspath(self.files[number].name)), name))
 
     def close(self) -> None:
         """Close all files."""
@@ -148,35 +86,20 @@ class Host:
 
     def assemble(self, members: Sequence[Member]) -> Assembly:
         """The disks as volumes that lie in the files; `members` are the files."""
-        result = Assembly()
-        for number, (format, link) in self._links.items():
-            result.types[number], result.details[number] = format, summary(link)
-            for at, file in enumerate(link.files.tolist()):
-                result.types.setdefault(file, f"{format} data")
-                result.extents[file] = link.layer.extents[at]
-            result.problems[number] = list(link.layer.problems)
-        self._own_hidden(result)
-        for nth, disk in enumerate(self.disks, 1):
-            result.children.append(self._child(disk, nth))
-        return result
-
-    def _child(self, disk: HostDisk, nth: int) -> Child:
         from virt_bmap.survey import disk_name
 
-        opener: Callable[[Reader], Reader] | None = None
-        if (disk.rows.role == PACKED).any():  # content is QEMU's to inflate
-            opener = lambda _: self._stack.enter_context(contextlib.closing(open_image(disk.image, disk.format, self.references)))  # noqa: E731
-        return Child("disk", disk_name(nth), disk.size, [], many=disk.rows, open=opener, contents=disk.unreadable is None,
-                     unread=f"encrypted {disk.format} image" if disk.unreadable else None)  # fmt: skip
+        result = Assembly()
+        numbers = range(len(self.files))
+        self.own_files(result, numbers)
+        for nth, disk in enumerate(self.disks, 1):
+            result.children.append(self.child(disk, "disk", disk_name(nth), numbers, self._opener(disk)))
+        return result
 
-    def _own_hidden(self, result: Assembly) -> None:
-        """Data of backing files that no disk shows."""
-        shown = [disk.rows for disk in self.disks]
-        for _, link in self._links.values():
-            for at, file in enumerate(link.files.tolist()):
-                low, high = parent_ranges([link.layer.rows], at)
-                low, high = subtract(low, high, *parent_ranges(shown, file))
-                result.extents[file].add(tables.CONTENT, low, high - low, part=HIDDEN)
+    def _opener(self, disk: ChainedDisk) -> Callable[[Reader], Reader] | None:
+        if not (disk.rows.role == PACKED).any():
+            return None
+        # content is QEMU's to inflate
+        return lambda _: self._stack.enter_context(contextlib.closing(open_image(disk.image, disk.format, self.allowed)))
 
 
 class LayeredReader(MappedReader):
@@ -198,45 +121,6 @@ class LayeredReader(MappedReader):
 def open_by_layers(image: str, format: str, references: bool) -> Reader:
     """A disk that QEMU does not open. Raises as `open_host` does."""
     return LayeredReader(image, format, references)
-
-
-def parent_ranges(rows: Sequence[Rows], parent: int) -> tuple[Int, Int]:
-    """What the rows take of one parent, sorted and merged."""
-    mine = [part.select(part.parent == parent) for part in rows]
-    none = [np.zeros(0, np.int64)]
-    return union(
-        np.concatenate([part.on_parent.offset for part in mine] or none),
-        np.concatenate([part.parent_end for part in mine] or none),
-    )
-
-
-def visible(chain: Sequence[Link]) -> Rows:
-    """The rows of a disk in all files of its chain: each image shows what those above it do not have."""
-    size = chain[0].layer.size
-    covered = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    parts = []
-    for link in chain:
-        left = complement(*covered, 0, size)
-        rows = link.layer.rows
-        pieces = rows.down(*left)
-        none, one = np.zeros(len(pieces.row), np.int64), np.ones(len(pieces.row), np.int64)
-        parts.append(Rows(none, link.files[rows.parent[pieces.row]], rows.role[pieces.row], pieces.length, one,
-                          Side(pieces.source, none), Side(pieces.target, none), pieces.target_length))  # fmt: skip
-        mine = link.layer.allocated
-        covered = union(np.concatenate([covered[0], mine[0]]), np.concatenate([covered[1], mine[1]]))
-    return Rows.concat(parts)
-
-
-def summary(link: Link) -> str:
-    """One line on an image for people."""
-    facts, layer = link.layer.facts, link.layer
-    words = [f"version {facts['version']}"] if "version" in facts else []
-    words += [facts["subformat"]] if facts.get("subformat") else []
-    words += [f"{layer.cluster:,} bytes a cluster"] if layer.cluster > 1 else []
-    words += [f"backing file {link.names.backing}"] if link.names.backing else []
-    words += [word for word in ("dirty", "corrupt") if facts.get(word)]
-    words += [f"encrypted ({facts['encryption']})"] if facts.get("encryption") else []
-    return ", ".join(words)
 
 
 def describe(host: Host, disk: int = 0) -> dict[str, Any]:
@@ -263,13 +147,12 @@ def open_host(images: Sequence[str], format: str | None = None, references: bool
 
     Raises ImageError, and FormatError where an image's own tables can't be read.
     """
-    host = Host(references)
+    host = Host(allowed=references)
     try:
         numbers = [host.file(image) for image in images]
         for image, number in zip(images, numbers, strict=True):
             found = "raw" if magic.is_uri(image) else format or magic.recognise(host.files[number]) or "raw"
-            chain = host.chain(number, found)
-            host.disks.append(HostDisk(image, found, chain, visible(chain)))
+            host.disks.append(host.disk(image, number, found))
         yield host
     finally:
         host.close()
