@@ -67,7 +67,8 @@ def test_all_of_them(disk: Path) -> None:
     assert found == {
         "/dev/sda:/images/table.img": "gpt",
         "/dev/sda:/plain.img": "ext4",
-        "/dev/sda:/images/other.qcow2": "qcow2 image",
+        "/dev/sda:/images/other.qcow2:file": "qcow2",
+        "/dev/sda:/images/other.qcow2": None,
     }
     assert_proven(bmap)
 

@@ -65,7 +65,8 @@ def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
     end = start + length
     rows = bmap.rows_into(volume)
     image = np.array(bmap.volumes.column("kind").to_pylist()) == "image"
-    rows = rows.select(~image[rows.volume])  # the bytes of a nested image belong to its file
+    if not image[volume] or bmap.slice_of("filesystems", volume)[1].num_rows:
+        rows = rows.select(~image[rows.volume])  # the bytes of a nested image belong to its file
     inner = union(rows.on_parent.offset, rows.parent_end)
     inline = (flags & tables.INLINE) != 0
     shared = (flags & tables.SHARED) != 0

@@ -20,11 +20,12 @@ from virt_bmap.contract import Assembly, Child, Filesystem, Member, Problem
 from virt_bmap.errors import FormatError, Unsupported, UsageError
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.mapping import Rows
-from virt_bmap.nested import MAX_IMAGES, MAX_LEVELS, NOTHING, Nested, images
+from virt_bmap.nested import MAX_LEVELS, NOTHING, Nested, Progress
 from virt_bmap.reader import MappedReader, Reader
 
 if TYPE_CHECKING:
     from virt_bmap.images.host import Host
+    from virt_bmap.nested.inner import Inner
 
 MAX_DEPTH = 16
 """Layers on top of each other. Real stacks have five (disk, partition, md, LUKS, LVM); a hostile one must end."""
@@ -91,9 +92,7 @@ def survey_open(
 
 class _Survey:
     def __init__(self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys, nested: Nested) -> None:
-        self.nested, self.images = nested, 0
-        self.seen: set[bytes] = set()
-        """Paths of nested images that were found."""
+        self.nested, self.images = nested, Progress()
         self.volumes: list[_Volume] = []
         self.progress = progress
         self.keys = keys
@@ -127,7 +126,7 @@ class _Survey:
             if self.nested and level < MAX_LEVELS:
                 for volume, _ in fresh:
                     self._open_images(volume)
-        if absent := sorted(self.nested.paths - self.seen):
+        if absent := sorted(self.nested.paths - self.images.paths):
             raise UsageError(f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk")
         for volume in self.volumes:
             self._tile(volume)
@@ -135,20 +134,10 @@ class _Survey:
 
     def _open_images(self, parent: _Volume) -> None:
         """Files of a filesystem that are disks themselves, as further volumes to look at."""
-        if not parent.filesystem:
-            return
-        for image in images(parent.filesystem, parent.reader, self.nested):
-            self.seen.add(image.path)
-            name = f"{parent.name}:{image.path.decode(errors='backslashreplace')}"
-            if image.refused or self.images >= MAX_IMAGES:
-                why = image.refused or f"is one of more than {MAX_IMAGES} images: it is not opened"
-                self._problem(parent, "nested", Problem("nested", f"{name} {why}", -1, "note"))
-                continue
-            self.images += 1
-            self._add_child(
-                Child("image", name, image.size, [], many=image.rows.placed(0, image.rows.parent + parent.number)),
-                len(self.volumes),
-            )
+        if parent.filesystem:
+            from virt_bmap.nested.inner import Inner  # with pyarrow.compute and all image formats: seldom needed
+
+            self._assemble(Inner(parent.filesystem, self.nested, self.images), [parent])
 
     def _add(self, kind: str, name: str, reader: Reader, depth: int, disk: int | None) -> _Volume:
         volume = _Volume(len(self.volumes), kind, name, reader, depth, disk, reader.size)
@@ -156,8 +145,14 @@ class _Survey:
         return volume
 
     def _look_at(self, volume: _Volume) -> None:
-        """Find out what the volume holds, and send it where that is read."""
+        """Find out what the volume holds, and send it where that is read. Not even its first bytes may be readable: a compressed cluster can be damaged."""
         self.progress(volume.name)
+        try:
+            self._send(volume)
+        except FormatError as error:
+            self._refused(volume, volume.type or "survey", error)
+
+    def _send(self, volume: _Volume) -> None:
         if module := volumes.recognise(volume.reader, has_header=self.keys.header_of(volume.name) is not None):
             volume.type = module.NAME
             if volume.depth >= MAX_DEPTH or len(self.volumes) >= MAX_VOLUMES:
@@ -178,7 +173,7 @@ class _Survey:
             self.unclaimed.append(volume)
             self._whole(volume, volume.unread)
 
-    def _assemble(self, module: "ModuleType | Host", members: list[_Volume]) -> None:
+    def _assemble(self, module: "ModuleType | Host | Inner", members: list[_Volume]) -> None:
         """Let a volume module make volumes of its members; where it refuses, they are one piece each, with the reason."""
         by_number = {volume.number: volume for volume in members}
         try:
@@ -187,16 +182,15 @@ class _Survey:
             for volume in members:
                 self._refused(volume, module.NAME, error)
             return
-        for number, volume in by_number.items():
-            volume.type = assembly.types.get(number, volume.type)
-            volume.detail = assembly.details.get(number, volume.detail)
-            volume.label = assembly.labels.get(number, volume.label)
-            volume.uuid = assembly.uuids.get(number, volume.uuid)
         base = len(self.volumes)
         for child in assembly.children:
             self._add_child(child, base)
         by_number |= {-1 - at: volume for at, volume in enumerate(self.volumes[base:])}
         for number, volume in by_number.items():
+            volume.type = assembly.types.get(number, volume.type)
+            volume.detail = assembly.details.get(number, volume.detail)
+            volume.label = assembly.labels.get(number, volume.label)
+            volume.uuid = assembly.uuids.get(number, volume.uuid)
             if rows := assembly.extents.get(number):
                 volume.extents.append(rows.table(volume.number))
             for problem in assembly.problems.get(number, ()):
