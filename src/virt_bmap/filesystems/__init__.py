@@ -25,6 +25,9 @@ FILESYSTEMS: tuple[Format, ...] = (
     Format(f"{HERE}.ext", ((0x438, b"\x53\xef"),)),
     Format(f"{HERE}.xfs", ((0, b"XFSB"),)),
     Format(f"{HERE}.ntfs", ((3, b"NTFS    "),)),
+    Format(
+        f"{HERE}.udf", tuple((0x8001 + 2048 * n, word) for n in range(16) for word in (b"NSR02", b"NSR03"))
+    ),  # before ISO 9660: bridges
     Format(f"{HERE}.iso9660", ((0x8001, b"CD001"), (0x8009, b"CDROM"))),
     Format(f"{HERE}.exfat", ((3, b"EXFAT   "),)),
     Format(f"{HERE}.swap", tuple(((4096 << shift) - 10, magic) for shift in range(5) for magic in SWAP_MAGICS)),

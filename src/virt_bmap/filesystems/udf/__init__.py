@@ -1,0 +1,408 @@
+"""UDF, as on DVDs, Blu-ray discs, memory cards and Windows' installation images.
+
+Read are: the recognition sequence, all anchors, the volume descriptor sequences, the partitions' space bitmaps, then the directories level by level with the file
+entries of a level at once. An inode is the byte of the volume at which its ICB lies. A volume whose partition has no bitmap was written once: there what nobody
+refers to is `free` with the part "unreferenced".
+
+A bridge disc is an ISO 9660 volume, too, of the same files or of others: Windows' images show one that holds nothing but a text that says so. The tree that owns more
+bytes of files is mapped, ISO 9660 (with Rock Ridge) where both own the same, and the other one's structures are named.
+
+Sources: ECMA-167 (3rd edition); OSTA UDF 1.02 to 2.60; Linux fs/udf (v6.12); each module names its sections.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.arrays import EMPTY, Int, bit_runs, complement, expand, ints, subtract, total, union
+from virt_bmap.contract import Filesystem, Problem
+from virt_bmap.errors import FormatError
+from virt_bmap.filesystems.ragged import Ragged
+from virt_bmap.filesystems.sharing import cut_shared, overlap
+from virt_bmap.filesystems.udf import directories, entries, volume
+from virt_bmap.filesystems.udf.entries import Entries, Extents
+from virt_bmap.filesystems.udf.volume import Partition, Volume
+from virt_bmap.reader import Reader
+
+NAME = "udf"
+INODE = "the byte of the volume at which its ICB lies"
+FEATURES = (
+    "UDF 1.02 to 2.60 with blocks of 512 bytes to 16 KiB, plain, sparable and metadata partitions",
+    "file entries and extended ones; short, long, extended and embedded allocation descriptors, and blocks in which they go on",
+    "sparse and preallocated files, hard links, symbolic links, devices, names in 8 and 16 bits",
+    "space bitmaps and tables of unallocated space; both descriptor sequences and all anchors",
+    "bridge discs with ISO 9660: the tree with more content is mapped, the other one's structures are named",
+)
+REFUSED = (
+    "virtual partitions of discs that are written in sessions (VAT)", "packets that sparing has moved", "ICBs with a strategy other than 4",
+    "names of streams: their bytes are owned by their file",
+)  # fmt: skip
+ORACLES = (
+    "content put in by a kernel's driver and by mkisofs, read back by the map",
+    "udfinfo and blkid for label, UUID and counts of free blocks",
+    "7-Zip for names and sizes",
+)
+MAX_LEVELS = 1024
+T_OF = np.full(256, tables.T_METADATA, np.uint8)
+T_OF[list(entries.MODES)] = [
+    tables.T_DIRECTORY,
+    tables.T_FILE,
+    tables.T_BLOCK,
+    tables.T_CHAR,
+    tables.T_FIFO,
+    tables.T_SOCKET,
+    tables.T_SYMLINK,
+    tables.T_FILE,
+]
+
+
+def probe(reader: Reader) -> bool:
+    """A volume recognition sequence that names UDF, and an anchor."""
+    if not volume.recognised(reader)[0]:
+        return False
+    try:
+        volume._anchors(reader)
+    except FormatError:
+        return False
+    return True
+
+
+def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+    """All tables of the volume, or of the ISO 9660 volume beside it where that owns as much. Raises Corrupt and Unsupported."""
+    _, _, bridge = volume.recognised(reader)
+    if not bridge:
+        return _read(reader)
+    from virt_bmap.filesystems import iso9660
+
+    try:
+        found = _read(reader)
+    except FormatError as error:
+        other = iso9660.read(reader, others)
+        other.problems.append(Problem("udf", f"the UDF volume beside it is not read: {error}", -1, "warning"))
+        return other
+    other = iso9660.read(reader, others)
+    return _with(found, other) if _content(found) > _content(other) else _with(other, found)
+
+
+def _read(reader: Reader) -> Filesystem:
+    problems: list[Problem] = []
+    disk = volume.read_volume(reader, problems)
+    rows = tables.ExtentRows()
+    _open_metadata(reader, disk, rows, problems)
+    place, file_set = volume.read_file_set(reader, disk)
+    partition, block = ints(int(file_set["RootPartition"])), ints(int(file_set["RootBlock"]))
+    found, extents, names, beside = _walk(reader, disk, partition, block, rows, problems)
+    if int(file_set["StreamLength"]) & 0x3FFFFFFF:
+        beside.append((ints(-1), ints(int(file_set["StreamPartition"])), ints(int(file_set["StreamBlock"]))))
+    _add_beside(reader, disk, beside, found.inode, rows, problems)
+    _add_content(rows, found, extents, disk.block_size, problems)
+    _add_structures(rows, reader, disk, place)
+    _add_free(rows, reader, disk, problems)
+    root = int(disk.places(partition, block)[0])
+    ends = [part.start + part.length * disk.block_size for part in disk.partitions if part.runs is None]
+    size = min(reader.size, max([*ends, *(end for _, _, end in disk.areas)]))
+    extent_table = _tiled(rows.table(0), disk, size)
+    state = "damaged" if any(problem.severity == "error" for problem in problems) else "clean" if disk.closed else "not clean"
+    return Filesystem(
+        type=NAME, size=size, block_size=disk.block_size, root=root, state=state, inodes=_inodes(found, root), names=names, extents=extent_table,
+        uuid=disk.uuid, label=disk.label or None, features=f"UDF{disk.revision >> 8:x}.{disk.revision & 0xFF:02x}" if disk.revision else None, problems=problems,
+    )  # fmt: skip
+
+
+# ---- the tree -------------------------------------------------------------------------------------------------------
+
+
+def _walk(
+    reader: Reader, disk: Volume, partition: Int, block: Int, rows: tables.ExtentRows, problems: list[Problem]
+) -> tuple[Entries, Extents, pa.Table, list[tuple[Int, Int, Int]]]:
+    """All entries that are reached from the root, their extents, the names, and the ICBs of streams and attributes; rows for blocks with further descriptors."""
+    beside: list[tuple[Int, Int, Int]] = []
+    found: list[Entries] = []
+    extents: list[Extents] = []
+    listed: list[tuple[Int, Int, Ragged]] = []
+    seen, budget = EMPTY, reader.size
+    for _ in range(MAX_LEVELS):
+        level: list[tuple[Entries, Extents]] = []
+        for batch in entries.read_entries(reader, disk, partition, block, problems):
+            rows.add(tables.TREE, batch.continued[0], disk.block_size, part="allocation extent", inode=batch.continued[1])
+            level.append((batch.entries, batch.extents))
+            beside.append(batch.beside)
+        found += [one for one, _ in level]
+        extents += [one for _, one in level]
+        seen = np.union1d(seen, np.concatenate([EMPTY, *(one.inode for one, _ in level)]))
+        names, budget = _names(reader, disk, level, budget, problems)
+        target = disk.places(names.partition, names.block)
+        listed.append((names.parent, target, names.name))
+        new = (target >= 0) & ~np.isin(target, seen)
+        partition, block = names.partition[new | (target < 0)], names.block[new | (target < 0)]
+        if not new.any():
+            break
+    else:
+        problems.append(Problem("too-deep", f"directories lie more than {MAX_LEVELS} levels deep: not read"))
+    columns = {field.name: np.concatenate([getattr(part, field.name) for part in found]) for field in fields(Entries)}
+    bases = np.cumsum([0] + [len(part.inode) for part in found])[:-1].tolist()
+    parents, targets = (np.concatenate([EMPTY, *column]) for column in ([one[0] for one in listed], [one[1] for one in listed]))
+    name = Ragged.concat([one[2] for one in listed])
+    exist = np.isin(targets, columns["inode"])
+    if not exist.all():
+        problems.append(Problem("dangling", f"{int((~exist).sum())} names lead to no file entry"))
+    table = tables.make(
+        "names", volume=0, parent=parents[exist], inode=targets[exist], name=name.take(np.flatnonzero(exist)).arrow()
+    )
+    return Entries(**columns), entries.joined(extents, bases), table, beside
+
+
+def _add_beside(
+    reader: Reader, disk: Volume, beside: list[tuple[Int, Int, Int]], known: Int, rows: tables.ExtentRows, problems: list[Problem]
+) -> None:
+    """Rows for named streams and for attributes in files of their own: their bytes are the file's, whatever they are called; -1 stands for the system."""
+    inode, partition, block = (np.concatenate([EMPTY, *column]) for column in zip(*beside, strict=True))
+    seen, budget = known, reader.size
+    for _ in range(2):  # a directory of streams, and these
+        place = disk.places(partition, block)
+        fresh = (place >= 0) & ~np.isin(place, seen)
+        place, first = np.unique(place[fresh], return_index=True)
+        inode, partition, block = inode[fresh][first], partition[fresh][first], block[fresh][first]
+        seen = np.append(seen, place)
+        level = list(entries.read_entries(reader, disk, partition, block, problems))
+        for batch in level:
+            owner = inode[np.searchsorted(place, batch.entries.inode)]
+            rows.add(tables.METADATA, batch.entries.inode, disk.block_size, part="file entry of a stream", inode=owner)
+            rows.add(tables.TREE, batch.continued[0], disk.block_size, part="allocation extent")
+            out = batch.extents.take(np.flatnonzero(batch.extents.embedded == 0))
+            rows.add(tables.METADATA, out.start, out.length, part="stream", inode=owner[out.owner])
+        names, budget = _names(
+            reader, disk, [(batch.entries, batch.extents) for batch in level], budget, problems, entries.STREAMS
+        )
+        inode, partition, block = inode[np.searchsorted(place, names.parent)], names.partition, names.block
+
+
+def _names(
+    reader: Reader,
+    disk: Volume,
+    level: list[tuple[Entries, Extents]],
+    budget: int,
+    problems: list[Problem],
+    kind: int = entries.DIRECTORY,
+) -> tuple[directories.Names, int]:
+    """The names in the directories of a level, and how many bytes of directories may still be read: hostile ones share theirs without end."""
+    parts = [directories.Names(EMPTY, EMPTY, EMPTY, Ragged(np.zeros(0, np.uint8), np.zeros(0, np.uint16)))]
+    for one, extents in level:
+        mine = extents.take(np.flatnonzero((one.file_type[extents.owner] == kind) & (extents.unwritten == 0)))
+        length = np.clip(one.size[mine.owner] - mine.file_offset, 0, mine.length)
+        length[length > np.clip(reader.size - mine.start, 0, None)] = 0
+        affordable = np.cumsum(length) <= budget
+        if not affordable.all():
+            problems.append(
+                Problem("directory-overlap", "directories claim more bytes than the volume has: the rest is not read")
+            )
+            length = np.where(affordable, length, 0)
+        budget -= int(length.sum())
+        order = np.lexsort((mine.file_offset, mine.owner))
+        owner, start, length = mine.owner[order], mine.start[order], length[order]
+        data = reader.read_ranges(start, length)
+        at = np.cumsum(length) - length
+        new = np.append(True, owner[1:] != owner[:-1])[: len(owner)]
+        first = np.flatnonzero(new)
+        size = np.diff(np.append(at[first], len(data)))
+        padded, base = _aligned(data, at[first], size)
+        parts.append(directories.parse(padded, one.inode[owner[first]], base, size, problems))
+    parent, partition, block = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("parent", "partition", "block")
+    )
+    return directories.Names(parent, partition, block, Ragged.concat([part.name for part in parts])), budget
+
+
+def _aligned(data: np.ndarray, start: Int, size: Int) -> tuple[np.ndarray, Int]:
+    """The directories again, each at a multiple of four bytes, with room behind; and where they begin."""
+    room = -(-size // directories.ALIGN) * directories.ALIGN
+    base = np.cumsum(room) - room
+    if (start == base).all():
+        return np.append(data, np.zeros(64, np.uint8)), base
+    result = np.zeros(int(room.sum()) + 64, np.uint8)
+    row, step = expand(size)
+    result[base[row] + step] = data
+    return result, base
+
+
+def _inodes(found: Entries, root: int) -> pa.Table:
+    known = T_OF[found.file_type]
+    return tables.make(
+        "inodes", volume=0, inode=found.inode, type=known, mode=np.where(known == tables.T_METADATA, -1, found.mode), uid=found.uid, gid=found.gid, size=found.size,
+        nlink=found.nlink, mtime_ns=found.mtime_ns, flags=0, record_offset=found.inode,
+    )  # fmt: skip
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _add_content(rows: tables.ExtentRows, found: Entries, extents: Extents, block_size: int, problems: list[Problem]) -> None:
+    """ICBs, and what lies where they say. Bytes that several files have are shared."""
+    rows.add(tables.METADATA, found.inode, block_size, part="file entry", inode=found.inode)
+    kind = np.array([tables.DATA, tables.DIRECTORY, tables.SYMLINK])[
+        (found.file_type == entries.DIRECTORY) + 2 * (found.file_type == entries.SYMLINK)
+    ]
+    inside = extents.take(np.flatnonzero(extents.embedded))
+    rows.add(
+        kind[inside.owner],
+        inside.start,
+        inside.length,
+        inode=found.inode[inside.owner],
+        file_offset=inside.file_offset,
+        flags=tables.INLINE,
+    )
+    out = extents.take(np.flatnonzero(extents.embedded == 0))
+    cut = cut_shared(out.start, out.start + out.length)
+    owner, size = out.owner[cut.row], cut.end - cut.start
+    unwritten = out.unwritten[cut.row] > 0
+    rows.add(np.where(unwritten, tables.UNWRITTEN, kind[owner]), cut.start, size, inode=found.inode[owner],
+             file_offset=out.file_offset[cut.row] + cut.start - out.start[cut.row], flags=cut.shared * tables.SHARED)  # fmt: skip
+    if claimed := overlap(union(out.start, out.start + out.length), union(found.inode, found.inode + block_size)):
+        problems.append(Problem("overlap", f"{claimed[0]} bytes of files are file entries as well", claimed[1]))
+
+
+def _open_metadata(reader: Reader, disk: Volume, rows: tables.ExtentRows, problems: list[Problem]) -> None:
+    """Where the blocks of metadata partitions lie: the extents of their files, which the partition below holds. The mirror serves where the file is lost."""
+    for part in disk.partitions[:]:
+        about = part.metadata_map
+        if about is None:
+            continue
+        plain = next((one for one in disk.partitions if one.runs is None and one.number == part.number), None)
+        plain = plain or _plain_below(reader, disk, part)
+        if plain not in disk.partitions:
+            disk.partitions.append(plain)  # behind those that references count
+        reference = disk.partitions.index(plain)
+        for name, part_name in (
+            ("MetadataFileLocation", "metadata file"),
+            ("MetadataMirrorFileLocation", "metadata mirror file"),
+            ("MetadataBitmapFileLocation", "metadata bitmap file"),
+        ):
+            block = int(about[name])
+            if block == volume.NONE:
+                continue
+            for found in entries.read_entries(reader, disk, ints(reference), ints(block), problems):
+                out = found.extents.take(np.flatnonzero(found.extents.embedded == 0))
+                rows.add(tables.METADATA, found.entries.inode, disk.block_size, part=f"file entry of the {part_name}")
+                rows.add(tables.METADATA, found.continued[0], disk.block_size, part=f"{part_name}, allocation extent")
+                if part_name == "metadata bitmap file":
+                    rows.add(tables.METADATA, out.start, out.length, part=part_name)
+                    continue
+                disk.areas += [
+                    (part_name, start, start + length)
+                    for start, length in zip(out.start.tolist(), out.length.tolist(), strict=True)
+                ]
+                if part.length == 0 and len(out.start):
+                    order = np.argsort(out.file_offset, kind="stable")
+                    part.runs = out.file_offset[order] // disk.block_size, out.start[order], out.length[order] // disk.block_size
+                    part.length = int((part.runs[0] + part.runs[2]).max())
+
+
+def _plain_below(reader: Reader, disk: Volume, part: Partition) -> Partition:
+    one = next(one for one in disk.descriptors if int(one["PartitionNumber"]) == part.number)
+    start = int(one["PartitionStartingLocation"]) * disk.block_size
+    return Partition(start, min(int(one["PartitionLength"]), max(0, reader.size - start) // disk.block_size), part.number)
+
+
+def _add_structures(rows: tables.ExtentRows, reader: Reader, disk: Volume, file_set: int) -> None:
+    _, end, _ = volume.recognised(reader)
+    rows.add(tables.BOOT, 0, volume.RECOGNITION, part="system area")
+    rows.add(tables.METADATA, volume.RECOGNITION, end - volume.RECOGNITION, part="volume recognition sequence")
+    rows.add(tables.METADATA, file_set, disk.block_size, part="file set descriptor")
+
+
+def _add_free(rows: tables.ExtentRows, reader: Reader, disk: Volume, problems: list[Problem]) -> None:
+    """What the partitions' own bitmaps and tables call free."""
+    size = disk.block_size
+    for one in disk.descriptors:
+        start = int(one["PartitionStartingLocation"]) * size
+        blocks = min(int(one["PartitionLength"]), max(0, reader.size - start) // size)
+        for name in ("UnallocatedSpaceBitmap", "FreedSpaceBitmap"):
+            length, block = (int(value) for value in one[name])
+            length &= 0x3FFFFFFF
+            if length == 0 or block >= blocks:
+                continue
+            place = start + block * size
+            bits = volume.read_bitmap(reader, place, length)
+            rows.add(tables.METADATA, place, min(-(-length // size) * size, (blocks - block) * size), part="space bitmap")
+            if bits is None:
+                problems.append(Problem("bitmap", f"the space bitmap at byte {place:#x} is none: free space is not known", place))
+                continue
+            low, high = bit_runs(bits, min(blocks, 8 * len(bits)), value=True)
+            rows.add(tables.FREE, start + low * size, (high - low) * size)
+        length, block = (int(value) for value in one["UnallocatedSpaceTable"])
+        number = next((at for at, part in enumerate(disk.partitions) if part.runs is None and part.start == start), -1)
+        if length & 0x3FFFFFFF and block < blocks and number >= 0:
+            place = start + block * size
+            rows.add(tables.METADATA, place, size, part="unallocated space entry")
+            found = entries.unallocated(reader, disk, number, place)
+            rows.add(tables.FREE, *found)
+
+
+def _tiled(table: pa.Table, disk: Volume, size: int) -> pa.Table:
+    """The rows, with owners for what is left of areas that hold others' blocks (metadata files, overlapping sequences), and, where no bitmap says what is in use, for the rest."""
+    flags = tables.integers(table, "flags")
+    start, length = tables.integers(table, "volume_offset"), tables.integers(table, "length")
+    plain = flags & tables.INLINE == 0
+    owned = union(start[plain], (start + length)[plain])
+    rows = tables.ExtentRows()
+    for part, begin, end in disk.areas:
+        low, high = subtract(ints(begin), ints(max(begin, min(end, size))), *owned)
+        rows.add(tables.METADATA, low, high - low, part=part)
+        owned = union(np.append(owned[0], low), np.append(owned[1], high))
+    known = [
+        one
+        for one in disk.descriptors
+        if any(int(one[name][0]) & 0x3FFFFFFF for name in ("UnallocatedSpaceBitmap", "UnallocatedSpaceTable", "FreedSpaceBitmap"))
+    ]
+    counted = union(ints([int(one["PartitionStartingLocation"]) * disk.block_size for one in known]),
+                    ints([(int(one["PartitionStartingLocation"]) + int(one["PartitionLength"])) * disk.block_size for one in known]))  # fmt: skip
+    low, high = subtract(*complement(*owned, 0, size), *counted)
+    rows.add(tables.FREE, low, high - low, part="unreferenced")
+    return tables.concat("extents", [table, rows.table(0)])
+
+
+# ---- bridge discs ---------------------------------------------------------------------------------------------------
+
+
+def _content(found: Filesystem) -> int:
+    """Bytes of files."""
+    mine = tables.codes(found.extents, "kind") == tables.DATA
+    start = tables.integers(found.extents, "volume_offset")[mine]
+    return total(start, start + tables.integers(found.extents, "length")[mine])
+
+
+def _with(found: Filesystem, other: Filesystem) -> Filesystem:
+    """The filesystem, with what the other one alone owns named instead of left unreferenced."""
+    words = f"of the {'UDF' if other.type == NAME else 'ISO 9660'} volume beside it"
+    kind, start, length = (
+        tables.codes(other.extents, "kind"),
+        tables.integers(other.extents, "volume_offset"),
+        tables.integers(other.extents, "length"),
+    )
+    plain = (tables.integers(other.extents, "flags") & tables.INLINE == 0) & (kind != tables.FREE)
+    mine, inline = found.extents, tables.integers(found.extents, "flags") & tables.INLINE > 0
+    own, low, high = (
+        tables.codes(mine, "kind"),
+        tables.integers(mine, "volume_offset"),
+        tables.integers(mine, "volume_offset") + tables.integers(mine, "length"),
+    )
+    loose = (own == tables.FREE) & ~inline
+    used = union(low[~loose & ~inline], high[~loose & ~inline])
+    rows, taken = tables.ExtentRows(), used
+    for name, which in (
+        ("structures", ~np.isin(kind, (tables.DATA, tables.DIRECTORY))),
+        ("directories", kind == tables.DIRECTORY),
+        ("files", kind == tables.DATA),
+    ):
+        begin, end = subtract(*union(start[plain & which], (start + length)[plain & which]), *taken)
+        rows.add(tables.CONTENT if name == "files" else tables.METADATA, begin, end - begin, part=f"{name} {words}")
+        taken = union(np.append(taken[0], begin), np.append(taken[1], end))
+    begin, end = subtract(low[loose], high[loose], *taken)
+    rows.add(tables.FREE, begin, end - begin, part="unreferenced")
+    found.size = max(found.size, other.size)
+    found.extents = tables.concat("extents", [mine.filter(pa.array(~loose)), rows.table(0)])
+    found.features = " ".join(filter(None, [found.features, "udf-bridge" if other.type == NAME else "iso9660-bridge"]))
+    return found

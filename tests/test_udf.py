@@ -1,0 +1,290 @@
+"""UDF: volumes of mkudffs and mkisofs, and ones that a kernel filled and aged in the appliance; what was put in comes back through the map."""
+
+import hashlib
+import os
+import random
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from appliance import Step, made
+from support import BytesReader, assert_proven, content, mapped, mutations, need, run, survives, tree
+from virt_bmap import tables
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.filesystems import iso9660, udf
+from virt_bmap.filesystems.udf import directories, entries
+from virt_bmap.images.raw import RawReader
+from virt_bmap.survey import survey
+
+MIB = 1 << 20
+MADE = {
+    "hd-512": ("hd", "2.01", 512), "hd-1024": ("hd", "1.50", 1024), "hd-2048": ("hd", "1.02", 2048), "hd-4096": ("hd", "2.01", 4096),
+    "dvdram": ("dvdram", "2.01", 2048), "dvdrw": ("dvdrw", "2.01", 2048), "long": ("hd", "2.01", 2048),
+}  # fmt: skip
+"""mkudffs' media types: dvdrw has sparing tables."""
+
+
+def mkudffs(image: Path, media: str, revision: str, size: int, *more: str) -> None:
+    need("mkudffs", "udftools")
+    with image.open("wb") as file:
+        file.truncate(24 * MIB)
+    run(
+        "mkudffs",
+        "--utf8",
+        f"--media-type={media}",
+        f"--udfrev={revision}",
+        f"--blocksize={size}",
+        "--label=A Löngish label",
+        *more,
+        image,
+    )
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_empty_volumes(tmp_path: Path, name: str) -> None:
+    """As udfinfo and blkid describe them; and the bitmap's free blocks are as many as udfinfo counts."""
+    media, revision, size = MADE[name]
+    image = tmp_path / "x.img"
+    mkudffs(image, media, revision, size, *(["--ad=long"] if name == "long" else []))
+    bmap = mapped(image)
+    assert_proven(bmap)
+    (found,) = bmap.filesystems.to_pylist()
+    assert (found["type"], found["block_size"], found["state"], found["features"]) == ("udf", size, "clean", f"UDF{revision}")
+    said = dict(line.split("=", 1) for line in run("blkid", "-p", "-o", "export", image).decode().splitlines() if "=" in line)
+    assert (bmap.filesystems.column("label")[0].as_py(), bmap.filesystems.column("uuid")[0].as_py()) == (
+        "A Löngish label",
+        said["UUID"],
+    )
+    free = sum(row["length"] for row in bmap.extents.to_pylist() if row["kind"] == "free" and row["part"] is None)
+    assert free == size * int(re.search(rb"^freeblocks=(\d+)", run("udfinfo", image), re.MULTILINE)[1])  # type: ignore[index]
+    assert tree(bmap, 0) == {"/": found["root"]} if "root" in found else len(bmap.names) == 0
+
+
+# ---- mkisofs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A folder, and what is in it."""
+    chooser, folder = random.Random(5), tmp_path_factory.mktemp("udf") / "tree"
+    found = {
+        f"/many/file {number:04d}, whose name is rather long.text": chooser.randbytes(
+            chooser.choice([0, 1, 2047, 2048, 2049, 40_000])
+        )
+        for number in range(400)
+    }
+    found |= {"/big": chooser.randbytes(2_000_000), "/ünïcödé/文字.txt": b"text", "/a/b/c/d/e/f": b"deep"}
+    for path, data in found.items():
+        (folder / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path[1:]).write_bytes(data)
+    return folder, found
+
+
+@pytest.fixture(scope="module")
+def discs(files: tuple[Path, dict[str, bytes]]) -> dict[str, Path]:
+    """Bridge discs: one whose two trees are the same, one whose ISO 9660 tree shows nothing of it."""
+    need("genisoimage", "genisoimage")
+    folder, _ = files
+    result = {}
+    for name, options in {"both": [], "udf": ["-hide", "*"]}.items():
+        result[name] = folder.parent / f"{name}.iso"
+        subprocess.run(["genisoimage", "-quiet", "-udf", "-iso-level", "3", "-V", "DISC", *options, "-o", result[name], folder], check=True, env={**os.environ, "LC_ALL": "C.UTF-8"}, capture_output=True)  # fmt: skip
+    return result
+
+
+def alone(image: Path) -> BlockMap:
+    """The map with the UDF side of a bridge disc, whoever owns more."""
+    reader = RawReader(str(image))
+    found = udf._with(udf._read(reader), iso9660.read(reader))
+    reader.close()
+
+    def taken(_: object, __: object = ()) -> object:
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(udf, "read", taken)
+        return mapped(image)
+
+
+@pytest.mark.parametrize("name", ["both", "udf"])
+def test_content_of_discs(files: tuple[Path, dict[str, bytes]], discs: dict[str, Path], name: str) -> None:
+    bmap = alone(discs[name])
+    assert_proven(bmap)
+    paths, disk = tree(bmap, 0), [RawReader(str(discs[name]))]
+    plain = {path for path, inode in paths.items() if inode in set(regular(bmap))}
+    assert plain == set(files[1])
+    for path, data in files[1].items():
+        assert content(bmap, disk, 0, paths[path]) == data, path
+    sizes = dict(zip(tables.integers(bmap.inodes, "inode").tolist(), tables.integers(bmap.inodes, "size").tolist(), strict=True))
+    times = dict(zip(tables.integers(bmap.inodes, "inode").tolist(), bmap.inodes.column("mtime_ns").to_pylist(), strict=True))
+    for path, data in files[1].items():
+        assert sizes[paths[path]] == len(data)
+        assert abs(times[paths[path]] - (files[0] / path[1:]).stat().st_mtime_ns) < 1_000_000_000
+
+
+def regular(bmap: BlockMap) -> list[int]:
+    return tables.integers(bmap.inodes, "inode")[tables.codes(bmap.inodes, "type") == tables.T_FILE].tolist()  # type: ignore[no-any-return]
+
+
+def test_the_tree_with_more_content_is_mapped(discs: dict[str, Path]) -> None:
+    assert mapped(discs["both"]).filesystems.column("type").to_pylist() == ["iso9660"]
+    found = mapped(discs["udf"])
+    assert found.filesystems.column("type").to_pylist() == ["udf"]
+    for bmap, other in ((mapped(discs["both"]), "UDF"), (found, "ISO 9660")):
+        assert f"structures of the {other} volume beside it" in bmap.extents.column("part").to_pylist()
+        assert_proven(bmap)
+
+
+def test_a_bridge_whose_udf_is_lost_is_iso9660(discs: dict[str, Path], tmp_path: Path) -> None:
+    image = tmp_path / "x.iso"
+    data = bytearray(discs["both"].read_bytes())
+    for at in (20, 28):  # both volume descriptor sequences
+        start = int.from_bytes(data[256 * 2048 + at : 256 * 2048 + at + 4], "little") * 2048
+        data[start : start + 4096] = bytes(4096)
+    image.write_bytes(data)
+    bmap = mapped(image)
+    assert bmap.filesystems.column("type").to_pylist() == ["iso9660"]
+    ((code, detail),) = [(row["code"], row["detail"]) for row in bmap.problems.to_pylist()]
+    assert code == "udf"
+    assert "no volume descriptor sequence holds a logical volume" in detail
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_any_length_are_found_like_one_by_one() -> None:
+    """Random directories, some of which break off, against a walk from entry to entry."""
+    chooser = random.Random(9)
+    for _ in range(60):
+        data, base, size, expected = bytearray(), [], [], []
+        for number in range(chooser.randrange(1, 5)):
+            base.append(len(data))
+            for _ in range(chooser.randrange(0, 40)):
+                length, use = chooser.randrange(1, 60), chooser.choice([0, 0, 4, 17])
+                name = bytes([8]) + bytes(chooser.randrange(97, 123) for _ in range(length))
+                entry = bytearray(-(-(38 + use + len(name)) // 4) * 4)
+                entry[0:2], entry[19], entry[36:38] = (257).to_bytes(2, "little"), len(name), use.to_bytes(2, "little")
+                entry[18] = chooser.choice([0, 0, 0, 2, 4, 8])
+                entry[38 + use : 38 + use + len(name)] = name
+                entry[4] = sum(entry[:16]) & 0xFF
+                data += entry
+                expected.append((number, name[1:] if entry[18] in (0, 2) else None))
+            size.append(len(data) - base[-1])
+        parsed = directories.parse(
+            np.frombuffer(bytes(data) + bytes(64), np.uint8), np.arange(len(base)), np.array(base), np.array(size), []
+        )
+        assert list(zip(parsed.parent.tolist(), parsed.name.strings(), strict=True)) == [
+            one for one in expected if one[1] is not None
+        ]
+
+
+def test_times() -> None:
+    """Local time with its distance from UTC in minutes, or none."""
+    stamp = bytes([0x3C, 0x10]) + (2024).to_bytes(2, "little") + bytes([2, 29, 13, 30, 15, 12, 34, 56])
+    nothing = bytes([0x01, 0x18]) + (1970).to_bytes(2, "little") + bytes([1, 1, 0, 0, 0, 0, 0, 0])
+    never = bytes(12)
+    found = entries.times(np.frombuffer(stamp + nothing + never, np.uint8).reshape(3, 12)).tolist()
+    assert found == [1709209815_123456000, 0, entries.NO_TIME]
+
+
+# ---- a kernel's -----------------------------------------------------------------------------------------------------
+
+FILLED = {"fa": ("hd", "2.01", 512), "fb": ("dvdrw", "1.50", 2048), "fc": ("hd", "2.01", 4096), "fd": ("hd", "2.01", 2048)}
+FILL = r"""
+modprobe udf
+for name in fa fb fc fd; do
+    mkdir -p /sysroot; mount -t udf -o rw,nostrict /dev/disk/guestfs/$name /sysroot
+    mkdir -p /sysroot/dir/deeper
+    for i in $(seq 60); do dd if=/dev/disk/guestfs/random of="/sysroot/dir/file $i" bs=100 skip=$((i * 53)) count=$((i * i / 7)) 2>/dev/null; done
+    rm /sysroot/dir/file\ ?[13579]
+    for i in $(seq 300); do
+        dd if=/dev/disk/guestfs/random bs=4k skip=$((i * 3)) count=1 2>/dev/null >> /sysroot/left
+        dd if=/dev/disk/guestfs/random bs=4k skip=$((i * 5)) count=1 2>/dev/null >> /sysroot/right
+    done
+    dd if=/dev/disk/guestfs/random of=/sysroot/sparse bs=4k seek=100 count=3 2>/dev/null
+    ln /sysroot/left /sysroot/dir/again; ln -s ../left /sysroot/dir/link; ln -s "$(seq -s/ 200)" /sysroot/longlink; mkfifo /sysroot/fifo
+    for i in $(seq 300); do : > /sysroot/dir/deeper/"$i, a name that is long enough for many blocks"; done
+    rm /sysroot/right
+    cd /sysroot; find . -type f -print0 | xargs -0 sha256sum | sed "s/^/sha $name /"; find . -type l | sed "s/^/link $name /"; cd /
+    umount /sysroot; blockdev --flushbufs /dev/disk/guestfs/$name
+done
+"""
+
+
+@pytest.fixture(scope="module")
+def filled() -> Path:
+    """Volumes that Linux' own driver filled, and on which it deleted."""
+    need("mkudffs", "udftools")
+    host = 'python3 -c \'import numpy; open("random", "wb").write(numpy.random.default_rng(4).bytes(8 << 20))\'\n'
+    for name, (media, revision, size) in FILLED.items():
+        host += f"truncate -s 24M {name}; PATH=$PATH:/sbin mkudffs --media-type={media} --udfrev={revision} --blocksize={size} {'--ad=long' if name == 'fd' else ''} {name} > /dev/null\n"
+    steps: list[Step] = [("host", host), ("sh", FILL)]
+    return made("udf", {"random": 0, **dict.fromkeys(FILLED, 0)}, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILLED)
+def test_a_kernels_files(filled: Path, name: str) -> None:
+    """Hashes read through the mount equal those through the map; all blocks have one owner, or the bitmap calls them free."""
+    log = (filled / "log").read_text()
+    hashes = {path: digest for digest, path in re.findall(rf"^sha {name} ([0-9a-f]{{64}})  \.(/.*)$", log, re.MULTILINE)}
+    bmap = mapped(filled / name)
+    assert_proven(bmap)
+    paths, disk = tree(bmap, 0), [RawReader(str(filled / name))]
+    plain = set(regular(bmap))
+    assert {path for path, inode in paths.items() if inode in plain} == set(hashes)
+    for path, digest in hashes.items():
+        assert hashlib.sha256(content(bmap, disk, 0, paths[path])).hexdigest() == digest, path
+    assert paths["/left"] == paths["/dir/again"]
+    kinds = dict(zip(tables.integers(bmap.inodes, "inode").tolist(), tables.codes(bmap.inodes, "type").tolist(), strict=True))
+    assert [kinds[paths[path]] for path in ("/dir/link", "/longlink", "/fifo", "/dir")] == [
+        tables.T_SYMLINK,
+        tables.T_SYMLINK,
+        tables.T_FIFO,
+        tables.T_DIRECTORY,
+    ]
+    assert "allocation extent" in bmap.extents.column("part").to_pylist(), "left and right took blocks in turn"
+    free = sum(row["length"] for row in bmap.extents.to_pylist() if row["kind"] == "free" and row["part"] is None)
+    assert free == FILLED[name][2] * int(re.search(rb"^freeblocks=(\d+)", run("udfinfo", filled / name), re.MULTILINE)[1])  # type: ignore[index]
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_volumes(discs: dict[str, Path], tmp_path: Path) -> None:
+    """Descriptors, entries, directories: tables that keep the contract, or an error of our own."""
+    image = tmp_path / "x.img"
+    mkudffs(image, "dvdrw", "2.01", 2048)
+    for source, count in ((discs["udf"], 120), (image, 120)):
+        data = source.read_bytes()
+        bmap = survey([BytesReader(np.frombuffer(data, np.uint8))])
+        kinds, start, length = (
+            tables.codes(bmap.extents, "kind"),
+            tables.integers(bmap.extents, "volume_offset"),
+            tables.integers(bmap.extents, "length"),
+        )
+        hurt = np.flatnonzero(np.isin(kinds, (tables.METADATA, tables.DIRECTORY)))
+        ranges = list(zip(start[hurt].tolist(), (start + length)[hurt].tolist(), strict=True))
+        answers = [survives(damaged) for damaged in mutations(data, count, 3, ranges)]
+        assert (
+            sum(answer is not None and "udf" in answer.filesystems.column("type").to_pylist() for answer in answers) > count // 3
+        )
+
+
+def test_corpus(corpus: Path) -> None:
+    """Images of other projects: those that are whole are proven."""
+    import lzma
+
+    seen = 0
+    for line in (corpus / "INVENTORY.tsv").read_text().splitlines()[1:]:
+        words = line.split("\t")
+        if "udf" in words and words[0].endswith(".xz"):
+            bmap = survives(np.frombuffer(lzma.decompress((corpus / words[0]).read_bytes()), np.uint8))
+            assert bmap is not None
+            if words[-1] == "valid":
+                assert_proven(bmap)
+            seen += 1
+    assert seen > 5
