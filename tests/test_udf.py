@@ -205,7 +205,7 @@ for name in fa fb fc fd; do
         dd if=/dev/disk/guestfs/random bs=4k skip=$((i * 5)) count=1 2>/dev/null >> /sysroot/right
     done
     dd if=/dev/disk/guestfs/random of=/sysroot/sparse bs=4k seek=100 count=3 2>/dev/null
-    ln /sysroot/left /sysroot/dir/again; ln -s ../left /sysroot/dir/link; ln -s "$(seq -s/ 200)" /sysroot/longlink; mkfifo /sysroot/fifo
+    ln /sysroot/left /sysroot/dir/again; ln -s ../left /sysroot/dir/link; ln -s "$(seq -s/ 40)" /sysroot/longlink; mkfifo /sysroot/fifo
     for i in $(seq 300); do : > /sysroot/dir/deeper/"$i, a name that is long enough for many blocks"; done
     rm /sysroot/right
     cd /sysroot; find . -type f -print0 | xargs -0 sha256sum | sed "s/^/sha $name /"; find . -type l | sed "s/^/link $name /"; cd /
@@ -235,7 +235,9 @@ def test_a_kernels_files(filled: Path, name: str) -> None:
     assert_proven(bmap)
     paths, disk = tree(bmap, 0), [RawReader(str(filled / name))]
     plain = set(regular(bmap))
-    assert {path for path, inode in paths.items() if inode in plain} == set(hashes)
+    assert {path for path, inode in paths.items() if inode in plain} - {"/Non-Allocatable Space"} == set(
+        hashes
+    )  # which a kernel does not list
     for path, digest in hashes.items():
         assert hashlib.sha256(content(bmap, disk, 0, paths[path])).hexdigest() == digest, path
     assert paths["/left"] == paths["/dir/again"]
@@ -258,7 +260,7 @@ def test_damaged_volumes(discs: dict[str, Path], tmp_path: Path) -> None:
     """Descriptors, entries, directories: tables that keep the contract, or an error of our own."""
     image = tmp_path / "x.img"
     mkudffs(image, "dvdrw", "2.01", 2048)
-    for source, count in ((discs["udf"], 120), (image, 120)):
+    for source, count in ((discs["udf"], 60), (image, 100)):
         data = source.read_bytes()
         bmap = survey([BytesReader(np.frombuffer(data, np.uint8))])
         kinds, start, length = (

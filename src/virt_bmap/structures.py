@@ -60,6 +60,9 @@ TABLE: dict[str, dict[str, Structure]] = {
         "volume descriptors": Structure(FILESYSTEMS + "iso9660.descriptors:VOLUME", many=True),
         "El Torito boot catalog": Structure(FILESYSTEMS + "iso9660.descriptors:BOOT_ENTRY", many=True),
     },
+    "udf": {
+        "anchor": Structure(FILESYSTEMS + "udf.volume:ANCHOR_POINTER"), "file set descriptor": Structure(FILESYSTEMS + "udf.volume:FILE_SET_DESCRIPTOR"),
+    },
     "squashfs": {"superblock": Structure(FILESYSTEMS + "squashfs:SUPERBLOCK")},
     "erofs": {"superblock": Structure(FILESYSTEMS + "erofs:SUPERBLOCK")},
     "gpt": {
