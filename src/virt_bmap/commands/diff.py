@@ -61,6 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             option, choices=FORMATS, metavar="FORMAT", help=f"image format of {which} instead of going by its magic"
         )
     images.add_argument(
+        "-a",
+        "--add",
+        metavar="IMAGE",
+        action="append",
+        default=[],
+        help="a further disk of NEW's machine, where LVM, md or btrfs span several; give it again for more",
+    )
+    images.add_argument(
+        "--old-add",
+        metavar="IMAGE",
+        action="append",
+        default=[],
+        help="likewise of OLD's machine (default: those of --add, which have not changed then)",
+    )
+    images.add_argument(
         "--references",
         action="store_true",
         help="open the backing and data files that an image's header names (only for images you trust)",
@@ -104,7 +119,8 @@ def _question(args: argparse.Namespace) -> "Question":
         raise UsageError("--old-format is the format of OLD, which is not given")
     ranges = parse(*read_list(args.ranges, args.keys_from_stdin)) if args.ranges is not None else None
     return Question(
-        args.old, args.new, args.bitmap, ranges, args.disk, args.verify, args.force, (args.old_format, args.format), args.references, keys_of(args)
+        args.old, args.new, args.bitmap, ranges, args.disk, args.verify, args.force, (args.old_format, args.format), args.references, keys_of(args),
+        (tuple(args.old_add), tuple(args.add)),
     )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ class Question:
     formats: tuple[str | None, str | None] = (None, None)
     references: bool = False
     keys: Keys = NO_KEYS
+    further: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    """Further disks of the machine, then and now, which what spans several takes to be mapped; the delta is of the first one."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,17 @@ def open_sides(question: Question, stack: contextlib.ExitStack, telling: Telling
     """What is compared, and both sides, mapped; they stay open as long as `stack`. Raises what `plan` does, and ImageError or MapError in words that name the side."""
     found = plan(question)
     status = [DEPTH] if found.layers else [DIRTY + question.bitmap] if question.bitmap is not None else []
-    new = _open(question.new, question.formats[1], status, question, stack, telling)
-    old = _open(found.old, found.format, [], question, stack, telling) if found.old is not None else None
+    then, now = question.further
+    new = _open(question.new, question.formats[1], status, now, question, stack, telling)
+    old = _open(found.old, found.format, [], then or now, question, stack, telling) if found.old is not None else None
     if old is not None and not question.force:
         _require_one_disk(old, new, question.disk, resized=found.layers > 0)
     return found, old, new
 
 
 def _open(
-    name: str, format: str | None, status: list[str], question: Question, stack: contextlib.ExitStack, telling: Telling
-) -> Side:
+    name: str, format: str | None, status: list[str], further: tuple[str, ...], question: Question, stack: contextlib.ExitStack, telling: Telling
+) -> Side:  # fmt: skip
     if maps.is_saved(name):
         if status:
             raise UsageError(f"{name}: is a saved map, which has no {status[0].removeprefix('qemu:')}: name the disk itself")
@@ -126,7 +129,13 @@ def _open(
     else:
         reader = open_image(name, format, question.references, status)
         stack.callback(reader.close)
-        bmap, volumes = survey_open([reader], telling.mapping([reader]), question.keys)
+        if question.disk != 1:
+            raise UsageError(f"{name}: --disk counts the disks of saved maps; of images the first one named is compared")
+        disks = [reader]
+        for other in further:
+            disks.append(open_image(other, None, question.references))
+            stack.callback(disks[-1].close)
+        bmap, volumes = survey_open(disks, telling.mapping(disks), question.keys)
         side = Side(name, bmap, reader, volumes)
     if bmap.on_files:
         raise MapError(f"{name}: is a map of an image file's own bytes, not of the disk that a guest sees")
