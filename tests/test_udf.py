@@ -1,6 +1,7 @@
 """UDF: volumes of mkudffs and mkisofs, and ones that a kernel filled and aged in the appliance; what was put in comes back through the map."""
 
 import hashlib
+import lzma
 import os
 import random
 import re
@@ -15,7 +16,7 @@ from support import BytesReader, assert_proven, content, mapped, mutations, need
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.filesystems import iso9660, udf
-from virt_bmap.filesystems.udf import directories, entries
+from virt_bmap.filesystems.udf import bridge, directories, entries
 from virt_bmap.images.raw import RawReader
 from virt_bmap.survey import survey
 
@@ -98,7 +99,7 @@ def discs(files: tuple[Path, dict[str, bytes]]) -> dict[str, Path]:
 def alone(image: Path) -> BlockMap:
     """The map with the UDF side of a bridge disc, whoever owns more."""
     reader = RawReader(str(image))
-    found = udf._with(udf._read(reader), iso9660.read(reader))
+    found = bridge.beside(udf.read_alone(reader), iso9660.read(reader))
     reader.close()
 
     def taken(_: object, __: object = ()) -> object:
@@ -276,17 +277,28 @@ def test_damaged_volumes(discs: dict[str, Path], tmp_path: Path) -> None:
         )
 
 
-def test_corpus(corpus: Path) -> None:
-    """Images of other projects: those that are whole are proven."""
-    import lzma
-
+def test_corpus(corpus: Path, tmp_path: Path) -> None:
+    """Images of other projects: those that are whole are proven; label and UUID are blkid's."""
     seen = 0
     for line in (corpus / "INVENTORY.tsv").read_text().splitlines()[1:]:
         words = line.split("\t")
         if "udf" in words and words[0].endswith(".xz"):
-            bmap = survives(np.frombuffer(lzma.decompress((corpus / words[0]).read_bytes()), np.uint8))
+            data = lzma.decompress((corpus / words[0]).read_bytes())
+            bmap = survives(np.frombuffer(data, np.uint8))
             assert bmap is not None
             if words[-1] == "valid":
                 assert_proven(bmap)
-            seen += 1
+            (tmp_path / "x").write_bytes(data)
+            said = dict(
+                line.split("=", 1)
+                for line in run("blkid", "-p", "-o", "udev", tmp_path / "x", ok=(0, 2)).decode().splitlines()
+                if "=" in line
+            )
+            for found in (found for found in bmap.filesystems.to_pylist() if found["type"] == "udf" and said):
+                label = said.get("ID_FS_LABEL_ENC", "")
+                assert (found["uuid"], found["label"] or "") == (
+                    said.get("ID_FS_UUID"),
+                    re.sub(r"\\x(..)", lambda each: chr(int(each[1], 16)), label),
+                ), words[0]
+                seen += 1
     assert seen > 5

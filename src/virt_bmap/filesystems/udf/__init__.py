@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int, bit_runs, complement, expand, ints, subtract, total, union
+from virt_bmap.arrays import EMPTY, Int, bit_runs, complement, expand, ints, subtract, union
 from virt_bmap.contract import Filesystem, Problem
 from virt_bmap.errors import FormatError
 from virt_bmap.filesystems.ragged import Ragged
@@ -30,7 +30,7 @@ from virt_bmap.reader import Reader
 NAME = "udf"
 INODE = "the byte of the volume at which its ICB lies"
 FEATURES = (
-    "UDF 1.02 to 2.60 with blocks of 512 bytes to 16 KiB, plain, sparable and metadata partitions",
+    "UDF 1.02 to 2.60 with blocks of 512 bytes to 16 KiB, plain and sparable partitions; metadata partitions (by the specification alone: nothing here makes one)",
     "file entries and extended ones; short, long, extended and embedded allocation descriptors, and blocks in which they go on",
     "sparse and preallocated files, hard links, symbolic links, devices, names in 8 and 16 bits",
     "space bitmaps and tables of unallocated space; both descriptor sequences and all anchors",
@@ -72,22 +72,15 @@ def probe(reader: Reader) -> bool:
 
 def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """All tables of the volume, or of the ISO 9660 volume beside it where that owns as much. Raises Corrupt and Unsupported."""
-    _, _, bridge = volume.recognised(reader)
-    if not bridge:
-        return _read(reader)
-    from virt_bmap.filesystems import iso9660
+    if not volume.recognised(reader)[2]:
+        return read_alone(reader)
+    from virt_bmap.filesystems.udf import bridge
 
-    try:
-        found = _read(reader)
-    except FormatError as error:
-        other = iso9660.read(reader, others)
-        other.problems.append(Problem("udf", f"the UDF volume beside it is not read: {error}", -1, "warning"))
-        return other
-    other = iso9660.read(reader, others)
-    return _with(found, other) if _content(found) > _content(other) else _with(other, found)
+    return bridge.read(reader, others)
 
 
-def _read(reader: Reader) -> Filesystem:
+def read_alone(reader: Reader) -> Filesystem:
+    """The UDF volume, whatever lies beside it."""
     problems: list[Problem] = []
     disk = volume.read_volume(reader, problems)
     rows = tables.ExtentRows()
@@ -362,47 +355,3 @@ def _tiled(table: pa.Table, disk: Volume, size: int) -> pa.Table:
     low, high = subtract(*complement(*owned, 0, size), *counted)
     rows.add(tables.FREE, low, high - low, part="unreferenced")
     return tables.concat("extents", [table, rows.table(0)])
-
-
-# ---- bridge discs ---------------------------------------------------------------------------------------------------
-
-
-def _content(found: Filesystem) -> int:
-    """Bytes of files."""
-    mine = tables.codes(found.extents, "kind") == tables.DATA
-    start = tables.integers(found.extents, "volume_offset")[mine]
-    return total(start, start + tables.integers(found.extents, "length")[mine])
-
-
-def _with(found: Filesystem, other: Filesystem) -> Filesystem:
-    """The filesystem, with what the other one alone owns named instead of left unreferenced."""
-    words = f"of the {'UDF' if other.type == NAME else 'ISO 9660'} volume beside it"
-    kind, start, length = (
-        tables.codes(other.extents, "kind"),
-        tables.integers(other.extents, "volume_offset"),
-        tables.integers(other.extents, "length"),
-    )
-    plain = (tables.integers(other.extents, "flags") & tables.INLINE == 0) & (kind != tables.FREE)
-    mine, inline = found.extents, tables.integers(found.extents, "flags") & tables.INLINE > 0
-    own, low, high = (
-        tables.codes(mine, "kind"),
-        tables.integers(mine, "volume_offset"),
-        tables.integers(mine, "volume_offset") + tables.integers(mine, "length"),
-    )
-    loose = (own == tables.FREE) & ~inline
-    used = union(low[~loose & ~inline], high[~loose & ~inline])
-    rows, taken = tables.ExtentRows(), used
-    for name, which in (
-        ("structures", ~np.isin(kind, (tables.DATA, tables.DIRECTORY))),
-        ("directories", kind == tables.DIRECTORY),
-        ("files", kind == tables.DATA),
-    ):
-        begin, end = subtract(*union(start[plain & which], (start + length)[plain & which]), *taken)
-        rows.add(tables.CONTENT if name == "files" else tables.METADATA, begin, end - begin, part=f"{name} {words}")
-        taken = union(np.append(taken[0], begin), np.append(taken[1], end))
-    begin, end = subtract(low[loose], high[loose], *taken)
-    rows.add(tables.FREE, begin, end - begin, part="unreferenced")
-    found.size = max(found.size, other.size)
-    found.extents = tables.concat("extents", [mine.filter(pa.array(~loose)), rows.table(0)])
-    found.features = " ".join(filter(None, [found.features, "udf-bridge" if other.type == NAME else "iso9660-bridge"]))
-    return found

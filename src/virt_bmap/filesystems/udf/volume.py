@@ -312,9 +312,14 @@ def characters(data: bytes) -> str:
 
 
 def _uuid(dstring: bytes) -> str | None:
-    """As libblkid makes it of the first sixteen characters of the volume set identifier, where they are hexadecimal: superblocks/udf.c."""
-    word = text(dstring)[:16]
-    return word.lower() if len(word) == 16 and all(letter in "0123456789abcdefABCDEF" for letter in word) else None
+    """As libblkid makes it of the volume set identifier: sixteen hexadecimal digits, or as many as there are in place of its first characters (superblocks/udf.c)."""
+    word = text(dstring).encode()[:16]
+    if len(word) < 8:
+        return None
+    digits = len(word) - len(word.lstrip(b"0123456789abcdefABCDEF"))
+    if digits < 8:
+        return word[:8].hex()
+    return word.lower().decode() if digits == 16 else word[:8].lower().decode() + word[8:12].ljust(4, b"\0").hex()
 
 
 def read_bitmap(reader: Reader, start: int, length: int) -> Bytes | None:
