@@ -1,9 +1,9 @@
-"""CRC-32C and CRC-16 of many records at once, as ext4 and jbd2 use them: without the final inversion.
+"""CRC-32C, CRC-32 and CRC-16 of many records at once, as ext4, jbd2 and F2FS use them: without the final inversion.
 
 A CRC is linear, so a record is folded like a tournament: neighbours are joined by moving the left one past the zero bytes
 that the right one takes the place of. A record of 4 KiB takes ten rounds, not four thousand steps.
 
-Sources: kernel lib/crc (crc32c reflected polynomial 0x82F63B78, crc16 reflected 0xA001); fs/ext4/super.c ext4_group_desc_csum.
+Sources: kernel lib/crc (reflected polynomials: crc32c 0x82F63B78, crc32 0xEDB88320, crc16 0xA001); fs/ext4/super.c ext4_group_desc_csum.
 """
 
 from functools import cache
@@ -15,6 +15,7 @@ from virt_bmap.arrays import Bytes, Int
 
 U32 = NDArray[np.uint32]
 ALL_ONES = 0xFFFFFFFF
+CRC32C, CRC32 = 0x82F63B78, 0xEDB88320
 BATCH = 1 << 20
 """Words that `crc32c_each` folds at a time, which bounds its memory to some 30 MiB beside the longest run."""
 
@@ -35,12 +36,12 @@ def _move(tables: U32, values: U32) -> U32:
 
 
 @cache
-def _moves(level: int) -> U32:
+def _moves(level: int, polynomial: int) -> U32:
     """Tables that move a value past 4 << level zero bytes."""
     if level:
-        half = _moves(level - 1)
+        half = _moves(level - 1, polynomial)
         return _move(half, half)
-    one = _table(0x82F63B78, np.uint32)
+    one = _table(polynomial, np.uint32)
     values = np.arange(256, dtype=np.uint32)[None, :] << np.array([[0], [8], [16], [24]], np.uint32)
     for _ in range(4):
         values = one[values & 0xFF] ^ (values >> np.uint32(8))
@@ -49,9 +50,18 @@ def _moves(level: int) -> U32:
 
 def crc32c(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
     """The CRC of each row of an (n, size) array; size is a multiple of 4, `seed` a number or one for each row."""
+    return _seeded(data, seed, CRC32C)
+
+
+def crc32(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
+    """Like `crc32c`, with the polynomial of Ethernet."""
+    return _seeded(data, seed, CRC32)
+
+
+def _seeded(data: Bytes, seed: int | U32, polynomial: int) -> U32:
     words = np.ascontiguousarray(data).view("<u4").astype(np.uint32)
     words[:, 0] ^= np.asarray(seed, np.uint32)
-    return _folded(words)
+    return _folded(words, polynomial)
 
 
 def crc32c_each(words: U32, starts: Int, counts: Int, seeds: U32) -> U32:
@@ -70,18 +80,18 @@ def crc32c_each(words: U32, starts: Int, counts: Int, seeds: U32) -> U32:
             block = words[np.maximum((starts[rows] - front)[:, None] + column, 0)]
             block[column < front[:, None]] = 0
             block[np.arange(len(rows)), front] ^= seeds[rows]
-            result[rows] = _folded(block)
+            result[rows] = _folded(block, CRC32C)
     return result
 
 
-def _folded(words: U32) -> U32:
+def _folded(words: U32, polynomial: int) -> U32:
     level = 0
     while words.shape[1] > 1:
         if words.shape[1] % 2:  # zeroes in front change nothing
             words = np.concatenate([np.zeros((len(words), 1), np.uint32), words], axis=1)
-        words = _move(_moves(level), words[:, 0::2]) ^ words[:, 1::2]
+        words = _move(_moves(level, polynomial), words[:, 0::2]) ^ words[:, 1::2]
         level += 1
-    return _move(_moves(0), words[:, 0])
+    return _move(_moves(0, polynomial), words[:, 0])
 
 
 def crc16(data: Bytes, seed: int = 0xFFFF) -> NDArray[np.uint16]:

@@ -118,7 +118,6 @@ FILESYSTEMS: tuple[Row, ...] = (
     *_each("befs", (32, 544), (b"BFS1", b"1SFB")),
     ("bfs", (0, _le(0x1BADFACE))),
     ("hpfs", (0x2000, b"\x49\xe8\x95\xf9")),
-    ("f2fs", (1024, _le(0xF2F52010))),
     *_each("udf", tuple(0x8001 + 2048 * n for n in range(16)), (b"NSR02", b"NSR03")),
     ("vxfs", (1024, _le(0xA501FCF5))),
     ("vxfs", (8192, _be(0xA501FCF5))),

@@ -20,6 +20,7 @@ SWAP_MAGICS = (
 )
 EXT_BACKUPS = tuple((((8 << log) * 1024 + (log == 0)) * (1024 << log) + 0x38, b"\x53\xef") for log in range(3))
 """Where ext has its first backup superblock, for blocks of 1, 2 and 4 KiB: its primary one may be wiped."""
+F2FS_MAGIC = b"\x10\x20\xf5\xf2"
 FILESYSTEMS: tuple[Format, ...] = (
     Format(f"{HERE}.btrfs", ()),  # never by magic: `volumes.btrfs` makes the pool and says what it is
     Format(f"{HERE}.ext", ((0x438, b"\x53\xef"),)),
@@ -33,8 +34,10 @@ FILESYSTEMS: tuple[Format, ...] = (
     Format(f"{HERE}.swap", tuple(((4096 << shift) - 10, magic) for shift in range(5) for magic in SWAP_MAGICS)),
     Format(f"{HERE}.squashfs", ((0, b"hsqs"), (0, b"sqsh"))),
     Format(f"{HERE}.erofs", ((1024, b"\xe2\xe1\xf5\xe0"),)),
+    Format(f"{HERE}.f2fs", ((1024, F2FS_MAGIC),)),
     Format(f"{HERE}.fat", ((0, b"\xeb"), (0, b"\xe9"), (0, b"\x60"), (510, b"\x55\xaa"))),
     Format(f"{HERE}.ext", EXT_BACKUPS),  # last: these may be leftovers
+    Format(f"{HERE}.f2fs", ((4096 + 1024, F2FS_MAGIC),)),  # likewise
 )
 """In probe order: magics that lie deeper or are longer first, so that leftovers of an older filesystem lose."""
 

@@ -20,9 +20,9 @@ from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int
 from virt_bmap.contract import Filesystem
 from virt_bmap.errors import Corrupt, FormatError
+from virt_bmap.filesystems.columns import stack, take
+from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
-from virt_bmap.filesystems.xfs.columns import stack, take
-from virt_bmap.filesystems.xfs.damage import Damage
 from virt_bmap.filesystems.xfs.directories import Names, read_directories, stack_names
 from virt_bmap.filesystems.xfs.forks import ATTR_FORK, Extents, split, tree_extents, usable
 from virt_bmap.filesystems.xfs.geometry import Geometry, read_geometry, uuid_text

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from virt_bmap.arrays import Bool, Bytes, Int, expand
+from virt_bmap.filesystems.columns import stack, take
+from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
-from virt_bmap.filesystems.xfs.columns import stack, take
-from virt_bmap.filesystems.xfs.damage import Damage
 from virt_bmap.filesystems.xfs.geometry import Geometry
 from virt_bmap.layout import records
 from virt_bmap.reader import Reader

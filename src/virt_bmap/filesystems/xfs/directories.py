@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.arrays import Bytes, Int, expand, in_order
+from virt_bmap.filesystems.columns import take
+from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import BATCH
-from virt_bmap.filesystems.xfs.columns import take
-from virt_bmap.filesystems.xfs.damage import Damage
 from virt_bmap.filesystems.xfs.forks import Extents
 from virt_bmap.filesystems.xfs.geometry import Geometry
 from virt_bmap.reader import Reader

@@ -9,10 +9,10 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, in_order
+from virt_bmap.filesystems.columns import take
+from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import Nodes, Shape, walk
-from virt_bmap.filesystems.xfs.columns import take
-from virt_bmap.filesystems.xfs.damage import Damage
 from virt_bmap.filesystems.xfs.geometry import Geometry
 from virt_bmap.reader import Reader
 

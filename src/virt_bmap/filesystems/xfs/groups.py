@@ -10,9 +10,9 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Bytes, Int, expand, union
+from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import Nodes, Shape, Walked, fits, walk
-from virt_bmap.filesystems.xfs.damage import Damage
 from virt_bmap.filesystems.xfs.geometry import Geometry
 from virt_bmap.layout import records
 from virt_bmap.reader import Reader

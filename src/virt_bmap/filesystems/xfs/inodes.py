@@ -12,10 +12,10 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Bytes, Int, expand, union
+from virt_bmap.filesystems.columns import stack
+from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import BATCH, MAX_LEVELS, narrow
-from virt_bmap.filesystems.xfs.columns import stack
-from virt_bmap.filesystems.xfs.damage import Damage
 from virt_bmap.filesystems.xfs.directories import Names, short_form, stack_names
 from virt_bmap.filesystems.xfs.forks import ATTR_FORK, DATA_FORK, Extents, Roots, decode
 from virt_bmap.filesystems.xfs.geometry import Geometry
