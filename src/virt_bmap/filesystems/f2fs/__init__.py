@@ -163,7 +163,7 @@ def _add_inline(rows: ExtentRows, inodes: Inodes, types: np.ndarray) -> None:
 def _encrypted(inodes: Inodes) -> Int:
     """The flag of extents; names lie in directories' blocks between what is plain."""
     secret = (inodes.advise & nodes.ADVISE_ENCRYPT != 0) & (inodes.form != nodes.S_IFDIR)
-    return secret * np.int64(tables.ENCRYPTED)
+    return np.where(secret, np.int64(tables.ENCRYPTED), 0)
 
 
 def _add_content(rows: ExtentRows, volume: Volume, inodes: Inodes, types: np.ndarray, runs: Runs) -> None:
@@ -171,7 +171,9 @@ def _add_content(rows: ExtentRows, volume: Volume, inodes: Inodes, types: np.nda
     if "quota" in volume.features:
         for part, number in zip(QUOTA_FILES, volume.record["qf_ino"].tolist(), strict=True):
             some = take(runs, (inodes.number[runs.owner] == number) & (types[runs.owner] == tables.T_METADATA))
-            rows.add(tables.METADATA, some.start * BLOCK, some.count * BLOCK, part=part, inode=number, file_offset=some.logical * BLOCK)
+            rows.add(
+                tables.METADATA, some.start * BLOCK, some.count * BLOCK, part=part, inode=number, file_offset=some.logical * BLOCK
+            )
         runs = take(runs, types[runs.owner] != tables.T_METADATA)
     runs, merkle = _without_verity(inodes, runs)
     rows.add(tables.METADATA, merkle.start * BLOCK, merkle.count * BLOCK, part="verity tree", inode=inodes.number[merkle.owner])
@@ -187,7 +189,9 @@ def _add_content(rows: ExtentRows, volume: Volume, inodes: Inodes, types: np.nda
 def _without_verity(inodes: Inodes, runs: Runs) -> tuple[Runs, Runs]:
     """(content, Merkle trees): the runs of verity files are cut where their trees begin."""
     border = -(-inodes.size[runs.owner] // VERITY_ALIGNMENT) * (VERITY_ALIGNMENT // BLOCK)
-    before = np.where(inodes.advise[runs.owner] & nodes.ADVISE_VERITY != 0, np.clip(border - runs.logical, 0, runs.count), runs.count)
+    before = np.where(
+        inodes.advise[runs.owner] & nodes.ADVISE_VERITY != 0, np.clip(border - runs.logical, 0, runs.count), runs.count
+    )
     span = np.where(runs.span == runs.count, before, runs.span)
     content = Runs(runs.owner, runs.logical, runs.start, before, span)
     rest = runs.count - before
@@ -211,7 +215,9 @@ def _inode_table(inodes: Inodes, types: np.ndarray, orphans: Int) -> pa.Table:
 # ---- what must hold -------------------------------------------------------------------------------------------------
 
 
-def _check(volume: Volume, pack: Checkpoint, valid: int, inodes: Inodes, types: np.ndarray, names: pa.Table, damage: Damage) -> None:
+def _check(
+    volume: Volume, pack: Checkpoint, valid: int, inodes: Inodes, types: np.ndarray, names: pa.Table, damage: Damage
+) -> None:
     """The root is a directory; names lead to inodes, and to each inode with links a name; the checkpoint's counts are right."""
     root = volume.number("root_ino")
     if not (types[inodes.number == root] == tables.T_DIRECTORY).any():
@@ -223,7 +229,8 @@ def _check(volume: Volume, pack: Checkpoint, valid: int, inodes: Inodes, types: 
     damage.check(~alone, "nameless", "inodes have links, but no name", inodes.block * BLOCK, "warning")
     for field, count in (("valid_block_count", valid), ("valid_inode_count", len(inodes.number))):
         if count != (said := int(pack.record[field])):
-            damage.add(field.replace("_", "-"), f"counts of the checkpoint are wrong: {field} is {said}, found are {count}", pack.start * BLOCK, severity="warning")
+            text = f"counts of the checkpoint are wrong: {field} is {said}, found are {count}"
+            damage.add(field.replace("_", "-"), text, pack.start * BLOCK, severity="warning")
 
 
 def _check_overlaps(extents: pa.Table, damage: Damage) -> None:

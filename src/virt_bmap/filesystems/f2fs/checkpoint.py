@@ -16,8 +16,21 @@ from virt_bmap.arrays import EMPTY, Bytes, Int, runs, union
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs.ondisk import (
-    BLOCK, CHECKPOINT, NAT_ENTRY, NAT_JOURNAL, NAT_PER_BLOCK, NEW_ADDR, NULL_ADDR, ORPHANS, SEGMENT, SIT_ENTRY, SIT_JOURNAL, SIT_PER_BLOCK, Volume, crc,
-)  # fmt: skip
+    BLOCK,
+    CHECKPOINT,
+    NAT_ENTRY,
+    NAT_JOURNAL,
+    NAT_PER_BLOCK,
+    NEW_ADDR,
+    NULL_ADDR,
+    ORPHANS,
+    SEGMENT,
+    SIT_ENTRY,
+    SIT_JOURNAL,
+    SIT_PER_BLOCK,
+    Volume,
+    crc,
+)
 from virt_bmap.layout import record, records, widen
 
 UMOUNT, ORPHAN_PRESENT, COMPACT_SUM, ERROR, FSCK, FASTBOOT = 0x1, 0x2, 0x4, 0x8, 0x10, 0x20
@@ -57,7 +70,9 @@ def read_checkpoint(volume: Volume, damage: Damage) -> Checkpoint:
             found.append(_pack(volume, start))
         except Corrupt as error:
             # of a filesystem that never wrote a second checkpoint, this pack is empty or a leftover
-            damage.add("checkpoint", f"checkpoint pack is not valid, the other one is used: {error}", start * BLOCK, severity="note")
+            damage.add(
+                "checkpoint", f"checkpoint pack is not valid, the other one is used: {error}", start * BLOCK, severity="note"
+            )
     if not found:
         raise Corrupt(f"{volume.reader.name}: F2FS has no valid checkpoint at byte {volume.cp * BLOCK:#x} nor {(volume.cp + SEGMENT) * BLOCK:#x}",
                       volume.cp * BLOCK, "checkpoint")  # fmt: skip
@@ -74,11 +89,15 @@ def _pack(volume: Volume, start: int) -> Checkpoint:
         raise Corrupt(f"{where} has {count} blocks and summaries at {first}", start * BLOCK)
     last = _sound(volume.reader.read((start + count - 1) * BLOCK, BLOCK), f"end of the {where}")
     if last["checkpoint_ver"] != head["checkpoint_ver"]:
-        raise Corrupt(f"{where} has version {int(head['checkpoint_ver']):#x}, but ends with {int(last['checkpoint_ver']):#x}", start * BLOCK)
+        raise Corrupt(
+            f"{where} has version {int(head['checkpoint_ver']):#x}, but ends with {int(last['checkpoint_ver']):#x}", start * BLOCK
+        )
     flags, sizes = int(head["ckpt_flags"]), [int(head[f"{table}_ver_bitmap_bytesize"]) for table in ("sit", "nat")]
     need = [volume.number(f"segment_count_{table}") // 2 * SEGMENT // 8 for table in ("sit", "nat")]
     if sizes != need:
-        raise Corrupt(f"{where} has version bitmaps of {sizes[0]} and {sizes[1]} bytes, not of {need[0]} and {need[1]}", start * BLOCK)
+        raise Corrupt(
+            f"{where} has version bitmaps of {sizes[0]} and {sizes[1]} bytes, not of {need[0]} and {need[1]}", start * BLOCK
+        )
     sit, nat = BITMAPS, BITMAPS + sizes[0]
     if flags & LARGE_NAT_BITMAP:
         nat, sit = BITMAPS + 4, BITMAPS + 4 + sizes[1]
@@ -87,7 +106,8 @@ def _pack(volume: Volume, start: int) -> Checkpoint:
     if max(sit + sizes[0], nat + sizes[1]) > len(data):
         raise Corrupt(f"{where} has no room for its version bitmaps", start * BLOCK)
     bits = np.frombuffer(data, np.uint8)
-    return Checkpoint(start, head, flags, count, int(head["checkpoint_ver"]), _said(data, head), bits[nat : nat + sizes[1]], bits[sit : sit + sizes[0]])
+    nat_bitmap, sit_bitmap = bits[nat : nat + sizes[1]], bits[sit : sit + sizes[0]]
+    return Checkpoint(start, head, flags, count, int(head["checkpoint_ver"]), _said(data, head), nat_bitmap, sit_bitmap)
 
 
 def _sound(data: bytes, where: str) -> np.void:
@@ -129,7 +149,7 @@ def read_journals(volume: Volume, checkpoint: Checkpoint, damage: Damage) -> tup
     first = checkpoint.start + int(checkpoint.record["cp_pack_start_sum"])
     if checkpoint.has(COMPACT_SUM):
         block = volume.reader.read(first * BLOCK, BLOCK)
-        both = [(first * BLOCK, block[:SUM_JOURNAL_SIZE]), (first * BLOCK + SUM_JOURNAL_SIZE, block[SUM_JOURNAL_SIZE : 2 * SUM_JOURNAL_SIZE])]
+        both = [(first * BLOCK + low, block[low : low + SUM_JOURNAL_SIZE]) for low in (0, SUM_JOURNAL_SIZE)]
     else:
         logs = CURSEG_ALL if checkpoint.has(UMOUNT | FASTBOOT) else CURSEG_DATA
         base = max(checkpoint.start, checkpoint.start + checkpoint.blocks - logs - 1)
@@ -185,8 +205,10 @@ def read_nat(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage
     system = (nid == volume.number("node_ino")) | (nid == volume.number("meta_ino")) | (nid == 0)
     order = order[~system[order] & (block[order] != NULL_ADDR) & (block[order] != NEW_ADDR)]
     nid, ino, block = nid[order], ino[order], block[order]
-    good = damage.check(volume.inside(block), "node-address", "nodes lie outside the main area, by the NAT", np.full(len(block), volume.nat * BLOCK))
-    keep = np.flatnonzero(good)
+    where = np.full(len(block), volume.nat * BLOCK)
+    keep = np.flatnonzero(
+        damage.check(volume.inside(block), "node-address", "nodes lie outside the main area, by the NAT", where)
+    )
     return Nat(nid[keep], ino[keep], block[keep])
 
 

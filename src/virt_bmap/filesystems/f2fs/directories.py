@@ -65,7 +65,9 @@ class Directories:
         if not self._parts:
             return tables.empty("names")
         parent, inode = (np.concatenate([getattr(part, name) for part in self._parts]) for name in ("parent", "inode"))
-        return tables.make("names", volume=0, parent=parent, inode=inode, name=Ragged.concat([part.name for part in self._parts]).arrow())
+        return tables.make(
+            "names", volume=0, parent=parent, inode=inode, name=Ragged.concat([part.name for part in self._parts]).arrow()
+        )
 
     def _add(self, data: Bytes, base: Int, room: Int, parent: Int, place: Int) -> None:
         if len(data):

@@ -18,12 +18,21 @@ from virt_bmap.filesystems.columns import stack, take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs.checkpoint import BATCH, Nat
 from virt_bmap.filesystems.f2fs.ondisk import (
-    ADDRS_PER_BLOCK, ADDRS_PER_INODE, BLOCK, COMPRESS_ADDR, I_ADDR, NIDS_PER_BLOCK, NODE, NODE_BLOCK, Volume,
-)  # fmt: skip
+    ADDRS_PER_BLOCK,
+    ADDRS_PER_INODE,
+    BLOCK,
+    COMPRESS_ADDR,
+    I_ADDR,
+    NIDS_PER_BLOCK,
+    NODE,
+    NODE_BLOCK,
+    Volume,
+)
 from virt_bmap.layout import records, widen
 
 INLINE_XATTR, INLINE_DATA, INLINE_DENTRY, EXTRA_ATTR = 0x1, 0x2, 0x4, 0x20
 ADVISE_ENCRYPT, ADVISE_VERITY = 0x4, 0x40
+XATTR_MAGIC = 0xF2F52011
 COMPR_FL, IMMUTABLE_FL = 0x4, 0x10
 DEFAULT_INLINE_XATTR, INLINE_RESERVED = 50, 1
 """Words for inline attributes where the filesystem does not let inodes choose, and those left free in front of inline data."""
@@ -69,7 +78,8 @@ class Inodes:
     @property
     def is_inline(self) -> Bool:
         """Which have their content, or names, inside the inode's block."""
-        return np.where(self.form == S_IFDIR, self.inline & INLINE_DENTRY, self.inline & INLINE_DATA) != 0
+        found: Bool = np.where(self.form == S_IFDIR, self.inline & INLINE_DENTRY, self.inline & INLINE_DATA) != 0
+        return found
 
     @property
     def inline_start(self) -> Int:
@@ -172,10 +182,17 @@ def _columns(volume: Volume, number: Int, block: Int, data: Bytes, damage: Damag
     has_extra = inline & EXTRA_ATTR != 0
     isize = np.where(has_extra, raw["i_extra_isize"], 0).astype(np.int64)
     wanted = np.where(inline & (INLINE_XATTR | INLINE_DENTRY) != 0, DEFAULT_INLINE_XATTR, 0)
-    xattrs = np.where(has_extra, raw["i_inline_xattr_size"], 0).astype(np.int64) if "flexible_inline_xattr" in volume.features else wanted
+    if "flexible_inline_xattr" in volume.features:
+        wanted = np.where(has_extra, raw["i_inline_xattr_size"], 0)
+    xattrs = wanted.astype(np.int64)
     good = (isize <= MAX_EXTRA) & (isize % 4 == 0) & (isize // 4 + xattrs + INLINE_RESERVED <= ADDRS_PER_INODE)
     size = np.minimum(raw["i_size"], np.uint64(MAX_SIZE + 1)).astype(np.int64)
-    packed = (raw["i_flags"] & COMPR_FL != 0) & (mode >> 12 == S_IFREG) & (isize >= COMPRESS_FIELDS) & ("compression" in volume.features)
+    packed = (
+        (raw["i_flags"] & COMPR_FL != 0)
+        & (mode >> 12 == S_IFREG)
+        & (isize >= COMPRESS_FIELDS)
+        & ("compression" in volume.features)
+    )
     log = np.where(packed, raw["i_log_cluster_size"], MIN_CLUSTER_LOG).astype(np.int64)
     good &= (log >= MIN_CLUSTER_LOG) & (log <= MAX_CLUSTER_LOG) & (size <= MAX_SIZE)
     damage.check(good, "inode", "inodes say what can't be of their size, extra attributes or clusters", place)
@@ -195,9 +212,6 @@ def _columns(volume: Volume, number: Int, block: Int, data: Bytes, damage: Damag
     )  # fmt: skip
 
 
-XATTR_MAGIC = 0xF2F52011
-
-
 def _check_checksums(volume: Volume, data: Bytes, raw: np.ndarray, have: Bool, place: Int, damage: Damage) -> None:
     rows = np.flatnonzero(have)
     uuid = np.frombuffer(volume.record["uuid"].tobytes(), np.uint8)[None]
@@ -206,7 +220,9 @@ def _check_checksums(volume: Volume, data: Bytes, raw: np.ndarray, have: Bool, p
         seed = crc32(np.ascontiguousarray(raw[name][rows]).view(np.uint8).reshape(-1, 4), seed)
     whole = data[rows]
     whole[:, I_ADDR + 8 : I_ADDR + 12] = 0
-    damage.check(crc32(whole, seed) == raw["i_inode_checksum"][rows], "inode-checksum", "inodes have a wrong checksum", place[rows])
+    damage.check(
+        crc32(whole, seed) == raw["i_inode_checksum"][rows], "inode-checksum", "inodes have a wrong checksum", place[rows]
+    )
 
 
 def _addresses(volume: Volume, inodes: Inodes, raw: np.ndarray, before: int, found: Found, damage: Damage) -> Pointers:
@@ -218,9 +234,23 @@ def _addresses(volume: Volume, inodes: Inodes, raw: np.ndarray, before: int, fou
     found.promised += promised
     row, column = np.nonzero(raw["i_nid"])
     per_node = some.addresses_per_node
-    above = np.stack([np.zeros(len(rows), np.int64), per_node, 2 * per_node, (2 + NIDS_PER_BLOCK) * per_node, (2 + 2 * NIDS_PER_BLOCK) * per_node], 1)
+    above = np.stack(
+        [
+            np.zeros(len(rows), np.int64),
+            per_node,
+            2 * per_node,
+            (2 + NIDS_PER_BLOCK) * per_node,
+            (2 + 2 * NIDS_PER_BLOCK) * per_node,
+        ],
+        1,
+    )
     depth = np.array([0, 0, 1, 1, 2])
-    return Pointers(before + rows[row], widen(raw["i_nid"][row, column], "i_nid"), (some.addresses[:, None] + above)[row, column], depth[column])
+    return Pointers(
+        before + rows[row],
+        widen(raw["i_nid"][row, column], "i_nid"),
+        (some.addresses[:, None] + above)[row, column],
+        depth[column],
+    )
 
 
 def _runs(volume: Volume, table: np.ndarray, skip: Int, room: Int, cluster: Int, place: Int, damage: Damage) -> tuple[Runs, int]:
@@ -237,8 +267,15 @@ def _runs(volume: Volume, table: np.ndarray, skip: Int, room: Int, cluster: Int,
     head = slot - slot % size
     packed = (cluster[row] > 0) & (table[row, skip[row] + head] == COMPRESS_ADDR)
     promise = value >= COMPRESS_ADDR
-    good = damage.check(promise | volume.inside(value), "outside", "blocks of files lie outside the main area, or the volume", place[row])
-    damage.check((value != COMPRESS_ADDR) | (packed & (slot == head)), "compressed", "heads of compressed clusters are where none can be", place[row])
+    good = damage.check(
+        promise | volume.inside(value), "outside", "blocks of files lie outside the main area, or the volume", place[row]
+    )
+    damage.check(
+        (value != COMPRESS_ADDR) | (packed & (slot == head)),
+        "compressed",
+        "heads of compressed clusters are where none can be",
+        place[row],
+    )
     keep = np.flatnonzero(good & ~promise)
     row, slot, value, packed, head, size = (values[keep] for values in (row, slot, value, packed, head, size))
     logical = np.where(packed, head, slot)
@@ -270,7 +307,9 @@ def follow(volume: Volume, nat: Nat, found: Found, damage: Damage) -> Trees:
             part = slice(low, low + BATCH // BLOCK)
             data = volume.reader.read_blocks(nat.block[at[part]] * BLOCK, BLOCK)
             good = _sound(data, nat, at[part], damage)
-            below.append(_level(volume, found, take(take(level, part), good), data[good], nat.block[at[part]][good] * BLOCK, damage))
+            below.append(
+                _level(volume, found, take(take(level, part), good), data[good], nat.block[at[part]][good] * BLOCK, damage)
+            )
         level = stack(Pointers, below)
     return stack(Trees, trees)
 
@@ -297,12 +336,12 @@ def _level(volume: Volume, found: Found, level: Pointers, data: Bytes, place: In
     for rows in np.array_split(direct, -(-len(direct) // AT_ONCE)) if len(direct) else []:
         none = np.zeros(len(rows), np.int64)
         runs, promised = _runs(volume, table[rows], none, per_node[rows], cluster[rows], place[rows], damage)
-        found.runs.append(Runs(level.owner[rows[runs.owner]], level.first[rows[runs.owner]] + runs.logical, runs.start, runs.count, runs.span))
+        found.runs.append(
+            Runs(level.owner[rows[runs.owner]], level.first[rows[runs.owner]] + runs.logical, runs.start, runs.count, runs.span)
+        )
         found.promised += promised
     row, column = np.nonzero(table[above])
     row = above[row]
     depth = level.depth[row] - 1
     span = per_node[row] * np.where(depth > 0, NIDS_PER_BLOCK, 1)
     return Pointers(level.owner[row], widen(table[row, column], "nid"), level.first[row] + column * span, depth)
-
-

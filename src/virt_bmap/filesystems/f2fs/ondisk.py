@@ -44,10 +44,11 @@ CHECKPOINT = struct(192, [
     (152, "next_free_nid", "<u4"), (156, "sit_ver_bitmap_bytesize", "<u4"), (160, "nat_ver_bitmap_bytesize", "<u4"),
     (164, "checksum_offset", "<u4"), (168, "elapsed_time", "<u8"), (176, "alloc_type", "u1", (16,)),
 ])  # fmt: skip
-ORPHANS = struct(BLOCK, [(0, "ino", "<u4", (1020,)), (4084, "blk_addr", "<u2"), (4086, "blk_count", "<u2"), (4088, "entry_count", "<u4"), (4092, "check_sum", "<u4")])
+ORPHANS = struct(BLOCK, [(0, "ino", "<u4", (1020,)), (4088, "entry_count", "<u4")])
 NAT_ENTRY = struct(9, [(0, "version", "u1"), (1, "ino", "<u4"), (5, "block_addr", "<u4")])
 NAT_JOURNAL = struct(13, [(0, "nid", "<u4"), (5, "ino", "<u4"), (9, "block_addr", "<u4")])
 SIT_ENTRY = struct(74, [(0, "vblocks", "<u2"), (2, "valid_map", "u1", (64,)), (66, "mtime", "<u8")])
+SIT_PER_BLOCK, NAT_PER_BLOCK = BLOCK // SIT_ENTRY.itemsize, BLOCK // NAT_ENTRY.itemsize
 SIT_JOURNAL = struct(78, [(0, "segno", "<u4"), (4, "vblocks", "<u2"), (6, "valid_map", "u1", (64,))])
 ADDRS_PER_INODE, ADDRS_PER_BLOCK, NIDS_PER_INODE, NIDS_PER_BLOCK = 923, 1018, 5, 1018
 I_ADDR = 360
@@ -70,7 +71,7 @@ FEATURES = {
     0x100: "inode_crtime", 0x200: "lost_found", 0x400: "verity", 0x800: "sb_checksum", 0x1000: "casefold", 0x2000: "compression", 0x4000: "ro",
 }  # fmt: skip
 """In the words of mkfs.f2fs; 4, once for Android's atomic writes, means nothing to the kernel."""
-ATOMIC_WRITE = 0x4
+ATOMIC_WRITE, SB_CHECKSUM = 0x4, 0x800
 
 
 def crc(data: bytes, seed: int = MAGIC) -> int:
@@ -160,9 +161,8 @@ def _checked(reader: Reader, offset: int) -> Volume:
         raise Corrupt(f"{where} has magic {int(raw['magic']):#x}, not {MAGIC:#x}", offset)
     at = int(raw["checksum_offset"])
     feature = int(raw["feature"])
-    if feature & 0x800:
-        if at != SUPER_SIZE - 4 or crc(data[:at]) != int(raw["crc"]):
-            raise Corrupt(f"{where} has checksum {crc(data[: SUPER_SIZE - 4]):#010x}, but says {int(raw['crc']):#010x}", offset)
+    if feature & SB_CHECKSUM and (at != SUPER_SIZE - 4 or crc(data[:at]) != int(raw["crc"])):
+        raise Corrupt(f"{where} has checksum {crc(data[: SUPER_SIZE - 4]):#010x}, but says {int(raw['crc']):#010x}", offset)
     if unknown := feature & ~sum(FEATURES) & ~ATOMIC_WRITE:
         raise Unsupported(f"{where} has features {unknown:#x}, which are not known", offset + 2180)
     if (size := int(raw["log_blocksize"])) != LOG_BLOCK:
@@ -183,8 +183,9 @@ def _areas(reader: Reader, raw: np.void, where: str, offset: int) -> Volume:
     ends = [start + count * SEGMENT for start, count in zip(starts, counts, strict=True)]
     end = first + int(raw["segment_count"]) * SEGMENT
     if starts != [first, *ends[:-1]] or not 2 <= first <= ends[-1] <= end <= MAX_BLOCKS:
-        raise Corrupt(f"{where}: areas at blocks {first}, {', '.join(map(str, starts))} that end at {ends[-1]} of {end} do not follow each other", offset + 72)
-    if min(counts) < 1 or counts[0] < 2 or counts[1] % 2 or counts[2] % 2 or counts[3] < counts[4] / SEGMENT:
+        raise Corrupt(f"{where}: areas at blocks {first}, {', '.join(map(str, starts))} that end at {ends[-1]} of {end} do not follow each other",
+                      offset + 72)  # fmt: skip
+    if min(counts[:3]) < 2 or counts[4] < 1 or counts[1] % 2 or counts[2] % 2:
         raise Corrupt(f"{where}: areas of {', '.join(map(str, counts))} segments, which can't be", offset + 52)
     if counts[4] > counts[1] // 2 * SEGMENT * SIT_PER_BLOCK:
         raise Corrupt(f"{where}: {counts[4]} segments, but a SIT of {counts[1]}", offset + 56)
@@ -197,7 +198,5 @@ def _areas(reader: Reader, raw: np.void, where: str, offset: int) -> Volume:
         raise Corrupt(f"{reader.name}: ends at byte {reader.size:#x}, before the main area of F2FS at {starts[4] * BLOCK:#x}: it is truncated",
                       reader.size, "truncated")  # fmt: skip
     words = frozenset(name for bit, name in FEATURES.items() if int(raw["feature"]) & bit)
-    return Volume(reader, raw, words, blocks, first, *starts, counts[4])
-
-
-SIT_PER_BLOCK, NAT_PER_BLOCK = BLOCK // SIT_ENTRY.itemsize, BLOCK // NAT_ENTRY.itemsize
+    cp, sit, nat, ssa, main = starts
+    return Volume(reader, raw, words, blocks, first, cp, sit, nat, ssa, main, counts[4])

@@ -32,8 +32,13 @@ class Chain:
 
 def read_chain(volume: Volume, checkpoint: Checkpoint) -> Chain:
     """The nodes behind the checkpoint."""
-    at = volume.main + int(checkpoint.record["cur_node_segno"][WARM_NODE]) * SEGMENT + int(checkpoint.record["cur_node_blkoff"][WARM_NODE])
-    blocks, marks, seen, segment = [], [], set[int](), (-1, np.zeros((0,), NODE))
+    at = (
+        volume.main
+        + int(checkpoint.record["cur_node_segno"][WARM_NODE]) * SEGMENT
+        + int(checkpoint.record["cur_node_blkoff"][WARM_NODE])
+    )
+    blocks, marks, seen = list[Int](), list[np.ndarray](), set[int]()
+    segment = -1, np.zeros(0, NODE)
     for _ in range(MAX_PIECES):
         if at in seen or not volume.inside(ints(at))[0]:
             return _chain(blocks, marks, True)
