@@ -197,6 +197,37 @@ def tree(bmap: BlockMap, volume: int) -> dict[str, int]:
     return dict(zip((os.fsdecode(p) for p in path.to_pylist()), inode.tolist(), strict=True))
 
 
+def lz4_block(data: bytes) -> bytes:
+    """What an LZ4 block unpacks to, as far as it is one."""
+    out, at = bytearray(), 0
+
+    def length(count: int) -> int:
+        nonlocal at
+        more = 255 if count == 15 else 0
+        while more == 255:
+            more = data[at]
+            count, at = count + more, at + 1
+        return count
+
+    try:
+        while True:
+            token = data[at]
+            at += 1
+            count = length(token >> 4)
+            out += data[at : at + count]
+            at += count
+            distance = data[at] | data[at + 1] << 8
+            at += 2
+            count = length(token & 15) + 4
+            if not 0 < distance <= len(out):
+                break
+            piece = bytes(out[-distance:])
+            out += (piece * (count // distance + 1))[:count]
+    except IndexError:
+        pass
+    return bytes(out)
+
+
 # ---- the running kernel ---------------------------------------------------------------------------------------------
 
 FS_IOC_FIEMAP, FIEMAP_FLAG_SYNC = 0xC020660B, 1

@@ -17,6 +17,7 @@ from support import (
     fiemap,
     file_extents,
     join,
+    lz4_block,
     mapped,
     mounted,
     mutations,
@@ -170,38 +171,8 @@ def _plain(stored: bytes, piece: bytes) -> bool:
 
 def _lz4(stored: bytes) -> bytes:
     """Unpack a physical cluster as far as it goes: padding with zeroes comes first, or behind where the image is old."""
-    first = _lz4_block(stored.lstrip(b"\0"))
-    return first if len(first) > 64 else _lz4_block(stored)
-
-
-def _lz4_block(data: bytes) -> bytes:
-    out, at = bytearray(), 0
-
-    def length(count: int) -> int:
-        nonlocal at
-        more = 255 if count == 15 else 0
-        while more == 255:
-            more = data[at]
-            count, at = count + more, at + 1
-        return count
-
-    try:
-        while True:
-            token = data[at]
-            at += 1
-            count = length(token >> 4)
-            out += data[at : at + count]
-            at += count
-            distance = data[at] | data[at + 1] << 8
-            at += 2
-            count = length(token & 15) + 4
-            if not 0 < distance <= len(out):
-                break
-            piece = bytes(out[-distance:])
-            out += (piece * (count // distance + 1))[:count]
-    except IndexError:
-        pass
-    return bytes(out)
+    first = lz4_block(stored.lstrip(b"\0"))
+    return first if len(first) > 64 else lz4_block(stored)
 
 
 def test_shared_content_is_marked(source: Path, tmp_path: Path) -> None:

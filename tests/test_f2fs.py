@@ -1,0 +1,327 @@
+"""F2FS against its own tools, a real kernel in the appliance, real images, and damage."""
+
+import hashlib
+import lzma
+import os
+import random
+import re
+import stat
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import f2fs_images
+from support import (
+    BytesReader,
+    assert_proven,
+    content,
+    file_extents,
+    lz4_block,
+    mapped,
+    mutations,
+    need,
+    run,
+    survives,
+    tree,
+)
+from virt_bmap import checksums, tables
+from virt_bmap.blockmap import BlockMap
+from virt_bmap.filesystems.f2fs import ondisk
+from virt_bmap.images.raw import RawReader
+from virt_bmap.survey import survey
+
+MIB = 1 << 20
+LAYOUTS = {
+    "plain": (),
+    "extra": ("-O", "extra_attr,inode_checksum,sb_checksum,inode_crtime"),
+    "android": ("-O", "encrypt,quota,project_quota,verity,extra_attr,sb_checksum,casefold,compression", "-C", "utf8"),
+    "sections": ("-s", "2", "-z", "2"),
+    "large-nat": ("-i",),
+    "read-only": ("-O", "ro"),
+    "found": ("-O", "lost_found", "-l", "Größe ✓", "-U", "01234567-89ab-cdef-0123-456789abcdef"),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of all sizes, a directory of several levels, links."""
+    root = tmp_path_factory.mktemp("f2fs-source")
+    dice = random.Random(7)
+    for i in range(60):
+        (root / f"file {i}").write_bytes(dice.randbytes(dice.choice([0, 1, 3000, 3400, 3488, 3692, 4096, 4097, 70_000])))
+    (root / "large").write_bytes(dice.randbytes(12 * MIB + 17))
+    many = root / "many"
+    many.mkdir()
+    for i in range(900):
+        (many / f"{i:04}{'n' * (i % 240)}").touch()
+    (root / "a/b/c").mkdir(parents=True)
+    (root / "a/b/c/leaf").write_bytes(b"leaf")
+    (root / "a/ümlaut").write_bytes(b"u")
+    (root / "short").symlink_to("a/b")
+    (root / "long").symlink_to("x" * 3900)
+    return root
+
+
+def build(source: Path, image: Path, *options: str, size: int = 200 * MIB) -> Path:
+    """An image made by mkfs.f2fs and filled by sload.f2fs."""
+    need("sload.f2fs", "f2fs-tools")
+    image.unlink(missing_ok=True)
+    with image.open("wb") as file:
+        file.truncate(size)
+    run("mkfs.f2fs", "-q", "-f", *options, image)
+    run("sload.f2fs", "-P", "-f", source, image)
+    return image
+
+
+def assert_contents(bmap: BlockMap, image: Path, source: Path) -> None:
+    """Names, modes, sizes, times and content as they were put in."""
+    found, reader = tree(bmap, 0), RawReader(os.fspath(image))
+    rows = {row["inode"]: row for row in bmap.inodes.to_pylist()}
+    walk = [Path(folder) / name for folder, folders, files in os.walk(source) for name in folders + files]
+    wanted = {"/" + str(path.relative_to(source)): path for path in walk}
+    assert set(wanted) == set(found) - {"/", "/lost+found"}
+    for name, path in wanted.items():
+        row, info = rows[found[name]], path.lstat()
+        assert row["mode"] == info.st_mode
+        if not stat.S_ISDIR(info.st_mode):
+            assert row["size"] == info.st_size
+            data = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+            assert content(bmap, [reader], 0, found[name]) == data, name
+    reader.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(layout: str, source: Path, tmp_path: Path) -> None:
+    image = build(source, tmp_path / "image", *LAYOUTS[layout])
+    bmap = mapped(image)
+    assert_proven(bmap)
+    assert bmap.filesystems.column("type").to_pylist() == ["f2fs"]
+    assert bmap.filesystems.column("state").to_pylist() == ["clean"]
+    assert_contents(bmap, image, source)
+
+
+def test_every_block_is_where_dump_f2fs_says(source: Path, tmp_path: Path) -> None:
+    """Nodes by the NAT; and the summary area, which the reader does not read, knows the node that refers to each block."""
+    bmap = mapped(build(source, tmp_path / "image", *LAYOUTS["extra"]))
+    run("sh", "-c", f"cd {tmp_path}; dump.f2fs -n 0~-1 image; dump.f2fs -a 0~-1 image")
+    nat = {nid: (ino, block * 4096) for nid, ino, block in (
+        map(int, found) for found in re.findall(r"nid:\s*(\d+)\s+ino:\s*(\d+)\s+offset:\s*\d+\s+blkaddr:\s*(\d+)", (tmp_path / "dump_nat").read_text()))}  # fmt: skip
+    rows = bmap.extents.to_pylist()
+    nodes = {row["volume_offset"]: row["inode"] for row in rows if row["part"] in ("inode", "direct node", "indirect node")}
+    assert nodes == {place: ino for nid, (ino, place) in nat.items() if nid not in (1, 2)}
+    assert any(row["part"] == "indirect node" for row in rows)
+    main = int(np.frombuffer((tmp_path / "image").read_bytes()[1024:4096], ondisk.SUPERBLOCK)["main_blkaddr"][0])
+    summary = {}
+    for number, body in re.findall(r"segno: ([0-9a-f]+), (?:Current )?Data\n([^s]*)", (tmp_path / "dump_ssa").read_text()):
+        for place, nid in re.findall(r"\[\s*(\d+):\s*([0-9a-f]+)\]", body):
+            summary[(main + int(number, 16) * 512 + int(place)) * 4096] = int(nid, 16)
+    blocks = [(place, row["inode"]) for row in rows if row["kind"] in ("data", "directory", "symlink") and not row["flags"] & tables.INLINE
+              for place in range(row["volume_offset"], row["volume_offset"] + row["length"], 4096)]  # fmt: skip
+    assert len(blocks) > 2000
+    assert [inode for _, inode in blocks] == [nat[summary[place]][0] for place, _ in blocks]
+
+
+def test_words_of_the_superblock(source: Path, tmp_path: Path) -> None:
+    row = mapped(build(source / "a", tmp_path / "image", *LAYOUTS["found"])).filesystems.to_pylist()[0]
+    assert (row["uuid"], row["label"], row["features"]) == ("01234567-89ab-cdef-0123-456789abcdef", "Größe ✓", "lost_found")
+    assert row["size"] == 200 * MIB
+
+
+def test_parts_are_where_dump_f2fs_says(source: Path, tmp_path: Path) -> None:
+    image = build(source / "a", tmp_path / "image")
+    said = dict(re.findall(r"^(\w+)\s+\[0x\s*([0-9a-f]+) :", run("dump.f2fs", "-d", "1", image).decode(), re.M))
+    number = {name: int(value, 16) for name, value in said.items()}
+    rows = {row["part"]: row for row in mapped(image).extents.to_pylist()}
+    for part, name, count in (("SIT", "sit_blkaddr", "segment_count_sit"), ("NAT", "nat_blkaddr", "segment_count_nat"),
+                              ("SSA", "ssa_blkaddr", "segment_count_ssa")):  # fmt: skip
+        assert (rows[part]["volume_offset"], rows[part]["length"]) == (number[name] * 4096, number[count] * 2 * MIB)
+    assert rows["checkpoint pack 1"]["volume_offset"] == number["cp_blkaddr"] * 4096
+    assert sum(row["kind"] == "metadata" and row["part"] == "inode" for row in mapped(image).extents.to_pylist()) == number["valid_inode_count"]
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small volume, as bytes."""
+    folder = tmp_path_factory.mktemp("f2fs-small")
+    (folder / "tree/many").mkdir(parents=True)
+    for i in range(300):
+        (folder / f"tree/many/{i}{'n' * (i % 90)}").write_bytes(b"inline" * (i % 7))
+    (folder / "tree/large").write_bytes(bytes(range(256)) * 20_000)
+    (folder / "tree/link").symlink_to("many")
+    return build(folder / "tree", folder / "image", *LAYOUTS["extra"], size=72 * MIB).read_bytes()
+
+
+def changed(image: bytes, offset: int, data: bytes) -> BlockMap:
+    found = np.frombuffer(image, np.uint8).copy()
+    found[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+    return survey([BytesReader(found)])
+
+
+def codes(bmap: BlockMap) -> list[str]:
+    return bmap.problems.column("code").to_pylist()
+
+
+@pytest.mark.parametrize("offset", [1024, 1024 + 36, 1024 + 72, 1024 + 3000])
+def test_the_copy_of_the_superblock_is_used(offset: int, small: bytes) -> None:
+    bmap = changed(small, offset, b"\xff\xff\xff\xff")
+    assert "superblock" in codes(bmap)
+    assert set(tree(bmap, 0)) == set(tree(survey([BytesReader(np.frombuffer(small, np.uint8))]), 0))
+
+
+def test_a_copy_alone_is_no_filesystem_where_another_one_was_made(small: bytes) -> None:
+    bmap = changed(small, 0, bytes(32) + b"NXSB" + bytes(1024 - 36 + 4))
+    assert bmap.volumes.column("type").to_pylist() == ["apfs"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_other(small: bytes) -> None:
+    before = survey([BytesReader(np.frombuffer(small, np.uint8))])
+    super_ = np.frombuffer(small, ondisk.SUPERBLOCK, 1, 1024)[0]
+    packs = [int(super_["cp_blkaddr"]) * 4096 + pack * 2 * MIB for pack in (0, 1)]
+    newer = max(packs, key=lambda at: int.from_bytes(small[at : at + 8], "little"))
+    older = sum(packs) - newer
+    assert tree(changed(small, older, bytes(4096)), 0) == tree(before, 0)
+    assert "checkpoint" in codes(changed(small, newer, bytes(4096)))
+    data = np.frombuffer(small, np.uint8).copy()
+    for at in packs:
+        data[at : at + 4096] = 0
+    assert "checkpoint" in codes(survey([BytesReader(data)]))
+
+
+def test_what_is_not_read_is_refused_by_name(small: bytes) -> None:
+    for at, value, words in ((16, 14, "blocks of 2^14"), (2180, 0x8000, "0x8000"), (2201 + 68, 0x2F, "several devices")):
+        data = np.frombuffer(small, np.uint8).copy()
+        for start in ondisk.SUPERBLOCKS:
+            data[start + at : start + at + 4] = np.frombuffer(struct.pack("<I", value), np.uint8)
+            if at != 2180:
+                data[start + 3068 : start + 3072] = np.frombuffer(struct.pack("<I", ondisk.crc(data[start : start + 3068].tobytes())), np.uint8)
+            else:
+                data[start + 2180 : start + 2184] = np.frombuffer(struct.pack("<I", 0x8000), np.uint8)
+        assert words in survey([BytesReader(data)]).problems.column("detail")[0].as_py()
+
+
+def test_damaged_nodes_are_named_and_the_rest_is_read(small: bytes) -> None:
+    bmap = survey([BytesReader(np.frombuffer(small, np.uint8))])
+    found = tree(bmap, 0)
+    place = {row["inode"]: row["record_offset"] for row in bmap.inodes.to_pylist()}
+    at = place[found["/large"]]
+    assert "inode-checksum" in codes(changed(small, at + 16, b"\x01"))
+    assert {"node", "unused-inode"} <= set(codes(changed(small, at + 4072, b"\x01\x02")))
+    assert "outside" in codes(changed(small, at + 500, b"\xf0\xff\xff\xff"))
+    assert "node-reference" in codes(changed(small, at + 4052, struct.pack("<I", 4)))
+    assert "two-owners" in codes(changed(small, at + 500, small[at + 504 : at + 508]))
+
+
+def test_damage(small: bytes) -> None:
+    bmap = survey([BytesReader(np.frombuffer(small, np.uint8))])
+    where = {"superblock", "checkpoint pack 1", "checkpoint pack 2", "SIT", "NAT", "inode", "direct node"}
+    rows = [row for row in bmap.extents.to_pylist() if row["part"] in where or row["kind"] == "directory"]
+    ranges = [(row["volume_offset"], row["volume_offset"] + min(row["length"], 16384)) for row in rows if not row["flags"] & tables.INLINE]
+    for data in mutations(small, 40, 53, ranges):
+        survives(data)
+
+
+def test_damage_behind_right_checksums(small: bytes) -> None:
+    """Hostile superblocks and checkpoints, their checksums made to fit."""
+    random_ = np.random.default_rng(11)
+    super_ = np.frombuffer(small, ondisk.SUPERBLOCK, 1, 1024)[0]
+    cp = int(super_["cp_blkaddr"]) * 4096
+    for _ in range(40):
+        data = np.frombuffer(small, np.uint8).copy()
+        base, limit, end = [(1024, 124, 3068), (4096 + 1024, 124, 3068), (cp, 192, 4092), (cp + 2 * MIB, 192, 4092)][int(random_.integers(4))]
+        for _ in range(int(random_.integers(1, 4))):
+            at = base + int(random_.integers(8, limit)) & ~3
+            word = int(random_.choice([0, 1, 2, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFFF, 512, int(random_.integers(2**32)), int(random_.integers(9999))]))
+            data[at : at + 4] = np.frombuffer(struct.pack("<I", word), np.uint8)
+        value = ondisk.crc(data[base : base + end].tobytes())
+        data[base + end : base + end + 4] = np.frombuffer(struct.pack("<I", value), np.uint8)
+        survives(data)
+
+
+def test_the_checksum_of_many_records_is_that_of_zlib() -> None:
+    import zlib
+
+    data = np.random.default_rng(3).integers(0, 256, (50, 4096), np.uint8)
+    expected = [~zlib.crc32(row.tobytes()) & 0xFFFFFFFF for row in data]
+    assert checksums.crc32(data).tolist() == expected
+
+
+# ---- real images ----------------------------------------------------------------------------------------------------
+
+
+def test_corpus(corpus: Path, tmp_path: Path) -> None:
+    seen = 0
+    for line in (corpus / "INVENTORY.tsv").read_text().splitlines()[1:]:
+        path, kind = line.split("\t")[0], line.split("\t")[5]
+        if kind != "f2fs":
+            continue
+        image = tmp_path / "image"
+        image.write_bytes(lzma.decompress((corpus / path).read_bytes()))
+        bmap = mapped(image)
+        assert_proven(bmap)
+        found = {name.rpartition("/")[2] for name in tree(bmap, 0)}
+        assert "syz_mount" not in path or {"file0", "file1"} <= found
+        seen += 1
+    assert seen
+
+
+@pytest.mark.slow
+def test_what_a_kernel_says_of_an_aged_volume() -> None:
+    image, told = f2fs_images.aged()
+    bmap, reader = mapped(image), RawReader(os.fspath(image))
+    assert_proven(bmap)
+    found = tree(bmap, 0)
+    rows = {row["inode"]: row for row in bmap.inodes.to_pylist()}
+    assert set(found) == set(told.stat)
+    for name, (inode, mode, nlink, size, uid, gid, mtime) in told.stat.items():
+        row = rows[inode]
+        assert found[name] == inode
+        assert (row["mode"], row["nlink"], row["size"], row["uid"], row["gid"]) == (mode, nlink, size, uid, gid), name
+        assert row["mtime_ns"] // 10**9 == mtime, name
+    for name, said in told.extents.items():
+        assert file_extents(bmap, 0, found[name]) == said, name
+    packed = [inode for inode, row in rows.items() if row["flags"] & tables.I_COMPRESSED]
+    assert len(packed) > 5
+    for name, digest in told.sums.items():
+        if found[name] in packed:
+            data = unpacked(bmap, image, found[name])
+        else:
+            data = content(bmap, [reader], 0, found[name])
+        assert hashlib.sha256(data).hexdigest() == digest, name
+    reader.close()
+
+
+def unpacked(bmap: BlockMap, image: Path, inode: int) -> bytes:
+    """A file's bytes where some of its clusters are compressed with LZ4 (fs/f2fs/compress.c: clen, five words, then the stream)."""
+    mine = [row for row in bmap.extents.to_pylist() if row["inode"] == inode and row["kind"] == "data"]
+    size = next(row["size"] for row in bmap.inodes.to_pylist() if row["inode"] == inode)
+    result, disk = bytearray(size), image.read_bytes()
+    clusters: dict[int, bytes] = {}
+    for row in mine:
+        stored = disk[row["volume_offset"] : row["volume_offset"] + row["length"]]
+        if row["flags"] & tables.COMPRESSED:
+            clusters[row["file_offset"]] = clusters.get(row["file_offset"], b"") + stored
+            length = row["file_length"]
+            data = clusters[row["file_offset"]]
+            size_ = int.from_bytes(data[:4], "little")
+            stored = lz4_block(data[24 : 24 + size_])[:length] if len(data) >= 24 + size_ else b""
+        end = min(size, row["file_offset"] + len(stored))
+        result[row["file_offset"] : end] = stored[: max(0, end - row["file_offset"])]
+    return bytes(result)
+
+
+@pytest.mark.slow
+def test_copies_taken_while_mounted() -> None:
+    at_checkpoint, behind = f2fs_images.crashed()
+    bmap = mapped(at_checkpoint)
+    assert_proven(bmap)
+    assert bmap.filesystems.column("state").to_pylist() == ["frozen"]
+    deleted = [row for row in bmap.inodes.to_pylist() if row["flags"] & tables.I_DELETED]
+    assert [(row["nlink"], row["size"]) for row in deleted] == [(0, 168894)]
+    later = mapped(behind)
+    assert later.filesystems.column("state").to_pylist() == ["needs recovery"]
+    assert "roll-forward" in codes(later)
