@@ -65,6 +65,10 @@ TABLE: dict[str, dict[str, Structure]] = {
     },
     "squashfs": {"superblock": Structure(FILESYSTEMS + "squashfs:SUPERBLOCK")},
     "erofs": {"superblock": Structure(FILESYSTEMS + "erofs:SUPERBLOCK")},
+    "f2fs": {
+        "superblock": Structure(FILESYSTEMS + "f2fs.ondisk:SUPERBLOCK"), "record": Structure(FILESYSTEMS + "f2fs.ondisk:NODE"),
+        "checkpoint pack 1": Structure(FILESYSTEMS + "f2fs.ondisk:CHECKPOINT"), "checkpoint pack 2": Structure(FILESYSTEMS + "f2fs.ondisk:CHECKPOINT"),
+    },
     "gpt": {
         "GPT header": Structure(VOLUMES + "gpt:HEADER"), "GPT entries": Structure(VOLUMES + "gpt:ENTRY", many=True),
         "protective MBR": Structure(VOLUMES + "mbr:ENTRY", many=True),

@@ -121,7 +121,8 @@ def _add_areas(rows: ExtentRows, volume: Volume) -> None:
     """What lies in front of the main area, and behind it."""
     rows.add(tables.BOOT, 0, SUPER_OFFSET)
     rows.add(tables.METADATA, SUPER_OFFSET, BLOCK - SUPER_OFFSET, part="superblock")
-    rows.add(tables.METADATA, BLOCK, BLOCK, part="backup superblock")
+    rows.add(tables.GAP, BLOCK, SUPER_OFFSET, part="alignment")
+    rows.add(tables.METADATA, BLOCK + SUPER_OFFSET, BLOCK - SUPER_OFFSET, part="backup superblock")
     rows.add(tables.GAP, 2 * BLOCK, (volume.segment0 - 2) * BLOCK, part="alignment")
     for part, start, end in (
         ("checkpoint pack 1", volume.cp, volume.cp + SEGMENT), ("checkpoint pack 2", volume.cp + SEGMENT, volume.cp + 2 * SEGMENT),
