@@ -11,12 +11,12 @@ FEATURES = "extra_attr,inode_checksum,sb_checksum,compression,flexible_inline_xa
 
 FILL = """
 cd /mnt/d; mkdir plain many frag packed folded attrs links
-for i in $(seq 1 900); do seq 1 $((i * 3)) > plain/f$i; done
-for i in $(seq 1 700); do : > many/$(printf '%05d-%0*d' $i $((i % 200 + 1)) 7); done
-for i in $(seq 1 3 700); do rm many/$(printf '%05d' $i)-*; done
+for i in $(seq 1 300); do seq 1 $((i * 3)) > plain/f$i; done
+for i in $(seq 1 450); do : > many/$(printf '%05d-%0*d' $i $((i % 200 + 1)) 7); done
+for i in $(seq 1 3 450); do rm many/$(printf '%05d' $i)-*; done
 sync -f .
-for i in $(seq 1 3 900); do rm plain/f$i; done
-for i in $(seq 1 60); do for f in a b c; do seq $i $((i + 2500)) >> frag/$f; sync frag/$f; done; done
+for i in $(seq 1 3 300); do rm plain/f$i; done
+for i in $(seq 1 25); do for f in a b c; do seq $i $((i + 2500)) >> frag/$f; sync frag/$f; done; done
 for i in $(seq 1 40); do seq $i $((i + 900)) | dd of=frag/holes bs=4096 seek=$((i * 30)) conv=notrunc 2>/dev/null; done
 fallocate -l 3000000 frag/promised; fallocate -p -o 40960 -l 81920 frag/a
 seq 1 2000 | dd of=frag/far bs=4096 seek=2000000 2>/dev/null; seq 1 2000 | dd of=frag/far bs=4096 seek=900000 conv=notrunc 2>/dev/null

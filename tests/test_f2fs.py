@@ -100,6 +100,17 @@ def test_layout(layout: str, source: Path, tmp_path: Path) -> None:
     assert bmap.filesystems.column("type").to_pylist() == ["f2fs"]
     assert bmap.filesystems.column("state").to_pylist() == ["clean"]
     assert_contents(bmap, image, source)
+    assert_counts(bmap, image)
+
+
+def assert_counts(bmap: BlockMap, image: Path) -> None:
+    """As many inodes, nodes and blocks as fsck.f2fs finds."""
+    said = run("fsck.f2fs", "--dry-run", image).decode()
+    counted = {name: int(value, 16) for name, value in re.findall(r"(valid_\w+_count) match\w+ with CP.*\[0x([0-9a-f]+)\]", said)}
+    rows = [row for row in bmap.extents.to_pylist() if row["inode"] is not None and not row["flags"] & tables.INLINE]
+    nodes = [row for row in rows if row["part"] in ("inode", "direct node", "indirect node") or row["kind"] == "xattr"]
+    assert counted == {"valid_block_count": sum(row["length"] for row in rows) // 4096, "valid_node_count": len(nodes),
+                       "valid_inode_count": bmap.inodes.num_rows}  # fmt: skip
 
 
 def test_every_block_is_where_dump_f2fs_says(source: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from virt_bmap.filesystems.f2fs.ondisk import (
     BLOCK,
     COMPRESS_ADDR,
     I_ADDR,
+    NEW_ADDR,
     NIDS_PER_BLOCK,
     NODE,
     NODE_BLOCK,
@@ -30,7 +31,7 @@ from virt_bmap.filesystems.f2fs.ondisk import (
 )
 from virt_bmap.layout import records, widen
 
-INLINE_XATTR, INLINE_DATA, INLINE_DENTRY, EXTRA_ATTR = 0x1, 0x2, 0x4, 0x20
+INLINE_XATTR, INLINE_DATA, INLINE_DENTRY, EXTRA_ATTR, COMPRESS_RELEASED = 0x1, 0x2, 0x4, 0x20, 0x80
 ADVISE_ENCRYPT, ADVISE_VERITY = 0x4, 0x40
 XATTR_MAGIC = 0xF2F52011
 COMPR_FL, IMMUTABLE_FL = 0x4, 0x10
@@ -90,6 +91,12 @@ class Inodes:
     def inline_room(self) -> Int:
         """Bytes for inline content."""
         return 4 * (ADDRS_PER_INODE - self.extra - self.xattrs - INLINE_RESERVED)
+
+    @property
+    def released(self) -> Bool:
+        """Compressed files that gave back what they saved."""
+        found: Bool = self.inline & COMPRESS_RELEASED != 0
+        return found
 
     @property
     def addresses(self) -> Int:
@@ -229,7 +236,7 @@ def _addresses(volume: Volume, inodes: Inodes, raw: np.ndarray, before: int, fou
     """Runs of the addresses in inodes go to `found`; returns the nodes that they refer to."""
     rows = np.flatnonzero(np.isin(inodes.form, (S_IFDIR, S_IFREG, S_IFLNK)) & ~inodes.is_inline)
     some, raw = take(inodes, rows), raw[rows]
-    runs, promised = _runs(volume, raw["i_addr"], some.extra, some.addresses, some.cluster, some.block * BLOCK, damage)
+    runs, promised = _runs(volume, raw["i_addr"], some, some.extra, some.addresses, some.block * BLOCK, damage)
     found.runs.append(Runs(before + rows[runs.owner], runs.logical, runs.start, runs.count, runs.span))
     found.promised += promised
     row, column = np.nonzero(raw["i_nid"])
@@ -253,11 +260,14 @@ def _addresses(volume: Volume, inodes: Inodes, raw: np.ndarray, before: int, fou
     )
 
 
-def _runs(volume: Volume, table: np.ndarray, skip: Int, room: Int, cluster: Int, place: Int, damage: Damage) -> tuple[Runs, int]:
-    """Runs of a table (n, k) of addresses, of which `room[i]` behind `skip[i]` count; owner is the row of the table, logical counts from its first address.
+def _runs(
+    volume: Volume, table: np.ndarray, owners: Inodes, skip: Int, room: Int, place: Int, damage: Damage
+) -> tuple[Runs, int]:
+    """Runs of a table (n, k) of addresses of blocks of `owners`, of which `room[i]` behind `skip[i]` count.
 
-    Also returned is how many addresses promise blocks.
+    Their owner is the row of the table, `logical` counts from its first address. Also returned is how many addresses promise blocks.
     """
+    cluster = owners.cluster
     row, column = np.nonzero(table)
     slot = column - skip[row]
     keep = np.flatnonzero((slot >= 0) & (slot < room[row]))
@@ -267,6 +277,7 @@ def _runs(volume: Volume, table: np.ndarray, skip: Int, room: Int, cluster: Int,
     head = slot - slot % size
     packed = (cluster[row] > 0) & (table[row, skip[row] + head] == COMPRESS_ADDR)
     promise = value >= COMPRESS_ADDR
+    counted = (value == NEW_ADDR) | ((value == COMPRESS_ADDR) & ~owners.released[row])
     good = damage.check(
         promise | volume.inside(value), "outside", "blocks of files lie outside the main area, or the volume", place[row]
     )
@@ -283,7 +294,7 @@ def _runs(volume: Volume, table: np.ndarray, skip: Int, room: Int, cluster: Int,
                     | np.where(packed[1:], head[1:] != head[:-1], slot[1:] != slot[:-1] + 1))[: len(row)]  # fmt: skip
     first = np.flatnonzero(new)
     count = np.diff(np.append(first, len(row)))
-    return Runs(row[first], logical[first], value[first], count, np.where(packed[first], size[first], count)), int(promise.sum())
+    return Runs(row[first], logical[first], value[first], count, np.where(packed[first], size[first], count)), int(counted.sum())
 
 
 @dataclass(frozen=True)
@@ -331,11 +342,12 @@ def claim(nat: Nat, inodes: Inodes, level: Pointers, taken: np.ndarray, damage: 
 def _level(volume: Volume, found: Found, level: Pointers, data: Bytes, place: Int, damage: Damage) -> Pointers:
     """Runs of direct nodes go to `found`; returns what indirect nodes refer to."""
     table = records(data, NODE_BLOCK)["addr"]
-    cluster, per_node = found.inodes.cluster[level.owner], found.inodes.addresses_per_node[level.owner]
+    per_node = found.inodes.addresses_per_node[level.owner]
     direct, above = np.flatnonzero(level.depth == 0), np.flatnonzero(level.depth)
     for rows in np.array_split(direct, -(-len(direct) // AT_ONCE)) if len(direct) else []:
         none = np.zeros(len(rows), np.int64)
-        runs, promised = _runs(volume, table[rows], none, per_node[rows], cluster[rows], place[rows], damage)
+        owners = take(found.inodes, level.owner[rows])
+        runs, promised = _runs(volume, table[rows], owners, none, per_node[rows], place[rows], damage)
         found.runs.append(
             Runs(level.owner[rows[runs.owner]], level.first[rows[runs.owner]] + runs.logical, runs.start, runs.count, runs.span)
         )
