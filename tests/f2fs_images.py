@@ -39,15 +39,24 @@ sync -f .; f2fs_io release_cblocks packed/text3; f2fs_io release_cblocks packed/
 TELL = """
 cd /mnt/d; echo; echo '== stat'; find . -exec stat -c '%i %f %h %s %u %g %Y %n' {} +
 echo '== sums'; find . -type f -exec sha256sum {} +
-echo '== extents'; filefrag -v $(find ./plain ./frag ./attrs -type f -size +0)
+echo '== extents'; filefrag -v $(find . -path ./packed -prune -o -type f -size +0 -print)
 """
 PREPARE = "modprobe f2fs; mkdir -p /mnt/d; mount -t f2fs {options} /dev/disk/guestfs/sda /mnt/d\n"
 CRASH = """
-cd /mnt/d; mkdir old; for i in $(seq 1 50); do seq 1 $((i * 50)) > old/f$i; done; seq 1 30000 > old/open; seq 1 100 > gone
-exec 7< old/open; rm old/open; sync -f .; mkdir new
+cd /mnt/d; mkdir old new; for i in $(seq 1 50); do seq 1 $((i * 50)) > old/f$i; done; seq 1 30000 > old/open; seq 1 100 > gone
+seq 1 200000 > old/big; seq 1 1500000 > old/large; setfattr -n user.small -v s old/f20
+exec 7< old/open; rm old/open; sync -f .
 dd if=/dev/disk/guestfs/sda of=/dev/disk/guestfs/sdb bs=1M iflag=direct oflag=direct 2>/dev/null
-for i in 1 2 3; do seq $i 40000 > new/f$i; sync new/f$i; done; seq 1 5000 >> old/f50; sync old/f50; rm gone
+for i in 1 2 3; do seq $i 40000 > new/f$i; sync new/f$i; done; seq 1 5000 >> old/f50; sync old/f50; seq 1 9000 >> old/f50; sync old/f50
+seq 1 3000 >> old/f1; sync old/f1; truncate -s 100 old/big; sync old/big; seq 1 200000 >> old/large; sync old/large
+seq 7 9999 | dd of=old/large bs=4096 seek=1500 conv=notrunc,fsync 2>/dev/null; seq 7 9999 | dd of=new/holes bs=4096 seek=9999 conv=fsync 2>/dev/null
+setfattr -n user.large -v $(printf '%03000d' 5) old/f20; sync old/f20; fallocate -p -o 4096 -l 4096 old/f45; sync old/f45
+rm old/f7; seq 1 77 > old/f7; sync old/f7; mv old/f8 old/moved; echo more >> old/moved; sync old/moved; chmod 600 old/f9; sync old/f9
+echo never > new/never; seq 1 9 >> old/f11; rm gone
 dd if=/dev/disk/guestfs/sda of=/dev/disk/guestfs/sdc bs=1M iflag=direct oflag=direct 2>/dev/null
+exec 7<&-; cd /; umount /mnt/d
+dd if=/dev/disk/guestfs/sdc of=/dev/disk/guestfs/sdd bs=1M iflag=direct oflag=direct 2>/dev/null
+mount -t f2fs /dev/disk/guestfs/sdd /mnt/d; sync -f /mnt/d
 """
 
 
@@ -71,11 +80,12 @@ def aged() -> tuple[Path, Told]:
     return folder / "sda", told((folder / "log").read_text())
 
 
-def crashed() -> tuple[Path, Path]:
-    """(copied right after a checkpoint, copied after fsyncs behind it), both while a deleted file was open."""
-    make = "truncate -s 64M sda; PATH=$PATH:/usr/sbin mkfs.f2fs -q -f -O extra_attr,inode_checksum sda"
-    folder = made("f2fs-crashed", {"sda": 0, "sdb": 64 << 20, "sdc": 64 << 20}, [("host", make), ("sh", PREPARE.format(options="") + CRASH)])
-    return folder / "sdb", folder / "sdc"
+def crashed() -> tuple[Path, Told]:
+    """The folder with `sdb`, copied right after a checkpoint, `sdc`, copied after fsyncs behind it, both while a deleted file was open, and `sdd`, which is `sdc` recovered."""
+    make = "truncate -s 128M sda; PATH=$PATH:/usr/sbin mkfs.f2fs -q -f -O extra_attr,inode_checksum sda"
+    steps = [("host", make), ("sh", PREPARE.format(options="") + CRASH + TELL + "cd /; umount /mnt/d")]
+    folder = made("f2fs-crashed", {"sda": 0, **dict.fromkeys(("sdb", "sdc", "sdd"), 128 << 20)}, steps)
+    return folder, told((folder / "log").read_text())
 
 
 def told(log: str) -> Told:
@@ -93,8 +103,7 @@ def told(log: str) -> Told:
         if found := re.match(r"File size of (\S+) is", line):
             name = found[1][1:]
             extents[name] = []
-        elif found := re.match(r"\d+:\s+(\d+)\.\.\s*\d+:\s+(\d+)\.\.\s*\d+:\s+(\d+):(.*)", line):
-            if "unwritten" not in found[4] and "inline" not in found[4] and "unknown" not in found[4]:
-                logical, physical, length = (4096 * int(word) for word in found.groups()[:3])
-                extents[name].append(Extent(logical, physical, length))
+        elif found := re.match(r"\d+:\s+(\d+)\.\.\s*\d+:\s+(\d+)\.\.\s*\d+:\s+(\d+):(?!.*(unwritten|inline|unknown))", line):
+            logical, physical, length = (4096 * int(word) for word in found.groups()[:3])
+            extents[name].append(Extent(logical, physical, length))
     return Told(stat, sums, {name: join(rows) for name, rows in extents.items()})

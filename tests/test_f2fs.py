@@ -298,10 +298,7 @@ def test_what_a_kernel_says_of_an_aged_volume() -> None:
     packed = [inode for inode, row in rows.items() if row["flags"] & tables.I_COMPRESSED]
     assert len(packed) > 5
     for name, digest in told.sums.items():
-        if found[name] in packed:
-            data = unpacked(bmap, image, found[name])
-        else:
-            data = content(bmap, [reader], 0, found[name])
+        data = unpacked(bmap, image, found[name]) if found[name] in packed else content(bmap, [reader], 0, found[name])
         assert hashlib.sha256(data).hexdigest() == digest, name
     reader.close()
 

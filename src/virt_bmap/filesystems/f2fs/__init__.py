@@ -1,8 +1,8 @@
 """F2FS: both superblocks, the newer checkpoint, its tables NAT and SIT, all nodes, all names.
 
 The order of a map: `ondisk` says where the areas lie, `checkpoint` chooses between the two places that each block of a table has and lays the journals over them,
-`nodes` follows the trees below inodes, `directories` finds names, and `recovery` looks for what was synced after the checkpoint. The allocator is the SIT's bitmap of
-valid blocks. Not read are the content of files, attributes, and the summary area (who owned a block last).
+`recovery` looks for what was synced after the checkpoint, `nodes` follows the trees below inodes, or `forward` with newer nodes in them, and `directories` finds names.
+The allocator is the SIT's bitmap of valid blocks. Not read are the content of files, attributes, and the summary area (who owned a block last).
 
 Inodes have blocks of their own, METADATA rows of the inode; data, names and attributes inside them are INLINE. A compressed cluster is a COMPRESSED row for each run
 of blocks that it has, all of them with the place and length of the whole cluster in the file.
@@ -11,20 +11,23 @@ Sources: Linux Documentation/filesystems/f2fs.rst, include/linux/f2fs_fs.h and f
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap import foreign, tables
-from virt_bmap.arrays import Int, covered_twice
+from virt_bmap.arrays import EMPTY, Int, covered_twice, subtract, union
 from virt_bmap.contract import Filesystem
 from virt_bmap.filesystems.columns import stack, take
 from virt_bmap.filesystems.damage import Damage
-from virt_bmap.filesystems.f2fs import checkpoint, nodes, recovery
+from virt_bmap.filesystems.f2fs import checkpoint, forward, nodes, recovery
 from virt_bmap.filesystems.f2fs.checkpoint import Checkpoint, Nat
 from virt_bmap.filesystems.f2fs.directories import Directories
-from virt_bmap.filesystems.f2fs.nodes import Found, Inodes, Pointers, Runs, Trees
+from virt_bmap.filesystems.f2fs.nodes import Found, Inodes, Runs, Trees
 from virt_bmap.filesystems.f2fs.ondisk import BLOCK, MAGIC, SEGMENT, SUPER_OFFSET, SUPERBLOCKS, Volume, read_superblock
+from virt_bmap.filesystems.f2fs.recovery import Chain, Newer
+from virt_bmap.paths import positions
 from virt_bmap.reader import Reader
 from virt_bmap.tables import ExtentRows
 
@@ -33,7 +36,7 @@ FEATURES = (
     "both superblocks and both checkpoints, by their checksums and versions", "NAT and SIT with version bitmaps and journals in compact and plain summaries",
     "inodes with extra attributes and checksums, direct, indirect and doubly indirect nodes", "inline data, names, links and attributes (of any size), attribute nodes",
     "directories of all levels, casefolded and encrypted ones (names as ciphertext)", "compressed files, with released and reserved blocks", "verity trees, quota files",
-    "files deleted while open (orphans)", "zoned and read-only volumes, sections of any size", "nodes synced after the checkpoint (named, not rolled forward)",
+    "files deleted while open (orphans)", "zoned and read-only volumes, sections of any size", "files synced after the checkpoint, rolled forward in memory",
 )  # fmt: skip
 REFUSED = ("several devices", "blocks of another size than 4 KiB")
 ORACLES = (
@@ -63,47 +66,69 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     nat_journal, sit_journal = checkpoint.read_journals(volume, pack, damage)
     nat = checkpoint.read_nat(volume, pack, nat_journal, damage)
     sit = checkpoint.read_sit(volume, pack, sit_journal, damage)
+    orphans = checkpoint.read_orphans(volume, pack, damage)
+    chain = recovery.read_chain(volume, pack)
+    newer = _newer(volume, chain, nat, orphans, damage)
     names = Directories(damage)
-    found = nodes.read_inodes(volume, nat, names.inline, damage)
-    trees = nodes.follow(volume, nat, found, damage)
+    if newer:
+        ahead = forward.read(volume, nat, newer, names.inline, damage)
+        found, old = ahead.found, (ahead.starts, ahead.ends)
+    else:
+        found, old = nodes.read(volume, nat, names.inline, damage), (EMPTY, EMPTY)
     runs, inodes = stack(Runs, found.runs), found.inodes
-    types, orphans = _types(volume, inodes), checkpoint.read_orphans(volume, pack, damage)
+    tree = names.table(volume, inodes, runs)
+    if newer:
+        tree, lost = forward.add_names(volume, newer, inodes, tree)
+        inodes = _without_links(inodes, lost)
+    else:
+        _check_counts(pack, sit.count + found.promised, len(inodes.number), damage)
+    types = _types(volume, inodes)
     rows = ExtentRows()
     _add_areas(rows, volume)
-    free = sit.free(volume)
-    rows.add(tables.FREE, free[0] * BLOCK, (free[1] - free[0]) * BLOCK)
-    _add_nodes(rows, volume, nat, found, trees, damage)
+    _add_nodes(rows, inodes, found)
     _add_inline(rows, inodes, types)
     _add_content(rows, volume, inodes, types, runs)
-    tree = names.table(volume, inodes, runs)
-    _check(volume, pack, sit.count + found.promised, inodes, types, tree, damage)
+    _add_free(rows, sit.free(volume), old, newer)
+    _check_names(volume, inodes, types, tree, damage)
     extents = rows.table(0)
     _check_overlaps(extents, damage)
-    state = _state(volume, pack, damage)
     return Filesystem(
-        type=NAME, size=volume.block_count * BLOCK, block_size=BLOCK, root=volume.number("root_ino"), state=state,
+        type=NAME, size=volume.block_count * BLOCK, block_size=BLOCK, root=volume.number("root_ino"), state=_state(pack, chain, newer, damage),
         inodes=_inode_table(inodes, types, orphans), names=tree, extents=extents, uuid=volume.uuid, label=volume.label,
         features=volume.feature_words, problems=damage.problems(),
     )  # fmt: skip
 
 
-def _state(volume: Volume, pack: Checkpoint, damage: Damage) -> str:
-    """A checkpoint is consistent in itself; what is synced after it waits for the next mount."""
-    chain = recovery.read_chain(volume, pack)
-    synced = chain.block[chain.synced]
+def _newer(volume: Volume, chain: Chain, nat: Nat, orphans: Int, damage: Damage) -> Newer:
+    """What was synced after the checkpoint and is read in place of what the checkpoint knows."""
     if not chain.whole:
-        damage.add("roll-forward", "nodes behind the checkpoint were followed, the rest of their chain was not", int(chain.block[0]) * BLOCK,
-                   len(chain.block), "warning")  # fmt: skip
-    elif len(synced):
-        damage.add("roll-forward", "nodes that were synced after the checkpoint wait for recovery: the state before it is mapped",
-                   int(synced[0]) * BLOCK, len(synced), "warning")  # fmt: skip
+        text = "nodes behind the checkpoint were followed, the rest of their chain was not: the state of the checkpoint is mapped"
+        damage.add("roll-forward", text, int(chain.nodes.block[0]) * BLOCK, len(chain.nodes.block), "warning")
+        return recovery.NOTHING
+    newer = recovery.newer(volume, chain, nat, orphans)
+    count = len(newer.inodes.block) + len(newer.direct.block) + len(newer.attributes.block)
+    if count:
+        text = "nodes that were synced after the checkpoint are rolled forward in memory, the image itself is unchanged"
+        damage.add("rolled-forward", text, int(chain.nodes.block[0]) * BLOCK, count, "note")
+    return newer
+
+
+def _state(pack: Checkpoint, chain: Chain, newer: Newer, damage: Damage) -> str:
+    """A checkpoint is consistent in itself; what is synced after it waits for the next mount."""
     if any(problem.severity == "error" for problem in damage.problems()):
         return "damaged"
     if pack.has(checkpoint.ERROR | checkpoint.FSCK):
         return "errors"
-    if len(synced) or not chain.whole:
+    if newer or not chain.whole:
         return "needs recovery"
     return "clean" if pack.has(checkpoint.UMOUNT) else "frozen"
+
+
+def _without_links(inodes: Inodes, lost: Int) -> Inodes:
+    """Inodes with a link less for each name that they lost."""
+    nlink = np.append(inodes.nlink, 0)
+    np.subtract.at(nlink, positions(inodes.number, lost), 1)
+    return replace(inodes, nlink=np.maximum(nlink[:-1], 0))
 
 
 def _types(volume: Volume, inodes: Inodes) -> np.ndarray:
@@ -133,17 +158,30 @@ def _add_areas(rows: ExtentRows, volume: Volume) -> None:
     rows.add(tables.GAP, volume.main_end * BLOCK, (volume.block_count - volume.main_end) * BLOCK, part="excess blocks")
 
 
-def _add_nodes(rows: ExtentRows, volume: Volume, nat: Nat, found: Found, trees: Trees, damage: Damage) -> None:
+def _add_nodes(rows: ExtentRows, inodes: Inodes, found: Found) -> None:
     """Blocks of inodes, of the trees below them, and of attributes."""
-    inodes = found.inodes
     rows.add(tables.METADATA, inodes.block * BLOCK, np.full(len(inodes.block), BLOCK), part="inode", inode=inodes.number)
-    for part, mine in (("direct node", trees.depth == 0), ("indirect node", trees.depth > 0)):
-        some = take(trees, mine)
-        rows.add(tables.TREE, some.block * BLOCK, np.full(len(some.block), BLOCK), part=part, inode=inodes.number[some.owner])
-    owner = np.flatnonzero(inodes.xattr_nid)
-    none = np.zeros(len(owner), np.int64)
-    wanted, at = nodes.claim(nat, inodes, Pointers(owner, inodes.xattr_nid[owner], none, none), found.taken, damage)
-    rows.add(tables.XATTR, nat.block[at] * BLOCK, np.full(len(at), BLOCK), inode=inodes.number[wanted.owner])
+    trees, attributes = stack(Trees, found.trees), stack(Trees, found.attributes)
+    for kind, part, some in (
+        (tables.TREE, "direct node", take(trees, trees.depth == 0)), (tables.TREE, "indirect node", take(trees, trees.depth > 0)),
+        (tables.XATTR, None, attributes),
+    ):  # fmt: skip
+        rows.add(kind, some.block * BLOCK, np.full(len(some.block), BLOCK), part=part, inode=inodes.number[some.owner])
+
+
+def _add_free(rows: ExtentRows, free: tuple[Int, Int], old: tuple[Int, Int], newer: Newer) -> None:
+    """What the SIT calls free; of a volume that is rolled forward without what newer nodes own, and with what older ones needed."""
+    start, end = free[0] * BLOCK, free[1] * BLOCK
+    if newer:
+        extents = rows.table(0)
+        low, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
+        of = np.isin(
+            tables.integers(extents, "inode"), np.concatenate([newer.inodes.ino, newer.direct.ino, newer.attributes.ino])
+        )
+        start, end = subtract(start, end, low[of], (low + length)[of])
+        given_up = subtract(old[0] * BLOCK, old[1] * BLOCK, low, low + length)
+        start, end = union(np.append(start, given_up[0]), np.append(end, given_up[1]))
+    rows.add(tables.FREE, start, end - start)
 
 
 def _add_inline(rows: ExtentRows, inodes: Inodes, types: np.ndarray) -> None:
@@ -216,22 +254,25 @@ def _inode_table(inodes: Inodes, types: np.ndarray, orphans: Int) -> pa.Table:
 # ---- what must hold -------------------------------------------------------------------------------------------------
 
 
-def _check(
-    volume: Volume, pack: Checkpoint, valid: int, inodes: Inodes, types: np.ndarray, names: pa.Table, damage: Damage
-) -> None:
-    """The root is a directory; names lead to inodes, and to each inode with links a name; the checkpoint's counts are right."""
+def _check_counts(pack: Checkpoint, blocks: int, inodes: int, damage: Damage) -> None:
+    """The checkpoint's own counts."""
+    for field, count in (("valid_block_count", blocks), ("valid_inode_count", inodes)):
+        if count != (said := int(pack.record[field])):
+            text = f"counts of the checkpoint are wrong: {field} is {said}, found are {count}"
+            damage.add(field.replace("_", "-"), text, pack.start * BLOCK, severity="warning")
+
+
+def _check_names(volume: Volume, inodes: Inodes, types: np.ndarray, names: pa.Table, damage: Damage) -> None:
+    """The root is a directory; names lead to inodes, and to each inode with links a name."""
     root = volume.number("root_ino")
     if not (types[inodes.number == root] == tables.T_DIRECTORY).any():
         damage.add("root", f"root directory, inode {root}, is not there: nothing has a path")
     target = tables.integers(names, "inode")
-    lost = ~np.isin(target, inodes.number)
-    damage.check(~lost, "unused-inode", "names lead to inodes that are not in use", np.full(len(target), -1))
+    damage.check(
+        np.isin(target, inodes.number), "unused-inode", "names lead to inodes that are not in use", np.full(len(target), -1)
+    )
     alone = (inodes.nlink > 0) & (types != tables.T_METADATA) & (inodes.number != root) & ~np.isin(inodes.number, target)
     damage.check(~alone, "nameless", "inodes have links, but no name", inodes.block * BLOCK, "warning")
-    for field, count in (("valid_block_count", valid), ("valid_inode_count", len(inodes.number))):
-        if count != (said := int(pack.record[field])):
-            text = f"counts of the checkpoint are wrong: {field} is {said}, found are {count}"
-            damage.add(field.replace("_", "-"), text, pack.start * BLOCK, severity="warning")
 
 
 def _check_overlaps(extents: pa.Table, damage: Damage) -> None:

@@ -183,6 +183,13 @@ class Nat:
         at = np.minimum(np.searchsorted(self.nid, nid), len(self.nid) - 1)
         return np.where(self.nid[at] == nid, at, -1)
 
+    def with_inodes(self, ino: Int, block: Int) -> "Nat":
+        """The table with these inodes in these blocks; their numbers are distinct."""
+        rest = ~np.isin(self.nid, ino)
+        nid = np.append(self.nid[rest], ino)
+        order = np.argsort(nid, kind="stable")
+        return Nat(nid[order], np.append(self.ino[rest], ino)[order], np.append(self.block[rest], block)[order])
+
 
 def read_nat(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage: Damage) -> Nat:
     """All nodes that are in use and lie in the main area, but those of the inodes that have no blocks (node_ino, meta_ino)."""

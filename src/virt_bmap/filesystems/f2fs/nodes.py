@@ -8,7 +8,7 @@ compress.c; include/linux/f2fs_fs.h; Documentation/filesystems/f2fs.rst ("Compre
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -135,24 +135,48 @@ class Pointers:
     first: Int
     depth: Int
 
+    @property
+    def slots(self) -> Int:
+        """A number for each place in a file."""
+        return self.owner << 32 | self.first
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Nodes that inodes refer to: row of the inode, block, and depth (0 direct)."""
+
+    owner: Int
+    block: Int
+    depth: Int
+
 
 @dataclass
 class Found:
     """What nodes say."""
 
     inodes: Inodes
-    runs: list[Runs]
     pointers: Pointers
     taken: Bool
     """Which rows of the NAT have an owner; one more for none."""
+    runs: list[Runs] = field(default_factory=list)
+    trees: list[Trees] = field(default_factory=list)
+    attributes: list[Trees] = field(default_factory=list)
     promised: int = 0
     """Addresses that count as valid blocks though they have none."""
+
+
+def read(volume: Volume, nat: Nat, inline_names: Callable[[Inodes, Bytes], None], damage: Damage) -> Found:
+    """Everything that the NAT leads to."""
+    found = read_inodes(volume, nat, inline_names, damage)
+    follow(volume, nat, found, damage)
+    add_attributes(nat, found, damage)
+    return found
 
 
 def read_inodes(volume: Volume, nat: Nat, inline_names: Callable[[Inodes, Bytes], None], damage: Damage) -> Found:
     """All inodes by the NAT, with the addresses in their own blocks. `inline_names` gets directories that have their names in these, and the blocks."""
     rows = np.flatnonzero(nat.ino == nat.nid)
-    columns, found = [], Found(_empty(), [], Pointers(EMPTY, EMPTY, EMPTY, EMPTY), np.append(nat.ino == nat.nid, False))
+    columns, found = [], Found(stack(Inodes, []), stack(Pointers, []), np.append(nat.ino == nat.nid, False))
     pointers, before = [], 0
     for low in range(0, len(rows), BATCH // BLOCK):
         part = rows[low : low + BATCH // BLOCK]
@@ -169,10 +193,6 @@ def read_inodes(volume: Volume, nat: Nat, inline_names: Callable[[Inodes, Bytes]
             before += len(block)
     found.inodes, found.pointers = stack(Inodes, columns), stack(Pointers, pointers)
     return found
-
-
-def _empty() -> Inodes:
-    return Inodes(*(EMPTY for _ in fields(Inodes)))
 
 
 def _sound(data: Bytes, nat: Nat, rows: Int, damage: Damage) -> Bool:
@@ -297,37 +317,37 @@ def _runs(
     return Runs(row[first], logical[first], value[first], count, np.where(packed[first], size[first], count)), int(counted.sum())
 
 
-@dataclass(frozen=True)
-class Trees:
-    """Nodes that inodes refer to: row of the inode, block, and depth (0 direct)."""
+def follow(volume: Volume, nat: Nat, found: Found, damage: Damage, replaced: Int = EMPTY) -> Pointers:
+    """Read the trees below all inodes, level by level; nodes and runs are added to `found`. A node serves one file, once.
 
-    owner: Int
-    block: Int
-    depth: Int
-
-
-def follow(volume: Volume, nat: Nat, found: Found, damage: Damage) -> Trees:
-    """Read the trees below all inodes, level by level; their runs are added to `found`. A node serves one file, once."""
-    inodes, level = found.inodes, found.pointers
-    trees = []
+    Pointers to direct nodes whose `slots` are among `replaced` are not followed but returned.
+    """
+    level, dropped = found.pointers, []
     while len(level.nid):
-        level, at = claim(nat, inodes, level, found.taken, damage)
-        trees.append(Trees(level.owner, nat.block[at], level.depth))
+        gone = (level.depth == 0) & np.isin(level.slots, replaced)
+        dropped.append(take(level, gone))
+        level, at = claim(nat, found, take(level, ~gone), damage)
         below = []
         for low in range(0, len(at), BATCH // BLOCK):
             part = slice(low, low + BATCH // BLOCK)
             data = volume.reader.read_blocks(nat.block[at[part]] * BLOCK, BLOCK)
             good = _sound(data, nat, at[part], damage)
-            below.append(
-                _level(volume, found, take(take(level, part), good), data[good], nat.block[at[part]][good] * BLOCK, damage)
-            )
+            below.append(add_level(volume, found, take(take(level, part), good), data[good], nat.block[at[part]][good], damage))
         level = stack(Pointers, below)
-    return stack(Trees, trees)
+    return stack(Pointers, dropped)
 
 
-def claim(nat: Nat, inodes: Inodes, level: Pointers, taken: np.ndarray, damage: Damage) -> tuple[Pointers, Int]:
+def add_attributes(nat: Nat, found: Found, damage: Damage) -> None:
+    """The attribute nodes that inodes refer to are added to `found`."""
+    owner = np.flatnonzero(found.inodes.xattr_nid)
+    none = np.zeros(len(owner), np.int64)
+    wanted, at = claim(nat, found, Pointers(owner, found.inodes.xattr_nid[owner], none, none), damage)
+    found.attributes.append(Trees(wanted.owner, nat.block[at], np.zeros(len(at), np.int64)))
+
+
+def claim(nat: Nat, found: Found, level: Pointers, damage: Damage) -> tuple[Pointers, Int]:
     """The pointers to nodes that belong to the inode and that no other pointer had before, in the order of their blocks, with rows of the NAT."""
-    at = nat.find(level.nid)
+    at, inodes, taken = nat.find(level.nid), found.inodes, found.taken
     place = inodes.block[level.owner] * BLOCK
     good = (at >= 0) & (np.append(nat.ino, -1)[at] == inodes.number[level.owner]) & ~taken[at]
     first = np.zeros(len(at), bool)
@@ -339,15 +359,16 @@ def claim(nat: Nat, inodes: Inodes, level: Pointers, taken: np.ndarray, damage: 
     return take(level, keep), at[keep]
 
 
-def _level(volume: Volume, found: Found, level: Pointers, data: Bytes, place: Int, damage: Damage) -> Pointers:
-    """Runs of direct nodes go to `found`; returns what indirect nodes refer to."""
+def add_level(volume: Volume, found: Found, level: Pointers, data: Bytes, block: Int, damage: Damage) -> Pointers:
+    """The nodes in these blocks, and the runs of direct ones, are added to `found`; returns what indirect nodes refer to."""
+    found.trees.append(Trees(level.owner, block, level.depth))
     table = records(data, NODE_BLOCK)["addr"]
     per_node = found.inodes.addresses_per_node[level.owner]
     direct, above = np.flatnonzero(level.depth == 0), np.flatnonzero(level.depth)
     for rows in np.array_split(direct, -(-len(direct) // AT_ONCE)) if len(direct) else []:
         none = np.zeros(len(rows), np.int64)
         owners = take(found.inodes, level.owner[rows])
-        runs, promised = _runs(volume, table[rows], owners, none, per_node[rows], place[rows], damage)
+        runs, promised = _runs(volume, table[rows], owners, none, per_node[rows], block[rows] * BLOCK, damage)
         found.runs.append(
             Runs(level.owner[rows[runs.owner]], level.first[rows[runs.owner]] + runs.logical, runs.start, runs.count, runs.span)
         )

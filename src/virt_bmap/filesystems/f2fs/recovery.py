@@ -1,80 +1,155 @@
 """Nodes that were written out by fsync after the checkpoint: the next mount rolls forward over them.
 
 They form a chain that begins where the checkpoint's log of warm nodes ends; each names the block of the next one, and bears the checkpoint's version. What
-follows the last one is older, so its version differs.
+follows the last one is older, so its version differs. Of each file only what lies before its last synced node counts.
 
-Sources: Linux fs/f2fs/recovery.c (find_fsync_dnodes), node.h (is_recoverable_dnode, is_fsync_dnode).
+Sources: Linux fs/f2fs/recovery.c (find_fsync_dnodes, recover_data, recover_dentry), node.h (is_recoverable_dnode, is_fsync_dnode, is_dent_dnode, IS_DNODE,
+f2fs_has_xattr_block), node.c (f2fs_start_bidx_of_node); file.c (need_do_checkpoint: what is no plain file with one link gets a checkpoint instead).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from virt_bmap.arrays import Int, ints
-from virt_bmap.filesystems.f2fs.checkpoint import CRC_RECOVERY, NOCRC_RECOVERY, Checkpoint
-from virt_bmap.filesystems.f2fs.ondisk import BLOCK, NODE, SEGMENT, Volume
-from virt_bmap.layout import records
+from virt_bmap.arrays import Bool, Int, in_order, ints
+from virt_bmap.filesystems.columns import stack, take
+from virt_bmap.filesystems.f2fs.checkpoint import CRC_RECOVERY, NOCRC_RECOVERY, Checkpoint, Nat
+from virt_bmap.filesystems.f2fs.ondisk import BLOCK, NIDS_PER_BLOCK, NODE, SEGMENT, Volume
+from virt_bmap.layout import records, widen
 
 WARM_NODE = 1
-FSYNC_MARK = 0x2
+FSYNC_MARK, DENTRY_MARK, OFFSET_SHIFT = 0x2, 0x4, 3
+XATTR_NODE = 0xFFFFFFFF >> OFFSET_SHIFT
+DOUBLY = 2 * NIDS_PER_BLOCK + 5
+"""Number of the doubly indirect node among the nodes of a file; direct ones are 1, 2, and all below indirect ones, counted in file order."""
 MAX_PIECES = 4096
 """Places where the chain leaves the order of blocks, and at most so many segments: each is one wait for the disk."""
 
 
 @dataclass(frozen=True)
-class Chain:
-    """Blocks of the chain in order; `synced` which of them an fsync asked for; `whole` whether its end was seen."""
+class Nodes:
+    """Nodes of the chain, in its order: block, inode that each belongs to, its number among the nodes of the file, and its marks."""
 
     block: Int
-    synced: np.ndarray
+    ino: Int
+    number: Int
+    mark: Int
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What lies behind the checkpoint; `whole` whether the end was seen."""
+
+    nodes: Nodes
     whole: bool
 
 
 def read_chain(volume: Volume, checkpoint: Checkpoint) -> Chain:
-    """The nodes behind the checkpoint."""
-    at = (
-        volume.main
-        + int(checkpoint.record["cur_node_segno"][WARM_NODE]) * SEGMENT
-        + int(checkpoint.record["cur_node_blkoff"][WARM_NODE])
-    )
-    blocks, marks, seen = list[Int](), list[np.ndarray](), set[int]()
+    """The nodes behind the checkpoint, a segment at a time."""
+    head = checkpoint.record
+    at = volume.main + int(head["cur_node_segno"][WARM_NODE]) * SEGMENT + int(head["cur_node_blkoff"][WARM_NODE])
+    parts, seen = list[Nodes](), set[int]()
     segment = -1, np.zeros(0, NODE)
     for _ in range(MAX_PIECES):
         if at in seen or not volume.inside(ints(at))[0]:
-            return _chain(blocks, marks, True)
-        seen.add(at)
+            return Chain(stack(Nodes, parts), True)
         number, place = divmod(at - volume.main, SEGMENT)
         if segment[0] != number:
             start = volume.main + number * SEGMENT
             count = min(SEGMENT, volume.readable - start)
             segment = number, records(volume.reader.read_blocks((start + np.arange(count)) * BLOCK, BLOCK), NODE)
-        rest = segment[1][place:]
-        mine = _bears(checkpoint, rest["cp_ver"])
-        block = at + np.arange(len(rest))
-        goes_on = mine & (rest["next_blkaddr"] == block + 1)
-        count = len(rest) if goes_on.all() else int(np.argmin(goes_on)) + 1
-        count -= not mine[count - 1]
-        if count == 0:
-            return _chain(blocks, marks, True)
-        blocks.append(block[:count])
-        marks.append(rest["flag"][:count] & FSYNC_MARK != 0)
-        if not mine[min(count, len(rest) - 1)] and count < len(rest) and goes_on[count - 1]:
-            return _chain(blocks, marks, True)
-        at = int(rest["next_blkaddr"][count - 1])
-    return _chain(blocks, marks, False)
+        piece = _piece(checkpoint, segment[1][place:], at)
+        if not len(piece) or not seen.isdisjoint(range(at, at + len(piece))):
+            return Chain(stack(Nodes, parts), True)
+        seen.update(range(at, at + len(piece)))
+        flag = widen(piece["flag"], "flag")
+        parts.append(
+            Nodes(at + np.arange(len(piece)), widen(piece["ino"], "ino"), flag >> OFFSET_SHIFT, flag & (FSYNC_MARK | DENTRY_MARK))
+        )
+        at = int(piece["next_blkaddr"][-1])
+    return Chain(stack(Nodes, parts), False)
 
 
-def _chain(blocks: list[Int], marks: list[np.ndarray], whole: bool) -> Chain:
-    return Chain(np.concatenate([ints([]), *blocks]), np.concatenate([np.zeros(0, bool), *marks]), whole)
+def _piece(checkpoint: Checkpoint, rest: np.ndarray, at: int) -> np.ndarray:
+    """The nodes at the beginning of `rest`, blocks from `at` on, that follow each other and bear the checkpoint's version."""
+    mine = _bears(checkpoint, rest["cp_ver"])
+    goes_on = mine & (rest["next_blkaddr"] == at + 1 + np.arange(len(rest)))
+    count = len(rest) if goes_on.all() else int(np.argmin(goes_on)) + 1
+    return rest[: count if mine[count - 1] else count - 1]
 
 
-def _bears(checkpoint: Checkpoint, version: np.ndarray) -> np.ndarray:
-    """Which nodes bear the checkpoint's version."""
+def _bears(checkpoint: Checkpoint, version: np.ndarray) -> Bool:
     mine = checkpoint.version
     if checkpoint.has(NOCRC_RECOVERY):
-        low: np.ndarray = version & np.uint64(0xFFFFFFFF) == np.uint64(mine & 0xFFFFFFFF)
+        low: Bool = version & np.uint64(0xFFFFFFFF) == np.uint64(mine & 0xFFFFFFFF)
         return low
     if checkpoint.has(CRC_RECOVERY):
         mine |= checkpoint.checksum << 32
-    same: np.ndarray = version == np.uint64(mine & 0xFFFFFFFFFFFFFFFF)
+    same: Bool = version == np.uint64(mine & 0xFFFFFFFFFFFFFFFF)
     return same
+
+
+@dataclass(frozen=True)
+class Newer:
+    """What recovery puts in the place of older nodes: of each node of a file the last version.
+
+    `named` are the blocks of new inodes that were synced with their names.
+    """
+
+    inodes: Nodes
+    direct: Nodes
+    attributes: Nodes
+    named: Nodes
+
+    def __bool__(self) -> bool:
+        return bool(len(self.inodes.block) + len(self.direct.block) + len(self.attributes.block))
+
+
+_NONE = stack(Nodes, [])
+NOTHING = Newer(_NONE, _NONE, _NONE, _NONE)
+
+
+def newer(volume: Volume, chain: Chain, nat: Nat, orphans: Int) -> Newer:
+    """The nodes that a mount recovers: those of files that exist, or whose inode was synced with its name, up to the last synced one."""
+    system = [0, volume.number("node_ino"), volume.number("meta_ino")]
+    nodes = take(chain.nodes, ~np.isin(chain.nodes.ino, np.append(orphans, system)))
+    place = np.arange(len(nodes.block))
+    synced, named = nodes.mark & FSYNC_MARK != 0, (nodes.mark & DENTRY_MARK != 0) & (nodes.number == 0)
+    at = nat.find(nodes.ino)
+    known = (at >= 0) & (np.append(nat.nid == nat.ino, False)[at])
+    files, which = np.unique(nodes.ino, return_inverse=True)
+    begin, end = np.full(len(files), len(place)), np.full(len(files), -1)
+    np.minimum.at(begin, which[synced & (known | named)], place[synced & (known | named)])
+    late = synced & (place >= begin[which])
+    np.maximum.at(end, which[late], place[late])
+    good = np.flatnonzero(place <= end[which])
+    key = nodes.ino[good] << 32 - OFFSET_SHIFT | nodes.number[good]
+    some = take(nodes, good[_last_of(key)])
+    direct = _is_direct(some.number)
+    names = np.flatnonzero(late & named & ~known)
+    names = names[_last_of(nodes.ino[names])]
+    return Newer(take(some, some.number == 0), take(some, direct), take(some, some.number == XATTR_NODE), take(nodes, names))
+
+
+def _last_of(key: Int) -> Int:
+    """Where each distinct key is for the last time, in order."""
+    found: Int = in_order(len(key) - 1 - np.unique(key[::-1], return_index=True)[1])
+    return found
+
+
+def _is_direct(number: Int) -> Bool:
+    """Which numbers among a file's nodes are those of direct nodes."""
+    step = NIDS_PER_BLOCK + 1
+    below = (number > 3) & (number < DOUBLY) & ((number - 3) % step != 0)
+    twice = (number > DOUBLY + 1) & (number <= DOUBLY + NIDS_PER_BLOCK * step) & ((number - DOUBLY - 1) % step != 0)
+    found: Bool = (number == 1) | (number == 2) | below | twice
+    return found
+
+
+def first_index(number: Int) -> Int:
+    """How many direct nodes lie before each, by their numbers among the file's nodes."""
+    step = NIDS_PER_BLOCK + 1
+    below = number - 2 - (number - 4) // step
+    twice = number - 5 - (number - (2 * NIDS_PER_BLOCK + 4) - 3) // step
+    found: Int = np.where(number <= 2, number - 1, np.where(number < DOUBLY, below, twice))
+    return found
