@@ -42,22 +42,22 @@ echo '== sums'; find . -type f -exec sha256sum {} +
 echo '== extents'; filefrag -v $(find . -path ./packed -prune -o -type f -size +0 -print)
 """
 PREPARE = "modprobe f2fs; mkdir -p /mnt/d; mount -t f2fs {options} /dev/disk/guestfs/sda /mnt/d\n"
-CRASH = """
+BEFORE_CRASH = """
 cd /mnt/d; mkdir old new; for i in $(seq 1 50); do seq 1 $((i * 50)) > old/f$i; done; seq 1 30000 > old/open; seq 1 100 > gone
-seq 1 200000 > old/big; seq 1 1500000 > old/large; setfattr -n user.small -v s old/f20
-exec 7< old/open; rm old/open; sync -f .
-dd if=/dev/disk/guestfs/sda of=/dev/disk/guestfs/sdb bs=1M iflag=direct oflag=direct 2>/dev/null
-for i in 1 2 3; do seq $i 40000 > new/f$i; sync new/f$i; done; seq 1 5000 >> old/f50; sync old/f50; seq 1 9000 >> old/f50; sync old/f50
-seq 1 3000 >> old/f1; sync old/f1; truncate -s 100 old/big; sync old/big; seq 1 200000 >> old/large; sync old/large
-seq 7 9999 | dd of=old/large bs=4096 seek=1500 conv=notrunc,fsync 2>/dev/null; seq 7 9999 | dd of=new/holes bs=4096 seek=9999 conv=fsync 2>/dev/null
-setfattr -n user.large -v $(printf '%03000d' 5) old/f20; sync old/f20; fallocate -p -o 4096 -l 4096 old/f45; sync old/f45
-rm old/f7; seq 1 77 > old/f7; sync old/f7; mv old/f8 old/moved; echo more >> old/moved; sync old/moved; chmod 600 old/f9; sync old/f9
-echo never > new/never; seq 1 9 >> old/f11; rm gone
-dd if=/dev/disk/guestfs/sda of=/dev/disk/guestfs/sdc bs=1M iflag=direct oflag=direct 2>/dev/null
-exec 7<&-; cd /; umount /mnt/d
-dd if=/dev/disk/guestfs/sdc of=/dev/disk/guestfs/sdd bs=1M iflag=direct oflag=direct 2>/dev/null
-mount -t f2fs /dev/disk/guestfs/sdd /mnt/d; sync -f /mnt/d
+seq 1 200000 > old/big; seq 1 1500000 > old/large; setfattr -n user.small -v s old/f20; exec 7< old/open; rm old/open
 """
+CRASHES = {
+    "none": "true",
+    "new": "for i in 1 2 3; do seq $i 40000 > new/f$i; sync new/f$i; done; echo never > new/never; seq 1 7 > new/tiny; sync new/tiny; rm gone",
+    "grown": "seq 1 5000 >> old/f50; sync old/f50; seq 1 9000 >> old/f50; sync old/f50; seq 1 3000 >> old/f1; sync old/f1; seq 1 9 >> old/f11",
+    "large": "seq 1 200000 >> old/large; sync old/large; seq 7 9999 | dd of=old/large bs=4096 seek=1500 conv=notrunc,fsync 2>/dev/null; "
+             "seq 7 9999 | dd of=new/holes bs=4096 seek=9999 conv=fsync 2>/dev/null",
+    "cut": "truncate -s 100 old/big; sync old/big; fallocate -p -o 4096 -l 4096 old/f45; sync old/f45; truncate -s 0 old/f44; echo x >> old/f44; sync old/f44",
+    "attributes": "setfattr -n user.large -v $(printf '%03000d' 5) old/f20; sync old/f20; chmod 600 old/f9; sync old/f9",
+    "again": "rm old/f7; seq 1 77 > old/f7; sync old/f7",
+    "moved": "mv old/f8 old/moved; echo more >> old/moved; sync old/moved",
+}  # fmt: skip
+"""By name, what happens between a checkpoint and the copy that is taken of the mounted volume."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,32 @@ def aged() -> tuple[Path, Told]:
     return folder / "sda", told((folder / "log").read_text())
 
 
-def crashed() -> tuple[Path, Told]:
-    """The folder with `sdb`, copied right after a checkpoint, `sdc`, copied after fsyncs behind it, both while a deleted file was open, and `sdd`, which is `sdc` recovered."""
-    make = "truncate -s 128M sda; PATH=$PATH:/usr/sbin mkfs.f2fs -q -f -O extra_attr,inode_checksum sda"
-    steps = [("host", make), ("sh", PREPARE.format(options="") + CRASH + TELL + "cd /; umount /mnt/d")]
-    folder = made("f2fs-crashed", {"sda": 0, **dict.fromkeys(("sdb", "sdc", "sdd"), 128 << 20)}, steps)
-    return folder, told((folder / "log").read_text())
+def crashed() -> dict[str, tuple[Path, Path, Told]]:
+    """By the names of CRASHES: a copy, the same one recovered by the kernel, and what that kernel then says. A deleted file was open all the time."""
+    size, copies = 128 << 20, {name: (f"copy{name}", f"back{name}") for name in CRASHES}
+    script = [PREPARE.format(options=""), BEFORE_CRASH]
+    for name, commands in CRASHES.items():
+        script.append(f"cd /mnt/d; sync -f .; {commands}; {_copy('sda', copies[name][0])}")
+    script.append("exec 7<&-; cd /; umount /mnt/d")
+    for name, (copy, back) in copies.items():
+        script += [
+            _copy(copy, back),
+            f"mount -t f2fs /dev/disk/guestfs/{back} /mnt/d; sync -f /mnt/d; echo; echo '== {name}'",
+            TELL,
+            "cd /; umount /mnt/d",
+        ]
+    make = f"truncate -s {size} sda; PATH=$PATH:/usr/sbin mkfs.f2fs -q -f -O extra_attr,inode_checksum sda"
+    disks = {"sda": 0, **{disk: size for pair in copies.values() for disk in pair}}
+    folder = made("f2fs-crashed", disks, [("host", make), ("sh", "\n".join(script))])
+    log = (folder / "log").read_text()
+    parts = [re.split(rf"^\s*== {name}$", log, flags=re.MULTILINE)[1] for name in CRASHES]
+    return {
+        name: (folder / copies[name][0], folder / copies[name][1], told(part)) for name, part in zip(CRASHES, parts, strict=True)
+    }
+
+
+def _copy(disk: str, to: str) -> str:
+    return f"dd if=/dev/disk/guestfs/{disk} of=/dev/disk/guestfs/{to} bs=1M iflag=direct oflag=direct 2>/dev/null"
 
 
 def told(log: str) -> Told:
@@ -99,7 +119,8 @@ def told(log: str) -> Told:
     sums = {line[66:][1:]: line[:64] for line in filter(None, lines[at[1] + 1 : at[2]])}
     extents: dict[str, list[Extent]] = {}
     name = ""
-    for line in lines[at[2] + 1 :]:
+    end = next((i for i in range(at[2] + 1, len(lines)) if lines[i].startswith("== ")), len(lines))
+    for line in lines[at[2] + 1 : end]:
         if found := re.match(r"File size of (\S+) is", line):
             name = found[1][1:]
             extents[name] = []

@@ -75,6 +75,30 @@ def build(source: Path, image: Path, *options: str, size: int = 200 * MIB) -> Pa
     return image
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few files for small volumes."""
+    folder = tmp_path_factory.mktemp("f2fs-small")
+    (folder / "tree/many").mkdir(parents=True)
+    for i in range(300):
+        (folder / f"tree/many/{i}{'n' * (i % 90)}").write_bytes(b"inline" * (i % 7))
+    (folder / "tree/large").write_bytes(bytes(range(256)) * 20_000)
+    (folder / "tree/link").symlink_to("many")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path) -> bytes:
+    """A small volume whose inodes have checksums."""
+    return build(folder / "tree", folder / "small", *LAYOUTS["extra"], size=72 * MIB).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> bytes:
+    """Likewise without any feature."""
+    return build(folder / "tree", folder / "plain", size=72 * MIB).read_bytes()
+
+
 def assert_contents(bmap: BlockMap, image: Path, source: Path) -> None:
     """Names, modes, sizes, times and content as they were put in."""
     found, reader = tree(bmap, 0), RawReader(os.fspath(image))
@@ -149,22 +173,67 @@ def test_parts_are_where_dump_f2fs_says(source: Path, tmp_path: Path) -> None:
                               ("SSA", "ssa_blkaddr", "segment_count_ssa")):  # fmt: skip
         assert (rows[part]["volume_offset"], rows[part]["length"]) == (number[name] * 4096, number[count] * 2 * MIB)
     assert rows["checkpoint pack 1"]["volume_offset"] == number["cp_blkaddr"] * 4096
-    assert sum(row["kind"] == "metadata" and row["part"] == "inode" for row in mapped(image).extents.to_pylist()) == number["valid_inode_count"]
+    assert (
+        sum(row["kind"] == "metadata" and row["part"] == "inode" for row in mapped(image).extents.to_pylist())
+        == number["valid_inode_count"]
+    )
+
+
+# ---- behind the checkpoint ------------------------------------------------------------------------------------------
+
+
+def synced(image: bytes, changes: list[tuple[int, bytes]], node: bytes, version: int | None = None) -> np.ndarray:
+    """The volume with one more node behind the checkpoint, as fsync writes it; `changes` are made in the node."""
+    data = np.frombuffer(image, np.uint8).copy()
+    super_ = np.frombuffer(image, ondisk.SUPERBLOCK, 1, 1024)[0]
+    packs = [np.frombuffer(image, ondisk.CHECKPOINT, 1, (int(super_["cp_blkaddr"]) + at) * 4096)[0] for at in (0, 512)]
+    pack = max(packs, key=lambda pack: int(pack["checkpoint_ver"]))
+    at = int(super_["main_blkaddr"]) + int(pack["cur_node_segno"][1]) * 512 + int(pack["cur_node_blkoff"][1])
+    block = np.frombuffer(node, np.uint8).copy()
+    flag = int.from_bytes(node[4080:4084], "little") | 0x6
+    footer = struct.pack("<IQI", flag, int(pack["checkpoint_ver"]) if version is None else version, at + 1)
+    for offset, value in (*changes, (4080, footer)):
+        block[offset : offset + len(value)] = np.frombuffer(value, np.uint8)
+    data[at * 4096 : at * 4096 + 4096] = block
+    return data
+
+
+def test_a_synced_inode_takes_the_place_of_the_older_one(plain: bytes) -> None:
+    before = survey([BytesReader(np.frombuffer(plain, np.uint8))])
+    inode = tree(before, 0)["/many/7nnnnnnn"]
+    old = next(row for row in before.inodes.to_pylist() if row["inode"] == inode)
+    node = plain[old["record_offset"] :][:4096]
+    bmap = survey([BytesReader(synced(plain, [(16, struct.pack("<Q", 33))], node))])
+    assert_proven(bmap)
+    assert bmap.filesystems.column("state").to_pylist() == ["needs recovery"]
+    assert tree(bmap, 0) == tree(before, 0)
+    new = next(row for row in bmap.inodes.to_pylist() if row["inode"] == inode)
+    assert new["size"] == 33
+    assert new["record_offset"] != old["record_offset"]
+    free = [row for row in bmap.extents.to_pylist() if row["kind"] == "free"]
+    assert any(row["volume_offset"] <= old["record_offset"] < row["volume_offset"] + row["length"] for row in free)
+    # of an older checkpoint, and of no file: no mount would read these
+    for data in (synced(plain, [], node, version=5), synced(plain, [(4076, struct.pack("<I", 60_000))], node)):
+        same = survey([BytesReader(data)])
+        assert same.inodes.equals(before.inodes)
+        assert same.extents.equals(before.extents)
+
+
+def test_a_synced_new_file_has_the_name_that_it_bears(plain: bytes) -> None:
+    before = survey([BytesReader(np.frombuffer(plain, np.uint8))])
+    found, root = tree(before, 0), before.filesystems.column("root")[0].as_py()
+    old = next(row for row in before.inodes.to_pylist() if row["inode"] == found["/many/7nnnnnnn"])
+    ids = struct.pack("<II", 50_000, 50_000)
+    for parent, name, expected in ((root, b"born", "/born"), (found["/many"], b"3nnn", "/many/3nnn")):
+        changes = [(84, struct.pack("<II", parent, len(name)) + name), (4072, ids)]
+        bmap = survey([BytesReader(synced(plain, changes, plain[old["record_offset"] :][:4096]))])
+        assert_proven(bmap)
+        assert tree(bmap, 0) == found | {expected: 50_000}
+        deleted = [row["inode"] for row in bmap.inodes.to_pylist() if row["flags"] & tables.I_DELETED]
+        assert deleted == ([found[expected]] if expected in found else [])
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A small volume, as bytes."""
-    folder = tmp_path_factory.mktemp("f2fs-small")
-    (folder / "tree/many").mkdir(parents=True)
-    for i in range(300):
-        (folder / f"tree/many/{i}{'n' * (i % 90)}").write_bytes(b"inline" * (i % 7))
-    (folder / "tree/large").write_bytes(bytes(range(256)) * 20_000)
-    (folder / "tree/link").symlink_to("many")
-    return build(folder / "tree", folder / "image", *LAYOUTS["extra"], size=72 * MIB).read_bytes()
 
 
 def changed(image: bytes, offset: int, data: bytes) -> BlockMap:
@@ -209,7 +278,9 @@ def test_what_is_not_read_is_refused_by_name(small: bytes) -> None:
         for start in ondisk.SUPERBLOCKS:
             data[start + at : start + at + 4] = np.frombuffer(struct.pack("<I", value), np.uint8)
             if at != 2180:
-                data[start + 3068 : start + 3072] = np.frombuffer(struct.pack("<I", ondisk.crc(data[start : start + 3068].tobytes())), np.uint8)
+                data[start + 3068 : start + 3072] = np.frombuffer(
+                    struct.pack("<I", ondisk.crc(data[start : start + 3068].tobytes())), np.uint8
+                )
             else:
                 data[start + 2180 : start + 2184] = np.frombuffer(struct.pack("<I", 0x8000), np.uint8)
         assert words in survey([BytesReader(data)]).problems.column("detail")[0].as_py()
@@ -231,7 +302,11 @@ def test_damage(small: bytes) -> None:
     bmap = survey([BytesReader(np.frombuffer(small, np.uint8))])
     where = {"superblock", "checkpoint pack 1", "checkpoint pack 2", "SIT", "NAT", "inode", "direct node"}
     rows = [row for row in bmap.extents.to_pylist() if row["part"] in where or row["kind"] == "directory"]
-    ranges = [(row["volume_offset"], row["volume_offset"] + min(row["length"], 16384)) for row in rows if not row["flags"] & tables.INLINE]
+    ranges = [
+        (row["volume_offset"], row["volume_offset"] + min(row["length"], 16384))
+        for row in rows
+        if not row["flags"] & tables.INLINE
+    ]
     for data in mutations(small, 40, 53, ranges):
         survives(data)
 
@@ -243,10 +318,16 @@ def test_damage_behind_right_checksums(small: bytes) -> None:
     cp = int(super_["cp_blkaddr"]) * 4096
     for _ in range(40):
         data = np.frombuffer(small, np.uint8).copy()
-        base, limit, end = [(1024, 124, 3068), (4096 + 1024, 124, 3068), (cp, 192, 4092), (cp + 2 * MIB, 192, 4092)][int(random_.integers(4))]
+        base, limit, end = [(1024, 124, 3068), (4096 + 1024, 124, 3068), (cp, 192, 4092), (cp + 2 * MIB, 192, 4092)][
+            int(random_.integers(4))
+        ]
         for _ in range(int(random_.integers(1, 4))):
             at = base + int(random_.integers(8, limit)) & ~3
-            word = int(random_.choice([0, 1, 2, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFFF, 512, int(random_.integers(2**32)), int(random_.integers(9999))]))
+            word = int(
+                random_.choice(
+                    [0, 1, 2, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFFF, 512, int(random_.integers(2**32)), int(random_.integers(9999))]
+                )
+            )
             data[at : at + 4] = np.frombuffer(struct.pack("<I", word), np.uint8)
         value = ondisk.crc(data[base : base + end].tobytes())
         data[base + end : base + end + 4] = np.frombuffer(struct.pack("<I", value), np.uint8)
@@ -323,13 +404,25 @@ def unpacked(bmap: BlockMap, image: Path, inode: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_copies_taken_while_mounted() -> None:
-    at_checkpoint, behind = f2fs_images.crashed()
-    bmap = mapped(at_checkpoint)
-    assert_proven(bmap)
-    assert bmap.filesystems.column("state").to_pylist() == ["frozen"]
-    deleted = [row for row in bmap.inodes.to_pylist() if row["flags"] & tables.I_DELETED]
-    assert [(row["nlink"], row["size"]) for row in deleted] == [(0, 168894)]
-    later = mapped(behind)
-    assert later.filesystems.column("state").to_pylist() == ["needs recovery"]
-    assert "roll-forward" in codes(later)
+def test_copies_of_a_mounted_volume_are_mapped_as_the_kernel_recovers_them() -> None:
+    states = {}
+    for name, (copy, back, told) in f2fs_images.crashed().items():
+        bmap, recovered, reader = mapped(copy), mapped(back), RawReader(os.fspath(copy))
+        assert_proven(bmap)
+        assert_proven(recovered)
+        states[name] = bmap.filesystems.column("state")[0].as_py()
+        found, rows = tree(bmap, 0), {row["inode"]: row for row in bmap.inodes.to_pylist()}
+        assert found == tree(recovered, 0)
+        assert set(found) == set(told.stat)
+        for path, (inode, mode, nlink, size, uid, gid, mtime) in told.stat.items():
+            row = rows[inode]
+            assert (row["mode"], row["nlink"], row["size"], row["uid"], row["gid"]) == (mode, nlink, size, uid, gid), (name, path)
+            assert row["type"] == "directory" or row["mtime_ns"] // 10**9 == mtime, (name, path)
+        for path, said in told.extents.items():
+            assert file_extents(bmap, 0, found[path]) == said, (name, path)
+        for path, digest in told.sums.items():
+            assert hashlib.sha256(content(bmap, [reader], 0, found[path])).hexdigest() == digest, (name, path)
+        deleted = [row["size"] for row in rows.values() if row["flags"] & tables.I_DELETED]
+        assert sorted(deleted) == ([len("".join(f"{i}\n" for i in range(1, 351))), 168894] if name == "again" else [168894])
+        reader.close()
+    assert states == {name: "frozen" if name in ("none", "moved") else "needs recovery" for name in f2fs_images.CRASHES}
