@@ -11,7 +11,7 @@ Sources: ECMA-167 (3rd edition); OSTA UDF 1.02 to 2.60; Linux fs/udf (v6.12); ea
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, bit_runs, complement, expand, ints, subtract, union
 from virt_bmap.contract import Filesystem, Problem
 from virt_bmap.errors import FormatError
+from virt_bmap.filesystems.columns import stack, take
 from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.filesystems.sharing import cut_shared, overlap
 from virt_bmap.filesystems.udf import directories, entries, volume
@@ -135,17 +136,18 @@ def _walk(
             break
     else:
         problems.append(Problem("too-deep", f"directories lie more than {MAX_LEVELS} levels deep: not read"))
-    columns = {field.name: np.concatenate([getattr(part, field.name) for part in found]) for field in fields(Entries)}
-    bases = np.cumsum([0] + [len(part.inode) for part in found])[:-1].tolist()
+    reached = stack(Entries, found)
+    before = np.cumsum([0] + [len(part.inode) for part in found]).tolist()
+    extents = [replace(part, owner=part.owner + base) for part, base in zip(extents, before, strict=False)]
     parents, targets = (np.concatenate([EMPTY, *column]) for column in ([one[0] for one in listed], [one[1] for one in listed]))
     name = Ragged.concat([one[2] for one in listed])
-    exist = np.isin(targets, columns["inode"])
+    exist = np.isin(targets, reached.inode)
     if not exist.all():
         problems.append(Problem("dangling", f"{int((~exist).sum())} names lead to no file entry"))
     table = tables.make(
         "names", volume=0, parent=parents[exist], inode=targets[exist], name=name.take(np.flatnonzero(exist)).arrow()
     )
-    return Entries(**columns), entries.joined(extents, bases), table, beside
+    return reached, stack(Extents, extents), table, beside
 
 
 def _add_beside(
@@ -165,7 +167,7 @@ def _add_beside(
             owner = inode[np.searchsorted(place, batch.entries.inode)]
             rows.add(tables.METADATA, batch.entries.inode, disk.block_size, part="file entry of a stream", inode=owner)
             rows.add(tables.TREE, batch.continued[0], disk.block_size, part="allocation extent")
-            out = batch.extents.take(np.flatnonzero(batch.extents.embedded == 0))
+            out = take(batch.extents, np.flatnonzero(batch.extents.embedded == 0))
             rows.add(tables.METADATA, out.start, out.length, part="stream", inode=owner[out.owner])
         names, budget = _names(
             reader, disk, [(batch.entries, batch.extents) for batch in level], budget, problems, entries.STREAMS
@@ -184,7 +186,7 @@ def _names(
     """The names in the directories of a level, and how many bytes of directories may still be read: hostile ones share theirs without end."""
     parts = [directories.Names(EMPTY, EMPTY, EMPTY, Ragged(np.zeros(0, np.uint8), np.zeros(0, np.uint16)))]
     for one, extents in level:
-        mine = extents.take(np.flatnonzero((one.file_type[extents.owner] == kind) & (extents.unwritten == 0)))
+        mine = take(extents, np.flatnonzero((one.file_type[extents.owner] == kind) & (extents.unwritten == 0)))
         length = np.clip(one.size[mine.owner] - mine.file_offset, 0, mine.length)
         length[length > np.clip(reader.size - mine.start, 0, None)] = 0
         affordable = np.cumsum(length) <= budget
@@ -238,7 +240,7 @@ def _add_content(rows: tables.ExtentRows, found: Entries, extents: Extents, bloc
     kind = np.array([tables.DATA, tables.DIRECTORY, tables.SYMLINK])[
         (found.file_type == entries.DIRECTORY) + 2 * (found.file_type == entries.SYMLINK)
     ]
-    inside = extents.take(np.flatnonzero(extents.embedded))
+    inside = take(extents, np.flatnonzero(extents.embedded))
     rows.add(
         kind[inside.owner],
         inside.start,
@@ -247,7 +249,7 @@ def _add_content(rows: tables.ExtentRows, found: Entries, extents: Extents, bloc
         file_offset=inside.file_offset,
         flags=tables.INLINE,
     )
-    out = extents.take(np.flatnonzero(extents.embedded == 0))
+    out = take(extents, np.flatnonzero(extents.embedded == 0))
     cut = cut_shared(out.start, out.start + out.length)
     owner, size = out.owner[cut.row], cut.end - cut.start
     unwritten = out.unwritten[cut.row] > 0
@@ -277,7 +279,7 @@ def _open_metadata(reader: Reader, disk: Volume, rows: tables.ExtentRows, proble
             if block == volume.NONE:
                 continue
             for found in entries.read_entries(reader, disk, ints(reference), ints(block), problems):
-                out = found.extents.take(np.flatnonzero(found.extents.embedded == 0))
+                out = take(found.extents, np.flatnonzero(found.extents.embedded == 0))
                 rows.add(tables.METADATA, found.entries.inode, disk.block_size, part=f"file entry of the {part_name}")
                 rows.add(tables.METADATA, found.continued[0], disk.block_size, part=f"{part_name}, allocation extent")
                 if part_name == "metadata bitmap file":

@@ -4,13 +4,14 @@ Sources: ECMA-167 4/14.6 (ICB tags), 4/14.9 and 4/14.17 (file entries, extended 
 1/7.3 (timestamps); OSTA UDF 2.60, 2.3.6; Linux fs/udf/inode.c (v6.12).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from virt_bmap.arrays import EMPTY, Bytes, Int, expand, ints
 from virt_bmap.contract import Problem
+from virt_bmap.filesystems.columns import stack
 from virt_bmap.filesystems.udf.volume import ALLOCATION, Volume
 from virt_bmap.layout import records, struct
 from virt_bmap.reader import Reader
@@ -68,10 +69,6 @@ class Extents:
     length: Int
     unwritten: Int
     embedded: Int
-
-    def take(self, rows: np.ndarray) -> "Extents":
-        """Some of them."""
-        return Extents(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass
@@ -157,7 +154,7 @@ def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, problems:
     inside = Extents(
         embedded, embedded * 0, place[embedded] + (head + attributes)[embedded], length[embedded], embedded * 0, embedded * 0 + 1
     )
-    return Found(entries, joined([extents, inside]), continued, (beside[0], beside[1], beside[2]))
+    return Found(entries, stack(Extents, [extents, inside]), continued, (beside[0], beside[1], beside[2]))
 
 
 def _identity(values: np.ndarray) -> Int:
@@ -337,14 +334,6 @@ def pieces(volume: Volume, partition: Int, block: Int, length: Int) -> tuple[Int
 def whole(length: Int, size: int) -> Int:
     """Lengths rounded up to blocks."""
     return -(-length // size) * size
-
-
-def joined(parts: Sequence[Extents], bases: Sequence[int] | None = None) -> Extents:
-    """One after the other; `bases` is added to the owners of each."""
-    columns = {field.name: np.concatenate([EMPTY, *(getattr(part, field.name) for part in parts)]) for field in fields(Extents)}
-    if bases is not None:
-        columns["owner"] = columns["owner"] + np.repeat(np.array(bases, np.int64), [len(part.owner) for part in parts])
-    return Extents(**columns)
 
 
 def _complain(problems: list[Problem], code: str, words: str, rows: np.ndarray, places: Int, severity: str = "error") -> None:
