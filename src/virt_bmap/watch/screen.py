@@ -33,7 +33,7 @@ from virt_bmap.watch.session import Outcome, Runner, started, step_aside
 
 LOOK = 0.25
 """Seconds between two looks."""
-SHARE = 0.05
+SHARE = 0.03
 """Of a processor, that the screen may take: where drawing is dear, looks are fewer, but still one in LONGEST seconds."""
 LONGEST = 1.0
 LONG_AGO = (float("-inf"), 0.0)

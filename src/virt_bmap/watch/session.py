@@ -28,8 +28,8 @@ from virt_bmap.watch.sinks import Sink, Sinks
 
 TICK = 0.05
 """Seconds between two looks at the log, at least."""
-LONGEST_TICK = 0.2
-SHARE = 0.05
+LONGEST_TICK = 0.3
+SHARE = 0.03
 """Of a processor, that naming may take before its looks become fewer, up to LONGEST_TICK: large batches cost half of what small ones do."""
 PAUSE = 0.5
 """Seconds without any access after which the line that is still open is written."""
