@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Bytes, Int, runs, union
+from virt_bmap.arrays import EMPTY, Bytes, Int, complement, union
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs.ondisk import (
@@ -41,6 +41,8 @@ SUM_JOURNAL, SUM_JOURNAL_SIZE = 3584, 507
 """A journal in a summary block lies behind 512 entries of 7 bytes, and has 507 bytes; two of them begin a compact summary."""
 HOT_DATA, COLD_DATA = 0, 2
 CURSEG_DATA, CURSEG_ALL = 3, 6
+COUNT = 0x3FF
+"""The bits of vblocks that count; above them is the type of the segment's log."""
 BATCH = 32 << 20
 """Bytes of tables or nodes read at a time."""
 
@@ -231,8 +233,9 @@ def _blocks(volume: Volume, place: Int) -> Iterator[tuple[int, Bytes]]:
 
 @dataclass(frozen=True)
 class Sit:
-    """Which blocks of the main area are valid: a bitmap of 64 bytes for each segment, most significant bit first."""
+    """Which blocks of the main area are valid: the segments that have any, sorted, and their bitmaps of 64 bytes, most significant bit first."""
 
+    segment: Int
     valid: Bytes
 
     @property
@@ -242,12 +245,17 @@ class Sit:
 
     def free(self, volume: Volume) -> tuple[Int, Int]:
         """(starts, ends) in blocks of what nobody needs."""
-        step = BATCH // 8
-        flat = self.valid.reshape(-1)
-        found = [runs(np.unpackbits(flat[low : low + step]) == 0) for low in range(0, len(flat), step)]
-        starts, ends = (np.concatenate([EMPTY, *(part[i] + at * step * 8 for at, part in enumerate(found))]) for i in range(2))
-        starts, ends = union(starts, ends)
-        return starts + volume.main, ends + volume.main
+        empty = complement(self.segment, self.segment + 1, 0, volume.main_segments)
+        starts, ends = [empty[0] * SEGMENT], [empty[1] * SEGMENT]
+        step = BATCH // SEGMENT
+        for low in range(0, len(self.segment), step):
+            unused = np.unpackbits(self.valid[low : low + step], axis=1) == 0
+            around = np.pad(unused, ((0, 0), (1, 1)))
+            for found, neighbour, shift in ((starts, around[:, :-2], 0), (ends, around[:, 2:], 1)):
+                row, column = np.nonzero(unused & ~neighbour)
+                found.append(self.segment[low + row] * SEGMENT + column + shift)
+        first, behind = union(np.concatenate(starts), np.concatenate(ends))
+        return first + volume.main, behind + volume.main
 
 
 def read_sit(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage: Damage) -> Sit:
@@ -255,17 +263,19 @@ def read_sit(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage
     count = -(-volume.main_segments // SIT_PER_BLOCK)
     chosen = np.unpackbits(checkpoint.sit_bitmap, count=count).astype(np.int64)
     place = volume.sit + np.arange(count) + chosen * (volume.number("segment_count_sit") // 2 * SEGMENT)
-    valid, claimed = np.zeros((count * SIT_PER_BLOCK, 64), np.uint8), np.zeros(count * SIT_PER_BLOCK, np.int64)
+    newer = widen(journal["segno"], "segno")
+    where = np.full(len(newer), checkpoint.start * BLOCK)
+    damage.check(newer < volume.main_segments, "journal", "entries of the SIT's journal are for segments that don't exist", where)
+    parts = [(newer, journal["valid_map"], journal["vblocks"])]
     for low, data in _blocks(volume, place):
         entries = np.ascontiguousarray(data[:, : SIT_PER_BLOCK * SIT_ENTRY.itemsize]).reshape(-1).view(SIT_ENTRY)
-        at = slice(low * SIT_PER_BLOCK, low * SIT_PER_BLOCK + len(entries))
-        valid[at], claimed[at] = entries["valid_map"], entries["vblocks"] & 1023
-    valid, claimed = valid[: volume.main_segments], claimed[: volume.main_segments]
-    segment = widen(journal["segno"], "segno")
-    good = damage.check(segment < volume.main_segments, "journal", "entries of the SIT's journal are for segments that don't exist",
-                        np.full(len(segment), checkpoint.start * BLOCK))  # fmt: skip
-    valid[segment[good]], claimed[segment[good]] = journal["valid_map"][good], journal["vblocks"][good] & 1023
-    have = np.bitwise_count(valid).sum(axis=1, dtype=np.int64)
-    damage.check(have == claimed, "sit-count", "segments have another number of valid blocks than their SIT entry says",
-                 (volume.main + np.arange(volume.main_segments) * SEGMENT) * BLOCK)  # fmt: skip
-    return Sit(valid)
+        number = low * SIT_PER_BLOCK + np.arange(len(entries))
+        used = np.flatnonzero(((entries["vblocks"] & COUNT != 0) | entries["valid_map"].any(axis=1)) & ~np.isin(number, newer))
+        parts.append((number[used], entries["valid_map"][used], entries["vblocks"][used]))
+    segment, valid, claimed = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    order = np.argsort(segment, kind="stable")
+    order = order[(segment[order] < volume.main_segments) & np.append(np.diff(segment[order]) != 0, True)[: len(order)]]
+    segment, valid, claimed = segment[order], valid[order], claimed[order] & COUNT
+    damage.check(np.bitwise_count(valid).sum(axis=1) == claimed, "sit-count",
+                 "segments have another number of valid blocks than their SIT entry says", (volume.main + segment * SEGMENT) * BLOCK)  # fmt: skip
+    return Sit(segment, valid)
