@@ -40,7 +40,8 @@ FEATURES = (
 )  # fmt: skip
 REFUSED = ("several devices", "blocks of another size than 4 KiB")
 ORACLES = (
-    "dump.f2fs", "fsck.f2fs", "kernel FIEMAP in libguestfs's appliance", "content that sload.f2fs and the kernel put in, read back by the map",
+    "dump.f2fs: the NAT, and the summary area for the owner of each block", "fsck.f2fs", "kernel FIEMAP in libguestfs's appliance",
+    "content that sload.f2fs and the kernel put in, read back by the map", "the kernel's recovery of copies taken while mounted",
     "the SIT: every block owned or free, none both",
 )  # fmt: skip
 

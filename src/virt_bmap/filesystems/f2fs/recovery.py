@@ -22,8 +22,8 @@ FSYNC_MARK, DENTRY_MARK, OFFSET_SHIFT = 0x2, 0x4, 3
 XATTR_NODE = 0xFFFFFFFF >> OFFSET_SHIFT
 DOUBLY = 2 * NIDS_PER_BLOCK + 5
 """Number of the doubly indirect node among the nodes of a file; direct ones are 1, 2, and all below indirect ones, counted in file order."""
-MAX_PIECES = 4096
-"""Places where the chain leaves the order of blocks, and at most so many segments: each is one wait for the disk."""
+MAX_READS = 1024
+"""Segments of 2 MiB that are read to follow the chain: more than is written between two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,27 @@ def read_chain(volume: Volume, checkpoint: Checkpoint) -> Chain:
     """The nodes behind the checkpoint, a segment at a time."""
     head = checkpoint.record
     at = volume.main + int(head["cur_node_segno"][WARM_NODE]) * SEGMENT + int(head["cur_node_blkoff"][WARM_NODE])
-    parts, seen = list[Nodes](), set[int]()
+    parts, seen = list[Nodes](), dict[int, Bool]()
     segment = -1, np.zeros(0, NODE)
-    for _ in range(MAX_PIECES):
-        if at in seen or not volume.inside(ints(at))[0]:
-            return Chain(stack(Nodes, parts), True)
+    reads = 0
+    while volume.inside(ints(at))[0]:
         number, place = divmod(at - volume.main, SEGMENT)
         if segment[0] != number:
+            if (reads := reads + 1) > MAX_READS:
+                return Chain(stack(Nodes, parts), False)
             start = volume.main + number * SEGMENT
             count = min(SEGMENT, volume.readable - start)
             segment = number, records(volume.reader.read_blocks((start + np.arange(count)) * BLOCK, BLOCK), NODE)
         piece = _piece(checkpoint, segment[1][place:], at)
-        if not len(piece) or not seen.isdisjoint(range(at, at + len(piece))):
-            return Chain(stack(Nodes, parts), True)
-        seen.update(range(at, at + len(piece)))
+        mine = seen.setdefault(number, np.zeros(SEGMENT, bool))[place : place + len(piece)]
+        if not len(piece) or mine.any():
+            break
+        mine[:] = True
         flag = widen(piece["flag"], "flag")
-        parts.append(
-            Nodes(at + np.arange(len(piece)), widen(piece["ino"], "ino"), flag >> OFFSET_SHIFT, flag & (FSYNC_MARK | DENTRY_MARK))
-        )
+        mark = flag & (FSYNC_MARK | DENTRY_MARK)
+        parts.append(Nodes(at + np.arange(len(piece)), widen(piece["ino"], "ino"), flag >> OFFSET_SHIFT, mark))
         at = int(piece["next_blkaddr"][-1])
-    return Chain(stack(Nodes, parts), False)
+    return Chain(stack(Nodes, parts), True)
 
 
 def _piece(checkpoint: Checkpoint, rest: np.ndarray, at: int) -> np.ndarray:
