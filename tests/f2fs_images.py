@@ -54,7 +54,7 @@ CRASHES = {
              "seq 7 9999 | dd of=new/holes bs=4096 seek=9999 conv=fsync 2>/dev/null",
     "cut": "truncate -s 100 old/big; sync old/big; fallocate -p -o 4096 -l 4096 old/f45; sync old/f45; truncate -s 0 old/f44; echo x >> old/f44; sync old/f44",
     "attributes": "setfattr -n user.large -v $(printf '%03000d' 5) old/f20; sync old/f20; chmod 600 old/f9; sync old/f9",
-    "again": "rm old/f7; seq 1 77 > old/f7; sync old/f7",
+    "again": "for i in 77 66; do rm old/f7; seq 1 $i > old/f7; sync old/f7; done",
     "moved": "mv old/f8 old/moved; echo more >> old/moved; sync old/moved",
 }  # fmt: skip
 """By name, what happens between a checkpoint and the copy that is taken of the mounted volume."""

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Bytes, Int, union
+from virt_bmap.arrays import EMPTY, Bytes, Int, union
 from virt_bmap.filesystems.columns import stack, take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs import nodes, recovery
@@ -55,9 +55,8 @@ def read(volume: Volume, nat: Nat, newer: Newer, inline_names: Callable[[Inodes,
     dropped = nodes.follow(volume, merged, found, damage, direct.slots)
     for low in range(0, len(block), BATCH // BLOCK):
         part = slice(low, low + BATCH // BLOCK)
-        nodes.add_level(
-            volume, found, take(direct, part), volume.reader.read_blocks(block[part] * BLOCK, BLOCK), block[part], damage
-        )
+        data = volume.reader.read_blocks(block[part] * BLOCK, BLOCK)
+        nodes.add_level(volume, found, take(direct, part), data, block[part], damage)
     nodes.add_attributes(merged, found, damage)
     gone = Found(found.inodes, dropped, np.zeros(len(nat.nid) + 1, bool))
     former.taken = gone.taken
@@ -105,7 +104,7 @@ def _blocks(old: list[Found], more: Int) -> tuple[Int, Int]:
 
 
 def add_names(volume: Volume, newer: Newer, inodes: Inodes, names: pa.Table) -> tuple[pa.Table, Int]:
-    """The table `names` with those that new inodes bear; an older file of that name loses it. Also returned: inodes, once for each name that they lost."""
+    """The table `names` with those that new inodes bear; a file that had the name before loses it. Also returned: inodes, once for each name that they lost."""
     import pyarrow.compute as pc  # takes longer to import than most maps take, and is needed only here
 
     raw = records(volume.reader.read_blocks(newer.named.block * BLOCK, BLOCK), NODE)
@@ -123,14 +122,15 @@ def add_names(volume: Volume, newer: Newer, inodes: Inodes, names: pa.Table) -> 
     name = Ragged(pieces(text, np.arange(len(rows), dtype=np.int64) * NAME_LEN, lengths), lengths).arrow()
     new = tables.make("names", volume=0, parent=parent[rows], inode=ino[rows], name=name)
 
-    def keys(table: pa.Table) -> pa.ChunkedArray:
+    def keys(table: pa.Table) -> pa.Array:
         where = table.column("parent").cast(pa.string()).cast(pa.binary())
-        return pc.binary_join_element_wise(where, table.column("name"), pa.scalar(b"/", pa.binary()))
+        return pc.binary_join_element_wise(where, table.column("name"), pa.scalar(b"/", pa.binary())).combine_chunks()
 
-    there = (
-        pc.is_in(keys(names), value_set=keys(new).combine_chunks())
-        if len(rows) and names.num_rows
-        else pa.array(np.zeros(names.num_rows, bool))
-    )
-    lost = names.filter(there)
-    return tables.concat("names", [names.filter(pc.invert(there)), new]), tables.integers(lost, "inode")
+    if not len(rows):
+        return names, EMPTY
+    taken = keys(new)
+    last = recovery.last_of(taken.dictionary_encode().indices.to_numpy())
+    late = np.isin(np.arange(len(rows)), last)
+    there = pc.is_in(keys(names), value_set=taken)
+    lost = np.append(tables.integers(names.filter(there), "inode"), ino[rows[~late]])
+    return tables.concat("names", [names.filter(pc.invert(there)), new.filter(pa.array(late))]), lost

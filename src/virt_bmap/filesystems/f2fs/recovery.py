@@ -125,14 +125,14 @@ def newer(volume: Volume, chain: Chain, nat: Nat, orphans: Int) -> Newer:
     np.maximum.at(end, which[late], place[late])
     good = np.flatnonzero(place <= end[which])
     key = nodes.ino[good] << 32 - OFFSET_SHIFT | nodes.number[good]
-    some = take(nodes, good[_last_of(key)])
+    some = take(nodes, good[last_of(key)])
     direct = _is_direct(some.number)
     names = np.flatnonzero(late & named & ~known)
-    names = names[_last_of(nodes.ino[names])]
+    names = names[last_of(nodes.ino[names])]
     return Newer(take(some, some.number == 0), take(some, direct), take(some, some.number == XATTR_NODE), take(nodes, names))
 
 
-def _last_of(key: Int) -> Int:
+def last_of(key: Int) -> Int:
     """Where each distinct key is for the last time, in order."""
     found: Int = in_order(len(key) - 1 - np.unique(key[::-1], return_index=True)[1])
     return found
