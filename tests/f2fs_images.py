@@ -19,7 +19,7 @@ for i in $(seq 1 3 300); do rm plain/f$i; done
 for i in $(seq 1 25); do for f in a b c; do seq $i $((i + 2500)) >> frag/$f; sync frag/$f; done; done
 for i in $(seq 1 40); do seq $i $((i + 900)) | dd of=frag/holes bs=4096 seek=$((i * 30)) conv=notrunc 2>/dev/null; done
 fallocate -l 3000000 frag/promised; fallocate -p -o 40960 -l 81920 frag/a
-seq 1 2000 | dd of=frag/far bs=4096 seek=2000000 2>/dev/null; seq 1 2000 | dd of=frag/far bs=4096 seek=900000 conv=notrunc 2>/dev/null
+seq 1 2000 | dd of=frag/far bs=4096 seek=2200000 2>/dev/null; seq 1 2000 | dd of=frag/far bs=4096 seek=900000 conv=notrunc 2>/dev/null
 seq 1 2000 | dd of=frag/far bs=4096 seek=1000 conv=notrunc 2>/dev/null
 for i in 1 2 3; do setfattr -n user.small -v value$i plain/f$((i * 3 - 1)); done
 echo x > attrs/large; setfattr -n user.large -v $(printf '%03000d' 5) attrs/large; mkdir attrs/dir; setfattr -n user.dir -v d attrs/dir
@@ -38,7 +38,7 @@ sync -f .; f2fs_io release_cblocks packed/text3; f2fs_io release_cblocks packed/
 """
 TELL = """
 cd /mnt/d; echo; echo '== stat'; find . -exec stat -c '%i %f %h %s %u %g %Y %n' {} +
-echo '== sums'; find . -type f -exec sha256sum {} +
+echo '== sums'; find . -type f -size -1000000k -exec sha256sum {} +
 echo '== extents'; filefrag -v $(find . -path ./packed -prune -o -type f -size +0 -print)
 """
 PREPARE = "modprobe f2fs; mkdir -p /mnt/d; mount -t f2fs {options} /dev/disk/guestfs/sda /mnt/d\n"

@@ -380,6 +380,10 @@ def test_what_a_kernel_says_of_an_aged_volume() -> None:
         assert row["mtime_ns"] // 10**9 == mtime, name
     for name, said in told.extents.items():
         assert file_extents(bmap, 0, found[name]) == said, name
+    numbers = "".join(f"{i}\n" for i in range(1, 2001)).encode()
+    far = file_extents(bmap, 0, found["/frag/far"])
+    assert [extent.file_offset // 4096 for extent in far] == [1000, 900_000, 2_200_000]
+    assert all(reader.read(extent.offset, len(numbers)) == numbers for extent in far)
     packed = [inode for inode, row in rows.items() if row["flags"] & tables.I_COMPRESSED]
     assert len(packed) > 5
     for name, digest in told.sums.items():
