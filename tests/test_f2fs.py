@@ -287,6 +287,32 @@ def test_what_is_not_read_is_refused_by_name(small: bytes) -> None:
         assert words in survey([BytesReader(data)]).problems.column("detail")[0].as_py()
 
 
+def test_a_compressed_cluster_in_pieces(folder: Path) -> None:
+    """By hand: of the first four blocks the first and the third become a compressed cluster, a released one, and one of the next four is promised."""
+    image = build(folder / "tree", folder / "packed", *LAYOUTS["android"], size=72 * MIB).read_bytes()
+    before = survey([BytesReader(np.frombuffer(image, np.uint8))])
+    inode = tree(before, 0)["/large"]
+    place = next(row["record_offset"] for row in before.inodes.to_pylist() if row["inode"] == inode)
+    node = np.frombuffer(image, ondisk.NODE, 1, place).copy()
+    assert node["i_extra_isize"][0] == 36
+    block = file_extents(before, 0, inode)[0].offset // 4096
+    node["i_flags"] |= 0x4
+    node["i_log_cluster_size"] = 2
+    node["i_addr"][0, 9:17] = ondisk.COMPRESS_ADDR, block, block + 2, 0, block + 4, block + 5, 0xFFFFFFFF, block + 7
+    bmap = changed(image, place, node.tobytes())
+    rows = [row for row in bmap.extents.to_pylist() if row["inode"] == inode and row["kind"] == "data"]
+    found = [
+        (row["file_offset"], row["file_length"], row["volume_offset"] // 4096 - block, row["length"], row["flags"])
+        for row in rows
+    ]
+    assert found[:4] == [(0, 16384, 0, 4096, tables.COMPRESSED), (0, 16384, 2, 4096, tables.COMPRESSED), (16384, 8192, 4, 8192, 0),
+                         (28672, found[3][1], 7, found[3][3], 0)]  # fmt: skip
+    assert {block + 1, block + 3, block + 6} <= {
+        at for row in bmap.extents.to_pylist() if row["kind"] == "unknown"
+        for at in range(row["volume_offset"] // 4096, (row["volume_offset"] + row["length"]) // 4096)
+    }  # fmt: skip
+
+
 def test_damaged_nodes_are_named_and_the_rest_is_read(small: bytes) -> None:
     bmap = survey([BytesReader(np.frombuffer(small, np.uint8))])
     found = tree(bmap, 0)
@@ -386,6 +412,7 @@ def test_what_a_kernel_says_of_an_aged_volume() -> None:
     assert all(reader.read(extent.offset, len(numbers)) == numbers for extent in far)
     packed = [inode for inode, row in rows.items() if row["flags"] & tables.I_COMPRESSED]
     assert len(packed) > 5
+    assert sum(row["flags"] & tables.COMPRESSED != 0 for row in bmap.extents.to_pylist()) > 20
     for name, digest in told.sums.items():
         data = unpacked(bmap, image, found[name]) if found[name] in packed else content(bmap, [reader], 0, found[name])
         assert hashlib.sha256(data).hexdigest() == digest, name
