@@ -29,7 +29,7 @@ from support import (
 )
 from virt_bmap import checksums, tables
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.filesystems.f2fs import ondisk
+from virt_bmap.filesystems.f2fs import checkpoint, ondisk
 from virt_bmap.images.raw import RawReader
 from virt_bmap.survey import survey
 
@@ -183,12 +183,18 @@ def test_parts_are_where_dump_f2fs_says(source: Path, tmp_path: Path) -> None:
 # ---- behind the checkpoint ------------------------------------------------------------------------------------------
 
 
+def newest(image: bytes) -> tuple[np.void, np.void, int]:
+    """(superblock, newer checkpoint, its first block)."""
+    super_ = np.frombuffer(image, ondisk.SUPERBLOCK, 1, 1024)[0]
+    starts = [int(super_["cp_blkaddr"]) + at for at in (0, 512)]
+    packs = [(np.frombuffer(image, ondisk.CHECKPOINT, 1, start * 4096)[0], start) for start in starts]
+    return super_, *max(packs, key=lambda pack: int(pack[0]["checkpoint_ver"]))
+
+
 def synced(image: bytes, changes: list[tuple[int, bytes]], node: bytes, version: int | None = None) -> np.ndarray:
     """The volume with one more node behind the checkpoint, as fsync writes it; `changes` are made in the node."""
     data = np.frombuffer(image, np.uint8).copy()
-    super_ = np.frombuffer(image, ondisk.SUPERBLOCK, 1, 1024)[0]
-    packs = [np.frombuffer(image, ondisk.CHECKPOINT, 1, (int(super_["cp_blkaddr"]) + at) * 4096)[0] for at in (0, 512)]
-    pack = max(packs, key=lambda pack: int(pack["checkpoint_ver"]))
+    super_, pack, _ = newest(image)
     at = int(super_["main_blkaddr"]) + int(pack["cur_node_segno"][1]) * 512 + int(pack["cur_node_blkoff"][1])
     block = np.frombuffer(node, np.uint8).copy()
     flag = int.from_bytes(node[4080:4084], "little") | 0x6
@@ -197,6 +203,39 @@ def synced(image: bytes, changes: list[tuple[int, bytes]], node: bytes, version:
         block[offset : offset + len(value)] = np.frombuffer(value, np.uint8)
     data[at * 4096 : at * 4096 + 4096] = block
     return data
+
+
+@pytest.mark.parametrize("unmounted", [True, False])
+def test_journals_in_plain_summaries(unmounted: bool, plain: bytes) -> None:
+    """An entry of the NAT and one of the SIT are moved into the journals; a checkpoint without unmount has no summaries of nodes."""
+    before = survey([BytesReader(np.frombuffer(plain, np.uint8))])
+    data = np.frombuffer(plain, np.uint8).copy()
+    super_, pack, start = newest(plain)
+    assert not int(pack["ckpt_flags"]) & checkpoint.COMPACT_SUM
+    assert not np.frombuffer(plain[start * 4096 + 192 :][:128], np.uint8).any(), (
+        "all blocks of both tables are in their first places"
+    )
+    inode = tree(before, 0)["/large"]
+    nat = int(super_["nat_blkaddr"]) * 4096 + inode // 455 * 4096 + inode % 455 * 9
+    sit = int(super_["sit_blkaddr"]) * 4096
+    total = 8 if unmounted else 5
+    sums = (start + total - (7 if unmounted else 4)) * 4096
+    for at, number, entry, size in ((sums, inode, nat, 9), (sums + 2 * 4096, 0, sit, 74)):
+        journal = struct.pack("<HI", 1, number) + plain[entry : entry + size]
+        data[at + 3584 : at + 3584 + len(journal)] = np.frombuffer(journal, np.uint8)
+        data[entry : entry + size] = 0
+    head = np.frombuffer(plain, ondisk.CHECKPOINT, 1, start * 4096).copy()
+    head["ckpt_flags"] &= 0xFFFFFFFF if unmounted else ~np.uint32(checkpoint.UMOUNT)
+    head["cp_pack_total_block_count"] = total
+    block = data[start * 4096 : start * 4096 + 4096]
+    block[: head.itemsize] = np.frombuffer(head.tobytes(), np.uint8)
+    block[4092:] = np.frombuffer(struct.pack("<I", ondisk.crc(block[:4092].tobytes())), np.uint8)
+    data[(start + total - 1) * 4096 : (start + total) * 4096] = block
+    bmap = survey([BytesReader(data)])
+    assert_proven(bmap)
+    assert bmap.filesystems.column("state").to_pylist() == ["clean" if unmounted else "frozen"]
+    assert bmap.inodes.equals(before.inodes)
+    assert bmap.extents.equals(before.extents)
 
 
 def test_a_synced_inode_takes_the_place_of_the_older_one(plain: bytes) -> None:
