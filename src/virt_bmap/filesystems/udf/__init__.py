@@ -285,10 +285,7 @@ def _open_metadata(reader: Reader, disk: Volume, rows: tables.ExtentRows, proble
                 if part_name == "metadata bitmap file":
                     rows.add(tables.METADATA, out.start, out.length, part=part_name)
                     continue
-                disk.areas += [
-                    (part_name, start, start + length)
-                    for start, length in zip(out.start.tolist(), out.length.tolist(), strict=True)
-                ]
+                disk.held.append((part_name, out.start, out.start + out.length))
                 if part.length == 0 and len(out.start):
                     order = np.argsort(out.file_offset, kind="stable")
                     part.runs = out.file_offset[order] // disk.block_size, out.start[order], out.length[order] // disk.block_size
@@ -343,8 +340,8 @@ def _tiled(table: pa.Table, disk: Volume, size: int) -> pa.Table:
     plain = flags & tables.INLINE == 0
     owned = union(start[plain], (start + length)[plain])
     rows = tables.ExtentRows()
-    for part, begin, end in disk.areas:
-        low, high = subtract(ints(begin), ints(max(begin, min(end, size))), *owned)
+    for part, begin, end in [*((part, ints(begin), ints(end)) for part, begin, end in disk.areas), *disk.held]:
+        low, high = subtract(*union(begin, np.maximum(begin, np.minimum(end, size))), *owned)
         rows.add(tables.METADATA, low, high - low, part=part)
         owned = union(np.append(owned[0], low), np.append(owned[1], high))
     known = [

@@ -96,6 +96,8 @@ class Volume:
     """(partition reference, block)."""
     areas: list[tuple[str, int, int]] = field(default_factory=list)
     """(what, start, end) of all descriptors outside the partitions."""
+    held: list[tuple[str, Int, Int]] = field(default_factory=list)
+    """(what, starts, ends) of files that others' blocks lie in: a metadata partition's."""
     closed: bool = True
 
     def places(self, partition: Int, block: Int) -> Int:
