@@ -1,5 +1,6 @@
 """UDF: volumes of mkudffs and mkisofs, and ones that a kernel filled and aged in the appliance; what was put in comes back through the map."""
 
+import binascii
 import hashlib
 import lzma
 import os
@@ -302,3 +303,111 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
                 ), words[0]
                 seen += 1
     assert seen > 5
+
+
+# ---- metadata partitions --------------------------------------------------------------------------------------------
+
+
+def sealed(block: bytearray) -> bytearray:
+    """A descriptor with its tag's CRC and checksum made right again."""
+    covered = int.from_bytes(block[10:12], "little")
+    block[8:10] = binascii.crc_hqx(bytes(block[16 : 16 + covered]), 0).to_bytes(2, "little")
+    block[4] = (sum(block[:4]) + sum(block[5:16])) & 0xFF
+    return block
+
+
+def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
+    """A volume of mkudffs with its file set and root moved into a metadata partition, whose file lies in two pieces in reverse order. No tool here makes one.
+
+    Metadata blocks 0 to 7 are the partition's 1000 to 1007, blocks 8 to 39 its 500 to 531.
+    """
+    size, data = 2048, bytearray(image.read_bytes())
+
+    def get(at: int) -> bytearray:
+        return bytearray(data[at * size : (at + 1) * size])
+
+    def put(at: int, block: bytearray) -> None:
+        data[at * size : (at + 1) * size] = block.ljust(size, b"\0")
+
+    main = int.from_bytes(get(256)[20:24], "little")
+    descriptors = {int.from_bytes(get(at)[:2], "little"): at for at in range(main + 7, main - 1, -1)}
+    start = int.from_bytes(get(descriptors[5])[188:192], "little")
+    logical = get(descriptors[6])
+    file_set = get(start + int.from_bytes(logical[252:256], "little"))
+    root = get(start + int.from_bytes(file_set[404:408], "little"))
+
+    def place(block: int) -> int:
+        return 1000 + block if block < 8 else 500 + block - 8
+
+    def moved(block: bytearray, to: int, partition_at: tuple[int, ...]) -> None:
+        block[12:16] = to.to_bytes(4, "little")
+        for at, number in zip(partition_at, (9, 1), strict=False):
+            block[at : at + 4], block[at + 4 : at + 6] = number.to_bytes(4, "little"), (1).to_bytes(2, "little")
+        put(start + place(to), sealed(block))
+
+    moved(file_set, 2, (404,))
+    parent = (
+        176 + int.from_bytes(root[168:172], "little")
+        if root[:2] == b"\x05\x01"
+        else 216 + int.from_bytes(root[208:212], "little")
+    )
+    fid = root[parent : parent + 40]
+    fid[12:16], fid[24:28], fid[28:30] = (9).to_bytes(4, "little"), (9).to_bytes(4, "little"), (1).to_bytes(2, "little")
+    root[parent : parent + 40] = sealed(fid)
+    moved(root, 9, ())
+    for at, kind in ((600, 250), (601, 251)):
+        entry = bytearray(get(start + place(9))[:176])
+        entry[0:2], entry[12:16], entry[27] = (261).to_bytes(2, "little"), at.to_bytes(4, "little"), kind
+        entry[10:12], entry[34:36] = (176).to_bytes(2, "little"), bytes(2)
+        entry[56:64], entry[112:176] = (40 * size).to_bytes(8, "little"), bytes(64)
+        entry[172:176] = (16).to_bytes(4, "little")
+        entry += (
+            (8 * size).to_bytes(4, "little")
+            + (1000).to_bytes(4, "little")
+            + (32 * size).to_bytes(4, "little")
+            + (500).to_bytes(4, "little")
+        )
+        put(start + at, sealed(entry))
+    maps = bytes([1, 6, 1, 0, 0, 0]) + bytes([2, 64, 0, 0, 0]) + b"*UDF Metadata Partition".ljust(31, b"\0") + bytes([1, 0, 0, 0])
+    maps += (
+        (600).to_bytes(4, "little")
+        + (601).to_bytes(4, "little")
+        + b"\xff" * 4
+        + (32).to_bytes(4, "little")
+        + bytes([1, 0, 1])
+        + bytes(5)
+    )
+    logical[252:256], logical[256:258] = (2).to_bytes(4, "little"), (1).to_bytes(2, "little")
+    logical[264:268], logical[268:272], logical[440 : 440 + len(maps)] = (
+        len(maps).to_bytes(4, "little"),
+        (2).to_bytes(4, "little"),
+        maps,
+    )
+    logical[10:12] = (440 + len(maps) - 16).to_bytes(2, "little")
+    put(descriptors[6], sealed(logical))
+    bitmap = start + int.from_bytes(get(descriptors[5])[68:72], "little")
+    bits = np.unpackbits(
+        np.frombuffer(bytes(data[bitmap * size + 24 : bitmap * size + 24 + 2048]), np.uint8), bitorder="little"
+    ).copy()
+    for low, high in ((1000, 1008), (500, 532), (600, 602)):
+        assert bits[low:high].all(), "free until now"
+        bits[low:high] = 0
+    data[bitmap * size + 24 : bitmap * size + 24 + 2048] = np.packbits(bits, bitorder="little").tobytes()
+    return bytes(data), {"file set": (start + place(2)) * size, "root": (start + place(9)) * size}
+
+
+def test_metadata_partition(tmp_path: Path) -> None:
+    image = tmp_path / "x.img"
+    mkudffs(image, "hd", "1.50", 2048)
+    data, places = with_metadata_partition(image)
+    bmap = survey([BytesReader(np.frombuffer(data, np.uint8))])
+    rows = [row for row in bmap.extents.to_pylist() if not row["flags"] & tables.INLINE]
+    parts = {row["part"]: row["volume_offset"] for row in rows}
+    assert bmap.filesystems.column("state").to_pylist() == ["clean"], bmap.problems.to_pylist()
+    assert parts["file set descriptor"] == places["file set"]
+    assert parts["file entry"] == places["root"]
+    held = sum(row["length"] for row in rows if row["part"] == "metadata file")
+    assert held == (40 - 2) * 2048, "all of it but the two blocks that lie in it"
+    assert {"file entry of the metadata file", "file entry of the metadata mirror file"} <= set(parts)
+    lost = sum(row["length"] for row in rows if row["kind"] == "unknown")
+    assert lost == 2 * 2048, "where file set and root were before, the bitmap still calls it used"

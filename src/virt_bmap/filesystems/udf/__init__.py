@@ -31,7 +31,7 @@ from virt_bmap.reader import Reader
 NAME = "udf"
 INODE = "the byte of the volume at which its ICB lies"
 FEATURES = (
-    "UDF 1.02 to 2.60 with blocks of 512 bytes to 16 KiB, plain and sparable partitions; metadata partitions (by the specification alone: nothing here makes one)",
+    "UDF 1.02 to 2.60 with blocks of 512 bytes to 16 KiB, plain and sparable partitions; metadata partitions (checked with one written by hand: no tool here makes them)",
     "file entries and extended ones; short, long, extended and embedded allocation descriptors, and blocks in which they go on",
     "sparse and preallocated files, hard links, symbolic links, devices, names in 8 and 16 bits",
     "space bitmaps and tables of unallocated space; both descriptor sequences and all anchors",
