@@ -1,8 +1,10 @@
 """The files of one filesystem that may be disk images: which they are, where their bytes lie, and which of them another one means by a name."""
 
+import bisect
 import posixpath
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +32,8 @@ DISKS = (
     (0, b"hsqs"),
 )  # fmt: skip
 IMAGES = tuple((offset, content) for _, offset, content in magic.MAGICS if offset >= 0)
+MAX_NAME, MAX_LEVELS = 4096, 64
+"""Bytes of a name that an image may refer to, as PATH_MAX; and how many leading directories of one are left out in search of it."""
 DRIVE = re.compile(rb"[A-Za-z]:(?=/)")
 
 
@@ -73,14 +77,25 @@ class Files:
     def find(self, name: bytes, beside: bytes) -> Image | None:
         """The file that an image at path `beside` calls `name`: beside it, or from the root of the filesystem. Where no such path is there, the filesystem may be
         mounted somewhere: then leading directories are left out until one is."""
+        if len(name) > MAX_NAME:
+            return None
         name = DRIVE.sub(b"", name, count=1)
         names = posixpath.normpath(posixpath.join(posixpath.dirname(beside), name)).strip(b"/").split(b"/")
-        shortest = len(names) if name.startswith(b"/") else 1
-        candidates = pa.array([b"/" + b"/".join(names[at:]) for at in range(shortest)], pa.large_binary())
-        which = pc.index_in(self._path, value_set=candidates).fill_null(shortest).to_numpy(zero_copy_only=False)
-        which = np.where(self._is_file, which, shortest)
-        row = int(which.argmin()) if len(which) else 0
-        return self._image(row) if len(which) and which[row] < shortest else None
+        shortest = min(len(names), MAX_LEVELS) if name.startswith(b"/") else 1
+        for at in range(shortest):
+            path = b"/" + b"/".join(names[at:])
+            place = bisect.bisect_left(self._sorted, path, key=lambda row: self._path[int(row)].as_py())
+            if place < len(self._sorted) and self._path[row := int(self._sorted[place])].as_py() == path:
+                return self._image(row)
+        return None
+
+    @cached_property
+    def _sorted(self) -> Int:
+        """Rows of files by path: a hostile image asks for many names."""
+        files = np.flatnonzero(self._is_file)
+        order = pc.sort_indices(self._path.take(pa.array(files))).to_numpy()
+        found: Int = files[order]
+        return found
 
     def _image(self, row: int) -> Image:
         inode, size = int(self._named[row]), int(self._size[self._at[row]])
