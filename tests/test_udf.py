@@ -316,6 +316,18 @@ def sealed(block: bytearray) -> bytearray:
     return block
 
 
+def metadata_file(model: bytearray, block: int, kind: int, extents: list[tuple[int, int]]) -> bytearray:
+    """The file entry of a metadata file or its mirror, in this block; (bytes, first block) of its extents."""
+    entry = model[:176]
+    entry[0:2], entry[12:16], entry[27] = (261).to_bytes(2, "little"), block.to_bytes(4, "little"), kind
+    entry[10:12], entry[34:36] = (176).to_bytes(2, "little"), bytes(2)
+    entry[56:64], entry[112:176] = sum(length for length, _ in extents).to_bytes(8, "little"), bytes(64)
+    entry[172:176] = (8 * len(extents)).to_bytes(4, "little")
+    for length, at in extents:
+        entry += length.to_bytes(4, "little") + at.to_bytes(4, "little")
+    return sealed(entry)
+
+
 def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
     """A volume of mkudffs with its file set and root moved into a metadata partition, whose file lies in two pieces in reverse order. No tool here makes one.
 
@@ -356,18 +368,7 @@ def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
     root[parent : parent + 40] = sealed(fid)
     moved(root, 9, ())
     for at, kind in ((600, 250), (601, 251)):
-        entry = bytearray(get(start + place(9))[:176])
-        entry[0:2], entry[12:16], entry[27] = (261).to_bytes(2, "little"), at.to_bytes(4, "little"), kind
-        entry[10:12], entry[34:36] = (176).to_bytes(2, "little"), bytes(2)
-        entry[56:64], entry[112:176] = (40 * size).to_bytes(8, "little"), bytes(64)
-        entry[172:176] = (16).to_bytes(4, "little")
-        entry += (
-            (8 * size).to_bytes(4, "little")
-            + (1000).to_bytes(4, "little")
-            + (32 * size).to_bytes(4, "little")
-            + (500).to_bytes(4, "little")
-        )
-        put(start + at, sealed(entry))
+        put(start + at, metadata_file(root, at, kind, [(8 * size, 1000), (32 * size, 500)]))
     maps = bytes([1, 6, 1, 0, 0, 0]) + bytes([2, 64, 0, 0, 0]) + b"*UDF Metadata Partition".ljust(31, b"\0") + bytes([1, 0, 0, 0])
     maps += (
         (600).to_bytes(4, "little")

@@ -32,7 +32,7 @@ DISKS = (
     (0, b"hsqs"),
 )  # fmt: skip
 IMAGES = tuple((offset, content) for _, offset, content in magic.MAGICS if offset >= 0)
-MAX_NAME, MAX_LEVELS = 4096, 64
+MAX_NAME, MAX_LEFT_OUT = 4096, 64
 """Bytes of a name that an image may refer to, as PATH_MAX; and how many leading directories of one are left out in search of it."""
 DRIVE = re.compile(rb"[A-Za-z]:(?=/)")
 
@@ -81,7 +81,7 @@ class Files:
             return None
         name = DRIVE.sub(b"", name, count=1)
         names = posixpath.normpath(posixpath.join(posixpath.dirname(beside), name)).strip(b"/").split(b"/")
-        shortest = min(len(names), MAX_LEVELS) if name.startswith(b"/") else 1
+        shortest = min(len(names), MAX_LEFT_OUT) if name.startswith(b"/") else 1
         for at in range(shortest):
             path = b"/" + b"/".join(names[at:])
             place = bisect.bisect_left(self._sorted, path, key=lambda row: self._path[int(row)].as_py())

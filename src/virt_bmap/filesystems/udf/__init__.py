@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int, bit_runs, complement, expand, ints, subtract, union
+from virt_bmap.arrays import EMPTY, Int, complement, expand, ints, subtract, union
 from virt_bmap.contract import Filesystem, Problem
 from virt_bmap.errors import FormatError
 from virt_bmap.filesystems.columns import stack, take
@@ -25,7 +25,7 @@ from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.filesystems.sharing import cut_shared, overlap
 from virt_bmap.filesystems.udf import directories, entries, volume
 from virt_bmap.filesystems.udf.entries import Entries, Extents
-from virt_bmap.filesystems.udf.volume import Partition, Volume
+from virt_bmap.filesystems.udf.volume import Volume
 from virt_bmap.reader import Reader
 
 NAME = "udf"
@@ -44,20 +44,12 @@ REFUSED = (
 ORACLES = (
     "content put in by a kernel's driver and by mkisofs, read back by the map",
     "udfinfo and blkid for label, UUID and counts of free blocks",
-    "7-Zip for names and sizes",
 )
 MAX_LEVELS = 1024
 T_OF = np.full(256, tables.T_METADATA, np.uint8)
 T_OF[list(entries.MODES)] = [
-    tables.T_DIRECTORY,
-    tables.T_FILE,
-    tables.T_BLOCK,
-    tables.T_CHAR,
-    tables.T_FIFO,
-    tables.T_SOCKET,
-    tables.T_SYMLINK,
-    tables.T_FILE,
-]
+    tables.T_DIRECTORY, tables.T_FILE, tables.T_BLOCK, tables.T_CHAR, tables.T_FIFO, tables.T_SOCKET, tables.T_SYMLINK, tables.T_FILE,
+]  # fmt: skip
 
 
 def probe(reader: Reader) -> bool:
@@ -65,7 +57,7 @@ def probe(reader: Reader) -> bool:
     if not volume.recognised(reader)[0]:
         return False
     try:
-        volume._anchors(reader)
+        volume.anchors_of(reader)
     except FormatError:
         return False
     return True
@@ -101,7 +93,7 @@ def read_alone(reader: Reader) -> Filesystem:
     extent_table = _tiled(rows.table(0), disk, size)
     state = "damaged" if any(problem.severity == "error" for problem in problems) else "clean" if disk.closed else "not clean"
     return Filesystem(
-        type=NAME, size=size, block_size=disk.block_size, root=root, state=state, inodes=_inodes(found, root), names=names, extents=extent_table,
+        type=NAME, size=size, block_size=disk.block_size, root=root, state=state, inodes=_inodes(found), names=names, extents=extent_table,
         uuid=disk.uuid, label=disk.label or None, features=f"UDF{disk.revision >> 8:x}.{disk.revision & 0xFF:02x}" if disk.revision else None, problems=problems,
     )  # fmt: skip
 
@@ -223,7 +215,7 @@ def _aligned(data: np.ndarray, start: Int, size: Int) -> tuple[np.ndarray, Int]:
     return result, base
 
 
-def _inodes(found: Entries, root: int) -> pa.Table:
+def _inodes(found: Entries) -> pa.Table:
     known = T_OF[found.file_type]
     return tables.make(
         "inodes", volume=0, inode=found.inode, type=known, mode=np.where(known == tables.T_METADATA, -1, found.mode), uid=found.uid, gid=found.gid, size=found.size,
@@ -262,14 +254,13 @@ def _add_content(rows: tables.ExtentRows, found: Entries, extents: Extents, bloc
 def _open_metadata(reader: Reader, disk: Volume, rows: tables.ExtentRows, problems: list[Problem]) -> None:
     """Where the blocks of metadata partitions lie: the extents of their files, which the partition below holds. The mirror serves where the file is lost."""
     for part in disk.partitions[:]:
-        about = part.metadata_map
-        if about is None:
+        about, below = part.metadata_map, part.below
+        if about is None or below is None:
             continue
-        plain = next((one for one in disk.partitions if one.runs is None and one.number == part.number), None)
-        plain = plain or _plain_below(reader, disk, part)
-        if plain not in disk.partitions:
-            disk.partitions.append(plain)  # behind those that references count
-        reference = disk.partitions.index(plain)
+        reference = next((at for at, one in enumerate(disk.partitions) if one.runs is None and one.number == part.number), -1)
+        if reference < 0:
+            reference = len(disk.partitions)
+            disk.partitions.append(below)  # behind those that references count
         for name, part_name in (
             ("MetadataFileLocation", "metadata file"),
             ("MetadataMirrorFileLocation", "metadata mirror file"),
@@ -292,12 +283,6 @@ def _open_metadata(reader: Reader, disk: Volume, rows: tables.ExtentRows, proble
                     part.length = int((part.runs[0] + part.runs[2]).max())
 
 
-def _plain_below(reader: Reader, disk: Volume, part: Partition) -> Partition:
-    one = next(one for one in disk.descriptors if int(one["PartitionNumber"]) == part.number)
-    start = int(one["PartitionStartingLocation"]) * disk.block_size
-    return Partition(start, min(int(one["PartitionLength"]), max(0, reader.size - start) // disk.block_size), part.number)
-
-
 def _add_structures(rows: tables.ExtentRows, reader: Reader, disk: Volume, file_set: int) -> None:
     _, end, _ = volume.recognised(reader)
     rows.add(tables.BOOT, 0, volume.RECOGNITION, part="system area")
@@ -317,20 +302,18 @@ def _add_free(rows: tables.ExtentRows, reader: Reader, disk: Volume, problems: l
             if length == 0 or block >= blocks:
                 continue
             place = start + block * size
-            bits = volume.read_bitmap(reader, place, length)
+            found = volume.free_blocks(reader, place, length, blocks)
             rows.add(tables.METADATA, place, min(-(-length // size) * size, (blocks - block) * size), part="space bitmap")
-            if bits is None:
+            if found is None:
                 problems.append(Problem("bitmap", f"the space bitmap at byte {place:#x} is none: free space is not known", place))
                 continue
-            low, high = bit_runs(bits, min(blocks, 8 * len(bits)), value=True)
-            rows.add(tables.FREE, start + low * size, (high - low) * size)
+            rows.add(tables.FREE, start + found[0] * size, (found[1] - found[0]) * size)
         length, block = (int(value) for value in one["UnallocatedSpaceTable"])
         number = next((at for at, part in enumerate(disk.partitions) if part.runs is None and part.start == start), -1)
         if length & 0x3FFFFFFF and block < blocks and number >= 0:
             place = start + block * size
             rows.add(tables.METADATA, place, size, part="unallocated space entry")
-            found = entries.unallocated(reader, disk, number, place)
-            rows.add(tables.FREE, *found)
+            rows.add(tables.FREE, *entries.unallocated(reader, disk, number, place))
 
 
 def _tiled(table: pa.Table, disk: Volume, size: int) -> pa.Table:

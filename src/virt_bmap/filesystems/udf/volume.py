@@ -5,12 +5,11 @@ Sources: ECMA-167 (3rd edition) 2/8 and 2/9 (volume recognition), 3/7.2 (tags), 
 """
 
 import binascii
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Bytes, Int, ints
+from virt_bmap.arrays import EMPTY, Int, bit_runs, ints, union
 from virt_bmap.contract import Problem
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.layout import record, struct
@@ -23,7 +22,8 @@ MAX_RECOGNITION = 64
 ANCHOR_AT = 256
 BLOCK_SIZES = (2048, 512, 4096, 1024, 8192, 16384)
 """In the order of how common they are; the anchor at block 256 tells which it is."""
-MAX_DESCRIPTORS, MAX_PARTITIONS = 1024, 64
+MAX_DESCRIPTORS, MAX_PIECES, MAX_PARTITIONS = 256, 8, 64
+"""Descriptors of a piece of a sequence, pieces that it goes on in, and partitions that are looked at; real volumes have a tenth of that."""
 
 PRIMARY, ANCHOR, POINTER, PARTITION, LOGICAL, UNALLOCATED, TERMINATING, INTEGRITY = 1, 2, 3, 5, 6, 7, 8, 9
 FILE_SET, ALLOCATION, BITMAP = 256, 258, 264
@@ -64,6 +64,9 @@ FILE_SET_DESCRIPTOR = struct(512, [
 INTEGRITY_DESCRIPTOR = struct(80, [
     (28, "IntegrityType", "<u4"), (32, "NextLength", "<u4"), (36, "NextLocation", "<u4"),
 ])  # fmt: skip
+BITMAP_HEADER = struct(24, [(0, "TagIdentifier", "<u2"), (20, "NumberOfBytes", "<u4")])
+BITMAP_BATCH = 1 << 20
+"""Bytes of a bitmap that are looked at together: a bit becomes a byte."""
 SPARING_TABLE = struct(56, [(48, "ReallocationTableLength", "<u2")])
 CLOSED = 1
 NONE = 0xFFFFFFFF
@@ -79,6 +82,8 @@ class Partition:
     runs: tuple[Int, Int, Int] | None = None
     """Of a metadata partition: (first block in it, first byte in the volume, blocks) of each run, by block."""
     metadata_map: np.void | None = None
+    below: "Partition | None" = None
+    """The partition in which a metadata partition's file lies."""
 
 
 @dataclass
@@ -146,13 +151,13 @@ def is_tag(data: bytes, identifier: int, location: int | None = None) -> bool:
 
 def read_volume(reader: Reader, problems: list[Problem]) -> Volume:
     """The logical volume. Raises Corrupt where no anchor or no whole sequence is found, Unsupported for what is not read."""
-    size, anchors = _anchors(reader)
+    size, anchors = anchors_of(reader)
     areas = [("anchor", at, at + size) for at, _ in anchors]
     found: dict[int, list[bytes]] = {}
     for words, length, location in (("main", "MainLength", "MainLocation"), ("reserve", "ReserveLength", "ReserveLocation")):
         for _, anchor in anchors:
-            start, end = int(anchor[location]) * size, int(anchor[location]) * size + int(anchor[length])
-            sequence = dict(_sequence(reader, size, start, end, areas, words))
+            start = int(anchor[location])
+            sequence = _sequence(reader, size, start, int(anchor[length]), areas, words)
             if LOGICAL in sequence:
                 break
         found = found or (sequence if LOGICAL in sequence else {})
@@ -184,7 +189,7 @@ def read_volume(reader: Reader, problems: list[Problem]) -> Volume:
     return volume
 
 
-def _anchors(reader: Reader) -> tuple[int, list[tuple[int, np.void]]]:
+def anchors_of(reader: Reader) -> tuple[int, list[tuple[int, np.void]]]:
     """(block size, (place, anchor) of each that is whole)."""
     for size in BLOCK_SIZES:
         blocks = reader.size // size
@@ -200,28 +205,33 @@ def _anchors(reader: Reader) -> tuple[int, list[tuple[int, np.void]]]:
     )
 
 
+def _extent(reader: Reader, size: int, location: int, length: int) -> list[tuple[int, bytes]]:
+    """(block number, block) of an extent of descriptors, read at once; what lies behind the end of the volume, or is too much, is left out."""
+    count = max(0, min(-(-length // size), MAX_DESCRIPTORS, reader.size // size - location))
+    data = reader.read(location * size, count * size) if count else b""
+    return [(location + at, data[at * size : (at + 1) * size]) for at in range(count)]
+
+
 def _sequence(
-    reader: Reader, size: int, start: int, end: int, areas: list[tuple[str, int, int]], words: str
-) -> Iterator[tuple[int, list[bytes]]]:
-    """(kind, descriptors of that kind) of a sequence and what it goes on in."""
+    reader: Reader, size: int, location: int, length: int, areas: list[tuple[str, int, int]], words: str
+) -> dict[int, list[bytes]]:
+    """Descriptors by their kind, of a sequence and what it goes on in."""
     found: dict[int, list[bytes]] = {}
-    for _ in range(MAX_PARTITIONS):
-        end = min(end, reader.size // size * size, start + MAX_DESCRIPTORS * size)
+    for _ in range(MAX_PIECES):
+        blocks = _extent(reader, size, location, length)
+        areas.append((f"{words} volume descriptor sequence", location * size, (location + len(blocks)) * size))
         following = None
-        if start < end:
-            areas.append((f"{words} volume descriptor sequence", start, end))
-        for at in range(start, end, size):
-            data = reader.read(at, size)
+        for at, data in blocks:
             kind = int(record(data, TAG)["TagIdentifier"])
-            if kind == TERMINATING or not is_tag(data, kind, at // size):
+            if kind == TERMINATING or not is_tag(data, kind, at):
                 break
             if kind == POINTER:
                 following = record(data, VOLUME_POINTER)
             found.setdefault(kind, []).append(data)
         if following is None:
             break
-        start, end = int(following["NextLocation"]) * size, int(following["NextLocation"]) * size + int(following["NextLength"])
-    yield from found.items()
+        location, length = int(following["NextLocation"]), int(following["NextLength"])
+    return found
 
 
 def _partitions(
@@ -246,7 +256,7 @@ def _partitions(
         elif name == "*UDF Metadata Partition":
             about = record(one, METADATA_MAP)
             below = _plain(reader, size, int(about["PartitionNumber"]), known)
-            result.append(Partition(below.start, 0, below.number, (EMPTY, EMPTY, EMPTY), about))
+            result.append(Partition(below.start, 0, below.number, (EMPTY, EMPTY, EMPTY), about, below))
         else:
             raise Unsupported(f"{reader.name}: a partition map of the kind {name} is not read")
     if not result:
@@ -280,22 +290,19 @@ def _sparing_tables(reader: Reader, size: int, spared: np.void, areas: list[tupl
 
 def _integrity(reader: Reader, size: int, logical: np.void, areas: list[tuple[str, int, int]]) -> bool:
     """Was the volume closed, as far as the last logical volume integrity descriptor says?"""
-    start, length, closed = int(logical["IntegrityLocation"]) * size, int(logical["IntegrityLength"]), True
-    for _ in range(MAX_PARTITIONS):
-        end = min(start + length, reader.size // size * size, start + MAX_DESCRIPTORS * size)
-        if length == 0 or start >= end:
-            break
-        areas.append(("integrity sequence", start, end))
+    location, length, closed = int(logical["IntegrityLocation"]), int(logical["IntegrityLength"]), True
+    for _ in range(MAX_PIECES):
+        blocks = _extent(reader, size, location, length)
+        areas.append(("integrity sequence", location * size, (location + len(blocks)) * size))
         following = None
-        for at in range(start, end, size):
-            data = reader.read(at, size)
-            if not is_tag(data, INTEGRITY, at // size):
+        for at, data in blocks:
+            if not is_tag(data, INTEGRITY, at):
                 break
-            found = record(data, INTEGRITY_DESCRIPTOR)
-            closed, following = int(found["IntegrityType"]) == CLOSED, found
+            following = record(data, INTEGRITY_DESCRIPTOR)
+            closed = int(following["IntegrityType"]) == CLOSED
         if following is None:
             break
-        start, length = int(following["NextLocation"]) * size, int(following["NextLength"])
+        location, length = int(following["NextLocation"]), int(following["NextLength"])
     return closed
 
 
@@ -324,12 +331,21 @@ def _uuid(dstring: bytes) -> str | None:
     return word.lower().decode() if digits == 16 else word[:8].lower().decode() + word[8:12].ljust(4, b"\0").hex()
 
 
-def read_bitmap(reader: Reader, start: int, length: int) -> Bytes | None:
-    """The bits of a space bitmap descriptor (1 is free), as bytes; None where there is none."""
-    data = reader.read_clipped(start, min(length, max(0, reader.size - start)))
-    if len(data) < 24 or int(record(data, TAG)["TagIdentifier"]) != BITMAP:
+def free_blocks(reader: Reader, start: int, length: int, blocks: int) -> tuple[Int, Int] | None:
+    """(starts, ends) in blocks of what a space bitmap descriptor of `length` bytes at `start` calls free among the first `blocks`; None where there is none."""
+    head = reader.read_clipped(start, BITMAP_HEADER.itemsize)
+    found = record(head, BITMAP_HEADER)
+    if length < BITMAP_HEADER.itemsize or found["TagIdentifier"] != BITMAP:
         return None
-    return np.frombuffer(data, np.uint8)[24 : 24 + int.from_bytes(data[20:24], "little")]
+    start += BITMAP_HEADER.itemsize
+    count = min(int(found["NumberOfBytes"]), length - BITMAP_HEADER.itemsize, -(-blocks // 8), max(0, reader.size - start))
+    low, high = [EMPTY], [EMPTY]
+    for at in range(0, count, BITMAP_BATCH):
+        data = np.frombuffer(reader.read(start + at, min(BITMAP_BATCH, count - at)), np.uint8)
+        begin, end = bit_runs(data, min(8 * len(data), blocks - 8 * at), value=True)
+        low.append(begin + 8 * at)
+        high.append(end + 8 * at)
+    return union(np.concatenate(low), np.concatenate(high))
 
 
 def read_file_set(reader: Reader, volume: Volume) -> tuple[int, np.void]:
