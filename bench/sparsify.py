@@ -132,9 +132,9 @@ class Judge:
 
 
 def timed(command: list[str | Path], env: dict[str, str]) -> float:
-    """Seconds of one run."""
+    """Seconds of one run; CalledProcessError with what it said where it fails."""
     start = time.perf_counter()
-    run(*command, env=os.environ | env)
+    subprocess.run([str(word) for word in command], check=True, capture_output=True, env=os.environ | env)
     return time.perf_counter() - start
 
 
@@ -153,7 +153,8 @@ def compare(image: Path, judge: Judge, peer: list[str]) -> None:
             try:
                 seconds[way, name] = timed(words, env)
             except subprocess.CalledProcessError as error:
-                print(f"  {way:10} {name:20} failed with status {error.returncode}")
+                said = error.stderr.decode(errors="replace").strip().split("\n")[0]
+                print(f"  {way:10} {name:20} failed with status {error.returncode}: {said}", flush=True)
                 continue
             judge.check(result)
             left = held(result)
