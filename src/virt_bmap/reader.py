@@ -4,6 +4,8 @@ A `Reader` has a size and reads many ranges in one call; the batch is sorted, ex
 goes to the backend as one request, which may keep all of it in flight. A format that walks a tree asks for a whole level at once.
 """
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +21,10 @@ TAIL = 128 << 10
 
 
 class Reader:
-    """Bytes [0, size) of something. Subclasses provide `_fetch`."""
+    """Bytes [0, size) of something. Subclasses provide `_fetch`. Several threads may read."""
 
+    in_turn = True
+    """Must `_fetch` end in one thread before it begins in another?"""
     filesystem: str | None = None
     """The filesystem module that reads this, where that is known without probing."""
 
@@ -32,6 +36,7 @@ class Reader:
         """How often a batch was waited for, and how many bytes were asked for: what a slow link charges."""
         self.requested = 0
         self._ends: tuple[Bytes, Bytes, int] | None = None
+        self._turn: AbstractContextManager[object] = threading.RLock() if self.in_turn else nullcontext()
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         """The ranges one after the other. They are sorted, not empty, inside the volume and never touch or overlap."""
@@ -94,9 +99,10 @@ class Reader:
         return gather(data, where, lengths)
 
     def _counted(self, offsets: Int, lengths: Int) -> Bytes:
-        self.rounds += 1
-        self.requested += int(lengths.sum())
-        return self._fetch(offsets, lengths)
+        with self._turn:
+            self.rounds += 1
+            self.requested += int(lengths.sum())
+            return self._fetch(offsets, lengths)
 
     def _kept(self, start: int, end: int) -> Bytes | None:
         """The bytes from the head or tail, which are fetched together once; None where they reach further."""
@@ -135,6 +141,8 @@ def _join(starts: Int, ends: Int) -> tuple[Int, Int]:
 class BytesReader(Reader):
     """Bytes in memory."""
 
+    in_turn = False
+
     def __init__(self, data: Bytes, name: str) -> None:
         super().__init__(len(data), name)
         self._data = data
@@ -145,6 +153,8 @@ class BytesReader(Reader):
 
 class MappedReader(Reader):
     """A volume whose bytes lie in other readers, by mapping rows. Bytes that no `data` row covers read as zeroes."""
+
+    in_turn = False
 
     def __init__(self, size: int, name: str, parents: dict[int, Reader], rows: Rows) -> None:
         super().__init__(size, name)
@@ -196,6 +206,8 @@ class Patch:
 
 class PatchedReader(Reader):
     """A reader over another with some of its blocks replaced: a journal replayed in memory, never into the image."""
+
+    in_turn = False
 
     def __init__(self, base: Reader, patch: Patch) -> None:
         super().__init__(base.size, base.name)

@@ -17,6 +17,8 @@ from virt_bmap.reader import Reader
 class RawReader(Reader):
     """A raw file or block device, opened read-only."""
 
+    in_turn = False
+
     def __init__(self, path: str) -> None:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

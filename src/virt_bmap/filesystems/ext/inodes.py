@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
+from virt_bmap import tables, threads
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.groups import Groups, record_offsets
@@ -59,8 +59,8 @@ RESERVED = {
 }  # fmt: skip
 
 COLUMNS = ("mode", "uid", "gid", "size", "nlink", "flags", "mtime_ns", "sectors", "acl", "translator")
-BATCH = 16 << 20
-"""Bytes of inode tables read at a time: 65,536 records of the usual size, and few waits for a slow disk."""
+BATCH = 8 << 20
+"""Bytes of inode tables read at a time: 32,768 records of the usual size, and few waits for a slow disk."""
 AT_ONCE = 8192
 """Records that are taken apart at a time: few enough to stay in the processor's own cache while field after field is read."""
 MAX_SIZE = 1 << 62
@@ -118,17 +118,17 @@ def read_inodes(
     blocks = offset // size
     new = np.append(True, blocks[1:] != blocks[:-1])[: len(blocks)]
     wanted, rank = blocks[new], np.cumsum(new) - 1
-    step = max(1, BATCH // size)
+    parts = [slice(at, at + BATCH // size) for at in range(0, len(wanted), BATCH // size)]
     # one array for all columns, from the start: pieces to be joined would take twice the memory, and small arrays small pages
     table = np.empty((len(COLUMNS), len(numbers)), np.int64)
     columns: dict[str, np.ndarray] = dict(zip(COLUMNS, table, strict=True))
     columns |= {"number": numbers, "offset": offset, "block": np.empty((len(numbers), I_BLOCK_SIZE), np.uint8)}
     inline, bodies = [EMPTY], [np.zeros((0, superblock.inode_size), np.uint8)]
-    for at in range(0, len(wanted), step):
-        part = wanted[at : at + step]
-        low, high = np.searchsorted(rank, [at, at + len(part)]).tolist()
-        data = reader.read_blocks(part * size, size).reshape(-1, superblock.inode_size)
-        row = (rank[low:high] - at) * (size // superblock.inode_size) + offset[low:high] % size // superblock.inode_size
+    batches = threads.ahead(lambda part: reader.read_blocks(wanted[part] * size, size), parts)
+    for part, batch in zip(parts, batches, strict=True):
+        low, high = np.searchsorted(rank, [part.start, part.stop]).tolist()
+        data = batch.reshape(-1, superblock.inode_size)
+        row = (rank[low:high] - part.start) * (size // superblock.inode_size) + offset[low:high] % size // superblock.inode_size
         data = data if len(row) == len(data) else data[row]
         for first in range(0, len(data), AT_ONCE):
             some = data[first : first + AT_ONCE]

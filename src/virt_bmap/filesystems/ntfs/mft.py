@@ -4,7 +4,9 @@ Its later pieces lie in extension records that the pieces before them reach (or 
 start while what was read says where it goes on. Its attribute list says nothing else and is not needed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from virt_bmap.filesystems.ntfs.records import (
 from virt_bmap.filesystems.ntfs.runs import Runs, Stream, decode
 from virt_bmap.layout import records
 from virt_bmap.reader import Reader, scatter
+from virt_bmap.threads import ahead
 
 BATCH = 16 << 20
 """Bytes of the $MFT read at a time: few round trips, in bounded memory."""
@@ -61,23 +64,20 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
     pieces = [decoded(own, geometry)]
     length = int(own.initialized_size[own.lowest_vcn == 0].max(initial=0))
     batches: list[Batch] = []
-    held, mended = np.empty(PIECE + 128, np.uint8), np.empty(min(PIECE, reader.size), np.uint8)
-    at = 0
-    while True:
-        stream = stream_of(pieces, geometry, reader.size)
-        end = min(stream.contiguous(at), length, at + (BATCH if stream.ascends(at, BATCH) else PIECE))
-        end -= (end - at) % size
-        if end <= at:
-            break
-        data = read_stream(reader, stream, at, end, mended)
-        if at == 0:
-            data = data if replaced is None else np.concatenate([replaced, data[size:]])
-            data = repair(data, mirror, geometry, problems)
-            system = prepared(data[: ntfs.FIRST_USER * size], size)
-        for start in range(0, len(data), PIECE):
-            batches.append(parse(data[start : start + PIECE], (at + start) // size, size, held))
-            pieces.append(decoded(own_list(batches[-1]), geometry))
-        at = end
+    held = np.empty(PIECE + 128, np.uint8)
+    at, before = 0, -1
+    while at != before:  # what was read may say where the table goes on
+        stream, before = stream_of(pieces, geometry, reader.size), at
+        for start, data in ahead(partial(_read, reader, stream), _spans(stream, at, length, size)):
+            if start == 0:
+                data = data if replaced is None else np.concatenate([replaced, data[size:]])
+                data = repair(data, mirror, geometry, problems)
+                system = prepared(data[: ntfs.FIRST_USER * size], size)
+            for piece in range(0, len(data), PIECE):
+                batches.append(parse(data[piece : piece + PIECE], (start + piece) // size, size, held))
+                if len(own := own_list(batches[-1])):
+                    pieces.append(decoded(own, geometry))
+            at = start + len(data)
     if not batches:
         raise Corrupt(
             f"record 0 of the $MFT at byte {geometry.mft:#x} has no $DATA that begins at VCN 0 and holds a record", geometry.mft
@@ -92,17 +92,28 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
     )  # fmt: skip
 
 
-def read_stream(reader: Reader, stream: Stream, start: int, end: int, held: Bytes | None = None) -> Bytes:
-    """Bytes [start, end) of a stream; zeroes where it has holes. Pieces are asked for in the order in which they lie in the volume.
+def _spans(stream: Stream, at: int, length: int, size: int) -> Iterator[tuple[int, int]]:
+    """What is known of the $MFT from `at` on, in pieces of whole records."""
+    known = min(stream.contiguous(at), length)
+    while at + size <= known:
+        end = min(known, at + (BATCH if stream.ascends(at, BATCH) else PIECE))
+        end -= (end - at) % size
+        yield at, end
+        at = end
 
-    `held` is memory to put them in order in, where they are not.
-    """
+
+def _read(reader: Reader, stream: Stream, span: tuple[int, int]) -> tuple[int, Bytes]:
+    return span[0], read_stream(reader, stream, *span)
+
+
+def read_stream(reader: Reader, stream: Stream, start: int, end: int) -> Bytes:
+    """Bytes [start, end) of a stream; zeroes where it has holes. Pieces are asked for in the order in which they lie in the volume."""
     _, at, places, lengths = stream.place(ints(start), ints(end - start))
     order = np.argsort(places, kind="stable")
     data = reader.read_ranges(places[order], lengths[order])
     if len(data) == end - start and (np.diff(order) > 0).all():
         return data
-    result = held[: end - start] if held is not None and len(held) >= end - start else np.empty(end - start, np.uint8)
+    result = np.empty(end - start, np.uint8)
     if len(data) < len(result):
         result[:] = 0
     scatter(result, (at - start)[order], lengths[order], data)

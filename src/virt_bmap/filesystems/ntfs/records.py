@@ -151,7 +151,7 @@ def parse(data: Bytes, first: int, size: int, held: Bytes | None = None) -> Batc
     mine = np.flatnonzero((kind == ntfs.FILE_NAME) & right)
     names = _names(buffer, row[mine], value[mine], value_length[mine], broken)
     mine = np.flatnonzero(~resident | (IS_KEPT[np.minimum(kind, len(IS_KEPT) - 1)] & right))
-    found = _attributes(buffer, row[mine], at[mine], header[mine], broken)
+    found = _attributes(buffer, row[mine], at[mine], broken)
     found.record += first
     names.record += first
     flags = heads["flags"]
@@ -241,8 +241,9 @@ def _names(buffer: Buffer, row: Int, at: Int, length: NDArray[np.uint32], broken
 START = struct(8, [(0, "start", "<i8")])
 
 
-def _attributes(buffer: Buffer, row: Int, at: Int, header: NDArray[np.void], broken: Bool) -> Attributes:
+def _attributes(buffer: Buffer, row: Int, at: Int, broken: Bool) -> Attributes:
     """Attributes of the records `row`, at `at` of the buffer; those that make no sense are left out and their record is `broken`."""
+    header = buffer.window(at, ntfs.ATTR_HEADER)
     units, name_at, length = header["name_length"], header["name_offset"], header["length"].astype(np.int64)
     good = (units == 0) | ((name_at.astype(np.int64) + 2 * units.astype(np.int64) <= length) & (name_at % 2 == 0))
     listed = np.flatnonzero(header["non_resident"])
@@ -255,7 +256,7 @@ def _attributes(buffer: Buffer, row: Int, at: Int, header: NDArray[np.void], bro
         good[listed] &= (number >= 0) & (number <= MAX_BYTES)
     if not good.all():
         broken[row[~good]] = True
-        return _attributes(buffer, row[good], at[good], header[good], broken)
+        return _attributes(buffer, row[good], at[good], broken)
 
     def joined(of_resident: Any, of_listed: Any, dtype: Any = np.int64) -> np.ndarray:
         column = np.empty(len(row), dtype)
