@@ -34,7 +34,7 @@ def data_model() -> str:
         "",
         "## In Parquet",
         "",
-        "`virt-bmap -o map.parquet` writes one file with one column for each table, a list of the table's rows (65,536 at most; further rows of a table are in the next",
+        "`virt-bmap -o map.parquet` writes one file with one column for each table, a list of the table's rows (262,144 at most; further rows of a table are in the next",
         "rows of the file, where shorter tables have empty lists).",
         "",
         "```sql",

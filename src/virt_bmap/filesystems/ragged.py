@@ -5,6 +5,7 @@ Arrow has the same layout, but to take rows or to compare it loads its function 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,13 +36,19 @@ class Ragged:
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
     @staticmethod
+    def cut(data: Bytes, starts: Int, lengths: NDArray[Any]) -> "Ragged":
+        """The strings data[starts[i]:starts[i]+lengths[i]]."""
+        lengths = lengths.astype(np.uint16)
+        return Ragged(pieces(data, starts, lengths), lengths)
+
+    @staticmethod
     def concat(parts: Sequence["Ragged"]) -> "Ragged":
         """One column after the other."""
         return Ragged(np.concatenate([part.data for part in parts]), np.concatenate([part.lengths for part in parts]))
 
     def take(self, rows: Int) -> "Ragged":
         """The strings of some rows."""
-        return Ragged(pieces(self.data, self.starts[rows], self.lengths[rows]), self.lengths[rows])
+        return Ragged.cut(self.data, self.starts[rows], self.lengths[rows])
 
     def strings(self) -> list[bytes]:
         """The strings as Python's, for columns of a few."""

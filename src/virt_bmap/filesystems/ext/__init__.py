@@ -12,11 +12,12 @@ Sources: kernel Documentation/filesystems/ext4/ and fs/ext4, fs/jbd2 (v6.12); e2
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, expand
+from virt_bmap.arrays import EMPTY, Int, expand
 from virt_bmap.contract import Filesystem
 from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inodes, journal, owned
 from virt_bmap.filesystems.ext.blocks import Runs
@@ -77,10 +78,13 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     attributes = owned.add_trees_and_attributes(rows, superblock, nodes, trees, problems)
     inline.add_symlinks(rows, superblock, nodes, types)
     parents, holding = _directory_blocks(superblock, nodes, types, runs, problems)
+    content = (runs.start, runs.start + runs.count) if superblock.cluster > 1 else (EMPTY, EMPTY)
+    del runs  # what follows finds room where these were
+    nodes = replace(nodes, block=nodes.block[:0])
     names = directories.read_names(reader, superblock, parents, holding, problems)
     names += inline.add_data(rows, superblock, nodes, types, bodies, problems)
     if superblock.cluster > 1:
-        owned.add_cluster_slack(rows, superblock, free, [metadata, attributes, (runs.start, runs.start + runs.count)])
+        owned.add_cluster_slack(rows, superblock, free, [metadata, attributes, content])
     tree = directories.table(names)
     owned.check_links(nodes, types, tree, problems)
     extents = rows.table(0)

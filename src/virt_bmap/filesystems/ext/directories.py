@@ -10,37 +10,38 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
+from virt_bmap import tables, threads
 from virt_bmap.arrays import EMPTY, Bytes, Int, in_order
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.superblock import Superblock
+from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.reader import Reader
 
 HEADER = 8
 """Bytes of an entry before its name: inode (4), rec_len (2), name_len (1), file_type (1; high byte of name_len in ext2 rev 0)."""
-BATCH = 16 << 20
+BATCH = 8 << 20
 """Bytes of directory blocks read at a time."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """Entries of a batch as columns; `name` is an Arrow binary array."""
+    """Entries of a batch as columns."""
 
     parent: Int
     inode: Int
-    name: pa.Array
+    name: Ragged
 
 
 def read_names(reader: Reader, superblock: Superblock, parent: Int, block: Int, problems: Problems) -> list[Names]:
     """The entries of these blocks, sorted; each belongs to the directory `parent`."""
     size = superblock.block_size
-    step = max(1, BATCH // size)
+    parts = [slice(at, at + BATCH // size) for at in range(0, len(block), BATCH // size)]
     found = []
-    for at in range(0, len(block), step):
-        part = block[at : at + step]
-        data = reader.read_blocks(part * size, size).reshape(-1)
-        starts = np.arange(len(part), dtype=np.int64) * size
-        found.append(parse(data, starts, starts + size, parent[at : at + step], part * size, size, superblock.inodes, problems))
+    for part, data in zip(parts, threads.ahead(lambda part: reader.read_blocks(block[part] * size, size), parts), strict=True):
+        starts = np.arange(len(data), dtype=np.int64) * size
+        found.append(
+            parse(data.reshape(-1), starts, starts + size, parent[part], block[part] * size, size, superblock.inodes, problems)
+        )
     return found
 
 
@@ -63,8 +64,7 @@ def parse(
     complain_where(problems, "directory-entry", "names lead to inodes that cannot exist", keep & (inode > inodes), place)
     complain_where(problems, "directory-entry", "names are empty", keep & (length == 0), place)
     keep = np.flatnonzero(keep & (inode <= inodes) & (length > 0))
-    at, length = at[keep], length[keep]
-    return Names(parent[area[keep]], inode[keep], _gather_names(data, at + HEADER, length))
+    return Names(parent[area[keep]], inode[keep], Ragged.cut(data, at[keep] + HEADER, length[keep]))
 
 
 def _entries(words: np.ndarray, starts: Int, ends: Int, offsets: Int, block_size: int, problems: Problems) -> Int:
@@ -97,21 +97,11 @@ def _entries(words: np.ndarray, starts: Int, ends: Int, offsets: Int, block_size
     return in_order(np.concatenate(found))
 
 
-def _gather_names(data: Bytes, starts: Int, lengths: Int) -> pa.Array:
-    """The byte strings data[starts[i]:+lengths[i]], with `starts` sorted and nothing overlapping, as one Arrow array."""
-    ends = starts + lengths
-    turns = np.stack([starts - np.append(0, ends[:-1]), lengths], axis=1).reshape(-1)  # gap, name, gap, name, ...
-    mask = np.repeat(np.tile(np.array([False, True]), len(starts)), turns)
-    offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data[: len(mask)][mask])]
-    return pa.Array.from_buffers(pa.binary(), len(starts), buffers)
-
-
 def table(found: list[Names]) -> pa.Table:
     """The table `names`."""
     if not found:
         return tables.empty("names")
     return tables.make(
         "names", volume=0, parent=np.concatenate([part.parent for part in found]),
-        inode=np.concatenate([part.inode for part in found]), name=pa.concat_arrays([part.name for part in found]),
+        inode=np.concatenate([part.inode for part in found]), name=Ragged.concat([part.name for part in found]).arrow(),
     )  # fmt: skip

@@ -132,8 +132,10 @@ def check_links(nodes: Inodes, types: np.ndarray, names: pa.Table, problems: Pro
 
 def check_overlaps(extents: pa.Table, problems: Problems) -> None:
     """Look for bytes with two owners that do not share on purpose."""
-    own = np.flatnonzero(tables.integers(extents, "flags") & (tables.INLINE | tables.SHARED) == 0)
-    start, length = tables.integers(extents, "volume_offset")[own], tables.integers(extents, "length")[own]
+    own = tables.integers(extents, "flags") & (tables.INLINE | tables.SHARED) == 0
+    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
+    if not own.all():
+        start, length = start[own], length[own]
     end = start + length
     # where nothing overlaps, the n-th range to begin is also the n-th to end
     if (in_order(start)[1:] < in_order(end)[:-1]).any():

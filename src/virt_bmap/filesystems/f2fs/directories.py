@@ -17,7 +17,7 @@ from virt_bmap.arrays import EMPTY, Bytes, Int, expand
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs.nodes import S_IFDIR, Inodes, Runs
 from virt_bmap.filesystems.f2fs.ondisk import BLOCK, Volume
-from virt_bmap.filesystems.ragged import Ragged, pieces
+from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.layout import struct
 
 DENTRY = struct(11, [(0, "hash_code", "<u4"), (4, "ino", "<u4"), (8, "name_len", "<u2"), (10, "file_type", "u1")])
@@ -116,5 +116,4 @@ def _parse(data: Bytes, base: Int, room: Int, parent: Int, place: Int, damage: D
     begin, length = text[area] + slot * SLOT, raw["name_len"].astype(np.int64)
     dots = (data[begin] == 0x2E) & ((length == 1) | ((length == 2) & (data[begin + 1] == 0x2E)))
     keep = np.flatnonzero(~dots)
-    lengths = length[keep].astype(np.uint16)
-    return Names(parent[area[keep]], raw["ino"][keep].astype(np.int64), Ragged(pieces(data, begin[keep], lengths), lengths))
+    return Names(parent[area[keep]], raw["ino"][keep].astype(np.int64), Ragged.cut(data, begin[keep], length[keep]))

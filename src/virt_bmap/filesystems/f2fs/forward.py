@@ -23,7 +23,7 @@ from virt_bmap.filesystems.f2fs.directories import NAME_LEN
 from virt_bmap.filesystems.f2fs.nodes import Found, Inodes, Pointers, Trees
 from virt_bmap.filesystems.f2fs.ondisk import BLOCK, NODE, Volume
 from virt_bmap.filesystems.f2fs.recovery import Newer
-from virt_bmap.filesystems.ragged import Ragged, pieces
+from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.layout import records
 from virt_bmap.paths import positions
 
@@ -118,8 +118,7 @@ def add_names(volume: Volume, newer: Newer, inodes: Inodes, names: pa.Table) -> 
     )
     rows = np.flatnonzero(good)
     text = np.frombuffer(raw["i_name"][rows].tobytes(), np.uint8)
-    lengths = length[rows].astype(np.uint16)
-    name = Ragged(pieces(text, np.arange(len(rows), dtype=np.int64) * NAME_LEN, lengths), lengths).arrow()
+    name = Ragged.cut(text, np.arange(len(rows), dtype=np.int64) * NAME_LEN, length[rows]).arrow()
     new = tables.make("names", volume=0, parent=parent[rows], inode=ino[rows], name=name)
 
     def keys(table: pa.Table) -> pa.Array:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from virt_bmap.arrays import EMPTY, Bytes, Int, expand
 from virt_bmap.contract import Problem
-from virt_bmap.filesystems.ragged import Ragged, pieces
+from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.layout import records, struct
 
 IDENTIFIER = 257
@@ -62,7 +62,7 @@ def parse(data: Bytes, parent: Int, base: Int, size: Int, problems: list[Problem
     start = at + FID.itemsize + found["ImplementationUseLength"]
     return Names(
         parent[directory[keep]], found["ICBPartition"].astype(np.int64), found["ICBBlock"].astype(np.int64),
-        _utf8(Ragged(pieces(data, start, found["IdentifierLength"].astype(np.uint16)), found["IdentifierLength"].astype(np.uint16))),
+        _utf8(Ragged.cut(data, start, found["IdentifierLength"])),
     )  # fmt: skip
 
 

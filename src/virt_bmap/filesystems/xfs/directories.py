@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
-from virt_bmap.arrays import Bytes, Int, expand, in_order
+from virt_bmap.arrays import EMPTY, Bytes, Int, expand, in_order
 from virt_bmap.filesystems.columns import take
 from virt_bmap.filesystems.damage import Damage
+from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import BATCH
 from virt_bmap.filesystems.xfs.forks import Extents
@@ -28,29 +28,21 @@ MAX_INODE = 1 << 56
 
 @dataclass(frozen=True)
 class Names:
-    """Directory entries: numbers of directory and inode, and the name (pyarrow binary)."""
+    """Directory entries: numbers of directory and inode, and the name."""
 
     parent: Int
     inode: Int
-    name: pa.Array
+    name: Ragged
+
+
+NO_NAMES = Names(EMPTY, EMPTY, Ragged(np.zeros(0, np.uint8), np.zeros(0, np.uint16)))
 
 
 def stack_names(parts: Sequence[Names]) -> Names:
     """The entries of all parts, one after the other."""
-    none = np.zeros(0, np.int64)
-    parent, inode = (np.concatenate([none, *(getattr(part, name) for part in parts)]) for name in ("parent", "inode"))
-    return Names(parent, inode, pa.concat_arrays([pa.array([], pa.binary()), *(part.name for part in parts)]))
-
-
-def _cut_out(data: Bytes, start: Int, length: Int) -> pa.Array:
-    """The pieces data[start:start+length], which lie in ascending order: every other item of the binary array over all of
-    `data` whose items are, in turns, a piece and what lies behind it. No index for each byte is needed."""
-    edges = np.empty(2 * len(start), np.int32)
-    edges[0::2], edges[1::2] = start, start + length
-    if len(edges) == 0:
-        return pa.array([], pa.binary())
-    array = pa.BinaryArray.from_buffers(pa.binary(), len(edges) - 1, [None, pa.py_buffer(edges), pa.py_buffer(data)])
-    return array.take(pa.array(np.arange(0, len(edges), 2)))
+    parts = [NO_NAMES, *parts]
+    parent, inode = (np.concatenate([getattr(part, name) for part in parts]) for name in ("parent", "inode"))
+    return Names(parent, inode, Ragged.concat([part.name for part in parts]))
 
 
 def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype: bool, damage: Damage) -> Names:
@@ -87,7 +79,7 @@ def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype
     inode[eight] = _big_endian(data, number_at[eight], 8)
     good = damage.check((inode > 0) & (inode < MAX_INODE), "name-inode", "names lead to inode numbers that can't be", place[row])
     row, at, length = row[good], at[good], length[good]
-    return Names(parent[row], inode[good], _cut_out(data, at + 3, length))
+    return Names(parent[row], inode[good], Ragged.cut(data, at + 3, length))
 
 
 def _big_endian(data: Bytes, at: Int, size: int) -> Int:
@@ -192,7 +184,7 @@ def _entries(damage: Damage, flat: Bytes, words: np.ndarray, at: Int, parent: In
     good = damage.check((inode > 0) & (inode < MAX_INODE), "name-inode", "names lead to inode numbers that can't be", place)
     keep = good & ~dots
     at, length = at[keep], length[keep]
-    return Names(parent[keep], inode[keep], _cut_out(flat, at + 9, length))
+    return Names(parent[keep], inode[keep], Ragged.cut(flat, at + 9, length))
 
 
 def _spans(geometry: Geometry, damage: Damage, place: Int, blocks: Bytes) -> tuple[Int, Int]:
