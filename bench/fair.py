@@ -87,7 +87,7 @@ def main(match: Match) -> int:
     options.cache.mkdir(parents=True, exist_ok=True)
     image = match.build(options.cache, options.files)
     with tempfile.TemporaryDirectory() as folder:
-        ours = [sys.executable, "-m", "virt_bmap", "-q", "-o", Path(folder) / "map.parquet", image]
+        ours = [Path(sys.executable).with_name("virt-bmap"), "-q", "-o", Path(folder) / "map.parquet", image]
         subprocess.run(ours, check=True)
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
         taken = [(seconds(ours), seconds([*match.peer, image])) for _ in range(options.rounds + 1)][1:]

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,17 @@ def test_memory_stays_and_the_environment_too(given: str | None) -> None:
     word, pool, faults = done.stdout.split()
     assert (word, pool) == (str(given), "system")
     assert int(faults) < 100  # of 6,144 pages
+
+
+def test_pandas_is_not_imported(tmp_path: Path) -> None:
+    """A pandas that is installed takes half a second to import, which Arrow would do; ours to import it is still possible afterwards."""
+    (tmp_path / "pandas").mkdir()
+    (tmp_path / "pandas" / "__init__.py").write_text("import sys; print('imported', file=sys.stderr)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    use = "from virt_bmap import startup; startup.import_libraries(); import pyarrow; pyarrow.array([None, 1]).to_numpy(zero_copy_only=False)"
+    for further, said in (("", ""), ("; import pandas", "imported\n")):
+        done = subprocess.run([sys.executable, "-c", use + further], env=environment, capture_output=True, text=True, check=True)
+        assert done.stderr == said
 
 
 def test_another_libc_has_no_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:

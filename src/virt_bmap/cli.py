@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 from virt_bmap import __version__
@@ -32,7 +33,11 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         main.add_argument("-V", "--version", action="version", version=f"virt-bmap {__version__}")
         return main
     module = importlib.import_module(f"virt_bmap.commands.{command}")
-    made = _Parser(prog=f"virt-bmap {command}", description=module.HELP[0].upper() + module.HELP[1:] + ".", allow_abbrev=False)
+    about = module.HELP[0].upper() + module.HELP[1:]
+    made = _Parser(
+        prog=f"virt-bmap {command}", description=about if about.endswith("?") else f"{about}.", allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, width=78),  # else it looks for the terminal's whenever an option is added
+    )  # fmt: skip
     module.add_arguments(made)
     return made
 

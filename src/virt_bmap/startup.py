@@ -4,11 +4,13 @@ Sources: mallopt(3); glibc's malloc/malloc.c (DEFAULT_MMAP_THRESHOLD_MAX); NumPy
 """
 
 import ctypes
+import gc
 import importlib
 import os
+import sys
 
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 LARGEST = 32 << 20
 """Bytes: glibc lets nothing larger lie in its heap."""
 HEAP = 6 * LARGEST
@@ -18,8 +20,9 @@ HEAP = 6 * LARGEST
 def import_libraries() -> None:
     """Import NumPy without OpenBLAS' threads, and Arrow; both on one heap that keeps its memory.
 
-    Nothing here is linear algebra, and each thread would spin for a tenth of a second when it starts.
+    Nothing here is linear algebra, and each thread would spin for a tenth of a second when it starts. Nothing that an import leaves behind is garbage, either.
     """
+    gc.disable()
     before = os.environ.get(BLAS_THREADS)
     os.environ[BLAS_THREADS] = "1"
     importlib.import_module("numpy")
@@ -30,6 +33,20 @@ def import_libraries() -> None:
     _keep_memory()
     arrow = importlib.import_module("pyarrow")
     arrow.set_memory_pool(arrow.system_memory_pool())
+    sys.meta_path.insert(0, finder := _NoPandas())
+    arrow.array([0]).to_numpy(zero_copy_only=False)
+    sys.meta_path.remove(finder)
+    gc.freeze()
+    gc.enable()
+
+
+class _NoPandas:
+    """Arrow looks once whether there is a pandas, whose arrays it might be given or asked for. To import that takes longer than most maps, and here are none."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        """ModuleNotFoundError for pandas; anything else is left to the finders behind."""
+        if fullname == "pandas":
+            raise ModuleNotFoundError(fullname)
 
 
 def _keep_memory() -> None:
@@ -39,6 +56,7 @@ def _keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own
     if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)  # for all threads
         mallopt(M_MMAP_THRESHOLD, LARGEST)
         mallopt(M_TRIM_THRESHOLD, 8 * HEAP)
         empty = importlib.import_module("numpy").empty

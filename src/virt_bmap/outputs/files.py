@@ -4,7 +4,6 @@ import contextlib
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -37,13 +36,11 @@ def new_file(path: str) -> Iterator[str]:
     """The name of an empty file beside `path` that replaces it only when the block ends without an error. Raises OutputError as `replacing` does."""
     with _words(path):
         target = os.path.realpath(path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(target)[:100]}.", dir=os.path.dirname(target) or ".")
-        os.close(handle)
+        folder, name = os.path.split(target)
+        temporary = os.path.join(folder, f".{name[:50]}.{os.urandom(8).hex()}")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))  # but what the umask takes
         try:
             yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
             os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
