@@ -1,8 +1,8 @@
 """sparsify in place and in a copy against virt-sparsify: time, what takes space on the host afterwards, and that nothing else changed.
 
-    python bench/sparsify.py [--kinds ext4,xfs,...] [--files N] [--kills N] [--peer=WAYS] CACHE-FOLDER
+    python bench/sparsify.py [--kinds ext4,xfs,...] [--files N] [--size GIB] [--kills N] [--peer=WAYS] CACHE-FOLDER
 
-A disk of 10 GiB on which 50,000 files were written and half of them deleted (a tenth of that on FAT, which mtools fill). Needs root for mounts. Before and
+A disk of 10 GiB (virt-sparsify can't copy a FAT with more than 4 GiB free) on which 50,000 files were written and half of them deleted (a tenth of that on FAT, which mtools fill). Needs root for mounts. Before and
 after, the filesystem's checker must find nothing and every file must have its hash; after each kill at a random moment, too. The folder needs 12 GiB.
 virt-sparsify (Debian guestfs-tools) is timed on the same image in the same run; on machines without KVM it is slower than it would be with it.
 """
@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SIZE, FILES, KILLS = 10 << 30, 50_000, 20
+SIZE, FILES, KILLS = 10, 50_000, 20
 LONGEST = 80 << 10
 """Bytes of the longest file; the mean is half of that."""
 MAKERS = {
@@ -65,14 +65,14 @@ def files_of(image: Path, kind: str, write: bool = False) -> Iterator[Path]:
                 time.sleep(0.1)
 
 
-def made(cache: Path, kind: str, files: int) -> Path:
-    """The image, made if it is not there yet."""
-    image = cache / f"sparsify-{kind}-{files}.img"
+def made(cache: Path, kind: str, files: int, size: int) -> Path:
+    """The image of `size` GiB, made if it is not there yet."""
+    image = cache / f"sparsify-{kind}-{files}{f'-{size}' if size != SIZE else ''}.img"
     if image.exists():
         return image
     part, chooser = image.with_suffix(".part"), random.Random(1)
     with part.open("wb") as file:
-        file.truncate(SIZE)
+        file.truncate(size << 30)
     run(*MAKERS[kind], part)
     names = [f"d{number // 250:03d}/file{number:05d}" for number in range(files)]
     gone = chooser.sample(names, files // 2)
@@ -201,6 +201,7 @@ def main() -> int:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--kinds", default=",".join(MAKERS))
     parser.add_argument("--files", type=int, default=FILES)
+    parser.add_argument("--size", type=int, default=SIZE, metavar="GIB")
     parser.add_argument("--kills", type=int, default=KILLS, help="of raw images; half as many of qcow2")
     parser.add_argument(
         "--peer",
@@ -211,7 +212,7 @@ def main() -> int:
     options.cache.mkdir(parents=True, exist_ok=True)
     for kind in options.kinds.split(","):
         files = options.files // (10 if kind == "vfat" else 1)
-        image = made(options.cache, kind, files)
+        image = made(options.cache, kind, files, options.size)
         judge = Judge(image, kind)
         print(f"{kind}: {files:,} files written, {len(judge.files):,} left", flush=True)
         compare(image, judge, options.peer.split(","))
