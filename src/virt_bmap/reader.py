@@ -5,6 +5,7 @@ goes to the backend as one request, which may keep all of it in flight. A format
 """
 
 import threading
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import numpy as np
 from virt_bmap.arrays import Bytes, Int, gather, ints, union
 from virt_bmap.errors import Corrupt
 from virt_bmap.mapping import DATA, ROLES, Rows, Side
+from virt_bmap.threads import ahead
 
 HEAD = 128 << 10
 """Bytes at the start of every volume that are read once and kept: all magic numbers but md's and GPT's copies lie there."""
@@ -55,6 +57,12 @@ class Reader:
     def read_blocks(self, offsets: Int, size: int) -> Bytes:
         """Blocks of equal size: an array of shape (len(offsets), size)."""
         return self.read_ranges(offsets, np.full(len(offsets), size, np.int64)).reshape(len(offsets), size)
+
+    def batches(self, offsets: Int, size: int, most: int) -> Iterator[tuple[slice, Bytes]]:
+        """(which of the offsets, their blocks) as `read_blocks` gives them, in batches of up to `most` bytes; the next one is read while this one is looked at."""
+        step = max(1, most // size)
+        parts = [slice(at, at + step) for at in range(0, len(offsets), step)]
+        return zip(parts, ahead(lambda part: self.read_blocks(offsets[part], size), parts), strict=True)
 
     def read_ranges(self, offsets: Int, lengths: Int) -> Bytes:
         """Any ranges, in any order, one after the other in one flat uint8 array; each byte of the disk is asked for once.

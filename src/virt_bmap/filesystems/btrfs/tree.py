@@ -195,11 +195,9 @@ def node_batches(source: Source, address: Int, generation: Int, level: int, dama
 
     A block that does not say of itself what its pointer said is taken from another copy; where none is right it has no items.
     """
-    size = max(1, BATCH // source.nodesize)
     item = KEY_PTR_SIZE if level else ITEM_SIZE
-    for start in range(0, len(address), size):
-        part, expected = address[start : start + size], generation[start : start + size]
-        data = source.reader.read_blocks(part, source.nodesize)
+    for rows, data in source.reader.batches(address, source.nodesize, BATCH):
+        part, expected = address[rows], generation[rows]
         bad = np.flatnonzero(~_sound(source, data, part, expected, level, item))
         for copy in source.copies:
             if len(bad) == 0:
@@ -213,7 +211,7 @@ def node_batches(source: Source, address: Int, generation: Int, level: int, dama
         damage.note("tree-block", "tree blocks are not what their pointers say (address, generation, level, fsid)", part[bad])
         nritems = _header(data)["nritems"].astype(np.int64)
         nritems[bad] = 0
-        yield start, data, nritems
+        yield rows.start, data, nritems
 
 
 def _header(data: Bytes) -> np.ndarray:

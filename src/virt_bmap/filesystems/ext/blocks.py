@@ -119,10 +119,8 @@ def _nodes(superblock: Superblock, block: Int, seen: Int, problems: Problems) ->
 def _batches(reader: Reader, superblock: Superblock, block: Int) -> Iterator[tuple[Int, Bytes]]:
     """(positions in `block`, their contents (n, block size)), in the order of the disk."""
     order = np.argsort(block, kind="stable")
-    step = max(1, BATCH // superblock.block_size)
-    for at in range(0, len(order), step):
-        part = order[at : at + step]
-        yield part, reader.read_blocks(block[part] * superblock.block_size, superblock.block_size)
+    for part, data in reader.batches(block[order] * superblock.block_size, superblock.block_size, BATCH):
+        yield order[part], data
 
 
 # ---- extent trees ---------------------------------------------------------------------------------------------------

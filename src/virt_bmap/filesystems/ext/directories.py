@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables, threads
+from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bytes, Int, in_order
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.superblock import Superblock
@@ -35,9 +35,8 @@ class Names:
 def read_names(reader: Reader, superblock: Superblock, parent: Int, block: Int, problems: Problems) -> list[Names]:
     """The entries of these blocks, sorted; each belongs to the directory `parent`."""
     size = superblock.block_size
-    parts = [slice(at, at + BATCH // size) for at in range(0, len(block), BATCH // size)]
     found = []
-    for part, data in zip(parts, threads.ahead(lambda part: reader.read_blocks(block[part] * size, size), parts), strict=True):
+    for part, data in reader.batches(block * size, size, BATCH):
         starts = np.arange(len(data), dtype=np.int64) * size
         found.append(
             parse(data.reshape(-1), starts, starts + size, parent[part], block[part] * size, size, superblock.inodes, problems)

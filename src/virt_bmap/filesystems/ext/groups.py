@@ -274,16 +274,13 @@ def _cut_at_seams(first: Int, high: Int, width: int) -> tuple[Int, Int]:
 
 def _bitmaps(reader: Reader, superblock: Superblock, blocks: Int, bits: int) -> Iterator[tuple[Int, Bytes]]:
     """Batches (positions in `blocks`, bitmaps of shape (n, whole words)): `bits` bits of each, the others zero."""
-    step = max(1, BATCH // superblock.block_size)
-    for at in range(0, len(blocks), step):
-        part = blocks[at : at + step]
-        data = reader.read_blocks(part * superblock.block_size, superblock.block_size)
-        clean = np.zeros((len(part), -(-bits // 64) * 8), np.uint8)
+    for part, data in reader.batches(blocks * superblock.block_size, superblock.block_size, BATCH):
+        clean = np.zeros((len(data), -(-bits // 64) * 8), np.uint8)
         whole, rest = divmod(bits, 8)
         clean[:, :whole] = data[:, :whole]
         if rest:
             clean[:, whole] = data[:, whole] & ((1 << rest) - 1)
-        yield np.arange(at, at + len(part)), clean
+        yield np.arange(part.start, part.start + len(data)), clean
 
 
 def add_free(

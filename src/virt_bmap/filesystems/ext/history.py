@@ -145,18 +145,16 @@ def _deleted(reader: Reader, superblock: Superblock, groups: Groups) -> Remember
     unused = np.ones(len(groups) * superblock.inodes_per_group + 1, bool)
     unused[0] = False
     unused[used_inodes(reader, superblock, groups)] = False
-    numbers, parts = np.flatnonzero(unused), [(EMPTY, np.zeros((0, superblock.inode_size), np.uint8))]
+    numbers, found = np.flatnonzero(unused), [(EMPTY, np.zeros((0, superblock.inode_size), np.uint8))]
     offsets = record_offsets(superblock, groups, numbers)
     inside = (offsets >= 0) & (offsets <= reader.size - superblock.inode_size)
     numbers, offsets = numbers[inside], offsets[inside]
-    step = BATCH // superblock.inode_size
-    for at in range(0, len(numbers), step):
-        raw = reader.read_blocks(offsets[at : at + step], superblock.inode_size)
+    for part, raw in reader.batches(offsets, superblock.inode_size, BATCH):
         columns = _columns(superblock, raw)
         dead = (columns["mode"] != 0) & (columns["nlink"] == 0) & columns["block"].any(axis=1)
-        parts.append((numbers[at : at + step][dead], raw[dead]))
-    number = np.concatenate([part[0] for part in parts])
-    return Remembered(number, np.full(len(number), -1, np.int64), np.concatenate([part[1] for part in parts]))
+        found.append((numbers[part][dead], raw[dead]))
+    number, records = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    return Remembered(number, np.full(len(number), -1, np.int64), records)
 
 
 def _columns(superblock: Superblock, raw: Bytes) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables, threads
+from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.groups import Groups, record_offsets
@@ -118,14 +118,12 @@ def read_inodes(
     blocks = offset // size
     new = np.append(True, blocks[1:] != blocks[:-1])[: len(blocks)]
     wanted, rank = blocks[new], np.cumsum(new) - 1
-    parts = [slice(at, at + BATCH // size) for at in range(0, len(wanted), BATCH // size)]
     # one array for all columns, from the start: pieces to be joined would take twice the memory, and small arrays small pages
     table = np.empty((len(COLUMNS), len(numbers)), np.int64)
     columns: dict[str, np.ndarray] = dict(zip(COLUMNS, table, strict=True))
     columns |= {"number": numbers, "offset": offset, "block": np.empty((len(numbers), I_BLOCK_SIZE), np.uint8)}
     inline, bodies = [EMPTY], [np.zeros((0, superblock.inode_size), np.uint8)]
-    batches = threads.ahead(lambda part: reader.read_blocks(wanted[part] * size, size), parts)
-    for part, batch in zip(parts, batches, strict=True):
+    for part, batch in reader.batches(wanted * size, size, BATCH):
         low, high = np.searchsorted(rank, [part.start, part.stop]).tolist()
         data = batch.reshape(-1, superblock.inode_size)
         row = (rank[low:high] - part.start) * (size // superblock.inode_size) + offset[low:high] % size // superblock.inode_size

@@ -223,9 +223,8 @@ def read_nat(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage
 
 def _blocks(volume: Volume, place: Int) -> Iterator[tuple[int, Bytes]]:
     """(number of the first, blocks) of a table in batches."""
-    step = BATCH // BLOCK
-    for low in range(0, len(place), step):
-        yield low, volume.reader.read_blocks(place[low : low + step] * BLOCK, BLOCK)
+    for part, blocks in volume.reader.batches(place * BLOCK, BLOCK, BATCH):
+        yield part.start, blocks
 
 
 # ---- SIT ------------------------------------------------------------------------------------------------------------

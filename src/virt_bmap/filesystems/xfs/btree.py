@@ -85,10 +85,8 @@ def walk(reader: Reader, geometry: Geometry, damage: Damage, shape: Shape, roots
 
 def _blocks(reader: Reader, geometry: Geometry, nodes: Nodes) -> Iterator[tuple[Nodes, Bytes]]:
     """The nodes' blocks, a bounded batch at a time."""
-    step = max(1, BATCH // geometry.block_size)
-    for first in range(0, len(nodes.block), step):
-        some = take(nodes, slice(first, first + step))
-        yield some, reader.read_blocks(geometry.block_offset(some.block), geometry.block_size)
+    for part, blocks in reader.batches(geometry.block_offset(nodes.block), geometry.block_size, BATCH):
+        yield take(nodes, part), blocks
 
 
 def _usable(geometry: Geometry, damage: Damage, shape: Shape, nodes: Nodes, known: Int) -> Nodes:

@@ -123,12 +123,9 @@ def _chunks(geometry: Geometry, damage: Damage, groups: Groups, rows: tables.Ext
 
 def _batches(reader: Reader, geometry: Geometry, start: Int, used: Bool) -> Iterator[tuple[Bytes, Int, Bool]]:
     """Inode records in bounded batches: bytes (n, inode size), the inode number and whether it is in use, for each."""
-    size = GROUP * geometry.inode_size
-    step = BATCH // size
-    for first in range(0, len(start), step):
-        some = start[first : first + step]
-        data = reader.read_blocks(geometry.inode_offset(some), size).reshape(-1, geometry.inode_size)
-        yield data, (some[:, None] + np.arange(GROUP)).reshape(-1), used[first : first + step].reshape(-1)
+    for part, data in reader.batches(geometry.inode_offset(start), GROUP * geometry.inode_size, BATCH):
+        number = (start[part, None] + np.arange(GROUP)).reshape(-1)
+        yield data.reshape(-1, geometry.inode_size), number, used[part].reshape(-1)
 
 
 def _contents(
