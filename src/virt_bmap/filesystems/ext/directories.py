@@ -58,7 +58,7 @@ def parse(
     second = words[np.minimum((at >> 2) + 2, len(words) - 1)]
     dots = ((length == 1) & (second & 0xFF == 0x2E)) | ((length == 2) & (second & 0xFFFF == 0x2E2E))
     keep = (inode != 0) & ~dots
-    area = np.searchsorted(starts, at, "right") - 1
+    area = np.repeat(np.arange(len(starts)), np.diff(np.searchsorted(at, starts), append=len(at)))
     place = offsets[area] + at - starts[area]
     complain_where(problems, "directory-entry", "names lead to inodes that cannot exist", keep & (inode > inodes), place)
     complain_where(problems, "directory-entry", "names are empty", keep & (length == 0), place)

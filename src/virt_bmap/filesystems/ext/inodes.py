@@ -126,8 +126,9 @@ def read_inodes(
     for part, batch in reader.batches(wanted * size, size, BATCH):
         low, high = np.searchsorted(rank, [part.start, part.stop]).tolist()
         data = batch.reshape(-1, superblock.inode_size)
-        row = (rank[low:high] - part.start) * (size // superblock.inode_size) + offset[low:high] % size // superblock.inode_size
-        data = data if len(row) == len(data) else data[row]
+        if high - low < len(data):  # not every record of these blocks is in use
+            place = (rank[low:high] - part.start) * size + offset[low:high] % size
+            data = data[place // superblock.inode_size]
         for first in range(0, len(data), AT_ONCE):
             some = data[first : first + AT_ONCE]
             for name, values in _fields(superblock, some):
