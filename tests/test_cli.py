@@ -274,13 +274,18 @@ def test_interrupted_by_the_user(disk, tmp_path):
     """A server that never answers, and Ctrl-C."""
     need("nbdkit", "nbdkit")
     path = tmp_path / "s"
-    server = subprocess.Popen(["nbdkit", "-f", "-r", "-U", path, "--filter=delay", "file", disk, "delay-read=30"])
+    log = tmp_path / "log"
+    filters = ["--filter=log", "--filter=delay"]
+    server = subprocess.Popen(["nbdkit", "-f", "-r", "-U", path, *filters, "file", disk, "delay-read=30", f"logfile={log}"])
     try:
         wait_for_socket(path)
         client = subprocess.Popen(
             [*PROGRAM, "-o", tmp_path / "bmap", f"nbd+unix:///?socket={path}"], stderr=subprocess.PIPE, text=True
         )
-        time.sleep(1.5)
+        until = time.monotonic() + 30
+        while "Read" not in log.read_text():  # it waits for its first read, and imports nothing any more
+            assert time.monotonic() < until
+            time.sleep(0.05)
         client.send_signal(signal.SIGINT)
         _, said = client.communicate(timeout=10)
         assert (client.returncode, said) == (130, "virt-bmap: interrupted\n")
