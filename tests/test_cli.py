@@ -283,7 +283,7 @@ def test_interrupted_by_the_user(disk, tmp_path):
             [*PROGRAM, "-o", tmp_path / "bmap", f"nbd+unix:///?socket={path}"], stderr=subprocess.PIPE, text=True
         )
         until = time.monotonic() + 30
-        while "Read" not in log.read_text():  # it waits for its first read, and imports nothing any more
+        while " Read id" not in log.read_text():  # it waits for its first read, and imports nothing any more
             assert time.monotonic() < until
             time.sleep(0.05)
         client.send_signal(signal.SIGINT)
