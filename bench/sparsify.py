@@ -2,8 +2,8 @@
 
     python bench/sparsify.py [--kinds ext4,xfs,...] [--files N] [--size GIB] [--kills N] [--peer=WAYS] CACHE-FOLDER
 
-A disk of 10 GiB (virt-sparsify can't copy a FAT with more than 4 GiB free) on which 50,000 files were written and half of them deleted (a tenth of that on FAT, which mtools fill). Needs root for mounts. Before and
-after, the filesystem's checker must find nothing and every file must have its hash; after each kill at a random moment, too. The folder needs 12 GiB.
+A disk of 10 GiB on which 50,000 files were written and half of them deleted (a tenth of that on FAT, which mtools fill; and virt-sparsify copies
+no FAT with more than 4 GiB free, for which --size is). Needs root for mounts. Before and after, the filesystem's checker must find nothing and every file must have its hash; after each kill at a random moment, too. The folder needs 12 GiB.
 virt-sparsify (Debian guestfs-tools) is timed on the same image in the same run; on machines without KVM it is slower than it would be with it.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SIZE, FILES, KILLS = 10, 50_000, 20
+"""SIZE in GiB."""
 LONGEST = 80 << 10
 """Bytes of the longest file; the mean is half of that."""
 MAKERS = {

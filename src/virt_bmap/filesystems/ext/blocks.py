@@ -32,7 +32,7 @@ INDEX = struct(12, [
     (0x8, "ei_leaf_hi", "<u2"),
 ])  # fmt: skip
 ITEM = np.dtype("V12")
-"""Any of these three: what has no fields is copied whole, ten times as fast."""
+"""Any of these three: what has no fields is copied whole, five times as fast."""
 EXTENT_MAGIC = 0xF30A
 MAX_DEPTH = 5
 """EXT4_MAX_EXTENT_DEPTH: five levels of nodes with 340 entries hold more blocks than a file can have."""
