@@ -280,8 +280,9 @@ def test_interrupted_by_the_user(disk, tmp_path):
     try:
         wait_for_socket(path)
         client = subprocess.Popen(
-            [*PROGRAM, "-o", tmp_path / "bmap", f"nbd+unix:///?socket={path}"], stderr=subprocess.PIPE, text=True
-        )
+            [*PROGRAM, "-o", tmp_path / "bmap", f"nbd+unix:///?socket={path}"], stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background of a shell ignore it
+        )  # fmt: skip
         until = time.monotonic() + 30
         while " Read id" not in log.read_text():  # it waits for its first read, and imports nothing any more
             assert time.monotonic() < until
