@@ -5,15 +5,16 @@ Both questions are answered layer by layer through the mapping rows; nothing is 
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals, ints
+from virt_bmap.columns import stack
 from virt_bmap.errors import UsageError
 from virt_bmap.mapping import PACKED, ROLES, Pieces, Rows, Side
 
@@ -23,8 +24,7 @@ FILE = "file"
 """The kind of volume that is a file of the host."""
 
 
-@dataclass(frozen=True)
-class Owners:
+class Owners(NamedTuple):
     """Who owns bytes, as columns of one length: query `query` meets row `extent` of `extents` (-1: the volume itself) of `volume`.
 
     The shared bytes are [start, end) on the disk, and [inside, inside + length) in the volume: as many, unless `role` is compressed, where offsets on one side say
@@ -44,12 +44,11 @@ class Owners:
     @staticmethod
     def concat(parts: "list[Owners]") -> "Owners":
         """All rows of the parts, in order."""
-        none = np.zeros(0, np.int64)
-        return Owners(*(np.concatenate([none, *(getattr(part, name) for part in parts)]) for name in Owners.__dataclass_fields__))
+        return stack(Owners, parts)
 
     def take(self, keep: np.ndarray) -> "Owners":
         """The rows that a boolean or index array asks for."""
-        return Owners(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return Owners(*(column[keep] for column in self))
 
 
 @dataclass
@@ -265,8 +264,7 @@ class BlockMap:
         return ROLES[role]
 
 
-@dataclass(frozen=True)
-class _Way:
+class _Way(NamedTuple):
     """Pieces on their way through the layers: bytes [asked, +asked_length) of where the question began are bytes [here, +length) of the volume reached."""
 
     query: Int
@@ -284,13 +282,13 @@ class _Way:
         return _Way(self.query[at], asked, asked_length, target, target_length, self.role[at])
 
     def take(self, keep: np.ndarray) -> "_Way":
-        return _Way(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return _Way(*(column[keep] for column in self))
 
 
 def _steps(way: _Way, pieces: Pieces, volume: Int, role: Int) -> "list[tuple[int, _Way]]":
     """The next layer: for each volume that mapping rows lead to, the pieces there. `volume` and `role` are columns of the rows."""
     further = way.step(pieces.query, pieces.source, pieces.length, pieces.target, pieces.target_length)
-    further = replace(further, role=np.maximum(further.role, role[pieces.row]))
+    further = further._replace(role=np.maximum(further.role, role[pieces.row]))
     reached = volume[pieces.row]
     numbers = np.unique(reached).tolist()
     return [(number, further.take(reached == number)) for number in numbers]

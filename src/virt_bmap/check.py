@@ -4,7 +4,7 @@ For each volume: its extents and its children's bytes cover it to the last byte;
 share them on purpose; nothing that is owned is called free; nothing that is allocated lacks an owner. An observed filesystem can't be proven: that is a disagreement, too.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ LISTED = 100
 """Ranges named one by one for each kind of disagreement on a volume; the rest are counted."""
 
 
-@dataclass(frozen=True)
-class Disagreement:
+class Disagreement(NamedTuple):
     """Bytes [start, end) of a volume about which the map contradicts itself, the allocator, or the format."""
 
     volume: int
@@ -27,8 +26,7 @@ class Disagreement:
     detail: str
 
 
-@dataclass(frozen=True)
-class Totals:
+class Totals(NamedTuple):
     """Bytes of one volume by kind; `children` are bytes that lie in further volumes. Together they are `size`."""
 
     volume: int
@@ -37,8 +35,7 @@ class Totals:
     children: int
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What `check` found. The map is proven when there is no disagreement."""
 
     totals: list[Totals]

@@ -5,8 +5,8 @@ encrypted by the filesystem itself is refused, a file at a time.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,7 @@ INTERIX_LINK = b"IntxLNK\x01"
 REPARSE_LX_SYMLINK = 0xA000001D
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """`data` is content of file number `file` (of those asked for) from `offset` on. The data is good until the next piece is asked for."""
 
     file: int

@@ -18,6 +18,7 @@ Both raise Corrupt or Unsupported where nothing can be read; what is wrong but l
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -27,8 +28,7 @@ from virt_bmap.reader import Reader
 from virt_bmap.tables import ExtentRows
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Damage or contradiction that leaves the rest readable. `offset` is in bytes of the volume; -1: not one place."""
 
     code: str
@@ -59,8 +59,7 @@ class Filesystem:
     problems: list[Problem] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A volume as an assembling module sees it. `name` is its device name, `number` its id for mapping rows' `parent`, `keys` what the user gave."""
 
     number: int

@@ -14,6 +14,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from virt_bmap import tables
 from virt_bmap.arrays import ints
@@ -39,8 +40,7 @@ def is_name(name: bytes) -> bool:
     return name not in (b"", b".", b"..") and b"/" not in name and b"\0" not in name
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One name to make: its directory, as names below the new folder, its own name, and the inode with its row of columns."""
 
     folder: Place

@@ -3,8 +3,7 @@
 All of it is arithmetic on columns: ten thousand ranges on a map of any size are one lookup, a sort and a few sums.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -42,8 +41,7 @@ OBJECTS = pa.schema([
 """The columns of `Hits.objects`."""
 
 
-@dataclass(frozen=True)
-class _Pieces:
+class _Pieces(NamedTuple):
     """Pieces of the ranges, by columns: bytes [start, end) of the disk belong to an object, whose bytes [low, high) they are (-1: not file content)."""
 
     volume: Int
@@ -58,14 +56,13 @@ class _Pieces:
     high: Int
 
     def take(self, keep: np.ndarray) -> "_Pieces":
-        return _Pieces(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return _Pieces(*(column[keep] for column in self))
 
     def join(self, *others: "_Pieces") -> "_Pieces":
-        return _Pieces(*(np.concatenate([getattr(each, name) for each in (self, *others)]) for name in self.__dataclass_fields__))
+        return _Pieces(*map(np.concatenate, zip(self, *others, strict=True)))
 
 
-@dataclass(frozen=True)
-class Hits:
+class Hits(NamedTuple):
     """What the ranges hit: `objects` by bytes, most first, each a dictionary ready for JSON; `kinds` the bytes of the disk of each kind, each byte
     counted once a kind; `size` all bytes of the ranges."""
 
@@ -120,8 +117,8 @@ def _slack(bmap: BlockMap, pieces: _Pieces) -> _Pieces:
     plain = ((pieces.flags & tables.COMPRESSED) == 0) & (pieces.role != PACKED)
     inside = np.where(plain & behind, np.maximum(0, size - pieces.low), 0)
     cut = np.where(plain & behind, pieces.start + inside, pieces.end)
-    front = replace(pieces, end=cut, high=np.minimum(pieces.high, np.maximum(size, pieces.low)))
-    back = replace(pieces, start=cut, low=np.maximum(pieces.low, size), kind=np.full(len(size), SLACK, np.int64))
+    front = pieces._replace(end=cut, high=np.minimum(pieces.high, np.maximum(size, pieces.low)))
+    back = pieces._replace(start=cut, low=np.maximum(pieces.low, size), kind=np.full(len(size), SLACK, np.int64))
     return front.take(front.end > front.start).join(back.take(back.end > back.start))
 
 

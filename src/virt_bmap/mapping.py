@@ -11,6 +11,7 @@ one side, the answer is the whole run on the other.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,8 +38,7 @@ class Row:
     role: str = DATA
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One side of the rows: for each the first offset and the step between runs, in bytes."""
 
     offset: Int
@@ -148,8 +148,7 @@ class Rows:
         return Pieces(query[keep], row[keep], low[keep], moved[keep], length[keep], target_length[keep])
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """What became of the queries: `query` and `row` say where a piece comes from; it is `length` bytes at `source` on the
     side asked about, and `target_length` (the same but for compressed rows) at `target` on the other. A query that no row covers gives no piece."""
 

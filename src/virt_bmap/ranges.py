@@ -7,8 +7,7 @@ Each format has a small parser of its own; which one reads a file is found by it
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +31,7 @@ Entry = tuple[int, int, int]
 """(line or entry number, first byte, bytes)"""
 
 
-@dataclass(frozen=True)
-class Ranges:
+class Ranges(NamedTuple):
     """Ranges [starts[i], ends[i]) in bytes, in the order of the file; `at` says in which of its lines or entries (`unit`) each was."""
 
     source: str

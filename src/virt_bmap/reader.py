@@ -7,7 +7,7 @@ goes to the backend as one request, which may keep all of it in flight. A format
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -204,8 +204,7 @@ def scatter(result: Bytes, starts: Int, lengths: Int, data: Bytes) -> None:
     result[(starts - base)[row] + np.arange(len(data))] = data
 
 
-@dataclass(frozen=True)
-class Patch:
+class Patch(NamedTuple):
     """Blocks of `size` bytes that replace what lies at `offsets` (sorted, multiples of `size`); `blocks` is (n, size)."""
 
     offsets: Int

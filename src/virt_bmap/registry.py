@@ -4,8 +4,8 @@ Importing every format would take longer than mapping most disks.
 """
 
 import importlib
-from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 from virt_bmap.reader import TAIL, Reader
 
@@ -13,8 +13,7 @@ Magic = tuple[int | None, bytes]
 """(offset, bytes): the offset in bytes from the start, from the end if negative; None: anywhere in the last TAIL bytes."""
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """A module by its full name. One of `magics` must be there before the module's own `probe` is asked."""
 
     module: str

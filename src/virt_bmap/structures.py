@@ -6,8 +6,7 @@ part of it that an extent is (or `record`, an inode's own; or `directory`). Impo
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +15,7 @@ from virt_bmap.outputs.escape import escape
 FILESYSTEMS, VOLUMES = "virt_bmap.filesystems.", "virt_bmap.volumes."
 
 
-@dataclass(frozen=True)
-class Structure:
+class Structure(NamedTuple):
     """Where a record type is declared (module:name), and whether others follow the first one to the extent's end."""
 
     declared: str

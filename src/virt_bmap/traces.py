@@ -6,8 +6,7 @@ does not say, a map is asked.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +31,7 @@ CHECKED = 10_000
 """Objects of a trace whose names are compared with a map's."""
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """A trace as it lies in its file: the rows, and the sizes of the disks it is of (empty: not known)."""
 
     name: str
@@ -41,8 +39,7 @@ class Saved:
     sizes: list[int]
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One trace: its accesses with their disks, and the pieces of objects that they touched, by access and then by place.
 
     Bytes [start, end) of access `access` belong to object `object` of the common list, at `file_offset` in the file (-1: means nothing).
@@ -58,8 +55,7 @@ class Run:
     file_offset: Int
 
 
-@dataclass(frozen=True)
-class Traces:
+class Traces(NamedTuple):
     """Traces with the objects that any of them touched: a table of device, kind, path, part (as in a trace), `inode` (of the first mention, null: none), and
     `size` in bytes (null: no file, or no map was there to ask)."""
 
@@ -154,13 +150,13 @@ def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
         if resolver and not pc.any(pc.greater(pc.list_value_length(saved.rows.column("objects")), 0)).as_py():
             saved = named(saved, resolver)
         run, objects = _run(saved)
-        runs.append(replace(run, object=run.object + base))
+        runs.append(run._replace(object=run.object + base))
         parts.append(objects)
         base += len(objects)
     everything = pa.concat_tables(parts)
     number, first = identify(everything)
     objects = everything.take(pa.array(first))
-    runs = [replace(run, object=number[run.object]) for run in runs]
+    runs = [run._replace(object=number[run.object]) for run in runs]
     return Traces(runs, objects.append_column("size", _sizes(objects, bmap)), known)
 
 
@@ -302,7 +298,7 @@ def named(saved: Saved, resolver: Resolver) -> Saved:
         _write(writer, run.accesses.take(run.disk == disk), resolver, disk)
     writer.close()
     rows = _rows(pq.ParquetFile(pa.BufferReader(buffer.getvalue())))
-    return replace(saved, rows=rows.sort_by("time_ns"))
+    return saved._replace(rows=rows.sort_by("time_ns"))
 
 
 def save_log(log: Log, file: BinaryIO, bmap: BlockMap | None = None, disk: int = 1) -> None:

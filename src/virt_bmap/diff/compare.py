@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,7 @@ SECTOR = 512
 """The smallest unit that a guest writes, and so the unit in which images are compared."""
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """Compared blocks as columns: `equal`[i] says of `length` bytes at `offset` in piece number `piece` whether both sides hold the same."""
 
     piece: Int

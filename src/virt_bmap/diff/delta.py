@@ -1,7 +1,7 @@
 """What changed, as ranges of a disk: two images compared, the layers of an overlay, a dirty bitmap, a list of changed blocks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,7 @@ CLUSTER = 64 << 10
 """Bytes in which changes are counted where nothing says otherwise: the default of qcow2 and of QEMU's dirty bitmaps."""
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """The ranges [starts[i], ends[i]) of a disk that changed, sorted and merged, in bytes.
 
     They were found in units of `grain` bytes. `same` are those of their bytes that are known to be equal on both sides (None: nobody looked);

@@ -5,7 +5,7 @@ Everything is counted in bytes of the disk for each piece: `place` (there alread
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ from virt_bmap.arrays import Int, Intervals
 from virt_bmap.diff.objects import Objects, Side, dense
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """Pieces of content in the new map, as columns: `length` bytes at `inside` in `volume`, by row `extent`; of the object, its bytes [low, high)."""
 
     object: Int
@@ -36,8 +35,7 @@ class Pieces:
         return Pieces(owner, extent, volume, inside, length, low, low + np.where(packed, column["file_length"], length))
 
 
-@dataclass(frozen=True)
-class Fate:
+class Fate(NamedTuple):
     """Bytes of each piece, together (but for `kept`) its length."""
 
     place: Int
@@ -49,8 +47,7 @@ class Fate:
     """Of `behind`, bytes of a last block that were the file's already."""
 
 
-@dataclass(frozen=True)
-class _Pairs:
+class _Pairs(NamedTuple):
     """A piece and an old extent that holds some of the same bytes of the file: `length` of them, at `old` in the old volume and `new` in the new one."""
 
     piece: Int
@@ -62,7 +59,7 @@ class _Pairs:
     """Of these, the bytes that count as behind the file's end."""
 
     def take(self, keep: np.ndarray) -> "_Pairs":
-        return _Pairs(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return _Pairs(*(column[keep] for column in self))
 
 
 Same = Callable[[int, Int, Int, Int], Int]

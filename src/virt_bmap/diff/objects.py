@@ -5,8 +5,8 @@ of the last change is another, and so is the place of its first byte. What is le
 renamed over the old one, as editors and package managers do), then by place, size and time (renamed, where numbers are places of directory entries, as on FAT).
 """
 
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -105,8 +105,7 @@ class Side:
         return pa.concat_arrays(paths).take(pa.array(at, mask=at < 0)) if paths else found
 
 
-@dataclass(frozen=True)
-class Objects:
+class Objects(NamedTuple):
     """The inodes of two maps as one list: object i is row `new_row`[i] of the new map's inodes and row `old_row`[i] of the old one's (-1: in one map only).
 
     `of_new` and `of_old` go the other way. `event` is what the maps say happened to it, a code of EVENTS; `type` a code of tables.TYPES. `row_same`: the maps see no

@@ -1,6 +1,6 @@
 """A delta cut into segments, each with one owner in the old map and one in the new one, in terms that both share."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ Readers = tuple[list[Reader], list[Reader]]
 """The readers of the volumes of the old and of the new map, by their numbers."""
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """One map's side of the segments: whose they are, in terms that both maps share. `object` -1: no file's."""
 
     tiles: Tiles
@@ -31,8 +30,7 @@ class View:
     """Where in the file the segment begins; -1: not content of a file."""
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(NamedTuple):
     """The delta as both maps see it, row by row; `same`: the bytes are known to be equal on both sides."""
 
     old: View

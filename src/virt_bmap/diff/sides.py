@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from virt_bmap import maps
 from virt_bmap.blockmap import BlockMap
@@ -19,8 +19,7 @@ from virt_bmap.reader import Reader
 from virt_bmap.survey import survey_open
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What is asked: `old` and `new` are images, block devices, NBD URIs or saved maps; `old` None: the backing chain of `new`, or nothing older is there.
 
     `bitmap` names a dirty bitmap of `new`; `ranges` are changed ranges of disk number `disk`. `verify` reads what other means call changed. `force` compares
@@ -41,8 +40,7 @@ class Question:
     """Further disks of the machine, then and now, which what spans several takes to be mapped; the delta is of the first one."""
 
 
-@dataclass(frozen=True)
-class Telling:
+class Telling(NamedTuple):
     """How progress is told: `mapping` is given the open disks of a side and returns what hears each volume's name; `comparing` hears how many bytes
     are done, and of how many."""
 
@@ -50,8 +48,7 @@ class Telling:
     comparing: Callable[[int, int], None] = lambda _done, _all: None
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One side, open: its map, and for a disk that can be read its reader and those of its volumes."""
 
     name: str
@@ -65,8 +62,7 @@ class Side:
         return size
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What is compared with what: the older side's name and format (None: there is none), and of how many images of a backing chain, with clusters of `cluster`
     bytes at most, the delta is; `layers` 0: it is found in another way."""
 

@@ -4,7 +4,7 @@ Precedence, where a byte has several owners: the innermost layer; inline data be
 own bytes before copies and parity; and of files that share their bytes on purpose the one with the lowest inode number, so that both sides of a comparison choose alike.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,7 @@ from virt_bmap.arrays import Bool, Int, Intervals, first_covers, union
 from virt_bmap.blockmap import BlockMap, Owners
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Pieces [start, end) of a disk, sorted, as columns: each belongs to row `extent` of `extents`, or to what `record` names; both -1: to nothing.
 
     `volume` is where the owner is, `inside` the piece's first byte there.
@@ -29,7 +28,7 @@ class Tiles:
 
     def take(self, keep: np.ndarray) -> "Tiles":
         """The rows that a boolean or index array asks for."""
-        return Tiles(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return Tiles(*(column[keep] for column in self))
 
     def cut(self, bounds: Int) -> "Tiles":
         """The same tiles, cut at these sorted bytes of the disk."""
@@ -47,8 +46,7 @@ class Tiles:
         return Tiles(start, end, self.volume[row], moved, self.extent[row], self.record[row])
 
 
-@dataclass(frozen=True)
-class Records:
+class Records(NamedTuple):
     """Inodes' own records that deserve to be told from what they lie in, as columns: `record` is any number (from 0) that the tiles give back."""
 
     volume: Int

@@ -1,14 +1,13 @@
 """Formats without an allocator, where packed or identical content lies once for several owners: which bytes are shared, and what nobody owns."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap.arrays import Bool, Int, covered_twice, expand, intersect
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """Ranges cut where sharing begins or ends: piece i is [start, end) of range `row[i]`; `shared` where another range covers it too."""
 
     row: Int

@@ -15,8 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from virt_bmap import errors
 from virt_bmap.errors import FreezeError, UsageError
@@ -28,16 +27,14 @@ STOP_TIMEOUT = 5.0
 """Seconds that a command gets to end by itself after SIGTERM."""
 
 
-@dataclass(frozen=True)
-class Guest:
+class Guest(NamedTuple):
     """The filesystems of a guest: the Unix socket of its agent's virtio-serial port, and mount points inside the guest (without any: all)."""
 
     socket: str
     mountpoints: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """Filesystems that are mounted on this host, by their mount points."""
 
     folders: tuple[str, ...]
@@ -46,8 +43,7 @@ class Host:
 Target = Guest | Host
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """How it ended. `why` they were thawed: asked, timeout, orphaned (the asking process died), stolen (someone else had done it); after how many seconds."""
 
     why: str
@@ -68,7 +64,7 @@ class Frozen:
         self.report: Report | None = None
 
     def __enter__(self) -> "Frozen":
-        words = json.dumps({"kind": type(self.target).__name__, "limit": self.limit, "target": asdict(self.target)})
+        words = json.dumps({"kind": type(self.target).__name__, "limit": self.limit, "target": self.target._asdict()})
         # a session of its own: what kills our process group or terminal leaves it alone
         self._keeper = subprocess.Popen([sys.executable, "-B", "-m", "virt_bmap.freeze.keeper", words], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, start_new_session=True, env=_environment())  # fmt: skip

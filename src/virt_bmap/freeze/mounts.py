@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from virt_bmap.errors import FreezeError, UsageError
 
@@ -21,8 +21,7 @@ WORDS: dict[int | None, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """A line of /proc/self/mountinfo; `device` names the filesystem, also where it is mounted twice."""
 
     point: str

@@ -6,6 +6,7 @@ guest's filesystem.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,7 @@ from virt_bmap.reader import Reader
 HIDDEN = "hidden by an overlay"
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """One image of a chain; `files` are the numbers (from 0) of its own files, the image file first."""
 
     layer: Layer

@@ -5,7 +5,7 @@ Sources: VMware "Virtual Disk Format 5.0", section "The Descriptor File"; QEMU b
 
 import re
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from virt_bmap.reader import Reader
 
@@ -17,8 +17,7 @@ NO_PARENT = "ffffffff"
 EXTENT = re.compile(r'^(RW|RDONLY|NOACCESS)[ \t]+(\d{1,18})[ \t]+(\w+)(?:[ \t]+"([^"\n]*)"(?:[ \t]+(\d{1,18}))?)?', re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """One line: `sectors` of 512 bytes of the disk, in a file from sector `offset` on (type FLAT and VMFS), or none (ZERO)."""
 
     access: str
@@ -28,8 +27,7 @@ class Extent:
     offset: int
 
 
-@dataclass(frozen=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """What the descriptor says; `start` and `length` are its bytes in the file, as far as they are text."""
 
     start: int

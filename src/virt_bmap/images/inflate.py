@@ -7,7 +7,7 @@ Compressed Sparse Extents" (a grain's marker stands before its data).
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,7 @@ KEPT = 16 << 20
 GRAIN_MARKER = 12
 
 
-@dataclass(frozen=True)
-class Codec:
+class Codec(NamedTuple):
     """How the compressed clusters of one file become `cluster` bytes. `inflate` gets what is stored and that number, and raises ValueError."""
 
     cluster: int

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from virt_bmap.errors import ImageError, MissingTool, UsageError
 from virt_bmap.images.magic import FORMATS, recognise
@@ -81,8 +81,7 @@ def block_options(image: RawReader, format: str, references: bool, depth: int) -
     return options
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One image of a backing chain: its file, its format, and the bytes of its clusters."""
 
     path: str

@@ -1,7 +1,7 @@
 """Text as columns: lines, and the numbers and words that a regular expression finds in them, all lines at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,7 @@ SECTOR = 512
 READ, WRITE, TRIM, ZERO, FLUSH = range(5)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """What a parser finds: accesses, and for each the line (from 1) and the device (a position in `devices`, 0 where none are named).
 
     `unread` are the numbers of lines that are no part of the format, `notes` what a person should know about the log.
@@ -40,11 +39,10 @@ class Rows:
 
     def take(self, keep: np.ndarray) -> "Rows":
         """Some of the accesses."""
-        return replace(self, accesses=self.accesses.take(keep), line=self.line[keep], device=self.device[keep])
+        return self._replace(accesses=self.accesses.take(keep), line=self.line[keep], device=self.device[keep])
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(NamedTuple):
     """The accesses of one device in order of time. Times of logs without dates count from 1970. `line` says where each came from, `unread` which
     lines were left out, of which `example` is the first."""
 
@@ -101,8 +99,7 @@ class Lines:
         return numbers
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """Lines `rows` (from 0) and what the named groups of the expression caught in them."""
 
     rows: Int

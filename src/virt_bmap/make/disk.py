@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.make import appliance, filesystems, tools
@@ -33,8 +34,7 @@ TYPES = {
 """Partition types, for MBR and GPT."""
 
 
-@dataclass(frozen=True)
-class Partition:
+class Partition(NamedTuple):
     """One entry of the table: where it lies, in bytes, and what it says it holds."""
 
     start: int

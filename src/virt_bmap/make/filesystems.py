@@ -7,8 +7,8 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.make import tools
@@ -16,8 +16,7 @@ from virt_bmap.make import tools
 Maker = Callable[[Path, Path | None], None]
 
 
-@dataclass(frozen=True)
-class Type:
+class Type(NamedTuple):
     """One type of filesystem. `make(file, tree)` makes it over the whole of a file, and fills it where `fills` is "tool". "mount": a kernel has to, by the
     filesystem type `kernel`; "never": it holds no files. Partition types for MBR and GPT."""
 

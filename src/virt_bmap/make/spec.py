@@ -4,7 +4,7 @@ Source: guestfish(1), PREPARED DISK IMAGES (libguestfs 1.48).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from virt_bmap.errors import UsageError
 from virt_bmap.make.filesystems import FILESYSTEMS
@@ -19,8 +19,7 @@ SUFFIXES = {"": 1, "b": 1, "s": 512, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "
 MAX_SIZE = 1 << 60
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A type: what it makes, and its parameters in order with their defaults. The name of a parameter says what may stand there."""
 
     about: str
@@ -44,8 +43,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """A parsed SPEC: the type and all of its parameters. Sizes are bytes."""
 
     kind: str

@@ -7,6 +7,7 @@ the map of the filesystem that holds the file: no name that such an image carrie
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MAX_IMAGES = 256
 """Images opened in one map. A disk can hold a million small files that look like disks."""
@@ -14,8 +15,7 @@ MAX_LEVELS = 3
 """Images inside images. A hostile filesystem can have itself as a file, without end."""
 
 
-@dataclass(frozen=True)
-class Nested:
+class Nested(NamedTuple):
     """Which files to open: these paths (bytes, from the root of whichever filesystem has them), and with `all` every file that begins as a disk does."""
 
     paths: frozenset[bytes] = frozenset()

@@ -3,8 +3,8 @@
 import bisect
 import posixpath
 import re
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +37,7 @@ MAX_NAME, MAX_LEFT_OUT = 4096, 64
 DRIVE = re.compile(rb"[A-Za-z]:(?=/)")
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """A file to be opened: its path, size in bytes, and where its bytes lie in the filesystem's volume; `refused` says why it can't be."""
 
     inode: int

@@ -7,6 +7,7 @@ read. (Kernel threads of the appliance could read at that time, too: with readah
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +20,7 @@ from virt_bmap.watch.serve import Follower, Served, Source, private_folder, serv
 READ = tables.OPS.index("read")
 
 
-@dataclass(frozen=True)
-class Reads:
+class Reads(NamedTuple):
     """Reads in their order: [start, end) of disk number `disk`, from 1."""
 
     disk: Int

@@ -8,6 +8,7 @@ import contextlib
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,8 +41,7 @@ QUIET = (
 """No readahead and no merged requests, on block devices and on the filesystems that have settings of their own (btrfs, FUSE)."""
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A filesystem to observe: its volume in the map, the volume's bytes, and what the appliance calls it."""
 
     volume: int

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -17,8 +17,7 @@ DEVICE_SHIFT = 40
 """Inode numbers are unique in one device; further devices below one mount (btrfs's subvolumes) number theirs from here on, as the direct map does."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One name. `path` starts with a slash."""
 
     path: str

@@ -16,6 +16,7 @@ map calls it free and it shares no page with anything that is owned; `size` and 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,8 +34,7 @@ LISTED = 20
 """Ranges of one file that are listed one by one."""
 
 
-@dataclass(frozen=True)
-class Disagreement:
+class Disagreement(NamedTuple):
     """Bytes [start, end) of a file that the map and the kernel place differently, and where each has the first of them; -1: nowhere."""
 
     code: str

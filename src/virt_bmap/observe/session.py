@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ Tell = Callable[[str, int, int], None]
 """Called with what is being done, and how many bytes of how many are."""
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(NamedTuple):
     """A running appliance, the map of the disks as it is read directly, and a reader for each volume."""
 
     appliance: Appliance

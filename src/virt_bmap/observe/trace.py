@@ -4,7 +4,7 @@ A read belongs to a file when the bytes on the disk are the bytes that the file 
 they hold, not by when they were read. Files are read forwards, page by page, so what was read comes in the order of the file.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ LONGEST_SEARCH = 64 << 10
 """Bytes of content looked for at any offset: what is packed with other things (tails, inline data) is shorter than a block."""
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Where content lies: file bytes [offset, offset + length) at `place` in the volume; `packed`: inside a block that holds other things, too.
 
     `left` are ranges (starts, ends) of the file whose bytes were not found, though they are not zero; `unsure` those that are zero, some of them read from the ranges

@@ -7,7 +7,6 @@ line for each owner, the most specific first. Kinds that the original lacks have
 brackets: `[superblock]`, `[inode 12]`; a named stream of a file as `path:[stream]`. Names are escaped as `escape` says.
 """
 
-from dataclasses import replace
 from typing import BinaryIO
 
 import numpy as np
@@ -45,7 +44,7 @@ def save(bmap: BlockMap, file: BinaryIO) -> int:
 def _words(bmap: BlockMap, disk: int, owners: Owners) -> tuple[Int, pa.Array]:
     """The end of the lines, kind, device and path: those of owner i are rows [first[i], first[i + 1])."""
     n = len(owners.query)
-    listed = describe(bmap, disk, replace(owners, query=np.arange(n)))
+    listed = describe(bmap, disk, owners._replace(query=np.arange(n)))
     kind = listed.column("kind").combine_chunks()
     letter = pa.array([LETTERS[word] for word in kind.dictionary.to_pylist()]).take(kind.indices)
     device = listed.column("device").combine_chunks()

@@ -3,7 +3,7 @@
 The ranges of all runs are cut at each other's ends, so that within a piece all bytes were touched by the same accesses; all else is arithmetic on pieces.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,7 @@ READ = tables.OPS.index("read")
 NEVER = np.iinfo(np.int64).max
 
 
-@dataclass(frozen=True)
-class _Points:
+class _Points(NamedTuple):
     """Where ranges begin and end: sorted by disk and object, then by place. Piece i lies between points i and i + 1."""
 
     disk: Int

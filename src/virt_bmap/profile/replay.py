@@ -6,7 +6,7 @@ Reading is all it takes: it fills the page cache below a file or block device, t
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,7 @@ THREADS = 16
 """Requests under way to a file or device; an NBD reader keeps its own number."""
 
 
-@dataclass(frozen=True)
-class Replayed:
+class Replayed(NamedTuple):
     """What was read: bytes, of which `needed` were in the profile, in how many ranges, and the seconds that took."""
 
     bytes: int

@@ -1,8 +1,7 @@
 """A profile: one table of byte ranges in order of first use, and the file that holds it."""
 
 import json
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,8 +31,7 @@ RANGES = pa.schema([
 ])  # fmt: skip
 
 
-@dataclass(frozen=True)
-class RunFacts:
+class RunFacts(NamedTuple):
     """One run as a whole; sizes in bytes."""
 
     trace: str
@@ -42,8 +40,7 @@ class RunFacts:
     read: int
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """`ranges` has the schema RANGES, sorted by first use; `sizes` are those of the disks (empty: not known)."""
 
     ranges: pa.Table
@@ -57,7 +54,7 @@ class Profile:
 
 def save(profile: Profile, file: BinaryIO) -> None:
     """Write a profile as Parquet."""
-    about = {"version": VERSION, "disks": profile.sizes, "runs": [run.__dict__ for run in profile.runs]}
+    about = {"version": VERSION, "disks": profile.sizes, "runs": [run._asdict() for run in profile.runs]}
     pq.write_table(profile.ranges.replace_schema_metadata({KEY: json.dumps(about)}), file, compression="zstd")
 
 

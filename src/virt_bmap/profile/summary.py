@@ -1,6 +1,6 @@
 """A profile by object: the files that were needed, in order of first use."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,7 @@ FILES = pa.schema([
 ])  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Grouped:
+class Grouped(NamedTuple):
     """Rows of a profile by object: the object of each row, numbered in order of first use, and the first row of each object."""
 
     object: Int

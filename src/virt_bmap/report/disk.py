@@ -1,7 +1,6 @@
 """A disk as cells of equal size along a curve, each shown as one owner: what the page draws block by block."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,7 @@ NAMED = 20_000
 """Owners of a disk that are named, those with the most cells; the others are shown by their kind and volume."""
 
 
-@dataclass(frozen=True)
-class Cells:
+class Cells(NamedTuple):
     """Cell i holds bytes [i * size, (i + 1) * size) and belongs to object `owner[i]` of the resolver, the longest piece that touches it."""
 
     size: int

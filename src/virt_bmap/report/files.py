@@ -1,7 +1,6 @@
 """Files and how they are laid out: fragments, sizes, and where the most telling ones lie."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +17,7 @@ SHOWN_RANGES = 100
 """Ranges of a file that can be shown on the disk."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """For each file with content on a disk its object, bytes there and fragments: pieces that do not follow each other on the disk in the order of the file.
 
     `bounds` gives the rows of each file in `pieces`, which are sorted by file and then by offset in it."""

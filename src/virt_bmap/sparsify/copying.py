@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from virt_bmap.arrays import Bytes
 from virt_bmap.dump import GRAIN, SparseFile, dump
@@ -20,8 +20,7 @@ CLUSTER = 64 << 10
 """What QEMU's formats allocate at once or in multiples of (qcow2, vmdk); zeroes in smaller pieces would save nothing, and a compressed cluster is written only once."""
 
 
-@dataclass(frozen=True)
-class FreshImage:
+class FreshImage(NamedTuple):
     """An image in which nothing was written yet: zeroes need no writing."""
 
     writer: NbdWriter

@@ -5,7 +5,7 @@ Sources: lseek(2) on SEEK_DATA and SEEK_HOLE; fallocate(2) on FALLOC_FL_PUNCH_HO
 
 import os
 import stat
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError
@@ -14,8 +14,7 @@ from virt_bmap.space import Ranges, free_space, overlap
 from virt_bmap.sparsify.plan import SWAP, doubts, kinds_of, whole_blocks
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(NamedTuple):
     """`size` bytes of one kind on one volume, of which `held` take space on the host; None where that is not known."""
 
     volume: int
@@ -24,8 +23,7 @@ class Gain:
     held: int | None
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """Where a raw image file has data on its host, and the host's block size in bytes."""
 
     data: Ranges

@@ -10,6 +10,7 @@ Sources: fs/btrfs/volumes.c (btrfs_map_block, btrfs_rmap_block), exclude_super_s
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,8 +34,7 @@ REFUSED = ("zoned devices", "RAID stripe tree", "extent tree v2", "remap tree")
 ORACLES = ("btrfs inspect-internal dump-tree", "equal copies", "parity computed anew", "content through a loop mount")
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """How the stripes of a chunk relate: `copies` of each strip, `parity` strips in each row; `striped`: any number of them."""
 
     name: str
@@ -52,8 +52,7 @@ PROFILE_MASK = sum(PROFILES)
 TYPES = {1: "data", 2: "system", 4: "metadata"}
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """A member with its superblock."""
 
     member: Member
@@ -68,8 +67,7 @@ class Device:
         return int(self.superblock["generation"])
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Logical bytes [start, start + length) of one profile; `stripes` are (device uuid, physical offset)."""
 
     start: int
@@ -319,8 +317,7 @@ def _layout(chunks: list[Chunk], known: dict[bytes, Device]) -> tuple[Layout, in
     return layout, max((chunk.start + chunk.length for chunk in chunks), default=0)
 
 
-@dataclass(frozen=True)
-class Lane:
+class Lane(NamedTuple):
     """Strips that lie together on a device: every `period`th strip of the chunk from `first` on, every `rows`th row from `row` on.
 
     `data` are the stripes (by number) that hold them, `parity` those that hold their rows' P and Q; `others` hold the rows' other strips.

@@ -6,7 +6,7 @@ Used by all formats of encrypted volumes. Sources: kernel drivers/md/dm-crypt.c 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,8 +133,7 @@ class DecryptedReader(Reader):
         return gather(plain, first * size + offsets - low * size, lengths)
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Bytes [start, end) of a volume and the reader, of the same offsets, that has them; None: they read as zeroes."""
 
     start: int

@@ -5,7 +5,7 @@ Sources: UEFI specification 2.10, section 5.3; Linux block/partitions/efi.c (a G
 
 import uuid
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,8 +68,7 @@ ENTRY = struct(128, [
 ])  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A valid header with its entries, and where both lie, in bytes."""
 
     sector: int

@@ -4,7 +4,7 @@ Sources: kernel lib/raid6/ (algos.c, recov.c), H. P. Anvin, "The mathematics of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,8 +43,7 @@ def inverse(factor: int) -> int:
     return int(POWERS[(255 - LOGS[factor]) % 255])
 
 
-@dataclass(frozen=True)
-class Stripes:
+class Stripes(NamedTuple):
     """An array of RAID4, 5 or 6: its layout, the bytes of a chunk and of the whole, and for each member reader and first byte; None: missing."""
 
     layout: Parity

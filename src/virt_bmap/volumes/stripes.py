@@ -8,7 +8,7 @@ Sources: kernel drivers/md/raid5.c (raid5_compute_sector, raid6_d0, raid6_idx_to
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,16 +26,14 @@ Q_LAST = 16
 """Added to a RAID5 layout: the same over all disks but the last, which holds Q. PARITY_N has no such form: it is the same."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a member's data begins: the parent's number and the first byte there."""
 
     parent: int
     offset: int
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """One period: `volume_chunks` chunks of the volume take `member_chunks` chunks on each member.
 
     Columns, one row for each place of a chunk: chunk of the volume, member, chunk of that member; `parity` says that what lies there was
@@ -50,8 +48,7 @@ class Pattern:
     parity: Bool
 
 
-@dataclass(frozen=True)
-class Parity:
+class Parity(NamedTuple):
     """The rows of chunks of one period of RAID4, 5 or 6 over n members.
 
     `data[row, i]` is the member with the row's i-th data chunk, `p[row]` and `q[row]` are those with parity (q: -1 where there is none),
@@ -184,8 +181,7 @@ def _power(p: Int, q: Int, members: int, ddf: bool) -> Int:
     return np.maximum(power, 0)
 
 
-@dataclass(frozen=True)
-class Raid10:
+class Raid10(NamedTuple):
     """md's layout word for RAID10, taken apart."""
 
     near: int

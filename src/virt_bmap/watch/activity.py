@@ -5,7 +5,7 @@ its name lasts, whichever map gave that name.
 """
 
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,8 +34,7 @@ RESULT = pa.schema([
 ])  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One object as it is listed; sizes in bytes, `last_ns` since 1970 UTC."""
 
     letter: str
@@ -47,8 +46,7 @@ class Row:
     last_ns: int
 
 
-@dataclass(frozen=True)
-class Strip:
+class Strip(NamedTuple):
     """A disk from its first byte to its last in BINS places: requests since the last look, and whether a place was ever touched."""
 
     name: str
@@ -59,8 +57,7 @@ class Strip:
     was_written: Bool
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """Requests and bytes so far, by operation of tables.OPS, and the disks."""
 
     begin_ns: int

@@ -14,8 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +34,7 @@ READY = b"\n"
 PATHS = pa.schema([("volume", pa.int32()), ("inode", pa.int64()), ("path", pa.large_binary())])
 
 
-@dataclass(frozen=True)
-class Refreshed:
+class Refreshed(NamedTuple):
     """A map that was read from `begun_ns` on, in `seconds`; or the reason why there is none."""
 
     begun_ns: int

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from virt_bmap.errors import ImageError, MissingTool
 from virt_bmap.images import magic, qemu
@@ -35,8 +35,7 @@ COW_LARGE = 1 << 41
 """The layer's bitmap takes 2 bits a block (128 MiB here): larger disks get larger blocks."""
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A disk to serve: a path and the format it was mapped with, or an NBD URI (format "raw")."""
 
     image: str
@@ -45,8 +44,7 @@ class Source:
     references: bool = False
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """A running server."""
 
     socket: str

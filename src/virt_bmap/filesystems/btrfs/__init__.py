@@ -16,7 +16,6 @@ Sources: include/uapi/linux/btrfs_tree.h, fs/btrfs/ (v6.12); btrfs-progs Documen
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -110,7 +109,7 @@ def _roots(source: tree.Source, superblock: np.void, wanted: set[int], damage: D
         )
         damage.note("log", "log tree is to be replayed at the next mount", ints(-1), "note")
     known = tree.Roots.join(first)
-    known = replace(known, wanted=known.id != ondisk.CHUNK_TREE)
+    known = known._replace(wanted=known.id != ondisk.CHUNK_TREE)
     forest = tree.walk(source, known, Damage())  # what is wrong is noted when all trees are walked
     parts, refs = [], []
     for leaves in tree.read_leaves(source, forest, Damage()):
@@ -118,7 +117,7 @@ def _roots(source: tree.Source, superblock: np.void, wanted: set[int], damage: D
         refs.append(items.root_refs(leaves))
     if not parts:
         raise Corrupt(f"{source.reader.name}: the root tree can't be read", int(superblock["root"]), "tree-block")
-    return tree.Roots.join([replace(known, wanted=known.id == ondisk.ROOT_TREE), *parts]), items.join(refs)
+    return tree.Roots.join([known._replace(wanted=known.id == ondisk.ROOT_TREE), *parts]), items.join(refs)
 
 
 def _extents(

@@ -1,6 +1,6 @@
 """Inodes, names and file extents of all subvolumes: what leaves hold, once for every tree that a leaf belongs to."""
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +31,7 @@ def _fits(ids: Int, bits: int) -> np.ndarray:
     return (ids >= -SPECIAL) & (ids < (1 << bits) - SPECIAL)
 
 
-@dataclass(frozen=True)
-class Links:
+class Links(NamedTuple):
     """How leaves, trees and subvolumes hang together."""
 
     roots: Roots
@@ -75,8 +74,7 @@ class Links:
 # ---- inodes ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Inodes:
+class Inodes(NamedTuple):
     """Inodes as columns, in the terms of the table `inodes`."""
 
     inode: Int
@@ -129,13 +127,9 @@ def inode_table(found: Inodes, stubs: Int) -> pa.Table:
             "type": tables.T_DIRECTORY, "mode": STUB_MODE, "uid": 0, "gid": 0, "size": 0, "nlink": 1, "mtime_ns": NO_TIME,
             "flags": 0, "record_offset": -1,
         }  # fmt: skip
-        found = Inodes(
-            *(
-                np.append(getattr(found, one.name), stubs if one.name == "inode" else np.full(n, extra[one.name]))
-                for one in fields(Inodes)
-            )
-        )
-    return tables.make("inodes", volume=0, **{one.name: getattr(found, one.name) for one in fields(Inodes)})
+        added = {"inode": stubs, **{name: np.full(n, value) for name, value in extra.items()}}
+        found = Inodes(**{name: np.append(column, added[name]) for name, column in found._asdict().items()})
+    return tables.make("inodes", volume=0, **found._asdict())
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Sources: fs/btrfs/{block-group,extent-tree,free-space-tree,file-item}.c (v6.12); "bookend extents" in the btrfs wiki's design notes.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from virt_bmap.filesystems.btrfs.tree import Forest, Roots
 from virt_bmap.tables import ExtentRows
 
 
-@dataclass(frozen=True)
-class FileExtents:
+class FileExtents(NamedTuple):
     """Extents of files, a row for each file that refers to them, as columns. `part` numbers PARTS, 0 for plain content.
 
     [start, start + length) are the bytes the file uses; `base` and `whole` are the extent as it was allocated.
@@ -38,7 +37,7 @@ class FileExtents:
 
     def select(self, keep: np.ndarray) -> "FileExtents":
         """Those for which the boolean or index array asks."""
-        return FileExtents(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return FileExtents(*(column[keep] for column in self))
 
 
 PARTS = (None, "free space cache", "data relocation", "log")
@@ -46,8 +45,7 @@ PARTS = (None, "free space cache", "data relocation", "log")
 CACHE, RELOCATION, LOG = 1, 2, 3
 
 
-@dataclass(frozen=True)
-class Allocated:
+class Allocated(NamedTuple):
     """What the extent tree says is used, sorted by start: `data` is 1 for file extents, 0 for tree blocks."""
 
     start: Int

@@ -1,6 +1,7 @@
 """The logical address space of a btrfs, as the volume module hands it to the filesystem module."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,8 +10,7 @@ from virt_bmap.contract import Problem
 from virt_bmap.reader import Reader
 
 
-@dataclass(frozen=True)
-class Ranges:
+class Ranges(NamedTuple):
     """Sorted ranges that do not overlap, in bytes."""
 
     starts: Int

@@ -8,6 +8,7 @@ Sources: fs/btrfs/ctree.h, fs/btrfs/tree-checker.c, walk_down_tree() in fs/btrfs
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +25,7 @@ MAX_SHARED = 1 << 19
 a tree for every leaf and all leaves in every tree."""
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where tree blocks are read, and what each must say of itself."""
 
     reader: Reader
@@ -36,8 +36,7 @@ class Source:
     fsid: Bytes
 
 
-@dataclass(frozen=True)
-class Roots:
+class Roots(NamedTuple):
     """Trees to walk, as columns. `offset` tells trees of one id apart; `wanted`: leaves are to be read, not only named.
 
     `drop_*` are of a subvolume that is being deleted: what lies before this key, in blocks from `drop_level` up, is gone already.
@@ -71,12 +70,12 @@ class Roots:
 
     def select(self, keep: np.ndarray) -> "Roots":
         """Those trees for which the boolean or index array asks."""
-        return Roots(*(getattr(self, column.name)[keep] for column in fields(self)))
+        return Roots(*(column[keep] for column in self))
 
     @staticmethod
     def join(parts: "list[Roots]") -> "Roots":
         """One after the other."""
-        return Roots(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(Roots)))
+        return Roots(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 DROP_KEY = np.dtype([("objectid", "<u8"), ("type", "u1"), ("offset", "<u8")])
@@ -255,8 +254,7 @@ class Items:
         return Items(self.data, *(getattr(self, column.name)[keep] for column in fields(self)[1:]))
 
 
-@dataclass(frozen=True)
-class Leaves:
+class Leaves(NamedTuple):
     """The items of a batch of leaves that lie inside their leaf."""
 
     data: Bytes

@@ -285,11 +285,11 @@ class _Found:
         rows, low = rows[~whole], low[~whole]
         length = files.index_end() - files.header
         good = self._affordable(files.header, length)
-        files = Files(*(getattr(files, name)[good] for name in Files.__dataclass_fields__))
+        files = Files(*(column[good] for column in files))
         rows, low, length = rows[good], low[good], length[good]
         self._inner_tree(rows, files.header, length)
         for part in _batches(length):
-            some = Files(*(getattr(files, name)[part] for name in Files.__dataclass_fields__))
+            some = Files(*(column[part] for column in files))
             data = np.append(pieces(self.volume.reader, some.header, length[part]), np.zeros(8, np.uint8))
             base = np.cumsum(length[part]) - length[part]
             clusters, broken = physical_clusters(some, data, base, self.volume.block_size)

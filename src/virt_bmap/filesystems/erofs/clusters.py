@@ -6,7 +6,7 @@ that the one before goes on. Compact entries pack two in 8 bytes or sixteen in 3
 Sources: Linux fs/erofs/zmap.c and erofs_fs.h (field and flag names); Documentation/filesystems/erofs.rst.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ LOW_BITS = 12
 """A packed entry has as many low bits as a logical cluster needs, and room for D0_CBLKCNT."""
 
 
-@dataclass(frozen=True)
-class Files:
+class Files(NamedTuple):
     """Compressed files with their indexes, one row each: `header` is where the map header lies, `size` the file's, all in bytes.
 
     `compact` says which of the two indexes it is, `advise` and `bits` (log2 of a logical cluster) come from the map header.
@@ -66,8 +65,7 @@ class Files:
         return np.where(self.compact, pack + size, self.header + 2 * MAP_HEADER + 8 * count)
 
 
-@dataclass(frozen=True)
-class Clusters:
+class Clusters(NamedTuple):
     """Physical clusters: of which file, where in it and how much of it, where on the disk and how long there; `plain` ones are not compressed and
     `last` ones hold the end of their file, which may lie elsewhere (inline or in the packed inode)."""
 
@@ -108,7 +106,7 @@ def physical_clusters(files: Files, data: Bytes, base: Int, block_size: int) -> 
     broken = int(bad.sum()) + int((first & ~head).sum()) + int((end <= start[begins]).sum())
     keep = end > start[begins]
     found = Clusters(owner, start[begins], end - start[begins], block[begins], length, plain, last)
-    return Clusters(*(getattr(found, name)[keep] for name in Clusters.__dataclass_fields__)), broken
+    return Clusters(*(column[keep] for column in found)), broken
 
 
 def _u(data: Bytes, at: Int, size: int) -> Int:

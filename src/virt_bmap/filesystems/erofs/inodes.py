@@ -4,6 +4,7 @@ Sources: Linux fs/erofs/erofs_fs.h (structures), inode.c, dir.c, namei.c.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,8 +45,7 @@ class Tree:
     name_length: Int = field(default_factory=lambda: EMPTY)
 
 
-@dataclass(frozen=True)
-class Volume:
+class Volume(NamedTuple):
     """What the superblock says that inodes need: sizes and places in bytes, times in nanoseconds."""
 
     reader: Reader

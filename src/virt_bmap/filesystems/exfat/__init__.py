@@ -14,6 +14,7 @@ Sources: Microsoft exFAT file system specification (2019); kernel fs/exfat/{supe
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -97,8 +98,7 @@ def probe(reader: Reader) -> bool:
     return sector[3:11] == b"EXFAT   " and not any(sector[11:64])
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Where the regions of the volume lie, in bytes."""
 
     sector_size: int
@@ -217,8 +217,7 @@ def ranges_of(heap: Heap, inode: int, first: Int, size: int = 0) -> Ranges:
     return Ranges(np.full(len(cluster), inode), heap.offset(cluster), count * heap.cluster_size, before * heap.cluster_size)
 
 
-@dataclass(frozen=True)
-class Special:
+class Special(NamedTuple):
     """What the root directory says of the volume: (first cluster, bytes) of bitmap and up-case table."""
 
     bitmap: tuple[int, int]

@@ -7,8 +7,6 @@ wiped the chain, only the first cluster is known.
 Sources: Microsoft exFAT file system specification, sections 6.2.1.4 (InUse) and 7.1; kernel fs/exfat/dir.c exfat_remove_entries(), fatent.c __exfat_free_cluster().
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 
@@ -38,8 +36,7 @@ def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Tabl
     entries = tree.entries.take(np.flatnonzero(np.isin(tree.entries.inode, parser.dead) & ~tree.entries.directory))
     heap.chains = old
     wiped = heap.follow(entries).fate == NOTHING
-    entries = replace(
-        entries,
+    entries = entries._replace(
         contiguous=entries.contiguous | wiped,
         size=np.where(wiped, np.minimum(entries.size, heap.cluster_size), entries.size),
     )
@@ -81,7 +78,7 @@ class DeadParser:
         keep = np.flatnonzero(~dead | (~wrong & (found.size > 0) & ~taken))
         self.dead = np.append(self.dead, found.inode[keep][dead[keep]])
         entries = found.take(keep)
-        return Entries(**{**vars(entries), "name": found.name.take(keep)})
+        return entries._replace(name=found.name.take(keep))
 
 
 def _rows(number: Int, wanted: Int) -> Int:

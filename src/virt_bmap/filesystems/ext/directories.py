@@ -5,7 +5,7 @@ Hash trees need no reading of their own: their nodes look like blocks with empty
 Sources: kernel Documentation/filesystems/ext4/directory.rst; fs/ext4/ext4.h (ext4_rec_len_from_disk), fs/ext4/inline.c.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,7 @@ BATCH = 8 << 20
 """Bytes of directory blocks read at a time."""
 
 
-@dataclass(frozen=True)
-class Names:
+class Names(NamedTuple):
     """Entries of a batch as columns."""
 
     parent: Int

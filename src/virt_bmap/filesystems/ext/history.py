@@ -8,7 +8,7 @@ entries, living and dead: an entry stays behind in the room of the one before it
 Sources: Linux fs/jbd2/recovery.c, include/linux/jbd2.h, fs/ext4/namei.c ext4_generic_delete_entry(); e2fsprogs debugfs/debugfs.c kill_file_by_inode().
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -40,8 +40,7 @@ NAME_AT = 8
 """Where the name begins in a directory entry: after inode, rec_len, name_len, file_type."""
 
 
-@dataclass(frozen=True)
-class Copies:
+class Copies(NamedTuple):
     """Blocks in the log: where each lies and belongs, in bytes of the volume, and in which transaction it was written."""
 
     place: Int
@@ -49,8 +48,7 @@ class Copies:
     sequence: Int
 
 
-@dataclass(frozen=True)
-class Remembered:
+class Remembered(NamedTuple):
     """Records of inodes as they once were: `number` of each, the transaction (`sequence`, -1: none) that wrote it, and its bytes, (n, inode_size)."""
 
     number: Int

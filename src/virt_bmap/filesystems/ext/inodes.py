@@ -5,6 +5,7 @@ Sources: kernel Documentation/filesystems/ext4/{inodes,special_inodes}.rst; fs/e
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -99,8 +100,7 @@ class Inodes:
         return Inodes(*(getattr(self, field.name)[keep] for field in fields(self)))
 
 
-@dataclass(frozen=True)
-class Bodies:
+class Bodies(NamedTuple):
     """Whole records, (n, inode_size) bytes, of the inodes with inline data."""
 
     number: Int

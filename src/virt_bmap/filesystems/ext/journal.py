@@ -9,7 +9,7 @@ Sources: kernel Documentation/filesystems/ext4/journal.rst; include/linux/jbd2.h
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,8 +56,7 @@ BATCH = 16 << 20
 """Bytes of the log read at a time."""
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(NamedTuple):
     """An opened journal: `reader` and the byte offset in it of every block of the log."""
 
     reader: Reader
@@ -84,8 +83,7 @@ class Log:
         return max(self.number("s_first") + 1, min(self.number("s_maxlen"), len(self.place)) - fast)
 
 
-@dataclass(frozen=True)
-class Headers:
+class Headers(NamedTuple):
     """The journal's own blocks, in the order of the log: `at` counts blocks from s_start round the ring."""
 
     at: Int

@@ -4,7 +4,7 @@ Sources: kernel Documentation/filesystems/ext4/super.rst, fs/ext4/ext4.h, fs/ext
 e2fsprogs lib/ext2fs/ext2_fs.h, lib/e2p/feature.c (names of features); util-linux libblkid/src/superblocks/ext.c (types).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,8 +82,7 @@ HURD = 1
 STATE_CLEAN, STATE_ERRORS = 1, 2
 
 
-@dataclass(frozen=True)
-class Superblock:
+class Superblock(NamedTuple):
     """The checked geometry. Sizes in bytes where named so, else in blocks; `record` has the rest, by its on-disk names."""
 
     record: np.void

@@ -11,15 +11,14 @@ Sources: Linux Documentation/filesystems/f2fs.rst, include/linux/f2fs_fs.h and f
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap import foreign, tables
 from virt_bmap.arrays import EMPTY, Int, covered_twice, subtract, union
+from virt_bmap.columns import stack, take
 from virt_bmap.contract import Filesystem
-from virt_bmap.filesystems.columns import stack, take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs import checkpoint, forward, nodes, recovery
 from virt_bmap.filesystems.f2fs.checkpoint import Checkpoint, Nat
@@ -82,7 +81,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         tree, lost = forward.add_names(volume, newer, inodes, tree)
         inodes = _without_links(inodes, lost)
     else:
-        _check_counts(pack, sit.count + found.promised, len(inodes.number), damage)
+        _check_counts(pack, sit.blocks + found.promised, len(inodes.number), damage)
     types = _types(volume, inodes)
     rows = ExtentRows()
     _add_areas(rows, volume)
@@ -129,7 +128,7 @@ def _without_links(inodes: Inodes, lost: Int) -> Inodes:
     """Inodes with a link less for each name that they lost."""
     nlink = np.append(inodes.nlink, 0)
     np.subtract.at(nlink, positions(inodes.number, lost), 1)
-    return replace(inodes, nlink=np.maximum(nlink[:-1], 0))
+    return inodes._replace(nlink=np.maximum(nlink[:-1], 0))
 
 
 def _types(volume: Volume, inodes: Inodes) -> np.ndarray:

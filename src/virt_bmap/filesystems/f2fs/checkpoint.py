@@ -8,7 +8,7 @@ Sources: Linux fs/f2fs/checkpoint.c (validate_checkpoint, get_valid_checkpoint, 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,8 +47,7 @@ BATCH = 32 << 20
 """Bytes of tables or nodes read at a time."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """The newer valid checkpoint; `start` is its first block. Bitmaps hold a bit for each block of NAT or SIT, most significant first."""
 
     start: int
@@ -170,8 +169,7 @@ def read_journals(volume: Volume, checkpoint: Checkpoint, damage: Damage) -> tup
 # ---- NAT ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Nat:
+class Nat(NamedTuple):
     """Where nodes lie: sorted node numbers, the inode that each belongs to, and its block."""
 
     nid: Int
@@ -230,15 +228,14 @@ def _blocks(volume: Volume, place: Int) -> Iterator[tuple[int, Bytes]]:
 # ---- SIT ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Sit:
+class Sit(NamedTuple):
     """Which blocks of the main area are valid: the segments that have any, sorted, and their bitmaps of 64 bytes, most significant bit first."""
 
     segment: Int
     valid: Bytes
 
     @property
-    def count(self) -> int:
+    def blocks(self) -> int:
         """How many blocks are valid."""
         return int(np.bitwise_count(self.valid).sum(dtype=np.int64))
 

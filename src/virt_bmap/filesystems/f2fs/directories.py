@@ -7,7 +7,7 @@ Sources: Linux fs/f2fs/dir.c (make_dentry_ptr_block, f2fs_fill_dentries), f2fs.h
 Documentation/filesystems/f2fs.rst ("Directory Structure").
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +28,7 @@ AT_ONCE = 4096
 """Blocks that are taken apart at a time."""
 
 
-@dataclass(frozen=True)
-class Names:
+class Names(NamedTuple):
     """Names of a batch: inode of the directory, inode that each leads to, and the bytes."""
 
     parent: Int

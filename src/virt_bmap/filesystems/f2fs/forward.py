@@ -8,14 +8,14 @@ Sources: Linux fs/f2fs/recovery.c (recover_inode, recover_dentry, do_recover_dat
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bytes, Int, union
-from virt_bmap.filesystems.columns import stack, take
+from virt_bmap.columns import stack, take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs import nodes, recovery
 from virt_bmap.filesystems.f2fs.checkpoint import BATCH, Nat
@@ -28,8 +28,7 @@ from virt_bmap.layout import records
 from virt_bmap.paths import positions
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(NamedTuple):
     """What is there after recovery, and the blocks [starts[i], ends[i]) that older nodes needed."""
 
     found: Found
@@ -71,7 +70,7 @@ def _keep_trees(found: Found, former: Found, fresh: Int, back: Int) -> None:
     stays = (back >= 0) & ~np.append(found.inodes.is_inline, True)[back]
     kept = take(pointers, stays[pointers.owner])
     found.pointers = stack(
-        Pointers, [take(found.pointers, ~np.isin(found.pointers.owner, fresh)), replace(kept, owner=back[kept.owner])]
+        Pointers, [take(found.pointers, ~np.isin(found.pointers.owner, fresh)), kept._replace(owner=back[kept.owner])]
     )
     former.pointers = take(pointers, ~stays[pointers.owner])
 
@@ -86,7 +85,7 @@ def _keep_attributes(found: Found, former: Found, nat: Nat, newer: Newer, fresh:
     owner = owner[owner >= 0]
     old = nat.find(nid[owner])
     nid[owner] = 0
-    found.inodes = replace(found.inodes, xattr_nid=nid[:-1])
+    found.inodes = found.inodes._replace(xattr_nid=nid[:-1])
     found.attributes.append(Trees(owner, block, np.zeros(len(owner), np.int64)))
     return nat.block[old[old >= 0]]
 

@@ -9,12 +9,13 @@ compress.c; include/linux/f2fs_fs.h; Documentation/filesystems/f2fs.rst ("Compre
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int
 from virt_bmap.checksums import ALL_ONES, crc32
-from virt_bmap.filesystems.columns import stack, take
+from virt_bmap.columns import stack, take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs.checkpoint import BATCH, Nat
 from virt_bmap.filesystems.f2fs.ondisk import (
@@ -49,8 +50,7 @@ AT_ONCE = 2048
 """Nodes taken apart at a time."""
 
 
-@dataclass(frozen=True)
-class Inodes:
+class Inodes(NamedTuple):
     """Inodes in use as columns, by number; `extra` and `xattrs` in words of 4 bytes, `cluster` in blocks, 0 for files that are not compressed."""
 
     number: Int
@@ -126,8 +126,7 @@ class Runs:
     span: Int
 
 
-@dataclass(frozen=True)
-class Pointers:
+class Pointers(NamedTuple):
     """Numbers of nodes that files refer to: `first` is the first file block below, `depth` 0 for direct nodes."""
 
     owner: Int
@@ -141,8 +140,7 @@ class Pointers:
         return self.owner << 32 | self.first
 
 
-@dataclass(frozen=True)
-class Trees:
+class Trees(NamedTuple):
     """Nodes that inodes refer to: row of the inode, block, and depth (0 direct)."""
 
     owner: Int

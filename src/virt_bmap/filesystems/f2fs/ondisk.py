@@ -4,7 +4,7 @@ Sources: Linux include/linux/f2fs_fs.h; fs/f2fs/super.c (sanity_check_raw_super,
 """
 
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,8 +79,7 @@ def crc(data: bytes, seed: int = MAGIC) -> int:
     return ~zlib.crc32(data, ~seed & 0xFFFFFFFF) & 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
-class Volume:
+class Volume(NamedTuple):
     """What the superblock says. Places and counts are in blocks; `cp`, `sit`, `nat`, `ssa` and `main` begin where the one before ends."""
 
     reader: Reader

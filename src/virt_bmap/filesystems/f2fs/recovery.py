@@ -7,12 +7,12 @@ Sources: Linux fs/f2fs/recovery.c (find_fsync_dnodes, recover_data, recover_dent
 f2fs_has_xattr_block), node.c (f2fs_start_bidx_of_node); file.c (need_do_checkpoint: what is no plain file with one link gets a checkpoint instead).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap.arrays import Bool, Int, in_order, ints
-from virt_bmap.filesystems.columns import stack, take
+from virt_bmap.columns import stack, take
 from virt_bmap.filesystems.f2fs.checkpoint import CRC_RECOVERY, NOCRC_RECOVERY, Checkpoint, Nat
 from virt_bmap.filesystems.f2fs.ondisk import BLOCK, NIDS_PER_BLOCK, NODE, SEGMENT, Volume
 from virt_bmap.layout import records, widen
@@ -26,8 +26,7 @@ MAX_READS = 1024
 """Segments of 2 MiB that are read to follow the chain: more than is written between two checkpoints."""
 
 
-@dataclass(frozen=True)
-class Nodes:
+class Nodes(NamedTuple):
     """Nodes of the chain, in its order: block, inode that each belongs to, its number among the nodes of the file, and its marks."""
 
     block: Int
@@ -36,8 +35,7 @@ class Nodes:
     mark: Int
 
 
-@dataclass(frozen=True)
-class Chain:
+class Chain(NamedTuple):
     """What lies behind the checkpoint; `whole` whether the end was seen."""
 
     nodes: Nodes
@@ -90,8 +88,7 @@ def _bears(checkpoint: Checkpoint, version: np.ndarray) -> Bool:
     return same
 
 
-@dataclass(frozen=True)
-class Newer:
+class Newer(NamedTuple):
     """What recovery puts in the place of older nodes: of each node of a file the last version.
 
     `named` are the blocks of new inodes that were synced with their names.

@@ -1,6 +1,6 @@
 """The boot sector of a FAT volume: is it one, and where do its areas lie?"""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,8 +48,7 @@ EXTENDED = (0x28, 0x29)
 """BS_BootSig: a serial number follows, and with 0x29 a label too."""
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Where the areas of the volume lie, in bytes; cluster c (from 2) begins at data_start + (c - 2) * cluster_size."""
 
     bits: int

@@ -9,6 +9,7 @@ On a damaged table links meet or go round. Runs are split where links meet; from
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -113,8 +114,7 @@ def _followed(parts: list[tuple[Int, Int, Int]], fate: Int) -> Followed:
     return Followed(query, cluster, count, before, length, fate)
 
 
-@dataclass(frozen=True)
-class Runs:
+class Runs(NamedTuple):
     """Runs of clusters [start, end), sorted, each linked to the next, with the entry of the last one; free and bad clusters."""
 
     start: Int

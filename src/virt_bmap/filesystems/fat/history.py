@@ -8,8 +8,6 @@ leaves too little: said, too.
 Sources: Microsoft FAT specification (fatgen103), DIR_Name[0]; kernel fs/fat/dir.c __fat_remove_entries(); fs/fat/namei_vfat.c (slots, checksum).
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 
@@ -108,7 +106,7 @@ class DeadParser:
         keep = np.flatnonzero(free & (entries.directory | (entries.size > 0)))
         size = np.where(entries.directory, self.heap.cluster_size, entries.size)[keep]
         kept, name = entries.take(keep), entries.name.take(keep)
-        return replace(kept, size=size, valid=size, contiguous=np.ones(len(keep), bool), name=name)
+        return kept._replace(size=size, valid=size, contiguous=np.ones(len(keep), bool), name=name)
 
 
 def _dotted(raw: Bytes) -> Bool:

@@ -5,14 +5,14 @@ the root's, which has no entry, is 0: there the boot sector lies.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, Intervals, expand, union
+from virt_bmap.columns import stack
 from virt_bmap.contract import Problem
 from virt_bmap.filesystems.fat.bpb import ENTRY
 from virt_bmap.filesystems.ragged import Ragged
@@ -27,8 +27,7 @@ PIECE = 2 << 20
 """Bytes of them that are looked at together, in whole directories: their arrays take some ten times as much, and stay in the cache."""
 
 
-@dataclass(frozen=True)
-class Entries:
+class Entries(NamedTuple):
     """Files and directories as their entries describe them, columns of one length; sizes in bytes."""
 
     inode: Int
@@ -45,8 +44,7 @@ class Entries:
 
     def take(self, keep: np.ndarray) -> "Entries":
         """The rows that a boolean array asks for, without their names: who looks for clusters has no use for them."""
-        columns: dict[str, Any] = {f.name: getattr(self, f.name)[keep] for f in fields(self)[:-1]}
-        return Entries(**columns, name=NO_NAMES)
+        return Entries._make([*(column[keep] for column in self[:-1]), NO_NAMES])
 
 
 NO = np.zeros(0, bool)
@@ -54,8 +52,7 @@ NO_NAMES = Ragged(np.zeros(0, np.uint8), np.zeros(0, np.uint16))
 NONE = Entries(EMPTY, EMPTY, NO, EMPTY, EMPTY, EMPTY, NO, EMPTY, NO_NAMES)
 
 
-@dataclass(frozen=True)
-class Ranges:
+class Ranges(NamedTuple):
     """Where directories lie, sorted by directory and place in it: `length` bytes of `inode` from byte `offset` of it."""
 
     inode: Int
@@ -68,8 +65,7 @@ class Ranges:
         return Ranges(self.inode[keep], self.start[keep], self.length[keep], self.offset[keep])
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """All that was found below the root."""
 
     entries: Entries
@@ -154,13 +150,13 @@ def _overlapping(level: Ranges, seen: tuple[Int, Int]) -> Int:
 
 def join_ranges(parts: Sequence[Ranges]) -> Ranges:
     """One after the other."""
-    return Ranges(*(np.concatenate([EMPTY, *(getattr(part, f.name) for part in parts)]) for f in fields(Ranges)))
+    return stack(Ranges, parts)
 
 
 def join_entries(parts: Sequence[Entries]) -> Entries:
     """One after the other; at least one."""
-    columns: dict[str, Any] = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Entries)[:-1]}
-    return Entries(**columns, name=Ragged.concat([part.name for part in parts]))
+    *columns, names = zip(*parts, strict=True)
+    return Entries._make([*map(np.concatenate, columns), Ragged.concat(names)])
 
 
 def list_problems(found: Sequence[tuple[str, str, Int]], severity: str = "error") -> list[Problem]:

@@ -4,6 +4,7 @@ Sources: ECMA-119 (4th edition) chapter 8; Joliet 1.0; "El Torito" Bootable CD-R
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,8 +57,7 @@ FLOPPY_SIZES = (0, 1_228_800, 1_474_560, 2_949_120)
 PLATFORMS = {0: "x86", 1: "PowerPC", 2: "Mac", 0xEF: "EFI"}
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """One directory tree of the volume: offset and size in bytes of its root, and where its path tables lie."""
 
     name: str
@@ -79,8 +79,7 @@ class Descriptors:
     boot_catalogs: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class BootImage:
+class BootImage(NamedTuple):
     """An image that El Torito boots: bytes [offset, +length) as far as the catalog tells, and what it is."""
 
     offset: int

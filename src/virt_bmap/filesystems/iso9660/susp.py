@@ -4,7 +4,7 @@ Sources: SUSP 1.12 and RRIP 1.12 (entry layouts by their field names); Linux fs/
 inside one block, the length of a symbolic link); the zisofs ZF entry from fs/isofs/rock.h.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ def signature(text: bytes) -> int:
     return int.from_bytes(text, "little")
 
 
-@dataclass(frozen=True)
-class Entries:
+class Entries(NamedTuple):
     """System use entries in the order in which a reader meets them, grouped by record: entry i is `flat[at[i]:at[i] + length[i]]`."""
 
     record: Int
@@ -51,8 +50,7 @@ class Entries:
         return number
 
 
-@dataclass(frozen=True)
-class Collected:
+class Collected(NamedTuple):
     """The entries of a batch of records, where their continuation areas lie, and how many entries and areas were damaged."""
 
     entries: Entries
@@ -121,8 +119,7 @@ def _join(parts: list[Entries]) -> Entries:
     return Entries(record[order], at=at[order], flat=np.concatenate([part.flat for part in parts]), **column)
 
 
-@dataclass(frozen=True)
-class RockRidge:
+class RockRidge(NamedTuple):
     """What Rock Ridge says of each of n records; -1 (mtime_ns: INT64_MIN) where it says nothing.
 
     `name` is all names one after the other, `name_length` 0 where there is none. `child` is the block of a relocated directory, `moved` marks the

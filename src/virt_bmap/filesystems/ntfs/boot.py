@@ -4,7 +4,7 @@ Sources: ntfs-3g libntfs-3g/bootsect.c; kernel fs/ntfs3/super.c ntfs_init_from_b
 backup sector).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ RECORD_SIZES = (512, 1024, 2048, 4096)
 """fs/ntfs3 takes no larger ones (MAXIMUM_BYTES_PER_MFT)."""
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Sizes and places in bytes, as the boot sector gives them; a truncated image has fewer `clusters`."""
 
     sector_size: int

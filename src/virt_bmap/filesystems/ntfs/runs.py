@@ -5,6 +5,7 @@ distance of no bytes is a hole. Sources: ntfs-3g libntfs-3g/runlist.c ntfs_mappi
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +31,7 @@ class Runs:
         return Runs(self.row[keep], self.vcn[keep], self.lcn[keep], self.count[keep])
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """What run lists say. For each list: `reach` is the VCN behind its last run; `bad` where it breaks off or makes no sense, `outside`
     where a run leaves the volume. A list is read up to its first fault."""
 
@@ -91,8 +91,7 @@ def _join(parts: list[Runs]) -> Runs:
     return joined if len(parts) == 1 else joined.take(np.argsort(joined.row, kind="stable"))
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """Where the bytes of one attribute lie: its real runs, sorted by their place in it. All in bytes."""
 
     start: Int

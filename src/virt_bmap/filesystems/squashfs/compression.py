@@ -7,7 +7,7 @@ Documentation/staging/lzo.rst for the LZO1X stream.
 import lzma
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,7 @@ MAX_RATIO = 64
 FREE_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A run of metadata blocks: where each begins on disk (bytes of the volume), how long it is there with its header, and where its content begins
     in `data`, which ends in 64 zero bytes so that fixed-size windows never leave it; `length` is without them."""
 

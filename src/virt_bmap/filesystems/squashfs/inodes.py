@@ -6,6 +6,7 @@ Sources: Linux fs/squashfs/squashfs_fs.h (structures), inode.c, dir.c; Documenta
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -175,8 +176,7 @@ def _u32(table: Table, at: Int) -> Int:
     return np.where(inside, four @ (np.int64(1) << (8 * np.arange(4, dtype=np.int64))), INVALID)
 
 
-@dataclass(frozen=True)
-class Entries:
+class Entries(NamedTuple):
     """Directory entries: row of the directory, reference of the inode, and the names joined; `broken` counts listings cut short."""
 
     directory: Int

@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, complement, expand, ints, subtract, union
+from virt_bmap.columns import stack, take
 from virt_bmap.contract import Filesystem, Problem
 from virt_bmap.errors import FormatError
-from virt_bmap.filesystems.columns import stack, take
 from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.filesystems.sharing import cut_shared, overlap
 from virt_bmap.filesystems.udf import directories, entries, volume

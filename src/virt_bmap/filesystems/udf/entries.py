@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from virt_bmap.arrays import EMPTY, Bytes, Int, expand, ints
+from virt_bmap.columns import stack
 from virt_bmap.contract import Problem
-from virt_bmap.filesystems.columns import stack
 from virt_bmap.filesystems.udf.volume import ALLOCATION, Volume
 from virt_bmap.layout import records, struct
 from virt_bmap.reader import Reader

@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int
+from virt_bmap.columns import stack, take
 from virt_bmap.contract import Filesystem
 from virt_bmap.errors import Corrupt, FormatError
-from virt_bmap.filesystems.columns import stack, take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.directories import Names, read_directories, stack_names

@@ -5,12 +5,12 @@ fsblock. A walk takes nodes of any number of trees and levels, and needs as many
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap.arrays import Bool, Bytes, Int, expand
-from virt_bmap.filesystems.columns import stack, take
+from virt_bmap.columns import stack, take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.geometry import Geometry
@@ -23,8 +23,7 @@ BATCH = 16 << 20
 """Bytes of metadata in memory at once."""
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """How the blocks of one kind of tree look. Sizes in bytes; `leaves` False: the leaves' places are wanted, not their records."""
 
     name: str
@@ -41,8 +40,7 @@ class Shape:
         return disk.SHORT_CRC_HEADER if crc else disk.SHORT_HEADER
 
 
-@dataclass(frozen=True)
-class Nodes:
+class Nodes(NamedTuple):
     """Blocks of trees: what they belong to (an index of the caller's), where they lie (fsblock), their level (0: leaf)."""
 
     owner: Int
@@ -50,8 +48,7 @@ class Nodes:
     level: Int
 
 
-@dataclass(frozen=True)
-class Walked:
+class Walked(NamedTuple):
     """All `nodes` of the trees, and their leaves' records: `rows` (n, record size) with the `owner` of each."""
 
     nodes: Nodes

@@ -5,12 +5,12 @@ space. Only the names are read. A directory block can be larger than a filesyste
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap.arrays import EMPTY, Bytes, Int, expand, in_order
-from virt_bmap.filesystems.columns import take
+from virt_bmap.columns import take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.filesystems.xfs import disk
@@ -26,8 +26,7 @@ MAX_INODE = 1 << 56
 """XFS_MAXINUMBER: no inode number is larger."""
 
 
-@dataclass(frozen=True)
-class Names:
+class Names(NamedTuple):
     """Directory entries: numbers of directory and inode, and the name."""
 
     parent: Int

@@ -4,12 +4,13 @@ Both keep their extents either in the inode itself or in a B-tree whose root lie
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, in_order
-from virt_bmap.filesystems.columns import take
+from virt_bmap.columns import take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import Nodes, Shape, walk
@@ -32,8 +33,7 @@ class Extents:
     unwritten: Int
 
 
-@dataclass(frozen=True)
-class Roots:
+class Roots(NamedTuple):
     """What the roots of fork B-trees point to: blocks (fsblock) at `level` (0: leaf)."""
 
     owner: Int

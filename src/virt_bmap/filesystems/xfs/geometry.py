@@ -5,7 +5,7 @@ XFS counts blocks in three ways: agbno, from the start of an allocation group; f
 """
 
 import uuid
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ UNREAD = {"metadir", "zoned", "zone_gaps"}
 """Incompatible features that change where metadata lies, and are not read yet."""
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Sizes in bytes unless the name says blocks; `limit` is the end of what can be read: of the filesystem or of a cut off volume."""
 
     version: int

@@ -4,7 +4,7 @@ The allocator of XFS is the B-tree of free extents by block number, together wit
 keeps ready for its own trees.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,7 @@ HEADERS = ("superblock", "AGF", "AGI", "AGFL")
 """One sector each, at the start of every group."""
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """A B-tree that every group has one of: its shape, where its root and height stand, and the feature that brings it."""
 
     shape: Shape
@@ -42,8 +41,7 @@ TREES = (
 )
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """What the groups say. Byte ranges are (starts, ends); `chunks` are inode chunk records with the group of each.
 
     `shared` are the ranges that several files own on purpose, sorted and merged; `unlinked` are inodes at the head of a list of orphans.
@@ -55,8 +53,7 @@ class Groups:
     unlinked: Int
 
 
-@dataclass(frozen=True)
-class _Header:
+class _Header(NamedTuple):
     """AGF or AGI of those groups where it is sound, and the groups' numbers."""
 
     agno: Int

@@ -6,13 +6,13 @@ memory: on a disk full of small files that is nearly everything.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Bytes, Int, expand, union
-from virt_bmap.filesystems.columns import stack
+from virt_bmap.columns import stack
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.btree import BATCH, MAX_LEVELS, narrow
@@ -27,8 +27,7 @@ GROUP = disk.INODES_PER_HOLEMASK_BIT
 GROUPS = disk.INODES_PER_CHUNK // GROUP
 
 
-@dataclass(frozen=True)
-class Inodes:
+class Inodes(NamedTuple):
     """Inodes in use; `record` is the byte where each one's record lies, `realtime` 1 where its content is on the other device."""
 
     number: Int
@@ -45,8 +44,7 @@ class Inodes:
     realtime: Int
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(NamedTuple):
     """What the inode records hold: extent lists, roots of fork B-trees, and names of short directories."""
 
     inodes: Inodes
@@ -55,8 +53,7 @@ class Contents:
     names: Names
 
 
-@dataclass(frozen=True)
-class _Fork:
+class _Fork(NamedTuple):
     """One fork of each inode of a batch: its format and number of extents, and the bytes [start, end) it may take in the batch."""
 
     which: int
@@ -66,8 +63,7 @@ class _Fork:
     end: Int
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     """Records in memory: `flat` bytes, in which the record of each of `inodes` begins at `base`. Owners count from `known`."""
 
     geometry: Geometry

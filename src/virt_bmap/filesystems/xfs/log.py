@@ -9,7 +9,7 @@ Sources: fs/xfs/xfs_log_recover.c (xlog_find_head, xlog_find_tail), fs/xfs/libxf
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,8 +48,7 @@ OP_FLAGS = 9
 """oh_flags in struct xlog_op_header."""
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(NamedTuple):
     """A log of `blocks` blocks at `offset` of `reader`. Work between `tail` and `head` (block numbers in the ring) is not in place yet.
 
     `clean`: nothing needs to be recovered.

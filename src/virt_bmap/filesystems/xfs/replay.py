@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,8 +86,7 @@ class Transaction:
     regions: list[bytes] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One logged change: a header and its data."""
 
     kind: int
@@ -98,8 +98,7 @@ Cancelled = Counter[tuple[int, int]]
 """How often a buffer (first sector, sectors) is still to be thrown away in the log; (first sector, 0) counts those of all sizes."""
 
 
-@dataclass(frozen=True)
-class Replayed:
+class Replayed(NamedTuple):
     """A reader that shows the volume as it is after recovery; `unfinished` operations a kernel would then still finish.
 
     `superblock_only`: all else was in place already.

@@ -4,7 +4,7 @@ Sources: Microsoft "Virtual Hard Disk Image Format Specification" 1.0; QEMU bloc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,7 @@ BATCH = 4096
 """Blocks whose sector bitmaps are looked into at a time."""
 
 
-@dataclass(frozen=True)
-class Footer:
+class Footer(NamedTuple):
     """What matters of the footer and, unless the image is fixed, of the dynamic disk header."""
 
     kind: str

@@ -4,7 +4,7 @@ Sources: VMware "Virtual Disk Format 5.0"; QEMU block/vmdk.c.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +46,7 @@ BATCH = 8192
 """Grain tables that are looked into at a time: 16 MiB."""
 
 
-@dataclass(frozen=True)
-class Sparse:
+class Sparse(NamedTuple):
     """One sparse extent: its header's fields as numbers; `file` is a position in the draft, `base` its first byte on the disk, `size` its bytes there."""
 
     file: int

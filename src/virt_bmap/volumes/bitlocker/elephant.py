@@ -3,7 +3,7 @@
 Sources: N. Ferguson, "AES-CBC + Elephant diffuser" (2006); kernel drivers/md/dm-crypt.c (crypt_iv_elephant, diffuser_a_decrypt, diffuser_b_decrypt).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,7 @@ A_ROTATIONS, A_CYCLES = (9, 0, 13, 0), 5
 B_ROTATIONS, B_CYCLES = (0, 10, 0, 25), 3
 
 
-@dataclass(frozen=True)
-class Elephant:
+class Elephant(NamedTuple):
     """The cipher with its 64 bytes of keys, of which each key takes `key_size`, for sectors of `size` bytes."""
 
     keys: bytes

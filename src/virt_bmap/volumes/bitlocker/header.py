@@ -7,6 +7,7 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from virt_bmap.contract import Problem
 from virt_bmap.errors import Corrupt, Unsupported
@@ -46,8 +47,7 @@ VMK = struct(28, [(0, "guid", "V16"), (26, "protection", "<u2")])
 VALIDATION = struct(8, [(0, "size", "<u2"), (2, "version", "<u2"), (4, "fve_crc32", "<u4")])
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """An entry of the metadata: what it is for (`type`), what it holds (`value`), and its bytes behind the header."""
 
     type: int
@@ -55,8 +55,7 @@ class Entry:
     data: bytes
 
 
-@dataclass(frozen=True)
-class MasterKey:
+class MasterKey(NamedTuple):
     """A volume master key under one protection: what stretches a password, what is encrypted with it, or the key itself."""
 
     guid: str

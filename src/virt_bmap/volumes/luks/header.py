@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,8 +48,7 @@ DETACHED = Problem(
 )
 
 
-@dataclass(frozen=True)
-class Kdf:
+class Kdf(NamedTuple):
     """How a passphrase becomes a key: pbkdf2 with `hash` and `iterations`, or argon2i/argon2id with time, memory (KiB) and lanes."""
 
     type: str
@@ -61,8 +60,7 @@ class Kdf:
     cpus: int = 0
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """A key slot: `stripes` times `key_size` bytes at `offset`, encrypted with `encryption` under a key of `area_key_size` bytes."""
 
     name: str
@@ -76,8 +74,7 @@ class Slot:
     af_hash: str
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Bytes [offset, +size) of the device hold those of the volume from `start` on; `cipher` None: not encrypted."""
 
     name: str
@@ -89,8 +86,7 @@ class Segment:
     tweak: int
 
 
-@dataclass(frozen=True)
-class Digest:
+class Digest(NamedTuple):
     """Tells the volume key of some segments: pbkdf2 of the key is `value`. `slots` lists the key slots that hold it."""
 
     slots: tuple[str, ...]

@@ -7,7 +7,7 @@ Sources: kernel drivers/md/persistent-data/ dm-btree-internal.h, dm-space-map-co
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +38,7 @@ MAX_METADATA_BITMAPS = 255
 ARRAY_BLOCK = struct(24, [(0x08, "nr_entries", "<u4"), (0x0C, "value_size", "<u4"), (0x10, "blocknr", "<u8")])
 
 
-@dataclass(frozen=True)
-class Entries:
+class Entries(NamedTuple):
     """Leaf entries of some trees: `tree` is the position of the root asked for; `values` has shape (n, value_size) in bytes."""
 
     tree: Int

@@ -3,7 +3,7 @@
 Sources: kernel drivers/md/dm-cache-metadata.c (struct cache_disk_superblock), dm-writecache.c (struct wc_memory_superblock).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +34,7 @@ WRITECACHE_ENTRY = struct(16, [(0x00, "original_sector", "<u8"), (0x08, "seq_cou
 NOWHERE = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class Cached:
+class Cached(NamedTuple):
     """Blocks of `size` bytes: block `origin` of the volume is held at byte `place` of the cache; `dirty`: only there. Sorted by `origin`."""
 
     size: int

@@ -8,6 +8,7 @@ Sources: lvm2 lib/format_text/import_vsn1.c (the text's sections), lib/metadata/
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from virt_bmap.arrays import complement, ints
 from virt_bmap.contract import Assembly, Child, Problem, child_reference
@@ -43,8 +44,7 @@ MAX_VOLUMES = 1 << 16
 """Logical volumes of one group."""
 
 
-@dataclass(frozen=True)
-class Space:
+class Space(NamedTuple):
     """A place that segments can name: a physical or logical volume. `place` is its extent 0, `size` what there is, in bytes."""
 
     place: Place

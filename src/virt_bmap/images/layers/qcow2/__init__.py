@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int, ints, weigh
+from virt_bmap.arrays import Int, ints, weigh
+from virt_bmap.columns import stack
 from virt_bmap.contract import Problem
 from virt_bmap.images.layer import IN_DATA, IN_ZERO, Draft, Layer
 from virt_bmap.images.layer import PACKED as IN_PACKED
@@ -122,9 +123,7 @@ def read_clusters(image: Reader, head: Header, l2: L2Tables, draft: Draft) -> tu
     batches = list(clusters.pieces(image, head, l2, draft))
 
     def join(side: int) -> Pieces:
-        return Pieces(
-            *(np.concatenate([EMPTY, *(getattr(batch[side], name) for batch in batches)]) for name in Pieces.__dataclass_fields__)
-        )
+        return stack(Pieces, [batch[side] for batch in batches])
 
     return _packed_cut(join(0)), join(1)
 

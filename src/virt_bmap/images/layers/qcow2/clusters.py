@@ -4,7 +4,7 @@ Sources: QEMU docs/interop/qcow2.rst (v8.2) section "Cluster mapping" with "Exte
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ IN_PLACE, ZERO_IN_PLACE, NOWHERE, PACKED, RESERVED = range(5)
 """Guest data at its cluster; a cluster kept for zeroes; zeroes without a cluster; compressed; a subcluster that is kept but not in use."""
 
 
-@dataclass(frozen=True)
-class L2Tables:
+class L2Tables(NamedTuple):
     """The distinct L2 tables, by file offset. `guest` is the first byte that each describes; `uses` how many L1 entries lead to it.
 
     `first` and `last` are the lowest and highest number of who uses it: 0 the current state, from 1 on the snapshots.
@@ -38,8 +37,7 @@ class L2Tables:
     last: Int
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """Runs of guest bytes [guest, +length) of one kind, at `host` (-1: nowhere) in `stored` bytes; `table` is a position in L2Tables."""
 
     guest: Int
@@ -50,7 +48,7 @@ class Pieces:
     table: Int
 
     def take(self, keep: Bool | Int) -> "Pieces":
-        return Pieces(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return Pieces(*(column[keep] for column in self))
 
 
 def read_l2_tables(image: Reader, header: Header, draft: Draft) -> L2Tables:
@@ -149,7 +147,7 @@ def _subclusters(header: Header, found: Pieces, bitmap: np.ndarray) -> Pieces:
     length = np.full(len(row), size, np.int64)
     keep = there | (kind == NOWHERE)
     cut = Pieces(split.guest[row] + nth * size, host, length, length, kind, split.table[row]).take(keep)
-    both = [np.concatenate([getattr(cut, name), getattr(found.take(packed), name)]) for name in Pieces.__dataclass_fields__]
+    both = map(np.concatenate, zip(cut, found.take(packed), strict=True))
     merged = Pieces(*both)
     return merged.take(np.lexsort((merged.guest, merged.table)))
 

@@ -5,6 +5,7 @@ Sources: QEMU docs/interop/qcow2.rst (v8.2) sections "Header", "Header extension
 
 import struct as packing
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.layout import record, struct
@@ -53,8 +54,7 @@ BITMAP = packing.Struct(">QIIBBHI")
 IN_USE, AUTO = 1, 2
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """One entry of the snapshot table; `size` is the disk's at that time. Names are bytes of the disk, made text."""
 
     id: str
@@ -66,8 +66,7 @@ class Snapshot:
     size: int
 
 
-@dataclass(frozen=True)
-class Bitmap:
+class Bitmap(NamedTuple):
     """One entry of the bitmap directory; `table_size` counts entries."""
 
     name: str

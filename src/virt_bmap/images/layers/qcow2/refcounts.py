@@ -6,6 +6,7 @@ Sources: QEMU docs/interop/qcow2.rst (v8.2) section "Host cluster management"; b
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +39,7 @@ class References:
         return start, end, times
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Ranges of the file: free (count 0, no reference), leaked (counted, no reference), too low and too high a count."""
 
     free: Ranges

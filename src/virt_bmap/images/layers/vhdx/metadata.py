@@ -4,7 +4,7 @@ Sources: Microsoft [MS-VHDX] v7.0 sections 2.2 "Header Section", 2.3 "Log", 2.6 
 """
 
 import uuid
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +34,7 @@ MAX_SIZE = 64 << 40
 """The largest disk that the format allows, in bytes."""
 
 
-@dataclass(frozen=True)
-class Metadata:
+class Metadata(NamedTuple):
     """Where the regions lie, as (offset, length), and what the metadata items say. `log_in_use`: the log has changes that the file does not have yet."""
 
     version: int

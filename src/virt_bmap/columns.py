@@ -1,0 +1,24 @@
+"""Records of columns: named tuples, or dataclasses, whose fields are arrays of one length."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def stack(kind: type[T], parts: Sequence[T]) -> T:
+    """The rows of all parts, one after the other; none of them is integers."""
+    none = np.zeros(0, np.int64)
+    return kind(*(np.concatenate([none, *(getattr(part, name) for part in parts)]) for name in _names(kind)))
+
+
+def take(columns: T, keep: Any) -> T:
+    """The rows that a boolean array, an index array or a slice asks for."""
+    return type(columns)(*(getattr(columns, name)[keep] for name in _names(type(columns))))
+
+
+def _names(kind: type) -> tuple[str, ...]:
+    found: tuple[str, ...] = kind.__match_args__  # type: ignore[attr-defined]
+    return found
