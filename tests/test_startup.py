@@ -47,6 +47,19 @@ def test_pandas_is_not_imported(tmp_path: Path) -> None:
         assert done.stderr == said
 
 
+def test_numpys_docstrings_wait_until_asked_for() -> None:
+    """They are there for whoever asks their module, and NumPy works without."""
+    use = """
+from virt_bmap import startup; startup.import_libraries()
+import sys, numpy
+before = numpy.empty.__doc__
+[getattr(sys.modules[name], 'anything', None) for name in startup.DOCSTRINGS]
+print(before is None, len(numpy.empty.__doc__) > 100, numpy.arange(4).sum())
+"""
+    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True 6\n"
+
+
 def test_another_libc_has_no_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:
     """As musl has not; then nothing is set."""
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())

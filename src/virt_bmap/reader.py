@@ -7,6 +7,7 @@ goes to the backend as one request, which may keep all of it in flight. A format
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ class Reader:
 
     in_turn = True
     """Must `_fetch` end in one thread before it begins in another?"""
+    near = False
+    """Is reading no more than a copy, from memory or a kernel's cache?"""
     filesystem: str | None = None
     """The filesystem module that reads this, where that is known without probing."""
 
@@ -58,11 +61,20 @@ class Reader:
         """Blocks of equal size: an array of shape (len(offsets), size)."""
         return self.read_ranges(offsets, np.full(len(offsets), size, np.int64)).reshape(len(offsets), size)
 
-    def batches(self, offsets: Int, size: int, most: int) -> Iterator[tuple[slice, Bytes]]:
-        """(which of the offsets, their blocks) as `read_blocks` gives them, in batches of up to `most` bytes; the next one is read while this one is looked at."""
-        step = max(1, most // size)
+    def batches(self, offsets: Int, size: int, most: int, copied: int = 0) -> Iterator[tuple[slice, Bytes]]:
+        """(which of the offsets, their blocks) as `read_blocks` gives them, in batches of up to `most` bytes; the next one is read while this one is looked at.
+
+        Who is done with a batch nearly as soon as it is read gives `copied`: so many bytes at a time, one batch after the other, where reading is
+        no more than a copy. They are looked at while the processor's own cache holds them, which is worth more than a second thread.
+        """
+        alone = self.near and copied > 0
+        step = max(1, (copied if alone else most) // size)
         parts = [slice(at, at + step) for at in range(0, len(offsets), step)]
-        return zip(parts, ahead(lambda part: self.read_blocks(offsets[part], size), parts), strict=True)
+        read = partial(self._blocks_of, offsets, size)
+        return zip(parts, map(read, parts) if alone else ahead(read, parts), strict=True)
+
+    def _blocks_of(self, offsets: Int, size: int, part: slice) -> Bytes:
+        return self.read_blocks(offsets[part], size)
 
     def read_ranges(self, offsets: Int, lengths: Int) -> Bytes:
         """Any ranges, in any order, one after the other in one flat uint8 array; each byte of the disk is asked for once.
@@ -150,6 +162,7 @@ class BytesReader(Reader):
     """Bytes in memory."""
 
     in_turn = False
+    near = True
 
     def __init__(self, data: Bytes, name: str) -> None:
         super().__init__(len(data), name)
@@ -168,6 +181,7 @@ class MappedReader(Reader):
         super().__init__(size, name)
         self._parents = parents
         self._rows = rows.select(rows.role == ROLES.index(DATA))
+        self.near = all(parent.near for parent in parents.values())
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         pieces = self._rows.down(offsets, offsets + lengths)
@@ -220,6 +234,7 @@ class PatchedReader(Reader):
         super().__init__(base.size, base.name)
         self._base = base
         self._patch = patch
+        self.near = base.near
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         data = self._base.read_ranges(offsets, lengths)

@@ -8,6 +8,10 @@ import gc
 import importlib
 import os
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
+from types import ModuleType
 
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
@@ -15,6 +19,8 @@ LARGEST = 32 << 20
 """Bytes: glibc lets nothing larger lie in its heap."""
 HEAP = 6 * LARGEST
 """Bytes: about what a map of 200,000 files takes."""
+DOCSTRINGS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
+"""Modules that do nothing but give NumPy's functions their docstrings."""
 
 
 def import_libraries() -> None:
@@ -23,6 +29,9 @@ def import_libraries() -> None:
     Nothing here is linear algebra, and each thread would spin for a tenth of a second when it starts. Nothing that an import leaves behind is garbage, either.
     """
     gc.disable()
+    binding = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)  # of Arrow's 28,000 symbols a map calls few
+    sys.meta_path.insert(0, finder := _Unneeded())
     before = os.environ.get(BLAS_THREADS)
     os.environ[BLAS_THREADS] = "1"
     importlib.import_module("numpy")
@@ -33,20 +42,28 @@ def import_libraries() -> None:
     _keep_memory()
     arrow = importlib.import_module("pyarrow")
     arrow.set_memory_pool(arrow.system_memory_pool())
-    sys.meta_path.insert(0, finder := _NoPandas())
-    arrow.array([0]).to_numpy(zero_copy_only=False)
+    arrow.array([0]).to_numpy(zero_copy_only=False)  # looks for pandas
     sys.meta_path.remove(finder)
+    sys.setdlopenflags(binding)
     gc.freeze()
     gc.enable()
 
 
-class _NoPandas:
-    """Arrow looks once whether there is a pandas, whose arrays it might be given or asked for. To import that takes longer than most maps, and here are none."""
+class _Unneeded:
+    """Finds no pandas, whose arrays Arrow might be given or asked for: to import that takes longer than most maps, and here are none. NumPy's docstrings, which
+    nobody here reads, wait until somebody asks their modules for something.
+    """
 
-    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
-        """ModuleNotFoundError for pandas; anything else is left to the finders behind."""
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """ModuleNotFoundError for pandas; anything else that is needed is left to the finders behind."""
         if fullname == "pandas":
             raise ModuleNotFoundError(fullname)
+        if fullname not in DOCSTRINGS:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec and spec.loader:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
 
 
 def _keep_memory() -> None:

@@ -18,6 +18,7 @@ class RawReader(Reader):
     """A raw file or block device, opened read-only."""
 
     in_turn = False
+    near = True
 
     def __init__(self, path: str) -> None:
         try:

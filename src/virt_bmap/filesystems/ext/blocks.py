@@ -134,7 +134,8 @@ def _extent_trees(
     children = [(EMPTY, EMPTY, EMPTY)]
     for at in range(0, len(owner), AT_ONCE):
         some = owner[at : at + AT_ONCE]
-        data = block_of[some]
+        together = int(some[-1] - some[0]) == len(some) - 1
+        data = block_of[some[0] : some[-1] + 1] if together else block_of[some]
         children.append(_node(superblock, data, some, data.view("<u2")[:, 3].astype(np.int64), offsets[some], found, problems))
     owner, block, expected = (np.concatenate(parts) for parts in zip(*children, strict=True))
     seen = EMPTY
@@ -158,8 +159,9 @@ def _node(
     superblock: Superblock, data: Bytes, owner: Int, expected: Int, offsets: Int, found: Found, problems: Problems
 ) -> tuple[Int, Int, Int]:
     """Take n nodes apart, (n, node size) bytes: extents go to `found`, what is returned are children (owner, block, depth)."""
-    header = np.ascontiguousarray(data[:, :12]).view(HEADER)[:, 0]
     room = data.shape[1] // 12 - 1
+    items = np.ascontiguousarray(data[:, : (room + 1) * 12]).view(ITEM)
+    header = items[:, 0].view(HEADER)
     entries, depth = header["eh_entries"].astype(np.int64), header["eh_depth"].astype(np.int64)
     good = (header["eh_magic"] == EXTENT_MAGIC) & (entries <= room) & (depth == expected) & (depth <= MAX_DEPTH)
     if not good.all():
@@ -168,8 +170,6 @@ def _node(
         complain(problems, "extent-header", "extent tree nodes have an impossible header", offsets[bad])
         entries = np.where(good, entries, 0)
     leaf = depth == 0
-    width = room + 1
-    items = np.ascontiguousarray(data[:, : width * 12]).view(ITEM)
     row, extent = _entries(items, EXTENT, np.where(leaf, entries, 0))
     unwritten = extent["ee_len"] > MAX_INITIALISED
     count = extent["ee_len"].astype(np.int64)

@@ -12,13 +12,14 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bytes, Int, in_order
-from virt_bmap.filesystems.ext.damage import Problems, complain_where
+from virt_bmap.filesystems.ext.damage import Problems, complain
 from virt_bmap.filesystems.ext.superblock import Superblock
 from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.reader import Reader
 
 HEADER = 8
 """Bytes of an entry before its name: inode (4), rec_len (2), name_len (1), file_type (1; high byte of name_len in ext2 rev 0)."""
+DOT, DOT_DOT = 0x2E, 0x2E2E
 BATCH = 8 << 20
 """Bytes of directory blocks read at a time."""
 
@@ -35,7 +36,7 @@ def read_names(reader: Reader, superblock: Superblock, parent: Int, block: Int, 
     """The entries of these blocks, sorted; each belongs to the directory `parent`."""
     size = superblock.block_size
     found = []
-    for part, data in reader.batches(block * size, size, BATCH):
+    for part, data in reader.batches(block * size, size, BATCH, BATCH):
         starts = np.arange(len(data), dtype=np.int64) * size
         found.append(
             parse(data.reshape(-1), starts, starts + size, parent[part], block[part] * size, size, superblock.inodes, problems)
@@ -51,47 +52,50 @@ def parse(
     `offsets` are where the areas lie in the volume, for messages.
     """
     words = data[: len(data) // 4 * 4].view("<u4")
-    at = _entries(words, starts, ends, offsets, block_size, problems)
-    inode, header = words[at >> 2].astype(np.int64), words[(at >> 2) + 1]
-    length = ((header >> 16) & 0xFF).astype(np.int64)
-    second = words[np.minimum((at >> 2) + 2, len(words) - 1)]
-    dots = ((length == 1) & (second & 0xFF == 0x2E)) | ((length == 2) & (second & 0xFFFF == 0x2E2E))
-    keep = (inode != 0) & ~dots
+    header = _headers(words, starts, ends, offsets, block_size, problems)
+    at, length = (header - 1) * 4, words[header] >> 16 & 0xFF
+    inode = words[header - 1].astype(np.int64)
+    keep = inode != 0
+    short = np.flatnonzero((length == 1) | (length == 2))
+    ones = length[short] == 1
+    name = words[np.minimum(header[short] + 1, len(words) - 1)] & np.where(ones, 0xFF, 0xFFFF)
+    keep[short[name == np.where(ones, DOT, DOT_DOT)]] = False
     area = np.repeat(np.arange(len(starts)), np.diff(np.searchsorted(at, starts), append=len(at)))
-    place = offsets[area] + at - starts[area]
-    complain_where(problems, "directory-entry", "names lead to inodes that cannot exist", keep & (inode > inodes), place)
-    complain_where(problems, "directory-entry", "names are empty", keep & (length == 0), place)
-    keep = np.flatnonzero(keep & (inode <= inodes) & (length > 0))
-    return Names(parent[area[keep]], inode[keep], Ragged.cut(data, at[keep] + HEADER, length[keep]))
+    for what, bad in (("names lead to inodes that cannot exist", inode > inodes), ("names are empty", length == 0)):
+        rows = np.flatnonzero(keep & bad)
+        complain(problems, "directory-entry", what, offsets[area[rows]] + at[rows] - starts[area[rows]])
+        keep[rows] = False
+    rows = np.flatnonzero(keep)
+    return Names(parent[area[rows]], inode[rows], Ragged.cut(data, at[rows] + HEADER, length[rows]))
 
 
-def _entries(words: np.ndarray, starts: Int, ends: Int, offsets: Int, block_size: int, problems: Problems) -> Int:
-    """Where entries begin, sorted. An area is left where an entry's length is impossible."""
-    found = [EMPTY]
-    at, end, area = starts, ends, np.arange(len(starts), dtype=np.int64)
-    fits = at + HEADER <= end
-    at, end, area = at[fits], end[fits], area[fits]
-    bad_area, bad_at = [EMPTY], [EMPTY]
+def _headers(words: np.ndarray, starts: Int, ends: Int, offsets: Int, block_size: int, problems: Problems) -> Int:
+    """Where the second words of entries lie (rec_len, name_len, file_type), sorted, counted in words. An area is left where an entry's length is impossible."""
+    signed = words.view("<i4")
+    found, bad_area, bad_at = [EMPTY], [EMPTY], [EMPTY]
+    area = np.flatnonzero(starts + HEADER <= ends)
+    at, limit = starts[area] // 4 + 1, ends[area] // 4 + 1
     while len(at):
-        header = words[(at >> 2) + 1].astype(np.int64)
+        header = signed[at]
         length = header & 0xFFFF
         if block_size > 0xFFFC:  # a length of 65536 does not fit in 16 bits; the low two, otherwise zero, extend it
             length = np.where((length == 0xFFFF) | (length == 0), block_size, (length & 0xFFFC) | (length & 3) << 16)
-        after = at + length
-        good = (length >= HEADER + ((header >> 16) & 0xFF)) & (after <= end) & (length & 3 == 0)
-        if not good.all():
-            bad_area.append(area[~good])
-            bad_at.append(at[~good])
-            at, end, area, after = at[good], end[good], area[good], after[good]
-        found.append(at)
-        more = after <= end - HEADER
+        after = at + (length >> 2)
+        good = (length - (header >> 16 & 0xFF) >= HEADER) & (length & 3 == 0)
+        more = good & (after <= limit - HEADER // 4)
         if more.all():
+            found.append(at)
             at = after
-        else:
-            at, end, area = after[more], end[more], area[more]
+            continue
+        good &= after <= limit
+        found.append(at[good])
+        bad_area.append(area[~good])
+        bad_at.append(at[~good])
+        at, limit, area = after[more], limit[more], area[more]
     bad, where = np.concatenate(bad_area), np.concatenate(bad_at)
-    place = offsets[bad] + where - starts[bad]
-    complain_where(problems, "directory-entry", "directory entries have an impossible length", np.ones(len(bad), bool), place)
+    complain(
+        problems, "directory-entry", "directory entries have an impossible length", offsets[bad] + (where - 1) * 4 - starts[bad]
+    )
     return in_order(np.concatenate(found))
 
 

@@ -132,7 +132,7 @@ def _logged(reader: Reader, superblock: Superblock, groups: Groups, copies: Copi
     inside = (start[at] > 0) & (copies.target >= start[at]) & (copies.target < start[at] + groups.table_blocks * size)
     first = (at * superblock.inodes_per_group + (copies.target - start[at]) // superblock.inode_size + 1)[inside]
     raw = reader.read_blocks(copies.place[inside], size).reshape(-1, superblock.inode_size)
-    columns = _columns(superblock, raw)
+    columns = inodes.columns_of(superblock, raw)
     alive = np.flatnonzero((columns["mode"] != 0) & (columns["nlink"] > 0))
     number = (first[:, None] + np.arange(each)).ravel()
     return Remembered(number[alive], np.repeat(copies.sequence[inside], each)[alive], raw[alive])
@@ -148,27 +148,23 @@ def _deleted(reader: Reader, superblock: Superblock, groups: Groups) -> Remember
     inside = (offsets >= 0) & (offsets <= reader.size - superblock.inode_size)
     numbers, offsets = numbers[inside], offsets[inside]
     for part, raw in reader.batches(offsets, superblock.inode_size, BATCH):
-        columns = _columns(superblock, raw)
+        columns = inodes.columns_of(superblock, raw)
         dead = (columns["mode"] != 0) & (columns["nlink"] == 0) & columns["block"].any(axis=1)
         found.append((numbers[part][dead], raw[dead]))
     number, records = (np.concatenate(columns) for columns in zip(*found, strict=True))
     return Remembered(number, np.full(len(number), -1, np.int64), records)
 
 
-def _columns(superblock: Superblock, raw: Bytes) -> dict[str, np.ndarray]:
-    return dict(inodes._fields(superblock, raw))
-
-
 def _holding(reader: Reader, superblock: Superblock, known: Remembered, starts: Int, ends: Int, said_by: str) -> pa.Table:
     """The table `former`, without names, of the runs of these records that touch the ranges; of several that say the same the latest."""
-    size, columns = superblock.block_size, _columns(superblock, known.raw)
+    size, columns = superblock.block_size, inodes.columns_of(superblock, known.raw)
     with_blocks = columns["flags"] & inodes.INLINE_DATA_FL == 0
     by_extents = columns["flags"] & inodes.EXTENTS_FL != 0
     extents = np.flatnonzero(with_blocks & by_extents)
     pointers = np.flatnonzero(with_blocks & ~by_extents & np.isin(columns["mode"] >> 12, (4, 8)))
     # each older copy by itself: the same tree block in two of them is no damage
     none = np.zeros(len(known.raw), np.int64)
-    runs, _ = read_blocks_of(reader, superblock, np.ascontiguousarray(columns["block"]), extents, pointers, none, [])
+    runs, _ = read_blocks_of(reader, superblock, columns["block"], extents, pointers, none, [])
     here = np.flatnonzero(touching(runs.start * size, (runs.start + runs.count) * size, starts, ends))
     row = runs.owner[here]
     order = np.lexsort((-known.sequence[row], runs.start[here], runs.logical[here], known.number[row]))

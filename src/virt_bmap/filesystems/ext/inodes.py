@@ -3,8 +3,8 @@
 Sources: kernel Documentation/filesystems/ext4/{inodes,special_inodes}.rst; fs/ext4/inode.c (ext4_iget), fs/ext4/ext4.h.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ INODE_FIELDS: list[Field] = [
     (0x1C, "i_blocks_lo", "<u4"),
     (0x20, "i_flags", "<u4"),
     (0x24, "h_i_translator", "<u4"),
+    (0x28, "i_block", "V60"),
     (0x64, "i_generation", "<u4"),
     (0x68, "i_file_acl_lo", "<u4"),
     (0x6C, "i_size_high", "<u4"),
@@ -44,7 +45,7 @@ INODE_EXTRA_FIELDS: list[Field] = [
 ]  # fmt: skip
 INODE = struct(0xA0, [
     *INODE_FIELDS, *INODE_EXTRA_FIELDS,
-    (0x28, "i_block", "V60"), (0x84, "i_ctime_extra", "<u4"), (0x8C, "i_atime_extra", "<u4"), (0x90, "i_crtime", "<i4"), (0x9C, "i_projid", "<u4"),
+    (0x84, "i_ctime_extra", "<u4"), (0x8C, "i_atime_extra", "<u4"), (0x90, "i_crtime", "<i4"), (0x9C, "i_projid", "<u4"),
 ])  # fmt: skip
 """All fields, for people; what is read takes the size that the superblock gives."""
 I_BLOCK = 0x28
@@ -59,11 +60,20 @@ RESERVED = {
     RESIZE: "resize inode", JOURNAL: "journal", EXCLUDE: "exclude bitmap", REPLICA: "replica",
 }  # fmt: skip
 
-COLUMNS = ("mode", "uid", "gid", "size", "nlink", "flags", "mtime_ns", "sectors", "acl", "translator")
+PLAIN = {
+    "mode": "i_mode", "uid": "i_uid", "gid": "i_gid", "size": "i_size_lo", "nlink": "i_links_count", "flags": "i_flags",
+    "mtime_ns": "i_mtime", "sectors": "i_blocks_lo", "acl": "i_file_acl_lo",
+}  # fmt: skip
+"""Columns and the fields that they begin with."""
+COLUMNS = {
+    "mode": "u2", "uid": "i8", "gid": "i8", "size": "i8", "nlink": "i8", "flags": "u4", "mtime_ns": "i8", "sectors": "u4",
+    "acl": "i8", "translator": "u4", "block": f"{I_BLOCK_SIZE}u1",
+}  # fmt: skip
+"""The columns that come from records: as wide as the tables have them, or else as the disk."""
 BATCH = 8 << 20
 """Bytes of inode tables read at a time: 32,768 records of the usual size, and few waits for a slow disk."""
-AT_ONCE = 8192
-"""Records that are taken apart at a time: few enough to stay in the processor's own cache while field after field is read."""
+COPIED = 2 << 20
+"""The same where reading is only a copy: few enough to stay in the processor's own cache while field after field is read."""
 MAX_SIZE = 1 << 62
 LATEST = (1 << 63) // 1_000_000_000 - 2
 """Seconds in the year 2262: the last that a count of nanoseconds since 1970 holds. ext4 goes on until 2446."""
@@ -118,21 +128,15 @@ def read_inodes(
     blocks = offset // size
     new = np.append(True, blocks[1:] != blocks[:-1])[: len(blocks)]
     wanted, rank = blocks[new], np.cumsum(new) - 1
-    # one array for all columns, from the start: pieces to be joined would take twice the memory, and small arrays small pages
-    table = np.empty((len(COLUMNS), len(numbers)), np.int64)
-    columns: dict[str, np.ndarray] = dict(zip(COLUMNS, table, strict=True))
-    columns |= {"number": numbers, "offset": offset, "block": np.empty((len(numbers), I_BLOCK_SIZE), np.uint8)}
+    columns = _room(len(numbers)) | {"number": numbers, "offset": offset}
     inline, bodies = [EMPTY], [np.zeros((0, superblock.inode_size), np.uint8)]
-    for part, batch in reader.batches(wanted * size, size, BATCH):
+    for part, batch in reader.batches(wanted * size, size, BATCH, COPIED):
         low, high = np.searchsorted(rank, [part.start, part.stop]).tolist()
         data = batch.reshape(-1, superblock.inode_size)
         if high - low < len(data):  # not every record of these blocks is in use
             place = (rank[low:high] - part.start) * size + offset[low:high] % size
             data = data[place // superblock.inode_size]
-        for first in range(0, len(data), AT_ONCE):
-            some = data[first : first + AT_ONCE]
-            for name, values in _fields(superblock, some):
-                columns[name][low + first : low + first + len(some)] = values
+        _take_apart(superblock, data, {name: columns[name][low:high] for name in COLUMNS})
         if superblock.has("inline_data"):
             found = np.flatnonzero(columns["flags"][low:high] & INLINE_DATA_FL)
             inline.append(numbers[low:high][found])
@@ -144,39 +148,45 @@ def read_inodes(
     return Inodes(**columns), Bodies(np.concatenate(inline), np.concatenate(bodies))
 
 
-def _fields(superblock: Superblock, data: Bytes) -> Iterator[tuple[str, np.ndarray]]:
-    """The columns of Inodes that come from (n, inode_size) bytes of records."""
+def columns_of(superblock: Superblock, data: Bytes) -> dict[str, np.ndarray]:
+    """The columns of Inodes that come from (n, inode_size) bytes of records, by their names."""
+    columns = _room(len(data))
+    _take_apart(superblock, data, columns)
+    return columns
+
+
+def _room(count: int) -> dict[str, np.ndarray]:
+    return {name: np.empty(count, dtype) for name, dtype in COLUMNS.items()}
+
+
+@cache
+def _record(size: int) -> np.dtype[np.void]:
+    return struct(size, INODE_FIELDS + (INODE_EXTRA_FIELDS if size >= 0x8C else []))
+
+
+def _take_apart(superblock: Superblock, data: Bytes, columns: dict[str, np.ndarray]) -> None:
+    """Fill the columns in place, each field read once: high halves that are all zero, as nearly always, cost a look."""
     extra = superblock.inode_size >= 0x8C
-    raw = records(data, struct(superblock.inode_size, INODE_FIELDS + (INODE_EXTRA_FIELDS if extra else [])))
+    raw = records(data, _record(superblock.inode_size))
     hurd = superblock.number("s_creator_os") == HURD
-
-    def wide(low: str, high: str = "", shift: int = 16) -> Int:
-        value = raw[low].astype(np.int64)
-        return value | raw[high].astype(np.int64) << shift if high else value
-
-    mode = wide("i_mode")
-    yield "mode", mode
-    yield "uid", wide("i_uid", "l_i_uid_high")
-    yield "gid", wide("i_gid", "l_i_gid_high")
-    large = (mode >> 12 == 0o10) | ((mode >> 12 == 0o4) & superblock.has("large_dir"))
-    size = wide("i_size_lo", "i_size_high", 32)
-    yield "size", size if large.all() else np.where(large, size, wide("i_size_lo"))
-    yield "nlink", wide("i_links_count")
-    yield "flags", wide("i_flags")
-    mtime = wide("i_mtime")
-    if extra:
-        more = np.where(raw["i_extra_isize"] >= 0x8C - 0x80, raw["i_mtime_extra"], 0).astype(np.int64)
-        mtime += (more & 3) << 32
+    for name, field in PLAIN.items():
+        columns[name][...] = raw[field]
+    for name, high, shift in (("uid", "l_i_uid_high", 16), ("gid", "l_i_gid_high", 16), ("acl", "l_i_file_acl_high", 32)):
+        if not (hurd and name == "acl") and raw[high].any():
+            columns[name] |= raw[high].astype(np.int64) << shift
+    if raw["i_size_high"].any():
+        form = columns["mode"] >> 12
+        large = (form == 0o10) | ((form == 0o4) & superblock.has("large_dir"))
+        columns["size"] |= np.where(large, raw["i_size_high"], 0).astype(np.int64) << 32
+    columns["block"].view(f"V{I_BLOCK_SIZE}")[:, 0] = raw["i_block"]
+    columns["translator"][...] = raw["h_i_translator"] if hurd else 0
+    mtime = columns["mtime_ns"]
+    more = np.where(raw["i_extra_isize"] >= 0x8C - 0x80, raw["i_mtime_extra"], 0) if extra else np.zeros(1, np.uint32)
+    if (more & 3).any():
+        mtime += (more & 3).astype(np.int64) << 32
         np.minimum(mtime, LATEST, out=mtime)
-        mtime *= 1_000_000_000
-        mtime += more >> 2
-    else:
-        mtime *= 1_000_000_000
-    yield "mtime_ns", mtime
-    yield "sectors", wide("i_blocks_lo")
-    yield "acl", wide("i_file_acl_lo") if hurd else wide("i_file_acl_lo", "l_i_file_acl_high", 32)
-    yield "translator", wide("h_i_translator") if hurd else np.zeros(1, np.int64)
-    yield "block", data[:, I_BLOCK : I_BLOCK + I_BLOCK_SIZE]
+    mtime *= 1_000_000_000
+    mtime += more >> 2
 
 
 def _without_empty(superblock: Superblock, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
