@@ -20,16 +20,16 @@ for _ in range(3):
     numpy.ones(24 << 20, numpy.uint8)
 before = faults()
 numpy.ones(24 << 20, numpy.uint8)
-print(os.environ.get("OPENBLAS_NUM_THREADS"), pyarrow.default_memory_pool().backend_name, faults() - before)
+print(*{os.environ.get(name) for name in startup.SETTINGS}, pyarrow.default_memory_pool().backend_name, faults() - before)
 """
 
 
 @pytest.mark.parametrize("given", [None, "3"])
 def test_memory_stays_and_the_environment_too(given: str | None) -> None:
     """An array's memory serves the next one; commands that we run find their environment as it was."""
-    environment = {name: value for name, value in os.environ.items() if name != startup.BLAS_THREADS}
+    environment = {name: value for name, value in os.environ.items() if name not in startup.SETTINGS}
     if given:
-        environment[startup.BLAS_THREADS] = given
+        environment |= dict.fromkeys(startup.SETTINGS, given)
     done = subprocess.run([sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True, check=True)
     word, pool, faults = done.stdout.split()
     assert (word, pool) == (str(given), "system")

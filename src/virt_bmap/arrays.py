@@ -65,16 +65,10 @@ def union(starts: Int, ends: Int, gap: int = 0) -> tuple[Int, Int]:
         starts, ends = starts[keep], ends[keep]
     if len(starts) == 0:
         return EMPTY, EMPTY
-    if not (starts[1:] >= starts[:-1]).all():
-        order = np.argsort(starts, kind="stable")
-        starts, ends = starts[order], ends[order]
-    reach = np.maximum.accumulate(ends)
-    new = np.empty(len(starts), bool)
-    new[0] = True
-    new[1:] = starts[1:] > reach[:-1] + gap
-    first = np.flatnonzero(new)
-    last = np.append(first[1:], len(starts)) - 1
-    return starts[first], reach[last]
+    # there is a gap before a range where as many have ended as began before it
+    starts, ends = in_order(starts), in_order(ends)
+    new = np.flatnonzero(starts[1:] > ends[:-1] + gap) + 1
+    return starts[np.append(0, new)], ends[np.append(new, len(ends)) - 1]
 
 
 def union_by(group: Int, starts: Int, ends: Int) -> tuple[Int, Int, Int]:

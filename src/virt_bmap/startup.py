@@ -1,6 +1,6 @@
 """NumPy and Arrow, set up for a process that lives for a second. Only the command line does this: a program that imports us has its own memory to look after.
 
-Sources: mallopt(3); glibc's malloc/malloc.c (DEFAULT_MMAP_THRESHOLD_MAX); NumPy's numpy/_core/src/multiarray/alloc.c.
+Sources: mallopt(3), madvise(2); glibc's malloc/malloc.c (DEFAULT_MMAP_THRESHOLD_MAX).
 """
 
 import ctypes
@@ -13,12 +13,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from types import ModuleType
 
-BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+"""Environment variables that the libraries look at while they are imported."""
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
+MADV_HUGEPAGE, LARGE_PAGE = 14, 2 << 20
 LARGEST = 32 << 20
 """Bytes: glibc lets nothing larger lie in its heap."""
-HEAP = 6 * LARGEST
-"""Bytes: about what a map of 200,000 files takes."""
+HEAP = 12 * LARGEST
+"""Bytes of address space: what maps of nearly a million files take."""
 DOCSTRINGS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
 """Modules that do nothing but give NumPy's functions their docstrings."""
 
@@ -29,20 +31,19 @@ def import_libraries() -> None:
     Nothing here is linear algebra, and each thread would spin for a tenth of a second when it starts. Nothing that an import leaves behind is garbage, either.
     """
     gc.disable()
+    _keep_memory()
     binding = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)  # of Arrow's 28,000 symbols a map calls few
     sys.meta_path.insert(0, finder := _Unneeded())
-    before = os.environ.get(BLAS_THREADS)
-    os.environ[BLAS_THREADS] = "1"
+    before = {name: os.environ.get(name) for name in SETTINGS}
+    os.environ.update(SETTINGS)
     importlib.import_module("numpy")
-    if before is None:
-        del os.environ[BLAS_THREADS]  # the commands that we run are to find their environment as it was
-    else:
-        os.environ[BLAS_THREADS] = before
-    _keep_memory()
-    arrow = importlib.import_module("pyarrow")
-    arrow.set_memory_pool(arrow.system_memory_pool())
-    arrow.array([0]).to_numpy(zero_copy_only=False)  # looks for pandas
+    importlib.import_module("pyarrow").array([0]).to_numpy(zero_copy_only=False)  # looks for pandas
+    for name, value in before.items():  # the commands that we run are to find their environment as it was
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     sys.meta_path.remove(finder)
     sys.setdlopenflags(binding)
     gc.freeze()
@@ -69,12 +70,17 @@ class _Unneeded:
 def _keep_memory() -> None:
     """Let large arrays come from the heap, and the heap stay: otherwise every array is new pages from the kernel, which takes a tenth of the time of a map.
 
-    Arrays of 4 MiB and more make NumPy ask the kernel for large pages; what was asked for stays so for the small ones that lie there later. None of these is touched.
+    The heap is made large at once, and of large pages. None of these is touched.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)  # glibc's own
     if mallopt is not None:
         mallopt(M_ARENA_MAX, 1)  # for all threads
         mallopt(M_MMAP_THRESHOLD, LARGEST)
-        mallopt(M_TRIM_THRESHOLD, 8 * HEAP)
-        empty = importlib.import_module("numpy").empty
-        [empty(LARGEST // 2, "u1") for _ in range(2 * HEAP // LARGEST)]
+        mallopt(M_TRIM_THRESHOLD, 4 * HEAP)
+        mallopt(M_TOP_PAD, HEAP)
+        libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+        start = libc.sbrk(ctypes.c_ssize_t(0))
+        libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(LARGEST // 2))))
+        mallopt(M_TOP_PAD, LARGEST)
+        libc.madvise(ctypes.c_void_p(-(-start // LARGE_PAGE) * LARGE_PAGE), ctypes.c_size_t(HEAP), MADV_HUGEPAGE)
