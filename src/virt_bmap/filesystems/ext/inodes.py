@@ -239,9 +239,9 @@ def with_types(types: np.ndarray, *wanted: int) -> Bool:
 def table(superblock: Superblock, inodes: Inodes, types: np.ndarray) -> pa.Table:
     """The table `inodes`."""
     own = types != tables.T_METADATA
-    flags = np.where((inodes.nlink == 0) & own, tables.I_DELETED, 0)
+    flags = np.where((inodes.nlink == 0) & own, np.int32(tables.I_DELETED), np.int32(0))
     for bit, meaning in ((ENCRYPT_FL, tables.I_ENCRYPTED), (IMMUTABLE_FL, tables.I_IMMUTABLE), (VERITY_FL, tables.I_VERITY)):
-        flags |= np.where((inodes.flags & bit) != 0, meaning, 0)
+        flags[inodes.flags & bit != 0] |= meaning
     return tables.make(
         "inodes", volume=0, inode=inodes.number, type=types, mode=inodes.mode, uid=inodes.uid, gid=inodes.gid, size=inodes.size,
         nlink=inodes.nlink, mtime_ns=inodes.mtime_ns, flags=flags, record_offset=inodes.offset,

@@ -44,7 +44,8 @@ def add_content(rows: ExtentRows, superblock: Superblock, nodes: Inodes, types: 
     shared: Int | int = 0
     if superblock.has("shared_blocks"):
         runs, shared = _shared(runs)
-    flags = np.where(nodes.flags & ENCRYPT_FL != 0, tables.ENCRYPTED, 0)[runs.owner] | shared
+    encrypted = nodes.flags & ENCRYPT_FL != 0
+    flags = np.where(encrypted[runs.owner], tables.ENCRYPTED, 0) | shared if encrypted.any() else shared
     rows.add(np.where(runs.unwritten, np.int8(tables.UNWRITTEN), kind[runs.owner]), runs.start * size, runs.count * size,
              inode=nodes.number[runs.owner], file_offset=runs.logical * size, flags=flags)  # fmt: skip
 
