@@ -4,8 +4,6 @@ Ranges are half open and come as two int64 arrays, `starts` and `ends`, of one l
 says otherwise they may be unsorted and may overlap; empty ranges are allowed and own nothing.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -169,7 +167,6 @@ def total(starts: Int, ends: Int) -> int:
     return int((ends - starts).sum())
 
 
-@dataclass(frozen=True)
 class Intervals:
     """An index over ranges: which of them does each query range overlap?
 
@@ -177,19 +174,15 @@ class Intervals:
     most of the others makes every query visit them all, so containers and their contents belong in separate indexes.
     """
 
-    starts: Int
-    ends: Int
-
-    def __post_init__(self) -> None:
-        order = np.argsort(self.starts, kind="stable")
-        object.__setattr__(self, "_order", order)
-        object.__setattr__(self, "_starts", self.starts[order])
-        object.__setattr__(self, "_ends", self.ends[order])
-        object.__setattr__(self, "_reach", np.maximum.accumulate(self.ends[order]))
+    def __init__(self, starts: Int, ends: Int) -> None:
+        self.starts, self.ends = starts, ends
+        self._order = np.argsort(starts, kind="stable")
+        self._starts, self._ends = starts[self._order], ends[self._order]
+        self._reach = np.maximum.accumulate(self._ends)
 
     def overlaps(self, starts: Int, ends: Int) -> tuple[Int, Int]:
         """All pairs (query, range) that share a byte, by query and then by the range's start."""
-        order, low, high, reach = self._order, self._starts, self._ends, self._reach  # type: ignore[attr-defined]
+        order, low, high, reach = self._order, self._starts, self._ends, self._reach
         starts, ends = ints(starts), ints(ends)
         last = np.searchsorted(low, ends, "left")
         first = np.minimum(np.searchsorted(reach, starts, "right"), last)

@@ -34,6 +34,8 @@ MAX_VOLUMES = 4096
 
 @dataclass
 class _Volume:
+    """A volume, and what became known of it so far."""
+
     number: int
     kind: str
     name: str
