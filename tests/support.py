@@ -54,14 +54,16 @@ def need_root() -> None:
 
 
 def wait_for_socket(path: str | os.PathLike[str]) -> None:
-    """Until a server listens on a Unix socket; fails the test after half a minute."""
+    """Until an NBD server greets on a Unix socket: qemu-nbd listens before it has opened, and locked, its image. Fails the test after half a minute."""
     until = time.monotonic() + 30
     while time.monotonic() < until:
         with socket.socket(socket.AF_UNIX) as link, contextlib.suppress(OSError):
+            link.settimeout(30)
             link.connect(os.fspath(path))
-            return
+            if link.recv(8) == b"NBDMAGIC":
+                return
         time.sleep(0.02)
-    raise AssertionError(f"nobody listens on {path}")
+    raise AssertionError(f"nobody answers on {path}")
 
 
 # ---- maps -----------------------------------------------------------------------------------------------------------
