@@ -275,6 +275,9 @@ def mounted(image: str | os.PathLike[str], options: str = "", offset: int = 0, k
     finally:
         run("losetup", "-d", loop)
         where.rmdir()
+        until = time.monotonic() + 10
+        while run("losetup", "-j", image) and time.monotonic() < until:  # while another test looks at the device, it stays
+            time.sleep(0.01)
 
 
 def sync(mount: Path) -> None:
