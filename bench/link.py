@@ -22,6 +22,7 @@ from virt_bmap.survey import survey
 
 THREADS = 256
 """Requests that nbdkit holds at a time; a real link holds any number."""
+ROUNDS = 5
 TARGET_TRIPS, TARGET_BYTES = 40, 1.2
 UNREAD = ("inode table (unused)", "reserved group descriptors", "journal", "boot code")
 """Metadata that needs no reading."""
@@ -49,6 +50,11 @@ def timed(image: str, delay: int) -> tuple[float, BlockMap, int, int]:
             server.wait()
 
 
+def fastest(image: str, delay: int) -> tuple[float, BlockMap, int, int]:
+    """Of ROUNDS runs: all noise comes on top, and here it would be taken for waiting."""
+    return min((timed(image, delay) for _ in range(ROUNDS)), key=lambda found: found[0])
+
+
 def metadata_bytes(bmap: BlockMap) -> int:
     """What has to be read to know the map."""
     kind = tables.codes(bmap.extents, "kind")
@@ -63,9 +69,8 @@ def metadata_bytes(bmap: BlockMap) -> int:
 
 def main() -> None:
     image, delay = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 20
-    timed(image, 0)
-    plain, bmap, _, _ = timed(image, 0)
-    slow, _, rounds, asked = timed(image, delay)
+    plain, bmap, _, _ = fastest(image, 0)
+    slow, _, rounds, asked = fastest(image, delay)
     trips, ratio = (slow - plain) / (delay / 1000), asked / metadata_bytes(bmap)
     print(f"{bmap.inodes.num_rows:,} inodes: {plain:.2f} s without delay, {slow:.2f} s with {delay} ms a request")
     print(f"waiting: {trips:.1f} round trips (target {TARGET_TRIPS}), in {rounds} batches")

@@ -40,22 +40,21 @@ class RawReader(Reader):
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         data = np.empty(int(lengths.sum()), np.uint8)
-        view = memoryview(data.data)
-        at = 0
+        view, at = memoryview(data.data), 0
         for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
-            done = 0
-            while done < length:
+            end = at + length
+            while at < end:
+                here = offset + length - (end - at)
                 try:
-                    got = os.preadv(self._fd, [view[at + done : at + length]], offset + done)
+                    got = os.preadv(self._fd, [view[at:end]], here)
                 except OSError as error:
-                    raise ImageError(f"{self.name}: can't be read at byte {offset + done:#x}: {error.strerror}") from error
+                    raise ImageError(f"{self.name}: can't be read at byte {here:#x}: {error.strerror}") from error
                 if got == 0:
                     raise ImageError(
-                        f"{self.name}: ends at byte {offset + done:#x} although it was {self.size:#x} bytes long when it was "
+                        f"{self.name}: ends at byte {here:#x} although it was {self.size:#x} bytes long when it was "
                         "opened: it shrank while it was read"
                     )
-                done += got
-            at += length
+                at += got
         return data
 
     def stored(self) -> tuple[Int, Int]:

@@ -12,7 +12,6 @@ Sources: kernel Documentation/filesystems/ext4/ and fs/ext4, fs/jbd2 (v6.12); e2
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -80,7 +79,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     parents, holding = _directory_blocks(superblock, nodes, types, runs, problems)
     content = (runs.start, runs.start + runs.count) if superblock.cluster > 1 else (EMPTY, EMPTY)
     del runs  # what follows finds room where these were
-    nodes = replace(nodes, block=np.zeros((0, inodes.I_BLOCK_SIZE), np.uint8))
+    nodes = nodes._replace(block=np.zeros((0, inodes.I_BLOCK_SIZE), np.uint8))
     names = directories.read_names(reader, superblock, parents, holding, problems)
     names += inline.add_data(rows, superblock, nodes, types, bodies, problems)
     if superblock.cluster > 1:

@@ -6,6 +6,7 @@ ext4_init_block_bitmap); e2fsprogs lib/ext2fs/alloc_sb.c and closefs.c (ext2fs_s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,8 +42,7 @@ BATCH = 8 << 20
 """Bytes of bitmaps read at a time: enough for half a terabyte in blocks of 4 KiB, and small when unpacked."""
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """One row a group. Places are blocks; -1 where the descriptor says something impossible."""
 
     block_bitmap: Int
@@ -55,9 +55,6 @@ class Groups:
     table_used: Int
     """Inodes of the table that were ever used; what follows was never looked at, perhaps never zeroed."""
     table_blocks: int
-
-    def __len__(self) -> int:
-        return len(self.block_bitmap)
 
 
 # ---- where descriptors and superblocks lie --------------------------------------------------------------------------
@@ -346,9 +343,9 @@ def record_offsets(superblock: Superblock, groups: Groups, numbers: Int) -> Int:
     """Where the records of these inodes lie, in bytes; negative where the group's table is unknown."""
     per_group, size = superblock.inodes_per_group, superblock.inode_size
     # offset = table + (number - 1 - group * per_group) * size, with what belongs to the group joined beforehand
-    number = np.arange(len(groups) + 1, dtype=np.int64)
+    number = np.arange(len(groups.inode_table) + 1, dtype=np.int64)
     base = np.where(np.append(groups.inode_table, -1) > 0, np.append(groups.inode_table, 0) * superblock.block_size, UNKNOWN)
     base -= (number * per_group + 1) * size
-    offset = base[np.minimum((numbers - 1) // per_group, len(groups))]
+    offset = base[np.minimum((numbers - 1) // per_group, len(groups.inode_table))]
     offset += numbers * size
     return offset

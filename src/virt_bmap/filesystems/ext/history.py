@@ -140,7 +140,7 @@ def _logged(reader: Reader, superblock: Superblock, groups: Groups, copies: Copi
 
 def _deleted(reader: Reader, superblock: Superblock, groups: Groups) -> Remembered:
     """The records of inodes that no bitmap calls used, but that still say what they were and point at something."""
-    unused = np.ones(len(groups) * superblock.inodes_per_group + 1, bool)
+    unused = np.ones(len(groups.inode_table) * superblock.inodes_per_group + 1, bool)
     unused[0] = False
     unused[used_inodes(reader, superblock, groups)] = False
     numbers, found = np.flatnonzero(unused), [(EMPTY, np.zeros((0, superblock.inode_size), np.uint8))]

@@ -66,9 +66,9 @@ def add_data(
     rows: ExtentRows, superblock: Superblock, nodes: Inodes, types: np.ndarray, bodies: Bodies, problems: Problems
 ) -> list[Names]:
     """Rows for inline data; returns the names in inline directories."""
-    if not len(bodies.number) or not len(nodes):
+    if not len(bodies.number) or not len(nodes.number):
         return []
-    at = np.minimum(np.searchsorted(nodes.number, bodies.number), len(nodes) - 1)
+    at = np.minimum(np.searchsorted(nodes.number, bodies.number), len(nodes.number) - 1)
     kept = with_types(types[at], tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK) & (nodes.number[at] == bodies.number)
     at, data = at[kept], bodies.data[kept]
     value, length = _system_data(data, nodes.offset[at], problems)

@@ -3,7 +3,6 @@
 Sources: kernel Documentation/filesystems/ext4/{inodes,special_inodes}.rst; fs/ext4/inode.c (ext4_iget), fs/ext4/ext4.h.
 """
 
-from dataclasses import dataclass, fields
 from functools import cache
 from typing import NamedTuple
 
@@ -79,8 +78,7 @@ LATEST = (1 << 63) // 1_000_000_000 - 2
 """Seconds in the year 2262: the last that a count of nanoseconds since 1970 holds. ext4 goes on until 2446."""
 
 
-@dataclass(frozen=True)
-class Inodes:
+class Inodes(NamedTuple):
     """Used inodes as columns, by number."""
 
     number: Int
@@ -102,12 +100,9 @@ class Inodes:
     block: Bytes
     """i_block, (n, 60) bytes."""
 
-    def __len__(self) -> int:
-        return len(self.number)
-
     def take(self, keep: np.ndarray) -> "Inodes":
         """The rows that a boolean or index array asks for."""
-        return Inodes(*(getattr(self, field.name)[keep] for field in fields(self)))
+        return Inodes(*(column[keep] for column in self))
 
 
 class Bodies(NamedTuple):
@@ -222,7 +217,7 @@ def types_of(superblock: Superblock, inodes: Inodes) -> np.ndarray:
     types = tables.type_of_mode(inodes.mode).copy()
     special = np.array(sorted(metadata_names(superblock)), np.int64)
     at = np.searchsorted(inodes.number, special)
-    at, special = at[at < len(inodes)], special[at < len(inodes)]
+    at, special = at[at < len(inodes.number)], special[at < len(inodes.number)]
     types[at[inodes.number[at] == special]] = tables.T_METADATA
     types[(inodes.flags & EA_INODE_FL) != 0] = tables.T_METADATA
     return types

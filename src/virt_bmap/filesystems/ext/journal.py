@@ -126,7 +126,7 @@ def _internal(reader: Reader, superblock: Superblock, problems: Problems) -> Log
     number = np.array([superblock.number("s_journal_inum")], np.int64)
     node, _ = inodes.read_inodes(reader, superblock, groups, number, ignored)
     saved = superblock.record["s_jnl_blocks"].astype("<u4").view(np.uint8)[None, : inodes.I_BLOCK_SIZE]
-    choices = [(node.block, bool(node.flags[0] & inodes.EXTENTS_FL))] if len(node) else []
+    choices = [(node.block, bool(node.flags[0] & inodes.EXTENTS_FL))] if len(node.number) else []
     if superblock.number("s_jnl_backup_type") == 1:
         choices.append((saved, saved[0, :2].tobytes() == EXTENT_MAGIC.to_bytes(2, "little")))
     for block, by_extents in choices:

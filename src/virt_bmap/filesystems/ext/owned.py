@@ -117,7 +117,7 @@ def check_links(nodes: Inodes, types: np.ndarray, names: pa.Table, problems: Pro
     """There must be a root; every name must lead to a used inode, every inode with links must have a name."""
     if not (types[nodes.number == ROOT] == tables.T_DIRECTORY).any():
         problems.append(Problem("root", f"inode {ROOT}, the root directory, is not in use or no directory: nothing has a path"))
-    if not len(nodes):
+    if not len(nodes.number):
         return
     target = tables.integers(names, "inode")
     last = int(nodes.number[-1])
