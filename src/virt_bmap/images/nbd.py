@@ -113,6 +113,8 @@ class NbdReader(Reader):
     def __init__(self, uri: str, name: str | None = None, link: socket.socket | None = None) -> None:
         """`link`: a socket that is connected already, to the default export."""
         self.name = name or uri
+        self.warning = ""
+        """What the server said besides when it opened the image: perhaps why it can't be read."""
         self.minimum, self.maximum = 1, REQUEST
         self.flags = 0
         """What the server offers besides reading: transmission flags."""
@@ -223,7 +225,8 @@ class NbdReader(Reader):
 
     def _failed(self, error: int, offset: int) -> ImageError:
         words = os.strerror(error) if error in errno.errorcode else f"error {error}"
-        return ImageError(f"{self.name}: can't be read at byte {offset:#x}: the server says: {words}")
+        before = f", and when it opened the image: {self.warning}" if self.warning else ""
+        return ImageError(f"{self.name}: can't be read at byte {offset:#x}: the server says: {words}{before}")
 
     def _send(self, data: bytes) -> None:
         try:

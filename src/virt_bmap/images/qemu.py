@@ -46,14 +46,18 @@ def open_with_qemu(image: RawReader, format: str, references: bool, status: Sequ
             ",".join(f"{k}={v}" for k, v in options.items()),
         ]
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            words = done.stderr.decode(errors="replace").strip().splitlines()
-            why = (
-                re.sub(r"^qemu-nbd: (Failed to blk_new_open .*?: )?", "", words[0]) if words else f"exit status {done.returncode}"
-            )
-            raise ImageError(f"{image.name}: qemu-nbd can't open it as {format}: {why}")
+        words = [*done.stderr.decode(errors="replace").strip().splitlines(), f"exit status {done.returncode}"]
+        why = re.sub(r"^qemu(-nbd)?: (Failed to blk_new_open .*?: )?", "", words[0])
         uri = f"nbd+unix:///?socket={socket}"
-        return NbdReader(uri, image.name) if status is None else StatusReader(uri, image.name, status)
+        try:
+            reader = NbdReader(uri, image.name) if status is None else StatusReader(uri, image.name, status)
+        except ImageError as error:
+            if not done.returncode:
+                raise
+            raise ImageError(f"{image.name}: qemu-nbd can't open it as {format}: {why}") from error
+        if done.returncode:  # a mere warning, while the server waits for its client
+            reader.warning = why
+        return reader
 
 
 def _status_options(contexts: Sequence[str]) -> list[str]:
