@@ -1,5 +1,6 @@
 """Disk images that are files of a guest's disk: what is in them is found, owned and read through both filesystems."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from support import assert_proven, content, need, run, tree
 from virt_bmap.blockmap import BlockMap
+from virt_bmap.cli import run as cli
 from virt_bmap.errors import UsageError
 from virt_bmap.images.raw import RawReader
 from virt_bmap.nested import MAX_LEVELS, parse
@@ -71,6 +73,25 @@ def test_all_of_them(disk: Path) -> None:
         "/dev/sda:/images/other.qcow2": None,
     }
     assert_proven(bmap)
+
+
+def test_a_byte_is_explained_on_both_levels(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What explain says of a byte in the middle of the inner file is what both filesystems' own tools say."""
+    block = int(run("debugfs", "-R", "bmap /images/table.img 2600", disk))  # a block of 1024 bytes in the midst of the partition
+    assert cli(["explain", "--json", "--nested", "/images/table.img", str(disk), str(block * 1024 + 3)]) == 0
+    outer = json.loads(capsys.readouterr().out)["layer"]
+    assert outer["owners"][0]["inode"]["path"] == "/images/table.img"
+    place = outer["owners"][0]["file_offset"]
+    assert place == 2600 * 1024 + 3
+    (image,) = outer["layers"]
+    assert (image["device"], image["kind"], image["offset"]) == ("/dev/sda:/images/table.img", "image", place)
+    assert run("debugfs", "-R", "cat /images/table.img", disk)[place : place + 64] == disk.read_bytes()[block * 1024 + 3 :][:64]
+
+
+def test_an_inner_volume_is_copied_out(disk: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli(["dump", "-q", "--nested", "/images/table.img", str(disk), "/dev/sda:/images/table.img1", str(out)]) == 0
+    assert out.read_bytes() == run("debugfs", "-R", "cat /images/table.img", disk)[MIB:][: 6 * MIB]
 
 
 def test_owners_of_both_levels(disk: Path) -> None:

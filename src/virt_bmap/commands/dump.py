@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from virt_bmap import maps
 from virt_bmap.arrays import EMPTY, total
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import Progress, add_disk_options, human, keys_of
+from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, human, keys_of, nested_of
 from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_target(out, images, args.force)
     with (
         Progress() as progress,
-        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, status=()) as opened,
+        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, nested_of(args), ()) as opened,
     ):
         bmap, readers = opened
         volume = device_named(bmap, device)

@@ -7,7 +7,18 @@ from typing import Any
 
 from virt_bmap import maps
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import Progress, add_disk_options, add_host_option, disks_of, human, keys_of, load, plural
+from virt_bmap.commands.common import (
+    Progress,
+    add_disk_options,
+    add_host_option,
+    add_nested_option,
+    disks_of,
+    human,
+    keys_of,
+    load,
+    nested_of,
+    plural,
+)  # fmt: skip
 from virt_bmap.commands.lookup import line, parse_range
 from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.explain import explain, fields_at, history_at, kinds_of
@@ -34,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_host_option(parser)
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,7 +82,10 @@ def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: in
     """The answer with the bytes themselves, read while the disks are open; a bad sector is a reason to ask, so that is no error."""
     with (
         Progress() as progress,
-        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as (bmap, readers),
+        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, nested_of(args)) as (
+            bmap,
+            readers,
+        ),
     ):
         progress.stop()
         answer = explain(bmap, disk, offset)
@@ -85,7 +100,7 @@ def _of_files(args: argparse.Namespace, images: list[str], disk: int, offset: in
 
     with open_host(images, args.format, args.references) as host:
         with Progress() as progress:
-            bmap, readers = survey_host(host, progress.watch(host.files), keys_of(args))
+            bmap, readers = survey_host(host, progress.watch(host.files), keys_of(args), nested_of(args))
         answer = explain(bmap, disk, offset)
         return answer | {"image": _shown(host.paths[disk - 1]), "host": None} | _bytes(bmap, answer, readers)
 
