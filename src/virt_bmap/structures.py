@@ -72,6 +72,11 @@ TABLE: dict[str, dict[str, Structure]] = {
         "protective MBR": Structure(VOLUMES + "mbr:ENTRY", many=True),
     },
     "dos": {"partition table": Structure(VOLUMES + "mbr:ENTRY", many=True)},
+    "mac": {
+        "driver descriptor": Structure(VOLUMES + "apm:DRIVER_DESCRIPTOR"), "partition map": Structure(VOLUMES + "apm:ENTRY", many=True),
+    },
+    "sun": {"disk label": Structure(VOLUMES + "sun:LABEL")},
+    "sgi": {"volume header": Structure(VOLUMES + "sgi:HEADER")},
     "LVM2_member": {"LVM label": Structure(VOLUMES + "lvm.label:LABEL_HEADER"), "LVM metadata area": Structure(VOLUMES + "lvm.label:MDA_HEADER")},
     "linux_raid_member": {"md superblock": Structure(VOLUMES + "md.superblock:SUPERBLOCK_1"), "md bitmap": Structure(VOLUMES + "md.superblock:BITMAP")},
 }  # fmt: skip

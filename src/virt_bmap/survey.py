@@ -155,7 +155,9 @@ class _Survey:
             self._refused(volume, volume.type or "survey", error)
 
     def _send(self, volume: _Volume) -> None:
-        if module := volumes.recognise(volume.reader, has_header=self.keys.header_of(volume.name) is not None):
+        module = volumes.recognise(volume.reader, has_header=self.keys.header_of(volume.name) is not None)
+        again = module.NAME if module and self._shows_again(volume, module) else None
+        if module and not again:
             volume.type = module.NAME
             if volume.depth >= MAX_DEPTH or len(self.volumes) >= MAX_VOLUMES:
                 self._problem(volume, "survey", Problem("too-deep", f"more than {MAX_DEPTH} layers or {MAX_VOLUMES} volumes", 0))
@@ -167,13 +169,20 @@ class _Survey:
         elif module := filesystems.recognise(volume.reader):
             volume.type = module.NAME
             self.found.append((volume, module))
-        elif name := foreign.recognise(volume.reader):
+        elif (name := foreign.recognise(volume.reader)) and name != again:
             volume.type = name
             self.unclaimed.append(volume)  # an external journal ("jbd") is of use to its filesystem
             self._whole(volume, name)
         else:
             self.unclaimed.append(volume)
             self._whole(volume, volume.unread)
+
+    def _shows_again(self, volume: _Volume, module: ModuleType) -> bool:
+        """A partition that begins with the disk's first byte, as the first of Sun's does, shows the disk's own table once more."""
+        rows = volume.rows
+        if rows is None or volume.kind != "partition" or rows.on_parent.offset[0] != 0:
+            return False
+        return bool(self.volumes[int(rows.parent[0])].type == module.NAME)
 
     def _assemble(self, module: "ModuleType | Host | Inner", members: list[_Volume]) -> None:
         """Let a volume module make volumes of its members; where it refuses, they are one piece each, with the reason."""

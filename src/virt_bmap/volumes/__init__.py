@@ -20,10 +20,13 @@ VOLUMES: tuple[Format, ...] = (
     Format(f"{HERE}.btrfs", ((0x10040, b"_BHRfS_M"),)),
     Format(f"{HERE}.gpt", (BOOT_SIGNATURE,)),
     Format(f"{HERE}.mbr", (BOOT_SIGNATURE,)),
+    Format(f"{HERE}.apm", tuple((size, b"PM\0\0") for size in (512, 1024, 2048, 4096))),
+    Format(f"{HERE}.sun", ((508, b"\xda\xbe"),)),
+    Format(f"{HERE}.sgi", ((0, b"\x0b\xe5\xa9\x41"),)),
 )
 """In probe order. Members of arrays and groups come before partition tables, since their data area can hold one; md before LVM,
 since a mirror whose superblock lies at its end shows LVM's label at its start; GPT before MBR, since every GPT disk has a protective
-MBR. In the same order those that span volumes are put together: arrays, then what lies on them."""
+MBR; the labels of other machines last, as in the kernel. In the same order those that span volumes are put together: arrays, then what lies on them."""
 
 
 def recognise(reader: Reader, has_header: bool = False) -> ModuleType | None:

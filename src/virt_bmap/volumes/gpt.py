@@ -16,6 +16,7 @@ from virt_bmap.errors import Corrupt
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
 from virt_bmap.volumes import mbr
+from virt_bmap.volumes.partitions import SECTOR, add_partition, overlaps
 
 NAME = "gpt"
 SPANS = False
@@ -82,7 +83,7 @@ class Table(NamedTuple):
 
 def probe(reader: Reader) -> bool:
     """A protective entry in the MBR and a header at one end of the disk; a CD image that is partitioned as well stays a CD image."""
-    sector = reader.read_clipped(0, mbr.SECTOR)
+    sector = reader.read_clipped(0, SECTOR)
     if sector[mbr.SIGNATURE :] != b"\x55\xaa" or mbr.PROTECTIVE not in mbr.entries(sector)["os_type"]:
         return False
     places = [(size, at) for size in SECTORS for at in (size, reader.size - size)]
@@ -106,7 +107,7 @@ def assemble(members: list[Member]) -> Assembly:
     table, backup = _both(disk.reader, problems)
     own = extent_rows(assembly, disk)
     own.add(tables.BOOT, 0, mbr.ENTRIES, part="boot code")
-    own.add(tables.METADATA, mbr.ENTRIES, mbr.SECTOR - mbr.ENTRIES, part="protective MBR")
+    own.add(tables.METADATA, mbr.ENTRIES, SECTOR - mbr.ENTRIES, part="protective MBR")
     for found, words in ((table, "GPT"), (backup, "backup GPT")):
         if found:
             primary = "backup GPT" if found.at > found.sector else "GPT"
@@ -121,7 +122,7 @@ def assemble(members: list[Member]) -> Assembly:
     assembly.types[disk.number], assembly.uuids[disk.number] = NAME, table.disk_guid
     for index in _used(table).tolist():
         _add(assembly, disk, table, table.entries[index], index + 1, problems)
-    problems += mbr.overlaps(assembly.children)
+    problems += overlaps(assembly)
     return assembly
 
 
@@ -135,7 +136,7 @@ def _add(assembly: Assembly, disk: Member, table: Table, entry: np.void, number:
         return
     kind = _guid(entry["partition_type_guid"])
     name = entry["partition_name"].tobytes().decode("utf-16-le", "replace").split("\0")[0]
-    mbr.add_partition(
+    add_partition(
         assembly, disk, number, first * table.sector, (last + 1 - first) * table.sector, uuid=_guid(entry["unique_partition_guid"]),
         label=name or None, detail=TYPES.get(kind, f"type {kind}"), unread="BIOS boot" if TYPES.get(kind) == "BIOS boot" else None,
     )  # fmt: skip

@@ -4,16 +4,13 @@ Sources: UEFI specification 2.10, section 5.2 (legacy and protective MBR); Linux
 extended boot records, and for numbering: primary partitions 1 to 4 by slot, logical ones from 5 in chain order.
 """
 
-from itertools import pairwise
-from typing import Any
-
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
+from virt_bmap.contract import Assembly, Member, Problem, extent_rows
 from virt_bmap.layout import record, records, struct, widen
-from virt_bmap.mapping import Row
 from virt_bmap.reader import Reader
+from virt_bmap.volumes.partitions import SECTOR, add_partition, is_cd, overlaps
 
 NAME = "dos"
 SPANS = False
@@ -26,7 +23,6 @@ FEATURES = (
 REFUSED = ("4096-byte sectors without GPT: sizes are taken in 512-byte sectors",)
 ORACLES = ("sfdisk --dump",)
 
-SECTOR = 512
 ENTRIES, SIGNATURE = 446, 510
 MAX_LOGICAL = 256
 """Links of the chain of extended boot records that are followed; the kernel stops at 256 partitions."""
@@ -69,7 +65,7 @@ def probe(reader: Reader) -> bool:
 def isohybrid(reader: Reader, starts: np.ndarray, ends: np.ndarray) -> bool:
     """A CD image that is also partitioned: its descriptors lie inside a partition, not in a gap where an older one left them."""
     descriptor = 0x8000
-    return reader.read_clipped(descriptor + 1, 5) == b"CD001" and bool(((starts <= descriptor) & (ends > descriptor)).any())
+    return is_cd(reader) and bool(((starts <= descriptor) & (ends > descriptor)).any())
 
 
 def _boot_sector_of_fat(sector: bytes) -> bool:
@@ -81,11 +77,6 @@ def _boot_sector_of_fat(sector: bytes) -> bool:
         jump and size in (512, 1024, 2048, 4096) and sectors_per_cluster.bit_count() == 1 and reserved > 0 and fats in (1, 2)
         and (sector[21] == 0xF0 or sector[21] >= 0xF8)
     )  # fmt: skip
-
-
-def partition_name(disk: str, number: int) -> str:
-    """/dev/sda1; a p in between where the disk's own name ends in a digit."""
-    return f"{disk}{'p' if disk[-1].isdigit() else ''}{number}"
 
 
 def assemble(members: list[Member]) -> Assembly:
@@ -119,7 +110,7 @@ def assemble(members: list[Member]) -> Assembly:
             _logical(assembly, disk, start, length, signature)
         else:
             add_partition(assembly, disk, slot, start, length, **_about(kind, slot, signature))
-    problems += overlaps(assembly.children)
+    problems += overlaps(assembly)
     _post_mbr_gap(disk, own, [child.rows[0].parent_offset for child in assembly.children])
     return assembly
 
@@ -159,32 +150,6 @@ def _logical(assembly: Assembly, disk: Member, base: int, length: int, signature
 
 def _about(kind: int, number: int, signature: str) -> dict[str, str]:
     return {"uuid": f"{signature}-{number:02x}", "detail": f"{kind:#04x} {TYPES.get(kind, 'unknown type')}"}
-
-
-def add_partition(assembly: Assembly, disk: Member, number: int, start: int, length: int, **about: Any) -> None:
-    """Add partition `number` at bytes [start, start + length) of the disk, `about` it as in Child; what lies beyond the disk's end is cut off and said."""
-    name, problems = partition_name(disk.name, number), assembly.problems.setdefault(disk.number, [])
-    end = start + length
-    if start >= disk.reader.size:
-        problems.append(Problem(
-            "partition-outside", f"{name} begins at byte {start:#x}, but the disk ends at {disk.reader.size:#x}: the image is truncated, or the table is wrong"))  # fmt: skip
-        return
-    if end > disk.reader.size:
-        problems.append(Problem(
-            "partition-truncated", f"{name} ends at byte {end:#x}, but the disk ends at {disk.reader.size:#x}: the image is truncated, or the table is wrong"))  # fmt: skip
-        length = disk.reader.size - start
-    row = Row(volume_offset=0, parent=disk.number, parent_offset=start, run=length)
-    assembly.children.append(Child("partition", name, length, [row], **about))
-
-
-def overlaps(children: list[Child]) -> list[Problem]:
-    """A problem for each partition that begins inside the one before it on the disk."""
-    spans = sorted((child.rows[0].parent_offset, child.rows[0].parent_offset + child.size, child.name) for child in children)
-    return [
-        Problem("partitions-overlap", f"{name} begins at byte {start:#x}, inside {before}, which ends at {end:#x}", start)
-        for (_, end, before), (start, _, name) in pairwise(spans)
-        if start < end
-    ]
 
 
 def _post_mbr_gap(disk: Member, own: tables.ExtentRows, starts: list[int]) -> None:
