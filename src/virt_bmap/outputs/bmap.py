@@ -62,7 +62,8 @@ def _word(device: str) -> str:
 def names(listed: pa.Table) -> pa.Array:
     """The last column of the text map for rows of a listing: the escaped path, or what stands for one; empty for volumes."""
     path = escape_all(listed.column("path").combine_chunks()).cast(pa.string())
-    part = listed.column("part").combine_chunks().cast(pa.string())
+    part = listed.column("part").combine_chunks()
+    part = pa.array([escape(word.encode()) for word in part.dictionary.to_pylist()], pa.string()).take(part.indices)
     inode = listed.column("inode").combine_chunks().cast(pa.string())
     part = pc.binary_join_element_wise("[", part, "]", "")
     content = pc.is_in(listed.column("kind").combine_chunks().cast(pa.string()), pa.array(["data", "unwritten"]))

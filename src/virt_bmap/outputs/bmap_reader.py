@@ -147,7 +147,8 @@ def _extents(lines: _Lines, mine: Int, number: int, volume: _Volume, inode: Int)
     bracket = pc.extract_regex(lines.name.take(pa.array(mine[at])), r"^(?:\[|/.*:\[)(?P<part>.*)\]$").field("part")
     codes = np.array([tables.KINDS.index(word) for word in lines.kind[mine[at]]], np.int8)
     encoded = pc.if_else(pc.equal(bracket, ""), pa.scalar(None, pa.string()), bracket).dictionary_encode()
+    words = pa.array([unescape(word).decode(errors="backslashreplace") for word in encoded.dictionary.to_pylist()], pa.string())
     return tables.make(
         "extents", volume=number, inode=inode[at], kind=codes, volume_offset=start, length=length, flags=0,
-        part=pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int16()), encoded.dictionary),
+        part=pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int16()), words),
     )  # fmt: skip

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, union
-from virt_bmap.outputs.escape import escape_all
+from virt_bmap.outputs.escape import escape, escape_all
 from virt_bmap.outputs.results import field
 from virt_bmap.profile.saved import Profile
 from virt_bmap.traces import identify, label
@@ -47,6 +47,7 @@ def names(table: pa.Table) -> list[str]:
     """The name of each row's object, escaped."""
     path = escape_all(table.column("path").combine_chunks()).to_pylist()
     part, inode, kind = (table.column(name).to_pylist() for name in ("part", "inode", "kind"))
+    part = [None if word is None else escape(word.encode()) for word in part]
     return [label(*row) for row in zip(path, part, inode, kind, strict=True)]
 
 
