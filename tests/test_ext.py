@@ -15,7 +15,7 @@ from support import BytesReader, assert_proven, content, fiemap, file_extents, m
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.filesystems import ext
-from virt_bmap.filesystems.ext import inodes
+from virt_bmap.filesystems.ext import inodes, owned
 from virt_bmap.images.raw import RawReader
 from virt_bmap.reader import HEAD, TAIL
 
@@ -252,3 +252,14 @@ def test_probe_is_by_magic_only() -> None:
     assert ext.probe(BytesReader(zero))
     zero[0x460] = 8
     assert not ext.probe(BytesReader(zero))
+
+
+@pytest.mark.parametrize("last", [60, 4_000_000_000])
+def test_links_are_matched_the_same_way_with_a_table_and_without(last: int) -> None:
+    """Numbers that lie close together are looked up in a table; a table for 4,000,000,000 of them would take memory that no inode needs."""
+    random = np.random.default_rng(5)
+    number = np.unique(np.append(random.integers(1, last, 40), last))
+    target = np.concatenate([random.choice(number, 30), random.integers(1, last + 10, 30), [last + 1]])
+    found, named = owned._each_other(target, number)
+    assert found.tolist() == [one in set(number.tolist()) for one in target.tolist()]
+    assert named.tolist() == [one in set(target.tolist()) for one in number.tolist()]

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, Intervals, covered_twice, in_order, subtract, union
+from virt_bmap.arrays import Bool, Int, Intervals, covered_twice, in_order, subtract, union
 from virt_bmap.contract import Problem
 from virt_bmap.filesystems.ext.blocks import Runs
 from virt_bmap.filesystems.ext.damage import Problems, complain, complain_where
@@ -19,6 +19,8 @@ from virt_bmap.tables import ExtentRows
 
 VERITY_ALIGNMENT = 65536
 """The Merkle tree of a verity file begins at the next multiple of this behind its end (fs/ext4/verity.c)."""
+DENSE = 8
+"""Numbers of inodes for each that is in use, up to which a table of all is quicker than a search, and not larger than what is known of them."""
 DIND = 13
 """The place in i_block of the doubly indirect block, the only one that the resize inode has."""
 
@@ -119,16 +121,22 @@ def check_links(nodes: Inodes, types: np.ndarray, names: pa.Table, problems: Pro
         problems.append(Problem("root", f"inode {ROOT}, the root directory, is not in use or no directory: nothing has a path"))
     if not len(nodes.number):
         return
-    target = tables.integers(names, "inode")
-    last = int(nodes.number[-1])
+    found, named = _each_other(tables.integers(names, "inode"), nodes.number)
+    complain(problems, "unused-inode", "names lead to inodes that are not in use", np.full(int((~found).sum()), -1))
+    alone = ~named & (nodes.nlink > 0) & (types != tables.T_METADATA) & (nodes.number != ROOT)
+    complain_where(problems, "nameless", "inodes have links, but no name", alone, nodes.offset, "warning")
+
+
+def _each_other(target: Int, number: Int) -> tuple[Bool, Bool]:
+    """Which targets are among the numbers, which are sorted, and which numbers among the targets."""
+    last = int(number[-1])
+    if last > DENSE * (len(target) + len(number)):
+        return np.isin(target, number), np.isin(number, target)
     used, named = np.zeros(last + 2, bool), np.zeros(last + 2, bool)
-    used[nodes.number] = True
+    used[number] = True
     clipped = np.minimum(target, last + 1)
     named[clipped] = True
-    lost = ~used[clipped]
-    complain(problems, "unused-inode", "names lead to inodes that are not in use", np.full(int(lost.sum()), -1))
-    alone = ~named[nodes.number] & (nodes.nlink > 0) & (types != tables.T_METADATA) & (nodes.number != ROOT)
-    complain_where(problems, "nameless", "inodes have links, but no name", alone, nodes.offset, "warning")
+    return used[clipped], named[number]
 
 
 def check_overlaps(extents: pa.Table, problems: Problems) -> None:
