@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from support import need, run
+from virt_bmap.cli import main
 from virt_bmap.cli import run as cli
 from virt_bmap.maps import load, map_disks
 from virt_bmap.outputs.escape import escape
@@ -60,3 +61,19 @@ def test_locate(disk: Path, options: list[str], capsys: pytest.CaptureFixture[st
 def test_the_names_of_a_profile() -> None:
     table = pa.table({"path": pa.array([b"/file"], pa.large_binary()), "part": [EVIL], "inode": [1], "kind": ["data"]})
     assert names(table) == [f"/file:[{escape(EVIL.encode())}]"]
+
+
+def test_an_error_that_lists_names(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A volume group may be called anything; the error that lists what there is stays one line that only prints."""
+    bmap = map_disks([str(disk)])
+    bmap.volumes = bmap.volumes.set_column(bmap.volumes.schema.get_field_index("name"), "name", pa.array([f"/dev/{EVIL}"]))
+    monkeypatch.setattr("virt_bmap.commands.locate.map_or_disks", lambda args, given: bmap)
+    monkeypatch.setattr("sys.argv", ["virt-bmap", "locate", str(disk), "/dev/sdb", "/file"])
+    monkeypatch.setattr("os._exit", lambda status: None)
+    main()
+    text = capsys.readouterr().err
+    assert text.startswith("virt-bmap: no device /dev/sdb in this map; there are: /dev/a\\b")
+    assert text.count("\n") == 1
+    assert not set("\x1b\u202e") & set(text)

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from virt_bmap import __version__
 from virt_bmap.commands import COMMANDS
-from virt_bmap.errors import BmapError, UsageError
+from virt_bmap.errors import BmapError, UsageError, one_line
 from virt_bmap.startup import import_libraries
 
 
@@ -59,7 +59,7 @@ def main() -> NoReturn:
     try:
         status = run(sys.argv[1:])
     except BmapError as error:
-        print(f"virt-bmap: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"virt-bmap: {one_line(error)}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("virt-bmap: interrupted", file=sys.stderr)

@@ -21,7 +21,7 @@ from typing import TextIO
 
 import numpy as np
 
-from virt_bmap.errors import BmapError, MissingTool, OutputError, UsageError
+from virt_bmap.errors import BmapError, MissingTool, OutputError, UsageError, one_line
 from virt_bmap.watch import plugin
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.lines import LineLog
@@ -111,7 +111,7 @@ def main() -> int:
     try:
         return _main(sys.argv[1:])
     except BmapError as error:
-        print(f"bmaplogger: {error}", file=sys.stderr)
+        print(f"bmaplogger: {one_line(error)}", file=sys.stderr)
         return 1
 
 
