@@ -18,7 +18,6 @@ class RawReader(Reader):
     """A raw file or block device, opened read-only."""
 
     in_turn = False
-    near = True
 
     def __init__(self, path: str) -> None:
         try:
@@ -37,6 +36,7 @@ class RawReader(Reader):
             os.close(self._fd)
             raise
         super().__init__(size, path)
+        self.near = stat.S_ISREG(mode)  # most files are in the kernel's cache, most devices are not
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         data = np.empty(int(lengths.sum()), np.uint8)
