@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from support import need, run, wait_for_socket
@@ -179,6 +179,7 @@ def test_bad_logs_say_what_is_wrong(text: bytes, words: str) -> None:
 @given(st.sampled_from([SIMPLETRACE, BIOSNOOP, CSV, b"1@1.000001:blk_co_preadv blk 0x1 bs 0x1 offset 0 bytes 1 flags 0x0\n",
                         b"2026-11-23 06:19:37.523103 connection=1 Read id=1 offset=0x0 count=0x1000 ...\n"]),
        st.lists(st.tuples(st.integers(0, 300), st.binary(min_size=1, max_size=20)), max_size=5))  # fmt: skip
+@example(SIMPLETRACE, [(134, b"\0")])  # an access without its pid
 def test_mutated_logs_end_in_columns_or_in_words(text: bytes, changes: list[tuple[int, bytes]]) -> None:
     data = bytearray(text)
     for at, piece in changes:
