@@ -63,9 +63,7 @@ def test_the_names_of_a_profile() -> None:
     assert names(table) == [f"/file:[{escape(EVIL.encode())}]"]
 
 
-def test_an_error_that_lists_names(
-    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_that_lists_names(disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A volume group may be called anything; the error that lists what there is stays one line that only prints."""
     bmap = map_disks([str(disk)])
     bmap.volumes = bmap.volumes.set_column(bmap.volumes.schema.get_field_index("name"), "name", pa.array([f"/dev/{EVIL}"]))

@@ -26,22 +26,9 @@ def made(path: Path, kind: str) -> Path:
         run("sfdisk", "-q", path, stdin=SUN.encode())
         return path
     need("parted", "parted")
-    label, part = {"mac": ("mac", ("name", "ext2")), "sgi": ("dvh", ("primary",))}[kind]
-    run(
-        "parted",
-        "-s",
-        path,
-        "mklabel",
-        label,
-        "mkpart",
-        *part,
-        "1MiB" if kind == "mac" else "10MiB",
-        "30MiB",
-        "mkpart",
-        *part,
-        "40MiB",
-        "50MiB",
-    )
+    label, part, start = {"mac": ("mac", ["name", "ext2"], "1MiB"), "sgi": ("dvh", ["primary"], "10MiB")}[kind]
+    first, second = [*part, start, "30MiB"], [*part, "40MiB", "50MiB"]
+    run("parted", "-s", path, "mklabel", label, "mkpart", *first, "mkpart", *second)
     return path
 
 

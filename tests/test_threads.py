@@ -102,7 +102,7 @@ def test_what_is_only_copied_comes_in_small_batches_and_without_a_thread(near):
     assert [offsets[part].tolist() for part, _ in found] == [
         offsets[at : at + (64 if near else 200)].tolist() for at in range(0, 600, 64 if near else 200)
     ]
-    assert [size for size, _ in asked] == [64 * 4096] * 9 + [24 * 4096] if near else [200 * 4096] * 3
+    assert [size for size, _ in asked] == ([64 * 4096] * 9 + [24 * 4096] if near else [200 * 4096] * 3)
     assert all(main for _, main in asked) == near
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals, ints
-from virt_bmap.columns import stack
+from virt_bmap.columns import stack, take
 from virt_bmap.errors import UsageError
 from virt_bmap.mapping import PACKED, ROLES, Pieces, Rows, Side
 
@@ -48,7 +48,7 @@ class Owners(NamedTuple):
 
     def take(self, keep: np.ndarray) -> "Owners":
         """The rows that a boolean or index array asks for."""
-        return Owners(*(column[keep] for column in self))
+        return take(self, keep)
 
 
 @dataclass
@@ -282,7 +282,7 @@ class _Way(NamedTuple):
         return _Way(self.query[at], asked, asked_length, target, target_length, self.role[at])
 
     def take(self, keep: np.ndarray) -> "_Way":
-        return _Way(*(column[keep] for column in self))
+        return take(self, keep)
 
 
 def _steps(way: _Way, pieces: Pieces, volume: Int, role: Int) -> "list[tuple[int, _Way]]":

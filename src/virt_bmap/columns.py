@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def stack(kind: type[T], parts: Sequence[T]) -> T:
-    """The rows of all parts, one after the other; none of them is integers."""
-    none = np.zeros(0, np.int64)
-    return kind(*(np.concatenate([none, *(getattr(part, name) for part in parts)]) for name in _names(kind)))
+    """The rows of all parts, one after the other; of no parts, columns of int64 without rows."""
+    none = [np.zeros(0, np.int64)]
+    return kind(*(np.concatenate([getattr(part, name) for part in parts] or none) for name in _names(kind)))
 
 
 def take(columns: T, keep: Any) -> T:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals, expand, in_order, ints, total, union
 from virt_bmap.blockmap import BlockMap, Owners
+from virt_bmap.columns import stack, take
 from virt_bmap.explain import record_size
 from virt_bmap.mapping import PACKED, ROLES
 from virt_bmap.outputs.escape import escape, escape_all
@@ -56,10 +57,10 @@ class _Pieces(NamedTuple):
     high: Int
 
     def take(self, keep: np.ndarray) -> "_Pieces":
-        return _Pieces(*(column[keep] for column in self))
+        return take(self, keep)
 
     def join(self, *others: "_Pieces") -> "_Pieces":
-        return _Pieces(*map(np.concatenate, zip(self, *others, strict=True)))
+        return stack(_Pieces, [self, *others])
 
 
 class Hits(NamedTuple):

@@ -18,7 +18,7 @@ from virt_bmap.commands.common import (
     load,
     nested_of,
     plural,
-)  # fmt: skip
+)
 from virt_bmap.commands.lookup import line, parse_range
 from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.explain import explain, fields_at, history_at, kinds_of
@@ -80,13 +80,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
     """The answer with the bytes themselves, read while the disks are open; a bad sector is a reason to ask, so that is no error."""
-    with (
-        Progress() as progress,
-        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, nested_of(args)) as (
-            bmap,
-            readers,
-        ),
-    ):
+    with Progress() as progress, maps.open_volumes(
+        images, args.format, args.references, keys_of(args), progress.watch, nested_of(args),
+    ) as (bmap, readers):  # fmt: skip
         progress.stop()
         answer = explain(bmap, disk, offset)
         host = _host(images[disk - 1], args, offset)

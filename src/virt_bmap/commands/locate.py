@@ -75,7 +75,8 @@ def pieces(bmap: BlockMap, volume: int, inode: int) -> list[dict[str, Any]]:
             length = int(found.length[piece])
             whole = row["flags"] & tables.COMPRESSED
             result.append({
-                "kind": row["kind"], "part": None if row["part"] is None else escape(row["part"].encode()), "disk": bmap.disks.index(int(found.volume[piece])) + 1,
+                "kind": row["kind"], "part": None if row["part"] is None else escape(row["part"].encode()),
+                "disk": bmap.disks.index(int(found.volume[piece])) + 1,
                 "start": int(found.start[piece]), "end": int(found.end[piece]), "volume_offset": int(found.inside[piece]),
                 "file_offset": None if row["file_offset"] is None else row["file_offset"] + (0 if whole else skip),
                 "file_length": None if row["file_offset"] is None else row["file_length"] if whole else length,

@@ -11,6 +11,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals
+from virt_bmap.columns import take
 from virt_bmap.diff.objects import Objects, Side, dense
 
 
@@ -59,7 +60,7 @@ class _Pairs(NamedTuple):
     """Of these, the bytes that count as behind the file's end."""
 
     def take(self, keep: np.ndarray) -> "_Pairs":
-        return _Pairs(*(column[keep] for column in self))
+        return take(self, keep)
 
 
 Same = Callable[[int, Int, Int, Int], Int]

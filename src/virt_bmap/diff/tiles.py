@@ -11,6 +11,7 @@ import numpy as np
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int, Intervals, first_covers, union
 from virt_bmap.blockmap import BlockMap, Owners
+from virt_bmap.columns import take
 
 
 class Tiles(NamedTuple):
@@ -28,7 +29,7 @@ class Tiles(NamedTuple):
 
     def take(self, keep: np.ndarray) -> "Tiles":
         """The rows that a boolean or index array asks for."""
-        return Tiles(*(column[keep] for column in self))
+        return take(self, keep)
 
     def cut(self, bounds: Int) -> "Tiles":
         """The same tiles, cut at these sorted bytes of the disk."""

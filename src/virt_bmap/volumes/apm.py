@@ -4,9 +4,11 @@ Sources: Inside Macintosh: Devices, chapter 3 (driver descriptor record, partiti
 slot, the map's own one too; libblkid/src/partitions/mac.c.
 """
 
+import numpy as np
+
 from virt_bmap import tables
 from virt_bmap.contract import Assembly, Member, Problem, extent_rows
-from virt_bmap.layout import record, struct
+from virt_bmap.layout import record, records, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, is_cd, overlaps
 
@@ -63,28 +65,33 @@ def assemble(members: list[Member]) -> Assembly:
     problems = assembly.problems.setdefault(disk.number, [])
     assembly.types[disk.number] = NAME
     size = _block_size(disk.reader) or SECTOR
-    count, number = 1, 0
-    while number < count:
-        number += 1
-        entry = record(disk.reader.read_clipped(number * size, SECTOR), ENTRY)
-        if entry["pmSig"] != b"PM":
-            problems.append(Problem(
-                "apm-entry", f"there is no partition map entry at byte {number * size:#x}, though the map has {count}", number * size))  # fmt: skip
-            number -= 1
-            break
-        count = min(int(entry["pmMapBlkCnt"]), MAX_ENTRIES) if number == 1 else count
-        kind = entry["pmParType"].rstrip()
-        if int(entry["pmPartBlkCnt"]) and kind not in FREE:
-            start, length = int(entry["pmPyPartStart"]) * size, int(entry["pmPartBlkCnt"]) * size
-            unread = "partition map" if kind == b"Apple_partition_map" else "driver" if kind.startswith(DRIVERS) else None
-            add_partition(
-                assembly, disk, number, start, length, label=_text(entry["pmPartName"]) or None, detail=_text(kind), contents=unread is None, unread=unread,
-            )  # fmt: skip
+    promised = int(record(disk.reader.read_clipped(size, SECTOR), ENTRY)["pmMapBlkCnt"])
+    count = max(1, min(promised, MAX_ENTRIES))
+    blocks = np.frombuffer(disk.reader.read_clipped(size, count * size), np.uint8).reshape(count, size)
+    entries = records(blocks[:, :SECTOR], ENTRY)
+    wrong = np.flatnonzero(entries["pmSig"] != b"PM")
+    if len(wrong):
+        count = int(wrong[0])
+        problems.append(Problem(
+            "apm-entry", f"there is no partition map entry at byte {(count + 1) * size:#x}, though the map says that it has {promised}", (count + 1) * size))  # fmt: skip
+    for number, entry in enumerate(entries[:count], 1):
+        _add(assembly, disk, number, entry, size)
     own = extent_rows(assembly, disk)
     own.add(tables.METADATA, 0, SECTOR, part="driver descriptor")
-    own.add(tables.METADATA, size, number * size, part="partition map")
+    own.add(tables.METADATA, size, count * size, part="partition map")
     problems += overlaps(assembly)
     return assembly
+
+
+def _add(assembly: Assembly, disk: Member, number: int, entry: np.void, size: int) -> None:
+    kind = entry["pmParType"].rstrip()
+    if not entry["pmPartBlkCnt"] or kind in FREE:
+        return
+    unread = "partition map" if kind == b"Apple_partition_map" else "driver" if kind.startswith(DRIVERS) else None
+    add_partition(
+        assembly, disk, number, int(entry["pmPyPartStart"]) * size, int(entry["pmPartBlkCnt"]) * size,
+        label=_text(entry["pmPartName"]) or None, detail=_text(kind), contents=unread is None, unread=unread,
+    )  # fmt: skip
 
 
 def _text(raw: bytes) -> str:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Bytes, Int
+from virt_bmap.columns import take
 
 LONGEST_LINE = 64 << 10
 """Bytes kept while waiting for a line's end. Real lines have some 90; only export names, up to 4096 bytes, make longer ones."""
@@ -39,7 +40,7 @@ class Accesses:
 
     def take(self, keep: np.ndarray) -> "Accesses":
         """The rows that a boolean or index array asks for."""
-        return Accesses(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return take(self, keep)
 
     def table(self, disk: int) -> pa.Table:
         """As the table `accesses`."""

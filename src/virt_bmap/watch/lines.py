@@ -11,6 +11,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, union_by
+from virt_bmap.columns import stack
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.resolve import HELD, OLDER, Resolver, Touched
 
@@ -72,9 +73,7 @@ class LineLog:
     def flush(self) -> None:
         """Write the line that is still open, at a pause or at the end."""
         if self._open:
-            joined = Touched(
-                *(np.concatenate([getattr(part, name) for part in self._open]) for name in Touched.__dataclass_fields__)
-            )
+            joined = stack(Touched, self._open)
             self._write_runs(joined, np.full(len(joined), self._key), np.zeros(1, np.int64), np.full(1, len(joined)))
         self._key, self._open = -1, []
 

@@ -15,6 +15,7 @@ import numpy as np
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bool, Int, Intervals, ints
 from virt_bmap.blockmap import BlockMap
+from virt_bmap.columns import stack
 from virt_bmap.reader import HEAD, TAIL
 from virt_bmap.watch.accesses import NONE, Accesses
 from virt_bmap.watch.refresh import Refreshed, Refresher
@@ -217,7 +218,7 @@ class Naming:
 
     def _hold(self, disk: int, number: Int, pieces: Accesses) -> None:
         known = self._held.get(disk, _Held(EMPTY, NONE))
-        self._held[disk] = _Held(np.concatenate([known.number, number]), _join(known.pieces, pieces))
+        self._held[disk] = _Held(np.concatenate([known.number, number]), stack(Accesses, [known.pieces, pieces]))
 
     def _settle(self, before: int) -> None:
         """Hand on held pieces that have an owner now, those that are older than `before`, and the oldest where there are too many."""
@@ -268,7 +269,3 @@ def _pieces(accesses: Accesses, touched: Touched) -> Accesses:
     """The touched pieces as accesses of just these bytes."""
     each = accesses.take(touched.access)
     return replace(each, offset=touched.start, length=touched.end - touched.start)
-
-
-def _join(one: Accesses, other: Accesses) -> Accesses:
-    return Accesses(*(np.concatenate([getattr(one, name), getattr(other, name)]) for name in Accesses.__dataclass_fields__))

@@ -12,6 +12,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Bytes, Int, Intervals, complement
 from virt_bmap.blockmap import BlockMap
+from virt_bmap.columns import stack, take
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.listing import LETTERS
 
@@ -41,7 +42,7 @@ class Touched:
 
     def take(self, keep: np.ndarray) -> "Touched":
         """The rows that a boolean or index array asks for."""
-        return Touched(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return take(self, keep)
 
 
 class Resolver:
@@ -85,8 +86,9 @@ class Resolver:
         left = complement(pieces.start + base[pieces.access], pieces.end + base[pieces.access], 0, int(length.sum()))
         if len(left[0]):
             volumes = found.take(found.extent < 0)
-            pieces = _join(
-                pieces, self._nameless(left, volumes.query, volumes.volume, volumes.start, volumes.end, volumes.depth, base)
+            pieces = stack(
+                Touched,
+                [pieces, self._nameless(left, volumes.query, volumes.volume, volumes.start, volumes.end, volumes.depth, base)],
             )
         return pieces.take(np.lexsort((pieces.inline, pieces.start, pieces.access)))
 
@@ -182,7 +184,3 @@ def _number(volume: Int, kind: Int, inode: Int, part: Int) -> tuple[Int, Int]:
         key = key * width + column
     _, first, number = np.unique(key, return_index=True, return_inverse=True)
     return first.astype(np.int64), number.astype(np.int64)
-
-
-def _join(one: Touched, other: Touched) -> Touched:
-    return Touched(*(np.concatenate([getattr(one, name), getattr(other, name)]) for name in Touched.__dataclass_fields__))

@@ -9,6 +9,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, covered_twice, expand, in_order, intersect, subtract, total, union
+from virt_bmap.columns import take
 from virt_bmap.filesystems.btrfs import ondisk
 from virt_bmap.filesystems.btrfs.items import Columns
 from virt_bmap.filesystems.btrfs.pool import Damage, Pool
@@ -37,7 +38,7 @@ class FileExtents(NamedTuple):
 
     def select(self, keep: np.ndarray) -> "FileExtents":
         """Those for which the boolean or index array asks."""
-        return FileExtents(*(column[keep] for column in self))
+        return take(self, keep)
 
 
 PARTS = (None, "free space cache", "data relocation", "log")

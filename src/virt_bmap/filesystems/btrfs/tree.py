@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.arrays import EMPTY, Bytes, Int, expand
+from virt_bmap.columns import stack, take
 from virt_bmap.filesystems.btrfs import ondisk
 from virt_bmap.filesystems.btrfs.ondisk import HEADER_SIZE, ITEM_SIZE, KEY_PTR_SIZE
 from virt_bmap.filesystems.btrfs.pool import Damage, Ranges
@@ -70,12 +71,12 @@ class Roots(NamedTuple):
 
     def select(self, keep: np.ndarray) -> "Roots":
         """Those trees for which the boolean or index array asks."""
-        return Roots(*(column[keep] for column in self))
+        return take(self, keep)
 
     @staticmethod
     def join(parts: "list[Roots]") -> "Roots":
         """One after the other."""
-        return Roots(*map(np.concatenate, zip(*parts, strict=True)))
+        return stack(Roots, parts)
 
 
 DROP_KEY = np.dtype([("objectid", "<u8"), ("type", "u1"), ("offset", "<u8")])

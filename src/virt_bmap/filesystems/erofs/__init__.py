@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, expand, ints, subtract, union
+from virt_bmap.columns import take
 from virt_bmap.contract import Filesystem, Problem
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.erofs.clusters import (
@@ -285,11 +286,11 @@ class _Found:
         rows, low = rows[~whole], low[~whole]
         length = files.index_end() - files.header
         good = self._affordable(files.header, length)
-        files = Files(*(column[good] for column in files))
+        files = take(files, good)
         rows, low, length = rows[good], low[good], length[good]
         self._inner_tree(rows, files.header, length)
         for part in _batches(length):
-            some = Files(*(column[part] for column in files))
+            some = take(files, part)
             data = np.append(pieces(self.volume.reader, some.header, length[part]), np.zeros(8, np.uint8))
             base = np.cumsum(length[part]) - length[part]
             clusters, broken = physical_clusters(some, data, base, self.volume.block_size)

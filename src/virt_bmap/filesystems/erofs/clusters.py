@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.arrays import Bytes, Int, expand
+from virt_bmap.columns import take
 
 MAP_HEADER = 8
 ADVISE_COMPACTED_2B, ADVISE_BIG_PCLUSTER_1, ADVISE_BIG_PCLUSTER_2 = 1, 2, 4
@@ -106,7 +107,7 @@ def physical_clusters(files: Files, data: Bytes, base: Int, block_size: int) -> 
     broken = int(bad.sum()) + int((first & ~head).sum()) + int((end <= start[begins]).sum())
     keep = end > start[begins]
     found = Clusters(owner, start[begins], end - start[begins], block[begins], length, plain, last)
-    return Clusters(*(column[keep] for column in found)), broken
+    return take(found, keep), broken
 
 
 def _u(data: Bytes, at: Int, size: int) -> Int:

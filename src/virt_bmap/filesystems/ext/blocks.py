@@ -134,6 +134,7 @@ def _extent_trees(
     children = [(EMPTY, EMPTY, EMPTY)]
     for at in range(0, len(owner), AT_ONCE):
         some = owner[at : at + AT_ONCE]
+        # nearly always all inodes of a stretch have blocks: no need to copy theirs
         together = int(some[-1] - some[0]) == len(some) - 1
         data = block_of[some[0] : some[-1] + 1] if together else block_of[some]
         children.append(_node(superblock, data, some, data.view("<u2")[:, 3].astype(np.int64), offsets[some], found, problems))

@@ -36,7 +36,7 @@ def read_names(reader: Reader, superblock: Superblock, parent: Int, block: Int, 
     """The entries of these blocks, sorted; each belongs to the directory `parent`."""
     size = superblock.block_size
     found = []
-    for part, data in reader.batches(block * size, size, BATCH, BATCH):
+    for part, data in reader.batches(block * size, size, BATCH, BATCH):  # each batch takes as many steps as its longest block
         starts = np.arange(len(data), dtype=np.int64) * size
         found.append(
             parse(data.reshape(-1), starts, starts + size, parent[part], block[part] * size, size, superblock.inodes, problems)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int
+from virt_bmap.columns import take
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.groups import Groups, record_offsets
 from virt_bmap.filesystems.ext.superblock import HURD, Superblock
@@ -102,7 +103,7 @@ class Inodes(NamedTuple):
 
     def take(self, keep: np.ndarray) -> "Inodes":
         """The rows that a boolean or index array asks for."""
-        return Inodes(*(column[keep] for column in self))
+        return take(self, keep)
 
 
 class Bodies(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int, expand
+from virt_bmap.columns import stack, take
 from virt_bmap.contract import Problem
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.contents import Contents
@@ -41,14 +42,14 @@ class Claims:
 
     def take(self, keep: np.ndarray) -> "Claims":
         """The rows that a boolean or index array asks for."""
-        return Claims(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return take(self, keep)
 
 
 def claim(mft: Mft, tree: Tree, contents: Contents, types: np.ndarray, size: int, rows: ExtentRows, problems: Problems) -> None:
     """Add to `rows` what every attribute owns, on a volume of `size` bytes."""
     kinds = kinds_of(mft, tree, contents, types)
     found = [clusters(contents, kinds), residents(mft, contents, kinds)]
-    claims = Claims(*(np.concatenate([getattr(part, name) for part in found]) for name in Claims.__dataclass_fields__))
+    claims = stack(Claims, found)
     claims.length = np.clip(size - claims.volume_offset, 0, claims.length)
     claims.flags |= np.where(
         contents.attributes.flags[contents.head[claims.attribute]] & ntfs.ATTR_ENCRYPTED, tables.ENCRYPTED, 0
@@ -159,7 +160,7 @@ def clusters(contents: Contents, kinds: Int) -> Claims:
     if not packed.any():
         return result
     other = compressed(contents, kinds, np.flatnonzero(packed), head)
-    return Claims(*(np.concatenate([getattr(result, name), getattr(other, name)]) for name in Claims.__dataclass_fields__))
+    return stack(Claims, [result, other])
 
 
 def written(contents: Contents, claims: Claims) -> Claims:

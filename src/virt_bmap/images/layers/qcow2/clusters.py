@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.arrays import EMPTY, Bool, Int, expand
+from virt_bmap.columns import stack, take
 from virt_bmap.images.layer import Draft
 from virt_bmap.images.layers.qcow2.header import Header
 from virt_bmap.reader import Reader
@@ -48,7 +49,7 @@ class Pieces(NamedTuple):
     table: Int
 
     def take(self, keep: Bool | Int) -> "Pieces":
-        return Pieces(*(column[keep] for column in self))
+        return take(self, keep)
 
 
 def read_l2_tables(image: Reader, header: Header, draft: Draft) -> L2Tables:
@@ -147,8 +148,7 @@ def _subclusters(header: Header, found: Pieces, bitmap: np.ndarray) -> Pieces:
     length = np.full(len(row), size, np.int64)
     keep = there | (kind == NOWHERE)
     cut = Pieces(split.guest[row] + nth * size, host, length, length, kind, split.table[row]).take(keep)
-    both = map(np.concatenate, zip(cut, found.take(packed), strict=True))
-    merged = Pieces(*both)
+    merged = stack(Pieces, [cut, found.take(packed)])
     return merged.take(np.lexsort((merged.guest, merged.table)))
 
 
