@@ -286,7 +286,7 @@ def test_a_filesystem_that_needs_recovery_is_said_to_be_old(disk: Path, tmp_path
     done = virt_bmap("cat", image, "/dev/sda", "sizes/100")
     assert done.stdout == (disk.parent / "tree/sizes/100").read_bytes()
     assert b"is not clean" in done.stderr
-    assert b"as they lie on the disk" in done.stderr
+    assert b"as recovery would leave them" in done.stderr
 
 
 # ---- hostile disks --------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ class Filesystem:
 
     `extents` has a row for every byte of [0, size) that has an owner or that the allocator calls free. The reader does not
     fill what is left: survey adds `unknown` rows and a problem for what no row covers, and a gap from `size` to the volume's end.
+
+    `reader` gives the bytes that the rows speak of: the volume's own, or those with the journal replayed. Whoever reads content from now on reads these.
     """
 
     type: str
@@ -53,6 +55,7 @@ class Filesystem:
     inodes: pa.Table
     names: pa.Table
     extents: pa.Table
+    reader: Reader
     uuid: str | None = None
     label: str | None = None
     features: str | None = None

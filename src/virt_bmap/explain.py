@@ -143,6 +143,18 @@ def fields_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader], length: i
     return None
 
 
+def meant_at(layer: Found, readers: Sequence[Reader], length: int) -> Found | None:
+    """The bytes that the innermost filesystem means where others lie on the disk, since its journal is not replayed yet: its device, and the bytes as hexadecimal digits."""
+    for inner in layer["layers"]:
+        if found := meant_at(inner, readers, length):
+            return found
+    reader, offset = readers[layer["volume"]], layer["offset"]
+    if reader.raw is reader or layer.get("end") is not None:
+        return None
+    meant, there = (one.read(offset, min(length, one.size - offset)) for one in (reader, reader.raw))
+    return {"device": layer["device"], "offset": offset, "bytes": meant.hex()} if meant != there else None
+
+
 def _places(layer: Found) -> Iterator[tuple[str, int, int]]:
     """(name, first byte, byte after the last) of what may have a structure: the inode's record, then each owner's extent."""
     if layer["filesystem"] and (record := layer["filesystem"]["record"]):
@@ -160,9 +172,9 @@ def history_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader]) -> Found
             return found
     volume, owners = layer["volume"], {owner["part"] or owner["kind"] for owner in layer["owners"]}
     if layer["filesystem"] and "journal" in owners:
-        return _copy(bmap, layer, readers[volume])
+        return _copy(bmap, layer, readers[volume].raw)
     if layer["filesystem"] and "free" in owners:
-        former = history.former_owners(bmap, volume, readers[volume], ints(layer["offset"]), ints(layer["offset"] + 1))
+        former = history.former_owners(bmap, volume, readers[volume].raw, ints(layer["offset"]), ints(layer["offset"] + 1))
         told = None if former is None else _former(bmap, volume, former, layer["offset"])
         return {"device": layer["device"], "copy_of": None, "transaction": None, "owners": [], "former": told}
     return None

@@ -43,6 +43,11 @@ class Reader:
         self._ends: tuple[Bytes, Bytes, int] | None = None
         self._turn: AbstractContextManager[object] = threading.RLock() if self.in_turn else nullcontext()
 
+    @property
+    def raw(self) -> "Reader":
+        """The same bytes as they lie on the volume, without a journal replayed."""
+        return self
+
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         """The ranges one after the other. They are sorted, not empty, inside the volume and never touch or overlap."""
         raise NotImplementedError
@@ -235,6 +240,10 @@ class PatchedReader(Reader):
         self._base = base
         self._patch = patch
         self.near = base.near
+
+    @property
+    def raw(self) -> Reader:
+        return self._base.raw
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         data = self._base.read_ranges(offsets, lengths)

@@ -87,7 +87,10 @@ def survey_host(
 def survey_open(
     disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS, nested: Nested = NOTHING
 ) -> tuple[BlockMap, list[Reader]]:
-    """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, as the survey read it. They read while the disks are open."""
+    """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, journals replayed, as the map's rows mean the bytes.
+
+    `Reader.raw` of one are the bytes as they lie on the disk. They read while the disks are open.
+    """
     work = _Survey(disks, progress, keys, nested)
     return work.run(), [volume.reader for volume in work.volumes]
 
@@ -237,6 +240,7 @@ class _Survey:
             self._refused(volume, module.NAME, error)
             return
         volume.filesystem = found
+        volume.reader = found.reader
         volume.type = found.type
         volume.extents.append(on_volume(found.extents, volume.number))
         for problem in found.problems:

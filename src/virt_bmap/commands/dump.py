@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         bmap, readers = opened
         volume = device_named(bmap, device)
-        reader = readers[volume]
+        reader = readers[volume].raw
         skip = (EMPTY, EMPTY)
         if args.skip_free:
             space = free_space(bmap, volume)
@@ -65,6 +65,12 @@ def run(args: argparse.Namespace) -> int:
                 warn(bmap, number, f"free space is copied, too: {reason}")
         for text in doubts(bmap, volume):
             print(f"virt-bmap: {text}", file=sys.stderr)
+        if readers[volume] is not reader:
+            warn(
+                bmap,
+                volume,
+                "the copy holds the bytes as they lie on the disk; its journal is not replayed (cat and extract read files as they are with it)",
+            )
         refuse_small(out, reader.size)
         progress.stop()
         with target(out, reader.size) as where, bar(f"dumping {device}", reader.size, args.quiet) as tell:

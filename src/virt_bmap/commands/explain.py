@@ -21,7 +21,7 @@ from virt_bmap.commands.common import (
 )
 from virt_bmap.commands.lookup import line, parse_range
 from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
-from virt_bmap.explain import explain, fields_at, history_at, kinds_of
+from virt_bmap.explain import explain, fields_at, history_at, kinds_of, meant_at
 from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
 from virt_bmap.reader import Reader
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             "image": None,
             "host": None,
             "bytes": None,
+            "meant": None,
             "fields": None,
             "history": None,
             "unread": "the map was saved without the disk's bytes",
@@ -122,10 +123,11 @@ def _shown(path: str) -> str:
 
 def _bytes(bmap: BlockMap, answer: Found, readers: Sequence[Reader]) -> Found:
     """The bytes there, the fields of what lies there, and what was there before; or why they can't be read."""
-    reader, offset = readers[bmap.disks[answer["disk"] - 1]], answer["offset"]
-    found: Found = {"bytes": None, "fields": None, "history": None, "unread": None}
+    reader, offset = readers[bmap.disks[answer["disk"] - 1]].raw, answer["offset"]
+    found: Found = {"bytes": None, "meant": None, "fields": None, "history": None, "unread": None}
     try:
         found["bytes"] = reader.read(offset, min(DUMP, reader.size - offset)).hex()
+        found["meant"] = meant_at(answer["layer"], readers, DUMP)
         found["fields"] = fields_at(bmap, answer["layer"], readers, DUMP)
         found["history"] = history_at(bmap, answer["layer"], readers)
     except ImageError as error:
@@ -154,6 +156,9 @@ def _lines(answer: Found) -> Iterator[str]:
     where = f"as they are {place}, below the encryption" if "crypt" in kinds_of(answer["layer"]) else f"as they are {place}"
     yield f"the bytes there, {where}:"
     yield from _dump(answer["offset"], bytes.fromhex(answer["bytes"]))
+    if meant := answer["meant"]:
+        yield f"the bytes that {meant['device']} has there once its journal is replayed:"
+        yield from _dump(meant["offset"], bytes.fromhex(meant["bytes"]))
     if answer["fields"]:
         yield from _fields(answer["fields"])
 

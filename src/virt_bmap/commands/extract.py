@@ -85,12 +85,12 @@ def named(files: "Files", paths: list[bytes]) -> list[tuple[bytes, int]]:
 
 
 def warn_of_doubts(bmap: BlockMap, volume: int, files: "Files") -> None:
-    """Say on standard error what is wrong with the volume, and that content is read as it lies on the disk: a journal may hold newer (data=journal)."""
+    """Say on standard error what is wrong with the volume, and what is not in place."""
     for text in doubts(bmap, volume):
         print(f"virt-bmap: {text}", file=sys.stderr)
     if files.state not in tables.CONSISTENT:
-        print(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read as they lie on the disk, and what was "
-              "written last may be missing from them", file=sys.stderr)  # fmt: skip
+        print(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read as recovery would leave them, and what "
+              "was written last may be missing from them", file=sys.stderr)  # fmt: skip
 
 
 def say(report: "Report", folder: str, quiet: bool) -> None:

@@ -73,12 +73,13 @@ def _copy(args: argparse.Namespace) -> int:
     ):
         bmap, readers = opened
         disk = bmap.disks[-1]
+        reader = readers[disk].raw
         space = plan(bmap, disk, args.swap)
         progress.stop()
         _left(bmap, space.left)
-        with new_file(out) as name, bar(f"copying {image}", readers[disk].size, args.quiet) as tell:
-            copy(readers[disk], space.all(), name, format, args.compress, tell)
-    _tell(args, [{"disk": len(images), "image": image, "out": out, "size": readers[disk].size, **_sizes(image, out)}])
+        with new_file(out) as name, bar(f"copying {image}", reader.size, args.quiet) as tell:
+            copy(reader, space.all(), name, format, args.compress, tell)
+    _tell(args, [{"disk": len(images), "image": image, "out": out, "size": reader.size, **_sizes(image, out)}])
     return 0
 
 
@@ -179,7 +180,7 @@ def _estimate(args: argparse.Namespace) -> int:
         progress.stop()
         names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
         for number, (image, disk) in enumerate(zip(images, bmap.disks, strict=True), 1):
-            gains, left = estimate(bmap, disk, host_of(image) if isinstance(readers[disk], RawReader) else None)
+            gains, left = estimate(bmap, disk, host_of(image) if isinstance(readers[disk].raw, RawReader) else None)
             rows += [{"disk": number, "device": names[gain.volume], "what": gain.what, "bytes": gain.size, "host_bytes": gain.held}
                      for gain in gains]  # fmt: skip
             _left(bmap, left)

@@ -66,7 +66,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     rows.add(kind, start, length, inode=inode[owner], file_offset=file_offset)
     return Filesystem(
         type=NAME, size=int(superblock["blocks"]) * BLOCK, block_size=BLOCK, root=ROOT, state="clean",
-        inodes=tables.make(
+        reader=reader, inodes=tables.make(
             "inodes", volume=0, inode=inode, type=TYPE_OF[np.minimum(found["kind"], 2)], size=widen(found["size"], "size"), nlink=1, flags=0,
             record_offset=int(superblock["inode_block"]) * BLOCK + (inode - 1) * INODE.itemsize,
         ),

@@ -95,7 +95,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     rows.add(tables.CONTENT, left[0], left[1] - left[0], part="swap space")
     return Filesystem(
         type="swsuspend" if hibernated else NAME, size=size, block_size=page, root=-1,
-        state="hibernated" if hibernated else "clean", inodes=tables.empty("inodes"), names=tables.empty("names"),
+        state="hibernated" if hibernated else "clean", reader=reader, inodes=tables.empty("inodes"), names=tables.empty("names"),
         extents=rows.table(0), uuid=str(uuids.UUID(bytes=uuid)) if any(uuid) else None,
         label=label.decode(errors="replace") or None, features=f"v{VERSIONS.get(magic, 1)}", problems=problems,
     )  # fmt: skip

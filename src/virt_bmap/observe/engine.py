@@ -232,7 +232,7 @@ def targets(appliance: Appliance, bmap: BlockMap, readers: Sequence[Reader]) -> 
         if volume is None:
             left[mountable] = f"{type}, on a device that this map does not have"
         else:
-            found.append(Target(volume, mountable, type, readers[volume], "ro,subvolid=5" if type == "btrfs" else "ro"))
+            found.append(Target(volume, mountable, type, readers[volume].raw, "ro,subvolid=5" if type == "btrfs" else "ro"))
     return found, left
 
 

@@ -65,7 +65,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     extents = _extents(source, pool, found, links, (inodes, fresh), damage)
     return Filesystem(
         type="btrfs", size=reader.size, block_size=source.sectorsize, root=ondisk.FIRST_FREE, state=_state(superblock, bool(damage)),
-        inodes=files.inode_table(inodes, stubs), names=names, extents=extents, uuid=ondisk.uuid_text(superblock["fsid"]),
+        reader=reader, inodes=files.inode_table(inodes, stubs), names=names, extents=extents, uuid=ondisk.uuid_text(superblock["fsid"]),
         label=bytes(superblock["label"]).decode(errors="replace") or None, features=ondisk.feature_names(superblock),
         problems=[*pool.problems, *damage.problems()],
     )  # fmt: skip

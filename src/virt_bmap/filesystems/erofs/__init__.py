@@ -115,7 +115,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     uuid = superblock["uuid"].tobytes().hex()
     return Filesystem(
         type=NAME, size=found.size, block_size=1 << bits, root=root, state="damaged" if any(p.severity == "error" for p in problems) else "clean",
-        inodes=_inodes(tree, packed if has_packed else -1), names=_names(tree), extents=rows.table(0),
+        reader=reader, inodes=_inodes(tree, packed if has_packed else -1), names=_names(tree), extents=rows.table(0),
         uuid=f"{uuid[:8]}-{uuid[8:12]}-{uuid[12:16]}-{uuid[16:20]}-{uuid[20:]}" if uuid.strip("0") else None, label=label or None,
         features=" ".join([name for mask, name in COMPAT.items() if int(superblock["feature_compat"]) & mask]
                           + [name for mask, name in INCOMPAT.items() if int(superblock["feature_incompat"]) & mask]) or None, problems=problems,

@@ -134,7 +134,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.cluster_size, root=ROOT,
         state="errors" if marks[0] else "not cleanly unmounted" if marks[1] else "clean",
-        uuid=f"{geometry.serial >> 16:04X}-{geometry.serial & 0xFFFF:04X}", label=special.label, inodes=inode_table(tree),
+        uuid=f"{geometry.serial >> 16:04X}-{geometry.serial & 0xFFFF:04X}", label=special.label, reader=reader, inodes=inode_table(tree),
         names=tree.names(), extents=clipped(rows.table(0), reader.size), problems=problems,
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     owned.check_overlaps(extents, problems)
     return Filesystem(
         type=superblock.type, size=superblock.blocks * superblock.block_size, block_size=superblock.block_size, root=inodes.ROOT,
-        state=_state(superblock, problems), inodes=inodes.table(superblock, nodes, types), names=tree, extents=extents,
+        state=_state(superblock, problems), reader=reader, inodes=inodes.table(superblock, nodes, types), names=tree, extents=extents,
         uuid=superblock.uuid, label=superblock.label, features=superblock.feature_words, problems=problems,
     )  # fmt: skip
 

@@ -94,7 +94,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     _check_overlaps(extents, damage)
     return Filesystem(
         type=NAME, size=volume.block_count * BLOCK, block_size=BLOCK, root=volume.number("root_ino"), state=_state(pack, chain, newer, damage),
-        inodes=_inode_table(inodes, types, orphans), names=tree, extents=extents, uuid=volume.uuid, label=volume.label,
+        reader=reader, inodes=_inode_table(inodes, types, orphans), names=tree, extents=extents, uuid=volume.uuid, label=volume.label,
         features=volume.feature_words, problems=damage.problems(),
     )  # fmt: skip
 

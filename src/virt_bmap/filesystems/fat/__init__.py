@@ -70,7 +70,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.cluster_size, root=ROOT, state=_state(reader, geometry),
         uuid=None if serial is None else f"{serial >> 16:04X}-{serial & 0xFFFF:04X}", label=_label(parser.labels),
-        features=f"FAT{geometry.bits}", inodes=inode_table(tree), names=tree.names(), extents=clipped(rows.table(0), reader.size), problems=problems,
+        features=f"FAT{geometry.bits}", reader=reader, inodes=inode_table(tree), names=tree.names(), extents=clipped(rows.table(0), reader.size), problems=problems,
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     return Filesystem(
         type=NAME, size=size, block_size=found.block_size, root=main[0].root,
         state="damaged" if any(problem.severity == "error" for problem in problems) else "clean",
-        inodes=files.inodes(), names=files.names(), extents=rows.table(0), uuid=found.uuid, label=found.label,
+        reader=reader, inodes=files.inodes(), names=files.names(), extents=rows.table(0), uuid=found.uuid, label=found.label,
         features=" ".join(features) or None, problems=problems,
     )  # fmt: skip
 

@@ -75,6 +75,6 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     condition, features = state(reader, mft, tree, contents, problems)
     return Filesystem(
         type="ntfs", size=size, block_size=geometry.cluster_size, root=root, state=condition,
-        inodes=inode_table(mft, tree, types, sizes, flags), names=name_table(tree), extents=rows.table(0),
+        reader=reader, inodes=inode_table(mft, tree, types, sizes, flags), names=name_table(tree), extents=rows.table(0),
         uuid=f"{geometry.serial:016X}", label=label(mft), features=features or None, problems=problems,
     )  # fmt: skip

@@ -78,7 +78,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         problems.append(Problem("truncated", f"the image has {reader.size} of the {size} bytes that it claims", reader.size))
     return Filesystem(
         type=NAME, size=min(size, reader.size), block_size=int(superblock["block_size"]), root=root,
-        state="damaged" if problems else "clean", inodes=_inodes(found, tree), names=_names(tree), extents=rows.table(0),
+        state="damaged" if problems else "clean", reader=reader, inodes=_inodes(found, tree), names=_names(tree), extents=rows.table(0),
         features=" ".join([COMPRESSIONS[int(superblock["compression"])],
                            *(name for bit, name in FLAGS.items() if int(superblock["flags"]) & bit)]), problems=problems,
     )  # fmt: skip

@@ -93,7 +93,7 @@ def read_alone(reader: Reader) -> Filesystem:
     extent_table = _tiled(rows.table(0), disk, size)
     state = "damaged" if any(problem.severity == "error" for problem in problems) else "clean" if disk.closed else "not clean"
     return Filesystem(
-        type=NAME, size=size, block_size=disk.block_size, root=root, state=state, inodes=_inodes(found), names=names, extents=extent_table,
+        type=NAME, size=size, block_size=disk.block_size, root=root, state=state, reader=reader, inodes=_inodes(found), names=names, extents=extent_table,
         uuid=disk.uuid, label=disk.label or None, features=f"UDF{disk.revision >> 8:x}.{disk.revision & 0xFF:02x}" if disk.revision else None, problems=problems,
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     _check_owners(damage, table)
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.block_size, root=geometry.rootino, state=state,
-        inodes=_inodes_table(inodes), extents=table,
+        reader=reader, inodes=_inodes_table(inodes), extents=table,
         names=tables.make("names", volume=0, parent=names.parent, inode=names.inode, name=names.name.arrow()),
         uuid=uuid_text(geometry.uuid), label=geometry.label or None, features=" ".join(geometry.features), problems=damage.problems(),
     )  # fmt: skip
