@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import need
-from virt_bmap import filesystems, tables, volumes
+from virt_bmap import formats, tables
 from virt_bmap.cli import parser
 from virt_bmap.commands import COMMANDS
 
@@ -63,15 +63,15 @@ def test_pages_made_from_the_code_are_up_to_date():
         assert (TOP / "docs" / name).read_text() == make(), f"run tools/document.py: docs/{name} is out of date"
 
 
-@pytest.mark.parametrize("format", [*volumes.VOLUMES, *filesystems.FILESYSTEMS], ids=lambda format: format.module)
-def test_every_format_says_what_it_reads_and_was_checked_with(format):
-    module = format.load()
-    for name in ("FEATURES", "REFUSED", "ORACLES"):
-        words = getattr(module, name)
+@pytest.mark.parametrize("listed", [*formats.VOLUMES, *formats.FILESYSTEMS], ids=lambda listed: listed.package)
+def test_every_format_says_what_it_reads_and_was_checked_with(listed):
+    docs = listed.load().docs
+    for words in docs:
         assert isinstance(words, tuple)
         assert all(isinstance(word, str) and word == word.strip() and not word.endswith(".") for word in words)
-    assert module.FEATURES
-    assert module.ORACLES
+    assert docs.features
+    assert docs.oracles
+    module = importlib.import_module(f"virt_bmap.{listed.package}")
     documentation = [module.__doc__ or ""]
     if module.__file__.endswith("__init__.py"):
         documentation += [path.read_text() for path in Path(module.__file__).parent.glob("*.py")]

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from support import BytesReader, assert_proven, content, mutations, survives, tree
-from virt_bmap import filesystems
+from virt_bmap import formats
 from virt_bmap.filesystems import example
-from virt_bmap.registry import Format
 from virt_bmap.survey import survey
 
 BLOCK = example.BLOCK
@@ -17,8 +16,8 @@ BLOCK = example.BLOCK
 @pytest.fixture(autouse=True)
 def listed(monkeypatch):
     """What a real format does by standing in the tuple."""
-    format = Format("virt_bmap.filesystems.example", ((0, example.MAGIC),))
-    monkeypatch.setattr(filesystems, "FILESYSTEMS", (*filesystems.FILESYSTEMS, format))
+    format = formats.Listed("filesystems.example", ((0, example.MAGIC),), (example.NAME,))
+    monkeypatch.setattr(formats, "FILESYSTEMS", (*formats.FILESYSTEMS, format))
 
 
 def write(files: dict[str, bytes], blocks: int = 200, pieces: int = 3) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from support import BytesReader, mapped, mounted, mutations, need, need_root, run, wait_for_socket
-from virt_bmap import structures, tables
+from virt_bmap import formats, tables
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.errors import BmapError
 from virt_bmap.explain import MAX_LAYERS, _Walk, explain
@@ -418,8 +418,8 @@ def test_fields_of_gpt_are_those_of_sfdisk(disk: Path) -> None:
 
 def test_data_has_no_fields_and_every_structure_is_declared(disk: Path) -> None:
     assert answer(disk, START + int(debugfs(disk, "bmap /etc/passwd 3")) * 1024)["fields"] is None
-    for parts in structures.TABLE.values():
-        for known in parts.values():
+    for listed in (*formats.FILESYSTEMS, *formats.VOLUMES):
+        for known in listed.load().structures().values():
             assert known.dtype.names
 
 

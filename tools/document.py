@@ -5,12 +5,12 @@ Usage: .venv/bin/python tools/document.py
 
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 import pyarrow as pa
 
-from virt_bmap import filesystems, foreign, tables, volumes
+from virt_bmap import foreign, formats, tables
 from virt_bmap.blockmap import BlockMap
+from virt_bmap.contract import Docs
 from virt_bmap.images import layers, magic
 from virt_bmap.outputs.listing import LETTERS
 from virt_bmap.profile.saved import RANGES
@@ -58,9 +58,9 @@ def data_model() -> str:
         + ".",
     ]
     lines += ["", "## Inodes of formats without inode numbers", ""]
-    for module in dict.fromkeys(format.load() for format in filesystems.FILESYSTEMS):
-        if about := getattr(module, "INODE", None):
-            lines.append(f"- **{module.NAME}**: {about}")
+    for format in dict.fromkeys(listed.load() for listed in formats.FILESYSTEMS):
+        if format.inode:
+            lines.append(f"- **{format.name}**: {format.inode}")
     return "\n".join(lines) + "\n"
 
 
@@ -86,16 +86,16 @@ def columns(schema: Iterable[pa.Field]) -> list[str]:
     return lines
 
 
-def described(module: ModuleType) -> list[str]:
-    """What a module says of itself."""
-    lines = ["", f"### {module.NAME}", "", f"`{module.__name__}`", ""]
-    for words, name in (("Read", "FEATURES"), ("Refused or only named", "REFUSED"), ("Checked with", "ORACLES")):
-        if values := getattr(module, name):
+def described(name: str, package: str, docs: Docs) -> list[str]:
+    """What a format says of itself."""
+    lines = ["", f"### {name}", "", f"`{package}`", ""]
+    for words, values in zip(("Read", "Refused or only named", "Checked with"), docs, strict=True):
+        if values:
             lines += [f"- {words}: {'; '.join(values)}."]
     return lines
 
 
-def formats() -> str:
+def formats_page() -> str:
     """The page on the formats."""
     lines = [
         "# Formats",
@@ -103,10 +103,10 @@ def formats() -> str:
         "What is read, what is known and refused with a clear word, and what each reader was checked with. The page is made from the modules by `tools/document.py`.",
         "The sources of each format are named at the top of its module.",
     ]
-    for title, found in (("Volumes", volumes.VOLUMES), ("Filesystems", filesystems.FILESYSTEMS)):
+    for title, found in (("Volumes", formats.VOLUMES), ("Filesystems", formats.FILESYSTEMS)):
         lines += ["", f"## {title}"]
-        for module in dict.fromkeys(format.load() for format in found):
-            lines += described(module)
+        for package, format in {listed.package: listed.load() for listed in found}.items():
+            lines += described(format.name, f"virt_bmap.{package}", format.docs)
     lines += [
         "",
         "## Image formats",
@@ -116,7 +116,7 @@ def formats() -> str:
         "Of these the format's own layer is read, too (`--host-offsets`, `info`, `explain`):",
     ]
     for module in map(layers.load, layers.LAYERS):
-        lines += described(module)
+        lines += described(module.NAME, module.__name__, Docs(module.FEATURES, module.REFUSED, module.ORACLES))
     lines += [
         "",
         "## Known by magic alone",
@@ -128,7 +128,7 @@ def formats() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"data-model.md": data_model, "formats.md": formats}
+PAGES = {"data-model.md": data_model, "formats.md": formats_page}
 
 if __name__ == "__main__":
     for name, make in PAGES.items():

@@ -124,6 +124,11 @@ class BlockMap:
         low, high = np.searchsorted(column, [volume, volume + 1])
         return int(low), table.slice(low, high - low)
 
+    def filesystem_type(self, volume: int) -> str | None:
+        """The type of the filesystem on a volume, in blkid's words; None where none was read."""
+        found = self.slice_of("filesystems", volume)[1].column("type").to_pylist()
+        return found[0] if found else None
+
     def _once(self, what: str, number: int, make: Callable[[], T]) -> T:
         key = (what, number)
         if key not in self._cache:

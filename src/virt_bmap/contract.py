@@ -1,27 +1,21 @@
-"""What a format module gives back: the two shapes that `filesystems/` and `volumes/` share with `survey`.
+"""What a format says of itself, and what it gives back: the shapes that the packages of formats share with everybody else.
 
-A filesystem module has
+Each package below `filesystems/` and `volumes/` has one declaration,
 
-    NAME                                    in blkid's words, the family: "ext", "xfs"
-    probe(reader) -> bool                   by magic only; never raises on content
-    read(reader, others=()) -> Filesystem   `others`: readers of volumes that nobody claimed (external journals)
+    FORMAT = FilesystemFormat(...)      or      FORMAT = VolumeFormat(...)
 
-A volume module has
-
-    NAME                                    in blkid's words: "gpt", "LVM2_member"
-    SPANS                                   True where one assembly can need several members (LVM, md, btrfs)
-    probe(reader) -> bool                   by magic only
-    assemble(members) -> Assembly           one member where SPANS is False; else all that were found so far
-
-Both raise Corrupt or Unsupported where nothing can be read; what is wrong but leaves the rest readable is a Problem.
+and is listed in `formats.py`. `read` and `assemble` raise Corrupt or Unsupported where nothing can be read; what is wrong but leaves the rest readable is
+a Problem. What consumers (explain, diff, history, ...) want to know of a format they ask its declaration.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
 
+from virt_bmap.arrays import Int
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.mapping import Row, Rows
 from virt_bmap.reader import Reader
@@ -118,3 +112,86 @@ def child_reference(assembly: Assembly) -> int:
 def extent_rows(assembly: Assembly, member: Member) -> ExtentRows:
     """The rows of this member's own metadata, made on first use."""
     return assembly.extents.setdefault(member.number, ExtentRows())
+
+
+# ---- what a format says of itself ---------------------------------------------------------------------------------
+
+
+class Docs(NamedTuple):
+    """Short phrases, from which docs/formats.md is made: what is read, what is refused or only named, and what the reader was checked with."""
+
+    features: tuple[str, ...]
+    refused: tuple[str, ...]
+    oracles: tuple[str, ...]
+
+
+class Structure(NamedTuple):
+    """A record type that lies at the start of a part of a volume, and whether others follow the first one to the part's end."""
+
+    dtype: np.dtype[np.void]
+    many: bool = False
+
+
+Structures = Mapping[str, Structure]
+"""By the part of the volume that an extent is; or `record`, an inode's own; or `directory`. A word of the filesystem's features may follow: `record, crc`."""
+
+
+def no_structures() -> Structures:
+    """A format whose fields are not explained."""
+    return {}
+
+
+class History(NamedTuple):
+    """What a format's metadata still says of the past.
+
+    `former(reader, extents, starts, ends)` gives the table `former`: owners that are gone, of bytes that touch the ranges; `extents` are those of the map.
+    `copy_of(reader, offset)` tells where a journal's byte belongs and in which transaction it was written, None where it is no copy.
+    """
+
+    former: Callable[[Reader, pa.Table, Int, Int], pa.Table]
+    copy_of: Callable[[Reader, int], tuple[int, int] | None] | None = None
+
+
+class FilesystemFormat(NamedTuple):
+    """A filesystem. `probe` goes by magic only and never raises on content. `read(reader, others)` may use `others`, readers of volumes that nobody
+    claimed (external journals).
+
+    `structures` and `history` are called, and import what they need, only when somebody asks. `fixed_records`: inodes' own records all have one size, so that
+    `record_offset`s tell it. `journals`: the parts of a map that are journals. `inode`: what numbers stand for, where the format has none.
+    """
+
+    name: str
+    probe: Callable[[Reader], bool]
+    read: Callable[[Reader, Sequence[Reader]], Filesystem]
+    docs: Docs
+    structures: Callable[[], Structures] = no_structures
+    history: Callable[[], History] | None = None
+    journals: tuple[str, ...] = ()
+    fixed_records: bool = False
+    reuses_numbers: bool = True
+    inode: str = ""
+
+
+class Assembler(Protocol):
+    """Whatever makes volumes of others."""
+
+    @property
+    def name(self) -> str:
+        """For problems: who says so."""
+
+    def assemble(self, members: Sequence[Member], /) -> Assembly:
+        """The volumes that lie in these."""
+
+
+class VolumeFormat(NamedTuple):
+    """A partition table, volume manager, array or encryption. `name` is the type of its members in blkid's words.
+
+    `assemble` gets one member; where the format `spans` volumes, all that were found so far.
+    """
+
+    name: str
+    probe: Callable[[Reader], bool]
+    assemble: Callable[[Sequence[Member]], Assembly]
+    docs: Docs
+    spans: bool = False
+    structures: Callable[[], Structures] = no_structures

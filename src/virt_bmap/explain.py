@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import history, tables
+from virt_bmap import formats, history, tables
 from virt_bmap.arrays import ints
 from virt_bmap.blockmap import BlockMap, Owners
 from virt_bmap.errors import UsageError
@@ -29,8 +29,6 @@ MAX_NAMES = 1000
 SECTOR = 512
 MAX_FORMER = 16
 """Former owners of one byte that are told, the last first."""
-FIXED_RECORDS = ("ext2", "ext3", "ext4", "xfs", "ntfs", "vfat", "exfat")
-"""Filesystems whose inodes' own records all have one size, so that the map's `record_offset`s tell it."""
 
 Found = dict[str, Any]
 
@@ -183,8 +181,8 @@ def history_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader]) -> Found
 def _copy(bmap: BlockMap, layer: Found, reader: Reader) -> Found | None:
     """What a byte of a journal is a copy of, and whose that is."""
     volume = layer["volume"]
-    copy_of = getattr(history.module_of(bmap, volume), "copy_of", None)
-    copy = copy_of(reader, layer["offset"]) if copy_of else None
+    past = history.history_of(bmap, volume)
+    copy = past.copy_of(reader, layer["offset"]) if past and past.copy_of else None
     if copy is None:
         return None
     _, extents = bmap.slice_of("extents", volume)
@@ -231,8 +229,8 @@ def _filesystem(bmap: BlockMap, volume: int, offset: int) -> Found | None:
 
 def record_size(bmap: BlockMap, volume: int) -> int:
     """The size of the inodes' own records on a volume; 0 where it differs from one to the next, or where they lie compressed."""
-    kind = bmap.slice_of("filesystems", volume)[1].column("type").to_pylist()
-    if not kind or kind[0] not in FIXED_RECORDS:
+    format = formats.filesystem(bmap.filesystem_type(volume))
+    if format is None or not format.fixed_records:
         return 0
     _, inodes = bmap.slice_of("inodes", volume)
     place = tables.integers(inodes, "record_offset")

@@ -1,22 +1,21 @@
 """From disks to a block map: disk -> volumes -> filesystems, the only recursion in the project.
 
-Every volume is looked at once. A volume module turns it (with others) into more volumes, a filesystem module into tables; a
+Every volume is looked at once. A volume format turns it (with others) into more volumes, a filesystem format into tables; a
 volume that spans several members waits until no other volume is left to look at, so that all its members are known.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import filesystems, foreign, tables, volumes
+from virt_bmap import foreign, formats, tables
 from virt_bmap.arrays import complement
 from virt_bmap.blockmap import FILE, BlockMap
-from virt_bmap.contract import Assembly, Child, Filesystem, Member, Problem
+from virt_bmap.contract import Assembler, Assembly, Child, Filesystem, FilesystemFormat, Member, Problem, VolumeFormat
 from virt_bmap.errors import FormatError, Unsupported, UsageError
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.mapping import Rows
@@ -25,7 +24,6 @@ from virt_bmap.reader import MappedReader, Reader
 
 if TYPE_CHECKING:
     from virt_bmap.images.host import Host
-    from virt_bmap.nested.inner import Inner
 
 MAX_DEPTH = 16
 """Layers on top of each other. Real stacks have five (disk, partition, md, LUKS, LVM); a hostile one must end."""
@@ -104,10 +102,10 @@ class _Survey:
         for number, reader in enumerate(disks, 1):
             self._add("disk", disk_name(number), reader, 0, number)
         self.todo = list(self.volumes)
-        self.waiting: dict[str, tuple[ModuleType, list[_Volume]]] = {}
-        """Members of what spans volumes, by the module's name; complete when no volume is left to look at."""
+        self.waiting: dict[str, tuple[VolumeFormat, list[_Volume]]] = {}
+        """Members of what spans volumes, by the format's name; complete when no volume is left to look at."""
         self.unclaimed: list[_Volume] = []
-        self.found: list[tuple[_Volume, ModuleType]] = []
+        self.found: list[tuple[_Volume, FilesystemFormat]] = []
 
     def start_on(self, host: "Host") -> None:
         """Start with files of the host instead of disks; the disks are what lies in them."""
@@ -124,10 +122,10 @@ class _Survey:
                 while self.todo:
                     self._look_at(self.todo.pop(0))
                 if self.waiting:
-                    self._assemble(*self.waiting.pop(min(self.waiting, key=volumes.rank)))
+                    self._assemble(*self.waiting.pop(min(self.waiting, key=formats.rank)))
             fresh, done = self.found[done:], len(self.found)
-            for volume, module in fresh:
-                self._read(volume, module)
+            for volume, format in fresh:
+                self._read(volume, format)
             if self.nested and level < MAX_LEVELS:
                 for volume, _ in fresh:
                     self._open_images(volume)
@@ -158,20 +156,20 @@ class _Survey:
             self._refused(volume, volume.type or "survey", error)
 
     def _send(self, volume: _Volume) -> None:
-        module = volumes.recognise(volume.reader, has_header=self.keys.header_of(volume.name) is not None)
-        again = module.NAME if module and self._shows_again(volume, module) else None
-        if module and not again:
-            volume.type = module.NAME
+        format = formats.volume_on(volume.reader, has_header=self.keys.header_of(volume.name) is not None)
+        again = format.name if format and self._shows_again(volume, format) else None
+        if format and not again:
+            volume.type = format.name
             if volume.depth >= MAX_DEPTH or len(self.volumes) >= MAX_VOLUMES:
                 self._problem(volume, "survey", Problem("too-deep", f"more than {MAX_DEPTH} layers or {MAX_VOLUMES} volumes", 0))
-                self._whole(volume, module.NAME)
-            elif module.SPANS:
-                self.waiting.setdefault(module.__name__, (module, []))[1].append(volume)
+                self._whole(volume, format.name)
+            elif format.spans:
+                self.waiting.setdefault(format.name, (format, []))[1].append(volume)
             else:
-                self._assemble(module, [volume])
-        elif module := filesystems.recognise(volume.reader):
-            volume.type = module.NAME
-            self.found.append((volume, module))
+                self._assemble(format, [volume])
+        elif system := formats.filesystem_on(volume.reader):
+            volume.type = system.name
+            self.found.append((volume, system))
         elif (name := foreign.recognise(volume.reader)) and name != again:
             volume.type = name
             self.unclaimed.append(volume)  # an external journal ("jbd") is of use to its filesystem
@@ -180,21 +178,21 @@ class _Survey:
             self.unclaimed.append(volume)
             self._whole(volume, volume.unread)
 
-    def _shows_again(self, volume: _Volume, module: ModuleType) -> bool:
+    def _shows_again(self, volume: _Volume, format: VolumeFormat) -> bool:
         """A partition that begins with the disk's first byte, as the first of Sun's does, shows the disk's own table once more."""
         rows = volume.rows
         if rows is None or volume.kind != "partition" or rows.on_parent.offset[0] != 0:
             return False
-        return bool(self.volumes[int(rows.parent[0])].type == module.NAME)
+        return bool(self.volumes[int(rows.parent[0])].type == format.name)
 
-    def _assemble(self, module: "ModuleType | Host | Inner", members: list[_Volume]) -> None:
-        """Let a volume module make volumes of its members; where it refuses, they are one piece each, with the reason."""
+    def _assemble(self, by: Assembler, members: list[_Volume]) -> None:
+        """Let a volume format make volumes of its members; where it refuses, they are one piece each, with the reason."""
         by_number = {volume.number: volume for volume in members}
         try:
-            assembly: Assembly = module.assemble([Member(v.number, v.name, v.reader, self.keys) for v in members])
+            assembly: Assembly = by.assemble([Member(v.number, v.name, v.reader, self.keys) for v in members])
         except FormatError as error:
             for volume in members:
-                self._refused(volume, module.NAME, error)
+                self._refused(volume, by.name, error)
             return
         base = len(self.volumes)
         for child in assembly.children:
@@ -208,7 +206,7 @@ class _Survey:
             if rows := assembly.extents.get(number):
                 volume.extents.append(rows.table(volume.number))
             for problem in assembly.problems.get(number, ()):
-                self._problem(volume, module.NAME, problem)
+                self._problem(volume, by.name, problem)
 
     def _add_child(self, child: Child, base: int) -> None:
         """A new volume. Parents below 0 are earlier children of the same assembly, the first of which is volume `base`."""
@@ -231,13 +229,13 @@ class _Survey:
         elif child.unread:
             self._whole(volume, child.unread)
 
-    def _read(self, volume: _Volume, module: ModuleType) -> None:
-        """Let a filesystem module read its volume."""
+    def _read(self, volume: _Volume, format: FilesystemFormat) -> None:
+        """Let a filesystem's reader read its volume."""
         self.progress(volume.name)
         try:
-            found: Filesystem = module.read(volume.reader, [other.reader for other in self.unclaimed])
+            found: Filesystem = format.read(volume.reader, [other.reader for other in self.unclaimed])
         except FormatError as error:
-            self._refused(volume, module.NAME, error)
+            self._refused(volume, format.name, error)
             return
         volume.filesystem = found
         volume.reader = found.reader

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from virt_bmap import tables
+from virt_bmap import formats, tables
 from virt_bmap.arrays import Bool, Int
 from virt_bmap.diff import objects as matched
 from virt_bmap.diff.delta import Delta
@@ -46,8 +46,6 @@ MEANING = {
 CHANGES = tuple(MEANING)
 (ADDED, REPLACED, DELETED, RENAMED, TRUNCATED, GROWN, REWRITTEN, FILLED, MOVED, FREED, ATTRIBUTES, UNCHANGED, CHANGED, METADATA, JOURNAL,
  FREE) = range(len(CHANGES))  # fmt: skip
-JOURNALS = ("journal", "log", "$LogFile", "log tree")
-"""The parts that are journals: of ext, XFS, NTFS and btrfs."""
 IDLE = (tables.FREE, tables.GAP)
 EVENT = np.array([-1, ADDED, REPLACED, DELETED, RENAMED, TRUNCATED, GROWN, REWRITTEN, ATTRIBUTES], np.int64)
 """The change that each event of objects.EVENTS is."""
@@ -124,9 +122,24 @@ class Attribution:
         """What belongs to no file now: metadata, journals, boot code, foreign content."""
         new = found.new
         mine = _take(left, _owned(new) & ~self._is_file(new.object))
-        journal = np.isin(new.part, [number for number, word in enumerate(self.words.parts) if word in JOURNALS])
+        parts = len(self.words.parts) + 1
+        journal = np.isin(new.volume * parts + new.part, self._journals(parts))
         other = np.isin(new.kind, (tables.CONTENT, tables.UNKNOWN, tables.DATA))
         self._whose(rows, found, mine, new, np.where(journal, JOURNAL, np.where(other, REWRITTEN, METADATA))[mine])
+
+    def _journals(self, parts: int) -> list[int]:
+        """The journals of the new map's filesystems, as volume * `parts` + part."""
+        bmap = self.objects.new.bmap
+        declared = [
+            (volume, formats.filesystem(type))
+            for volume, type in zip(*(bmap.filesystems.column(name).to_pylist() for name in ("volume", "type")), strict=True)
+        ]
+        return [
+            volume * parts + number
+            for volume, format in declared
+            for number, word in enumerate(self.words.parts)
+            if format and word in format.journals
+        ]
 
     def _files(self, rows: Rows, found: Segments, left: Bool) -> None:
         """What belongs to files now: their metadata, then their content."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
+from virt_bmap import formats, tables
 from virt_bmap.arrays import Bool, Int
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.paths import positions
@@ -19,8 +19,6 @@ from virt_bmap.paths import positions
 EVENTS = ("none", "added", "replaced", "deleted", "renamed", "truncated", "grown", "entries", "attributes")
 NONE, ADDED, REPLACED, DELETED, RENAMED, TRUNCATED, GROWN, ENTRIES, ATTRIBUTES = range(len(EVENTS))
 """What happened to a file by the maps alone; entries: the names in a directory changed."""
-NEVER_REUSED = ("btrfs",)
-"""Filesystems that use no inode number twice."""
 ROW = ("mode", "uid", "gid", "nlink", "mtime_ns", "flags")
 """What of an inode counts as its attributes, beside its size."""
 CONTENT = (tables.DATA, tables.UNWRITTEN, tables.DIRECTORY, tables.SYMLINK)
@@ -182,7 +180,8 @@ def _match_volume(old: Side, old_volume: int, new: Side, volume: int, partner: I
     rows, at = rows[at >= 0], at[at >= 0] + low
     disjoint = names.disjoint(new.inode[rows])
     same = (new.type[rows] == old.type[at]) & (old.alive[at] | ~new.alive[rows])
-    if old.bmap.slice_of("filesystems", old_volume)[1].column("type")[0].as_py() not in NEVER_REUSED:
+    format = formats.filesystem(old.bmap.filesystem_type(old_volume))
+    if format is None or format.reuses_numbers:
         suspect = np.flatnonzero(disjoint & (new.mtime[rows] != old.mtime[at]))
         if len(suspect):
             same[suspect] &= new.first_place[rows[suspect]] == old.first_place[at[suspect]]

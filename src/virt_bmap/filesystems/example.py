@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, bit_runs, expand, gather
-from virt_bmap.contract import Filesystem, Problem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem
 from virt_bmap.errors import Corrupt
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
@@ -150,3 +150,6 @@ def _names(reader: Reader, directory: Int, start: Int, length: Int) -> pa.Table:
         pa.binary(), len(sizes), [None, pa.py_buffer(offsets), pa.py_buffer(gather(flat, starts, sizes))]
     )
     return tables.make("names", volume=0, parent=parents, inode=inodes, name=name)
+
+
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES))

@@ -14,7 +14,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement
-from virt_bmap.contract import Filesystem, Problem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.layout import record, struct, widen
 from virt_bmap.reader import Reader
@@ -126,3 +126,6 @@ def _version_1(data: np.ndarray, name: str) -> tuple[np.void, int, Int]:
     pages = int(header["last_page"]) + 1
     bad = widen(np.frombuffer(data, f"{order}u4", count, BAD_PAGES), "bad page")
     return header, pages, np.unique(bad[(bad > 0) & (bad < pages)])
+
+
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES))

@@ -27,7 +27,7 @@ class Host(Chains):
 
     allowed: bool = False
     paths: list[str] = field(default_factory=list)
-    NAME = "image"
+    name = "image"
     _known: dict[object, int] = field(default_factory=dict)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 

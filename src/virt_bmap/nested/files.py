@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from virt_bmap import paths, tables
+from virt_bmap import formats, paths, tables
 from virt_bmap.arrays import EMPTY, Bool, Int
 from virt_bmap.contract import Filesystem
 from virt_bmap.images import magic
@@ -27,10 +27,7 @@ HEAD = 2048
 """Bytes of each file that are looked at: all magic numbers of disks that are more than a signature lie there."""
 BATCH = 4096
 """Files whose heads are looked at together."""
-DISKS = (
-    (510, b"\x55\xaa"), (512, b"EFI PART"), (0x438, b"\x53\xef"), (0, b"XFSB"), (0, b"LUKS\xba\xbe"), (512, b"LABELONE"), (3, b"NTFS    "),
-    (0, b"hsqs"),
-)  # fmt: skip
+DISKS = formats.disk_magics(HEAD)
 IMAGES = tuple((offset, content) for _, offset, content in magic.MAGICS if offset >= 0)
 MAX_NAME, MAX_LEFT_OUT = 4096, 64
 """Bytes of a name that an image may refer to, as PATH_MAX; and how many leading directories of one are left out in search of it."""

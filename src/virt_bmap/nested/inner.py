@@ -5,7 +5,7 @@ can name what it likes: what a map reads are bytes of the disk that it was given
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -46,7 +46,7 @@ class Metered(Reader):
 class Inner(Chains):
     """All images of a filesystem that were asked for, as the survey sees a volume module: `assemble` is given the filesystem's volume."""
 
-    NAME = "nested"
+    name = "nested"
 
     def __init__(self, found: Filesystem, wanted: Nested, progress: Progress) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Inner(Chains):
         """Files by inode; a file's number is its place in `_images`, `_contents`, and `files`, which are metered."""
         self._refused: dict[int, Problem] = {}
 
-    def assemble(self, members: list[Member]) -> Assembly:
+    def assemble(self, members: Sequence[Member]) -> Assembly:
         """Children of the filesystem's volume: a volume for each file of an image, then the disks. What can't be opened is one piece, with the reason."""
         (self._member,) = members
         result = Assembly()

@@ -4,16 +4,17 @@ Sources: Inside Macintosh: Devices, chapter 3 (driver descriptor record, partiti
 slot, the map's own one too; libblkid/src/partitions/mac.c.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Member, Problem, extent_rows
+from virt_bmap.contract import Assembly, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.layout import record, records, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, is_cd, overlaps
 
 NAME = "mac"
-SPANS = False
 FEATURES = ("blocks of 512, 1024, 2048 and 4096 bytes", "drivers and the map itself named", "hybrid CD images left to ISO 9660")
 REFUSED = ()
 ORACLES = ("parted", "mmls of The Sleuth Kit")
@@ -58,7 +59,7 @@ def _block_size(reader: Reader) -> int | None:
     return next((size for size in sizes if reader.read_clipped(size, 4) == b"PM\0\0"), None)
 
 
-def assemble(members: list[Member]) -> Assembly:
+def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk."""
     (disk,) = members
     assembly = Assembly()
@@ -96,3 +97,13 @@ def _add(assembly: Assembly, disk: Member, number: int, entry: np.void, size: in
 
 def _text(raw: bytes) -> str:
     return raw.rstrip().decode("mac_roman")
+
+
+def _structures() -> Structures:
+    return {
+        "driver descriptor": Structure(DRIVER_DESCRIPTOR),
+        "partition map": Structure(ENTRY, many=True),
+    }
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)

@@ -8,7 +8,7 @@ the first MiB, which no chunk may use, and the superblocks.
 Sources: fs/btrfs/volumes.c (btrfs_map_block, btrfs_rmap_block), exclude_super_stripes() in fs/btrfs/block-group.c, tree-checker.c (v6.12).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, covered_twice, expand, ints, subtract, union
-from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
+from virt_bmap.contract import Assembly, Child, Docs, Member, Problem, VolumeFormat, extent_rows
 from virt_bmap.errors import Corrupt, FormatError
 from virt_bmap.filesystems.btrfs import ondisk, tree
 from virt_bmap.filesystems.btrfs.ondisk import STRIPE_LEN
@@ -25,7 +25,6 @@ from virt_bmap.mapping import COPY, DATA, PARITY, Row, Rows
 from virt_bmap.reader import MappedReader, Reader
 
 NAME = "btrfs"
-SPANS = True
 FEATURES = (
     "one or several devices", "single, DUP, RAID0, RAID1, RAID1C3, RAID1C4, RAID10, RAID5 and RAID6 chunks", "superblock mirrors",
     "missing devices, while a copy or P parity is left", "seed devices", "crc32c, xxhash64, sha256 and blake2b checksums of superblocks",
@@ -111,7 +110,7 @@ def probe(reader: Reader) -> bool:
     return head[16:] == ondisk.MAGIC and int.from_bytes(head[:8], "little") == ondisk.SUPER_OFFSETS[0]
 
 
-def assemble(members: list[Member]) -> Assembly:
+def assemble(members: Sequence[Member]) -> Assembly:
     """A pool for each filesystem whose devices are among the members."""
     assembly = Assembly()
     devices: list[Device] = []
@@ -448,3 +447,6 @@ def _device_extents(assembly: Assembly, device: Device, chunks: list[Chunk], tot
     out.add(tables.BOOT, boot[0], boot[1] - boot[0], part="reserved for boot loaders")
     free = complement(np.append(known[0], 0), np.append(known[1], ondisk.RESERVED), 0, max(size, ondisk.RESERVED))
     out.add(tables.FREE, free[0], np.minimum(free[1], size) - free[0])
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), spans=True)

@@ -5,13 +5,14 @@ Sources: UEFI specification 2.10, section 5.3; Linux block/partitions/efi.c (a G
 
 import uuid
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int
-from virt_bmap.contract import Assembly, Member, Problem, extent_rows
+from virt_bmap.contract import Assembly, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.errors import Corrupt
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
@@ -19,7 +20,6 @@ from virt_bmap.volumes import mbr
 from virt_bmap.volumes.partitions import SECTOR, add_partition, overlaps
 
 NAME = "gpt"
-SPANS = False
 FEATURES = (
     "primary and backup header",
     "CRCs of headers and entries",
@@ -99,7 +99,7 @@ def probe(reader: Reader) -> bool:
     return True
 
 
-def assemble(members: list[Member]) -> Assembly:
+def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk. Raises Corrupt where neither header is valid."""
     (disk,) = members
     assembly = Assembly()
@@ -227,3 +227,14 @@ def _read_table(reader: Reader, sector: int, at: int) -> tuple[Table | None, str
     used = -(-count * each // sector) * sector
     alternate = int(widen(header["alternate_lba"], "alternate_lba") * sector) if int(header["alternate_lba"]) < 1 << 50 else -1
     return Table(sector, at, entries_at, used, _guid(header["disk_guid"]), alternate, records(rows, ENTRY)), ""
+
+
+def _structures() -> Structures:
+    return {
+        "GPT header": Structure(HEADER),
+        "GPT entries": Structure(ENTRY, many=True),
+        "protective MBR": Structure(mbr.ENTRY, many=True),
+    }
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)

@@ -4,16 +4,17 @@ Sources: UEFI specification 2.10, section 5.2 (legacy and protective MBR); Linux
 extended boot records, and for numbering: primary partitions 1 to 4 by slot, logical ones from 5 in chain order.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Member, Problem, extent_rows
+from virt_bmap.contract import Assembly, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, is_cd, overlaps
 
 NAME = "dos"
-SPANS = False
 FEATURES = (
     "primary and logical partitions",
     "boot code and the gap behind it",
@@ -79,7 +80,7 @@ def _boot_sector_of_fat(sector: bytes) -> bool:
     )  # fmt: skip
 
 
-def assemble(members: list[Member]) -> Assembly:
+def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk. Its partitions are children, logical ones too."""
     (disk,) = members
     assembly = Assembly()
@@ -157,3 +158,12 @@ def _post_mbr_gap(disk: Member, own: tables.ExtentRows, starts: list[int]) -> No
     first = min(starts, default=0)
     if first > SECTOR and any(disk.reader.read(SECTOR, min(first, 64 << 10) - SECTOR)):
         own.add(tables.BOOT, SECTOR, first - SECTOR, part="gap behind the MBR")
+
+
+def _structures() -> Structures:
+    return {
+        "partition table": Structure(ENTRY, many=True),
+    }
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)

@@ -3,16 +3,17 @@
 Sources: Linux block/partitions/sgi.c (checksum, slots 1 to 16); IRIX sys/dvh.h (types of partitions, the volume directory).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Member, extent_rows
+from virt_bmap.contract import Assembly, Docs, Member, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, overlaps
 
 NAME = "sgi"
-SPANS = False
 FEATURES = ("up to sixteen partitions", "files of the volume directory", "the partition that is the whole volume left out")
 REFUSED = ()
 ORACLES = ("sfdisk --dump",)
@@ -45,7 +46,7 @@ def probe(reader: Reader) -> bool:
     )
 
 
-def assemble(members: list[Member]) -> Assembly:
+def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk. The partition that the header lies in is no volume of its own: its files are named one by one."""
     (disk,) = members
     assembly = Assembly()
@@ -65,3 +66,12 @@ def assemble(members: list[Member]) -> Assembly:
             )
     assembly.problems.setdefault(disk.number, []).extend(overlaps(assembly))
     return assembly
+
+
+def _structures() -> Structures:
+    return {
+        "volume header": Structure(HEADER),
+    }
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)

@@ -3,16 +3,17 @@
 Sources: Linux block/partitions/sun.c (checksum, when the VTOC counts, slots 1 to 8); Solaris sys/dklabel.h and sys/vtoc.h.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Member, extent_rows
+from virt_bmap.contract import Assembly, Docs, Member, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, overlaps
 
 NAME = "sun"
-SPANS = False
 FEATURES = ("up to eight slices, named by the VTOC", "the slice that is the whole disk left out")
 REFUSED = ("Solaris x86 VTOCs inside an MBR partition (named only)",)
 ORACLES = ("sfdisk --dump",)
@@ -61,7 +62,7 @@ def _slices(label: np.void) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def assemble(members: list[Member]) -> Assembly:
+def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk."""
     (disk,) = members
     assembly = Assembly()
@@ -75,3 +76,12 @@ def assemble(members: list[Member]) -> Assembly:
             add_partition(assembly, disk, number, start, length, detail=TAGS.get(tag, f"tag {tag:#x}"))
     assembly.problems.setdefault(disk.number, []).extend(overlaps(assembly))
     return assembly
+
+
+def _structures() -> Structures:
+    return {
+        "disk label": Structure(LABEL),
+    }
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)

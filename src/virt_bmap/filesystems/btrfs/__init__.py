@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, ints, union
-from virt_bmap.contract import Filesystem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Structure, Structures
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.btrfs import files, items, ondisk, owners, tree
 from virt_bmap.filesystems.btrfs.pool import Damage, Pool, PoolReader
@@ -152,3 +152,30 @@ def _state(superblock: np.void, damaged: bool) -> str:
     if int(superblock["flags"]) & ondisk.SUPER_FLAG_ERROR:
         return "errors"
     return "needs recovery" if int(superblock["log_root"]) else "clean"
+
+
+def _structures() -> Structures:
+    from virt_bmap.filesystems.btrfs.ondisk import SUPERBLOCK
+
+    return {
+        "superblock": Structure(SUPERBLOCK),
+    }
+
+
+def _history() -> History:
+    from virt_bmap.filesystems.btrfs import history
+
+    return History(history.former)
+
+
+FORMAT = FilesystemFormat(
+    NAME,
+    probe,
+    read,
+    Docs(FEATURES, REFUSED, ORACLES),
+    structures=_structures,
+    history=_history,
+    journals=("log tree",),
+    reuses_numbers=False,
+    inode=INODE,
+)

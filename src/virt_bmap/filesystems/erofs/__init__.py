@@ -19,7 +19,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, expand, ints, subtract, union
 from virt_bmap.columns import take
-from virt_bmap.contract import Filesystem, Problem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.erofs.clusters import (
     ADVISE_FRAGMENT_PCLUSTER,
@@ -439,3 +439,12 @@ def _names(tree: Tree) -> pa.Table:
     offsets = np.append(0, np.cumsum(tree.name_length)).astype(np.int32)
     names = pa.Array.from_buffers(pa.binary(), len(tree.name_length), [None, pa.py_buffer(offsets), pa.py_buffer(tree.name)])
     return tables.make("names", volume=np.zeros(len(names), np.int64), parent=tree.parent, inode=tree.child, name=names)
+
+
+def _structures() -> Structures:
+    return {
+        "superblock": Structure(SUPERBLOCK),
+    }
+
+
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)

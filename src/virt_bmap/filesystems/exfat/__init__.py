@@ -20,7 +20,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bytes, Int, bit_runs, expand, intersect, ints, subtract, union
-from virt_bmap.contract import Filesystem, Problem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
 from virt_bmap.filesystems.fat.entries import before_end
@@ -383,3 +383,21 @@ def _checksums(raw: Bytes, first: Int, count: np.ndarray) -> np.ndarray:
     result = np.empty(len(first), np.uint16)
     result[order] = total
     return result
+
+
+def _structures() -> Structures:
+    return {
+        "main boot region": Structure(BOOT_SECTOR),
+        "backup boot region": Structure(BOOT_SECTOR),
+    }
+
+
+def _history() -> History:
+    from virt_bmap.filesystems.exfat import history
+
+    return History(history.former)
+
+
+FORMAT = FilesystemFormat(
+    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, history=_history, fixed_records=True, inode=INODE
+)

@@ -17,7 +17,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, expand
-from virt_bmap.contract import Filesystem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Structure, Structures
 from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inodes, journal, owned
 from virt_bmap.filesystems.ext.blocks import Runs
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
@@ -28,7 +28,6 @@ from virt_bmap.tables import ExtentRows
 
 NAME = "ext"
 
-__all__ = ["FEATURES", "NAME", "ORACLES", "REFUSED", "probe", "read"]
 
 FEATURES = (
     "ext2 rev 0 to ext4, blocks of 1 to 64 KiB, inodes of 128 bytes to a block, Hurd's translators",
@@ -137,3 +136,38 @@ def _directory_blocks(
     start = np.maximum(start, reach)
     row, step = expand(np.maximum(end - start, 0))
     return nodes.number[owner[row]], start[row] + step
+
+
+def _structures() -> Structures:
+    from virt_bmap.filesystems.ext.blocks import HEADER
+    from virt_bmap.filesystems.ext.groups import DESCRIPTOR, DESCRIPTOR_64
+    from virt_bmap.filesystems.ext.inodes import INODE
+    from virt_bmap.filesystems.ext.journal import JOURNAL_SUPER
+    from virt_bmap.filesystems.ext.superblock import SUPER
+
+    return {
+        "superblock": Structure(SUPER),
+        "group descriptors": Structure(DESCRIPTOR, many=True),
+        "group descriptors, 64bit": Structure(DESCRIPTOR_64, many=True),
+        "record": Structure(INODE),
+        "journal": Structure(JOURNAL_SUPER),
+        "tree": Structure(HEADER),
+    }
+
+
+def _history() -> History:
+    from virt_bmap.filesystems.ext import history
+
+    return History(history.former, history.copy_of)
+
+
+FORMAT = FilesystemFormat(
+    NAME,
+    probe,
+    read,
+    Docs(FEATURES, REFUSED, ORACLES),
+    structures=_structures,
+    history=_history,
+    journals=("journal",),
+    fixed_records=True,
+)

@@ -18,7 +18,7 @@ import pyarrow as pa
 from virt_bmap import foreign, tables
 from virt_bmap.arrays import EMPTY, Int, covered_twice, subtract, union
 from virt_bmap.columns import stack, take
-from virt_bmap.contract import Filesystem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Structure, Structures
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs import checkpoint, forward, nodes, recovery
 from virt_bmap.filesystems.f2fs.checkpoint import Checkpoint, Nat
@@ -281,3 +281,17 @@ def _check_overlaps(extents: pa.Table, damage: Damage) -> None:
     start = tables.integers(extents, "volume_offset")[own]
     twice = covered_twice(start, start + tables.integers(extents, "length")[own])[0]
     damage.check(np.zeros(len(twice), bool), "two-owners", "ranges have two owners", twice)
+
+
+def _structures() -> Structures:
+    from virt_bmap.filesystems.f2fs.ondisk import CHECKPOINT, NODE, SUPERBLOCK
+
+    return {
+        "superblock": Structure(SUPERBLOCK),
+        "record": Structure(NODE),
+        "checkpoint pack 1": Structure(CHECKPOINT),
+        "checkpoint pack 2": Structure(CHECKPOINT),
+    }
+
+
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)

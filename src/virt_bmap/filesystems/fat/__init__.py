@@ -20,7 +20,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, ints
-from virt_bmap.contract import Filesystem, Problem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.fat.bpb import BOOT_SECTOR, ENTRY, Geometry, looks_like_fat, read_geometry
 from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
@@ -202,3 +202,26 @@ def _other_problems(reader: Reader, geometry: Geometry, runs: Runs, parser: Pars
         elif said not in (free, UNKNOWN_COUNT):
             problems.append(Problem("fsinfo", f"FSInfo says {said} clusters are free, the FAT {free}", geometry.fsinfo, "note"))
     return problems
+
+
+def _structures() -> Structures:
+    from virt_bmap.filesystems.fat.bpb import BOOT_SECTOR
+    from virt_bmap.filesystems.fat.entries import DIRECTORY_ENTRY
+
+    return {
+        "boot sector": Structure(BOOT_SECTOR),
+        "FSInfo": Structure(FSINFO),
+        "directory": Structure(DIRECTORY_ENTRY, many=True),
+        "root directory": Structure(DIRECTORY_ENTRY, many=True),
+    }
+
+
+def _history() -> History:
+    from virt_bmap.filesystems.fat import history
+
+    return History(history.former)
+
+
+FORMAT = FilesystemFormat(
+    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, history=_history, fixed_records=True, inode=INODE
+)

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, complement, expand, ints, subtract, union
-from virt_bmap.contract import Filesystem, Problem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import Unsupported
 from virt_bmap.filesystems.iso9660.descriptors import (
     FIRST_DESCRIPTOR,
@@ -355,3 +355,15 @@ def _boot(
             rows.add(kind, inside[0], inside[1] - inside[0], part=part, flags=tables.INLINE)
             owned = union(np.append(owned[0], low), np.append(owned[1], high))
     return owned
+
+
+def _structures() -> Structures:
+    from virt_bmap.filesystems.iso9660.descriptors import BOOT_ENTRY, VOLUME
+
+    return {
+        "volume descriptors": Structure(VOLUME, many=True),
+        "El Torito boot catalog": Structure(BOOT_ENTRY, many=True),
+    }
+
+
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, inode=INODE)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Filesystem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Structure, Structures
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.boot import is_boot, read_boot, tail
 from virt_bmap.filesystems.ntfs.contents import interix_starts, read_contents, reparse_tags, sizes_and_flags
@@ -78,3 +78,31 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         reader=reader, inodes=inode_table(mft, tree, types, sizes, flags), names=name_table(tree), extents=rows.table(0),
         uuid=f"{geometry.serial:016X}", label=label(mft), features=features or None, problems=problems,
     )  # fmt: skip
+
+
+def _structures() -> Structures:
+    from virt_bmap.filesystems.ntfs.structures import BOOT_SECTOR, MFT_RECORD
+
+    return {
+        "$Boot": Structure(BOOT_SECTOR),
+        "boot sector copy": Structure(BOOT_SECTOR),
+        "record": Structure(MFT_RECORD),
+    }
+
+
+def _history() -> History:
+    from virt_bmap.filesystems.ntfs import history
+
+    return History(history.former)
+
+
+FORMAT = FilesystemFormat(
+    NAME,
+    probe,
+    read,
+    Docs(FEATURES, REFUSED, ORACLES),
+    structures=_structures,
+    history=_history,
+    journals=("$LogFile",),
+    fixed_records=True,
+)

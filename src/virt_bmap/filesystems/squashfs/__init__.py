@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bytes, Int, expand, ints
-from virt_bmap.contract import Filesystem, Problem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.sharing import cut_shared, overlap
 from virt_bmap.filesystems.squashfs.compression import COMPRESSIONS, METADATA_SIZE, UNCOMPRESSED, Table, decompressor, read_blocks
@@ -349,3 +349,12 @@ def _inside_tables(rows: ExtentRows, found: _Tables, tree: Tree) -> None:
     at = found.xattrs.position(base + (place >> 16), place & 0xFFFF)
     good = (at >= 0) & (size > 0) & (size <= MAX_XATTRS) & (at + size <= found.xattrs.length)
     add(tables.XATTR, found.xattrs, column["inode"][has][good], at[good], size[good])
+
+
+def _structures() -> Structures:
+    return {
+        "superblock": Structure(SUPERBLOCK),
+    }
+
+
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, complement, expand, ints, subtract, union
 from virt_bmap.columns import stack, take
-from virt_bmap.contract import Filesystem, Problem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import FormatError
 from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.filesystems.sharing import cut_shared, overlap
@@ -337,3 +337,15 @@ def _tiled(table: pa.Table, disk: Volume, size: int) -> pa.Table:
     low, high = subtract(*complement(*owned, 0, size), *counted)
     rows.add(tables.FREE, low, high - low, part="unreferenced")
     return tables.concat("extents", [table, rows.table(0)])
+
+
+def _structures() -> Structures:
+    from virt_bmap.filesystems.udf.volume import ANCHOR_POINTER, FILE_SET_DESCRIPTOR
+
+    return {
+        "anchor": Structure(ANCHOR_POINTER),
+        "file set descriptor": Structure(FILE_SET_DESCRIPTOR),
+    }
+
+
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, inode=INODE)

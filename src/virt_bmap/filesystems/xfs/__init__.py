@@ -19,7 +19,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int
 from virt_bmap.columns import stack, take
-from virt_bmap.contract import Filesystem
+from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Structure, Structures
 from virt_bmap.errors import Corrupt, FormatError
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
@@ -213,3 +213,20 @@ def _check_owners(damage: Damage, extents: pa.Table) -> None:
     start, end = start[order], (start + length)[order]
     alone = np.append(True, start[1:] >= np.maximum.accumulate(end)[:-1])[: len(start)]
     damage.check(alone, "two-owners", "extents have a second owner, or are free as well", start)
+
+
+def _structures() -> Structures:
+    from virt_bmap.filesystems.xfs.disk import AGF, AGI, DINODE, DINODE3, SUPERBLOCK
+
+    return {
+        "superblock": Structure(SUPERBLOCK),
+        "AGF": Structure(AGF),
+        "AGI": Structure(AGI),
+        "record": Structure(DINODE),
+        "record, crc": Structure(DINODE3),
+    }
+
+
+FORMAT = FilesystemFormat(
+    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, journals=("log",), fixed_records=True
+)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from virt_bmap.arrays import complement, ints
-from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
+from virt_bmap.contract import Assembly, Child, Docs, Member, Problem, VolumeFormat, extent_rows
 from virt_bmap.errors import Corrupt
 from virt_bmap.mapping import Row
 from virt_bmap.reader import Reader
@@ -21,7 +21,6 @@ from virt_bmap.volumes.bitlocker.unlock import volume_key
 from virt_bmap.volumes.cipher import IV_SECTOR, DecryptedReader, Decrypts, Sectors, Window, WindowsReader
 
 NAME = "BitLocker"
-SPANS = False
 FEATURES = (
     "Windows 7 and later, BitLocker To Go, sectors of 512 and 4096 bytes",
     "AES in XTS, CBC, and CBC with the Elephant diffuser",
@@ -130,3 +129,6 @@ def _reader(base: Reader, header: Header, cipher: Decrypts) -> Reader:
         windows.append(Window(start, min(end, header.encrypted), own))
         windows.append(Window(max(start, header.encrypted), end, base))
     return WindowsReader(base, windows)
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES))

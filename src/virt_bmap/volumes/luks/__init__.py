@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from virt_bmap.arrays import complement, ints
-from virt_bmap.contract import Assembly, Child, Member, Problem, extent_rows
+from virt_bmap.contract import Assembly, Child, Docs, Member, Problem, VolumeFormat, extent_rows
 from virt_bmap.errors import Unsupported
 from virt_bmap.mapping import Row
 from virt_bmap.reader import BytesReader, Reader
@@ -22,7 +22,6 @@ from virt_bmap.volumes.luks.header import LUKS_MAGIC, SECONDARY_MAGIC, SECONDARY
 from virt_bmap.volumes.luks.unlock import volume_keys
 
 NAME = "crypto_LUKS"
-SPANS = False
 FEATURES = (
     "LUKS1 and LUKS2, both header copies",
     "AES in ECB, CBC (plain, plain64, ESSIV) and XTS with sectors of 512 to 4096 bytes",
@@ -134,3 +133,6 @@ def _reader(base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> Reader
                DecryptedReader(base, cipher, segment.tweak - segment.start // IV_SECTOR) if cipher else base)
         for segment, cipher in parts
     ])  # fmt: skip
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES))

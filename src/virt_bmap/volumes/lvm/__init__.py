@@ -9,7 +9,7 @@ Sources: lvm2 (sourceware.org/git/lvm2.git) lib/format_text, lib/metadata; man p
 
 from collections.abc import Sequence
 
-from virt_bmap.contract import Assembly, Member, Problem, extent_rows
+from virt_bmap.contract import Assembly, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.errors import Corrupt
 from virt_bmap.reader import Reader
 from virt_bmap.tables import BOOT, CONTENT, FREE, METADATA
@@ -19,7 +19,6 @@ from virt_bmap.volumes.lvm.logical import read_group
 from virt_bmap.volumes.lvm.text import Section
 
 NAME = "LVM2_member"
-SPANS = True
 FEATURES = (
     "linear and striped volumes, mirrors, unfinished pvmove",
     "RAID0, 1, 4, 5, 6 and 10 with all layouts, failed and missing images computed from parity",
@@ -152,3 +151,15 @@ def _add_data_area(pv: Pv, assembly: Assembly, kind: int) -> None:
         # length 0: up to the end, where a second metadata area may lie
         end = offset + length if length else min([start for start, _ in pv.areas if start > offset], default=size)
         extent_rows(assembly, pv.member).add(kind, min(offset, size), max(0, min(end, size) - offset), part=NAME)
+
+
+def _structures() -> Structures:
+    from virt_bmap.volumes.lvm.label import LABEL_HEADER, MDA_HEADER
+
+    return {
+        "LVM label": Structure(LABEL_HEADER),
+        "LVM metadata area": Structure(MDA_HEADER),
+    }
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), spans=True, structures=_structures)

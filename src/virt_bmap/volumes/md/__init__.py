@@ -11,7 +11,18 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from virt_bmap.contract import Assembly, Child, Member, Problem, child_reference, extent_rows
+from virt_bmap.contract import (
+    Assembly,
+    Child,
+    Docs,
+    Member,
+    Problem,
+    Structure,
+    Structures,
+    VolumeFormat,
+    child_reference,
+    extent_rows,
+)
 from virt_bmap.errors import FormatError, Unsupported
 from virt_bmap.reader import Reader
 from virt_bmap.tables import CONTENT, METADATA
@@ -21,7 +32,6 @@ from virt_bmap.volumes.rebuild import RebuiltReader
 from virt_bmap.volumes.stripes import bounded
 
 NAME = "linux_raid_member"
-SPANS = True
 FEATURES = (
     "superblocks 0.90 (both byte orders), 1.0, 1.1, 1.2",
     "linear, RAID0 (both layouts of unequal members), RAID1, RAID4",
@@ -124,3 +134,15 @@ def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
     offset = -1 if error.offset is None else error.offset
     assembly.problems.setdefault(member.number, []).append(Problem(error.code, str(error), offset, severity))
     extent_rows(assembly, member).add(CONTENT, 0, member.reader.size, part=NAME)
+
+
+def _structures() -> Structures:
+    from virt_bmap.volumes.md.superblock import BITMAP, SUPERBLOCK_1
+
+    return {
+        "md superblock": Structure(SUPERBLOCK_1),
+        "md bitmap": Structure(BITMAP),
+    }
+
+
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), spans=True, structures=_structures)
