@@ -1,14 +1,16 @@
 """The command line: `virt-bmap COMMAND ...`, and `virt-bmap disk.img` as the original was called. Only here are errors printed and exit statuses made."""
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-from virt_bmap import __version__
+from virt_bmap import __version__, leftovers, signals
 from virt_bmap.commands import COMMANDS
 from virt_bmap.errors import BmapError, UsageError, one_line
 from virt_bmap.startup import import_libraries
@@ -42,41 +44,90 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     return made
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command; its exit status. Raises BmapError."""
+def prepared(arguments: Sequence[str]) -> Callable[[], int]:
+    """The command that the arguments ask for, ready to run: what it returns is the exit status. Raises UsageError."""
     if not arguments or arguments[0] in ("-h", "--help", "-V", "--version"):
         parser().parse_args(arguments or ["--help"])  # prints and leaves
     command, rest = (arguments[0], arguments[1:]) if arguments[0] in COMMANDS else ("map", arguments)
     import_libraries()
     module = importlib.import_module(f"virt_bmap.commands.{command}")
-    status: int = module.run(parser(command).parse_args(rest))
+    args = parser(command).parse_args(rest)
+
+    return lambda: int(module.run(args))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; its exit status. Raises BmapError."""
+    status = prepared(arguments)()
     sys.stdout.flush()
     return status
 
 
 def main() -> NoReturn:
-    """The program: every known error is one line on standard error and exit status 1."""
+    """The program."""
+    program("virt-bmap", lambda: prepared(sys.argv[1:]))
+
+
+def program(name: str, prepare: Callable[[], Callable[[], int]]) -> NoReturn:
+    """Prepare, work and leave, with the exit status that the work gives. Every known error is one line on standard error and exit status 1.
+
+    Until the work begins a signal ends us at once: there is nothing to undo yet. Then it is an exception, and the status 128 and the signal's number.
+    """
+    _open_standard_streams()
     try:
-        status = run(sys.argv[1:])
+        try:
+            status = _worked(prepare)
+            sys.stdout.flush()
+        finally:
+            signals.ignore()
     except BmapError as error:
-        print(f"virt-bmap: {one_line(error)}", file=sys.stderr)
-        status = 1
+        status = _failed(f"{name}: {one_line(error)}")
+    except signals.Signalled as ended:
+        by = "interrupted" if ended.signal == signal.SIGINT else f"ended by {ended.signal.name}"
+        status = _failed(f"{name}: {by}", ended.status)
     except KeyboardInterrupt:
-        print("virt-bmap: interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # nobody reads on; Python must not complain of that when it ends
+        status = _failed(f"{name}: interrupted", 130)
+    except BrokenPipeError:  # nobody reads on
         status = 141
     except OSError as error:
-        print(f"virt-bmap: standard output can't be written: {error.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        what = one_line(error.filename) if error.filename else "standard output can't be written"
+        status = _failed(f"{name}: {what}: {error.strerror or one_line(error)}")
     except MemoryError:
-        print("virt-bmap: not enough memory for this map", file=sys.stderr)
-        status = 1
+        status = _failed(f"{name}: not enough memory for this map")
+    leftovers.undo_all()
     # tables of millions of rows take long to free one by one, and the process ends anyway
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(status)
+
+
+def _worked(prepare: Callable[[], Callable[[], int]]) -> int:
+    try:
+        work = prepare()
+    except SystemExit as left:  # --help and --version
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+    signals.become_exceptions()
+    return work()
+
+
+def _failed(words: str, status: int = 1) -> int:
+    """Say why, where anybody listens."""
+    with contextlib.suppress(OSError, ValueError):
+        print(words, file=sys.stderr)
+    return status
+
+
+def _open_standard_streams() -> None:
+    """A standard stream that is closed would be the first file that is opened, and whatever is said would be written there."""
+    for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest number that is free
+    if sys.stdin is None:
+        sys.stdin = open(0)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(1, "w")  # noqa: SIM115 - fails when something is written, which was to be seen
+    if sys.stderr is None:
+        sys.stderr = open(2, "w")  # noqa: SIM115

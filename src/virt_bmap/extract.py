@@ -9,17 +9,16 @@ Sources: open(2), openat(2), symlink(7) on O_NOFOLLOW and directory descriptors.
 import contextlib
 import errno
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from virt_bmap import tables
+from virt_bmap import signals, tables
 from virt_bmap.arrays import ints
 from virt_bmap.content import Files, Piece
 from virt_bmap.errors import OutputError
+from virt_bmap.leftovers import hidden_folder
 from virt_bmap.outputs.escape import escape
 
 MAX_DEPTH = 1024
@@ -83,22 +82,19 @@ def extract(
         for name, _ in wanted:
             if is_name(name) and os.path.lexists(os.path.join(os.fsencode(folder), name)):
                 raise OutputError(f"{folder}: {escape(name)} exists there already")
-        new = tempfile.mkdtemp(prefix=".virt-bmap-", dir=folder)
-        try:
-            with contextlib.ExitStack() as stack:
-                work = _Work(files, os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), same_owner, tell)
-                stack.callback(work.close)
-                names, directories = work.make(wanted)
-                above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-                stack.callback(os.close, above)
+        with hidden_folder(os.path.join(folder, "extract")) as new, contextlib.ExitStack() as stack:
+            work = _Work(files, os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), same_owner, tell)
+            stack.callback(work.close)
+            names, directories = work.make(wanted)
+            above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, above)
+            with signals.held():  # all of them, or none
                 for name in names:
                     os.rename(name, name, src_dir_fd=work.top, dst_dir_fd=above)
                 for (
                     top
                 ) in directories:  # a directory that may not be written can't be moved, so the outermost get their modes last
                     work.dress_directory(top, above)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"{folder}: can't be written: {error.strerror or error}") from error
     return work.report

@@ -4,8 +4,10 @@ import functools
 import platform
 import struct
 import subprocess
-import tempfile
 import time
+
+from virt_bmap import children
+from virt_bmap.leftovers import private_folder
 
 PATIENCE = 60.0
 """Seconds that emulation gets to count down; it needs less than one on a quiet machine."""
@@ -29,16 +31,15 @@ def _seconds_of(name: str, limit: float) -> float | None:
     """How long a guest takes to count down; None where it does not end within the limit."""
     code = b"\x66\xb9" + struct.pack("<I", STEPS) + b"\x66\x49\x75\xfc"  # mov ecx, n; again: dec ecx; jnz again
     code += b"\xba\x01\x05\xb0\x00\xee\xf4"  # mov dx, 0x501; mov al, 0; out dx, al; hlt
-    with tempfile.NamedTemporaryFile() as image:
-        image.write(code.ljust(510, b"\0") + struct.pack("<H", 0xAA55))
-        image.flush()
+    with private_folder() as folder:
+        image = f"{folder}/boot.img"
+        with open(image, "wb") as file:
+            file.write(code.ljust(510, b"\0") + struct.pack("<H", 0xAA55))
         command = ["qemu-system-x86_64", "-accel", name, "-nodefaults", "-display", "none", "-no-reboot", "-device",
-                   "isa-debug-exit,iobase=0x501,iosize=1", "-drive", f"file={image.name},format=raw,if=ide"]  # fmt: skip
+                   "isa-debug-exit,iobase=0x501,iosize=1", "-drive", f"file={image},format=raw,if=ide"]  # fmt: skip
         start = time.monotonic()
         try:
-            done = subprocess.run(
-                command, timeout=limit, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            done = children.run(command, timeout=limit)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return time.monotonic() - start if done.returncode == 1 else None  # isa-debug-exit: the value written, doubled, plus one

@@ -2,12 +2,13 @@
 
 import errno
 import os
-import tempfile
 from pathlib import Path
 
 from virt_bmap.errors import OutputError, UsageError
+from virt_bmap.leftovers import hidden_folder
 from virt_bmap.make import disk, filesystems, tools
 from virt_bmap.make.spec import parse
+from virt_bmap.outputs.files import dress_as
 
 CONTAINERS = {".qcow2": "qcow2", ".qcow": "qcow", ".qed": "qed", ".vmdk": "vmdk", ".vdi": "vdi", ".vhdx": "vhdx", ".vhd": "vpc"}
 """Extensions of the output, and what qemu-img calls their format; all others are raw."""
@@ -28,7 +29,7 @@ def make(text: str, out: str, tree: str | None = None, key_file: str | None = No
     source = filesystems.folder_of(tree) if tree else None
     target = _target(out, force)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name[:100]}.", dir=target.parent) as name:
+        with hidden_folder(str(target)) as name:
             folder = Path(name)
             trees = {} if source is None else disk.split(source, folder) if spec.kind.startswith("boot") else {"/": source}
             work = disk.Work(spec, folder, folder / "disk.img", trees, Path(key_file).absolute() if key_file else None)
@@ -37,6 +38,8 @@ def make(text: str, out: str, tree: str | None = None, key_file: str | None = No
             if format := CONTAINERS.get(target.suffix.lower()):
                 made = folder / "converted"
                 tools.run("qemu-img", "convert", "-f", "raw", "-O", format, work.disk, made)
+            with open(made, "rb") as file:
+                dress_as(str(target), file.fileno())
             os.replace(made, target)
     except OSError as error:
         raise OutputError(f"{out}: can't be made: {os.strerror(error.errno) if error.errno else error}") from error

@@ -116,7 +116,8 @@ def _write_table(work: Work, partitions: list[Partition]) -> None:
     for entry in partitions:
         boot = ", bootable" if entry.bootable and not gpt else ""
         lines.append(f"start={entry.start // 512}, size={entry.size // 512}, type={entry.type[gpt]}{boot}")
-    tools.run("sfdisk", "--quiet", "--no-reread", work.disk, stdin="\n".join(lines) + "\n")
+    # without --no-tell-kernel it calls sync(2) before it asks the kernel, and waits for every disk of the host (fdisk's disk-utils/sfdisk.c, write_changes)
+    tools.run("sfdisk", "--quiet", "--no-tell-kernel", work.disk, stdin="\n".join(lines) + "\n")
 
 
 def _made(work: Work, parameter: str, where: str, size: int, device: str) -> Path:

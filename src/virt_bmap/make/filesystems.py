@@ -3,14 +3,13 @@
 Where a tool can't put a tree into what it makes, a kernel has to, through a mount on this host (root), or in libguestfs's appliance: `fill` says False then.
 """
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from virt_bmap.errors import ImageError, UsageError
+from virt_bmap.leftovers import private_folder
 from virt_bmap.make import tools
 
 Maker = Callable[[Path, Path | None], None]
@@ -93,13 +92,8 @@ def _filled(kernel: str, file: Path, tree: Path) -> bool:
     if not tools.can_loop():
         return False
     keep = ["--preserve=timestamps"] if kernel in ("ntfs-3g", "exfat") else ["-a"]
-    with tempfile.TemporaryDirectory(prefix="virt-bmap-make-") as folder, contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(tools.mounted(file, kernel, Path(folder)))
-        except ImageError:
-            return False
-        tools.run("cp", "-rT", *keep, "--", tree, folder)
-    return True
+    with private_folder() as folder:
+        return tools.filled(file, kernel, Path(folder), tree, keep)
 
 
 def folder_of(tree: str) -> Path:

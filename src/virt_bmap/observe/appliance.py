@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from virt_bmap import kvm
+from virt_bmap import children, kvm
 from virt_bmap.errors import ImageError, MissingTool
 from virt_bmap.observe.advice import INSTALL
 
@@ -102,15 +102,14 @@ class Appliance:
 def started(folder: str, command: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> Iterator[Appliance]:
     """The process that answers calls, without a virtual machine yet, until the block ends. `folder` takes its messages."""
     messages = f"{folder}/guestfs.err"
-    with open(messages, "wb") as errors:
-        # signals of the terminal are for us: it ends when we close its input
-        process = subprocess.Popen(command or [interpreter(), "-I", str(GUEST)], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=errors, env=env, process_group=0)  # fmt: skip
-    appliance = Appliance(process, messages)
-    try:
+    # signals of the terminal are for us: it ends when we close its input
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "process_group": 0}
+    with (
+        open(messages, "wb") as errors,
+        children.running(command or [interpreter(), "-I", str(GUEST)], stderr=errors, env=env, **pipes) as process,
+        contextlib.closing(Appliance(process, messages)) as appliance,
+    ):
         yield appliance
-    finally:
-        appliance.close()
 
 
 def interpreter() -> str:

@@ -1,7 +1,6 @@
 """One appliance over the disks of one machine: the map of what it shows, or a judgement of the direct map."""
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import BmapError, UsageError
 from virt_bmap.images import open_disks
 from virt_bmap.keys import NO_KEYS, Keys
+from virt_bmap.leftovers import private_folder
 from virt_bmap.observe import build, engine
 from virt_bmap.observe.appliance import Appliance, CallFailed, launched
 from virt_bmap.observe.climb import climb
@@ -53,7 +53,7 @@ def session(sources: Sequence[Source], keys: Keys = NO_KEYS, tell: Tell = lambda
         readers = stack.enter_context(open_disks(disks.uris, "raw"))
         bmap, volumes = survey_open(readers, keys=keys)
         disks.appliance_comes()
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="virt-bmap-"))
+        folder = stack.enter_context(private_folder())
         tell("launching the appliance", 0, 0)
         appliance = stack.enter_context(launched(disks.sockets, folder))
         engine.quiet(appliance)  # before anything is opened: an open device keeps its readahead

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from virt_bmap.errors import OutputError
+from virt_bmap.leftovers import hidden_file, hidden_folder
 
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only when the block ends without an error; `-` is standard output.
 
-    Devices, pipes and the like are written directly. Raises OutputError where anything can't be written, and leaves no file behind then.
+    What a symbolic link leads to is replaced, not the link; the new file has the mode, and as far as we may the owner, of the one before. Devices, pipes and
+    the like are written directly. Raises OutputError where anything can't be written, and leaves no file behind then.
     """
     if path == "-":
         yield sys.stdout.buffer
@@ -27,25 +29,34 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             with open(path, "wb") as file:
                 yield file
             return
-        with new_file(path) as name, open(name, "wb") as file:
-            yield file
+        target = os.path.realpath(path)
+        with hidden_file(target) as (name, descriptor):
+            dress_as(target, descriptor)
+            with open(descriptor, "wb", closefd=False) as file:
+                yield file
+            os.replace(name, target)
 
 
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[str]:
-    """The name of an empty file beside `path` that replaces it only when the block ends without an error. Raises OutputError as `replacing` does."""
+    """The name of an empty file that replaces `path` only when the block ends without an error, for other programs to write. Raises OutputError as `replacing` does."""
     with _words(path):
         target = os.path.realpath(path)
-        folder, name = os.path.split(target)
-        temporary = os.path.join(folder, f".{name[:50]}.{os.urandom(8).hex()}")
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))  # but what the umask takes
-        try:
-            yield temporary
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        with hidden_folder(target) as folder:  # a lock on the file itself could be in the way of theirs
+            name = os.path.join(folder, os.path.basename(target))
+            with open(name, "xb") as file:
+                dress_as(target, file.fileno())
+            yield name
+            os.replace(name, target)
+
+
+def dress_as(target: str, file: int) -> None:
+    """Give an open file the mode and the owner of the one that it is to replace, if there is one: what was private stays so."""
+    with contextlib.suppress(FileNotFoundError):
+        about = os.stat(target)
+        with contextlib.suppress(PermissionError):
+            os.fchown(file, about.st_uid, about.st_gid)
+        os.fchmod(file, stat.S_IMODE(about.st_mode) & 0o777)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """A new image that holds what is owned, and nothing else: raw files are written here, other formats through QEMU."""
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from typing import NamedTuple
 
+from virt_bmap import children
 from virt_bmap.arrays import Bytes
 from virt_bmap.dump import GRAIN, SparseFile, dump
 from virt_bmap.errors import MissingTool, OutputError
@@ -62,7 +62,7 @@ def _create(path: str, format: str, size: int) -> None:
         raise MissingTool(
             f"{path}: a {format} image needs qemu-img, which is not installed (apt-get install qemu-utils, or dnf install qemu-img)"
         )
-    done = subprocess.run([program, "create", "-q", "-f", format, path, str(size)], capture_output=True, stdin=subprocess.DEVNULL)
+    done = children.run([program, "create", "-q", "-f", format, path, str(size)])
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip().splitlines()
         raise OutputError(f"{path}: can't be written: {words[0] if words else f'qemu-img ended with {done.returncode}'}")

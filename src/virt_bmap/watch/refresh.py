@@ -5,6 +5,7 @@ a line on its standard input, answers with a line of JSON, and hands the map ove
 joined, so that taking over a map of any size is a matter of milliseconds.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
+from virt_bmap import children, tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import BmapError
 from virt_bmap.keys import Keys
@@ -58,8 +59,9 @@ class Refresher:
         self.ended = False
         """The process is gone, which it should not be: there will be no more maps."""
         # in a process group of its own: what the terminal sends to the guest must not end it
-        self._process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=self._errors, process_group=0)  # fmt: skip
+        self._stack = contextlib.ExitStack()
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self._process = self._stack.enter_context(children.running([sys.executable, "-m", __name__], **pipes, process_group=0))
         assert self._process.stdin
         assert self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
@@ -117,13 +119,8 @@ class Refresher:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.wait()
+        self._stack.close()
         self._errors.close()
-        self._from.close()
-        try:
-            self._to.close()
-        except OSError:
-            return  # it was gone before the last question reached it
 
 
 # ---- the other process ------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ import contextlib
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from virt_bmap import children, leftovers
 from virt_bmap.errors import ImageError, MissingTool
 from virt_bmap.images import magic, qemu
 from virt_bmap.images.raw import RawReader
@@ -24,7 +24,6 @@ from virt_bmap.punch import punch
 
 START_TIMEOUT = 30.0
 """Seconds that a server gets to open its disk and listen."""
-STOP_TIMEOUT = 10.0
 BACKLOG = 256 << 20
 """Bytes of log that may wait: some 3 million requests. What lies further back is dropped, and counted through the gap in the ids."""
 PIECE = 4 << 20
@@ -77,9 +76,7 @@ class Served(NamedTuple):
 def private_folder() -> Iterator[str]:
     """A new folder that only this user can enter, in memory where there is /dev/shm."""
     memory = "/dev/shm"
-    with tempfile.TemporaryDirectory(
-        prefix="virt-bmap-", dir=memory if os.access(memory, os.W_OK) else None, ignore_cleanup_errors=True
-    ) as folder:
+    with leftovers.private_folder(memory if os.access(memory, os.W_OK) else None) as folder:
         yield folder
 
 
@@ -130,7 +127,8 @@ def _qemu_nbd(source: Source, folder: str, write: bool) -> Iterator[str]:
     finally:
         image.close()
     socket, messages = f"{folder}/qemu", f"{folder}/qemu.err"
-    command = [program, "--persistent", "--shared=0", "--pid-file", f"{folder}/qemu.pid", *([] if write else ["--read-only"]),
+    # nbdkit connects once, when it starts, and ends with us: the server ends with that connection
+    command = [program, "--shared=0", "--pid-file", f"{folder}/qemu.pid", *([] if write else ["--read-only"]),
                "--socket", socket, "--image-opts", ",".join(f"{key}={value}" for key, value in options.items())]  # fmt: skip
     with _running(command, messages, None) as process:
         _wait_for(f"{folder}/qemu.pid", Served(socket, "", process, messages), source)
@@ -140,19 +138,12 @@ def _qemu_nbd(source: Source, folder: str, write: bool) -> Iterator[str]:
 @contextlib.contextmanager
 def _running(command: list[str], messages: str, env: dict[str, str] | None) -> "Iterator[subprocess.Popen[bytes]]":
     """A server that is ended with the block. Signals of the terminal pass it by: the guest gets them, and needs its disk until it ends."""
-    with open(messages, "wb") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=env, process_group=0
-        )
-    try:
+    nothing = subprocess.DEVNULL
+    with (
+        open(messages, "wb") as errors,
+        children.running(command, stdin=nothing, stdout=nothing, stderr=errors, env=env, process_group=0) as process,
+    ):
         yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _wait_for(pidfile: str, served: Served, source: Source) -> None:

@@ -173,7 +173,6 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
-    allocator="the extent tree",
     structures=_structures,
     history=_history,
     journals=("log tree",),

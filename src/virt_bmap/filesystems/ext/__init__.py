@@ -166,7 +166,6 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
-    allocator="the block bitmaps",
     structures=_structures,
     history=_history,
     journals=("journal",),

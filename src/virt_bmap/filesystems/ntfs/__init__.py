@@ -101,7 +101,6 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
-    allocator="$Bitmap",
     structures=_structures,
     history=_history,
     journals=("$LogFile",),

@@ -10,7 +10,6 @@ from virt_bmap.images.layer import Draft, Layer
 from virt_bmap.reader import Reader
 
 NAME = "raw"
-ALLOCATOR = None
 FEATURES = ("files and block devices, NBD exports",)
 REFUSED = ()
 ORACLES = ("qemu-img map",)
