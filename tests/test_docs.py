@@ -65,12 +65,14 @@ def test_pages_made_from_the_code_are_up_to_date():
 
 @pytest.mark.parametrize("listed", [*formats.VOLUMES, *formats.FILESYSTEMS], ids=lambda listed: listed.package)
 def test_every_format_says_what_it_reads_and_was_checked_with(listed):
-    docs = listed.load().docs
+    format = listed.load()
+    docs = format.docs
     for words in docs:
         assert isinstance(words, tuple)
         assert all(isinstance(word, str) and word == word.strip() and not word.endswith(".") for word in words)
     assert docs.features
     assert docs.oracles
+    assert format.allocator is None or format.allocator == format.allocator.strip(" .") != ""
     module = importlib.import_module(f"virt_bmap.{listed.package}")
     documentation = [module.__doc__ or ""]
     if module.__file__.endswith("__init__.py"):

@@ -107,7 +107,7 @@ def alone(image: Path) -> BlockMap:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(udf, "read", taken)
+        patch.setattr(udf, "FORMAT", udf.FORMAT._replace(read=taken))
         return mapped(image)
 
 

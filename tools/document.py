@@ -86,12 +86,14 @@ def columns(schema: Iterable[pa.Field]) -> list[str]:
     return lines
 
 
-def described(name: str, package: str, docs: Docs) -> list[str]:
+def described(name: str, package: str, docs: Docs, allocator: str | None) -> list[str]:
     """What a format says of itself."""
     lines = ["", f"### {name}", "", f"`{package}`", ""]
     for words, values in zip(("Read", "Refused or only named", "Checked with"), docs, strict=True):
         if values:
             lines += [f"- {words}: {'; '.join(values)}."]
+    if allocator:
+        lines += [f"- What is free says: {allocator}."]
     return lines
 
 
@@ -101,12 +103,13 @@ def formats_page() -> str:
         "# Formats",
         "",
         "What is read, what is known and refused with a clear word, and what each reader was checked with. The page is made from the modules by `tools/document.py`.",
-        "The sources of each format are named at the top of its module.",
+        "The sources of each format are named at the top of its module. Where no line says what is free, nothing does: what merely nothing refers to is `unreferenced`, and is",
+        "never given away.",
     ]
     for title, found in (("Volumes", formats.VOLUMES), ("Filesystems", formats.FILESYSTEMS)):
         lines += ["", f"## {title}"]
         for package, format in {listed.package: listed.load() for listed in found}.items():
-            lines += described(format.name, f"virt_bmap.{package}", format.docs)
+            lines += described(format.name, f"virt_bmap.{package}", format.docs, format.allocator)
     lines += [
         "",
         "## Image formats",
@@ -116,7 +119,7 @@ def formats_page() -> str:
         "Of these the format's own layer is read, too (`--host-offsets`, `info`, `explain`):",
     ]
     for module in map(layers.load, layers.LAYERS):
-        lines += described(module.NAME, module.__name__, Docs(module.FEATURES, module.REFUSED, module.ORACLES))
+        lines += described(module.NAME, module.__name__, Docs(module.FEATURES, module.REFUSED, module.ORACLES), module.ALLOCATOR)
     lines += [
         "",
         "## Known by magic alone",

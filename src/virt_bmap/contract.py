@@ -156,6 +156,9 @@ class FilesystemFormat(NamedTuple):
     """A filesystem. `probe` goes by magic only and never raises on content. `read(reader, others)` may use `others`, readers of volumes that nobody
     claimed (external journals).
 
+    `allocator` names what of the format says which bytes are free, None where nothing does. Only an allocator's word makes bytes FREE, which may be given
+    away; what merely nothing refers to is UNREFERENCED, and survey takes FREE for that where a format has no allocator.
+
     `structures` and `history` are called, and import what they need, only when somebody asks. `fixed_records`: inodes' own records all have one size, so that
     `record_offset`s tell it. `journals`: the parts of a map that are journals. `inode`: what numbers stand for, where the format has none.
     """
@@ -164,6 +167,7 @@ class FilesystemFormat(NamedTuple):
     probe: Callable[[Reader], bool]
     read: Callable[[Reader, Sequence[Reader]], Filesystem]
     docs: Docs
+    allocator: str | None = None
     structures: Callable[[], Structures] = no_structures
     history: Callable[[], History] | None = None
     journals: tuple[str, ...] = ()
@@ -179,6 +183,10 @@ class Assembler(Protocol):
     def name(self) -> str:
         """For problems: who says so."""
 
+    @property
+    def allocator(self) -> str | None:
+        """Whose word it is that bytes are free; see FilesystemFormat."""
+
     def assemble(self, members: Sequence[Member], /) -> Assembly:
         """The volumes that lie in these."""
 
@@ -186,7 +194,7 @@ class Assembler(Protocol):
 class VolumeFormat(NamedTuple):
     """A partition table, volume manager, array or encryption. `name` is the type of its members in blkid's words.
 
-    `assemble` gets one member; where the format `spans` volumes, all that were found so far.
+    `assemble` gets one member; where the format `spans` volumes, all that were found so far. `allocator` as in FilesystemFormat.
     """
 
     name: str
@@ -194,4 +202,5 @@ class VolumeFormat(NamedTuple):
     assemble: Callable[[Sequence[Member]], Assembly]
     docs: Docs
     spans: bool = False
+    allocator: str | None = None
     structures: Callable[[], Structures] = no_structures

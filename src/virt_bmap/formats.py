@@ -130,6 +130,15 @@ def _is_there(reader: Reader, magic: Magic) -> bool:
     return reader.read_clipped(offset if offset >= 0 else reader.size + offset, len(wanted)) == wanted
 
 
+def is_hybrid(reader: Reader) -> bool:
+    """Is this a CD image that has a partition table as well?"""
+    if not _is_there(reader, BOOT_SIGNATURE):
+        return False
+    from virt_bmap.volumes.partitions import is_cd
+
+    return is_cd(reader)
+
+
 def rank(type: str) -> int:
     """The place of a volume format in the list, by its type."""
     return [format.types[0] for format in VOLUMES].index(type)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import foreign, formats, tables
-from virt_bmap.arrays import complement
+from virt_bmap.arrays import Int, complement, subtract, union
 from virt_bmap.blockmap import FILE, BlockMap
 from virt_bmap.contract import Assembler, Assembly, Child, Filesystem, FilesystemFormat, Member, Problem, VolumeFormat
 from virt_bmap.errors import FormatError, Unsupported, UsageError
@@ -126,14 +126,25 @@ class _Survey:
             fresh, done = self.found[done:], len(self.found)
             for volume, format in fresh:
                 self._read(volume, format)
-            if self.nested and level < MAX_LEVELS:
+            if level < MAX_LEVELS:
                 for volume, _ in fresh:
-                    self._open_images(volume)
+                    self._look_beside(volume)
+                    if self.nested:
+                        self._open_images(volume)
         if absent := sorted(self.nested.paths - self.images.paths):
             raise UsageError(f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk")
         for volume in self.volumes:
             self._tile(volume)
         return self._tables()
+
+    def _look_beside(self, parent: _Volume) -> None:
+        """Partitions beside a filesystem that has the whole disk, as further volumes to look at."""
+        if parent.filesystem and formats.is_hybrid(parent.reader):
+            from virt_bmap.volumes.hybrid import Hybrid
+
+            start, end, kind = _spans(parent.extents)
+            mine = ~np.isin(kind, tables.IDLE)
+            self._assemble(Hybrid(union(start[mine], end[mine])), [parent])
 
     def _open_images(self, parent: _Volume) -> None:
         """Files of a filesystem that are disks themselves, as further volumes to look at."""
@@ -204,7 +215,7 @@ class _Survey:
             volume.label = assembly.labels.get(number, volume.label)
             volume.uuid = assembly.uuids.get(number, volume.uuid)
             if rows := assembly.extents.get(number):
-                volume.extents.append(rows.table(volume.number))
+                volume.extents.append(_believed(rows.table(volume.number), by.allocator))
             for problem in assembly.problems.get(number, ()):
                 self._problem(volume, by.name, problem)
 
@@ -240,7 +251,7 @@ class _Survey:
         volume.filesystem = found
         volume.reader = found.reader
         volume.type = found.type
-        volume.extents.append(on_volume(found.extents, volume.number))
+        volume.extents.append(on_volume(_believed(found.extents, format.allocator), volume.number))
         for problem in found.problems:
             self._problem(volume, found.type, problem)
 
@@ -263,16 +274,26 @@ class _Survey:
         """Give an owner to what nobody named, so that the rows and the children together cover the volume."""
         found = volume.filesystem
         size = min(found.size, volume.size) if found else volume.size
-        starts = [tables.integers(table, "volume_offset") for table in volume.extents]
-        ends = [start + tables.integers(table, "length") for start, table in zip(starts, volume.extents, strict=True)]
+        start, end, kind = _spans(volume.extents)
+        claimed = kind != tables.UNREFERENCED
+        starts, ends = [start[claimed]], [end[claimed]]
         for other in self.volumes:
             if other.rows is not None:
                 mine = other.rows.select(other.rows.parent == volume.number)
                 starts.append(mine.on_parent.offset)
                 # strided runs on one parent fill their span together: each member's runs follow each other
                 ends.append(mine.parent_end)
-        none = np.zeros(0, np.int64)
-        left = complement(np.concatenate([*starts, none]), np.concatenate([*ends, none]), 0, size)
+        known = np.concatenate(starts), np.concatenate(ends)
+        if not claimed.all():  # it gives way to all that turned up since
+            loose = subtract(start[~claimed], end[~claimed], *known)
+            volume.extents = [
+                table.filter(pa.array(tables.codes(table, "kind") != tables.UNREFERENCED)) for table in volume.extents
+            ]
+            rows = tables.ExtentRows()
+            rows.add(tables.UNREFERENCED, loose[0], loose[1] - loose[0])
+            volume.extents.append(rows.table(volume.number))
+            known = np.append(known[0], loose[0]), np.append(known[1], loose[1])
+        left = complement(*known, 0, size)
         rows = tables.ExtentRows()
         if found and len(left[0]):
             missing = int((left[1] - left[0]).sum())
@@ -281,8 +302,8 @@ class _Survey:
                 int(left[0][0]), "warning",
             ))  # fmt: skip
         rows.add(tables.UNKNOWN if found else tables.GAP, left[0], left[1] - left[0])
-        if size < volume.size:
-            rows.add(tables.GAP, size, volume.size - size, part="slack")
+        behind = complement(*known, size, volume.size)
+        rows.add(tables.GAP, behind[0], behind[1] - behind[0], part="slack")
         volume.extents.append(rows.table(volume.number))
 
     def _tables(self) -> BlockMap:
@@ -317,6 +338,26 @@ class _Survey:
 
 def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
     return lambda name: [getattr(row, name) for row in rows]
+
+
+def _spans(extents: list[pa.Table]) -> tuple[Int, Int, Int]:
+    """(starts, ends, kinds) of the extents of a volume."""
+    none = np.zeros(0, np.int64)
+    start = np.concatenate([none, *(tables.integers(table, "volume_offset") for table in extents)])
+    length = np.concatenate([none, *(tables.integers(table, "length") for table in extents)])
+    return start, start + length, np.concatenate([none, *(tables.codes(table, "kind") for table in extents)])
+
+
+def _believed(extents: pa.Table, allocator: str | None) -> pa.Table:
+    """The rows of a format, in which nothing is called free where it has no allocator to say so."""
+    kind = tables.codes(extents, "kind")
+    if allocator or not (kind == tables.FREE).any():
+        return extents
+    kind = np.where(kind == tables.FREE, tables.UNREFERENCED, kind).astype(np.int8)
+    at = extents.schema.get_field_index("kind")
+    return extents.set_column(
+        at, extents.schema.field(at), pa.DictionaryArray.from_arrays(tables.arrow(kind), pa.array(tables.KINDS))
+    )
 
 
 def on_volume(table: pa.Table, number: int) -> pa.Table:

@@ -18,8 +18,9 @@ from virt_bmap.mapping import ROLES, Rows
 
 KINDS = (
     "data", "directory", "symlink", "unwritten", "xattr", "tree", "metadata", "boot", "gap", "free", "content", "unknown",
+    "unreferenced",
 )  # fmt: skip
-DATA, DIRECTORY, SYMLINK, UNWRITTEN, XATTR, TREE, METADATA, BOOT, GAP, FREE, CONTENT, UNKNOWN = range(len(KINDS))
+DATA, DIRECTORY, SYMLINK, UNWRITTEN, XATTR, TREE, METADATA, BOOT, GAP, FREE, CONTENT, UNKNOWN, UNREFERENCED = range(len(KINDS))
 KIND_MEANING = {
     "data": "content of a file (or of a named stream of it)",
     "directory": "names: the blocks of a directory, its hash tree included",
@@ -33,9 +34,12 @@ KIND_MEANING = {
     "free": "the filesystem's or volume manager's own allocator calls it free",
     "content": "one piece that is named but not looked into: a foreign or encrypted filesystem",
     "unknown": "allocated, but no owner was found: damage, a feature that is not read yet, or (`part` says so) never observed",
+    "unreferenced": "nothing refers to it, but no allocator says that it is free",
 }
 OWNED = (DATA, DIRECTORY, SYMLINK, UNWRITTEN, XATTR, TREE, METADATA, BOOT, CONTENT)
 """Kinds that an allocator must call used."""
+IDLE = (GAP, FREE, UNREFERENCED)
+"""Kinds of bytes that belong to nothing that the map knows. Of these only `free` is an allocator's word: what it says may be written over."""
 
 INLINE = 1
 """The bytes lie inside another extent's (a small file in its inode): no allocation of their own."""

@@ -33,7 +33,7 @@ DUMP = 64
 SHOWN = 10
 """Names, other inodes, owners and problems that a person is shown; --json has them all."""
 
-TOLD = ("unwritten", "xattr", "tree", "boot", "gap", "free", "content", "unknown")
+TOLD = ("unwritten", "xattr", "tree", "boot", "gap", "free", "content", "unknown", "unreferenced")
 """Kinds whose meaning is said: the others are plain from the name behind them."""
 
 Found = dict[str, Any]

@@ -40,13 +40,12 @@ MEANING = {
     "changed": "changed, in a way that only an older map or image could tell",
     "metadata": "structures of a filesystem or volume manager",
     "journal": "a journal or log",
-    "free": "free space or a gap, on both sides or, where no byte changed, now: nothing that anybody would miss",
+    "free": "free space, a gap or what nothing refers to, on both sides or, where no byte changed, now: nothing that anybody would miss",
 }  # fmt: skip
 """What `change` can say of bytes."""
 CHANGES = tuple(MEANING)
 (ADDED, REPLACED, DELETED, RENAMED, TRUNCATED, GROWN, REWRITTEN, FILLED, MOVED, FREED, ATTRIBUTES, UNCHANGED, CHANGED, METADATA, JOURNAL,
  FREE) = range(len(CHANGES))  # fmt: skip
-IDLE = (tables.FREE, tables.GAP)
 EVENT = np.array([-1, ADDED, REPLACED, DELETED, RENAMED, TRUNCATED, GROWN, REWRITTEN, ATTRIBUTES], np.int64)
 """The change that each event of objects.EVENTS is."""
 UNDECIDED = len(CHANGES)
@@ -213,7 +212,7 @@ def _take(left: Bool, mine: Bool) -> Bool:
 
 
 def _owned(view: View) -> Bool:
-    result: Bool = ~np.isin(view.kind, (-1, *IDLE))
+    result: Bool = ~np.isin(view.kind, (-1, *tables.IDLE))
     return result
 
 

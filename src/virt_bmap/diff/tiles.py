@@ -137,7 +137,7 @@ def _precedence(bmap: BlockMap, owners: Owners, record: Int) -> Int:
 
     inline = (column(tables.integers(bmap.extents, "flags")) & tables.INLINE) != 0
     kind = column(tables.codes(bmap.extents, "kind").astype(np.int64))
-    weak = np.isin(kind, (tables.FREE, tables.GAP, tables.UNKNOWN))
+    weak = np.isin(kind, (*tables.IDLE, tables.UNKNOWN))
     inode, offset = column(tables.integers(bmap.extents, "inode")), column(tables.integers(bmap.extents, "file_offset"))
     return np.lexsort(
         (owners.extent, offset, inode, owners.volume, owners.role, weak & (record < 0), ~inline, record < 0, -owners.depth)

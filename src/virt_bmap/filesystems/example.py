@@ -152,4 +152,4 @@ def _names(reader: Reader, directory: Int, start: Int, length: Int) -> pa.Table:
     return tables.make("names", volume=0, parent=parents, inode=inodes, name=name)
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES))
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), allocator="the bitmap")

@@ -10,7 +10,7 @@ from virt_bmap.mapping import ROLES
 
 LETTERS = {
     "data": "f", "directory": "d", "symlink": "s", "unwritten": "u", "xattr": "x", "tree": "t", "metadata": "m", "boot": "b", "gap": "g",
-    "free": "e", "content": "c", "unknown": "n",
+    "free": "e", "content": "c", "unknown": "n", "unreferenced": "o",
     "file": "h", "disk": "v", "partition": "p", "lv": "l", "md": "r", "crypt": "k", "pool": "w", "image": "i",
 }  # fmt: skip
 """One letter for each kind of owner, extents first, then volumes. v, p, l, d and f are the original's."""

@@ -449,4 +449,6 @@ def _device_extents(assembly: Assembly, device: Device, chunks: list[Chunk], tot
     out.add(tables.FREE, free[0], np.minimum(free[1], size) - free[0])
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), spans=True)
+FORMAT = VolumeFormat(
+    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), allocator="the device extents of the chunks", spans=True
+)

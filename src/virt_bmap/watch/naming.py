@@ -45,8 +45,8 @@ _FILLING = np.isin(np.arange(len(tables.OPS)), [tables.OPS.index(op) for op in (
 # by kind; the last element is for -1, a volume of which nothing is known
 _KINDS = np.arange(len(tables.KINDS) + 1)
 _METADATA = np.isin(_KINDS, (tables.DIRECTORY, tables.SYMLINK, tables.XATTR, tables.TREE, tables.METADATA, tables.BOOT))
-_NAMELESS = np.isin(_KINDS, (tables.GAP, tables.CONTENT, tables.UNKNOWN, len(tables.KINDS)))
-_NOBODYS = np.isin(_KINDS, (tables.FREE, tables.UNKNOWN))
+_NAMELESS = np.isin(_KINDS, (tables.GAP, tables.CONTENT, tables.UNKNOWN, tables.UNREFERENCED, len(tables.KINDS)))
+_NOBODYS = np.isin(_KINDS, (tables.FREE, tables.UNKNOWN, tables.UNREFERENCED))
 
 
 @dataclass

@@ -173,6 +173,7 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    allocator="the extent tree",
     structures=_structures,
     history=_history,
     journals=("log tree",),

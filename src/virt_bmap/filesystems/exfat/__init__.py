@@ -399,5 +399,13 @@ def _history() -> History:
 
 
 FORMAT = FilesystemFormat(
-    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, history=_history, fixed_records=True, inode=INODE
+    NAME,
+    probe,
+    read,
+    Docs(FEATURES, REFUSED, ORACLES),
+    allocator="the allocation bitmap",
+    structures=_structures,
+    history=_history,
+    fixed_records=True,
+    inode=INODE,
 )

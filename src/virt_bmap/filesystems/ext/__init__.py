@@ -166,6 +166,7 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    allocator="the block bitmaps",
     structures=_structures,
     history=_history,
     journals=("journal",),

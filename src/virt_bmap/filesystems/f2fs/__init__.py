@@ -294,4 +294,6 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)
+FORMAT = FilesystemFormat(
+    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), allocator="the segment information table", structures=_structures
+)

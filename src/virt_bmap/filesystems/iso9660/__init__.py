@@ -3,8 +3,8 @@
 What is read: the volume descriptors, the directories of every tree level by level, Rock Ridge with its continuation areas, path tables, the boot catalog
 and the images that it names. Names come from Rock Ridge where there is any, else from Joliet, else from the plain tree without `;1`; directories of the other
 trees are metadata. ISO 9660 has neither inode numbers nor an allocator: a directory's inode is the byte offset of its content, any other file's the offset
-of its (first) directory record, as Linux does; what nothing refers to is `free` with the part "unreferenced" (old sessions, HFS catalogs of hybrid
-discs, padding). A record for each name means that hard links are inodes of their own whose bytes are SHARED. The target of a symbolic link lies in
+of its (first) directory record, as Linux does; what nothing refers to is `unreferenced` (old sessions, HFS catalogs of hybrid discs, a second set of
+descriptors, padding). A record for each name means that hard links are inodes of their own whose bytes are SHARED. The target of a symbolic link lies in
 system use entries, in pieces: its rows are INLINE without a file offset.
 
 Sources: ECMA-119 (4th edition); SUSP 1.12, RRIP 1.12; Joliet 1.0; El Torito 1.0; Linux fs/isofs; libisofs doc/zisofs_format.txt.
@@ -79,7 +79,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     if found.size > reader.size:
         problems.append(Problem("truncated", f"the volume claims {found.size} bytes, but ends at {reader.size}", severity="note"))
     low, high = complement(*owned, 0, size)
-    rows.add(tables.FREE, low, high - low, part="unreferenced")
+    rows.add(tables.UNREFERENCED, low, high - low)
     features = _features(reader, found, main[1], walks, files)
     return Filesystem(
         type=NAME, size=size, block_size=found.block_size, root=main[0].root,

@@ -101,6 +101,7 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    allocator="$Bitmap",
     structures=_structures,
     history=_history,
     journals=("$LogFile",),

@@ -2,7 +2,7 @@
 
 Read are: the recognition sequence, all anchors, the volume descriptor sequences, the partitions' space bitmaps, then the directories level by level with the file
 entries of a level at once. An inode is the byte of the volume at which its ICB lies. A volume whose partition has no bitmap was written once: there what nobody
-refers to is `free` with the part "unreferenced".
+refers to is `unreferenced`.
 
 A bridge disc is an ISO 9660 volume, too, of the same files or of others: Windows' images show one that holds nothing but a text that says so. The tree that owns more
 bytes of files is mapped, ISO 9660 (with Rock Ridge) where both own the same, and the other one's structures are named.
@@ -291,9 +291,10 @@ def _add_structures(rows: tables.ExtentRows, reader: Reader, disk: Volume, file_
 
 
 def _add_free(rows: tables.ExtentRows, reader: Reader, disk: Volume, problems: list[Problem]) -> None:
-    """What the partitions' own bitmaps and tables call free."""
+    """What the partitions' own bitmaps and tables call free. Where nothing can be written any more, nobody has to keep them: they are no allocator's word."""
     size = disk.block_size
     for one in disk.descriptors:
+        kind = tables.FREE if int(one["AccessType"]) in volume.REWRITABLE else tables.UNREFERENCED
         start = int(one["PartitionStartingLocation"]) * size
         blocks = min(int(one["PartitionLength"]), max(0, reader.size - start) // size)
         for name in ("UnallocatedSpaceBitmap", "FreedSpaceBitmap"):
@@ -307,13 +308,13 @@ def _add_free(rows: tables.ExtentRows, reader: Reader, disk: Volume, problems: l
             if found is None:
                 problems.append(Problem("bitmap", f"the space bitmap at byte {place:#x} is none: free space is not known", place))
                 continue
-            rows.add(tables.FREE, start + found[0] * size, (found[1] - found[0]) * size)
+            rows.add(kind, start + found[0] * size, (found[1] - found[0]) * size)
         length, block = (int(value) for value in one["UnallocatedSpaceTable"])
         number = next((at for at, part in enumerate(disk.partitions) if part.runs is None and part.start == start), -1)
         if length & 0x3FFFFFFF and block < blocks and number >= 0:
             place = start + block * size
             rows.add(tables.METADATA, place, size, part="unallocated space entry")
-            rows.add(tables.FREE, *entries.unallocated(reader, disk, number, place))
+            rows.add(kind, *entries.unallocated(reader, disk, number, place))
 
 
 def _tiled(table: pa.Table, disk: Volume, size: int) -> pa.Table:
@@ -335,7 +336,7 @@ def _tiled(table: pa.Table, disk: Volume, size: int) -> pa.Table:
     counted = union(ints([int(one["PartitionStartingLocation"]) * disk.block_size for one in known]),
                     ints([(int(one["PartitionStartingLocation"]) + int(one["PartitionLength"])) * disk.block_size for one in known]))  # fmt: skip
     low, high = subtract(*complement(*owned, 0, size), *counted)
-    rows.add(tables.FREE, low, high - low, part="unreferenced")
+    rows.add(tables.UNREFERENCED, low, high - low)
     return tables.concat("extents", [table, rows.table(0)])
 
 
@@ -348,4 +349,12 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, inode=INODE)
+FORMAT = FilesystemFormat(
+    NAME,
+    probe,
+    read,
+    Docs(FEATURES, REFUSED, ORACLES),
+    allocator="the space bitmaps and tables of partitions that can be rewritten; elsewhere nothing",
+    structures=_structures,
+    inode=INODE,
+)

@@ -15,6 +15,8 @@ from virt_bmap.errors import FormatError
 from virt_bmap.filesystems import iso9660, udf
 from virt_bmap.reader import Reader
 
+NOBODYS = (tables.FREE, tables.UNREFERENCED)
+
 
 def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """The one of the two volumes that holds more. Raises what ISO 9660's reader does."""
@@ -36,21 +38,21 @@ def _content(found: Filesystem) -> int:
 
 
 def beside(found: Filesystem, other: Filesystem) -> Filesystem:
-    """The filesystem, with what the other one alone owns named instead of left unreferenced."""
+    """The filesystem, with what the other one alone owns named instead of left unreferenced. Neither's allocator speaks for both: what is left is not free."""
     words = f"of the {'UDF' if other.type == udf.NAME else 'ISO 9660'} volume beside it"
     kind, start, length = (
         tables.codes(other.extents, "kind"),
         tables.integers(other.extents, "volume_offset"),
         tables.integers(other.extents, "length"),
     )
-    plain = (tables.integers(other.extents, "flags") & tables.INLINE == 0) & (kind != tables.FREE)
+    plain = (tables.integers(other.extents, "flags") & tables.INLINE == 0) & ~np.isin(kind, NOBODYS)
     mine, inline = found.extents, tables.integers(found.extents, "flags") & tables.INLINE > 0
     own, low, high = (
         tables.codes(mine, "kind"),
         tables.integers(mine, "volume_offset"),
         tables.integers(mine, "volume_offset") + tables.integers(mine, "length"),
     )
-    loose = (own == tables.FREE) & ~inline
+    loose, others = np.isin(own, NOBODYS) & ~inline, np.isin(kind, NOBODYS)
     used = union(low[~loose & ~inline], high[~loose & ~inline])
     rows, taken = tables.ExtentRows(), used
     for name, which in (
@@ -61,8 +63,9 @@ def beside(found: Filesystem, other: Filesystem) -> Filesystem:
         begin, end = subtract(*union(start[plain & which], (start + length)[plain & which]), *taken)
         rows.add(tables.CONTENT if name == "files" else tables.METADATA, begin, end - begin, part=f"{name} {words}")
         taken = union(np.append(taken[0], begin), np.append(taken[1], end))
-    begin, end = subtract(low[loose], high[loose], *taken)
-    rows.add(tables.FREE, begin, end - begin, part="unreferenced")
+    begin, end = np.append(low[loose], start[others]), np.append(high[loose], (start + length)[others])
+    begin, end = subtract(*union(begin, end), *taken)
+    rows.add(tables.UNREFERENCED, begin, end - begin)
     found.size = max(found.size, other.size)
     found.extents = tables.concat("extents", [mine.filter(pa.array(~loose)), rows.table(0)])
     found.features = " ".join(filter(None, [found.features, "udf-bridge" if other.type == udf.NAME else "iso9660-bridge"]))

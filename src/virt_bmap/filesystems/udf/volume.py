@@ -41,7 +41,7 @@ PRIMARY_VOLUME = struct(
 VOLUME_POINTER = struct(512, [(20, "NextLength", "<u4"), (24, "NextLocation", "<u4")])
 PARTITION_DESCRIPTOR = struct(512, [
     (16, "SequenceNumber", "<u4"), (22, "PartitionNumber", "<u2"), (56, "UnallocatedSpaceTable", "<u4", (2,)),
-    (64, "UnallocatedSpaceBitmap", "<u4", (2,)), (88, "FreedSpaceBitmap", "<u4", (2,)), (188, "PartitionStartingLocation", "<u4"),
+    (64, "UnallocatedSpaceBitmap", "<u4", (2,)), (88, "FreedSpaceBitmap", "<u4", (2,)), (184, "AccessType", "<u4"), (188, "PartitionStartingLocation", "<u4"),
     (192, "PartitionLength", "<u4"),
 ])  # fmt: skip
 LOGICAL_VOLUME = struct(440, [
@@ -69,6 +69,8 @@ BITMAP_BATCH = 1 << 20
 """Bytes of a bitmap that are looked at together: a bit becomes a byte."""
 SPARING_TABLE = struct(56, [(48, "ReallocationTableLength", "<u2")])
 CLOSED = 1
+REWRITABLE = (3, 4)
+"""Access types (3/10.5.7) of partitions in which a block that is free may be written: rewritable, overwritable."""
 NONE = 0xFFFFFFFF
 
 

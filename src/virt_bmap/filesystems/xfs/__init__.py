@@ -228,5 +228,12 @@ def _structures() -> Structures:
 
 
 FORMAT = FilesystemFormat(
-    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, journals=("log",), fixed_records=True
+    NAME,
+    probe,
+    read,
+    Docs(FEATURES, REFUSED, ORACLES),
+    allocator="the free space B+trees of the allocation groups",
+    structures=_structures,
+    journals=("log",),
+    fixed_records=True,
 )

@@ -10,6 +10,7 @@ from virt_bmap.images.layer import Draft, Layer
 from virt_bmap.reader import Reader
 
 NAME = "raw"
+ALLOCATOR = None
 FEATURES = ("files and block devices, NBD exports",)
 REFUSED = ()
 ORACLES = ("qemu-img map",)

@@ -15,6 +15,7 @@ from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 
 NAME = "vdi"
+ALLOCATOR = None
 FEATURES = ("dynamic and static images, blocks of any size", "discarded blocks")
 REFUSED = ("undo and differencing images: named", "versions other than 1.1")
 ORACLES = ("qemu-img map", "qemu-img check", "content read through the map")
@@ -87,7 +88,7 @@ def place_blocks(draft: Draft, number: Int, entry: Int, block: int, data: int, e
     draft.place(guest[there], host[there] + extra, np.full(int(there.sum()), block))
     draft.zero(guest[entry == DISCARDED], np.full(int((entry == DISCARDED).sum()), block))
     low, high = complement(host[there], host[there] + extra + block, data, image.size)
-    draft.own("free block", low, high - low, tables.FREE)
+    draft.own(None, low, high - low, tables.UNREFERENCED)
 
 
 def _between(start: int, end: int) -> tuple[Int, Int]:

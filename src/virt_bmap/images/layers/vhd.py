@@ -17,6 +17,7 @@ from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 
 NAME = "vpc"
+ALLOCATOR = None
 FEATURES = ("fixed, dynamic and differencing images", "sector bitmaps of differencing images")
 REFUSED = ("parents by anything but a relative or absolute path",)
 ORACLES = ("qemu-img map", "content read through the map", "sectors of a parent and child laid out by hand")

@@ -18,6 +18,7 @@ from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
 
 NAME = "vmdk"
+ALLOCATOR = None
 FEATURES = (
     "monolithicSparse and twoGbMaxExtentSparse: both copies of grain directory and tables, grains of zeroes",
     "streamOptimized: compressed grains, markers, footer",

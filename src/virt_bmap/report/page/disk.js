@@ -3,7 +3,7 @@
 
 const GRID = 128;  // cells a side that are drawn at most: more are hard to tell apart
 const LEAST = 16;  // cells a side of the closest view
-const OTHER = 12, MARK = 13;  // codes of colours behind those of the kinds: every second file, and the file that was chosen
+const OTHER = 30, MARK = 31;  // codes of colours with room for all kinds below them: every second file, and the file that was chosen
 const view = { low: 0, side: GRID, cursor: 0, chosen: null, cells: null };
 
 // Where along the curve each place of a square of `side` lies; the classic transformation of bits.

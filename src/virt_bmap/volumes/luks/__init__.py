@@ -135,4 +135,4 @@ def _reader(base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> Reader
     ])  # fmt: skip
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES))
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), allocator="the header's list of key slot areas")

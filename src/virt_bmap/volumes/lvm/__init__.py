@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from virt_bmap.contract import Assembly, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.errors import Corrupt
 from virt_bmap.reader import Reader
-from virt_bmap.tables import BOOT, CONTENT, FREE, METADATA
+from virt_bmap.tables import BOOT, CONTENT, METADATA, UNREFERENCED
 from virt_bmap.volumes.lvm.group import new_group
 from virt_bmap.volumes.lvm.label import SECTOR, Pv, find_label, read_pv
 from virt_bmap.volumes.lvm.logical import read_group
@@ -137,10 +137,10 @@ def _unread(pvs: list[Pv], code: str, detail: str, assembly: Assembly) -> None:
 
 
 def _orphans(pvs: list[Pv], assembly: Assembly) -> None:
-    """Physical volumes that no group's text names: free, or of a group whose metadata lies on other disks."""
+    """Physical volumes that no group's text names: in no group, as far as their label knows, or of a group whose metadata lies on other disks."""
     for pv in pvs:
         if pv.empty or not pv.used:
-            _add_data_area(pv, assembly, FREE)
+            _add_data_area(pv, assembly, UNREFERENCED)
             continue
         _unread([pv], "incomplete", "its volume group's metadata lies on disks that were not given, or can't be read", assembly)
 
@@ -162,4 +162,12 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), spans=True, structures=_structures)
+FORMAT = VolumeFormat(
+    NAME,
+    probe,
+    assemble,
+    Docs(FEATURES, REFUSED, ORACLES),
+    allocator="the group's metadata, the space maps of thin pools, the tables of snapshot stores and write caches",
+    spans=True,
+    structures=_structures,
+)

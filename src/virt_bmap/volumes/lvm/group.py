@@ -15,7 +15,7 @@ from virt_bmap.contract import Assembly, Child, Problem, child_reference
 from virt_bmap.errors import Corrupt
 from virt_bmap.mapping import Rows
 from virt_bmap.reader import MappedReader, Reader
-from virt_bmap.tables import FREE, ExtentRows
+from virt_bmap.tables import ExtentRows
 from virt_bmap.volumes.lvm.label import SECTOR, Pv
 from virt_bmap.volumes.lvm.text import Section
 from virt_bmap.volumes.lvm.thin import Pool
@@ -202,8 +202,8 @@ def in_order(group: Group) -> list[str]:
     return result
 
 
-def add_free(group: Group) -> None:
-    """The physical extents that no logical volume takes."""
+def add_free(group: Group, kind: int) -> None:
+    """The physical extents that no logical volume takes: free, unless there are logical volumes of which it is not known what they take."""
     for label, section in group.text.section("physical_volumes").sections.items():
         space = group.physical[label]
         if space is None:
@@ -214,4 +214,4 @@ def add_free(group: Group) -> None:
         low, high = space.place.offset, space.place.offset + group.bytes(section.number("pe_count", high=MAX_EXTENTS))
         size = group.sizes[number]
         left = complement(starts, starts + ints([size for _, size in mine]), min(low, size), min(high, size))
-        group.assembly.extents.setdefault(number, ExtentRows()).add(FREE, left[0], left[1] - left[0])
+        group.assembly.extents.setdefault(number, ExtentRows()).add(kind, left[0], left[1] - left[0])

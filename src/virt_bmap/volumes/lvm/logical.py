@@ -12,7 +12,7 @@ from virt_bmap.arrays import complement
 from virt_bmap.contract import Child, Problem
 from virt_bmap.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.mapping import COPY, DATA, ROLES, Row, Rows
-from virt_bmap.tables import CONTENT, METADATA, ExtentRows
+from virt_bmap.tables import CONTENT, FREE, METADATA, UNREFERENCED, ExtentRows
 from virt_bmap.volumes.lvm.cache import Cached, read_cache, read_writecache
 from virt_bmap.volumes.lvm.group import Group, Opener, Space, add_free, in_order, segments_of, span
 from virt_bmap.volumes.lvm.label import SECTOR
@@ -34,10 +34,12 @@ MAX_DEVICE = 1 << 24
 
 def read_group(group: Group) -> None:
     """Place every logical volume of the group. Raises Corrupt where their order can't be found."""
+    unread = False
     for name in in_order(group):
         try:
             _read_volume(group, name)
         except FormatError as error:
+            unread = True
             group.logical.setdefault(name, None)
             group.missing[True, name] = f"of {name}"
             severity = "warning" if isinstance(error, Unsupported) else "error"
@@ -45,7 +47,7 @@ def read_group(group: Group) -> None:
                 detail = f"logical volume {group.name}/{name}: {error}"
                 group.problem(pv.member.number, Problem(error.code, detail, pv.text_at, severity))
     _name_unread(group)
-    add_free(group)
+    add_free(group, UNREFERENCED if unread else FREE)
 
 
 def _name_unread(group: Group) -> None:

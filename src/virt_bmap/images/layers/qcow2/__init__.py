@@ -21,6 +21,7 @@ from virt_bmap.images.layers.qcow2.refcounts import References
 from virt_bmap.reader import Reader
 
 NAME = "qcow2"
+ALLOCATOR = "the refcounts"
 FEATURES = (
     "versions 2 and 3, clusters of 512 bytes to 2 MiB, refcounts of 1 to 64 bits",
     "backing chains",

@@ -17,6 +17,7 @@ from virt_bmap.images.layers.vhdx.metadata import AREA, HEADERS, MIB, REGION_TAB
 from virt_bmap.reader import Reader
 
 NAME = "vhdx"
+ALLOCATOR = None
 FEATURES = (
     "fixed, dynamic and differencing images, sectors of 512 and 4096 bytes",
     "blocks kept though they are zeroed or unmapped",
@@ -111,7 +112,7 @@ def place_blocks(
     start = np.concatenate([host[there], place, ints([at for at, _ in taken])])
     length = np.concatenate([np.full(int(there.sum()), about.block), np.full(len(place), MIB), ints([size for _, size in taken])])
     low, high = complement(start, start + length, 0, image.size)
-    draft.own("free space", low, high - low, tables.FREE)
+    draft.own(None, low, high - low, tables.UNREFERENCED)
 
 
 def _place_sectors(
