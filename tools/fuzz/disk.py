@@ -1,0 +1,86 @@
+"""A scratch copy of a disk that remembers what was overwritten, so that damage is undone in a few writes."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+Patch = list[tuple[int, str]]
+"""(offset, bytes in hexadecimal)"""
+PIECE = 1 << 20
+
+
+def scratch() -> str | None:
+    """Where damaged copies lie: in memory, where they are quick and of any size."""
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+class Disk:
+    """A file under damage. `size` is what it has now, `touched` the ranges that were written since it was whole."""
+
+    def __init__(self, source: Path, path: Path) -> None:
+        subprocess.run(["cp", "--sparse=always", source, path], check=True)
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR)
+        self.size = self._whole = os.fstat(self._fd).st_size
+        self.touched: list[tuple[int, int]] = []
+        self._undo: list[tuple[int, bytes]] = []
+
+    def close(self) -> None:
+        """Also removes the copy."""
+        os.close(self._fd)
+        self.path.unlink()
+
+    def read(self, at: int, length: int) -> bytes:
+        """What is there of the range; less behind the end, nothing before the start."""
+        return os.pread(self._fd, min(length, self.size - at), at) if 0 <= at < self.size and length > 0 else b""
+
+    def write(self, at: int, data: bytes) -> bool:
+        """Overwrite what is there of the range; does that change anything?"""
+        data = bytes(data[: max(0, self.size - at)])
+        if at < 0 or not data or (old := os.pread(self._fd, len(data), at)) == data:
+            return False
+        self._undo.append((at, old))
+        self.touched.append((at, at + len(data)))
+        os.pwrite(self._fd, data, at)
+        return True
+
+    def resize(self, size: int) -> None:
+        """Cut the disk off, or let it grow by a hole."""
+        for at in range(max(1, size), self.size, PIECE):
+            data = self.read(at, PIECE)
+            if data.strip(b"\0"):
+                self._undo.append((at, data))
+        os.ftruncate(self._fd, max(1, size))
+        self.size = max(1, size)
+
+    def restore(self) -> None:
+        """As the disk was made."""
+        if self.size != self._whole:
+            os.ftruncate(self._fd, self._whole)
+            self.size = self._whole
+        for at, old in reversed(self._undo):
+            os.pwrite(self._fd, old[: max(0, self._whole - at)], at)
+        self._undo, self.touched = [], []
+
+    def patch(self) -> Patch:
+        """The damage, as what differs from the whole disk, byte for byte; but the size."""
+        old: dict[int, int] = {}
+        for at, data in reversed(self._undo):
+            old.update(enumerate(data, at))
+        new = {at: self.read(at, 1)[:1] for at in sorted(old) if at < min(self.size, self._whole) or self.size > self._whole}
+        runs: list[tuple[int, bytearray]] = []
+        for at, byte in new.items():
+            if byte and byte[0] != old[at]:
+                if runs and runs[-1][0] + len(runs[-1][1]) == at:
+                    runs[-1][1].append(byte[0])
+                else:
+                    runs.append((at, bytearray(byte)))
+        return [(at, bytes(data).hex()) for at, data in runs]
+
+    def apply(self, patch: Sequence[tuple[int, str]], size: int) -> None:
+        """The damage of a patch, on a whole disk."""
+        if size != self.size:
+            self.resize(size)
+        for at, data in patch:
+            self.write(at, bytes.fromhex(data))
