@@ -94,6 +94,21 @@ def complement(starts: Int, ends: Int, low: int, high: int) -> tuple[Int, Int]:
     return left[keep], right[keep]
 
 
+def complement_by(sizes: Int, group: Int, starts: Int, ends: Int) -> tuple[Int, Int, Int]:
+    """(group, starts, ends): what of [0, sizes[g]) no range of group g covers, by group and start."""
+    low, high = np.clip(starts, 0, sizes[group]), np.clip(ends, 0, sizes[group])
+    group, low, high = union_by(*(column[high > low] for column in (group, low, high)))
+    first = np.append(True, group[1:] != group[:-1])[: len(group)]
+    before = np.where(first, 0, np.append(0, high[:-1])[: len(group)])
+    reach = np.zeros(len(sizes), np.int64)
+    reach[group] = high  # the last of each group is what stays
+    group = np.append(group, np.arange(len(sizes), dtype=np.int64))
+    left, right = np.append(before, reach), np.append(low, sizes)
+    order = np.flatnonzero(right > left)
+    order = order[np.lexsort((left[order], group[order]))]
+    return group[order], left[order], right[order]
+
+
 def intersect(a_starts: Int, a_ends: Int, b_starts: Int, b_ends: Int) -> tuple[Int, Int]:
     """The bytes that both sets of ranges cover, sorted and merged."""
     a = union(a_starts, a_ends)

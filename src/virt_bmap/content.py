@@ -1,7 +1,9 @@
 """The content of files, read where a block map says it lies: many files in few batches, holes and unwritten parts left to the caller as zeroes.
 
-Bytes come from the reader of the filesystem's own volume, so arrays, encryption and thin volumes are already undone. What is stored compressed or
-encrypted by the filesystem itself is refused, a file at a time.
+Bytes come from the reader of the filesystem's own volume, so arrays, encryption and thin volumes are already undone, journals replayed, and copies checked.
+What can't be had is told with each piece (`Piece.lost`). What is stored compressed or encrypted by the filesystem itself is refused, a file at a time.
+
+A deleted file that a map still names (NTFS) has the clusters that its record names, as far as they are nobody's now.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
-from virt_bmap.arrays import Bytes, Int, expand, ints
+from virt_bmap import formats, history, tables
+from virt_bmap.arrays import Bytes, Int, Intervals, complement_by, expand, ints, union
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.errors import Corrupt, Unsupported, UsageError
-from virt_bmap.reader import Reader
+from virt_bmap.columns import take
+from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
+from virt_bmap.lost import NOTHING, NOWHERE, REUSED, Lost, Missing
+from virt_bmap.reader import Reader, scatter
 
 BATCH = 8 << 20
 """Bytes of files read at once: enough for any disk's streaming speed, and no strain on memory."""
@@ -23,16 +27,16 @@ MAX_LINKS = 40
 """Symbolic links followed on the way to one file, as in Linux (MAXSYMLINKS)."""
 MAX_TARGET = 64 << 10
 """Bytes of a link's target: 4095 on Linux, 32 KiB in UTF-16 on Windows."""
-INTERIX_LINK = b"IntxLNK\x01"
-REPARSE_LX_SYMLINK = 0xA000001D
 
 
 class Piece(NamedTuple):
-    """`data` is content of file number `file` (of those asked for) from `offset` on. The data is good until the next piece is asked for."""
+    """`data` is content of file number `file` (of those asked for) from `offset` on, zeroes where it is `lost` (in bytes of the file). The data is good until the
+    next piece is asked for."""
 
     file: int
     offset: int
     data: Bytes
+    lost: Lost = NOTHING
 
 
 class Files:
@@ -47,6 +51,7 @@ class Files:
         self.type: str = system.column("type")[0].as_py()
         self.state: str = system.column("state")[0].as_py()
         self.reader = reader
+        self._map, self._volume, self._recalled = bmap, volume, False
         self._inode_columns(bmap.slice_of("inodes", volume)[1])
         self._name_columns(bmap.slice_of("names", volume)[1])
         self._extent_columns(bmap.slice_of("extents", volume)[1])
@@ -82,10 +87,13 @@ class Files:
         self._start, self._length = tables.integers(table, "volume_offset")[rows], tables.integers(table, "length")[rows]
         self._inline = (flags[rows] & tables.INLINE) != 0
         self._coded = (flags[rows] & (tables.COMPRESSED | tables.ENCRYPTED)) != 0
+        self._why = np.full(len(rows), -1, np.int64)
+        """Of rows that lie nowhere the reason, a number of lost.REASONS."""
         links = np.flatnonzero((kind == tables.SYMLINK) & (file_offset < 0))
         self._links = links[np.argsort(inode[links], kind="stable")]
         self._link_owner = inode[self._links]
         self._link_at, self._link_length = (tables.integers(table, name)[self._links] for name in ("volume_offset", "length"))
+        self._link_coded = flags[self._links] & (tables.COMPRESSED | tables.ENCRYPTED) != 0
         wof = np.flatnonzero(code == self.streams.get("WofCompressedData", -2))
         self._elsewhere = np.unique(inode[wof])
         reparse = [at for at, word in enumerate(words) if "REPARSE_POINT" in word]
@@ -100,14 +108,25 @@ class Files:
         return np.where(self._inode[at] == inodes, self._rows[at], -1) if len(self._inode) else np.full(len(inodes), -1, np.int64)
 
     def children(self, directory: int) -> list[tuple[bytes, int]]:
-        """(name, inode) of a directory's names, as the disk has them: nothing is promised of their bytes."""
+        """(name, inode) of a directory's names, as the disk has them: nothing is promised of their bytes. Of deleted files only in a deleted directory."""
+        found = self._listed(directory)
+        return found if self.is_deleted([directory])[0] else [pair for pair, gone in zip(found, self.is_deleted([inode for _, inode in found]), strict=True) if not gone]  # fmt: skip
+
+    def _listed(self, directory: int) -> list[tuple[bytes, int]]:
         low, high = np.searchsorted(self._parent, [directory, directory + 1]).tolist()
         return list(zip(self._name.slice(low, high - low).to_pylist(), self._child[low:high].tolist(), strict=True))
+
+    def is_deleted(self, inodes: Sequence[int]) -> list[bool]:
+        """Which of the inodes are of deleted files."""
+        rows = self.rows_of(ints(inodes))
+        gone: list[bool] = ((rows >= 0) & (np.append(self.flags, 0)[rows] & tables.I_DELETED != 0)).tolist()
+        return gone
 
     def find(self, path: bytes, follow: bool = True) -> int:
         """The inode that a path from the root leads to, links on the way followed inside the filesystem; the last name only with `follow`.
 
-        '/' and NUL in a name on the disk are written as in all paths of a map. Raises UsageError where there is no such file.
+        '/' and NUL in a name on the disk are written as in all paths of a map. A deleted file is found where no other has its name. Raises UsageError where there
+        is no such file.
         """
         trail, todo, links = [self.root], _names(path), 0
         while todo:
@@ -115,7 +134,8 @@ class Files:
             if name == b"..":
                 trail = trail[:-1] or trail
                 continue
-            found = [inode for known, inode in self.children(trail[-1]) if known == name or _shown(known) == name]
+            found = [inode for known, inode in self._listed(trail[-1]) if known == name or _shown(known) == name]
+            found = [inode for _, inode in sorted(zip(self.is_deleted(found), found, strict=True), key=lambda pair: pair[0])]
             if not found:
                 raise UsageError(f"no file {_text(path)} on {self.device}")
             if self.is_kind(found[0], tables.T_SYMLINK) and (todo or follow):
@@ -141,34 +161,81 @@ class Files:
     def target(self, inode: int) -> bytes | None:
         """What a symbolic link leads to; None where it is damaged, or the format keeps it in a way that is not read here."""
         row = int(self.rows_of(ints(inode))[0])
-        if self.type == "ntfs":
-            return self._ntfs_target(inode, row)
-        if row < 0 or not 0 < self.size[row] <= MAX_TARGET or self.refusal(inode):
+        if row < 0:
             return None
-        result = bytearray(int(self.size[row]))
-        known = 0
-        for piece in self.pieces([inode]):
-            result[piece.offset : piece.offset + len(piece.data)] = piece.data.tobytes()
-            known += len(piece.data)
-        return bytes(result) if known == len(result) else None
+        format, size = formats.filesystem(self.type), int(self.size[row])
+        data = self._target_bytes(inode)
+        if data is None or not 0 < len(data) <= MAX_TARGET:
+            return None
+        if format and format.target:
+            return format.target(data, size)
+        return data if len(data) == size else None
 
-    def _ntfs_target(self, inode: int, row: int) -> bytes | None:
-        """Links of Interix and ntfs-3g (UTF-16 behind a magic) and of WSL (UTF-8 in a reparse point); those of Windows name devices, not files."""
-        low, high = np.searchsorted(self._link_owner, [inode, inode + 1]).tolist()
-        at, length = self._link_at[low:high], self._link_length[low:high]
-        if low == high:
-            first, last = self._content(inode, -1)
-            at, length = self._start[first:last], self._length[first:last]
-        if row < 0 or not 0 < length.sum() <= MAX_TARGET or (at + length > self.reader.size).any():
+    def _target_bytes(self, inode: int) -> bytes | None:
+        """All bytes in which the target of a link lies; None where any can't be had."""
+        low, high = self._content(inode, -1)
+        at, length, coded = self._start[low:high], self._length[low:high], self._coded[low:high]
+        length = np.clip(self.size[self.rows_of(ints(inode))] - self._at[low:high], 0, length)
+        if (self._at[low:high] != np.cumsum(length) - length).any():
             return None
-        data = self.reader.read_ranges(at, length).tobytes()
-        if data.startswith(INTERIX_LINK):
-            data = data[: int(self.size[row])] if self.size[row] > len(INTERIX_LINK) else data
-            words = data[len(INTERIX_LINK) : len(data) // 2 * 2]
-            return words.decode("utf-16-le", "surrogatepass").encode(errors="surrogatepass") or None
-        if int.from_bytes(data[:4], "little") == REPARSE_LX_SYMLINK:
-            return data[12 : 8 + int.from_bytes(data[4:6], "little")] or None
-        return None
+        if low == high:
+            low, high = np.searchsorted(self._link_owner, [inode, inode + 1]).tolist()
+            at, length, coded = self._link_at[low:high], self._link_length[low:high], self._link_coded[low:high]
+        if coded.any() or not 0 < length.sum() <= MAX_TARGET:
+            return None
+        data, lost = self.reader.read_known(at, length)
+        return None if len(lost.starts) else data.tobytes()
+
+    # ---- deleted files ----------------------------------------------------------------------------------------------
+
+    def _recall(self, inodes: Sequence[int]) -> None:
+        """If any of these is deleted: add where such files lay. What is not free any more, and what is not told, has a reason instead of a place."""
+        if self._recalled or not any(self.is_deleted(inodes)):
+            return
+        self._recalled = True
+        table = history.contents(self._map, self._volume, self.reader.raw)
+        if table is None:
+            return
+        gone = self._inode[(self.flags[self._rows] & tables.I_DELETED != 0) & (self.kind[self._rows] == tables.T_FILE)]
+        gone = np.setdiff1d(gone, self._owner)
+        kind, plain = tables.codes(table, "kind"), ~table.column("part").is_valid().to_numpy()
+        owner, at, start, length, held, flags = (
+            tables.integers(table, name) for name in ("inode", "file_offset", "volume_offset", "length", "file_length", "flags")
+        )
+        rows = np.flatnonzero(plain & (at >= 0) & np.isin(owner, gone) & np.isin(kind, (tables.DATA, tables.UNWRITTEN)))
+        file, low, high = complement_by(
+            self.size[self.rows_of(gone)], np.searchsorted(gone, owner[rows]), at[rows], (at + held)[rows]
+        )
+        self._add(gone[file], low, np.full(len(file), -1, np.int64), high - low, np.zeros(len(file), np.int64), NOWHERE)
+        rows = rows[kind[rows] == tables.DATA]
+        own = rows[flags[rows] & (tables.INLINE | tables.COMPRESSED | tables.ENCRYPTED) != 0]
+        self._add(owner[own], at[own], start[own], length[own], flags[own], -1)
+        rows = np.setdiff1d(rows, own)
+        free = self._free()
+        nth, which = free.overlaps(start[rows], start[rows] + length[rows])
+        row = rows[nth]
+        low, high = np.maximum(start[row], free.starts[which]), np.minimum((start + length)[row], free.ends[which])
+        self._add(owner[row], at[row] + low - start[row], low, high - low, flags[row], -1)
+        nth, low, high = complement_by(length[rows], nth, low - start[row], high - start[row])
+        row = rows[nth]
+        self._add(owner[row], at[row] + low, np.full(len(row), -1, np.int64), high - low, flags[row], REUSED)
+
+    def _free(self) -> Intervals:
+        _, table = self._map.slice_of("extents", self._volume)
+        free = tables.codes(table, "kind") == tables.FREE
+        start, length = (tables.integers(table, name)[free] for name in ("volume_offset", "length"))
+        return Intervals(*union(start, start + length))
+
+    def _add(self, owner: Int, at: Int, start: Int, length: Int, flags: Int, why: int) -> None:
+        """More rows of plain content; `why` as in `_why`."""
+        owner, at = np.append(self._owner, owner), np.append(self._at, at)
+        part = np.append(self._part, np.full(len(owner) - len(self._part), -1, np.int64))
+        order = np.lexsort((at, part, owner))
+        self._owner, self._part, self._at = owner[order], part[order], at[order]
+        self._start, self._length = np.append(self._start, start)[order], np.append(self._length, length)[order]
+        self._inline = np.append(self._inline, flags & tables.INLINE != 0)[order]
+        self._coded = np.append(self._coded, flags & (tables.COMPRESSED | tables.ENCRYPTED) != 0)[order]
+        self._why = np.append(self._why, np.full(len(start), why, np.int64))[order]
 
     # ---- content ----------------------------------------------------------------------------------------------------
 
@@ -179,6 +246,7 @@ class Files:
             return "its inode is damaged or missing"
         if self.flags[row] & tables.I_ENCRYPTED:
             return "encrypted by the filesystem"
+        self._recall([inode])
         low, high = self._content(inode, self._code(stream))
         if stream is not None and not (high > low and self._inline[low:high].all()):
             return "it has no such stream, an empty one, or one of whole clusters, whose exact length a map does not keep"
@@ -186,8 +254,6 @@ class Files:
             return "stored compressed or encrypted"
         if stream is None and low == high and self.size[row] and np.isin(inode, self._reparse):
             return "kept elsewhere by what its reparse point names"
-        if (self._start[low:high] + self._length[low:high] > self.reader.size).any():
-            return "its blocks lie outside the volume"
         return None
 
     def length(self, inode: int, stream: str | None = None) -> int:
@@ -202,6 +268,7 @@ class Files:
 
         Reads are batches of BATCH bytes, however many files that is. `refusal` must have had nothing to say of any of them.
         """
+        self._recall(inodes)
         size = np.array([self.length(inode, stream) for inode in inodes], np.int64)
         bounds = np.array([self._content(inode, self._code(stream)) for inode in inodes], np.int64).reshape(-1, 2)
         file, step = expand(bounds[:, 1] - bounds[:, 0])
@@ -213,12 +280,34 @@ class Files:
         group = (np.cumsum(length) - 1) // BATCH
         edges = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(group)).tolist()
         for low, high in pairwise(edges):
-            data = self.reader.read_ranges(start[low:high], length[low:high])
+            data, lost = self._read(start[low:high], length[low:high], self._why[row[low:high]])
+            piece, gone = lost
+            bounds = np.searchsorted(piece, np.arange(high - low + 1)).tolist()
             ends = np.cumsum(length[low:high]).tolist()
-            for number, offset, n, end in zip(
-                file[low:high].tolist(), at[low:high].tolist(), length[low:high].tolist(), ends, strict=True
-            ):
-                yield Piece(number, offset, data[end - n : end])
+            columns = (file[low:high].tolist(), at[low:high].tolist(), length[low:high].tolist(), ends, pairwise(bounds))
+            for number, offset, n, end, (first, last) in zip(*columns, strict=True):
+                told = NOTHING
+                if last > first:
+                    told = take(gone, slice(first, last))
+                    told = told._replace(starts=told.starts + offset, ends=told.ends + offset)
+                yield Piece(number, offset, data[end - n : end], told)
+
+    def _read(self, start: Int, length: Int, why: Int) -> tuple[Bytes, tuple[Int, Lost]]:
+        """The bytes of pieces, one after the other; and (which piece, what of it is lost, in bytes of the piece), by piece."""
+        there = why < 0
+        data, lost = self.reader.read_known(start[there], length[there])
+        piece, gone = lost.within(start[there], start[there] + length[there])
+        piece = np.flatnonzero(there)[piece]
+        gone = gone._replace(starts=gone.starts - start[piece], ends=gone.ends - start[piece])
+        if there.all():
+            return data, (piece, gone)
+        whole = np.zeros(int(length.sum()), np.uint8)
+        scatter(whole, (np.cumsum(length) - length)[there], length[there], data)
+        nowhere = np.flatnonzero(~there)
+        gone = Lost.join([gone, Lost(np.zeros(len(nowhere), np.int64), length[nowhere], why[nowhere])])
+        piece = np.append(piece, nowhere)
+        order = np.argsort(piece, kind="stable")
+        return whole, (piece[order], take(gone, order))
 
     def _code(self, stream: str | None) -> int:
         if stream is not None and stream not in self.streams:
@@ -232,8 +321,9 @@ class Files:
         return int(first), int(last)
 
 
-def spread(pieces: Iterator[Piece], size: int) -> Iterator[Bytes]:
-    """The whole content of one file from its pieces, zeroes between them, at most BATCH bytes at a time. Raises Corrupt where pieces overlap."""
+def spread(pieces: Iterator[Piece], size: int, missing: Missing | None = None) -> Iterator[Bytes]:
+    """The whole content of one file from its pieces, zeroes between them, at most BATCH bytes at a time. Raises Corrupt where pieces overlap, ImageError where bytes
+    are lost, unless they are to be added to `missing`; then they are zeroes."""
     zeroes = np.zeros(min(BATCH, size), np.uint8)
     done = 0
 
@@ -245,6 +335,11 @@ def spread(pieces: Iterator[Piece], size: int) -> Iterator[Bytes]:
         if piece.offset < done:
             raise Corrupt(f"two extents of the file hold its byte {piece.offset:#x}")
         yield from gap(piece.offset)
+        if len(piece.lost.starts):
+            told = Missing() if missing is None else missing
+            told.add(piece.lost)
+            if missing is None:
+                raise ImageError(f"can't be read whole: {told}; --partial gives zeroes for them")
         yield piece.data
         done = piece.offset + len(piece.data)
     yield from gap(size)

@@ -71,6 +71,7 @@ class Child:
 
     `name` is the whole device name. `contents` False: not looked into (an extended partition, a hidden sub-volume). `unread` names the bytes
     that no reader claims: "BIOS boot". `many` gives further rows as columns, for volumes with too many rows for objects (thin).
+    `holes` are where bytes that no row places read as zeroes since nothing was ever put there (thin volumes, image files); all others of that kind are lost.
     """
 
     kind: str
@@ -84,6 +85,7 @@ class Child:
     contents: bool = True
     many: Rows | None = None
     unread: str | None = None
+    holes: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -146,10 +148,12 @@ class History(NamedTuple):
 
     `former(reader, extents, starts, ends)` gives the table `former`: owners that are gone, of bytes that touch the ranges; `extents` are those of the map.
     `copy_of(reader, offset)` tells where a journal's byte belongs and in which transaction it was written, None where it is no copy.
+    `contents(reader)` gives the table `extents` of deleted files that the map still names, as if they were not deleted.
     """
 
     former: Callable[[Reader, pa.Table, Int, Int], pa.Table]
     copy_of: Callable[[Reader, int], tuple[int, int] | None] | None = None
+    contents: Callable[[Reader], pa.Table] | None = None
 
 
 class FilesystemFormat(NamedTuple):
@@ -160,7 +164,8 @@ class FilesystemFormat(NamedTuple):
     away; what merely nothing refers to is UNREFERENCED, and survey takes FREE for that where a format has no allocator.
 
     `structures` and `history` are called, and import what they need, only when somebody asks. `fixed_records`: inodes' own records all have one size, so that
-    `record_offset`s tell it. `journals`: the parts of a map that are journals. `inode`: what numbers stand for, where the format has none.
+    `record_offset`s tell it. `journals`: the parts of a map that are journals. `inode`: what numbers stand for, where the format has none. `target(data, size)`:
+    the path in the bytes of a symbolic link whose inode has this size, None where it is none; formats that keep the plain path have no such function.
     """
 
     name: str
@@ -174,6 +179,7 @@ class FilesystemFormat(NamedTuple):
     fixed_records: bool = False
     reuses_numbers: bool = True
     inode: str = ""
+    target: Callable[[bytes, int], bytes | None] | None = None
 
 
 class Assembler(Protocol):

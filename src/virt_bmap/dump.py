@@ -7,10 +7,16 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from virt_bmap.arrays import EMPTY, Bytes, Int, ints, runs, subtract
+from virt_bmap.errors import ImageError
+from virt_bmap.lost import Lost, Missing
 from virt_bmap.reader import Reader
+
+Ranges = tuple[Int, Int]
 
 BATCH = 8 << 20
 """Bytes read at once."""
+LOOK = 1 << 30
+"""Bytes of a volume that is not whole whose losses are looked at together; stripes of a lost member are many."""
 GRAIN = 4096
 """Zeroes are left out in pieces of this size, the block size of nearly all filesystems that may hold the copy."""
 
@@ -58,29 +64,58 @@ class Stream:
 def dump(
     reader: Reader,
     target: Target,
-    skip: tuple[Int, Int] = (EMPTY, EMPTY),
+    skip: Ranges = (EMPTY, EMPTY),
     tell: Callable[[int], None] = lambda _: None,
     grain: int = GRAIN,
-) -> int:
-    """Copy all of a volume, the bytes of `skip` as zeroes without reading them; how many bytes were read. Holes of image files are not read either.
+    partial: bool = False,
+) -> Missing:
+    """Copy all of a volume, the bytes of `skip` as zeroes without reading them; what is missing from the copy. Holes of image files are not read either.
 
-    Zeroes are told from data in pieces of `grain` bytes, which divide BATCH. `tell` is called with the number of bytes that are done.
+    Zeroes are told from data in pieces of `grain` bytes, which divide BATCH. `tell` is called with the number of bytes that are done. Raises ImageError where
+    bytes of the volume can't be had, before anything is written where that is known beforehand; `partial`: they are zeroes in the copy.
     """
-    wanted = subtract(*reader.stored(), *skip)
+    if not partial and not reader.whole:
+        _refuse_lost(reader, skip)
+    wanted, missing = subtract(*reader.stored(), *skip), Missing()
     done = 0
     for low in _batches(wanted):
         if low > done:
-            target.zero(done, low)
+            _zero(reader, target, done, low, skip, missing)
         done = min(low + BATCH, reader.size)
-        _copy(_batch(reader, wanted, low, done), low, target, grain)
+        data, lost = _batch(reader, wanted, skip, low, done)
+        missing.add(lost)
+        if missing and not partial:
+            raise ImageError(f"{reader.name}: can't be read whole: {missing}; --partial fills them with zeroes")
+        _copy(data, low, target, grain)
         tell(done)
     if done < reader.size:
-        target.zero(done, reader.size)
+        _zero(reader, target, done, reader.size, skip, missing)
         tell(reader.size)
-    return int((wanted[1] - wanted[0]).sum())
+    return missing
 
 
-def _batches(wanted: tuple[Int, Int]) -> list[int]:
+def _refuse_lost(reader: Reader, skip: Ranges) -> None:
+    """ImageError where it is known beforehand that bytes can't be had."""
+    for low in range(0, reader.size, LOOK):
+        missing = Missing()
+        missing.add(_lost(reader, skip, low, min(low + LOOK, reader.size)))
+        if missing:
+            raise ImageError(f"{reader.name}: can't be read whole: {missing}; --partial fills them with zeroes")
+
+
+def _lost(reader: Reader, skip: Ranges, low: int, high: int) -> Lost:
+    """What of bytes [low, high) that are wanted can't be had, as far as is known without reading."""
+    return reader.lost(*subtract(ints(low), ints(high), *skip))
+
+
+def _zero(reader: Reader, target: Target, start: int, end: int, skip: Ranges, missing: Missing) -> None:
+    """Bytes that are not stored; of a volume that is not whole some may be lost."""
+    for low in range(start, end, LOOK) if not reader.whole else ():
+        missing.add(_lost(reader, skip, low, min(low + LOOK, end)))
+    target.zero(start, end)
+
+
+def _batches(wanted: Ranges) -> list[int]:
     """Where the batches begin in which something is wanted."""
     first, last = wanted[0] // BATCH, (wanted[1] - 1) // BATCH
     marks = np.zeros(int(last.max(initial=-1)) + 2, np.int64)
@@ -90,19 +125,21 @@ def _batches(wanted: tuple[Int, Int]) -> list[int]:
     return found
 
 
-def _batch(reader: Reader, wanted: tuple[Int, Int], low: int, high: int) -> Bytes:
-    """Bytes [low, high), read where they are wanted and zero elsewhere."""
+def _batch(reader: Reader, wanted: Ranges, skip: Ranges, low: int, high: int) -> tuple[Bytes, Lost]:
+    """Bytes [low, high), read where they are wanted and zero elsewhere, and what of them can't be had."""
     first = np.searchsorted(wanted[1], low, "right")
     last = np.searchsorted(wanted[0], high, "left")
     starts, ends = np.clip(wanted[0][first:last], low, high), np.clip(wanted[1][first:last], low, high)
+    data, lost = reader.read_known(starts, ends - starts)
+    if not reader.whole:
+        lost = Lost.join([lost, _lost(reader, (np.append(skip[0], starts), np.append(skip[1], ends)), low, high)])
     if len(starts) == 1 and ends[0] - starts[0] == high - low:
-        return reader.read_ranges(ints(low), ints(high - low))
-    result = np.zeros(high - low, np.uint8)
-    data, at = reader.read_ranges(starts, ends - starts), 0
+        return data, lost
+    result, at = np.zeros(high - low, np.uint8), 0
     for start, end in zip((starts - low).tolist(), (ends - low).tolist(), strict=True):
         result[start:end] = data[at : at + end - start]
         at += end - start
-    return result
+    return result, lost
 
 
 def _copy(data: Bytes, offset: int, target: Target, grain: int) -> None:

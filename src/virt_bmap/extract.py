@@ -19,6 +19,7 @@ from virt_bmap.arrays import ints
 from virt_bmap.content import Files, Piece
 from virt_bmap.errors import OutputError
 from virt_bmap.leftovers import hidden_folder
+from virt_bmap.lost import Missing
 from virt_bmap.outputs.escape import escape
 
 MAX_DEPTH = 1024
@@ -28,6 +29,8 @@ GROUP = 16384
 HERE_IMPOSSIBLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EFBIG, errno.EOVERFLOW)
 """What one hostile name, size or time can cause: that file is left out, while a full disk ends the job."""
 SPECIAL = (tables.T_CHAR, tables.T_BLOCK, tables.T_FIFO, tables.T_SOCKET)
+TOLD = 100
+"""Files that can't be read whole whose missing bytes are told; all are counted."""
 NO_LOSS = (*SPECIAL, tables.T_METADATA)
 """What is left out without being missed."""
 
@@ -63,6 +66,16 @@ class Report:
     left: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     lost: bool = False
     """Something was left out that a copy should have: more than devices, fifos and sockets."""
+    missing: list[tuple[bytes, Missing]] = field(default_factory=list)
+    """The first files that can't be read whole, and what of them is missing: left out, or with zeroes in its place."""
+    incomplete: int = 0
+    """How many such files there are."""
+
+    def miss(self, path: bytes, missing: Missing) -> None:
+        """Count a file that can't be read whole."""
+        self.incomplete += 1
+        if len(self.missing) < TOLD:
+            self.missing.append((path, missing))
 
     def leave(self, reason: str, path: bytes, lost: bool = True) -> None:
         """Count what is left out."""
@@ -72,10 +85,16 @@ class Report:
 
 
 def extract(
-    files: Files, wanted: Sequence[tuple[bytes, int]], folder: str, same_owner: bool, tell: Callable[[int], None] = lambda _: None
+    files: Files,
+    wanted: Sequence[tuple[bytes, int]],
+    folder: str,
+    same_owner: bool,
+    tell: Callable[[int], None] = lambda _: None,
+    partial: bool = False,
 ) -> Report:
     """Make (name, inode) of `wanted` in `folder`, trees with all below them; `tell` is called with the bytes of files that are done.
 
+    Files that can't be read whole are left out; `partial`: they are made, with zeroes for what is missing.
     Raises OutputError where a name exists already or can't be written; then nothing is left behind.
     """
     try:
@@ -83,7 +102,7 @@ def extract(
             if is_name(name) and os.path.lexists(os.path.join(os.fsencode(folder), name)):
                 raise OutputError(f"{folder}: {escape(name)} exists there already")
         with hidden_folder(os.path.join(folder, "extract")) as new, contextlib.ExitStack() as stack:
-            work = _Work(files, os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), same_owner, tell)
+            work = _Work(files, os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), same_owner, tell, partial)
             stack.callback(work.close)
             names, directories = work.make(wanted)
             above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -101,8 +120,8 @@ def extract(
 
 
 class _Work:
-    def __init__(self, files: Files, top: int, same_owner: bool, tell: Callable[[int], None]) -> None:
-        self.files, self.top, self.same_owner, self.tell = files, top, same_owner, tell
+    def __init__(self, files: Files, top: int, same_owner: bool, tell: Callable[[int], None], partial: bool) -> None:
+        self.files, self.top, self.same_owner, self.tell, self.partial = files, top, same_owner, tell, partial
         self.report = Report()
         self._open: tuple[Place, int] = ((), os.dup(top))
         self._made: dict[int, Entry] = {}
@@ -172,11 +191,22 @@ class _Work:
         for number, entry in enumerate(entries):
             size = int(self.files.size[entry.row])
             with self._created(entry, size) as file:
+                missing, done, twice = Missing(), 0, False
                 while piece is not None and piece.file == number:
+                    missing.add(piece.lost)
+                    twice |= piece.offset < done
+                    done = piece.offset + len(piece.data)
                     if file is not None:
                         _put(file, piece)
                     piece = next(pieces, None)
-                if file is not None:
+                if missing:
+                    self.report.miss(entry.path, missing)
+                    self.report.lost = True
+                if twice:
+                    self.report.leave("files of which two extents hold the same bytes", entry.path)
+                if file is not None and (twice or (missing and not self.partial)):
+                    os.unlink(entry.name, dir_fd=self._enter(entry.folder))
+                elif file is not None:
                     self._dress(file, entry.row, 0o666)
                     self._made[entry.inode] = entry
                     self.report.files += 1

@@ -37,6 +37,12 @@ def former_owners(bmap: BlockMap, volume: int, reader: Reader, starts: Int, ends
     return found.take(_latest_first(found))
 
 
+def contents(bmap: BlockMap, volume: int, reader: Reader) -> pa.Table | None:
+    """Where deleted files that the map names lay, as rows of `extents`; None where its format names none."""
+    history = history_of(bmap, volume)
+    return history.contents(reader) if history and history.contents else None
+
+
 def _latest_first(found: pa.Table) -> Int:
     """Rows by sequence and time, what has neither last."""
     mtime = found.column("mtime_ns").fill_null(np.iinfo(np.int64).min).to_numpy()

@@ -5,15 +5,17 @@ goes to the backend as one request, which may keep all of it in flight. A format
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.arrays import Bytes, Int, gather, ints, union
-from virt_bmap.errors import Corrupt
+from virt_bmap import lost
+from virt_bmap.arrays import EMPTY, Bytes, Int, gather, ints, subtract, total, union
+from virt_bmap.errors import Corrupt, ImageError
+from virt_bmap.lost import NOTHING, Lost
 from virt_bmap.mapping import DATA, ROLES, Rows, Side
 from virt_bmap.threads import ahead
 
@@ -21,6 +23,10 @@ HEAD = 128 << 10
 """Bytes at the start of every volume that are read once and kept: all magic numbers but md's and GPT's copies lie there."""
 TAIL = 128 << 10
 """Likewise at the end: the backup GPT's header, md 0.90 (up to 128 KiB from the end) and 1.0."""
+UNIT = 4096
+"""What is given up where reading fails: the sector of most disks, and a page of the others."""
+MAX_FAILED = 1024
+"""Reads of one batch that may fail before the rest of what fails is given up whole: each can take a disk seconds."""
 
 
 class Reader:
@@ -146,6 +152,62 @@ class Reader:
             return last[start - at : end - at]
         return None
 
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        """What of these ranges, sorted and apart, can't be had and reads as zeroes, or as the best that there is: nothing, where `whole`."""
+        return NOTHING
+
+    @property
+    def whole(self) -> bool:
+        """Is there nothing, as far as can be told without reading, that `lost` could ever tell?"""
+        return True
+
+    def read_known(self, offsets: Int, lengths: Int) -> tuple[Bytes, Lost]:
+        """Ranges as `read_ranges` gives them, with what of them can't be had, which is zeroes then: missing, wrong in every copy, unreadable, behind the end."""
+        offsets, lengths = ints(offsets), ints(lengths)
+        inside = np.clip(self.size - offsets, 0, lengths)
+        parts = [Lost.of(union(np.maximum(offsets, self.size), offsets + lengths), lost.BEHIND)]
+        try:
+            data, failed = self.read_ranges(offsets, inside), (EMPTY, EMPTY)
+        except (ImageError, Corrupt):
+            data, failed = self._salvaged(offsets, inside)
+        parts.append(Lost.of(failed, lost.UNREADABLE))
+        if not self.whole:
+            parts.append(self.lost(*union(offsets, offsets + inside)).without(*failed))
+        if (inside < lengths).any():
+            whole = np.zeros(int(lengths.sum()), np.uint8)
+            scatter(whole, np.cumsum(lengths) - lengths, inside, data)
+            data = whole
+        found = Lost.join(parts)
+        if len(found.starts):
+            data = data if data.flags.writeable else data.copy()
+            query, row = found.within(offsets, offsets + lengths)
+            place = (np.cumsum(lengths) - lengths)[query] + row.starts - offsets[query]
+            scatter(data, place, row.ends - row.starts, np.zeros(int((row.ends - row.starts).sum()), np.uint8))
+        return data, found
+
+    def _salvaged(self, offsets: Int, lengths: Int) -> tuple[Bytes, tuple[Int, Int]]:
+        """(bytes, ranges that reading fails for): what fails is read again in halves, down to pieces of UNIT, while there were fewer than MAX_FAILED failures."""
+        data, failed = np.zeros(int(lengths.sum()), np.uint8), 0
+        bad: list[tuple[Int, Int]] = [(EMPTY, EMPTY)]
+        todo = [(offsets, lengths, np.cumsum(lengths) - lengths)]
+        while todo:
+            low, length, place = todo.pop()
+            try:
+                scatter(data, place, length, self.read_ranges(low, length))
+                continue
+            except (ImageError, Corrupt):
+                failed += 1
+            if failed >= MAX_FAILED or (len(low) == 1 and length[0] <= UNIT):
+                bad.append((low, low + length))
+                continue
+            if len(low) == 1:  # at a border of a unit
+                cut = max((int(low[0]) + int(length[0]) // 2) // UNIT * UNIT - int(low[0]), min(UNIT, int(length[0]) - 1))
+                low, length = ints([low[0], low[0] + cut]), ints([cut, length[0] - cut])
+                place = ints([place[0], place[0] + cut])
+            half = len(low) // 2
+            todo += [(low[part], length[part], place[part]) for part in (slice(half, None), slice(half))]
+        return data, union(np.concatenate([pair[0] for pair in bad]), np.concatenate([pair[1] for pair in bad]))
+
     def stored(self) -> tuple[Int, Int]:
         """(starts, ends) of what may hold anything but zeroes, sorted and merged, as far as that can be told without reading."""
         return ints(0), ints(self.size)
@@ -178,12 +240,16 @@ class BytesReader(Reader):
 
 
 class MappedReader(Reader):
-    """A volume whose bytes lie in other readers, by mapping rows. Bytes that no `data` row covers read as zeroes."""
+    """A volume whose bytes lie in other readers, by mapping rows. Bytes that no `data` row covers read as zeroes: in `holes` they are, elsewhere they are lost."""
 
     in_turn = False
 
-    def __init__(self, size: int, name: str, parents: dict[int, Reader], rows: Rows) -> None:
+    def __init__(
+        self, size: int, name: str, parents: dict[int, Reader], rows: Rows, holes: Sequence[tuple[int, int]] = ()
+    ) -> None:
         super().__init__(size, name)
+        self._holes = ints([start for start, _ in holes]), ints([end for _, end in holes])
+        self._whole: bool | None = None
         self._parents = parents
         self._rows = rows.select(rows.role == ROLES.index(DATA))
         self.near = all(parent.near for parent in parents.values())
@@ -203,6 +269,31 @@ class MappedReader(Reader):
             data = parent.read_ranges(pieces.target[mine], pieces.length[mine])
             scatter(result, place[mine], pieces.length[mine], data)
         return result
+
+    @property
+    def whole(self) -> bool:
+        if self._whole is None:
+            start, run, count = self._rows.on_volume.offset, self._rows.run, self._rows.count
+            placed = total(start, start + run) if (count == 1).all() else int((run * count).sum())
+            self._whole = placed + total(*self._holes) >= self.size and all(parent.whole for parent in self._parents.values())
+        return self._whole
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        pieces = self._rows.down(starts, ends)
+        left = subtract(
+            starts, ends, np.append(pieces.source, self._holes[0]), np.append(pieces.source + pieces.length, self._holes[1])
+        )
+        parts = [Lost.of(left, lost.MISSING)]
+        owner = self._rows.parent[pieces.row]
+        for volume, parent in self._parents.items():
+            mine = np.flatnonzero(owner == volume)
+            if parent.whole or not len(mine):
+                continue
+            target, length = pieces.target[mine], pieces.length[mine]
+            piece, gone = parent.lost(*union(target, target + length)).within(target, target + length)
+            back = pieces.source[mine][piece] - target[piece]
+            parts.append(gone._replace(starts=gone.starts + back, ends=gone.ends + back))
+        return Lost.join(parts)
 
     def stored(self) -> tuple[Int, Int]:
         parts = [np.zeros((2, 0), np.int64)]
@@ -244,6 +335,18 @@ class PatchedReader(Reader):
     @property
     def raw(self) -> Reader:
         return self._base.raw
+
+    @property
+    def whole(self) -> bool:
+        return self._base.whole
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        size = self._patch.blocks.shape[1]
+        return self._base.lost(starts, ends).without(self._patch.offsets, self._patch.offsets + size)
+
+    def stored(self) -> tuple[Int, Int]:
+        there, size = self._base.stored(), self._patch.blocks.shape[1]
+        return union(np.append(there[0], self._patch.offsets), np.append(there[1], self._patch.offsets + size))
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         data = self._base.read_ranges(offsets, lengths)

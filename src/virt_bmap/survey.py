@@ -227,7 +227,7 @@ class _Survey:
         parents = {parent: self.volumes[parent].reader for parent in sorted(set(rows.parent.tolist()))}
         disks = {self.volumes[parent].disk for parent in parents}
         image = ", ".join(dict.fromkeys(reader.name.rpartition(" of ")[2] for reader in parents.values()))
-        reader: Reader = MappedReader(child.size, f"{child.name} of {image}", parents, rows)
+        reader: Reader = MappedReader(child.size, f"{child.name} of {image}", parents, rows, child.holes)
         if child.open:
             reader = child.open(reader)
         depth = 1 + max((self.volumes[parent].depth for parent in parents), default=0)

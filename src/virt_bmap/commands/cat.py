@@ -6,9 +6,10 @@ import sys
 
 from virt_bmap import maps, tables
 from virt_bmap.arrays import ints
-from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, keys_of, nested_of
+from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, add_partial_option, keys_of, nested_of
 from virt_bmap.commands.extract import warn_of_doubts
-from virt_bmap.errors import Corrupt, Unsupported, UsageError
+from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
+from virt_bmap.lost import Missing
 from virt_bmap.outputs.escape import escape
 
 HELP = "write the content of a file to standard output"
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a disk (not with -a), a device such as /dev/sda1, and a path on it",
     )
     parser.add_argument("--stream", metavar="NAME", help="a named stream of the file (NTFS) instead of its content")
+    add_partial_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
 
@@ -51,10 +53,15 @@ def run(args: argparse.Namespace) -> int:
             raise Unsupported(f"{shown}: can't be read: {reason}")
         progress.stop()
         warn_of_doubts(bmap, volume, files)
+        missing = Missing() if args.partial else None
         try:
-            for data in spread(files.pieces([inode], args.stream), files.length(inode, args.stream)):
+            for data in spread(files.pieces([inode], args.stream), files.length(inode, args.stream), missing):
                 sys.stdout.buffer.write(data.data)
         except Corrupt as error:
             raise Corrupt(f"{shown}: {error}", error.offset) from error
+        except ImageError as error:
+            raise ImageError(f"{shown}: {error}") from error
         sys.stdout.buffer.flush()
+        if missing:
+            print(f"virt-bmap: {shown}: zeroes stand for {missing}", file=sys.stderr)
     return 0

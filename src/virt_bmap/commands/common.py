@@ -68,6 +68,13 @@ def add_nested_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_partial_option(parser: argparse.ArgumentParser) -> None:
+    """For commands that move bytes. The rule is that of EXIT STATUS in virt-bmap(1)."""
+    parser.add_argument(
+        "--partial", action="store_true", help="fill what can't be read with zeroes; it is named all the same, but is no failure"
+    )
+
+
 def nested_of(args: argparse.Namespace) -> Nested:
     """The files of --nested, for commands that have it."""
     return nested.parse(getattr(args, "nested", []))

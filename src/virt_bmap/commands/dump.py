@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from virt_bmap import maps
 from virt_bmap.arrays import EMPTY, total
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, human, keys_of, nested_of
+from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, add_partial_option, human, keys_of, nested_of
 from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--force", action="store_true", help="replace OUT where it exists; needed for block devices and NBD exports"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
+    add_partial_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
 
@@ -74,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
         refuse_small(out, reader.size)
         progress.stop()
         with target(out, reader.size) as where, bar(f"dumping {device}", reader.size, args.quiet) as tell:
-            dump(reader, where, skip, tell)
+            missing = dump(reader, where, skip, tell, partial=args.partial)
+    if missing:
+        print(f"virt-bmap: {device}: zeroes stand for {missing}", file=sys.stderr)
     if not args.quiet and out != "-":
         left = f", {human(total(*skip))} of it free and left out" if args.skip_free else ""
         print(f"{out}: {human(reader.size)} of {device}{left}")

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 from virt_bmap import maps, tables
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, human, keys_of, nested_of, plural
+from virt_bmap.commands.common import (
+    Progress,
+    add_disk_options,
+    add_nested_option,
+    add_partial_option,
+    human,
+    keys_of,
+    nested_of,
+    plural,
+)
 from virt_bmap.commands.dump import bar, doubts
 from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.outputs.escape import escape
@@ -31,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--same-owner", action="store_true", help="keep owners and set-user-ID bits (only root can)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
+    add_partial_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
 
@@ -62,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
         progress.stop()
         warn_of_doubts(bmap, volume, files)
         with bar(f"extracting from {device}", 0, args.quiet) as tell:
-            report = extract(files, wanted, args.directory, args.same_owner, tell)
-    say(report, args.directory, args.quiet)
-    return 1 if report.lost else 0
+            report = extract(files, wanted, args.directory, args.same_owner, tell, args.partial)
+    say(report, args.directory, args.quiet, args.partial)
+    return 1 if report.lost and not args.partial else 0
 
 
 def named(files: "Files", paths: list[bytes]) -> list[tuple[bytes, int]]:
@@ -93,7 +103,7 @@ def warn_of_doubts(bmap: BlockMap, volume: int, files: "Files") -> None:
               "was written last may be missing from them", file=sys.stderr)  # fmt: skip
 
 
-def say(report: "Report", folder: str, quiet: bool) -> None:
+def say(report: "Report", folder: str, quiet: bool, partial: bool) -> None:
     """What was made, and on standard error what was not."""
     if not quiet:
         what = [
@@ -102,5 +112,10 @@ def say(report: "Report", folder: str, quiet: bool) -> None:
             plural(report.links, "link"),
         ]
         print(f"{folder}: {', '.join(what)}, {human(report.size)}")
+    for path, missing in report.missing:
+        words = "zeroes stand for" if partial else "left out, --partial fills what is missing with zeroes:"
+        print(f"virt-bmap: {escape(path)}: {words} {missing}", file=sys.stderr)
+    if report.incomplete > len(report.missing):
+        print(f"virt-bmap: and {report.incomplete - len(report.missing):,} more files that can't be read whole", file=sys.stderr)
     for reason, (count, first) in report.left.items():
         print(f"virt-bmap: left out: {count:,} {reason}; the first: {escape(first)}", file=sys.stderr)

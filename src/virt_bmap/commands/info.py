@@ -25,7 +25,7 @@ from virt_bmap.outputs.escape import escape
 HELP = "show the tree of disks, volumes and filesystems with sizes, types, labels, UUIDs and states"
 
 FACTS = ("type", "label", "uuid", "state", "features")
-COUNTS = ("block_size", "size", "free", "directories", "files")
+COUNTS = ("block_size", "size", "free", "directories", "files", "deleted")
 IMAGE_SIZES = ("virtual_size", "cluster_size", "allocated", "stored", "file_size")
 SCHEMA = pa.schema([
     ("volume", pa.int32()), ("parents", pa.list_(pa.int32())), ("disk", pa.int32()), ("kind", pa.string()), ("device", pa.string()),
@@ -116,12 +116,14 @@ def _filesystem(bmap: BlockMap, number: int, system: dict[str, Any]) -> dict[str
     free = tables.codes(extents, "kind") == tables.FREE
     start = tables.integers(extents, "volume_offset")[free]
     low, high = union(start, start + tables.integers(extents, "length")[free])
-    types = tables.codes(inodes, "type")
+    deleted = tables.integers(inodes, "flags") & tables.I_DELETED != 0
+    types = tables.codes(inodes, "type")[~deleted]
     return {
         **{key: _safe(system[key]) for key in FACTS},
         "consistent": system["state"] in tables.CONSISTENT,
         "block_size": system["block_size"], "size": system["size"], "free": int((high - low).sum()),
         "directories": int(np.count_nonzero(types == tables.T_DIRECTORY)), "files": int(np.count_nonzero(types == tables.T_FILE)),
+        "deleted": int(np.count_nonzero(deleted)),
     }  # fmt: skip
 
 
@@ -159,6 +161,7 @@ def _lines(row: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     lines += _image_lines(row["image"]) if row["image"] else []
     if system:
         counted = f"{plural(system['directories'], 'directory', 'directories')}, {plural(system['files'], 'file')}"
+        counted += f" ({system['deleted']:,} deleted)" if system["deleted"] else ""
         state = "frozen (consistent)" if system["state"] == "frozen" else system["state"]
         lines.append(
             f"  {state}; {human(system['free'])} free of {human(system['size'])}; blocks of {human(system['block_size'])}; {counted}"

@@ -93,7 +93,8 @@ def summary(bmap: BlockMap, output: str, took: str) -> None:
     """What was found, as the original said it, and what was wrong; on standard error when the map goes to standard output."""
     out = sys.stderr if output == "-" else sys.stdout
     kinds = bmap.volumes.column("kind").to_pylist()
-    types = tables.codes(bmap.inodes, "type").tolist()
+    alive = tables.integers(bmap.inodes, "flags") & tables.I_DELETED == 0
+    types = tables.codes(bmap.inodes, "type")[alive].tolist()
     counted = [
         plural(kinds.count("disk"), "disk"), plural(kinds.count("partition"), "partition"), plural(kinds.count("lv"), "logical volume"),
         plural(bmap.filesystems.num_rows, "filesystem"), plural(types.count(tables.T_DIRECTORY), "directory", "directories"),

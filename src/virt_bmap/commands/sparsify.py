@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import os
 import stat
+import sys
 from typing import Any
 
 from virt_bmap import maps
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import Progress, add_disk_options, disks_of, human, keys_of, print_json
+from virt_bmap.commands.common import Progress, add_disk_options, add_partial_option, disks_of, human, keys_of, print_json
 from virt_bmap.commands.dump import bar, refuse_target, warn
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.images import magic
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compress", action="store_true", help="compress OUT (qcow2)")
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
+    add_partial_option(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
     add_disk_options(parser)
@@ -38,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.estimate or args.in_place:
-        if args.convert or args.compress or args.force:
+        if args.convert or args.compress or args.force or args.partial:
             raise UsageError(
-                "--convert, --compress and --force are about the copy OUT, which is not made with --estimate and --in-place"
+                "--convert, --compress, --force and --partial are about the copy OUT, which is not made with --estimate and --in-place"
             )
         return _estimate(args) if args.estimate else _in_place(args)
     return _copy(args)
@@ -78,7 +80,9 @@ def _copy(args: argparse.Namespace) -> int:
         progress.stop()
         _left(bmap, space.left)
         with new_file(out) as name, bar(f"copying {image}", reader.size, args.quiet) as tell:
-            copy(reader, space.all(), name, format, args.compress, tell)
+            missing = copy(reader, space.all(), name, format, args.compress, tell, args.partial)
+    if missing:
+        print(f"virt-bmap: {image}: zeroes stand for {missing}", file=sys.stderr)
     _tell(args, [{"disk": len(images), "image": image, "out": out, "size": reader.size, **_sizes(image, out)}])
     return 0
 

@@ -130,7 +130,8 @@ class Chains:
         """The disk as a volume in its files, whose numbers in the survey are `volumes`."""
         rows = disk.rows.placed(0, ints(volumes)[disk.rows.parent])
         return Child(kind, name, disk.size, [], many=rows, open=open, contents=disk.unreadable is None,
-                     unread=f"encrypted {disk.format} image" if disk.unreadable else None)  # fmt: skip
+                     unread=f"encrypted {disk.format} image" if disk.unreadable else None,
+                     holes=[(0, disk.size)])  # fmt: skip
 
 
 def parent_ranges(rows: Sequence[Rows], parent: int) -> tuple[Int, Int]:

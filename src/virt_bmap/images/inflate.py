@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.arrays import Bytes, Int
+from virt_bmap.arrays import Bytes, Int, union
 from virt_bmap.errors import Corrupt
 from virt_bmap.images.layer import Layer
+from virt_bmap.lost import Lost
 from virt_bmap.mapping import Rows
 from virt_bmap.reader import Reader
 
@@ -77,6 +78,22 @@ class InflatingReader(Reader):
             skip = source % self._codecs[int(self._rows.parent[row])].cluster
             data[at : at + length] = np.frombuffer(cluster, np.uint8, length, skip)
         return data
+
+    @property
+    def whole(self) -> bool:
+        return self._plain.whole and all(file.whole for file in self._files)
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        """A compressed cluster is lost with any byte of it."""
+        parts = [self._plain.lost(starts, ends)]
+        pieces = self._rows.down(starts, ends)
+        low = pieces.target
+        for file in np.unique(self._rows.parent[pieces.row]).tolist():
+            mine = np.flatnonzero(self._rows.parent[pieces.row] == file)
+            piece, gone = self._files[file].lost(*union(low[mine], (low + pieces.target_length)[mine])).within(low[mine], (low + pieces.target_length)[mine])  # fmt: skip
+            source = pieces.source[mine][piece]
+            parts.append(gone._replace(starts=source, ends=source + pieces.length[mine][piece]))
+        return Lost.join(parts)
 
     def _cluster(self, row: int) -> bytes:
         """The whole cluster, of which the row may show a part."""

@@ -49,7 +49,8 @@ class Files:
 
     def __init__(self, found: Filesystem) -> None:
         self._inode, self._size = tables.integers(found.inodes, "inode"), tables.integers(found.inodes, "size")
-        self._regular = tables.codes(found.inodes, "type") == tables.T_FILE
+        alive = tables.integers(found.inodes, "flags") & tables.I_DELETED == 0
+        self._regular = (tables.codes(found.inodes, "type") == tables.T_FILE) & alive
         self._path = paths.of_names(found.names, found.inodes, found.root)
         self._named = tables.integers(found.names, "inode")
         self._at = paths.positions(self._inode, self._named)

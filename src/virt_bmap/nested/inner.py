@@ -116,7 +116,7 @@ class Inner(Chains):
         """The number of a file, which is opened if it was not yet."""
         if image.inode not in self._numbers:
             self._numbers[image.inode] = len(self.files)
-            content = MappedReader(image.size, self._name(image), {0: self._member.reader}, image.rows)
+            content = MappedReader(image.size, self._name(image), {0: self._member.reader}, image.rows, [(0, image.size)])
             self._images.append(image)
             self._contents.append(content)
             self.files.append(Metered(content, MAX_READ * int(image.rows.run.sum()) + FREE_READ))
@@ -176,8 +176,9 @@ class Inner(Chains):
         """A volume that is a file of the filesystem; the reference by which others name it."""
         image, reference = self._images[number], child_reference(result)
         rows = image.rows.placed(0, image.rows.parent + self._member.number)
+        holes = [(0, image.size)]
         result.children.append(
-            Child("image", name or self._name(image), image.size, [], many=rows, contents=contents, unread=unread)
+            Child("image", name or self._name(image), image.size, [], many=rows, contents=contents, unread=unread, holes=holes)
         )
         return reference
 

@@ -10,6 +10,7 @@ from virt_bmap.dump import GRAIN, SparseFile, dump
 from virt_bmap.errors import MissingTool, OutputError
 from virt_bmap.images.nbd_writer import NbdWriter
 from virt_bmap.images.qemu_writer import serving
+from virt_bmap.lost import Missing
 from virt_bmap.reader import Reader
 from virt_bmap.space import Ranges
 
@@ -39,20 +40,20 @@ def copy(
     format: str,
     compress: bool,
     tell: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Write the disk to `path`, an empty file, without what is `free`.
+    partial: bool = False,
+) -> Missing:
+    """Write the disk to `path`, an empty file, without what is `free`; what is missing from it (see `dump`).
 
-    `tell` is called with the number of bytes that are done. Raises OutputError and MissingTool.
+    `tell` is called with the number of bytes that are done. Raises OutputError, MissingTool, and ImageError where the disk can't be read whole unless `partial`.
     """
     if format == "raw":
         with open(path, "r+b") as file:
-            dump(reader, SparseFile(file, reader.size), free, tell, GRAIN)
-        return
+            return dump(reader, SparseFile(file, reader.size), free, tell, GRAIN, partial)
     _create(path, format, reader.size)
     layer = "file." if compress else ""
     options = {f"{layer}driver": format, f"{layer}file.driver": "file", f"{layer}file.filename": path.replace(",", ",,")}
     with serving(path, {"driver": "compress", **options} if compress else options) as writer:
-        dump(reader, FreshImage(writer), free, tell, CLUSTER)
+        return dump(reader, FreshImage(writer), free, tell, CLUSTER, partial)
 
 
 def _create(path: str, format: str, size: int) -> None:

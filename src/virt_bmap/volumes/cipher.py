@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from virt_bmap.arrays import Bytes, Int, expand, gather
+from virt_bmap.arrays import Bytes, Int, expand, gather, union
 from virt_bmap.errors import MissingTool, Unsupported
+from virt_bmap.lost import Lost
 from virt_bmap.reader import Reader, scatter
 
 IV_SECTOR = 512
@@ -132,6 +133,17 @@ class DecryptedReader(Reader):
         first = which[np.cumsum(count) - count]
         return gather(plain, first * size + offsets - low * size, lengths)
 
+    @property
+    def whole(self) -> bool:
+        return self._base.whole
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        """Whole sectors: what is decrypted of a part of one is noise."""
+        size = self._cipher.size
+        low, high = starts // size * size, np.minimum(-(-ends // size) * size, self.size)
+        gone = self._base.lost(*union(low, high))
+        return gone._replace(starts=gone.starts // size * size, ends=-(-gone.ends // size) * size).within(starts, ends)[1]
+
 
 class Window(NamedTuple):
     """Bytes [start, end) of a volume and the reader, of the same offsets, that has them; None: they read as zeroes."""
@@ -158,3 +170,15 @@ class WindowsReader(Reader):
                 data = window.reader.read_ranges(low[mine], (high - low)[mine])
                 scatter(result, (place + low - offsets)[mine], (high - low)[mine], data)
         return result
+
+    @property
+    def whole(self) -> bool:
+        return all(window.reader.whole for window in self._windows if window.reader)
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        parts = []
+        for window in self._windows:
+            low, high = np.clip(starts, window.start, window.end), np.clip(ends, window.start, window.end)
+            if window.reader and not window.reader.whole:
+                parts.append(window.reader.lost(*union(low, high)))
+        return Lost.join(parts)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.arrays import Bytes, Int
+from virt_bmap.arrays import Bytes, Int, union
+from virt_bmap.lost import Lost
 from virt_bmap.mapping import Row, Rows
 from virt_bmap.reader import Reader, scatter
 from virt_bmap.volumes.stripes import Parity, Place, rows
@@ -79,6 +80,32 @@ class RebuiltReader(Reader):
             found = self._compute(member, row, pieces.target[mine], pieces.length[mine])
             scatter(data, place[mine], pieces.length[mine], found)
         return data
+
+    @property
+    def whole(self) -> bool:
+        return all(self._computable(row) for row in range(len(self._stripes.layout.p))) and all(
+            member[0].whole for member in self._stripes.members if member
+        )
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        """What lies on members that are missing is computed, where parity and the other members' parts of its row are there."""
+        gone = self._base.lost(starts, ends)
+        pieces = self._lost.down(starts, ends)
+        good = np.zeros(len(pieces.row), bool)
+        row_of = self._row_of[pieces.row]
+        for row in np.unique(row_of).tolist():
+            good[row_of == row] = self._computable(row)
+        for reader, first in (member for member in self._stripes.members if member):
+            if not reader.whole:
+                low = pieces.target + first
+                good[reader.lost(*union(low, low + pieces.length)).within(low, low + pieces.length)[0]] = False
+        return gone.without(pieces.source[good], (pieces.source + pieces.length)[good])
+
+    def _computable(self, row: int) -> bool:
+        """Can all that is missing in rows of chunks of this kind be computed?"""
+        layout, members = self._stripes.layout, self._stripes.members
+        there = sum(members[place] is not None for place in (int(layout.p[row]), int(layout.q[row])) if place >= 0)
+        return sum(members[place] is None for place in layout.data[row].tolist()) <= there
 
     def _compute(self, member: int, row: int, starts: Int, lengths: Int) -> Bytes:
         """What the missing member holds at these ranges, which lie in rows of chunks of one kind; zeroes where too much is missing."""

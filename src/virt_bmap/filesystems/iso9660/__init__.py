@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int, complement, expand, ints, subtract, union
+from virt_bmap.arrays import EMPTY, Bool, Int, complement, expand, ints, subtract, union
 from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import Unsupported
 from virt_bmap.filesystems.iso9660.descriptors import (
@@ -29,6 +29,7 @@ from virt_bmap.filesystems.iso9660.descriptors import (
     sorted_ranges,
 )
 from virt_bmap.filesystems.iso9660.directories import ASSOCIATED, DIRECTORY, MULTI_EXTENT, Walk, walk
+from virt_bmap.filesystems.iso9660.links import target
 from virt_bmap.filesystems.sharing import cut_shared, overlap
 from virt_bmap.reader import Reader
 from virt_bmap.tables import ExtentRows
@@ -272,7 +273,7 @@ def _content(
 ) -> tuple[Int, Int]:
     """Rows of file contents, extended attribute records and link targets; returns all ranges taken so far."""
     column = files.walk.column
-    record = np.flatnonzero(((column["flags"] & DIRECTORY) == 0) & (column["size"] > 0))
+    record = np.flatnonzero(((column["flags"] & DIRECTORY) == 0) & (column["size"] > 0) & ~_without_content(column))
     file = files.file[record]
     before = np.cumsum(column["size"][record]) - column["size"][record]
     new = np.append(True, file[1:] != file[:-1])[: len(file)]
@@ -305,6 +306,13 @@ def _content(
         problems.append(Problem("overlap", f"{claimed[0]} bytes of file content are metadata as well", claimed[1]))
     owned = union(np.append(owned[0], start), np.append(owned[1], end))
     return _attributes(rows, files, record, reader, owned)
+
+
+def _without_content(column: dict[str, Int]) -> Bool:
+    """Which records are of links and special files: makefs of the BSDs gives them an extent and a length all the same, which mean nothing."""
+    kind = tables.type_of_mode(np.maximum(column["mode"], 0))
+    special: Bool = (column["mode"] >= 0) & ~np.isin(kind, (tables.T_FILE, tables.T_DIRECTORY, tables.T_UNKNOWN))
+    return special | (column["link_size"] >= 0)
 
 
 def _units(
@@ -366,4 +374,4 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, inode=INODE)
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, inode=INODE, target=target)

@@ -20,6 +20,7 @@ from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.boot import is_boot, read_boot, tail
 from virt_bmap.filesystems.ntfs.contents import interix_starts, read_contents, reparse_tags, sizes_and_flags
 from virt_bmap.filesystems.ntfs.inodes import inode_table, inode_types, name_table, read_tree, record_offset
+from virt_bmap.filesystems.ntfs.links import target
 from virt_bmap.filesystems.ntfs.mft import read_mft
 from virt_bmap.filesystems.ntfs.owners import claim
 from virt_bmap.filesystems.ntfs.problems import Problems
@@ -65,7 +66,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     tags = reparse_tags(reader, len(mft), contents)
     moved = np.flatnonzero(tags == ntfs.REPARSE_DEDUP)
     problems.add("dedup", "files have their content in the chunk store of deduplication", record_offset(mft, moved), "note")
-    types = inode_types(mft, tree, tags, interix_starts(mft, contents))
+    types = inode_types(mft, tree, tags, interix_starts(reader, mft, contents))
     sizes, flags = sizes_and_flags(mft, tree, contents, tags)
     root = ntfs.ROOT if mft.records.directory[ntfs.ROOT : ntfs.ROOT + 1].any() else -1
     rows = ExtentRows()
@@ -93,7 +94,7 @@ def _structures() -> Structures:
 def _history() -> History:
     from virt_bmap.filesystems.ntfs import history
 
-    return History(history.former)
+    return History(history.former, contents=history.contents)
 
 
 FORMAT = FilesystemFormat(
@@ -106,4 +107,5 @@ FORMAT = FilesystemFormat(
     history=_history,
     journals=("$LogFile",),
     fixed_records=True,
+    target=target,
 )

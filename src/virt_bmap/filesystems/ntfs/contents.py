@@ -15,6 +15,9 @@ from virt_bmap.filesystems.ntfs.records import Attributes
 from virt_bmap.filesystems.ntfs.runs import HOLE, Runs, Stream, decode
 from virt_bmap.reader import Reader
 
+INTX_HEAD, MAX_LINK = 8, 2 * 4096
+"""Bytes of the magic of an Interix link, and of the longest target behind it: PATH_MAX characters (ntfs-3g libntfs-3g/dir.c ntfs_interix_types)."""
+
 
 @dataclass
 class Contents:
@@ -107,12 +110,18 @@ def reparse_tags(reader: Reader, count: int, contents: Contents) -> Int:
     return tags
 
 
-def interix_starts(mft: Mft, contents: Contents) -> Int:
-    """The first eight bytes, as a number, of each record's resident content where it is a system file, else 0."""
-    starts = np.zeros(len(mft), np.int64)
-    mine = np.flatnonzero((contents.attributes.type == ntfs.DATA) & (contents.name == 0) & (contents.attributes.value >= 0))
-    owner = contents.owner[mine]
-    starts[owner] = np.where(mft.records.file_attributes[owner] & ntfs.FILE_ATTR_SYSTEM, contents.attributes.start[mine], 0)
+def interix_starts(reader: Reader, mft: Mft, contents: Contents) -> Int:
+    """The first eight bytes, as a number, of each record's content where it is a system file small enough for a link, else 0."""
+    starts, found = np.zeros(len(mft), np.int64), contents.attributes
+    plain = (found.type == ntfs.DATA) & (contents.name == 0)
+    plain &= mft.records.file_attributes[contents.owner] & ntfs.FILE_ATTR_SYSTEM != 0
+    mine = np.flatnonzero(plain & (found.value >= 0))
+    starts[contents.owner[mine]] = found.start[mine]
+    runs, size = contents.runs, contents.cluster_size
+    wanted = plain & (found.value < 0) & (found.data_size > INTX_HEAD) & (found.data_size <= INTX_HEAD + MAX_LINK)
+    first = np.flatnonzero(wanted[runs.row] & (runs.vcn == 0) & (runs.lcn != HOLE))
+    first = first[(runs.lcn[first] >= 0) & (runs.lcn[first] * size <= reader.size - INTX_HEAD)]
+    starts[contents.owner[runs.row[first]]] = reader.read_blocks(runs.lcn[first] * size, INTX_HEAD).view("<i8")[:, 0]
     return starts
 
 

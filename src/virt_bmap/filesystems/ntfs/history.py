@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int
+from virt_bmap.arrays import Bool, Int
 from virt_bmap.filesystems import past
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.boot import read_boot
@@ -28,6 +28,24 @@ from virt_bmap.tables import ExtentRows
 
 def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Table:
     """What records of deleted files say of the bytes [starts[i], ends[i])."""
+    mft, tree, dead, inodes, table = _as_if_alive(reader)
+    owner = tables.integers(table, "inode")
+    found = table.take(pa.array(past.chosen(table, starts, ends, (owner >= 0) & dead[owner])))
+    return past.former(
+        inodes, _names(tree, mft), ntfs.ROOT, found,
+        said_by="record of the deleted file", sequence=_log_sequence(reader, mft, tables.integers(found, "inode")),
+    )  # fmt: skip
+
+
+def contents(reader: Reader) -> pa.Table:
+    """Where the records of deleted files say that their content lies: rows of the table `extents`."""
+    _, _, dead, _, table = _as_if_alive(reader)
+    owner = tables.integers(table, "inode")
+    return table.take(np.flatnonzero((owner >= 0) & dead[owner]))
+
+
+def _as_if_alive(reader: Reader) -> tuple[Mft, Tree, Bool, pa.Table, pa.Table]:
+    """The $MFT with all its records in use, its names, which records are dead, and the tables `inodes` and `extents` of them all."""
     problems = Problems()
     geometry = read_boot(reader, problems)
     mft = read_mft(reader, geometry, problems)
@@ -41,14 +59,7 @@ def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Tabl
     sizes, flags = sizes_and_flags(mft, tree, contents, none)
     rows = ExtentRows()
     claim(mft, tree, contents, types, reader.size, rows, problems)
-    table = rows.table(0)
-    owner = tables.integers(table, "inode")
-    found = table.take(pa.array(past.chosen(table, starts, ends, (owner >= 0) & dead[owner])))
-    numbers = tables.integers(found, "inode")
-    return past.former(
-        inode_table(mft, tree, types, sizes, flags), _names(tree, mft), ntfs.ROOT, found,
-        said_by="record of the deleted file", sequence=_log_sequence(reader, mft, numbers),
-    )  # fmt: skip
+    return mft, tree, dead, inode_table(mft, tree, types, sizes, flags), rows.table(0)
 
 
 def _before(sequence: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.filesystems.sharing import cut_shared, overlap
 from virt_bmap.filesystems.udf import directories, entries, volume
 from virt_bmap.filesystems.udf.entries import Entries, Extents
+from virt_bmap.filesystems.udf.links import target
 from virt_bmap.filesystems.udf.volume import Volume
 from virt_bmap.reader import Reader
 
@@ -357,4 +358,5 @@ FORMAT = FilesystemFormat(
     allocator="the space bitmaps and tables of partitions that can be rewritten; elsewhere nothing",
     structures=_structures,
     inode=INODE,
+    target=target,
 )

@@ -117,6 +117,7 @@ def _add_volume(assembly: Assembly, member: Member, header: Header, cipher: Decr
     detail = header.cipher if header.encrypted == size else f"{header.cipher}, encrypted up to byte {header.encrypted:#x}"
     assembly.children.append(Child(
         "crypt", f"/dev/mapper/bitlk-{header.guid}", size, rows, header.guid, detail=detail, open=partial(_reader, header=header, cipher=cipher),
+        holes=[(0, size)],
     ))  # fmt: skip
 
 

@@ -115,7 +115,7 @@ class Group:
         rows = child.many or Rows.of(0, child.rows)
         parents = {parent: self.readers[parent] for parent in dict.fromkeys(rows.parent.tolist())}
         self.assembly.children.append(child)
-        reader: Reader = MappedReader(child.size, child.name, parents, rows)
+        reader: Reader = MappedReader(child.size, child.name, parents, rows, child.holes)
         self.readers[reference] = child.open(reader) if child.open else reader
         self.sizes[reference] = child.size
         if parts:

@@ -91,7 +91,7 @@ def _nothing(group: Group, name: str, segment: Section) -> None:
 def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
     """A volume whose segments name their places in the text."""
     rows: list[Row] = []
-    size, kinds, absent = 0, [], []
+    size, kinds, absent, zeroes = 0, [], [], []
     opener: Opener | None = None
     for segment in segments:
         kind = _kind(segment)
@@ -101,6 +101,7 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
             rows += more
         elif kind in SHAPES:
             rows += SHAPES[kind](group, segment)
+            zeroes += [(start, start + length)] if kind == "zero" else []
         else:
             raise Unsupported(f"segments of type {kind!r} are not read", code="segment-type")
         size = max(size, start + length)
@@ -110,8 +111,9 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
         absent += group.absent(segment)
     rows, lost = bounded(rows, group.sizes)
     reference = _add(
-        group, name, Child("lv", f"/dev/{group.name}/{shown}", size, rows, detail=", ".join(dict.fromkeys(kinds)), open=opener)
-    )
+        group, name,
+        Child("lv", f"/dev/{group.name}/{shown}", size, rows, detail=", ".join(dict.fromkeys(kinds)), open=opener, holes=zeroes),
+    )  # fmt: skip
     if lost:
         group.problem(reference, Problem("truncated", f"{lost} of its bytes lie behind the end of their disks"))
     if absent:
@@ -196,6 +198,8 @@ def _thin(group: Group, name: str, segment: Section) -> None:
         starts, ends = complement(rows.on_volume.offset, rows.on_volume.offset + rows.run, 0, min(size, origin.size))
         rows = _together(rows, columns(starts, origin.place.parent, starts, ends - starts))
     child = Child("lv", f"/dev/{group.name}/{name}", size, [], detail=f"thin, {int(rows.run.sum())} bytes mapped", many=rows)
+    if device in pool.devices and not any(problem.severity == "error" for problem in pool.problems):
+        child.holes = [(0, size)]  # else nobody knows which blocks were never written
     reference = _add(group, name, child)
     if device not in pool.devices:
         group.problem(reference, Problem("thin-device", f"thin device {device} is not in the pool's metadata", -1, "error"))
