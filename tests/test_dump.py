@@ -239,8 +239,8 @@ def test_what_exists_is_not_replaced_by_accident(disk: Path, tmp_path: Path) -> 
     os.link(disk, tmp_path / "same")
     for words, *arguments in (
         ("exists already; --force", disk, "/dev/sda1", out),
-        ("is the disk that is read", "--force", disk, "/dev/sda1", disk),
-        ("is the disk that is read", "--force", disk, "/dev/sda1", tmp_path / "same"),
+        ("would overwrite the file that is read", "--force", disk, "/dev/sda1", disk),
+        ("same: would overwrite .*disk.img that is read", "--force", disk, "/dev/sda1", tmp_path / "same"),
         ("no device /dev/sdb1 in this map", "--force", disk, "/dev/sdb1", out),
         ("dump needs a disk, DEVICE and OUT", disk, "/dev/sda1"),
         ("dump needs DEVICE and OUT", "-a", disk, disk, "/dev/sda1", out),
@@ -280,7 +280,7 @@ def test_block_devices(disk: Path, tmp_path: Path) -> None:
         target.write_bytes(b"\xff" * (size * MIB))
         loop = run("losetup", "-f", "--show", target).decode().strip()
         try:
-            with pytest.raises(UsageError, match="exists already"):
+            with pytest.raises(UsageError, match="is a block device; --force"):
                 dump(disk, "/dev/sda1", loop)
             if size < 30:
                 with pytest.raises(OutputError, match="the device has"):

@@ -417,7 +417,7 @@ def test_bad_input(ext4: Path, tmp_path: Path) -> None:
         ("are about the copy OUT", "--in-place", "--compress", ext4),
         ("are about the copy OUT", "--estimate", "--force", ext4),
         ("--compress needs a qcow2 image", "--compress", ext4, out),
-        ("is the disk that is read", "--force", ext4, ext4),
+        ("would overwrite the file that is read", "--force", ext4, ext4),
         ("OUT must be the name of a file", ext4, "-"),
         ("OUT must be the name of a file", ext4, "/dev/null"),
         ("OUT must be the name of a file", ext4, "nbd://localhost"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-from virt_bmap import __version__, leftovers, signals
+from virt_bmap import __version__, leftovers, notices, protection, signals
 from virt_bmap.commands import COMMANDS
 from virt_bmap.errors import BmapError, UsageError, one_line
 from virt_bmap.startup import import_libraries
@@ -52,15 +52,26 @@ def prepared(arguments: Sequence[str]) -> Callable[[], int]:
     import_libraries()
     module = importlib.import_module(f"virt_bmap.commands.{command}")
     args = parser(command).parse_args(rest)
+    protection.check(getattr(args, "force", False))
 
-    return lambda: int(module.run(args))
+    def work() -> int:
+        with notices.listening(partial(_note, getattr(args, "quiet", False))):
+            return int(module.run(args))
+
+    return work
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; its exit status. Raises BmapError."""
-    status = prepared(arguments)()
+    with protection.protecting():
+        status = prepared(arguments)()
     sys.stdout.flush()
     return status
+
+
+def _note(quiet: bool, words: str) -> None:
+    if not quiet:
+        print(f"virt-bmap: {one_line(words)}", file=sys.stderr)
 
 
 def main() -> NoReturn:
@@ -76,7 +87,8 @@ def program(name: str, prepare: Callable[[], Callable[[], int]]) -> NoReturn:
     _open_standard_streams()
     try:
         try:
-            status = _worked(prepare)
+            with protection.protecting():
+                status = _worked(prepare)
             sys.stdout.flush()
         finally:
             signals.ignore()

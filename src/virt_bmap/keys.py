@@ -15,6 +15,7 @@ MAX_KEY_FILE = 8 << 20
 """Bytes of a key file, as cryptsetup limits them."""
 MAX_HEADER_FILE = 256 << 20
 """Bytes of a file with a LUKS header: two headers of 4 MiB and 128 MiB of key slots are the most that LUKS2 allows."""
+OPTION = re.compile(r"(.+?)(:key:|:file:|:header:)(.*)", re.DOTALL)
 LUKS_MAGIC = b"LUKS\xba\xbe"
 
 
@@ -53,9 +54,15 @@ def parse(options: Sequence[str], passphrases: Sequence[bytes] = ()) -> Keys:
     return Keys((*entries, *((ALL, passphrase) for passphrase in passphrases)), tuple(headers))
 
 
+def file_of(option: str) -> str:
+    """The file that a `--key` option names; nothing where it names none."""
+    match = OPTION.fullmatch(option)
+    return match[3] if match and match[2] != ":key:" else ""
+
+
 def _taken_apart(option: str) -> tuple[str, str, str]:
     """(selector, kind, value): the first kind counts, a passphrase may hold all of them."""
-    match = re.fullmatch(r"(.+?)(:key:|:file:|:header:)(.*)", option, re.DOTALL)
+    match = OPTION.fullmatch(option)
     if not match:
         raise UsageError(
             "a key is given as SELECTOR:key:PASSPHRASE or SELECTOR:file:FILE, a detached header as DEVICE:header:FILE; "

@@ -38,6 +38,8 @@ class Reader:
     """Is reading no more than a copy, from memory or a kernel's cache?"""
     filesystem: str | None = None
     """The filesystem module that reads this, where that is known without probing."""
+    in_use: str | None = None
+    """Who may be changing it while it is read, in a few words."""
 
     def __init__(self, size: int, name: str) -> None:
         self.size = size

@@ -100,7 +100,10 @@ class _Survey:
         self.progress = progress
         self.keys = keys
         for number, reader in enumerate(disks, 1):
-            self._add("disk", disk_name(number), reader, 0, number)
+            disk = self._add("disk", disk_name(number), reader, 0, number)
+            if reader.in_use:
+                words = f"was in use while it was read: {reader.in_use}; the map is of no one moment"
+                self._problem(disk, "survey", Problem("in-use", words, severity="note"))
         self.todo = list(self.volumes)
         self.waiting: dict[str, tuple[VolumeFormat, list[_Volume]]] = {}
         """Members of what spans volumes, by the format's name; complete when no volume is left to look at."""

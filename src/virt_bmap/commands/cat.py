@@ -8,6 +8,7 @@ from virt_bmap import maps, tables
 from virt_bmap.arrays import ints
 from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, add_partial_option, keys_of, nested_of
 from virt_bmap.commands.extract import warn_of_doubts
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.lost import Missing
 from virt_bmap.outputs.escape import escape
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments",
         metavar="[DISK] DEVICE PATH",
         nargs="+",
+        type=INPUT,
         help="a disk (not with -a), a device such as /dev/sda1, and a path on it",
     )
     parser.add_argument("--stream", metavar="NAME", help="a named stream of the file (NTFS) instead of its content")

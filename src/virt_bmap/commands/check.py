@@ -5,6 +5,7 @@ import argparse
 from virt_bmap.blockmap import FILE
 from virt_bmap.commands.common import add_disk_options, add_host_option, add_nested_option, map_or_disks, plural, print_json
 from virt_bmap.commands.map import refuse_unknown
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.outputs.escape import escape
 
 HELP = "prove that every byte has an owner, and that owners and allocators agree"
@@ -12,7 +13,7 @@ HELP = "prove that every byte has an owner, and that owners and allocators agree
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "disk", nargs="*", metavar="MAP-or-DISK", help="a saved map (Parquet), or images, block devices, NBD URIs"
+        "disk", nargs="*", type=INPUT, metavar="MAP-or-DISK", help="a saved map (Parquet), or images, block devices, NBD URIs"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line: totals of each volume, then disagreements")
     add_host_option(parser)

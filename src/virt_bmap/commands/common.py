@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from virt_bmap import keys, maps, nested
 from virt_bmap.blockmap import BlockMap
+from virt_bmap.commands.paths import INPUT, Input, Output
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS
 from virt_bmap.keys import Keys
 from virt_bmap.nested import Nested
+from virt_bmap.outputs import ours
 from virt_bmap.outputs.amounts import human as human
 from virt_bmap.reader import Reader
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+KEY = Input(keys.file_of)
 PATIENCE = 0.7
 """Seconds before a progress line appears: most maps are done by then."""
 
@@ -35,6 +38,7 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         action="append",
         default=[],
+        type=INPUT,
         help="an image, block device or NBD URI; repeat it for /dev/sdb, ...",
     )
     group.add_argument(
@@ -50,6 +54,7 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE|DEVICE:header:FILE",
         action="append",
         default=[],
+        type=KEY,
         help="open encrypted volumes; SELECTOR is a device, a UUID or all; `header` gives a detached LUKS header",
     )
     group.add_argument(
@@ -200,24 +205,38 @@ def number(text: str) -> int:
     return int(match[1], 0 if match[1].startswith("0x") else 10) * SUFFIXES[match[2]]
 
 
-def add_result_options(parser: argparse.ArgumentParser, json: str = "one JSON object a line") -> None:
-    """How a result is written: for people, or what `emit` and `emit_records` make of these."""
+def add_result_options(
+    parser: argparse.ArgumentParser, columns: ours.Columns, json: str = "one JSON object a line", more: str = ""
+) -> None:
+    """How a result is written: for people, or what `emit` and `emit_records` make of these. `columns` are those of each result that the command may have."""
     parser.add_argument("--json", action="store_true", help=json)
     parser.add_argument(
         "-o",
         "--output",
         metavar="FILE",
-        type=_result_file,
+        type=ResultFile(ours.is_result(columns)),
         help="write the result to a file instead: .csv, .parquet or .jsonl (JSON lines)",
     )
+    add_force_option(parser, more)
 
 
-def _result_file(path: str) -> str:
-    """Refused before the disk is read, where its ending says nothing."""
-    from virt_bmap.outputs import results
+class ResultFile(Output):
+    """A file for a table; refused before the disk is read, where its ending says nothing."""
 
-    results.check_name(path)
-    return path
+    def __call__(self, path: str) -> str:
+        from virt_bmap.outputs import results
+
+        results.check_name(path)
+        return super().__call__(path)
+
+
+def add_force_option(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """For commands that write files; `more` it allows."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help=f"replace an output file that holds anything else than such a result, and write to block devices{more}",
+    )
 
 
 def emit(args: argparse.Namespace, table: "pa.Table", columns: Sequence[str] | None = None, limit: int | None = None) -> int:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from virt_bmap.commands.common import Progress, add_result_options, elapsed, emit, human, keys_of, plural
+from virt_bmap.commands.common import KEY, Progress, add_result_options, elapsed, emit, human, keys_of, plural
 from virt_bmap.commands.dump import bar
 from virt_bmap.commands.lookup import read_list
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS
 from virt_bmap.outputs.results import check_name
@@ -27,9 +28,13 @@ LIMIT = 40
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "old", metavar="OLD", nargs="?", help="the older image, NBD URI or saved map; left out, the backing file of NEW"
+        "old",
+        metavar="OLD",
+        nargs="?",
+        type=INPUT,
+        help="the older image, NBD URI or saved map; left out, the backing file of NEW",
     )
-    parser.add_argument("new", metavar="NEW", help="the newer one: an image, NBD URI or saved map of the same disk")
+    parser.add_argument("new", metavar="NEW", type=INPUT, help="the newer one: an image, NBD URI or saved map of the same disk")
     source = parser.add_argument_group(
         "what changed", "Without these: what the images differ in, what an overlay holds itself, or what two maps tell."
     )
@@ -39,13 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--ranges",
         metavar="FILE",
+        type=INPUT,
         help="these ranges: offset,length lines or whatever lookup --ranges reads; - is standard input",
     )
     source.add_argument(
         "--disk", metavar="N", type=int, default=1, help="the disk of saved maps that is meant, from 1 (default: 1)"
     )
     source.add_argument("--verify", action="store_true", help="read what is called changed, and drop clusters that are equal")
-    source.add_argument("--force", action="store_true", help="compare what differs in size, or does not look like the same disk")
     shown = parser.add_argument_group("output")
     shown.add_argument(
         "--by", choices=BY, default="file", help="add the rows up (default: file, one row for each file and change)"
@@ -54,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument(
         "--limit", metavar="N", type=int, default=LIMIT, help=f"rows of the table for people, 0 for all (default: {LIMIT})"
     )
-    add_result_options(parser)
+    add_result_options(parser, _columns, more=", and compare what differs in size, or does not look like the same disk")
     images = parser.add_argument_group("disks")
     for option, which in (("--format", "NEW"), ("--old-format", "OLD")):
         images.add_argument(
@@ -64,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-a",
         "--add",
         metavar="IMAGE",
+        type=INPUT,
         action="append",
         default=[],
         help="a further disk of NEW's machine, where LVM, md or btrfs span several; give it again for more",
@@ -71,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--old-add",
         metavar="IMAGE",
+        type=INPUT,
         action="append",
         default=[],
         help="likewise of OLD's machine (default: those of --add, which have not changed then)",
@@ -80,11 +87,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="open the backing and data files that an image's header names (only for images you trust)",
     )
-    images.add_argument("--key", metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE", action="append", default=[],
+    images.add_argument("--key", metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE", action="append", default=[], type=KEY,
                         help="open encrypted volumes; SELECTOR is a device, a UUID or all")  # fmt: skip
     images.add_argument(
         "--keys-from-stdin", action="store_true", help="read passphrases for encrypted volumes from standard input, one a line"
     )
+
+
+def _columns() -> list[list[str]]:
+    from virt_bmap.diff import report
+
+    return [report.SCHEMA.names, *(report.rolled_up(report.SCHEMA.empty_table(), by).column_names for by in BY if by != "file")]
 
 
 def run(args: argparse.Namespace) -> int:

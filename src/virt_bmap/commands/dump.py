@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from virt_bmap import maps
+from virt_bmap import maps, protection
 from virt_bmap.arrays import EMPTY, total
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, add_partial_option, human, keys_of, nested_of
@@ -116,18 +116,14 @@ def device_named(bmap: BlockMap, name: str) -> int:
 
 def refuse_target(out: str, images: list[str], force: bool) -> None:
     """UsageError where writing OUT would destroy something that was not named for it, or an image that is being read."""
+    for image in images:
+        protection.reads(image)
     if magic.is_uri(out):
         if not force:
             raise UsageError(f"{out}: what the export holds is overwritten; --force allows that")
         return
-    if out == "-" or not os.path.exists(out):
-        return
-    for image in images:
-        if os.path.exists(image) and os.path.samefile(out, image):
-            raise UsageError(f"{out}: is the disk that is read; name another file")
-    mode = os.stat(out).st_mode
-    if not force and (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        raise UsageError(f"{out}: exists already; --force replaces it")
+    protection.writes(out, None)
+    protection.check(force)
 
 
 def refuse_small(out: str, size: int) -> None:

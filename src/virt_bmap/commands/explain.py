@@ -20,6 +20,7 @@ from virt_bmap.commands.common import (
     plural,
 )
 from virt_bmap.commands.lookup import line, parse_range
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.explain import explain, fields_at, history_at, kinds_of, meant_at
 from virt_bmap.images import magic
@@ -40,7 +41,7 @@ Found = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arguments", nargs="+", metavar="[MAP-or-DISK] OFFSET", help="a saved map or a disk (not with -a), and a byte of it; "
+    parser.add_argument("arguments", nargs="+", type=INPUT, metavar="[MAP-or-DISK] OFFSET", help="a saved map or a disk (not with -a), and a byte of it; "
                         "DISK:OFFSET for another disk than the first")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_host_option(parser)

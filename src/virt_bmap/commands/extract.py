@@ -18,6 +18,7 @@ from virt_bmap.commands.common import (
     plural,
 )
 from virt_bmap.commands.dump import bar, doubts
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.outputs.escape import escape
 
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments",
         metavar="[DISK] DEVICE PATH...",
         nargs="+",
+        type=INPUT,
         help="a disk (not with -a), a device such as /dev/sda1, and paths on it; / is all of it",
     )
     parser.add_argument(

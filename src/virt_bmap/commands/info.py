@@ -18,6 +18,7 @@ from virt_bmap.commands.common import (
     map_or_disks,
     plural,
 )
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
@@ -38,8 +39,10 @@ SCHEMA = pa.schema([
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("disk", nargs="*", metavar="MAP-or-DISK", help="a saved map, or images, block devices, NBD URIs")
-    add_result_options(parser, "one JSON object a line, one for each volume")
+    parser.add_argument(
+        "disk", nargs="*", type=INPUT, metavar="MAP-or-DISK", help="a saved map, or images, block devices, NBD URIs"
+    )
+    add_result_options(parser, lambda: [SCHEMA.names], "one JSON object a line, one for each volume")
     add_disk_options(parser)
     add_nested_option(parser)
 

@@ -18,6 +18,7 @@ from virt_bmap.commands.common import (
     emit_records,
     map_or_disks,
 )
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.listing import LISTING
@@ -37,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments",
         metavar="[MAP-or-DISK] DEVICE PATH",
         nargs="+",
+        type=INPUT,
         help="a saved map or a disk (not with -a), a device such as /dev/sda1, and a path on it",
     )
-    add_result_options(parser)
+    add_result_options(parser, lambda: [SCHEMA.names])
     add_host_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)

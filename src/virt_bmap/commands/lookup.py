@@ -18,6 +18,7 @@ from virt_bmap.commands.common import (
     number,
     plural,
 )
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.records import SCHEMA, owner_records
@@ -27,13 +28,13 @@ HELP = "name every owner of byte ranges of a disk, the most specific first"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("map", metavar="MAP-or-DISK", nargs="?", help="a saved map, or a disk to map now")
+    parser.add_argument("map", metavar="MAP-or-DISK", nargs="?", type=INPUT, help="a saved map, or a disk to map now")
     parser.add_argument(
         "range", nargs="*", metavar="OFFSET[-END|+LENGTH]", help="bytes on the disk; DISK:OFFSET for another disk than the first"
     )
-    add_result_options(parser)
+    add_result_options(parser, _columns)
     group = parser.add_argument_group("many ranges")
-    group.add_argument("--ranges", metavar="FILE", help="what these ranges hit, by object: a ddrescue map, offset,length lines, nbdinfo --map, "
+    group.add_argument("--ranges", metavar="FILE", type=INPUT, help="what these ranges hit, by object: a ddrescue map, offset,length lines, nbdinfo --map, "
                        "qemu-img map --output=json, a badblocks list, or a log by blkparse, fio, nbdkit or QEMU; - is standard input")  # fmt: skip
     group.add_argument(
         "--status", metavar="LETTERS", help="with a ddrescue map: which blocks (default: --status=-*/, what could not be read)"
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_host_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
+
+
+def _columns() -> list[list[str]]:
+    from virt_bmap.hits import OBJECTS
+
+    return [SCHEMA.names, OBJECTS.names]
 
 
 def run(args: argparse.Namespace) -> int:

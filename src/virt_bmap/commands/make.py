@@ -5,6 +5,7 @@ import os
 import time
 
 from virt_bmap.commands.common import elapsed, human
+from virt_bmap.commands.paths import INPUT, Output
 
 HELP = "make a prepared disk image: partitions, filesystems, logical volumes, arrays, LUKS, filled with a tree"
 
@@ -18,10 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "spec", metavar="SPEC", help="what to make, such as fs:ext4:2G; parameters that are left out or empty have defaults"
     )
     parser.add_argument(
-        "out", metavar="OUT", help="the file to make; .qcow2, .vmdk, .vdi, .vhdx, .vhd, .qed or .qcow say its format, else raw"
+        "out",
+        metavar="OUT",
+        type=Output(None),
+        help="the file to make; .qcow2, .vmdk, .vdi, .vhdx, .vhd, .qed or .qcow say its format, else raw",
     )
-    parser.add_argument("--tree", metavar="DIR", help="fill it with what is in this directory")
-    parser.add_argument("--key-file", metavar="FILE", help="the passphrase for luks: the whole content of this file")
+    parser.add_argument("--tree", metavar="DIR", type=INPUT, help="fill it with what is in this directory")
+    parser.add_argument("--key-file", metavar="FILE", type=INPUT, help="the passphrase for luks: the whole content of this file")
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     parser.add_argument("-q", "--quiet", action="store_true", help="do not say what was made, and by which means")
 

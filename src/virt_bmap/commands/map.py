@@ -6,21 +6,33 @@ import time
 
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import add_disk_options, add_host_option, add_nested_option, disks_of, elapsed, map_disks, plural
+from virt_bmap.commands.common import (
+    add_disk_options,
+    add_force_option,
+    add_host_option,
+    add_nested_option,
+    disks_of,
+    elapsed,
+    map_disks,
+    plural,
+)
+from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.files import replacing
+from virt_bmap.outputs.ours import is_map
 
 HELP = "write the block map of disks: which file owns every byte?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("disk", nargs="*", help="image, block device or NBD URI")
+    parser.add_argument("disk", nargs="*", type=INPUT, help="image, block device or NBD URI")
     parser.add_argument(
         "-o",
         "--output",
         metavar="FILE",
         default="bmap",
+        type=Output(is_map),
         help="where to write the map: text, or the tables if it ends in .parquet; - is standard output (default: bmap)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
@@ -32,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "auto: direct, and say what would have to be observed (default: auto)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an observation that was interrupted")
+    add_force_option(parser)
     add_host_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)

@@ -5,8 +5,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from virt_bmap import maps
-from virt_bmap.commands.common import human, plural, print_json
+from virt_bmap.commands.common import add_force_option, human, plural, print_json
+from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.errors import UsageError
+from virt_bmap.outputs import ours
 from virt_bmap.outputs.escape import escape
 
 if TYPE_CHECKING:
@@ -19,14 +21,32 @@ HELP = "what a guest needs: files and byte ranges in order of first use, from on
 EXPORTS = ("files", "files0", "prefetch", "ranges", "extentlist")
 
 
+def _is_ours(path: str) -> bool:
+    from virt_bmap.profile.compare import COMPARED
+    from virt_bmap.profile.unused import UNUSED
+
+    return ours.is_profile_output(path) or ours.is_result(lambda: [COMPARED.names, UNUSED.names])(path)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "trace", nargs="+", metavar="TRACE-or-PROFILE", help="traces of one machine, or a profile; two profiles are compared"
+        "trace",
+        nargs="+",
+        type=INPUT,
+        metavar="TRACE-or-PROFILE",
+        help="traces of one machine, or a profile; two profiles are compared",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the profile, or what the options below ask for, to FILE")
     parser.add_argument(
-        "--map", metavar="MAP", help="a saved map of the disks: sizes of files, and names for traces that have none"
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Output(_is_ours),
+        help="write the profile, or what the options below ask for, to FILE",
     )
+    parser.add_argument(
+        "--map", metavar="MAP", type=INPUT, help="a saved map of the disks: sizes of files, and names for traces that have none"
+    )
+    add_force_option(parser)
     parser.add_argument("--json", action="store_true", help="print all rows, one JSON object a line")
     parser.add_argument("--top", metavar="N", type=int, default=20, help="rows that are shown (default: %(default)s; 0: all)")
     group = parser.add_argument_group("instead of the files in order of first use")

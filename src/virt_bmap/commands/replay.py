@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from virt_bmap.commands.common import human, plural
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS, open_image
 
@@ -11,8 +12,8 @@ HELP = "warm a disk or NBD source: read ahead what a profile says will be needed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("profile", metavar="PROFILE", help="written by virt-bmap profile")
-    parser.add_argument("image", metavar="DISK", help="image, block device or NBD URI")
+    parser.add_argument("profile", metavar="PROFILE", type=INPUT, help="written by virt-bmap profile")
+    parser.add_argument("image", metavar="DISK", type=INPUT, help="image, block device or NBD URI")
     parser.add_argument(
         "--disk", metavar="N", type=int, default=1, help="the disk of the profile that this is, from 1 (default: 1)"
     )

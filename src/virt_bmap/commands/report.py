@@ -4,17 +4,20 @@ import argparse
 import os
 import sys
 
-from virt_bmap.commands.common import add_disk_options, human, map_or_disks, plural
+from virt_bmap.commands.common import add_disk_options, add_force_option, human, map_or_disks, plural
+from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.errors import UsageError
+from virt_bmap.outputs.ours import is_page
 
 HELP = "draw a map, and traces of its disks, as one HTML page that needs no network"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("map", metavar="MAP-or-DISK", nargs="?", help="a saved map, or a disk to map now")
-    parser.add_argument("trace", metavar="TRACE", nargs="*", help="traces of the map's disks")
-    parser.add_argument("-o", "--output", metavar="PAGE", help="the HTML file to write; required")
+    parser.add_argument("map", metavar="MAP-or-DISK", nargs="?", type=INPUT, help="a saved map, or a disk to map now")
+    parser.add_argument("trace", metavar="TRACE", nargs="*", type=INPUT, help="traces of the map's disks")
+    parser.add_argument("-o", "--output", metavar="PAGE", type=Output(is_page), help="the HTML file to write; required")
     parser.add_argument("--title", metavar="TEXT", help="the page's heading (default: the name of the map or disk)")
+    add_force_option(parser)
     add_disk_options(parser)
 
 

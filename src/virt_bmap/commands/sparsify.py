@@ -119,7 +119,7 @@ def _format_of_copy(args: argparse.Namespace, image: str) -> str:
 
 def _refuse_writers(images: list[str]) -> None:
     """ImageError where somebody may change an image while it is copied."""
-    from virt_bmap.sparsify.in_use import writer_of
+    from virt_bmap.in_use import writer_of
 
     for image in images:
         if not magic.is_uri(image) and (reason := writer_of(image)):

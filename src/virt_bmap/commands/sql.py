@@ -5,6 +5,7 @@ import sys
 
 from virt_bmap import sql
 from virt_bmap.commands.common import add_result_options, emit
+from virt_bmap.commands.paths import INPUT, Input
 from virt_bmap.errors import ImageError, UsageError
 
 HELP = "ask saved maps, traces and results in SQL (DuckDB)"
@@ -14,17 +15,26 @@ LISTED = """
 """
 
 
+def _file_of(source: str) -> str:
+    """The file in [NAME=]FILE; what is a query instead is no file's name, hardly ever."""
+    return sql.parse_source(source)[1]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "query", metavar="QUERY", nargs="?", help="one select, in DuckDB's SQL; without --file and --tables the first argument"
+        "query",
+        metavar="QUERY",
+        nargs="?",
+        type=Input(_file_of),
+        help="one select, in DuckDB's SQL; without --file and --tables the first argument",
     )
     parser.add_argument(
-        "source", metavar="[NAME=]FILE", nargs="*",
+        "source", metavar="[NAME=]FILE", nargs="*", type=Input(_file_of),
         help="a saved map, a trace, or a result in Parquet or CSV; the tables of a named one are NAME.files, NAME.extents, ...",
     )  # fmt: skip
-    parser.add_argument("-f", "--file", metavar="QUERY-FILE", help="read the query from a file; - is standard input")
+    parser.add_argument("-f", "--file", metavar="QUERY-FILE", type=INPUT, help="read the query from a file; - is standard input")
     parser.add_argument("--tables", action="store_true", help="list the tables and their columns instead")
-    add_result_options(parser)
+    add_result_options(parser, list)
 
 
 def run(args: argparse.Namespace) -> int:

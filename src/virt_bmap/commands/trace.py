@@ -4,18 +4,21 @@ import argparse
 import sys
 
 from virt_bmap import maps
-from virt_bmap.commands.common import plural
+from virt_bmap.commands.common import add_force_option, plural
+from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.logs import NAMES
+from virt_bmap.outputs.ours import is_tables
 
 HELP = "make a trace of a log by nbdkit, QEMU, blkparse, fio or biosnoop"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["import"], help="the only one so far: read another tool's log")
-    parser.add_argument("file", metavar="FILE", help="the log; - is standard input")
-    parser.add_argument("-o", "--output", metavar="TRACE", help="the Parquet file to write; required")
-    parser.add_argument("--map", metavar="MAP", help="name what the accesses touched by this saved map")
+    parser.add_argument("file", metavar="FILE", type=INPUT, help="the log; - is standard input")
+    parser.add_argument("-o", "--output", metavar="TRACE", type=Output(is_tables), help="the Parquet file to write; required")
+    parser.add_argument("--map", metavar="MAP", type=INPUT, help="name what the accesses touched by this saved map")
+    add_force_option(parser)
     parser.add_argument("--disk", metavar="N", type=int, default=1, help="the disk that the log is of, from 1 (default: 1)")
     parser.add_argument(
         "--format",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from virt_bmap.commands.common import add_disk_options, disks_of, human, keys_of, plural, print_json, stages
 from virt_bmap.commands.observing import say_left
+from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.escape import escape
 
@@ -27,7 +28,7 @@ REASONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line, as docs/man/virt-bmap-verify.1 describes it."""
-    parser.add_argument("disk", nargs="*", help="image, block device or NBD URI")
+    parser.add_argument("disk", nargs="*", type=INPUT, help="image, block device or NBD URI")
     parser.add_argument("--sample", metavar="N", type=int, help="read N files of each filesystem instead of all")
     parser.add_argument(
         "--seed", metavar="N", type=int, default=0, help="choose other files: the same number, the same files (default: 0)"

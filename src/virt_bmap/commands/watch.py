@@ -5,11 +5,14 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from virt_bmap import tables
-from virt_bmap.commands.common import add_disk_options, human, keys_of, map_disks, plural
+from virt_bmap.commands.common import add_disk_options, add_force_option, human, keys_of, map_disks, plural
+from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.errors import OutputError
+from virt_bmap.outputs import ours
+from virt_bmap.outputs.files import growing
 
 if TYPE_CHECKING:
     from virt_bmap.watch.resolve import Resolver
@@ -25,23 +28,37 @@ HELP = "run a command, such as a guest, on a disk and log which files it reads a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line, as docs/man/virt-bmap-watch.1.md describes it."""
-    parser.add_argument("disk", metavar="DISK", help="the disk to serve: image, block device or NBD URI")
+    parser.add_argument("disk", metavar="DISK", type=INPUT, help="the disk to serve: image, block device or NBD URI")
     parser.add_argument(
         "command",
         metavar="COMMAND",
         nargs=argparse.PARSER,
         help="what to run, behind --; $uri and $nbd in it name the served disk",
     )
-    parser.add_argument("--map", metavar="MAP", help="use this saved map instead of mapping the disks first")
+    parser.add_argument("--map", metavar="MAP", type=INPUT, help="use this saved map instead of mapping the disks first")
     parser.add_argument(
         "--write", action="store_true", help="let writes reach the disk; otherwise they are thrown away at the end"
     )
     parser.add_argument(
-        "-o", "--output", metavar="TRACE", help="write every access with the objects it touched to this Parquet file"
+        "-o",
+        "--output",
+        metavar="TRACE",
+        type=Output(ours.is_tables),
+        help="write every access with the objects it touched to this Parquet file",
     )
-    parser.add_argument("--log", metavar="FILE", default="-", help="write the live log to FILE instead of standard output")
     parser.add_argument(
-        "--summary", metavar="FILE", default="-", help="write the closing summary to FILE instead of standard output"
+        "--log",
+        metavar="FILE",
+        default="-",
+        type=Output(ours.is_log),
+        help="write the live log to FILE instead of standard output",
+    )
+    parser.add_argument(
+        "--summary",
+        metavar="FILE",
+        default="-",
+        type=Output(ours.is_summary),
+        help="write the closing summary to FILE instead of standard output",
     )
     parser.add_argument(
         "--top", metavar="N", type=int, default=20, help="files in each list of the summary (default: %(default)s)"
@@ -56,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-refresh", action="store_true", help="name everything by the map from the start, even where metadata is written"
     )
+    add_force_option(parser)
     add_disk_options(parser)
 
 
@@ -79,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         refresher = None if args.no_refresh else stack.enter_context(contextlib.closing(Refresher(keys)))
         resolver = Resolver(saved(args.map, sources) if args.map else map_disks(args, images, keys))
         summaries = {disk: Summary(resolver, disk) for disk in range(1, len(sources) + 1)}
-        printer = Printer(stack.enter_context(_text(args.log)))
+        printer = Printer(stack.enter_context(growing(args.log)))
         lines = {disk: LineLog(resolver, printer.write, args.inline) for disk in summaries}
         sinks: list[Sink] = [EachDisk(summaries)]
         if not args.quiet and not (tui and args.log == "-"):
@@ -108,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     if outcome.status:  # the terminal may be gone: not before the trace has its name
         for line in last_words[-LAST_WORDS:]:
             print(line, file=sys.stderr)
-    with _text(args.summary) as out:
+    with growing(args.summary) as out:
         out.write("\n".join(_report(summary, args.top) for summary in summaries.values()))
     for warning in _warnings(outcome, printer.dropped):
         print(f"virt-bmap: {warning}", file=sys.stderr)
@@ -133,19 +151,6 @@ def _show(resolver: "Resolver", sinks: "list[Sink]", go: "Callable[[Runner], Out
     activity = Activity(resolver)
     sinks.append(activity)
     return show(activity, go)
-
-
-@contextlib.contextmanager
-def _text(path: str) -> Iterator[TextIO]:
-    """A text file that grows while the guest runs (a live log can't wait for its end to get its name), or standard output."""
-    if path == "-":
-        yield sys.stdout
-        return
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
 
 
 def _warnings(outcome: "Outcome", dropped: int) -> Iterator[str]:

@@ -46,7 +46,9 @@ def open_image(image: str, format: str | None = None, references: bool = False, 
     try:
         if found in BY_LAYERS and references_of(plain, found).backing:
             return host.open_by_layers(image, found, references)
-        return qemu.open_with_qemu(plain, found, references, status)
+        reader = qemu.open_with_qemu(plain, found, references, status)
+        reader.in_use = plain.in_use
+        return reader
     finally:
         plain.close()
 

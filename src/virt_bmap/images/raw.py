@@ -9,6 +9,7 @@ import stat
 
 import numpy as np
 
+from virt_bmap import in_use, notices, protection
 from virt_bmap.arrays import Bytes, Int, ints
 from virt_bmap.errors import ImageError
 from virt_bmap.reader import Reader
@@ -36,6 +37,10 @@ class RawReader(Reader):
             os.close(self._fd)
             raise
         super().__init__(size, path)
+        protection.reads_open(self._fd, path)
+        self.in_use = in_use.writer_of_open(self._fd)
+        if self.in_use:
+            notices.say(f"{path}: is in use: {self.in_use}; what is read of it is the state of no one moment")
         self.near = stat.S_ISREG(mode)  # most files are in the kernel's cache, most devices are not
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:

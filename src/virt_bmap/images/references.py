@@ -9,6 +9,7 @@ import os
 import struct
 from dataclasses import dataclass, field
 
+from virt_bmap import protection
 from virt_bmap.errors import Corrupt, ImageError
 from virt_bmap.images import descriptor
 from virt_bmap.images.magic import FORMATS
@@ -43,6 +44,8 @@ def allowed_references(image: Reader, format: str, references: bool, depth: int)
             f"{image.name}: its {format} header refers to {', '.join(map(repr, found.names()))}, which is not opened unasked, since whoever wrote the image "
             "chose that name; if you trust it, say --references (or --format raw for a raw disk that only looks like this)"
         )
+    for name in found.names():
+        protection.reads(os.path.join(os.path.dirname(os.path.abspath(image.name)), name))
     if depth >= MAX_CHAIN:
         raise ImageError(f"{image.name}: its backing chain is longer than {MAX_CHAIN} files, or a loop")
     if found.backing and not found.backing_format:

@@ -1,12 +1,14 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import stat
 import sys
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
+from virt_bmap import protection
 from virt_bmap.errors import OutputError
 from virt_bmap.leftovers import hidden_file, hidden_folder
 
@@ -26,10 +28,10 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         if os.path.isdir(path):
             raise OutputError(f"{path}: can't be written: is a directory")
         if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-            with open(path, "wb") as file:
+            with _device(path) as file:
                 yield file
             return
-        target = os.path.realpath(path)
+        target = _target(path)
         with hidden_file(target) as (name, descriptor):
             dress_as(target, descriptor)
             with open(descriptor, "wb", closefd=False) as file:
@@ -41,13 +43,51 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 def new_file(path: str) -> Iterator[str]:
     """The name of an empty file that replaces `path` only when the block ends without an error, for other programs to write. Raises OutputError as `replacing` does."""
     with _words(path):
-        target = os.path.realpath(path)
+        target = _target(path)
         with hidden_folder(target) as folder:  # a lock on the file itself could be in the way of theirs
             name = os.path.join(folder, os.path.basename(target))
             with open(name, "xb") as file:
                 dress_as(target, file.fileno())
             yield name
             os.replace(name, target)
+
+
+@contextlib.contextmanager
+def growing(path: str) -> Iterator[TextIO]:
+    """A text file that grows for all to see: a live log can't wait for its end to get its name. `-` is standard output. Raises OutputError as `replacing` does."""
+    if path == "-":
+        yield sys.stdout
+        return
+    with _words(path):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with open(file, "w", encoding="utf-8") as text:
+            protection.refuse(os.fstat(file), path)
+            if stat.S_ISREG(os.fstat(file).st_mode):
+                os.ftruncate(file, 0)
+            yield text
+
+
+@contextlib.contextmanager
+def _device(path: str) -> Iterator[BinaryIO]:
+    """A device or pipe. A block device that is mounted, or below another one, the kernel keeps from us."""
+    about = os.stat(path)
+    protection.refuse(about, path)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CLOEXEC | (os.O_EXCL if stat.S_ISBLK(about.st_mode) else 0))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise OutputError(f"{path}: is in use: it is mounted, or another device lies on it; nothing is written to it") from error
+    with open(file, "wb") as opened:
+        yield opened
+
+
+def _target(path: str) -> str:
+    """The file that is to be made or replaced. Raises UsageError where it was read meanwhile."""
+    target = os.path.realpath(path)
+    if os.path.exists(target):
+        protection.refuse(os.stat(target), path)
+    return target
 
 
 def dress_as(target: str, file: int) -> None:

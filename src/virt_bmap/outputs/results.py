@@ -17,6 +17,8 @@ from virt_bmap.outputs.files import replacing
 
 ENDINGS = (".csv", ".parquet", ".jsonl")
 """What `save` writes, by the end of the file's name."""
+KEY = b"virt-bmap-result"
+"""In the metadata of Parquet files: whose they are."""
 BATCH = 1 << 16
 """Rows that are turned into Python objects at a time."""
 UNITS = ("bytes", "count")
@@ -77,7 +79,8 @@ def save(table: pa.Table, path: str) -> None:
         if path.endswith(".parquet"):
             import pyarrow.parquet as pq
 
-            pq.write_table(table, file, compression="zstd")
+            about = {**(table.schema.metadata or {}), KEY: b"1"}
+            pq.write_table(table.replace_schema_metadata(about), file, compression="zstd")
         elif path.endswith(".csv"):
             from pyarrow import csv
 

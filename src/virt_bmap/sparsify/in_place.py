@@ -17,10 +17,10 @@ from virt_bmap.images import magic
 from virt_bmap.images.nbd_writer import NbdWriter
 from virt_bmap.images.qemu_writer import writing
 from virt_bmap.images.raw import RawReader
+from virt_bmap.in_use import claim, refuse
 from virt_bmap.punch import punch
 from virt_bmap.reader import Reader
 from virt_bmap.space import Ranges
-from virt_bmap.sparsify.in_use import lock, user_of
 from virt_bmap.sparsify.plan import whole_blocks
 
 SECTOR = 512
@@ -55,8 +55,6 @@ def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
         plain.close()
     if found not in ("raw", "qcow2"):
         raise UsageError(f"{image}: a {found} image can't give space back in place; make a copy: sparsify {image} OUT")
-    if reason := user_of(image):
-        raise ImageError(f"{image}: is in use: {reason}; it is not changed")
     if found == "raw":
         disk = PunchedFile(image)
         try:
@@ -64,6 +62,7 @@ def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
         finally:
             disk.close()
     else:
+        refuse(image)
         with writing(image, found, references) as writer:
             yield TrimmedImage(writer)
 
@@ -72,25 +71,17 @@ class PunchedFile:
     """A raw file or block device. A device is opened exclusively: neither mounted nor below another device."""
 
     def __init__(self, path: str) -> None:
-        self.reader = RawReader(path)
         self.name = path
+        self.reader = RawReader(path)
         try:
-            device = stat.S_ISBLK(os.stat(path).st_mode)
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if device else 0))
-        except OSError as error:
-            self.reader.close()
-            if error.errno == errno.EBUSY:
-                raise ImageError(f"{path}: is in use: it is mounted, or another device lies on it; it is not changed") from error
-            raise OutputError(f"{path}: can't be changed: {error.strerror}") from error
-        try:
-            about = os.fstat(self._fd)
-            if not os.path.samestat(about, os.fstat(self.reader.fileno())):
-                raise ImageError(f"{path}: was replaced by another file while it was opened")
-            if not lock(self._fd):
-                raise ImageError(f"{path}: is in use: QEMU holds its lock (a running guest or another tool); it is not changed")
+            self._fd = claim(path)
         except BaseException:
-            self.close()
+            self.reader.close()
             raise
+        about = os.fstat(self._fd)
+        if not os.path.samestat(about, os.fstat(self.reader.fileno())):
+            self.close()
+            raise ImageError(f"{path}: was replaced by another file while it was opened")
         self.block = about.st_blksize if stat.S_ISREG(about.st_mode) else SECTOR
 
     def give_back(self, free: Ranges, tell: Callable[[int], None]) -> None:

@@ -17,11 +17,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from functools import partial
+from typing import NoReturn, TextIO
 
 import numpy as np
 
-from virt_bmap.errors import BmapError, MissingTool, OutputError, UsageError, one_line
+from virt_bmap import children, in_use, notices, protection
+from virt_bmap.cli import program
+from virt_bmap.errors import MissingTool, OutputError, UsageError, one_line
+from virt_bmap.outputs.files import growing
+from virt_bmap.outputs.ours import is_log
 from virt_bmap.watch import plugin
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.lines import LineLog
@@ -39,6 +44,7 @@ parameters:
   bmap=MAP        map saved by virt-bmap (default: map the disk first)
   logfile=LOG     write the log to LOG (default: standard output)
   format=raw      serve DISK as raw although it looks like another format
+  force=true      replace LOG also where it holds something else than such a log
   inline=true     log also objects that lie inside a block of inodes that is touched
 
 options:
@@ -46,9 +52,11 @@ options:
   -V, --version   show the version
   OPTION          any other option is nbdkit's: -r (read-only), -U SOCKET, -p PORT, --run COMMAND, --filter=NAME, ...
 """
-PARAMETERS = ("file", "bmap", "logfile", "format", "inline")
+PARAMETERS = ("file", "bmap", "logfile", "force", "format", "inline")
 PIPE_SIZE = 1 << 20
 """Bytes of the pipe: some 26,000 accesses; the most that /proc/sys/fs/pipe-max-size allows ordinary users by default."""
+KEEPS_DISK = re.compile(r"(^| )(-r|--read-?only|--filter[= ]cow)( |$)")
+"""Options of nbdkit with which no write reaches the disk."""
 DRAIN_TICK = 0.01
 WAITING = 1 << 24
 """Accesses that may wait to be resolved, 640 MiB. More are dropped, and counted."""
@@ -106,13 +114,9 @@ class Drain:
         return np.frombuffer(data, _RECORD)
 
 
-def main() -> int:
-    """The program. Returns nbdkit's exit status, which with --run is the command's."""
-    try:
-        return _main(sys.argv[1:])
-    except BmapError as error:
-        print(f"bmaplogger: {one_line(error)}", file=sys.stderr)
-        return 1
+def main() -> NoReturn:
+    """The program. Its exit status is nbdkit's, which with --run is the command's."""
+    program("bmaplogger", lambda: partial(_main, sys.argv[1:]))
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -129,6 +133,17 @@ def _main(arguments: Sequence[str]) -> int:
         raise UsageError("file=DISK is missing (see bmaplogger --help)")
     if given.get("format", "raw") != "raw":
         raise UsageError("only raw disks can be served here; for other formats use virt-bmap watch")
+    for name in ("file", "bmap"):
+        protection.reads(given.get(name, ""))
+    if "logfile" in given:
+        protection.writes(given["logfile"], is_log)
+    protection.check(given.get("force") == "true")
+    with notices.listening(lambda words: print(f"bmaplogger: {one_line(words)}", file=sys.stderr)):
+        return _logged(given, options)
+
+
+def _logged(given: dict[str, str], options: Sequence[str]) -> int:
+    """Serve the disk and log what is done with it: the exit status."""
     disk = source(given["file"], given.get("format"))
     if disk.format != "raw":
         raise UsageError(
@@ -156,15 +171,10 @@ def _main(arguments: Sequence[str]) -> int:
 @contextlib.contextmanager
 def _log_file(path: str) -> Iterator[TextIO]:
     """The log. That it can't be opened is an error; that it can't be written later must not become the guest's problem."""
-    try:
-        file = open(path, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise OutputError(f"{path}: can't be written: {error.strerror}") from error
-    try:
-        yield file
-    finally:
-        with contextlib.suppress(OSError):  # the printer has counted what was lost
-            file.close()
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(growing(path))
+        with contextlib.suppress(OutputError):  # the printer has counted what was lost
+            stack.close()
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -188,8 +198,16 @@ def _serve(image: str, options: Sequence[str], resolver: Resolver, lines: LineLo
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
     command = [_nbdkit(), "--foreground", *_private(options), "python", plugin.__file__, f"file={os.path.abspath(image)}",
                f"accesses={write}", *options]  # fmt: skip
-    child = subprocess.Popen(command, pass_fds=[write])
-    os.close(write)
+    with contextlib.ExitStack() as stack:
+        if not KEEPS_DISK.search(" ".join(options)):
+            stack.enter_context(in_use.claimed(image))
+        child = stack.enter_context(children.running(command, pass_fds=[write]))
+        os.close(write)
+        return _follow(child, read, resolver, lines)
+
+
+def _follow(child: "subprocess.Popen[bytes]", read: int, resolver: Resolver, lines: LineLog) -> tuple[int, int]:
+    """Log what comes until nbdkit ends."""
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to nbdkit as well
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number)),
@@ -246,4 +264,4 @@ def _status(child: "subprocess.Popen[bytes]") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from virt_bmap import children, leftovers
+from virt_bmap import children, in_use, leftovers
 from virt_bmap.errors import ImageError, MissingTool
 from virt_bmap.images import magic, qemu
 from virt_bmap.images.raw import RawReader
@@ -88,6 +88,10 @@ def serve(source: Source, folder: str, write: bool, in_order: bool = False) -> I
     """
     program = _tool("nbdkit", source, "nbdkit")
     with contextlib.ExitStack() as stack:
+        if write and not magic.is_uri(source.image):  # qemu-nbd locks what it opens by itself
+            in_use.refuse(source.image)
+            if source.format == "raw":
+                stack.enter_context(in_use.claimed(source.image))
         if magic.is_uri(source.image):
             plugin = ["nbd", f"uri={source.image}", "shared=true"]
         elif source.format == "raw":
