@@ -8,6 +8,7 @@ from hypothesis import settings
 
 settings.register_profile("steady", deadline=None)  # machines are noisy; a slow example is no fault
 settings.load_profile("steady")
+os.environ["VIRT_BMAP_STRICT"] = "1"  # what nobody expected must fail a test, not become a problem of a map
 
 
 @pytest.fixture(scope="session")

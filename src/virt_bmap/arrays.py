@@ -4,8 +4,12 @@ Ranges are half open and come as two int64 arrays, `starts` and `ends`, of one l
 says otherwise they may be unsorted and may overlap; empty ranges are allowed and own nothing.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+from virt_bmap.errors import Corrupt
 
 Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
@@ -15,8 +19,21 @@ EMPTY: Int = np.zeros(0, np.int64)
 
 
 def ints(values: object) -> Int:
-    """`values` (an array, a sequence or a number) as a one-dimensional int64 array."""
-    return np.atleast_1d(np.asarray(values, np.int64))
+    """`values` (an array, a sequence or a number) as a one-dimensional int64 array.
+
+    Raises Corrupt where a number does not fit. Python's own have no limit: here those of a disk that do not fit in ours are met at the latest.
+    """
+    try:
+        return np.atleast_1d(np.asarray(values, np.int64))
+    except OverflowError:
+        raise Corrupt(
+            f"a number of {max(map(abs, np.atleast_1d(np.asarray(values, object)).tolist())):#x} is more than any disk holds"
+        ) from None
+
+
+def joined(parts: Sequence[tuple[Int, ...]], count: int) -> list[Int]:
+    """`count` columns, each that of the parts one after the other. Without any part they are empty: how many there are is up to the disk."""
+    return [np.concatenate([EMPTY, *(part[column] for part in parts)]) for column in range(count)]
 
 
 def in_order(values: Int) -> Int:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from virt_bmap import __version__, leftovers, notices, protection, signals
 from virt_bmap.commands import COMMANDS
-from virt_bmap.errors import BmapError, UsageError, one_line
+from virt_bmap.errors import BmapError, UsageError, is_strict, one_line, unexpected
 from virt_bmap.startup import import_libraries
 
 
@@ -106,6 +106,12 @@ def program(name: str, prepare: Callable[[], Callable[[], int]]) -> NoReturn:
         status = _failed(f"{name}: {what}: {error.strerror or one_line(error)}")
     except MemoryError:
         status = _failed(f"{name}: not enough memory for this map")
+    except Exception as error:
+        if is_strict():
+            import traceback  # seldom needed
+
+            traceback.print_exc()
+        status = _failed(f"{name}: {unexpected(error)}")
     leftovers.undo_all()
     # tables of millions of rows take long to free one by one, and the process ends anyway
     for stream in (sys.stdout, sys.stderr):

@@ -14,11 +14,27 @@
 Damage that leaves the rest readable is not an exception but a row of the table `problems`.
 """
 
+import os
+
 
 def one_line(words: object) -> str:
     """Words as one line that only prints: messages quote names from disks, which could end it or command a terminal."""
     text = " ".join(str(words).split())
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def is_strict() -> bool:
+    """Is what nobody expected to leave the program with all that is known of it? Tests and the fuzzer say so: VIRT_BMAP_STRICT in the environment."""
+    return bool(os.environ.get("VIRT_BMAP_STRICT"))
+
+
+def unexpected(error: Exception) -> str:
+    """One line about an exception that should not have been: what it is, where it came from, what to do."""
+    import traceback  # seldom needed
+
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(os.path.dirname(frame.filename))}/{os.path.basename(frame.filename)}:{frame.lineno}"
+    return f"a fault of virt-bmap itself: {type(error).__name__} at {where}: {one_line(error)}; please report it (VIRT_BMAP_STRICT=1 in the environment tells more)"
 
 
 class BmapError(Exception):

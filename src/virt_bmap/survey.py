@@ -4,8 +4,9 @@ Every volume is looked at once. A volume format turns it (with others) into more
 volume that spans several members waits until no other volume is left to look at, so that all its members are known.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,9 @@ from virt_bmap import foreign, formats, tables
 from virt_bmap.arrays import Int, complement, subtract, union
 from virt_bmap.blockmap import FILE, BlockMap
 from virt_bmap.contract import Assembler, Assembly, Child, Filesystem, FilesystemFormat, Member, Problem, VolumeFormat
-from virt_bmap.errors import FormatError, Unsupported, UsageError
+from virt_bmap.errors import BmapError, Corrupt, FormatError, Unsupported, UsageError, is_strict, unexpected
 from virt_bmap.keys import NO_KEYS, Keys
+from virt_bmap.layout import INT64_MAX
 from virt_bmap.mapping import Rows
 from virt_bmap.nested import MAX_LEVELS, NOTHING, Nested, Progress
 from virt_bmap.reader import MappedReader, Reader
@@ -164,10 +166,8 @@ class _Survey:
     def _look_at(self, volume: _Volume) -> None:
         """Find out what the volume holds, and send it where that is read. Not even its first bytes may be readable: a compressed cluster can be damaged."""
         self.progress(volume.name)
-        try:
+        with self._refusing([volume], "survey"):
             self._send(volume)
-        except FormatError as error:
-            self._refused(volume, volume.type or "survey", error)
 
     def _send(self, volume: _Volume) -> None:
         format = formats.volume_on(volume.reader, has_header=self.keys.header_of(volume.name) is not None)
@@ -201,13 +201,11 @@ class _Survey:
 
     def _assemble(self, by: Assembler, members: list[_Volume]) -> None:
         """Let a volume format make volumes of its members; where it refuses, they are one piece each, with the reason."""
+        with self._refusing(members, by.name):
+            self._add_assembly(by.assemble([Member(v.number, v.name, v.reader, self.keys) for v in members]), by, members)
+
+    def _add_assembly(self, assembly: Assembly, by: Assembler, members: list[_Volume]) -> None:
         by_number = {volume.number: volume for volume in members}
-        try:
-            assembly: Assembly = by.assemble([Member(v.number, v.name, v.reader, self.keys) for v in members])
-        except FormatError as error:
-            for volume in members:
-                self._refused(volume, by.name, error)
-            return
         base = len(self.volumes)
         for child in assembly.children:
             self._add_child(child, base)
@@ -218,7 +216,7 @@ class _Survey:
             volume.label = assembly.labels.get(number, volume.label)
             volume.uuid = assembly.uuids.get(number, volume.uuid)
             if rows := assembly.extents.get(number):
-                volume.extents.append(_believed(rows.table(volume.number), by.allocator))
+                self._add_extents(volume, by.name, _believed(rows.table(volume.number), by.allocator))
             for problem in assembly.problems.get(number, ()):
                 self._problem(volume, by.name, problem)
 
@@ -246,17 +244,45 @@ class _Survey:
     def _read(self, volume: _Volume, format: FilesystemFormat) -> None:
         """Let a filesystem's reader read its volume."""
         self.progress(volume.name)
-        try:
+        with self._refusing([volume], format.name):
             found: Filesystem = format.read(volume.reader, [other.reader for other in self.unclaimed])
+            self._add_extents(volume, found.type, on_volume(_believed(found.extents, format.allocator), volume.number))
+            volume.filesystem = found
+            volume.reader = found.reader
+            volume.type = found.type
+            for problem in found.problems:
+                self._problem(volume, found.type, problem)
+
+    @contextlib.contextmanager
+    def _refusing(self, volumes: list[_Volume], name: str) -> Iterator[None]:
+        """What a format refuses stays one piece, with the reason. So does what no format of ours may fail at, but did: the rest of the map is not lost with it."""
+        count = len(self.volumes)
+        try:
+            yield
         except FormatError as error:
-            self._refused(volume, format.name, error)
-            return
-        volume.filesystem = found
-        volume.reader = found.reader
-        volume.type = found.type
-        volume.extents.append(on_volume(_believed(found.extents, format.allocator), volume.number))
-        for problem in found.problems:
-            self._problem(volume, found.type, problem)
+            self._undo(volumes, count, name, error)
+        except BmapError:
+            raise
+        except Exception as error:
+            if is_strict():
+                raise
+            self._undo(volumes, count, name, Corrupt(unexpected(error), code="unexpected"))
+
+    def _undo(self, volumes: list[_Volume], count: int, name: str, error: FormatError) -> None:
+        """Without the volumes that were made since there were `count`."""
+        del self.volumes[count:]
+        self.todo = [volume for volume in self.todo if volume.number < count]
+        for volume in volumes:
+            self._refused(volume, volume.type or name, error)
+
+    def _add_extents(self, volume: _Volume, source: str, extents: pa.Table) -> None:
+        """Rows of a format, as far as they lie in the volume: what damage names behind its end is not there."""
+        kept, outside = _inside(extents, volume.size)
+        volume.extents.append(kept)
+        if outside:
+            self._problem(
+                volume, source, Problem("outside", f"{outside:,} extents lie outside the volume, or end there: cut off")
+            )
 
     def _refused(self, volume: _Volume, name: str, error: FormatError) -> None:
         severity = "warning" if isinstance(error, Unsupported) else "error"
@@ -265,6 +291,8 @@ class _Survey:
         self._whole(volume, name)
 
     def _problem(self, volume: _Volume, source: str, problem: Problem) -> None:
+        if problem.offset > INT64_MAX:  # a number that the disk names, but no byte has
+            problem = problem._replace(offset=-1)
         volume.problems.append((source, problem))
 
     def _whole(self, volume: _Volume, name: str) -> None:
@@ -344,11 +372,28 @@ def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
 
 
 def _spans(extents: list[pa.Table]) -> tuple[Int, Int, Int]:
-    """(starts, ends, kinds) of the extents of a volume."""
+    """(starts, ends, kinds) of the extents of a volume, but of those that lie in others: they own no bytes by themselves."""
     none = np.zeros(0, np.int64)
-    start = np.concatenate([none, *(tables.integers(table, "volume_offset") for table in extents)])
-    length = np.concatenate([none, *(tables.integers(table, "length") for table in extents)])
-    return start, start + length, np.concatenate([none, *(tables.codes(table, "kind") for table in extents)])
+    start, length, flags = (
+        np.concatenate([none, *(tables.integers(table, name) for table in extents)])
+        for name in ("volume_offset", "length", "flags")
+    )
+    kind, own = np.concatenate([none, *(tables.codes(table, "kind") for table in extents)]), flags & tables.INLINE == 0
+    return start[own], (start + length)[own], kind[own]
+
+
+def _inside(extents: pa.Table, size: int) -> tuple[pa.Table, int]:
+    """The rows that lie in a volume of this size, and how many did not: what reaches over its end is cut off there, the rest is left out."""
+    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
+    good = (start >= 0) & (length > 0) & (length <= size - start)
+    if good.all():
+        return extents, 0
+    cut = np.where(start >= 0, np.minimum(length, size - start), 0)
+    for name in ("length", "file_length"):
+        at, values = extents.schema.get_field_index(name), tables.integers(extents, name)
+        values = np.where(values == length, cut, values)  # of packed content all of the file's bytes are gone or none
+        extents = extents.set_column(at, extents.schema.field(at), tables.arrow(values, values < 0))
+    return extents.filter(pa.array(cut > 0)), int(np.count_nonzero(~good))
 
 
 def _believed(extents: pa.Table, allocator: str | None) -> pa.Table:

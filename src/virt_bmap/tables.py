@@ -68,6 +68,10 @@ _TYPE_OF_MODE[[0o10, 0o4, 0o12, 0o2, 0o6, 0o1, 0o14]] = [
 ]  # fmt: skip
 
 
+MODE = 0xFFFF
+"""The bits of st_mode: type and permissions. Rock Ridge and btrfs keep it in 32."""
+
+
 def type_of_mode(mode: Int) -> np.ndarray:
     """POSIX st_mode to codes of TYPES."""
     codes: np.ndarray = _TYPE_OF_MODE[(mode >> 12) & 15]
@@ -246,6 +250,8 @@ def _array(field: pa.Field, value: Any, rows: int) -> pa.Array:
 
 
 def _integers(field: pa.Field, value: np.ndarray) -> pa.Array:
+    if field.name == "mode" and value.dtype.itemsize > 2:
+        value = np.where(value < 0, value, value & MODE)
     values, missing = value.astype(field.type.to_pandas_dtype(), copy=False), None
     if field.nullable:
         missing = value == np.iinfo(np.int64).min if field.name == "mtime_ns" else value < 0

@@ -84,7 +84,8 @@ def command(*words: str) -> str:
     """Run a command in this process; what it printed."""
     kept = sys.stdout, sys.stderr
     printed = io.BytesIO()
-    sys.stdout, sys.stderr = io.TextIOWrapper(printed, "utf-8", write_through=True), io.StringIO()
+    out = io.TextIOWrapper(printed, "utf-8", write_through=True)
+    sys.stdout, sys.stderr = out, io.StringIO()
     try:
         cli.run(words)
         sys.stdout.flush()
@@ -92,6 +93,7 @@ def command(*words: str) -> str:
         pass
     finally:
         sys.stdout, sys.stderr = kept
+        out.detach()  # it would close what it wrote to
     return printed.getvalue().decode(errors="replace")
 
 

@@ -47,12 +47,19 @@ class Disk:
 
     def resize(self, size: int) -> None:
         """Cut the disk off, or let it grow by a hole."""
-        for at in range(max(1, size), self.size, PIECE):
-            data = self.read(at, PIECE)
-            if data.strip(b"\0"):
-                self._undo.append((at, data))
+        at = max(1, size)
+        while at < self.size and (at := self._next(at)) < self.size:
+            self._undo.append((at, self.read(at, PIECE)))
+            at += PIECE
         os.ftruncate(self._fd, max(1, size))
         self.size = max(1, size)
+
+    def _next(self, at: int) -> int:
+        """Where something is stored, from this byte on: holes can be larger than any time suffices to read."""
+        try:
+            return os.lseek(self._fd, at, os.SEEK_DATA)
+        except OSError:  # nothing
+            return self.size
 
     def restore(self) -> None:
         """As the disk was made."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from virt_bmap import formats, tables
-from virt_bmap.arrays import Bool, Int
+from virt_bmap.arrays import Bool, Int, joined
 from virt_bmap.diff import objects as matched
 from virt_bmap.diff.delta import Delta
 from virt_bmap.diff.files import Pieces, fate
@@ -71,8 +71,7 @@ class Rows:
 
     def columns(self) -> dict[str, Int]:
         """All rows, those of one owner and change added up."""
-        joined = [np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*self.parts, strict=True)]
-        keys, (size, content) = joined[:5], joined[5:]
+        *keys, size, content = joined(self.parts, 7)
         order = np.lexsort(keys[::-1])
         new = np.zeros(len(order), bool)
         for key in keys:

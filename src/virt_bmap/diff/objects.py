@@ -134,7 +134,7 @@ class Objects(NamedTuple):
 
 def pick(values: np.ndarray, rows: Int) -> np.ndarray:
     """The values of these rows; where a row is -1 any value."""
-    return values[np.maximum(rows, 0)] if len(values) else np.zeros(len(rows), np.int64)
+    return values[np.maximum(rows, 0)] if len(values) else np.zeros(len(rows), values.dtype)
 
 
 def match(old_map: BlockMap, new_map: BlockMap) -> Objects:

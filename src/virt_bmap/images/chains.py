@@ -13,7 +13,7 @@ import numpy as np
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, ints, subtract, union
 from virt_bmap.contract import Assembly, Child
-from virt_bmap.errors import ImageError, Unsupported
+from virt_bmap.errors import Corrupt, ImageError, Unsupported
 from virt_bmap.images import layers
 from virt_bmap.images.layer import Layer
 from virt_bmap.images.references import References
@@ -103,7 +103,10 @@ class Chains:
                 f"{reader.name}: where the bytes of a {format} image lie in its file is not read; it is of {', '.join(layers.LAYERS)}"
             )
         others = [self.beside(number, name) for name in (*([names.data] if names.data else []), *names.extents)]
-        layer = module.read(reader, [self.files[other] for other in others])
+        try:
+            layer = module.read(reader, [self.files[other] for other in others])
+        except Corrupt as error:
+            raise error if reader.name in str(error) else Corrupt(f"{reader.name}: {error}", error.offset, error.code) from error
         link = Link(layer, ints([self.files.index(file) for file in layer.files]), names)
         self._links[number] = format, link
         return link

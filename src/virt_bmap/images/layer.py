@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Bool, Int, covered_twice, union
+from virt_bmap.arrays import EMPTY, Bool, Int, covered_twice, ints, joined, union
 from virt_bmap.contract import Problem
 from virt_bmap.layout import widen
 from virt_bmap.mapping import COMPRESSED, DATA, ROLES, ZERO, Rows, Side
@@ -80,7 +80,7 @@ class Draft:
 
     def own(self, part: str | None, start: Any, length: Any, kind: int = tables.METADATA, file: int = 0, flags: int = 0) -> None:
         """Bytes of a file that hold something else than the guest's current data; what leaves the file is cut off."""
-        start = np.atleast_1d(np.asarray(start, np.int64))
+        start, length = ints(start), ints(length)
         end = np.minimum(start + length, self.files[file].size)
         keep = (start >= 0) & (end > start)
         if keep.any():
@@ -95,7 +95,7 @@ class Draft:
 
     def finish(self, format: str, cluster: int, facts: dict[str, Any], unreadable: str | None = None) -> Layer:
         """The layer: rows cut at the ends of disk and files, sorted, and neighbours joined."""
-        columns = [np.concatenate(column) for column in zip(*self._pieces, strict=True)] if self._pieces else [EMPTY] * 6
+        columns = joined(self._pieces, 6)
         columns = self._inside_files(self._inside_disk(columns))
         self._complain_of_overlaps(columns)
         order = np.argsort(columns[0], kind="stable")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int
+from virt_bmap.arrays import Int, joined
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.mapping import PARITY, ROLES
 from virt_bmap.observe.disks import Reads
@@ -43,8 +43,6 @@ def climb(bmap: BlockMap, volume: int, reads: Reads) -> tuple[Int, Int]:
             at = pieces.query[one]
             moved = on_disk[at] + pieces.source[one] - start[at]
             queue.append((above, query[at], moved, pieces.target[one], pieces.target[one] + pieces.target_length[one]))
-    if not parts:
-        return EMPTY, EMPTY
-    query, on_disk, start, end = (np.concatenate(column) for column in zip(*parts, strict=True))
+    query, on_disk, start, end = joined(parts, 4)
     order = np.lexsort((on_disk, query))
     return start[order], end[order]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, first_covers
+from virt_bmap.arrays import Int, first_covers, joined
 from virt_bmap.profile.saved import RANGES, Profile, RunFacts
 from virt_bmap.traces import Run, Traces
 
@@ -46,7 +46,7 @@ def build(traces: Traces) -> Profile:
 def _points(runs: list[Run]) -> tuple[_Points, list[tuple[Int, Int]]]:
     """All points, and for each run the points where its ranges begin and end."""
     columns = [(run.disk[run.access], run.object, run.start, run.end) for run in runs]
-    disk, object, start, end = (np.concatenate(column) for column in zip(*columns, strict=True))
+    disk, object, start, end = joined(columns, 4)
     place = np.concatenate([start, end])
     keys = (place, np.tile(object, 2), np.tile(disk, 2))
     order = np.lexsort(keys)

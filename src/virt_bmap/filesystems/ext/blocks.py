@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand, in_order
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand, in_order, joined
 from virt_bmap.filesystems.ext.damage import Problems, complain
 from virt_bmap.filesystems.ext.superblock import Superblock
 from virt_bmap.layout import lo_hi, struct
@@ -138,7 +138,7 @@ def _extent_trees(
         together = int(some[-1] - some[0]) == len(some) - 1
         data = block_of[some[0] : some[-1] + 1] if together else block_of[some]
         children.append(_node(superblock, data, some, data.view("<u2")[:, 3].astype(np.int64), offsets[some], found, problems))
-    owner, block, expected = (np.concatenate(parts) for parts in zip(*children, strict=True))
+    owner, block, expected = joined(children, 3)
     seen = EMPTY
     for _ in range(MAX_DEPTH):
         if not len(block):
@@ -152,7 +152,7 @@ def _extent_trees(
         ]
         if not children:
             break
-        owner, block, expected = (np.concatenate(parts) for parts in zip(*children, strict=True))
+        owner, block, expected = joined(children, 3)
     return seen
 
 
@@ -223,8 +223,8 @@ def _indirect(
             inner = height[above] > 1
             children.append((node[above][inner], target[inner], height[above][inner] - 1, where[inner]))
             parts.append(_joined(node[above][~inner], where[~inner], target[~inner]))
-        node, block, height, logical = (np.concatenate(columns) for columns in zip(*children, strict=True))
-    found.add(*_joined(*(np.concatenate(columns) for columns in zip(*parts, strict=True))))
+        node, block, height, logical = joined(children, 4)
+    found.add(*_joined(*joined(parts, 4)))
 
 
 def _joined(owner: Int, logical: Int, start: Int, count: Int | None = None) -> tuple[Int, Int, Int, Int]:

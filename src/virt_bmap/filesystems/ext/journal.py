@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand, joined
 from virt_bmap.checksums import crc32c
 from virt_bmap.contract import Problem
 from virt_bmap.filesystems.ext import blocks, inodes
@@ -338,7 +338,7 @@ def _tags(log: Log, headers: Headers) -> tuple[tuple[Int, Int, Int, Int, Int], I
         more = flags & LAST_TAG == 0
         at = (at + size + np.where(flags & SAME_UUID, 0, 16))[more]
         row, nth = row[more], nth + 1
-    tags = tuple(np.concatenate(columns) for columns in zip(*found, strict=True))
+    tags = joined(found, 5)
     return (tags[0], tags[1], tags[2], tags[3], tags[4]), np.bincount(tags[0], minlength=len(headers.at)).astype(np.int64)
 
 

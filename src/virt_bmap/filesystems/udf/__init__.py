@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int, complement, expand, ints, subtract, union
+from virt_bmap.arrays import EMPTY, Int, complement, expand, ints, joined, subtract, union
 from virt_bmap.columns import stack, take
 from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import FormatError
@@ -147,7 +147,7 @@ def _add_beside(
     reader: Reader, disk: Volume, beside: list[tuple[Int, Int, Int]], known: Int, rows: tables.ExtentRows, problems: list[Problem]
 ) -> None:
     """Rows for named streams and for attributes in files of their own: their bytes are the file's, whatever they are called; -1 stands for the system."""
-    inode, partition, block = (np.concatenate([EMPTY, *column]) for column in zip(*beside, strict=True))
+    inode, partition, block = joined(beside, 3)
     seen, budget = known, reader.size
     for _ in range(2):  # a directory of streams, and these
         place = disk.places(partition, block)

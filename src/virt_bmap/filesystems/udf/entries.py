@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Bytes, Int, expand, ints
+from virt_bmap.arrays import EMPTY, Bytes, Int, expand, ints, joined
 from virt_bmap.columns import stack
 from virt_bmap.contract import Problem
 from virt_bmap.filesystems.udf.volume import ALLOCATION, Volume
@@ -326,7 +326,7 @@ def pieces(volume: Volume, partition: Int, block: Int, length: Int) -> tuple[Int
         keep = right > left
         row, run, left, right = row[keep], run[keep], left[keep], right[keep]
         parts.append((mine[row], (left - low[row]) * size, start[run] + (left - first[run]) * size, (right - left) * size))
-    row, inside, place, total = (np.concatenate(column) for column in zip(*parts, strict=True))
+    row, inside, place, total = joined(parts, 4)
     order = np.lexsort((inside, row))
     return row[order], inside[order], place[order], total[order]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Bytes, Int, expand, in_order
+from virt_bmap.arrays import EMPTY, Bytes, Int, expand, in_order, joined
 from virt_bmap.columns import take
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.ragged import Ragged
@@ -68,7 +68,7 @@ def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype
         row, at, left = row[good], after[good], left[good]
     if not found:
         return stack_names([])
-    row, at = (np.concatenate(part) for part in zip(*found, strict=True))
+    row, at = joined(found, 2)
     order = np.argsort(at, kind="stable")
     row, at = row[order], at[order]
     length = data[at].astype(np.int64)

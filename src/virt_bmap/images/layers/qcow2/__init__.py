@@ -18,6 +18,7 @@ from virt_bmap.images.layers.qcow2 import clusters, header, refcounts
 from virt_bmap.images.layers.qcow2.clusters import IN_PLACE, NOWHERE, PACKED, RESERVED, ZERO_IN_PLACE, L2Tables, Pieces
 from virt_bmap.images.layers.qcow2.header import Header
 from virt_bmap.images.layers.qcow2.refcounts import References
+from virt_bmap.layout import INT64_MAX
 from virt_bmap.reader import Reader
 
 NAME = "qcow2"
@@ -162,7 +163,7 @@ def own_snapshot_data(draft: Draft, head: Header, l2: L2Tables, known: Pieces, h
     theirs = held.take(~current)
     if len(theirs.host) == 0:
         return
-    sizes = np.array([head.size, *(snapshot.size for snapshot in head.snapshots)], np.int64)
+    sizes = ints([head.size, *(min(snapshot.size, INT64_MAX) for snapshot in head.snapshots)])
     first, last = l2.first[theirs.table], l2.last[theirs.table]
     state = theirs.guest >= -(-sizes[first] // head.cluster) * head.cluster
     mine = known.take((l2.first[known.table] == 0) & (known.host >= 0))

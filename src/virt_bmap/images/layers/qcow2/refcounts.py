@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Int, expand, union, weigh
+from virt_bmap.arrays import EMPTY, Int, expand, joined, union, weigh
 from virt_bmap.images.layer import Draft, Ranges
 from virt_bmap.images.layers.qcow2.header import Header
 from virt_bmap.reader import Reader
@@ -35,7 +35,7 @@ class References:
 
     def all(self) -> tuple[Int, Int, Int]:
         """(start, end, times) of all."""
-        start, end, times = (np.concatenate([EMPTY, *column]) for column in zip(*self._parts, strict=True))
+        start, end, times = joined(self._parts, 3)
         return start, end, times
 
 
