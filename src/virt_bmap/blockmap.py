@@ -16,7 +16,7 @@ from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals, ints
 from virt_bmap.columns import stack, take
 from virt_bmap.errors import UsageError
-from virt_bmap.mapping import PACKED, ROLES, Pieces, Rows, Side
+from virt_bmap.mapping import PACKED, ROLES, Groups, Pieces, Rows, Side
 
 T = TypeVar("T")
 
@@ -94,9 +94,8 @@ class BlockMap:
     def depth(self) -> Int:
         """For each volume the number of layers between it and a disk."""
         depth = np.zeros(self.volumes.num_rows, np.int64)
-        child, parent = tables.integers(self.mappings, "volume"), tables.integers(self.mappings, "parent")
-        for volume in np.unique(child):  # parents come before children
-            depth[volume] = 1 + depth[parent[child == volume]].max()
+        for volume in np.unique(self.rows.volume).tolist():  # parents come before children
+            depth[volume] = 1 + depth[self._by_volume.of(volume).parent].max()
         return depth
 
     @cached_property
@@ -109,13 +108,21 @@ class BlockMap:
             column["parent_run"] if (column["parent_run"] != column["run"]).any() else None,
         )  # fmt: skip
 
+    @cached_property
+    def _by_parent(self) -> Groups:
+        return Groups(self.rows, self.rows.parent)
+
+    @cached_property
+    def _by_volume(self) -> Groups:
+        return Groups(self.rows, self.rows.volume)
+
     def rows_into(self, parent: int) -> Rows:
         """The mapping rows that lie in `parent`."""
-        return self._once("into", parent, lambda: self.rows.select(self.rows.parent == parent))
+        return self._once("into", parent, lambda: self._by_parent.of(parent))
 
     def rows_of(self, volume: int) -> Rows:
         """The mapping rows of `volume`."""
-        return self._once("of", volume, lambda: self.rows.select(self.rows.volume == volume))
+        return self._once("of", volume, lambda: self._by_volume.of(volume))
 
     def slice_of(self, name: str, volume: int) -> tuple[int, pa.Table]:
         """The rows of one volume in a table that is grouped by volume, and the number of the first."""

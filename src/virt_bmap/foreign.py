@@ -9,14 +9,15 @@ and libmodi format documents for image containers; magic(5) of file(1) for compr
 """
 
 from collections.abc import Mapping
+from functools import cache
 
 from virt_bmap.arrays import ints
-from virt_bmap.reader import Reader
+from virt_bmap.reader import HEAD, TAIL, Reader
 
 Check = tuple[int, bytes] | tuple[int, bytes, bytes]
 """(offset, magic[, mask]): the bytes there, masked, are the magic. A negative offset counts from the end."""
-Row = tuple[str, *tuple[Check, ...]]
-"""(type in blkid's words, checks that must all hold)."""
+Row = tuple[str, Check, *tuple[Check, ...]]
+"""(type in blkid's words, checks that must all hold; the first one has no mask)."""
 
 SECTOR = 512
 
@@ -148,7 +149,7 @@ FILESYSTEMS: tuple[Row, ...] = (
            (b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001")),
     ("squashfs3", (0, b"shsq")),
     ("squashfs3", (0, b"qshs")),
-    ("affs", (0, b"DOS\0", b"\xff\xff\xff\xf8")),
+    *_each("affs", (0,), tuple(b"DOS" + bytes([kind]) for kind in range(8))),
     ("hfsplus", (1024, b"BD"), (1024 + 124, b"H+")),
     ("hfsplus", (1024, b"H+"), (1026, _be(4, 2))),
     ("hfsplus", (1024, b"HX"), (1026, _be(5, 2))),
@@ -228,24 +229,38 @@ MAGICS: tuple[Row, ...] = (*ENCRYPTED, *MEMBERS, *FILESYSTEMS, *PARTITION_TABLES
 def recognise(reader: Reader) -> str | None:
     """The type in blkid's words where it has one, or None."""
     have = _wanted_bytes(reader)
-    for name, *checks in MAGICS:
+    begins = [MAGICS[at] for at in sorted(at for key, data in have.items() for at in _beginning().get((*key, data), ()))]
+    for name, *checks in begins:
         if all(_holds(have, check) for check in checks):
             return name
     return next((name for name, holds in (("via_raid_member", _is_via), ("atari", _is_atari)) if holds(reader)), None)
 
 
+@cache
+def _beginning() -> Mapping[tuple[int, int, bytes], list[int]]:
+    """The rows of MAGICS whose first check is (offset, length, magic): of hundreds a volume has to be asked for few."""
+    found: dict[tuple[int, int, bytes], list[int]] = {}
+    for at, row in enumerate(MAGICS):
+        offset, magic = row[1][:2]
+        found.setdefault((offset, len(magic), magic), []).append(at)
+    return found
+
+
+@cache
+def _wanted() -> list[tuple[int, int]]:
+    """Every (offset, length) of MAGICS."""
+    return sorted({(check[0], len(check[1])) for _, *checks in MAGICS for check in checks})
+
+
 def _wanted_bytes(reader: Reader) -> Mapping[tuple[int, int], bytes]:
-    """The bytes at every (offset, length) of MAGICS that lies inside the volume, read in one batch."""
-    wanted = sorted({(check[0], len(check[1])) for _, *checks in MAGICS for check in checks})
-    places = [(key, key[0] if key[0] >= 0 else reader.size + key[0]) for key in wanted]
+    """The bytes at every (offset, length) of MAGICS that lies inside the volume: what lies between its ends, which are read already, in one batch."""
+    places = [(key, key[0] if key[0] >= 0 else reader.size + key[0]) for key in _wanted()]
     inside = [(key, at) for key, at in places if 0 <= at <= reader.size - key[1]]
-    if not inside:
-        return {}
-    data = reader.read_ranges(ints([at for _, at in inside]), ints([key[1] for key, _ in inside])).tobytes()
-    found, done = {}, 0
-    for key, _ in inside:
-        found[key] = data[done : done + key[1]]
-        done += key[1]
+    found = {key: reader.read(at, key[1]) for key, at in inside if at + key[1] <= HEAD or at >= reader.size - TAIL}
+    deep = [(key, at) for key, at in inside if key not in found]
+    data = reader.read_ranges(ints([at for _, at in deep]), ints([key[1] for key, _ in deep])).tobytes()
+    for key, _ in deep:
+        found[key], data = data[: key[1]], data[key[1] :]
     return found
 
 

@@ -13,6 +13,8 @@ from virt_bmap.reader import TAIL, Reader
 
 Magic = tuple[int | None, bytes]
 """(offset, bytes): the offset in bytes from the start, from the end if negative; None: anywhere in the last TAIL bytes."""
+Seen = dict[tuple[int | None, int], bytes]
+"""The bytes of a volume at (offset, length), as far as they were asked for: several formats look at one place."""
 F = TypeVar("F", FilesystemFormat, VolumeFormat)
 
 
@@ -114,25 +116,31 @@ def volume_on(reader: Reader, has_header: bool = False) -> VolumeFormat | None:
 
 
 def _first(formats: tuple[Listed[F], ...], reader: Reader) -> F | None:
+    """The first of the formats that a volume is of."""
+    there: Seen = {}
     for listed in formats:
-        if any(_is_there(reader, magic) for magic in listed.magics):
+        if any(_is_there(reader, magic, there) for magic in listed.magics):
             format = listed.load()
             if format.probe(reader):
                 return format
     return None
 
 
-def _is_there(reader: Reader, magic: Magic) -> bool:
+def _is_there(reader: Reader, magic: Magic, there: Seen) -> bool:
     offset, wanted = magic
-    if offset is None:
-        start = max(0, reader.size - TAIL)
-        return wanted in reader.read(start, reader.size - start)
-    return reader.read_clipped(offset if offset >= 0 else reader.size + offset, len(wanted)) == wanted
+    key = offset, len(wanted)
+    if key not in there:
+        if offset is None:
+            start = max(0, reader.size - TAIL)
+            there[key] = reader.read(start, reader.size - start)
+        else:
+            there[key] = reader.read_clipped(offset if offset >= 0 else reader.size + offset, len(wanted))
+    return wanted in there[key]
 
 
 def is_hybrid(reader: Reader) -> bool:
     """Is this a CD image that has a partition table as well?"""
-    if not _is_there(reader, BOOT_SIGNATURE):
+    if not _is_there(reader, BOOT_SIGNATURE, {}):
         return False
     from virt_bmap.volumes.partitions import is_cd
 

@@ -148,6 +148,20 @@ class Rows:
         return Pieces(query[keep], row[keep], low[keep], moved[keep], length[keep], target_length[keep])
 
 
+class Groups:
+    """Mapping rows by a number that each of them has, its volume or its parent: sorted once, however many are asked for."""
+
+    def __init__(self, rows: Rows, key: Int) -> None:
+        self._rows = rows
+        self._order = np.argsort(key, kind="stable")
+        self._key = key[self._order]
+
+    def of(self, number: int) -> Rows:
+        """The rows with this number, in their order."""
+        low, high = np.searchsorted(self._key, [number, number + 1])
+        return self._rows.select(self._order[low:high])
+
+
 class Pieces(NamedTuple):
     """What became of the queries: `query` and `row` say where a piece comes from; it is `length` bytes at `source` on the
     side asked about, and `target_length` (the same but for compressed rows) at `target` on the other. A query that no row covers gives no piece."""

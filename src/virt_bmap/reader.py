@@ -210,6 +210,10 @@ class Reader:
             todo += [(low[part], length[part], place[part]) for part in (slice(half, None), slice(half))]
         return data, union(np.concatenate([pair[0] for pair in bad]), np.concatenate([pair[1] for pair in bad]))
 
+    def forget_ends(self) -> None:
+        """Give back the memory of the head and tail; who asks for them again waits again."""
+        self._ends = None
+
     def stored(self) -> tuple[Int, Int]:
         """(starts, ends) of what may hold anything but zeroes, sorted and merged, as far as that can be told without reading."""
         return ints(0), ints(self.size)

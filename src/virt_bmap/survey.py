@@ -20,7 +20,7 @@ from virt_bmap.contract import Assembler, Assembly, Child, Filesystem, Filesyste
 from virt_bmap.errors import BmapError, Corrupt, FormatError, Unsupported, UsageError, is_strict, unexpected
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.layout import INT64_MAX
-from virt_bmap.mapping import Rows
+from virt_bmap.mapping import Groups, Rows
 from virt_bmap.nested import MAX_LEVELS, NOTHING, Nested, Progress
 from virt_bmap.reader import MappedReader, Reader
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 16
 """Layers on top of each other. Real stacks have five (disk, partition, md, LUKS, LVM); a hostile one must end."""
-MAX_VOLUMES = 4096
+MAX_VOLUMES = 16384
+"""Volumes of all disks together. A group of ten thousand logical volumes is real; a table that shows itself again and again must end."""
 
 
 @dataclass
@@ -138,8 +139,10 @@ class _Survey:
                         self._open_images(volume)
         if absent := sorted(self.nested.paths - self.images.paths):
             raise UsageError(f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk")
+        rows = Rows.concat([volume.rows for volume in self.volumes if volume.rows is not None])
+        inside = Groups(rows, rows.parent)
         for volume in self.volumes:
-            self._tile(volume)
+            self._tile(volume, inside.of(volume.number))
         return self._tables()
 
     def _look_beside(self, parent: _Volume) -> None:
@@ -174,8 +177,8 @@ class _Survey:
         again = format.name if format and self._shows_again(volume, format) else None
         if format and not again:
             volume.type = format.name
-            if volume.depth >= MAX_DEPTH or len(self.volumes) >= MAX_VOLUMES:
-                self._problem(volume, "survey", Problem("too-deep", f"more than {MAX_DEPTH} layers or {MAX_VOLUMES} volumes", 0))
+            if volume.depth >= MAX_DEPTH:
+                self._problem(volume, "survey", Problem("too-deep", f"more than {MAX_DEPTH} layers", 0))
                 self._whole(volume, format.name)
             elif format.spans:
                 self.waiting.setdefault(format.name, (format, []))[1].append(volume)
@@ -207,8 +210,15 @@ class _Survey:
     def _add_assembly(self, assembly: Assembly, by: Assembler, members: list[_Volume]) -> None:
         by_number = {volume.number: volume for volume in members}
         base = len(self.volumes)
-        for child in assembly.children:
+        left = max(0, MAX_VOLUMES - base)
+        for child in assembly.children[:left]:
             self._add_child(child, base)
+        if len(assembly.children) > left:
+            problem = Problem(
+                "too-many-volumes",
+                f"{len(assembly.children)} volumes lie in it; of all disks together {MAX_VOLUMES} are looked at",
+            )
+            self._problem(members[0], by.name, problem)
         by_number |= {-1 - at: volume for at, volume in enumerate(self.volumes[base:])}
         for number, volume in by_number.items():
             volume.type = assembly.types.get(number, volume.type)
@@ -300,21 +310,16 @@ class _Survey:
         rows = tables.ExtentRows()
         rows.add(tables.CONTENT, 0, volume.size, part=name)
         volume.extents = [rows.table(volume.number)]
+        volume.reader.forget_ends()
 
-    def _tile(self, volume: _Volume) -> None:
-        """Give an owner to what nobody named, so that the rows and the children together cover the volume."""
+    def _tile(self, volume: _Volume, inside: Rows) -> None:
+        """Give an owner to what nobody named, so that the rows and the children, which lie `inside`, together cover the volume."""
         found = volume.filesystem
         size = min(found.size, volume.size) if found else volume.size
         start, end, kind = _spans(volume.extents)
         claimed = kind != tables.UNREFERENCED
-        starts, ends = [start[claimed]], [end[claimed]]
-        for other in self.volumes:
-            if other.rows is not None:
-                mine = other.rows.select(other.rows.parent == volume.number)
-                starts.append(mine.on_parent.offset)
-                # strided runs on one parent fill their span together: each member's runs follow each other
-                ends.append(mine.parent_end)
-        known = np.concatenate(starts), np.concatenate(ends)
+        # strided runs on one parent fill their span together: each member's runs follow each other
+        known = np.append(start[claimed], inside.on_parent.offset), np.append(end[claimed], inside.parent_end)
         if not claimed.all():  # it gives way to all that turned up since
             loose = subtract(start[~claimed], end[~claimed], *known)
             volume.extents = [
