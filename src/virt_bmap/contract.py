@@ -54,6 +54,7 @@ class Filesystem:
     label: str | None = None
     features: str | None = None
     problems: list[Problem] = field(default_factory=list)
+    traits: int = 0
 
 
 class Member(NamedTuple):
@@ -72,6 +73,8 @@ class Child:
     `name` is the whole device name. `contents` False: not looked into (an extended partition, a hidden sub-volume). `unread` names the bytes
     that no reader claims: "BIOS boot". `many` gives further rows as columns, for volumes with too many rows for objects (thin).
     `holes` are where bytes that no row places read as zeroes since nothing was ever put there (thin volumes, image files); all others of that kind are lost.
+    that no reader claims: "BIOS boot". `many` gives further rows as columns, for volumes with too many rows for objects (thin). `traits`: what its bytes are
+    tied to, as in tables.TRAITS.
     """
 
     kind: str
@@ -86,6 +89,7 @@ class Child:
     many: Rows | None = None
     unread: str | None = None
     holes: list[tuple[int, int]] = field(default_factory=list)
+    traits: int = 0
 
 
 @dataclass

@@ -13,6 +13,7 @@ from functools import cache
 
 from virt_bmap.arrays import ints
 from virt_bmap.reader import HEAD, TAIL, Reader
+from virt_bmap.tables import SLEEPING, VOUCHING
 
 Check = tuple[int, bytes] | tuple[int, bytes, bytes]
 """(offset, magic[, mask]): the bytes there, masked, are the magic. A negative offset counts from the end."""
@@ -81,6 +82,7 @@ MEMBERS: tuple[Row, ...] = (
     ("DM_snapshot_cow", (0, b"SnAp"), (4, _le(1))),
     ("DM_verity_hash", (0, b"verity\0\0")),
     ("DM_integrity", (0, b"integrt\0")),
+    ("Android vbmeta", (0, b"AVB0")),
     ("DM_thin_metadata", (DM_MAGIC, _le(27022010, 8))),
     ("DM_cache_metadata", (DM_MAGIC, _le(6142003, 8))),
     ("DM_era_metadata", (DM_MAGIC, _le(2126579579, 8))),
@@ -222,6 +224,8 @@ CONTAINERS: tuple[Row, ...] = (
 )
 """Not a disk but a file that holds one: opening it with the right format shows what is inside."""
 
+TRAITS = {"DM_verity_hash": VOUCHING, "DM_integrity": VOUCHING, "Android vbmeta": VOUCHING, "swsuspend": SLEEPING}
+"""What volumes of a type mean for others, as in tables.TRAITS."""
 MAGICS: tuple[Row, ...] = (*ENCRYPTED, *MEMBERS, *FILESYSTEMS, *PARTITION_TABLES, *CONTAINERS)
 """First match wins. Encryption and members of arrays come first, since what they hold can look like anything."""
 

@@ -1,6 +1,7 @@
 """What of a volume is free for certain: what every allocator on it calls free and nobody owns, in bytes of that volume.
 
-A filesystem whose allocator can't be trusted (not clean, damaged, on a layer with a problem) gives nothing, and says why. What several volumes share (thin
+A filesystem whose allocator can't be trusted (not clean, damaged, contradicted by its map, on a layer with a problem) gives nothing, and says why; so does
+what lies on bytes that something vouches for, whoever calls them free, and everything while the machine sleeps. What several volumes share (thin
 snapshots, the origin of a snapshot, mirrors) is free only where none of them uses it. On an array with parity a byte is free where all bytes that share
 its parity are: then their parity is free, too, and may be given back with them, since the parity of zeroes is zero (P as their sum, Q as their weighted sum).
 """
@@ -13,17 +14,26 @@ import numpy as np
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, complement, intersect, subtract, union
 from virt_bmap.blockmap import BlockMap
+from virt_bmap.check import check
 from virt_bmap.mapping import PARITY, ROLES, Rows
 
 Ranges = tuple[Int, Int]
 NONE: Ranges = (EMPTY, EMPTY)
-NO_DOUBTS: Mapping[int, str] = {}
 HARMLESS = ("gpt-backup",)
 """Problems of a layer that place no byte elsewhere: the first partition table is valid, and the disk was made larger or smaller."""
 GROUPED = "LVM2_member"
 """Volumes of one group are described together: what is wrong with one (the metadata of a thin pool) casts doubt on all."""
-CHECKSUMMED = "integrity"
-"""dm-integrity: a block that is not written through it fails to be read."""
+ADVICE = {
+    tables.CHECKSUMMED: "discard it from inside instead (fstrim)",
+    tables.VERIFIED: "discard it before the hashes are made",
+    tables.JOURNALED: "discard it from inside instead (fstrim)",
+}
+"""What to do instead, for volumes with these traits."""
+MEANING = {
+    tables.CHECKSUMMED: "keeps checksums of its blocks (dm-integrity)",
+    tables.VERIFIED: "is covered by hashes, its free bytes, too (dm-verity)",
+    tables.JOURNALED: "has a journal on another device, which may hold newer bytes and parity made with what it holds (md)",
+}
 
 
 @dataclass
@@ -42,19 +52,20 @@ def free_space(
     bmap: BlockMap,
     target: int,
     kinds: Callable[[int], tuple[int, ...]] = lambda _: (tables.FREE,),
-    doubts: Mapping[int, str] = NO_DOUBTS,
+    doubted: Mapping[int, str] | None = None,
 ) -> Space:
-    """What of volume `target` is free, whichever volume that lies in it says so. `kinds` tells which kinds of extents count as free on a volume; `doubts`
-    are further volumes not to believe, with the reason."""
+    """What of volume `target` is free, whichever volume that lies in it says so. `kinds` tells which kinds of extents count as free on a volume; `doubted`
+    is what `doubts` gave, where it was asked already."""
+    doubted = doubts(bmap) if doubted is None else doubted
     space, used = Space(), []
     volumes = inside(bmap, target)
     arrays = {volume for volume in volumes if volume != target and (bmap.rows_of(volume).role == ROLES.index(PARITY)).any()}
     for volume in volumes:
         if volume in arrays:  # it answers for all that lies in it
-            mine, rest = _of_array(bmap, volume, kinds, doubts, space)
+            mine, rest = _of_array(bmap, volume, kinds, doubted, space)
         else:
             mine, rest = _ranges(bmap, volume, kinds(volume))
-            if len(mine[0]) and (reason := distrust(bmap, volume) or doubts.get(volume)):
+            if len(mine[0]) and (reason := distrust(bmap, volume) or doubted.get(volume)):
                 space.left[volume] = reason
                 mine, rest = NONE, _together([mine, rest])
         space.free[volume] = translate(bmap, volume, mine, target, arrays)
@@ -67,10 +78,10 @@ def free_space(
 
 
 def _of_array(
-    bmap: BlockMap, volume: int, kinds: Callable[[int], tuple[int, ...]], doubts: Mapping[int, str], space: Space
+    bmap: BlockMap, volume: int, kinds: Callable[[int], tuple[int, ...]], doubted: Mapping[int, str], space: Space
 ) -> tuple[Ranges, Ranges]:
     """(free, all else) of an array with parity, in its own bytes, whatever lies in it counted."""
-    found = free_space(bmap, volume, kinds, doubts)
+    found = free_space(bmap, volume, kinds, doubted)
     space.left |= found.left
     size = bmap.volumes.column("size")[volume].as_py()
     free = sharing_parity(bmap.rows_of(volume), found.all(), size)
@@ -96,8 +107,9 @@ def distrust(bmap: BlockMap, volume: int) -> str | None:
     _, system = bmap.slice_of("filesystems", volume)
     if system.num_rows and (state := system.column("state")[0].as_py()) not in tables.CONSISTENT:
         return f"its {system.column('type')[0].as_py()} is not clean: {state}"
-    names, details = bmap.volumes.column("name").to_pylist(), bmap.volumes.column("detail").to_pylist()
-    below = layers(bmap, volume)
+    names, below = bmap.volumes.column("name").to_pylist(), layers(bmap, volume)
+    if reason := _tied(bmap, below):
+        return reason
     for row in bmap.problems.to_pylist():
         number = row["volume"]
         if row["severity"] == "note" or row["code"] in HARMLESS:
@@ -106,8 +118,38 @@ def distrust(bmap: BlockMap, volume: int) -> str | None:
             return f"it has a problem: {row['code']}"
         if number in below or (row["format"] == GROUPED and _same_group(bmap, layers(bmap, number), below)):
             return f"it lies on what has a problem: {names[number]}, {row['code']}"
-    checked = [number for number in sorted(below) if details[number] == CHECKSUMMED]
-    return f"{names[checked[0]]} keeps checksums of its blocks (dm-integrity)" if checked else None
+    return None
+
+
+def doubts(bmap: BlockMap) -> dict[int, str]:
+    """The volumes whose owners and allocator contradict each other; all where the machine sleeps, since it has filesystems open that may look clean."""
+    names, traits = bmap.volumes.column("name").to_pylist(), traits_of(bmap)
+    for number in np.flatnonzero(traits & tables.SLEEPING).tolist():
+        detail = _noted(bmap, number, tables.ASLEEP)
+        reason = f"the machine sleeps: {names[number]} is hibernated" + (f" ({detail})" if detail else "")
+        return dict.fromkeys(range(len(names)), reason)
+    return {found.volume: f"the map and its allocator disagree: {found.code}" for found in check(bmap).disagreements}
+
+
+def traits_of(bmap: BlockMap) -> Int:
+    """The traits of each volume by its number; none where an older map did not look for them."""
+    return np.maximum(tables.integers(bmap.volumes, "traits"), 0)
+
+
+def _tied(bmap: BlockMap, below: set[int]) -> str | None:
+    """Why bytes that lie on these volumes must stay as they are, and what to do instead; None where nothing is tied to them."""
+    names, traits = bmap.volumes.column("name").to_pylist(), traits_of(bmap)
+    for number in sorted(below, reverse=True):
+        for trait, advice in ADVICE.items():
+            if traits[number] & trait:
+                detail = _noted(bmap, number, tables.VOUCHED) or f"{names[number]} {MEANING[trait]}"
+                return f"{detail}: {advice}"
+    return None
+
+
+def _noted(bmap: BlockMap, volume: int, code: str) -> str | None:
+    """What a note of this code says of a volume, for a person."""
+    return next((row["detail"] for row in bmap.problems.to_pylist() if row["volume"] == volume and row["code"] == code), None)
 
 
 def _same_group(bmap: BlockMap, some: set[int], others: set[int]) -> bool:

@@ -23,6 +23,7 @@ from virt_bmap.layout import INT64_MAX
 from virt_bmap.mapping import Groups, Rows
 from virt_bmap.nested import MAX_LEVELS, NOTHING, Nested, Progress
 from virt_bmap.reader import MappedReader, Reader
+from virt_bmap.sleeping import asleep_in
 
 if TYPE_CHECKING:
     from virt_bmap.images.host import Host
@@ -49,6 +50,7 @@ class _Volume:
     uuid: str | None = None
     detail: str | None = None
     unread: str = "unrecognised"
+    traits: int = 0
     rows: Rows | None = None
     extents: list[pa.Table] = field(default_factory=list)
     problems: list[tuple[str, Problem]] = field(default_factory=list)
@@ -141,9 +143,24 @@ class _Survey:
             raise UsageError(f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk")
         rows = Rows.concat([volume.rows for volume in self.volumes if volume.rows is not None])
         inside = Groups(rows, rows.parent)
+        self._note_covered()
         for volume in self.volumes:
             self._tile(volume, inside.of(volume.number))
         return self._tables()
+
+    def _note_covered(self) -> None:
+        """The traits that volumes have by what lies beside them."""
+        slack = any(volume.filesystem and volume.filesystem.size < volume.size for volume in self.volumes)
+        if not slack and not any(volume.traits & tables.VOUCHING for volume in self.volumes):
+            return
+        from virt_bmap.vouching import Seen, covered  # with hashlib: seldom needed
+
+        seen = [Seen(volume.number, volume.name, volume.type, volume.traits, volume.reader,
+                     volume.filesystem.size if volume.filesystem else -1, volume.rows is None) for volume in self.volumes]  # fmt: skip
+        for found in list(covered(seen)):
+            volume = self.volumes[found.number]
+            volume.traits |= found.trait
+            self._problem(volume, "vouching", Problem(tables.VOUCHED, found.detail, -1, "note"))
 
     def _look_beside(self, parent: _Volume) -> None:
         """Partitions beside a filesystem that has the whole disk, as further volumes to look at."""
@@ -188,7 +205,7 @@ class _Survey:
             volume.type = system.name
             self.found.append((volume, system))
         elif (name := foreign.recognise(volume.reader)) and name != again:
-            volume.type = name
+            volume.type, volume.traits = name, volume.traits | foreign.TRAITS.get(name, 0)
             self.unclaimed.append(volume)  # an external journal ("jbd") is of use to its filesystem
             self._whole(volume, name)
         else:
@@ -245,7 +262,7 @@ class _Survey:
         volume = self._add(child.kind, child.name, reader, depth, disks.pop() if len(disks) == 1 else None)
         volume.size, volume.rows = child.size, rows
         volume.uuid, volume.label, volume.detail = child.uuid, child.label, child.detail
-        volume.unread = child.unread or volume.unread
+        volume.unread, volume.traits = child.unread or volume.unread, child.traits
         if child.contents:
             self.todo.append(volume)
         elif child.unread:
@@ -259,9 +276,13 @@ class _Survey:
             self._add_extents(volume, found.type, on_volume(_believed(found.extents, format.allocator), volume.number))
             volume.filesystem = found
             volume.reader = found.reader
-            volume.type = found.type
+            volume.type, volume.traits = found.type, volume.traits | found.traits
             for problem in found.problems:
                 self._problem(volume, found.type, problem)
+            if file := asleep_in(found):
+                volume.traits |= tables.SLEEPING
+                detail = f"{file} holds the memory of a machine that sleeps"
+                self._problem(volume, found.type, Problem(tables.ASLEEP, detail, -1, "note"))
 
     @contextlib.contextmanager
     def _refusing(self, volumes: list[_Volume], name: str) -> Iterator[None]:
@@ -352,6 +373,7 @@ class _Survey:
             volumes=tables.make(
                 "volumes", volume=column("number"), disk=column("disk"), kind=column("kind"), name=column("name"),
                 size=column("size"), type=column("type"), label=column("label"), uuid=column("uuid"), detail=column("detail"),
+                traits=column("traits"),
             ),
             mappings=tables.mappings(mapped),
             filesystems=tables.make(

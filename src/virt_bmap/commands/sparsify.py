@@ -184,9 +184,9 @@ def _estimate(args: argparse.Namespace) -> int:
         progress.stop()
         names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
         for number, (image, disk) in enumerate(zip(images, bmap.disks, strict=True), 1):
-            gains, left = estimate(bmap, disk, host_of(image) if isinstance(readers[disk].raw, RawReader) else None)
-            rows += [{"disk": number, "device": names[gain.volume], "what": gain.what, "bytes": gain.size, "host_bytes": gain.held}
-                     for gain in gains]  # fmt: skip
+            gains, left = estimate(bmap, disk, host_of(image) if isinstance(readers[disk].raw, RawReader) else None, args.swap)
+            rows += [{"disk": number, "device": names[gain.volume], "what": gain.what, "bytes": gain.size, "host_bytes": gain.held,
+                      "given_back": gain.given_back} for gain in gains]  # fmt: skip
             _left(bmap, left)
     if args.json:
         print_json(rows)
@@ -198,10 +198,13 @@ def _estimate(args: argparse.Namespace) -> int:
 def _print(rows: list[dict[str, Any]], names: list[str], disks: list[int]) -> None:
     print(f"{'bytes':>12} {'on the host':>12}  what")
     for number, disk in enumerate(disks, 1):
-        mine = [row for row in rows if row["disk"] == number]
+        mine = [row for row in rows if row["disk"] == number and row["given_back"]]
         for row in mine:
             print(f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']}")
-        print(f"{human(sum(row['bytes'] for row in mine)):>12} {_held(mine):>12}  in all of {names[disk]}")
+        print(f"{human(sum(row['bytes'] for row in mine)):>12} {_held(mine):>12}  in all of {names[disk]} would be given back")
+        for row in rows:
+            if row["disk"] == number and not row["given_back"]:
+                print(f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']} would be kept")
 
 
 def _held(rows: list[dict[str, Any]]) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, complement
+from virt_bmap.arrays import EMPTY, Int, complement
 from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem
-from virt_bmap.errors import Corrupt, Unsupported
+from virt_bmap.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.layout import record, struct, widen
 from virt_bmap.reader import Reader
 
@@ -79,8 +79,13 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         pages, bad = _version_0(data)
         label, uuid = b"", bytes(16)
     else:
-        header, pages, bad = _version_1(data, reader.name)
-        label, uuid = header["sws_volume"].tobytes().split(b"\0")[0], header["sws_uuid"].tobytes()
+        try:
+            header, pages, bad = _version_1(data, reader.name)
+            label, uuid = header["sws_volume"].tobytes().split(b"\0")[0], header["sws_uuid"].tobytes()
+        except FormatError:
+            if not hibernated:
+                raise
+            pages, bad, label, uuid = reader.size // page, EMPTY, b"", bytes(16)  # some that sleep have a header of their own
     size = pages * page
     if size > reader.size:
         problems.append(
@@ -98,6 +103,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         state="hibernated" if hibernated else "clean", reader=reader, inodes=tables.empty("inodes"), names=tables.empty("names"),
         extents=rows.table(0), uuid=str(uuids.UUID(bytes=uuid)) if any(uuid) else None,
         label=label.decode(errors="replace") or None, features=f"v{VERSIONS.get(magic, 1)}", problems=problems,
+        traits=tables.SLEEPING if hibernated else 0,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from virt_bmap.images import magic
 from virt_bmap.mapping import ROLES, Rows, Side
 from virt_bmap.nested import Nested
 from virt_bmap.reader import Reader, scatter
+from virt_bmap.vouching import VERITY_MAGIC
 
 LEAST_DISK, LEAST_IMAGE = 1 << 20, 64 << 10
 """Bytes of a file that is looked at without being asked for by its name. No partition table, and no filesystem that anybody uses, is smaller than the first; images in
@@ -28,7 +29,8 @@ HEAD = 2048
 BATCH = 4096
 """Files whose heads are looked at together."""
 DISKS = formats.disk_magics(HEAD)
-IMAGES = tuple((offset, content) for _, offset, content in magic.MAGICS if offset >= 0)
+IMAGES = (*((offset, content) for _, offset, content in magic.MAGICS if offset >= 0), (0, VERITY_MAGIC))
+"""A hash tree is no disk, but vouches for one."""
 MAX_NAME, MAX_LEFT_OUT = 4096, 64
 """Bytes of a name that an image may refer to, as PATH_MAX; and how many leading directories of one are left out in search of it."""
 DRIVE = re.compile(rb"[A-Za-z]:(?=/)")

@@ -90,5 +90,13 @@ def load(path: str) -> BlockMap:
 def _table(file: Any, name: str) -> pa.Table:
     schema = tables.SCHEMAS[name]
     structs = [chunk.flatten() for chunk in file.read(columns=[name]).column(name).chunks]
-    columns = [pa.chunked_array([found.field(index) for found in structs], field.type) for index, field in enumerate(schema)]
+    known = file.schema_arrow.field(name).type.value_type
+    columns = []
+    for field in schema:
+        index = known.get_field_index(field.name)
+        if index < 0 and not field.nullable:
+            raise ValueError(f"table {name} lacks the column {field.name}")
+        columns.append(pa.chunked_array(
+            [found.field(index) if index >= 0 else pa.nulls(len(found), field.type) for found in structs], field.type,
+        ))  # fmt: skip
     return tables.recode(pa.Table.from_arrays(columns, schema=schema).unify_dictionaries().combine_chunks())

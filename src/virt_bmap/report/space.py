@@ -45,12 +45,12 @@ def free_runs(resolver: Resolver, pieces: Touched) -> dict[str, list[int]]:
 
 
 def gains(bmap: BlockMap, disk: int) -> dict[str, list[dict[str, Any]]]:
-    """What the disk would give back without its free space, by volume; and the volumes that would be left alone, with the reason."""
+    """What sparsify would give back of the disk, by volume, and what it would keep; and the volumes that it would leave alone, with the reason."""
     found, left = estimate(bmap, bmap.disks[disk - 1], None)
     names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
     return {
         "gains": [
-            {"device": names[gain.volume], "what": gain.what, "bytes": gain.size}
+            {"device": names[gain.volume], "what": gain.what, "bytes": gain.size, "given_back": gain.given_back}
             for gain in sorted(found, key=lambda gain: -gain.size)
         ],
         "left": [{"device": names[volume], "reason": reason} for volume, reason in left.items()],

@@ -1,4 +1,4 @@
-"""What a disk image could give back to its host, without writing anything: free space, gaps, slack and swap, and which of it takes space now.
+"""What sparsify would give back of a disk image, without writing anything, and what it would keep though nobody owns it; and which of it takes space now.
 
 Sources: lseek(2) on SEEK_DATA and SEEK_HOLE; fallocate(2) on FALLOC_FL_PUNCH_HOLE, which frees whole blocks only.
 """
@@ -10,17 +10,18 @@ from typing import NamedTuple
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError
 from virt_bmap.images.raw import data_ranges
-from virt_bmap.space import Ranges, free_space, overlap
-from virt_bmap.sparsify.plan import SWAP, doubts, kinds_of, whole_blocks
+from virt_bmap.space import Ranges, doubts, free_space, overlap
+from virt_bmap.sparsify.plan import SWAP, kinds_of, whole_blocks
 
 
 class Gain(NamedTuple):
-    """`size` bytes of one kind on one volume, of which `held` take space on the host; None where that is not known."""
+    """`size` bytes of one kind on one volume, of which `held` take space on the host; None where that is not known. `given_back`: by sparsify."""
 
     volume: int
     what: str
     size: int
     held: int | None
+    given_back: bool
 
 
 class Host(NamedTuple):
@@ -42,17 +43,17 @@ def host_of(path: str) -> Host | None:
         raise ImageError(f"{path}: can't be read: {error.strerror}") from error
 
 
-def estimate(bmap: BlockMap, disk: int, host: Host | None) -> tuple[list[Gain], dict[int, str]]:
-    """What the volume `disk`, a whole disk, would give back; and the volumes that are left alone, with the reason."""
+def estimate(bmap: BlockMap, disk: int, host: Host | None, swap: bool = False) -> tuple[list[Gain], dict[int, str]]:
+    """What the volume `disk`, a whole disk, would give back, what it would keep, and the volumes that are left alone, with the reason. `swap`: as for `plan`."""
     gains: list[Gain] = []
     left: dict[int, str] = {}
     unbelieved, systems = doubts(bmap), set(bmap.filesystems.column("volume").to_pylist())
-    for what in ("free", "gap", SWAP):
+    for what, given_back in (("free", True), (SWAP, swap), ("gap", False), ("unreferenced", False)):
         space = free_space(bmap, disk, kinds_of(bmap, (what,)), unbelieved)
         left |= space.left
         for volume, ranges in space.free.items():
             if len(ranges[0]):
                 size = int((ranges[1] - ranges[0]).sum())
                 held = None if host is None else overlap(whole_blocks(ranges, host.block), host.data)
-                gains.append(Gain(volume, "slack" if what == "gap" and volume in systems else what, size, held))
-    return sorted(gains, key=lambda gain: (gain.volume, gain.what)), left
+                gains.append(Gain(volume, "slack" if what == "gap" and volume in systems else what, size, held, given_back))
+    return sorted(gains, key=lambda gain: (not gain.given_back, gain.volume, gain.what)), left

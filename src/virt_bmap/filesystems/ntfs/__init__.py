@@ -24,7 +24,7 @@ from virt_bmap.filesystems.ntfs.links import target
 from virt_bmap.filesystems.ntfs.mft import read_mft
 from virt_bmap.filesystems.ntfs.owners import claim
 from virt_bmap.filesystems.ntfs.problems import Problems
-from virt_bmap.filesystems.ntfs.state import check_records, free_space, label, state
+from virt_bmap.filesystems.ntfs.state import check_records, free_space, hibernated, label, state
 from virt_bmap.reader import Reader
 from virt_bmap.tables import ExtentRows
 
@@ -73,11 +73,13 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     claim(mft, tree, contents, types, reader.size, rows, problems)
     rows.add(tables.FREE, *free_space(reader, geometry, contents, problems))
     size = tail(reader, geometry, rows)
-    condition, features = state(reader, mft, tree, contents, problems)
+    asleep = hibernated(reader, tree, contents)
+    condition, features = state(reader, mft, contents, problems, asleep)
     return Filesystem(
         type="ntfs", size=size, block_size=geometry.cluster_size, root=root, state=condition,
         reader=reader, inodes=inode_table(mft, tree, types, sizes, flags), names=name_table(tree), extents=rows.table(0),
         uuid=f"{geometry.serial:016X}", label=label(mft), features=features or None, problems=problems,
+        traits=tables.SLEEPING if asleep else 0,
     )  # fmt: skip
 
 

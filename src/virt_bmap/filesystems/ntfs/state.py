@@ -27,7 +27,7 @@ def label(mft: Mft) -> str | None:
     return name[: len(name) & ~1].decode("utf-16-le", errors="backslashreplace") or None
 
 
-def state(reader: Reader, mft: Mft, tree: Tree, contents: Contents, problems: Problems) -> tuple[str, str]:
+def state(reader: Reader, mft: Mft, contents: Contents, problems: Problems, asleep: bool) -> tuple[str, str]:
     """(how the volume was left, its version and notable features)."""
     value = resident_value(mft.system, ntfs.VOLUME, ntfs.VOLUME_INFORMATION)
     features = []
@@ -40,7 +40,7 @@ def state(reader: Reader, mft: Mft, tree: Tree, contents: Contents, problems: Pr
         dirty = bool(about["flags"] & ntfs.VOLUME_IS_DIRTY)
     if any(problem.severity == "error" for problem in problems):
         return "damaged", " ".join(features)
-    if hibernated(reader, tree, contents):
+    if asleep:
         return "hibernated", " ".join(features)
     if not log_is_clean(contents.read(reader, ntfs.LOGFILE, ntfs.DATA, 2 * ntfs.RESTART_PAGE_SIZE)):
         return "needs recovery", " ".join(features)

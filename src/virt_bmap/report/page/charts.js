@@ -12,11 +12,13 @@ function drawTreemap() {
 }
 
 function drawGains() {
-  const disk = report.data.disks[report.disk], all = disk.gains.reduce((sum, row) => sum + row.bytes, 0);
-  const rows = disk.gains.map((row) => make("tr", {}, make("td", {}, row.what), make("td", { class: "name" }, row.device),
+  const disk = report.data.disks[report.disk], given = disk.gains.filter((row) => row.given_back), kept = disk.gains.filter((row) => !row.given_back);
+  const all = given.reduce((sum, row) => sum + row.bytes, 0);
+  const rows = given.map((row) => make("tr", {}, make("td", {}, row.what), make("td", { class: "name" }, row.device),
     make("td", { class: "number" }, human(row.bytes)), make("td", { class: "number" }, percent(row.bytes, disk.size))));
   rows.push(make("tr", {}, make("th", { scope: "row" }, "in all"), make("td"), make("td", { class: "number" }, human(all)), make("td", { class: "number" }, percent(all, disk.size))));
   const parts = [make("table", {}, make("tbody", {}, ...rows))];
+  if (kept.length) parts.push(make("p", { class: "note" }, `Kept, though nobody owns it: ${kept.map((row) => `${human(row.bytes)} ${row.what} of ${row.device}`).join("; ")}`));
   if (disk.left.length) parts.push(make("p", { class: "note" }, `Left as it is: ${disk.left.map((row) => `${row.device}: ${row.reason}`).join("; ")}`));
   $("gains").replaceChildren(...parts);
 }

@@ -12,7 +12,7 @@ from virt_bmap.arrays import complement
 from virt_bmap.contract import Child, Problem
 from virt_bmap.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.mapping import COPY, DATA, ROLES, Row, Rows
-from virt_bmap.tables import CONTENT, FREE, METADATA, UNREFERENCED, ExtentRows
+from virt_bmap.tables import CHECKSUMMED, CONTENT, FREE, METADATA, UNREFERENCED, ExtentRows
 from virt_bmap.volumes.lvm.cache import Cached, read_cache, read_writecache
 from virt_bmap.volumes.lvm.group import Group, Opener, Space, add_free, in_order, segments_of, span
 from virt_bmap.volumes.lvm.label import SECTOR
@@ -281,7 +281,8 @@ def _integrity(group: Group, name: str, segment: Section) -> None:
     if beside := group.logical.get(segment.text("meta_dev")):
         group.assembly.extents[beside.place.parent] = _all_metadata(beside.size, "integrity checksums")
     size = min(span(group, segment)[1], origin.size)
-    _add(group, name, Child("lv", f"/dev/{group.name}/{name}", size, [Row(0, origin.place.parent, 0, size)], detail="integrity"))
+    _add(group, name, Child("lv", f"/dev/{group.name}/{name}", size, [Row(0, origin.place.parent, 0, size)], detail="integrity",
+                            traits=CHECKSUMMED))  # fmt: skip
 
 
 def _add_cached(group: Group, name: str, kind: str, origin: Space, found: Cached, data: int, first: int) -> None:

@@ -25,9 +25,9 @@ from virt_bmap.contract import (
 )
 from virt_bmap.errors import FormatError, Unsupported
 from virt_bmap.reader import Reader
-from virt_bmap.tables import CONTENT, METADATA
+from virt_bmap.tables import CONTENT, JOURNALED, METADATA
 from virt_bmap.volumes.md.arrays import NAMES, RAID4, RAID5, RAID6, Array, gather, lost, place
-from virt_bmap.volumes.md.superblock import Superblock, find, read
+from virt_bmap.volumes.md.superblock import JOURNAL, Superblock, find, read
 from virt_bmap.volumes.rebuild import RebuiltReader
 from virt_bmap.volumes.stripes import bounded
 
@@ -93,7 +93,7 @@ def _add_array(assembly: Assembly, members: list[Superblock], name: str, strange
     rows, cut = bounded(rows, {one.member.number: one.member.reader.size for one in array.present})
     child = Child(
         "md", name, size, rows, head.uuid, head.name.rpartition(":")[2] or None, _state(array),
-        open=partial(RebuiltReader, stripes=parity) if parity and degraded else None,
+        open=partial(RebuiltReader, stripes=parity) if parity and degraded else None, traits=JOURNALED if JOURNAL in head.roles else 0,
     )  # fmt: skip
     _describe(assembly, array, cut, strangers)
     assembly.children.append(child)
