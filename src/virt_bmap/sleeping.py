@@ -18,7 +18,7 @@ from virt_bmap.filesystems import swap
 
 LEAST = 1 << 20
 """Bytes: no image of a system's memory is smaller."""
-MOST = 1 << 14
+MOST = 1 << 12
 """Files that are looked at: first those of whole pages, as swap files are made and as one file in 4,096 is by chance, then the largest."""
 BATCH = 1 << 20
 """Bytes of marks that are looked at together."""
