@@ -90,7 +90,8 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Group:
         units = ("--units", "b", "--nosuffix", "--reportformat", "json")
         segments = json.loads(run("lvs", *options, *units, "-o", columns))["report"][0]["lv"]
         pvs = json.loads(run("pvs", *options, *units, "-o", "pv_name,pe_start"))["report"][0]["pv"]
-    found = Group(disks, segments, {pv["pv_name"]: int(pv["pe_start"]) for pv in pvs})
+    starts = {pv["pv_name"]: int(pv["pe_start"]) for pv in pvs}
+    found = Group(disks, segments, {device: starts[device] for device in devices})  # as the disks: loop devices come in any order
     for name in ("line-ar", "striped", "two_segments"):
         _fill(found, name, folder)
     return found
