@@ -80,7 +80,9 @@ def _marks(found: Filesystem, files: Int) -> tuple[Int, Int, Int]:
         (start[:, None] <= np.array(PLACES)) & ((start + length)[:, None] >= np.array(PLACES) + swap.SIGNATURE)
     )
     place = np.array(PLACES)[which]
-    return inode[row], place, offset[row] + place - start[row]
+    offset = offset[row] + place - start[row]
+    inside = (offset >= 0) & (offset <= found.reader.size - swap.SIGNATURE)
+    return inode[row][inside], place[inside], offset[inside]
 
 
 def _is_whole(found: Filesystem, inode: int, size: int) -> bool:
