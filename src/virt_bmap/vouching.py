@@ -33,7 +33,7 @@ FIRST = 32
 """Blocks of data that are compared with their hashes, as far as one block of hashes has as many."""
 MAX_TREES = 64
 """Hash devices whose data is looked for among all volumes; real disks have one for each of two or three."""
-BEHIND = 64 << 10
+BEHIND = 8 << 10
 """Bytes behind a filesystem's end in which a hash tree is looked for: tools put it into the next block."""
 
 
