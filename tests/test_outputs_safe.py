@@ -171,6 +171,22 @@ def test_files_that_images_refer_to(files: dict[str, Path], tmp_path: Path) -> N
             assert digest(name) == before
 
 
+def test_a_tree_is_not_put_into_itself(files: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="lies in the tree"):
+        bmap(["make", "fs:ext4:16M", str(files["tree"] / "sub.img"), "--tree", str(files["tree"])])
+    assert os.listdir(files["tree"]) == ["file"]
+
+
+def test_what_a_killed_run_left_may_be_read(files: dict[str, Path], tmp_path: Path) -> None:
+    """Its hidden name is the one that the next run takes; not when it is what that run reads."""
+    left = tmp_path / ".disk.img.virt-bmap"
+    shutil.copyfile(files["disk"], left)
+    assert bmap(["-q", "-o", str(tmp_path / "disk.img"), str(left)]) == 0
+    assert digest(left) == digest(files["disk"])
+    assert bmap(["-q", "-o", str(tmp_path / "disk.img"), str(files["disk"])]) == 0
+    assert not left.exists()
+
+
 def test_keys(files: dict[str, Path], tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("")

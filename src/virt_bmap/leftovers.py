@@ -16,7 +16,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 
-from virt_bmap import signals
+from virt_bmap import protection, signals
 
 MARK = "virt-bmap"
 LONGEST = 200
@@ -163,7 +163,9 @@ def _reap(name: str) -> bool:
             file = os.open(name, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 about = os.fstat(file)
-                if about.st_uid == os.geteuid() and (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+                if about.st_uid != os.geteuid() or protection.is_read(about):
+                    return False
+                if stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if _is(name, file):
                         _remove(name, file)

@@ -83,6 +83,11 @@ def check(force: bool) -> None:
         _refuse_others(output, about, force)
 
 
+def is_read(about: os.stat_result) -> bool:
+    """Is this, by whatever name, something that the command reads?"""
+    return any(overlap(about, read) for read, _ in (_command.reads if _command else ()))
+
+
 def refuse(about: os.stat_result, name: str) -> None:
     """UsageError where a write to this would change what is read."""
     if not (stat.S_ISREG(about.st_mode) or stat.S_ISBLK(about.st_mode)):

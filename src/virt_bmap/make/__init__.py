@@ -28,6 +28,8 @@ def make(text: str, out: str, tree: str | None = None, key_file: str | None = No
         raise UsageError(f"--key-file {key_file}: there is no such file")
     source = filesystems.folder_of(tree) if tree else None
     target = _target(out, force)
+    if source and target.is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: lies in the tree {tree} that it is to hold; name another place")
     try:
         with hidden_folder(str(target)) as name:
             folder = Path(name)
