@@ -1,5 +1,7 @@
 """The fuzzer itself: damage that is undone and repeated, checksums that the formats' own tools accept, faults that are seen."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -9,8 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from tools.fuzz import growth
+from tools.fuzz import beside, growth
 from tools.fuzz.disk import Disk, scratch
 from tools.fuzz.images import Image
 from tools.fuzz.seeds import Seed
@@ -233,3 +237,47 @@ def test_a_fault_is_made_smaller_and_comes_again(tmp_path: Path) -> None:
     assert patch
     assert sum(len(bytes.fromhex(data)) for _, data in patch) <= 12
     assert all(1024 <= at < 1036 for at, _ in patch)
+
+
+def test_files_beside_images_are_damaged_and_read(tmp_path: Path) -> None:
+    """Tables with other values are still Parquet; lines are still lines; each number is one damage, and the file is whole again."""
+    kept = os.getcwd()
+    made = {name: seed(name, tmp_path / "seeds") for name in ("ext4", "lvm", "gpt", "qcow2")}
+    makers = beside.make(tmp_path / "beside", made)
+    assert {name.split("-")[1] for name in makers} == {"map", "textmap", "trace", "profile", "log", "ranges"}
+    readable = 0
+    for name in ("beside-map-lvm.parquet", "beside-trace-trace.parquet", "beside-log-fio-3", "beside-ranges-ddrescue"):
+        file = makers[name]()
+        whole = file.patches()
+        damages = []
+        for number in (*range(12), *range(12)):
+            file.mutate(number)
+            damages.append(file.patches())
+            with contextlib.suppress(pa.ArrowException, OSError):
+                readable += (
+                    name.endswith("parquet") and pq.read_table(io.BytesIO(bytes.fromhex(damages[-1][0][1][0][1]))) is not None
+                )
+            file.restore()
+            assert file.patches() == whole
+        assert damages[:12] == damages[12:]
+        assert sum(damage != whole for damage in damages) >= 18
+        file.apply(damages[3])
+        assert file.copy(tmp_path / "out") == [tmp_path / "out"]
+        assert (tmp_path / "out").read_bytes().hex() == damages[3][0][1][0][1]
+        file.close()
+    assert readable >= 20
+    assert os.getcwd() == kept
+
+
+def test_a_kept_fault_gives_its_image(tmp_path: Path, work: Path) -> None:
+    image = Image(seed("lvm", tmp_path / "seeds"), work)
+    number = next(number for number in range(100) if image.mutate(number) and image.disks[0].size < 1 << 30)
+    image.restore()
+    image.mutate(number)
+    damaged = [disk.path.read_bytes() for disk in image.disks]
+    patches = image.patches()
+    image.restore()
+    image.apply(patches)
+    copies = image.copy(tmp_path / "out")
+    assert [path.name for path in copies] == ["out.1", "out.2"]
+    assert [path.read_bytes() for path in copies] == damaged

@@ -1,9 +1,8 @@
 """One mutation again: by seed and number, or a fault that was kept; the damaged image itself; a smaller damage with the same fault."""
 
 import json
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,10 @@ def kept(folder: Path) -> tuple[str, int, Patches]:
 
 
 def again(seeds: dict[str, Seed], folder: Path) -> Outcome:
-    """A kept fault's damage, and what becomes of it now."""
+    """A kept fault's damage, and what becomes of it now; where the worker died with it, the number's."""
     name, number, patches = kept(folder)
+    if not patches:
+        return one(seeds, name, number)
     return with_subject(seeds, name, lambda subject: _with(subject, number, patches))  # type: ignore[no-any-return]
 
 
@@ -60,21 +61,9 @@ def image(seeds: dict[str, Seed], folder: Path, out: Path) -> list[Path]:
 
     def write(subject: Subject) -> list[Path]:
         subject.apply(patches)
-        paths = [disk.path for disk in subject.disks] if hasattr(subject, "disks") else []
-        result = [out if len(paths) == 1 else out.with_name(f"{out.name}.{number}") for number in range(1, len(paths) + 1)]
-        for path, target in zip(paths, result, strict=True):
-            shutil.copyfile(path, target) if path.stat().st_size < 1 << 30 else _sparse(path, target)
-        if not paths:
-            out.write_bytes(bytes.fromhex(patches[0][1][0][1]))
-        return result or [out]
+        return subject.copy(out)
 
     return with_subject(seeds, name, write)  # type: ignore[no-any-return]
-
-
-def _sparse(path: Path, target: Path) -> None:
-    import subprocess
-
-    subprocess.run(["cp", "--sparse=always", path, target], check=True)
 
 
 def smaller(seeds: dict[str, Seed], folder: Path) -> tuple[str, int, int]:
@@ -89,7 +78,7 @@ def smaller(seeds: dict[str, Seed], folder: Path) -> tuple[str, int, int]:
         found = True
         while found:
             found = False
-            for less in _less(best, [disk._whole for disk in subject.disks] if hasattr(subject, "disks") else None):
+            for less in subject.smaller(best):
                 if _with(subject, number, less).fault == wanted:
                     best, found = less, True
                     break
@@ -101,26 +90,3 @@ def smaller(seeds: dict[str, Seed], folder: Path) -> tuple[str, int, int]:
 
 def _bytes(patches: Patches) -> int:
     return sum(len(data) // 2 for _, patch in patches for _, data in patch)
-
-
-def _less(patches: Patches, sizes: list[int] | None) -> Iterator[Patches]:
-    """Smaller damages to try: the size as it was, a half of the pieces, one piece less, half of one piece."""
-    if sizes is None:
-        return
-    for disk, (size, patch) in enumerate(patches):
-
-        def instead(size: int, patch: Patch, disk: int = disk) -> Patches:
-            return [*patches[:disk], (size, patch), *patches[disk + 1 :]]
-
-        if size != sizes[disk]:
-            yield instead(sizes[disk], patch)
-        if len(patch) > 3:
-            yield instead(size, patch[: len(patch) // 2])
-            yield instead(size, patch[len(patch) // 2 :])
-        for row in range(len(patch)):
-            yield instead(size, patch[:row] + patch[row + 1 :])
-        for row, (at, data) in enumerate(patch):
-            half = len(data) // 4 * 2
-            if half:
-                yield instead(size, [*patch[:row], (at, data[:half]), *patch[row + 1 :]])
-                yield instead(size, [*patch[:row], (at + half // 2, data[half:]), *patch[row + 1 :]])

@@ -7,7 +7,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,8 @@ RANGES = {
 class File:
     """A file under damage, and the commands that read one of its kind. It has no seed but what `make` wrote."""
 
-    format = "beside"
-
     def __init__(self, path: Path, kind: str, folder: Path, image: Path) -> None:
         self.name = f"beside-{kind}-{path.name}"
-        self.format = f"beside-{kind}"
         self.kind, self.folder, self.image = kind, folder, image
         self._whole = path.read_bytes()
         self.path = folder / f"damaged{path.suffix if kind in ('map', 'trace', 'profile') else ''}"
@@ -123,6 +120,14 @@ class File:
 
     def apply(self, patches: Sequence[tuple[int, Patch]]) -> None:
         self._bytes = bytes.fromhex(patches[0][1][0][1])
+
+    def smaller(self, _: Sequence[tuple[int, Patch]]) -> Iterator[list[tuple[int, Patch]]]:
+        """Nothing: where a byte is gone, all others are elsewhere."""
+        yield from ()
+
+    def copy(self, out: Path) -> list[Path]:
+        out.write_bytes(self._bytes)
+        return [out]
 
     def _commands(self, rng: random.Random) -> list[list[str]]:
         path, good, out = str(self.path), str(self.folder / "ext4.parquet"), str(self.folder / "out")

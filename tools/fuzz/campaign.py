@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .disk import scratch
-from .seeds import ROOT, Seed
+from .seeds import ROOT, Seed, format_of
 from .worker import CPU_LIMIT, Outcome, Subject, attempt, prepare, stack_to, subjects
 
 BATCH = 20
@@ -108,8 +108,7 @@ class _Campaign:
                 worker.end()
 
     def _note(self, outcome: Outcome) -> None:
-        summary, format = self.summary, outcome.name if outcome.name.startswith("beside") else outcome.name.partition("-")[0]
-        format = "-".join(format.split("-")[:2])
+        summary, format = self.summary, format_of(outcome.name)
         counts = summary["formats"].setdefault(
             format, dict.fromkeys(("mutations", "mapped", "damaged", "refused", "fault"), 0) | {"cpu": 0.0}
         )
@@ -232,7 +231,7 @@ class _Worker:
             0,
             [],
             [],
-            f"{what} (status {status}) in {self._name.partition('-')[0]}",
+            f"{what} (status {status}) in {format_of(self._name)}",
             trace,
             None,
         )

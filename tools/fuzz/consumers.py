@@ -194,6 +194,8 @@ def cat_command(use: Use) -> None:
     if volumes and not use.image.host:
         volume = use.rng.choice(volumes)
         inodes, paths = use.bmap.paths(volume)
+        if len(inodes) == 0:
+            return
         row = use.rng.randrange(len(inodes))
         found = use.bmap.slice_of("inodes", volume)[1]
         size = tables.integers(found, "size")[tables.integers(found, "inode") == inodes[row]]
@@ -289,9 +291,9 @@ def report_command(use: Use) -> None:
 
 
 CONSUMERS: tuple[tuple[float, Callable[[Use], None]], ...] = (
-    (1, text), (1, lookup), (0.1, whole_lookup), (0.3, explained), (0.06, explain_command), (0.2, located), (0.3, files), (0.12, extracted),
-    (0.06, cat_command), (0.06, dump_command), (0.1, many_ranges), (0.05, nested), (0.1, saved), (0.05, info_command), (0.03, check_command),
-    (0.03, map_command), (0.06, estimate_command), (0.06, diff_command), (0.02, report_command),
+    (0.5, text), (1, lookup), (0.1, whole_lookup), (0.2, explained), (0.03, explain_command), (0.2, located), (0.3, files), (0.06, extracted),
+    (0.05, cat_command), (0.05, dump_command), (0.1, many_ranges), (0.04, nested), (0.04, saved), (0.02, info_command), (0.02, check_command),
+    (0.02, map_command), (0.04, estimate_command), (0.03, diff_command), (0.01, report_command),
 )  # fmt: skip
 """(how often, which)"""
 

@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 Patch = list[tuple[int, str]]
@@ -84,6 +84,20 @@ class Disk:
                 else:
                     runs.append((at, bytearray(byte)))
         return [(at, bytes(data).hex()) for at, data in runs]
+
+    def smaller(self, size: int, patch: Patch) -> Iterator[tuple[int, Patch]]:
+        """Damages that are less than this one, the large steps first."""
+        if size != self._whole:
+            yield self._whole, patch
+        if len(patch) > 3:
+            yield size, patch[: len(patch) // 2]
+            yield size, patch[len(patch) // 2 :]
+        for row in range(len(patch)):
+            yield size, patch[:row] + patch[row + 1 :]
+        for row, (at, data) in enumerate(patch):
+            if half := len(data) // 4:
+                yield size, [*patch[:row], (at, data[: 2 * half]), *patch[row + 1 :]]
+                yield size, [*patch[:row], (at + half, data[2 * half :]), *patch[row + 1 :]]
 
     def apply(self, patch: Sequence[tuple[int, str]], size: int) -> None:
         """The damage of a patch, on a whole disk."""

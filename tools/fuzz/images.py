@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ class Image:
     """A seed's disks under damage."""
 
     def __init__(self, seed: Seed, work: Path) -> None:
-        self.name, self.format, self.host = seed.name, seed.format, seed.host
+        self.name, self.host = seed.name, seed.host
         self.whole = seed.paths
         self.disks = [Disk(path, work / path.name) for path in seed.paths]
         self.paths = [str(disk.path) for disk in self.disks]
@@ -107,6 +108,21 @@ class Image:
     def apply(self, patches: Sequence[tuple[int, Patch]]) -> None:
         for disk, (size, patch) in zip(self.disks, patches, strict=True):
             disk.apply(patch, size)
+
+    def smaller(self, patches: Sequence[tuple[int, Patch]]) -> Iterator[list[tuple[int, Patch]]]:
+        """Smaller damages to try: a disk's size as it was, half of its pieces, one piece less, half of one piece."""
+        for number, (size, patch) in enumerate(patches):
+            for less in self.disks[number].smaller(size, patch):
+                yield [*patches[:number], less, *patches[number + 1 :]]
+
+    def copy(self, out: Path) -> list[Path]:
+        """The disks as they are now, in files of their own."""
+        result = [
+            out if len(self.disks) == 1 else out.with_name(f"{out.name}.{number}") for number in range(1, len(self.disks) + 1)
+        ]
+        for disk, path in zip(self.disks, result, strict=True):
+            subprocess.run(["cp", "--sparse=always", disk.path, path], check=True)
+        return result
 
 
 def _volumes(bmap: BlockMap) -> list[Volume]:

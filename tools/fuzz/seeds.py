@@ -22,10 +22,10 @@ class Seed(NamedTuple):
     paths: tuple[Path, ...]
     host: bool
 
-    @property
-    def format(self) -> str:
-        """What counts are kept by: ext4-flex is ext4."""
-        return self.name.partition("-")[0]
+
+def format_of(name: str) -> str:
+    """What counts are kept by: ext4-flex is ext4, beside-map-lvm.parquet is beside-map."""
+    return "-".join(name.split("-")[: 2 if name.startswith("beside") else 1])
 
 
 def default_folder() -> Path:

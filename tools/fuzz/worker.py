@@ -1,6 +1,7 @@
 """The process that does mutations, and what it counts as a fault: an exception that is no BmapError, more than 10 s of processor time, more than 1 GiB, a broken
 invariant, a warning."""
 
+import contextlib
 import faulthandler
 import os
 import resource
@@ -8,7 +9,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from . import beside
 from .disk import Patch
 from .images import Image
 from .invariants import Broken
-from .seeds import Seed
+from .seeds import Seed, format_of
 
 CPU_LIMIT = 10.0
 """Seconds of processor time for one mutation and all its consumers."""
@@ -38,13 +39,14 @@ class Subject(Protocol):
     """What is damaged, used, and mended again."""
 
     name: str
-    format: str
 
     def mutate(self, number: int) -> list[str]: ...
     def use(self, number: int, ran: list[str]) -> str: ...
     def restore(self) -> None: ...
     def patches(self) -> list[tuple[int, Patch]]: ...
     def apply(self, patches: list[tuple[int, Patch]]) -> None: ...
+    def smaller(self, patches: list[tuple[int, Patch]]) -> Iterator[list[tuple[int, Patch]]]: ...
+    def copy(self, out: Path) -> list[Path]: ...
     def close(self) -> None: ...
 
 
@@ -113,11 +115,36 @@ def judge(subject: Subject, number: int, done: list[str], ran: list[str]) -> Out
     signal.setitimer(signal.ITIMER_PROF, 0)
     cpu, memory = time.process_time() - began, _peak() - before
     if not fault and memory > MEMORY_LIMIT:
-        outcome, fault = "fault", f"memory: more than {MEMORY_LIMIT >> 20} MiB in {ran[-1]} of {subject.format}"
+        outcome, fault = (
+            "fault",
+            f"memory: more than {MEMORY_LIMIT >> 20} MiB in {_hungry(subject, number)} of {format_of(subject.name)}",
+        )
     if not fault and cpu > CPU_LIMIT:
-        outcome, fault = "fault", f"hang in {ran[-1]} of {subject.format}"
+        outcome, fault = "fault", f"hang in {ran[-1]} of {format_of(subject.name)}"
     patches = subject.patches() if fault else None
     return Outcome(subject.name, number, outcome, round(cpu, 4), memory, done, ran, fault, trace, patches)
+
+
+class _Peaks(list[str]):
+    """What ran, and the most memory by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peaks: list[int] = []
+
+    def append(self, name: str) -> None:
+        self.peaks.append(_peak())
+        super().append(name)
+
+
+def _hungry(subject: Subject, number: int) -> str:
+    """Which step takes the memory: the whole once more, looked at step by step."""
+    _reset_peak()
+    ran = _Peaks()
+    with contextlib.suppress(Exception):
+        subject.use(number, ran)
+    grown = [after - before for before, after in zip(ran.peaks, [*ran.peaks[1:], _peak()], strict=True)]
+    return ran[grown.index(max(grown))] if ran else "nothing"
 
 
 def signature(error: BaseException) -> str:
