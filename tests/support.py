@@ -73,7 +73,7 @@ def mapped(*images: str | os.PathLike[str]) -> BlockMap:
     """The block map of raw images as the disks of one machine."""
     readers = [RawReader(os.fspath(image)) for image in images]
     try:
-        return survey(readers)
+        return survey(readers, prove=True)
     finally:
         for reader in readers:
             reader.close()

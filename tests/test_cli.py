@@ -80,7 +80,6 @@ def test_saved_maps_answer_like_the_disk(disk, tmp_path):
         ["lookup", "--json", None, "0x100000+1M"],
         ["locate", "--json", None, "/dev/sda1", "/etc/passwd"],
         ["info", "--json", None],
-        ["check", None],
     ):
         answers = [
             bmap(*(where if word is None else word for word in command), cwd=tmp_path).stdout for where in (disk, "m.parquet")
@@ -124,7 +123,9 @@ def test_info_and_check_say_what_is_there(disk):
         assert word in shown
     checked = bmap("check", disk)
     assert checked.returncode == 0
-    assert checked.stdout.splitlines()[-1].startswith("proven: 2 volumes")
+    proven, unseen = checked.stdout.splitlines()[-2:]
+    assert proven == "proven: 2 volumes: owners (2), structure (2), checksums (2), allocator (1)"
+    assert unseen == "not looked at: files of /dev/sda1"
 
 
 def test_check_exits_1_on_a_disagreement(disk, tmp_path):
@@ -199,7 +200,8 @@ def test_encrypted_without_a_key_is_named(encrypted):
     assert "crypto_LUKS" in bmap("info", encrypted).stdout
     checked = bmap("check", encrypted)
     assert checked.returncode == 0
-    assert "not looked into: /dev/sda" in checked.stdout
+    assert checked.stdout.splitlines()[-1] == "not looked at: content of /dev/sda"
+    assert bmap("check", "--strict", encrypted).returncode == 1
 
 
 def test_encrypted_with_a_key_is_read(encrypted, tmp_path):

@@ -210,12 +210,16 @@ def test_check_does_not_call_an_observed_map_proven(machine, capsys):
     machine.write()
     cli.run(["map", "--method", "observe", "-q", "-o", "good.parquet", str(machine.image)])
     found = check(maps.load("good.parquet"))
-    assert {row.code for row in found.disagreements} == {"not-observed"}
+    assert {row.subject for row in found.verdicts if row.result == "proven"} == set()
     capsys.readouterr()
-    assert cli.run(["check", "good.parquet"]) == 1
+    assert cli.run(["check", "good.parquet"]) == 0
     printed = capsys.readouterr().out
-    assert "not proven" in printed
-    assert "never observed" in printed
+    assert "bytes were never observed" in printed
+    assert printed.splitlines()[-2:] == [
+        "proven: nothing",
+        "not looked at: owners, allocator, structure and checksums of /dev/sda",
+    ]
+    assert cli.run(["check", "--strict", "good.parquet"]) == 1
 
 
 def test_an_appliance_that_dies_half_way_loses_nothing_and_the_rest_is_resumed(machine, capsys):

@@ -41,6 +41,7 @@ TEMPLATES: dict[tuple[str, str], list[str]] = {
     ("lookup", "output"): ["lookup", "{disk}", "0", "--ranges", "{ranges}", "-o", "{out}"],
     ("locate", "output"): ["locate", "{disk}", "/dev/sda", "/file", "-o", "{out}"],
     ("info", "output"): ["info", "{disk}", "-o", "{out}"],
+    ("check", "output"): ["check", "{disk}", "-o", "{out}"],
     ("diff", "output"): ["diff", "{old}", "{disk}", "--force", "-o", "{out}"],
     ("watch", "output"): ["watch", "-q", "{disk}", "--map", "{map}", "-o", "{out}", "--", "true"],
     ("watch", "log"): ["watch", "{disk}", "--map", "{map}", "--log", "{out}", "--", "true"],
@@ -54,7 +55,7 @@ TEMPLATES: dict[tuple[str, str], list[str]] = {
     ("sparsify", "disk"): ["sparsify", "-q", "{disk}", "{out}"],
 }
 """How each output is asked for; what stands in braces and is not `out` is read."""
-ENDINGS = {"lookup": ".csv", "locate": ".jsonl", "info": ".parquet", "diff": ".csv", "sql": ".parquet"}
+ENDINGS = {"lookup": ".csv", "locate": ".jsonl", "info": ".parquet", "check": ".csv", "diff": ".csv", "sql": ".parquet"}
 FULL = {("lookup", "output"): ["lookup", "{disk}", "--ranges", "{ranges}", "-o", "{out}"], ("make", "out"): ["make", "disk:4M", "{out}"],
         ("report", "output"): ["report", "{map}", "-o", "{out}"]}  # fmt: skip
 """Where the template is only for being refused: how it would work."""

@@ -1,4 +1,4 @@
-"""Write the pages that are made from the code: docs/data-model.md and docs/formats.md. A test fails when they are out of date.
+"""Write what is made from the code: docs/data-model.md, docs/formats.md, and the last part of docs/verification.md. A test fails when they are out of date.
 
 Usage: .venv/bin/python tools/document.py
 """
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from virt_bmap import foreign, formats, tables
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.contract import Docs
+from virt_bmap.contract import Checks, Docs
 from virt_bmap.images import layers, magic
 from virt_bmap.outputs.listing import LETTERS
 from virt_bmap.profile.saved import RANGES
@@ -131,7 +131,36 @@ def formats_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"data-model.md": data_model, "formats.md": formats_page}
+BY_FORMAT = "## Format by format"
+
+
+def verification() -> str:
+    """The page on what is proven: what was written by hand, and a table for each format."""
+    head = (DOCS / "verification.md").read_text().partition(BY_FORMAT)[0]
+    lines = [
+        BY_FORMAT, "",
+        "What `check` asks of each format: a breach of these rules is a problem, and the volume is not called proven. Made from the modules by `tools/document.py`;",
+        "what is never looked at is as much a part of the verdict.",
+    ]  # fmt: skip
+    for listed in {listed.package: listed for listed in (*formats.VOLUMES, *formats.FILESYSTEMS)}.values():
+        format = listed.load()
+        lines += asked_of(format.name, f"virt_bmap.{listed.package}", format.checks, format.allocator)
+    for module in map(layers.load, layers.LAYERS):
+        lines += asked_of(module.NAME, module.__name__, module.CHECKS, module.ALLOCATOR)
+    return head + "\n".join(lines) + "\n"
+
+
+def asked_of(name: str, module: str, checks: Checks, allocator: str | None) -> list[str]:
+    """What is proven of one format."""
+    lines = ["", f"### {name} (`{module.removeprefix('virt_bmap.')}`)", "", "| | |", "|---|---|"]
+    lines.append(f"| allocator | {allocator or 'none: what nothing refers to is unreferenced, not free'} |")
+    lines.append(f"| checksums verified | {checks.checksums or 'the format has none'} |")
+    lines += [f"| {what} | {rules.strip()} |" for what, _, rules in (words.partition(":") for words in checks.rules)]
+    lines.append(f"| never looked at | {'; '.join(checks.unchecked) or 'nothing is left'} |")
+    return lines
+
+
+PAGES = {"data-model.md": data_model, "formats.md": formats_page, "verification.md": verification}
 
 if __name__ == "__main__":
     for name, make in PAGES.items():

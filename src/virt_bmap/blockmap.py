@@ -15,6 +15,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import Int, Intervals, ints
 from virt_bmap.columns import stack, take
+from virt_bmap.contract import Proof
 from virt_bmap.errors import UsageError
 from virt_bmap.mapping import PACKED, ROLES, Groups, Pieces, Rows, Side
 
@@ -64,6 +65,8 @@ class BlockMap:
     problems: pa.Table
     given_paths: dict[int, tuple[Int, pa.Array]] = field(default_factory=dict, repr=False)
     """For volumes whose paths are known though their names are not (text maps): as `paths` returns them."""
+    proofs: list[tuple[int, Proof]] | None = field(default=None, repr=False, compare=False)
+    """What the readers say that they looked at, with the volume; None where they were not asked: a saved map does not keep it."""
     _cache: dict[tuple[str, int], object] = field(default_factory=dict, repr=False, compare=False)
 
     TABLES = ("volumes", "mappings", "filesystems", "inodes", "names", "extents", "problems")

@@ -49,7 +49,12 @@ def _moves(level: int, polynomial: int) -> U32:
 
 
 def crc32c(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
-    """The CRC of each row of an (n, size) array; size is a multiple of 4, `seed` a number or one for each row."""
+    """The CRC of each row of an (n, size) array; `seed` is a number or one for each row."""
+    if data.shape[1] < 4:
+        table, state = _table(CRC32C, np.uint32), np.broadcast_to(np.asarray(seed, np.uint32), len(data))
+        for column in data.T:
+            state = table[(state ^ column) & 0xFF] ^ (state >> np.uint32(8))
+        return np.array(state, np.uint32)
     return _folded(_seeded(data, seed), CRC32C)
 
 
@@ -79,7 +84,19 @@ def _columns(count: int, polynomial: int) -> U32:
     return tables
 
 
+def crc32c_without(data: Bytes, at: int, size: int = 4, seed: int | U32 = ALL_ONES) -> U32:
+    """Like `crc32c`, with the `size` bytes at `at` of each row as zeroes: a checksum's own place."""
+    blank = data.copy()
+    blank[:, at : at + size] = 0
+    return crc32c(blank, seed)
+
+
 def _seeded(data: Bytes, seed: int | U32) -> U32:
+    if odd := -data.shape[1] % 4:  # zeroes in front change nothing, as long as the seed is laid over what follows
+        front = np.zeros((len(data), odd), np.uint8)
+        first = np.ascontiguousarray(data[:, :4]).view("<u4")[:, 0] ^ np.asarray(seed, np.uint32)
+        seeded = np.ascontiguousarray(first.astype("<u4")).view(np.uint8).reshape(-1, 4)
+        return np.concatenate([front, seeded, data[:, 4:]], axis=1).view("<u4").astype(np.uint32)
     words = np.ascontiguousarray(data).view("<u4").astype(np.uint32)
     words[:, 0] ^= np.asarray(seed, np.uint32)
     return words

@@ -31,6 +31,21 @@ class Problem(NamedTuple):
     severity: str = "error"
 
 
+PROVEN, CONTRADICTED, NOT_LOOKED_AT = "proven", "contradicted", "not looked at"
+"""What can become of a question."""
+SUBJECTS = ("owners", "allocator", "structure", "checksums", "journal", "content", "files")
+"""What `check` asks: has every byte one owner? Does the allocator agree? Do the nodes keep the format's own rules? Do checksums of metadata hold?
+Was the journal replayed? Is something in there that was not looked into (encrypted, foreign)? Do files hold what they held?"""
+
+
+class Proof(NamedTuple):
+    """What a reader itself says of one of SUBJECTS: what was looked at, or why not. Contradictions are Problems."""
+
+    subject: str
+    result: str
+    detail: str
+
+
 @dataclass
 class Filesystem:
     """All that a reader found on one volume, as tables of `tables.py` whose `volume` column holds 0 until survey sets it.
@@ -131,6 +146,18 @@ class Docs(NamedTuple):
     oracles: tuple[str, ...]
 
 
+class Checks(NamedTuple):
+    """Short phrases on what is proven of a volume of a format, from which docs/verification.md is made.
+
+    `checksums` are those of metadata that are verified (None: the format has none); `rules` name a structure and, behind a colon, what of it is a problem
+    where it is broken; `unchecked` is never looked at.
+    """
+
+    checksums: str | None
+    rules: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
+
+
 class Structure(NamedTuple):
     """A record type that lies at the start of a part of a volume, and whether others follow the first one to the part's end."""
 
@@ -170,13 +197,17 @@ class FilesystemFormat(NamedTuple):
     `structures` and `history` are called, and import what they need, only when somebody asks. `fixed_records`: inodes' own records all have one size, so that
     `record_offset`s tell it. `journals`: the parts of a map that are journals. `inode`: what numbers stand for, where the format has none. `target(data, size)`:
     the path in the bytes of a symbolic link whose inode has this size, None where it is none; formats that keep the plain path have no such function.
+
+    `checks` says what is proven; `prove(found)` asks what a map does not need, only for `check`: what is wrong it adds to the problems.
     """
 
     name: str
     probe: Callable[[Reader], bool]
     read: Callable[[Reader, Sequence[Reader]], Filesystem]
     docs: Docs
+    checks: Checks
     allocator: str | None = None
+    prove: Callable[[Filesystem], list[Proof]] | None = None
     structures: Callable[[], Structures] = no_structures
     history: Callable[[], History] | None = None
     journals: tuple[str, ...] = ()
@@ -197,6 +228,10 @@ class Assembler(Protocol):
     def allocator(self) -> str | None:
         """Whose word it is that bytes are free; see FilesystemFormat."""
 
+    @property
+    def checks(self) -> Checks | None:
+        """What is proven of its members; None where each says so itself."""
+
     def assemble(self, members: Sequence[Member], /) -> Assembly:
         """The volumes that lie in these."""
 
@@ -211,6 +246,7 @@ class VolumeFormat(NamedTuple):
     probe: Callable[[Reader], bool]
     assemble: Callable[[Sequence[Member]], Assembly]
     docs: Docs
+    checks: Checks
     spans: bool = False
     allocator: str | None = None
     structures: Callable[[], Structures] = no_structures

@@ -20,11 +20,13 @@ def map_disks(
     watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
     nested: Nested = NOTHING,
     host_offsets: bool = False,
+    prove: bool = False,
 ) -> BlockMap:
     """Map images, block devices or NBD URIs as the disks of one machine, /dev/sda, /dev/sdb, ...
 
     `format` and `references` as for `images.open_image`; `keys` open encrypted volumes; `nested` says which files are disks, too. `watcher` is given the open disks and returns what is called with each volume's name.
     With `host_offsets` the map counts in bytes of the image files: these are its disks 1, 2, ..., and the guest's disks volumes that lie in them.
+    With `prove` readers also look at what a map does not need, as `survey.survey` says.
     Raises ImageError where a disk can't be opened or read, FormatError where an image's own tables can't; what is wrong *on* a disk becomes rows of the table
     `problems`.
     """
@@ -32,9 +34,9 @@ def map_disks(
         from virt_bmap.images.host import open_host
 
         with open_host(images, format, references) as host:
-            return survey_host(host, watcher(host.files) if watcher else lambda _: None, keys, nested)[0]
+            return survey_host(host, watcher(host.files) if watcher else lambda _: None, keys, nested, prove)[0]
     with open_disks(images, format, references) as disks:
-        return survey(disks, watcher(disks) if watcher else lambda _: None, keys, nested)
+        return survey(disks, watcher(disks) if watcher else lambda _: None, keys, nested, prove)
 
 
 @contextlib.contextmanager

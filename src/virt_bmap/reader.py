@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap import lost
-from virt_bmap.arrays import EMPTY, Bytes, Int, gather, ints, subtract, total, union
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, gather, ints, subtract, total, union
 from virt_bmap.errors import Corrupt, ImageError
 from virt_bmap.lost import NOTHING, Lost
 from virt_bmap.mapping import DATA, ROLES, Rows, Side
@@ -345,6 +345,13 @@ class PatchedReader(Reader):
     @property
     def whole(self) -> bool:
         return self._base.whole
+
+    def replaced(self, offsets: Int, size: int) -> Bool:
+        """Which of the ranges [offset, +size) are not, or not wholly, as they are on the disk."""
+        low = np.searchsorted(self._patch.offsets, offsets - self._patch.blocks.shape[1], "right")
+        high = np.searchsorted(self._patch.offsets, offsets + size)
+        touched: Bool = low < high
+        return touched
 
     def lost(self, starts: Int, ends: Int) -> Lost:
         size = self._patch.blocks.shape[1]

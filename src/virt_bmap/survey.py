@@ -16,7 +16,20 @@ import pyarrow as pa
 from virt_bmap import foreign, formats, tables
 from virt_bmap.arrays import Int, complement, subtract, union
 from virt_bmap.blockmap import FILE, BlockMap
-from virt_bmap.contract import Assembler, Assembly, Child, Filesystem, FilesystemFormat, Member, Problem, VolumeFormat
+from virt_bmap.contract import (
+    NOT_LOOKED_AT,
+    PROVEN,
+    Assembler,
+    Assembly,
+    Checks,
+    Child,
+    Filesystem,
+    FilesystemFormat,
+    Member,
+    Problem,
+    Proof,
+    VolumeFormat,
+)
 from virt_bmap.errors import BmapError, Corrupt, FormatError, Unsupported, UsageError, is_strict, unexpected
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.layout import INT64_MAX
@@ -54,6 +67,7 @@ class _Volume:
     rows: Rows | None = None
     extents: list[pa.Table] = field(default_factory=list)
     problems: list[tuple[str, Problem]] = field(default_factory=list)
+    proofs: list[Proof] = field(default_factory=list)
     filesystem: Filesystem | None = None
 
 
@@ -67,22 +81,31 @@ def disk_name(number: int) -> str:
 
 
 def survey(
-    disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS, nested: Nested = NOTHING
+    disks: Sequence[Reader],
+    progress: Callable[[str], None] = lambda _: None,
+    keys: Keys = NO_KEYS,
+    nested: Nested = NOTHING,
+    prove: bool = False,
 ) -> BlockMap:
     """The block map of these disks of one machine, which become /dev/sda, /dev/sdb, ...
 
-    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes; `nested` says which files are disks, too. Raises ImageError where a disk can't be read; what is
-    wrong *on* a disk becomes rows of `problems`.
+    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes; `nested` says which files are disks, too; with `prove` the readers
+    also look at what a map does not need: checksums of metadata, the order in nodes. Raises ImageError where a disk can't be read; what is wrong *on* a
+    disk becomes rows of `problems`.
     """
-    return survey_open(disks, progress, keys, nested)[0]
+    return _Survey(disks, progress, keys, nested, prove).run()
 
 
 def survey_host(
-    host: "Host", progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS, nested: Nested = NOTHING
+    host: "Host",
+    progress: Callable[[str], None] = lambda _: None,
+    keys: Keys = NO_KEYS,
+    nested: Nested = NOTHING,
+    prove: bool = False,
 ) -> tuple[BlockMap, list[Reader]]:
     """The block map of the disks in these image files, in bytes of the files: these become disk 1, 2, ..., and the guest's disks volumes in them. And the
     reader of each volume, by its number."""
-    work = _Survey([], progress, keys, nested)
+    work = _Survey([], progress, keys, nested, prove)
     work.start_on(host)
     return work.run(), [volume.reader for volume in work.volumes]
 
@@ -99,8 +122,11 @@ def survey_open(
 
 
 class _Survey:
-    def __init__(self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys, nested: Nested) -> None:
+    def __init__(
+        self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys, nested: Nested, prove: bool = False
+    ) -> None:
         self.nested, self.images = nested, Progress()
+        self.prove = prove
         self.volumes: list[_Volume] = []
         self.progress = progress
         self.keys = keys
@@ -246,6 +272,9 @@ class _Survey:
                 self._add_extents(volume, by.name, _believed(rows.table(volume.number), by.allocator))
             for problem in assembly.problems.get(number, ()):
                 self._problem(volume, by.name, problem)
+        if by.checks:
+            for volume in members:
+                volume.proofs += said_of_all(by.checks)
 
     def _add_child(self, child: Child, base: int) -> None:
         """A new volume. Parents below 0 are earlier children of the same assembly, the first of which is volume `base`."""
@@ -273,6 +302,11 @@ class _Survey:
         self.progress(volume.name)
         with self._refusing([volume], format.name):
             found: Filesystem = format.read(volume.reader, [other.reader for other in self.unclaimed])
+            volume.proofs += said_of_all(format.checks)
+            if not format.allocator:
+                volume.proofs.append(Proof("allocator", NOT_LOOKED_AT, "the format has none: free is what nothing refers to"))
+            if format.prove:
+                self._prove(volume, format.prove, found)
             self._add_extents(volume, found.type, on_volume(_believed(found.extents, format.allocator), volume.number))
             volume.filesystem = found
             volume.reader = found.reader
@@ -314,6 +348,25 @@ class _Survey:
             self._problem(
                 volume, source, Problem("outside", f"{outside:,} extents lie outside the volume, or end there: cut off")
             )
+
+    def _prove(self, volume: _Volume, prove: Callable[[Filesystem], list[Proof]], found: Filesystem) -> None:
+        """Ask what the map did not need, if that is wanted. What can't even be read for it is damage, too."""
+        if not self.prove:
+            volume.proofs.append(Proof("checksums", NOT_LOOKED_AT, "not asked when the map was made"))
+            return
+        try:
+            volume.proofs += prove(found)
+        except FormatError as error:
+            offset = -1 if error.offset is None else error.offset
+            found.problems.append(Problem(error.code, f"its metadata can't be proven: {error}", offset))
+        except BmapError:
+            raise
+        except Exception as error:
+            if is_strict():
+                raise
+            found.problems.append(Problem("unexpected", unexpected(error)))
+        if found.state in tables.CONSISTENT and any(problem.severity == "error" for problem in found.problems):
+            found.state = "damaged"
 
     def _refused(self, volume: _Volume, name: str, error: FormatError) -> None:
         severity = "warning" if isinstance(error, Unsupported) else "error"
@@ -391,7 +444,16 @@ class _Survey:
                 volume_offset=[None if problem.offset < 0 else problem.offset for _, _, problem in problems],
                 code=[problem.code for _, _, problem in problems], detail=[problem.detail for _, _, problem in problems],
             ),
+            proofs=[(volume.number, proof) for volume in self.volumes for proof in volume.proofs],
         )  # fmt: skip
+
+
+def said_of_all(checks: Checks) -> list[Proof]:
+    """What holds of every volume of a format that was read, where nothing contradicts it."""
+    structure = Proof("structure", PROVEN, ", ".join(words.partition(":")[0] for words in checks.rules))
+    if checks.checksums is None:
+        return [structure, Proof("checksums", NOT_LOOKED_AT, "the format has none")]
+    return [structure, Proof("checksums", PROVEN, checks.checksums)]
 
 
 def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:

@@ -9,7 +9,7 @@ COMMANDS = {
     "explain": "all that is known of one byte: every layer, the owner, the bytes there",
     "locate": "where do the bytes of a file lie?",
     "info": "the tree of volumes and filesystems",
-    "check": "prove that a map is complete and agrees with the filesystems' allocators",
+    "check": "prove that a map is complete and agrees with allocators and checksums",
     "verify": "does a map agree with what a real kernel reads of the files?",
     "diff": "which files changed: between two images, in an overlay, by a dirty bitmap, between two maps",
     "watch": "which files does a running guest read and write?",

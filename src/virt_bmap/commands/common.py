@@ -105,20 +105,20 @@ def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
     return images
 
 
-def map_disks(args: argparse.Namespace, images: Sequence[str], secrets: Keys | None = None) -> BlockMap:
-    """Map the disks, with progress on a terminal. `secrets` where the keys were taken from the command line before."""
+def map_disks(args: argparse.Namespace, images: Sequence[str], secrets: Keys | None = None, prove: bool = False) -> BlockMap:
+    """Map the disks, with progress on a terminal. `secrets` where the keys were taken from the command line before; `prove` as in `maps.map_disks`."""
     with Progress() as progress:
         return maps.map_disks(
             images, args.format, args.references, secrets or keys_of(args), progress.watch, nested_of(args),
-            getattr(args, "host_offsets", False),
+            getattr(args, "host_offsets", False), prove,
         )  # fmt: skip
 
 
-def map_or_disks(args: argparse.Namespace, given: Sequence[str]) -> BlockMap:
-    """A single saved map is loaded, disks are mapped; -a names disks only."""
+def map_or_disks(args: argparse.Namespace, given: Sequence[str], prove: bool = False) -> BlockMap:
+    """A single saved map is loaded, disks are mapped (and proven as far as the readers can); -a names disks only."""
     if len(given) == 1 and not args.add and maps.is_saved(given[0]):
         return load(args, given[0])
-    return map_disks(args, disks_of(args, given))
+    return map_disks(args, disks_of(args, given), prove=prove)
 
 
 def load(args: argparse.Namespace, path: str) -> BlockMap:

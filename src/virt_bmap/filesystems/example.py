@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, bit_runs, expand, gather
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Problem
 from virt_bmap.errors import Corrupt
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
@@ -24,6 +24,14 @@ NAME = "example"
 FEATURES = ("files and directories with up to six extents", "the allocation bitmap")
 REFUSED = ("blocks of another size than 512 bytes",)
 ORACLES = ("the writer in tests/test_example.py",)
+CHECKS = Checks(
+    checksums=None,
+    rules=(
+        "superblock: what it counts fits",
+        "inodes: extents inside the volume",
+    ),
+    unchecked=("content of files",),
+)
 
 MAGIC = b"EXAMPLE1"
 BLOCK = 512
@@ -152,4 +160,4 @@ def _names(reader: Reader, directory: Int, start: Int, length: Int) -> pa.Table:
     return tables.make("names", volume=0, parent=parents, inode=inodes, name=name)
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), allocator="the bitmap")
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, allocator="the bitmap")

@@ -14,7 +14,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, complement
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Problem
 from virt_bmap.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.layout import record, struct, widen
 from virt_bmap.reader import Reader
@@ -30,6 +30,11 @@ FEATURES = (
 )
 REFUSED = ("versions above 1",)
 ORACLES = ("mkswap and blkid of util-linux",)
+CHECKS = Checks(
+    checksums=None,
+    rules=("header: version, sizes, bad pages",),
+    unchecked=("what is swapped out",),
+)
 
 PAGE_SIZES = tuple(4096 << shift for shift in range(5))
 """Of the kernel's architectures."""
@@ -134,4 +139,4 @@ def _version_1(data: np.ndarray, name: str) -> tuple[np.void, int, Int]:
     return header, pages, np.unique(bad[(bad > 0) & (bad < pages)])
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES))
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS)

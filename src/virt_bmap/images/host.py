@@ -27,7 +27,7 @@ class Host(Chains):
 
     allowed: bool = False
     paths: list[str] = field(default_factory=list)
-    name, allocator = "image", "that of each image's own format"
+    name, allocator, checks = "image", "that of each image's own format", None
     _known: dict[object, int] = field(default_factory=dict)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 

@@ -46,7 +46,7 @@ class Metered(Reader):
 class Inner(Chains):
     """All images of a filesystem that were asked for, as the survey sees a volume module: `assemble` is given the filesystem's volume."""
 
-    name, allocator = "nested", "that of each image's own format"
+    name, allocator, checks = "nested", "that of each image's own format", None
 
     def __init__(self, found: Filesystem, wanted: Nested, progress: Progress) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import Assembly, Checks, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.layout import record, records, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, is_cd, overlaps
@@ -18,6 +18,11 @@ NAME = "mac"
 FEATURES = ("blocks of 512, 1024, 2048 and 4096 bytes", "drivers and the map itself named", "hybrid CD images left to ISO 9660")
 REFUSED = ()
 ORACLES = ("parted", "mmls of The Sleuth Kit")
+CHECKS = Checks(
+    checksums=None,
+    rules=("entries: signature, count, overlaps",),
+    unchecked=(),
+)
 
 BLOCKS = (512, 1024, 2048, 4096)
 MAX_ENTRIES = 255
@@ -106,4 +111,4 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures)

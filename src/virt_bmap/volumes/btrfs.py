@@ -16,7 +16,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, covered_twice, expand, ints, subtract, union
-from virt_bmap.contract import Assembly, Child, Docs, Member, Problem, VolumeFormat, extent_rows
+from virt_bmap.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat, extent_rows
 from virt_bmap.errors import Corrupt, FormatError
 from virt_bmap.filesystems.btrfs import ondisk, tree
 from virt_bmap.filesystems.btrfs.ondisk import STRIPE_LEN
@@ -31,6 +31,14 @@ FEATURES = (
 )  # fmt: skip
 REFUSED = ("zoned devices", "RAID stripe tree", "extent tree v2", "remap tree")
 ORACLES = ("btrfs inspect-internal dump-tree", "equal copies", "parity computed anew", "content through a loop mount")
+CHECKS = Checks(
+    checksums="superblocks",
+    rules=(
+        "superblock: geometry, features and flags known",
+        "chunks: lengths, profiles, overlaps, places on devices",
+    ),
+    unchecked=("device extents",),
+)
 
 
 class Profile(NamedTuple):
@@ -450,5 +458,5 @@ def _device_extents(assembly: Assembly, device: Device, chunks: list[Chunk], tot
 
 
 FORMAT = VolumeFormat(
-    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), allocator="the device extents of the chunks", spans=True
+    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, allocator="the device extents of the chunks", spans=True
 )

@@ -12,7 +12,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int
-from virt_bmap.contract import Assembly, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import Assembly, Checks, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.errors import Corrupt
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
@@ -30,6 +30,11 @@ FEATURES = (
 )
 REFUSED = ()
 ORACLES = ("sfdisk --dump",)
+CHECKS = Checks(
+    checksums="CRC-32 of both headers and both entry arrays",
+    rules=("headers and entries: places, that both list the same, overlaps of partitions",),
+    unchecked=(),
+)
 
 SECTORS = (512, 4096)
 MAX_ENTRIES = 16384
@@ -294,4 +299,4 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures)

@@ -20,7 +20,7 @@ from virt_bmap.volumes.partitions import SECTOR, overlaps
 class Hybrid:
     """The table of a disk of which a filesystem owns the ranges `owned`, as the survey sees a volume module."""
 
-    name, allocator = "partition table", None
+    name, allocator, checks = "partition table", None, None
 
     def __init__(self, owned: tuple[Int, Int]) -> None:
         self._owned = owned

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import Assembly, Checks, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, is_cd, overlaps
@@ -23,6 +23,11 @@ FEATURES = (
 )
 REFUSED = ("4096-byte sectors without GPT: sizes are taken in 512-byte sectors",)
 ORACLES = ("sfdisk --dump",)
+CHECKS = Checks(
+    checksums=None,
+    rules=("partition table: places, overlaps, the chain of logical partitions",),
+    unchecked=(),
+)
 
 ENTRIES, SIGNATURE = 446, 510
 MAX_LOGICAL = 256
@@ -166,4 +171,4 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Docs, Member, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import Assembly, Checks, Docs, Member, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, overlaps
@@ -17,6 +17,11 @@ NAME = "sgi"
 FEATURES = ("up to sixteen partitions", "files of the volume directory", "the partition that is the whole volume left out")
 REFUSED = ()
 ORACLES = ("sfdisk --dump",)
+CHECKS = Checks(
+    checksums="the label",
+    rules=("label: places and overlaps of partitions",),
+    unchecked=(),
+)
 
 HEADER_TYPE, WHOLE_VOLUME = 0, 6
 TYPES = {
@@ -74,4 +79,4 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Docs, Member, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import Assembly, Checks, Docs, Member, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, overlaps
@@ -17,6 +17,11 @@ NAME = "sun"
 FEATURES = ("up to eight slices, named by the VTOC", "the slice that is the whole disk left out")
 REFUSED = ("Solaris x86 VTOCs inside an MBR partition (named only)",)
 ORACLES = ("sfdisk --dump",)
+CHECKS = Checks(
+    checksums="the label",
+    rules=("label: places and overlaps of partitions",),
+    unchecked=(),
+)
 
 SANITY = 0x600DDEEE
 WHOLE_DISK = 5
@@ -84,4 +89,4 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures)

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, ints, union
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, History, Structure, Structures
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.btrfs import files, items, ondisk, owners, tree
 from virt_bmap.filesystems.btrfs.pool import Damage, Pool, PoolReader
@@ -41,6 +41,20 @@ ORACLES = (
     "kernel FIEMAP through a loop mount", "btrfs inspect-internal dump-tree", "btrfs inspect-internal logical-resolve",
     "content through the map", "the extent tree against all owners", "the free space tree against the extent tree",
 )  # fmt: skip
+CHECKS = Checks(
+    checksums="crc32c, xxhash64, sha256 or blake2b of superblocks",
+    rules=(
+        "superblock: geometry, features and flags known",
+        "tree blocks: address, owner, generation, level, order of keys, each block once",
+        "chunks and block groups: lengths, profiles, overlaps, each the other",
+        "extent items: place, overlaps, used bytes of block groups, the free space tree's account",
+        "file extents: numbers, an extent item each",
+    ),
+    unchecked=(
+        "content of files and its checksums",
+        "quotas, back references of extent items, the checksums of what is not read of log trees",
+    ),
+)
 
 READ_TREES = {ondisk.EXTENT_TREE, ondisk.FREE_SPACE_TREE, ondisk.BLOCK_GROUP_TREE, ondisk.DATA_RELOC_TREE, ondisk.TREE_LOG}
 
@@ -173,6 +187,7 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
     allocator="the extent tree",
     structures=_structures,
     history=_history,

@@ -19,7 +19,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, expand, ints, subtract, union
 from virt_bmap.columns import take
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.erofs.clusters import (
     ADVISE_FRAGMENT_PCLUSTER,
@@ -56,6 +56,18 @@ FEATURES = (
 )  # fmt: skip
 REFUSED = ("48-bit block addresses", "metadata compression (metabox)", "data on further devices (named, not mapped)")
 ORACLES = ("kernel FIEMAP through a loop mount", "content through a loop mount", "dump.erofs")
+CHECKS = Checks(
+    checksums=None,
+    rules=(
+        "superblock: geometry, features known",
+        "inodes and directories: layout, place, order of blocks",
+        "clusters: indexes, place, overlaps",
+    ),
+    unchecked=(
+        "content of files",
+        "checksum of the superblock",
+    ),
+)
 
 SUPER_OFFSET = 1024
 MAGIC = 0xE0F5E1E2
@@ -447,4 +459,4 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures)

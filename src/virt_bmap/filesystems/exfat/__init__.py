@@ -20,7 +20,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bytes, Int, bit_runs, expand, intersect, ints, subtract, union
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Problem, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, History, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
 from virt_bmap.filesystems.fat.entries import before_end
@@ -40,6 +40,19 @@ FEATURES = (
 )  # fmt: skip
 REFUSED = ("revisions other than 1.x",)
 ORACLES = ("istat and fls of The Sleuth Kit", "fsck.exfat and dump.exfat of exfatprogs", "the allocation bitmap", "exfat-fuse")
+CHECKS = Checks(
+    checksums="main boot region; entry sets",
+    rules=(
+        "boot region: geometry, order of regions",
+        "FAT: chains, bad clusters",
+        "allocation bitmap: against what is owned",
+        "entry sets: members, sizes, first clusters",
+    ),
+    unchecked=(
+        "content of files",
+        "backup boot region, name hashes, the up-case table's checksum",
+    ),
+)
 
 BOOT_SECTOR = struct(512, [
     (3, "FileSystemName", "V8"),
@@ -403,6 +416,7 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
     allocator="the allocation bitmap",
     structures=_structures,
     history=_history,

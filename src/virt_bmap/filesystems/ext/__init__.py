@@ -17,7 +17,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, expand
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, History, Proof, Structure, Structures
 from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inodes, journal, owned
 from virt_bmap.filesystems.ext.blocks import Runs
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
@@ -54,6 +54,26 @@ ORACLES = (
     "the block bitmap: every byte owned or free, none both",
     "e2fsck: the map of a crashed disk equals that of the same disk recovered, and its blocks byte for byte",
     "tables of mounted walks over images of other projects",
+)
+CHECKS = Checks(
+    checksums=(
+        "metadata_csum: superblock, descriptors, bitmaps, inodes, extent tree nodes, directory blocks, hash tree nodes, attribute blocks, mmp, orphan file, "
+        "the journal's superblock; what is replayed of the journal; uninit_bg: descriptors"
+    ),
+    rules=(
+        "extent tree nodes: magic, counts, depth, order, overlaps, agreement with the parent's key, place in the volume, each node once",
+        "block pointers: place in the volume, each block once",
+        "directory entries: lengths, names, inode numbers; names lead to used inodes, inodes with links have names",
+        "hash trees: limits and counts, order of hashes, depth, place of children",
+        "superblock and descriptors: geometry, places, features known",
+        "journal: sequence and order of its blocks, revocations",
+    ),
+    unchecked=(
+        "content of files; what is in attributes, and checksums of those in inodes of their own",
+        "link counts, block counts of inodes and free counts of groups",
+        "whether a name's hash fits the leaf that holds it, `.` and `..`",
+        "backups of superblock and descriptors where the primary ones are sound; quota files",
+    ),
 )
 
 
@@ -161,12 +181,20 @@ def _history() -> History:
     return History(history.former, history.copy_of)
 
 
+def _prove(found: Filesystem) -> list[Proof]:
+    from virt_bmap.filesystems.ext import proof
+
+    return proof.prove(found)
+
+
 FORMAT = FilesystemFormat(
     NAME,
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
     allocator="the block bitmaps",
+    prove=_prove,
     structures=_structures,
     history=_history,
     journals=("journal",),

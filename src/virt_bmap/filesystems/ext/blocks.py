@@ -1,6 +1,8 @@
 """Where inodes' blocks lie: extent trees and indirect blocks, a level of all trees at a time.
 
-Sources: kernel Documentation/filesystems/ext4/{ifork,blockmap}.rst; fs/ext4/ext4_extents.h, fs/ext4/indirect.c.
+A node that breaks the rules of __ext4_ext_check makes a kernel refuse the whole file; here it is a problem, and its extents are mapped as far as they go.
+
+Sources: kernel Documentation/filesystems/ext4/{ifork,blockmap}.rst; fs/ext4/ext4_extents.h, fs/ext4/extents.c, fs/ext4/indirect.c.
 """
 
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from virt_bmap.reader import Reader
 HEADER = struct(12, [
     (0x0, "eh_magic", "<u2"),
     (0x2, "eh_entries", "<u2"),
+    (0x4, "eh_max", "<u2"),
     (0x6, "eh_depth", "<u2"),
 ])  # fmt: skip
 EXTENT = struct(12, [
@@ -131,40 +134,54 @@ def _extent_trees(
 ) -> Int:
     """Walk the extent trees of these owners from their roots in i_block, `block_of`; returns all nodes that were read."""
     size = superblock.block_size
-    children = [(EMPTY, EMPTY, EMPTY)]
+    children = [(EMPTY, EMPTY, EMPTY, EMPTY)]
     for at in range(0, len(owner), AT_ONCE):
         some = owner[at : at + AT_ONCE]
         # nearly always all inodes of a stretch have blocks: no need to copy theirs
         together = int(some[-1] - some[0]) == len(some) - 1
         data = block_of[some[0] : some[-1] + 1] if together else block_of[some]
-        children.append(_node(superblock, data, some, data.view("<u2")[:, 3].astype(np.int64), offsets[some], found, problems))
-    owner, block, expected = joined(children, 3)
+        children.append(
+            _node(superblock, data, some, data.view("<u2")[:, 3].astype(np.int64), None, offsets[some], found, problems)
+        )
+    owner, block, expected, key = joined(children, 4)
     seen = EMPTY
     for _ in range(MAX_DEPTH):
         if not len(block):
             break
         keep, seen = _nodes(superblock, block, seen, problems)
-        owner, block, expected = owner[keep], block[keep], expected[keep]
+        owner, block, expected, key = owner[keep], block[keep], expected[keep], key[keep]
         found.nodes.append((owner, block))
         children = [
-            _node(superblock, data, owner[at], expected[at], block[at] * size, found, problems)
+            _node(superblock, data, owner[at], expected[at], key[at], block[at] * size, found, problems)
             for at, data in _batches(reader, superblock, block)
         ]
         if not children:
             break
-        owner, block, expected = joined(children, 3)
+        owner, block, expected, key = joined(children, 4)
     return seen
 
 
 def _node(
-    superblock: Superblock, data: Bytes, owner: Int, expected: Int, offsets: Int, found: Found, problems: Problems
-) -> tuple[Int, Int, Int]:
-    """Take n nodes apart, (n, node size) bytes: extents go to `found`, what is returned are children (owner, block, depth)."""
+    superblock: Superblock,
+    data: Bytes,
+    owner: Int,
+    expected: Int,
+    key: Int | None,
+    offsets: Int,
+    found: Found,
+    problems: Problems,
+) -> tuple[Int, Int, Int, Int]:
+    """Take n nodes apart, (n, node size) bytes: extents go to `found`, what is returned are children (owner, block, depth, key).
+
+    `expected` is each node's depth, `key` the first block of the file that its parent says is below it; a root has none.
+    """
     room = data.shape[1] // 12 - 1
     items = np.ascontiguousarray(data[:, : (room + 1) * 12]).view(ITEM)
     header = items[:, 0].view(HEADER)
     entries, depth = header["eh_entries"].astype(np.int64), header["eh_depth"].astype(np.int64)
-    good = (header["eh_magic"] == EXTENT_MAGIC) & (entries <= room) & (depth == expected) & (depth <= MAX_DEPTH)
+    most = header["eh_max"]
+    good = (header["eh_magic"] == EXTENT_MAGIC) & (entries <= most) & (most <= room) & (depth == expected) & (depth <= MAX_DEPTH)
+    good &= (most > 0) & ((entries > 0) | (depth == 0))
     if not good.all():
         # an inode without any block may have no header at all
         bad = ~good & (data[:, :60] != 0).any(axis=1) if data.shape[1] == 60 else ~good
@@ -175,13 +192,33 @@ def _node(
     unwritten = extent["ee_len"] > MAX_INITIALISED
     count = extent["ee_len"].astype(np.int64)
     count[unwritten] -= MAX_INITIALISED
-    found.add(
-        owner[row], extent["ee_block"].astype(np.int64), lo_hi(extent["ee_start_lo"], extent["ee_start_hi"]), count, unwritten
-    )
+    logical = extent["ee_block"].astype(np.int64)
+    _check_order(row, logical, logical + count, key, offsets, problems)
+    found.add(owner[row], logical, lo_hi(extent["ee_start_lo"], extent["ee_start_hi"]), count, unwritten)
     if leaf.all():
-        return EMPTY, EMPTY, EMPTY
+        return EMPTY, EMPTY, EMPTY, EMPTY
     row, index = _entries(items, INDEX, np.where(leaf, 0, entries))
-    return owner[row], lo_hi(index["ei_leaf_lo"], index["ei_leaf_hi"]), depth[row] - 1
+    logical = index["ei_block"].astype(np.int64)
+    _check_order(row, logical, logical + 1, key, offsets, problems)
+    return owner[row], lo_hi(index["ei_leaf_lo"], index["ei_leaf_hi"]), depth[row] - 1, logical
+
+
+def _check_order(row: Int, logical: Int, end: Int, key: Int | None, offsets: Int, problems: Problems) -> None:
+    """In each node `row` entries must not overlap and must grow, from the key that the parent gives."""
+    if key is None and (not len(row) or len(row) == int(row[-1]) + 1):  # one entry in each root, as nearly always
+        return
+    bad = (row[1:] == row[:-1]) & (logical[1:] < end[:-1])
+    if bad.any():
+        complain(
+            problems,
+            "extent-order",
+            "extent tree nodes have entries out of order or overlapping",
+            offsets[np.unique(row[1:][bad])],
+        )
+    if key is not None and len(row):
+        first = np.append(True, row[1:] != row[:-1])
+        at = row[first][logical[first] != key[row[first]]]
+        complain(problems, "extent-key", "extent tree nodes do not begin where their parent says", offsets[at])
 
 
 def _entries(nodes: NDArray[np.void], dtype: np.dtype[np.void], counts: Int) -> tuple[Int, NDArray[np.void]]:

@@ -141,6 +141,11 @@ def read_groups(reader: Reader, superblock: Superblock, problems: Problems) -> G
     return groups
 
 
+def raw_descriptors(reader: Reader, superblock: Superblock) -> np.ndarray:
+    """The primary descriptors as records, as they are on the disk."""
+    return _descriptors(reader, superblock, descriptor_places(superblock).primary)
+
+
 def _descriptors(reader: Reader, superblock: Superblock, blocks: Int) -> np.ndarray:
     """Descriptor records of all groups; zeroes where their block is outside the volume."""
     inside = superblock.inside(blocks, 1)

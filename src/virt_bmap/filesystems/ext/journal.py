@@ -16,6 +16,7 @@ import numpy as np
 from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, expand, joined
 from virt_bmap.checksums import crc32c
 from virt_bmap.contract import Problem
+from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.ext import blocks, inodes
 from virt_bmap.filesystems.ext.blocks import EXTENT_MAGIC
 from virt_bmap.filesystems.ext.damage import Problems, complain
@@ -107,7 +108,16 @@ def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], pro
     )
     if log is None:
         return reader, superblock
-    patch = _patch(log, superblock, problems)
+    try:
+        patch = _patch(log, superblock, problems)
+    except Corrupt as error:
+        at = error.offset if log.reader is reader and error.offset is not None else -1
+        problems.append(
+            Problem(
+                "journal", f"needs recovery, but {error}, so that a mount refuses it: the map shows the state before recovery", at
+            )
+        )
+        return reader, superblock
     _check_fast_commits(log, problems)
     if not len(patch.offsets):
         return reader, superblock
@@ -360,7 +370,12 @@ def _revoked(log: Log, headers: Headers) -> tuple[Int, Int]:
     mine = headers.take(headers.kind == REVOKE)
     width = 8 if log.features & LARGE else 4
     limit = log.block_size - (4 if log.features & (CSUM_V2 | CSUM_V3) else 0)
-    used = np.clip(_big(mine.data, 12, 4), 16, limit)
+    used = _big(mine.data, 12, 4)
+    if (used > limit).any():  # scan_revoke_records(): -EINVAL, and nothing is recovered
+        raise Corrupt(
+            "a revoke block of the journal has an impossible count", int(_ring(log, mine.at[used > limit])[0]), "journal"
+        )
+    used = np.maximum(used, 16)
     row, step = expand((used - 16) // width)
     flat = mine.data.reshape(-1)
     place = row * log.block_size + 16 + step * width

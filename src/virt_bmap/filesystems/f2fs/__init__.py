@@ -18,7 +18,7 @@ import pyarrow as pa
 from virt_bmap import foreign, tables
 from virt_bmap.arrays import EMPTY, Int, covered_twice, subtract, union
 from virt_bmap.columns import stack, take
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Structure, Structures
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs import checkpoint, forward, nodes, recovery
 from virt_bmap.filesystems.f2fs.checkpoint import Checkpoint, Nat
@@ -43,6 +43,19 @@ ORACLES = (
     "content that sload.f2fs and the kernel put in, read back by the map", "the kernel's recovery of copies taken while mounted",
     "the SIT: every block owned or free, none both",
 )  # fmt: skip
+CHECKS = Checks(
+    checksums="checkpoints; superblock and inodes where the features sb_checksum and inode_checksum are set",
+    rules=(
+        "superblock and checkpoint: geometry, features, versions, counts",
+        "nodes: footers against the node address table, each node once",
+        "segment information table: against what is owned",
+        "names: inodes that are in use, inodes with links have names",
+    ),
+    unchecked=(
+        "content of files",
+        "summaries of segments, backups of superblock and checkpoint",
+    ),
+)
 
 QUOTA_FILES = ("user quota", "group quota", "project quota")
 VERITY_ALIGNMENT = 65536
@@ -295,5 +308,5 @@ def _structures() -> Structures:
 
 
 FORMAT = FilesystemFormat(
-    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), allocator="the segment information table", structures=_structures
+    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, allocator="the segment information table", structures=_structures
 )

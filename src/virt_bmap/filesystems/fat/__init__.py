@@ -20,7 +20,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, ints
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Problem, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, History, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.fat.bpb import BOOT_SECTOR, ENTRY, Geometry, looks_like_fat, read_geometry
 from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
@@ -42,6 +42,18 @@ FEATURES = (
 )  # fmt: skip
 REFUSED: tuple[str, ...] = ()
 ORACLES = ("istat and fls of The Sleuth Kit", "mshowfat and mcopy of mtools", "fsck.fat of dosfstools", "the FAT itself")
+CHECKS = Checks(
+    checksums=None,
+    rules=(
+        "boot sector: geometry",
+        "FAT: chains, loops, clusters with two owners, lost clusters",
+        "directories: entries, sizes against chains, long names' checksums, free count",
+    ),
+    unchecked=(
+        "content of files",
+        "differences between the copies of the FAT",
+    ),
+)
 
 FSINFO = struct(512, [(0, "FSI_LeadSig", "<u4"), (484, "FSI_StrucSig", "<u4"), (488, "FSI_Free_Count", "<u4")])
 FSINFO_SIGNATURES = 0x41615252, 0x61417272
@@ -227,6 +239,7 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
     allocator="the file allocation table",
     structures=_structures,
     history=_history,

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Bool, Int, complement, expand, ints, subtract, union
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import Unsupported
 from virt_bmap.filesystems.iso9660.descriptors import (
     FIRST_DESCRIPTOR,
@@ -43,6 +43,18 @@ FEATURES = (
 )  # fmt: skip
 REFUSED = ("High Sierra", "earlier sessions of a multi-session disc (unreferenced)", "HFS of hybrid discs (unreferenced)")
 ORACLES = ("isoinfo", "xorriso", "content read back by the map", "blkid for label and UUID")
+CHECKS = Checks(
+    checksums=None,
+    rules=(
+        "descriptors: geometry, boot catalog",
+        "directory records: lengths, places, each directory once",
+        "system use entries: lengths, continuation areas",
+    ),
+    unchecked=(
+        "content of files",
+        "path tables",
+    ),
+)
 
 MAX_UNITS = 1 << 20
 """Rows that interleaved files may become; discs that really have some hold a handful."""
@@ -374,4 +386,6 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures, inode=INODE, target=target)
+FORMAT = FilesystemFormat(
+    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures, inode=INODE, target=target
+)

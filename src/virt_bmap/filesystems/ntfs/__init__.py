@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, History, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, History, Structure, Structures
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.boot import is_boot, read_boot, tail
 from virt_bmap.filesystems.ntfs.contents import interix_starts, read_contents, reparse_tags, sizes_and_flags
@@ -48,6 +48,19 @@ FEATURES = (
 )
 REFUSED = ("records larger than 4096 bytes", "clusters larger than 2 MiB", "replay of $LogFile: `state` says that it is needed")
 ORACLES = ("ntfs-3g (mount, ntfsinfo, ntfscluster)", "The Sleuth Kit (fls, istat)", "$Bitmap")
+CHECKS = Checks(
+    checksums="update sequences of records and index blocks (torn writes)",
+    rules=(
+        "boot sector: geometry",
+        "records: signature, numbers, attributes' lengths",
+        "run lists: place, order, overlaps, against $Bitmap",
+        "indexes: blocks, entries' lengths",
+    ),
+    unchecked=(
+        "content of files",
+        "order of names in indexes, security descriptors, $UsnJrnl; $LogFile is not replayed",
+    ),
+)
 
 
 def probe(reader: Reader) -> bool:
@@ -104,6 +117,7 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
     allocator="$Bitmap",
     structures=_structures,
     history=_history,

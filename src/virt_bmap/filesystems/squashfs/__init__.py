@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bytes, Int, expand, ints
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.sharing import cut_shared, overlap
 from virt_bmap.filesystems.squashfs.compression import COMPRESSIONS, METADATA_SIZE, UNCOMPRESSED, Table, decompressor, read_blocks
@@ -33,6 +33,15 @@ FEATURES = (
 )  # fmt: skip
 REFUSED = ("versions 1 to 3", "big-endian images")
 ORACLES = ("unsquashfs", "content through a loop mount", "content read back by the map")
+CHECKS = Checks(
+    checksums=None,
+    rules=(
+        "superblock: geometry, places of tables",
+        "metadata blocks: lengths, decompression",
+        "inodes and directories: references, counts",
+    ),
+    unchecked=("content of files",),
+)
 
 SUPERBLOCK = struct(96, [
     (0, "s_magic", "S4"), (4, "inodes", "<u4"), (8, "mkfs_time", "<u4"), (12, "block_size", "<u4"), (16, "fragments", "<u4"),
@@ -357,4 +366,4 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), structures=_structures)
+FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, complement, expand, ints, joined, subtract, union
 from virt_bmap.columns import stack, take
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import FormatError
 from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.filesystems.sharing import cut_shared, overlap
@@ -45,6 +45,15 @@ REFUSED = (
 ORACLES = (
     "content put in by a kernel's driver and by mkisofs, read back by the map",
     "udfinfo and blkid for label, UUID and counts of free blocks",
+)
+CHECKS = Checks(
+    checksums="tags and CRC-16 of descriptors, file entries and file identifiers",
+    rules=(
+        "volume structure: descriptors, partitions, virtual and sparable maps",
+        "file entries: allocation descriptors, place, overlaps",
+        "directories: identifiers, each directory once",
+    ),
+    unchecked=("content of files",),
 )
 MAX_LEVELS = 1024
 T_OF = np.full(256, tables.T_METADATA, np.uint8)
@@ -355,6 +364,7 @@ FORMAT = FilesystemFormat(
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
     allocator="the space bitmaps and tables of partitions that can be rewritten; elsewhere nothing",
     structures=_structures,
     inode=INODE,

@@ -19,7 +19,7 @@ import pyarrow as pa
 from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int
 from virt_bmap.columns import stack, take
-from virt_bmap.contract import Docs, Filesystem, FilesystemFormat, Structure, Structures
+from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Proof, Structure, Structures
 from virt_bmap.errors import Corrupt, FormatError
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.xfs import disk
@@ -56,6 +56,21 @@ ORACLES = (
     "xfs_db blockuse and bmap on version 4",
     "head and tail of xfs_logprint",
     "truth tables of images from other projects",
+)
+CHECKS = Checks(
+    checksums="version 5: superblocks, AG headers, B-tree blocks, inodes, directory and attribute blocks, symbolic links, quotas, log records",
+    rules=(
+        "superblock and AG headers: geometry, group numbers, lengths, features known",
+        "B-trees: magic, levels, counts, order and overlaps of records, keys against children, each block once",
+        "inodes: numbers, forks, extents in order and inside the volume",
+        "directories: blocks, entries, names that lead to inodes in use",
+        "free lists and orphans: places, who is on them",
+    ),
+    unchecked=(
+        "content of files, names and values of attributes",
+        "hash indexes and free indexes of directories but for their checksums",
+        "free counts and link counts",
+    ),
 )
 
 
@@ -227,12 +242,20 @@ def _structures() -> Structures:
     }
 
 
+def _prove(found: Filesystem) -> list[Proof]:
+    from virt_bmap.filesystems.xfs import proof
+
+    return proof.prove(found)
+
+
 FORMAT = FilesystemFormat(
     NAME,
     probe,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
     allocator="the free space B+trees of the allocation groups",
+    prove=_prove,
     structures=_structures,
     journals=("log",),
     fixed_records=True,

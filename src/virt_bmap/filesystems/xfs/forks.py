@@ -78,6 +78,9 @@ def usable(geometry: Geometry, damage: Damage, extents: Extents, elsewhere: Int,
     most = (np.iinfo(np.int64).max // geometry.block_size) - disk.MAX_BMBT_BLOCKS
     good = geometry.holds(extents.block, extents.count) & (extents.file_block < most)
     damage.check(good, "extent", "extents of inodes lie outside the volume or are empty", record[extents.owner])
+    same = (extents.owner[1:] == extents.owner[:-1]) & (extents.fork[1:] == extents.fork[:-1])
+    apart = np.append(True, ~same | (extents.file_block[1:] >= extents.file_block[:-1] + extents.count[:-1]))[: len(good)]
+    damage.check(apart, "extent-order", "extents of inodes are out of order or overlap in the file", record[extents.owner])
     return extents if good.all() else take(extents, good)
 
 

@@ -6,6 +6,7 @@ Sources: none needed.
 from collections.abc import Sequence
 
 from virt_bmap.arrays import ints
+from virt_bmap.contract import Checks
 from virt_bmap.images.layer import Draft, Layer
 from virt_bmap.reader import Reader
 
@@ -14,6 +15,11 @@ ALLOCATOR = None
 FEATURES = ("files and block devices, NBD exports",)
 REFUSED = ()
 ORACLES = ("qemu-img map",)
+CHECKS = Checks(
+    checksums=None,
+    rules=("the file: its size",),
+    unchecked=(),
+)
 
 
 def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:

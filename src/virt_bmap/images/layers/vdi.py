@@ -9,6 +9,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, ints
+from virt_bmap.contract import Checks
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.images.layer import Draft, Layer, used_entries
 from virt_bmap.layout import record, struct
@@ -19,6 +20,14 @@ ALLOCATOR = None
 FEATURES = ("dynamic and static images, blocks of any size", "discarded blocks")
 REFUSED = ("undo and differencing images: named", "versions other than 1.1")
 ORACLES = ("qemu-img map", "qemu-img check", "content read through the map")
+CHECKS = Checks(
+    checksums=None,
+    rules=(
+        "header: version, sizes",
+        "block map: places, each block once",
+    ),
+    unchecked=("the guest's bytes",),
+)
 
 HEADER = struct(0x200, [
     (0x40, "u32Signature", "<u4"), (0x44, "u32Version", "<u4"), (0x48, "cbHeader", "<u4"), (0x4C, "u32Type", "<u4"),

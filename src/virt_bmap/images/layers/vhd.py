@@ -10,7 +10,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, expand, ints, runs
-from virt_bmap.contract import Problem
+from virt_bmap.contract import Checks, Problem
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.images.layer import Draft, Layer, used_entries
 from virt_bmap.layout import record, struct
@@ -21,6 +21,14 @@ ALLOCATOR = None
 FEATURES = ("fixed, dynamic and differencing images", "sector bitmaps of differencing images")
 REFUSED = ("parents by anything but a relative or absolute path",)
 ORACLES = ("qemu-img map", "content read through the map", "sectors of a parent and child laid out by hand")
+CHECKS = Checks(
+    checksums="footer and dynamic disk header",
+    rules=(
+        "footer and header: both copies, sizes",
+        "block allocation table: places, each block once",
+    ),
+    unchecked=("the guest's bytes",),
+)
 
 FOOTER = struct(512, [
     (0, "cookie", "S8"), (12, "file_format_version", ">u4"), (16, "data_offset", ">u8"), (28, "creator_application", "V4"),

@@ -10,6 +10,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, ints
+from virt_bmap.contract import Checks
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.images import descriptor
 from virt_bmap.images.descriptor import SECTOR, Descriptor
@@ -27,6 +28,17 @@ FEATURES = (
 )
 REFUSED = ("COWD (vmfsSparse) and seSparse extents, raw device mappings: named",)
 ORACLES = ("qemu-img map", "qemu-img info", "content read through the map")
+CHECKS = Checks(
+    checksums=None,
+    rules=(
+        "header and descriptor: version, sizes, extents",
+        "grain tables: places, each grain once",
+    ),
+    unchecked=(
+        "the guest's bytes",
+        "the redundant grain tables",
+    ),
+)
 
 HEADER = struct(512, [
     (0, "magicNumber", "S4"), (4, "version", "<u4"), (8, "flags", "<u4"), (12, "capacity", "<u8"), (20, "grainSize", "<u8"),

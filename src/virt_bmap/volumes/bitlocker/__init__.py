@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from virt_bmap.arrays import complement, ints
-from virt_bmap.contract import Assembly, Child, Docs, Member, Problem, VolumeFormat, extent_rows
+from virt_bmap.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat, extent_rows
 from virt_bmap.errors import Corrupt
 from virt_bmap.mapping import Row
 from virt_bmap.reader import Reader
@@ -30,6 +30,11 @@ FEATURES = (
 )
 REFUSED = ("Windows Vista's format", "encrypt-on-write conversions", "keys in a TPM or on a smart card")
 ORACLES = ("SHA-256 of the opened volumes of cryptsetup's test images", "cryptsetup bitlkDump")
+CHECKS = Checks(
+    checksums="CRC-32 of the copies of FVE metadata",
+    rules=("FVE metadata: sizes, versions, key protectors",),
+    unchecked=("the content that is not opened",),
+)
 
 
 def probe(reader: Reader) -> bool:
@@ -132,4 +137,4 @@ def _reader(base: Reader, header: Header, cipher: Decrypts) -> Reader:
     return WindowsReader(base, windows)
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES))
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS)

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from virt_bmap.arrays import complement, ints
-from virt_bmap.contract import Assembly, Child, Docs, Member, Problem, VolumeFormat, extent_rows
+from virt_bmap.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat, extent_rows
 from virt_bmap.errors import Unsupported
 from virt_bmap.mapping import Row
 from virt_bmap.reader import BytesReader, Reader
@@ -38,6 +38,11 @@ ORACLES = (
     "images that cryptsetup encrypted itself, in place",
     "payloads encrypted a sector at a time by the modes of the package cryptography, with the key that cryptsetup tells",
     "cryptsetup luksDump",
+)
+CHECKS = Checks(
+    checksums="both headers of LUKS2 (LUKS1 has none)",
+    rules=("header: sizes, places of key slots and segments, both copies",),
+    unchecked=("key slots that no key was given for",),
 )
 
 
@@ -135,4 +140,6 @@ def _reader(base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> Reader
     ])  # fmt: skip
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), allocator="the header's list of key slot areas")
+FORMAT = VolumeFormat(
+    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, allocator="the header's list of key slot areas"
+)

@@ -9,7 +9,7 @@ Sources: lvm2 (sourceware.org/git/lvm2.git) lib/format_text, lib/metadata; man p
 
 from collections.abc import Sequence
 
-from virt_bmap.contract import Assembly, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import Assembly, Checks, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
 from virt_bmap.errors import Corrupt
 from virt_bmap.reader import Reader
 from virt_bmap.tables import BOOT, CONTENT, METADATA, UNREFERENCED
@@ -39,6 +39,15 @@ ORACLES = (
     "every volume as a kernel reads it in the appliance of libguestfs",
     "thin_dump",
     "the pool's own space maps",
+)
+CHECKS = Checks(
+    checksums="label, metadata headers and text; blocks of thin metadata",
+    rules=(
+        "label and metadata areas: places, the newest text",
+        "metadata text: segments, sizes, overlaps",
+        "thin metadata: B-tree nodes' flags, counts, order of keys, each block once",
+    ),
+    unchecked=("integrity checksums of volumes, space maps of thin metadata",),
 )
 
 
@@ -167,6 +176,7 @@ FORMAT = VolumeFormat(
     probe,
     assemble,
     Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
     allocator="the group's metadata, the space maps of thin pools, the tables of snapshot stores and write caches",
     spans=True,
     structures=_structures,

@@ -13,6 +13,7 @@ from functools import partial
 
 from virt_bmap.contract import (
     Assembly,
+    Checks,
     Child,
     Docs,
     Member,
@@ -44,6 +45,11 @@ REFUSED = ("arrays in the middle of a reshape", "multipath and containers", "IMS
 ORACLES = (
     "arrays that the kernel made and filled in the appliance of libguestfs",
     "a byte by byte reference of the kernel's formulas",
+)
+CHECKS = Checks(
+    checksums="superblocks",
+    rules=("superblock: geometry, roles, event counts",),
+    unchecked=("whether copies and parity agree; the write-intent bitmap",),
 )
 FIRST_MINOR = 127
 REDUNDANCY = dict.fromkeys((RAID4, RAID5, RAID6), "they are computed from parity")
@@ -145,4 +151,4 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), spans=True, structures=_structures)
+FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, spans=True, structures=_structures)

@@ -11,7 +11,7 @@ import numpy as np
 from virt_bmap import tables
 from virt_bmap.arrays import Int, ints, weigh
 from virt_bmap.columns import stack
-from virt_bmap.contract import Problem
+from virt_bmap.contract import Checks, Problem
 from virt_bmap.images.layer import IN_DATA, IN_ZERO, Draft, Layer
 from virt_bmap.images.layer import PACKED as IN_PACKED
 from virt_bmap.images.layers.qcow2 import clusters, header, refcounts
@@ -36,6 +36,16 @@ FEATURES = (
 )
 REFUSED = ("content of encrypted images (AES, LUKS): it is known where the clusters lie, not what they say",)
 ORACLES = ("qemu-img map", "qemu-img check", "qemu-img info", "content read through the map")
+CHECKS = Checks(
+    checksums=None,
+    rules=(
+        "header: version, features known, places of tables",
+        "L1 and L2 tables: places, alignment, reserved bits, each cluster once",
+        "refcounts: against what refers to a cluster",
+        "snapshots and bitmaps: sizes, places",
+    ),
+    unchecked=("the guest's bytes",),
+)
 
 SEVERAL = -1
 """Instead of the number of a snapshot."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, ints, runs
-from virt_bmap.contract import Problem
+from virt_bmap.contract import Checks, Problem
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.images.layer import IN_DATA, IN_ZERO, Draft, Layer, used_entries
 from virt_bmap.images.layers.vhd import split
@@ -25,6 +25,18 @@ FEATURES = (
 )
 REFUSED = ("changes that are in the log only: reported, not replayed", "parents by volume name")
 ORACLES = ("qemu-img map", "content read through the map", "images made by Windows")
+CHECKS = Checks(
+    checksums="CRC-32C of both headers and both region tables",
+    rules=(
+        "headers: sequence, log",
+        "region and metadata tables: places, known entries",
+        "block allocation table: states, places, each block once",
+    ),
+    unchecked=(
+        "the guest's bytes",
+        "the log, which is not replayed",
+    ),
+)
 
 NOT_PRESENT, UNDEFINED, ZERO, UNMAPPED, UNMAPPED_V095, FULLY_PRESENT, PARTIALLY_PRESENT = 0, 1, 2, 3, 5, 6, 7
 """States of payload blocks; 5 is QEMU's name for what drafts of the format called unmapped."""

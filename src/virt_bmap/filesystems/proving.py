@@ -1,0 +1,102 @@
+"""Checksums of a filesystem's metadata, compared kind by kind: what `prove` of several formats shares."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap import tables
+from virt_bmap.arrays import Bool, Bytes, Int, expand
+from virt_bmap.contract import NOT_LOOKED_AT, PROVEN, Filesystem, Problem, Proof
+from virt_bmap.reader import Reader
+
+BATCH = 4 << 20
+"""Bytes of blocks whose checksums are computed together: few enough to stay near the processor."""
+
+
+class Compared:
+    """Counts what was compared, by kind; what is wrong becomes one problem for each kind."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._wrong: dict[tuple[str, str, str], tuple[int, int]] = {}
+
+    def compare(self, kind: str, good: Bool, offsets: Int) -> None:
+        """`kind` names the records in the plural; where `good` is False, those at `offsets` (bytes) have a wrong checksum."""
+        self._counts[kind] = self._counts.get(kind, 0) + len(good)
+        self.check(kind, good, offsets, "checksum", "have a wrong checksum")
+
+    def check(self, kind: str, good: Bool, offsets: Int, code: str, fault: str) -> None:
+        """Another rule of the same records, which does not count as a comparison."""
+        bad = offsets[~good]
+        if len(bad):
+            count, first = self._wrong.get((kind, code, fault), (0, int(bad.min())))
+            self._wrong[kind, code, fault] = count + len(bad), min(first, int(bad.min()))
+
+    def problems(self) -> list[Problem]:
+        """One for each kind and fault."""
+        return [
+            Problem(code, f"{count} {kind} {fault}, the first at byte {first:#x}", first)
+            for (kind, code, fault), (count, first) in self._wrong.items()
+        ]
+
+    def proof(self, absent: str = "the filesystem has none") -> Proof:
+        """What was compared, in words."""
+        words = ", ".join(f"{count:,} {kind}" for kind, count in self._counts.items() if count)
+        return Proof("checksums", PROVEN, words) if words else Proof("checksums", NOT_LOOKED_AT, absent)
+
+
+def blocks(reader: Reader, offsets: Int, size: int) -> Iterator[tuple[slice, Bytes]]:
+    """(which of the offsets, their blocks), a bounded batch at a time; offsets that leave the volume were complained of before."""
+    return reader.batches(offsets, size, BATCH, BATCH)
+
+
+class Places:
+    """Where metadata lies by the tables that a reader made: blocks by kind and part, with their owner."""
+
+    def __init__(self, found: Filesystem, block_size: int) -> None:
+        own = (tables.integers(found.extents, "flags") & tables.INLINE) == 0
+        extents = found.extents.filter(pa.array(own))
+        self._size = block_size
+        self._kind = tables.codes(extents, "kind")
+        part = extents.column("part").combine_chunks()
+        self._parts = part.dictionary.to_pylist()
+        self._part = part.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        self._start, self._length, self._inode, self._file = (
+            tables.integers(extents, name) for name in ("volume_offset", "length", "inode", "file_offset")
+        )
+
+    def of_kind(self, kind: int, *parts: str | None, unit: int = 0) -> tuple[Int, Int, Int]:
+        """(offset, inode, file offset) of each block of this kind and these parts (None: plain content; without any: all); -1 stands for null.
+
+        `unit` is another size than the blocks'; extents that are no multiple of it are left out.
+        """
+        unit = unit or self._size
+        at = self._rows(kind, parts)
+        at = at[self._length[at] % unit == 0]
+        row, step = expand(self._length[at] // unit)
+        row = at[row]
+        place = np.where(self._file[row] < 0, -1, self._file[row] + step * unit)
+        return self._start[row] + step * unit, self._inode[row], place
+
+    def ranges(self, kind: int, *parts: str | None, whole: bool = False) -> tuple[Int, Int, Int]:
+        """(offset, length, inode) of such extents; `whole`: together with the extent of the same inode that goes on where they end."""
+        at = self._rows(kind, parts)
+        length = self._length[at]
+        if whole and len(at):
+            order = np.argsort(self._start, kind="stable")
+            after = order[np.minimum(np.searchsorted(self._start[order], self._start[at] + length), len(order) - 1)]
+            follows = (self._start[after] == self._start[at] + length) & (self._inode[after] == self._inode[at])
+            length = length + np.where(follows, self._length[after], 0)
+        return self._start[at], length, self._inode[at]
+
+    def _rows(self, kind: int, parts: tuple[str | None, ...]) -> Int:
+        which = self._kind == kind
+        if parts:
+            codes = [self._parts.index(part) if part is not None else -1 for part in parts if part is None or part in self._parts]
+            which &= np.isin(self._part, codes)
+        return np.flatnonzero(which)
+
+    def names(self, kind: int) -> list[str]:
+        """The parts that this kind has."""
+        return [self._parts[code] for code in np.unique(self._part[self._kind == kind]).tolist() if code >= 0]
