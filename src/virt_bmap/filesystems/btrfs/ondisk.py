@@ -59,8 +59,12 @@ COMPAT_RO = {1 << 0: "free-space-tree", 1 << 1: "free-space-tree-valid", 1 << 2:
 CSUM_TYPES = ("crc32c", "xxhash64", "sha256", "blake2b")
 
 
+SUPER_FLAGS = 0x3 | SUPER_FLAG_ERROR | SUPER_FLAG_SEEDING | SUPER_FLAG_METADUMP
+"""BTRFS_SUPER_FLAG_SUPP: a kernel refuses a superblock with any other, which btrfstune sets while it changes a filesystem (btrfs_check_super_valid)."""
+
+
 def read_superblock(reader: Reader) -> tuple[np.void, list[str]]:
-    """The first superblock whose checksum and numbers are right, and what is wrong with those before it.
+    """The first superblock whose checksum and numbers are right, and what is wrong with it and those before it.
 
     The primary one counts where none is right in its checksum but its numbers make sense. Raises Corrupt or Unsupported.
     """
@@ -79,6 +83,10 @@ def read_superblock(reader: Reader) -> tuple[np.void, list[str]]:
             complaints.append(str(error))
             continue
         if _checksum(raw, int(superblock["csum_type"])) == raw[:SUPER_CSUM_SIZE]:
+            if unknown := int(superblock["flags"]) & ~SUPER_FLAGS:
+                complaints.append(
+                    f"superblock at byte {offset:#x}: it has flags that are not known, {unknown:#x}: a mount refuses it"
+                )
             return superblock, complaints
         complaints.append(f"superblock at byte {offset:#x}: its checksum is wrong")
         fallback = superblock if fallback is None else fallback

@@ -47,7 +47,7 @@ ORACLES = (
     "udfinfo and blkid for label, UUID and counts of free blocks",
 )
 CHECKS = Checks(
-    checksums="tags and CRC-16 of descriptors, file entries and file identifiers",
+    checksums="CRC-16 of volume descriptors; the sums of all tags",
     rules=(
         "volume structure: descriptors, partitions, virtual and sparable maps",
         "file entries: allocation descriptors, place, overlaps",

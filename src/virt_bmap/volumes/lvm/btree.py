@@ -1,9 +1,9 @@
 """The trees and space maps of device-mapper's "persistent data" library, in which thin pools and caches keep their metadata.
 
-A tree is read a level at a time, all trees of one kind together. Blocks are 4096 bytes; each says its own number, which is checked (their
-checksums are not: CRC-32C is not in Python's standard library).
+A tree is read a level at a time, all trees of one kind together. Blocks are 4096 bytes; each says its own number, which is checked as its checksum is. A
+block whose checksum is wrong is a problem; a kernel refuses the whole pool.
 
-Sources: kernel drivers/md/persistent-data/ dm-btree-internal.h, dm-space-map-common.h, dm-array.c.
+Sources: kernel drivers/md/persistent-data/ dm-block-manager.c (dm_bm_checksum), dm-btree-internal.h, dm-btree-spine.c, dm-space-map-common.h, dm-array.c.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.arrays import Int, expand, ints
+from virt_bmap.checksums import crc32c
 from virt_bmap.contract import Problem
 from virt_bmap.errors import Corrupt
 from virt_bmap.layout import struct, widen
@@ -36,6 +37,19 @@ SPACE_MAP_ROOT = struct(32, [
 INDEX_ENTRY = struct(16, [(0x00, "blocknr", "<u8")])
 MAX_METADATA_BITMAPS = 255
 ARRAY_BLOCK = struct(24, [(0x08, "nr_entries", "<u4"), (0x0C, "value_size", "<u4"), (0x10, "blocknr", "<u8")])
+
+
+WRONG_CHECKSUM = "have a wrong checksum"
+NODE_SALT, INDEX_SALT, BITMAP_SALT, ARRAY_SALT = 121107, 160478, 240779, 595846
+"""What the checksum of each kind of block is combined with, so that none passes for another."""
+
+
+def sound(data: np.ndarray, salt: int) -> np.ndarray:
+    """Which blocks, (n, 4096), begin with the checksum of what follows."""
+    if not len(data):
+        return np.zeros(0, bool)
+    good: np.ndarray = crc32c(data[:, 4:]) ^ np.uint32(salt) == np.ascontiguousarray(data[:, :4]).view("<u4")[:, 0]
+    return good
 
 
 class Entries(NamedTuple):
@@ -76,16 +90,18 @@ class Store:
         """One problem for each kind of damage."""
         return [
             Problem(
-                "metadata-block",
+                "metadata-checksum" if what == WRONG_CHECKSUM else "metadata-block",
                 f"{len(blocks)} blocks of its metadata {what}, the first is block {min(blocks)}",
                 min(blocks) * BLOCK,
             )
             for what, blocks in self.problems.items()
         ]
 
-    def read(self, blocks: Int) -> np.ndarray:
-        """Blocks as an array (n, 4096)."""
-        return self.reader.read_blocks(blocks * BLOCK, BLOCK)
+    def read(self, blocks: Int, salt: int) -> np.ndarray:
+        """Blocks of one kind as an array (n, 4096)."""
+        data = self.reader.read_blocks(blocks * BLOCK, BLOCK)
+        self.damage(WRONG_CHECKSUM, blocks[~sound(data, salt)])
+        return data
 
     def inside(self, blocks: Int) -> np.ndarray:
         """Which numbers are blocks of the device. Block 0 is the superblock and never anything else."""
@@ -131,7 +147,7 @@ class Store:
 
     def _nodes(self, part: str, blocks: Int, tree: Int, which: Int, value_size: int) -> tuple[Entries, Entries]:
         """The entries of internal nodes and of leaves among `blocks`; `which` gives for each visit by a `tree` the node."""
-        data = self.read(blocks)
+        data = self.read(blocks, NODE_SALT)
         head = np.ascontiguousarray(data[:, : NODE.itemsize]).view(NODE)[:, 0]
         count, limit, size = (widen(head[name], name) for name in ("nr_entries", "max_entries", "value_size"))
         internal, leaf = head["flags"] == INTERNAL_NODE, head["flags"] == LEAF_NODE
@@ -146,6 +162,8 @@ class Store:
             row, step = expand(count[which[visit]])
             node = which[visit][row]
             keys = words[node, 4 + step]
+            unsorted = (row[1:] == row[:-1]) & (keys[1:] <= keys[:-1])
+            self.damage("have keys out of order", blocks[np.unique(node[1:][unsorted])])
             self.damage("have keys that no tree holds", blocks[np.unique(node[keys >> np.uint64(63) != 0])])
             if length == 8:
                 values = words[node, 4 + limit[node] + step].view(np.uint8).reshape(-1, 8)
@@ -165,7 +183,7 @@ class Store:
         result = np.zeros((-(-size // each) * each, value_size), np.uint8)
         for start in range(0, len(blocks), MAX_BATCH):
             batch, at = blocks[start : start + MAX_BATCH], keys[start : start + MAX_BATCH]
-            data = self.read(batch)
+            data = self.read(batch, ARRAY_SALT)
             head = np.ascontiguousarray(data[:, : ARRAY_BLOCK.itemsize]).view(ARRAY_BLOCK)[:, 0]
             count = widen(head["nr_entries"], "nr_entries")
             good = (head["blocknr"] == batch) & (head["value_size"] == value_size) & (count <= each)
@@ -193,7 +211,7 @@ class Store:
             return np.zeros(0, bool)
         self.take("space map", index)
         count = min(-(-total // ENTRIES_PER_BITMAP), MAX_METADATA_BITMAPS)
-        entries = np.frombuffer(self.read(index)[0, 16 : 16 + count * INDEX_ENTRY.itemsize].tobytes(), INDEX_ENTRY)
+        entries = np.frombuffer(self.read(index, INDEX_SALT)[0, 16 : 16 + count * INDEX_ENTRY.itemsize].tobytes(), INDEX_ENTRY)
         free = self._bitmaps(widen(entries["blocknr"], "bitmap block"), np.arange(count, dtype=np.int64), total)
         self.walk("space map", widen(root["ref_count_root"], "ref_count_root").reshape(1), 4)
         return free
@@ -211,7 +229,7 @@ class Store:
         blocks, keys = blocks[keep], keys[keep]
         for start in range(0, len(blocks), MAX_BATCH // 8):
             batch = slice(start, start + MAX_BATCH // 8)
-            bits = np.unpackbits(self.read(blocks[batch])[:, 16:], axis=1, bitorder="little")
+            bits = np.unpackbits(self.read(blocks[batch], BITMAP_SALT)[:, 16:], axis=1, bitorder="little")
             free.reshape(-1, ENTRIES_PER_BITMAP)[keys[batch]] = ~(bits[:, 0::2] | bits[:, 1::2]).astype(bool)
         return free[:total]
 

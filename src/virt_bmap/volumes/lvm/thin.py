@@ -14,11 +14,12 @@ from virt_bmap.layout import record, struct, widen
 from virt_bmap.mapping import Rows, Side
 from virt_bmap.reader import Reader
 from virt_bmap.tables import FREE, METADATA, UNKNOWN, ExtentRows
-from virt_bmap.volumes.lvm.btree import BLOCK, SPACE_MAP_ROOT, Entries, Store
+from virt_bmap.volumes.lvm.btree import BLOCK, SPACE_MAP_ROOT, Entries, Store, sound
 from virt_bmap.volumes.lvm.label import SECTOR
 
 MAGIC = 27022010
 NEEDS_CHECK = 1
+SUPERBLOCK_SALT = 160774
 SUPERBLOCK = struct(BLOCK, [
     (0x04, "flags", "<u4"), (0x20, "magic", "<u8"), (0x28, "version", "<u4"), (0x30, "trans_id", "<u8"), (0x38, "held_root", "<u8"),
     (0x40, "data_space_map_root", "V32"), (0xC0, "metadata_space_map_root", "V32"),
@@ -83,6 +84,7 @@ def read_pool(reader: Reader, data_size: int) -> Pool:
     head = record(reader.read_clipped(0, BLOCK), SUPERBLOCK)
     if int(head["magic"]) != MAGIC:
         raise Corrupt(f"the thin pool's superblock has the magic {int(head['magic'])} instead of {MAGIC}", 0, "superblock")
+    wrong = not sound(np.frombuffer(reader.read_clipped(0, BLOCK), np.uint8)[None, :], SUPERBLOCK_SALT).all()
     block_size = int(head["data_block_size"]) * SECTOR
     if not MIN_BLOCK <= block_size <= MAX_BLOCK or block_size % MIN_BLOCK:
         raise Corrupt(f"the thin pool's superblock says data_block_size {block_size} bytes", 0x150, "superblock")
@@ -92,7 +94,9 @@ def read_pool(reader: Reader, data_size: int) -> Pool:
     total, free = store.free_data(record(head["data_space_map_root"].tobytes(), SPACE_MAP_ROOT))
     store.walk("device details", widen(head["device_details_root"], "device_details_root").reshape(1), 24)
     free_metadata = store.free_metadata(record(head["metadata_space_map_root"].tobytes(), SPACE_MAP_ROOT))
-    problems = []
+    problems = [Problem("superblock-checksum", "the thin pool's superblock has a wrong checksum", 0)] if wrong else []
+    if unknown := int(head["flags"]) & ~NEEDS_CHECK:
+        problems.append(Problem("superblock", f"the thin pool's superblock has flags that are not known: {unknown:#x}", 4))
     if int(head["flags"]) & NEEDS_CHECK:
         problems.append(Problem("needs-check", "the pool's metadata is marked as in need of a check", 4, "warning"))
     if int(head["held_root"]):

@@ -13,7 +13,7 @@ from virt_bmap.contract import Checks, Problem
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.images.layer import IN_DATA, IN_ZERO, Draft, Layer, used_entries
 from virt_bmap.images.layers.vhd import split
-from virt_bmap.images.layers.vhdx.metadata import AREA, HEADERS, MIB, REGION_TABLES, Metadata, read_metadata
+from virt_bmap.images.layers.vhdx.metadata import AREA, HEADERS, MIB, REGION_TABLES, Metadata, damaged, read_metadata
 from virt_bmap.reader import Reader
 
 NAME = "vhdx"
@@ -53,6 +53,15 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
     own_regions(draft, about)
     chunk = SECTORS_IN_CHUNK * about.sector // about.block
     place_blocks(image, draft, about, *read_bat(image, about, chunk), chunk)
+    for at in damaged(image):
+        draft.problems.append(
+            Problem(
+                "checksum",
+                f"the header or region table at byte {at:#x} has a wrong checksum; another copy is used",
+                at,
+                "warning",
+            )
+        )
     if about.log_in_use:
         draft.problems.append(Problem("log", "the log has changes that were not carried out: the map may be out of date until the image is opened for writing",
                                       about.log[0], "warning"))  # fmt: skip

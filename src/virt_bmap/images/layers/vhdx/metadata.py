@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.checksums import ALL_ONES, crc32c_without
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
@@ -73,12 +74,27 @@ def read_metadata(image: Reader) -> Metadata:
 
 
 def _current_header(image: Reader) -> np.void:
-    """The header with the higher sequence number of those that have their signature."""
-    found = [record(image.read_clipped(at, HEADER.itemsize), HEADER) for at in HEADERS]
-    found = [head for head in found if bytes(head["Signature"]) == b"head"]
+    """The header with the higher sequence number of those that have their signature and their checksum: while one is written, only the other holds."""
+    raw = [image.read_clipped(at, HEADER.itemsize) for at in HEADERS]
+    found = [record(data, HEADER) for data in raw if data[:4] == b"head" and is_sound(data)]
     if not found:
-        raise Corrupt(f"{image.name}: has a VHDX header neither at byte {HEADERS[0]:#x} nor at byte {HEADERS[1]:#x}", HEADERS[0])
+        raise Corrupt(
+            f"{image.name}: has a VHDX header with a right checksum neither at byte {HEADERS[0]:#x} nor at byte {HEADERS[1]:#x}",
+            HEADERS[0],
+        )
     return max(found, key=lambda head: int(head["SequenceNumber"]))
+
+
+def is_sound(data: bytes) -> bool:
+    """Is the CRC-32C at byte 4 that of all of it, taken with zeroes in its place?"""
+    is_ = int(crc32c_without(np.frombuffer(data, np.uint8)[None, :], 4)[0]) ^ ALL_ONES
+    return is_ == int.from_bytes(data[4:8], "little")
+
+
+def damaged(image: Reader) -> list[int]:
+    """Where a header or region table lies that is not as it was written, though another one is."""
+    places = [(at, HEADER.itemsize) for at in HEADERS] + [(at, AREA) for at in REGION_TABLES]
+    return [at for at, size in places if not is_sound(image.read_clipped(at, size))]
 
 
 def _regions(image: Reader) -> dict[uuid.UUID, tuple[int, int]]:
@@ -86,7 +102,7 @@ def _regions(image: Reader) -> dict[uuid.UUID, tuple[int, int]]:
         raw = image.read_clipped(at, AREA)
         head = record(raw, REGION_TABLE)
         count = int(head["EntryCount"])
-        if bytes(head["Signature"]) != b"regi" or count > MAX_REGIONS:
+        if bytes(head["Signature"]) != b"regi" or count > MAX_REGIONS or not is_sound(raw):
             continue
         found = {}
         for entry in (record(raw, REGION, REGION_TABLE.itemsize + nth * REGION.itemsize) for nth in range(count)):

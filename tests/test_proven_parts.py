@@ -1,0 +1,107 @@
+"""Checksums and flags of volume managers and image formats: one wrong bit is seen, by `check` and by the format's own tool."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support import BytesReader, need, run
+from test_proven import complains, flipped
+from virt_bmap.checksums import crc32c
+from virt_bmap.errors import Corrupt
+from virt_bmap.images.layers import vhdx
+from virt_bmap.survey import survey
+from virt_bmap.volumes.lvm.thin import read_pool
+
+MAPPINGS = "".join(f'<single_mapping origin_block="{at * 3}" data_block="{at}" time="0"/>' for at in range(900))
+XML = (
+    '<superblock uuid="" time="1" transaction="1" flags="0" version="2" data_block_size="128" nr_data_blocks="1000">'
+    f'<device dev_id="1" mapped_blocks="900" transaction="0" creation_time="0" snap_time="0">{MAPPINGS}</device></superblock>'
+)
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The metadata of a thin pool of 1,000 blocks, 900 of them mapped one by one: trees of two levels."""
+    need("thin_restore", "thin-provisioning-tools")
+    folder = tmp_path_factory.mktemp("thin")
+    (folder / "xml").write_text(XML)
+    run("truncate", "-s", "2M", folder / "meta")
+    run("thin_restore", "-i", folder / "xml", "-o", folder / "meta")
+    return folder / "meta"
+
+
+def codes(image: Path) -> set[str]:
+    """What is said of thin metadata."""
+    return {problem.code for problem in read_pool(BytesReader(np.fromfile(image, np.uint8)), 1000 << 16).problems}
+
+
+def test_every_block_of_thin_metadata_that_has_a_wrong_bit_is_seen(thin: Path) -> None:
+    """All blocks in use, each once: as thin_check says."""
+    assert codes(thin) == set()
+    assert not complains("thin_check", thin)
+    blocks = np.fromfile(thin, np.uint8).reshape(-1, 4096)
+    used = np.flatnonzero(blocks.any(axis=1)).tolist()
+    assert len(used) > 10
+    for block in used:
+        # bytes that no reader interprets: of the superblock its uuid, else the end of the block
+        copy = flipped(thin, block * 4096 + (0x10 if block == 0 else 4090), 5)
+        assert complains("thin_check", copy) == bool({"superblock-checksum", "metadata-checksum"} & codes(copy)), block
+
+
+def test_keys_out_of_order_and_unknown_flags_are_seen(thin: Path) -> None:
+    """With checksums made right again."""
+    data = np.fromfile(thin, np.uint8)
+    blocks = data.reshape(-1, 4096)
+    leaf = next(at for at in range(len(blocks)) if blocks[at, 4] == 2 and blocks[at, 16:20].view("<u4")[0] > 100)
+    blocks[leaf, 32:40], blocks[leaf, 40:48] = blocks[leaf, 40:48].copy(), blocks[leaf, 32:40].copy()
+    blocks[leaf, :4] = (crc32c(blocks[leaf : leaf + 1, 4:]) ^ np.uint32(121107)).view(np.uint8)
+    copy = thin.with_suffix(".order")
+    data.tofile(copy)
+    assert complains("thin_check", copy)
+    assert codes(copy) == {"metadata-block"}
+    data = np.fromfile(thin, np.uint8)
+    data[6] = 1
+    data[:4] = (crc32c(data[None, 4:4096]) ^ np.uint32(160774)).view(np.uint8)
+    data.tofile(copy)
+    assert codes(copy) == {"superblock"}
+
+
+def test_unknown_flags_of_a_btrfs_superblock_are_seen(tmp_path: Path) -> None:
+    """The checksum made right again: a kernel refuses it."""
+    need("mkfs.btrfs", "btrfs-progs")
+    image = tmp_path / "x.img"
+    run("truncate", "-s", "128M", image)
+    run("mkfs.btrfs", "-q", image)
+    data = np.fromfile(image, np.uint8)
+    assert "superblock" not in survey([BytesReader(data)]).problems.column("code").to_pylist()
+    data[0x10038 + 6] |= 0x10
+    sealed = data[0x10020:0x11000][None, :]
+    data[0x10000:0x10004] = (~crc32c(sealed)).view(np.uint8)
+    data.tofile(image)
+    problems = [row["detail"] for row in survey([BytesReader(data)]).problems.to_pylist() if row["code"] == "superblock"]
+    assert ["0x10000000000000" in detail for detail in problems] == [True], problems
+    assert b"0x10000000000000" in subprocess.run(["btrfs", "inspect-internal", "dump-super", image], capture_output=True).stdout
+
+
+def test_headers_and_region_tables_of_vhdx_are_what_was_written(tmp_path: Path) -> None:
+    """One copy with a wrong bit is named, two are refused."""
+    need("qemu-img", "qemu-utils")
+    image = tmp_path / "x.vhdx"
+    run("qemu-img", "create", "-q", "-f", "vhdx", image, "8M")
+    data = np.fromfile(image, np.uint8)
+    assert vhdx.read(BytesReader(data)).problems == []
+    for places in ((65536, 131072), (196608, 262144)):
+        for place in places:
+            broken = data.copy()
+            broken[place + 4090] ^= 1
+            found = vhdx.read(BytesReader(broken)).problems
+            assert [problem.code for problem in found] == ["checksum"]
+            assert found[0].offset == place
+        broken = data.copy()
+        broken[[place + 4090 for place in places]] ^= 1
+        with pytest.raises(Corrupt):
+            vhdx.read(BytesReader(broken))
+        broken.tofile(image)
+        assert complains("qemu-img", "info", image)
