@@ -95,4 +95,4 @@ def test_links_between_pages_lead_somewhere():
 def test_files_named_in_the_architecture_exist():
     text = (TOP / "docs/architecture.md").read_text()
     for name in re.findall(r"`([a-z_/]+\.py)`", text):
-        assert (TOP / "src/virt_bmap" / name).exists(), name
+        assert (TOP / "src/virt_bmap" / name).exists() or (TOP / name).exists(), name
