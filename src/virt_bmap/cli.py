@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of a command, or the one that lists the commands."""
     if command is None:
-        lines = "\n".join(f"  {name:<10} {about}" for name, about in COMMANDS.items())
+        lines = "\n".join(f"  {name:<10} {command.about}" for name, command in COMMANDS.items())
         main = _Parser(
             prog="virt-bmap", usage="virt-bmap [COMMAND] [OPTION ...] DISK ...", formatter_class=argparse.RawDescriptionHelpFormatter,
             description="Which file does every byte of a disk image belong to, and which files does a running guest read and write?",
@@ -49,7 +49,7 @@ def prepared(arguments: Sequence[str]) -> Callable[[], int]:
     if not arguments or arguments[0] in ("-h", "--help", "-V", "--version"):
         parser().parse_args(arguments or ["--help"])  # prints and leaves
     command, rest = (arguments[0], arguments[1:]) if arguments[0] in COMMANDS else ("map", arguments)
-    import_libraries()
+    import_libraries(COMMANDS[command].process)
     module = importlib.import_module(f"virt_bmap.commands.{command}")
     args = parser(command).parse_args(rest)
     protection.check(getattr(args, "force", False))

@@ -1,4 +1,4 @@
-"""NumPy and Arrow, set up for a process that lives for a second. Only the command line does this: a program that imports us has its own memory to look after.
+"""NumPy and Arrow, set up for the kind of process that a command is. Only the command line does this: a program that imports us has its own memory to look after.
 
 Sources: mallopt(3), madvise(2); glibc's malloc/malloc.c (DEFAULT_MMAP_THRESHOLD_MAX).
 """
@@ -13,10 +13,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
 from types import ModuleType
 
+from virt_bmap.commands import BARE, LONG, SHORT
+
 SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 """Environment variables that the libraries look at while they are imported."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 MADV_HUGEPAGE, LARGE_PAGE = 14, 2 << 20
+SOON = 1 << 18
+"""Bytes: an array of this size is pages of its own in a long process, and the heap's end goes back when so much is free there."""
 LARGEST = 32 << 20
 """Bytes: glibc lets nothing larger lie in its heap."""
 HEAP = 12 * LARGEST
@@ -25,13 +29,16 @@ DOCSTRINGS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
 """Modules that do nothing but give NumPy's functions their docstrings."""
 
 
-def import_libraries() -> None:
-    """Import NumPy without OpenBLAS' threads, and Arrow; both on one heap that keeps its memory.
+def import_libraries(process: str = SHORT) -> None:
+    """Import NumPy without OpenBLAS' threads, and Arrow; both on one heap, which keeps its memory in a short process, and gives it back in a long one. A
+    bare process needs neither.
 
     Nothing here is linear algebra, and each thread would spin for a tenth of a second when it starts. Nothing that an import leaves behind is garbage, either.
     """
+    if process == BARE:
+        return
     gc.disable()
-    _keep_memory()
+    (_give_back if process == LONG else _keep_memory)()
     binding = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)  # of Arrow's 28,000 symbols a map calls few
     sys.meta_path.insert(0, finder := _Unneeded())
@@ -65,6 +72,15 @@ class _Unneeded:
         if spec and spec.loader:
             spec.loader = LazyLoader(spec.loader)
         return spec
+
+
+def _give_back() -> None:
+    """Let what is free go back to the kernel: maps come and go for hours, and a hole in the heap would stay as long as what lies behind it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_THRESHOLD, SOON)
+        mallopt(M_TRIM_THRESHOLD, SOON)
 
 
 def _keep_memory() -> None:

@@ -5,9 +5,8 @@ import math
 import shutil
 import sys
 
-from virt_bmap.errors import UsageError
+from virt_bmap.errors import UsageError, one_line
 from virt_bmap.freeze import LIMIT, Guest, Host, Target
-from virt_bmap.outputs.escape import escape
 
 HELP = "run a command, such as a copy of a disk, while filesystems are frozen"
 
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     status, held = freeze.run(target, command, args.timeout)
     if not args.quiet:
         print(
-            f"virt-bmap: frozen for {held.wait().seconds:.2f} s: {escape(held.filesystems.encode(errors='surrogateescape'))}",
+            f"virt-bmap: frozen for {held.wait().seconds:.2f} s: {one_line(held.filesystems)}",
             file=sys.stderr,
         )
     return status

@@ -27,12 +27,7 @@ ALIKE = {"volume", "mode", "uid", "gid", "nlink", "flags"}
 
 def save(bmap: BlockMap, file: BinaryIO, disks: list[str] | None = None) -> None:
     """Write the map; `disks` are the images' names, kept so that a map can be told from another disk's."""
-    try:
-        from pyarrow._parquet import (
-            ParquetWriter,
-        )  # what pyarrow.parquet wraps, without the filesystems of clouds: 20 ms to import
-    except ImportError:
-        from pyarrow.parquet import ParquetWriter
+    from pyarrow.parquet import ParquetWriter  # 20 ms to import, and only this output needs it
 
     rows = max(1, max(-(-getattr(bmap, name).num_rows // CHUNK) for name in BlockMap.TABLES))
     lists = [_lists(getattr(bmap, name), rows) for name in BlockMap.TABLES]
