@@ -235,6 +235,25 @@ class BlockMap:
 
         return self._once("paths", volume, build)
 
+    def first_paths(self, volume: int, wanted: Int) -> pa.Array:
+        """The first path of each wanted inode of a filesystem, null where none is known: for a few of many, where `paths` would join all."""
+        from virt_bmap import paths
+
+        if volume in self.given_paths:
+            inode, path = self.given_paths[volume]
+            at = np.minimum(np.searchsorted(inode, wanted), max(0, len(inode) - 1))
+            missing = inode[at] != wanted if len(inode) else np.full(len(wanted), True)
+            return path.take(pa.array(at, mask=missing))
+
+        def build() -> "paths.Climb | None":
+            root = tables.integers(self.slice_of("filesystems", volume)[1], "root")
+            if len(root) == 0 or root[0] < 0:
+                return None
+            return paths.Climb(self.slice_of("names", volume)[1], self.slice_of("inodes", volume)[1], int(root[0]))
+
+        climb = self._once("climb", volume, build)
+        return climb.paths(wanted) if climb else pa.nulls(len(wanted), pa.large_binary())
+
     def inode_of(self, volume: int, path: bytes) -> int:
         """The inode that a path leads to; UsageError where there is none."""
         import pyarrow.compute as pc

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, expand
+from virt_bmap.arrays import Bool, Int, expand, in_order
 
 MAX_DEPTH = 1024
 """Levels of directories that get a path. A chain of n directories has n * n / 2 names in its paths: a hostile one must end."""
@@ -77,6 +77,76 @@ def lists(names: pa.Table, path: pa.Array, wanted: Int) -> pa.Array:
     bare = _splittable(names.column("name").combine_chunks().cast(pa.large_binary()).take(at))
     ends = np.append(0, np.cumsum(high - low)).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), pc.coalesce(path.take(at), bare))
+
+
+class Climb:
+    """Paths of a few inodes of one volume: from each name up to the root, by searches in sorted columns.
+
+    The answers are the first that `of_names` knows of each inode; the cost follows what is asked for, not what the volume holds.
+    """
+
+    def __init__(self, names: pa.Table, inodes: pa.Table, root: int) -> None:
+        self._root = root
+        self._name = names.column("name").combine_chunks()
+        self._parent = tables.integers(names, "parent")
+        inode = tables.integers(names, "inode")
+        self._order = np.argsort(inode, kind="stable")
+        self._inode = inode[self._order]
+        directories = tables.codes(inodes, "type") == tables.T_DIRECTORY
+        self._directories = in_order(tables.integers(inodes, "inode")[directories])
+
+    def paths(self, wanted: Int) -> pa.Array:
+        """The first path of each wanted inode as large_binary; null where none is known."""
+        low, high = (np.searchsorted(self._inode, wanted, side) for side in ("left", "right"))
+        found = np.full(len(wanted), -1, np.int64)
+        first = np.flatnonzero(high > low)
+        found[first] = self._order[low[first]]
+        chain = self._chain(found)
+        failed = np.flatnonzero((found >= 0) & (chain[-1] < 0) & (high - low > 1))
+        if len(failed):  # the first name hangs in the air: another one may not
+            query, step = expand(high[failed] - low[failed])
+            rows = self._order[low[failed][query] + step]
+            known = np.flatnonzero(self._chain(rows)[-1] >= 0)[::-1]
+            found[failed[query[known]]] = rows[known]  # of several the first one stays: it is written last
+            chain = self._chain(found)
+        joined = self._joined(chain)
+        root = (wanted == self._root) & (chain[-1] < 0)
+        return pc.if_else(pa.array(root), pa.scalar(b"/", pa.large_binary()), joined) if root.any() else joined
+
+    def _chain(self, rows: Int) -> list[Int]:
+        """The rows of names on the way up from each row, a level at a time, -1 above the root; the last array is 0 where the root was reached, else -1."""
+        levels, at, reached = [rows], rows, np.full(len(rows), -1, np.int64)
+        for _ in range(MAX_DEPTH + 1):
+            parent = np.where(at >= 0, self._parent[at], -1) if len(self._parent) else np.full(len(at), -1, np.int64)
+            known = (at >= 0) & contains(self._directories, parent)
+            reached[known & (parent == self._root)] = 0
+            up = np.searchsorted(self._inode, parent)
+            climbs = known & (parent != self._root) & (up < len(self._inode))
+            climbs[climbs] = self._inode[up[climbs]] == parent[climbs]
+            if not climbs.any():
+                break
+            at = np.full(len(at), -1, np.int64)
+            at[climbs] = self._order[up[climbs]]
+            levels.append(at)
+        return [*levels, reached]
+
+    def _joined(self, chain: list[Int]) -> pa.Array:
+        *levels, reached = chain
+        nothing, slash = pa.scalar(b"", pa.large_binary()), pa.scalar(b"/", pa.large_binary())
+        path = pa.repeat(nothing, len(reached))
+        for rows in levels:
+            climbing = pa.array(rows >= 0)
+            name = _splittable(self._name.take(pa.array(rows, mask=rows < 0)).cast(pa.large_binary())).fill_null(b"")
+            path = pc.binary_join_element_wise(pc.if_else(climbing, slash, nothing), name, path, nothing)
+        return pc.if_else(pa.array(reached >= 0), path, pa.scalar(None, pa.large_binary()))
+
+
+def contains(ordered: Int, wanted: Int) -> Bool:
+    """Which of the wanted values are among these, which are in order."""
+    at = np.searchsorted(ordered, wanted)
+    found: Bool = at < len(ordered)
+    found[found] = ordered[at[found]] == wanted[found]
+    return found
 
 
 def _children(order: Int, bounds: Int, level: Int) -> Int:
