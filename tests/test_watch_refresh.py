@@ -21,8 +21,8 @@ from virt_bmap.watch import naming as naming_module
 from virt_bmap.watch.accesses import Accesses, LogParser
 from virt_bmap.watch.lines import LineLog
 from virt_bmap.watch.naming import Naming, lost, signatures
-from virt_bmap.watch.refresh import Refreshed, Refresher, load, save
-from virt_bmap.watch.resolve import HELD, Resolver, Touched
+from virt_bmap.watch.refresh import MOST_DEATHS, Refreshed, Refresher, load, save
+from virt_bmap.watch.resolve import OPEN, Resolver, Touched
 from virt_bmap.watch.serve import Source, private_folder, serve
 from virt_bmap.watch.sinks import EachDisk, Sinks
 from virt_bmap.watch.summary import Summary
@@ -178,11 +178,23 @@ class Kept:
         self.added += len(accesses)
 
     def late(self, disk: int, number: np.ndarray, accesses: Accesses, touched: Touched) -> None:
-        keys = set(zip(number.tolist(), accesses.offset.tolist(), strict=True))
-        held = [piece for piece in self.pieces if piece[4] == HELD and piece[:2] in keys]
-        assert len(held) == len(keys)
-        self.pieces = [piece for piece in self.pieces if piece not in held]
+        for n, offset, length in zip(number.tolist(), accesses.offset.tolist(), accesses.length.tolist(), strict=True):
+            self._give_way(n, offset, offset + length)
         self._keep(number[touched.access], touched)
+
+    def _give_way(self, number: int, start: int, end: int) -> None:
+        """Bytes that come again were open before, all of them."""
+        left, covered = [], 0
+        for piece in self.pieces:
+            low, high = max(piece[1], start), min(piece[2], end)
+            if piece[0] != number or low >= high:
+                left.append(piece)
+                continue
+            assert piece[4] in OPEN
+            covered += high - low
+            left += [(number, *part, *piece[3:]) for part in ((piece[1], low), (high, piece[2])) if part[0] < part[1]]
+        assert covered == end - start
+        self.pieces = left
 
     def renew(self, resolver: Resolver) -> None:
         self.resolver = resolver
@@ -460,7 +472,7 @@ def test_what_can_not_be_read_is_said_and_tried_again(served: tuple[str, str]) -
         refresher.close()
 
 
-def test_a_process_that_is_killed_is_missed_once(served: tuple[str, str]) -> None:
+def test_a_process_that_is_killed_is_started_again_a_few_times(served: tuple[str, str]) -> None:
     folder, uri = served
     refresher = Refresher(NO_KEYS)
     refresher.serve(folder, [uri])
@@ -468,8 +480,17 @@ def test_a_process_that_is_killed_is_missed_once(served: tuple[str, str]) -> Non
     refresher._process.kill()
     found = wait(refresher)
     assert "ended" in found.error
+    assert not refresher.ended
+    refresher.begin()
+    assert wait(refresher).resolver
+    for _ in range(MOST_DEATHS):
+        assert not refresher.ended
+        refresher.begin()
+        refresher._process.kill()
+        assert wait(refresher).error
     assert refresher.ended
     refresher.close()
+    assert not [name for name in os.listdir(folder) if name.startswith("map")]
 
 
 # ---- a real guest -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from virt_bmap import protection, signals
 
@@ -55,7 +56,7 @@ def hidden_file(target: str) -> Iterator[tuple[str, int]]:
     """A new empty file beside `target`: (its name, a descriptor). It is removed when the block ends, unless it was renamed until then."""
     with contextlib.ExitStack() as stack:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        yield _taken(stack, _beside(target), lambda name: os.open(name, flags, 0o666))  # but what the umask takes
+        yield _taken(stack, _beside(target), lambda name: os.open(name, flags, 0o666))[:2]  # but what the umask takes
 
 
 @contextlib.contextmanager
@@ -72,6 +73,22 @@ def private_folder(where: str | None = None) -> Iterator[str]:
         yield _taken(stack, os.path.join(where or tempfile.gettempdir(), f"{MARK}-{os.geteuid()}"), _new_folder)[0]
 
 
+class Shared(NamedTuple):
+    """A folder that another process may look after: whoever has `lock` open keeps it, and after `leave()` it is not removed here."""
+
+    name: str
+    lock: int
+    leave: Callable[[], None]
+
+
+@contextlib.contextmanager
+def shared_folder(where: str | None = None) -> Iterator[Shared]:
+    """As `private_folder`."""
+    with contextlib.ExitStack() as stack:
+        name, lock, removal = _taken(stack, os.path.join(where or tempfile.gettempdir(), f"{MARK}-{os.geteuid()}"), _new_folder)
+        yield Shared(name, lock, removal.forget)
+
+
 def _beside(target: str) -> str:
     folder, name = os.path.split(os.path.abspath(target))
     return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:LONGEST])}.{MARK}")
@@ -82,8 +99,9 @@ def _new_folder(name: str) -> int:
     return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _taken(stack: contextlib.ExitStack, first: str, make: Callable[[str], int]) -> tuple[str, int]:
-    """Make the first of the names `first`, `first`-1, ... that is free, or whose owner is dead: its name and a locked descriptor, both until `stack` ends."""
+def _taken(stack: contextlib.ExitStack, first: str, make: Callable[[str], int]) -> "tuple[str, int, _Removal]":
+    """Make the first of the names `first`, `first`-1, ... that is free, or whose owner is dead: its name and a locked descriptor, both until `stack` ends,
+    and what removes them then."""
     for number in range(MOST):
         name = f"{first}-{number}" if number else first
         while True:
@@ -92,11 +110,12 @@ def _taken(stack: contextlib.ExitStack, first: str, make: Callable[[str], int]) 
                     file = make(name)
                 except FileExistsError:
                     file = -1
+                removal = _Removal(name, file)
                 if file >= 0:
-                    stack.enter_context(undoing(_Removal(name, file)))
+                    stack.enter_context(undoing(removal))
             if file >= 0 and _locked(file) and _is(name, file):
                 _reap_others(first, number)
-                return name, file
+                return name, file, removal
             if file < 0 and not _reap(name):
                 break  # in use: the next name
             # else somebody took it for a dead one's in the moment before it was locked, or it was one: once more
@@ -114,8 +133,13 @@ class _Removal:
             return
         if _is(self._name, self._file):
             _remove(self._name, self._file)
+        self.forget()
+
+    def forget(self) -> None:
+        """Close it only."""
         file, self._file = self._file, -1
-        os.close(file)
+        if file >= 0:
+            os.close(file)
 
 
 def _remove(name: str, file: int) -> None:

@@ -36,6 +36,8 @@ KIND_MEANING = {
     "unknown": "allocated, but no owner was found: damage, a feature that is not read yet, or (`part` says so) never observed",
     "unreferenced": "nothing refers to it, but no allocator says that it is free",
 }
+STAGING = "CoW staging"
+"""The part of bytes that are set aside for what is about to be written to a shared file: no file owns them yet, and soon one does."""
 OWNED = (DATA, DIRECTORY, SYMLINK, UNWRITTEN, XATTR, TREE, METADATA, BOOT, CONTENT)
 """Kinds that an allocator must call used."""
 IDLE = (GAP, FREE, UNREFERENCED)

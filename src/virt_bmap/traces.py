@@ -20,13 +20,12 @@ from virt_bmap.errors import ImageError, MapError, UsageError
 from virt_bmap.logs.text import Log
 from virt_bmap.outputs.escape import escape_all
 from virt_bmap.outputs.parquet import sizes
+from virt_bmap.watch import stream
 from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import Resolver
+from virt_bmap.watch.resolve import IDENTITY, Resolver, identify
 from virt_bmap.watch.session import BATCH
-from virt_bmap.watch.trace import KEY, OBJECT, VERSION, Trace
+from virt_bmap.watch.trace import KEY, OBJECT, SCHEMA, VERSION, Trace, save
 
-IDENTITY = ("device", "kind", "path", "part")
-"""What makes two traces of one machine mean the same object. Inodes don't: a file that is written anew may get another one."""
 CHECKED = 10_000
 """Objects of a trace whose names are compared with a map's."""
 
@@ -90,7 +89,15 @@ def is_trace(path: str) -> bool:
 
 
 def read(path: str) -> Saved:
-    """The rows of a trace. Raises ImageError where it can't be read, MapError where it is not one, is damaged, or has no access in it."""
+    """The rows of a trace, or of the stream that a killed watch left of one. Raises ImageError where it can't be read, MapError where it is not one, is
+    damaged, or has no access in it."""
+    if stream.is_stream(path):
+        about = stream.about(path, SCHEMA)
+        with open(path, "rb") as file:
+            rows = pa.concat_tables(
+                [stream.convert(part, SCHEMA) for part, _ in stream.batches(file, SCHEMA)] or [SCHEMA.empty_table()]
+            )
+        return _checked(path, rows.unify_dictionaries(), about)
     try:
         file = pq.ParquetFile(path)
         names = set(file.schema_arrow.names)
@@ -101,9 +108,15 @@ def read(path: str) -> Saved:
         rows = _rows(file)
         about = json.loads((file.schema_arrow.metadata or {}).get(KEY, b'{"disks": []}'))
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: can't be read: {error.strerror}") from error
+        part = path + stream.ENDING
+        left = f" ({part} is what a watch left that was killed, and can be read)" if stream.is_stream(part) else ""
+        raise ImageError(f"{path}: can't be read: {error.strerror}{left}") from error
     except (OSError, ValueError, pa.ArrowException) as error:
         raise MapError(f"{path}: can't be read as a trace: {str(error).splitlines()[0]}") from error
+    return _checked(path, rows, about)
+
+
+def _checked(path: str, rows: pa.Table, about: dict[str, Any]) -> Saved:
     if about.get("version", VERSION) != VERSION:
         raise MapError(f"{path}: is a trace of version {about['version']}, this program reads version {VERSION}")
     if not rows.num_rows:
@@ -247,25 +260,6 @@ def _nameless(disk: Int, accesses: Accesses) -> pa.Table:
     })  # fmt: skip
 
 
-def identify(objects: pa.Table) -> tuple[Int, Int]:
-    """(the number of each row's object, the first row of each object)."""
-    key = np.zeros(len(objects), np.int64)
-    for name in IDENTITY:
-        code = (
-            objects.column(name).combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy(zero_copy_only=False)
-        )
-        key = key * (int(code.max(initial=0)) + 1) + code
-        key = np.unique(key, return_inverse=True)[1].astype(np.int64)
-    # what has no path is told apart by its inode
-    nameless = objects.column("path").combine_chunks().is_null().to_numpy(zero_copy_only=False)
-    inode = np.where(nameless, tables.integers(objects, "inode"), -1)
-    order = np.lexsort((inode, key))
-    new = np.append(True, (key[order][1:] != key[order][:-1]) | (inode[order][1:] != inode[order][:-1]))[: len(order)]
-    number = np.empty(len(order), np.int64)
-    number[order] = np.cumsum(new) - 1
-    return number, order[new]
-
-
 def _sizes(objects: pa.Table, bmap: BlockMap | None) -> pa.Array:
     """The size of each file by the map."""
     size = np.full(len(objects), -1, np.int64)
@@ -299,6 +293,15 @@ def named(saved: Saved, resolver: Resolver) -> Saved:
     writer.close()
     rows = _rows(pq.ParquetFile(pa.BufferReader(buffer.getvalue())))
     return saved._replace(rows=rows.sort_by("time_ns"))
+
+
+def recover(path: str, file: BinaryIO) -> int:
+    """Write what a killed watch left as a trace: how many requests there are. Raises MapError where it is not such a stream."""
+    if not stream.is_stream(path):
+        raise MapError(f"{path}: is not the stream that a watch leaves of its trace when it is killed")
+    about = stream.about(path, SCHEMA)
+    with open(path, "rb") as left:
+        return save(stream.batches(left, SCHEMA), about, file)
 
 
 def save_log(log: Log, file: BinaryIO, bmap: BlockMap | None = None, disk: int = 1) -> None:

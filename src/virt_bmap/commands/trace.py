@@ -1,4 +1,4 @@
-"""`virt-bmap trace import`: accesses that other tools logged, as a trace."""
+"""`virt-bmap trace`: accesses that other tools logged, or that a killed watch left, as a trace."""
 
 import argparse
 import sys
@@ -10,12 +10,12 @@ from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.logs import NAMES
 from virt_bmap.outputs.ours import is_tables
 
-HELP = "make a trace of a log by nbdkit, QEMU, blkparse, fio or biosnoop"
+HELP = "make a trace of a log by nbdkit, QEMU, blkparse, fio or biosnoop, or of what a killed watch left"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["import"], help="the only one so far: read another tool's log")
-    parser.add_argument("file", metavar="FILE", type=INPUT, help="the log; - is standard input")
+    parser.add_argument("action", choices=["import", "recover"], help="read another tool's log, or the .part of a killed watch")
+    parser.add_argument("file", metavar="FILE", type=INPUT, help="the log (- is standard input), or the .part")
     parser.add_argument("-o", "--output", metavar="TRACE", type=Output(is_tables), help="the Parquet file to write; required")
     parser.add_argument("--map", metavar="MAP", type=INPUT, help="name what the accesses touched by this saved map")
     add_force_option(parser)
@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from virt_bmap.traces import save_log
 
     if not args.output:
-        raise UsageError("trace import needs -o TRACE, the file to write")
+        raise UsageError(f"trace {args.action} needs -o TRACE, the file to write")
+    if args.action == "recover":
+        return _recover(args.file, args.output)
     if not 1 <= args.disk < 1 << 31:
         raise UsageError(f"--disk counts from 1; given: {args.disk}")
     source = "standard input" if args.file == "-" else args.file
@@ -60,11 +62,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _content(path: str) -> bytes:
+def _recover(path: str, output: str) -> int:
+    from virt_bmap.outputs.files import replacing
+    from virt_bmap.traces import recover
+
+    _content(path, 1)
+    with replacing(output) as file:
+        count = recover(path, file)
+    print(f"{path}: {plural(count, 'access', 'accesses')}; {output}: written", file=sys.stderr)
+    return 0
+
+
+def _content(path: str, most: int = -1) -> bytes:
     if path == "-":
         return sys.stdin.buffer.read()
     try:
         with open(path, "rb") as file:
-            return file.read()
+            return file.read(most)
     except OSError as error:
         raise ImageError(f"{path}: can't be read: {error.strerror}") from error

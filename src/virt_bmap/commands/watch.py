@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from virt_bmap import tables
 from virt_bmap.commands.common import add_disk_options, add_force_option, human, keys_of, map_disks, plural
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.errors import OutputError
+from virt_bmap.errors import BmapError, OutputError, one_line
 from virt_bmap.outputs import ours
 from virt_bmap.outputs.files import growing
 
@@ -79,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Map, serve, run, follow, sum up. Returns the exit status of the command."""
-    from virt_bmap.outputs.files import replacing
     from virt_bmap.watch.lines import LineLog
     from virt_bmap.watch.refresh import Refresher
     from virt_bmap.watch.resolve import Resolver
@@ -87,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
     from virt_bmap.watch.sinks import EachDisk
     from virt_bmap.watch.source import saved, source
     from virt_bmap.watch.summary import Summary
-    from virt_bmap.watch.trace import Trace
 
     images = [args.disk, *args.add]
     sources = [source(image, args.format, args.references) for image in images]
@@ -99,13 +98,12 @@ def run(args: argparse.Namespace) -> int:
         summaries = {disk: Summary(resolver, disk) for disk in range(1, len(sources) + 1)}
         printer = Printer(stack.enter_context(growing(args.log)))
         lines = {disk: LineLog(resolver, printer.write, args.inline) for disk in summaries}
-        sinks: list[Sink] = [EachDisk(summaries)]
+        sinks: dict[str, Sink] = {"the summary": EachDisk(summaries)}
         if not args.quiet and not (tui and args.log == "-"):
-            sinks.append(EachDisk(lines))
-        if args.output:
-            trace = Trace(resolver, stack.enter_context(replacing(args.output)))
-            stack.callback(trace.close)
-            sinks.append(trace)
+            sinks["the live log"] = EachDisk(lines)
+        saving = stack.enter_context(_Saving(args.output, resolver)) if args.output else None
+        if saving:
+            sinks["the trace"] = saving.trace
 
         def flush() -> None:
             for line in lines.values():
@@ -119,18 +117,80 @@ def run(args: argparse.Namespace) -> int:
         try:
             outcome, last_words = _show(resolver, sinks, go) if tui else (go(), [])
         finally:
-            flush()
+            with contextlib.suppress(Exception):
+                flush()
             printer.close()
-        if outcome.broken:
-            raise OutputError(f"{args.output}: can't be written: {outcome.broken}")
+        words = [*_warnings(outcome, printer.dropped), *(saving.finish(outcome) if saving else [])]
     if outcome.status:  # the terminal may be gone: not before the trace has its name
         for line in last_words[-LAST_WORDS:]:
-            print(line, file=sys.stderr)
-    with growing(args.summary) as out:
-        out.write("\n".join(_report(summary, args.top) for summary in summaries.values()))
-    for warning in _warnings(outcome, printer.dropped):
-        print(f"virt-bmap: {warning}", file=sys.stderr)
+            _say(line)
+    _sum_up("\n".join(_report(summary, args.top) for summary in summaries.values()), args.summary)
+    for word in words:
+        _say(f"virt-bmap: {word}")
     return outcome.status
+
+
+class _Saving:
+    """The trace of a watch: a stream while it grows, which becomes Parquet when it ends, and stays where that can't be."""
+
+    def __init__(self, path: str, resolver: "Resolver") -> None:
+        """Raises OutputError where it can't be begun."""
+        from virt_bmap.watch.trace import SCHEMA, Part, Trace, about
+
+        self._path, self._about = path, about(resolver)
+        self._part = Part(path, SCHEMA, self._about)
+        self._keep = False
+        self.trace = Trace(resolver, self._part, often=True)
+        if self._part.moved:
+            _say(f"virt-bmap: {self._part.path}: was left by a watch that was killed; it is kept as {self._part.moved}")
+
+    def __enter__(self) -> "_Saving":
+        return self
+
+    def finish(self, outcome: "Outcome") -> Iterator[str]:
+        """Make the trace of the stream. What goes wrong is said, and is no reason to fail: the command has run."""
+        from virt_bmap.outputs.files import replacing
+        from virt_bmap.watch.trace import save
+
+        broken = outcome.broken.pop("the trace", "")
+        self._keep = True
+        try:
+            if not broken:
+                self.trace.close()
+        except Exception as error:
+            broken = getattr(error, "strerror", None) or one_line(error)
+        if broken:
+            yield f"{self._path}: the trace is not complete: {broken}"
+        try:
+            with replacing(self._path) as file:
+                save(self._part.rows(), self._about, file)
+            self._keep = False
+        except (BmapError, OSError) as error:
+            kept = f"; what was traced is kept in {self._part.path}" if self._part.path else ""
+            yield f"{one_line(error)}{kept}"
+
+    def __exit__(self, *_: object) -> None:
+        self._part.close(self._keep)
+
+
+def _say(words: str) -> None:
+    """On standard error, where anybody listens."""
+    with contextlib.suppress(OSError, ValueError):
+        print(words, file=sys.stderr, flush=True)
+
+
+def _sum_up(text: str, path: str) -> None:
+    """Write the summary where it is wanted; else, where nobody reads on there, to standard error."""
+    try:
+        with growing(path) as out:
+            out.write(text)
+            out.flush()
+    except (OSError, ValueError, OutputError) as error:
+        if path != "-":
+            _say(f"virt-bmap: {one_line(error)}")
+        _say(text.rstrip("\n"))
+        if path == "-":  # nor must Python complain of it in the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _can_show() -> bool:
@@ -143,13 +203,13 @@ def _can_show() -> bool:
     return not missing
 
 
-def _show(resolver: "Resolver", sinks: "list[Sink]", go: "Callable[[Runner], Outcome]") -> "tuple[Outcome, list[str]]":
+def _show(resolver: "Resolver", sinks: "dict[str, Sink]", go: "Callable[[Runner], Outcome]") -> "tuple[Outcome, list[str]]":
     """The watch under the screen: how it ended, and the last lines that the command printed."""
     from virt_bmap.watch.activity import Activity
     from virt_bmap.watch.screen import show
 
     activity = Activity(resolver)
-    sinks.append(activity)
+    sinks["the screen"] = activity
     return show(activity, go)
 
 
@@ -157,6 +217,10 @@ def _warnings(outcome: "Outcome", dropped: int) -> Iterator[str]:
     """What is not as it should be, one line each."""
     if outcome.server:
         yield f"the disk's server ended before the command did: {outcome.server}"
+    for name, why in outcome.broken.items():
+        yield f"{name} ended early: {why}"
+    if outcome.naming:
+        yield f"naming failed: {outcome.naming}; {plural(outcome.unnamed, 'access', 'accesses')} without names are in no list"
     if outcome.stale:
         yield f"the map could not always be read again (names behind which the log says 'older map' may be wrong): {outcome.stale}"
     if outcome.failed:

@@ -10,7 +10,8 @@ from virt_bmap.arrays import Int, union
 from virt_bmap.outputs.escape import escape, escape_all
 from virt_bmap.outputs.results import field
 from virt_bmap.profile.saved import Profile
-from virt_bmap.traces import identify, label
+from virt_bmap.traces import label
+from virt_bmap.watch.resolve import identify
 
 FILES = pa.schema([
     field("first_s", pa.float64(), "seconds from the start of the run to its first use"),

@@ -14,10 +14,13 @@ from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int
 from virt_bmap.outputs.results import field
 from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import HELD, Resolver, Touched
+from virt_bmap.watch.resolve import OPEN, Resolver, Touched
 
 BINS = 4096
 """Places of a disk that are told apart: more than a terminal has cells for."""
+MOST_OBJECTS = 1 << 18
+"""Objects that are told apart: a guest that makes new files for days fills no memory."""
+OTHERS = "[others]"
 SORTS = ("bytes", "read", "written", "accesses", "recent", "name")
 READ = tables.OPS.index("read")
 _READING, _WRITING = (np.isin(np.arange(len(tables.OPS)), [tables.OPS.index(op) for op in ops])
@@ -115,10 +118,10 @@ class Activity:
                 covered = np.cumsum(edges)[:BINS]
                 self._now[way, disk - 1] += covered
                 self._ever[way, disk - 1] |= covered > 0
-            self._count(accesses, touched.take(touched.state != HELD))
+            self._count(accesses, touched.take(~np.isin(touched.state, OPEN)))
 
     def late(self, disk: int, number: Int, accesses: Accesses, touched: Touched) -> None:
-        """Count the objects of pieces that were held."""
+        """Count the objects of pieces that were held or guessed."""
         with self._lock:
             self._count(accesses, touched)
 
@@ -130,7 +133,8 @@ class Activity:
         new = np.unique(touched.object[self._id_of[touched.object] < 0])
         for number, label in self._resolver.labels(new).items() if len(new) else ():
             if self._id_of[number] < 0:
-                self._id_of[number] = self._ids.setdefault(label, len(self._ids))
+                kept = label if len(self._ids) < MOST_OBJECTS or label in self._ids else (label[0], label[1], OTHERS)
+                self._id_of[number] = self._ids.setdefault(kept, len(self._ids))
         while len(self._ids) > self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
         ids, length = self._id_of[touched.object], touched.end - touched.start

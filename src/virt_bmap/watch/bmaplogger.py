@@ -30,8 +30,10 @@ from virt_bmap.outputs.ours import is_log
 from virt_bmap.watch import plugin
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.lines import LineLog
+from virt_bmap.watch.naming import Naming
 from virt_bmap.watch.resolve import Resolver
-from virt_bmap.watch.session import BATCH, PAUSE, TICK, Printer
+from virt_bmap.watch.session import BATCH, PAUSE, TICK, Guard, Outcome, Printer
+from virt_bmap.watch.sinks import EachDisk, Sinks
 from virt_bmap.watch.source import mapped, saved, source
 
 USAGE = """\
@@ -88,6 +90,12 @@ class Drain:
         self._thread.start()
 
     def _run(self) -> None:
+        try:
+            self._drain()
+        finally:  # without it nbdkit's side drops and counts
+            self.ended = True
+
+    def _drain(self) -> None:
         rest = b""
         while True:
             try:
@@ -105,7 +113,6 @@ class Drain:
             elif whole:
                 self._pieces.append(piece)
                 self._waiting += whole
-        self.ended = True
 
     def take(self) -> np.ndarray:
         """The next records, none when nothing has come."""
@@ -156,11 +163,20 @@ def _logged(given: dict[str, str], options: Sequence[str]) -> int:
             log = stack.enter_context(_log_file(given["logfile"]))
         printer = Printer(log)
         lines = LineLog(resolver, printer.write, given.get("inline") == "true")
+        guard = Guard(Naming(resolver, Sinks({"the log": EachDisk({1: lines})})))
         try:
-            status, dropped = _serve(disk.image, options, resolver, lines)
+            status, dropped = _serve(disk.image, options, guard, lines)
         finally:
-            lines.flush()
+            with contextlib.suppress(Exception):
+                lines.flush()
             printer.close()
+    outcome = Outcome()
+    guard.tell(outcome)
+    for words in (
+        *(f"{name} ended early: {why}" for name, why in outcome.broken.items()),
+        *([f"naming failed: {outcome.naming}"] if outcome.naming else []),
+    ):
+        print(f"bmaplogger: {words}", file=sys.stderr)
     if dropped:
         print(f"bmaplogger: {dropped} accesses were dropped: naming them took longer than the guest", file=sys.stderr)
     if printer.dropped:
@@ -190,7 +206,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return given, options
 
 
-def _serve(image: str, options: Sequence[str], resolver: Resolver, lines: LineLog) -> tuple[int, int]:
+def _serve(image: str, options: Sequence[str], guard: Guard, lines: LineLog) -> tuple[int, int]:
     """Run nbdkit until it ends and log what it tells: (exit status, accesses dropped)."""
     read, write = os.pipe()
     os.set_blocking(read, False)
@@ -199,14 +215,17 @@ def _serve(image: str, options: Sequence[str], resolver: Resolver, lines: LineLo
     command = [_nbdkit(), "--foreground", *_private(options), "python", plugin.__file__, f"file={os.path.abspath(image)}",
                f"accesses={write}", *options]  # fmt: skip
     with contextlib.ExitStack() as stack:
+        handed = [write]
         if not KEEPS_DISK.search(" ".join(options)):
-            stack.enter_context(in_use.claimed(image))
-        child = stack.enter_context(children.running(command, pass_fds=[write]))
+            handed.append(in_use.claim(image))
+            stack.callback(os.close, handed[-1])
+        # whoever kills us is not to take the guest's disk away: nbdkit then ends with its last client (plugin.py)
+        child = stack.enter_context(children.running(command, subprocess.Popen, pass_fds=handed))
         os.close(write)
-        return _follow(child, read, resolver, lines)
+        return _follow(child, read, guard, lines)
 
 
-def _follow(child: "subprocess.Popen[bytes]", read: int, resolver: Resolver, lines: LineLog) -> tuple[int, int]:
+def _follow(child: "subprocess.Popen[bytes]", read: int, guard: Guard, lines: LineLog) -> tuple[int, int]:
     """Log what comes until nbdkit ends."""
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to nbdkit as well
@@ -220,14 +239,14 @@ def _follow(child: "subprocess.Popen[bytes]", read: int, resolver: Resolver, lin
             records = drain.take()
             if len(records):
                 dropped = max(dropped, int(records["dropped"].max()))
-                _log(records[records["op"] != plugin.END], resolver, lines)
+                _log(records[records["op"] != plugin.END], guard)
                 quiet = 0.0
                 continue
             if ended:
                 return _status(child), dropped + drain.dropped
             quiet += TICK
             if quiet >= PAUSE:
-                lines.flush()
+                guard.do(lambda _: lines.flush())
             time.sleep(TICK)
     finally:
         for number, handler in before.items():
@@ -240,13 +259,12 @@ def _private(options: Sequence[str]) -> list[str]:
     return ["--unix", "-"] if any(option.startswith("--run") for option in options) and not asked else []
 
 
-def _log(records: np.ndarray, resolver: Resolver, lines: LineLog) -> None:
+def _log(records: np.ndarray, guard: Guard) -> None:
     """Resolve and print a batch."""
     columns = (records[name].astype(np.int64) for name in ("time_ns", "connection", "op", "offset", "length"))
     accesses = Accesses(*columns)
     for at in range(0, len(accesses), BATCH):
-        batch = accesses.take(np.arange(at, min(at + BATCH, len(accesses))))
-        lines.add(batch, resolver.touched(1, batch.offset, batch.length))
+        guard.add(1, accesses.take(np.arange(at, min(at + BATCH, len(accesses)))))
 
 
 def _nbdkit() -> str:

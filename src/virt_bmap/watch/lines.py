@@ -13,14 +13,16 @@ from virt_bmap import tables
 from virt_bmap.arrays import Int, union_by
 from virt_bmap.columns import stack
 from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import HELD, OLDER, Resolver, Touched
+from virt_bmap.watch.resolve import DOUBTFUL, HELD, TOLD, Resolver, Touched
 
 MOST_RANGES = 4
 """Ranges shown on one line. A line for a person; the trace has them all."""
 SILENT = ("flush", "cache")
 """Operations that touch no object's bytes, or only might."""
+_SILENT = [tables.OPS.index(name) for name in SILENT]
 OLDER_MAP, LATE = "older map", "late"
-"""older map: metadata was written since the map was read that gave this name; late: the write was earlier, and only a newer map knew whose bytes it filled."""
+"""older map: metadata was written between the reading of the map that gave this name and the access; late: the access was earlier, and only a newer map knew
+whose bytes these were."""
 
 
 class LineLog:
@@ -37,7 +39,7 @@ class LineLog:
         """Write the lines that these accesses complete. What is held comes later."""
         touched = touched.take(touched.state != HELD)
         op = accesses.op[touched.access]
-        keep = ~np.isin(op, [tables.OPS.index(name) for name in SILENT])
+        keep = ~np.isin(op, _SILENT)
         if not self.inline:
             keep &= ~touched.inline
         touched, op = touched.take(keep), op[keep]
@@ -57,9 +59,10 @@ class LineLog:
         self._open = [touched.take(np.arange(first[-1], len(key)))]
 
     def late(self, accesses: Accesses, touched: Touched) -> None:
-        """Write the lines of pieces that were held."""
+        """Write the lines of pieces that come again, but not of those that the log has had already under this name."""
         self.flush()
-        touched = touched.take(np.full(len(touched), True) if self.inline else ~touched.inline)
+        shown = ~np.isin(touched.state, TOLD) & ~np.isin(accesses.op[touched.access], _SILENT)
+        touched = touched.take(shown if self.inline else shown & ~touched.inline)
         if len(touched):
             key = touched.object * len(tables.OPS) + accesses.op[touched.access]
             first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))
@@ -87,7 +90,7 @@ class LineLog:
         has_file = shown.file_offset >= 0
         low = np.where(has_file, shown.file_offset, shown.start)
         origins = np.where(has_file[first - first[0]], "", "@").tolist()
-        older = np.add.reduceat(shown.state == OLDER, first - first[0], dtype=np.int64) > 0
+        older = np.add.reduceat(np.isin(shown.state, DOUBTFUL), first - first[0], dtype=np.int64) > 0
         marks = np.where(older, f"\t{OLDER_MAP}", f"\t{mark}" if mark else "").tolist()
         line, low, high = union_by(np.repeat(np.arange(len(first)), last - first), low, low + shown.end - shown.start)
         bounds = np.searchsorted(line, np.arange(len(first) + 1)).tolist()

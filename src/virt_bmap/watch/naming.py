@@ -1,69 +1,54 @@
 """Which map names which access, while the guest changes its filesystems.
 
 A map is good for an access when no metadata was written between its reading and the access: metadata writes are recognised as they pass, by what
-the map in force says of the bytes, and a new map is asked for. Accesses behind such a write wait for the new map in their order, a short while at most. Writes to
-bytes that are nobody's (filesystems write content before the metadata that says whose it is) don't hold up the others: they are held until a map
-knows their owner, or until no journal commits that late.
+the map in force says of the bytes, and a new map is asked for. Accesses behind such a write wait for the new map in their order, a short while at most; then
+they get the name that is known, marked, and come again when a map is there that judges them (`verdict.py`). Writes to bytes that are nobody's (filesystems write
+content before the metadata that says whose it is), and reads of them, don't hold up the others: they are held until a map knows their owner, or until no journal
+commits that late.
 """
 
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Bool, Int, Intervals, ints
+from virt_bmap.arrays import EMPTY, Bool, Int, Intervals, ints, touching, union_by
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.columns import stack
 from virt_bmap.reader import HEAD, TAIL
-from virt_bmap.watch.accesses import NONE, Accesses
+from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.refresh import Refreshed, Refresher
-from virt_bmap.watch.resolve import HELD, KNOWN, OLDER, Resolver, Touched
+from virt_bmap.watch.resolve import CONFIRMED, GUESSED, HELD, KNOWN, OLDER, UNCONFIRMED, Resolver, Touched
 from virt_bmap.watch.sinks import Sinks
+from virt_bmap.watch.verdict import FILLING, MS, NO_WRITES, NOTHING, SETTLE, WRITING, Asked, Writes, clean, judge, together
 
-MS = 1_000_000
-SETTLE = 150 * MS
-"""ns that a write may be under way: it is logged before it is served. What was written less than this before a map was begun may not be in it."""
 QUIET = 20 * MS
 """ns without metadata writes after which a new map is begun: they come in bursts."""
 LATEST = 80 * MS
 """ns after which it is begun although they go on."""
+LATE = 20 * MS
+"""ns that a line of the log may take to be written."""
 PATIENCE = 2000 * MS
 """ns that accesses wait for a new map; then the map in force names them, and they are marked."""
 CLAIM = 36_000 * MS
-"""ns that writes to nobody's bytes wait for their owner. ext4 commits every 5 s; XFS flushes its log every 30 s (xfs_sync_work)."""
+"""ns that writes to nobody's bytes wait for their owner, and guesses for a better map. ext4 commits every 5 s; XFS flushes its log every 30 s (xfs_sync_work)."""
 RETRY, LONGEST_RETRY = 1000 * MS, 30_000 * MS
 """ns until it is tried again where a map could not be read; doubled each time."""
 MOST_WAITING = 1 << 18
-"""Accesses that may wait, and pieces that may be held: some 100 MiB each."""
+"""Accesses that may wait, and pieces that may be open: some 100 MiB each."""
+MOST_WRITES = 1 << 20
+"""Writes of a disk that are remembered: 32 MiB."""
+MOST_CHANGES = 1 << 20
 RESOLUTION = 10 * MS
-"""Metadata writes are remembered this exactly, so that a guest that writes nothing else fills no memory."""
+"""Where there are more metadata writes than MOST_CHANGES, they are remembered this exactly: a guest that writes nothing else fills no memory."""
 
-_WRITING = np.isin(np.arange(len(tables.OPS)), [tables.OPS.index(op) for op in ("write", "trim", "zero")])
-_FILLING = np.isin(np.arange(len(tables.OPS)), [tables.OPS.index(op) for op in ("write", "zero")])
 # by kind; the last element is for -1, a volume of which nothing is known
-_KINDS = np.arange(len(tables.KINDS) + 1)
-_METADATA = np.isin(_KINDS, (tables.DIRECTORY, tables.SYMLINK, tables.XATTR, tables.TREE, tables.METADATA, tables.BOOT))
-_NAMELESS = np.isin(_KINDS, (tables.GAP, tables.CONTENT, tables.UNKNOWN, tables.UNREFERENCED, len(tables.KINDS)))
-_NOBODYS = np.isin(_KINDS, (tables.FREE, tables.UNKNOWN, tables.UNREFERENCED))
-
-
-@dataclass
-class _Batch:
-    """Accesses that wait, and what they touch by the map in force."""
-
-    disk: int
-    accesses: Accesses
-    touched: Touched
-
-
-@dataclass
-class _Held:
-    """Pieces of writes of one disk that nobody owns: as accesses of just these bytes, each with the number of its access."""
-
-    number: Int
-    pieces: Accesses
+_NAMELESS = np.isin(
+    np.arange(len(tables.KINDS) + 1), (tables.GAP, tables.CONTENT, tables.UNKNOWN, tables.UNREFERENCED, len(tables.KINDS))
+)
 
 
 class Naming:
@@ -77,71 +62,107 @@ class Naming:
         self.failure = ""
         self._refresher = refresher
         self._changes = EMPTY
-        """Times of metadata writes that the map in force may not know, in order."""
+        """Times of metadata writes, in order: those that the map in force may not know, and as far back as anyone waits."""
         self._asked_ns = 0
         self._rest_until = 0
         self._retry = RETRY
-        self._waiting: deque[_Batch] = deque()
-        self._held: dict[int, _Held] = {}
-        self._added: dict[int, int] = {}
+        self._found: Refreshed | None = None
+        """A map that is there before the log is read as far as the map was."""
+        self._seen: dict[int, int] = {}
+        self._waiting: deque[tuple[int, Asked]] = deque()
+        """Accesses in their order, by disk, that nobody was told of yet."""
+        self._open: dict[int, list[Asked]] = {}
+        """Pieces of each disk that were handed on as held or guessed."""
+        self._added = dict(sinks.added)
+        self._writes: dict[int, list[Writes]] = {}
         self._signatures: dict[int, Intervals] = {}
+
+    def again(self) -> "Naming":
+        """One that starts anew after this one failed. What waited is lost; and what was written meanwhile nobody knows, so a new map is due."""
+        other = Naming(self.resolver, self.sinks, self._refresher)
+        other.failures, other.failure = self.failures, self.failure
+        other._seen = dict(self._seen)
+        other._changes = ints(max(time.time_ns(), self.resolver.ended_ns + 1))
+        self.sinks.renew(self.resolver)
+        return other
 
     @property
     def is_settled(self) -> bool:
         """Is the map in force up to date, as far as the accesses seen tell?"""
-        alive = self._refresher and not self._refresher.ended
-        return not alive or not (len(self._changes) or (self._refresher and self._refresher.busy))
+        if not self._refresher or self._refresher.ended:
+            return True
+        return not (len(self._unknown()) or self._refresher.busy or self._found)
 
     def add(self, disk: int, accesses: Accesses) -> None:
         """Name these, or let them wait."""
         if not len(accesses):
             return
-        self._waiting.append(self._resolved(disk, accesses))
+        number = self._added.get(disk, 0) + np.arange(len(accesses))
+        self._added[disk] = int(number[-1]) + 1
+        asked = self._resolved(disk, number, accesses)
+        self._note(disk, asked)
+        self._waiting.append((disk, asked))
         self._release(time.time_ns())
+
+    def seen(self, disk: int, time_ns: int) -> None:
+        """All that happened on this disk before `time_ns` was added. Who says so once, says it always: maps wait until they can be judged."""
+        self._seen[disk] = time_ns
 
     def wake(self) -> list[int]:
         """File descriptors that select should wait for beside the clock: a map that is being read."""
-        return [self._refresher.fileno()] if self._refresher and self._refresher.busy else []
+        return [self._refresher.fileno()] if self._refresher and self._refresher.busy and not self._found else []
 
     def tick(self) -> None:
         """Take a map that is done, let go what has waited long enough, ask for a map that is due. To be called often."""
         now = time.time_ns()
         if not self._refresher:
             return
-        if found := self._refresher.result():
+        self._found = self._found or self._refresher.result()
+        if self._found and min(self._seen.values(), default=self._found.ended_ns + LATE) >= self._found.ended_ns + LATE:
+            found, self._found = self._found, None
             self._take(found, now)
         self._release(now)
-        self._settle(now - CLAIM)
-        if not self._refresher.busy and not self._refresher.ended and self._is_due(now):
+        self._expire(now - CLAIM)
+        self._forget()
+        if not self._refresher.busy and not self._found and not self._refresher.ended and self._is_due(now):
             self._asked_ns = now
             self._refresher.begin()
 
     def finish(self) -> None:
         """Name all that still waits: there will be no newer map."""
         self._release(np.iinfo(np.int64).max)
-        self._settle(np.iinfo(np.int64).max)
+        self._expire(np.iinfo(np.int64).max)
 
     # ---- metadata writes ----------------------------------------------------------------------------------------------
 
-    def _resolved(self, disk: int, accesses: Accesses) -> _Batch:
-        """The batch under the map in force; its metadata writes are noted."""
+    def _resolved(self, disk: int, number: Int, accesses: Accesses) -> Asked:
+        """The accesses under the map in force."""
         touched = self.resolver.touched(disk, accesses.offset, accesses.length)
-        if self._refresher:
-            times = np.unique(accesses.time_ns[touched.access[self._changing(disk, accesses, touched)]])
-            times = times[times > self.resolver.begun_ns - SETTLE]
-            if len(times):
-                times = times[np.append(True, np.diff(times // RESOLUTION) > 0)]
-                self._changes = np.union1d(self._changes, times)
-        return _Batch(disk, accesses, touched)
+        return Asked(number, accesses, np.zeros(len(number), bool), self.resolver, touched)
+
+    def _note(self, disk: int, asked: Asked) -> None:
+        """Remember what was written, and when that changed the map."""
+        accesses, writing = asked.accesses, WRITING[asked.accesses.op]
+        if not writing.any():
+            return
+        end = accesses.offset + accesses.length
+        columns = (asked.number, accesses.time_ns, accesses.offset, end)
+        self._writes.setdefault(disk, []).append(Writes(*(column[writing] for column in columns)))
+        times = np.unique(accesses.time_ns[asked.said.access[self._changing(disk, accesses, asked.said)]])
+        times = times[times > self.resolver.begun_ns - SETTLE]
+        if len(times):
+            self._changes = np.union1d(self._changes, times)
+        if len(self._changes) > MOST_CHANGES:
+            first = np.unique(self._changes // RESOLUTION) * RESOLUTION
+            self._changes = np.sort(np.concatenate([first, first + RESOLUTION - 1]))
 
     def _changing(self, disk: int, accesses: Accesses, touched: Touched) -> Bool:
         """Which pieces are writes that may change the map: to metadata, or where a disk or volume that nobody knows yet would have its signature."""
-        writing = _WRITING[accesses.op[touched.access]]
+        writing = WRITING[accesses.op[touched.access]]
         if not writing.any():
             return writing
-        kind = self.resolver.kind_of(touched.object)
-        changing: Bool = writing & _METADATA[kind]
-        unknown = np.flatnonzero(writing & _NAMELESS[kind])
+        changing: Bool = writing & self.resolver.metadata(touched.object)
+        unknown = np.flatnonzero(writing & _NAMELESS[self.resolver.kind_of(touched.object)])
         if len(unknown):
             if disk not in self._signatures:
                 self._signatures[disk] = signatures(self.resolver.bmap, disk)
@@ -149,13 +170,33 @@ class Naming:
             changing[unknown[hit]] = True
         return changing
 
+    def _unknown(self) -> Int:
+        """The changes that the map in force may not know."""
+        return self._changes[np.searchsorted(self._changes, self.resolver.begun_ns - SETTLE, "right") :]
+
     def _is_due(self, now: int) -> bool:
-        if not len(self._changes) or now < self._rest_until:
+        changes = self._unknown()
+        if not len(changes) or now < self._rest_until:
             return False
-        unseen = self._changes[self._changes > self._asked_ns]
+        unseen = changes[changes > self._asked_ns]
         if not len(unseen):
-            return bool(now > self._changes[-1] + SETTLE)
+            return bool(now > changes[-1] + SETTLE)
         return bool(now > unseen[-1] + QUIET or now > unseen[0] + LATEST)
+
+    def _forget(self) -> None:
+        """Let go of writes and changes that no map to come is asked about."""
+        changes = self._unknown()
+        since = int(changes[0]) if len(changes) else np.iinfo(np.int64).max
+        for asked in (*(asked for _, asked in self._waiting), *(asked for parts in self._open.values() for asked in parts)):
+            since = min(since, int(asked.accesses.time_ns.min()))
+            if asked.before is not None and asked.before is not self.resolver:
+                since = min(since, asked.before.begun_ns)
+        self._changes = self._changes[np.searchsorted(self._changes, min(since, self.resolver.begun_ns) - SETTLE) :]
+        for disk, parts in self._writes.items():
+            kept = [part for part in parts if int(part.time_ns[-1]) >= since]
+            while sum(len(part.number) for part in kept) > MOST_WRITES:
+                kept = kept[1:]
+            self._writes[disk] = kept
 
     # ---- a new map ----------------------------------------------------------------------------------------------------
 
@@ -173,70 +214,164 @@ class Naming:
         self._retry = RETRY
         self.resolver = found.resolver
         self._signatures = {}
-        self._changes = self._changes[self._changes > found.begun_ns - SETTLE]
         self.sinks.renew(self.resolver)
-        self._settle(now - CLAIM)
-        self._waiting = deque(self._resolved(batch.disk, batch.accesses) for batch in self._waiting)
+        self._judge_waiting()
+        self._judge_open()
+        self._forget()
+
+    def _judge_waiting(self) -> None:
+        """Hand on, in order, what happened before the new map was read; what happened later has it as the map in force, or is still to be judged."""
+        while self._waiting:
+            disk, asked = self._waiting[0]
+            later = np.flatnonzero(asked.accesses.time_ns > self.resolver.begun_ns)
+            count = int(later[0]) if len(later) else len(asked)
+            if count:
+                self._judged(disk, asked.take(np.arange(count)), self._give)
+            if count < len(asked):
+                self._waiting[0] = disk, asked.take(np.arange(count, len(asked)))
+                break
+            self._waiting.popleft()
+        self._waiting = deque((disk, part) for disk, asked in self._waiting for part in self._renewed(disk, asked))
+
+    def _renewed(self, disk: int, asked: Asked) -> list[Asked]:
+        """What happened behind the reading of the new map has that as the map before; what happened meanwhile keeps its own."""
+        meanwhile = np.flatnonzero(asked.accesses.time_ns < self.resolver.ended_ns)
+        count = int(meanwhile[-1]) + 1 if len(meanwhile) else 0
+        rest = asked.take(np.arange(count, len(asked)))
+        return [part for part in (asked.take(np.arange(count)), self._resolved(disk, rest.number, rest.accesses)) if len(part)]
+
+    def _judge_open(self) -> None:
+        """Tell whose the open pieces are that happened before the new map was read; some have to wait for another one."""
+        for disk, parts in self._open.items():
+            self._open[disk] = []
+            for asked in together(parts):
+                due = asked.accesses.time_ns <= self.resolver.begun_ns
+                self._judged(disk, asked.take(due), self._late)
+                self._leave(disk, asked.take(~due))
+
+    def _judged(self, disk: int, asked: Asked, hand_on: Callable[[int, Asked, Touched], None]) -> None:
+        """Hand on what the new map says of these, keep what has to wait, and tell, behind it, what only the map before knows."""
+        if not len(asked):
+            return
+        verdict = judge(asked, disk, self.resolver, self._changes, self._written(disk))
+        after, before = verdict.after, verdict.before
+        state = np.where(
+            asked.guessed[after.access] & verdict.agrees, np.where(after.state == KNOWN, CONFIRMED, UNCONFIRMED), after.state
+        )
+        state[verdict.waits] = HELD
+        # of the objects of the map before the new one knows nothing: what they own is, for the moment, of the disk
+        whole = np.full(len(before), self.resolver.named + self.resolver.bmap.disks[disk - 1])
+        early = replace(before, object=whole, file_offset=np.full(len(before), -1), state=np.full(len(before), HELD, np.uint8))
+        given = stack(Touched, [replace(after, state=state.astype(np.uint8)), early])
+        hand_on(disk, asked, given.take(np.lexsort((given.inline, given.start, given.access))))
+        if verdict.waits.any():
+            self._keep(disk, asked, after.take(verdict.waits), guessed=False)
+        if len(before) and asked.before:
+            told = np.where(before.state == KNOWN, CONFIRMED, UNCONFIRMED)
+            state = np.where(asked.guessed[before.access], told, before.state)
+            self.sinks.renew(asked.before)
+            self._late(disk, asked, replace(before, state=state.astype(np.uint8)))
+            self.sinks.renew(self.resolver)
+
+    def _written(self, disk: int) -> Writes:
+        parts = self._writes.get(disk, [])
+        if len(parts) > 1:
+            self._writes[disk] = parts = [stack(Writes, parts)]
+        return parts[0] if parts else NO_WRITES
 
     # ---- accesses in their order ----------------------------------------------------------------------------------------
 
     def _release(self, now: int) -> None:
         """Hand on, in order, what the map in force is good for and what has waited long enough."""
-        waiting = sum(len(batch.accesses) for batch in self._waiting)
+        waiting = sum(len(asked) for _, asked in self._waiting)
         alive = self._refresher is not None and not self._refresher.ended
         while self._waiting:
-            batch = self._waiting[0]
-            time_ns = batch.accesses.time_ns
-            older = time_ns > self._changes[0] if len(self._changes) else np.zeros(len(time_ns), bool)
-            older &= time_ns > self.resolver.begun_ns
-            overdue = np.full(len(time_ns), waiting > MOST_WAITING or not alive) | (time_ns < now - PATIENCE)
-            stop = np.flatnonzero(older & ~overdue)
-            count = int(stop[0]) if len(stop) else len(time_ns)
+            disk, asked = self._waiting[0]
+            time_ns = asked.accesses.time_ns
+            good = clean(self._changes, self.resolver, time_ns)
+            overdue = np.full(len(asked), waiting > MOST_WAITING or not alive) | (time_ns < now - PATIENCE)
+            stop = np.flatnonzero(~good & ~overdue)
+            count = int(stop[0]) if len(stop) else len(asked)
             if count:
-                self._deliver(batch, count, older)
+                self._let_go(disk, asked.take(np.arange(count)), good[:count], alive)
                 waiting -= count
-            if count < len(time_ns):
-                self._waiting[0] = _rest(batch, count)
+            if count < len(asked):
+                self._waiting[0] = disk, asked.take(np.arange(count, len(asked)))
                 return
             self._waiting.popleft()
 
-    def _deliver(self, batch: _Batch, count: int, older: Bool) -> None:
-        """Give the first `count` accesses of the batch to the sinks, and hold what nobody owns."""
-        accesses = batch.accesses.take(np.arange(count))
-        touched = batch.touched.take(np.arange(np.searchsorted(batch.touched.access, count)))
-        state = np.where(older[touched.access], OLDER, KNOWN).astype(np.uint8)
-        number = self._added.get(batch.disk, 0) + touched.access
-        if self._refresher and not self._refresher.ended:
-            held = _FILLING[accesses.op[touched.access]] & _NOBODYS[self.resolver.kind_of(touched.object)]
-            if held.any():
-                state[held] = HELD
-                self._hold(batch.disk, number[held], _pieces(accesses, touched.take(held)))
-        self.sinks.add(batch.disk, accesses, replace(touched, state=state))
-        self._added[batch.disk] = self._added.get(batch.disk, 0) + count
+    def _let_go(self, disk: int, asked: Asked, good: Bool, alive: bool) -> None:
+        """Give accesses to the sinks by the map in force; where it is not good, as guesses. Hold what nobody owns."""
+        touched = asked.said
+        if asked.before is not self.resolver:
+            touched = self.resolver.touched(disk, asked.accesses.offset, asked.accesses.length)
+        state = np.where(good, KNOWN, GUESSED if alive else OLDER)[touched.access]
+        if alive:
+            nobodys = np.flatnonzero(self.resolver.nobodys(touched.object))
+            filled = FILLING[asked.accesses.op[touched.access[nobodys]]]
+            if not filled.all():  # what was written just now is read
+                writes = self._written(disk)
+                filled |= touching(touched.start[nobodys], touched.end[nobodys], writes.start, writes.end)
+            state[nobodys[filled]] = HELD
+        touched = replace(touched, state=state.astype(np.uint8))
+        self._give(disk, asked, touched)
+        for which, guessed in ((HELD, False), (GUESSED, True)):
+            if (touched.state == which).any():
+                self._keep(disk, asked, touched.take(touched.state == which), guessed)
 
-    # ---- writes to nobody's bytes -----------------------------------------------------------------------------------------
+    def _give(self, disk: int, asked: Asked, touched: Touched) -> None:
+        self.sinks.add(disk, asked.accesses, touched)
 
-    def _hold(self, disk: int, number: Int, pieces: Accesses) -> None:
-        known = self._held.get(disk, _Held(EMPTY, NONE))
-        self._held[disk] = _Held(np.concatenate([known.number, number]), stack(Accesses, [known.pieces, pieces]))
+    # ---- pieces that come again -------------------------------------------------------------------------------------------
 
-    def _settle(self, before: int) -> None:
-        """Hand on held pieces that have an owner now, those that are older than `before`, and the oldest where there are too many."""
-        for disk, held in self._held.items():
-            pieces = held.pieces
-            if not len(pieces):
-                continue
-            touched = self.resolver.touched(disk, pieces.offset, pieces.length)
-            done = np.ones(len(pieces), bool)
-            done[touched.access[_NOBODYS[self.resolver.kind_of(touched.object)]]] = False
-            done |= pieces.time_ns < before
-            done[: max(0, len(pieces) - MOST_WAITING)] = True
-            if not done.any():
-                continue
-            touched = touched.take(done[touched.access])
-            touched = replace(touched, access=(np.cumsum(done) - 1)[touched.access])
-            self.sinks.late(disk, held.number[done], pieces.take(done), touched)
-            self._held[disk] = _Held(held.number[~done], pieces.take(~done))
+    def _keep(self, disk: int, asked: Asked, touched: Touched, guessed: bool) -> None:
+        """These come again; guesses are to be compared with what the map before them said."""
+        row, pieces, _ = _pieces(asked, touched)
+        before = asked.before if guessed else None
+        said = before.touched(disk, pieces.offset, pieces.length) if before else NOTHING
+        self._leave(disk, Asked(asked.number[row], pieces, np.full(len(row), guessed), before, said))
+
+    def _leave(self, disk: int, asked: Asked) -> None:
+        if len(asked):
+            self._open.setdefault(disk, []).append(asked)
+
+    def _late(self, disk: int, asked: Asked, touched: Touched) -> None:
+        """Tell the sinks what became of open pieces."""
+        touched = touched.take(touched.state != HELD)
+        if len(touched):
+            row, pieces, touched = _pieces(asked, touched)
+            self.sinks.late(disk, asked.number[row], pieces, touched)
+
+    def _expire(self, before: int) -> None:
+        """Hand on open pieces that are older than `before`, and the oldest where there are too many: no map to come is asked about them."""
+        for disk, parts in self._open.items():
+            self._open[disk] = []
+            count = sum(len(asked) for asked in parts)
+            for asked in parts:
+                old = asked.accesses.time_ns < before
+                old[: max(0, min(len(asked), count - MOST_WAITING))] = True
+                count -= len(asked)
+                self._leave(disk, asked.take(~old) if old.any() else asked)
+                if old.any():
+                    self._give_up(disk, asked.take(old))
+
+    def _give_up(self, disk: int, asked: Asked) -> None:
+        touched = self.resolver.touched(disk, asked.accesses.offset, asked.accesses.length)
+        good = clean(self._changes, self.resolver, asked.accesses.time_ns)
+        told = asked.guessed & (asked.before is self.resolver)
+        state = np.where(told, UNCONFIRMED, np.where(good, KNOWN, OLDER)).astype(np.uint8)
+        self._late(disk, asked, replace(touched, state=state[touched.access]))
+
+
+def _pieces(asked: Asked, touched: Touched) -> tuple[Int, Accesses, Touched]:
+    """The bytes touched, as accesses of just these bytes: (the row of each, they, what they touched)."""
+    origin = asked.accesses.offset  # a request has less than 2**32 bytes
+    row, start, end = union_by(touched.access, touched.start - origin[touched.access], touched.end - origin[touched.access])
+    key = touched.access * (1 << 33) + touched.start - origin[touched.access]
+    piece = np.searchsorted(row * (1 << 33) + start, key, "right") - 1
+    pieces = replace(asked.accesses.take(row), offset=start + origin[row], length=end - start)
+    order = np.lexsort((touched.inline, touched.start, piece))
+    return row, pieces, replace(touched, access=piece).take(order)
 
 
 def signatures(bmap: BlockMap, disk: int) -> Intervals:
@@ -256,16 +391,3 @@ def lost(older: BlockMap, newer: BlockMap) -> str:
                      for bmap in (older, newer))  # fmt: skip
     missing = sorted(before - after)
     return f"no filesystem was found on {', '.join(missing)}, which is being written" if missing else ""
-
-
-def _rest(batch: _Batch, count: int) -> _Batch:
-    """The batch without its first `count` accesses."""
-    accesses = batch.accesses.take(np.arange(count, len(batch.accesses)))
-    touched = batch.touched.take(np.arange(np.searchsorted(batch.touched.access, count), len(batch.touched)))
-    return _Batch(batch.disk, accesses, replace(touched, access=touched.access - count))
-
-
-def _pieces(accesses: Accesses, touched: Touched) -> Accesses:
-    """The touched pieces as accesses of just these bytes."""
-    each = accesses.take(touched.access)
-    return replace(each, offset=touched.start, length=touched.end - touched.start)

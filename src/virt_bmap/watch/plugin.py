@@ -32,6 +32,10 @@ LAST_CHANCE = 1.0
 _config: dict[str, str] = {}
 _pipe = -1
 _connections = itertools.count(1)
+_open = 0
+"""Connections."""
+_alone = False
+"""Does nobody read the pipe any more?"""
 _dropped = 0
 _counting = threading.Lock()
 
@@ -61,10 +65,12 @@ def thread_model() -> int:
 
 def tell(connection: int, operation: int, offset: int, length: int) -> None:
     """Hand over one access, or count it as dropped."""
-    global _dropped
+    global _alone, _dropped
     try:
         os.write(_pipe, RECORD.pack(time.time_ns(), offset, length, _dropped, connection, operation))
-    except OSError:  # full, or nobody reads any more
+    except BrokenPipeError:
+        _alone = True
+    except Exception:  # full, or nobody reads any more; whatever it is, it would be an error of the disk to the guest
         with _counting:
             _dropped += 1
 
@@ -80,7 +86,7 @@ def cleanup() -> None:
             if time.monotonic() > end:
                 return
             time.sleep(0.01)
-        except OSError:
+        except Exception:
             return
 
 
@@ -96,17 +102,27 @@ class Connection:
 
 def open(readonly: bool) -> Connection:
     """A new connection; one that can't write becomes read-only, as with nbdkit's file plugin."""
+    global _open
     try:
-        return Connection(readonly)
+        connection = Connection(readonly)
     except OSError:
         if readonly:
             raise
-        return Connection(True)
+        connection = Connection(True)
+    with _counting:
+        _open += 1
+    return connection
 
 
 def close(connection: Connection) -> None:
-    """The client has gone."""
+    """The client has gone. Where the process that started us has, too, the last client was the last thing to stay for."""
+    global _open
     os.close(connection.fd)
+    with _counting:
+        _open -= 1
+        is_last = _open == 0
+    if is_last and _alone:
+        nbdkit.shutdown()
 
 
 def get_size(connection: Connection) -> int:

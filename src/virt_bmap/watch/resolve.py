@@ -16,9 +16,25 @@ from virt_bmap.columns import stack, take
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.listing import LETTERS
 
-KNOWN, OLDER, HELD = range(3)
-"""How sure a name is. Known: metadata has not changed between the reading of the map and the access; older: it has; held: nobody's bytes were
-written, and a map to come may know whose they became."""
+KNOWN, OLDER, HELD, GUESSED, CONFIRMED, UNCONFIRMED = range(6)
+"""What is known of a name. Known: it is right; older: the map that gave it is of another time, and metadata was written in between.
+
+Two are not the last word, and come again. Held: nobody's bytes were written, and a map to come may know whose they became. Guessed: as older, while a map is
+still awaited. What comes again after it was guessed is known or older, as anything else; or, where the name is still the one that was told, confirmed (known
+now) or unconfirmed (older still).
+"""
+MOST_LABELS = 1 << 17
+"""Names that are kept as text: some 50 MiB."""
+IDENTITY = ("device", "kind", "path", "part")
+"""What makes two mentions of an object one. Inodes don't: a file that is written anew may get another one."""
+OPEN, DOUBTFUL, TOLD = (HELD, GUESSED), (OLDER, GUESSED, UNCONFIRMED), (CONFIRMED, UNCONFIRMED)
+
+NO_JOURNAL = ("btrfs",)
+"""Filesystems whose metadata is in its place before anything refers to it."""
+
+_KINDS = np.arange(len(tables.KINDS) + 1)  # the last element is for -1, a volume of which nothing is known
+_NOBODYS = np.isin(_KINDS, (tables.FREE, tables.UNKNOWN, tables.UNREFERENCED, tables.GAP))
+_METADATA = np.isin(_KINDS, (tables.DIRECTORY, tables.SYMLINK, tables.XATTR, tables.TREE, tables.METADATA, tables.BOOT))
 
 
 @dataclass(frozen=True)
@@ -46,12 +62,13 @@ class Touched:
 
 
 class Resolver:
-    """Finds the objects of a map's disks. `number` counts the maps of a watch, from 0; `begun_ns` is when the reading of this one began."""
+    """Finds the objects of a map's disks. `number` counts the maps of a watch, from 0; this one was read from `begun_ns` to `ended_ns`."""
 
-    def __init__(self, bmap: BlockMap, number: int = 0, begun_ns: int = 0) -> None:
+    def __init__(self, bmap: BlockMap, number: int = 0, begun_ns: int = 0, ended_ns: int = 0) -> None:
         self.bmap = bmap
         self.number = number
         self.begun_ns = begun_ns
+        self.ended_ns = max(begun_ns, ended_ns)
         table = bmap.extents
         self._offset = tables.integers(table, "volume_offset")
         self._file_offset = tables.integers(table, "file_offset")
@@ -69,6 +86,11 @@ class Resolver:
         self.named = len(first)
         """Objects from this number on are whole volumes."""
         self._labels: dict[int, tuple[str, str, str]] = {}
+        types = dict(
+            zip(tables.integers(bmap.filesystems, "volume").tolist(), bmap.filesystems.column("type").to_pylist(), strict=True)
+        )
+        self._in_place = np.array([types.get(number) in NO_JOURNAL for number in range(bmap.volumes.num_rows)], bool)
+        self._staging = self._parts.index(tables.STAGING) if tables.STAGING in self._parts else len(self._parts)
 
     def touched(self, disk: int, offset: Int, length: Int) -> Touched:
         """What the requests for [offset[i], +length[i]) of disk number `disk` (from 1) touch."""
@@ -123,6 +145,31 @@ class Resolver:
         """The inode of each object, -1 where it has none."""
         return self._of(self._inode, objects)
 
+    def nobodys(self, objects: Int) -> Bool:
+        """Which objects are bytes without an owner: free, of an unknown owner, in a gap, or set aside for what some file is about to be written."""
+        found: Bool = _NOBODYS[self.kind_of(objects)] | (self._of(self._part, objects) == self._staging)
+        return found
+
+    def written(self, objects: Int) -> Bool:
+        """Which objects are sure to have written the bytes that they own. Metadata may be in the journal as yet, and its bytes be what was there before."""
+        kind = self.kind_of(objects)
+        found: Bool = (kind == tables.DATA) | (_METADATA[kind] & self._in_place[self.volume_of(objects)])
+        return found
+
+    def metadata(self, objects: Int) -> Bool:
+        """Which objects say where things lie, and what they are called."""
+        found: Bool = _METADATA[self.kind_of(objects)] & (self._of(self._part, objects) != self._staging)
+        return found
+
+    def identities(self, objects: Int) -> pa.Table:
+        """What makes an object the same one in another map: device, kind, path, part; and its inode. Content is content, written or not."""
+        volume, kind = self.volume_of(objects), self.kind_of(objects)
+        kind = np.where(kind == tables.UNWRITTEN, tables.DATA, kind)
+        return pa.table({
+            "device": self.bmap.volumes.column("name").take(pa.array(volume)).cast(pa.string()),
+            "kind": pa.array(kind), "path": self.paths(objects), "part": self.parts(objects).cast(pa.string()), "inode": pa.array(self.inode_of(objects)),
+        })  # fmt: skip
+
     def _of(self, column: Int, objects: Int) -> Int:
         result = np.full(len(objects), -1, np.int64)
         is_named = objects < self.named
@@ -135,14 +182,11 @@ class Resolver:
         where = np.full(len(objects), -1, np.int64)
         parts, base = [pa.array([], pa.large_binary())], 0
         for number in np.unique(volume[inode >= 0]).tolist():
-            known, path = self.bmap.paths(number)
             mine = np.flatnonzero((volume == number) & (inode >= 0))
-            at = np.searchsorted(known, inode[mine])
-            hit = at < len(known)
-            hit[hit] = known[at[hit]] == inode[mine][hit]
-            where[mine[hit]] = base + at[hit]
-            parts.append(path)
-            base += len(path)
+            wanted, at = np.unique(inode[mine], return_inverse=True)
+            parts.append(self.bmap.first_paths(number, wanted))
+            where[mine] = base + at
+            base += len(wanted)
         return pa.concat_arrays(parts).take(pa.array(where, mask=where < 0))
 
     def parts(self, objects: Int) -> pa.Array:
@@ -152,6 +196,8 @@ class Resolver:
 
     def labels(self, objects: Int) -> dict[int, tuple[str, str, str]]:
         """(letter of the kind, device, escaped name) of each object, kept once found. A volume and free space have an empty name."""
+        if len(self._labels) > MOST_LABELS:
+            self._labels = {}
         new = np.array([number for number in np.unique(objects).tolist() if number not in self._labels], np.int64)
         if len(new):
             names = self.bmap.volumes.column("name").to_pylist()
@@ -168,6 +214,24 @@ class Resolver:
                     name = f"{escape(path)}:{word}" if word and kind in (tables.DATA, tables.UNWRITTEN) else escape(path)
                 self._labels[number] = letter, escape(names[volume].encode()), name
         return self._labels
+
+
+def identify(objects: pa.Table) -> tuple[Int, Int]:
+    """(the number of each row's object, the first row of each object), by the columns of IDENTITY; what has no path is told apart by its `inode`."""
+    key = np.zeros(len(objects), np.int64)
+    for name in IDENTITY:
+        code = (
+            objects.column(name).combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy(zero_copy_only=False)
+        )
+        key = key * (int(code.max(initial=0)) + 1) + code
+        key = np.unique(key, return_inverse=True)[1].astype(np.int64)
+    nameless = objects.column("path").combine_chunks().is_null().to_numpy(zero_copy_only=False)
+    inode = np.where(nameless, tables.integers(objects, "inode"), -1)
+    order = np.lexsort((inode, key))
+    new = np.append(True, (key[order][1:] != key[order][:-1]) | (inode[order][1:] != inode[order][:-1]))[: len(order)]
+    number = np.empty(len(order), np.int64)
+    number[order] = np.cumsum(new) - 1
+    return number, order[new]
 
 
 def _number(volume: Int, kind: Int, inode: Int, part: Int) -> tuple[Int, Int]:

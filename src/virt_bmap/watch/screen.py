@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from textual.drivers.linux_driver import LinuxDriver
 from textual.widgets import Footer, Input, RichLog, Static
 
 from virt_bmap import tables
-from virt_bmap.errors import BmapError
+from virt_bmap.errors import BmapError, one_line
 from virt_bmap.outputs import results
 from virt_bmap.outputs.amounts import human
 from virt_bmap.outputs.escape import escape
@@ -168,9 +169,12 @@ class Watching(App[None]):
         self.output = Output()
         self.outcome: Outcome | BaseException | None = None
         """How the watch ended, or why it failed."""
+        self.failure = ""
+        """Why there is no screen any more."""
         self.paused = False
         self.sort = SORTS[0]
         self.words = ""
+        self._go = go
         self._thread = threading.Thread(target=self._watch, args=(go,), name="watch", daemon=True)
         self._lights: list[Light] = []
         self._history: tuple[list[float], list[float]] = ([], [])
@@ -212,7 +216,14 @@ class Watching(App[None]):
     # ---- a look -----------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Show what has changed."""
+        """Show what has changed. A screen that fails goes, and the watch goes on without it."""
+        try:
+            self._look()
+        except Exception as error:  # whatever it is, the guest must not notice
+            self.failure = one_line(f"{type(error).__name__}: {error}")
+            self.exit()
+
+    def _look(self) -> None:
         self._show_output()
         if isinstance(self._driver, LastingDriver) and self._driver._file.gone and not self._leaving:
             self._told_to_end()
@@ -387,9 +398,18 @@ class Watching(App[None]):
             self._leaving = False
 
     def finish(self) -> Outcome:
-        """After the screen: wait for the watch, and hand on how it ended."""
-        self.output.end()
-        self._thread.join()
+        """After the screen: wait for the watch, and hand on how it ended. Only who left the screen on purpose ends the command, too."""
+        if self._leaving:
+            self.output.end()
+        elif self._thread.is_alive():
+            print(
+                f"virt-bmap: the screen failed{f': {self.failure}' if self.failure else ''}; the watch goes on without it",
+                file=sys.stderr,
+            )
+        if self._thread.ident is None:  # it never got so far
+            self._watch(self._go)
+        else:
+            self._thread.join()
         assert self.outcome is not None
         if isinstance(self.outcome, BaseException):
             raise self.outcome
@@ -399,5 +419,8 @@ class Watching(App[None]):
 def show(activity: Activity, go: Callable[[Runner], Outcome]) -> tuple[Outcome, list[str]]:
     """Run the watch under the screen: how it ended, and the last lines that the command printed."""
     app = Watching(activity, go)
-    app.run()
+    try:
+        app.run()
+    except Exception as error:
+        app.failure = one_line(f"{type(error).__name__}: {error}")
     return app.finish(), list(app.output.lines)

@@ -6,27 +6,36 @@
 
 The log goes to a file in memory, not through a pipe: nbdkit writes each line before it serves the request, so a full pipe would
 stall the guest. The file is followed, and what has been read is punched out of it, so that it stays as small as the backlog.
+
+Who serves a guest must not take its disk away, whatever happens here: a lasting server is nobody's child to be ended. It ends by itself when its last client
+leaves (nbdkit-exitlast-filter). The watch is a client as long as it lives, so that others may come and go; and a caretaker looks after what is left when it is
+killed.
 """
 
 import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from virt_bmap import children, in_use, leftovers
 from virt_bmap.errors import ImageError, MissingTool
 from virt_bmap.images import magic, qemu
+from virt_bmap.images.nbd import NbdReader
 from virt_bmap.images.raw import RawReader
 from virt_bmap.punch import punch
+from virt_bmap.watch import caretaker
 
 START_TIMEOUT = 30.0
 """Seconds that a server gets to open its disk and listen."""
 BACKLOG = 256 << 20
 """Bytes of log that may wait: some 3 million requests. What lies further back is dropped, and counted through the gap in the ids."""
 PIECE = 4 << 20
+LAST_CLIENT = 2.0
+"""Seconds that a server gets to see that its last client has left."""
 COW_BLOCK = 4096
 """Block size of the throw-away layer. With nbdkit's default of 64 KiB every 4 KiB read would fetch 64 KiB."""
 COW_BLOCK_LARGE = 65536
@@ -50,6 +59,8 @@ class Served(NamedTuple):
     log: str
     process: "subprocess.Popen[bytes]"
     messages: str
+    processes: "Sequence[subprocess.Popen[bytes]]"
+    """It, and what it depends on."""
 
     @property
     def uri(self) -> str:
@@ -81,33 +92,88 @@ def private_folder() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serve(source: Source, folder: str, write: bool, in_order: bool = False) -> Iterator[Served]:
-    """Serve a disk until the block ends. `in_order`: each connection's requests are served, and logged, one after the other as they come.
+def lasting_folder() -> Iterator[leftovers.Shared]:
+    """A private folder for a lasting server, with a caretaker. It is removed when the block ends, or, where that was left, when the server has ended."""
+    memory = "/dev/shm"
+    with leftovers.shared_folder(memory if os.access(memory, os.W_OK) else None) as folder:
+        words = [sys.executable, "-I", "-S", caretaker.__file__, folder.name, str(folder.lock)]
+        with children.running(words, subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[folder.lock],
+                              process_group=0) as process:  # fmt: skip
+            left = False
+
+            def leave() -> None:
+                nonlocal left
+                left = True
+                folder.leave()
+
+            try:
+                yield folder._replace(leave=leave)
+            finally:
+                assert process.stdin
+                process.stdin.close()
+                if left:
+                    _let_go(process)
+                else:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(LAST_CLIENT)
+
+
+def _let_go(process: "subprocess.Popen[bytes]") -> None:
+    """Let a program live on as nobody's child: nothing ends it when the block does."""
+    process.returncode = 0  # as far as anyone here is concerned
+
+
+@contextlib.contextmanager
+def lasting(source: Source, folder: leftovers.Shared, write: bool, export: str) -> Iterator[Served]:
+    """Serve a disk until its last client has left; the block is one client, of the export `export`. Raises as `serve` does."""
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(serve(source, folder.name, write, lasts=True))
+        link = stack.enter_context(contextlib.closing(NbdReader(served.export(export))))
+        try:
+            yield served
+        finally:
+            link.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                served.process.wait(LAST_CLIENT)
+            if served.process.poll() is None:  # somebody has it open
+                folder.leave()
+                for process in served.processes:
+                    _let_go(process)
+
+
+@contextlib.contextmanager
+def serve(source: Source, folder: str, write: bool, in_order: bool = False, lasts: bool = False) -> Iterator[Served]:
+    """Serve a disk until the block ends. `in_order`: each connection's requests are served, and logged, one after the other as they come. `lasts`: the
+    server ends with its last client, and not with us.
 
     Raises MissingTool, and ImageError with the server's words.
     """
     program = _tool("nbdkit", source, "nbdkit")
+    below: Served | None = None
+    claims: list[int] = []
     with contextlib.ExitStack() as stack:
         if write and not magic.is_uri(source.image):  # qemu-nbd locks what it opens by itself
             in_use.refuse(source.image)
             if source.format == "raw":
-                stack.enter_context(in_use.claimed(source.image))
+                claims.append(in_use.claim(source.image))  # the server has it, too, and for as long as it lasts
+                stack.callback(os.close, claims[-1])
         if magic.is_uri(source.image):
             plugin = ["nbd", f"uri={source.image}", "shared=true"]
         elif source.format == "raw":
             plugin = ["file", f"file={os.path.abspath(source.image)}"]
         else:
-            plugin = ["nbd", f"socket={stack.enter_context(_qemu_nbd(source, folder, write))}", "shared=true"]
+            below = stack.enter_context(_qemu_nbd(source, folder, write, lasts))
+            plugin = ["nbd", f"socket={below.socket}", "shared=true"]
         socket, log, messages = f"{folder}/nbd", f"{folder}/log", f"{folder}/nbdkit.err"
         threads = ["--threads", "1"] if in_order else []
-        filters = ["--filter=log"] if write else ["--filter=log", "--filter=cow"]
+        filters = [*(["--filter=exitlast"] if lasts else []), "--filter=log", *([] if write else ["--filter=cow"])]
         block = COW_BLOCK if source.size <= COW_LARGE else COW_BLOCK_LARGE
-        command = [program, "--foreground", "--exit-with-parent", *threads, "--unix", socket,
+        command = [program, "--foreground", *([] if lasts else ["--exit-with-parent"]), *threads, "--unix", socket,
                    "--pidfile", f"{folder}/pid", *filters, *plugin, f"logfile={log}",
                    *([] if write else [f"cow-block-size={block}"])]  # fmt: skip
         # the log's times have no zone
-        process = stack.enter_context(_running(command, messages, {**os.environ, "TZ": "UTC0", "LC_ALL": "C"}))
-        served = Served(socket, log, process, messages)
+        process = stack.enter_context(_running(command, messages, {**os.environ, "TZ": "UTC0", "LC_ALL": "C"}, lasts, claims))
+        served = Served(socket, log, process, messages, [process, *(below.processes if below else [])])
         _wait_for(f"{folder}/pid", served, source)
         yield served
 
@@ -122,8 +188,8 @@ def _tool(program: str, source: Source, package: str) -> str:
 
 
 @contextlib.contextmanager
-def _qemu_nbd(source: Source, folder: str, write: bool) -> Iterator[str]:
-    """The socket of a qemu-nbd that serves an image in one of QEMU's formats."""
+def _qemu_nbd(source: Source, folder: str, write: bool, lasts: bool) -> Iterator[Served]:
+    """A qemu-nbd that serves an image in one of QEMU's formats."""
     program = _tool("qemu-nbd", source, "qemu-utils")
     image = RawReader(source.image)
     try:
@@ -131,21 +197,33 @@ def _qemu_nbd(source: Source, folder: str, write: bool) -> Iterator[str]:
     finally:
         image.close()
     socket, messages = f"{folder}/qemu", f"{folder}/qemu.err"
-    # nbdkit connects once, when it starts, and ends with us: the server ends with that connection
+    # nbdkit connects once, when it starts: the server ends with that connection
     command = [program, "--shared=0", "--pid-file", f"{folder}/qemu.pid", *([] if write else ["--read-only"]),
                "--socket", socket, "--image-opts", ",".join(f"{key}={value}" for key, value in options.items())]  # fmt: skip
-    with _running(command, messages, None) as process:
-        _wait_for(f"{folder}/qemu.pid", Served(socket, "", process, messages), source)
-        yield socket
+    with _running(command, messages, None, lasts) as process:
+        served = Served(socket, "", process, messages, [process])
+        _wait_for(f"{folder}/qemu.pid", served, source)
+        yield served
 
 
 @contextlib.contextmanager
-def _running(command: list[str], messages: str, env: dict[str, str] | None) -> "Iterator[subprocess.Popen[bytes]]":
+def _running(
+    command: list[str], messages: str, env: dict[str, str] | None, lasts: bool, handed: Sequence[int] = ()
+) -> "Iterator[subprocess.Popen[bytes]]":
     """A server that is ended with the block. Signals of the terminal pass it by: the guest gets them, and needs its disk until it ends."""
     nothing = subprocess.DEVNULL
     with (
         open(messages, "wb") as errors,
-        children.running(command, stdin=nothing, stdout=nothing, stderr=errors, env=env, process_group=0) as process,
+        children.running(
+            command,
+            subprocess.Popen if lasts else None,
+            stdin=nothing,
+            stdout=nothing,
+            stderr=errors,
+            env=env,
+            process_group=0,
+            pass_fds=handed,
+        ) as process,
     ):
         yield process
 

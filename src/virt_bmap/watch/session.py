@@ -1,4 +1,8 @@
-"""One watched run of a command: servers up, the command with their names, accesses followed until it ends."""
+"""One watched run of a command: servers up, the command with their names, accesses followed until it ends.
+
+Naming may fail: a fault of ours, no memory, a map that can't be had. The guest must not notice. So every failure ends here (`Guard`), naming starts anew or
+is given up with a word, and the log of the servers is followed on in any case.
+"""
 
 import contextlib
 import os
@@ -12,18 +16,19 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import numpy as np
 
-from virt_bmap.errors import UsageError
+from virt_bmap.errors import UsageError, one_line
 from virt_bmap.signals import SIGNALS, forwarded
-from virt_bmap.watch.accesses import LogParser
+from virt_bmap.watch import oom
+from virt_bmap.watch.accesses import Accesses, LogParser
 from virt_bmap.watch.naming import Naming
 from virt_bmap.watch.refresh import Refresher
 from virt_bmap.watch.resolve import Resolver
-from virt_bmap.watch.serve import Follower, Served, Source, private_folder, serve
+from virt_bmap.watch.serve import Follower, Served, Source, lasting, lasting_folder
 from virt_bmap.watch.sinks import Sink, Sinks
 
 TICK = 0.05
@@ -39,6 +44,8 @@ QUEUE = 1 << 10
 """Blocks of lines that may wait for a slow terminal."""
 NICENESS = 5
 """Of the threads that name accesses and draw the screen: where the guest and its disk want every core, they go first, and names and picture come a little later."""
+MOST_FAILURES = 3
+"""Failures of naming after which it is not started again."""
 LAST_MAP = 60.0
 """Seconds that the last map may take, which names what the command wrote just before it ended."""
 
@@ -54,8 +61,12 @@ class Outcome:
     failed: int = 0
     lost: int = 0
     unread: int = 0
-    broken: str | None = None
-    """Why a sink that failed was left out from then on; the guest runs on."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Why sinks that failed, by name, were left out from then on; the guest ran on."""
+    naming: str | None = None
+    """Why naming failed, and whether it was given up."""
+    unnamed: int = 0
+    """Accesses that were lost by that."""
     server: str | None = None
     """What a server said that ended before the command did."""
     stale: str | None = None
@@ -78,7 +89,7 @@ class _Disk:
 
 
 def watch(
-    resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: Sequence[Sink],
+    resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: "Sequence[Sink] | Mapping[str, Sink]",
     *, write: bool = False, idle: Callable[[], None] = lambda: None, refresher: Refresher | None = None, run: "Runner | None" = None,
 ) -> Outcome:  # fmt: skip
     """Serve the disks, run the command, and give its accesses with what they touched to every sink.
@@ -89,38 +100,101 @@ def watch(
     if not shutil.which(command[0]):
         raise UsageError(f"{command[0]}: no such command")
     with contextlib.ExitStack() as stack:
-        own = f"virt-bmap-{secrets.token_hex(8)}" if refresher else None
+        own = f"virt-bmap-{secrets.token_hex(8)}"
         disks = [stack.enter_context(_disk(number, source, write, own)) for number, source in enumerate(sources, 1)]
         if refresher:
-            refresher.serve(disks[0].folder, [disk.served.export(own or "") for disk in disks])
-        naming = Naming(resolver, Sinks(sinks), refresher)
+            refresher.serve(disks[0].folder, [disk.served.export(own) for disk in disks])
+        guard = Guard(Naming(resolver, Sinks(sinks), refresher))
         outcome = Outcome()
         with _child(command, [disk.served for disk in disks], run or foreground) as (child, ended):
+            oom.first()
             step_aside()
-            _follow(disks, naming, idle, ended)
+            _follow(disks, guard, idle, ended)
             outcome.status = child.wait()
         if outcome.status < 0:
             outcome.status = 128 - outcome.status
         with contextlib.suppress(KeyboardInterrupt):
-            _linger(disks, naming, idle)
-            _settle(disks, naming)
+            _linger(disks, guard, idle)
+            _settle(disks, guard)
         for disk in disks:
-            _end(disk, naming, outcome)
-        naming.finish()
-        outcome.broken, outcome.maps = naming.sinks.broken, naming.resolver.number + 1
-        outcome.stale = naming.failure if naming.failures else None
+            _note(disk, guard, outcome)
+        guard.do(Naming.finish)
+        guard.tell(outcome)
     return outcome
 
 
+class Guard:
+    """Naming, and what becomes of it when it fails."""
+
+    def __init__(self, naming: Naming) -> None:
+        self._naming = naming
+        self._failures = 0
+        self._words = ""
+        self.accesses = 0
+        """That were to be named."""
+
+    @property
+    def given_up(self) -> bool:
+        """Is nothing named any more?"""
+        return self._failures >= MOST_FAILURES
+
+    def do(self, what: Callable[[Naming], None]) -> None:
+        """Do this, if naming was not given up; start it anew where it fails."""
+        if self.given_up:
+            return
+        try:
+            what(self._naming)
+        except Exception as error:  # whatever it is, the guest goes on
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """This went wrong: begin anew."""
+        self._failures += 1
+        self._words = "not enough memory" if isinstance(error, MemoryError) else one_line(f"{type(error).__name__}: {error}")
+        self._naming = self._naming.again()
+
+    def add(self, disk: int, accesses: Accesses) -> None:
+        """Name these."""
+        self.accesses += len(accesses)
+        self.do(lambda naming: naming.add(disk, accesses))
+
+    @property
+    def is_settled(self) -> bool:
+        """Is there nothing to wait for?"""
+        return self.given_up or self._naming.is_settled
+
+    def wake(self) -> list[int]:
+        """As Naming.wake."""
+        return [] if self.given_up else self._naming.wake()
+
+    def tick(self) -> None:
+        """As Naming.tick, and the sinks' own."""
+        self.do(Naming.tick)
+        self.do(lambda naming: naming.sinks.beat())
+
+    def tell(self, outcome: Outcome) -> None:
+        """How it went."""
+        naming = self._naming
+        outcome.broken, outcome.maps = naming.sinks.broken, naming.resolver.number + 1
+        outcome.stale = naming.failure if naming.failures else None
+        outcome.unnamed = self.accesses - sum(naming.sinks.added.values())
+        outcome.naming = self.words
+
+    @property
+    def words(self) -> str | None:
+        """What went wrong, if anything did."""
+        return f"{self._words} ({'given up' if self.given_up else 'started again'})" if self._failures else None
+
+
 @contextlib.contextmanager
-def _disk(number: int, source: Source, write: bool, own: str | None) -> Iterator[_Disk]:
-    """A disk that is served until the block ends."""
+def _disk(number: int, source: Source, write: bool, own: str) -> Iterator[_Disk]:
+    """A disk that is served until the block ends, or, if that is later, its last client leaves."""
     with (
-        private_folder() as folder,
-        contextlib.closing(Follower(f"{folder}/log")) as follower,
-        serve(source, folder, write) as served,
+        lasting_folder() as folder,
+        contextlib.closing(Follower(f"{folder.name}/log")) as follower,
+        lasting(source, folder, write, own) as served,
     ):
-        yield _Disk(number, folder, served, follower, LogParser(own))
+        yield _Disk(number, folder.name, served, follower, LogParser(own))
 
 
 def step_aside() -> None:
@@ -130,58 +204,66 @@ def step_aside() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
-def _follow(disks: list[_Disk], naming: Naming, idle: Callable[[], None], ended: int) -> None:
+def _follow(disks: list[_Disk], guard: Guard, idle: Callable[[], None], ended: int) -> None:
     """Name what the log gains until the file descriptor `ended` says that the command has."""
     quiet = 0.0
     while True:
         spent = time.thread_time()
-        busy = sum(_step(disk, naming) for disk in disks) > 0
-        naming.tick()
+        busy = sum(_step(disk, guard) for disk in disks) > 0
+        guard.tick()
         tick = min(max(TICK, (time.thread_time() - spent) / SHARE), LONGEST_TICK)
         quiet = 0.0 if busy else quiet + tick
         if quiet >= PAUSE:
-            idle()
-        if ended in select.select([ended, *naming.wake()], [], [], tick)[0]:
+            guard.do(lambda _: idle())
+        if ended in select.select([ended, *guard.wake()], [], [], tick)[0]:
             return
 
 
-def _linger(disks: list[_Disk], naming: Naming, idle: Callable[[], None]) -> None:
+def _linger(disks: list[_Disk], guard: Guard, idle: Callable[[], None]) -> None:
     """A command may put the guest into the background and end: follow it until its last connection closes, or SIGINT comes."""
     while any(disk.is_used() for disk in disks):
-        busy = sum(_step(disk, naming) for disk in disks)
-        naming.tick()
+        busy = sum(_step(disk, guard) for disk in disks)
+        guard.tick()
         if not busy:
-            idle()
-            select.select(naming.wake(), [], [], TICK)
+            guard.do(lambda _: idle())
+            select.select(guard.wake(), [], [], TICK)
 
 
-def _settle(disks: list[_Disk], naming: Naming) -> None:
+def _settle(disks: list[_Disk], guard: Guard) -> None:
     """Read the map a last time if the guest has changed it, while there is a server to read it from."""
     until = time.monotonic() + LAST_MAP
-    while sum(_step(disk, naming) for disk in disks) or (not naming.is_settled and time.monotonic() < until):
-        naming.tick()
-        select.select(naming.wake(), [], [], 0 if naming.is_settled else TICK)
+    while sum(_step(disk, guard) for disk in disks) or (not guard.is_settled and time.monotonic() < until):
+        guard.tick()
+        select.select(guard.wake(), [], [], 0 if guard.is_settled else TICK)
 
 
-def _end(disk: _Disk, naming: Naming, outcome: Outcome) -> None:
-    """Take the disk away, name the rest of its log, and note what is missing."""
+def _note(disk: _Disk, guard: Guard, outcome: Outcome) -> None:
+    """Name the rest of a disk's log, and note what is missing."""
     if disk.served.process.poll() is not None:
         outcome.server = disk.served.words()
-    disk.served.process.terminate()
-    disk.served.process.wait()
-    while _step(disk, naming):
+    while _step(disk, guard):
         pass
     outcome.failed += disk.parser.failed
     outcome.lost += disk.parser.lost
     outcome.unread += disk.parser.unread
 
 
-def _step(disk: _Disk, naming: Naming) -> bool:
+def _step(disk: _Disk, guard: Guard) -> bool:
     """Name the next piece of a disk's log; False when there is none."""
-    data = disk.follower.read()
-    accesses = disk.parser.feed(data)
+    before = time.time_ns()
+    try:
+        data = disk.follower.read()
+        if guard.given_up:  # the log is emptied all the same
+            return bool(data)
+        accesses = disk.parser.feed(data)
+    except Exception as error:
+        guard.fail(error)
+        return False
     for at in range(0, len(accesses), BATCH):
-        naming.add(disk.number, accesses.take(np.arange(at, min(at + BATCH, len(accesses)))))
+        guard.add(disk.number, accesses.take(np.arange(at, min(at + BATCH, len(accesses)))))
+    seen = before if not data else int(accesses.time_ns[-1]) if len(accesses) else 0
+    if seen:
+        guard.do(lambda naming: naming.seen(disk.number, seen))
     return bool(data)
 
 
@@ -260,10 +342,12 @@ class Printer:
             try:
                 self._file.write("".join(lines))
                 self._file.flush()
-            except (OSError, ValueError):  # the reader has gone; the guest runs on
+            except Exception:  # the reader has gone, the disk is full, no memory: the guest runs on
                 self.dropped += len(lines)
 
     def close(self) -> None:
         """Wait until all is printed."""
-        self._queue.put(None)
-        self._thread.join()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=1)
+                self._thread.join()

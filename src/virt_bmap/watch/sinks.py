@@ -1,13 +1,15 @@
 """What takes the named accesses: the live log, the summary, the trace, the screen.
 
-Accesses come in the order in which they happened, each once. Pieces that are HELD come again by `late`, once a newer map knows whose they are or
-nobody expects that any more. Object numbers are those of the resolver that was announced last.
+Accesses come in the order in which they happened, each once. Pieces that are open (HELD or GUESSED, see `resolve.py`) come again by `late`, once another map
+knows whose they are or nobody expects that any more; parts of them may come apart, but no byte comes twice. Object numbers are those of the resolver that was
+announced last, which may be an older one again for a moment.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from virt_bmap.arrays import Int
+from virt_bmap.errors import one_line
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.resolve import Resolver, Touched
 
@@ -19,10 +21,18 @@ class Sink(Protocol):
         """These happened on disk number `disk` (from 1), and touched this."""
 
     def late(self, disk: int, number: Int, accesses: Accesses, touched: Touched) -> None:
-        """Pieces that were held: of accesses that were the `number`th (from 0) added for this disk."""
+        """Pieces that were open: of accesses that were the `number`th (from 0) added for this disk."""
 
     def renew(self, resolver: Resolver) -> None:
-        """From now on objects are those of a newer map."""
+        """From now on objects are those of another map."""
+
+
+@runtime_checkable
+class Beating(Protocol):
+    """A sink that has something to do now and then."""
+
+    def beat(self) -> None:
+        """To be called often."""
 
 
 class DiskSink(Protocol):
@@ -56,24 +66,34 @@ class EachDisk:
 
 
 class Sinks:
-    """Several sinks; one that fails is left out from then on, and `broken` says why: the guest runs on."""
+    """Several sinks, each with the words that name it; one that fails is left out from then on, and `broken` says why: the guest and the others go on."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = list(sinks)
-        self.broken: str | None = None
+    def __init__(self, sinks: "Sequence[Sink] | Mapping[str, Sink]") -> None:
+        self._sinks: list[tuple[str, Sink]] = (
+            list(sinks.items()) if isinstance(sinks, Mapping) else [("a sink", sink) for sink in sinks]
+        )
+        self.broken: dict[str, str] = {}
+        self.added: dict[int, int] = {}
+        """Accesses of each disk so far."""
 
     def add(self, disk: int, accesses: Accesses, touched: Touched) -> None:
-        for sink in list(self._sinks):
-            try:
-                sink.add(disk, accesses, touched)
-            except OSError as error:
-                self._sinks.remove(sink)
-                self.broken = error.strerror or str(error)
+        self.added[disk] = self.added.get(disk, 0) + len(accesses)
+        self._each(lambda sink: sink.add(disk, accesses, touched))
 
     def late(self, disk: int, number: Int, accesses: Accesses, touched: Touched) -> None:
-        for sink in self._sinks:
-            sink.late(disk, number, accesses, touched)
+        self._each(lambda sink: sink.late(disk, number, accesses, touched))
 
     def renew(self, resolver: Resolver) -> None:
-        for sink in self._sinks:
-            sink.renew(resolver)
+        self._each(lambda sink: sink.renew(resolver))
+
+    def beat(self) -> None:
+        """Some time has passed."""
+        self._each(lambda sink: sink.beat() if isinstance(sink, Beating) else None)
+
+    def _each(self, do: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._sinks):
+            try:
+                do(sink)
+            except Exception as error:  # whatever it is, it must not reach the guest
+                self._sinks.remove((name, sink))
+                self.broken[name] = getattr(error, "strerror", None) or one_line(error) or type(error).__name__

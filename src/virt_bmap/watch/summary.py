@@ -1,21 +1,28 @@
 """What a guest did, added up: for each object the bytes read and written and the first access, and the share of the disk touched.
 
-Objects of different maps are one where device, kind and name are the same: a file that was renamed has a row for each name it was used under.
+Objects of different maps are one where device, kind and name are the same: a file that was renamed has a row for each name it was used under. Memory
+follows the objects that are told apart, of which there are MOST_OBJECTS, and not the time watched.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, total, union
+from virt_bmap.columns import stack, take
 from virt_bmap.paths import positions
 from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import HELD, Resolver, Touched
+from virt_bmap.watch.resolve import OPEN, Resolver, Touched
 
 PENDING = 1 << 18
 """Ranges that are kept before they are merged with what was touched before."""
+MOST_OBJECTS = 1 << 18
+"""Objects that keep a row of their own: those with the most bytes, where there are more. A guest that makes new files for days fills no memory."""
+OTHERS = "[others]"
 OBJECT_TABLES = 64
 """Tables of objects, one of each map, that are kept before they are added up."""
 READ, WRITE = tables.OPS.index("read"), tables.OPS.index("write")
@@ -60,6 +67,16 @@ class _Touch:
         return total(self.starts, self.ends)
 
 
+class _Sums(NamedTuple):
+    """What became of objects of one map: the time of the first access, how many there were, bytes read and written."""
+
+    object: Int
+    first: Int
+    accesses: Int
+    read: Int
+    written: Int
+
+
 class Summary:
     """Adds up the accesses of one disk."""
 
@@ -75,15 +92,17 @@ class Summary:
 
     def _use(self, resolver: Resolver) -> None:
         self.resolver = resolver
-        count = resolver.named + resolver.bmap.volumes.num_rows
-        self._first = np.full(count, np.iinfo(np.int64).max, np.int64)
-        self._accesses, self._read, self._written = (np.zeros(count, np.int64) for _ in range(3))
+        self._sums = _Sums(*(EMPTY for _ in _Sums._fields))
+        self._parts: list[_Sums] = []
 
     def renew(self, resolver: Resolver) -> None:
-        """Count by the objects of a newer map from now on."""
-        self._older.append(self._objects())
+        """Count by the objects of another map from now on."""
+        if resolver is self.resolver:
+            return
+        if self._parts or len(self._sums.object):
+            self._older.append(self._objects())
         if len(self._older) >= OBJECT_TABLES:
-            self._older = [_together(self._older)]
+            self._older = [_bounded(_together(self._older))]
         self._use(resolver)
 
     def add(self, accesses: Accesses, touched: Touched) -> None:
@@ -98,17 +117,28 @@ class Summary:
         writing = np.isin(accesses.op, [tables.OPS.index(op) for op in ("write", "trim", "zero")])
         for name, which in (("read", reading), ("written", writing)):
             self._touch[name].add(accesses.offset[which], (accesses.offset + accesses.length)[which])
-        self.late(accesses, touched.take(touched.state != HELD))
+        self.late(accesses, touched.take(~np.isin(touched.state, OPEN)))
 
     def late(self, accesses: Accesses, touched: Touched) -> None:
         """Count the objects of these pieces; their requests were counted before."""
         moving = np.isin(accesses.op, [tables.OPS.index(op) for op in ("read", "write", "trim", "zero")])
         touched = touched.take(moving[touched.access] & ~touched.inline)
         op, length = accesses.op[touched.access], touched.end - touched.start
-        np.minimum.at(self._first, touched.object, accesses.time_ns[touched.access])
-        np.add.at(self._accesses, touched.object, 1)
-        np.add.at(self._read, touched.object, np.where(op == READ, length, 0))
-        np.add.at(self._written, touched.object, np.where(op == READ, 0, length))
+        reading = op == READ
+        self._parts.append(_Sums(touched.object, accesses.time_ns[touched.access], np.ones(len(op), np.int64),
+                                 np.where(reading, length, 0), np.where(reading, 0, length)))  # fmt: skip
+        if sum(len(part.object) for part in self._parts) > max(PENDING, len(self._sums.object)):
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """One row for each object."""
+        parts = stack(_Sums, [self._sums, *self._parts])
+        order = np.argsort(parts.object, kind="stable")
+        first = np.flatnonzero(np.append(True, np.diff(parts.object[order]) != 0)[: len(order)])
+        if len(order):
+            sums = (np.add.reduceat(column[order], first) for column in parts[2:])
+            self._sums = _Sums(parts.object[order][first], np.minimum.reduceat(parts.first[order], first), *sums)
+        self._parts = []
 
     def share(self) -> dict[str, int]:
         """Bytes of the disk that were read or written at least once, and its size."""
@@ -121,8 +151,9 @@ class Summary:
 
     def _objects(self) -> pa.Table:
         """The same of the map in force."""
-        found = np.flatnonzero(self._accesses)
-        found = found[np.argsort(self._first[found], kind="stable")]
+        self._add_up()
+        sums = take(self._sums, np.argsort(self._sums.first, kind="stable"))
+        found = sums.object
         labels = self.resolver.labels(found)
         kind = self.resolver.kind_of(found)
         volume = self.resolver.volume_of(found)
@@ -134,7 +165,7 @@ class Summary:
             pa.array([labels[number][1] for number in found.tolist()], pa.string()),
             pa.array([labels[number][2] for number in found.tolist()], pa.string()),
             pa.array(size, mask=size < 0),
-            *(pa.array(column[found]) for column in (self._first, self._accesses, self._read, self._written)),
+            *(pa.array(column) for column in sums[1:]),
         ], schema=OBJECTS)  # fmt: skip
 
     def _sizes(self, objects: Int) -> Int:
@@ -147,6 +178,23 @@ class Summary:
             row = positions(tables.integers(table, "inode"), inode[mine])
             size[mine] = np.where(row >= 0, tables.integers(table, "size")[row], -1)
         return np.where(self.resolver.kind_of(objects) == tables.DATA, size, -1)
+
+
+def _bounded(objects: pa.Table) -> pa.Table:
+    """The same table where that is short; else the objects with the most bytes, and one row of each disk, kind and device for the others."""
+    if objects.num_rows <= 2 * MOST_OBJECTS:
+        return objects
+    weight = tables.integers(objects, "read") + tables.integers(objects, "written")
+    few = np.argsort(weight, kind="stable")[:-MOST_OBJECTS]
+    name = objects.column("name").combine_chunks()
+    others = np.zeros(len(name), bool)
+    others[few] = True
+    named = pc.if_else(pa.array(others), pa.scalar(OTHERS), name)
+    size = pc.if_else(pa.array(others), pa.scalar(None, pa.int64()), objects.column("size").combine_chunks())
+    at = OBJECTS.get_field_index
+    return _together(
+        [objects.set_column(at("name"), OBJECTS.field("name"), named).set_column(at("size"), OBJECTS.field("size"), size)]
+    )
 
 
 def _together(parts: list[pa.Table]) -> pa.Table:

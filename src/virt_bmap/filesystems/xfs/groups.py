@@ -172,6 +172,6 @@ def _shared(geometry: Geometry, damage: Damage, walked: Walked, rows: tables.Ext
     raw, count = found["rc_startblock"].astype(np.int64), found["rc_blockcount"].astype(np.int64)
     starts, ends, good = _ranges(geometry, damage, walked, raw & ~disk.REFC_COWFLAG, count, "refcountbt")
     staging = (raw[good] & disk.REFC_COWFLAG) != 0
-    rows.add(tables.METADATA, starts[staging], (ends - starts)[staging], part="CoW staging")
+    rows.add(tables.METADATA, starts[staging], (ends - starts)[staging], part=tables.STAGING)
     several = ~staging & (found["rc_refcount"][good] > 1)
     return union(starts[several], ends[several])
