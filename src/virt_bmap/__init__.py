@@ -10,10 +10,12 @@
 The tables are described in `virt_bmap.tables`, the errors in `virt_bmap.errors`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = (
+    False  # as typing's, which takes longer to import than all that the command line does before it is ready for signals
+)
 if TYPE_CHECKING:
+    from typing import Any
+
     from virt_bmap.blockmap import BlockMap
     from virt_bmap.check import check as check_map
     from virt_bmap.errors import BmapError
@@ -33,8 +35,10 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """The public names, imported when first used: the command line needs only some of them, and start-up counts."""
+    import importlib
+
     if name not in _HOME:
         raise AttributeError(f"module 'virt_bmap' has no attribute {name!r}")
     module, attribute = _HOME[name]
