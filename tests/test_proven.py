@@ -219,3 +219,18 @@ def test_one_wrong_bit_in_each_part_of_a_hash_tree_is_seen(tree: Path, tmp_path:
         copy = flipped(image, block * 1024 + inside, bit)
         assert complains("e2fsck", "-fn", copy), inside
         assert "hash-tree" in {row.code for row in check(mapped(copy)).disagreements}, inside
+
+
+def test_names_and_targets_that_no_kernel_makes_are_seen(tree: Path, tmp_path: Path) -> None:
+    """A slash in a name, a NUL in the target of a link, with no checksum to tell."""
+    image = ext_images.make(tree, Flavour("x", "-t ext4 -b 1024 -O ^metadata_csum"), tmp_path / "x.img")
+    data = image.read_bytes()
+    for old, new, code in (
+        (b"a name that takes some room 000007", b"a name/that takes some room 000007", "name"),
+        (b"a" * 59, b"a" * 30 + b"\0" + b"a" * 28, "target"),
+    ):
+        assert data.count(old) >= 1
+        copy = tmp_path / "copy"
+        copy.write_bytes(data.replace(old, new))
+        assert complains("e2fsck", "-fn", copy)
+        assert code in {row.code for row in check(mapped(copy)).disagreements}

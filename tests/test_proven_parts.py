@@ -105,3 +105,48 @@ def test_headers_and_region_tables_of_vhdx_are_what_was_written(tmp_path: Path) 
             vhdx.read(BytesReader(broken))
         broken.tofile(image)
         assert complains("qemu-img", "info", image)
+
+
+def test_a_fat_that_is_no_copy_of_the_other_is_seen(tmp_path: Path) -> None:
+    """One entry of the second FAT changed: fsck.fat says so, too."""
+    need("mkfs.fat", "dosfstools")
+    image = tmp_path / "x.img"
+    run("truncate", "-s", "16M", image)
+    run("mkfs.fat", "-F", "16", "-s", "4", image)
+    assert not complains("fsck.fat", "-n", image)
+    data = np.fromfile(image, np.uint8)
+    reserved, sectors = int(data[14]), int(data[22]) | int(data[23]) << 8
+    second = (reserved + sectors) * 512
+    copy = flipped(image, second + 100, 0)
+    assert complains("fsck.fat", "-n", copy)
+    found = survey([BytesReader(np.fromfile(copy, np.uint8))], prove=True).problems.to_pylist()
+    assert [(row["code"], row["volume_offset"]) for row in found] == [("fat-copy", second + 100)]
+
+
+def test_an_exfat_file_with_more_valid_data_than_data_is_seen(tmp_path: Path) -> None:
+    """Its checksum made right again: fsck.exfat says so, too."""
+    need("mkfs.exfat", "exfatprogs")
+    image = tmp_path / "x.img"
+    run("truncate", "-s", "8M", image)
+    run("mkfs.exfat", image)
+    assert not complains("fsck.exfat", "-n", image)
+    data = np.fromfile(image, np.uint8)
+    sector, heap, root = 1 << int(data[108]), int(data[88:92].view("<u4")[0]), int(data[96:100].view("<u4")[0])
+    cluster = sector << int(data[109])
+    directory = heap * sector + (root - 2) * cluster
+    entry = directory + 32 * next(at for at in range(20) if data[directory + 32 * at] == 0)
+    entries = np.zeros((3, 32), np.uint8)
+    entries[0, :2], entries[0, 4] = (0x85, 2), 0x20
+    entries[1, :4] = 0xC0, 1, 0, 1
+    entries[1, 4:6] = np.frombuffer(ord("A").to_bytes(2, "little"), np.uint8)
+    entries[1, 8] = 5  # ValidDataLength; DataLength is 0
+    entries[2, :3] = 0xC1, 0, ord("A")
+    total = 0
+    for at, byte in enumerate(entries.reshape(-1).tolist()):
+        if at not in (2, 3):
+            total = ((total >> 1 | total << 15) + byte) & 0xFFFF
+    entries[0, 2:4] = np.frombuffer(total.to_bytes(2, "little"), np.uint8)
+    data[entry : entry + 96] = entries.reshape(-1)
+    data.tofile(image)
+    assert complains("fsck.exfat", "-n", image)
+    assert "valid-length" in survey([BytesReader(data)]).problems.column("code").to_pylist()

@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
-from . import again, campaign
+from . import again, campaign, judges
+from .disk import scratch
 from .seeds import default_folder, seeds
 
 
@@ -32,6 +34,9 @@ def _arguments() -> argparse.Namespace:
         kept.add_argument("folder", type=Path, metavar="FOUND/FAULT")
         if name == "image":
             kept.add_argument("out", type=Path)
+    judged = commands.add_parser("judge", help="our verdict beside that of each format's own checker")
+    judged.add_argument("--mutations", type=int, default=200, help="of each seed; default: %(default)s")
+    judged.add_argument("--only", nargs="*", default=[], metavar="WORD", help="seeds with one of these in their names")
     commands.add_parser("seeds", help="make the seeds, and list them")
     for command in commands.choices.values():
         command.add_argument("--seeds", type=Path, help=f"folder of the seeds; default: {default_folder()}")
@@ -51,6 +56,12 @@ def main() -> int:
     import_everything()
     if arguments.command == "seeds":
         print("\n".join(f"{name}: {', '.join(map(str, seed.paths))}" for name, seed in found.items()))
+    elif arguments.command == "judge":
+        with tempfile.TemporaryDirectory(dir=scratch()) as work:
+            for name, seed in found.items():
+                if not arguments.only or any(word in name for word in arguments.only):
+                    for missed in judges.compare(seed, Path(work), arguments.mutations, print):
+                        print(f"  {missed.number}: {missed.what}: {missed.said}")
     elif arguments.command == "run":
         summary = campaign.run(
             found,

@@ -13,6 +13,9 @@ from virt_bmap.reader import Reader
 BATCH = 4 << 20
 """Bytes of blocks whose checksums are computed together: few enough to stay near the processor."""
 
+LINKS = 1 << 15
+"""Symbolic links looked at together."""
+
 
 class Compared:
     """Counts what was compared, by kind; what is wrong becomes one problem for each kind."""
@@ -100,3 +103,35 @@ class Places:
     def names(self, kind: int) -> list[str]:
         """The parts that this kind has."""
         return [self._parts[code] for code in np.unique(self._part[self._kind == kind]).tolist() if code >= 0]
+
+
+def check_names(found: Filesystem, compared: Compared) -> None:
+    """Names that no Unix directory can hold: with a NUL or a slash. Those of encrypted directories are ciphertext."""
+    names = found.names.column("name").combine_chunks()
+    if not len(names):
+        return
+    offsets = np.frombuffer(names.buffers()[1], np.int32, len(names) + 1, names.offset * 4)
+    data = np.frombuffer(names.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+    strange = np.flatnonzero((data == 0) | (data == ord("/"))) + offsets[0]
+    row = np.unique(np.searchsorted(offsets, strange, "right") - 1)
+    number, flags = tables.integers(found.inodes, "inode"), tables.integers(found.inodes, "flags")
+    parent = np.minimum(np.searchsorted(number, tables.integers(found.names, "parent")[row]), len(number) - 1)
+    plain = flags[parent] & tables.I_ENCRYPTED == 0
+    place = tables.integers(found.inodes, "record_offset")[parent[plain]]
+    compared.check(
+        "names", np.zeros(len(place), bool), place, "name", "hold a NUL or a slash; their directories' inodes are named"
+    )
+
+
+def check_targets(found: Filesystem, compared: Compared) -> None:
+    """Targets of symbolic links that end before their inode says, at a NUL."""
+    kind, flags = tables.codes(found.extents, "kind"), tables.integers(found.extents, "flags")
+    row = np.flatnonzero((kind == tables.SYMLINK) & (flags & (tables.INLINE | tables.ENCRYPTED) == tables.INLINE))
+    start, length = tables.integers(found.extents, "volume_offset")[row], tables.integers(found.extents, "length")[row]
+    for at in range(0, len(row), LINKS):
+        part = slice(at, at + LINKS)
+        data = found.reader.read_ranges(start[part], length[part])
+        ends = np.cumsum(length[part])
+        hit = np.zeros(len(ends), bool)
+        hit[np.searchsorted(ends, np.flatnonzero(data == 0), "right")] = True
+        compared.check("symbolic links", ~hit, start[part], "target", "have a target with a NUL in it")

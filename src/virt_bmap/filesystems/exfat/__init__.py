@@ -329,6 +329,7 @@ class Parser:
 
     broken: list[Int] = field(default_factory=lambda: [ints([])])
     checksums: list[Int] = field(default_factory=lambda: [ints([])])
+    lengths: list[Int] = field(default_factory=lambda: [ints([])])
 
     def __call__(self, raw: Bytes, owner: Int, number: Int) -> Entries:
         kind = np.where(before_end(raw, owner), raw[:, 0], 0)
@@ -339,6 +340,7 @@ class Parser:
         entry, stream = records(raw[first], FILE_ENTRY), records(raw[first + 1], STREAM_ENTRY)
         wrong = _checksums(raw, first, entry["SecondaryCount"]) != entry["SetChecksum"]
         self.checksums.append(number[first[wrong]] * ENTRY)
+        self.lengths.append(number[first[stream["ValidDataLength"] > stream["DataLength"]]] * ENTRY)
         zone = ((entry["LastModifiedUtcOffset"] << 1).view(np.int8) >> 1).astype(np.int64) * QUARTER
         local = timestamps(entry["LastModifiedDate"], entry["LastModifiedTime"])
         mtime = local + entry["LastModified10msIncrement"].astype(np.int64) * 10**7
@@ -352,8 +354,10 @@ class Parser:
 
     def problems(self) -> list[Problem]:
         """What is wrong with entry sets."""
-        return list_problems([("entry-set", "entry sets of files are incomplete: not read", np.concatenate(self.broken))]) + list_problems(
-            [("set-checksum", "entry sets of files have a wrong checksum", np.concatenate(self.checksums))], "warning")  # fmt: skip
+        return list_problems([("entry-set", "entry sets of files are incomplete: not read", np.concatenate(self.broken))]) + list_problems([
+            ("set-checksum", "entry sets of files have a wrong checksum", np.concatenate(self.checksums)),
+            ("valid-length", "files have more valid data than data", np.concatenate(self.lengths)),
+        ], "warning")  # fmt: skip
 
 
 def _lengths(values: np.ndarray) -> Int:

@@ -16,7 +16,7 @@ from virt_bmap.filesystems.ext import groups, journal
 from virt_bmap.filesystems.ext.blocks import EXTENT_MAGIC
 from virt_bmap.filesystems.ext.inodes import EXTENTS_FL
 from virt_bmap.filesystems.ext.superblock import Superblock, read_superblock
-from virt_bmap.filesystems.proving import Compared, Places, blocks
+from virt_bmap.filesystems.proving import Compared, Places, blocks, check_names, check_targets
 from virt_bmap.layout import record, records, struct
 from virt_bmap.reader import Reader
 
@@ -62,6 +62,8 @@ def prove(found: Filesystem) -> list[Proof]:
         _trees(reader, superblock, places, inodes, compared)
         _attributes(reader, superblock, places, compared)
         _others(reader, superblock, places, inodes, compared)
+    check_names(found, compared)
+    check_targets(found, compared)
     found.problems += compared.problems()
     if not checked:
         only = " but for group descriptors" if superblock.has("uninit_bg") else ""

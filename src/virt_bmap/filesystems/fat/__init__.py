@@ -20,7 +20,18 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int, complement, ints
-from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, History, Problem, Structure, Structures
+from virt_bmap.contract import (
+    NOT_LOOKED_AT,
+    Checks,
+    Docs,
+    Filesystem,
+    FilesystemFormat,
+    History,
+    Problem,
+    Proof,
+    Structure,
+    Structures,
+)
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.fat.bpb import BOOT_SECTOR, ENTRY, Geometry, looks_like_fat, read_geometry
 from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
@@ -47,11 +58,12 @@ CHECKS = Checks(
     rules=(
         "boot sector: geometry",
         "FAT: chains, loops, clusters with two owners, lost clusters",
+        "copies of the FAT: equal to the active one, where they are to be",
         "directories: entries, sizes against chains, long names' checksums, free count",
     ),
     unchecked=(
         "content of files",
-        "differences between the copies of the FAT",
+        "the backup of the boot sector",
     ),
 )
 
@@ -234,6 +246,25 @@ def _history() -> History:
     return History(history.former)
 
 
+def _prove(found: Filesystem) -> list[Proof]:
+    """Where the FATs are to be copies of each other, are they? Drivers read the active one only."""
+    geometry = read_geometry(found.reader.read_clipped(0, BOOT_SECTOR.itemsize), found.reader.name)
+    active, used = geometry.active_fat, (geometry.clusters + 2) * geometry.bits // 8
+    for copy in sorted(set(range(geometry.fats)) - {active}) if geometry.mirrored else ():
+        place, other = (geometry.reserved + number * geometry.fat_size for number in (active, copy))
+        for at in range(0, used, FAT_BATCH):
+            size = ints(min(FAT_BATCH, used - at))
+            differs = np.flatnonzero(
+                found.reader.read_ranges(ints(place + at), size) != found.reader.read_ranges(ints(other + at), size)
+            )
+            if len(differs):
+                where = other + at + int(differs[0])
+                text = f"FAT {copy + 1} is no copy of FAT {active + 1}, which is used, from byte {where:#x} on"
+                found.problems.append(Problem("fat-copy", text, where, "warning"))
+                break
+    return [Proof("checksums", NOT_LOOKED_AT, "the format has none")]
+
+
 FORMAT = FilesystemFormat(
     NAME,
     probe,
@@ -241,6 +272,7 @@ FORMAT = FilesystemFormat(
     Docs(FEATURES, REFUSED, ORACLES),
     CHECKS,
     allocator="the file allocation table",
+    prove=_prove,
     structures=_structures,
     history=_history,
     fixed_records=True,

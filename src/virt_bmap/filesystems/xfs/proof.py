@@ -15,7 +15,7 @@ from virt_bmap.arrays import Bool, Bytes, Int, expand
 from virt_bmap.checksums import crc32c_without
 from virt_bmap.contract import Filesystem, Proof
 from virt_bmap.filesystems.damage import Damage
-from virt_bmap.filesystems.proving import Compared, Places, blocks
+from virt_bmap.filesystems.proving import Compared, Places, blocks, check_names, check_targets
 from virt_bmap.filesystems.xfs import disk
 from virt_bmap.filesystems.xfs.geometry import Geometry, read_geometry
 from virt_bmap.reader import PatchedReader, Reader
@@ -89,6 +89,8 @@ def prove(found: Filesystem) -> list[Proof]:
     _attributes(look)
     _symlinks(look)
     _quotas(look)
+    check_names(found, look.compared)
+    check_targets(found, look.compared)
     found.problems += [*look.compared.problems(), *damage.problems()]
     return [look.compared.proof("version 4 has none")]
 
