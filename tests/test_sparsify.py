@@ -12,6 +12,7 @@ import pytest
 from support import mapped, mounted, need, run
 from test_dump import digests, disk  # noqa: F401  (a fixture: GPT, a half empty ext4, a partition of unknown content)
 from virt_bmap.cli import run as bmap
+from virt_bmap.report.space import gains
 from virt_bmap.space import free_space
 from virt_bmap.sparsify.estimate import host_of
 from virt_bmap.sparsify.plan import whole_blocks
@@ -20,8 +21,8 @@ MIB = 1 << 20
 PUNCH_HOLE_KEEP_SIZE = 3
 
 
-def estimate(capsys: pytest.CaptureFixture[str], *disks: Path) -> list[dict[str, object]]:
-    assert bmap(["sparsify", "--estimate", "--json", *map(str, disks)]) == 0
+def estimate(capsys: pytest.CaptureFixture[str], *arguments: Path | str) -> list[dict[str, object]]:
+    assert bmap(["sparsify", "--estimate", "--json", *map(str, arguments)]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -77,6 +78,17 @@ def test_gaps_slack_and_swap(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert rows["swap", "/dev/sda2"]["host_bytes"] == 8 * MIB - 4096
     assert rows["slack", "/dev/sda1"]["bytes"] == 2 * MIB
     assert rows["gap", "/dev/sda"]["bytes"] >= 15 * MIB
+    assert {row["what"] for row in rows.values() if row["given_back"]} == {"free"}
+    given = {(row["what"], row["device"]) for row in estimate(capsys, image, "--swap") if row["given_back"]}
+    assert given == {("free", "/dev/sda1"), ("swap", "/dev/sda2")}
+    assert {(row["what"], row["given_back"]) for row in gains(mapped(image), 1)["gains"]} == {
+        ("free", True), ("swap", False), ("slack", False), ("gap", False)}  # fmt: skip
+    assert bmap(["sparsify", "--estimate", str(image)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    total = next(at for at, line in enumerate(lines) if line.endswith("in all of /dev/sda would be given back"))
+    assert lines[total].split()[:2] == lines[1].split()[:2], "what is free is all"
+    assert all(line.endswith("would be kept") for line in lines[total + 1 :])
+    assert len(lines) == total + 4
     with image.open("r+b") as file:  # the signature of a system that sleeps in its swap (kernel/power/swap.c)
         file.seek(9 * MIB + 4096 - 10)
         file.write(b"S1SUSPEND\0")

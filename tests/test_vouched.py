@@ -171,7 +171,7 @@ def test_a_tree_knows_its_data(root: Path, tmp_path: Path, options: tuple[str, .
         assert not found.fits(zeroes)
 
 
-@pytest.mark.parametrize("what", ["tree of another", "no superblock", "signature", "vbmeta"])
+@pytest.mark.parametrize("what", ["tree of another", "no superblock", "signature", "vbmeta", "AVB0"])
 def test_where_it_can_not_be_told_nothing_changes(root: Path, tmp_path: Path, what: str) -> None:
     hashes, disk = tmp_path / "hashes", tmp_path / "disk.img"
     kind, name = ROOT_VERITY, ""
@@ -184,6 +184,9 @@ def test_where_it_can_not_be_told_nothing_changes(root: Path, tmp_path: Path, wh
     elif what == "signature":
         hashes.write_text(json.dumps({"rootHash": "00" * 32, "signature": ""}))
         kind = SIGNATURE
+    elif what == "AVB0":
+        hashes.write_bytes(b"AVB0".ljust(4096, b"\0"))
+        kind = DATA
     else:
         hashes.write_bytes(b"of a form that is not known".ljust(4096, b"\0"))
         kind, name = DATA, "vbmeta_system_a"

@@ -57,6 +57,12 @@ def data_model() -> str:
         + ", ".join(f"{letter} {kind}" for kind, letter in LETTERS.items() if kind not in tables.KINDS)
         + ".",
     ]
+    lines += ["", "## Traits of volumes", "", "| trait | bit | meaning |", "|---|---|---|"]
+    lines += [f"| {trait} | {1 << bit} | {tables.TRAIT_MEANING[trait]} |" for bit, trait in enumerate(tables.TRAITS)]
+    lines += [
+        "",
+        "Bytes of volumes that are checksummed, verified or journaled, and of all that lies on them, must stay as they are, whoever calls them free.",
+    ]
     lines += ["", "## Inodes of formats without inode numbers", ""]
     for format in dict.fromkeys(listed.load() for listed in formats.FILESYSTEMS):
         if format.inode:

@@ -55,21 +55,17 @@ FLAGS = {"inline": INLINE, "shared": SHARED, "compressed": COMPRESSED, "encrypte
 
 # ---- what a volume's bytes are tied to ----------------------------------------------------------------------------
 
-CHECKSUMMED = 1
-"""Each block has a checksum elsewhere, which only the layer above can write with it (dm-integrity)."""
-VERIFIED = 2
-"""Hashes or a signature cover all of its bytes, those of free blocks as well (dm-verity, Android Verified Boot)."""
-JOURNALED = 4
-"""A journal beside it may hold newer bytes than it shows, and parity that was computed from them (md with a journal device)."""
-VOUCHING = 8
-"""Holds hashes, checksums or signatures of the bytes of other volumes."""
-SLEEPING = 16
-"""Holds the memory of a machine that sleeps, which has filesystems open that may look clean."""
-TRAITS = {"checksummed": CHECKSUMMED, "verified": VERIFIED, "journaled": JOURNALED, "vouching": VOUCHING, "sleeping": SLEEPING}
+TRAITS = ("checksummed", "verified", "journaled", "vouching", "sleeping")
+CHECKSUMMED, VERIFIED, JOURNALED, VOUCHING, SLEEPING = (1 << bit for bit in range(len(TRAITS)))
+TRAIT_MEANING = {
+    "checksummed": "each block has a checksum elsewhere, which only the layer above can write with it (dm-integrity)",
+    "verified": "hashes or a signature cover all of its bytes, those of free blocks as well (dm-verity, Android Verified Boot)",
+    "journaled": "a journal on another device may hold newer bytes than it shows, and parity that was made with them (md)",
+    "vouching": "holds hashes, checksums or signatures of the bytes of other volumes",
+    "sleeping": "holds the memory of a machine that sleeps, which has filesystems open that may look clean",
+}
 VOUCHED, ASLEEP = "vouched", "asleep"
 """Codes of the notes that say, for a person, who vouches for a volume's bytes, and where the memory of a machine that sleeps lies."""
-TIED = CHECKSUMMED | VERIFIED | JOURNALED
-"""Bytes of such a volume, and of what lies on it, must not change behind the back of what they are tied to, whoever calls them free."""
 
 # ---- what state a filesystem is in ------------------------------------------------------------------------------------
 
@@ -131,7 +127,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("label", TEXT, "partition name or volume label", "none"),
         _field("uuid", TEXT, "of the partition, logical volume or array", "none"),
         _field("detail", TEXT, "more for a person: partition type, RAID level and state", "nothing to say"),
-        _field("traits", I32, "bit mask: 1 checksummed, 2 verified, 4 journaled, 8 vouching, 16 sleeping; see TRAITS", "not looked for"),
+        _field("traits", I32, "bit mask: 1 checksummed, 2 verified, 4 journaled, 8 vouching, 16 sleeping; see below", "not looked for"),
     ]),
     "mappings": pa.schema([
         _field("volume", I32, "the volume whose bytes are placed"),
