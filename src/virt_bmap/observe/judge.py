@@ -30,6 +30,8 @@ Ranges = tuple[Int, Int]
 PLAIN = 0
 """The flags of content that lies in blocks of its own as it is."""
 PLACED = tables.INLINE | tables.COMPRESSED | tables.ENCRYPTED
+NOBODYS = ("free", "unreferenced")
+"""Kinds of bytes that have nothing to do with reading a file."""
 LISTED = 20
 """Ranges of one file that are listed one by one."""
 
@@ -182,11 +184,11 @@ class Judge:
         """What was read and is not content of the file: by what it is in the map."""
         for word, ranges in self._kinds.items():
             found = intersect(*read, *ranges)
-            if word != "free":
+            if word not in NOBODYS:
                 if len(found[0]):
                     self.verdict.other[word] = self.verdict.other.get(word, 0) + int((found[1] - found[0]).sum())
                 continue
-            owned = _together(ranges for other, ranges in self._kinds.items() if other != "free")
+            owned = _together(ranges for other, ranges in self._kinds.items() if other not in NOBODYS)
             beside = union(owned[0] // PAGE * PAGE, -(-owned[1] // PAGE) * PAGE)
             for low, high in _pairs(subtract(*found, *beside)):
                 self.verdict.disagreements.append(
@@ -197,7 +199,7 @@ class Judge:
                         -1,
                         -1,
                         low,
-                        f"{high - low} bytes at {low:#x} are read on the way, but the map calls them free",
+                        f"{high - low} bytes at {low:#x} are read on the way, but the map calls them {word}",
                     )
                 )
 
@@ -251,7 +253,7 @@ def _kinds(bmap: BlockMap, volume: int) -> dict[str, Ranges]:
     end = start + tables.integers(extents, "length")
     result: dict[str, Ranges] = {}
     taken: Ranges = (EMPTY, EMPTY)
-    for code in sorted(set(kind.tolist()), key=lambda code: (code == tables.FREE, code == tables.DATA, code)):
+    for code in sorted(set(kind.tolist()), key=lambda code: (tables.KINDS[code] in NOBODYS, code == tables.DATA, code)):
         mine = kind == code
         result["content of other files" if code == tables.DATA else tables.KINDS[code]] = subtract(start[mine], end[mine], *taken)
         taken = _together([taken, (start[mine], end[mine])])
