@@ -158,7 +158,7 @@ def test_what_lies_in_others_covers_nothing() -> None:
     rows = ExtentRows()
     rows.add(tables.DATA, 512, 100, file_offset=0, inode=7, flags=tables.INLINE)
     bmap = sound(given(filesystem(rows), 4096))
-    assert "unowned" in bmap.problems.column("code").to_pylist()
+    assert "unreferenced" in bmap.problems.column("code").to_pylist()
 
 
 # ---- what nobody expected -----------------------------------------------------------------------------------------------

@@ -196,6 +196,13 @@ def test_a_swap_space_whose_header_is_not_mkswaps(tmp_path: Path) -> None:
     assert found.filesystems.column("state").to_pylist() == ["hibernated"]
 
 
+def test_a_partition_that_begins_with_a_mark(tmp_path: Path) -> None:
+    """As TuxOnIce leaves it: known by its magic alone."""
+    image = tmp_path / "image"
+    image.write_bytes(b"\xed\xc3\x02\xe9\x98\x56\xe5\x0c".ljust(MIB, b"\1"))
+    assert traits_of(mapped(image)).tolist() == [tables.SLEEPING]
+
+
 @pytest.mark.parametrize(("name", "content", "asleep"), [("hiberfil.sys", b"hibr", True), ("HIBERFIL.SYS", b"HIBR", True),
                                                          ("hiberfil.sys", b"wake", False), ("backup.sys", b"hibr", False)])  # fmt: skip
 def test_windows_on_fat(name: str, content: bytes, asleep: bool, tmp_path: Path) -> None:

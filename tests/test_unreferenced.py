@@ -250,3 +250,30 @@ def test_a_map_saved_before_there_was_the_kind_is_read(tmp_path: Path) -> None:
 def test_an_empty_disk_has_nothing_to_give() -> None:
     found = survey([BytesReader(np.zeros(MIB, np.uint8))])
     assert len(free_space(found, 0).all()[0]) == 0
+
+
+def test_what_a_format_without_allocator_does_not_name(tmp_path: Path) -> None:
+    """It is not called allocated, for who would have done that; it is a contradiction all the same."""
+    need("mksquashfs", "squashfs-tools")
+    image = tmp_path / "image"
+    run(
+        "mksquashfs",
+        tree_of(tmp_path / "tree", one=bytes(range(256)) * 999),
+        image,
+        "-quiet",
+        "-no-progress",
+        "-noD",
+        "-noI",
+        "-noF",
+    )
+    data = image.read_bytes()
+    start, end = struct.unpack_from("<Q", data, 64)[0], len(data)
+    assert 0 < start < end
+    rows = mapped(image).extents.to_pylist()
+    assert not [row for row in rows if row["kind"] in ("free", "unreferenced", "unknown")]
+    changed = bytearray(data)
+    struct.pack_into("<I", changed, data.index(struct.pack("<I", 1 << 24 | 255744 % 131072), start), 1 << 24 | 4096)
+    found = survey([BytesReader(np.frombuffer(bytes(changed), np.uint8))])
+    assert bytes_of(found, "unreferenced") > 0
+    assert bytes_of(found, "unknown") == 0
+    assert "unreferenced" in found.problems.column("code").to_pylist()

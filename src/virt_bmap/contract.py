@@ -51,7 +51,8 @@ class Filesystem:
     """All that a reader found on one volume, as tables of `tables.py` whose `volume` column holds 0 until survey sets it.
 
     `extents` has a row for every byte of [0, size) that has an owner or that the allocator calls free. The reader does not
-    fill what is left: survey adds `unknown` rows and a problem for what no row covers, and a gap from `size` to the volume's end.
+    fill what is left: survey adds `unknown` rows (`unreferenced` ones where the format has no allocator) and a problem for what no row covers, and a gap
+    from `size` to the volume's end.
 
     `reader` gives the bytes that the rows speak of: the volume's own, or those with the journal replayed. Whoever reads content from now on reads these.
     """

@@ -64,6 +64,7 @@ class _Volume:
     detail: str | None = None
     unread: str = "unrecognised"
     traits: int = 0
+    is_counted: bool = True
     rows: Rows | None = None
     extents: list[pa.Table] = field(default_factory=list)
     problems: list[tuple[str, Problem]] = field(default_factory=list)
@@ -311,6 +312,7 @@ class _Survey:
             volume.filesystem = found
             volume.reader = found.reader
             volume.type, volume.traits = found.type, volume.traits | found.traits
+            volume.is_counted = format.allocator is not None
             for problem in found.problems:
                 self._problem(volume, found.type, problem)
             if file := asleep_in(found):
@@ -390,29 +392,17 @@ class _Survey:
         """Give an owner to what nobody named, so that the rows and the children, which lie `inside`, together cover the volume."""
         found = volume.filesystem
         size = min(found.size, volume.size) if found else volume.size
-        start, end, kind = _spans(volume.extents)
-        claimed = kind != tables.UNREFERENCED
         # strided runs on one parent fill their span together: each member's runs follow each other
-        known = np.append(start[claimed], inside.on_parent.offset), np.append(end[claimed], inside.parent_end)
-        if not claimed.all():  # it gives way to all that turned up since
-            loose = subtract(start[~claimed], end[~claimed], *known)
-            volume.extents = [
-                table.filter(pa.array(tables.codes(table, "kind") != tables.UNREFERENCED)) for table in volume.extents
-            ]
-            rows = tables.ExtentRows()
-            rows.add(tables.UNREFERENCED, loose[0], loose[1] - loose[0])
-            volume.extents.append(rows.table(volume.number))
-            known = np.append(known[0], loose[0]), np.append(known[1], loose[1])
-        left = complement(*known, 0, size)
+        known = _loosened(volume, (inside.on_parent.offset, inside.parent_end))
+        left, behind = complement(*known, 0, size), complement(*known, size, volume.size)
         rows = tables.ExtentRows()
         if found and len(left[0]):
-            missing = int((left[1] - left[0]).sum())
-            self._problem(volume, found.type, Problem(
-                "unowned", f"{missing} bytes in {len(left[0])} ranges are allocated, but nothing refers to them",
-                int(left[0][0]), "warning",
-            ))  # fmt: skip
-        rows.add(tables.UNKNOWN if found else tables.GAP, left[0], left[1] - left[0])
-        behind = complement(*known, size, volume.size)
+            missing = f"{int((left[1] - left[0]).sum())} bytes in {len(left[0])} ranges"
+            code, detail = ("unowned", f"{missing} are allocated, but nothing refers to them") if volume.is_counted else (
+                "unreferenced", f"nothing refers to {missing}")  # fmt: skip
+            self._problem(volume, found.type, Problem(code, detail, int(left[0][0]), "warning"))
+        kind = tables.GAP if not found else tables.UNKNOWN if volume.is_counted else tables.UNREFERENCED
+        rows.add(kind, left[0], left[1] - left[0])
         rows.add(tables.GAP, behind[0], behind[1] - behind[0], part="slack")
         volume.extents.append(rows.table(volume.number))
 
@@ -458,6 +448,21 @@ def said_of_all(checks: Checks) -> list[Proof]:
 
 def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
     return lambda name: [getattr(row, name) for row in rows]
+
+
+def _loosened(volume: _Volume, children: tuple[Int, Int]) -> tuple[Int, Int]:
+    """The ranges of a volume that have an owner. What was found to be unreferenced gives way to all that turned up since: the volume's extents are changed."""
+    start, end, kind = _spans(volume.extents)
+    claimed = kind != tables.UNREFERENCED
+    known = np.append(start[claimed], children[0]), np.append(end[claimed], children[1])
+    if claimed.all():
+        return known
+    low, high = subtract(start[~claimed], end[~claimed], *known)
+    rows = tables.ExtentRows()
+    rows.add(tables.UNREFERENCED, low, high - low)
+    volume.extents = [table.filter(pa.array(tables.codes(table, "kind") != tables.UNREFERENCED)) for table in volume.extents]
+    volume.extents.append(rows.table(volume.number))
+    return np.append(known[0], low), np.append(known[1], high)
 
 
 def _spans(extents: list[pa.Table]) -> tuple[Int, Int, Int]:
