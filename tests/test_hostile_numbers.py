@@ -134,7 +134,7 @@ def given(found: Filesystem | Exception, size: int) -> BlockMap:
             raise found
         return found
 
-    format = FilesystemFormat("one", probe=lambda _: True, read=read, docs=example.FORMAT.docs)
+    format = FilesystemFormat("one", probe=lambda _: True, read=read, docs=example.FORMAT.docs, checks=example.FORMAT.checks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "filesystem_on", lambda _: format)
         return survey.survey([BytesReader(np.zeros(size, np.uint8))])
