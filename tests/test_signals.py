@@ -153,14 +153,16 @@ def test_any_signal_at_any_moment(name: str, files: dict[str, Path], temporary: 
             shutil.copyfile(source, change)
         clear(folder)
 
-    renew()
-    done = Run(case, folder, temporary)
-    done.begins()
-    began = time.monotonic()
-    assert done.end() == 0, done.words
-    took = time.monotonic() - began
-    done.children_end("it ends well")
-    assert not done.left(), "it ends well, and leaves something behind"
+    took = 1e9
+    for _ in range(2):  # the first time is longer
+        renew()
+        done = Run(case, folder, temporary)
+        done.begins()
+        began = time.monotonic()
+        assert done.end() == 0, done.words
+        took = min(took, time.monotonic() - began)
+        done.children_end("it ends well")
+        assert not done.left(), "it ends well, and leaves something behind"
     whole = contents(folder)
     assert sorted(whole) == sorted(case.outputs)
     rng = random.Random(name)
