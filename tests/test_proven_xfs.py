@@ -79,3 +79,25 @@ def test_records_out_of_order_are_seen_though_the_checksum_is_right(
     assert code in codes
     assert "checksum" not in codes
     assert complains("xfs_repair", "-n", copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "inside", "size", "crc", "code"),
+    [("AGI", 0x3F, 512, 0x138, "orphan-list"), ("symlink header", 11, 4096, 12, "symlink-header"), ("cntbt", 63, 4096, 52, "free-space")],
+)  # fmt: skip
+def test_numbers_that_contradict_others_are_seen(
+    image: Path, tmp_path: Path, part: str, inside: int, size: int, crc: int, code: str
+) -> None:
+    """The head of a list of orphans, the length of a link's target, the length of free space by size; checksums made right again."""
+    data = np.fromfile(image, np.uint8)
+    offset = next(offset for name, offset in one_of_each(mapped(image), 4096) if name.split(" ", 1)[1] == part)
+    data[offset + inside] ^= 0x70
+    if part == "symlink header":
+        data[offset + inside - 2] = 1
+    sealed(data, offset, size, crc)
+    copy = tmp_path / "copy"
+    data.tofile(copy)
+    codes = {row.code for row in check(mapped(copy)).disagreements}
+    assert code in codes
+    assert "checksum" not in codes
+    assert complains("xfs_repair", "-n", copy)

@@ -18,7 +18,7 @@ import pyarrow as pa
 from virt_bmap import foreign, tables
 from virt_bmap.arrays import EMPTY, Int, covered_twice, subtract, union
 from virt_bmap.columns import stack, take
-from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Structure, Structures
+from virt_bmap.contract import PROVEN, Checks, Docs, Filesystem, FilesystemFormat, Proof, Structure, Structures
 from virt_bmap.filesystems.damage import Damage
 from virt_bmap.filesystems.f2fs import checkpoint, forward, nodes, recovery
 from virt_bmap.filesystems.f2fs.checkpoint import Checkpoint, Nat
@@ -307,6 +307,26 @@ def _structures() -> Structures:
     }
 
 
+def _prove(found: Filesystem) -> list[Proof]:
+    """Names and targets; all checksums are verified whenever a volume is read."""
+    from virt_bmap.filesystems.proving import Compared, check_names, check_targets
+
+    compared = Compared()
+    check_names(found, compared)
+    check_targets(found, compared)
+    found.problems += compared.problems()
+    features = (found.features or "").split()
+    with_sums = [what for feature, what in (("sb_checksum", "superblock"), ("inode_checksum", "inodes")) if feature in features]
+    return [Proof("checksums", PROVEN, ", ".join(["checkpoints", *with_sums]))]
+
+
 FORMAT = FilesystemFormat(
-    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, allocator="the segment information table", structures=_structures
+    NAME,
+    probe,
+    read,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    allocator="the segment information table",
+    prove=_prove,
+    structures=_structures,
 )

@@ -217,6 +217,8 @@ def _check_names(geometry: Geometry, damage: Damage, names: Names, inodes: Inode
     group = orphans >> geometry.agi_bits << geometry.agi_bits
     listed = np.isin(orphans, np.concatenate([heads, group | inodes.next_unlinked[deleted]]))
     damage.check(listed, "lost-orphan", "inodes without links are on no list of orphans", inodes.record[deleted], "warning")
+    if astray := int((~np.isin(heads, orphans)).sum()):
+        damage.add("orphan-list", "lists of orphans begin with an inode that is none", count=astray)
 
 
 def _check_owners(damage: Damage, extents: pa.Table) -> None:

@@ -44,7 +44,7 @@ DQUOT_SIZE, DQUOT = 136, Stamp(108, uuid=120)
 DA_NODE, ATTR_LEAF, DIR_LEAF1, DIR_LEAFN = 0x3EBE, 0x3BEE, 0x3DF1, 0x3DFF
 OLD = {0xFEBE: DA_NODE, 0xFBEE: ATTR_LEAF, 0xD2F1: DIR_LEAF1, 0xD2FF: DIR_LEAFN}
 """Magic numbers of version 4."""
-FREE_MAGIC, REMOTE_MAGIC = b"XDF3", b"XARM"
+REMOTE_MAGIC, SYMLINK_MAGIC = b"XARM", b"XSLM"
 
 
 class Order(NamedTuple):
@@ -71,6 +71,7 @@ TREES = {
 BMBT = Order((b"BMAP", b"BMA3"), 16, 8, ((0, 8),), ((0, 8),), long=True)
 LENGTHS = {"bnobt": 4, "refcountbt": 4, "inobt": -1, "finobt": -1}
 """Where records have the length of what they describe (-1: always 64 inodes), where that must not overlap the next one."""
+NO_RECORDS = np.zeros((0, 3), np.int64)
 
 
 def prove(found: Filesystem) -> list[Proof]:
@@ -79,10 +80,14 @@ def prove(found: Filesystem) -> list[Proof]:
     look = _Look(found.reader, geometry, Compared(), damage, Places(found, geometry.block_size))
     _headers(look)
     _inodes(look, found)
+    records = {}
     for part in look.places.names(tables.METADATA):
         if part in TREES:
             offset, _, _ = look.places.of_kind(tables.METADATA, part)
-            _tree(look, part, TREES[part], offset, None)
+            records[part] = _tree(look, part, TREES[part], offset, None)
+    by_place, by_size = (np.unique(records.get(part, NO_RECORDS), axis=0) for part in ("bnobt", "cntbt"))
+    if not np.array_equal(by_place, by_size):
+        damage.add("free-space", "the two B-trees of free space differ: by place and by size", count=1)
     offset, owner, _ = look.places.of_kind(tables.TREE)
     _tree(look, "bmbt", BMBT, offset, owner)
     _directories(look)
@@ -154,8 +159,12 @@ def _inodes(look: _Look, found: Filesystem) -> None:
 # ---- B-trees ----------------------------------------------------------------------------------------------------------
 
 
-def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) -> None:
-    """All blocks of one kind of tree: stamps, counts, the order of their keys, and that children begin with the key that leads to them."""
+def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) -> Int:
+    """All blocks of one kind of tree: stamps, counts, the order of their keys, and that children begin with the key that leads to them.
+
+    Returns (group, start, length) of the records of trees of free space.
+    """
+    found = [NO_RECORDS]
     crc, damage = look.geometry.crc, look.damage
     header = (
         (disk.LONG_CRC_HEADER if crc else disk.LONG_HEADER)
@@ -189,6 +198,9 @@ def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) 
             size = order.record if leaf else order.key
             table = data[at, header : header + entries * size].reshape(len(at), entries, size)[row, step]
             values = _keys(table, order.in_record if leaf else order.in_key, name)
+            if leaf and name in ("bnobt", "cntbt"):
+                group = place[at[row]] // (look.geometry.agblocks * look.geometry.block_size)
+                found.append(np.column_stack([group, big(table, 0, 4).astype(np.int64), big(table, 4, 4).astype(np.int64)]))
             same = row[1:] == row[:-1]
             grows = _less(values[:-1], values[1:]) | (_same(values[:-1], values[1:]) if name == "rmapbt" else False)
             if leaf and name in LENGTHS:
@@ -214,6 +226,7 @@ def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) 
             kept.append(np.where(sibling == -1, -1, _addresses(look, sibling, place, order.long)))
     _children(damage, name, offset, np.concatenate(first), np.concatenate(keys), np.concatenate(children))
     _siblings(damage, name, offset, np.concatenate(lefts), np.concatenate(rights))
+    return np.concatenate(found)
 
 
 def _addresses(look: _Look, pointer: Int, place: Int, long: bool) -> Int:
@@ -356,7 +369,11 @@ def _symlinks(look: _Look) -> None:
     for size in np.unique(length).tolist():
         mine = np.flatnonzero(length == size)
         for batch, data in blocks(look.reader, start[mine], size):
-            look.stamped("symbolic links", SYMLINK, data, start[mine][batch], owner[mine][batch])
+            place = start[mine][batch]
+            look.stamped("symbolic links", SYMLINK, data, place, owner[mine][batch])
+            good = (data[:, :4] == np.frombuffer(SYMLINK_MAGIC, np.uint8)).all(axis=1)
+            good &= big(data, 8, 4) + np.uint64(disk.SYMLINK_HEADER) <= np.uint64(size)
+            look.damage.check(good, "symlink-header", "headers of symbolic links have a wrong magic number or length", place)
 
 
 def _quotas(look: _Look) -> None:
