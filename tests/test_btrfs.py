@@ -12,7 +12,7 @@ import pytest
 
 import support
 from btrfs_images import FILL, fill, make, mounted_pool
-from virt_bmap import tables
+from virt_bmap import checksums, tables
 from virt_bmap.arrays import total
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
@@ -350,7 +350,15 @@ def test_mutations(tmp_path: Path) -> None:
 
 
 def test_crc32c() -> None:
-    assert ondisk.crc32c(b"123456789") == 0xE3069283  # RFC 3720's check value
+    """The examples of RFC 3720, B.4; and long rows, which another implementation takes over where it is installed, as the short ones."""
+    up = np.arange(32, dtype=np.uint8)
+    rows = np.stack([up * 0, up * 0 + 255, up, up[::-1]])
+    assert ondisk.checksums(rows, 0).view("<u4")[:, 0].tolist() == [0x8A9136AA, 0x62A8AB43, 0x46DD794E, 0x113FDB5C]
+    pytest.importorskip("google_crc32c")
+    data = np.random.default_rng(1).integers(0, 256, (5, 4096), np.uint8)
+    folded = checksums._folded(checksums._seeded(data, 0x12345678), checksums.CRC32C)
+    assert (checksums.crc32c(data, 0x12345678) == folded).all()
+    assert (checksums.crc32c(data, np.full(5, 0x12345678, np.uint32)) == folded).all()
 
 
 # ---- images of others -----------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ Bool = NDArray[np.bool_]
 Bytes = NDArray[np.uint8]
 
 EMPTY: Int = np.zeros(0, np.int64)
+LONG = 512
+"""Bytes of a piece from which on it is quicker to copy each by itself than to number all bytes."""
 
 
 def ints(values: object) -> Int:
@@ -56,6 +58,9 @@ def expand(counts: Int) -> tuple[Int, Int]:
 
 def gather(data: Bytes, starts: Int, lengths: Int) -> Bytes:
     """The bytes data[starts[i]:starts[i]+lengths[i]], one after the other, as one flat array."""
+    if len(lengths) and int(np.sum(lengths)) // len(lengths) >= LONG:
+        ends = np.asarray(starts) + lengths
+        return np.concatenate([data[low:high] for low, high in zip(np.asarray(starts).tolist(), ends.tolist(), strict=True)])
     row, step = expand(lengths)
     result: Bytes = data[np.asarray(starts, np.int64)[row] + step]
     return result

@@ -193,7 +193,7 @@ class Files:
         if self._recalled or not any(self.is_deleted(inodes)):
             return
         self._recalled = True
-        table = history.contents(self._map, self._volume, self.reader.raw)
+        table = history.contents(self._map, self._volume, self.reader)
         if table is None:
             return
         gone = self._inode[(self.flags[self._rows] & tables.I_DELETED != 0) & (self.kind[self._rows] == tables.T_FILE)]

@@ -172,7 +172,7 @@ def history_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader]) -> Found
     if layer["filesystem"] and "journal" in owners:
         return _copy(bmap, layer, readers[volume].raw)
     if layer["filesystem"] and "free" in owners:
-        former = history.former_owners(bmap, volume, readers[volume].raw, ints(layer["offset"]), ints(layer["offset"] + 1))
+        former = history.former_owners(bmap, volume, readers[volume], ints(layer["offset"]), ints(layer["offset"] + 1))
         told = None if former is None else _former(bmap, volume, former, layer["offset"])
         return {"device": layer["device"], "copy_of": None, "transaction": None, "owners": [], "former": told}
     return None

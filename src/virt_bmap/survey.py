@@ -191,7 +191,7 @@ class _Survey:
 
     def _look_beside(self, parent: _Volume) -> None:
         """Partitions beside a filesystem that has the whole disk, as further volumes to look at."""
-        if parent.filesystem and formats.is_hybrid(parent.reader):
+        if parent.filesystem and formats.is_hybrid(parent.reader.raw):
             from virt_bmap.volumes.hybrid import Hybrid
 
             start, end, kind = _spans(parent.extents)

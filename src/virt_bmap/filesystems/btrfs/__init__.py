@@ -26,6 +26,7 @@ from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Histo
 from virt_bmap.errors import Corrupt
 from virt_bmap.filesystems.btrfs import files, items, ondisk, owners, tree
 from virt_bmap.filesystems.btrfs.pool import Damage, Pool, PoolReader
+from virt_bmap.filesystems.btrfs.verified import VerifiedReader
 from virt_bmap.reader import Reader
 
 NAME = "btrfs"
@@ -42,7 +43,7 @@ ORACLES = (
     "content through the map", "the extent tree against all owners", "the free space tree against the extent tree",
 )  # fmt: skip
 CHECKS = Checks(
-    checksums="crc32c, xxhash64, sha256 or blake2b of superblocks",
+    checksums="crc32c, xxhash64, sha256 or blake2b of superblocks and of tree blocks that are read",
     rules=(
         "superblock: geometry, features and flags known",
         "tree blocks: address, owner, generation, level, order of keys, each block once",
@@ -79,7 +80,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     extents = _extents(source, pool, found, links, (inodes, fresh), damage)
     return Filesystem(
         type="btrfs", size=reader.size, block_size=source.sectorsize, root=ondisk.FIRST_FREE, state=_state(superblock, bool(damage)),
-        reader=reader, inodes=files.inode_table(inodes, stubs), names=names, extents=extents, uuid=ondisk.uuid_text(superblock["fsid"]),
+        reader=VerifiedReader(reader, source, links.roots, links.forest), inodes=files.inode_table(inodes, stubs), names=names, extents=extents, uuid=ondisk.uuid_text(superblock["fsid"]),
         label=bytes(superblock["label"]).decode(errors="replace") or None, features=ondisk.feature_names(superblock),
         problems=[*pool.problems, *damage.problems()],
     )  # fmt: skip
@@ -87,10 +88,8 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
 
 def source_of(reader: PoolReader) -> tree.Source:
     """Where the tree blocks of a pool are read."""
-    pool, superblock = reader.pool, reader.pool.superblock
-    return tree.Source(
-        reader, pool.copies, pool.chunks, int(superblock["nodesize"]), int(superblock["sectorsize"]), ondisk.metadata_fsid(superblock),
-    )  # fmt: skip
+    pool = reader.pool
+    return tree.Source.of(pool.superblock, reader, pool.copies, pool.chunks)
 
 
 def read_trees(source: tree.Source, superblock: np.void, wanted: set[int], damage: Damage) -> tuple[items.Tables, files.Links]:

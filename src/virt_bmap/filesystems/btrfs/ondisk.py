@@ -4,12 +4,11 @@ Sources: include/uapi/linux/btrfs_tree.h and fs/btrfs/{disk-io,super}.c (v6.12);
 """
 
 import hashlib
-from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 
 from virt_bmap.arrays import Bytes, Int
+from virt_bmap.checksums import crc32c, xxhash64
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.layout import INT64_MAX, record, struct
 from virt_bmap.reader import Reader
@@ -82,7 +81,8 @@ def read_superblock(reader: Reader) -> tuple[np.void, list[str]]:
             refusal = refusal or error
             complaints.append(str(error))
             continue
-        if _checksum(raw, int(superblock["csum_type"])) == raw[:SUPER_CSUM_SIZE]:
+        body = np.frombuffer(raw, np.uint8)[None, SUPER_CSUM_SIZE:]
+        if raw.startswith(checksums(body, int(superblock["csum_type"])).tobytes()):
             if unknown := int(superblock["flags"]) & ~SUPER_FLAGS:
                 complaints.append(
                     f"superblock at byte {offset:#x}: it has flags that are not known, {unknown:#x}: a mount refuses it"
@@ -160,14 +160,15 @@ KEY_PTR = struct(KEY_PTR_SIZE, [
 
 INODE_ITEM_KEY, INODE_REF_KEY, DIR_INDEX_KEY, EXTENT_DATA_KEY = 1, 12, 96, 108
 ROOT_ITEM_KEY, ROOT_REF_KEY, EXTENT_ITEM_KEY, METADATA_ITEM_KEY, BLOCK_GROUP_ITEM_KEY = 132, 156, 168, 169, 192
+EXTENT_CSUM_KEY = 128
 FREE_SPACE_EXTENT_KEY, FREE_SPACE_BITMAP_KEY, DEV_ITEM_KEY, CHUNK_ITEM_KEY = 199, 200, 216, 228
 
-ROOT_TREE, EXTENT_TREE, CHUNK_TREE, FS_TREE, FREE_SPACE_TREE, BLOCK_GROUP_TREE = 1, 2, 3, 5, 10, 11
+ROOT_TREE, EXTENT_TREE, CHUNK_TREE, FS_TREE, CSUM_TREE, FREE_SPACE_TREE, BLOCK_GROUP_TREE = 1, 2, 3, 5, 7, 10, 11
 TREE_LOG, TREE_RELOC, DATA_RELOC_TREE, FREE_INO = -6, -8, -9, -12
 FIRST_FREE, EMPTY_SUBVOL_DIR = 256, 2
 TREE_NAMES = {
     ROOT_TREE: "root tree", EXTENT_TREE: "extent tree", CHUNK_TREE: "chunk tree", 4: "device tree", FS_TREE: "fs tree",
-    7: "checksum tree", 8: "quota tree", 9: "uuid tree", FREE_SPACE_TREE: "free space tree", BLOCK_GROUP_TREE: "block group tree",
+    CSUM_TREE: "checksum tree", 8: "quota tree", 9: "uuid tree", FREE_SPACE_TREE: "free space tree", BLOCK_GROUP_TREE: "block group tree",
     TREE_LOG: "log tree", TREE_RELOC: "relocation tree", DATA_RELOC_TREE: "data relocation tree",
 }  # fmt: skip
 
@@ -218,64 +219,15 @@ def records_at(data: Bytes, starts: Int, dtype: np.dtype[np.void]) -> np.ndarray
 
 # ---- checksums ------------------------------------------------------------------------------------------------------
 
-
-def _checksum(raw: bytes, csum_type: int) -> bytes:
-    """The checksum field that a superblock or tree block should have."""
-    body = raw[SUPER_CSUM_SIZE:]
-    kinds: tuple[Callable[[bytes], bytes], ...] = (
-        lambda data: crc32c(data).to_bytes(4, "little"),
-        lambda data: xxhash64(data).to_bytes(8, "little"),
-        lambda data: hashlib.sha256(data).digest(),
-        lambda data: hashlib.blake2b(data, digest_size=32).digest(),
-    )
-    return kinds[csum_type](body).ljust(SUPER_CSUM_SIZE, b"\0")
+CSUM_SIZES = (4, 8, 32, 32)
+"""Bytes that each of CSUM_TYPES takes in the checksum tree."""
 
 
-@cache
-def _crc32c_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-def crc32c(data: bytes) -> int:
-    """Castagnoli's CRC (RFC 3720), which zlib has not."""
-    table, crc = _crc32c_table(), 0xFFFFFFFF
-    for byte in data:
-        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
-    return crc ^ 0xFFFFFFFF
-
-
-_P1, _P2, _P3, _P4, _P5 = (
-    11400714785074694791,
-    14029467366897019727,
-    1609587929392839161,
-    9650029242287828579,
-    2870177450012600261,
-)
-_MASK = (1 << 64) - 1
-
-
-def _rotate(value: int, bits: int) -> int:
-    return (value << bits | value >> (64 - bits)) & _MASK
-
-
-def xxhash64(data: bytes) -> int:
-    """XXH64 with seed 0 (the xxHash specification) of at least 32 bytes in multiples of 8, as a superblock is."""
-    words = np.frombuffer(data, "<u8").tolist()
-    lanes = [(_P1 + _P2) & _MASK, _P2, 0, -_P1 & _MASK]
-    whole = len(words) // 4 * 4
-    for at in range(0, whole, 4):
-        lanes = [_rotate((lane + words[at + i] * _P2) & _MASK, 31) * _P1 & _MASK for i, lane in enumerate(lanes)]
-    value = sum(_rotate(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18), strict=True)) & _MASK
-    for lane in lanes:
-        value = ((value ^ _rotate(lane * _P2 & _MASK, 31) * _P1 & _MASK) * _P1 + _P4) & _MASK
-    value = (value + len(data)) & _MASK
-    for word in words[whole:]:
-        value = (_rotate(value ^ _rotate(word * _P2 & _MASK, 31) * _P1 & _MASK, 27) * _P1 + _P4) & _MASK
-    value = (value ^ value >> 33) * _P2 & _MASK
-    value = (value ^ value >> 29) * _P3 & _MASK
-    return value ^ value >> 32
+def checksums(data: Bytes, csum_type: int) -> Bytes:
+    """The checksum of each row of an (n, size) array, as bytes of shape (n, CSUM_SIZES[csum_type])."""
+    if csum_type == 0:
+        return (~crc32c(data)).astype("<u4").view(np.uint8).reshape(len(data), 4)
+    if csum_type == 1:
+        return xxhash64(data).astype("<u8").view(np.uint8).reshape(len(data), 8)
+    hashes = (hashlib.sha256(row) if csum_type == 2 else hashlib.blake2b(row, digest_size=32) for row in data)
+    return np.frombuffer(b"".join(one.digest() for one in hashes), np.uint8).reshape(len(data), 32)

@@ -1,12 +1,14 @@
 """The logical address space of a btrfs, as the volume module hands it to the filesystem module."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from virt_bmap.arrays import Bytes, Int
 from virt_bmap.contract import Problem
+from virt_bmap.lost import Lost
 from virt_bmap.reader import Reader
 
 
@@ -26,6 +28,15 @@ class Ranges(NamedTuple):
         return inside
 
 
+class Copies(Protocol):
+    """The logical bytes in every way in which they can be read: from a copy, or from parity. Bytes that have no such way are lost in that reader."""
+
+    first: Reader
+
+    def others(self) -> Iterator[Reader]:
+        """The second way, the third, ..."""
+
+
 @dataclass(frozen=True)
 class Pool:
     """What the volume module knows of a filesystem: its superblock, its chunks and which logical bytes superblocks take up."""
@@ -33,8 +44,7 @@ class Pool:
     superblock: np.void
     chunks: Ranges
     reserved: Ranges
-    copies: list[Reader] = field(default_factory=list)
-    """The same logical bytes from the second, third, ... copy, or from parity; zeroes where there is none."""
+    copies: Copies
     problems: list[Problem] = field(default_factory=list)
     """What was wrong in the chunk tree; offsets are logical."""
 
@@ -46,25 +56,18 @@ class PoolReader(Reader):
 
     def __init__(self, base: Reader, pool: Pool) -> None:
         super().__init__(base.size, base.name)
-        self._base = base
         self.pool = pool
+        self.near = pool.copies.first.near
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
-        return self._base.read_ranges(offsets, lengths)
+        return self.pool.copies.first.read_ranges(offsets, lengths)
 
+    @property
+    def whole(self) -> bool:
+        return False
 
-class XorReader(Reader):
-    """What the byte-wise XOR of several readers gives: a lost strip from its parity and the other strips of its row."""
-
-    def __init__(self, parts: list[Reader]) -> None:
-        super().__init__(parts[0].size, parts[0].name)
-        self._parts = parts
-
-    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
-        data = self._parts[0].read_ranges(offsets, lengths).copy()
-        for part in self._parts[1:]:
-            data ^= part.read_ranges(offsets, lengths)
-        return data
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        return self.pool.copies.first.lost(starts, ends)
 
 
 class Damage:

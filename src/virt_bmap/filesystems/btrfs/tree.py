@@ -16,7 +16,7 @@ from virt_bmap.arrays import EMPTY, Bytes, Int, expand
 from virt_bmap.columns import stack, take
 from virt_bmap.filesystems.btrfs import ondisk
 from virt_bmap.filesystems.btrfs.ondisk import HEADER_SIZE, ITEM_SIZE, KEY_PTR_SIZE
-from virt_bmap.filesystems.btrfs.pool import Damage, Ranges
+from virt_bmap.filesystems.btrfs.pool import Copies, Damage, Ranges
 from virt_bmap.reader import Reader
 
 BATCH = 16 << 20
@@ -30,11 +30,18 @@ class Source(NamedTuple):
     """Where tree blocks are read, and what each must say of itself."""
 
     reader: Reader
-    copies: list[Reader]
+    copies: Copies
     chunks: Ranges
     nodesize: int
     sectorsize: int
     fsid: Bytes
+    csum_type: int
+
+    @staticmethod
+    def of(superblock: np.void, reader: Reader, copies: Copies, chunks: Ranges) -> "Source":
+        """By what the superblock says of its filesystem."""
+        nodesize, sectorsize, csum_type = (int(superblock[name]) for name in ("nodesize", "sectorsize", "csum_type"))
+        return Source(reader, copies, chunks, nodesize, sectorsize, ondisk.metadata_fsid(superblock), csum_type)
 
 
 class Roots(NamedTuple):
@@ -193,38 +200,52 @@ def _forest(roots: Roots, reached: list[tuple[Int, Int]], generation: Int) -> Fo
 def node_batches(source: Source, address: Int, generation: Int, level: int, damage: Damage) -> Iterator[tuple[int, Bytes, Int]]:
     """(number of the first block, blocks as (n, nodesize), items in each), a bounded number of blocks at a time.
 
-    A block that does not say of itself what its pointer said is taken from another copy; where none is right it has no items.
+    A block that does not say of itself what its pointer said, or whose checksum is wrong, is taken from another copy; where none is right it has no items.
     """
-    item = KEY_PTR_SIZE if level else ITEM_SIZE
     for rows, data in source.reader.batches(address, source.nodesize, BATCH):
-        part, expected = address[rows], generation[rows]
-        bad = np.flatnonzero(~_sound(source, data, part, expected, level, item))
-        for copy in source.copies:
-            if len(bad) == 0:
-                break
-            again = copy.read_blocks(part[bad], source.nodesize)
-            good = _sound(source, again, part[bad], expected[bad], level, item)
-            data = data.copy()
-            data[bad[good]] = again[good]
-            damage.note("tree-copy", "tree blocks had to be read from another copy", part[bad[good]], "warning")
-            bad = bad[~good]
-        damage.note("tree-block", "tree blocks are not what their pointers say (address, generation, level, fsid)", part[bad])
+        part = address[rows]
+        data, healed, bad = mended(source, data, part, generation[rows], level)
+        damage.note("tree-copy", "tree blocks had to be read from another copy", part[healed], "warning")
+        damage.note(
+            "tree-block",
+            "tree blocks are not what their pointers say (address, generation, level, fsid), or have a wrong checksum",
+            part[bad],
+        )
         nritems = _header(data)["nritems"].astype(np.int64)
         nritems[bad] = 0
         yield rows.start, data, nritems
+
+
+def mended(source: Source, data: Bytes, address: Int, generation: Int, level: int) -> tuple[Bytes, Int, Int]:
+    """(blocks, which of them another copy gave, which are right in no copy)."""
+    bad = np.flatnonzero(~_sound(source, data, address, generation, level))
+    if len(bad) == 0:
+        return data, EMPTY, EMPTY
+    data, first = data.copy(), bad
+    for copy in source.copies.others():
+        again = copy.read_blocks(address[bad], source.nodesize)
+        good = _sound(source, again, address[bad], generation[bad], level)
+        data[bad[good]] = again[good]
+        bad = bad[~good]
+        if len(bad) == 0:
+            break
+    return data, np.setdiff1d(first, bad), bad
 
 
 def _header(data: Bytes) -> np.ndarray:
     return np.ndarray((len(data),), ondisk.HEADER, data.data, strides=(data.shape[1],))
 
 
-def _sound(source: Source, data: Bytes, address: Int, generation: Int, level: int, item: int) -> np.ndarray:
-    header = _header(data)
+def _sound(source: Source, data: Bytes, address: Int, generation: Int, level: int) -> np.ndarray:
+    header, item = _header(data), KEY_PTR_SIZE if level else ITEM_SIZE
     sound: np.ndarray = (
         (header["bytenr"] == address.astype(np.uint64)) & (header["generation"] == generation.astype(np.uint64))
         & (header["level"] == level) & (header["fsid"] == source.fsid).all(axis=1)
         & (header["nritems"] <= (source.nodesize - HEADER_SIZE) // item)
     )  # fmt: skip
+    data = data if sound.all() else data[sound]
+    right = ondisk.checksums(data[:, ondisk.SUPER_CSUM_SIZE :], source.csum_type)
+    sound[sound] = (data[:, : right.shape[1]] == right).all(axis=1)
     return sound
 
 
@@ -283,16 +304,20 @@ class Leaves(NamedTuple):
 
 def read_leaves(source: Source, forest: Forest, damage: Damage) -> Iterator[Leaves]:
     """The leaves of a walk, a batch at a time."""
-    room = (source.nodesize - HEADER_SIZE) // ITEM_SIZE
     for base, data, nritems in node_batches(source, forest.leaf_address, forest.leaf_generation, 0, damage):
-        address = forest.leaf_address[base : base + len(data)]
-        slots = np.ndarray((len(data), room), np.dtype(("V", ITEM_SIZE)), data.data, HEADER_SIZE, (source.nodesize, ITEM_SIZE))
-        items = slots[np.arange(room) < nritems[:, None]].view(ondisk.ITEM)
-        leaf = np.repeat(np.arange(len(data), dtype=np.int64), nritems)
-        low, high = items["data_offset"].astype(np.int64), items["data_size"].astype(np.int64)
-        high += low
-        inside = (low >= (nritems * ITEM_SIZE)[leaf]) & (high <= source.nodesize - HEADER_SIZE)
-        if not inside.all():
-            damage.note("item-outside", "items reach out of their leaf", address[leaf[~inside]])
-            items, leaf = items[inside], leaf[inside]
-        yield Leaves(data.reshape(-1), items, leaf, base, address, damage)
+        yield leaves_of(source, data, nritems, forest.leaf_address[base : base + len(data)], base, damage)
+
+
+def leaves_of(source: Source, data: Bytes, nritems: Int, address: Int, base: int, damage: Damage) -> Leaves:
+    """The items of a batch of leaves, which are numbered from `base` on."""
+    room = (source.nodesize - HEADER_SIZE) // ITEM_SIZE
+    slots = np.ndarray((len(data), room), np.dtype(("V", ITEM_SIZE)), data.data, HEADER_SIZE, (source.nodesize, ITEM_SIZE))
+    items = slots[np.arange(room) < nritems[:, None]].view(ondisk.ITEM)
+    leaf = np.repeat(np.arange(len(data), dtype=np.int64), nritems)
+    low, high = items["data_offset"].astype(np.int64), items["data_size"].astype(np.int64)
+    high += low
+    inside = (low >= (nritems * ITEM_SIZE)[leaf]) & (high <= source.nodesize - HEADER_SIZE)
+    if not inside.all():
+        damage.note("item-outside", "items reach out of their leaf", address[leaf[~inside]])
+        items, leaf = items[inside], leaf[inside]
+    return Leaves(data.reshape(-1), items, leaf, base, address, damage)
