@@ -82,7 +82,7 @@ def prepare() -> None:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module=r"virt_bmap\b")
     os.environ["VIRT_BMAP_STRICT"] = "1"
-    vars(cli)["import_libraries"] = lambda: None  # its heap keeps its memory, and there is none to measure then
+    vars(cli)["import_libraries"] = lambda *_: None  # its heap keeps its memory, and there is none to measure then
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
