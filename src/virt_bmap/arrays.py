@@ -5,6 +5,7 @@ says otherwise they may be unsorted and may overlap; empty ranges are allowed an
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,23 @@ Bytes = NDArray[np.uint8]
 EMPTY: Int = np.zeros(0, np.int64)
 LONG = 512
 """Bytes of a piece from which on it is quicker to copy each by itself than to number all bytes."""
+
+PAIRS = 1 << 24
+"""Answers to one question, beyond some for each range that takes part: disks and maps can be made that have one for each square of their bytes."""
+PIECES = 1 << 25
+"""Stripes that one question may unroll: 2 TiB in stripes of 64 KiB."""
+BATCH = 1 << 20
+"""Pairs that are looked at together."""
+
+
+def bounded(count: int, most: int, what: str) -> None:
+    """Corrupt where an answer would have more than `most` of something."""
+    if count > most:
+        raise Corrupt(
+            f"what is asked here has more than {most:,} {what}: ask for less at a time, or the metadata lie over each other",
+            None,
+            "too-many",
+        )
 
 
 def ints(values: object) -> Int:
@@ -218,12 +236,24 @@ class Intervals:
         self._reach = np.maximum.accumulate(self._ends)
 
     def overlaps(self, starts: Int, ends: Int) -> tuple[Int, Int]:
-        """All pairs (query, range) that share a byte, by query and then by the range's start."""
-        order, low, high, reach = self._order, self._starts, self._ends, self._reach
+        """All pairs (query, range) that share a byte, by query and then by the range's start. Corrupt where there are so many that someone meant it."""
+        low, high, reach = self._starts, self._ends, self._reach
         starts, ends = ints(starts), ints(ends)
         last = np.searchsorted(low, ends, "left")
         first = np.minimum(np.searchsorted(reach, starts, "right"), last)
-        query, step = expand(last - first)
-        found = first[query] + step
-        keep = (high[found] > starts[query]) & (high[found] > low[found]) & (ends[query] > starts[query])
-        return query[keep], order[found[keep]]
+        looked = np.cumsum(last - first)
+        allowed = PAIRS + 16 * (len(starts) + len(low))
+        bounded(int(looked[-1]) if len(looked) else 0, 8 * allowed, "pairs of ranges")
+        cuts = np.searchsorted(looked, np.arange(BATCH, looked[-1], BATCH)) + 1 if len(looked) and looked[-1] > BATCH else EMPTY
+        bounds = np.unique(np.concatenate([[0], cuts, [len(starts)]])).tolist()
+        queries, ranges, found = [EMPTY], [EMPTY], 0
+        for begin, end in pairwise(bounds):
+            query, step = expand((last - first)[begin:end])
+            query += begin
+            place = first[query] + step
+            keep = (high[place] > starts[query]) & (high[place] > low[place]) & (ends[query] > starts[query])
+            queries.append(query[keep])
+            ranges.append(self._order[place[keep]])
+            found += len(queries[-1])
+            bounded(found, allowed, "pairs of ranges")
+        return (queries[1], ranges[1]) if len(queries) == 2 else (np.concatenate(queries), np.concatenate(ranges))

@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from virt_bmap import __version__, leftovers, notices, protection, signals
 from virt_bmap.commands import COMMANDS
-from virt_bmap.errors import BmapError, UsageError, is_strict, one_line, unexpected
+from virt_bmap.errors import BmapError, UsageError, is_strict, unexpected
+from virt_bmap.printable import one_line, say
 from virt_bmap.startup import import_libraries
 
 
@@ -71,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _note(quiet: bool, words: str) -> None:
     if not quiet:
-        print(f"virt-bmap: {one_line(words)}", file=sys.stderr)
+        say(f"virt-bmap: {one_line(words)}", file=sys.stderr)
 
 
 def main() -> NoReturn:
@@ -132,7 +133,7 @@ def _worked(prepare: Callable[[], Callable[[], int]]) -> int:
 def _failed(words: str, status: int = 1) -> int:
     """Say why, where anybody listens."""
     with contextlib.suppress(OSError, ValueError):
-        print(words, file=sys.stderr)
+        say(words, file=sys.stderr)
     return status
 
 

@@ -16,11 +16,7 @@ Damage that leaves the rest readable is not an exception but a row of the table 
 
 import os
 
-
-def one_line(words: object) -> str:
-    """Words as one line that only prints: messages quote names from disks, which could end it or command a terminal."""
-    text = " ".join(str(words).split())
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+from virt_bmap.printable import one_line
 
 
 def is_strict() -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.arrays import Int, Intervals, expand
+from virt_bmap.arrays import PIECES, Int, Intervals, bounded, expand
 
 DATA, COPY, PARITY, ZERO, COMPRESSED = "data", "copy", "parity", "zero", "compressed"
 ROLES = (DATA, COPY, PARITY, ZERO, COMPRESSED)
@@ -132,7 +132,9 @@ class Rows:
         # the first run that ends after `start` and the last that starts before `end`
         first = np.maximum(0, -((offset + run - start - 1) // step))
         last = np.minimum(self.count[row] - 1, (end - 1 - offset) // step)
-        piece, nth = expand(np.maximum(0, last - first + 1))
+        count = np.maximum(0, last - first + 1)
+        bounded(int(min(count.sum(dtype=float), 1e18)), PIECES + 16 * len(query), "stripes")
+        piece, nth = expand(count)
         nth += first[piece]
         row, query = row[piece], query[piece]
         run_start = offset[piece] + nth * source.step[row]

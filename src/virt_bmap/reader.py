@@ -7,7 +7,7 @@ goes to the backend as one request, which may keep all of it in flight. A format
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,10 @@ MAX_FAILED = 1024
 """Reads of one batch that may fail before the rest of what fails is given up whole: each can take a disk seconds."""
 
 
+CLAIM_FREE, CLAIM_STORED = 64 << 20, 4
+"""Bytes of tables that a volume may make us hold at once: this many, and so many times what is really stored of it. What claims more lies in holes, or over itself."""
+
+
 class Reader:
     """Bytes [0, size) of something. Subclasses provide `_fetch`. Several threads may read."""
 
@@ -48,6 +52,8 @@ class Reader:
         self.rounds = 0
         """How often a batch was waited for, and how many bytes were asked for: what a slow link charges."""
         self.requested = 0
+        self.below: Sequence[Reader] = ()
+        """The readers whose bytes these are, where they are not its own."""
         self._ends: tuple[Bytes, Bytes, int] | None = None
         self._turn: AbstractContextManager[object] = threading.RLock() if self.in_turn else nullcontext()
 
@@ -132,9 +138,11 @@ class Reader:
         return gather(data, where, lengths)
 
     def _counted(self, offsets: Int, lengths: Int) -> Bytes:
+        total = int(lengths.sum())
+        self.afford(total, "what is read together")
         with self._turn:
             self.rounds += 1
-            self.requested += int(lengths.sum())
+            self.requested += total
             return self._fetch(offsets, lengths)
 
     def _kept(self, start: int, end: int) -> Bytes | None:
@@ -218,6 +226,26 @@ class Reader:
         """(starts, ends) of what may hold anything but zeroes, sorted and merged, as far as that can be told without reading."""
         return ints(0), ints(self.size)
 
+    @cached_property
+    def stored_bytes(self) -> int:
+        """At most so many bytes are stored of this: those of all that lies below, if it has no own. Layers that show one byte a thousand times have it once."""
+        if self.below:
+            return min(self.size, sum(reader.stored_bytes for reader in self.below))
+        starts, ends = self.stored()
+        return int((ends - starts).sum())
+
+    def afford(self, claimed: int, what: str) -> None:
+        """Corrupt where `what` claims so many bytes of tables, to be held together, and nothing like that is stored.
+
+        Every number of a disk that sets the size of an array passes here first, unless what was read has as many records. What is stored is
+        asked only where much is claimed: a file's holes cost a call each.
+        """
+        if claimed > CLAIM_FREE and claimed > CLAIM_FREE + CLAIM_STORED * self.stored_bytes:
+            raise Corrupt(
+                f"{self.name}: {what} would take {claimed:,} bytes, but only {self.stored_bytes:,} are stored: they lie in holes, or over each other",
+                None, "holes",
+            )  # fmt: skip
+
     def close(self) -> None:
         """Give back what the reader holds open. Reading afterwards is an error."""
 
@@ -259,6 +287,7 @@ class MappedReader(Reader):
         self._parents = parents
         self._rows = rows.select(rows.role == ROLES.index(DATA))
         self.near = all(parent.near for parent in parents.values())
+        self.below = list(parents.values())
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         pieces = self._rows.down(offsets, offsets + lengths)
@@ -337,6 +366,7 @@ class PatchedReader(Reader):
         self._base = base
         self._patch = patch
         self.near = base.near
+        self.below = [base]
 
     @property
     def raw(self) -> Reader:

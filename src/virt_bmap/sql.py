@@ -5,18 +5,18 @@ any other Parquet or CSV file one table, named after the file. Text that comes f
 The database reaches no file or network: a query sees the tables and nothing else.
 """
 
-import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
+from virt_bmap import inputs, tables, traces
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.errors import ImageError, MapError, MissingTool, UsageError
+from virt_bmap.errors import MapError, MissingTool, UsageError
 from virt_bmap.maps import is_saved, load
 from virt_bmap.outputs import parquet, results
 from virt_bmap.traces import is_trace
@@ -100,12 +100,11 @@ def _tables(path: str, with_files: bool) -> Iterator[tuple[str, pa.Table | str]]
             yield "paths", results.safe(_paths(bmap))
             yield "files", FILES
         return
-    table = results.safe(_parquet(path))
     if is_trace(path):
-        yield "accesses", table
+        yield "accesses", results.safe(traces.read(path).rows)
         yield "touched", TOUCHED
     else:
-        yield _stem(path), table
+        yield _stem(path), results.safe(_parquet(path))
 
 
 def _paths(bmap: BlockMap) -> pa.Table:
@@ -126,29 +125,21 @@ def _stem(path: str) -> str:
 
 
 def _is_other_parquet(path: str) -> bool:
-    with _readable(path), open(path, "rb") as file:
-        if file.read(4) != b"PAR1":
-            return False
-    return parquet.KEY not in (_schema(path).metadata or {})
-
-
-def _schema(path: str) -> pa.Schema:
-    import pyarrow.parquet as pq
-
     with _readable(path):
-        return pq.read_schema(path)
+        with open(path, "rb") as file:
+            if file.read(4) != b"PAR1":
+                return False
+        return parquet.KEY not in (inputs.open_file(path).schema_arrow.metadata or {})
 
 
 def _parquet(path: str) -> pa.Table:
-    import pyarrow.parquet as pq
-
     with _readable(path):
         with open(path, "rb") as file:
             if file.read(4) != b"PAR1":
                 raise MapError(
                     f"{path}: is neither a saved map, a trace, Parquet nor CSV; map a disk first: virt-bmap -o map.parquet {path}"
                 )
-        return pq.read_table(path)
+        return inputs.rows(inputs.open_file(path))
 
 
 def _csv(path: str) -> pa.Table:
@@ -158,15 +149,8 @@ def _csv(path: str) -> pa.Table:
         return csv.read_csv(path)
 
 
-@contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """What goes wrong with a file, as the project's errors."""
-    try:
-        yield
-    except pa.ArrowException as error:
-        raise MapError(f"{path}: can't be read: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise ImageError(f"{path}: can't be read: {error.strerror or str(error).splitlines()[0]}") from error
+def _readable(path: str) -> AbstractContextManager[None]:
+    return inputs.reading(path, "a table")
 
 
 def ask(database: Any, query: str) -> pa.Table:

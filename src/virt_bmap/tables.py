@@ -53,6 +53,10 @@ ENCRYPTED = 8
 """The bytes are ciphertext."""
 FLAGS = {"inline": INLINE, "shared": SHARED, "compressed": COMPRESSED, "encrypted": ENCRYPTED}
 
+VOLUME_KINDS = ("file", "disk", "partition", "lv", "md", "crypt", "pool", "image")
+"""What a volume is."""
+SEVERITIES = ("error", "warning", "note")
+
 # ---- what a volume's bytes are tied to ----------------------------------------------------------------------------
 
 TRAITS = ("checksummed", "verified", "journaled", "vouching", "sleeping")
@@ -389,7 +393,7 @@ def concat(name: str, parts: list[pa.Table]) -> pa.Table:
 
 
 def check(name: str, table: pa.Table) -> None:
-    """Raise ValueError where a table breaks the contract: schema, nulls where none may be, negative sizes."""
+    """Raise ValueError where a table breaks the contract: schema, nulls where none may be, negative sizes, ranges behind 2**63."""
     schema = SCHEMAS[name]
     if not table.schema.equals(schema):
         raise ValueError(f"table {name} has the schema {table.schema.to_string()} instead of {schema.to_string()}")
@@ -397,7 +401,57 @@ def check(name: str, table: pa.Table) -> None:
         column = table.column(field.name)
         if not field.nullable and column.null_count:
             raise ValueError(f"table {name}, column {field.name}: {column.null_count} nulls")
-        if pa.types.is_integer(field.type) and field.name != "mtime_ns" and len(column):
+        if pa.types.is_integer(field.type) and not field.name.endswith("time_ns") and len(column):
             low = integers(table, field.name)[~column.is_null().to_numpy()]
             if len(low) and low.min() < 0:
                 raise ValueError(f"table {name}, column {field.name}: {int(low.min())} is negative")
+    for start, length in (pair for pair in _RANGES if set(pair) <= set(schema.names)):
+        last = integers(table, start) + integers(table, length)  # both are below 2**63: what is more wraps below 0
+        if len(last) and last.min() < -2:  # -1 and -1 are two nulls
+            raise ValueError(f"table {name}: column {start} and {length} lead behind byte 2**63")
+
+
+_RANGES = (("volume_offset", "length"), ("offset", "length"), ("file_offset", "file_length"))
+
+
+def check_map(tables: Mapping[str, pa.Table]) -> None:
+    """Raise ValueError where the tables of a map break the contract, or refer to volumes that are not there: what reads a map may trust all that follows."""
+    for name, table in tables.items():
+        check(name, table)
+    volumes, mappings = tables["volumes"], tables["mappings"]
+    count = volumes.num_rows
+    if not np.array_equal(integers(volumes, "volume"), np.arange(count)):
+        raise ValueError("table volumes: the volumes are not numbered from 0")
+    kinds = volumes.column("kind").to_pylist()
+    if unknown := set(kinds) - set(VOLUME_KINDS):
+        raise ValueError(f"table volumes: no kind {min(unknown)!r} of volume is known")
+    top = np.flatnonzero([kind == ("file" if "file" in kinds else "disk") for kind in kinds])
+    if len(top) == 0 or not integers(volumes, "size")[top].min():
+        raise ValueError("table volumes: there is no disk, or one without bytes")
+    if integers(volumes, "disk").max() > len(top):
+        raise ValueError(f"table volumes: there are {len(top)} disks, but one has the number {integers(volumes, 'disk').max()}")
+    if unknown := set(tables["problems"].column("severity").to_pylist()) - set(SEVERITIES):
+        raise ValueError(f"table problems: no severity {min(unknown)!r} is known")
+    for name, table in tables.items():
+        volume = integers(table, "volume")
+        if len(volume) and volume.max() >= count:
+            raise ValueError(f"table {name}: there is no volume {volume.max()}")
+        if name in GROUPED and (volume[1:] < volume[:-1]).any():
+            raise ValueError(f"table {name}: its rows are not in the order of the volumes")
+    _check_mappings(mappings)
+
+
+GROUPED = ("filesystems", "inodes", "names", "extents")
+"""Tables whose rows lie together by volume."""
+
+
+def _check_mappings(table: pa.Table) -> None:
+    columns = {name: integers(table, name) for name in table.column_names if name != "role"}
+    if (columns["parent"] >= columns["volume"]).any():
+        raise ValueError("table mappings: a volume lies in one that comes after it")
+    if (columns["run"] < 1).any() or (columns["count"] < 1).any() or (columns["parent_run"] < 1).any():
+        raise ValueError("table mappings: a row without bytes")
+    for side, run in (("volume", "run"), ("parent", "parent_run")):
+        end = columns[f"{side}_offset"] + (columns["count"] - 1).astype(float) * columns[f"{side}_step"] + columns[run]
+        if (end >= 1 << 63).any():
+            raise ValueError(f"table mappings: a row leads behind byte 2**63 of its {side}")

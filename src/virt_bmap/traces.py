@@ -4,7 +4,7 @@ A trace is Parquet with a row for each request, see docs/data-model.md. What the
 does not say, a map is asked.
 """
 
-import json
+import os
 from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from virt_bmap import tables
+from virt_bmap import inputs, tables
 from virt_bmap.arrays import Int, ints
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError, MapError, UsageError
@@ -26,8 +26,15 @@ from virt_bmap.watch.resolve import IDENTITY, Resolver, identify
 from virt_bmap.watch.session import BATCH
 from virt_bmap.watch.trace import KEY, OBJECT, SCHEMA, VERSION, Trace, save
 
+MOST_DISKS = 1 << 16
+LATEST = 1 << 62
+"""ns since 1970, in 2116: sums of two times stay in 64 bits."""
 CHECKED = 10_000
 """Objects of a trace whose names are compared with a map's."""
+
+
+READ = tuple(field for field in OBJECT if field.name not in ("map", "older"))
+"""What a trace must say of an object: the first ones did not say which map a name is of."""
 
 
 class Saved(NamedTuple):
@@ -91,58 +98,67 @@ def is_trace(path: str) -> bool:
 def read(path: str) -> Saved:
     """The rows of a trace, or of the stream that a killed watch left of one. Raises ImageError where it can't be read, MapError where it is not one, is
     damaged, or has no access in it."""
-    if stream.is_stream(path):
-        about = stream.about(path, SCHEMA)
-        with open(path, "rb") as file:
-            rows = pa.concat_tables(
-                [stream.convert(part, SCHEMA) for part, _ in stream.batches(file, SCHEMA)] or [SCHEMA.empty_table()]
-            )
-        return _checked(path, rows.unify_dictionaries(), about)
-    try:
-        file = pq.ParquetFile(path)
-        names = set(file.schema_arrow.names)
-        if missing := [
-            field.name for field in (*tables.SCHEMAS["accesses"], pa.field("objects", OBJECT)) if field.name not in names
-        ]:
-            raise MapError(f"{path}: is a Parquet file, but no trace: it has no column {missing[0]!r}")
-        rows = _rows(file)
-        about = json.loads((file.schema_arrow.metadata or {}).get(KEY, b'{"disks": []}'))
-    except FileNotFoundError as error:
-        part = path + stream.ENDING
-        left = f" ({part} is what a watch left that was killed, and can be read)" if stream.is_stream(part) else ""
-        raise ImageError(f"{path}: can't be read: {error.strerror}{left}") from error
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise MapError(f"{path}: can't be read as a trace: {str(error).splitlines()[0]}") from error
-    return _checked(path, rows, about)
-
-
-def _checked(path: str, rows: pa.Table, about: dict[str, Any]) -> Saved:
-    if about.get("version", VERSION) != VERSION:
-        raise MapError(f"{path}: is a trace of version {about['version']}, this program reads version {VERSION}")
+    part = path + stream.ENDING
+    if not os.path.exists(path) and stream.is_stream(part):
+        raise ImageError(f"{path}: is not there ({part} is what a watch left that was killed, and can be read)")
+    with inputs.reading(path, "a trace"):
+        rows, about = _of_stream(path) if stream.is_stream(path) else _of_parquet(path)
+        if about.get("version", VERSION) != VERSION:
+            raise MapError(f"{path}: is a trace of version {about['version']!r}, this program reads version {VERSION}")
+        rows = inputs.fit(rows, _schema(rows.schema.field("objects").type))
+        sizes = inputs.sizes(about)
     if not rows.num_rows:
         raise MapError(f"{path}: is an empty trace: nothing was read or written")
     _check_numbers(path, rows)
-    return Saved(path, rows, about["disks"])
+    return Saved(path, rows, sizes)
 
 
-def _rows(file: pq.ParquetFile) -> pa.Table:
-    """All rows, group by group: of nested columns with names in several pieces Arrow reads no more at a time."""
-    groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
-    return pa.concat_tables(groups or [file.schema_arrow.empty_table()]).unify_dictionaries()
+def _of_stream(path: str) -> tuple[pa.Table, dict[str, Any]]:
+    about = stream.about(path, SCHEMA)
+    with open(path, "rb") as file:
+        parts = [stream.convert(part, SCHEMA) for part, _ in stream.batches(file, SCHEMA)]
+    rows = pa.concat_tables(parts or [SCHEMA.empty_table()])
+    rows.validate(full=True)
+    return rows, about
+
+
+def _of_parquet(path: str) -> tuple[pa.Table, dict[str, Any]]:
+    file = inputs.open_file(path)
+    names = set(file.schema_arrow.names)
+    if missing := [name for name in SCHEMA.names if name not in names]:
+        raise MapError(f"{path}: is a Parquet file, but no trace: it has no column {missing[0]!r}")
+    return inputs.rows(file, SCHEMA.names), inputs.metadata(file, KEY)
+
+
+def _schema(objects: pa.DataType) -> pa.Schema:
+    """The schema of a trace with such objects."""
+    known = (
+        pa.types.is_list(objects) and pa.types.is_struct(objects.value_type) and objects.value_type.get_field_index("map") >= 0
+    )
+    at = SCHEMA.get_field_index("objects")
+    return SCHEMA if known else SCHEMA.set(at, SCHEMA.field(at).with_type(pa.list_(pa.struct(READ))))
 
 
 def _check_numbers(path: str, rows: pa.Table) -> None:
     """MapError where numbers are none that a disk can have."""
     objects = pa.Table.from_struct_array(rows.column("objects").combine_chunks().flatten())
-    for table, names in ((rows, ("disk", "offset", "length")), (objects, ("offset", "length"))):
+    for table, names in (
+        (rows, ("disk", "time_ns", "offset", "length", "connection")),
+        (objects, ("inode", "offset", "length", "file_offset")),
+    ):
         for name in names:
-            column = table.column(name)
-            low = pc.min(column).as_py()
-            if column.null_count or (low is not None and low < (name == "disk")):
-                raise MapError(f"{path}: is damaged: column {name!r} has {'nulls' if column.null_count else f'the value {low}'}")
+            low = pc.min(table.column(name)).as_py()
+            if low is not None and low < (name == "disk"):
+                raise MapError(f"{path}: is damaged: column {name!r} has the value {low}")
         high = [pc.max(table.column(name)).as_py() or 0 for name in ("offset", "length")]
         if sum(high) >= 1 << 63:
             raise MapError(f"{path}: is damaged: it has offsets behind byte 2**63")
+    if pc.max(rows.column("time_ns")).as_py() >= LATEST:
+        raise MapError(f"{path}: is damaged: it has times after the year 2100")
+    if pc.max(rows.column("disk")).as_py() > MOST_DISKS:
+        raise MapError(f"{path}: is damaged: it is of more than {MOST_DISKS:,} disks")
+    if unknown := set(pc.unique(rows.column("op").cast(pa.string())).to_pylist()) - set(tables.OPS):
+        raise MapError(f"{path}: is damaged: no access {min(unknown)!r} is known")
 
 
 def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
@@ -291,7 +307,7 @@ def named(saved: Saved, resolver: Resolver) -> Saved:
     for disk in np.unique(run.disk).tolist():
         _write(writer, run.accesses.take(run.disk == disk), resolver, disk)
     writer.close()
-    rows = _rows(pq.ParquetFile(pa.BufferReader(buffer.getvalue())))
+    rows = inputs.rows(pq.ParquetFile(pa.BufferReader(buffer.getvalue())))
     return saved._replace(rows=rows.sort_by("time_ns"))
 
 

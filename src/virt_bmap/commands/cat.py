@@ -12,6 +12,7 @@ from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.lost import Missing
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import say
 
 HELP = "write the content of a file to standard output"
 
@@ -65,5 +66,5 @@ def run(args: argparse.Namespace) -> int:
             raise ImageError(f"{shown}: {error}") from error
         sys.stdout.buffer.flush()
         if missing:
-            print(f"virt-bmap: {shown}: zeroes stand for {missing}", file=sys.stderr)
+            say(f"virt-bmap: {shown}: zeroes stand for {missing}", file=sys.stderr)
     return 0

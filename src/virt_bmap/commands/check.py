@@ -17,6 +17,7 @@ from virt_bmap.commands.map import refuse_unknown
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.contract import CONTRADICTED, NOT_LOOKED_AT, PROVEN
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,28 +89,28 @@ def _table(report: "Report", names: list[str]) -> "pa.Table":
 def _tell(report: "Report", names: list[str]) -> None:
     """For people: each volume by kinds and verdicts, then in one line what is proven, and in the last one what is not."""
     for total in report.totals:
-        print(f"{names[total.volume]}: {total.size:,} bytes")
+        say(f"{names[total.volume]}: {total.size:,} bytes")
         if total.children:
-            print(f"  {total.children:>20,} in its volumes")
+            say(f"  {total.children:>20,} in its volumes")
         for kind, size in total.by_kind.items():
-            print(f"  {size:>20,} {kind}")
+            say(f"  {size:>20,} {kind}")
         for row in report.verdicts:
             if row.volume == total.volume and row.result != CONTRADICTED:
-                print(f"  {row.result}: {row.subject}: {escape(row.detail.encode())}")
+                say(f"  {row.result}: {row.subject}: {escape(row.detail.encode())}")
     for found in report.disagreements:
         where = (
             "" if found.start < 0 else f" byte {found.start:#x}" if found.end < 0 else f" bytes {found.start:#x}-{found.end:#x}"
         )
-        print(f"{names[found.volume]}:{where}: {found.code}: {escape(found.detail.encode())}")
+        say(f"{names[found.volume]}:{where}: {found.code}: {escape(found.detail.encode())}")
     proven = Counter(row.subject for row in report.verdicts if row.result == PROVEN)
     volumes = len({row.volume for row in report.verdicts if row.result == PROVEN})
     what = ", ".join(f"{subject} ({count})" for subject, count in proven.items())
     if report.disagreements:
-        print(f"not proven: {plural(len(report.disagreements), 'disagreement')}")
+        say(f"not proven: {plural(len(report.disagreements), 'disagreement')}")
         return
-    print(f"proven: {plural(volumes, 'volume')}: {what}" if what else "proven: nothing")
+    say(f"proven: {plural(volumes, 'volume')}: {what}" if what else "proven: nothing")
     if unseen := _unseen(report.verdicts, names):
-        print(f"not looked at: {unseen}")
+        say(f"not looked at: {unseen}")
 
 
 def _unseen(verdicts: "list[Verdict]", names: list[str]) -> str:

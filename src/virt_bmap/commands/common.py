@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import re
 import sys
 import threading
@@ -19,6 +18,7 @@ from virt_bmap.keys import Keys
 from virt_bmap.nested import Nested
 from virt_bmap.outputs import ours
 from virt_bmap.outputs.amounts import human as human
+from virt_bmap.printable import say, to_json
 from virt_bmap.reader import Reader
 
 if TYPE_CHECKING:
@@ -266,13 +266,13 @@ def emit_records(
         print_json(rows)
     else:
         for row in rows:
-            print(line(row))
+            say(line(row))
 
 
 def print_json(rows: Sequence[dict[str, Any]]) -> None:
     """One JSON object a line."""
     for row in rows:
-        print(json.dumps(row, ensure_ascii=False))
+        say(to_json(row))
 
 
 def plural(count: int, word: str, words: str | None = None) -> str:

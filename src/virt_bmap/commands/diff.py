@@ -14,6 +14,7 @@ from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS
 from virt_bmap.outputs.results import check_name
+from virt_bmap.printable import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,9 +110,9 @@ def run(args: argparse.Namespace) -> int:
         _print(args, answer, rows)
         return 0
     emit(args, rows)
-    print(_total(answer), file=sys.stderr)
+    say(_total(answer), file=sys.stderr)
     if args.output is not None:
-        print(f"{args.output}: {plural(rows.num_rows, 'row')}, written in {elapsed(start)}")
+        say(f"{args.output}: {plural(rows.num_rows, 'row')}, written in {elapsed(start)}")
     return 0
 
 
@@ -167,14 +168,14 @@ def _print(args: argparse.Namespace, answer: "Answer", rows: "pa.Table") -> None
     limit = args.limit or None
     left = show(report.shown(rows) if args.by == "file" else rows, sys.stdout, limit=limit)
     if left:
-        print(f"... and {plural(left, 'more row')}; --limit 0 shows all")
+        say(f"... and {plural(left, 'more row')}; --limit 0 shows all")
     if args.by != "change":
-        print()
+        say()
         show(report.rolled_up(answer.rows, "change"), sys.stdout)
-    print()
-    print(_total(answer))
+    say()
+    say(_total(answer))
     for line in _remarks(answer):
-        print(line)
+        say(line)
 
 
 def _total(answer: "Answer") -> str:

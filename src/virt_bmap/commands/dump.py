@@ -16,6 +16,7 @@ from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.files import replacing
+from virt_bmap.printable import say
 
 if TYPE_CHECKING:
     from virt_bmap.dump import Target
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             for number, reason in space.left.items():
                 warn(bmap, number, f"free space is copied, too: {reason}")
         for text in doubts(bmap, volume):
-            print(f"virt-bmap: {text}", file=sys.stderr)
+            say(f"virt-bmap: {text}", file=sys.stderr)
         if readers[volume] is not reader:
             warn(
                 bmap,
@@ -77,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
         with target(out, reader.size) as where, bar(f"dumping {device}", reader.size, args.quiet) as tell:
             missing = dump(reader, where, skip, tell, partial=args.partial)
     if missing:
-        print(f"virt-bmap: {device}: zeroes stand for {missing}", file=sys.stderr)
+        say(f"virt-bmap: {device}: zeroes stand for {missing}", file=sys.stderr)
     if not args.quiet and out != "-":
         left = f", {human(total(*skip))} of it free and left out" if args.skip_free else ""
-        print(f"{out}: {human(reader.size)} of {device}{left}")
+        say(f"{out}: {human(reader.size)} of {device}{left}")
     return 0
 
 
@@ -150,7 +151,7 @@ def doubts(bmap: BlockMap, volume: int) -> Iterator[str]:
 
 def warn(bmap: BlockMap, volume: int, text: str) -> None:
     """One line about a volume on standard error."""
-    print(f"virt-bmap: {escape(bmap.volumes.column('name')[volume].as_py().encode())}: {text}", file=sys.stderr)
+    say(f"virt-bmap: {escape(bmap.volumes.column('name')[volume].as_py().encode())}: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """virt-bmap explain: one byte of a disk, all the way down."""
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.explain import explain, fields_at, history_at, kinds_of, meant_at
 from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import say, to_json
 from virt_bmap.reader import Reader
 
 HELP = "say all that is known of one byte of a disk: every layer, the owner, and the bytes there"
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         answer = _of_disks(args, disks_of(args, given), disk, start)
     if args.json:
-        print(json.dumps(answer, ensure_ascii=False))
+        say(to_json(answer))
     else:
-        print("\n".join(_lines(answer)))
+        say("\n".join(_lines(answer)))
     return 0
 
 

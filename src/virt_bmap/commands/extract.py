@@ -21,6 +21,7 @@ from virt_bmap.commands.dump import bar, doubts
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import say
 
 if TYPE_CHECKING:
     from virt_bmap.content import Files
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         warn_of_doubts(bmap, volume, files)
         with bar(f"extracting from {device}", 0, args.quiet) as tell:
             report = extract(files, wanted, args.directory, args.same_owner, tell, args.partial)
-    say(report, args.directory, args.quiet, args.partial)
+    sum_up(report, args.directory, args.quiet, args.partial)
     return 1 if report.lost and not args.partial else 0
 
 
@@ -99,13 +100,13 @@ def named(files: "Files", paths: list[bytes]) -> list[tuple[bytes, int]]:
 def warn_of_doubts(bmap: BlockMap, volume: int, files: "Files") -> None:
     """Say on standard error what is wrong with the volume, and what is not in place."""
     for text in doubts(bmap, volume):
-        print(f"virt-bmap: {text}", file=sys.stderr)
+        say(f"virt-bmap: {text}", file=sys.stderr)
     if files.state not in tables.CONSISTENT:
-        print(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read as recovery would leave them, and what "
+        say(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read as recovery would leave them, and what "
               "was written last may be missing from them", file=sys.stderr)  # fmt: skip
 
 
-def say(report: "Report", folder: str, quiet: bool, partial: bool) -> None:
+def sum_up(report: "Report", folder: str, quiet: bool, partial: bool) -> None:
     """What was made, and on standard error what was not."""
     if not quiet:
         what = [
@@ -113,11 +114,11 @@ def say(report: "Report", folder: str, quiet: bool, partial: bool) -> None:
             plural(report.directories, "directory", "directories"),
             plural(report.links, "link"),
         ]
-        print(f"{folder}: {', '.join(what)}, {human(report.size)}")
+        say(f"{folder}: {', '.join(what)}, {human(report.size)}")
     for path, missing in report.missing:
         words = "zeroes stand for" if partial else "left out, --partial fills what is missing with zeroes:"
-        print(f"virt-bmap: {escape(path)}: {words} {missing}", file=sys.stderr)
+        say(f"virt-bmap: {escape(path)}: {words} {missing}", file=sys.stderr)
     if report.incomplete > len(report.missing):
-        print(f"virt-bmap: and {report.incomplete - len(report.missing):,} more files that can't be read whole", file=sys.stderr)
+        say(f"virt-bmap: and {report.incomplete - len(report.missing):,} more files that can't be read whole", file=sys.stderr)
     for reason, (count, first) in report.left.items():
-        print(f"virt-bmap: left out: {count:,} {reason}; the first: {escape(first)}", file=sys.stderr)
+        say(f"virt-bmap: left out: {count:,} {reason}; the first: {escape(first)}", file=sys.stderr)

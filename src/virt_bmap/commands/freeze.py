@@ -5,8 +5,9 @@ import math
 import shutil
 import sys
 
-from virt_bmap.errors import UsageError, one_line
+from virt_bmap.errors import UsageError
 from virt_bmap.freeze import LIMIT, Guest, Host, Target
+from virt_bmap.printable import one_line, say
 
 HELP = "run a command, such as a copy of a disk, while filesystems are frozen"
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         )
     status, held = freeze.run(target, command, args.timeout)
     if not args.quiet:
-        print(
+        say(
             f"virt-bmap: frozen for {held.wait().seconds:.2f} s: {one_line(held.filesystems)}",
             file=sys.stderr,
         )

@@ -22,6 +22,7 @@ from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import say
 
 HELP = "show the tree of disks, volumes and filesystems with sizes, types, labels, UUIDs and states"
 
@@ -143,9 +144,9 @@ def _print_tree(found: list[dict[str, Any]]) -> None:
             branch, below = ("", "") if number < 0 else ("└─", "  ") if last else ("├─", "│ ")
             stem = "│ " if children.get(row["volume"]) else "  "
             first, *more = _lines(row, found)
-            print(indent + branch + first)
+            say(indent + branch + first)
             for text in more:
-                print(indent + below + stem + text)
+                say(indent + below + stem + text)
             show(row["volume"], indent + below)
 
     show(-1, "")

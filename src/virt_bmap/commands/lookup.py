@@ -22,6 +22,7 @@ from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.records import SCHEMA, owner_records
+from virt_bmap.printable import say
 from virt_bmap.ranges import Ranges, parse
 
 HELP = "name every owner of byte ranges of a disk, the most specific first"
@@ -124,16 +125,16 @@ def _many(args: argparse.Namespace) -> int:
         raise UsageError(f"there is no disk {number_of_disk} in this map, which has {len(bmap.disks)}")
     volume = bmap.volumes.slice(bmap.disks[number_of_disk - 1], 1).to_pylist()[0]
     starts, ends = ranges.inside(volume["size"], escape(volume["name"].encode()))
-    print(f"{ranges.source}: {ranges.format}, {plural(len(starts), 'range')} to look up", file=sys.stderr)
+    say(f"{ranges.source}: {ranges.format}, {plural(len(starts), 'range')} to look up", file=sys.stderr)
     found = hits(bmap, number_of_disk, starts, ends)
     if args.json or args.output is not None:
         emit_records(args, found.objects, OBJECTS, hit_line)
         return 0
     for row in found.objects:
         if row["kind"] != "slack":
-            print(hit_line(row))
+            say(hit_line(row))
     kinds = sorted(found.kinds.items(), key=lambda item: -item[1])
-    print(
+    say(
         f"{found.size:>15,} bytes in {plural(len(starts), 'range')}"
         + (": " + ", ".join(f"{size:,} {kind}" for kind, size in kinds) if kinds else "")
     )

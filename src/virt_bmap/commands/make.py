@@ -6,6 +6,7 @@ import time
 
 from virt_bmap.commands.common import elapsed, human
 from virt_bmap.commands.paths import INPUT, Output
+from virt_bmap.printable import say
 
 HELP = "make a prepared disk image: partitions, filesystems, logical volumes, arrays, LUKS, filled with a tree"
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     how = make(args.spec, args.out, args.tree, args.key_file, args.force)
     if not args.quiet:
-        print(
+        say(
             f"{args.out}: {args.spec}, {human(os.stat(args.out).st_blocks * 512)} on this host, made in {elapsed(begin)} with {', '.join(how)}"
         )
     return 0

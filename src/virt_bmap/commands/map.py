@@ -21,6 +21,7 @@ from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.files import replacing
 from virt_bmap.outputs.ours import is_map
+from virt_bmap.printable import say
 
 HELP = "write the block map of disks: which file owns every byte?"
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         from virt_bmap.observe.advice import advice
 
         for line in advice(bmap):
-            print(f"virt-bmap: {line}", file=sys.stderr)
+            say(f"virt-bmap: {line}", file=sys.stderr)
     return 0
 
 
@@ -113,10 +114,10 @@ def summary(bmap: BlockMap, output: str, took: str) -> None:
         plural(bmap.filesystems.num_rows, "filesystem"), plural(types.count(tables.T_DIRECTORY), "directory", "directories"),
         plural(types.count(tables.T_FILE), "file"),
     ]  # fmt: skip
-    print(", ".join(counted), file=out)
+    say(", ".join(counted), file=out)
     for problem in bmap.problems.to_pylist():
         if problem["severity"] != "note":
             name = bmap.volumes.column("name")[problem["volume"]].as_py()
-            print(f"{problem['severity']}: {escape(name.encode())}: {escape(problem['detail'].encode())}", file=sys.stderr)
+            say(f"{problem['severity']}: {escape(name.encode())}: {escape(problem['detail'].encode())}", file=sys.stderr)
     if output != "-":
-        print(f"{output}: written in {took}", file=out)
+        say(f"{output}: written in {took}", file=out)

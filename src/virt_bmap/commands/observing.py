@@ -9,6 +9,7 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import keys_of, plural, stages
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import say
 from virt_bmap.watch.source import source
 
 
@@ -23,7 +24,7 @@ def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
     sources = [source(image, args.format, args.references) for image in images]
     journal = Journal(args.output + SUFFIX, sources, args.resume)
     if journal.seen and not args.quiet:
-        print(f"resuming: {plural(len(journal.seen), 'file')} observed before")
+        say(f"resuming: {plural(len(journal.seen), 'file')} observed before")
     try:
         with stages() as tell, session(sources, keys_of(args), tell) as found:
             bmap = observed_map(found, journal, tell)
@@ -32,7 +33,7 @@ def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
     except BaseException:
         journal.close()
         if journal.seen:
-            print(
+            say(
                 f"virt-bmap: {plural(len(journal.seen), 'file')} observed so far, kept in {journal.path}: --resume goes on from there",
                 file=sys.stderr,
             )
@@ -45,4 +46,4 @@ def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
 def say_left(left: dict[str, str]) -> None:
     """Filesystems that were not observed, on standard error."""
     for device, why in left.items():
-        print(f"virt-bmap: {escape(device.encode())}: not observed: {escape(why.encode())}", file=sys.stderr)
+        say(f"virt-bmap: {escape(device.encode())}: not observed: {escape(why.encode())}", file=sys.stderr)

@@ -10,6 +10,7 @@ from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs import ours
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -130,9 +131,7 @@ def _export(args: argparse.Namespace, profile: "Profile") -> int:
     with replacing(args.output or "-") as file:
         left = write(profile, args.export, file, args.disk, args.device, args.common)
     if left:
-        print(
-            f"virt-bmap: {plural(left, 'file')} left out: a line can't hold a name with a newline (files0 can)", file=sys.stderr
-        )
+        say(f"virt-bmap: {plural(left, 'file')} left out: a line can't hold a name with a newline (files0 can)", file=sys.stderr)
     return 0
 
 
@@ -145,11 +144,11 @@ def _result(args: argparse.Namespace, table: "pa.Table", word: str, words: str |
     elif args.json:
         sys.stdout.writelines(f"{line}\n" for line in json_lines(table))
     elif not len(table):
-        print(f"no {words or word + 's'}")
+        say(f"no {words or word + 's'}")
     else:
         left = show(table, sys.stdout, limit=args.top or None)
         if left:
-            print(f"({plural(left, f'more {word}', f'more {words or word + chr(115)}')}: --top 0 shows all)")
+            say(f"({plural(left, f'more {word}', f'more {words or word + chr(115)}')}: --top 0 shows all)")
     return 0
 
 
@@ -163,14 +162,14 @@ def _show(args: argparse.Namespace, profile: "Profile") -> None:
         return
     for run in profile.runs:
         name = escape(run.trace.encode(errors="surrogateescape"))
-        print(f"{name}: {plural(run.requests, 'request')} in {run.seconds:.1f} s, {human(run.read)} read")
+        say(f"{name}: {plural(run.requests, 'request')} in {run.seconds:.1f} s, {human(run.read)} read")
     for disk in totals(profile):
         share = f" ({disk['needed'] / disk['size']:.1%} of it)" if disk["size"] else ""
         common = f", {human(disk['common'])} by every run" if len(profile.runs) > 1 else ""
-        print(f"disk {disk['disk']}: {human(disk['needed'])} needed{share}{common}, each byte counted once")
+        say(f"disk {disk['disk']}: {human(disk['needed'])} needed{share}{common}, each byte counted once")
     if args.output:
-        print(f"{args.output}: written", file=sys.stderr)
-    print()
+        say(f"{args.output}: written", file=sys.stderr)
+    say()
     hidden = {"runs", "in_all_runs"} if len(profile.runs) == 1 else set()
     hidden |= {"size", "share"} if found.column("size").null_count == len(found) else set()
     args.output = None

@@ -7,6 +7,7 @@ from virt_bmap.commands.common import human, plural
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS, open_image
+from virt_bmap.printable import say
 
 HELP = "warm a disk or NBD source: read ahead what a profile says will be needed"
 
@@ -44,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         speed = f" ({human(int(done.bytes / done.seconds))}/s)" if done.seconds else ""
         what = f"{human(done.bytes)} read in {plural(done.ranges, 'range')} in {done.seconds:.1f} s{speed}"
-        print(f"{args.image}: {what}, of which {human(done.needed)} needed", file=sys.stderr)
+        say(f"{args.image}: {what}, of which {human(done.needed)} needed", file=sys.stderr)
     return 0

@@ -8,6 +8,7 @@ from virt_bmap.commands.common import add_disk_options, add_force_option, human,
 from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.ours import is_page
+from virt_bmap.printable import say
 
 HELP = "draw a map, and traces of its disks, as one HTML page that needs no network"
 
@@ -39,5 +40,5 @@ def run(args: argparse.Namespace) -> int:
     bmap = map_or_disks(args, given)
     with replacing(args.output) as file:
         size = file.write(page(bmap, load(names, bmap) if names else None, title))
-    print(f"{args.output}: {human(size)} written, {plural(len(names), 'trace')} in it", file=sys.stderr)
+    say(f"{args.output}: {human(size)} written, {plural(len(names), 'trace')} in it", file=sys.stderr)
     return 0

@@ -15,6 +15,7 @@ from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.images import magic
 from virt_bmap.images.raw import RawReader
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import say
 
 HELP = "give the free space of a disk image back to its host"
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
@@ -82,7 +83,7 @@ def _copy(args: argparse.Namespace) -> int:
         with new_file(out) as name, bar(f"copying {image}", reader.size, args.quiet) as tell:
             missing = copy(reader, space.all(), name, format, args.compress, tell, args.partial)
     if missing:
-        print(f"virt-bmap: {image}: zeroes stand for {missing}", file=sys.stderr)
+        say(f"virt-bmap: {image}: zeroes stand for {missing}", file=sys.stderr)
     _tell(args, [{"disk": len(images), "image": image, "out": out, "size": reader.size, **_sizes(image, out)}])
     return 0
 
@@ -168,7 +169,7 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 else f", {human(max(0, took - takes))} less than {row['image'] if row['out'] else 'before'}"
             )
             now = "given back what is free" if takes is None else f"{human(takes)} on the host{known}"
-            print(f"{row['out'] or row['image']}: a disk of {human(row['size'])}, {now}")
+            say(f"{row['out'] or row['image']}: a disk of {human(row['size'])}, {now}")
 
 
 # ---- an estimate ----------------------------------------------------------------------------------------------------
@@ -196,15 +197,15 @@ def _estimate(args: argparse.Namespace) -> int:
 
 
 def _print(rows: list[dict[str, Any]], names: list[str], disks: list[int]) -> None:
-    print(f"{'bytes':>12} {'on the host':>12}  what")
+    say(f"{'bytes':>12} {'on the host':>12}  what")
     for number, disk in enumerate(disks, 1):
         mine = [row for row in rows if row["disk"] == number and row["given_back"]]
         for row in mine:
-            print(f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']}")
-        print(f"{human(sum(row['bytes'] for row in mine)):>12} {_held(mine):>12}  in all of {names[disk]} would be given back")
+            say(f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']}")
+        say(f"{human(sum(row['bytes'] for row in mine)):>12} {_held(mine):>12}  in all of {names[disk]} would be given back")
         for row in rows:
             if row["disk"] == number and not row["given_back"]:
-                print(f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']} would be kept")
+                say(f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']} would be kept")
 
 
 def _held(rows: list[dict[str, Any]]) -> str:

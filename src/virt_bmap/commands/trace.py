@@ -9,6 +9,7 @@ from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.logs import NAMES
 from virt_bmap.outputs.ours import is_tables
+from virt_bmap.printable import say
 
 HELP = "make a trace of a log by nbdkit, QEMU, blkparse, fio or biosnoop, or of what a killed watch left"
 
@@ -48,14 +49,12 @@ def run(args: argparse.Namespace) -> int:
     with replacing(args.output) as file:
         save_log(log, file, bmap, args.disk)
     for note in log.notes:
-        print(f"virt-bmap: {source}: {note}", file=sys.stderr)
+        say(f"virt-bmap: {source}: {note}", file=sys.stderr)
     if len(log.unread):
         more = f" and {plural(len(log.unread) - 1, 'more line')}" if len(log.unread) > 1 else ""
-        print(
-            f"virt-bmap: {source}: line {log.unread[0]}{more} left out, no part of {log.format}: {log.example}", file=sys.stderr
-        )
+        say(f"virt-bmap: {source}: line {log.unread[0]}{more} left out, no part of {log.format}: {log.example}", file=sys.stderr)
     seconds = (log.accesses.time_ns[-1] - log.accesses.time_ns[0]) / 1e9
-    print(
+    say(
         f"{source}: {log.format}, {plural(len(log.accesses), 'access', 'accesses')} in {seconds:.1f} s; {args.output}: written",
         file=sys.stderr,
     )

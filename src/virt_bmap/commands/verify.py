@@ -8,6 +8,7 @@ from virt_bmap.commands.observing import say_left
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import say
 
 if TYPE_CHECKING:
     from virt_bmap.observe.judge import Disagreement, Verdict
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             _say(device, verdict)
     wrong = sum(len(verdict.disagreements) for _, verdict in found)
     if not args.json:
-        print(f"{plural(wrong, 'disagreement')}" if wrong else "the map and the kernel agree")
+        say(f"{plural(wrong, 'disagreement')}" if wrong else "the map and the kernel agree")
     return 1 if wrong else 0
 
 
@@ -78,15 +79,15 @@ def _row(device: str, row: "Disagreement") -> dict[str, Any]:
 def _say(device: str, verdict: "Verdict") -> None:
     """One filesystem: what was compared, how it came out, and what else was read."""
     which = f"{verdict.files:,} of {plural(verdict.of, 'file')}" if verdict.files < verdict.of else plural(verdict.files, "file")
-    print(f"{escape(device.encode())}: {verdict.type}, {which} read by {verdict.kernel}")
+    say(f"{escape(device.encode())}: {verdict.type}, {which} read by {verdict.kernel}")
     for reason, words in REASONS.items():
         if size := verdict.bytes.get(reason):
-            print(f"  {human(size):>12}  {words}")
+            say(f"  {human(size):>12}  {words}")
     for kind, size in sorted(verdict.other.items(), key=lambda item: -item[1]):
-        print(f"  {human(size):>12}  read on the way: {kind}")
+        say(f"  {human(size):>12}  read on the way: {kind}")
     for row in verdict.disagreements:
         where = f" bytes {row.start:#x}-{row.end:#x}" if row.start >= 0 else ""
         mapped = "nowhere" if row.mapped < 0 else f"at {row.mapped:#x}"
         observed = "not read" if row.observed < 0 else f"read at {row.observed:#x}"
         words = escape(row.detail.encode()) or f"in the map {mapped}, by the kernel {observed}"
-        print(f"  {row.code}: {escape(row.path.encode())}{where}: {words}")
+        say(f"  {row.code}: {escape(row.path.encode())}{where}: {words}")

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from virt_bmap import tables
 from virt_bmap.commands.common import add_disk_options, add_force_option, human, keys_of, map_disks, plural
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.errors import BmapError, OutputError, one_line
+from virt_bmap.errors import BmapError, OutputError
 from virt_bmap.outputs import ours
 from virt_bmap.outputs.files import growing
+from virt_bmap.printable import one_line, say
 
 if TYPE_CHECKING:
     from virt_bmap.watch.resolve import Resolver
@@ -176,7 +177,7 @@ class _Saving:
 def _say(words: str) -> None:
     """On standard error, where anybody listens."""
     with contextlib.suppress(OSError, ValueError):
-        print(words, file=sys.stderr, flush=True)
+        say(words, file=sys.stderr, flush=True)
 
 
 def _sum_up(text: str, path: str) -> None:
@@ -199,7 +200,7 @@ def _can_show() -> bool:
     if not missing and not importlib.util.find_spec("textual"):
         missing = "needs the Python package textual (pip install 'virt-bmap[tui]')"
     if missing:
-        print(f"virt-bmap: --tui {missing}: plain lines instead", file=sys.stderr)
+        say(f"virt-bmap: --tui {missing}: plain lines instead", file=sys.stderr)
     return not missing
 
 

@@ -189,7 +189,9 @@ class Attribution:
 
     def _idle(self, rows: Rows, found: Segments, left: Bool) -> None:
         kind = np.where(found.new.kind < 0, tables.GAP, found.new.kind)
-        rows.add(FREE, found.size[left], volume=found.new.volume[left], kind=kind[left])
+        disk = self.objects.new.bmap.disks[self.disk - 1]  # which has what a saved map gives to nobody
+        volume = np.where(found.new.volume < 0, disk, found.new.volume)
+        rows.add(FREE, found.size[left], volume=volume[left], kind=kind[left])
 
     def _whose(self, rows: Rows, found: Segments, mine: Bool, view: View, change: Any) -> None:
         """These segments as rows of their owners: files by object, everything else by volume, kind and part."""

@@ -6,6 +6,7 @@ backing or data file. So the format is found by magic and said aloud, and a file
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 
 from virt_bmap.errors import ImageError
@@ -14,6 +15,8 @@ from virt_bmap.reader import Reader
 
 FORMATS = ("raw", *magic.FORMATS)
 """What `--format` takes."""
+PACKED = 16
+"""Bytes of a guest's disk that one of an image's file may stand for, where it is compressed: of metadata, which is what counts here, less."""
 BY_LAYERS = ("vpc", "vhdx")
 """Formats whose differencing images QEMU does not open; the readers of their layers do."""
 
@@ -48,6 +51,8 @@ def open_image(image: str, format: str | None = None, references: bool = False, 
             return host.open_by_layers(image, found, references)
         reader = qemu.open_with_qemu(plain, found, references, status)
         reader.in_use = plain.in_use
+        if not references:  # QEMU reads nothing but this file
+            reader.stored_bytes = min(reader.size, PACKED * os.fstat(plain.fileno()).st_blocks * 512)
         return reader
     finally:
         plain.close()

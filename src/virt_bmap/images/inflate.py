@@ -65,6 +65,7 @@ class InflatingReader(Reader):
 
     def __init__(self, plain: Reader, rows: Rows, files: Sequence[Reader], codecs: dict[int, Codec]) -> None:
         super().__init__(plain.size, plain.name)
+        self.below = [plain, *files]
         self._plain, self._rows, self._files, self._codecs = plain, rows, files, codecs
         self._clusters: OrderedDict[tuple[int, int], bytes] = OrderedDict()
 

@@ -36,6 +36,7 @@ class Metered(Reader):
     def __init__(self, file: Reader, limit: int) -> None:
         super().__init__(file.size, file.name)
         self._file, self._limit = file, limit
+        self.below = [file]
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         if self.requested > self._limit:

@@ -16,7 +16,8 @@ from virt_bmap.blockmap import FILE, BlockMap
 from virt_bmap.errors import MapError
 from virt_bmap.mapping import Row, Rows
 from virt_bmap.outputs.escape import unescape
-from virt_bmap.outputs.listing import NAMES_OF, VOLUME_KINDS
+from virt_bmap.outputs.listing import NAMES_OF
+from virt_bmap.tables import VOLUME_KINDS
 
 LINE = r"^(?P<disk>[0-9]{1,4}) (?P<start>[0-9a-f]{1,15}) (?P<end>[0-9a-f]{1,15}) (?P<kind>[a-z]) (?P<device>/[^ ]+)(?: (?P<name>.*))?$"
 

@@ -15,7 +15,6 @@ LETTERS = {
 }  # fmt: skip
 """One letter for each kind of owner, extents first, then volumes. v, p, l, d and f are the original's."""
 NAMES_OF = {letter: name for name, letter in LETTERS.items()}
-VOLUME_KINDS = tuple(LETTERS)[len(tables.KINDS) :]
 
 LISTING = pa.schema([
     pa.field("query", pa.int64(), False, {"meaning": "number of the range that was asked about, from 0"}),

@@ -6,7 +6,7 @@ metadata names the disks and the version of the schema.
 """
 
 import json
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -65,33 +65,27 @@ def sizes(bmap: BlockMap) -> list[int]:
 
 def load(path: str) -> BlockMap:
     """Read a map back. Raises MapError where the file is not one, or is damaged."""
-    import pyarrow.parquet as pq
+    from virt_bmap import inputs
 
-    try:
-        file = pq.ParquetFile(path)
+    with inputs.reading(path, "a block map"):
+        file = inputs.open_file(path)
         if KEY not in (file.schema_arrow.metadata or {}):
             raise MapError(f"{path}: is a Parquet file, but not a block map (its metadata has no {KEY.decode()!r})")
-        about: dict[str, Any] = json.loads(file.schema_arrow.metadata[KEY])
+        about = inputs.metadata(file, KEY)
         if about.get("version") != VERSION:
             raise MapError(
-                f"{path}: is a block map of version {about.get('version')}, this program reads version {VERSION}: map the disk again"
+                f"{path}: is a block map of version {about.get('version')!r}, this program reads version {VERSION}: map the disk again"
             )
-        found = {name: _table(file, name) for name in BlockMap.TABLES}
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise MapError(f"{path}: can't be read as a block map: {str(error).splitlines()[0]}") from error
+        found = {name: _table(inputs.rows(file, [name]), name) for name in BlockMap.TABLES}
+        tables.check_map(found)
     return BlockMap(**found)
 
 
-def _table(file: Any, name: str) -> pa.Table:
-    schema = tables.SCHEMAS[name]
-    structs = [chunk.flatten() for chunk in file.read(columns=[name]).column(name).chunks]
-    known = file.schema_arrow.field(name).type.value_type
-    columns = []
-    for field in schema:
-        index = known.get_field_index(field.name)
-        if index < 0 and not field.nullable:
-            raise ValueError(f"table {name} lacks the column {field.name}")
-        columns.append(pa.chunked_array(
-            [found.field(index) if index >= 0 else pa.nulls(len(found), field.type) for found in structs], field.type,
-        ))  # fmt: skip
-    return tables.recode(pa.Table.from_arrays(columns, schema=schema).unify_dictionaries().combine_chunks())
+def _table(lists: pa.Table, name: str) -> pa.Table:
+    from virt_bmap import inputs
+
+    schema, kind = tables.SCHEMAS[name], lists.schema.field(name).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        raise ValueError(f"column {name!r} has the type {kind}")
+    flat = [pa.Table.from_struct_array(chunk.flatten()) for chunk in lists.column(name).chunks]
+    return tables.recode(inputs.fit(pa.concat_tables(flat) if flat else schema.empty_table(), schema))

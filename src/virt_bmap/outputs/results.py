@@ -4,8 +4,8 @@ A result is an Arrow table. A field may say in its metadata what it `meaning`s, 
 Text that comes from a disk passes through `safe` first, so that no output carries control characters; lists and structs become JSON where a format has none.
 """
 
-import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.escape import escape_all
 from virt_bmap.outputs.files import replacing
+from virt_bmap.printable import printable, to_json
 
 ENDINGS = (".csv", ".parquet", ".jsonl")
 """What `save` writes, by the end of the file's name."""
@@ -84,7 +85,7 @@ def save(table: pa.Table, path: str) -> None:
         elif path.endswith(".csv"):
             from pyarrow import csv
 
-            csv.write_csv(_flat(table), file, csv.WriteOptions(quoting_style="needed"))
+            csv.write_csv(_no_formulas(_flat(table)), file, csv.WriteOptions(quoting_style="needed"))
         else:
             for line in json_lines(table):
                 file.write(f"{line}\n".encode())
@@ -101,6 +102,21 @@ def _flat(table: pa.Table) -> pa.Table:
     return table
 
 
+FORMULA = "^['=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]"
+"""How text begins that a spreadsheet computes, the wide letters included, and with an apostrophe, which is put before it. Source: OWASP, CSV Injection."""
+
+
+def _no_formulas(table: pa.Table) -> pa.Table:
+    """Text that a spreadsheet would take for a formula with an apostrophe before it; whoever drops the first apostrophe of a text has it back. Numbers stay numbers."""
+    import pyarrow.compute as pc
+
+    for at, about in enumerate(table.schema):
+        if _is_text(about.type):
+            guarded = pc.replace_substring_regex(table.column(at), f"({FORMULA})", "'\\1")
+            table = table.set_column(at, about, guarded)
+    return table.rename_columns([re.sub(f"({FORMULA})", r"'\1", name) for name in table.column_names])
+
+
 def json_lines(table: pa.Table) -> Iterator[str]:
     """One JSON object for each row, without the end of line."""
     for at in range(0, table.num_rows, BATCH):
@@ -111,9 +127,9 @@ def json_lines(table: pa.Table) -> Iterator[str]:
 def _json(value: Any) -> str:
     """JSON has no word for what is not a number; what it has no type for (dates, decimals) becomes text."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+        return to_json(value, str, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, default=str)
+        return to_json(_finite(value), str)
 
 
 def _finite(value: Any) -> Any:
@@ -140,11 +156,15 @@ def show(table: pa.Table, out: TextIO, columns: Sequence[str] | None = None, lim
     for about in shown.schema:
         right = pa.types.is_integer(about.type) or pa.types.is_floating(about.type)
         # a path is worth more room than a number, and must not be cut: the end of it is what tells
-        made.add_column(Text(about.name.replace("_", " ")), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        made.add_column(
+            Text(printable(about.name.replace("_", " "))), justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
     for row in zip(*cells, strict=True):
         made.add_row(*map(Text, row))
     is_terminal = out.isatty()
-    wide = sum(2 + max(map(cell_len, [about.name, *column])) for about, column in zip(shown.schema, cells, strict=True))
+    wide = sum(
+        2 + max(map(cell_len, [printable(about.name), *column])) for about, column in zip(shown.schema, cells, strict=True)
+    )
     console = Console(file=out, width=None if is_terminal else max(1, wide), highlight=False, emoji=False, markup=False)
     with console.capture() as text:
         console.print(made)
@@ -160,7 +180,7 @@ def _cell(value: Any, about: pa.Field) -> str:
         return f"{value:.1f}"
     if isinstance(value, int) and not isinstance(value, bool) and _unit(about) in UNITS:
         return f"{value:,}"
-    return str(value)
+    return printable(str(value))
 
 
 def _unit(about: pa.Field) -> str:

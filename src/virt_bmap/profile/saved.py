@@ -7,13 +7,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from virt_bmap import tables
+from virt_bmap import inputs, tables
 from virt_bmap.arrays import Int
-from virt_bmap.errors import ImageError, MapError
+from virt_bmap.errors import MapError
 from virt_bmap.outputs.results import field
 
 KEY = b"virt-bmap-profile"
 VERSION = 1
+LONGEST = 4e9
+"""Seconds that a run may take: 127 years, as far as 64 bits of nanoseconds go."""
 RANGES = pa.schema([
     field("disk", pa.int32(), "number of the disk, from 1"),
     field("offset", pa.int64(), "first byte, on the disk", "bytes"),
@@ -68,27 +70,43 @@ def is_profile(path: str) -> bool:
 
 def load(path: str) -> Profile:
     """Read a profile back. Raises ImageError where it can't be read, MapError where it is not one, or is damaged."""
-    try:
-        table = pq.read_table(path)
-        about: dict[str, Any] = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
+    with inputs.reading(path, "a profile"):
+        file = inputs.open_file(path)
+        about = inputs.metadata(file, KEY)
         if about.get("version") != VERSION:
-            what = f"a profile of version {about['version']}" if "version" in about else "a Parquet file, but no profile"
+            what = f"a profile of version {about['version']!r}" if "version" in about else "a Parquet file, but no profile"
             raise MapError(f"{path}: is {what}; virt-bmap profile TRACE... -o PROFILE makes one")
-        table = table.select(RANGES.names).cast(RANGES)
-        profile = Profile(table, [RunFacts(**run) for run in about["runs"]], [int(size) for size in about["disks"]])
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: can't be read: {error.strerror}") from error
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise MapError(f"{path}: can't be read as a profile: {str(error).splitlines()[0]}") from error
+        table = inputs.fit(inputs.rows(file, RANGES.names), RANGES)
+        profile = Profile(table, [_run_facts(run) for run in about["runs"]], inputs.sizes(about))
     _check_numbers(path, profile)
     return profile
 
 
+def _run_facts(run: dict[str, Any]) -> RunFacts:
+    found = RunFacts(**run)
+    whole = all(type(value) is int and 0 <= value < 1 << 63 for value in (found.requests, found.read))
+    if not (isinstance(found.trace, str) and whole and isinstance(found.seconds, (int, float)) and 0 <= found.seconds < LONGEST):
+        raise ValueError("its metadata say of a run what can't be")
+    return found
+
+
 def _check_numbers(path: str, profile: Profile) -> None:
-    for name, least in (("disk", 1), ("offset", 0), ("length", 1), ("runs", 1), ("first_ns", 0), ("read", 0)):
+    for name, least in (
+        ("disk", 1),
+        ("offset", 0),
+        ("length", 1),
+        ("runs", 1),
+        ("first_ns", 0),
+        ("read", 0),
+        ("inode", 0),
+        ("file_offset", 0),
+        ("size", 0),
+    ):
         low = pc.min(profile.ranges.column(name)).as_py()
         if low is not None and low < least:
             raise MapError(f"{path}: is damaged: column {name!r} has the value {low}")
+    if (pc.max(profile.ranges.column("first_ns")).as_py() or 0) >= LONGEST * 1e9:
+        raise MapError(f"{path}: is damaged: it has ranges that were read after {LONGEST:,.0f} seconds")
     end = profile.column("offset").astype(float) + profile.column("length")
     if (end >= 1 << 63).any():
         raise MapError(f"{path}: is damaged: it has ranges behind byte 2**63")

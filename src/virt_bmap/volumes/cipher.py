@@ -120,6 +120,7 @@ class DecryptedReader(Reader):
     def __init__(self, base: Reader, cipher: Decrypts, first: int) -> None:
         super().__init__(base.size, base.name)
         self._base, self._cipher, self._first = base, cipher, first
+        self.below = [base]
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         size = self._cipher.size
@@ -159,6 +160,7 @@ class WindowsReader(Reader):
     def __init__(self, base: Reader, windows: Sequence[Window]) -> None:
         super().__init__(base.size, base.name)
         self._windows = windows
+        self.below = [base]
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         result = np.zeros(int(lengths.sum()), np.uint8)

@@ -59,6 +59,7 @@ class RebuiltReader(Reader):
     def __init__(self, base: Reader, stripes: Stripes) -> None:
         super().__init__(base.size, base.name)
         self._base = base
+        self.below = [base]
         self._stripes = stripes
         pattern = stripes.layout.pattern()
         gone = [Place(at, 0) if member is None else None for at, member in enumerate(stripes.members)]

@@ -24,9 +24,10 @@ import numpy as np
 
 from virt_bmap import children, in_use, notices, protection
 from virt_bmap.cli import program
-from virt_bmap.errors import MissingTool, OutputError, UsageError, one_line
+from virt_bmap.errors import MissingTool, OutputError, UsageError
 from virt_bmap.outputs.files import growing
 from virt_bmap.outputs.ours import is_log
+from virt_bmap.printable import one_line, say
 from virt_bmap.watch import plugin
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.lines import LineLog
@@ -129,12 +130,12 @@ def main() -> NoReturn:
 def _main(arguments: Sequence[str]) -> int:
     given, options = _split(arguments)
     if "-h" in options or "--help" in options:
-        print(USAGE, end="")
+        say(USAGE, end="")
         return 0
     if "-V" in options or "--version" in options:
         from importlib.metadata import version
 
-        print(f"bmaplogger {version('virt-bmap')}")
+        say(f"bmaplogger {version('virt-bmap')}")
         return 0
     if "file" not in given:
         raise UsageError("file=DISK is missing (see bmaplogger --help)")
@@ -145,7 +146,7 @@ def _main(arguments: Sequence[str]) -> int:
     if "logfile" in given:
         protection.writes(given["logfile"], is_log)
     protection.check(given.get("force") == "true")
-    with notices.listening(lambda words: print(f"bmaplogger: {one_line(words)}", file=sys.stderr)):
+    with notices.listening(lambda words: say(f"bmaplogger: {one_line(words)}", file=sys.stderr)):
         return _logged(given, options)
 
 
@@ -178,9 +179,9 @@ def _logged(given: dict[str, str], options: Sequence[str]) -> int:
     ):
         print(f"bmaplogger: {words}", file=sys.stderr)
     if dropped:
-        print(f"bmaplogger: {dropped} accesses were dropped: naming them took longer than the guest", file=sys.stderr)
+        say(f"bmaplogger: {dropped} accesses were dropped: naming them took longer than the guest", file=sys.stderr)
     if printer.dropped:
-        print(f"bmaplogger: {printer.dropped} lines could not be written to the log", file=sys.stderr)
+        say(f"bmaplogger: {printer.dropped} lines could not be written to the log", file=sys.stderr)
     return status
 
 

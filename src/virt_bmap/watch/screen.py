@@ -24,10 +24,11 @@ from textual.drivers.linux_driver import LinuxDriver
 from textual.widgets import Footer, Input, RichLog, Static
 
 from virt_bmap import tables
-from virt_bmap.errors import BmapError, one_line
+from virt_bmap.errors import BmapError
 from virt_bmap.outputs import results
 from virt_bmap.outputs.amounts import human
 from virt_bmap.outputs.escape import escape
+from virt_bmap.printable import one_line
 from virt_bmap.watch.activity import SORTS, Activity, View
 from virt_bmap.watch.cells import READ_COLOURS, WRITE_COLOURS, Light, heading, rows_lines, shortened, spark, strip_lines
 from virt_bmap.watch.session import Outcome, Runner, started, step_aside

@@ -21,7 +21,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from virt_bmap.errors import UsageError, one_line
+from virt_bmap.errors import UsageError
+from virt_bmap.printable import one_line
 from virt_bmap.signals import SIGNALS, forwarded
 from virt_bmap.watch import oom
 from virt_bmap.watch.accesses import Accesses, LogParser

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from virt_bmap.arrays import Int
-from virt_bmap.errors import one_line
+from virt_bmap.printable import one_line
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.resolve import Resolver, Touched
 

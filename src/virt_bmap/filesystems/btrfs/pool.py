@@ -56,6 +56,7 @@ class PoolReader(Reader):
 
     def __init__(self, base: Reader, pool: Pool) -> None:
         super().__init__(base.size, base.name)
+        self.below = [base]
         self.pool = pool
         self.near = pool.copies.first.near
 

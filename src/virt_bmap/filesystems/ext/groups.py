@@ -327,7 +327,7 @@ def used_inodes(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
     """Numbers of the inodes that the bitmaps call used, sorted."""
     per_group = superblock.inodes_per_group
     read = np.flatnonzero((groups.inode_bitmap > 0) & (groups.inode_table > 0) & ~groups.inodes_unused)
-    found = [EMPTY]
+    found, total = [EMPTY], 0
     for position, bitmaps in _bitmaps(reader, superblock, groups.inode_bitmap[read], per_group):
         width = bitmaps.shape[1] * 8
         group = read[position]
@@ -336,6 +336,8 @@ def used_inodes(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
         base = row * width
         first = np.maximum(low[nth], base)
         count = np.minimum(high[nth], base + width) - first
+        total += int(count.sum())
+        reader.afford(total * superblock.inode_size, f"{total:,} inodes")
         first += group[row] * per_group + 1 - base
         numbers = np.ones(int(count.sum()), np.int64)
         ends = np.cumsum(count)

@@ -278,6 +278,7 @@ def _checked(data: bytes, offset: int, reader: Reader) -> Superblock:
     if readable <= first:
         raise Corrupt(f"ext superblock at byte {offset:#x}: the volume of {reader.size} bytes holds no group of it", offset)
     groups = min(-(-(blocks - first) // blocks_per_group), -(-readable // blocks_per_group))
+    reader.afford(groups * desc_size, f"{groups:,} group descriptors")
     if groups * inodes_per_group * inode_size > readable * block_size:
         raise Corrupt(f"ext superblock at byte {offset:#x}: {groups} tables of {inodes_per_group} inodes do not fit", offset)
     return Superblock(

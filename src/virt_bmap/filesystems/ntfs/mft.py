@@ -63,6 +63,7 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
         )
     pieces = [decoded(own, geometry)]
     length = int(own.initialized_size[own.lowest_vcn == 0].max(initial=0))
+    reader.afford(length, "the $MFT")
     batches: list[Batch] = []
     held = np.empty(PIECE + 128, np.uint8)
     at, before = 0, -1

@@ -81,8 +81,9 @@ def read_groups(reader: Reader, geometry: Geometry, damage: Damage, rows: tables
 
 def _read_headers(reader: Reader, geometry: Geometry, damage: Damage) -> tuple[Bytes, Int]:
     """The header sectors (groups, 4, sector size) of those groups whose headers can be read, and their numbers."""
-    agno = np.arange(geometry.groups, dtype=np.int64)
     size = len(HEADERS) * geometry.sector_size
+    reader.afford(geometry.groups * size, f"headers of {geometry.groups:,} groups")
+    agno = np.arange(geometry.groups, dtype=np.int64)
     start = geometry.group_offset(agno)
     inside = damage.check(start + size <= geometry.limit, "group-header", "headers of groups lie behind the volume's end", start)
     agno, start = agno[inside], start[inside]
