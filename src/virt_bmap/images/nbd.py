@@ -9,9 +9,11 @@ and doc/uri.md for the URIs.
 
 import contextlib
 import errno
+import itertools
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -29,6 +31,16 @@ SPARE = 0.1
 """Nearby ranges are read as one, the gap included, as long as that adds at most this share of the bytes."""
 GAPS = (64 << 10, 16 << 10, 4 << 10)
 TIMEOUT = 60.0
+"""Seconds of silence after which a server is given up."""
+PATIENCE, EACH, RATE = 300.0, 1.0, 1024
+"""Seconds that a connection may be waited for in all: so many, one for each answer, and one for so many bytes. The slowest links that carry an IP packet (GSM data:
+1,200 bytes a second) and shelves that seek for a second are quicker; a server that sends a byte a minute is left after five minutes."""
+MOST_REPLIES = 1024
+"""Replies to one option: QEMU names two contexts and one for each dirty bitmap."""
+WORDS = 200
+"""Letters of a server's own words that a message repeats."""
+LARGEST_BLOCK = 1 << 16
+"""The protocol's limit for the smallest block that a server takes."""
 
 NBDMAGIC, IHAVEOPT, OPTION_REPLY = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
 FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES = 1, 2
@@ -89,7 +101,7 @@ def string(text: str) -> bytes:
 
 def refusal(kind: int, data: bytes) -> str:
     """The server's reason for refusing an option, in words."""
-    words = data.decode(errors="replace").strip()
+    words = data.decode(errors="replace").strip()[:WORDS]
     return REP_ERRORS.get(kind & ~REP_ERROR, f"error {kind:#x}") + (f": {words}" if words else "")
 
 
@@ -118,6 +130,7 @@ class NbdReader(Reader):
         self.minimum, self.maximum = 1, REQUEST
         self.flags = 0
         """What the server offers besides reading: transmission flags."""
+        self._waited, self._allowed = 0.0, PATIENCE
         self._link, export = (link, "") if link else connect(uri)
         try:
             size = self._handshake(export)
@@ -144,6 +157,10 @@ class NbdReader(Reader):
             elif kind == REP_INFO and len(data) >= 14 and data[:2] == struct.pack(">H", INFO_BLOCK_SIZE):
                 self.minimum, _, largest = struct.unpack_from(">III", data, 2)
                 self.minimum = max(1, self.minimum)
+                if self.minimum > LARGEST_BLOCK or self.minimum & (self.minimum - 1):
+                    raise ImageError(
+                        f"{self.name}: the server takes blocks of {self.minimum:,} bytes, which the protocol does not allow"
+                    )
                 self.maximum = max(self.minimum, min(REQUEST, largest) // self.minimum * self.minimum)
         if not 0 <= size < 1 << 63:
             raise ImageError(f"{self.name}: the server gives {size} bytes as the export's size")
@@ -155,9 +172,9 @@ class NbdReader(Reader):
     def _option(self, option: int, body: bytes) -> Iterator[tuple[int, bytes]]:
         """(kind, data) of the server's replies to one option; an error is the last of them, the acknowledgement is left out."""
         self._send(IHAVEOPT + struct.pack(">II", option, len(body)) + body)
-        while True:
-            magic, _, kind, length = struct.unpack(">QIII", self._receive(20))
-            if magic != OPTION_REPLY or length > 65536:
+        for number in itertools.count():
+            magic, about, kind, length = struct.unpack(">QIII", self._receive(20))
+            if magic != OPTION_REPLY or about != option or length > 65536 or number > MOST_REPLIES:
                 raise ImageError(f"{self.name}: the server's answer to {OPTION_NAMES[option]} is not valid")
             data = bytes(self._receive(length))
             if kind == REP_ACK:
@@ -201,6 +218,7 @@ class NbdReader(Reader):
     def _exchange(self, command: int, offsets: Int, lengths: Int, receive: Callable[[int], bool]) -> None:
         """Send a request for each range, up to IN_FLIGHT under way; `receive`, told how many are sent, takes in a reply and says whether it ended a request."""
         wire, total = requests(command, np.arange(len(offsets)), offsets, lengths), len(offsets)
+        self._allowed += EACH * total
         sent = received = 0
         while received < total:
             window = min(total, received + IN_FLIGHT)
@@ -212,10 +230,13 @@ class NbdReader(Reader):
     def _reads(self, offset_of: list[int], wanted: list[int], place: list[int], view: memoryview) -> Callable[[int], bool]:
         """Takes in the reply to one of these reads; replies may come in any order."""
 
+        answered = bytearray(len(wanted))
+
         def receive(sent: int) -> bool:
             magic, error, cookie = struct.unpack(">IIQ", self._receive(16))
-            if magic != SIMPLE_REPLY_MAGIC or cookie >= sent:
+            if magic != SIMPLE_REPLY_MAGIC or cookie >= sent or answered[cookie]:
                 raise ImageError(f"{self.name}: the server's reply is not a reply to any request")
+            answered[cookie] = 1
             if error:
                 raise self._failed(error, offset_of[cookie])
             self._receive_into(view[place[cookie] : place[cookie] + wanted[cookie]])
@@ -240,7 +261,9 @@ class NbdReader(Reader):
         return data
 
     def _receive_into(self, view: memoryview) -> None:
+        self._allowed += len(view) / RATE
         while len(view):
+            began = time.monotonic()
             try:
                 got = self._link.recv_into(view)
             except OSError as error:
@@ -248,6 +271,9 @@ class NbdReader(Reader):
             if got == 0:
                 raise ImageError(f"{self.name}: the NBD server closed the connection")
             view = view[got:]
+            self._waited += time.monotonic() - began
+            if self._waited > self._allowed:
+                raise ImageError(f"{self.name}: the server sends too slowly: it was waited for {self._waited:,.0f} s in all")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # where the server is gone already there is nothing left to tell it

@@ -6,12 +6,13 @@ Sources: the NBD protocol (doc/proto.md): transmission flags, NBD_CMD_WRITE, NBD
 import errno
 import os
 import socket
+from collections import Counter
 
 import numpy as np
 
 from virt_bmap.arrays import Bytes, Int, ints
 from virt_bmap.errors import OutputError
-from virt_bmap.images.nbd import IN_FLIGHT, REQUEST_SIZE, SIMPLE_REPLY_MAGIC, NbdReader, requests, split
+from virt_bmap.images.nbd import EACH, IN_FLIGHT, REQUEST_SIZE, SIMPLE_REPLY_MAGIC, NbdReader, requests, split
 
 FLAG_READ_ONLY, FLAG_SEND_FLUSH, FLAG_SEND_TRIM, FLAG_SEND_WRITE_ZEROES = 1 << 1, 1 << 2, 1 << 5, 1 << 6
 CMD_WRITE, CMD_FLUSH, CMD_TRIM, CMD_WRITE_ZEROES = 1, 3, 4, 6
@@ -27,8 +28,8 @@ class NbdWriter(NbdReader):
 
     def __init__(self, uri: str, name: str | None = None, link: socket.socket | None = None) -> None:
         super().__init__(uri, name, link)
-        self._open = 0
-        """Requests without a reply yet. The cookie of each is its offset, for messages."""
+        self._open: Counter[int] = Counter()
+        """Requests without a reply yet, by their cookies. The cookie of each is its offset, for messages."""
         if self.flags & FLAG_READ_ONLY:
             self.close()
             raise OutputError(f"{self.name}: can't be written: the server exports it read-only")
@@ -45,7 +46,7 @@ class NbdWriter(NbdReader):
             self._await(UNACKNOWLEDGED - 1)
             self._send(requests(CMD_WRITE, ints(at), ints(at), ints(length)))
             self._send(view[at - offset : at - offset + length])
-            self._open += 1
+            self._open[at] += 1
 
     def zero(self, start: int, end: int) -> None:
         """Make bytes [start, end) zeroes, without sending them where the server can do that by itself."""
@@ -76,18 +77,20 @@ class NbdWriter(NbdReader):
         for low in range(0, len(offsets), IN_FLIGHT):
             part = wire[REQUEST_SIZE * low : REQUEST_SIZE * (low + IN_FLIGHT)]
             self._send(part)
-            self._open += len(part) // REQUEST_SIZE
+            self._open.update(offsets[low : low + IN_FLIGHT].tolist())
             self._await(0)
 
     def _await(self, left: int) -> None:
         """Receive replies until `left` are missing."""
-        count = self._open - left
+        count = self._open.total() - left
         if count <= 0:
             return
+        self._allowed += EACH * count
         replies = np.frombuffer(self._receive(count * REPLY.itemsize), REPLY)
-        self._open = left
-        if (replies["magic"] != SIMPLE_REPLY_MAGIC).any():
+        answered = Counter(replies["cookie"].tolist())
+        if (replies["magic"] != SIMPLE_REPLY_MAGIC).any() or not answered <= self._open:
             raise OutputError(f"{self.name}: can't be written: the server's reply is not a reply to any request")
+        self._open -= answered
         if (failed := np.flatnonzero(replies["error"])).size:
             first = replies[failed[0]]
             error = int(first["error"])

@@ -7,6 +7,7 @@ QEMU docs/interop/nbd.txt for the `qemu:` contexts.
 """
 
 import struct
+from bisect import bisect
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -33,6 +34,10 @@ STATE_DIRTY = 1
 
 SPAN = 1 << 30
 """Bytes that one request asks the status of: requests are 32 bits, and replies to many of them can be under way at once."""
+MOST_SPANS, MOST_EXTENTS = 1 << 20, 1 << 24
+"""Spans that are asked about (1 PiB), and extents that are kept: more than any image holds, and a server may name one for each byte."""
+MAX_WORDS = 4096
+"""Bytes of an error's own words."""
 MAX_CHUNK = 32 << 20
 """Bytes of one reply: QEMU stops at 1 MiB of extents; the longest that any client must take."""
 
@@ -74,25 +79,31 @@ class StatusReader(NbdReader):
                 for number, (kind, data) in enumerate(replies)
                 if kind == REP_META_CONTEXT
             }
-        return {
-            struct.unpack_from(">I", data)[0]: data[4:].decode(errors="replace")
-            for kind, data in replies
-            if kind == REP_META_CONTEXT and len(data) >= 4
-        }
+        named = [data for kind, data in replies if kind == REP_META_CONTEXT and len(data) >= 4]
+        contexts = {struct.unpack_from(">I", data)[0]: data[4:].decode(errors="replace") for data in named}
+        if len(contexts) < len(named) or len(set(contexts.values())) < len(named) or not set(contexts.values()) <= set(queries):
+            raise ImageError(f"{self.name}: the server names a metadata context twice, or one that it was not asked for")
+        return contexts
 
     # ---- status ---------------------------------------------------------------------------------------------------------
 
     def status(self, context: str) -> tuple[Int, Int, Int]:
         """(starts, ends, flags) of the whole export in one of `contexts`, sorted, neighbours of equal flags joined."""
         (wanted,) = (number for number, name in self.contexts.items() if name == context)
-        nth = np.arange(-(-self.size // SPAN), dtype=np.int64)
+        spans = -(-self.size // SPAN)
+        if spans > MOST_SPANS:
+            raise ImageError(f"{self.name}: has {self.size:,} bytes, of which the status can't be asked: no disk is that large")
+        nth, count = np.arange(spans, dtype=np.int64), 0
         starts, ends = nth * SPAN, np.minimum((nth + 1) * SPAN, self.size)
         parts: list[tuple[int, np.ndarray]] = []
         while len(starts):  # a server may answer less than it was asked, so the rest is asked for in the next round
             answers: dict[int, np.ndarray] = {}
-            self._exchange(CMD_BLOCK_STATUS, starts, ends - starts, self._statuses(wanted, starts.tolist(), answers))
+            self._exchange(
+                CMD_BLOCK_STATUS, starts, ends - starts, self._statuses(wanted, starts.tolist(), answers, MOST_EXTENTS - count)
+            )
             answers = {at: _within(found, int(ends[at] - starts[at])) for at, found in answers.items()}
             parts += [(int(starts[at]), found) for at, found in answers.items()]
+            count += sum(map(len, answers.values()))
             reached = starts.copy()
             for at, found in answers.items():
                 reached[at] += int(found["length"].astype(np.int64).sum())
@@ -102,20 +113,32 @@ class StatusReader(NbdReader):
         return _joined(parts, self.size)
 
     def stored(self) -> tuple[Int, Int]:
-        if ALLOCATION not in self.contexts.values():
+        if ALLOCATION not in self.contexts.values() or self.size > MOST_SPANS * SPAN:
             return super().stored()
         starts, ends, flags = self.status(ALLOCATION)
         keep = (flags & STATE_ZERO) == 0
         return starts[keep], ends[keep]
 
-    def _statuses(self, context: int, offset_of: list[int], answers: dict[int, np.ndarray]) -> Callable[[int], bool]:
+    def _statuses(self, context: int, offset_of: list[int], answers: dict[int, np.ndarray], most: int) -> Callable[[int], bool]:
         """Takes in a chunk of a reply to a status request; what belongs to another context is dropped."""
 
+        ended, told = bytearray(len(offset_of)), set()
+
         def receive(sent: int) -> bool:
-            done, kind, cookie, length = self._chunk(sent, offset_of)
+            done, kind, cookie, length = self._chunk(sent, offset_of, ended)
             data = self._receive(length)
             if kind == CHUNK_STATUS and length >= 12 and length % 8 == 4:
-                if struct.unpack_from(">I", data)[0] == context and cookie not in answers:
+                about = struct.unpack_from(">I", data)[0]
+                if (about not in self.contexts and not done) or (cookie, about) in told:
+                    raise self._odd(kind)
+                told.add((cookie, about))
+                nonlocal most
+                most -= length // 8
+                if most < 0:
+                    raise ImageError(
+                        f"{self.name}: the server tells the status of its blocks in more than {MOST_EXTENTS:,} extents"
+                    )
+                if about == context:
                     answers[cookie] = np.frombuffer(data, np.dtype([("length", ">u4"), ("flags", ">u4")]), offset=4)
             elif kind != CHUNK_NONE or length:
                 raise self._odd(kind)
@@ -128,16 +151,24 @@ class StatusReader(NbdReader):
     def _reads(self, offset_of: list[int], wanted: list[int], place: list[int], view: memoryview) -> Callable[[int], bool]:
         if not self._structured:
             return super()._reads(offset_of, wanted, place, view)
-        left = list(wanted)
+        left, ended = list(wanted), bytearray(len(wanted))
+        parts: dict[int, list[tuple[int, int]]] = {}
+        """Of requests that are answered in several chunks: what came."""
 
         def receive(sent: int) -> bool:
-            done, kind, cookie, length = self._chunk(sent, offset_of)
+            done, kind, cookie, length = self._chunk(sent, offset_of, ended)
             if kind in (CHUNK_DATA, CHUNK_HOLE) and (length == 12 if kind == CHUNK_HOLE else length > 8):
                 start = int.from_bytes(self._receive(8), "big") - offset_of[cookie]
                 size = int.from_bytes(self._receive(4), "big") if kind == CHUNK_HOLE else length - 8
                 left[cookie] -= size
-                if start < 0 or start + size > wanted[cookie] or left[cookie] < 0:
+                if start < 0 or size <= 0 or start + size > wanted[cookie] or left[cookie] < 0:
                     raise self._odd(kind)
+                if size < wanted[cookie]:
+                    came = parts.setdefault(cookie, [])
+                    at = bisect(came, (start, start + size))
+                    if (at and came[at - 1][1] > start) or (at < len(came) and came[at][0] < start + size):
+                        raise self._odd(kind)  # a part again: another one would stay what the memory held before
+                    came.insert(at, (start, start + size))
                 target = view[place[cookie] + start : place[cookie] + start + size]
                 if kind == CHUNK_DATA:
                     self._receive_into(target)
@@ -145,14 +176,16 @@ class StatusReader(NbdReader):
                     target[:] = bytes(size)
             elif kind != CHUNK_NONE or length:
                 raise self._odd(kind)
+            if done:
+                parts.pop(cookie, None)
             if done and left[cookie]:
                 raise ImageError(f"{self.name}: the server sent less than was asked for at byte {offset_of[cookie]:#x}")
             return done
 
         return receive
 
-    def _chunk(self, sent: int, offset_of: list[int]) -> tuple[bool, int, int, int]:
-        """(does it end the request?, type, request, bytes that follow) of the next chunk; errors are raised."""
+    def _chunk(self, sent: int, offset_of: list[int], ended: bytearray) -> tuple[bool, int, int, int]:
+        """(does it end the request?, type, request, bytes that follow) of the next chunk; errors are raised. `ended` says which requests are answered."""
         head = self._receive(16)
         if int.from_bytes(head[:4], "big") == SIMPLE_REPLY_MAGIC:  # a server may refuse a request in the old way
             _, error, cookie = struct.unpack(">IIQ", head)
@@ -160,9 +193,14 @@ class StatusReader(NbdReader):
                 raise self._failed(error, offset_of[cookie])
             raise self._odd(CHUNK_NONE)
         magic, flags, kind, cookie, length = struct.unpack(">IHHQI", head + self._receive(4))
-        if magic != STRUCTURED_REPLY_MAGIC or cookie >= sent or length > MAX_CHUNK + 8:
+        if magic != STRUCTURED_REPLY_MAGIC or cookie >= sent or ended[cookie] or length > MAX_CHUNK + 8:
             raise ImageError(f"{self.name}: the server's reply is not a reply to any request")
+        if kind == CHUNK_NONE and not flags & FLAG_DONE:
+            raise self._odd(kind)
+        ended[cookie] = flags & FLAG_DONE
         if kind & CHUNK_ERROR:
+            if length > MAX_WORDS:
+                raise self._odd(kind)
             data = self._receive(length)
             raise self._failed(struct.unpack_from(">I", data)[0] if length >= 4 else 0, offset_of[cookie])
         return bool(flags & FLAG_DONE), kind, cookie, length
