@@ -68,7 +68,7 @@ def _recover(path: str, output: str) -> int:
     _content(path, 1)
     with replacing(output) as file:
         count = recover(path, file)
-    print(f"{path}: {plural(count, 'access', 'accesses')}; {output}: written", file=sys.stderr)
+    say(f"{path}: {plural(count, 'access', 'accesses')}; {output}: written", file=sys.stderr)
     return 0
 
 

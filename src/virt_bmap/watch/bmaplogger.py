@@ -177,7 +177,7 @@ def _logged(given: dict[str, str], options: Sequence[str]) -> int:
         *(f"{name} ended early: {why}" for name, why in outcome.broken.items()),
         *([f"naming failed: {outcome.naming}"] if outcome.naming else []),
     ):
-        print(f"bmaplogger: {words}", file=sys.stderr)
+        say(f"bmaplogger: {words}", file=sys.stderr)
     if dropped:
         say(f"bmaplogger: {dropped} accesses were dropped: naming them took longer than the guest", file=sys.stderr)
     if printer.dropped:
