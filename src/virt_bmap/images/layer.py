@@ -151,6 +151,8 @@ BATCH = 16 << 20
 def used_entries(image: Reader, offset: int, count: int, kind: str, unused: int) -> tuple[Int, Int]:
     """(number, value) of the entries of a table that are not `unused`; `kind` is their NumPy type. A table can be large and empty: memory follows what is used."""
     size = np.dtype(kind).itemsize
+    if unused:  # then zeroes are entries, too, and holes are full of them
+        image.afford(count * size, f"a table of {count:,} entries")
     numbers, values = [EMPTY], [EMPTY]
     for at in range(0, count, BATCH // size):
         entry = np.frombuffer(image.read(offset + at * size, min(BATCH, (count - at) * size)), kind)
