@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support import assert_proven, mapped, mounted, need, need_root, run
+from virt_bmap import programs
 from virt_bmap.cli import run as bmap
 from virt_bmap.errors import BmapError, ImageError, MissingTool, OutputError, UsageError
 from virt_bmap.make import disk, make, tools
@@ -299,7 +300,7 @@ def test_a_tree_that_does_not_fit(tmp_path: Path, tree: Path) -> None:
 
 
 def test_a_tool_that_is_not_there_is_named_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools, "PATH", str(tmp_path))
+    monkeypatch.setattr(programs, "search_path", lambda *_: str(tmp_path))
     with pytest.raises(MissingTool, match=r"sfdisk is not installed \(apt-get install fdisk\)"):
         make("part:8M", str(tmp_path / "out"))
     assert os.listdir(tmp_path) == []

@@ -96,6 +96,6 @@ def test_a_file_that_shrinks_says_so(tmp_path):
 def test_what_is_not_a_disk(tmp_path):
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
-    for name, words in {"empty": "is empty", "missing": "No such file", ".": "is a directory", "pipe": "neither a file"}.items():
+    for name, words in {"empty": "is empty", "missing": "No such file", ".": "is a directory", "pipe": "a FIFO"}.items():
         with pytest.raises(ImageError, match=words):
             RawReader(str(tmp_path / name))

@@ -6,13 +6,12 @@ Sources: prctl(2), PR_SET_PDEATHSIG; setpriv(1).
 import contextlib
 import functools
 import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from virt_bmap import signals
+from virt_bmap import programs, signals
 from virt_bmap.leftovers import undoing
 
 PATIENCE = 10.0
@@ -59,12 +58,12 @@ def stop(process: "subprocess.Popen[bytes]", patience: float = PATIENCE) -> None
 
 def _mortal() -> list[str]:
     """What makes the kernel end a program with us. It watches the thread that starts the program, so only the main thread's are mortal so."""
-    return [] if threading.current_thread() is not threading.main_thread() else _setpriv()
+    return [] if threading.current_thread() is not threading.main_thread() else mortal()
 
 
 @functools.cache
-def _setpriv() -> list[str]:
-    """util-linux's; those of busybox and toybox know no such option."""
-    program = shutil.which("setpriv")
+def mortal() -> list[str]:
+    """For programs that are started by a thread which lives as long as they do. util-linux's; those of busybox and toybox know no such option."""
+    program = programs.find("setpriv")
     is_whole = program is not None and os.path.basename(os.path.realpath(program)) == "setpriv"
     return [program, "--pdeathsig", "TERM", "--"] if program and is_whole else []

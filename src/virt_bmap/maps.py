@@ -1,11 +1,13 @@
 """Where block maps come from: disks, mapped now, and saved maps."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import ImageError
 from virt_bmap.images import open_disks
+from virt_bmap.images.raw import open_disk
 from virt_bmap.keys import NO_KEYS, Keys
 from virt_bmap.nested import NOTHING, Nested
 from virt_bmap.reader import Reader
@@ -21,10 +23,11 @@ def map_disks(
     nested: Nested = NOTHING,
     host_offsets: bool = False,
     prove: bool = False,
+    force_share: bool = False,
 ) -> BlockMap:
     """Map images, block devices or NBD URIs as the disks of one machine, /dev/sda, /dev/sdb, ...
 
-    `format` and `references` as for `images.open_image`; `keys` open encrypted volumes; `nested` says which files are disks, too. `watcher` is given the open disks and returns what is called with each volume's name.
+    `format`, `references` and `force_share` as for `images.open_image`; `keys` open encrypted volumes; `nested` says which files are disks, too. `watcher` is given the open disks and returns what is called with each volume's name.
     With `host_offsets` the map counts in bytes of the image files: these are its disks 1, 2, ..., and the guest's disks volumes that lie in them.
     With `prove` readers also look at what a map does not need, as `survey.survey` says.
     Raises ImageError where a disk can't be opened or read, FormatError where an image's own tables can't; what is wrong *on* a disk becomes rows of the table
@@ -33,9 +36,9 @@ def map_disks(
     if host_offsets:
         from virt_bmap.images.host import open_host
 
-        with open_host(images, format, references) as host:
+        with open_host(images, format, references, force_share) as host:
             return survey_host(host, watcher(host.files) if watcher else lambda _: None, keys, nested, prove)[0]
-    with open_disks(images, format, references) as disks:
+    with open_disks(images, format, references, force_share=force_share) as disks:
         return survey(disks, watcher(disks) if watcher else lambda _: None, keys, nested, prove)
 
 
@@ -48,21 +51,22 @@ def open_volumes(
     watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
     nested: Nested = NOTHING,
     status: Sequence[str] | None = None,
+    force_share: bool = False,
 ) -> Iterator[tuple[BlockMap, list[Reader]]]:
     """Map disks as `map_disks` does, and keep them open: also the reader of each volume, by its number, good until the block ends.
 
     `status=()`: the readers can also tell what is stored, as far as servers know; see `images.open_image`.
     """
-    with open_disks(images, format, references, status) as disks:
+    with open_disks(images, format, references, status, force_share) as disks:
         yield survey_open(disks, watcher(disks) if watcher else lambda _: None, keys, nested)
 
 
 def is_saved(path: str) -> bool:
     """Is this file a saved map (Parquet or text) rather than a disk image?"""
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_disk(path), "rb") as file:
             head = file.read(64)
-    except OSError:
+    except (ImageError, OSError):
         return False
     return head[:4] == b"PAR1" or _first_line_is_a_maps(head)
 
@@ -82,7 +86,7 @@ def load(path: str) -> BlockMap:
     from virt_bmap.outputs import bmap_reader, parquet
 
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_disk(path, "a saved map"), "rb") as file:
             if file.read(4) == b"PAR1":
                 return parquet.load(path)
             file.seek(0)

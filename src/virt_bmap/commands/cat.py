@@ -6,7 +6,15 @@ import sys
 
 from virt_bmap import maps, tables
 from virt_bmap.arrays import ints
-from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, add_partial_option, keys_of, nested_of
+from virt_bmap.commands.common import (
+    Progress,
+    add_disk_options,
+    add_nested_option,
+    add_partial_option,
+    keys_of,
+    nested_of,
+    opening,
+)
 from virt_bmap.commands.extract import warn_of_doubts
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
@@ -42,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     images, (device, path) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
     with (
         Progress() as progress,
-        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, nested_of(args)) as opened,
+        maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args)) as opened,
     ):
         bmap, readers = opened
         volume = bmap.volume_named(device)

@@ -44,11 +44,7 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--format", choices=FORMATS, metavar="FORMAT", help=f"image format instead of going by its magic: {', '.join(FORMATS)}"
     )
-    group.add_argument(
-        "--references",
-        action="store_true",
-        help="open the backing and data files that an image's header names (only for images you trust)",
-    )
+    add_trust_options(group)
     group.add_argument(
         "--key",
         metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE|DEVICE:header:FILE",
@@ -60,6 +56,32 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keys-from-stdin", action="store_true", help="read passphrases for encrypted volumes from standard input, one a line"
     )
+
+
+def add_trust_options(group: "argparse._ArgumentGroup | argparse.ArgumentParser") -> None:
+    """What is opened only by those who say that they know what they do."""
+    group.add_argument(
+        "--references",
+        action="store_true",
+        help="open the backing and data files that an image's header names (only for images you trust)",
+    )
+    group.add_argument(
+        "-U",
+        "--force-share",
+        action="store_true",
+        help="read images that QEMU has open for writing, too (a running guest's): what is read is then of no one moment",
+    )
+
+
+def opening(args: argparse.Namespace) -> dict[str, Any]:
+    """How images are to be opened, as `images.open_image` and `maps` take it."""
+    return {"format": args.format, "references": args.references, "force_share": args.force_share}
+
+
+def refuse_shared(args: argparse.Namespace, what: str) -> None:
+    """UsageError where an image is to be written though others may have it open."""
+    if args.force_share:
+        raise UsageError(f"-U is for reading images that are in use; {what} writes to them")
 
 
 def add_nested_option(parser: argparse.ArgumentParser) -> None:
@@ -109,8 +131,8 @@ def map_disks(args: argparse.Namespace, images: Sequence[str], secrets: Keys | N
     """Map the disks, with progress on a terminal. `secrets` where the keys were taken from the command line before; `prove` as in `maps.map_disks`."""
     with Progress() as progress:
         return maps.map_disks(
-            images, args.format, args.references, secrets or keys_of(args), progress.watch, nested_of(args),
-            getattr(args, "host_offsets", False), prove,
+            images, keys=secrets or keys_of(args), watcher=progress.watch, nested=nested_of(args),
+            host_offsets=getattr(args, "host_offsets", False), prove=prove, **opening(args),
         )  # fmt: skip
 
 

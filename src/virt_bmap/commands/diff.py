@@ -7,7 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from virt_bmap.commands.common import KEY, Progress, add_result_options, elapsed, emit, human, keys_of, plural
+from virt_bmap.commands.common import (
+    KEY,
+    Progress,
+    add_result_options,
+    add_trust_options,
+    elapsed,
+    emit,
+    human,
+    keys_of,
+    plural,
+)
 from virt_bmap.commands.dump import bar
 from virt_bmap.commands.lookup import read_list
 from virt_bmap.commands.paths import INPUT
@@ -83,11 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="likewise of OLD's machine (default: those of --add, which have not changed then)",
     )
-    images.add_argument(
-        "--references",
-        action="store_true",
-        help="open the backing and data files that an image's header names (only for images you trust)",
-    )
+    add_trust_options(images)
     images.add_argument("--key", metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE", action="append", default=[], type=KEY,
                         help="open encrypted volumes; SELECTOR is a device, a UUID or all")  # fmt: skip
     images.add_argument(
@@ -133,7 +139,7 @@ def _question(args: argparse.Namespace) -> "Question":
         raise UsageError("--old-format is the format of OLD, which is not given")
     ranges = parse(*read_list(args.ranges, args.keys_from_stdin)) if args.ranges is not None else None
     return Question(
-        args.old, args.new, args.bitmap, ranges, args.disk, args.verify, args.force, (args.old_format, args.format), args.references, keys_of(args),
+        args.old, args.new, args.bitmap, ranges, args.disk, args.verify, args.force, (args.old_format, args.format), args.references, args.force_share, keys_of(args),
         (tuple(args.old_add), tuple(args.add)),
     )  # fmt: skip
 

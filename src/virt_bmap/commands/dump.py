@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 from virt_bmap import maps, protection
 from virt_bmap.arrays import EMPTY, total
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import Progress, add_disk_options, add_nested_option, add_partial_option, human, keys_of, nested_of
+from virt_bmap.commands.common import (
+    Progress,
+    add_disk_options,
+    add_nested_option,
+    add_partial_option,
+    human,
+    keys_of,
+    nested_of,
+    opening,
+)
 from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
@@ -54,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     refuse_target(out, images, args.force)
     with (
         Progress() as progress,
-        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, nested_of(args), ()) as opened,
+        maps.open_volumes(
+            images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), status=(), **opening(args)
+        ) as opened,
     ):
         bmap, readers = opened
         volume = device_named(bmap, device)

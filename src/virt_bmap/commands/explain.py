@@ -16,6 +16,7 @@ from virt_bmap.commands.common import (
     keys_of,
     load,
     nested_of,
+    opening,
     plural,
 )
 from virt_bmap.commands.lookup import line, parse_range
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
     """The answer with the bytes themselves, read while the disks are open; a bad sector is a reason to ask, so that is no error."""
     with Progress() as progress, maps.open_volumes(
-        images, args.format, args.references, keys_of(args), progress.watch, nested_of(args),
+        images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args),
     ) as (bmap, readers):  # fmt: skip
         progress.stop()
         answer = explain(bmap, disk, offset)
@@ -96,7 +97,7 @@ def _of_files(args: argparse.Namespace, images: list[str], disk: int, offset: in
     from virt_bmap.images.host import open_host
     from virt_bmap.survey import survey_host
 
-    with open_host(images, args.format, args.references) as host:
+    with open_host(images, **opening(args)) as host:
         with Progress() as progress:
             bmap, readers = survey_host(host, progress.watch(host.files), keys_of(args), nested_of(args))
         answer = explain(bmap, disk, offset)
@@ -110,7 +111,7 @@ def _host(image: str, args: argparse.Namespace, offset: int) -> Found | None:
     from virt_bmap.images.host import open_host
 
     try:
-        with open_host([image], args.format, args.references) as host:
+        with open_host([image], **opening(args)) as host:
             return None if host.disks[0].format == "raw" else host.place(0, offset) | {"unread": None}
     except Unsupported:
         return None

@@ -15,6 +15,7 @@ from virt_bmap.commands.common import (
     human,
     keys_of,
     nested_of,
+    opening,
     plural,
 )
 from virt_bmap.commands.dump import bar, doubts
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError(f"{args.directory}: can't be written: is no directory")
     with (
         Progress() as progress,
-        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, nested_of(args)) as opened,
+        maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args)) as opened,
     ):
         bmap, readers = opened
         volume = bmap.volume_named(device)

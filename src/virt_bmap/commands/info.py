@@ -16,6 +16,7 @@ from virt_bmap.commands.common import (
     emit_records,
     human,
     map_or_disks,
+    opening,
     plural,
 )
 from virt_bmap.commands.paths import INPUT
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     found = volumes(bmap)
     if not (len(args.disk) == 1 and not args.add and maps.is_saved(args.disk[0])):
         for image, disk in zip([*args.add, *args.disk], bmap.disks, strict=True):
-            found[disk]["image"] = image_facts(image, args.format, args.references)
+            found[disk]["image"] = image_facts(image, args)
     if args.json or args.output is not None:
         emit_records(args, found, SCHEMA, str)
     else:
@@ -82,14 +83,14 @@ def volumes(bmap: BlockMap) -> list[dict[str, Any]]:
     return result
 
 
-def image_facts(image: str, format: str | None, references: bool) -> dict[str, Any] | None:
+def image_facts(image: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """What the image format itself says of a disk, names escaped; None for a raw disk, behind NBD, and for formats whose layer is not read."""
     if magic.is_uri(image):
         return None
     from virt_bmap.images.host import describe, open_host
 
     try:
-        with open_host([image], format, references) as host:
+        with open_host([image], **opening(args)) as host:
             facts: dict[str, Any] | None = None if host.disks[0].format == "raw" else _escaped(describe(host))
             return facts
     except Unsupported:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import keys_of, plural, stages
+from virt_bmap.commands.common import keys_of, opening, plural, stages
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.escape import escape
 from virt_bmap.printable import say
@@ -21,7 +21,7 @@ def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
 
     if args.output == "-":
         raise UsageError("an observation keeps what it has seen beside the map: give it a file with -o")
-    sources = [source(image, args.format, args.references) for image in images]
+    sources = [source(image, **opening(args)) for image in images]
     journal = Journal(args.output + SUFFIX, sources, args.resume)
     if journal.seen and not args.quiet:
         say(f"resuming: {plural(len(journal.seen), 'file')} observed before")

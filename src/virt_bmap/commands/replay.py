@@ -3,7 +3,12 @@
 import argparse
 import sys
 
-from virt_bmap.commands.common import human, plural
+from virt_bmap.commands.common import (
+    add_trust_options,
+    human,
+    opening,
+    plural,
+)
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS, open_image
@@ -23,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=FORMATS, metavar="FORMAT", help=f"image format instead of going by its magic: {', '.join(FORMATS)}"
     )
-    parser.add_argument(
-        "--references",
-        action="store_true",
-        help="open the backing and data files that an image's header names (only for images you trust)",
-    )
+    add_trust_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.disk < 1:
         raise UsageError(f"--disk counts from 1; given: {args.disk}")
     profile = load(args.profile)
-    reader = open_image(args.image, args.format, args.references)
+    reader = open_image(args.image, **opening(args))
     try:
         done = replay(profile, reader, args.disk, args.common)
     finally:

@@ -9,7 +9,17 @@ from typing import Any
 
 from virt_bmap import maps
 from virt_bmap.blockmap import BlockMap
-from virt_bmap.commands.common import Progress, add_disk_options, add_partial_option, disks_of, human, keys_of, print_json
+from virt_bmap.commands.common import (
+    Progress,
+    add_disk_options,
+    add_partial_option,
+    disks_of,
+    human,
+    keys_of,
+    opening,
+    print_json,
+    refuse_shared,
+)
 from virt_bmap.commands.dump import bar, refuse_target, warn
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.images import magic
@@ -69,10 +79,11 @@ def _copy(args: argparse.Namespace) -> int:
     images = [*args.add, image]
     _refuse_out(out, images, args.force)
     format = _format_of_copy(args, image)
-    _refuse_writers(images)
+    if not args.force_share:
+        _refuse_writers(images)
     with (
         Progress() as progress,
-        maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch, status=()) as opened,
+        maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, status=(), **opening(args)) as opened,
     ):
         bmap, readers = opened
         disk = bmap.disks[-1]
@@ -135,6 +146,7 @@ def _in_place(args: argparse.Namespace) -> int:
     from virt_bmap.sparsify.plan import plan
     from virt_bmap.survey import survey
 
+    refuse_shared(args, "--in-place")
     images = disks_of(args, args.disk)
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack, Progress() as progress:
@@ -180,7 +192,7 @@ def _estimate(args: argparse.Namespace) -> int:
 
     images = disks_of(args, args.disk)
     rows: list[dict[str, Any]] = []
-    with Progress() as progress, maps.open_volumes(images, args.format, args.references, keys_of(args), progress.watch) as opened:
+    with Progress() as progress, maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, **opening(args)) as opened:
         bmap, readers = opened
         progress.stop()
         names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from virt_bmap.commands.common import add_disk_options, disks_of, human, keys_of, plural, print_json, stages
+from virt_bmap.commands.common import add_disk_options, disks_of, human, keys_of, opening, plural, print_json, stages
 from virt_bmap.commands.observing import say_left
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must not be negative")
     images = disks_of(args, args.disk)
-    sources = [source(image, args.format, args.references) for image in images]
+    sources = [source(image, **opening(args)) for image in images]
     with stages() as tell:
         found, left = verify(sources, keys_of(args), args.sample, args.seed, tell)
     say_left(left)

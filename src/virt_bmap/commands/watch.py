@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from virt_bmap import tables
-from virt_bmap.commands.common import add_disk_options, add_force_option, human, keys_of, map_disks, plural
+from virt_bmap.commands.common import (
+    add_disk_options,
+    add_force_option,
+    human,
+    keys_of,
+    map_disks,
+    opening,
+    plural,
+    refuse_shared,
+)
 from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.errors import BmapError, OutputError
 from virt_bmap.outputs import ours
@@ -89,8 +98,10 @@ def run(args: argparse.Namespace) -> int:
     from virt_bmap.watch.source import saved, source
     from virt_bmap.watch.summary import Summary
 
+    if args.write:
+        refuse_shared(args, "--write")
     images = [args.disk, *args.add]
-    sources = [source(image, args.format, args.references) for image in images]
+    sources = [source(image, **opening(args)) for image in images]
     keys = keys_of(args)
     tui = args.tui and _can_show()
     with contextlib.ExitStack() as stack:

@@ -35,6 +35,7 @@ class Question(NamedTuple):
     force: bool = False
     formats: tuple[str | None, str | None] = (None, None)
     references: bool = False
+    force_share: bool = False
     keys: Keys = NO_KEYS
     further: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """Further disks of the machine, then and now, which what spans several takes to be mapped; the delta is of the first one."""
@@ -83,9 +84,9 @@ def plan(question: Question) -> Plan:
         if question.old is None:
             raise UsageError(f"{question.new}: is one map; name two, or a map and a disk")
         return asked
-    from virt_bmap.images.qemu import backing_chain
+    from virt_bmap.images.references import backing_chain
 
-    chain = backing_chain(question.new, question.formats[1])
+    chain = backing_chain(question.new, question.formats[1], question.references)
     if question.old is None:
         if len(chain) == 1:
             raise UsageError(
@@ -123,13 +124,13 @@ def _open(
             )
         side = Side(name, bmap)
     else:
-        reader = open_image(name, format, question.references, status)
+        reader = open_image(name, format, question.references, status, question.force_share)
         stack.callback(reader.close)
         if question.disk != 1:
             raise UsageError(f"{name}: --disk counts the disks of saved maps; of images the first one named is compared")
         disks = [reader]
         for other in further:
-            disks.append(open_image(other, None, question.references))
+            disks.append(open_image(other, None, question.references, force_share=question.force_share))
             stack.callback(disks[-1].close)
         bmap, volumes = survey_open(disks, telling.mapping(disks), question.keys)
         side = Side(name, bmap, reader, volumes)

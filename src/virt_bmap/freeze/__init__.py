@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from virt_bmap import errors
+from virt_bmap import errors, programs
 from virt_bmap.errors import FreezeError, UsageError
 from virt_bmap.signals import SIGNALS, forwarded
 
@@ -66,8 +66,8 @@ class Frozen:
     def __enter__(self) -> "Frozen":
         words = json.dumps({"kind": type(self.target).__name__, "limit": self.limit, "target": self.target._asdict()})
         # a session of its own: what kills our process group or terminal leaves it alone
-        self._keeper = subprocess.Popen([sys.executable, "-B", "-m", "virt_bmap.freeze.keeper", words], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, start_new_session=True, env=_environment())  # fmt: skip
+        self._keeper = subprocess.Popen(programs.python("virt_bmap.freeze.keeper", words, options=("-B",)),
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
         try:
             self.filesystems = self._hear()["filesystems"]
         except BaseException:
@@ -129,11 +129,6 @@ class Frozen:
         raise FreezeError(
             "the process that kept the filesystems frozen was killed; they are thawed, and what was copied is not consistent"
         )
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with this package on the path wherever it comes from."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
 
 
 def run(target: Target, command: Sequence[str], limit: float = LIMIT) -> tuple[int, Frozen]:

@@ -21,11 +21,18 @@ BY_LAYERS = ("vpc", "vhdx")
 """Formats whose differencing images QEMU does not open; the readers of their layers do."""
 
 
-def open_image(image: str, format: str | None = None, references: bool = False, status: Sequence[str] | None = None) -> Reader:
+def open_image(
+    image: str,
+    format: str | None = None,
+    references: bool = False,
+    status: Sequence[str] | None = None,
+    force_share: bool = False,
+) -> Reader:
     """Open a path or NBD URI for reading.
 
     `format` is one of FORMATS, or None to go by magic. `references` allows an image to consist of further files (backing files, external data files, VMDK extents).
     `status`, where given, asks NBD servers (qemu-nbd included) for these metadata contexts, and for allocation where they tell it.
+    `force_share` opens an image in one of QEMU's formats even while QEMU has it open for writing: what is read is then of no one moment.
     Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
     """
     if magic.is_uri(image):
@@ -49,7 +56,7 @@ def open_image(image: str, format: str | None = None, references: bool = False, 
     try:
         if found in BY_LAYERS and references_of(plain, found).backing:
             return host.open_by_layers(image, found, references)
-        reader = qemu.open_with_qemu(plain, found, references, status)
+        reader = qemu.open_with_qemu(plain, found, references, status, force_share)
         reader.in_use = plain.in_use
         if not references:  # QEMU reads nothing but this file
             reader.stored_bytes = min(reader.size, PACKED * os.fstat(plain.fileno()).st_blocks * 512)
@@ -60,12 +67,16 @@ def open_image(image: str, format: str | None = None, references: bool = False, 
 
 @contextlib.contextmanager
 def open_disks(
-    images: Sequence[str], format: str | None = None, references: bool = False, status: Sequence[str] | None = None
+    images: Sequence[str],
+    format: str | None = None,
+    references: bool = False,
+    status: Sequence[str] | None = None,
+    force_share: bool = False,
 ) -> Iterator[list[Reader]]:
     """The disks of one machine, in order, opened as `open_image` does; closed at the end of the block."""
     with contextlib.ExitStack() as stack:
         disks = []
         for image in images:
-            disks.append(open_image(image, format, references, status))
+            disks.append(open_image(image, format, references, status, force_share))
             stack.callback(disks[-1].close)
         yield disks

@@ -23,9 +23,10 @@ from virt_bmap.reader import MappedReader, Reader
 
 @dataclass
 class Host(Chains):
-    """All files of some images, those that were given first, and the disks in them. `allowed`: may images refer to further files?"""
+    """All files of some images, those that were given first, and the disks in them. `allowed`: may images refer to further files? `force_share` as for `open_image`."""
 
     allowed: bool = False
+    force_share: bool = False
     paths: list[str] = field(default_factory=list)
     name, allocator, checks = "image", "that of each image's own format", None
     _known: dict[object, int] = field(default_factory=dict)
@@ -99,7 +100,9 @@ class Host(Chains):
         if not (disk.rows.role == PACKED).any():
             return None
         # content is QEMU's to inflate
-        return lambda _: self._stack.enter_context(contextlib.closing(open_image(disk.image, disk.format, self.allowed)))
+        return lambda _: self._stack.enter_context(
+            contextlib.closing(open_image(disk.image, disk.format, self.allowed, force_share=self.force_share))
+        )
 
 
 class LayeredReader(MappedReader):
@@ -142,12 +145,14 @@ def _backing(host: Host, disk: int) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def open_host(images: Sequence[str], format: str | None = None, references: bool = False) -> Iterator[Host]:
+def open_host(
+    images: Sequence[str], format: str | None = None, references: bool = False, force_share: bool = False
+) -> Iterator[Host]:
     """The files of these images, and of all that they refer to where `references` allow it; closed at the end of the block.
 
     Raises ImageError, and FormatError where an image's own tables can't be read.
     """
-    host = Host(allowed=references)
+    host = Host(allowed=references, force_share=force_share)
     try:
         numbers = [host.file(image) for image in images]
         for image, number in zip(images, numbers, strict=True):

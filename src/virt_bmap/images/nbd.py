@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
@@ -119,11 +120,21 @@ def requests(kind: int, cookies: Int, offsets: Int, lengths: Int) -> bytes:
     return made.tobytes()
 
 
+class Serving(Protocol):
+    """Who serves an export to us alone. `failure`: what it said, where it did not end well."""
+
+    failure: str
+
+    def close(self) -> None: ...
+
+
 class NbdReader(Reader):
     """An NBD export, read-only."""
 
     def __init__(self, uri: str, name: str | None = None, link: socket.socket | None = None) -> None:
         """`link`: a socket that is connected already, to the default export."""
+        self.server: Serving | None = None
+        """Who serves this to us, and is to be closed with it."""
         self.name = name or uri
         self.warning = ""
         """What the server said besides when it opened the image: perhaps why it can't be read."""
@@ -279,3 +290,5 @@ class NbdReader(Reader):
         with contextlib.suppress(OSError):  # where the server is gone already there is nothing left to tell it
             self._link.sendall(struct.pack(">IHHQQI", REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0))
         self._link.close()
+        if self.server:
+            self.server.close()

@@ -1,63 +1,56 @@
-"""Images that QEMU opens (qcow2, vmdk, vhd, vhdx, vdi, ...), through `qemu-nbd` read-only on a private Unix socket.
+"""Images that QEMU opens (qcow2, vmdk, vhd, vhdx, vdi, ...), through a `qemu-nbd` that ends when we do, however we end.
 
-A backing or data file that a header names (`references.py`) is passed to QEMU only when the caller allows it, and then spelled out with its driver, so that
-QEMU never guesses a format or follows a name by itself.
+It is told what to open by a `graph.Graph`, follows no name by itself, and works behind a wall (`confine.py`): should an image get the better of all that, no other
+file and no network can be had.
+
+qemu-nbd is given a socket to which we are connected already (systemd's socket activation). So there is no moment at which it could be left behind, waiting for
+somebody and holding the image's lock.
+
+Sources: sd_listen_fds(3); QEMU util/systemd.c, qemu-nbd.c (v7.2).
 """
 
+import contextlib
+import functools
+import json
 import os
 import re
-import shutil
-import struct
+import signal
+import socket
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from virt_bmap.errors import ImageError, MissingTool, UsageError
-from virt_bmap.images.magic import FORMATS, recognise
-from virt_bmap.images.nbd import NbdReader
+from virt_bmap import children, confine, leftovers, programs
+from virt_bmap.errors import ImageError
+from virt_bmap.images.graph import Graph
+from virt_bmap.images.nbd import TIMEOUT, NbdReader
 from virt_bmap.images.raw import RawReader
-from virt_bmap.images.references import MAX_CHAIN, allowed_references, references_of
 from virt_bmap.images.status import DEPTH, DIRTY, StatusReader
 from virt_bmap.reader import Reader
 
+LISTENER = 'exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+"""For sh: what was standard input becomes the first socket that systemd's protocol passes on, and the process number is the program's own."""
+LAST_WORDS, WRITTEN = 5.0, 60.0
+"""Seconds that qemu-nbd gets to end: after reading, and after writing, when it may have much to finish."""
+PACKAGES = "apt-get install qemu-utils, or dnf install qemu-img"
+LOCKED = re.compile(r"Failed to get .* lock|Is another process using the image")
+IN_USE = {
+    True: "shut that down first",
+    False: "-U (--force-share) reads it all the same, and what is read is then of no one moment",
+}
+"""What to do about a lock, by whether the image is to be written."""
+Client = TypeVar("Client", bound=NbdReader)
 
-def open_with_qemu(image: RawReader, format: str, references: bool, status: Sequence[str] | None = None) -> Reader:
-    """Serve the image with qemu-nbd and read it from there; `status` as for `images.open_image`. Raises ImageError with QEMU's own words, MissingTool without qemu-nbd."""
-    if format not in FORMATS:
-        raise UsageError(f"unknown image format {format!r}; there are: raw, {', '.join(FORMATS)}")
-    options = block_options(image, format, references, 0)
-    program = shutil.which("qemu-nbd")
-    if not program:
-        raise MissingTool(
-            f"{image.name}: a {format} image needs qemu-nbd, which is not installed (apt-get install qemu-utils, or dnf install qemu-img)"
-        )
-    with tempfile.TemporaryDirectory(prefix="virt-bmap-") as folder:
-        socket = os.path.join(folder, "nbd")
-        # without --persistent it ends with our connection, however we end; --fork returns once the socket listens
-        command = [
-            program,
-            "--fork",
-            "--read-only",
-            "--socket",
-            socket,
-            *_status_options(status or ()),
-            "--image-opts",
-            ",".join(f"{k}={v}" for k, v in options.items()),
-        ]
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-        words = [*done.stderr.decode(errors="replace").strip().splitlines(), f"exit status {done.returncode}"]
-        why = re.sub(r"^qemu(-nbd)?: (Failed to blk_new_open .*?: )?", "", words[0])
-        uri = f"nbd+unix:///?socket={socket}"
-        try:
-            reader = NbdReader(uri, image.name) if status is None else StatusReader(uri, image.name, status)
-        except ImageError as error:
-            if not done.returncode:
-                raise
-            raise ImageError(f"{image.name}: qemu-nbd can't open it as {format}: {why}") from error
-        if done.returncode:  # a mere warning, while the server waits for its client
-            reader.warning = why
-        return reader
+
+def open_with_qemu(
+    image: RawReader, format: str, references: bool, status: Sequence[str] | None = None, force_share: bool = False
+) -> Reader:
+    """Serve the image with qemu-nbd and read it from there; parameters as for `images.open_image`. Raises ImageError, and MissingTool without qemu-nbd."""
+    with contextlib.closing(Graph(image, format, references, force_share=force_share)) as graph:
+        options = ["--read-only", *_status_options(status or ())]
+        client = NbdReader if status is None else functools.partial(StatusReader, wanted=status)
+        return connected(client, f"{image.name}: a {format} image", graph, options)
 
 
 def _status_options(contexts: Sequence[str]) -> list[str]:
@@ -66,62 +59,107 @@ def _status_options(contexts: Sequence[str]) -> list[str]:
     return bitmaps + ["--allocation-depth"] * (DEPTH in contexts)
 
 
-def block_options(image: RawReader, format: str, references: bool, depth: int) -> dict[str, str]:
-    """The image and all that it refers to as QEMU's block options."""
-    found = allowed_references(image, format, references, depth)
-    options = {"driver": format, "file.driver": _file_driver(image.name), "file.filename": _escape(os.path.abspath(image.name))}
-    folder = os.path.dirname(os.path.abspath(image.name))
-    if found.data:
-        path = os.path.join(folder, found.data)
-        options |= {"data-file.driver": _file_driver(path), "data-file.filename": _escape(path)}
-    if found.backing:
-        assert found.backing_format  # or it would not be allowed
-        backing = RawReader(os.path.join(folder, found.backing))
+def connected(client: Callable[[str, str, socket.socket], Client], why: str, graph: Graph, options: Sequence[str]) -> Client:
+    """A client of a qemu-nbd that has opened these nodes, which ends when the client is closed; `why` it is needed is for people.
+
+    Raises MissingTool, and ImageError with QEMU's own words.
+    """
+    return served_by(client, why, graph, options)[0]
+
+
+def served_by(
+    client: Callable[[str, str, socket.socket], Client], why: str, graph: Graph, options: Sequence[str], path: str | None = None, lasts: bool = False,
+) -> "tuple[Client, Server]":  # fmt: skip
+    """Likewise, with the server. Others may connect to it at `path`, too; where it `lasts`, it does not end with us while they are connected."""
+    program = programs.required("qemu-nbd", why, PACKAGES)
+    # who starts it behind the wall waits for it, so that the kernel can end it with us
+    command = [*([] if lasts else children.mortal()), program, *options]
+    try:
+        return _connected(client, Server(program, command, graph, path, confine.popen), graph)
+    except (ImageError, OSError):
+        if confine.bears(program):  # or it is not the image's fault
+            raise
+    return _connected(client, Server(program, [program, *options], graph, path, confine.popen_outside), graph)
+
+
+def _connected(client: Callable[[str, str, socket.socket], Client], server: "Server", graph: Graph) -> "tuple[Client, Server]":
+    try:
+        made = client(graph.name, graph.name, server.link)
+    except BaseException as error:
+        refusal = server.refusal() if isinstance(error, ImageError) else None
+        server.close()
+        if refusal:
+            raise ImageError(refusal) from error
+        raise
+    if graph.write:  # which may take as long as it takes
+        server.link.settimeout(None)
+    made.server, made.warning = server, server.words()
+    return made, server
+
+
+class Server:
+    """A qemu-nbd. It ends with `link`, our connection."""
+
+    def __init__(self, program: str, command: Sequence[str], graph: Graph, path: str | None, popen: confine.Popen) -> None:
+        self._graph = graph
+        self._patience = WRITTEN if graph.write else LAST_WORDS
+        self._nodes = f"json:{json.dumps(graph.node)}"
+        self.failure = ""
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
+        self.link = socket.socket(socket.AF_UNIX)
         try:
-            below = block_options(backing, found.backing_format, references, depth + 1)
-        finally:
-            backing.close()
-        options |= {f"backing.{key}": value for key, value in below.items()}
-    return options
+            self.process = self._started(program, command, path, popen)
+        except BaseException:
+            self.link.close()
+            self._messages.close()
+            raise
 
+    def _started(self, program: str, command: Sequence[str], path: str | None, popen: confine.Popen) -> "subprocess.Popen[bytes]":
+        words = ["/bin/sh", "-c", LISTENER, "sh", *command, self._nodes]
+        with leftovers.private_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
+            place = path or os.path.join(folder, "nbd")
+            with contextlib.suppress(FileNotFoundError):  # of a first try
+                os.unlink(place)
+            listener.bind(place)
+            listener.listen()
+            self.link.settimeout(TIMEOUT)
+            self.link.connect(place)
+            # signals of the terminal are for us
+            return popen(program, words, self._graph.read, self._graph.write, stdin=listener, stdout=self._messages,
+                         stderr=self._messages, process_group=0, env=programs.environment())  # fmt: skip
 
-class Layer(NamedTuple):
-    """One image of a backing chain: its file, its format, and the bytes of its clusters."""
+    def words(self) -> str:
+        """The first thing that it said, if it said anything."""
+        lines = os.pread(self._messages.fileno(), 65536, 0).decode(errors="replace").strip().splitlines()
+        said = re.sub(r"^qemu(-nbd)?: ", "", lines[0]).replace(f"Failed to blk_new_open '{self._nodes}': ", "") if lines else ""
+        return self._graph.in_words(said)
 
-    path: str
-    format: str
-    cluster: int
+    def refusal(self) -> str | None:
+        """Why it does not serve the image; None where that is not its fault."""
+        status, words = self._ended(), self.words()
+        if status <= 0 or not words:
+            return None
+        if LOCKED.search(words):
+            return f"{self._graph.name}: is in use: QEMU holds its lock (a running guest or another tool); {IN_USE[bool(self._graph.write)]}"
+        return f"{self._graph.name}: qemu-nbd can't open it as {self._graph.format}{' for writing' if self._graph.write else ''}: {words}"
 
-
-def backing_chain(path: str, format: str | None) -> list[Layer]:
-    """An image and those below it, uppermost first, as their headers name them. Nothing is opened but to read these headers."""
-    chain: list[Layer] = []
-    while True:
-        if len(chain) >= MAX_CHAIN:
-            raise ImageError(f"{path}: its backing chain is longer than {MAX_CHAIN} files, or a loop")
-        image = RawReader(path)
+    def _ended(self) -> int:
+        """Its exit status. It ends with our connection, but not if that had not been agreed on yet; where it failed to open the image, it had ended before that broke."""
+        self.link.close()
+        self.process.terminate()
         try:
-            format = format or recognise(image) or "raw"
-            found = references_of(image, format)
-            chain.append(Layer(path, format, _cluster(image, format)))
-        finally:
-            image.close()
-        if not found.backing:
-            return chain
-        path, format = os.path.join(os.path.dirname(os.path.abspath(path)), found.backing), found.backing_format
-        if not format:
-            return chain  # whoever opens the chain says what is missing
+            return self.process.wait(self._patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
-
-def _cluster(image: Reader, format: str) -> int:
-    """qcow2.rst, "Header": cluster_bits; 64 KiB, which is the default, for all others."""
-    bits = struct.unpack_from(">I", image.read_clipped(20, 4))[0] if format == "qcow2" else 16
-    return 1 << min(max(bits, 9), 21)
-
-
-def _file_driver(path: str) -> str:
-    return "host_device" if os.path.exists(path) and not os.path.isfile(path) else "file"
-
-
-def _escape(value: str) -> str:
-    return value.replace(",", ",,")
+    def close(self) -> None:
+        """End it; what it has begun it finishes."""
+        if self._messages.closed:
+            return
+        status = self._ended()
+        if status == -signal.SIGKILL:
+            self.failure = f"qemu-nbd did not finish within {self._patience:.0f} seconds"
+        elif status:
+            self.failure = self.words() or f"qemu-nbd ended with {status}"
+        self._messages.close()

@@ -14,6 +14,30 @@ from virt_bmap.arrays import Bytes, Int, ints
 from virt_bmap.errors import ImageError
 from virt_bmap.reader import Reader
 
+KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a character device"}
+"""What is no disk. To open it could wait for ever (a FIFO), or act: a watchdog starts, a tape is wound back."""
+
+
+def open_disk(path: str, wanted: str = "a disk image") -> int:
+    """The descriptor of a file or block device, open for reading. Anything else is looked at, and not opened. Raises ImageError; `wanted` is what it was to be."""
+    try:
+        seen = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            about = os.fstat(seen)
+            if not (stat.S_ISREG(about.st_mode) or stat.S_ISBLK(about.st_mode)):
+                raise ImageError(
+                    f"{path}: is {KINDS.get(stat.S_IFMT(about.st_mode), 'neither a file nor a block device')}, not {wanted}"
+                )
+            again = f"/proc/self/fd/{seen}"
+            found = os.open(again if os.path.exists(again) else path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        finally:
+            os.close(seen)
+    except OSError as error:
+        raise ImageError(f"{path}: can't be opened: {error.strerror}") from error
+    except ValueError as error:
+        raise ImageError(f"{path!r}: can't be opened: there is a NUL in the name") from error
+    return found
+
 
 class RawReader(Reader):
     """A raw file or block device, opened read-only."""
@@ -21,15 +45,9 @@ class RawReader(Reader):
     in_turn = False
 
     def __init__(self, path: str) -> None:
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise ImageError(f"{path}: can't be opened: {error.strerror}") from error
+        self._fd = open_disk(path)
         try:
             mode = os.fstat(self._fd).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
-                raise ImageError(f"{path}: is {what}, not a disk image")
             size = os.lseek(self._fd, 0, os.SEEK_END)
             if size == 0:
                 raise ImageError(f"{path}: is empty (0 bytes), not a disk image")

@@ -5,21 +5,35 @@ Whoever wrote an image chose these names, and that can be a guest: nothing of it
 Sources: QEMU docs/interop/qcow2.rst, block/qcow.c, block/qed.h, block/vmdk.c.
 """
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from virt_bmap import protection
 from virt_bmap.errors import Corrupt, ImageError
 from virt_bmap.images import descriptor
-from virt_bmap.images.magic import FORMATS
+from virt_bmap.images.magic import FORMATS, recognise
+from virt_bmap.images.raw import RawReader
 from virt_bmap.reader import Reader
 
 MAX_CHAIN = 64
 """Backing files below each other. QEMU itself sets no limit; chains beyond a few dozen are unusable, and a loop must end."""
+AS_RAW = "--format raw for a raw disk that only looks like this"
 QCOW2_DATA_FILE = 1 << 2
 QCOW2_EXT_BACKING_FORMAT, QCOW2_EXT_DATA_FILE = 0xE2792ACA, 0x44415441
+MAX_EXTENSIONS = 64 << 10
+"""Bytes of header extensions that are looked at. Real ones have some hundreds, and what is not found is refused."""
 QED_BACKING_FILE, QED_BACKING_RAW = 1, 4
+
+
+class Layer(NamedTuple):
+    """One image of a backing chain: its file, its format, and the bytes of its clusters."""
+
+    path: str
+    format: str
+    cluster: int
 
 
 @dataclass
@@ -38,11 +52,14 @@ class References:
 def allowed_references(image: Reader, format: str, references: bool, depth: int) -> References:
     """What the image refers to. ImageError where it does so though `references` are not allowed, where the backing file has no stated format, and where the
     chain, of which this is number `depth`, does not end."""
-    found = references_of(image, format)
+    try:
+        found = references_of(image, format)
+    except Corrupt as error:
+        raise ImageError(f"{error} ({AS_RAW})") from error
     if found.names() and not references:
         raise ImageError(
             f"{image.name}: its {format} header refers to {', '.join(map(repr, found.names()))}, which is not opened unasked, since whoever wrote the image "
-            "chose that name; if you trust it, say --references (or --format raw for a raw disk that only looks like this)"
+            f"chose that name; if you trust it, say --references (or {AS_RAW})"
         )
     for name in found.names():
         protection.reads(os.path.join(os.path.dirname(os.path.abspath(image.name)), name))
@@ -87,20 +104,9 @@ def _qcow_references(image: Reader, format: str) -> References:
     header = image.read_clipped(0, 104)
     version, at, length = struct.unpack_from(">IQI", header, 4)
     found = References(backing=_name(image, at, length) if at else None)
-    extensions = 72 if version < 3 else struct.unpack_from(">I", header, 100)[0]
-    if format == "qcow2" and extensions <= 65536:
-        area = image.read_clipped(extensions, 65536)
-        place = 0
-        while place + 8 <= len(area):
-            kind, size = struct.unpack_from(">II", area, place)
-            body = area[place + 8 : place + 8 + size]
-            if kind == 0 or len(body) < size:
-                break
-            if kind == QCOW2_EXT_BACKING_FORMAT:
-                found.backing_format = body.decode("ascii", "replace")
-            elif kind == QCOW2_EXT_DATA_FILE:
-                found.data = os.fsdecode(body)
-            place += 8 + (size + 7) // 8 * 8
+    if format == "qcow2":
+        start = 72 if version < 3 else struct.unpack_from(">I", header, 100)[0]
+        found.backing_format, found.data = _extensions(image.read_clipped(start, MAX_EXTENSIONS))
         incompatible = struct.unpack_from(">Q", header, 72)[0] if version >= 3 else 0
         if not incompatible & QCOW2_DATA_FILE:
             found.data = None
@@ -111,6 +117,21 @@ def _qcow_references(image: Reader, format: str) -> References:
             f"{image.name}: its header states the backing format {found.backing_format!r}; there are: raw, {', '.join(FORMATS)}"
         )
     return found
+
+
+def _extensions(area: bytes) -> tuple[str | None, str | None]:
+    """(backing format, data file) that the header extensions state."""
+    found: dict[int, bytes] = {}
+    place = 0
+    while place + 8 <= len(area):
+        kind, size = struct.unpack_from(">II", area, place)
+        body = area[place + 8 : place + 8 + size]
+        if kind == 0 or len(body) < size:
+            break
+        found[kind] = body
+        place += 8 + (size + 7) // 8 * 8
+    format, data = found.get(QCOW2_EXT_BACKING_FORMAT), found.get(QCOW2_EXT_DATA_FILE)
+    return format.decode("ascii", "replace") if format else None, os.fsdecode(data) if data else None
 
 
 def _parent_of_vhd(image: Reader, format: str) -> References:
@@ -126,10 +147,27 @@ def _parent_of_vhd(image: Reader, format: str) -> References:
 
 def _vmdk_references(image: Reader) -> References:
     """The text descriptor's extent lines and its parent's name. A parent is always a VMDK: the specification leaves nothing to guess."""
-    found, separate = descriptor.find(image)
+    found, _ = descriptor.find(image)
     if found is None:
         return References()
-    parent = found.parent
-    # the extent that a monolithic file's embedded descriptor names is the file itself, which QEMU does not open again
-    extents = [extent.file for extent in found.extents if extent.file] if separate else []
-    return References(backing=parent, backing_format="vmdk" if parent else None, extents=extents)
+    extents = [extent.file for extent in found.extents if extent.file]
+    return References(backing=found.parent, backing_format="vmdk" if found.parent else None, extents=extents)
+
+
+def backing_chain(path: str, format: str | None, references: bool) -> list[Layer]:
+    """An image and those below it, uppermost first, as their headers name them; of each only the header is read. Raises as `allowed_references` does."""
+    chain: list[Layer] = []
+    while True:
+        with contextlib.closing(RawReader(path)) as image:
+            format = format or recognise(image) or "raw"
+            found = allowed_references(image, format, references, len(chain))
+            chain.append(Layer(path, format, _cluster(image, format)))
+        if not found.backing:
+            return chain
+        path, format = os.path.join(os.path.dirname(os.path.abspath(path)), found.backing), found.backing_format
+
+
+def _cluster(image: Reader, format: str) -> int:
+    """qcow2.rst, "Header": cluster_bits; 64 KiB, which is the default, for all others."""
+    bits = struct.unpack_from(">I", image.read_clipped(20, 4))[0] if format == "qcow2" else 16
+    return 1 << min(max(bits, 9), 21)

@@ -6,6 +6,7 @@ Sources: the NBD protocol, https://github.com/NetworkBlockDevice/nbd/blob/master
 QEMU docs/interop/nbd.txt for the `qemu:` contexts.
 """
 
+import socket
 import struct
 from bisect import bisect
 from collections.abc import Callable, Sequence
@@ -49,11 +50,11 @@ class StatusReader(NbdReader):
     structured replies is read as a plain one.
     """
 
-    def __init__(self, uri: str, name: str | None = None, wanted: Sequence[str] = ()) -> None:
+    def __init__(self, uri: str, name: str | None = None, link: socket.socket | None = None, wanted: Sequence[str] = ()) -> None:
         self._wanted = list(wanted)
         self._structured = False
         self.contexts: dict[int, str] = {}
-        super().__init__(uri, name)
+        super().__init__(uri, name, link)
 
     def _negotiate(self, export: str) -> None:
         refused = [refusal(kind, data) for kind, data in self._option(OPT_STRUCTURED_REPLY, b"") if kind & REP_ERROR]

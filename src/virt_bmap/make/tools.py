@@ -4,17 +4,14 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from virt_bmap import children
+from virt_bmap import children, programs
 from virt_bmap.errors import ImageError, MissingTool, OutputError
 
-PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
-"""With the folders of system tools, which are not on every user's path."""
 PACKAGES = {
     "mke2fs": "e2fsprogs", "mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "mkfs.fat": "dosfstools", "mcopy": "mtools",
     "mkntfs": "ntfs-3g", "mkfs.exfat": "exfatprogs", "mkfs.f2fs": "f2fs-tools", "sload.f2fs": "f2fs-tools", "mkfs.minix": "util-linux",
@@ -39,7 +36,7 @@ while kill -0 -1 2>/dev/null; do sleep 0.02; done
 
 def find(tool: str) -> str:
     """The path of a tool. Raises MissingTool with the Debian package that has it."""
-    found = shutil.which(tool, path=PATH)
+    found = programs.find(tool, *programs.SYSTEM)
     if not found:
         raise MissingTool(f"{tool} is not installed (apt-get install {PACKAGES[tool]})")
     return found
@@ -48,7 +45,7 @@ def find(tool: str) -> str:
 def run(*command: str | Path, stdin: str | None = None, env: dict[str, str] | None = None, timeout: float | None = None) -> str:
     """The standard output of a tool. Raises ImageError with its last words where it fails, OutputError where there is no space left."""
     words = [find(str(command[0])), *map(str, command[1:])]
-    environment = {**os.environ, "PATH": PATH, "LC_ALL": "C.UTF-8", **(env or {})}
+    environment = programs.environment({"PATH": programs.search_path(*programs.SYSTEM), "LC_ALL": "C.UTF-8", **(env or {})})
     try:
         done = children.run(words, None if stdin is None else stdin.encode(), timeout, env=environment)
     except subprocess.TimeoutExpired as error:

@@ -6,7 +6,6 @@ Its Python binding is tied to the distribution's own interpreter, so `guest.py` 
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from virt_bmap import children, kvm
+from virt_bmap import children, kvm, programs
 from virt_bmap.errors import ImageError, MissingTool
 from virt_bmap.observe.advice import INSTALL
 
@@ -106,7 +105,9 @@ def started(folder: str, command: Sequence[str] | None = None, env: Mapping[str,
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "process_group": 0}
     with (
         open(messages, "wb") as errors,
-        children.running(command or [interpreter(), "-I", str(GUEST)], stderr=errors, env=env, **pipes) as process,
+        children.running(
+            command or [interpreter(), "-I", str(GUEST)], stderr=errors, env=programs.environment(env), **pipes
+        ) as process,
         contextlib.closing(Appliance(process, messages)) as appliance,
     ):
         yield appliance
@@ -114,7 +115,7 @@ def started(folder: str, command: Sequence[str] | None = None, env: Mapping[str,
 
 def interpreter() -> str:
     """A Python that has the binding. Raises MissingTool."""
-    for candidate in dict.fromkeys((sys.executable, "/usr/bin/python3", shutil.which("python3") or "/usr/bin/python3")):
+    for candidate in dict.fromkeys((sys.executable, "/usr/bin/python3", programs.find("python3") or "/usr/bin/python3")):
         with contextlib.suppress(OSError):
             if (
                 subprocess.run([candidate, "-Ic", "import guestfs"], capture_output=True, stdin=subprocess.DEVNULL).returncode

@@ -1,15 +1,16 @@
 """A new image that holds what is owned, and nothing else: raw files are written here, other formats through QEMU."""
 
-import shutil
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from virt_bmap import children
+from virt_bmap import children, programs
 from virt_bmap.arrays import Bytes
 from virt_bmap.dump import GRAIN, SparseFile, dump
-from virt_bmap.errors import MissingTool, OutputError
+from virt_bmap.errors import OutputError
 from virt_bmap.images.nbd_writer import NbdWriter
-from virt_bmap.images.qemu_writer import serving
+from virt_bmap.images.qemu import PACKAGES
+from virt_bmap.images.qemu_writer import writing
 from virt_bmap.lost import Missing
 from virt_bmap.reader import Reader
 from virt_bmap.space import Ranges
@@ -50,20 +51,15 @@ def copy(
         with open(path, "r+b") as file:
             return dump(reader, SparseFile(file, reader.size), free, tell, GRAIN, partial)
     _create(path, format, reader.size)
-    layer = "file." if compress else ""
-    options = {f"{layer}driver": format, f"{layer}file.driver": "file", f"{layer}file.filename": path.replace(",", ",,")}
-    with serving(path, {"driver": "compress", **options} if compress else options) as writer:
+    with writing(path, format, references=False, compress=compress) as writer:
         return dump(reader, FreshImage(writer), free, tell, CLUSTER, partial)
 
 
 def _create(path: str, format: str, size: int) -> None:
     """An image of `size` bytes with nothing in it."""
-    program = shutil.which("qemu-img")
-    if not program:
-        raise MissingTool(
-            f"{path}: a {format} image needs qemu-img, which is not installed (apt-get install qemu-utils, or dnf install qemu-img)"
-        )
-    done = children.run([program, "create", "-q", "-f", format, path, str(size)])
+    program = programs.required("qemu-img", f"{path}: a {format} image", PACKAGES)
+    # with its whole name, or QEMU would take what stands before a colon for a protocol
+    done = children.run([program, "create", "-q", "-f", format, os.path.abspath(path), str(size)])
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip().splitlines()
         raise OutputError(f"{path}: can't be written: {words[0] if words else f'qemu-img ended with {done.returncode}'}")

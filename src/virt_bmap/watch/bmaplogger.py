@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import NoReturn, TextIO
 
 import numpy as np
 
-from virt_bmap import children, in_use, notices, protection
+from virt_bmap import children, in_use, notices, programs, protection
 from virt_bmap.cli import program
 from virt_bmap.errors import MissingTool, OutputError, UsageError
 from virt_bmap.outputs.files import growing
@@ -270,7 +269,7 @@ def _log(records: np.ndarray, guard: Guard) -> None:
 
 def _nbdkit() -> str:
     """The path of an nbdkit that has the Python plugin."""
-    program = shutil.which("nbdkit")
+    program = programs.find("nbdkit")
     missing = "nbdkit with its Python plugin is needed, and is not installed (apt-get install nbdkit nbdkit-plugin-python)"
     if not program or subprocess.run([program, "--dump-plugin", "python"], capture_output=True).returncode:
         raise MissingTool(missing)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from virt_bmap import children
+from virt_bmap import children, programs
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import BmapError
 from virt_bmap.keys import Keys
@@ -74,7 +74,7 @@ class Refresher:
         self._errors = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - entered here
         # in a process group of its own: what the terminal sends to the guest must not end it
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        words = [sys.executable, "-P", "-m", __name__]
+        words = programs.python("virt_bmap.watch.refresh")
         self._process = self._stack.enter_context(children.running(words, **pipes, process_group=0))
         assert self._process.stdin
         assert self._process.stdout

@@ -14,17 +14,18 @@ killed.
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from virt_bmap import children, in_use, leftovers
-from virt_bmap.errors import ImageError, MissingTool
-from virt_bmap.images import magic, qemu
+from virt_bmap import children, in_use, leftovers, programs
+from virt_bmap.errors import ImageError
+from virt_bmap.images import magic
+from virt_bmap.images.graph import Graph
 from virt_bmap.images.nbd import NbdReader
+from virt_bmap.images.qemu import served_by
 from virt_bmap.images.raw import RawReader
 from virt_bmap.punch import punch
 from virt_bmap.watch import caretaker
@@ -50,6 +51,7 @@ class Source(NamedTuple):
     format: str
     size: int
     references: bool = False
+    force_share: bool = False
 
 
 class Served(NamedTuple):
@@ -148,8 +150,8 @@ def serve(source: Source, folder: str, write: bool, in_order: bool = False, last
 
     Raises MissingTool, and ImageError with the server's words.
     """
-    program = _tool("nbdkit", source, "nbdkit")
-    below: Served | None = None
+    program = programs.required("nbdkit", f"{source.image}: serving it", "apt-get install nbdkit, or dnf install nbdkit")
+    below: list[subprocess.Popen[bytes]] = []
     claims: list[int] = []
     with contextlib.ExitStack() as stack:
         if write and not magic.is_uri(source.image):  # qemu-nbd locks what it opens by itself
@@ -162,8 +164,9 @@ def serve(source: Source, folder: str, write: bool, in_order: bool = False, last
         elif source.format == "raw":
             plugin = ["file", f"file={os.path.abspath(source.image)}"]
         else:
-            below = stack.enter_context(_qemu_nbd(source, folder, write, lasts))
-            plugin = ["nbd", f"socket={below.socket}", "shared=true"]
+            lower, process = stack.enter_context(_qemu_nbd(source, folder, write, lasts))
+            below.append(process)
+            plugin = ["nbd", f"socket={lower}", "shared=true"]
         socket, log, messages = f"{folder}/nbd", f"{folder}/log", f"{folder}/nbdkit.err"
         threads = ["--threads", "1"] if in_order else []
         filters = [*(["--filter=exitlast"] if lasts else []), "--filter=log", *([] if write else ["--filter=cow"])]
@@ -172,38 +175,25 @@ def serve(source: Source, folder: str, write: bool, in_order: bool = False, last
                    "--pidfile", f"{folder}/pid", *filters, *plugin, f"logfile={log}",
                    *([] if write else [f"cow-block-size={block}"])]  # fmt: skip
         # the log's times have no zone
-        process = stack.enter_context(_running(command, messages, {**os.environ, "TZ": "UTC0", "LC_ALL": "C"}, lasts, claims))
-        served = Served(socket, log, process, messages, [process, *(below.processes if below else [])])
+        process = stack.enter_context(
+            _running(command, messages, programs.environment({"TZ": "UTC0", "LC_ALL": "C"}), lasts, claims)
+        )
+        served = Served(socket, log, process, messages, [process, *below])
         _wait_for(f"{folder}/pid", served, source)
         yield served
 
 
-def _tool(program: str, source: Source, package: str) -> str:
-    found = shutil.which(program)
-    if not found:
-        raise MissingTool(
-            f"{source.image}: serving it needs {program}, which is not installed (apt-get install {package}, or dnf install {package})"
-        )
-    return found
-
-
 @contextlib.contextmanager
-def _qemu_nbd(source: Source, folder: str, write: bool, lasts: bool) -> Iterator[Served]:
-    """A qemu-nbd that serves an image in one of QEMU's formats."""
-    program = _tool("qemu-nbd", source, "qemu-utils")
-    image = RawReader(source.image)
-    try:
-        options = qemu.block_options(image, source.format, source.references, 0)
-    finally:
-        image.close()
-    socket, messages = f"{folder}/qemu", f"{folder}/qemu.err"
-    # nbdkit connects once, when it starts: the server ends with that connection
-    command = [program, "--shared=0", "--pid-file", f"{folder}/qemu.pid", *([] if write else ["--read-only"]),
-               "--socket", socket, "--image-opts", ",".join(f"{key}={value}" for key, value in options.items())]  # fmt: skip
-    with _running(command, messages, None, lasts) as process:
-        served = Served(socket, "", process, messages, [process])
-        _wait_for(f"{folder}/qemu.pid", served, source)
-        yield served
+def _qemu_nbd(source: Source, folder: str, write: bool, lasts: bool) -> "Iterator[tuple[str, subprocess.Popen[bytes]]]":
+    """(socket, process) of a qemu-nbd that serves an image in one of QEMU's formats. It ends with its last connection: ours, and nbdkit's one."""
+    with (
+        contextlib.closing(RawReader(source.image)) as image,
+        contextlib.closing(Graph(image, source.format, source.references, write, source.force_share)) as graph,
+    ):
+        options = ["--shared=0", *([] if write else ["--read-only"])]
+        reader, server = served_by(NbdReader, f"{source.image}: serving it", graph, options, f"{folder}/qemu", lasts)
+    with contextlib.closing(reader):
+        yield f"{folder}/qemu", server.process
 
 
 @contextlib.contextmanager

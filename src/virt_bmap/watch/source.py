@@ -14,7 +14,7 @@ from virt_bmap.watch.serve import Source
 PARQUET_MAGIC = b"PAR1"
 
 
-def source(image: str, format: str | None = None, references: bool = False) -> Source:
+def source(image: str, format: str | None = None, references: bool = False, force_share: bool = False) -> Source:
     """A disk to serve. Its format is found once, here, so that what is served is what was mapped."""
     if magic.is_uri(image):
         reader = open_image(image)
@@ -27,14 +27,17 @@ def source(image: str, format: str | None = None, references: bool = False) -> S
             found = magic.recognise(plain) or "raw"
         finally:
             plain.close()
-    reader = open_image(image, found, references)
+    reader = open_image(image, found, references, force_share=force_share)
     reader.close()
-    return Source(image, found, reader.size, references)
+    return Source(image, found, reader.size, references, force_share)
 
 
 def mapped(sources: Sequence[Source]) -> BlockMap:
     """Map the disks now."""
-    readers = [open_image(disk.image, None if magic.is_uri(disk.image) else disk.format, disk.references) for disk in sources]
+    readers = [
+        open_image(disk.image, None if magic.is_uri(disk.image) else disk.format, disk.references, force_share=disk.force_share)
+        for disk in sources
+    ]
     try:
         return survey(readers)
     finally:
