@@ -42,7 +42,8 @@ def become_exceptions() -> None:
 
 
 def ignore() -> None:
-    """The end has begun, and is not to be disturbed."""
+    """The end has begun, and is not to be disturbed; nor may what was cut off complain when it is taken apart (a writer that finds its file closed)."""
+    sys.unraisablehook = lambda _: None
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
