@@ -127,7 +127,12 @@ def _worked(prepare: Callable[[], Callable[[], int]]) -> int:
     except SystemExit as left:  # --help and --version
         return left.code if isinstance(left.code, int) else int(left.code is not None)
     signals.become_exceptions()
-    return work()
+    try:
+        return work()
+    except Exception as error:
+        if signals.raised:  # a library that was interrupted may have words of its own for it
+            raise signals.raised from error
+        raise
 
 
 def _failed(words: str, status: int = 1) -> int:

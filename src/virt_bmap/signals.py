@@ -29,6 +29,8 @@ class Signalled(KeyboardInterrupt):
         return 128 + self.signal
 
 
+raised: Signalled | None = None
+"""The signal that was raised last."""
 _holding = 0
 _waiting: list[int] = []
 
@@ -65,7 +67,7 @@ def held() -> Iterator[None]:
     finally:
         _holding -= 1
         if _waiting and not _holding:
-            raise Signalled(_waiting.pop())
+            raise _signalled(_waiting.pop())
 
 
 def forwarded(number: int, child: "subprocess.Popen[bytes]") -> None:
@@ -81,7 +83,13 @@ def _raise(number: int, _: object) -> None:
     if _holding:
         _waiting[:] = [number]
         return
-    raise Signalled(number)
+    raise _signalled(number)
+
+
+def _signalled(number: int) -> Signalled:
+    global raised
+    raised = Signalled(number)
+    return raised
 
 
 def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
