@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap import tables
-from virt_bmap.arrays import Bool, Bytes, Int, expand
+from virt_bmap.arrays import Bool, Bytes, Int, Intervals, expand
 from virt_bmap.contract import NOT_LOOKED_AT, PROVEN, Filesystem, Problem, Proof
 from virt_bmap.reader import Reader
 
@@ -62,6 +62,7 @@ class Places:
         extents = found.extents.filter(pa.array(own))
         self._size = block_size
         self._kind = tables.codes(extents, "kind")
+        self._there = found.reader.stored()
         part = extents.column("part").combine_chunks()
         self._parts = part.dictionary.to_pylist()
         self._part = part.indices.fill_null(-1).to_numpy(zero_copy_only=False)
@@ -77,10 +78,23 @@ class Places:
         unit = unit or self._size
         at = self._rows(kind, parts)
         at = at[self._length[at] % unit == 0]
-        row, step = expand(self._length[at] // unit)
-        row = at[row]
+        row, first, count = self._stored_pieces(at, unit)
+        piece, step = expand(count)
+        row, step = row[piece], first[piece] + step
         place = np.where(self._file[row] < 0, -1, self._file[row] + step * unit)
         return self._start[row] + step * unit, self._inode[row], place
+
+    def _stored_pieces(self, at: Int, unit: int) -> tuple[Int, Int, Int]:
+        """(extent, number of its first block, how many) of what of these extents is stored: blocks in holes are zeroes, and may be more than any time suffices for."""
+        start, end = self._start[at], self._start[at] + self._length[at]
+        row, hit = Intervals(*self._there).overlaps(start, end)
+        first = np.maximum(self._there[0][hit] - start[row], 0) // unit
+        last = -(-(np.minimum(self._there[1][hit], end[row]) - start[row]) // unit)
+        order = np.lexsort((first, row))
+        row, first, last = row[order], first[order], last[order]
+        again = np.append(False, (row[1:] == row[:-1]) & (first[1:] < last[:-1]))[: len(row)]
+        first = first + again  # two ranges that touch one block
+        return at[row], first, np.maximum(last - first, 0)
 
     def ranges(self, kind: int, *parts: str | None, whole: bool = False) -> tuple[Int, Int, Int]:
         """(offset, length, inode) of such extents; `whole`: together with the extent of the same inode that goes on where they end."""

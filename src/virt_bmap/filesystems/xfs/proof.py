@@ -71,6 +71,8 @@ TREES = {
 BMBT = Order((b"BMAP", b"BMA3"), 16, 8, ((0, 8),), ((0, 8),), long=True)
 LENGTHS = {"bnobt": 4, "refcountbt": 4, "inobt": -1, "finobt": -1}
 """Where records have the length of what they describe (-1: always 64 inodes), where that must not overlap the next one."""
+MAX_SYMLINK = 65536
+"""XFS_SYMLINK_MAXLEN is 1024: no extent of a link is longer than the largest block."""
 NO_RECORDS = np.zeros((0, 3), np.int64)
 
 
@@ -366,6 +368,8 @@ def _symlinks(look: _Look) -> None:
     if not look.geometry.crc:
         return
     start, length, owner = look.places.ranges(tables.SYMLINK, "symlink header", whole=True)
+    fits = look.damage.check(length <= MAX_SYMLINK, "symlink-header", "symbolic links are longer than any can be", start)
+    start, length, owner = start[fits], length[fits], owner[fits]
     for size in np.unique(length).tolist():
         mine = np.flatnonzero(length == size)
         for batch, data in blocks(look.reader, start[mine], size):
