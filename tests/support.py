@@ -19,6 +19,7 @@ import pytest
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
+from virt_bmap.contract import Asks
 from virt_bmap.errors import FormatError
 from virt_bmap.images.raw import RawReader
 from virt_bmap.mapping import COPY, PARITY, ROLES, Rows
@@ -73,7 +74,7 @@ def mapped(*images: str | os.PathLike[str]) -> BlockMap:
     """The block map of raw images as the disks of one machine."""
     readers = [RawReader(os.fspath(image)) for image in images]
     try:
-        return survey(readers, prove=True)
+        return survey(readers, asks=Asks.PROOFS | Asks.SLEEP)
     finally:
         for reader in readers:
             reader.close()

@@ -9,6 +9,7 @@ import pytest
 from support import BytesReader, need, run
 from test_proven import complains, flipped
 from virt_bmap.checksums import crc32c
+from virt_bmap.contract import Asks
 from virt_bmap.errors import Corrupt
 from virt_bmap.images.layers import vhdx
 from virt_bmap.survey import survey
@@ -119,7 +120,7 @@ def test_a_fat_that_is_no_copy_of_the_other_is_seen(tmp_path: Path) -> None:
     second = (reserved + sectors) * 512
     copy = flipped(image, second + 100, 0)
     assert complains("fsck.fat", "-n", copy)
-    found = survey([BytesReader(np.fromfile(copy, np.uint8))], prove=True).problems.to_pylist()
+    found = survey([BytesReader(np.fromfile(copy, np.uint8))], asks=Asks.PROOFS).problems.to_pylist()
     assert [(row["code"], row["volume_offset"]) for row in found] == [("fat-copy", second + 100)]
 
 

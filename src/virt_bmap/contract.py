@@ -8,6 +8,7 @@ and is listed in `formats.py`. `read` and `assemble` raise Corrupt or Unsupporte
 a Problem. What consumers (explain, diff, history, ...) want to know of a format they ask its declaration.
 """
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -30,6 +31,17 @@ class Problem(NamedTuple):
     offset: int = -1
     severity: str = "error"
 
+
+class Asks(enum.Flag):
+    """What a survey is asked beside the map, since it takes more reading than a map does."""
+
+    PROOFS = enum.auto()
+    """Do checksums of metadata hold, are nodes in order? For `check`."""
+    SLEEP = enum.auto()
+    """Does a file hold the memory of a machine that sleeps? For whoever changes free bytes, or leaves them out."""
+
+
+NOTHING_MORE = Asks(0)
 
 PROVEN, CONTRADICTED, NOT_LOOKED_AT = "proven", "contradicted", "not looked at"
 """What can become of a question."""

@@ -18,7 +18,9 @@ from virt_bmap.arrays import Int, complement, subtract, union
 from virt_bmap.blockmap import FILE, BlockMap
 from virt_bmap.contract import (
     NOT_LOOKED_AT,
+    NOTHING_MORE,
     PROVEN,
+    Asks,
     Assembler,
     Assembly,
     Checks,
@@ -86,15 +88,15 @@ def survey(
     progress: Callable[[str], None] = lambda _: None,
     keys: Keys = NO_KEYS,
     nested: Nested = NOTHING,
-    prove: bool = False,
+    asks: Asks = NOTHING_MORE,
 ) -> BlockMap:
     """The block map of these disks of one machine, which become /dev/sda, /dev/sdb, ...
 
-    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes; `nested` says which files are disks, too; with `prove` the readers
-    also look at what a map does not need: checksums of metadata, the order in nodes. Raises ImageError where a disk can't be read; what is wrong *on* a
+    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes; `nested` says which files are disks, too; `asks` is
+    what is wanted beside the map. Raises ImageError where a disk can't be read; what is wrong *on* a
     disk becomes rows of `problems`.
     """
-    return _Survey(disks, progress, keys, nested, prove).run()
+    return _Survey(disks, progress, keys, nested, asks).run()
 
 
 def survey_host(
@@ -102,32 +104,36 @@ def survey_host(
     progress: Callable[[str], None] = lambda _: None,
     keys: Keys = NO_KEYS,
     nested: Nested = NOTHING,
-    prove: bool = False,
+    asks: Asks = NOTHING_MORE,
 ) -> tuple[BlockMap, list[Reader]]:
     """The block map of the disks in these image files, in bytes of the files: these become disk 1, 2, ..., and the guest's disks volumes in them. And the
     reader of each volume, by its number."""
-    work = _Survey([], progress, keys, nested, prove)
+    work = _Survey([], progress, keys, nested, asks)
     work.start_on(host)
     return work.run(), [volume.reader for volume in work.volumes]
 
 
 def survey_open(
-    disks: Sequence[Reader], progress: Callable[[str], None] = lambda _: None, keys: Keys = NO_KEYS, nested: Nested = NOTHING
+    disks: Sequence[Reader],
+    progress: Callable[[str], None] = lambda _: None,
+    keys: Keys = NO_KEYS,
+    nested: Nested = NOTHING,
+    asks: Asks = NOTHING_MORE,
 ) -> tuple[BlockMap, list[Reader]]:
     """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, journals replayed, as the map's rows mean the bytes.
 
     `Reader.raw` of one are the bytes as they lie on the disk. They read while the disks are open.
     """
-    work = _Survey(disks, progress, keys, nested)
+    work = _Survey(disks, progress, keys, nested, asks)
     return work.run(), [volume.reader for volume in work.volumes]
 
 
 class _Survey:
     def __init__(
-        self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys, nested: Nested, prove: bool = False
+        self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys, nested: Nested, asks: Asks = NOTHING_MORE
     ) -> None:
         self.nested, self.images = nested, Progress()
-        self.prove = prove
+        self.asks = asks
         self.volumes: list[_Volume] = []
         self.progress = progress
         self.keys = keys
@@ -315,7 +321,7 @@ class _Survey:
             volume.is_counted = format.allocator is not None
             for problem in found.problems:
                 self._problem(volume, found.type, problem)
-            if file := asleep_in(found):
+            if Asks.SLEEP in self.asks and (file := asleep_in(found)):
                 volume.traits |= tables.SLEEPING
                 detail = f"{file} holds the memory of a machine that sleeps"
                 self._problem(volume, found.type, Problem(tables.ASLEEP, detail, -1, "note"))
@@ -353,7 +359,7 @@ class _Survey:
 
     def _prove(self, volume: _Volume, prove: Callable[[Filesystem], list[Proof]], found: Filesystem) -> None:
         """Ask what the map did not need, if that is wanted. What can't even be read for it is damage, too."""
-        if not self.prove:
+        if Asks.PROOFS not in self.asks:
             volume.proofs.append(Proof("checksums", NOT_LOOKED_AT, "not asked when the map was made"))
             return
         try:

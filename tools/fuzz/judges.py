@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from virt_bmap.arrays import ints
 from virt_bmap.check import check
+from virt_bmap.contract import Asks
 from virt_bmap.errors import BmapError
 from virt_bmap.images import open_disks
 from virt_bmap.survey import survey
@@ -129,7 +130,7 @@ def _proven(image: Image) -> bool:
             with image.opened() as (bmap, _):
                 return not check(bmap).disagreements
         with open_disks(image.paths, "raw", False) as disks:
-            return not check(survey(disks, prove=True)).disagreements
+            return not check(survey(disks, asks=Asks.PROOFS)).disagreements
     except BmapError:
         return False
 

@@ -15,7 +15,7 @@ from virt_bmap.commands.common import (
 )
 from virt_bmap.commands.map import refuse_unknown
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.contract import CONTRADICTED, NOT_LOOKED_AT, PROVEN
+from virt_bmap.contract import CONTRADICTED, NOT_LOOKED_AT, PROVEN, Asks
 from virt_bmap.outputs.escape import escape
 from virt_bmap.printable import say
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from virt_bmap.check import check
 
-    bmap = map_or_disks(args, args.disk, prove=True)
+    bmap = map_or_disks(args, args.disk, asks=Asks.PROOFS)
     refuse_unknown(bmap, [*args.add, *args.disk])
     report = check(bmap)
     names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]

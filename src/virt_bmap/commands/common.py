@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from virt_bmap import keys, maps, nested
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.paths import INPUT, Input, Output
+from virt_bmap.contract import NOTHING_MORE, Asks
 from virt_bmap.errors import UsageError
 from virt_bmap.images import FORMATS
 from virt_bmap.keys import Keys
@@ -127,20 +128,22 @@ def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
     return images
 
 
-def map_disks(args: argparse.Namespace, images: Sequence[str], secrets: Keys | None = None, prove: bool = False) -> BlockMap:
-    """Map the disks, with progress on a terminal. `secrets` where the keys were taken from the command line before; `prove` as in `maps.map_disks`."""
+def map_disks(
+    args: argparse.Namespace, images: Sequence[str], secrets: Keys | None = None, asks: Asks = NOTHING_MORE
+) -> BlockMap:
+    """Map the disks, with progress on a terminal. `secrets` where the keys were taken from the command line before; `asks` as in `maps.map_disks`."""
     with Progress() as progress:
         return maps.map_disks(
             images, keys=secrets or keys_of(args), watcher=progress.watch, nested=nested_of(args),
-            host_offsets=getattr(args, "host_offsets", False), prove=prove, **opening(args),
+            host_offsets=getattr(args, "host_offsets", False), asks=asks, **opening(args),
         )  # fmt: skip
 
 
-def map_or_disks(args: argparse.Namespace, given: Sequence[str], prove: bool = False) -> BlockMap:
+def map_or_disks(args: argparse.Namespace, given: Sequence[str], asks: Asks = NOTHING_MORE) -> BlockMap:
     """A single saved map is loaded, disks are mapped (and proven as far as the readers can); -a names disks only."""
     if len(given) == 1 and not args.add and maps.is_saved(given[0]):
         return load(args, given[0])
-    return map_disks(args, disks_of(args, given), prove=prove)
+    return map_disks(args, disks_of(args, given), asks=asks)
 
 
 def load(args: argparse.Namespace, path: str) -> BlockMap:

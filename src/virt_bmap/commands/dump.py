@@ -21,6 +21,7 @@ from virt_bmap.commands.common import (
     nested_of,
     opening,
 )
+from virt_bmap.contract import NOTHING_MORE, Asks
 from virt_bmap.errors import OutputError, UsageError
 from virt_bmap.images import magic
 from virt_bmap.outputs.escape import escape
@@ -64,7 +65,13 @@ def run(args: argparse.Namespace) -> int:
     with (
         Progress() as progress,
         maps.open_volumes(
-            images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), status=(), **opening(args)
+            images,
+            keys=keys_of(args),
+            watcher=progress.watch,
+            nested=nested_of(args),
+            status=(),
+            asks=Asks.SLEEP if args.skip_free else NOTHING_MORE,
+            **opening(args),
         ) as opened,
     ):
         bmap, readers = opened

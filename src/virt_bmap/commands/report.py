@@ -6,6 +6,7 @@ import sys
 
 from virt_bmap.commands.common import add_disk_options, add_force_option, human, map_or_disks, plural
 from virt_bmap.commands.paths import INPUT, Output
+from virt_bmap.contract import Asks
 from virt_bmap.errors import UsageError
 from virt_bmap.outputs.ours import is_page
 from virt_bmap.printable import say
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     for name in names:
         read(name)  # before a disk is mapped: a slip should cost no time
-    bmap = map_or_disks(args, given)
+    bmap = map_or_disks(args, given, Asks.SLEEP)
     with replacing(args.output) as file:
         size = file.write(page(bmap, load(names, bmap) if names else None, title))
     say(f"{args.output}: {human(size)} written, {plural(len(names), 'trace')} in it", file=sys.stderr)

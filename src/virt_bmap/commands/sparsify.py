@@ -21,6 +21,7 @@ from virt_bmap.commands.common import (
     refuse_shared,
 )
 from virt_bmap.commands.dump import bar, refuse_target, warn
+from virt_bmap.contract import Asks
 from virt_bmap.errors import ImageError, UsageError
 from virt_bmap.images import magic
 from virt_bmap.images.raw import RawReader
@@ -83,7 +84,9 @@ def _copy(args: argparse.Namespace) -> int:
         _refuse_writers(images)
     with (
         Progress() as progress,
-        maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, status=(), **opening(args)) as opened,
+        maps.open_volumes(
+            images, keys=keys_of(args), watcher=progress.watch, status=(), asks=Asks.SLEEP, **opening(args)
+        ) as opened,
     ):
         bmap, readers = opened
         disk = bmap.disks[-1]
@@ -152,7 +155,7 @@ def _in_place(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack, Progress() as progress:
         disks = [stack.enter_context(opened(image, args.format, args.references)) for image in images]
         readers = [disk.reader for disk in disks]
-        bmap = survey(readers, progress.watch(readers), keys_of(args))
+        bmap = survey(readers, progress.watch(readers), keys_of(args), asks=Asks.SLEEP)
         plans = [plan(bmap, number, args.swap) for number in bmap.disks]
         progress.stop()
         for volume, reason in {volume: reason for space in plans for volume, reason in space.left.items()}.items():
@@ -192,7 +195,10 @@ def _estimate(args: argparse.Namespace) -> int:
 
     images = disks_of(args, args.disk)
     rows: list[dict[str, Any]] = []
-    with Progress() as progress, maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, **opening(args)) as opened:
+    with (
+        Progress() as progress,
+        maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, asks=Asks.SLEEP, **opening(args)) as opened,
+    ):
         bmap, readers = opened
         progress.stop()
         names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
