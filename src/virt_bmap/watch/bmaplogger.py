@@ -27,7 +27,7 @@ from virt_bmap.errors import MissingTool, OutputError, UsageError
 from virt_bmap.outputs.files import growing
 from virt_bmap.outputs.ours import is_log
 from virt_bmap.printable import one_line, say
-from virt_bmap.watch import plugin
+from virt_bmap.watch import between, plugin
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.lines import LineLog
 from virt_bmap.watch.naming import Naming
@@ -220,7 +220,8 @@ def _serve(image: str, options: Sequence[str], guard: Guard, lines: LineLog) -> 
             handed.append(in_use.claim(image))
             stack.callback(os.close, handed[-1])
         # whoever kills us is not to take the guest's disk away: nbdkit then ends with its last client (plugin.py)
-        child = stack.enter_context(children.running(command, subprocess.Popen, pass_fds=handed))
+        words = [sys.executable, "-I", "-S", between.__file__, *command]
+        child = stack.enter_context(children.running(words, subprocess.Popen, pass_fds=handed))
         os.close(write)
         return _follow(child, read, guard, lines)
 

@@ -28,7 +28,7 @@ from virt_bmap.images.nbd import NbdReader
 from virt_bmap.images.qemu import served_by
 from virt_bmap.images.raw import RawReader
 from virt_bmap.punch import punch
-from virt_bmap.watch import caretaker
+from virt_bmap.watch import between, caretaker
 
 START_TIMEOUT = 30.0
 """Seconds that a server gets to open its disk and listen."""
@@ -202,10 +202,11 @@ def _running(
 ) -> "Iterator[subprocess.Popen[bytes]]":
     """A server that is ended with the block. Signals of the terminal pass it by: the guest gets them, and needs its disk until it ends."""
     nothing = subprocess.DEVNULL
+    words = [sys.executable, "-I", "-S", between.__file__, *command] if lasts else command
     with (
         open(messages, "wb") as errors,
         children.running(
-            command,
+            words,
             subprocess.Popen if lasts else None,
             stdin=nothing,
             stdout=nothing,

@@ -83,10 +83,13 @@ class _Disk:
     served: Served
     follower: Follower
     parser: LogParser
+    blind: bool = False
+    """Parts of the log could not be read."""
 
     def is_used(self) -> bool:
-        """Has a client, as far as the log tells: where parts of it were dropped it can't."""
-        return self.parser.open_connections > 0 and not self.follower.skipped and self.served.process.poll() is None
+        """Has a client, as far as the log tells: where parts of it were lost it can't."""
+        is_known = not self.blind and not self.follower.skipped
+        return is_known and self.parser.open_connections > 0 and self.served.process.poll() is None
 
 
 def watch(
@@ -150,6 +153,8 @@ class Guard:
 
     def fail(self, error: Exception) -> None:
         """This went wrong: begin anew."""
+        if self.given_up:
+            return
         self._failures += 1
         self._words = "not enough memory" if isinstance(error, MemoryError) else one_line(f"{type(error).__name__}: {error}")
         self._naming = self._naming.again()
@@ -254,10 +259,9 @@ def _step(disk: _Disk, guard: Guard) -> bool:
     before = time.time_ns()
     try:
         data = disk.follower.read()
-        if guard.given_up:  # the log is emptied all the same
-            return bool(data)
         accesses = disk.parser.feed(data)
     except Exception as error:
+        disk.blind = True
         guard.fail(error)
         return False
     for at in range(0, len(accesses), BATCH):

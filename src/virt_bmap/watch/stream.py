@@ -159,7 +159,7 @@ def about(path: str, schema: pa.Schema) -> dict[str, Any]:
     try:
         with open(path, "rb") as file, pa.ipc.open_stream(file) as stream:
             found = stream.schema
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, MemoryError, pa.ArrowException) as error:
         raise MapError(f"{path}: can't be read as a trace: {str(error).splitlines()[0]}") from error
     if not found.equals(plain_schema(schema)) or KEY not in (found.metadata or {}):
         raise MapError(f"{path}: is an Arrow stream, but not one of a trace")
@@ -172,7 +172,7 @@ def about(path: str, schema: pa.Schema) -> dict[str, Any]:
 
 def batches(file: BinaryIO, schema: pa.Schema) -> Iterator[tuple[pa.Table, list[dict[str, int]]]]:
     """The rows of a stream and the maps that came with them, as far as it is whole."""
-    with contextlib.suppress(pa.ArrowException, OSError, EOFError, StopIteration, ValueError):
+    with contextlib.suppress(pa.ArrowException, OSError, EOFError, StopIteration, ValueError, MemoryError):
         stream = pa.ipc.open_stream(file)
         while True:
             rows, metadata = stream.read_next_batch_with_custom_metadata()
