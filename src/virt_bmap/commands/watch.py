@@ -20,7 +20,7 @@ from virt_bmap.commands.common import (
     refuse_shared,
 )
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.errors import BmapError, OutputError
+from virt_bmap.errors import OutputError
 from virt_bmap.outputs import ours
 from virt_bmap.outputs.files import growing
 from virt_bmap.printable import one_line, say
@@ -177,7 +177,7 @@ class _Saving:
             with replacing(self._path) as file:
                 save(self._part.rows(), self._about, file)
             self._keep = False
-        except (BmapError, OSError) as error:
+        except Exception as error:
             kept = f"; what was traced is kept in {self._part.path}" if self._part.path else ""
             yield f"{one_line(error)}{kept}"
 

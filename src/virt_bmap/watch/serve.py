@@ -35,7 +35,7 @@ START_TIMEOUT = 30.0
 BACKLOG = 256 << 20
 """Bytes of log that may wait: some 3 million requests. What lies further back is dropped, and counted through the gap in the ids."""
 PIECE = 4 << 20
-LAST_CLIENT = 2.0
+LAST_CLIENT = 5.0
 """Seconds that a server gets to see that its last client has left."""
 COW_BLOCK = 4096
 """Block size of the throw-away layer. With nbdkit's default of 64 KiB every 4 KiB read would fetch 64 KiB."""

@@ -124,6 +124,8 @@ def watch(
             _note(disk, guard, outcome)
         guard.do(Naming.finish)
         guard.tell(outcome)
+        if refresher:  # it is a client of the servers, too
+            refresher.close()
     return outcome
 
 
