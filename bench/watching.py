@@ -1,7 +1,7 @@
-"""Memory of a watch that goes on: a client writes for minutes, as fast as it can, to files and to free space of a large filesystem, and to its superblock
+"""Memory of a watch that goes on: a client writes for minutes to files and to free space of a large filesystem, and to its superblock
 again and again, so that the map is read all the time.
 
-    python bench/watching.py [--files N] [--seconds S] [--free SHARE] CACHE
+    python bench/watching.py [--files N] [--seconds S] [--free SHARE] [--rate N] CACHE
 
 CACHE keeps the image for the next run (see bench/ext.py). What is written goes to the throw-away layer, some hundred MiB in TMPDIR. Printed are, for each tenth of
 the time, the writes so far and the most that the watch, the process that reads the map, and the folder in memory between them took; exit status 1 where the
@@ -37,8 +37,8 @@ MORE = 1.1
 MIB = 1 << 20
 
 
-def client(uri: str, places: str, head: str, seconds: float) -> None:
-    """Write, and say how much that was."""
+def client(uri: str, places: str, head: str, seconds: float, rate: float) -> None:
+    """Write, `rate` blocks a second at most, and say how much that was."""
     offsets, first = np.load(places), Path(head).read_bytes()
     chooser = np.random.default_rng(1)
     link = NbdWriter(uri)
@@ -57,6 +57,7 @@ def client(uri: str, places: str, head: str, seconds: float) -> None:
         replies = np.frombuffer(link._receive(TOGETHER * REPLY.itemsize), REPLY)
         assert not replies["error"].any()
         count += TOGETHER
+        time.sleep(max(0.0, count / rate - (time.monotonic() - begin)))
         if time.monotonic() - said > 1:
             said = time.monotonic()
             print(count, flush=True)
@@ -108,7 +109,7 @@ def places(image: Path, folder: Path, free: float) -> None:
 def main() -> int:
     """Watch the client, and the watch."""
     if sys.argv[1:2] == ["--client"]:
-        client(*sys.argv[2:5], float(sys.argv[5]))  # type: ignore[arg-type]
+        client(*sys.argv[2:5], *map(float, sys.argv[5:7]))  # type: ignore[arg-type]
         return 0
     if sys.argv[1:2] == ["--places"]:
         places(Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]))
@@ -117,6 +118,9 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=200_000)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--free", type=float, default=0.3, help="share of the writes that goes to free space")
+    parser.add_argument(
+        "--rate", type=float, default=6000, help="writes a second; more than can be named are dropped from the log, and said"
+    )
     parser.add_argument("cache", type=Path)
     args = parser.parse_args()
     image = ext.build(args.cache, args.files)
@@ -125,7 +129,7 @@ def main() -> int:
         # in a process of its own, whose memory goes with it
         subprocess.run([sys.executable, __file__, "--places", image, folder, str(args.free)], check=True)
         command = [BIN / "virt-bmap", "watch", "-o", folder / "trace.parquet", "--log", "/dev/null", "--summary", folder / "summary", image, "--",
-                   sys.executable, __file__, "--client", "$uri", folder / "places.npy", folder / "head", str(args.seconds)]  # fmt: skip
+                   sys.executable, __file__, "--client", "$uri", folder / "places.npy", folder / "head", str(args.seconds), str(args.rate)]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         counts = [0]
         assert process.stdout
@@ -137,7 +141,7 @@ def main() -> int:
             shared = sum(
                 int(line.split()[0]) << 10
                 for line in subprocess.run(
-                    "du -sk /dev/shm/virt-bmap-*", shell=True, capture_output=True, text=True
+                    "du -sk /dev/shm/virt-bmap-$(id -u)*", shell=True, capture_output=True, text=True
                 ).stdout.splitlines()
             )
             samples.append((time.monotonic() - begin, memory(process.pid), sum(map(memory, children(process.pid))), shared))
