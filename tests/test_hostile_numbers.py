@@ -259,3 +259,18 @@ def test_a_udf_volume_without_a_root(tmp_path: Path) -> None:
                 data[row["volume_offset"] + 16 : row["volume_offset"] + row["length"]] = bytes(row["length"] - 16)
     image.write_bytes(data)
     sound(map_disks([str(image)], "raw"))
+
+
+def test_a_block_map_of_holes(tmp_path: Path) -> None:
+    """VDI grown by a hole: each entry in it leads to block 0, and millions of rows are not made of nothing."""
+    image = made("vdi", tmp_path)
+    data = bytearray(image.read_bytes()[:512])
+    count = 1 << 24
+    data[0x154:0x15C] = struct.pack("<II", 1 << 20, (1 << 20) + 4 * count)
+    data[0x170:0x178] = struct.pack("<Q", count << 20)
+    data[0x180:0x184] = struct.pack("<I", count)
+    with open(image, "r+b") as file:
+        file.write(data)
+        file.truncate(1 << 40)
+    with pytest.raises(BmapError, match=r"only .* are stored"):
+        map_disks([str(image)], host_offsets=True)

@@ -28,8 +28,10 @@ from .worker import CPU_LIMIT, Outcome, Subject, attempt, prepare, stack_to, sub
 
 BATCH = 20
 """Mutations of one seed before the next one's turn."""
+LATE = 3 * CPU_LIMIT
+"""Seconds of processor time without a word from a worker: its own clock should have ended the mutation."""
 PATIENCE = 12 * CPU_LIMIT
-"""Seconds without a word from a worker: many times what its own clock allows, on a machine that others use."""
+"""Seconds in which a worker without a word takes no processor time at all: it waits for what never comes."""
 LIFE = 4000
 """Mutations that one worker does: what a process gathers in its life is no fault of the last mutation."""
 NOTED = 20
@@ -95,7 +97,7 @@ class _Campaign:
                     if worker.answers in ready:
                         for outcome in worker.outcomes():
                             self._note(outcome)
-                    elif worker.silent() > PATIENCE:
+                    elif worker.hangs():
                         self._note(worker.stop())
                 if time.monotonic() > told + 60:
                     told = time.monotonic()
@@ -173,6 +175,7 @@ class _Worker:
     def __init__(self, seeds: dict[str, Seed], work: Path) -> None:
         self.seeds, self.work = seeds, work
         self.left = 0
+        self._heard = self._cpu = self._awake = 0.0
         self._start()
 
     def _start(self) -> None:
@@ -187,7 +190,8 @@ class _Worker:
             _serve(self.seeds, self.work, open(orders), open(answers, "w"))  # noqa: SIM115
         os.close(orders)
         os.close(answers)
-        self._buffer, self._done, self._heard = b"", 0, time.monotonic()
+        self._buffer, self._done = b"", 0
+        self._hear()
 
     def give(self, name: str, first: int, count: int) -> None:
         if self._done >= LIFE:
@@ -195,17 +199,28 @@ class _Worker:
             self._start()
         self._name, self._number, self.left = name, first, count
         os.write(self._orders, f"{name}\t{first}\t{count}\n".encode())
-        self._heard = time.monotonic()
+        self._hear()
 
-    def silent(self) -> float:
-        return time.monotonic() - self._heard if self.left else 0.0
+    def hangs(self) -> bool:
+        """By what the kernel says of its processor time: seconds on the wall say more of the machine's other work."""
+        if not self.left:
+            return False
+        cpu = _cpu(self.pid)
+        if cpu != self._cpu:
+            self._cpu, self._awake = cpu, time.monotonic()
+        return cpu - self._heard > LATE or time.monotonic() - self._awake > PATIENCE
+
+    def _hear(self) -> None:
+        """A sign of life: how much processor time was used by then, and when that last changed."""
+        self._heard = self._cpu = _cpu(self.pid)
+        self._awake = time.monotonic()
 
     def outcomes(self) -> Iterator[Outcome]:
         data = os.read(self.answers, 1 << 20)
         if not data:
             yield self._lost("died")
             return
-        self._heard = time.monotonic()
+        self._hear()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             self._number, self.left, self._done = self._number + 1, self.left - 1, self._done + 1
@@ -255,6 +270,14 @@ class _Worker:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
         os.close(self.answers)
+
+
+def _cpu(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    with contextlib.suppress(OSError):
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _serve(seeds: dict[str, Seed], work: Path, orders: IO[str], answers: IO[str]) -> None:

@@ -146,17 +146,19 @@ class Draft:
 
 BATCH = 16 << 20
 """Bytes of a table that are looked into at a time."""
+ROW = 64
+"""Bytes that an entry in use takes as a row of a layer."""
 
 
 def used_entries(image: Reader, offset: int, count: int, kind: str, unused: int) -> tuple[Int, Int]:
     """(number, value) of the entries of a table that are not `unused`; `kind` is their NumPy type. A table can be large and empty: memory follows what is used."""
-    size = np.dtype(kind).itemsize
-    if unused:  # then zeroes are entries, too, and holes are full of them
-        image.afford(count * size, f"a table of {count:,} entries")
+    size, total = np.dtype(kind).itemsize, 0
     numbers, values = [EMPTY], [EMPTY]
     for at in range(0, count, BATCH // size):
         entry = np.frombuffer(image.read(offset + at * size, min(BATCH, (count - at) * size)), kind)
         used = np.flatnonzero(entry != unused)
+        total += len(used)
+        image.afford(total * ROW, f"the rows of {total:,} table entries")  # in a hole each leads to block 0
         numbers.append(used + at)
         values.append(widen(entry[used], "table entry"))
     return np.concatenate(numbers), np.concatenate(values)
