@@ -209,7 +209,7 @@ def test_the_program_ends_with_one_line(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    script = "import sys; from virt_bmap import cli, maps\ndef fails(*_): raise KeyError('what\\x1b')\nmaps.map_disks = fails\nsys.argv[1:] = ['info', 'x']\ncli.main()"
+    script = "import sys; from virt_bmap import cli, maps\ndef fails(*_, **__): raise KeyError('what\\x1b')\nmaps.map_disks = fails\nsys.argv[1:] = ['info', 'x']\ncli.main()"
     for strict in ("", "1"):
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env={"VIRT_BMAP_STRICT": strict, "PATH": "/usr/bin"}
@@ -274,3 +274,32 @@ def test_a_block_map_of_holes(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(BmapError, match=r"only .* are stored"):
         map_disks([str(image)], host_offsets=True)
+
+
+def test_arrays_in_arrays_are_each_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen arrays with parity, each in the one before: asked by all below it, each would be worked out 2^15 times."""
+    from virt_bmap import space
+    from virt_bmap.mapping import DATA, PARITY, ROLES, Row, Rows
+
+    depth, size = 16, 1 << 20
+    roles = (ROLES.index(DATA), ROLES.index(PARITY))
+    rows = [
+        Rows.of(number, [Row(0, number - 1, 0, size // 2, role=role) for role in (DATA, PARITY)])
+        for number in range(1, depth + 1)
+    ]
+    assert all(set(each.role.tolist()) == set(roles) for each in rows)
+    extents = [ExtentRows() for _ in range(depth + 1)]
+    extents[depth].add(tables.FREE, 0, size)
+    kind = ["disk", *["md"] * depth]
+    none = [None] * (depth + 1)
+    bmap = BlockMap(
+        volumes=tables.make("volumes", volume=np.arange(depth + 1), disk=[1] * (depth + 1), kind=kind, name=[f"v{n}" for n in range(depth + 1)],
+                            size=[size] * (depth + 1), type=none, label=none, uuid=none, detail=none),
+        mappings=tables.mappings(rows), filesystems=tables.empty("filesystems"), inodes=tables.empty("inodes"), names=tables.empty("names"),
+        extents=tables.concat("extents", [each.table(number) for number, each in enumerate(extents)]), problems=tables.empty("problems"),
+    )  # fmt: skip
+    asked = []
+    real = space.sharing_parity
+    monkeypatch.setattr(space, "sharing_parity", lambda *given: asked.append(1) or real(*given))
+    space.free_space(bmap, 0, doubted={})
+    assert depth <= len(asked) <= depth * depth

@@ -53,16 +53,18 @@ def free_space(
     target: int,
     kinds: Callable[[int], tuple[int, ...]] = lambda _: (tables.FREE,),
     doubted: Mapping[int, str] | None = None,
+    known: dict[int, Space] | None = None,
 ) -> Space:
     """What of volume `target` is free, whichever volume that lies in it says so. `kinds` tells which kinds of extents count as free on a volume; `doubted`
-    is what `doubts` gave, where it was asked already."""
+    is what `doubts` gave, where it was asked already; `known` what was found of arrays: they can lie in each other, and each is asked by all below it."""
     doubted = doubts(bmap) if doubted is None else doubted
+    known = {} if known is None else known
     space, used = Space(), []
     volumes = inside(bmap, target)
     arrays = {volume for volume in volumes if volume != target and (bmap.rows_of(volume).role == ROLES.index(PARITY)).any()}
     for volume in volumes:
         if volume in arrays:  # it answers for all that lies in it
-            mine, rest = _of_array(bmap, volume, kinds, doubted, space)
+            mine, rest = _of_array(bmap, volume, kinds, doubted, space, known)
         else:
             mine, rest = _ranges(bmap, volume, kinds(volume))
             if len(mine[0]) and (reason := distrust(bmap, volume) or doubted.get(volume)):
@@ -78,10 +80,17 @@ def free_space(
 
 
 def _of_array(
-    bmap: BlockMap, volume: int, kinds: Callable[[int], tuple[int, ...]], doubted: Mapping[int, str], space: Space
+    bmap: BlockMap,
+    volume: int,
+    kinds: Callable[[int], tuple[int, ...]],
+    doubted: Mapping[int, str],
+    space: Space,
+    known: dict[int, Space],
 ) -> tuple[Ranges, Ranges]:
     """(free, all else) of an array with parity, in its own bytes, whatever lies in it counted."""
-    found = free_space(bmap, volume, kinds, doubted)
+    if volume not in known:
+        known[volume] = free_space(bmap, volume, kinds, doubted, known)
+    found = known[volume]
     space.left |= found.left
     size = bmap.volumes.column("size")[volume].as_py()
     free = sharing_parity(bmap.rows_of(volume), found.all(), size)
