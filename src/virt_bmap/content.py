@@ -18,7 +18,7 @@ from virt_bmap.arrays import Bytes, Int, Intervals, complement_by, expand, ints,
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.columns import take
 from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
-from virt_bmap.lost import NOTHING, NOWHERE, REUSED, Lost, Missing
+from virt_bmap.lost import BEHIND, NOTHING, NOWHERE, REUSED, Lost, Missing
 from virt_bmap.reader import Reader, scatter
 
 BATCH = 8 << 20
@@ -55,6 +55,8 @@ class Files:
         self._inode_columns(bmap.slice_of("inodes", volume)[1])
         self._name_columns(bmap.slice_of("names", volume)[1])
         self._extent_columns(bmap.slice_of("extents", volume)[1])
+        if system.column("size")[0].as_py() > reader.size:
+            self._doubt_holes(bmap.slice_of("extents", volume)[1])
 
     def _inode_columns(self, table: pa.Table) -> None:
         inode = tables.integers(table, "inode")
@@ -219,6 +221,18 @@ class Files:
         nth, low, high = complement_by(length[rows], nth, low - start[row], high - start[row])
         row = rows[nth]
         self._add(owner[row], at[row] + low, np.full(len(row), -1, np.int64), high - low, flags[row], REUSED)
+
+    def _doubt_holes(self, table: pa.Table) -> None:
+        """On a volume that was cut off, what has no place is no hole: a map has no rows behind the end, and nobody can tell which is which."""
+        inodes = np.unique(
+            self._inode[(self.kind[self._rows] == tables.T_FILE) & (self.flags[self._rows] & tables.I_DELETED == 0)]
+        )
+        kind, plain = tables.codes(table, "kind"), ~table.column("part").is_valid().to_numpy()
+        owner, at, held = (tables.integers(table, name) for name in ("inode", "file_offset", "file_length"))
+        rows = np.flatnonzero(plain & (at >= 0) & np.isin(kind, (tables.DATA, tables.UNWRITTEN)) & np.isin(owner, inodes))
+        sizes = self.size[self.rows_of(inodes)]
+        file, low, high = complement_by(sizes, np.searchsorted(inodes, owner[rows]), at[rows], (at + held)[rows])
+        self._add(inodes[file], low, np.full(len(file), -1, np.int64), high - low, np.zeros(len(file), np.int64), BEHIND)
 
     def _free(self) -> Intervals:
         _, table = self._map.slice_of("extents", self._volume)

@@ -128,6 +128,14 @@ class Serving(Protocol):
     def close(self) -> None: ...
 
 
+class Refused(ImageError):
+    """The server's error for one request; `ended`: it has said all that it says of that one. Replies to other requests still come."""
+
+    def __init__(self, message: str, ended: bool) -> None:
+        super().__init__(message)
+        self.ended = ended
+
+
 class NbdReader(Reader):
     """An NBD export, read-only."""
 
@@ -227,7 +235,11 @@ class NbdReader(Reader):
         return result
 
     def _exchange(self, command: int, offsets: Int, lengths: Int, receive: Callable[[int], bool]) -> None:
-        """Send a request for each range, up to IN_FLIGHT under way; `receive`, told how many are sent, takes in a reply and says whether it ended a request."""
+        """Send a request for each range, up to IN_FLIGHT under way; `receive`, told how many are sent, takes in a reply and says whether it ended a request.
+
+        What the server refuses is raised when all requests are answered: whoever asks again then gets the replies to what was asked.
+        """
+        refused: list[Refused] = []
         wire, total = requests(command, np.arange(len(offsets)), offsets, lengths), len(offsets)
         self._allowed += EACH * total
         sent = received = 0
@@ -236,7 +248,13 @@ class NbdReader(Reader):
             if sent < window and (sent == received or window - sent >= IN_FLIGHT // 2 or window == total):
                 self._send(wire[REQUEST_SIZE * sent : REQUEST_SIZE * window])
                 sent = window
-            received += receive(sent)
+            try:
+                received += receive(sent)
+            except Refused as error:
+                refused.append(error)
+                received += error.ended
+        if refused:
+            raise refused[0]
 
     def _reads(self, offset_of: list[int], wanted: list[int], place: list[int], view: memoryview) -> Callable[[int], bool]:
         """Takes in the reply to one of these reads; replies may come in any order."""
@@ -255,10 +273,10 @@ class NbdReader(Reader):
 
         return receive
 
-    def _failed(self, error: int, offset: int) -> ImageError:
+    def _failed(self, error: int, offset: int, ended: bool = True) -> Refused:
         words = os.strerror(error) if error in errno.errorcode else f"error {error}"
         before = f", and when it opened the image: {self.warning}" if self.warning else ""
-        return ImageError(f"{self.name}: can't be read at byte {offset:#x}: the server says: {words}{before}")
+        return Refused(f"{self.name}: can't be read at byte {offset:#x}: the server says: {words}{before}", ended)
 
     def _send(self, data: bytes) -> None:
         try:

@@ -203,7 +203,9 @@ class StatusReader(NbdReader):
             if length > MAX_WORDS:
                 raise self._odd(kind)
             data = self._receive(length)
-            raise self._failed(struct.unpack_from(">I", data)[0] if length >= 4 else 0, offset_of[cookie])
+            raise self._failed(
+                struct.unpack_from(">I", data)[0] if length >= 4 else 0, offset_of[cookie], bool(flags & FLAG_DONE)
+            )
         return bool(flags & FLAG_DONE), kind, cookie, length
 
     def _odd(self, kind: int) -> ImageError:
