@@ -19,12 +19,12 @@ from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.resolve import OPEN, Resolver, Touched
 
 PENDING = 1 << 18
-"""Ranges that are kept before they are merged with what was touched before."""
+"""Ranges, and rows of objects, that are kept before they are merged with what was touched before."""
 MOST_OBJECTS = 1 << 18
 """Objects that keep a row of their own: those with the most bytes, where there are more. A guest that makes new files for days fills no memory."""
 OTHERS = "[others]"
 OBJECT_TABLES = 64
-"""Tables of objects, one of each map, that are kept before they are added up."""
+"""Tables of objects, one of each map, that are kept before they are added up; fewer where they are large."""
 READ, WRITE = tables.OPS.index("read"), tables.OPS.index("write")
 
 OBJECTS = pa.schema([
@@ -101,7 +101,8 @@ class Summary:
             return
         if self._parts or len(self._sums.object):
             self._older.append(self._objects())
-        if len(self._older) >= OBJECT_TABLES:
+        rows = [table.num_rows for table in self._older]
+        if len(rows) >= OBJECT_TABLES or sum(rows) > max(PENDING, 2 * rows[0]):
             self._older = [_bounded(_together(self._older))]
         self._use(resolver)
 
