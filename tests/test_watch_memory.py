@@ -127,6 +127,13 @@ def test_a_summary_of_more_objects_than_it_tells_apart_adds_up_all_the_same(
     assert sum(row["read"] for row in rows) == total
 
 
+def test_a_summary_of_nothing_takes_a_new_map(disks: SimpleNamespace) -> None:  # noqa: F811
+    """The second disk of a guest that never touches it."""
+    found = Summary(Resolver(disks.maps[0]), 1)
+    found.renew(Resolver(disks.maps[1], 1))
+    assert found.objects().num_rows == 0
+
+
 def test_labels_are_kept_within_bounds(disks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(resolve, "MOST_LABELS", 3)
     resolver = Resolver(disks.maps[0])

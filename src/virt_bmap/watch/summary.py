@@ -102,7 +102,7 @@ class Summary:
         if self._parts or len(self._sums.object):
             self._older.append(self._objects())
         rows = [table.num_rows for table in self._older]
-        if len(rows) >= OBJECT_TABLES or sum(rows) > max(PENDING, 2 * rows[0]):
+        if len(rows) >= OBJECT_TABLES or (rows and sum(rows) > max(PENDING, 2 * rows[0])):
             self._older = [_bounded(_together(self._older))]
         self._use(resolver)
 
