@@ -14,9 +14,10 @@ import ntfs_images
 from ntfs_images import fuse
 from support import BytesReader, assert_proven, mapped, mutations, need, survives, tree
 from virt_bmap import tables
+from virt_bmap.arrays import bit_runs
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.filesystems.ntfs.runs import HOLE, decode
-from virt_bmap.filesystems.ntfs.state import clear_runs, log_is_clean
+from virt_bmap.filesystems.ntfs.state import log_is_clean
 from virt_bmap.filesystems.ntfs.text import utf8
 from virt_bmap.survey import survey
 
@@ -81,11 +82,12 @@ def test_run_lists_decode_as_one_by_one(lists: list[bytes]) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.binary(min_size=1, max_size=40))
-def test_clear_bits_are_found_as_one_by_one(data: bytes) -> None:
-    starts, ends = clear_runs(np.frombuffer(data, np.uint8))
-    clear = {bit for bit in range(len(data) * 8) if not data[bit // 8] >> bit % 8 & 1}
-    assert {bit for low, high in zip(starts.tolist(), ends.tolist(), strict=True) for bit in range(low, high)} == clear
+@given(st.binary(max_size=40), st.integers(0, 7), st.booleans())
+def test_runs_of_bits_are_found_as_one_by_one(data: bytes, less: int, value: bool) -> None:
+    bits = max(0, len(data) * 8 - less)
+    starts, ends = bit_runs(np.frombuffer(data, np.uint8), bits, value)
+    wanted = {bit for bit in range(bits) if bool(data[bit // 8] >> bit % 8 & 1) == value}
+    assert {bit for low, high in zip(starts.tolist(), ends.tolist(), strict=True) for bit in range(low, high)} == wanted
     assert (starts[1:] > ends[:-1]).all()
 
 

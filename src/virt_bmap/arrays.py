@@ -91,9 +91,19 @@ def runs(flags: Bool) -> tuple[Int, Int]:
 
 
 def bit_runs(bitmap: Bytes, bits: int, value: bool) -> tuple[Int, Int]:
-    """(starts, ends), in bits, of the runs of `value` among the first `bits` bits, least significant bit first."""
-    flags = np.unpackbits(bitmap, count=bits, bitorder="little").astype(bool)
-    return runs(flags if value else ~flags)
+    """(starts, ends), in bits, of the runs of `value` among the first `bits` bits, least significant bit first. Only bytes in which a run begins or ends are taken apart."""
+    data = bitmap[: -(-bits // 8)]
+    before = np.empty_like(data)
+    before[1:] = data[:-1] >> 7
+    before[:1] = not value
+    changes = (data ^ ((data << 1) | before)).astype(np.uint8)
+    where = np.flatnonzero(changes)
+    bit = np.flatnonzero(np.unpackbits(changes[where], bitorder="little"))
+    edges = where[bit >> 3] * 8 + (bit & 7)
+    edges = edges[: np.searchsorted(edges, bits)]
+    if len(edges) % 2:
+        edges = np.append(edges, bits)
+    return edges[0::2], edges[1::2]
 
 
 def union(starts: Int, ends: Int, gap: int = 0) -> tuple[Int, Int]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap import lost
-from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, gather, ints, subtract, total, union
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, Intervals, gather, ints, subtract, total, union
 from virt_bmap.errors import Corrupt, ImageError
 from virt_bmap.lost import NOTHING, Lost
 from virt_bmap.mapping import DATA, ROLES, Rows, Side
@@ -29,6 +29,8 @@ MAX_FAILED = 1024
 """Reads of one batch that may fail before the rest of what fails is given up whole: each can take a disk seconds."""
 
 
+HOLE = 64 << 10
+"""Holes that are shorter are read with what lies around them: each piece costs as much as some thousand bytes."""
 CLAIM_FREE, CLAIM_STORED = 64 << 20, 4
 """Bytes of tables that a volume may make us hold at once: this many, and so many times what is really stored of it. What claims more lies in holes, or over itself."""
 
@@ -102,14 +104,7 @@ class Reader:
         `problems` instead.
         """
         offsets, lengths = ints(offsets), ints(lengths)
-        outside = (offsets < 0) | (lengths < 0) | (offsets > self.size - lengths)
-        if outside.any():
-            bad = int(np.flatnonzero(outside)[0])
-            raise Corrupt(
-                f"{self.name}: bytes {offsets[bad]:#x}+{lengths[bad]:#x} lie outside the volume, which ends at "
-                f"{self.size:#x}: it is truncated, or its metadata is damaged",
-                int(offsets[bad]), "outside",
-            )  # fmt: skip
+        self._check_inside(offsets, lengths)
         ends = offsets + lengths
         if len(offsets) == 1:
             kept = self._kept(int(offsets[0]), int(ends[0]))
@@ -136,6 +131,16 @@ class Reader:
             if len(data) % size == 0:
                 return data.reshape(-1, size)[where // size].reshape(-1)
         return gather(data, where, lengths)
+
+    def _check_inside(self, offsets: Int, lengths: Int) -> None:
+        outside = (offsets < 0) | (lengths < 0) | (offsets > self.size - lengths)
+        if outside.any():
+            bad = int(np.flatnonzero(outside)[0])
+            raise Corrupt(
+                f"{self.name}: bytes {offsets[bad]:#x}+{lengths[bad]:#x} lie outside the volume, which ends at "
+                f"{self.size:#x}: it is truncated, or its metadata is damaged",
+                int(offsets[bad]), "outside",
+            )  # fmt: skip
 
     def _counted(self, offsets: Int, lengths: Int) -> Bytes:
         total = int(lengths.sum())
@@ -227,10 +232,15 @@ class Reader:
         return ints(0), ints(self.size)
 
     @cached_property
+    def bottom(self) -> frozenset["Reader"]:
+        """The readers at the bottom of all layers, each once however often the layers lead to it."""
+        return frozenset(bottom for reader in self.below for bottom in reader.bottom) if self.below else frozenset([self])
+
+    @cached_property
     def stored_bytes(self) -> int:
         """At most so many bytes are stored of this: those of all that lies below, if it has no own. Layers that show one byte a thousand times have it once."""
         if self.below:
-            return min(self.size, sum(reader.stored_bytes for reader in self.below))
+            return min(self.size, sum(reader.stored_bytes for reader in self.bottom))
         starts, ends = self.stored()
         return int((ends - starts).sum())
 
@@ -245,6 +255,35 @@ class Reader:
                 f"{self.name}: {what} would take {claimed:,} bytes, but only {self.stored_bytes:,} are stored: they lie in holes, or over each other",
                 None, "holes",
             )  # fmt: skip
+
+    def spans(self, starts: Int, lengths: Int) -> tuple[Int, Int]:
+        """(starts, ends) of what may hold anything but zeroes of the stream that these ranges make one after the other; gaps are at least HOLE long.
+
+        What is stored is asked only where the ranges are long together.
+        """
+        self._check_inside(starts, lengths)
+        place, count = np.cumsum(lengths) - lengths, int(lengths.sum())
+        if count <= CLAIM_FREE:
+            return union(ints(0), ints(count))
+        stored = Intervals(*self.stored())
+        row, part = stored.overlaps(starts, starts + lengths)
+        low, high = np.maximum(starts[row], stored.starts[part]), np.minimum((starts + lengths)[row], stored.ends[part])
+        self.afford(int((high - low).sum()), "what is read of a table")
+        move = (place - starts)[row]
+        return union((low + move) // UNIT * UNIT, np.minimum(count, -(-(high + move) // UNIT) * UNIT), HOLE)
+
+    def held(self, starts: Int, lengths: Int, most: int) -> Iterator[tuple[int, Bytes]]:
+        """(place in the stream that these ranges make, bytes) of what may hold anything but zeroes, in order, up to `most` bytes each. What is left out is zeroes.
+
+        For tables and bitmaps whose size a number of the disk says, where zeroes say little: holes cost nothing.
+        """
+        place = np.cumsum(lengths) - lengths
+        for low, high in zip(*(side.tolist() for side in self.spans(starts, lengths)), strict=True):
+            for at in range(low, high, most):
+                end = min(at + most, high)
+                mine = slice(int(np.searchsorted(place + lengths, at, "right")), int(np.searchsorted(place, end)))
+                begin, stop = np.maximum(place[mine], at), np.minimum((place + lengths)[mine], end)
+                yield at, self.read_ranges(starts[mine] + begin - place[mine], stop - begin)
 
     def close(self) -> None:
         """Give back what the reader holds open. Reading afterwards is an error."""

@@ -23,6 +23,8 @@ ROUND = 1 << 17
 """And powers of two below this are the sizes of blocks and sectors more often than those of disks."""
 LOOKED_AT = 8192
 """Bytes of each range of metadata: sizes stand at the head of structures."""
+LARGEST = (1 << 60) + 12345
+"""Of no sector size's multiple."""
 COUNTS: dict[str, tuple[tuple[int, int, str], ...]] = {
     "ext": ((1024, 4, "<"), (1028, 4, "<")),
     "xfs": ((8, 8, ">"), (88, 4, ">"), (84, 4, ">")),
@@ -84,12 +86,17 @@ def _listed(disks: Sequence[Disk], volumes: Sequence[Volume]) -> list[Field]:
 def grow(rng: random.Random, disks: Sequence[Disk], found: Sequence[Field]) -> str:
     """All disks larger by one factor, and most of the numbers that say so."""
     power = rng.randrange(3, 34)
-    for disk in disks:
-        disk.resize(min(disk.size << power, (1 << 60) + rng.randrange(1 << 20)))
-    for field in found:
-        if rng.random() < 0.9:
-            odd = field.value & 1 and field.value > 1  # the last one, not how many
-            value = ((field.value + 1) << power) - 1 if odd else field.value << power
-            value = min(value, (1 << 8 * field.width) - 1)
-            disks[field.disk].write(field.at, value.to_bytes(field.width, "little" if field.order == "<" else "big"))
+    grow_by(disks, power, [field for field in found if rng.random() < 0.9])
     return f"grown by 2^{power}"
+
+
+def grow_by(disks: Sequence[Disk], power: int, found: Sequence[Field], power_of_fields: int | None = None) -> None:
+    """The disks larger by 2^power, and these numbers by the same factor, or by one of their own."""
+    factor = power if power_of_fields is None else power_of_fields
+    for disk in disks:
+        disk.resize(min(disk.size << power, LARGEST))
+    for field in found:
+        odd = field.value & 1 and field.value > 1  # the last one, not how many
+        value = ((field.value + 1) << factor) - 1 if odd else field.value << factor
+        value = min(value, (1 << 8 * field.width) - 1)
+        disks[field.disk].write(field.at, value.to_bytes(field.width, "little" if field.order == "<" else "big"))

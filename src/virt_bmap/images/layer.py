@@ -9,14 +9,14 @@ A module of `images/layers/` has
 what is wrong but leaves the rest readable is a Problem.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Bool, Int, covered_twice, ints, joined, union
+from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, covered_twice, ints, joined, union
 from virt_bmap.contract import Problem
 from virt_bmap.layout import widen
 from virt_bmap.mapping import COMPRESSED, DATA, ROLES, ZERO, Rows, Side
@@ -154,14 +154,24 @@ def used_entries(image: Reader, offset: int, count: int, kind: str, unused: int)
     """(number, value) of the entries of a table that are not `unused`; `kind` is their NumPy type. A table can be large and empty: memory follows what is used."""
     size, total = np.dtype(kind).itemsize, 0
     numbers, values = [EMPTY], [EMPTY]
-    for at in range(0, count, BATCH // size):
-        entry = np.frombuffer(image.read(offset + at * size, min(BATCH, (count - at) * size)), kind)
+    for at, raw in _table(image, offset, count * size, skip_holes=unused == 0):
+        entry = raw.view(kind)
         used = np.flatnonzero(entry != unused)
         total += len(used)
         image.afford(total * ROW, f"the rows of {total:,} table entries")  # in a hole each leads to block 0
-        numbers.append(used + at)
+        numbers.append(used + at // size)
         values.append(widen(entry[used], "table entry"))
     return np.concatenate(numbers), np.concatenate(values)
+
+
+def _table(image: Reader, offset: int, length: int, skip_holes: bool) -> Iterator[tuple[int, Bytes]]:
+    """(place in the table, bytes) in batches."""
+    if skip_holes:
+        yield from image.held(ints(offset), ints(length), BATCH)
+        return
+    image.afford(length, "a table")
+    for at in range(0, length, BATCH):
+        yield at, image.read_ranges(ints(offset + at), ints(min(BATCH, length - at)))
 
 
 def _column(value: Any, n: int) -> Int:

@@ -119,6 +119,7 @@ class VerifiedReader(Reader):
     def __init__(self, base: PoolReader, source: Source, roots: Roots, forest: Forest) -> None:
         super().__init__(base.size, base.name)
         self._base, self._source, self.near = base, source, base.near
+        self.below = [base]
         self._leaf, self._generation = forest.leaf_address, forest.leaf_generation
         self._checksums = Checksums(source, roots)
         self._checked, self._found = (EMPTY, EMPTY), NOTHING

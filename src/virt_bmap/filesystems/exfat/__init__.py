@@ -19,9 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import Bytes, Int, bit_runs, expand, intersect, ints, subtract, union
+from virt_bmap.arrays import Bytes, Int, expand, intersect, ints, subtract
 from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, History, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt, Unsupported
+from virt_bmap.filesystems.bitmaps import bitmap_runs
 from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
 from virt_bmap.filesystems.fat.entries import before_end
 from virt_bmap.filesystems.fat.files import Heap, add_owned, clipped, inode_table
@@ -101,8 +102,8 @@ QUARTER = 15 * 60 * 10**9
 """Nanoseconds of one step of a UTC offset."""
 MAX_DIRECTORY = 256 << 20
 """Specification, section 7.4: no directory is larger."""
-FAT_BATCH, BITMAP_BATCH = 16 << 20, 1 << 20
-"""Bytes looked at together; a bitmap takes eight times as much when it is unpacked."""
+FAT_BATCH = 16 << 20
+"""Bytes of the FAT that are looked at together."""
 
 
 def probe(reader: Reader) -> bool:
@@ -207,16 +208,20 @@ def _boot_problems(reader: Reader, sector_size: int) -> list[Problem]:
     ]
 
 
-def fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int]:
+def fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int | int]:
     """The entries of the active FAT from cluster 2 on, in batches, as `chains` wants them."""
-    start, end = geometry.fat + geometry.active * geometry.fat_size, geometry.clusters + 2
-    for first in range(2, end, FAT_BATCH // 4):
-        count = min(FAT_BATCH // 4, end - first)
-        entries = np.frombuffer(reader.read(start + first * 4, count * 4), "<u4").astype(np.int64)
+    start, end, reached = geometry.fat + geometry.active * geometry.fat_size, geometry.clusters + 2, 2
+    for at, raw in reader.held(ints(start), ints(end * 4), FAT_BATCH):
+        if at // 4 > reached:
+            yield at // 4 - reached
+        entries = raw.view("<u4")[max(0, reached - at // 4) :].astype(np.int64)
+        reached = (at + len(raw)) // 4
         odd = np.flatnonzero((entries >= end) | (entries == 1))
         value = entries[odd]
         entries[odd] = np.where(value >= 0xFFFFFFF8, END, np.where(value == 0xFFFFFFF7, BAD, BROKEN))
         yield entries
+    if reached < end:
+        yield end - reached
 
 
 def ranges_of(heap: Heap, inode: int, first: Int, size: int = 0) -> Ranges:
@@ -289,17 +294,10 @@ def add_special(
 
 def _free_clusters(reader: Reader, heap: Heap, ranges: Ranges) -> tuple[Int, Int]:
     """(starts, ends) of free clusters, from the bitmap at `ranges`; what of it can't be read calls nothing free."""
-    row, step = expand(-(-ranges.length // BITMAP_BATCH))
-    start, offset = ranges.start[row] + step * BITMAP_BATCH, ranges.offset[row] + step * BITMAP_BATCH
-    length = np.minimum(BITMAP_BATCH, ranges.length[row] - step * BITMAP_BATCH)
-    length = np.clip(np.minimum(length, -(-heap.clusters // 8) - offset), 0, np.maximum(0, reader.size - start))
-    found = []
-    for at, first, size in zip(start.tolist(), offset.tolist(), length.tolist(), strict=True):
-        bits = min(size * 8, heap.clusters - first * 8)
-        runs = bit_runs(np.frombuffer(reader.read(at, size), np.uint8), max(0, bits), False)
-        found.append((runs[0] + 2 + first * 8, runs[1] + 2 + first * 8))
-    starts, ends = (np.concatenate([ints([]), *(pair[i] for pair in found)]) for i in range(2))
-    return union(starts, ends)
+    length = np.clip(reader.size - ranges.start, 0, ranges.length)
+    known = np.append(True, length[:-1] == ranges.length[:-1]).cumprod().astype(bool)[: len(length)]
+    starts, ends = bitmap_runs(reader, ranges.start[known], length[known], heap.clusters, False)
+    return starts + 2, ends + 2
 
 
 def _add_bad(rows: tables.ExtentRows, heap: Heap, runs: Runs, used: tuple[Int, Int]) -> list[Problem]:

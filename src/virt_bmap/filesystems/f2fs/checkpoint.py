@@ -220,9 +220,9 @@ def read_nat(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage
 
 
 def _blocks(volume: Volume, place: Int) -> Iterator[tuple[int, Bytes]]:
-    """(number of the first, blocks) of a table in batches."""
-    for part, blocks in volume.reader.batches(place * BLOCK, BLOCK, BATCH):
-        yield part.start, blocks
+    """(number of the first, blocks) of a table in batches; blocks in holes are left out, whose entries are not in use."""
+    for at, data in volume.reader.held(place * BLOCK, np.full(len(place), BLOCK), BATCH):
+        yield at // BLOCK, data.reshape(-1, BLOCK)
 
 
 # ---- SIT ------------------------------------------------------------------------------------------------------------

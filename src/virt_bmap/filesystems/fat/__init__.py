@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, complement, ints
+from virt_bmap.arrays import Int, complement, expand, ints, union
 from virt_bmap.contract import (
     NOT_LOOKED_AT,
     Checks,
@@ -115,15 +115,19 @@ def _check_size(reader: Reader, geometry: Geometry) -> None:
         )  # fmt: skip
 
 
-def _fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int]:
+def _fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int | int]:
     """The entries of the active FAT from cluster 2 on, in batches, as `chains` wants them."""
     start, bits = geometry.reserved + geometry.active_fat * geometry.fat_size, geometry.bits
-    end = geometry.clusters + 2
-    step = end if bits == 12 else FAT_BATCH * 8 // bits
-    for first in range(0, end, step):
-        count = min(step, end - first)
-        raw = np.frombuffer(reader.read(start + first * bits // 8, (count * bits + 7) // 8), np.uint8)
-        yield _decoded(raw, bits, count, end)[2 if first == 0 else 0 :]
+    end, reached = geometry.clusters + 2, 2
+    for at, raw in reader.held(ints(start), ints((end * bits + 7) // 8), FAT_BATCH):
+        first = at * 8 // bits
+        count = min(len(raw) * 8 // bits, end - first)
+        if first > reached:
+            yield first - reached
+        yield _decoded(raw, bits, count, end)[max(0, reached - first) :]
+        reached = first + count
+    if reached < end:
+        yield end - reached
 
 
 def _decoded(raw: np.ndarray, bits: int, count: int, end: int) -> Int:
@@ -252,8 +256,12 @@ def _prove(found: Filesystem) -> list[Proof]:
     active, used = geometry.active_fat, (geometry.clusters + 2) * geometry.bits // 8
     for copy in sorted(set(range(geometry.fats)) - {active}) if geometry.mirrored else ():
         place, other = (geometry.reserved + number * geometry.fat_size for number in (active, copy))
-        for at in range(0, used, FAT_BATCH):
-            size = ints(min(FAT_BATCH, used - at))
+        mine, others = (found.reader.spans(ints(start), ints(used)) for start in (place, other))
+        low, high = union(np.append(mine[0], others[0]), np.append(mine[1], others[1]))
+        row, step = expand(-(-(high - low) // FAT_BATCH))
+        begin = low[row] + step * FAT_BATCH
+        for at, end in zip(begin.tolist(), np.minimum(begin + FAT_BATCH, high[row]).tolist(), strict=True):
+            size = ints(end - at)
             differs = np.flatnonzero(
                 found.reader.read_ranges(ints(place + at), size) != found.reader.read_ranges(ints(other + at), size)
             )

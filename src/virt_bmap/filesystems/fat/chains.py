@@ -144,11 +144,13 @@ def chains_of(runs: Runs) -> Chains:
     return Chains(start, end, order, place, last[of] + 1, successor[order[last]][of])
 
 
-def read_runs(batches: Iterable[Int]) -> Runs:
-    """The runs of a table whose entries come in batches, from cluster 2: links, FREE, END, BAD or BROKEN."""
+def read_runs(batches: Iterable[Int | int]) -> Runs:
+    """The runs of a table whose entries come in batches, from cluster 2: links, FREE, END, BAD or BROKEN. A number is so many entries that are FREE."""
     edges: list[list[Int]] = [[EMPTY] for _ in range(7)]
     cluster, held = 1, np.array([EDGE], np.int64)
-    for batch in _with_edge(batches):
+    for found_next in _with_edge(batches):
+        free = found_next if isinstance(found_next, int) else 0
+        batch = np.array([FREE], np.int64) if isinstance(found_next, int) else found_next
         values = np.concatenate([held, batch])
         here, after = values[:-1], values[1:]
         linked = here == np.arange(cluster + 1, cluster + 1 + len(batch))
@@ -162,12 +164,12 @@ def read_runs(batches: Iterable[Int]) -> Runs:
             found += [np.flatnonzero(now & ~was) + cluster + 1, np.flatnonzero(was & ~now) + cluster + 1]
         for kept, new in zip(edges, found, strict=True):
             kept.append(new)
-        cluster, held = cluster + len(batch), values[-1:]
+        cluster, held = cluster + (free or len(batch)), values[-1:]
     start, end, link, *rest = (np.concatenate(parts) for parts in edges)
     return Runs(start, end, link, (rest[0], rest[1]), (rest[2], rest[3]))
 
 
-def _with_edge(batches: Iterable[Int]) -> Iterator[Int]:
+def _with_edge(batches: Iterable[Int | int]) -> Iterator[Int | int]:
     yield from batches
     yield np.array([EDGE], np.int64)
 

@@ -5,7 +5,8 @@ Sources: ntfs-3g libntfs-3g/logfile.c ntfs_is_logfile_clean(), volume.c ntfs_vol
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Bytes, Int, union
+from virt_bmap.arrays import Int, ints
+from virt_bmap.filesystems.bitmaps import bitmap_runs
 from virt_bmap.filesystems.ntfs import structures as ntfs
 from virt_bmap.filesystems.ntfs.boot import Geometry
 from virt_bmap.filesystems.ntfs.contents import Contents
@@ -15,8 +16,6 @@ from virt_bmap.filesystems.ntfs.problems import Problems
 from virt_bmap.layout import record
 from virt_bmap.reader import Reader
 
-BATCH = 16 << 20
-"""Bytes of a bitmap looked at together."""
 HIBERNATED = (b"hibr", b"HIBR")
 """First bytes of hiberfil.sys while Windows sleeps in it; after waking they are others."""
 
@@ -80,30 +79,11 @@ def free_space(reader: Reader, geometry: Geometry, contents: Contents, problems:
     known = min(size, stream.contiguous(0))
     if known < size:
         problems.add("bitmap", f"$Bitmap can be read for {known} of {size} bytes only", np.array([-1]))
-    starts, ends = [EMPTY], [EMPTY]
-    for at in range(0, known, BATCH):
-        data = read_stream(reader, stream, at, min(at + BATCH, known))
-        low, high = clear_runs(data)
-        starts.append(low + at * 8)
-        ends.append(high + at * 8)
-    low, high = union(np.concatenate(starts), np.minimum(np.concatenate(ends), min(geometry.clusters, known * 8)))
+    place, length = stream.place(ints(0), ints(known))[2:]
+    low, high = bitmap_runs(reader, place, length, geometry.clusters, False)
     inside = reader.size
     low, high = low * geometry.cluster_size, np.minimum(high * geometry.cluster_size, inside)
     return low, np.maximum(high - low, 0)
-
-
-def clear_runs(data: Bytes) -> tuple[Int, Int]:
-    """(starts, ends), in bits, of the runs of zeroes. Only bytes in which a run begins or ends are taken apart."""
-    before = np.empty_like(data)
-    before[1:] = data[:-1] >> 7
-    before[:1] = 1
-    changes = (data ^ ((data << 1) | before)).astype(np.uint8)
-    where = np.flatnonzero(changes)
-    bit = np.flatnonzero(np.unpackbits(changes[where], bitorder="little"))
-    edges = where[bit >> 3] * 8 + (bit & 7)
-    if len(edges) % 2:
-        edges = np.append(edges, len(data) * 8)
-    return edges[0::2], edges[1::2]
 
 
 def check_records(reader: Reader, mft: Mft, contents: Contents, problems: Problems) -> None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Int, bit_runs, ints, union
+from virt_bmap.arrays import EMPTY, Int, ints
 from virt_bmap.contract import Problem
 from virt_bmap.errors import Corrupt, Unsupported
+from virt_bmap.filesystems.bitmaps import bitmap_runs
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 
@@ -65,8 +66,6 @@ INTEGRITY_DESCRIPTOR = struct(80, [
     (28, "IntegrityType", "<u4"), (32, "NextLength", "<u4"), (36, "NextLocation", "<u4"),
 ])  # fmt: skip
 BITMAP_HEADER = struct(24, [(0, "TagIdentifier", "<u2"), (20, "NumberOfBytes", "<u4")])
-BITMAP_BATCH = 1 << 20
-"""Bytes of a bitmap that are looked at together: a bit becomes a byte."""
 SPARING_TABLE = struct(56, [(48, "ReallocationTableLength", "<u2")])
 CLOSED = 1
 REWRITABLE = (3, 4)
@@ -341,13 +340,7 @@ def free_blocks(reader: Reader, start: int, length: int, blocks: int) -> tuple[I
         return None
     start += BITMAP_HEADER.itemsize
     count = min(int(found["NumberOfBytes"]), length - BITMAP_HEADER.itemsize, -(-blocks // 8), max(0, reader.size - start))
-    low, high = [EMPTY], [EMPTY]
-    for at in range(0, count, BITMAP_BATCH):
-        data = np.frombuffer(reader.read(start + at, min(BITMAP_BATCH, count - at)), np.uint8)
-        begin, end = bit_runs(data, min(8 * len(data), blocks - 8 * at), value=True)
-        low.append(begin + 8 * at)
-        high.append(end + 8 * at)
-    return union(np.concatenate(low), np.concatenate(high))
+    return bitmap_runs(reader, ints(start), ints(count), blocks, True)
 
 
 def read_file_set(reader: Reader, volume: Volume) -> tuple[int, np.void]:

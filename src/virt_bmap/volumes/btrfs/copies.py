@@ -212,6 +212,7 @@ class RebuildingReader(Reader):
     def __init__(self, plain: Reader, where: Rows, recipes: Int, row: StripesOfRow) -> None:
         super().__init__(plain.size, plain.name)
         self._plain, self._where, self._recipes, self._row = plain, where, recipes, row
+        self.below = [plain, row.p, row.q, *row.data]
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         data = np.array(self._plain.read_ranges(offsets, lengths))
