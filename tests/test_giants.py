@@ -211,7 +211,7 @@ def test_an_honest_giant_in_holes_is_proven(name: str, work: Path) -> None:
             assert bmap.filesystems.column("type").to_pylist() == [name]
             free = tables.codes(bmap.extents, "kind") == tables.FREE
             assert tables.integers(bmap.extents, "length")[free].sum() > (size // 2 if name != "btrfs" else 0)
-            assert bmap.problems.num_rows == 0
+            assert "error" not in bmap.problems.column("severity").to_pylist()
             report = check(bmap)
             assert not report.disagreements
             return "proven" if PROVEN in {one.result for one in report.verdicts if one.subject == "allocator"} else "not proven"
