@@ -183,6 +183,23 @@ def test_tables_in_holes_cost_nothing(name: str, work: Path) -> None:
     assert found.memory < MEMORY // 2  # before, 12 million rows, or every byte of the hole, took more
 
 
+def test_one_extent_is_no_thousand_filesystems(tmp_path: Path) -> None:
+    """Volumes of one text that all lie on the same extents are not read again and again."""
+    try:
+        (disk,) = small_images.make("lvm-thin", tmp_path)
+    except small_images.Left as reason:
+        pytest.skip(str(reason))
+    text = disk.read_bytes()[4096 + 512 :].split(b"\0")[0].decode()
+    volumes = [
+        small_images.LINEAR.format(name=f"lv{n}", id=f"{n:032d}", visible=', "VISIBLE"', count=4, at=0) for n in range(300)
+    ]
+    head, _, _ = text.partition("logical_volumes")
+    small_images.write_lvm_text(disk, (head + "logical_volumes {\n" + "\n".join(volumes) + "\n} }").encode())
+    with maps.open_volumes([str(disk)], "raw", False, NO_KEYS, None, NOTHING) as (bmap, _):
+        assert bmap.volumes.column("name").to_pylist() == ["/dev/sda", "/dev/my-vg/lv0"]
+        assert bmap.problems.column("code").to_pylist().count("two-owners") == 299
+
+
 # ---- honest giants ------------------------------------------------------------------------------------------------------
 
 GIANTS: dict[str, tuple[int, Sequence[str], str]] = {

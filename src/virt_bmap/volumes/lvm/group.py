@@ -75,6 +75,8 @@ class Group:
     sizes: dict[int, int] = field(default_factory=dict)
     extents: list[tuple[int, int, int]] = field(default_factory=list)
     """Allocated on physical volumes: (member, first byte, bytes)."""
+    begun: dict[tuple[int, int], str] = field(default_factory=dict)
+    """Which volume has a run that begins at this byte of this member."""
 
     def bytes(self, extents: int) -> int:
         """So many extents in bytes. Raises Corrupt where that is more than any volume has."""

@@ -109,6 +109,7 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
             group.assembly.extents[log.place.parent] = _all_metadata(log.size, "mirror log")
         kinds.append("linear" if kind == "striped" and segment.number("stripe_count", 1) == 1 else kind)
         absent += group.absent(segment)
+    _claim(group, name, rows)
     rows, lost = bounded(rows, group.sizes)
     reference = _add(
         group, name,
@@ -122,6 +123,17 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
         detail = f"the snapshot {store} is being merged into it; what is not merged yet is shown in the snapshot only"
         group.problem(reference, Problem("merging", detail, -1, "warning"))
     return reference
+
+
+def _claim(group: Group, name: str, rows: list[Row]) -> None:
+    """Corrupt where a run of extents begins where another volume's does: one filesystem would be read again for each volume that the text can name."""
+    places = [(row.parent, row.parent_offset) for row in rows if row.parent >= 0]
+    for place in places:
+        if (other := group.begun.get(place, name)) != name:
+            raise Corrupt(
+                f"its extents at byte {place[1]:#x} of the physical volume are those of {other}", place[1], "two-owners"
+            )
+    group.begun.update(dict.fromkeys(places, name))
 
 
 def _add(group: Group, name: str, child: Child, inner: bool | None = None) -> int:
