@@ -140,7 +140,7 @@ def patched(path: Path, size: int, *fields: tuple[int, str, int]) -> Path:
 def fat32(folder: Path) -> Path:
     """2^28 clusters, their FAT of 1 GiB in a hole."""
     (path,) = small_images.make("fat32", folder)
-    return patched(path, 1 << 42, (0x0D, "B", 8), (0x20, "<I", 0xFFFFFFFF), (0x24, "<I", 1 << 21))
+    return patched(path, 1 << 42, (0x0D, "B", 16), (0x20, "<I", 0xFFFFFFFF), (0x24, "<I", 1 << 21))
 
 
 def exfat(folder: Path) -> Path:
