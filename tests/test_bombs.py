@@ -136,6 +136,18 @@ def test_an_honest_giant_is_mapped(tmp_path: Path) -> None:
     assert memory < MEMORY
 
 
+def test_the_past_of_an_honest_giant(tmp_path: Path) -> None:
+    """Whose was this free byte? Two thousand million inodes are unused, and of nearly all the table is a hole."""
+    need("mke2fs", "e2fsprogs")
+    path = tmp_path / "giant.img"
+    path.touch()
+    grown(path, 8 << 40)
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-i", "4096", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard", path)
+    memory, seconds, said = cost("explain", path, (7 << 40) + (1 << 30))
+    assert memory < MEMORY, said
+    assert seconds < SECONDS, said
+
+
 def test_what_is_stored_is_known_through_layers(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with open(path, "wb") as file:

@@ -140,10 +140,7 @@ def _logged(reader: Reader, superblock: Superblock, groups: Groups, copies: Copi
 
 def _deleted(reader: Reader, superblock: Superblock, groups: Groups) -> Remembered:
     """The records of inodes that no bitmap calls used, but that still say what they were and point at something."""
-    unused = np.ones(len(groups.inode_table) * superblock.inodes_per_group + 1, bool)
-    unused[0] = False
-    unused[used_inodes(reader, superblock, groups)] = False
-    numbers, found = np.flatnonzero(unused), [(EMPTY, np.zeros((0, superblock.inode_size), np.uint8))]
+    numbers, found = _unused(reader, superblock, groups), [(EMPTY, np.zeros((0, superblock.inode_size), np.uint8))]
     offsets = record_offsets(superblock, groups, numbers)
     inside = (offsets >= 0) & (offsets <= reader.size - superblock.inode_size)
     numbers, offsets = numbers[inside], offsets[inside]
@@ -153,6 +150,21 @@ def _deleted(reader: Reader, superblock: Superblock, groups: Groups) -> Remember
         found.append((numbers[part][dead], raw[dead]))
     number, records = (np.concatenate(columns) for columns in zip(*found, strict=True))
     return Remembered(number, np.full(len(number), -1, np.int64), records)
+
+
+def _unused(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
+    """The inodes that no bitmap calls used, of groups whose table is more than a hole."""
+    count, table = superblock.inodes_per_group, groups.inode_table * superblock.block_size
+    stored = np.flatnonzero(touching(table, table + count * superblock.inode_size, *reader.stored()))
+    reader.afford(len(stored) * count * superblock.inode_size, "unused inodes")
+    unused = np.ones((len(stored), count), bool)
+    used = used_inodes(reader, superblock, groups) - 1
+    at = np.searchsorted(stored, used // count)
+    known = np.append(stored, -1)[at] == used // count
+    unused[at[known], used[known] % count] = False
+    group, place = np.nonzero(unused)
+    numbers: Int = stored[group] * count + place + 1
+    return numbers
 
 
 def _holding(reader: Reader, superblock: Superblock, known: Remembered, starts: Int, ends: Int, said_by: str) -> pa.Table:
