@@ -142,7 +142,20 @@ def test_the_past_of_an_honest_giant(tmp_path: Path) -> None:
     path = tmp_path / "giant.img"
     path.touch()
     grown(path, 8 << 40)
-    run("mke2fs", "-q", "-F", "-t", "ext4", "-i", "4096", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard", path)
+    run(
+        "mke2fs",
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-O",
+        "^extent,^64bit",
+        "-i",
+        "4096",
+        "-E",
+        "lazy_itable_init=1,lazy_journal_init=1,nodiscard",
+        path,
+    )
     memory, seconds, said = cost("explain", path, (7 << 40) + (1 << 30))
     assert memory < MEMORY, said
     assert seconds < SECONDS, said
