@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from support import need, run
-from virt_bmap.cli import main
 from virt_bmap.cli import run as cli
+from virt_bmap.errors import UsageError, one_line
 from virt_bmap.maps import load, map_disks
 from virt_bmap.outputs.escape import escape
 from virt_bmap.profile.summary import names
@@ -63,15 +63,13 @@ def test_the_names_of_a_profile() -> None:
     assert names(table) == [f"/file:[{escape(EVIL.encode())}]"]
 
 
-def test_an_error_that_lists_names(disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_that_lists_names(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A volume group may be called anything; the error that lists what there is stays one line that only prints."""
     bmap = map_disks([str(disk)])
     bmap.volumes = bmap.volumes.set_column(bmap.volumes.schema.get_field_index("name"), "name", pa.array([f"/dev/{EVIL}"]))
     monkeypatch.setattr("virt_bmap.commands.locate.map_or_disks", lambda args, given: bmap)
-    monkeypatch.setattr("sys.argv", ["virt-bmap", "locate", str(disk), "/dev/sdb", "/file"])
-    monkeypatch.setattr("os._exit", lambda status: None)
-    main()
-    text = capsys.readouterr().err
-    assert text.startswith("virt-bmap: no device /dev/sdb in this map; there are: /dev/a\\b")
-    assert text.count("\n") == 1
-    assert not set("\x1b\u202e") & set(text)
+    with pytest.raises(UsageError) as raised:
+        cli(["locate", str(disk), "/dev/sdb", "/file"])
+    text = one_line(raised.value)  # as the program prints it
+    assert text.startswith("no device /dev/sdb in this map; there are: /dev/a\\b")
+    assert not set("\n\x1b\u202e") & set(text)

@@ -20,6 +20,7 @@ import pytest
 import ntfs_images
 from support import mapped, mounted, need, need_root, run, wait_for_socket
 from test_dump import _raid5, digests
+from virt_bmap import in_use
 from virt_bmap.cli import run as bmap
 from virt_bmap.errors import ImageError, OutputError, UsageError
 from virt_bmap.sparsify.in_place import opened
@@ -246,6 +247,9 @@ def test_killed_in_place(ext4: Path, tmp_path: Path, times: int) -> None:
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", ext4, packed)
     code = "from virt_bmap.images.nbd_writer import NbdWriter; from virt_bmap.sparsify import in_place; in_place.AT_ONCE = 1; count = [0]; trim = NbdWriter.trim\n"
     ended(code + dying("NbdWriter.trim", "trim", times), ["sparsify", "--in-place", str(packed)])
+    until = time.monotonic() + 30
+    while in_use.user_of(str(packed)) and time.monotonic() < until:  # qemu-nbd finishes what it was told before
+        time.sleep(0.05)
     run("qemu-img", "check", packed, ok=(0, 3))  # 3: space that is not used, and nothing wrong
     run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", packed, back)
     assert_same("ext4", back, files)

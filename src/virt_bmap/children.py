@@ -61,9 +61,18 @@ def _mortal() -> list[str]:
     return [] if threading.current_thread() is not threading.main_thread() else mortal()
 
 
-@functools.cache
 def mortal() -> list[str]:
-    """For programs that are started by a thread which lives as long as they do. util-linux's; those of busybox and toybox know no such option."""
+    """For programs that are started by a thread which lives as long as they do: what the kernel is told, and then a look whether we live still."""
+    program = _setpriv()
+    return [program, "--pdeathsig", "TERM", "--", "/bin/sh", "-c", ORPHANS_END, str(os.getpid())] if program else []
+
+
+ORPHANS_END = '[ "$PPID" = "$0" ] && exec "$@"'
+"""For sh: a parent that ended before the kernel was told is not noticed by it."""
+
+
+@functools.cache
+def _setpriv() -> str | None:
+    """util-linux's; those of busybox and toybox know no such option."""
     program = programs.find("setpriv")
-    is_whole = program is not None and os.path.basename(os.path.realpath(program)) == "setpriv"
-    return [program, "--pdeathsig", "TERM", "--"] if program and is_whole else []
+    return program if program and os.path.basename(os.path.realpath(program)) == "setpriv" else None

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from virt_bmap import children, confine, leftovers, programs
+from virt_bmap import children, confine, leftovers, programs, signals
 from virt_bmap.errors import ImageError
 from virt_bmap.images.graph import Graph
 from virt_bmap.images.nbd import TIMEOUT, NbdReader
@@ -73,13 +73,13 @@ def served_by(
     """Likewise, with the server. Others may connect to it at `path`, too; where it `lasts`, it does not end with us while they are connected."""
     program = programs.required("qemu-nbd", why, PACKAGES)
     # who starts it behind the wall waits for it, so that the kernel can end it with us
-    command = [*([] if lasts else children.mortal()), program, *options]
+    mortal = [] if lasts else children.mortal()
     try:
-        return _connected(client, Server(program, command, graph, path, confine.popen), graph)
+        return _connected(client, Server(program, mortal, options, graph, path, confine.popen, lasts), graph)
     except (ImageError, OSError):
         if confine.bears(program):  # or it is not the image's fault
             raise
-    return _connected(client, Server(program, [program, *options], graph, path, confine.popen_outside), graph)
+    return _connected(client, Server(program, [], options, graph, path, confine.popen_outside, lasts), graph)
 
 
 def _connected(client: Callable[[str, str, socket.socket], Client], server: "Server", graph: Graph) -> "tuple[Client, Server]":
@@ -100,22 +100,38 @@ def _connected(client: Callable[[str, str, socket.socket], Client], server: "Ser
 class Server:
     """A qemu-nbd. It ends with `link`, our connection."""
 
-    def __init__(self, program: str, command: Sequence[str], graph: Graph, path: str | None, popen: confine.Popen) -> None:
+    def __init__(
+        self,
+        program: str,
+        mortal: list[str],
+        options: Sequence[str],
+        graph: Graph,
+        path: str | None,
+        popen: confine.Popen,
+        lasts: bool,
+    ) -> None:
         self._graph = graph
         self._patience = WRITTEN if graph.write else LAST_WORDS
         self._nodes = f"json:{json.dumps(graph.node)}"
         self.failure = ""
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         self.link = socket.socket(socket.AF_UNIX)
+        self._noted = contextlib.ExitStack()
         try:
-            self.process = self._started(program, command, path, popen)
+            with signals.held():
+                self.process = self._started(program, mortal, options, path, popen)
+                if not lasts:
+                    self._noted.enter_context(leftovers.undoing(lambda: children.stop(self.process, self._patience)))
         except BaseException:
+            self._noted.close()
             self.link.close()
             self._messages.close()
             raise
 
-    def _started(self, program: str, command: Sequence[str], path: str | None, popen: confine.Popen) -> "subprocess.Popen[bytes]":
-        words = ["/bin/sh", "-c", LISTENER, "sh", *command, self._nodes]
+    def _started(
+        self, program: str, mortal: list[str], options: Sequence[str], path: str | None, popen: confine.Popen
+    ) -> "subprocess.Popen[bytes]":
+        words = [*mortal, "/bin/sh", "-c", LISTENER, "sh", program, *options, self._nodes]
         with leftovers.private_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
             place = path or os.path.join(folder, "nbd")
             with contextlib.suppress(FileNotFoundError):  # of a first try
@@ -162,4 +178,5 @@ class Server:
             self.failure = f"qemu-nbd did not finish within {self._patience:.0f} seconds"
         elif status:
             self.failure = self.words() or f"qemu-nbd ended with {status}"
+        self._noted.close()
         self._messages.close()
