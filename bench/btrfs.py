@@ -2,8 +2,9 @@
 
     python bench/btrfs.py [--files N] [--rounds N] CACHE
 
-CACHE keeps the image for the next run. It is made by `mkfs.btrfs --rootdir` from files of mixed sizes: half of them lie inline in the trees.
-Both are whole processes with everything in the page cache, in turns; the fastest runs are compared.
+CACHE keeps the image for the next run. It is made by `mkfs.btrfs --rootdir` from files of mixed sizes: half
+of them lie inline in the trees. Both are whole processes with everything in the page cache, in turns; the
+fastest runs are compared.
 """
 
 import os
@@ -41,5 +42,6 @@ def build(cache: Path, files: int) -> Path:
 
 if __name__ == "__main__":
     raise SystemExit(fair.main(fair.Match(
-        __doc__ or "", "", build, ["btrfs", "check", "--readonly"], {"btrfs": "btrfs-progs", "mkfs.btrfs": "btrfs-progs"}, lambda files: GOAL,
+        __doc__ or "", "", build, ["btrfs", "check", "--readonly"],
+        {"btrfs": "btrfs-progs", "mkfs.btrfs": "btrfs-progs"}, lambda files: GOAL,
     )))  # fmt: skip

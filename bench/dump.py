@@ -1,8 +1,10 @@
-"""dump of a partition against `guestfish download` of the same device, whole processes, and the bytes compared.
+"""dump of a partition against `guestfish download` of the same device, whole processes, and the bytes
+compared.
 
     python bench/dump.py CACHE-FOLDER [FILES] [TIMES]
 
-The image is that of bench/ext.py in a partition. guestfish has to start its small virtual machine first; that is told apart by a download of nothing.
+The image is that of bench/ext.py in a partition. guestfish has to start its small virtual machine first; that
+is told apart by a download of nothing.
 """
 
 import os
@@ -27,9 +29,14 @@ def disk(cache: Path, files: int) -> Path:
         with made.open("wb") as file:
             file.truncate(size + 2 * START)
         subprocess.run(
-            ["sfdisk", "-q", made], input=f"label: gpt\nstart={START // 512}, size={size // 512}\n".encode(), check=True
+            ["sfdisk", "-q", made],
+            input=f"label: gpt\nstart={START // 512}, size={size // 512}\n".encode(),
+            check=True,
         )
-        subprocess.run(["dd", f"if={part}", f"of={made}", "bs=1M", "seek=1", "conv=notrunc,sparse", "status=none"], check=True)
+        subprocess.run(
+            ["dd", f"if={part}", f"of={made}", "bs=1M", "seek=1", "conv=notrunc,sparse", "status=none"],
+            check=True,
+        )
     return made
 
 
@@ -50,7 +57,8 @@ def main() -> None:
     start = seconds([*guestfish, "list-devices"])
     same = subprocess.run(["cmp", ours, theirs]).returncode == 0
     print(
-        f"guestfish download   {peer:8.2f} s   of which {start:.2f} s to start; {peer / mine:.0f} times as long; the same bytes: {same}"
+        f"guestfish download   {peer:8.2f} s   of which {start:.2f} s to start; {peer / mine:.0f} "
+        f"times as long; the same bytes: {same}"
     )
     ours.unlink(), theirs.unlink()
 

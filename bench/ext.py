@@ -2,8 +2,8 @@
 
     python bench/ext.py [--files N] [--rounds N] CACHE
 
-CACHE keeps the image (5 KiB a file, sparse) for the next run. It is made by mke2fs from a tree of files: no root, no mount. A million files need some 15 GiB
-and ten minutes the first time.
+CACHE keeps the image (5 KiB a file, sparse) for the next run. It is made by mke2fs from a tree of files: no
+root, no mount. A million files need some 15 GiB and ten minutes the first time.
 """
 
 import shutil
@@ -30,7 +30,9 @@ def build(cache: Path, files: int) -> Path:
             file.truncate((1 << 30) + files * 8192)
         inodes = str(files + files // 4)
         subprocess.run(
-            ["mke2fs", "-q", "-F", "-t", "ext4", "-N", inodes, "-d", folder, part], check=True, stdout=subprocess.DEVNULL
+            ["mke2fs", "-q", "-F", "-t", "ext4", "-N", inodes, "-d", folder, part],
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         shutil.rmtree(folder)
         part.rename(made)

@@ -1,7 +1,9 @@
-"""What the benches of single formats share: `virt-bmap -o map.parquet IMAGE` against the format's peer on the same image, whole processes, in turn.
+"""What the benches of single formats share: `virt-bmap -o map.parquet IMAGE` against the format's peer on the
+same image, whole processes, in turn.
 
-The fastest run of each counts, since all noise comes on top of it; a first round warms the page cache. Our modules are used as `pip install` leaves them, with their
-bytecode: where the environment forbids to write it (PYTHONDONTWRITEBYTECODE), a checkout would be compiled again in every run.
+The fastest run of each counts, since all noise comes on top of it; a first round warms the page cache. Our
+modules are used as `pip install` leaves them, with their bytecode: where the environment forbids to write it
+(PYTHONDONTWRITEBYTECODE), a checkout would be compiled again in every run.
 """
 
 import argparse
@@ -60,7 +62,8 @@ class Match:
 
 
 def seconds(command: Sequence[str | Path]) -> float:
-    """How long a process takes; what it says is thrown away, its exit status is not looked at (checkers have many)."""
+    """How long a process takes; what it says is thrown away, its exit status is not looked at (checkers have
+    many)."""
     start = time.perf_counter()
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     return time.perf_counter() - start
@@ -73,13 +76,16 @@ def as_installed() -> None:
 
 
 def main(match: Match) -> int:
-    """Make or find the image in the folder of the command line, compare, and print the figures; 1 where the goal is missed, 2 where a program is."""
+    """Make or find the image in the folder of the command line, compare, and print the figures; 1 where the
+    goal is missed, 2 where a program is."""
     parser = argparse.ArgumentParser(description=match.about.split("\n")[0])
     parser.add_argument("cache", type=Path, help="folder that keeps the image for the next run")
     parser.add_argument("--files", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    if missing := [tool for tool in match.needs if not shutil.which(tool, path="/usr/bin:/usr/sbin:/bin:/sbin")]:
+    if missing := [
+        tool for tool in match.needs if not shutil.which(tool, path="/usr/bin:/usr/sbin:/bin:/sbin")
+    ]:
         packages = dict.fromkeys(match.needs[tool] for tool in missing)
         print(f"needs {', '.join(missing)}: apt-get install {' '.join(packages)}", file=sys.stderr)
         return 2
@@ -94,7 +100,10 @@ def main(match: Match) -> int:
     our, their = (min(column) for column in zip(*taken, strict=True))
     goal = match.goal(options.files)
     print(f"{options.files:,} files, fastest of {options.rounds} runs in turn, from the page cache:")
-    print(f"  virt-bmap -o map.parquet  {our:7.3f} s, at most {memory} MiB (goal {200 + options.files // 1024} MiB)")
+    print(
+        f"  virt-bmap -o map.parquet  {our:7.3f} s, at most {memory} MiB (goal "
+        f"{200 + options.files // 1024} MiB)"
+    )
     print(f"  {' '.join(match.peer):<25} {their:7.3f} s: ratio {our / their:.2f}, goal {goal:.2f}")
     if match.reader:
         read_alone(match.reader, image, options.rounds)
@@ -104,7 +113,10 @@ def main(match: Match) -> int:
 def read_alone(reader: str, image: Path, rounds: int) -> None:
     """Print what the reader takes without start-up and output, and its reads without the reader."""
     command = [sys.executable, "-c", READ, reader, image]
-    found = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(rounds)]
+    found = [
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        for _ in range(rounds)
+    ]
     alone, bare = (min(float(words[column]) for words in found) for column in (0, 1))
     batches, size, inodes, extents = (int(word) for word in found[0][2:])
     print(f"  the reader alone          {alone:7.3f} s: {inodes:,} inodes, {extents:,} extents")

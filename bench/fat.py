@@ -2,8 +2,9 @@
 
     python bench/fat.py [--files N] [--rounds N] CACHE
 
-CACHE keeps the image for the next run. It is written here, since mtools take an hour for it: directories of 400 files with long names, files of one
-to three clusters, every tenth of them in pieces. `fsck.fat` calls it clean.
+CACHE keeps the image for the next run. It is written here, since mtools take an hour for it: directories of
+400 files with long names, files of one to three clusters, every tenth of them in pieces. `fsck.fat` calls it
+clean.
 """
 
 import struct
@@ -18,21 +19,30 @@ CLUSTER, RESERVED, PER_DIRECTORY, SLOTS = 2048, 32 * 512, 400, 3
 
 
 def entries(names: list[str], first: np.ndarray, sizes: np.ndarray, attribute: int) -> np.ndarray:
-    """Directory entries (n, 4, 32): three slots of a long name of up to 39 characters, and the short entry."""
+    """Directory entries (n, 4, 32): three slots of a long name of up to 39 characters, and the short
+    entry."""
     n = len(names)
     raw = np.zeros((n, SLOTS + 1, 32), np.uint8)
-    short = np.frombuffer("".join(f"F{number:07d}TXT" for number in range(n)).encode(), np.uint8).reshape(n, 11)
+    short = np.frombuffer("".join(f"F{number:07d}TXT" for number in range(n)).encode(), np.uint8).reshape(
+        n, 11
+    )
     checksum = np.zeros(n, np.uint8)
     for column in short.T:
         checksum = (checksum << 7 | checksum >> 1) + column
-    units = np.frombuffer("".join(name.ljust(39, "\uffff") for name in names).encode("utf-16-le"), "<u2").reshape(n, 39).copy()
+    units = (
+        np.frombuffer("".join(name.ljust(39, "\uffff") for name in names).encode("utf-16-le"), "<u2")
+        .reshape(n, 39)
+        .copy()
+    )
     lengths = np.array([len(name) for name in names])
     units[np.arange(n)[lengths < 39], lengths[lengths < 39]] = 0
     for slot in range(SLOTS):
         part = raw[:, SLOTS - 1 - slot]
         part[:, 0] = slot + 1 | (0x40 if slot == SLOTS - 1 else 0)
         part[:, 11], part[:, 13] = 0x0F, checksum
-        part[:, np.r_[1:11, 14:26, 28:32]] = np.ascontiguousarray(units[:, slot * 13 : slot * 13 + 13]).view(np.uint8)
+        part[:, np.r_[1:11, 14:26, 28:32]] = np.ascontiguousarray(units[:, slot * 13 : slot * 13 + 13]).view(
+            np.uint8
+        )
     last = raw[:, SLOTS]
     last[:, :11], last[:, 11] = short, attribute
     last[:, 20:22] = (first >> 16).astype("<u2")[:, None].view(np.uint8)
@@ -67,7 +77,8 @@ def build(cache: Path, files: int) -> Path:
     fat = np.zeros(clusters + 2, "<u4")
     fat[2:used] = np.arange(3, used + 1)
     fat[np.r_[1 + root, directory_first + per_directory - 1, data_first + count - 1]] = 0x0FFFFFFF
-    pieces = np.flatnonzero((np.arange(files) % 10 == 2) & (count == 3))  # swap the last clusters of neighbours among these
+    # swap the last clusters of neighbours among these
+    pieces = np.flatnonzero((np.arange(files) % 10 == 2) & (count == 3))
     a, b = data_first[pieces[0::2][: len(pieces) // 2]] + 2, data_first[pieces[1::2]] + 2
     fat[a - 1], fat[b - 1] = b, a
     fat[:2] = 0x0FFFFFF8, 0x0FFFFFFF
@@ -75,9 +86,37 @@ def build(cache: Path, files: int) -> Path:
     data = RESERVED + 2 * fat_sectors * 512
     total = data // 512 + clusters * CLUSTER // 512
     boot = struct.pack(
-        "<3s8sHBHBHHBHHHII", b"\xeb\x58\x90", b"bench   ", 512, CLUSTER // 512, RESERVED // 512, 2, 0, 0, 0xF8, 0, 32, 8, 0, total
+        "<3s8sHBHBHHBHHHII",
+        b"\xeb\x58\x90",
+        b"bench   ",
+        512,
+        CLUSTER // 512,
+        RESERVED // 512,
+        2,
+        0,
+        0,
+        0xF8,
+        0,
+        32,
+        8,
+        0,
+        total,
     )
-    boot += struct.pack("<IHHIHH12xBBBI11s8s", fat_sectors, 0, 0, 2, 1, 6, 0x80, 0, 0x29, 0x1234ABCD, b"NO NAME    ", b"FAT32   ")
+    boot += struct.pack(
+        "<IHHIHH12xBBBI11s8s",
+        fat_sectors,
+        0,
+        0,
+        2,
+        1,
+        6,
+        0x80,
+        0,
+        0x29,
+        0x1234ABCD,
+        b"NO NAME    ",
+        b"FAT32   ",
+    )
     boot = boot.ljust(510, b"\0") + b"\x55\xaa"
     info = struct.pack("<I480xIII12xI", 0x41615252, 0x61417272, clusters + 2 - used, used, 0xAA550000)
     part = image.with_suffix(".part")

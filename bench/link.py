@@ -1,9 +1,11 @@
-"""A disk behind a slow link: how many round trips' worth of waiting does a map cost, and how many bytes, against the metadata's own?
+"""A disk behind a slow link: how many round trips' worth of waiting does a map cost, and how many bytes,
+against the metadata's own?
 
     python bench/link.py IMAGE [DELAY-MS]
 
-nbdkit's delay filter holds every request for DELAY-MS (20). Waiting is the time with the delay less the time without, in round trips. The metadata's bytes are those of
-the map's own extents: what is metadata, directories and trees, free space and the journal's content left aside.
+nbdkit's delay filter holds every request for DELAY-MS (20). Waiting is the time with the delay less the time
+without, in round trips. The metadata's bytes are those of the map's own extents: what is metadata,
+directories and trees, free space and the journal's content left aside.
 """
 
 import subprocess
@@ -33,7 +35,19 @@ def timed(image: str, delay: int) -> tuple[float, BlockMap, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         socket = Path(folder) / "s"
         server = subprocess.Popen(
-            ["nbdkit", "-f", "-r", "-U", socket, "-t", str(THREADS), "--filter=delay", "file", image, f"delay-read={delay}ms"]
+            [
+                "nbdkit",
+                "-f",
+                "-r",
+                "-U",
+                socket,
+                "-t",
+                str(THREADS),
+                "--filter=delay",
+                "file",
+                image,
+                f"delay-read={delay}ms",
+            ]
         )
         try:
             while not socket.exists():
@@ -61,7 +75,9 @@ def metadata_bytes(bmap: BlockMap) -> int:
     part = np.array(bmap.extents.column("part").to_pylist(), object)
     flags = tables.integers(bmap.extents, "flags")
     wanted = (
-        np.isin(kind, (tables.METADATA, tables.DIRECTORY, tables.TREE)) & ~np.isin(part, UNREAD) & ((flags & tables.INLINE) == 0)
+        np.isin(kind, (tables.METADATA, tables.DIRECTORY, tables.TREE))
+        & ~np.isin(part, UNREAD)
+        & ((flags & tables.INLINE) == 0)
     )
     start = tables.integers(bmap.extents, "volume_offset")[wanted]
     return total(start, start + tables.integers(bmap.extents, "length")[wanted])
@@ -72,7 +88,10 @@ def main() -> None:
     plain, bmap, _, _ = fastest(image, 0)
     slow, _, rounds, asked = fastest(image, delay)
     trips, ratio = (slow - plain) / (delay / 1000), asked / metadata_bytes(bmap)
-    print(f"{bmap.inodes.num_rows:,} inodes: {plain:.2f} s without delay, {slow:.2f} s with {delay} ms a request")
+    print(
+        f"{bmap.inodes.num_rows:,} inodes: {plain:.2f} s without delay, {slow:.2f} s with {delay} ms "
+        "a request"
+    )
     print(f"waiting: {trips:.1f} round trips (target {TARGET_TRIPS}), in {rounds} batches")
     print(f"asked for {asked / 1e6:.1f} MB: {ratio:.2f} times the metadata's bytes (target {TARGET_BYTES})")
 

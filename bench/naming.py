@@ -1,9 +1,11 @@
-"""How soon a guest's new files have their names in the log of `virt-bmap watch`: from the return of fsync to the line. At least 99 % are to be named.
+"""How soon a guest's new files have their names in the log of `virt-bmap watch`: from the return of fsync to
+the line. At least 99 % are to be named.
 
     python bench/naming.py [--files N] [--only ext4|xfs]
 
-The guest is this machine's kernel (tests/kernel_guest.py; needs root, FUSE and loop devices): it writes the files to the mounted served disk, one after the other,
-each with fsync; then it moves, grows and deletes some. The log goes through a pipe, and the time of each line is when it comes out of it.
+The guest is this machine's kernel (tests/kernel_guest.py; needs root, FUSE and loop devices): it writes the
+files to the mounted served disk, one after the other, each with fsync; then it moves, grows and deletes some.
+The log goes through a pipe, and the time of each line is when it comes out of it.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
-import kernel_guest  # noqa: E402 - it lies there
+import kernel_guest
 
 BIN = Path(sys.executable).parent
 MAKE = {"ext4": ["mke2fs", "-q", "-t", "ext4"], "xfs": ["mkfs.xfs", "-q"]}
@@ -46,7 +48,8 @@ def run(kind: str, files: int) -> tuple[int, list[float]]:
 
         reader = threading.Thread(target=follow)
         reader.start()
-        command = [BIN / "virt-bmap", "watch", "--write", "--log", log, "-o", folder / "trace.parquet", image, "--",
+        command = [BIN / "virt-bmap", "watch", "--write", "--log", log, "-o", folder / "trace.parquet", image,
+            "--",
                    sys.executable, kernel_guest.__file__, "$unixsocket", folder, str(files)]  # fmt: skip
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         print(done.stderr, end="")
@@ -72,7 +75,9 @@ def main() -> int:
         missing, delays = run(kind, args.files)
         share = len(delays) / (len(delays) + missing)
         failed += share < GOAL
-        spread = ", ".join(f"{percent} % {max(0.0, float(np.percentile(delays, percent))):.2f} s" for percent in SHARES)
+        spread = ", ".join(
+            f"{percent} % {max(0.0, float(np.percentile(delays, percent))):.2f} s" for percent in SHARES
+        )
         print(f"{kind}: {share:.1%} of {args.files:,} files named (goal {GOAL:.0%}); delay at most: {spread}")
     return int(failed > 0)
 

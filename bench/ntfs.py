@@ -1,10 +1,11 @@
-"""How long an NTFS volume with 200,000 files takes to map, against `fls -r -p` of The Sleuth Kit on the same image.
+"""How long an NTFS volume with 200,000 files takes to map, against `fls -r -p` of The Sleuth Kit on the same
+image.
 
     python bench/ntfs.py [--files N] [--rounds N] CACHE
 
-CACHE keeps the image for the next run. It is made by mkntfs and filled through ntfs-3g (root, FUSE): three files in four are resident. Both are
-whole processes with everything in the page cache, in turns; the fastest runs are compared. The map has all
-extents, where fls prints names only.
+CACHE keeps the image for the next run. It is made by mkntfs and filled through ntfs-3g (root, FUSE): three
+files in four are resident. Both are whole processes with everything in the page cache, in turns; the fastest
+runs are compared. The map has all extents, where fls prints names only.
 """
 
 import subprocess
@@ -29,7 +30,9 @@ def build(cache: Path, files: int) -> Path:
         file.truncate((files * 5120 + (64 << 20)) & ~0xFFFF)
     subprocess.run(["mkntfs", "-F", "-Q", "-q", str(part)], check=True, capture_output=True)
     with tempfile.TemporaryDirectory() as folder:
-        daemon = subprocess.Popen(["ntfs-3g", "-o", "no_detach,noatime", str(part), folder], stderr=subprocess.DEVNULL)
+        daemon = subprocess.Popen(
+            ["ntfs-3g", "-o", "no_detach,noatime", str(part), folder], stderr=subprocess.DEVNULL
+        )
         while not Path(folder).is_mount() and daemon.poll() is None:
             time.sleep(0.05)
         try:
@@ -47,5 +50,6 @@ def build(cache: Path, files: int) -> Path:
 
 if __name__ == "__main__":
     raise SystemExit(fair.main(fair.Match(
-        __doc__ or "", "ntfs", build, ["fls", "-r", "-p"], {"mkntfs": "ntfs-3g", "ntfs-3g": "ntfs-3g", "fls": "sleuthkit"}, lambda files: GOAL,
+        __doc__ or "", "ntfs", build, ["fls", "-r", "-p"],
+        {"mkntfs": "ntfs-3g", "ntfs-3g": "ntfs-3g", "fls": "sleuthkit"}, lambda files: GOAL,
     )))  # fmt: skip

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Both ways to a map, side by side: the metadata read directly, and every file read by a kernel in libguestfs's appliance.
+"""Both ways to a map, side by side: the metadata read directly, and every file read by a kernel in
+libguestfs's appliance.
 
-bench/observe.py [FILES]        an ext4 with 2,000 files by default; times in seconds, the appliance's launch apart
+bench/observe.py [FILES]        an ext4 with 2,000 files by default
+times in seconds, the appliance's launch apart
 """
 
 import contextlib
@@ -28,7 +30,10 @@ def main() -> None:
         direct = min(seconds(lambda: maps.map_disks([str(image)])) for _ in range(5))
         sources = [source(str(image))]
         start = time.monotonic()
-        with contextlib.closing(Journal(str(folder / "journal"), sources, False)) as journal, session(sources) as running:
+        with (
+            contextlib.closing(Journal(str(folder / "journal"), sources, False)) as journal,
+            session(sources) as running,
+        ):
             launched = time.monotonic()
             observed_map(running, journal)
             observed = time.monotonic() - launched
@@ -36,7 +41,8 @@ def main() -> None:
     print(f"ext4, {count:,} files, {size / 1e6:.0f} MB")
     print(f"direct    {direct:8.3f} s")
     print(
-        f"observed  {observed:8.1f} s, after {launched - start:.1f} s until the appliance was up; {observed / count * 1000:.0f} ms a file"
+        f"observed  {observed:8.1f} s, after {launched - start:.1f} s until the appliance was up; "
+        f"{observed / count * 1000:.0f} ms a file"
     )
     print(f"ratio     {observed / direct:8.0f}")
 
@@ -49,7 +55,9 @@ def made(folder: Path, count: int) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(chooser.randbytes(int(min(1 << 20, chooser.lognormvariate(9, 1.5)))))
     image = folder / "disk.img"
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", folder / "tree", image, "512M"], check=True)
+    subprocess.run(
+        ["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", folder / "tree", image, "512M"], check=True
+    )
     return image
 
 

@@ -1,9 +1,10 @@
-"""A 10 TiB RAID5 of four sparse disks against the same filesystem on one plain disk: time in turn, and memory, which must not grow with the size.
+"""A 10 TiB RAID5 of four sparse disks against the same filesystem on one plain disk: time in turn, and
+memory, which must not grow with the size.
 
     python bench/raid.py CACHE-FOLDER [--files 10000] [--rounds 5]
 
-The array, its ext4 and its files are made once by mdadm and the kernel in libguestfs's appliance (a minute or two); the plain disk is a copy of the
-array's bytes, read through the map.
+The array, its ext4 and its files are made once by mdadm and the kernel in libguestfs's appliance (a minute or
+two); the plain disk is a copy of the array's bytes, read through the map.
 """
 
 import argparse
@@ -54,24 +55,37 @@ def members(cache: Path, size: int, files: int) -> list[Path]:
         script = base64.b64encode(MAKE.format(disks=DISKS, members=devices, files=files).encode()).decode()
         lines = [f"add {name} format:raw label:{name}" for name in names]
         lines += ["run", f'debug sh "echo {script} | base64 -d > /tmp/make; sh -e /tmp/make 2>&1"']
-        environment = {**os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
-        subprocess.run(["guestfish"], input="\n".join(lines), cwd=part, env=environment, text=True, check=True)
+        environment = {
+            **os.environ,
+            "LIBGUESTFS_BACKEND": "direct",
+            "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg",
+        }
+        subprocess.run(
+            ["guestfish"], input="\n".join(lines), cwd=part, env=environment, text=True, check=True
+        )
         part.rename(folder)
     return [folder / name for name in names]
 
 
 def plain(disks: list[Path]) -> Path:
-    """One sparse disk with the array's bytes: whatever any disk has data for, moved to its offset in the array."""
+    """One sparse disk with the array's bytes: whatever any disk has data for, moved to its offset in the
+    array."""
     made = disks[0].parent / "plain"
     if not made.exists():
-        with open_volumes([str(disk) for disk in disks], "raw") as (bmap, readers), made.with_suffix(".part").open("wb") as file:
+        with (
+            open_volumes([str(disk) for disk in disks], "raw") as (bmap, readers),
+            made.with_suffix(".part").open("wb") as file,
+        ):
             volume = bmap.volume_named("/dev/md127")
             file.truncate(readers[volume].size)
             rows = bmap.rows_of(volume)
             for number, disk in zip(bmap.disks, disks, strict=True):
-                pieces = rows.select((rows.parent == number) & (rows.role == ROLES.index(DATA))).up(*data_ranges(disk))
+                pieces = rows.select((rows.parent == number) & (rows.role == ROLES.index(DATA))).up(
+                    *data_ranges(disk)
+                )
                 for low, high in zip(
-                    *(side.tolist() for side in union(pieces.target, pieces.target + pieces.length)), strict=True
+                    *(side.tolist() for side in union(pieces.target, pieces.target + pieces.length)),
+                    strict=True,
                 ):
                     os.pwrite(file.fileno(), readers[volume].read(low, high - low), low)
         made.with_suffix(".part").rename(made)
@@ -121,8 +135,11 @@ def main() -> int:
             memory.append((peak([*start, *disks]), peak([*start, one])))
             taken = [(seconds([*start, *disks]), seconds([*start, one])) for _ in range(options.rounds)]
         array, single = (min(column) for column in zip(*taken, strict=True))
-        print(f"{size // TIB} TiB, {options.files:,} files: RAID5 of {DISKS} disks {array:.2f} s, one plain disk {single:.2f} s: ratio "
-              f"{array / single:.2f}, goal {GOAL}; peak memory {memory[-1][0]} MiB and {memory[-1][1]} MiB")  # fmt: skip
+        print(
+            f"{size // TIB} TiB, {options.files:,} files: RAID5 of {DISKS} disks {array:.2f} s, one "
+            f"plain disk {single:.2f} s: ratio "
+            f"{array / single:.2f}, goal {GOAL}; peak memory {memory[-1][0]} MiB and {memory[-1][1]} MiB"
+        )
         passed &= array <= GOAL * single
     grown = [large / small for small, large in zip(*memory, strict=True)]
     print(f"memory from 1 to 10 TiB: RAID5 {grown[0]:.2f} times, plain disk {grown[1]:.2f} times")

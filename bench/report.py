@@ -1,9 +1,11 @@
-"""The report of a disk with a million extents, and of a trace of a million requests: seconds, peak memory and the size of the page.
+"""The report of a disk with a million extents, and of a trace of a million requests: seconds, peak memory and
+the size of the page.
 
     python bench/report.py [--extents N] [--requests N]
 
-The map is made, not read: a filesystem of 1 TiB whose files lie in random order, each in four pieces, a tenth of it free. Prints also how long Chromium takes to draw the page, where it
-and selenium are installed. Goal: at most 10 MiB of page.
+The map is made, not read: a filesystem of 1 TiB whose files lie in random order, each in four pieces, a tenth
+of it free. Prints also how long Chromium takes to draw the page, where it and selenium are installed. Goal:
+at most 10 MiB of page.
 """
 
 import argparse
@@ -42,12 +44,21 @@ def block_map(extents: int) -> BlockMap:
     names = [*(b"directory-%d" % n for n in range(1000)), *(b"some-file-%d.bin" % n for n in range(files))]
     parents = np.append(np.full(1000, 2), directories[chooser.integers(0, 1000, files)])
     rows = tables.ExtentRows()
-    rows.add(np.where(inode < 0, tables.FREE, tables.DATA), cuts, length, inode=inode, file_offset=np.where(inode < 0, -1, cuts))
+    rows.add(
+        np.where(inode < 0, tables.FREE, tables.DATA),
+        cuts,
+        length,
+        inode=inode,
+        file_offset=np.where(inode < 0, -1, cuts),
+    )
     return BlockMap(
-        tables.make("volumes", volume=0, disk=1, kind="disk", name="/dev/sda", size=SIZE, type="ext4"), tables.empty("mappings"),
+        tables.make("volumes", volume=0, disk=1, kind="disk", name="/dev/sda", size=SIZE, type="ext4"),
+        tables.empty("mappings"),
         tables.make("filesystems", volume=0, type="ext4", block_size=4096, size=SIZE, root=2, state="clean"),
-        tables.make("inodes", volume=0, inode=numbers, type=kinds, size=0, nlink=1, mtime_ns=np.iinfo(np.int64).min, flags=0),
-        tables.make("names", volume=0, parent=parents, inode=numbers[1:], name=names), rows.table(0), tables.empty("problems"),
+        tables.make("inodes", volume=0, inode=numbers, type=kinds, size=0, nlink=1,
+            mtime_ns=np.iinfo(np.int64).min, flags=0),
+        tables.make("names", volume=0, parent=parents, inode=numbers[1:], name=names), rows.table(0),
+        tables.empty("problems"),
     )  # fmt: skip
 
 
@@ -105,17 +116,31 @@ def main() -> int:
         for what, command in (
             (
                 "trace import",
-                ["trace", "import", folder / "log.csv", "--map", folder / "map.parquet", "-o", folder / "trace.parquet"],
+                [
+                    "trace",
+                    "import",
+                    folder / "log.csv",
+                    "--map",
+                    folder / "map.parquet",
+                    "-o",
+                    folder / "trace.parquet",
+                ],
             ),
             ("report of the map", ["report", folder / "map.parquet", "-o", folder / "map.html"]),
-            ("report with the trace", ["report", folder / "map.parquet", folder / "trace.parquet", "-o", folder / "page.html"]),
+            (
+                "report with the trace",
+                ["report", folder / "map.parquet", folder / "trace.parquet", "-o", folder / "page.html"],
+            ),
         ):
             start = time.monotonic()
             subprocess.run([*program, *map(str, command)], check=True, stderr=subprocess.DEVNULL)
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
             print(f"{what:22} {time.monotonic() - start:6.1f} s, peak memory so far {peak} MiB")
         size = (folder / "page.html").stat().st_size
-        print(f"page: {size / (1 << 20):.1f} MiB (goal {GOAL >> 20}); drawn by Chromium in {drawn(folder / 'page.html')}")
+        print(
+            f"page: {size / (1 << 20):.1f} MiB (goal {GOAL >> 20}); drawn by Chromium in "
+            f"{drawn(folder / 'page.html')}"
+        )
     return int(size > GOAL)
 
 

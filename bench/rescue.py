@@ -2,8 +2,10 @@
 
     python bench/rescue.py IMAGE [SEED]
 
-The bad blocks, anywhere but in the first 8 MiB, are a ddrescue map. The image is mounted through nbdkit's ddrescue filter, which fails reads of them, and every file is read through
-the kernel: what fails must be what was named, and nothing else. Needs root, nbdkit, nbdfuse (libnbd-bin) and an ext4 with blocks of 4 KiB on the whole image (bench/ext.py makes one).
+The bad blocks, anywhere but in the first 8 MiB, are a ddrescue map. The image is mounted through nbdkit's
+ddrescue filter, which fails reads of them, and every file is read through the kernel: what fails must be what
+was named, and nothing else. Needs root, nbdkit, nbdfuse (libnbd-bin) and an ext4 with blocks of 4 KiB on the
+whole image (bench/ext.py makes one).
 """
 
 import json
@@ -31,9 +33,12 @@ def rescue_map(size: int, seed: int) -> str:
 
 
 def named(image: Path, bad: Path) -> set[str]:
-    """The paths that virt-bmap says are damaged: in their content, their own record, or the blocks that say where the content lies."""
+    """The paths that virt-bmap says are damaged: in their content, their own record, or the blocks that say
+    where the content lies."""
     command = [sys.executable, "-m", "virt_bmap", "lookup", image, "--ranges", bad, "--json"]
-    rows = map(json.loads, subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines())
+    rows = map(
+        json.loads, subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    )
     hit = [row for row in rows if row["path"] and row["kind"] in ("data", "record", "tree", "directory")]
     return {path for row in hit for path in (row["path"], *row["also"])}
 
@@ -64,10 +69,14 @@ def read_all(image: Path, bad: Path, folder: Path) -> set[str]:
     """What can't be read of the image where reads of bad blocks fail."""
     socket, fuse, mount = folder / "s", folder / "fuse", folder / "mount"
     fuse.mkdir(), mount.mkdir()
-    server = subprocess.Popen(["nbdkit", "-f", "-r", "-U", socket, "--filter=ddrescue", "file", image, f"ddrescue-mapfile={bad}"])
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "-r", "-U", socket, "--filter=ddrescue", "file", image, f"ddrescue-mapfile={bad}"]
+    )
     while not socket.exists():
         time.sleep(0.05)
-    client = subprocess.Popen(["nbdfuse", "-r", fuse, f"nbd+unix:///?socket={socket}"], stderr=subprocess.DEVNULL)
+    client = subprocess.Popen(
+        ["nbdfuse", "-r", fuse, f"nbd+unix:///?socket={socket}"], stderr=subprocess.DEVNULL
+    )
     while not (fuse / "nbd").exists():
         time.sleep(0.05)
     try:
@@ -95,11 +104,17 @@ def main() -> int:
         failed = read_all(image, bad, folder)
         slow = time.perf_counter() - start
     # what lies below a directory that can't be listed is named, but can't even be tried
-    reachable = {path for path in expected if not any(str(parent) in failed for parent in PurePosixPath(path).parents)}
+    reachable = {
+        path for path in expected if not any(str(parent) in failed for parent in PurePosixPath(path).parents)
+    }
     print(
-        f"{BAD:,} bad blocks: virt-bmap names {len(expected):,} damaged paths in {took:.2f} s; reading every file takes {slow:.0f} s and fails for {len(failed):,}"
+        f"{BAD:,} bad blocks: virt-bmap names {len(expected):,} damaged paths in {took:.2f} s; "
+        f"reading every file takes {slow:.0f} s and fails for {len(failed):,}"
     )
-    print(f"failed, but not named: {len(failed - expected)}; named and reachable, but read well: {len(reachable - failed)}")
+    print(
+        f"failed, but not named: {len(failed - expected)}; named and reachable, but read well: "
+        f"{len(reachable - failed)}"
+    )
     return 0 if failed == reachable else 1
 
 

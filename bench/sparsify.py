@@ -1,10 +1,14 @@
-"""sparsify in place and in a copy against virt-sparsify: time, what takes space on the host afterwards, and that nothing else changed.
+"""sparsify in place and in a copy against virt-sparsify: time, what takes space on the host afterwards, and
+that nothing else changed.
 
-    python bench/sparsify.py [--kinds ext4,xfs,...] [--files N] [--size GIB] [--kills N] [--peer=WAYS] CACHE-FOLDER
+    python bench/sparsify.py [--kinds ext4,xfs,...] [--files N] [--size GIB] [--kills N] [--peer=WAYS]
+    CACHE-FOLDER
 
-A disk of 10 GiB on which 50,000 files were written and half of them deleted (a tenth of that on FAT, which mtools fill; and virt-sparsify copies
-no FAT with more than 4 GiB free, for which --size is). Needs root for mounts. Before and after, the filesystem's checker must find nothing and every file must have its hash; after each kill at a random moment, too. The folder needs 12 GiB.
-virt-sparsify (Debian guestfs-tools) is timed on the same image in the same run; on machines without KVM it is slower than it would be with it.
+A disk of 10 GiB on which 50,000 files were written and half of them deleted (a tenth of that on FAT, which
+mtools fill; and virt-sparsify copies no FAT with more than 4 GiB free, for which --size is). Needs root for
+mounts. Before and after, the filesystem's checker must find nothing and every file must have its hash; after
+each kill at a random moment, too. The folder needs 12 GiB. virt-sparsify (Debian guestfs-tools) is timed on
+the same image in the same run; on machines without KVM it is slower than it would be with it.
 """
 
 import argparse
@@ -26,12 +30,13 @@ SIZE, FILES, KILLS = 10, 50_000, 20
 LONGEST = 80 << 10
 """Bytes of the longest file; the mean is half of that."""
 MAKERS = {
-    "ext4": ["mke2fs", "-q", "-t", "ext4"], "xfs": ["mkfs.xfs", "-q", "-f"], "btrfs": ["mkfs.btrfs", "-q", "-f"],
-    "ntfs": ["mkntfs", "-F", "-Q", "-q"], "vfat": ["mkfs.fat", "-F", "32"],
+    "ext4": ["mke2fs", "-q", "-t", "ext4"], "xfs": ["mkfs.xfs", "-q", "-f"],
+    "btrfs": ["mkfs.btrfs", "-q", "-f"], "ntfs": ["mkntfs", "-F", "-Q", "-q"],
+    "vfat": ["mkfs.fat", "-F", "32"],
 }  # fmt: skip
 CHECKERS = {
-    "ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check", "--readonly"], "ntfs": ["ntfsfix", "-n"],
-    "vfat": ["fsck.fat", "-n"],
+    "ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check", "--readonly"],
+    "ntfs": ["ntfsfix", "-n"], "vfat": ["fsck.fat", "-n"],
 }  # fmt: skip
 OURS = [str(Path(sys.executable).with_name("virt-bmap")), "sparsify", "-q"]
 EMULATED = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
@@ -39,12 +44,19 @@ EMULATED = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "forc
 
 def run(*command: str | Path, **more: object) -> None:
     """Run a command; CalledProcessError where it fails."""
-    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)  # type: ignore[call-overload]
+    subprocess.run(
+        [str(word) for word in command],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        **more,
+    )  # type: ignore[call-overload]
 
 
 @contextlib.contextmanager
 def files_of(image: Path, kind: str, write: bool = False) -> Iterator[Path]:
-    """A folder with the files of the image; on FAT copied out by mtools, and in again when they may be written."""
+    """A folder with the files of the image; on FAT copied out by mtools, and in again when they may be
+    written."""
     with tempfile.TemporaryDirectory(dir=image.parent) as name:
         folder = Path(name)
         if kind == "vfat":
@@ -150,7 +162,12 @@ def compare(image: Path, judge: Judge, peer: list[str]) -> None:
         for name, command, env in programs if way in peer else programs[:1]:
             out.unlink(missing_ok=True)
             result = out if way == "copy" else fresh(image)
-            words = [*command, "--format", "raw", *(["--in-place", result] if way == "--in-place" else [image, out])]
+            words = [
+                *command,
+                "--format",
+                "raw",
+                *(["--in-place", result] if way == "--in-place" else [image, out]),
+            ]
             try:
                 seconds[way, name] = timed(words, env)
             except subprocess.CalledProcessError as error:
@@ -159,9 +176,14 @@ def compare(image: Path, judge: Judge, peer: list[str]) -> None:
                 continue
             judge.check(result)
             left = held(result)
-            ratio = f", {seconds[way, name] / seconds[way, programs[0][0]]:.0f} times as long" if name != programs[0][0] else ""
+            ratio = (
+                f", {seconds[way, name] / seconds[way, programs[0][0]]:.0f} times as long"
+                if name != programs[0][0]
+                else ""
+            )
             print(
-                f"  {way:10} {name:20} {seconds[way, name]:8.2f} s, {left / 1e6:8.1f} MB left of {before / 1e6:.1f} MB{ratio}",
+                f"  {way:10} {name:20} {seconds[way, name]:8.2f} s, {left / 1e6:8.1f} MB left of "
+                f"{before / 1e6:.1f} MB{ratio}",
                 flush=True,
             )
     out.unlink(missing_ok=True)
@@ -178,11 +200,15 @@ def kill(image: Path, judge: Judge, times: int, qcow2: bool) -> None:
     done = held(source.with_suffix(".copy"))
     for _ in range(times):
         copy = fresh(source)
-        process = subprocess.Popen([*OURS, "--in-place", copy], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*OURS, "--in-place", copy], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(chooser.uniform(0.2, 1.0) * longest)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        while qcow2 and subprocess.run(["qemu-img", "check", "-q", copy], capture_output=True).returncode not in (0, 3):
+        while qcow2 and subprocess.run(
+            ["qemu-img", "check", "-q", copy], capture_output=True
+        ).returncode not in (0, 3):
             time.sleep(0.1)  # qemu-nbd still holds the lock
         partly += done + (1 << 20) < held(copy) < whole - (1 << 20)
         if qcow2:
@@ -192,7 +218,10 @@ def kill(image: Path, judge: Judge, times: int, qcow2: bool) -> None:
             back.unlink()
         else:
             judge.check(copy)
-    print(f"  killed {times} times ({'qcow2' if qcow2 else 'raw'}), {partly} of them halfway: valid each time", flush=True)
+    print(
+        f"  killed {times} times ({'qcow2' if qcow2 else 'raw'}), {partly} of them halfway: valid each time",
+        flush=True,
+    )
     if qcow2:
         source.unlink()
 

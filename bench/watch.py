@@ -1,12 +1,15 @@
-"""How much of `nbdkit file`'s throughput is left when the same disk is watched, with the same client, in one run.
+"""How much of `nbdkit file`'s throughput is left when the same disk is watched, with the same client, in one
+run.
 
     python bench/watch.py [--files N] [--rounds N] [--writing] [--bmaplogger]
 
-The client is `qemu-img bench` (C, pipelined): 256 KiB sequential reads with 16 in flight, and 4 KiB reads scattered over the disk with 64 in flight.
-Rounds alternate between the servers, so that the machine's moods hit all of them alike; the medians are compared
-(on a busy machine the best rounds, printed as well, say more). Everything that watching costs runs meanwhile: nbdkit's log filter and throw-away layer, the
-process that reads the map again, and the one that names the objects, prints the live log (to /dev/null) or draws the screen (on a pseudo terminal), and writes
-the trace. With --writing, a second client of each server writes the filesystem's superblock twice a second, as it is: so the map is read again and again.
+The client is `qemu-img bench` (C, pipelined): 256 KiB sequential reads with 16 in flight, and 4 KiB reads
+scattered over the disk with 64 in flight. Rounds alternate between the servers, so that the machine's moods
+hit all of them alike; the medians are compared (on a busy machine the best rounds, printed as well, say
+more). Everything that watching costs runs meanwhile: nbdkit's log filter and throw-away layer, the process
+that reads the map again, and the one that names the objects, prints the live log (to /dev/null) or draws the
+screen (on a pseudo terminal), and writes the trace. With --writing, a second client of each server writes the
+filesystem's superblock twice a second, as it is: so the map is read again and again.
 """
 
 import argparse
@@ -35,7 +38,8 @@ BIN = Path(sys.executable).parent
 GOAL = {SEQUENTIAL[0]: 0.9, RANDOM[0]: 0.5}
 READING = "; ".join(f"qemu-img bench -f raw {' '.join(options)} $1" for _, _, options in (SEQUENTIAL, RANDOM))
 WRITING = """
-(while sleep 0.5 && echo "write -q -s $2 0 4096"; do :; done) 2>/dev/null | qemu-io -f raw $1 >/dev/null & writer=$!
+(while sleep 0.5 && echo "write -q -s $2 0 4096"; do :
+done) 2>/dev/null | qemu-io -f raw $1 >/dev/null & writer=$!
 trap 'kill $writer' EXIT
 """
 """Until the reading is done; what it writes is the disk's first block, from the file $2."""
@@ -67,7 +71,9 @@ def build(folder: Path, files: int) -> Path:
 def plain(image: Path, folder: Path) -> Iterator[str]:
     """`nbdkit file`, nothing else."""
     socket, pid = folder / "plain", folder / "plain.pid"
-    server = subprocess.Popen(["nbdkit", "-f", "--exit-with-parent", "-U", socket, "-P", pid, "file", str(image)])
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "--exit-with-parent", "-U", socket, "-P", pid, "file", str(image)]
+    )
     while not (pid.exists() and pid.read_text()):
         assert server.poll() is None, "nbdkit did not start"
         time.sleep(0.01)
@@ -103,13 +109,16 @@ class Bench:
     def plain(self) -> None:
         """The client against nbdkit's file plugin."""
         with plain(self.image, self.folder) as uri:
-            subprocess.run(["sh", "-c", self.client, "client", uri, self.head], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                ["sh", "-c", self.client, "client", uri, self.head], check=True, stdout=subprocess.DEVNULL
+            )
 
     def watch(self, name: str) -> None:
         """The client under `virt-bmap watch`, with the options of the row."""
         options = ["-o", self.folder / "trace.parquet"] if "-o" in name else []
         options += ["--tui"] if "--tui" in name else ["--log", "/dev/null"]
-        command = [BIN / "virt-bmap", "watch", "--map", self.map, "--summary", "/dev/null", *options, self.image, "--",
+        command = [BIN / "virt-bmap", "watch", "--map", self.map, "--summary", "/dev/null", *options,
+            self.image, "--",
                    "sh", "-c", self.client, "client", "$uri", self.head]  # fmt: skip
         if "--tui" in name:
             on_terminal(command)
@@ -120,7 +129,8 @@ class Bench:
 
     def bmaplogger(self) -> None:
         """The client under bmaplogger, for comparison: no goal is set for it."""
-        command = [BIN / "bmaplogger", *([] if "qemu-io" in self.client else ["-r"]), f"file={self.image}", f"bmap={self.map}",
+        command = [BIN / "bmaplogger", *([] if "qemu-io" in self.client else ["-r"]), f"file={self.image}",
+            f"bmap={self.map}",
                    "logfile=/dev/null", "--run", f"set -- $uri {self.head}; {self.client}"]  # fmt: skip
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         if done.stderr.strip():
@@ -133,7 +143,8 @@ class Bench:
 
 
 def on_terminal(command: list[str | Path]) -> None:
-    """Run a screen on a pseudo terminal that takes all that is drawn, and leave it when it says that the command has ended."""
+    """Run a screen on a pseudo terminal that takes all that is drawn, and leave it when it says that the
+    command has ended."""
     child, terminal = pty.fork()
     if child == 0:
         os.execve(command[0], [str(word) for word in command], {**os.environ, "TERM": "xterm-256color"})
@@ -154,7 +165,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--writing", action="store_true", help="let a second client write the superblock all the time")
+    parser.add_argument(
+        "--writing", action="store_true", help="let a second client write the superblock all the time"
+    )
     parser.add_argument("--bmaplogger", action="store_true", help="measure that, too; no goal is set for it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -174,7 +187,8 @@ def main() -> int:
             share, goal = median / statistics.median(base), GOAL[what] if "watch" in server else 0.0
             missed += share < goal
             print(
-                f"{what:20} {server:30} median {median / 1e6:7.1f} MB/s {share:6.1%}   best {best / 1e6:7.1f} MB/s "
+                f"{what:20} {server:30} median {median / 1e6:7.1f} MB/s {share:6.1%}   best "
+                f"{best / 1e6:7.1f} MB/s "
                 f"{best / max(base):6.1%}" + (f"   goal {goal:.0%}" if goal else "")
             )
     return int(missed > 0)

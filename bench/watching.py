@@ -1,11 +1,12 @@
-"""Memory of a watch that goes on: a client writes for minutes to files and to free space of a large filesystem, and to its superblock
-again and again, so that the map is read all the time.
+"""Memory of a watch that goes on: a client writes for minutes to files and to free space of a large
+filesystem, and to its superblock again and again, so that the map is read all the time.
 
     python bench/watching.py [--files N] [--seconds S] [--free SHARE] [--rate N] CACHE
 
-CACHE keeps the image for the next run (see bench/ext.py). What is written goes to the throw-away layer, some hundred MiB in TMPDIR. Printed are, for each tenth of
-the time, the writes so far and the most that the watch, the process that reads the map, and the folder in memory between them took; exit status 1 where the
-watch's own memory in the last third is more than a tenth above that of the second one.
+CACHE keeps the image for the next run (see bench/ext.py). What is written goes to the throw-away layer, some
+hundred MiB in TMPDIR. Printed are, for each tenth of the time, the writes so far and the most that the watch,
+the process that reads the map, and the folder in memory between them took; exit status 1 where the watch's
+own memory in the last third is more than a tenth above that of the second one.
 """
 
 import argparse
@@ -44,7 +45,12 @@ def client(uri: str, places: str, head: str, seconds: float, rate: float) -> Non
     link = NbdWriter(uri)
     wire = np.zeros(TOGETHER, np.dtype([("request", REQUEST_HEADER), ("data", f"V{BLOCK}")]))
     request = wire["request"]
-    request["magic"], request["type"], request["length"], request["cookie"] = REQUEST_MAGIC, CMD_WRITE, BLOCK, np.arange(TOGETHER)
+    request["magic"], request["type"], request["length"], request["cookie"] = (
+        REQUEST_MAGIC,
+        CMD_WRITE,
+        BLOCK,
+        np.arange(TOGETHER),
+    )
     begin = last = said = time.monotonic()
     count = 0
     while time.monotonic() - begin < seconds:
@@ -101,7 +107,10 @@ def places(image: Path, folder: Path, free: float) -> None:
     empty = (kind == tables.FREE) & (length >= 2 * BLOCK)
     row = chooser.choice(np.flatnonzero(empty), int(PLACES * free), p=length[empty] / length[empty].sum())
     inside = offset[row] + (chooser.random(len(row)) * (length[row] // BLOCK)).astype(np.int64) * BLOCK
-    np.save(folder / "places.npy", np.concatenate([chooser.choice(data, int(PLACES * (1 - free))) // BLOCK * BLOCK, inside]))
+    np.save(
+        folder / "places.npy",
+        np.concatenate([chooser.choice(data, int(PLACES * (1 - free))) // BLOCK * BLOCK, inside]),
+    )
     with open(image, "rb") as file:
         (folder / "head").write_bytes(file.read(BLOCK))
 
@@ -119,7 +128,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--free", type=float, default=0.3, help="share of the writes that goes to free space")
     parser.add_argument(
-        "--rate", type=float, default=6000, help="writes a second; more than can be named are dropped from the log, and said"
+        "--rate",
+        type=float,
+        default=6000,
+        help="writes a second; more than can be named are dropped from the log, and said",
     )
     parser.add_argument("cache", type=Path)
     args = parser.parse_args()
@@ -128,12 +140,32 @@ def main() -> int:
         folder = Path(name)
         # in a process of its own, whose memory goes with it
         subprocess.run([sys.executable, __file__, "--places", image, folder, str(args.free)], check=True)
-        command = [BIN / "virt-bmap", "watch", "-o", folder / "trace.parquet", "--log", "/dev/null", "--summary", folder / "summary", image, "--",
-                   sys.executable, __file__, "--client", "$uri", folder / "places.npy", folder / "head", str(args.seconds), str(args.rate)]  # fmt: skip
+        command = [
+            BIN / "virt-bmap",
+            "watch",
+            "-o",
+            folder / "trace.parquet",
+            "--log",
+            "/dev/null",
+            "--summary",
+            folder / "summary",
+            image,
+            "--",
+            sys.executable,
+            __file__,
+            "--client",
+            "$uri",
+            folder / "places.npy",
+            folder / "head",
+            str(args.seconds),
+            str(args.rate),
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         counts = [0]
         assert process.stdout
-        reader = threading.Thread(target=lambda: counts.extend(int(line) for line in process.stdout), daemon=True)  # type: ignore[union-attr]
+        reader = threading.Thread(
+            target=lambda: counts.extend(int(line) for line in process.stdout), daemon=True
+        )  # type: ignore[union-attr]
         reader.start()
         samples: list[tuple[float, int, int, int]] = []
         begin = time.monotonic()
@@ -144,19 +176,34 @@ def main() -> int:
                     "du -sk /dev/shm/virt-bmap-$(id -u)*", shell=True, capture_output=True, text=True
                 ).stdout.splitlines()
             )
-            samples.append((time.monotonic() - begin, memory(process.pid), sum(map(memory, children(process.pid))), shared))
+            samples.append(
+                (
+                    time.monotonic() - begin,
+                    memory(process.pid),
+                    sum(map(memory, children(process.pid))),
+                    shared,
+                )
+            )
             if len(counts) > 1 and len(samples) % 60 == 0:
-                print(f"{samples[-1][0]:6.0f} s {counts[-1]:>11,} writes   watch {samples[-1][1] / MIB:6.0f} MiB   reader {samples[-1][2] / MIB:6.0f} MiB   "
+                print(f"{samples[-1][0]:6.0f} s {counts[-1]:>11,} writes   watch "
+                    f"{samples[-1][1] / MIB:6.0f} MiB   reader {samples[-1][2] / MIB:6.0f} MiB   "
                       f"between them {samples[-1][3] / MIB:5.0f} MiB", flush=True)  # fmt: skip
             time.sleep(0.5)
         reader.join()
         trace = (folder / "trace.parquet").stat().st_size
     busy = [sample for sample in samples if sample[0] < args.seconds]
     third = len(busy) // 3
-    middle, last = (statistics.median(sample[1] for sample in part) for part in (busy[third : 2 * third], busy[2 * third :]))
+    middle, last = (
+        statistics.median(sample[1] for sample in part)
+        for part in (busy[third : 2 * third], busy[2 * third :])
+    )
     most = [max(sample[column] for sample in samples) / MIB for column in (1, 2, 3)]
-    print(f"{args.files:,} files, {counts[-1]:,} writes in {args.seconds:.0f} s: the watch's own memory {middle / MIB:.0f} MiB in the second third, {last / MIB:.0f} MiB in the "
-          f"last; most: watch {most[0]:.0f} MiB, reader of the map {most[1]:.0f} MiB, between them {most[2]:.0f} MiB; trace {trace / MIB:.0f} MiB")  # fmt: skip
+    print(
+        f"{args.files:,} files, {counts[-1]:,} writes in {args.seconds:.0f} s: the watch's own memory "
+        f"{middle / MIB:.0f} MiB in the second third, {last / MIB:.0f} MiB in the "
+        f"last; most: watch {most[0]:.0f} MiB, reader of the map {most[1]:.0f} MiB, between them "
+        f"{most[2]:.0f} MiB; trace {trace / MIB:.0f} MiB"
+    )
     return process.returncode or int(last > middle * MORE)
 
 

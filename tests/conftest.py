@@ -13,7 +13,8 @@ os.environ["VIRT_BMAP_STRICT"] = "1"  # what nobody expected must fail a test, n
 
 @pytest.fixture(scope="session")
 def corpus() -> Path:
-    """The folder of real images made by other projects, beside the checkout or where BMAP_CORPUS says; else the test is skipped."""
+    """The folder of real images made by other projects, beside the checkout or where BMAP_CORPUS says; else
+    the test is skipped."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "corpus"
     folder = Path(os.environ.get("BMAP_CORPUS", beside))
     if not (folder / "INVENTORY.tsv").exists():

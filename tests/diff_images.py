@@ -16,8 +16,9 @@ from support import mounted, need, need_root, run
 Mount = Callable[[Path], "contextlib.AbstractContextManager[Path]"]
 
 CHANGED = {
-    "/d/append": "grown", "/d/overwrite": "rewritten", "/d/delete": "deleted", "/d2/renamed": "renamed", "/d/create": "added",
-    "/d/touch": "attributes", "/d/sparse": "grown", "/d/holey": "filled", "/d/replace": "replaced", "/d/truncate": "truncated",
+    "/d/append": "grown", "/d/overwrite": "rewritten", "/d/delete": "deleted", "/d2/renamed": "renamed",
+    "/d/create": "added", "/d/touch": "attributes", "/d/sparse": "grown", "/d/holey": "filled",
+    "/d/replace": "replaced", "/d/truncate": "truncated",
 }  # fmt: skip
 """Every file that is changed, under its last name, and what was done to it."""
 DIRECTORIES = {"/d", "/d2"}
@@ -36,7 +37,8 @@ def before(top: Path) -> None:
         (top / folder).mkdir()
     for number in range(60):
         (top / "keep" / f"f{number}").write_bytes(content(f"keep{number}", 100 + 997 * number))
-    for name, size in (("append", 10_000), ("overwrite", 200_000), ("delete", 100_000), ("rename", 30_000), ("touch", 20_000),
+    for name, size in (("append", 10_000), ("overwrite", 200_000), ("delete", 100_000), ("rename", 30_000),
+        ("touch", 20_000),
                        ("sparse", 5000), ("replace", 40_000), ("truncate", 200_000)):  # fmt: skip
         (top / "d" / name).write_bytes(content(name, size))
     for number in range(20):  # beside the others, so that they share their blocks of inodes
@@ -98,7 +100,8 @@ FILESYSTEMS: dict[str, tuple[int, list[str], str, Mount]] = {
 
 @dataclass(frozen=True)
 class Changed:
-    """One disk at two times: `old` raw, `overlay` over it as qcow2 with the bitmap b0 of all that was written, `new` raw."""
+    """One disk at two times: `old` raw, `overlay` over it as qcow2 with the bitmap b0 of all that was
+    written, `new` raw."""
 
     kind: str
     old: Path
@@ -116,7 +119,20 @@ def make(kind: str, folder: Path, cluster: int = 65536) -> Changed:
     run(*command, made.old)
     with mount(made.old) as top:
         before(top)
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", "-b", made.old, "-F", "raw", made.overlay)
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        f"cluster_size={cluster}",
+        "-b",
+        made.old,
+        "-F",
+        "raw",
+        made.overlay,
+    )
     run("qemu-img", "bitmap", "--add", "-g", "4096", made.overlay, "b0")
     with exported(made.overlay) as disk, mount(disk) as top:
         after(top)
@@ -130,9 +146,17 @@ def exported(image: Path) -> Iterator[Path]:
     need_root()
     disk = image.parent / f"export-{os.urandom(4).hex()}"
     disk.touch()
-    server = subprocess.Popen([need("qemu-storage-daemon", "qemu-system-common"), "--blockdev", f"driver=file,node-name=file,filename={image}", "--blockdev",
-                               "driver=qcow2,node-name=disk,file=file", "--export",
-                               f"type=fuse,id=export,node-name=disk,mountpoint={disk},writable=on"])  # fmt: skip
+    server = subprocess.Popen(
+        [
+            need("qemu-storage-daemon", "qemu-system-common"),
+            "--blockdev",
+            f"driver=file,node-name=file,filename={image}",
+            "--blockdev",
+            "driver=qcow2,node-name=disk,file=file",
+            "--export",
+            f"type=fuse,id=export,node-name=disk,mountpoint={disk},writable=on",
+        ]
+    )
     try:
         until = time.monotonic() + 30
         while not disk.stat().st_size and server.poll() is None and time.monotonic() < until:

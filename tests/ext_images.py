@@ -12,7 +12,8 @@ from support import run
 
 @dataclass(frozen=True)
 class Flavour:
-    """How to make an image: options of mke2fs, its size, and whether this kind can be mounted to ask the kernel."""
+    """How to make an image: options of mke2fs, its size, and whether this kind can be mounted to ask the
+    kernel."""
 
     name: str
     options: str
@@ -103,7 +104,19 @@ def make(folder: Path, flavour: Flavour, image: Path) -> Path:
     """An image of this flavour that holds `folder`."""
     run("truncate", "-s", flavour.size, image)
     options = flavour.options.split()
-    run("mke2fs", "-q", "-F", *options, "-L", "a label", "-U", "01234567-89ab-cdef-0123-456789abcdef", "-d", folder, image)
+    run(
+        "mke2fs",
+        "-q",
+        "-F",
+        *options,
+        "-L",
+        "a label",
+        "-U",
+        "01234567-89ab-cdef-0123-456789abcdef",
+        "-d",
+        folder,
+        image,
+    )
     return image
 
 

@@ -1,8 +1,11 @@
-"""A stand-in for observe/guest.py: answers libguestfs's calls from a plan (JSON, named by BMAP_FAKE_PLAN) instead of a kernel.
+"""A stand-in for observe/guest.py: answers libguestfs's calls from a plan (JSON, named by BMAP_FAKE_PLAN)
+instead of a kernel.
 
-Files are read page by page through the served disk, as a kernel's page cache would, so that nbdkit's log is a real one. A plan has `type` and `files`:
-by path `ino`, `mode`, `size`, `runs` (file offset, place, length), `first` (places read before the content: trees, inodes), `coded` (file offset, file
-length, place, length: the content is the stored bytes, inverted, over and over), `error` (what reading it says), `die` (reading it ends the process), `crash` (the virtual machine only).
+Files are read page by page through the served disk, as a kernel's page cache would, so that nbdkit's log is a
+real one. A plan has `type` and `files`: by path `ino`, `mode`, `size`, `runs` (file offset, place, length),
+`first` (places read before the content: trees, inodes), `coded` (file offset, file length, place, length: the
+content is the stored bytes, inverted, over and over), `error` (what reading it says), `die` (reading it ends
+the process), `crash` (the virtual machine only).
 """
 
 import json
@@ -77,7 +80,11 @@ class Guest:
             file.write(b"".join(name + b"\0" for name in sorted(names)))
 
     def lstatns(self, path):
-        about = self.files.get(path) or {"ino": 2 if path == "/" else 11, "mode": stat.S_IFDIR | 0o755, "size": 1024}
+        about = self.files.get(path) or {
+            "ino": 2 if path == "/" else 11,
+            "mode": stat.S_IFDIR | 0o755,
+            "size": 1024,
+        }
         result = dict.fromkeys(("st_dev", "st_uid", "st_gid", "st_mtime_sec", "st_mtime_nsec"), 0)
         return {
             **result,
@@ -126,7 +133,9 @@ class Guest:
             if low < high:
                 once = (path, -place) not in self.pages
                 self.pages.add((path, -place))
-                whole = (np.resize(255 - np.frombuffer(self._read(place, stored, once), np.uint8), length)).tobytes()
+                whole = (
+                    np.resize(255 - np.frombuffer(self._read(place, stored, once), np.uint8), length)
+                ).tobytes()
                 result[low - at : high - at] = whole[low - start : high - start]
         return bytes(result)
 
@@ -137,7 +146,8 @@ class Guest:
                 self._read(place, length, True)
 
     def _read(self, place, length, logged):
-        """Bytes of the disk, whole sectors asked for; from the image itself where a kernel has them in memory."""
+        """Bytes of the disk, whole sectors asked for; from the image itself where a kernel has them in
+        memory."""
         if logged:
             high = -(-(place + length) // 512) * 512
             self.disk._ends = None  # this stands for a kernel, not for a reader that keeps both ends

@@ -31,7 +31,8 @@ FLAVOURS = {
 }
 """mkfs.fat's options and KiB."""
 UNFILLED = {"fat12-atari": ("-A -F 12", 720), "fat32-small": ("-F 32 -s 2", 2048)}
-"""mtools read neither: Atari's boot sector, and FAT32 with fewer clusters than its specification wants, which the kernel accepts."""
+"""mtools read neither: Atari's boot sector, and FAT32 with fewer clusters than its specification wants, which
+the kernel accepts."""
 
 
 def make(folder: Path, flavour: str) -> Path:
@@ -47,17 +48,25 @@ def make(folder: Path, flavour: str) -> Path:
 
 
 def fill(image: Path, folder: Path, seed: int = 1) -> dict[str, bytes]:
-    """Files, long and short names, directories of several clusters, gaps and pieces; {path: content}, directories with b""."""
+    """Files, long and short names, directories of several clusters, gaps and pieces; {path: content},
+    directories with b""."""
     need("mcopy", "mtools")
     chooser = random.Random(seed)
     contents: dict[str, bytes] = {}
     run("mmd", "-i", image, "::/first", env=UTF8)
     contents["/first"] = b""
-    copy(image, folder, contents, {f"first {i}.dat": chooser.randbytes(chooser.randrange(1, 3000)) for i in range(40)}, "/first")
+    copy(
+        image,
+        folder,
+        contents,
+        {f"first {i}.dat": chooser.randbytes(chooser.randrange(1, 3000)) for i in range(40)},
+        "/first",
+    )
     run("mdel", "-i", image, *(f"::/first/first {i}.dat" for i in range(0, 40, 2)), env=UTF8)
     for i in range(0, 40, 2):
         del contents[f"/first/first {i}.dat"]
-    names = ["SHORT.TXT", "lower.txt", "MIXED.txt", "A longer name than eight.html", "über straße.txt", "日本語の名前.txt",
+    names = ["SHORT.TXT", "lower.txt", "MIXED.txt", "A longer name than eight.html", "über straße.txt",
+        "日本語の名前.txt",
              "empty", "x" * 150, "dots.in.the.name", "trailing tilde~1", "x" * 13, "y" * 26]  # fmt: skip
     copy(
         image,
@@ -65,7 +74,9 @@ def fill(image: Path, folder: Path, seed: int = 1) -> dict[str, bytes]:
         contents,
         {name: b"" if name == "empty" else chooser.randbytes(chooser.randrange(1, 40000)) for name in names},
     )
-    run("mmd", "-i", image, "::/a directory", "::/a directory/deeper", "::/a directory/deeper/still", env=UTF8)
+    run(
+        "mmd", "-i", image, "::/a directory", "::/a directory/deeper", "::/a directory/deeper/still", env=UTF8
+    )
     contents |= {"/a directory": b"", "/a directory/deeper": b"", "/a directory/deeper/still": b""}
     many = {f"one of many files in here {i}.txt": chooser.randbytes(i % 700) for i in range(60)}
     copy(image, folder, contents, many, "/a directory/deeper")
@@ -73,7 +84,9 @@ def fill(image: Path, folder: Path, seed: int = 1) -> dict[str, bytes]:
     return contents
 
 
-def copy(image: Path, folder: Path, contents: dict[str, bytes], files: dict[str, bytes], where: str = "") -> None:
+def copy(
+    image: Path, folder: Path, contents: dict[str, bytes], files: dict[str, bytes], where: str = ""
+) -> None:
     """Put files into a directory of the volume and note them in `contents`."""
     source = folder / "source"
     source.mkdir(exist_ok=True)
@@ -86,7 +99,8 @@ def copy(image: Path, folder: Path, contents: dict[str, bytes], files: dict[str,
 
 
 def mshowfat(image: Path, paths: list[str]) -> dict[str, list[tuple[int, int]]]:
-    """The clusters of files as mtools follow them: {path: [(first, last), ...]}; paths must be ASCII, which mtools print as given."""
+    """The clusters of files as mtools follow them: {path: [(first, last), ...]}; paths must be ASCII, which
+    mtools print as given."""
     need("mshowfat", "mtools")
     lines = run("mshowfat", "-i", image, *(f"::{path}" for path in paths), env=UTF8).decode().splitlines()
     found = {}
@@ -137,7 +151,7 @@ class Fat:
         return self.start + (cluster - 2) * self.cluster_size
 
 
-# ---- the corpus -----------------------------------------------------------------------------------------------------
+# ---- the corpus --------------------------------------------------------------------------------------------
 
 
 LARGEST = 70_000_000
@@ -145,10 +159,15 @@ LARGEST = 70_000_000
 
 
 def corpus_images(corpus: Path, folder: Path, kind: str) -> Iterator[tuple[str, Path]]:
-    """(name, raw image) of the corpus' images whose kind begins with a word; the file is gone when the next one comes."""
+    """(name, raw image) of the corpus' images whose kind begins with a word; the file is gone when the next
+    one comes."""
     image = folder / "corpus.img"
     with open(corpus / "INVENTORY.tsv", newline="") as file:
-        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["kind"].startswith(kind) or f"v{kind}" in row["kind"]]
+        rows = [
+            row
+            for row in csv.DictReader(file, delimiter="\t")
+            if row["kind"].startswith(kind) or f"v{kind}" in row["kind"]
+        ]
     for row in rows:
         path = corpus / row["file"]
         size = re.search(r"real=(\d+)", row["features"])
@@ -165,7 +184,11 @@ def _unpacked(path: Path) -> list[bytes]:
     name, data = path.name, path.read_bytes()
     if name.endswith((".tgz", ".tar.xz")):
         with tarfile.open(path) as archive:
-            return [archive.extractfile(member).read() for member in archive if member.isfile() and member.size > 60000]
+            return [
+                archive.extractfile(member).read()
+                for member in archive
+                if member.isfile() and member.size > 60000
+            ]
     if name.endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
             return [archive.read(member) for member in archive.infolist() if member.file_size > 60000]
@@ -178,7 +201,8 @@ def _unpacked(path: Path) -> list[bytes]:
 
 
 def undump(path: Path, text: bytes, size: int) -> None:
-    """The opposite of `xxd -a`, into a file of `size` bytes: lines `offset: hex hex ...  text`, with zeroes in between."""
+    """The opposite of `xxd -a`, into a file of `size` bytes: lines `offset: hex hex ...  text`, with zeroes
+    in between."""
     with open(path, "wb") as file:
         for line in text.decode("latin-1").splitlines():
             if found := re.match(r"([0-9a-f]+): ((?:[0-9a-f]{2,4} )+)", line):

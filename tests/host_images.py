@@ -33,7 +33,13 @@ def io(image: Path, *commands: str, format: str = "qcow2", options: Sequence[str
 
 
 def random_writes(
-    image: Path, size: int, cluster: int, seed: int, count: int = 40, packed: bool = True, format: str = "qcow2"
+    image: Path,
+    size: int,
+    cluster: int,
+    seed: int,
+    count: int = 40,
+    packed: bool = True,
+    format: str = "qcow2",
 ) -> None:
     """Writes, zeroes, discards and compressed clusters at random places."""
     random = np.random.default_rng(seed)
@@ -73,7 +79,10 @@ Piece = tuple[int, int, str, int, int]
 
 
 def ours(host: Host, disk: int = 0, sparse: bool = False) -> list[Piece]:
-    """What the rows say, in the words of qemu-img map, neighbours joined. Where metadata was preallocated (`sparse`), QEMU calls zero what is a hole of the file, too."""
+    """What the rows say, in the words of qemu-img map, neighbours joined.
+
+    Where metadata was preallocated (`sparse`), QEMU calls zero what is a hole of the file, too.
+    """
     rows, chain = host.disks[disk].rows, host.disks[disk].chain
     depth = {file: level for level, link in enumerate(chain) for file in link.files.tolist()}
     found = [
@@ -89,7 +98,11 @@ def ours(host: Host, disk: int = 0, sparse: bool = False) -> list[Piece]:
     ]
     if not sparse:
         return joined(sorted(found))
-    holes = {depth[number]: _holes(host.paths[number], file.size) for number, file in enumerate(host.files) if number in depth}
+    holes = {
+        depth[number]: _holes(host.paths[number], file.size)
+        for number, file in enumerate(host.files)
+        if number in depth
+    }
     return joined(sorted(part for piece in found for part in _cut(piece, holes[piece[3]])))
 
 
@@ -115,7 +128,8 @@ def _cut(piece: Piece, holes: tuple[np.ndarray, np.ndarray]) -> list[Piece]:
 
 
 def qemus(image: Path, format: str = "qcow2", data: Path | None = None) -> list[Piece]:
-    """What qemu-img map says, but for space kept for zeroes where the file (`data`, if that is another) ends before it does."""
+    """What qemu-img map says, but for space kept for zeroes where the file (`data`, if that is another) ends
+    before it does."""
     need("qemu-img", "qemu-utils")
     found = []
     for row in json.loads(run("qemu-img", "map", "-U", "--output=json", "-f", format, image)):
@@ -147,15 +161,24 @@ def joined(pieces: list[Piece]) -> list[Piece]:
 
 
 def content(host: Host, disk: int = 0, inflate: bool = True) -> bytes:
-    """The guest's bytes, read where the rows say they lie: plain and zero rows through the mapping, compressed ones inflated one by one."""
+    """The guest's bytes, read where the rows say they lie: plain and zero rows through the mapping,
+    compressed ones inflated one by one."""
     rows, size = host.disks[disk].rows, host.disks[disk].size
     data = bytearray(MappedReader(size, "disk", dict(enumerate(host.files)), rows).read(0, size))
     packed = np.flatnonzero(rows.role == COMPRESSED)
     for at in packed.tolist() if inflate else []:
         raw = host.files[int(rows.parent[at])].read(int(rows.on_parent.offset[at]), int(rows.in_parent[at]))
         start, length = int(rows.on_volume.offset[at]), int(rows.run[at])
-        plain = zlib.decompressobj(-12).decompress(raw) if host.disks[disk].format == "qcow2" else zlib.decompress(raw[12:])
-        (cluster,) = (link.layer.cluster for link in host.disks[disk].chain if int(rows.parent[at]) in link.files.tolist())
+        plain = (
+            zlib.decompressobj(-12).decompress(raw)
+            if host.disks[disk].format == "qcow2"
+            else zlib.decompress(raw[12:])
+        )
+        (cluster,) = (
+            link.layer.cluster
+            for link in host.disks[disk].chain
+            if int(rows.parent[at]) in link.files.tolist()
+        )
         data[start : start + length] = plain[start % cluster :][:length]
     return bytes(data)
 
@@ -187,7 +210,10 @@ def parts(bmap: BlockMap, volume: int = 0) -> dict[str, int]:
 
 
 def fates(image: Path, base: bytes, count: int, seed: int, ranges: list[tuple[int, int]], format: str) -> int:
-    """Map damaged copies: tables that keep the contract, or one of the project's own errors. How many were mapped."""
+    """Map damaged copies: tables that keep the contract, or one of the project's own errors.
+
+    How many were mapped.
+    """
     done = 0
     for data in mutations(base, count, seed, ranges):
         image.write_bytes(data.tobytes())

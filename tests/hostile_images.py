@@ -1,4 +1,7 @@
-"""Images that try to reach into their host: what they refer to is a file that is none of their business. And a watch over that file."""
+"""Images that try to reach into their host: what they refer to is a file that is none of their business.
+
+And a watch over that file.
+"""
 
 import ctypes
 import os
@@ -16,7 +19,8 @@ SIZE = 1 << 20
 
 
 class Victim:
-    """Files of the host, the first with a secret; the kernel tells of each time that one of them is opened, read or written."""
+    """Files of the host, the first with a secret; the kernel tells of each time that one of them is opened,
+    read or written."""
 
     def __init__(self, *paths: Path) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -52,14 +56,25 @@ def text(*extents: str, cid: str = "ffffffff", kind: str = "monolithicFlat", mor
     """A VMDK's descriptor."""
     lines = "\n".join(extents)
     return (
-        f'# Disk DescriptorFile\nversion=1\nCID=1\nparentCID={cid}\ncreateType="{kind}"\n{more}{lines}\nddb.adapterType = "ide"\n'
+        f'# Disk DescriptorFile\nversion=1\nCID=1\nparentCID={cid}\ncreateType="{kind}"\n'
+        f'{more}{lines}\nddb.adapterType = "ide"\n'
     )
 
 
 def empty_sparse(folder: Path) -> bytearray:
     """QEMU's own sparse VMDK of 1 MiB, with its descriptor at 0x200."""
     need("qemu-img", "qemu-utils")
-    run("qemu-img", "create", "-q", "-f", "vmdk", "-o", "subformat=monolithicSparse", folder / "empty.vmdk", "1M")
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "vmdk",
+        "-o",
+        "subformat=monolithicSparse",
+        folder / "empty.vmdk",
+        "1M",
+    )
     return bytearray((folder / "empty.vmdk").read_bytes())
 
 
@@ -71,7 +86,8 @@ def with_text(data: bytearray, added: bytes) -> bytearray:
 
 
 def capacity_0(descriptor: str, sectors: int) -> bytes:
-    """A sparse header that leaves everything to its descriptor, of which it says that it has so many sectors."""
+    """A sparse header that leaves everything to its descriptor, of which it says that it has so many
+    sectors."""
     head = struct.pack("<4sIIQQQQI", b"KDMV", 1, 3, 0, 128, 1, sectors, 512).ljust(512, b"\0")
     return (head + descriptor.encode()).ljust(1 << 16, b"\0")
 
@@ -82,18 +98,41 @@ def cowd(added: bytes) -> bytes:
 
 
 def qcow2(
-    backing: str = "", format: str = "", data: str = "", version: int = 3, cluster_bits: int = 16, header: int = 104
+    backing: str = "",
+    format: str = "",
+    data: str = "",
+    version: int = 3,
+    cluster_bits: int = 16,
+    header: int = 104,
 ) -> bytes:
-    """An empty qcow2 of 1 MiB. Its tables are: L1 in cluster 1, refcount table and block in clusters 2 and 3."""
+    """An empty qcow2 of 1 MiB.
+
+    Its tables are: L1 in cluster 1, refcount table and block in clusters 2 and 3.
+    """
     cluster = 1 << cluster_bits
     extensions = b""
     for kind, value in ((0xE2792ACA, format), (0x44415441, data)):
         if value:
-            extensions += struct.pack(">II", kind, len(value)) + value.encode().ljust(-(-len(value) // 8) * 8, b"\0")
+            extensions += struct.pack(">II", kind, len(value)) + value.encode().ljust(
+                -(-len(value) // 8) * 8, b"\0"
+            )
     extensions += bytes(8)
     at = header + len(extensions) if backing else 0
     head = struct.pack(
-        ">4sIQIIQIIQQIIQ", b"QFI\xfb", version, at, len(backing), cluster_bits, SIZE, 0, 1, cluster, 2 * cluster, 1, 0, 0
+        ">4sIQIIQIIQQIIQ",
+        b"QFI\xfb",
+        version,
+        at,
+        len(backing),
+        cluster_bits,
+        SIZE,
+        0,
+        1,
+        cluster,
+        2 * cluster,
+        1,
+        0,
+        0,
     )
     head += struct.pack(">QQQII", 4 if data else 0, 0, 0, 4, header)
     start = (head.ljust(header, b"\0") + extensions + backing.encode()).ljust(cluster, b"\0")
@@ -108,7 +147,9 @@ def qcow(backing: str) -> bytes:
 
 
 def qed(backing: str, raw: bool = True) -> bytes:
-    head = struct.pack("<4sIIIQQQQQII", b"QED\0", 65536, 4, 1, 1 | 4 * raw, 0, 0, 65536, SIZE, 64, len(backing))
+    head = struct.pack(
+        "<4sIIIQQQQQII", b"QED\0", 65536, 4, 1, 1 | 4 * raw, 0, 0, 65536, SIZE, 64, len(backing)
+    )
     return (head + backing.encode()).ljust(65536, b"\0") + bytes(4 * 65536)
 
 
@@ -127,7 +168,8 @@ def differencing_vhd(folder: Path, parent: str) -> bytes:
 
 
 class Hostile(NamedTuple):
-    """An image: how it is made of (folder, the victim's path, the path of a second descriptor that leads to the victim), and the format that is forced."""
+    """An image: how it is made of (folder, the victim's path, the path of a second descriptor that leads to
+    the victim), and the format that is forced."""
 
     make: Callable[[Path, Path, Path], bytes]
     format: str | None = None
@@ -139,7 +181,9 @@ def _text(line: str, **named: str) -> Hostile:
 
 def _hint(line: str) -> Hostile:
     return Hostile(
-        lambda folder, victim, second: bytes(with_text(empty_sparse(folder), line.format(v=victim, s=second).encode()))
+        lambda folder, victim, second: bytes(
+            with_text(empty_sparse(folder), line.format(v=victim, s=second).encode())
+        )
     )
 
 
@@ -168,24 +212,30 @@ IMAGES = {
     "extent in a second line": _text(f'RW 8 ZERO\n {FLAT}'),
     "extent that is a descriptor": _text('RW 2048 SPARSE "{s}"', kind="twoGbMaxExtentSparse"),
     "text with a parent": _text('RW 2048 SPARSE "none"', cid="1", more='parentFileNameHint="/none"\n'),
-    "text, format forced": Hostile(lambda _f, victim, _s: ("#\n" + text(FLAT.format(v=victim))).encode(), "vmdk"),
+    "text, format forced": Hostile(lambda _f, victim, _s: ("#\n" + text(FLAT.format(v=victim))).encode(),
+        "vmdk"),
     "capacity 0": Hostile(lambda _f, victim, _s: capacity_0(text(FLAT.format(v=victim)), 4)),
-    "capacity 0, a text of size 0": Hostile(lambda _f, victim, _s: capacity_0(text(FLAT.format(v=victim)), 0)),
-    "capacity 0, a short text": Hostile(lambda _f, victim, _s: capacity_0(text("#" * 500 + "\n" + FLAT.format(v=victim)), 1)),
+    "capacity 0, a text of size 0": Hostile(lambda _f, victim,
+        _s: capacity_0(text(FLAT.format(v=victim)), 0)),
+    "capacity 0, a short text": Hostile(lambda _f, victim,
+        _s: capacity_0(text("#" * 500 + "\n" + FLAT.format(v=victim)), 1)),
     "parent though parentCID says none": _hint('parentFileNameHint="{s}"\n'),
     "parent in a comment": _hint('# parentFileNameHint="{s}"\n'),
     "parent by nbd": _hint('parentFileNameHint="nbd://127.0.0.1:{port}/"\n'.replace("{port}", "1")),
     "parent without a descriptor": Hostile(_without_offset),
     "parent": Hostile(_delta),
-    "COWD with a parent": Hostile(lambda _f, _v, second: cowd(f'parentCID=ffffffff\nparentFileNameHint="{second}"\n'.encode())),
+    "COWD with a parent": Hostile(lambda _f, _v, second: cowd('parentCID=ffffffff\n'
+        f'parentFileNameHint="{second}"\n'.encode())),
     "qcow2, backing file": Hostile(lambda _f, victim, _s: qcow2(str(victim), "raw")),
     "qcow2, backing file without a format": Hostile(lambda _f, victim, _s: qcow2(str(victim))),
     "qcow2, file:": Hostile(lambda _f, victim, _s: qcow2(f"file:{victim}", "raw")),
-    "qcow2, json:": Hostile(lambda _f, victim, _s: qcow2(f'json:{{"driver":"raw","file":{{"driver":"file","filename":"{victim}"}}}}', "raw")),
+    "qcow2, json:": Hostile(lambda _f, victim,
+        _s: qcow2(f'json:{{"driver":"raw","file":{{"driver":"file","filename":"{victim}"}}}}', "raw")),
     "qcow2, backing file of another format": Hostile(lambda _f, _v, second: qcow2(str(second), "vmdk")),
     "qcow2 of version 2": Hostile(lambda _f, victim, _s: qcow2(str(victim), "raw", version=2, header=72)),
     "qcow2, data file": Hostile(lambda _f, victim, _s: qcow2(data=str(victim))),
-    "qcow2, data file behind a long header": Hostile(lambda _f, victim, _s: qcow2(data=str(victim), cluster_bits=21, header=1 << 17)),
+    "qcow2, data file behind a long header": Hostile(lambda _f, victim,
+        _s: qcow2(data=str(victim), cluster_bits=21, header=1 << 17)),
     "qcow, backing file": Hostile(lambda _f, victim, _s: qcow(str(victim))),
     "qed, backing file": Hostile(lambda _f, victim, _s: qed(str(victim))),
     "qed, backing file of any format": Hostile(lambda _f, _v, second: qed(str(second), raw=False)),

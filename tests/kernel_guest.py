@@ -1,8 +1,11 @@
-"""This machine's kernel as the guest of a watch: mounts the served disk through qemu-storage-daemon's FUSE export and a loop device, and writes files.
+"""This machine's kernel as the guest of a watch: mounts the served disk through qemu-storage-daemon's FUSE
+export and a loop device, and writes files.
 
-    kernel_guest.py SOCKET FOLDER COUNT     (run by `virt-bmap watch`; FOLDER gets `written`: a line for each step, when its fsync returned)
+    kernel_guest.py SOCKET FOLDER COUNT     (run by `virt-bmap watch`
+    FOLDER gets `written`: a line for each step, when its fsync returned)
 
-What a file holds follows from its number alone, so that the test can say of any bytes of the disk whether they are that file's.
+What a file holds follows from its number alone, so that the test can say of any bytes of the disk whether
+they are that file's.
 """
 
 import contextlib
@@ -87,8 +90,15 @@ def mounted(socket: str, folder: Path) -> Iterator[Path]:
     export, top = folder / "export", folder / "top"
     export.touch()
     top.mkdir()
-    daemon = subprocess.Popen(["qemu-storage-daemon", "--blockdev", f"driver=nbd,node-name=disk,server.type=unix,server.path={socket}",
-                               "--export", f"type=fuse,id=export,node-name=disk,mountpoint={export},writable=on"])  # fmt: skip
+    daemon = subprocess.Popen(
+        [
+            "qemu-storage-daemon",
+            "--blockdev",
+            f"driver=nbd,node-name=disk,server.type=unix,server.path={socket}",
+            "--export",
+            f"type=fuse,id=export,node-name=disk,mountpoint={export},writable=on",
+        ]
+    )
     try:
         while export.stat().st_size == 0:
             if daemon.poll() is not None:

@@ -1,8 +1,11 @@
-"""An nbdkit plugin: a raw disk that notes every request, and which blocks with our mark it carried. (In nbdkit's own Python: standard library only.)
+"""An nbdkit plugin: a raw disk that notes every request, and which blocks with our mark it carried.
+
+(In nbdkit's own Python: standard library only.)
 
     nbdkit python marked_disk.py file=DISK log=LOG        a line for each: time in ns, operation, offset, length, and OFFSET:FILE:INDEX of each marked block
 
-It stands beneath a watched disk, so that what the watch says of a request can be compared with what was really in it.
+It stands beneath a watched disk, so that what the watch says of a request can be compared with what was
+really in it.
 """
 
 import builtins

@@ -39,7 +39,10 @@ VARIANTS = {
 
 @contextlib.contextmanager
 def fuse(image: Path, options: str = "ro") -> Iterator[Path]:
-    """The image mounted with ntfs-3g; NotMounted where it refuses. The daemon has written everything when this ends."""
+    """The image mounted with ntfs-3g; NotMounted where it refuses.
+
+    The daemon has written everything when this ends.
+    """
     where = Path(tempfile.mkdtemp(prefix="bmap-ntfs-"))
     command = ["ntfs-3g", "-o", f"{options},no_detach,streams_interface=windows", image, where]
     daemon = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -71,7 +74,8 @@ def make(image: Path, mebibytes: int, cluster: int, sector: int) -> Volume:
 
 
 def fill(volume: Volume, cluster: int) -> Volume:
-    """Files of all sizes around the places where NTFS changes its mind; links, streams, holes, compression; fragments; deleted files."""
+    """Files of all sizes around the places where NTFS changes its mind; links, streams, holes, compression;
+    fragments; deleted files."""
     random = np.random.default_rng(20261123)
     with fuse(volume.image, "rw,compression,noatime") as root:
         _sizes(volume, root, random, cluster)
@@ -111,7 +115,16 @@ def _sizes(volume: Volume, root: Path, random: np.random.Generator, cluster: int
 
 def _names(volume: Volume, root: Path) -> None:
     (root / "name").mkdir()
-    for name in ("żółć", "日本語", "emoji 😀 end", "x" * 255, "€" * 200, " spaces ", "semi;colon", "new\nline"):
+    for name in (
+        "żółć",
+        "日本語",
+        "emoji 😀 end",
+        "x" * 255,
+        "€" * 200,
+        " spaces ",
+        "semi;colon",
+        "new\nline",
+    ):
         _put(volume, root, f"name/{name}", name.encode())
     _put(volume, root, "name/linked", b"many names" * 200)
     for number in range(40):
@@ -143,7 +156,8 @@ def _compressed(volume: Volume, root: Path, random: np.random.Generator) -> None
 
 
 def _fragments(volume: Volume, root: Path, random: np.random.Generator, cluster: int) -> None:
-    """A file with more runs than a record can list; two that grow in turn; and a $MFT that can only grow into the holes of one of them."""
+    """A file with more runs than a record can list; two that grow in turn; and a $MFT that can only grow into
+    the holes of one of them."""
     (root / "frag").mkdir()
     sparse = bytearray(1200 * cluster)
     with open(root / "frag/every second", "wb", buffering=0) as file:
@@ -154,7 +168,10 @@ def _fragments(volume: Volume, root: Path, random: np.random.Generator, cluster:
     volume.files["frag/every second"] = bytes(sparse)
     piece = max(cluster, 1024)
     data = random.bytes(1000 * piece)
-    with open(root / "frag/kept", "wb", buffering=0) as kept, open(root / "frag/holes", "wb", buffering=0) as holes:
+    with (
+        open(root / "frag/kept", "wb", buffering=0) as kept,
+        open(root / "frag/holes", "wb", buffering=0) as holes,
+    ):
         for at in range(0, len(data), piece):
             kept.write(data[at : at + piece])
             holes.write(bytes(piece))

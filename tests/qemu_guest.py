@@ -1,4 +1,5 @@
-"""A guest in QEMU that does nothing but write files: the demo guest's kernel and initramfs, with a small init of our own in front of a second disk."""
+"""A guest in QEMU that does nothing but write files: the demo guest's kernel and initramfs, with a small init
+of our own in front of a second disk."""
 
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
 
-import build  # noqa: E402
+import build
 
 _loader = SourceFileLoader("demo_run", str(DEMO / "run"))
 demo: Any = module_from_spec(spec_from_loader("demo_run", _loader))  # type: ignore[arg-type]
@@ -57,22 +58,32 @@ def command(folder: Path, kind: str, count: int) -> list[str]:
     (tree / "usr").mkdir(parents=True)
     (tree / "init").write_text(INIT.format(kind=kind, count=count))
     (tree / "init").chmod(0o755)
-    (version,) = [line.split("/")[5] for line in build.run("debugfs", "-R", "ls -p /lib/modules", root).decode().splitlines()
+    (version,) = [line.split("/")[5] for line in build.run("debugfs", "-R", "ls -p /lib/modules",
+            root).decode().splitlines()
                   if line.count("/") > 5 and line.split("/")[5][0].isdigit()]  # fmt: skip
     modules = folder / "modules"
     modules.mkdir()
     build.run("debugfs", "-R", f"rdump /lib/modules/{version} {modules}", root)
     wanted = needed(modules / version, kind)
-    for name in (*wanted, "modules.dep", "modules.dep.bin", "modules.alias.bin", "modules.symbols.bin", "modules.builtin.bin"):
+    for name in (
+        *wanted,
+        "modules.dep",
+        "modules.dep.bin",
+        "modules.alias.bin",
+        "modules.symbols.bin",
+        "modules.builtin.bin",
+    ):
         found = modules / version / name
         if found.exists():
             build.copy(found, tree / "usr/lib/modules" / version / name)
     (folder / "initramfs").write_bytes((folder / "initramfs-virt").read_bytes() + build.archive(tree))
     root.unlink()
     subprocess.run(["rm", "-rf", modules], check=True)
-    return ["timeout", "120", "qemu-system-x86_64", "-accel", demo.accelerator(), "-m", "256", "-nodefaults", "-display", "none", "-no-reboot",
-            "-serial", f"file:{folder}/console.txt", "-kernel", str(folder / "vmlinuz-virt"), "-initrd", str(folder / "initramfs"),
-            "-append", "console=ttyS0 quiet panic=1", "-drive", "file=$uri,format=raw,if=virtio"]  # fmt: skip
+    return ["timeout", "120", "qemu-system-x86_64", "-accel", demo.accelerator(), "-m", "256", "-nodefaults",
+        "-display", "none", "-no-reboot",
+            "-serial", f"file:{folder}/console.txt", "-kernel", str(folder / "vmlinuz-virt"), "-initrd",
+            str(folder / "initramfs"), "-append", "console=ttyS0 quiet panic=1", "-drive",
+            "file=$uri,format=raw,if=virtio"]  # fmt: skip
 
 
 def needed(modules: Path, kind: str) -> list[str]:

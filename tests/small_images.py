@@ -1,7 +1,9 @@
-"""One small image of every format and layout, made by real tools: what is proven as it is, and damaged by tools/fuzz.
+"""One small image of every format and layout, made by real tools: what is proven as it is, and damaged by
+tools/fuzz.
 
-A recipe makes its files in a folder and returns them: the disks of one machine, in order. Sizes are the smallest that the tools take, since the time of a
-map follows them. Recipes say what they need, and are skipped where it is missing.
+A recipe makes its files in a folder and returns them: the disks of one machine, in order. Sizes are the
+smallest that the tools take, since the time of a map follows them. Recipes say what they need, and are
+skipped where it is missing.
 """
 
 import json
@@ -37,7 +39,8 @@ def blank(path: Path, size: int) -> Path:
 
 
 def tree(folder: Path) -> Path:
-    """The files that go into most of these images; the ext recipes' tree, with fewer names and what compresses."""
+    """The files that go into most of these images; the ext recipes' tree, with fewer names and what
+    compresses."""
     where = folder / "tree"
     where.mkdir()
     ext_images.fill(where, names=120)
@@ -46,7 +49,8 @@ def tree(folder: Path) -> Path:
 
 
 def plain_tree(folder: Path) -> Path:
-    """The same without what some tools do not take: pipes, names with bytes that are not UTF-8, very long links."""
+    """The same without what some tools do not take: pipes, names with bytes that are not UTF-8, very long
+    links."""
     where = tree(folder)
     (where / "fifo").unlink()
     (where / "long").unlink()
@@ -56,7 +60,7 @@ def plain_tree(folder: Path) -> Path:
     return where
 
 
-# ---- filesystems ------------------------------------------------------------------------------------------------------
+# ---- filesystems -------------------------------------------------------------------------------------------
 
 
 def ext(options: str, size: str, folder: Path) -> list[Path]:
@@ -73,9 +77,11 @@ EXT = {
     "ext4-flex": ("-t ext4 -b 1024 -g 1024 -G 4 -N 512 -O ^has_journal,^resize_inode", "6M"),
     "ext4-meta-bg": ("-t ext4 -b 1024 -g 256 -O meta_bg,^resize_inode,^has_journal -N 1024", "6M"),
     "ext4-inline": ("-t ext4 -b 1024 -O inline_data,^has_journal -N 256", "4M"),
-    "ext4-gdt-csum": ("-t ext4 -b 1024 -g 1024 -O sparse_super2,uninit_bg,^metadata_csum,^has_journal,^resize_inode -N 512", "6M"),
+    "ext4-gdt-csum": (("-t ext4 -b 1024 -g 1024 -O "
+        "sparse_super2,uninit_bg,^metadata_csum,^has_journal,^resize_inode -N 512"), "6M"),
     "ext4-bigalloc": ("-t ext4 -b 1024 -O bigalloc,^has_journal -C 4096 -N 256", "4M"),
-    "ext4-quota": ("-t ext4 -b 1024 -O quota,project,orphan_file,ea_inode,casefold,large_dir,mmp -J size=1 -N 256", "6M"),
+    "ext4-quota": (("-t ext4 -b 1024 -O quota,project,orphan_file,ea_inode,casefold,large_dir,mmp -J "
+        "size=1 -N 256"), "6M"),
 }  # fmt: skip
 
 
@@ -139,7 +145,8 @@ def xfs(size: int, options: str, dirty: bool, folder: Path) -> list[Path]:
 
 
 def xfs_v4(folder: Path) -> list[Path]:
-    """The format before 2013, which new kernels no longer mount: filled by mkfs.xfs itself, from a prototype file."""
+    """The format before 2013, which new kernels no longer mount: filled by mkfs.xfs itself, from a prototype
+    file."""
     need("mkfs.xfs", "xfsprogs")
     source, image = tree(folder), blank(folder / "disk.img", 16 * MIB)
     files = [f"{path.name} ---644 0 0 {path}" for path in sorted(source.glob("size-*"))]
@@ -157,7 +164,17 @@ def xfs_v4(folder: Path) -> list[Path]:
         "$",
     ]
     (folder / "prototype").write_text("\n".join(lines) + "\n")
-    run("mkfs.xfs", "--unsupported", "-q", "-f", *XFS_V4.split(), "-p", folder / "prototype", image, env=SMALL_XFS)
+    run(
+        "mkfs.xfs",
+        "--unsupported",
+        "-q",
+        "-f",
+        *XFS_V4.split(),
+        "-p",
+        folder / "prototype",
+        image,
+        env=SMALL_XFS,
+    )
     return [image]
 
 
@@ -169,16 +186,20 @@ BTRFS = {
     "btrfs-raid10": ("128M", "-d raid10 -m raid10", 4),
 }
 FILL_BTRFS = """
-mkdir a many; for s in 0 10 3000 5000 90000; do head -c $s /dev/urandom > a/f$s; done; for i in $(seq 80); do echo $i > many/file$i; done
+mkdir a many; for s in 0 10 3000 5000 90000; do head -c $s /dev/urandom > a/f$s; done; for i in $(seq 80)
+do echo $i > many/file$i; done
 for c in zlib lzo zstd; do
     touch c-$c; btrfs property set c-$c compression $c; yes "$c hello" | head -c 200000 > c-$c
     touch t-$c; btrfs property set t-$c compression $c; yes x | head -c 1500 > t-$c
 done
 ln -s some/target a/link; ln a/f10 a/hard; setfattr -n user.x -v $(printf '%0300d' 7) a/f10
-fallocate -l 100000 a/prealloc; dd if=/dev/urandom of=a/prealloc bs=4k count=2 seek=3 conv=notrunc status=none; sync -f .
+fallocate -l 100000 a/prealloc
+dd if=/dev/urandom of=a/prealloc bs=4k count=2 seek=3 conv=notrunc status=none; sync -f .
 cp --reflink=always a/f90000 a/ref; dd if=/dev/urandom of=a/ref bs=4k count=2 seek=3 conv=notrunc status=none
-btrfs -q subvolume create sub; echo in > sub/x; head -c 30000 /dev/urandom > sub/y; btrfs -q subvolume snapshot sub snap
-dd if=/dev/urandom of=snap/y bs=4k count=1 seek=2 conv=notrunc status=none; btrfs -q subvolume snapshot -r . a/ro; sync -f .
+btrfs -q subvolume create sub; echo in > sub/x; head -c 30000 /dev/urandom > sub/y
+btrfs -q subvolume snapshot sub snap
+dd if=/dev/urandom of=snap/y bs=4k count=1 seek=2 conv=notrunc status=none
+btrfs -q subvolume snapshot -r . a/ro; sync -f .
 echo late > late; sync late
 """
 
@@ -276,7 +297,8 @@ ISO = {
 def iso_zisofs(folder: Path) -> list[Path]:
     """Files that are compressed one by one."""
     image = folder / "disk.img"
-    run(need("xorriso", "xorriso"), "-outdev", f"stdio:{image}", "-zisofs", "level=6", "-map", plain_tree(folder), "/",
+    run(need("xorriso", "xorriso"), "-outdev", f"stdio:{image}", "-zisofs", "level=6", "-map",
+        plain_tree(folder), "/",
         "-set_filter_r", "--zisofs", "/", "--", "-commit")  # fmt: skip
     return [image]
 
@@ -287,7 +309,18 @@ def iso_sessions(folder: Path) -> list[Path]:
     (folder / "more").mkdir()
     (folder / "more" / "added").write_bytes(b"added" * 1000)
     blocks = image.stat().st_size // 2048
-    run("genisoimage", "-quiet", "-R", "-M", image, "-C", f"0,{blocks}", "-o", folder / "session", folder / "more")
+    run(
+        "genisoimage",
+        "-quiet",
+        "-R",
+        "-M",
+        image,
+        "-C",
+        f"0,{blocks}",
+        "-o",
+        folder / "session",
+        folder / "more",
+    )
     with open(image, "ab") as file:
         file.write((folder / "session").read_bytes())
     return [image]
@@ -318,7 +351,15 @@ SQUASHFS = {
 
 def squashfs(options: str, folder: Path) -> list[Path]:
     image = folder / "disk.img"
-    run(need("mksquashfs", "squashfs-tools"), tree(folder), image, "-noappend", "-no-progress", "-quiet", *options.split())
+    run(
+        need("mksquashfs", "squashfs-tools"),
+        tree(folder),
+        image,
+        "-noappend",
+        "-no-progress",
+        "-quiet",
+        *options.split(),
+    )
     return [image]
 
 
@@ -341,7 +382,8 @@ def erofs(options: str, folder: Path) -> list[Path]:
 
 
 F2FS = {
-    "f2fs": "-O extra_attr,inode_checksum,sb_checksum,compression,flexible_inline_xattr,inode_crtime,lost_found",
+    "f2fs": "-O "
+    "extra_attr,inode_checksum,sb_checksum,compression,flexible_inline_xattr,inode_crtime,lost_found",
     "f2fs-plain": "",
 }
 
@@ -360,7 +402,7 @@ def swap(folder: Path) -> list[Path]:
     return [image]
 
 
-# ---- partition tables -------------------------------------------------------------------------------------------------
+# ---- partition tables --------------------------------------------------------------------------------------
 
 
 def _put(image: Path, offset: int, data: bytes) -> None:
@@ -380,7 +422,13 @@ def _small_ext(folder: Path) -> bytes:
 def gpt(folder: Path) -> list[Path]:
     """An ext4 at 1 MiB, and two empty partitions."""
     image = blank(folder / "table.img", 12 * MIB)
-    run(need("sfdisk", "fdisk"), "-q", "--no-tell-kernel", image, stdin=b'label: gpt\nsize=4M,name="first"\nsize=2M\n,\n')
+    run(
+        need("sfdisk", "fdisk"),
+        "-q",
+        "--no-tell-kernel",
+        image,
+        stdin=b'label: gpt\nsize=4M,name="first"\nsize=2M\n,\n',
+    )
     _put(image, MIB, _small_ext(folder))
     return [image]
 
@@ -400,21 +448,36 @@ def mbr(folder: Path) -> list[Path]:
 def labelled(label: str, parts: Sequence[str], folder: Path) -> list[Path]:
     """A label of another machine, by parted."""
     image = blank(folder / "table.img", 12 * MIB)
-    run(need("parted", "parted"), "-s", image, "mklabel", label, *(word for part in parts for word in f"mkpart {part}".split()))
+    run(
+        need("parted", "parted"),
+        "-s",
+        image,
+        "mklabel",
+        label,
+        *(word for part in parts for word in f"mkpart {part}".split()),
+    )
     return [image]
 
 
 def sun(folder: Path) -> list[Path]:
     image = blank(folder / "table.img", 12 * MIB)
-    run(need("sfdisk", "fdisk"), "-q", "--no-tell-kernel", image, stdin=b"label: sun\nstart=0,size=8192\n", ok=(0, 1))
+    run(
+        need("sfdisk", "fdisk"),
+        "-q",
+        "--no-tell-kernel",
+        image,
+        stdin=b"label: sun\nstart=0,size=8192\n",
+        ok=(0, 1),
+    )
     return [image]
 
 
-# ---- volume managers, arrays, encryption ------------------------------------------------------------------------------
+# ---- volume managers, arrays, encryption -------------------------------------------------------------------
 
 
 def lvm(folder: Path) -> list[Path]:
-    """Two disks, one with two metadata areas; a linear volume with an ext4, a striped one, one of two segments."""
+    """Two disks, one with two metadata areas; a linear volume with an ext4, a striped one, one of two
+    segments."""
     need("lvcreate", "lvm2")
     images = [blank(folder / f"disk{number}.img", 16 * MIB) for number in (1, 2)]
     with btrfs_images.loops(images) as devices:
@@ -426,7 +489,9 @@ def lvm(folder: Path) -> list[Path]:
         run("vgcreate", *away, "-s", "512k", "my-vg", *devices)
         for words in ("-n lin -L 4M", "-n str -i2 -I64k -L 4M", "-n two -l 12"):
             run("lvcreate", *away, "-an", "-Zn", "-Wn", "my-vg", *words.split())
-        said = run("pvs", *away, "--reportformat", "json", "--units", "b", "--nosuffix", "-o", "pe_start", devices[0])
+        said = run(
+            "pvs", *away, "--reportformat", "json", "--units", "b", "--nosuffix", "-o", "pe_start", devices[0]
+        )
     _put(images[0], int(json.loads(said)["report"][0]["pv"][0]["pe_start"]), _small_ext(folder))
     return images
 
@@ -444,25 +509,31 @@ segment1 {{ start_extent = 0 extent_count = {count} type = "striped" stripe_coun
 
 
 def thin(folder: Path) -> list[Path]:
-    """A thin pool without a kernel: metadata restored by thin_restore, and LVM's text written by hand into a physical volume that LVM made."""
+    """A thin pool without a kernel: metadata restored by thin_restore, and LVM's text written by hand into a
+    physical volume that LVM made."""
     restore = need("thin_restore", "thin-provisioning-tools")
     need("pvcreate", "lvm2")
     metadata = blank(folder / "metadata", MIB)
     (folder / "xml").write_text(
         '<superblock uuid="" time="1" transaction="2" data_block_size="128" nr_data_blocks="0">'
         '<device dev_id="1" mapped_blocks="20" transaction="0" creation_time="0" snap_time="0">'
-        '<range_mapping origin_begin="0" data_begin="0" length="16" time="0"/><single_mapping origin_block="40" data_block="20" time="0"/>'
+        '<range_mapping origin_begin="0" data_begin="0" length="16" time="0"/><single_mapping '
+        'origin_block="40" data_block="20" time="0"/>'
         '<range_mapping origin_begin="50" data_begin="30" length="3" time="0"/></device>'
         '<device dev_id="2" mapped_blocks="4" transaction="1" creation_time="1" snap_time="1">'
-        '<range_mapping origin_begin="0" data_begin="0" length="4" time="0"/></device></superblock>'.replace('nr_data_blocks="0"', 'nr_data_blocks="64"')
-    )  # fmt: skip
+        '<range_mapping origin_begin="0" data_begin="0" length="4" time="0"/></device></superblock>'.replace(
+            'nr_data_blocks="0"', 'nr_data_blocks="64"'
+        )
+    )
     run(restore, "-i", folder / "xml", "-o", metadata)
     image = blank(folder / "disk.img", 16 * MIB)
     with btrfs_images.loops([image]) as (device,):
         options = ["--config", f'devices{{filter=["a|{device}$|","r|.*|"]}}', "--driverloaded", "n"]
         run("pvcreate", *options[:2], device)
         run("vgcreate", *options, "-s", "256k", "my-vg", device)
-        pv = json.loads(run("pvs", *options, "--reportformat", "json", "-o", "pv_uuid", device))["report"][0]["pv"][0]["pv_uuid"]
+        pv = json.loads(run("pvs", *options, "--reportformat", "json", "-o", "pv_uuid", device))["report"][0][
+            "pv"
+        ][0]["pv_uuid"]
 
     def id_of(number: int) -> str:
         return "-".join((f"{number:06}", *["bbbb"] * 5, "cccccc"))
@@ -472,11 +543,14 @@ def thin(folder: Path) -> list[Path]:
         for name, count, at in (("pool_tmeta", 4, 0), ("pool_tdata", 16, 8))
     ]
     pool = (
-        f'pool {{ id = "{id_of(90)}" status = ["READ", "WRITE", "VISIBLE"] flags = [] segment_count = 1 segment1 {{ start_extent = 0 extent_count = 16 '
-        'type = "thin-pool" metadata = "pool_tmeta" pool = "pool_tdata" transaction_id = 2 chunk_size = 128 discards = "passdown" zero_new_blocks = 1 } }'
+        f'pool {{ id = "{id_of(90)}" status = ["READ", "WRITE", "VISIBLE"] flags = [] segment_count '
+        f"= 1 segment1 {{ start_extent = 0 extent_count = 16 "
+        'type = "thin-pool" metadata = "pool_tmeta" pool = "pool_tdata" transaction_id = 2 '
+        'chunk_size = 128 discards = "passdown" zero_new_blocks = 1 } }'
     )
     thins = [
-        f'{name} {{ id = "{id_of(91 + device)}" status = ["READ", "WRITE", "VISIBLE"] flags = [] segment_count = 1 segment1 {{ start_extent = 0 extent_count = {count} '
+        f'{name} {{ id = "{id_of(91 + device)}" status = ["READ", "WRITE", "VISIBLE"] flags = [] '
+            f'segment_count = 1 segment1 {{ start_extent = 0 extent_count = {count} '
         f'type = "thin" thin_pool = "pool" transaction_id = {device - 1} device_id = {device} }} }}'
         for name, count, device in (("t1", 16, 1), ("t2", 16, 2))
     ]  # fmt: skip
@@ -488,7 +562,8 @@ def thin(folder: Path) -> list[Path]:
 
 
 def lvm_crc(data: bytes) -> int:
-    """LVM's checksum of labels and metadata (lib/misc/crc.c): CRC-32 with its own start and no last complement."""
+    """LVM's checksum of labels and metadata (lib/misc/crc.c): CRC-32 with its own start and no last
+    complement."""
     return zlib.crc32(data, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
@@ -505,7 +580,8 @@ def write_lvm_text(image: Path, text: bytes, area: int = 4096) -> None:
 
 
 def md(level: int, metadata: int, folder: Path) -> list[Path]:
-    """An array with an ext4: mirrors, or a RAID5 left-symmetric of chunks of 16 KiB; superblocks of version 1.0 (at the end) or 1.2, or 0.90."""
+    """An array with an ext4: mirrors, or a RAID5 left-symmetric of chunks of 16 KiB; superblocks of version
+    1.0 (at the end) or 1.2, or 0.90."""
     volume, chunk = _small_ext(folder), 16384
     count, start = (2, 0) if level == 1 else (3, MIB)
     members = [bytearray() for _ in range(count)]
@@ -543,7 +619,9 @@ def _md_1(level: int, chunk: int, size: int, role: int, disks: int, data_offset:
     head = bytearray(256 + 2 * disks)
     struct.pack_into("<II", head, 0, 0xA92B4EFC, 1)
     head[0x10:0x20], head[0x20:0x29] = b"0123456789abcdef", b"host:name"
-    struct.pack_into("<iIQII", head, 0x48, level, 2 if level == 5 else 0, size, chunk if level == 5 else 0, disks)
+    struct.pack_into(
+        "<iIQII", head, 0x48, level, 2 if level == 5 else 0, size, chunk if level == 5 else 0, disks
+    )
     struct.pack_into("<QQQ", head, 0x80, data_offset, size, at)
     struct.pack_into("<I", head, 0xA0, role)
     struct.pack_into("<QQ", head, 0xC8, 7, 2**64 - 1)
@@ -564,7 +642,8 @@ def _md_90(level: int, size: int, role: int, disks: int) -> bytes:
     words[32:37] = [0x5F000000, 1, disks, disks, 0]
     words[39] = 7  # events, low half
     for number in range(disks):
-        words[128 + 32 * number : 128 + 32 * number + 5] = [number, 8, 16 * number, number, 6]  # active and in sync
+        # active and in sync
+        words[128 + 32 * number : 128 + 32 * number + 5] = [number, 8, 16 * number, number, 6]
     words[992:997] = [role, 8, 16 * role, role, 6]
     total = sum(words)
     words[38] = (total & 0xFFFFFFFF) + (total >> 32) & 0xFFFFFFFF
@@ -608,7 +687,7 @@ def bitlocker(folder: Path) -> list[Path]:
     return [image]
 
 
-# ---- image formats -----------------------------------------------------------------------------------------------------
+# ---- image formats -----------------------------------------------------------------------------------------
 
 HOST = {
     "qcow2": ("qcow2", "cluster_size=4k"),
@@ -650,7 +729,18 @@ def qcow2_compressed(kind: str, folder: Path) -> list[Path]:
     need("qemu-img", "qemu-utils")
     (raw,) = gpt(folder)
     image = folder / "disk.qcow2"
-    run("qemu-img", "convert", "-q", "-c", "-O", "qcow2", "-o", f"compression_type={kind},cluster_size=16k", raw, image)
+    run(
+        "qemu-img",
+        "convert",
+        "-q",
+        "-c",
+        "-O",
+        "qcow2",
+        "-o",
+        f"compression_type={kind},cluster_size=16k",
+        raw,
+        image,
+    )
     return [image]
 
 
@@ -700,7 +790,8 @@ class Left(Exception):
 
 
 def make(name: str, folder: Path) -> list[Path]:
-    """The images of one recipe: NAME.img, or NAME.1.img, NAME.2.img, ... for the disks of one machine; nothing else is left in the folder."""
+    """The images of one recipe: NAME.img, or NAME.1.img, NAME.2.img, ... for the disks of one machine;
+    nothing else is left in the folder."""
     work = folder / f".{name}"
     work.mkdir(parents=True)
     try:

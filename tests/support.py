@@ -1,4 +1,5 @@
-"""What tests of several formats share: tools, mounts, oracles of the running kernel, and content read by the map."""
+"""What tests of several formats share: tools, mounts, oracles of the running kernel, and content read by the
+map."""
 
 import contextlib
 import fcntl
@@ -28,9 +29,13 @@ from virt_bmap.survey import survey
 
 
 def run(
-    *command: str | os.PathLike[str], stdin: bytes | None = None, ok: tuple[int, ...] = (0,), env: dict[str, str] | None = None
+    *command: str | os.PathLike[str],
+    stdin: bytes | None = None,
+    ok: tuple[int, ...] = (0,),
+    env: dict[str, str] | None = None,
 ) -> bytes:
-    """The standard output of a command; fails the test with its words when it exits with a status that is not in `ok`."""
+    """The standard output of a command; fails the test with its words when it exits with a status that is not
+    in `ok`."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     done = subprocess.run([os.fspath(part) for part in command], input=stdin, capture_output=True,
                           env={**os.environ, "PATH": path, "LC_ALL": "C", **(env or {})})  # fmt: skip
@@ -55,7 +60,8 @@ def need_root() -> None:
 
 
 def wait_for_socket(path: str | os.PathLike[str]) -> None:
-    """Until an NBD server greets on a Unix socket: qemu-nbd listens before it has opened, and locked, its image. Fails the test after half a minute."""
+    """Until an NBD server greets on a Unix socket: qemu-nbd listens before it has opened, and locked, its
+    image. Fails the test after half a minute."""
     until = time.monotonic() + 30
     while time.monotonic() < until:
         with socket.socket(socket.AF_UNIX) as link, contextlib.suppress(OSError):
@@ -67,7 +73,7 @@ def wait_for_socket(path: str | os.PathLike[str]) -> None:
     raise AssertionError(f"nobody answers on {path}")
 
 
-# ---- maps -----------------------------------------------------------------------------------------------------------
+# ---- maps --------------------------------------------------------------------------------------------------
 
 
 def mapped(*images: str | os.PathLike[str]) -> BlockMap:
@@ -81,16 +87,19 @@ def mapped(*images: str | os.PathLike[str]) -> BlockMap:
 
 
 def assert_proven(bmap: BlockMap) -> None:
-    """`check` finds nothing: tiled, in agreement with the allocators, no problem of any severity but notes."""
+    """`check` finds nothing: tiled, in agreement with the allocators, no problem of any severity but
+    notes."""
     found = check(bmap).disagreements
     assert not found, "\n".join(map(str, found[:20]))
 
 
 def assert_copies_and_parity(bmap: BlockMap, readers: list[Reader]) -> tuple[int, int]:
-    """Every copy equals the data, and the XOR of what a parity chunk protects is what lies there; (bytes of copies, of parity) compared.
+    """Every copy equals the data, and the XOR of what a parity chunk protects is what lies there; (bytes of
+    copies, of parity) compared.
 
-    `readers` are the volumes' by number. Of a filesystem's volume only what is owned counts: in free space copies may differ. RAID6's Q is no XOR: a
-    parity place that differs is allowed where the same chunks have another one that agrees.
+    `readers` are the volumes' by number. Of a filesystem's volume only what is owned counts: in free space
+    copies may differ. RAID6's Q is no XOR: a parity place that differs is allowed where the same chunks have
+    another one that agrees.
     """
     copied = parity = 0
     for volume in range(bmap.volumes.num_rows):
@@ -104,8 +113,11 @@ def _compare_copies(bmap: BlockMap, volume: int, copies: Rows, readers: list[Rea
     _, extents = bmap.slice_of("extents", volume)
     start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
     if bmap.slice_of("filesystems", volume)[1].num_rows:
-        owned = np.isin(tables.codes(extents, "kind"), tables.OWNED) & ((tables.integers(extents, "flags") & tables.INLINE) == 0)
-        # btrfs keeps copies of its superblock at places of each device: no data of the pool lies on the other side there
+        owned = np.isin(tables.codes(extents, "kind"), tables.OWNED) & (
+            (tables.integers(extents, "flags") & tables.INLINE) == 0
+        )
+        # btrfs keeps copies of its superblock at places of each device: no data of the pool lies on the other
+        # side there
         owned &= np.array([part != "superblock" for part in extents.column("part").to_pylist()])
         start, end = start[owned], (start + length)[owned]
     else:
@@ -113,22 +125,35 @@ def _compare_copies(bmap: BlockMap, volume: int, copies: Rows, readers: list[Rea
     pieces = copies.down(start, end)
     for row, low, high, size in zip(pieces.row, pieces.source, pieces.target, pieces.length, strict=True):
         parent = readers[copies.parent[row]]
-        assert parent.read(int(high), int(size)) == readers[volume].read(int(low), int(size)), (volume, int(low), parent.name)
+        assert parent.read(int(high), int(size)) == readers[volume].read(int(low), int(size)), (
+            volume,
+            int(low),
+            parent.name,
+        )
     return int(pieces.length.sum())
 
 
 def _compare_parity(rows: Rows, readers: list[Reader], volume: int) -> int:
-    """Rows of one place in one member tell which chunks are protected there, a whole column of stripes at once."""
+    """Rows of one place in one member tell which chunks are protected there, a whole column of stripes at
+    once."""
     places: dict[tuple[int, ...], list[int]] = {}
     for at in range(len(rows)):
-        place = rows.parent[at], rows.on_parent.offset[at], rows.on_parent.step[at], rows.run[at], rows.count[at]
+        place = (
+            rows.parent[at],
+            rows.on_parent.offset[at],
+            rows.on_parent.step[at],
+            rows.run[at],
+            rows.count[at],
+        )
         places.setdefault(tuple(map(int, place)), []).append(at)
     compared, agreed = 0, dict[tuple[int, ...], bool]()
     for (parent, offset, step, run, count), members in places.items():
         each = np.arange(count, dtype=np.int64)
         expected = np.zeros((count, run), np.uint8)
         for at in members:
-            expected ^= readers[volume].read_blocks(rows.on_volume.offset[at] + each * rows.on_volume.step[at], run)
+            expected ^= readers[volume].read_blocks(
+                rows.on_volume.offset[at] + each * rows.on_volume.step[at], run
+            )
         stripes = tuple(int(rows.on_volume.offset[at]) for at in members)
         same = bool((readers[parent].read_blocks(offset + each * step, run) == expected).all())
         agreed[stripes] = agreed.get(stripes, False) or same
@@ -152,10 +177,20 @@ def file_extents(bmap: BlockMap, volume: int, inode: int) -> list[Extent]:
     _, table = bmap.slice_of("extents", volume)
     kind, file_offset = tables.codes(table, "kind"), tables.integers(table, "file_offset")
     flags, part = tables.integers(table, "flags"), table.column("part").is_valid().to_numpy()
-    mine = (tables.integers(table, "inode") == inode) & (file_offset >= 0) & ((flags & tables.INLINE) == 0) & ~part
+    mine = (
+        (tables.integers(table, "inode") == inode)
+        & (file_offset >= 0)
+        & ((flags & tables.INLINE) == 0)
+        & ~part
+    )
     mine &= np.isin(kind, (tables.DATA, tables.UNWRITTEN, tables.DIRECTORY, tables.SYMLINK))
-    rows = zip(file_offset[mine].tolist(), tables.integers(table, "volume_offset")[mine].tolist(),
-               tables.integers(table, "length")[mine].tolist(), (kind[mine] == tables.UNWRITTEN).tolist(), strict=True)  # fmt: skip
+    rows = zip(
+        file_offset[mine].tolist(),
+        tables.integers(table, "volume_offset")[mine].tolist(),
+        tables.integers(table, "length")[mine].tolist(),
+        (kind[mine] == tables.UNWRITTEN).tolist(),
+        strict=True,
+    )
     return join([Extent(*row) for row in rows])
 
 
@@ -164,9 +199,14 @@ def join(extents: list[Extent]) -> list[Extent]:
     result: list[Extent] = []
     for extent in sorted(extents, key=lambda e: e.file_offset):
         last = result[-1] if result else None
-        if last and last.unwritten == extent.unwritten and (
-            last.file_offset + last.length == extent.file_offset and last.offset + last.length == extent.offset
-        ):  # fmt: skip
+        if (
+            last
+            and last.unwritten == extent.unwritten
+            and (
+                last.file_offset + last.length == extent.file_offset
+                and last.offset + last.length == extent.offset
+            )
+        ):
             result[-1] = Extent(last.file_offset, last.offset, last.length + extent.length, last.unwritten)
         else:
             result.append(extent)
@@ -174,7 +214,8 @@ def join(extents: list[Extent]) -> list[Extent]:
 
 
 def content(bmap: BlockMap, disks: list[Reader], volume: int, inode: int) -> bytes:
-    """A file's bytes, read from the disks where the map says they lie: holes and unwritten parts as zeroes, inline data included."""
+    """A file's bytes, read from the disks where the map says they lie: holes and unwritten parts as zeroes,
+    inline data included."""
     _, inodes = bmap.slice_of("inodes", volume)
     size = int(tables.integers(inodes, "size")[tables.integers(inodes, "inode") == inode][0])
     _, table = bmap.slice_of("extents", volume)
@@ -186,7 +227,9 @@ def content(bmap: BlockMap, disks: list[Reader], volume: int, inode: int) -> byt
     found = bmap.descend(volume, start, start + length)
     found = found.take(found.role == 0)
     result = bytearray(size)
-    for query, disk, low, high, inside in zip(found.query, found.volume, found.start, found.end, found.inside, strict=True):
+    for query, disk, low, high, inside in zip(
+        found.query, found.volume, found.start, found.end, found.inside, strict=True
+    ):
         at = int(file_offset[mine[query]] + inside - start[query])
         want = min(int(high - low), size - at)
         if want > 0:
@@ -195,7 +238,8 @@ def content(bmap: BlockMap, disks: list[Reader], volume: int, inode: int) -> byt
 
 
 def tree(bmap: BlockMap, volume: int) -> dict[str, int]:
-    """Every path of a filesystem with its inode; bytes that are not UTF-8 as surrogates, as os.fsdecode gives them."""
+    """Every path of a filesystem with its inode; bytes that are not UTF-8 as surrogates, as os.fsdecode gives
+    them."""
     inode, path = bmap.paths(volume)
     return dict(zip((os.fsdecode(p) for p in path.to_pylist()), inode.tolist(), strict=True))
 
@@ -231,7 +275,7 @@ def lz4_block(data: bytes) -> bytes:
     return bytes(out)
 
 
-# ---- the running kernel ---------------------------------------------------------------------------------------------
+# ---- the running kernel ------------------------------------------------------------------------------------
 
 FS_IOC_FIEMAP, FIEMAP_FLAG_SYNC = 0xC020660B, 1
 FIEMAP_EXTENT_LAST, FIEMAP_EXTENT_UNKNOWN, FIEMAP_EXTENT_DELALLOC = 1, 2, 4
@@ -239,12 +283,16 @@ FIEMAP_EXTENT_INLINE, FIEMAP_EXTENT_UNWRITTEN = 0x200, 0x800
 
 
 def fiemap(path: str | os.PathLike[str]) -> list[Extent]:
-    """What the kernel says of a file (include/uapi/linux/fiemap.h), joined like `file_extents`; inline data left out."""
+    """What the kernel says of a file (include/uapi/linux/fiemap.h), joined like `file_extents`; inline data
+    left out."""
     result, start, done = [], 0, False
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         while not done:
-            buffer = bytearray(struct.pack("=QQIIII", start, 2**64 - 1 - start, FIEMAP_FLAG_SYNC, 0, 512, 0) + bytes(512 * 56))
+            buffer = bytearray(
+                struct.pack("=QQIIII", start, 2**64 - 1 - start, FIEMAP_FLAG_SYNC, 0, 512, 0)
+                + bytes(512 * 56)
+            )
             fcntl.ioctl(fd, FS_IOC_FIEMAP, buffer)
             count = struct.unpack_from("=I", buffer, 20)[0]
             done = count == 0
@@ -259,13 +307,24 @@ def fiemap(path: str | os.PathLike[str]) -> list[Extent]:
 
 
 @contextlib.contextmanager
-def mounted(image: str | os.PathLike[str], options: str = "", offset: int = 0, kind: str = "") -> Iterator[Path]:
-    """A filesystem in an image mounted through a loop device; skips where this kernel can't. `options` as for mount -o."""
+def mounted(
+    image: str | os.PathLike[str], options: str = "", offset: int = 0, kind: str = ""
+) -> Iterator[Path]:
+    """A filesystem in an image mounted through a loop device; skips where this kernel can't.
+
+    `options` as for mount -o.
+    """
     need_root()
     loop = run("losetup", "-f", "--show", "-o", str(offset), image).decode().strip()
     where = Path(tempfile.mkdtemp(prefix="bmap-mount-"))
     try:
-        command = ["mount", *(["-t", kind] if kind else []), *(["-o", options] if options else []), loop, str(where)]
+        command = [
+            "mount",
+            *(["-t", kind] if kind else []),
+            *(["-o", options] if options else []),
+            loop,
+            str(where),
+        ]
         done = subprocess.run(command, capture_output=True)
         if done.returncode:
             pytest.skip(f"this kernel does not mount it: {done.stderr.decode(errors='replace').strip()}")
@@ -277,16 +336,18 @@ def mounted(image: str | os.PathLike[str], options: str = "", offset: int = 0, k
         run("losetup", "-d", loop)
         where.rmdir()
         until = time.monotonic() + 10
-        while run("losetup", "-j", image) and time.monotonic() < until:  # while another test looks at the device, it stays
+        # while another test looks at the device, it stays
+        while run("losetup", "-j", image) and time.monotonic() < until:
             time.sleep(0.01)
 
 
 def sync(mount: Path) -> None:
-    """Write out one filesystem. os.sync() would write out those of all other tests as well, the crashed ones among them."""
+    """Write out one filesystem. os.sync() would write out those of all other tests as well, the crashed ones
+    among them."""
     run("sync", "-f", mount)
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 class BytesReader(Reader):
@@ -297,11 +358,16 @@ class BytesReader(Reader):
         self.data = data
 
     def _fetch(self, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.data[low : low + n] for low, n in zip(offsets.tolist(), lengths.tolist(), strict=True)])
+        return np.concatenate(
+            [self.data[low : low + n] for low, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+        )
 
 
-def mutations(image: bytes, count: int, seed: int, ranges: list[tuple[int, int]] | None = None) -> Iterator[np.ndarray]:
-    """`count` damaged copies of an image: flipped bits, bytes, 4-byte words, zeroed or copied sectors, and cut-off ends.
+def mutations(
+    image: bytes, count: int, seed: int, ranges: list[tuple[int, int]] | None = None
+) -> Iterator[np.ndarray]:
+    """`count` damaged copies of an image: flipped bits, bytes, 4-byte words, zeroed or copied sectors, and
+    cut-off ends.
 
     `ranges` are [start, end) in bytes where metadata lies and damage hurts; most damage goes there.
     """
@@ -321,7 +387,11 @@ def mutations(image: bytes, count: int, seed: int, ranges: list[tuple[int, int]]
             elif choice == 1:
                 data[at] = random.integers(256)
             elif choice == 2:
-                word = int(random.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFF, int(random.integers(2**32))]))
+                word = int(
+                    random.choice(
+                        [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFF, int(random.integers(2**32))]
+                    )
+                )
                 data[at : at + 4] = np.frombuffer(struct.pack("<I", word), np.uint8)
             elif choice == 3:
                 data[at & ~511 : (at & ~511) + 512] = 0
@@ -334,7 +404,8 @@ def mutations(image: bytes, count: int, seed: int, ranges: list[tuple[int, int]]
 
 
 def survives(data: np.ndarray) -> BlockMap | None:
-    """Map and check a damaged disk: tables that keep the contract, or one of the project's own errors; anything else fails the test."""
+    """Map and check a damaged disk: tables that keep the contract, or one of the project's own errors;
+    anything else fails the test."""
     try:
         bmap = survey([BytesReader(data)])
     except FormatError:

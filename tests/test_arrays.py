@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from virt_bmap import arrays
 
 SIZE = 40
-pairs = st.lists(st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(lambda p: (min(p), max(p))), max_size=8)
+pairs = st.lists(
+    st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(lambda p: (min(p), max(p))), max_size=8
+)
 
 
 def columns(ranges):
@@ -44,14 +46,19 @@ def test_union_by_is_the_union_of_each_group(rows):
     of, starts, ends = arrays.union_by(group, low, low + size)
     assert (np.diff(of) >= 0).all()
     for number in range(4):
-        for mine, theirs in zip((starts[of == number], ends[of == number]),
-                                arrays.union(low[group == number], (low + size)[group == number]), strict=True):  # fmt: skip
+        for mine, theirs in zip(
+            (starts[of == number], ends[of == number]),
+            arrays.union(low[group == number], (low + size)[group == number]),
+            strict=True,
+        ):
             assert mine.tolist() == theirs.tolist()
 
 
 @given(pairs)
 def test_complement(ranges):
-    assert (as_bytes(*arrays.complement(*columns(ranges), 0, SIZE))[:SIZE] == (painted(ranges) == 0)[:SIZE]).all()
+    assert (
+        as_bytes(*arrays.complement(*columns(ranges), 0, SIZE))[:SIZE] == (painted(ranges) == 0)[:SIZE]
+    ).all()
 
 
 @given(pairs, pairs)
@@ -69,7 +76,9 @@ def test_covered_twice(ranges):
 @given(pairs, pairs)
 def test_intervals_find_every_overlap_and_no_other(ranges, queries):
     found = arrays.Intervals(*columns(ranges)).overlaps(*columns(queries))
-    expected = {(q, r) for q, (a, b) in enumerate(queries) for r, (c, d) in enumerate(ranges) if max(a, c) < min(b, d)}
+    expected = {
+        (q, r) for q, (a, b) in enumerate(queries) for r, (c, d) in enumerate(ranges) if max(a, c) < min(b, d)
+    }
     pairs_found = list(zip(*(side.tolist() for side in found), strict=True))
     assert set(pairs_found) == expected
     assert len(pairs_found) == len(expected)
@@ -87,7 +96,9 @@ def test_bit_runs(bits):
 @given(st.lists(st.integers(0, 5), max_size=10))
 def test_expand(counts):
     row, step = arrays.expand(arrays.ints(counts) if counts else arrays.EMPTY)
-    assert list(zip(row.tolist(), step.tolist(), strict=True)) == [(i, k) for i, n in enumerate(counts) for k in range(n)]
+    assert list(zip(row.tolist(), step.tolist(), strict=True)) == [
+        (i, k) for i, n in enumerate(counts) for k in range(n)
+    ]
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 10)), max_size=10))

@@ -1,4 +1,5 @@
-"""Disks that do not belong together, or that contradict themselves: one line each that names the disk and the byte; what can be read is read."""
+"""Disks that do not belong together, or that contradict themselves: one line each that names the disk and the
+byte; what can be read is read."""
 
 import re
 import struct
@@ -52,8 +53,12 @@ def members(uuid: bytes) -> list[Reader]:
 def test_members_of_different_arrays_mixed() -> None:
     one, two = members(b"0123456789abcdef"), members(b"fedcba9876543210")
     found = problems([one[0], two[1], two[2]])
-    assert [(severity, code) for severity, code, _ in found] == [("error", "missing-member"), ("note", "missing-member")]
-    assert found[0][2] == ("members in slots 1, 2 are missing, says the superblock at byte 0x1000 of /dev/sda: its bytes are lost; "
+    assert [(severity, code) for severity, code, _ in found] == [
+        ("error", "missing-member"),
+        ("note", "missing-member"),
+    ]
+    assert found[0][2] == ("members in slots 1, 2 are missing, says the superblock at byte 0x1000 of "
+        "/dev/sda: its bytes are lost; "
                            "/dev/sdb, /dev/sdc belong to other arrays")  # fmt: skip
 
 
@@ -63,27 +68,35 @@ def test_a_missing_disk_of_an_array() -> None:
     ((severity, _, detail),) = problems(one[1:])
     assert severity == "note"
     assert (
-        detail == "members in slots 0 are missing, says the superblock at byte 0x1000 of /dev/sda: they are computed from parity"
+        detail == "members in slots 0 are missing, says the superblock at byte 0x1000 of /dev/sda: they are "
+        "computed from parity"
     )
 
 
-def test_a_missing_disk_of_a_group(group: Group) -> None:  # noqa: F811
+def test_a_missing_disk_of_a_group(group: Group) -> None:
     found = problems([RawReader(str(group.disks[1]))])
     assert found
-    assert all(severity == "error" and re.search(r"physical volume \S+ \(once /dev/\S+\) is missing, says the metadata at byte 0x1000 of /dev/sda", detail)
+    assert all(severity == "error" and re.search(r"physical volume \S+ \(once /dev/\S+\) is missing, says "
+        r"the metadata at byte 0x1000 of /dev/sda", detail)
                for severity, _, detail in found)  # fmt: skip
 
 
-def test_two_groups_of_one_name(group: Group) -> None:  # noqa: F811
+def test_two_groups_of_one_name(group: Group) -> None:
     """The second disk is a copy whose group and disk have other ids, as after a hasty restore of a clone."""
     disk = np.fromfile(group.disks[1], np.uint8)[: 8 * MIB]
     other = disk.copy()
     own = bytes(disk[512 + 32 : 512 + 64].tobytes())
     other[512 + 32 : 512 + 64] = ord("Z")
-    other[512 + 16 : 512 + 20] = np.frombuffer(struct.pack("<I", _crc(other[512 + 20 : 1024].tobytes())), np.uint8)
+    other[512 + 16 : 512 + 20] = np.frombuffer(
+        struct.pack("<I", _crc(other[512 + 20 : 1024].tobytes())), np.uint8
+    )
     text = text_of(disk).replace(_dashed(own), _dashed(b"Z" * 32))
     text = re.sub(rb'id = "[^"]+"', b'id = "' + _dashed(b"Y" * 32) + b'"', text, count=1)
-    found = [detail for _, code, detail in problems([BytesReader(disk), with_text(other, text)]) if code == "duplicate-name"]
+    found = [
+        detail
+        for _, code, detail in problems([BytesReader(disk), with_text(other, text)])
+        if code == "duplicate-name"
+    ]
     assert len(found) == 2
     assert all("2 volume groups called my-vg" in detail for detail in found)
     assert {re.findall(r"byte 0x1000 of (\S+),", detail)[0] for detail in found} == {"/dev/sda", "/dev/sdb"}
@@ -100,9 +113,11 @@ def _dashed(uuid: bytes) -> bytes:
     return b"-".join(uuid[start : start + size] for start, size in zip(starts, sizes, strict=True))
 
 
-def test_volumes_that_contain_each_other(group: Group) -> None:  # noqa: F811
+def test_volumes_that_contain_each_other(group: Group) -> None:
     disk = np.fromfile(group.disks[1], np.uint8)[: 8 * MIB]
-    text = re.sub(rb'stripes = \[\s*"pv\d", \d+(,\s*"pv\d", \d+)?\s*\]', b'stripes = [ "striped", 0 ]', text_of(disk))
+    text = re.sub(
+        rb'stripes = \[\s*"pv\d", \d+(,\s*"pv\d", \d+)?\s*\]', b'stripes = [ "striped", 0 ]', text_of(disk)
+    )
     bmap = survey([with_text(disk, text)])
     (problem,) = [row for row in bmap.problems.to_pylist() if row["code"] == "loop"]
     assert "contain each other" in problem["detail"]
@@ -121,7 +136,8 @@ def test_a_wrong_key(tmp_path: Path) -> None:
 
 
 def test_partition_tables_without_end() -> None:
-    """A table whose first partition holds such a table again, further down than anything real: the survey ends and says so."""
+    """A table whose first partition holds such a table again, further down than anything real: the survey
+    ends and says so."""
     disk = np.zeros((MAX_DEPTH + 8) * 1024, np.uint8)
     sectors = len(disk) // 512
     for depth in range(MAX_DEPTH + 6):

@@ -1,4 +1,5 @@
-"""BitLocker: cryptsetup's test images with the hashes of what it opens, an NTFS encrypted by hand, keys right, wrong and missing, damage."""
+"""BitLocker: cryptsetup's test images with the hashes of what it opens, an NTFS encrypted by hand, keys
+right, wrong and missing, damage."""
 
 import configparser
 import hashlib
@@ -50,14 +51,17 @@ def codes(bmap: BlockMap) -> list[str]:
     return [str(code) for code in bmap.problems.column("code").to_pylist()]
 
 
-SAMPLE = ("bitlk-aes-cbc-128", "bitlk-aes-xts-256", "bitlk-aes-cbc-elephant-128", "bitlk-aes-cbc-elephant-256", "bitlk-togo-aes-cbc-128",
-          "bitlk-aes-xts-128-4k", "bitlk-aes-cbc-128-4k", "bitlk-aes-xts-128-unicode", "bitlk-aes-cbc-256", "bitlk-aes-xts-128",
-          "bitlk-togo-aes-xts-128")  # fmt: skip
+SAMPLE = ("bitlk-aes-cbc-128", "bitlk-aes-xts-256", "bitlk-aes-cbc-elephant-128",
+    "bitlk-aes-cbc-elephant-256", "bitlk-togo-aes-cbc-128",
+          "bitlk-aes-xts-128-4k", "bitlk-aes-cbc-128-4k", "bitlk-aes-xts-128-unicode", "bitlk-aes-cbc-256",
+          "bitlk-aes-xts-128", "bitlk-togo-aes-xts-128")  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
-def test_the_opened_volume_is_what_cryptsetup_opens(images: tuple[Path, configparser.ConfigParser], name: str) -> None:
+def test_the_opened_volume_is_what_cryptsetup_opens(
+    images: tuple[Path, configparser.ConfigParser], name: str
+) -> None:
     folder, facts = images
     bmap, readers = opened(folder / f"{name}.img", facts[name]["PW"].encode())
     assert bmap.volumes.column("kind").to_pylist() == ["disk", "crypt"]
@@ -65,14 +69,18 @@ def test_the_opened_volume_is_what_cryptsetup_opens(images: tuple[Path, configpa
     assert bmap.volumes.column("name")[1].as_py() == f"/dev/mapper/bitlk-{facts[name]['GUID']}"
     if facts[name]["CIPHER"] != "aes-cbc-elephant":
         assert facts[name]["CIPHER"] in bmap.volumes.column("detail")[1].as_py()
-    assert bmap.filesystems.num_rows == 1  # the images hold little more than headers: what is inside can't be checked
+    # the images hold little more than headers: what is inside can't be checked
+    assert bmap.filesystems.num_rows == 1
     assert not [found for found in check(bmap).disagreements if found.volume == 0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "key"), [("bitlk-aes-xts-128-smart-card", "RP"), ("bitlk-aes-xts-128-two-recovery", "RP2"),
+@pytest.mark.parametrize(("name", "key"),
+    [("bitlk-aes-xts-128-smart-card", "RP"), ("bitlk-aes-xts-128-two-recovery", "RP2"),
                                            ("bitlk-aes-cbc-elephant-128", "RP")])  # fmt: skip
-def test_a_recovery_password_opens(images: tuple[Path, configparser.ConfigParser], name: str, key: str) -> None:
+def test_a_recovery_password_opens(
+    images: tuple[Path, configparser.ConfigParser], name: str, key: str
+) -> None:
     folder, facts = images
     _, readers = opened(folder / f"{name}.img", facts[name][key].encode())
     assert digest(readers[1]) == facts[name]["SHA256SUM"]
@@ -96,7 +104,9 @@ def test_a_clear_key_opens_by_itself(images: tuple[Path, configparser.ConfigPars
 
 
 @pytest.mark.slow
-def test_a_damaged_copy_of_the_metadata_is_said_and_another_serves(images: tuple[Path, configparser.ConfigParser]) -> None:
+def test_a_damaged_copy_of_the_metadata_is_said_and_another_serves(
+    images: tuple[Path, configparser.ConfigParser],
+) -> None:
     folder, facts = images
     name = "bitlk-aes-xts-128-crc"
     bmap, readers = opened(folder / f"{name}.img", facts[name]["PW"].encode())
@@ -114,7 +124,13 @@ def test_without_the_key_every_byte_is_named(images: tuple[Path, configparser.Co
             assert_proven(bmap)
         assert bmap.volumes.column("uuid")[0].as_py() == facts[image.stem]["GUID"]
         parts = bmap.extents.column("part").to_pylist()
-        assert {"FVE metadata 1", "FVE metadata 2", "FVE metadata 3", "encrypted", "encrypted volume header"} <= set(parts)
+        assert {
+            "FVE metadata 1",
+            "FVE metadata 2",
+            "FVE metadata 3",
+            "encrypted",
+            "encrypted volume header",
+        } <= set(parts)
 
 
 def test_metadata_lies_where_cryptsetup_says(images: tuple[Path, configparser.ConfigParser]) -> None:
@@ -127,14 +143,18 @@ def test_metadata_lies_where_cryptsetup_says(images: tuple[Path, configparser.Co
         assert guid
         assert guid[1] == bmap.volumes.column("uuid")[0].as_py()
         areas = re.findall(r"Offset:\s*(\d+) \[bytes\]\s*Size:\s*(\d+)", words)
-        start, length = (tables.integers(bmap.extents, column).tolist() for column in ("volume_offset", "length"))
+        start, length = (
+            tables.integers(bmap.extents, column).tolist() for column in ("volume_offset", "length")
+        )
         assert {(int(at), int(size)) for at, size in areas} <= set(zip(start, length, strict=True))
         assert len(areas) == 4
         holders = re.findall(r"Protection:\s*(?:VMK protected with )?(.*)", words)
         assert len(holders) == bmap.volumes.column("detail")[0].as_py().partition("held by")[2].count(",") + 1
 
 
-@pytest.mark.parametrize("secret", [b"wrong", b"\xff\xfe", b"042647-302313-590458-071500-554323-116567-412181-51697"])
+@pytest.mark.parametrize(
+    "secret", [b"wrong", b"\xff\xfe", b"042647-302313-590458-071500-554323-116567-412181-51697"]
+)
 def test_a_wrong_key_is_said_so(images: tuple[Path, configparser.ConfigParser], secret: bytes) -> None:
     bmap, _ = opened(images[0] / "bitlk-aes-xts-128.img", secret)
     assert codes(bmap) == ["no-key"]
@@ -147,7 +167,7 @@ def test_a_conversion_that_encrypts_on_write_is_named(images: tuple[Path, config
     assert codes(bmap) == ["unsupported"]
 
 
-# ---- a volume encrypted by hand -----------------------------------------------------------------------------------------
+# ---- a volume encrypted by hand ----------------------------------------------------------------------------
 
 MIB = 1 << 20
 KEPT, COPIES = 10 * MIB, (11 * MIB, 13 * MIB, 15 * MIB)
@@ -168,7 +188,11 @@ def sealed(key: bytes, content: bytes) -> bytes:
 def metadata(size: int, state: int, encrypted: int) -> bytes:
     """The FVE metadata of a volume whose protection is suspended."""
     master = entry(0, 1, bytes(4) + CLEAR) + entry(0, 5, sealed(CLEAR, MASTER))
-    body = entry(2, 8, bytes(28) + master) + entry(3, 5, sealed(MASTER, VOLUME)) + entry(15, 15, struct.pack("<2Q", KEPT, 8192))
+    body = (
+        entry(2, 8, bytes(28) + master)
+        + entry(3, 5, sealed(MASTER, VOLUME))
+        + entry(15, 15, struct.pack("<2Q", KEPT, 8192))
+    )
     head = struct.pack("<8s4HQII4Q", b"-FVE-FS-", 0, 2, state, 4, encrypted, 0, 16, *COPIES, KEPT)
     head += struct.pack("<4I16sIIQ", 48 + len(body), 1, 48, 48 + len(body), b"0123456789abcdef", 0, 0x8004, 0)
     data = bytearray(head + body + bytes(-len(head + body) % 16))
@@ -185,14 +209,17 @@ def ntfs(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def by_hand(plain: bytes, state: int = 4, encrypted: int | None = None) -> np.ndarray:
-    """The volume a sector at a time, each with the whole XTS of the cryptography package; from `encrypted` on it stays as it is."""
+    """The volume a sector at a time, each with the whole XTS of the cryptography package; from `encrypted` on
+    it stays as it is."""
     end = len(plain) if encrypted is None else encrypted
     result = bytearray(plain)
     for at in range(0, len(plain), 512):
         where = at + KEPT if at < 8192 else at
         if (at < end and not KEPT <= at < KEPT + 8192) or at < 8192:
             mode = modes.XTS((where // 512).to_bytes(16, "little"))
-            result[where : where + 512] = Cipher(algorithms.AES(VOLUME), mode).encryptor().update(plain[at : at + 512])
+            result[where : where + 512] = (
+                Cipher(algorithms.AES(VOLUME), mode).encryptor().update(plain[at : at + 512])
+            )
     sector = bytearray(512)
     sector[:13] = b"\xeb\x58\x90-FVE-FS-" + struct.pack("<H", 512)
     sector[160:200] = uuid.UUID("4967d63b-2e29-4ad8-8399-f6a339e3d001").bytes_le + struct.pack("<3Q", *COPIES)

@@ -1,4 +1,5 @@
-"""Lookups both ways against brute force, on a stack of layers with copies; saved maps come back as they were."""
+"""Lookups both ways against brute force, on a stack of layers with copies; saved maps come back as they
+were."""
 
 import contextlib
 import io
@@ -21,11 +22,19 @@ SIZE = 4000
 
 
 def stack() -> BlockMap:
-    """One disk; two partitions; on both a mirror in stripes; on that a filesystem of three files, one of them hard-linked, one inside the inode table."""
+    """One disk; two partitions; on both a mirror in stripes; on that a filesystem of three files, one of them
+    hard-linked, one inside the inode table."""
     rows = [
         Rows.of(1, [Row(0, 0, 100, 1500)]),
         Rows.of(2, [Row(0, 0, 2000, 1500)]),
-        Rows.of(3, [Row(0, 1, 10, 100, 10, 200, 100), Row(100, 2, 10, 100, 10, 200, 100), Row(0, 2, 1100, 300, 1, 0, 0, COPY)]),
+        Rows.of(
+            3,
+            [
+                Row(0, 1, 10, 100, 10, 200, 100),
+                Row(100, 2, 10, 100, 10, 200, 100),
+                Row(0, 2, 1100, 300, 1, 0, 0, COPY),
+            ],
+        ),
     ]
     own = tables.ExtentRows()
     own.add(tables.METADATA, 0, 100, part="inode table")
@@ -37,13 +46,18 @@ def stack() -> BlockMap:
     gaps = tables.ExtentRows()
     gaps.add(tables.GAP, np.array([0, 1600, 3500]), np.array([100, 400, 500]))
     return BlockMap(
-        volumes=tables.make("volumes", volume=[0, 1, 2, 3], disk=[1, 1, 1, 1], kind=["disk", "partition", "partition", "md"],
-                            name=["/dev/sda", "/dev/sda1", "/dev/sda2", "/dev/md0"], size=[SIZE, 1500, 1500, 2000]),
+        volumes=tables.make("volumes", volume=[0, 1, 2, 3], disk=[1, 1, 1, 1],
+            kind=["disk", "partition", "partition", "md"],
+                            name=["/dev/sda", "/dev/sda1", "/dev/sda2", "/dev/md0"],
+                            size=[SIZE, 1500, 1500, 2000]),
         mappings=tables.mappings(rows),
-        filesystems=tables.make("filesystems", volume=3, type="ext4", block_size=50, size=2000, root=2, state="clean"),
+        filesystems=tables.make("filesystems", volume=3, type="ext4", block_size=50, size=2000, root=2,
+            state="clean"),
         inodes=tables.make("inodes", volume=3, inode=np.array([2, 11, 12, 13]),
-                           type=np.array([tables.T_DIRECTORY] + [tables.T_FILE] * 3), size=np.array([50, 1050, 250, 8]), nlink=1, flags=0),
-        names=tables.make("names", volume=3, parent=2, inode=np.array([11, 12, 12, 13]), name=[b"a", b"b\n", b"hard", b"\xff"]),
+                           type=np.array([tables.T_DIRECTORY] + [tables.T_FILE] * 3),
+                           size=np.array([50, 1050, 250, 8]), nlink=1, flags=0),
+        names=tables.make("names", volume=3, parent=2, inode=np.array([11, 12, 12, 13]),
+            name=[b"a", b"b\n", b"hard", b"\xff"]),
         extents=tables.concat("extents", [gaps.table(0), own.table(3)]), problems=tables.empty("problems"),
     )  # fmt: skip
 
@@ -53,7 +67,9 @@ def brute(bmap: BlockMap) -> list[set[tuple[int, int, int]]]:
     owned = [{(0, -1, byte)} for byte in range(SIZE)]
     place = {0: [[byte] for byte in range(SIZE)]}
     for row in bmap.mappings.to_pylist():
-        own = place.setdefault(row["volume"], [[] for _ in range(bmap.volumes.column("size")[row["volume"]].as_py())])
+        own = place.setdefault(
+            row["volume"], [[] for _ in range(bmap.volumes.column("size")[row["volume"]].as_py())]
+        )
         for i in range(row["count"]):
             for k in range(row["run"]):
                 own[row["volume_offset"] + i * row["volume_step"] + k] += place[row["parent"]][
@@ -109,7 +125,9 @@ def test_descend_finds_every_copy(start, length):
 def test_the_flattened_disk_is_the_same_map():
     found = BMAP.disk_extents(1)
     seen = [set() for _ in range(SIZE)]
-    for volume, extent, low, high, inside in zip(found.volume, found.extent, found.start, found.end, found.inside, strict=True):
+    for volume, extent, low, high, inside in zip(
+        found.volume, found.extent, found.start, found.end, found.inside, strict=True
+    ):
         for byte in range(low, high):
             seen[byte].add((volume, extent, inside + byte - low))
     assert seen == BRUTE
@@ -118,8 +136,9 @@ def test_the_flattened_disk_is_the_same_map():
 def test_most_specific_first_with_hard_links_and_offsets():
     rows = owner_records(BMAP, 1, np.array([100 + 10 + 45]), np.array([100 + 10 + 46]))
     assert [(r["kind"], r["device"], r["path"], r["file_offset"]) for r in rows] == [
-        ("data", "/dev/md0", "/\\xff", 5), ("metadata", "/dev/md0", None, None), ("md", "/dev/md0", None, None),
-        ("partition", "/dev/sda1", None, None), ("disk", "/dev/sda", None, None),
+        ("data", "/dev/md0", "/\\xff", 5), ("metadata", "/dev/md0", None, None),
+        ("md", "/dev/md0", None, None), ("partition", "/dev/sda1", None, None),
+        ("disk", "/dev/sda", None, None),
     ]  # fmt: skip
     place = BMAP.descend(3, np.array([460]), np.array([461])).start
     rows = owner_records(BMAP, 1, place, place + 1)
@@ -177,8 +196,10 @@ def test_the_originals_map(corpus):
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    (b"nonsense", "line 1 is not a line"), (b"1 0 400 v /dev/sda\n1 10 5 f /dev/sda /x\n", "line 2: the range ends"),
-    (b"1 0 400 v /dev/sda\n\xff\n", "not UTF-8"), (b"1 0 400 q /dev/sda\n", "line 1"), (b"", "line 1"), (b"1 0 ffffffffffffffffff v /dev/sda", "line 1"),
+    (b"nonsense", "line 1 is not a line"),
+    (b"1 0 400 v /dev/sda\n1 10 5 f /dev/sda /x\n", "line 2: the range ends"),
+    (b"1 0 400 v /dev/sda\n\xff\n", "not UTF-8"), (b"1 0 400 q /dev/sda\n", "line 1"), (b"", "line 1"),
+    (b"1 0 ffffffffffffffffff v /dev/sda", "line 1"),
 ])  # fmt: skip
 def test_what_is_no_text_map(line, words):
     with pytest.raises(MapError, match=words):
@@ -192,7 +213,9 @@ def test_parquet_gives_back_every_table(tmp_path):
     for name in BlockMap.TABLES:
         tables.check(name, getattr(found, name))
         assert getattr(found, name).to_pylist() == getattr(BMAP, name).to_pylist()
-    assert owner_records(found, 1, np.array([0]), np.array([SIZE])) == owner_records(BMAP, 1, np.array([0]), np.array([SIZE]))
+    assert owner_records(found, 1, np.array([0]), np.array([SIZE])) == owner_records(
+        BMAP, 1, np.array([0]), np.array([SIZE])
+    )
 
 
 def test_damaged_parquet_is_a_map_error(tmp_path):

@@ -1,4 +1,5 @@
-"""Small files that claim to be giants, by holes and by tables that lie over each other: memory and time follow what is stored."""
+"""Small files that claim to be giants, by holes and by tables that lie over each other: memory and time
+follow what is stored."""
 
 import struct
 import subprocess
@@ -21,18 +22,22 @@ MEMORY, SECONDS = 1 << 30, 10
 
 
 LIMITED = (
-    "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); sys.argv[0] = 'virt-bmap'; "
+    "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); "
+    "sys.argv[0] = 'virt-bmap'; "
     "runpy.run_module('virt_bmap', run_name='__main__')"
 )
 MEASURE = (
-    "import os, sys; pid = os.posix_spawn(sys.executable, [sys.executable, '-c', *sys.argv[1:]], os.environ); "
+    "import os, sys; pid = os.posix_spawn(sys.executable, [sys.executable, '-c', *sys.argv[1:]], "
+    "os.environ); "
     "used = os.wait4(pid, 0)[2]; print(used.ru_maxrss, used.ru_utime + used.ru_stime)"
 )
-"""A process in between: the kernel counts what a program's parent had in memory when it started it, and that is all that the tests before took."""
+"""A process in between: the kernel counts what a program's parent had in memory when it started it, and that
+is all that the tests before took."""
 
 
 def cost(*words: object) -> tuple[int, float, str]:
-    """(peak memory in bytes, seconds of processor time, standard error) of a command; it ends well or in one line."""
+    """(peak memory in bytes, seconds of processor time, standard error) of a command; it ends well or in one
+    line."""
     command = [sys.executable, "-I", "-c", MEASURE, LIMITED, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Traceback" not in done.stderr
@@ -61,7 +66,12 @@ def ext4(folder: Path, blocks: int, per_group: int, inodes: int, size: int) -> P
         struct.pack_into("<I", found, 4, blocks & 0xFFFFFFFF)
         struct.pack_into("<I", found, 0x150, blocks >> 32)
         struct.pack_into("<III", found, 0x20, per_group, per_group, inodes)
-        struct.pack_into("<I", found, 0x3FC, int(crc32c(np.frombuffer(bytes(found[:0x3FC]), np.uint8)[None, :], 0xFFFFFFFF)[0]))
+        struct.pack_into(
+            "<I",
+            found,
+            0x3FC,
+            int(crc32c(np.frombuffer(bytes(found[:0x3FC]), np.uint8)[None, :], 0xFFFFFFFF)[0]),
+        )
         file.seek(1024)
         file.write(found)
     return grown(path, size)
@@ -137,7 +147,8 @@ def test_an_honest_giant_is_mapped(tmp_path: Path) -> None:
 
 
 def test_the_past_of_an_honest_giant(tmp_path: Path) -> None:
-    """Whose was this free byte? Two thousand million inodes are unused, and of nearly all the table is a hole."""
+    """Whose was this free byte? Two thousand million inodes are unused, and of nearly all the table is a
+    hole."""
     need("mke2fs", "e2fsprogs")
     path = tmp_path / "giant.img"
     path.touch()
@@ -168,12 +179,14 @@ def test_what_is_stored_is_known_through_layers(tmp_path: Path) -> None:
         file.seek(1 << 30)
         file.write(b"x" * 65536)
     disk = RawReader(str(path))
-    thousand = Rows.of(1, [Row(at << 30, 0, 1 << 30, 65536) for at in range(1000)])  # the same bytes, again and again
+    # the same bytes, again and again
+    thousand = Rows.of(1, [Row(at << 30, 0, 1 << 30, 65536) for at in range(1000)])
     volume = MappedReader(1 << 40, "volume", {0: disk}, thousand)
     assert disk.stored_bytes == volume.stored_bytes == 65536
     volume.afford(CLAIM_FREE, "little")
     with pytest.raises(
-        Corrupt, match=r"tables would take .* bytes, but only 65,536 are stored: they lie in holes, or over each other"
+        Corrupt,
+        match=r"tables would take .* bytes, but only 65,536 are stored: they lie in holes, or over each other",
     ):
         volume.afford(CLAIM_FREE + 5 * 65536, "tables")
     with pytest.raises(Corrupt, match="what is read together would take"):

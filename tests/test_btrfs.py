@@ -34,7 +34,10 @@ def rows_of(bmap: BlockMap, volume: int, **wanted: object) -> list[dict]:
 
 
 def compare_with_kernel(images: list[Path], where: Path) -> int:
-    """Every object below a mount: name, stat, where it lies by FIEMAP, and its content through the map. Returns how many there are."""
+    """Every object below a mount: name, stat, where it lies by FIEMAP, and its content through the map.
+
+    Returns how many there are.
+    """
     bmap = support.mapped(*images)
     support.assert_proven(bmap)
     volume = pool(bmap)
@@ -51,8 +54,14 @@ def compare_with_kernel(images: list[Path], where: Path) -> int:
             seen.add(inside)
             inode, found = paths[inside], os.lstat(path)
             row = by_number[inode]
-            assert (found.st_ino, found.st_size, found.st_mode) == (inode & OBJECTID, row["size"], row["mode"]), inside
-            assert (found.st_uid, found.st_gid, found.st_nlink) == (row["uid"], row["gid"], row["nlink"]), inside
+            assert (found.st_ino, found.st_size, found.st_mode) == (
+                inode & OBJECTID,
+                row["size"],
+                row["mode"],
+            ), inside
+            assert (found.st_uid, found.st_gid, found.st_nlink) == (row["uid"], row["gid"], row["nlink"]), (
+                inside
+            )
             if found.st_ino != ondisk.EMPTY_SUBVOL_DIR:  # made up by the kernel, with the time of the mount
                 assert found.st_mtime_ns == row["mtime_ns"], inside
             if stat.S_ISLNK(found.st_mode):
@@ -95,9 +104,15 @@ def test_extents_that_the_kernel_does_not_tell(rich: Path) -> None:
     }
     bookends = [row for row in one["a/big"] if row["part"] == "bookend"]
     assert bookends or rows_of(bmap, volume, part="bookend")
-    shared = sum(row["length"] for row in one["a/big"] if row["flags"] & tables.SHARED and row["part"] is None)
-    assert shared == sum(row["length"] for row in one["a/big"] if row["part"] is None), "the read-only snapshot shares all of it"
-    assert sum(row["length"] for row in one["a/prealloc"] if row["kind"] == "unwritten") == (1 << 20) - 3 * 4096
+    shared = sum(
+        row["length"] for row in one["a/big"] if row["flags"] & tables.SHARED and row["part"] is None
+    )
+    assert shared == sum(row["length"] for row in one["a/big"] if row["part"] is None), (
+        "the read-only snapshot shares all of it"
+    )
+    assert (
+        sum(row["length"] for row in one["a/prealloc"] if row["kind"] == "unwritten") == (1 << 20) - 3 * 4096
+    )
     assert [(row["kind"], row["flags"]) for row in one["a/link"]] == [("symlink", tables.INLINE)]
     tiny = [(row["flags"] & ~tables.SHARED, row["file_length"]) for row in one["t-zlib"]]
     assert tiny == [(tables.INLINE | tables.COMPRESSED, 1500)]
@@ -114,7 +129,9 @@ def test_zlib_content_through_the_map(rich: Path) -> None:
     data = rich.read_bytes()
     content = b""
     for row in sorted(rows_of(bmap, volume, inode=inode), key=lambda row: row["file_offset"]):
-        found = bmap.descend(volume, np.array([row["volume_offset"]]), np.array([row["volume_offset"] + row["length"]]))
+        found = bmap.descend(
+            volume, np.array([row["volume_offset"]]), np.array([row["volume_offset"] + row["length"]])
+        )
         at = int(found.start[found.role == 0][0])
         content += zlib.decompressobj().decompress(data[at : at + row["length"]])[: row["file_length"]]
     assert content[:700000] == (b"zlib hello world\n" * 50000)[:700000]
@@ -123,12 +140,18 @@ def test_zlib_content_through_the_map(rich: Path) -> None:
 def test_every_copy_of_dup_metadata_is_equal(rich: Path) -> None:
     bmap = support.mapped(rich)
     volume = pool(bmap)
-    rows = [row for row in rows_of(bmap, volume, kind="metadata") if row["part"] in ("fs tree", "root tree", "extent tree")]
+    rows = [
+        row
+        for row in rows_of(bmap, volume, kind="metadata")
+        if row["part"] in ("fs tree", "root tree", "extent tree")
+    ]
     data = rich.read_bytes()
     start = np.array([row["volume_offset"] for row in rows])
     found = bmap.descend(volume, start, start + np.array([row["length"] for row in rows]))
     pieces: dict[int, list[bytes]] = {}
-    for inside, low, high in zip(found.inside.tolist(), found.start.tolist(), found.end.tolist(), strict=True):
+    for inside, low, high in zip(
+        found.inside.tolist(), found.start.tolist(), found.end.tolist(), strict=True
+    ):
         pieces.setdefault(inside, []).append(data[low:high])
     assert len(pieces) >= 3
     assert all(len(copies) == 2 and copies[0] == copies[1] for copies in pieces.values())
@@ -137,7 +160,11 @@ def test_every_copy_of_dup_metadata_is_equal(rich: Path) -> None:
 def test_tree_blocks_are_those_of_dump_tree(rich: Path) -> None:
     """Every block that `dump-tree` prints has the tree's name here, and there is no other."""
     dump = support.run("btrfs", "inspect-internal", "dump-tree", rich).decode(errors="replace")
-    told = {(int(at), int(size)) for at, size in re.findall(r"key \((\d+) METADATA_ITEM \d+\)()", dump) for size in [16384]}
+    told = {
+        (int(at), int(size))
+        for at, size in re.findall(r"key \((\d+) METADATA_ITEM \d+\)()", dump)
+        for size in [16384]
+    }
     bmap = support.mapped(rich)
     rows = rows_of(bmap, pool(bmap), kind="metadata")
     ours = {
@@ -152,18 +179,33 @@ def test_tree_blocks_are_those_of_dump_tree(rich: Path) -> None:
 def test_owners_are_those_of_logical_resolve(rich: Path, tmp_path: Path) -> None:
     bmap = support.mapped(rich)
     volume = pool(bmap)
-    rows = [row for row in rows_of(bmap, volume, kind="data") if not row["flags"] & tables.INLINE and row["part"] is None]
+    rows = [
+        row
+        for row in rows_of(bmap, volume, kind="data")
+        if not row["flags"] & tables.INLINE and row["part"] is None
+    ]
     number, path = bmap.paths(volume)
     names = dict(zip(number.tolist(), path.to_pylist(), strict=True))
     with mounted_pool([rich], tmp_path / "mnt", "ro") as where:
         for row in rows[:: max(1, len(rows) // 25)]:
             at = row["volume_offset"]
-            done = subprocess.run(["btrfs", "inspect-internal", "logical-resolve", str(at), where], capture_output=True)
-            told = {os.fsencode(line)[len(os.fsencode(where)) :] for line in os.fsdecode(done.stdout).splitlines()}
-            owners = {other["inode"] for other in rows if other["volume_offset"] <= at < other["volume_offset"] + other["length"]}
-            top = {names[inode] for inode in owners if inode <= OBJECTID}  # it finds no paths in other subvolumes
+            done = subprocess.run(
+                ["btrfs", "inspect-internal", "logical-resolve", str(at), where], capture_output=True
+            )
+            told = {
+                os.fsencode(line)[len(os.fsencode(where)) :] for line in os.fsdecode(done.stdout).splitlines()
+            }
+            owners = {
+                other["inode"]
+                for other in rows
+                if other["volume_offset"] <= at < other["volume_offset"] + other["length"]
+            }
+            # it finds no paths in other subvolumes
+            top = {names[inode] for inode in owners if inode <= OBJECTID}
             assert top == {
-                path for path in told if path in names.values() and not path.startswith((b"/sub", b"/snap", b"/a/readonly"))
+                path
+                for path in told
+                if path in names.values() and not path.startswith((b"/sub", b"/snap", b"/a/readonly"))
             }, at
 
 
@@ -172,9 +214,15 @@ def test_free_space_and_size_agree_with_btrfs_check(rich: Path) -> None:
     told = subprocess.run(["btrfs", "check", "--readonly", rich], capture_output=True, text=True).stdout
     used = int(re.search(r"found (\d+) bytes used, no error found", told).group(1))
     bmap = support.mapped(rich)
-    rows = [row for row in rows_of(bmap, pool(bmap)) if row["kind"] not in ("free", "gap") and row["part"] != "superblock"]
+    rows = [
+        row
+        for row in rows_of(bmap, pool(bmap))
+        if row["kind"] not in ("free", "gap") and row["part"] != "superblock"
+    ]
     own = [row for row in rows if not row["flags"] & tables.INLINE]
-    starts, ends = (np.array([row["volume_offset"] + shift * row["length"] for row in own]) for shift in (0, 1))
+    starts, ends = (
+        np.array([row["volume_offset"] + shift * row["length"] for row in own]) for shift in (0, 1)
+    )
     assert total(starts, ends) == used
 
 
@@ -192,7 +240,8 @@ def test_variants_of_mkfs(options: str, tmp_path: Path) -> None:
     images = make(tmp_path, "250M", options)
     with mounted_pool(images, tmp_path / "mnt") as where:
         script = (
-            "mkdir d; for i in $(seq 60); do head -c $((i * 130)) /dev/urandom > d/f$i; done; head -c 2000000 /dev/urandom > big"
+            "mkdir d; for i in $(seq 60); do head -c $((i * 130)) /dev/urandom > d/f$i; done; head "
+            "-c 2000000 /dev/urandom > big"
         )
         fill(where, script + "; cp --reflink=always big big2; btrfs -q subvolume snapshot . s; sync -f .")
     with mounted_pool(images, tmp_path / "mnt", "ro") as where:
@@ -206,17 +255,23 @@ def test_variants_of_mkfs(options: str, tmp_path: Path) -> None:
 def test_free_space_cache_v1(tmp_path: Path) -> None:
     images = make(tmp_path, "2G", "-R ^free-space-tree")  # no cache for groups below 100 MB
     with mounted_pool(images, tmp_path / "mnt", "space_cache=v1") as where:
-        fill(where, "head -c 3000000 /dev/urandom > f; sync -f .; rm f; head -c 100000 /dev/urandom > g; sync -f .")
+        fill(
+            where,
+            "head -c 3000000 /dev/urandom > f; sync -f .; rm f; head -c 100000 /dev/urandom > g; sync -f .",
+        )
     bmap = support.mapped(*images)
     support.assert_proven(bmap)
     caches = [row for row in rows_of(bmap, pool(bmap)) if row["part"] == "free space cache"]
-    types = dict(zip(bmap.inodes.column("inode").to_pylist(), bmap.inodes.column("type").to_pylist(), strict=True))
+    types = dict(
+        zip(bmap.inodes.column("inode").to_pylist(), bmap.inodes.column("type").to_pylist(), strict=True)
+    )
     assert caches
     assert all(row["kind"] == "metadata" and types[row["inode"]] == "metadata" for row in caches)
 
 
 def test_free_space_bitmaps(tmp_path: Path) -> None:
-    """Free space in very many pieces: the free space tree turns to bitmaps, and agrees with the extent tree bit by bit."""
+    """Free space in very many pieces: the free space tree turns to bitmaps, and agrees with the extent tree
+    bit by bit."""
     images = make(tmp_path, "250M", "")
     with mounted_pool(images, tmp_path / "mnt") as where:
         for number in range(4000):
@@ -224,7 +279,9 @@ def test_free_space_bitmaps(tmp_path: Path) -> None:
         support.run("sync", "-f", where)
         for number in range(0, 4000, 2):
             (where / f"f{number}").unlink()
-    assert b"FREE_SPACE_BITMAP" in support.run("btrfs", "inspect-internal", "dump-tree", "-t", "10", images[0])
+    assert b"FREE_SPACE_BITMAP" in support.run(
+        "btrfs", "inspect-internal", "dump-tree", "-t", "10", images[0]
+    )
     support.assert_proven(support.mapped(*images))
 
 
@@ -254,7 +311,9 @@ def test_what_fsync_wrote_after_the_last_commit(tmp_path: Path) -> None:
     for name, content in expected.items():
         assert support.content(bmap, [disk], volume, paths[f"/{name}"]) == content
     disk.close()
-    assert [(row["file_offset"], row["inode"]) for row in rows_of(bmap, volume, part="log")] == [(8192, paths["/old"])]
+    assert [(row["file_offset"], row["inode"]) for row in rows_of(bmap, volume, part="log")] == [
+        (8192, paths["/old"])
+    ]
 
 
 def test_relocation_and_deletion_that_were_interrupted(tmp_path: Path) -> None:
@@ -267,10 +326,13 @@ def test_relocation_and_deletion_that_were_interrupted(tmp_path: Path) -> None:
             (where / "s" / "d" / str(number)).write_bytes(bytes(3000))
         fill(
             where,
-            "head -c 9000000 /dev/urandom > big; sync -f .; btrfs -q subvolume snapshot s t; btrfs -q subvolume delete s; sync -f .",
+            "head -c 9000000 /dev/urandom > big; sync -f .; btrfs -q subvolume snapshot s t; btrfs "
+            "-q subvolume delete s; sync -f .",
         )
         balance = subprocess.Popen(
-            ["btrfs", "balance", "start", "--full-balance", where], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["btrfs", "balance", "start", "--full-balance", where],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         for number in range(2):
             support.run("sync", "-f", where)
@@ -284,7 +346,7 @@ def test_relocation_and_deletion_that_were_interrupted(tmp_path: Path) -> None:
         support.assert_proven(support.mapped(image))
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 def test_superblock_mirror_is_used(rich: Path) -> None:
@@ -293,7 +355,10 @@ def test_superblock_mirror_is_used(rich: Path) -> None:
     bmap = support.survives(data)
     assert bmap is not None
     assert (
-        bmap.problems.filter(np.array([code == "superblock" for code in bmap.problems.column("code").to_pylist()])).num_rows == 1
+        bmap.problems.filter(
+            np.array([code == "superblock" for code in bmap.problems.column("code").to_pylist()])
+        ).num_rows
+        == 1
     )
     assert bmap.filesystems.column("state").to_pylist() == ["clean"]
 
@@ -314,7 +379,8 @@ def test_second_copy_of_a_tree_block_is_used(rich: Path) -> None:
 
 
 def test_sharing_is_bounded(rich: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where snapshots share more blocks than there is memory for, some of their names are left out: told, and no byte loses its owner."""
+    """Where snapshots share more blocks than there is memory for, some of their names are left out: told, and
+    no byte loses its owner."""
     whole = support.mapped(rich)
     monkeypatch.setattr("virt_bmap.filesystems.btrfs.tree.MAX_SHARED", 0)
     bmap = support.mapped(rich)
@@ -323,16 +389,19 @@ def test_sharing_is_bounded(rich: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_mutations(tmp_path: Path) -> None:
-    """Damage of every kind in trees and superblock: no exception but the project's own, and tables that keep the contract."""
+    """Damage of every kind in trees and superblock: no exception but the project's own, and tables that keep
+    the contract."""
     (image,) = make(tmp_path, "20M", "-M -n 4096")
     with mounted_pool([image], tmp_path / "mnt") as where:
         fill(
             where,
-            "mkdir d; for i in $(seq 60); do echo $i > d/f$i; done; head -c 300000 /dev/urandom > big; btrfs -q subvolume create s",
+            "mkdir d; for i in $(seq 60); do echo $i > d/f$i; done; head -c 300000 /dev/urandom > "
+            "big; btrfs -q subvolume create s",
         )
         fill(
             where,
-            "cp --reflink=always big s/r; btrfs -q subvolume snapshot s t; sync -f .; dd if=/dev/urandom of=big bs=4k count=2 seek=3 conv=notrunc",
+            "cp --reflink=always big s/r; btrfs -q subvolume snapshot s t; sync -f .; dd "
+            "if=/dev/urandom of=big bs=4k count=2 seek=3 conv=notrunc",
         )
     bmap = support.mapped(image)
     support.assert_proven(bmap)
@@ -350,10 +419,16 @@ def test_mutations(tmp_path: Path) -> None:
 
 
 def test_crc32c() -> None:
-    """The examples of RFC 3720, B.4; and long rows, which another implementation takes over where it is installed, as the short ones."""
+    """The examples of RFC 3720, B.4; and long rows, which another implementation takes over where it is
+    installed, as the short ones."""
     up = np.arange(32, dtype=np.uint8)
     rows = np.stack([up * 0, up * 0 + 255, up, up[::-1]])
-    assert ondisk.checksums(rows, 0).view("<u4")[:, 0].tolist() == [0x8A9136AA, 0x62A8AB43, 0x46DD794E, 0x113FDB5C]
+    assert ondisk.checksums(rows, 0).view("<u4")[:, 0].tolist() == [
+        0x8A9136AA,
+        0x62A8AB43,
+        0x46DD794E,
+        0x113FDB5C,
+    ]
     pytest.importorskip("google_crc32c")
     data = np.random.default_rng(1).integers(0, 256, (5, 4096), np.uint8)
     folded = checksums._folded(checksums._seeded(data, 0x12345678), checksums.CRC32C)
@@ -361,21 +436,33 @@ def test_crc32c() -> None:
     assert (checksums.crc32c(data, np.full(5, 0x12345678, np.uint32)) == folded).all()
 
 
-# ---- images of others -----------------------------------------------------------------------------------------------
+# ---- images of others --------------------------------------------------------------------------------------
 
 
 def corpus_images(corpus: Path) -> dict[str, list[str]]:
     lines = [line.split("\t") for line in (corpus / "INVENTORY.tsv").read_text().splitlines()]
     found = {line[0]: line for line in lines if line[5] == "btrfs" and (corpus / line[0]).exists()}
     # those of syzkaller differ little: an eighth of them; some others are large
-    found = {name: line for name, line in found.items() if "syzkaller" not in name or zlib.crc32(name.encode()) % 8 == 0}
-    return {name: line for name, line in found.items() if int((re.search(r"real=(\d+)", line[6]) or [0, 0])[1]) < 300 << 20}
+    found = {
+        name: line
+        for name, line in found.items()
+        if "syzkaller" not in name or zlib.crc32(name.encode()) % 8 == 0
+    }
+    return {
+        name: line
+        for name, line in found.items()
+        if int((re.search(r"real=(\d+)", line[6]) or [0, 0])[1]) < 300 << 20
+    }
 
 
 def unpack(packed: Path, image: Path) -> Path:
     """An image of the corpus, with holes where it is zero."""
     command = {".xz": "xz -dc", ".gz": "gzip -dc"}.get(packed.suffix, "cat")
-    take = f"{command} {str(packed)!r} | tar -xOf -" if packed.name.endswith(".tar.xz") else f"{command} {str(packed)!r}"
+    take = (
+        f"{command} {str(packed)!r} | tar -xOf -"
+        if packed.name.endswith(".tar.xz")
+        else f"{command} {str(packed)!r}"
+    )
     support.run("sh", "-c", f"{take} | cp --sparse=always /dev/stdin {str(image)!r}")
     return image
 
@@ -405,7 +492,9 @@ def test_corpus_truth(corpus: Path, tmp_path: Path, name: str) -> None:
     bmap = support.mapped(unpack(where, tmp_path / "image"))
     volume = pool(bmap)
     paths = support.tree(bmap, volume)
-    sizes = dict(zip(bmap.inodes.column("inode").to_pylist(), bmap.inodes.column("size").to_pylist(), strict=True))
+    sizes = dict(
+        zip(bmap.inodes.column("inode").to_pylist(), bmap.inodes.column("size").to_pylist(), strict=True)
+    )
     told = [line.split("\t") for line in truth.read_text().splitlines() if not line.startswith("#")]
     assert {eval(row[0], {}) for row in told} | {"/"} == set(paths)
     for row in told:
@@ -414,7 +503,10 @@ def test_corpus_truth(corpus: Path, tmp_path: Path, name: str) -> None:
         if row[1] == "f":
             told_extents = re.findall(r"(\d+):(\d+)\+(\d+)(\[[^]]*\])?", row[10])
             extents = [tuple(map(int, found[:3])) for found in told_extents if "inline" not in found[3]]
-            ours = [(extent.file_offset, extent.offset, extent.length) for extent in support.file_extents(bmap, volume, inode)]
+            ours = [
+                (extent.file_offset, extent.offset, extent.length)
+                for extent in support.file_extents(bmap, volume, inode)
+            ]
             assert extents == ours
 
 

@@ -1,4 +1,5 @@
-"""btrfs on several devices: every profile, against the kernel, its own copies and its own parity; with devices missing."""
+"""btrfs on several devices: every profile, against the kernel, its own copies and its own parity; with
+devices missing."""
 
 import os
 from functools import reduce
@@ -14,10 +15,13 @@ from virt_bmap.blockmap import BlockMap
 from virt_bmap.images.raw import RawReader
 from virt_bmap.mapping import COPY, DATA, PARITY, ROLES
 
-FILL = "for i in $(seq 12); do head -c $((i * 37000)) /dev/urandom > f$i; done; head -c 9000000 /dev/urandom > big; mkdir d; echo x > d/x; sync -f ."
+FILL = (
+    "for i in $(seq 12); do head -c $((i * 37000)) /dev/urandom > f$i; done; head -c 9000000 "
+    "/dev/urandom > big; mkdir d; echo x > d/x; sync -f ."
+)
 PROFILES = (
-    ("raid0", "raid1", 3), ("raid10", "raid10", 4), ("raid5", "raid5", 3), ("raid6", "raid6", 4), ("raid1c3", "raid1c4", 4),
-    ("single", "dup", 2), ("raid5", "raid1", 2),
+    ("raid0", "raid1", 3), ("raid10", "raid10", 4), ("raid5", "raid5", 3), ("raid6", "raid6", 4),
+    ("raid1c3", "raid1c4", 4), ("single", "dup", 2), ("raid5", "raid1", 2),
 )  # fmt: skip
 STRIPE = 64 << 10
 
@@ -49,7 +53,9 @@ def strips(bmap: BlockMap, volume: int, images: list[Path], role: str) -> dict[i
         found.volume.tolist(), found.start.tolist(), found.end.tolist(), found.inside.tolist(), strict=True
     ):
         for at in range(0, high - low, 4096):
-            result.setdefault(inside + at, []).append(content[bmap.disks.index(disk)][low + at : low + at + 4096].tobytes())
+            result.setdefault(inside + at, []).append(
+                content[bmap.disks.index(disk)][low + at : low + at + 4096].tobytes()
+            )
     return result
 
 
@@ -97,7 +103,8 @@ def test_parity_computed_anew(members: list[Path]) -> None:
 
 
 def test_a_missing_device(members: list[Path]) -> None:
-    """Copies and P parity stand in for a lost device: no name is lost where there is redundancy, and the loss is told."""
+    """Copies and P parity stand in for a lost device: no name is lost where there is redundancy, and the loss
+    is told."""
     if len(members) < 2:
         pytest.skip("one device")
     whole = support.mapped(*members)
@@ -116,7 +123,9 @@ def test_two_copies_of_one_device(members: list[Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy.img"
     support.run("cp", "--sparse=always", members[0], copy)
     bmap = support.mapped(*members, copy)
-    assert [row["code"] for row in bmap.problems.to_pylist() if row["severity"] == "error"] == ["duplicate-device"]
+    assert [row["code"] for row in bmap.problems.to_pylist() if row["severity"] == "error"] == [
+        "duplicate-device"
+    ]
     assert bmap.filesystems.num_rows == 1
 
 

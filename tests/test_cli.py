@@ -59,7 +59,9 @@ def disk(tmp_path_factory) -> Path:
 def test_mapping_as_the_original_was_called(disk, tmp_path):
     done = bmap("--format", "raw", disk, cwd=tmp_path)
     assert done.returncode == 0, done
-    assert re.search(r"1 disk, 1 partition, 0 logical volumes, 1 filesystem, 3 directories, 4 files", done.stdout)
+    assert re.search(
+        r"1 disk, 1 partition, 0 logical volumes, 1 filesystem, 3 directories, 4 files", done.stdout
+    )
     lines = (tmp_path / "bmap").read_text().splitlines()
     assert "1 0 1be v /dev/sda" in lines
     assert any(re.fullmatch(r"1 [0-9a-f]+ [0-9a-f]+ f /dev/sda1 /etc/passwd", line) for line in lines)
@@ -82,17 +84,22 @@ def test_saved_maps_answer_like_the_disk(disk, tmp_path):
         ["info", "--json", None],
     ):
         answers = [
-            bmap(*(where if word is None else word for word in command), cwd=tmp_path).stdout for where in (disk, "m.parquet")
+            bmap(*(where if word is None else word for word in command), cwd=tmp_path).stdout
+            for where in (disk, "m.parquet")
         ]
         assert answers[0] == answers[1] != ""
 
 
 def test_lookup_of_every_piece_that_locate_names(disk):
-    pieces = [json.loads(line) for line in bmap("locate", "--json", disk, "/dev/sda1", "/etc/passwd").stdout.splitlines()]
+    pieces = [
+        json.loads(line)
+        for line in bmap("locate", "--json", disk, "/dev/sda1", "/etc/passwd").stdout.splitlines()
+    ]
     data = b""
     for piece in pieces:
         owners = [
-            json.loads(line) for line in bmap("lookup", "--json", disk, f"{piece['start']}-{piece['end']}").stdout.splitlines()
+            json.loads(line)
+            for line in bmap("lookup", "--json", disk, f"{piece['start']}-{piece['end']}").stdout.splitlines()
         ]
         owner = next(row for row in owners if row["path"] == "/etc/passwd")
         assert (owner["path"], owner["file_offset"], owner["device"], owner["kind"]) == (
@@ -105,7 +112,10 @@ def test_lookup_of_every_piece_that_locate_names(disk):
             file.seek(piece["start"])
             data += file.read(piece["end"] - piece["start"])
     assert data[:11000] == b"root:x:0:0\n" * 1000
-    both = [json.loads(line)["path"] for line in bmap("lookup", "--json", disk, pieces[0]["start"]).stdout.splitlines()]
+    both = [
+        json.loads(line)["path"]
+        for line in bmap("lookup", "--json", disk, pieces[0]["start"]).stdout.splitlines()
+    ]
     assert {"/etc/passwd", "/hard"} <= set(both)
 
 
@@ -149,7 +159,7 @@ def test_several_disks(disk, tmp_path):
     assert "/dev/sdb1" in bmap("lookup", "-a", disk, "-a", disk, "2:0x100000").stdout
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 
 def test_bad_images(tmp_path, disk):
@@ -162,7 +172,9 @@ def test_bad_images(tmp_path, disk):
     assert "nothing known is on this disk" in fails("noise", cwd=tmp_path)
     assert "is a directory" in fails(".", cwd=tmp_path)
     assert "qemu-nbd can't open it as qcow2" in fails("--format", "qcow2", disk, cwd=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "noise", "zeroes"], "nothing half-written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "noise", "zeroes"], (
+        "nothing half-written"
+    )
 
 
 def test_a_truncated_disk_is_mapped_and_said(disk, tmp_path):
@@ -170,7 +182,9 @@ def test_a_truncated_disk_is_mapped_and_said(disk, tmp_path):
     done = bmap("cut", cwd=tmp_path)
     assert done.returncode == 0
     assert re.search(
-        r"error: /dev/sda: /dev/sda1 ends at byte 0x1f00000, but the disk ends at 0xa00000: the image is truncated", done.stderr
+        r"error: /dev/sda: /dev/sda1 ends at byte 0x1f00000, but the disk ends at 0xa00000: the "
+        r"image is truncated",
+        done.stderr,
     )
     assert bmap("check", "cut", cwd=tmp_path).returncode == 1
 
@@ -192,7 +206,18 @@ def encrypted(disk, tmp_path_factory) -> Path:
         "--resilience",
         "checksum",
     ]
-    run("cryptsetup", "reencrypt", "-q", "--encrypt", "--reduce-device-size", "32M", "--hotzone-size", "1M", *options, path)
+    run(
+        "cryptsetup",
+        "reencrypt",
+        "-q",
+        "--encrypt",
+        "--reduce-device-size",
+        "32M",
+        "--hotzone-size",
+        "1M",
+        *options,
+        path,
+    )
     return path
 
 
@@ -229,7 +254,9 @@ def test_bad_words(disk, tmp_path):
     assert "no disk given" in fails("map")
     assert "unrecognized arguments: --wrong" in fails("--wrong", disk)
     assert "invalid choice" in fails("--format", "nonsense", disk)
-    assert "no device /dev/sdq in this map; there are: /dev/sda, /dev/sda1" in fails("locate", disk, "/dev/sdq", "/x")
+    assert "no device /dev/sdq in this map; there are: /dev/sda, /dev/sda1" in fails(
+        "locate", disk, "/dev/sdq", "/x"
+    )
     assert "no file '/etc/shadow' on /dev/sda1" in fails("locate", disk, "/dev/sda1", "/etc/shadow")
     assert "behind the end of disk 1" in fails("lookup", disk, "1T")
     assert "there is no disk 2" in fails("lookup", disk, "2:0")
@@ -244,7 +271,9 @@ def test_bad_words(disk, tmp_path):
 def test_outputs_that_cant_be_written(disk, tmp_path):
     assert "can't be written: No such file" in fails("-o", tmp_path / "no/such/bmap", disk)
     assert "is a directory" in fails("-o", tmp_path, disk)
-    done = subprocess.run(f"{' '.join(PROGRAM)} -o - {disk} > /dev/full", shell=True, capture_output=True, text=True)
+    done = subprocess.run(
+        f"{' '.join(PROGRAM)} -o - {disk} > /dev/full", shell=True, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) or "No space left" in done.stderr
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
@@ -266,7 +295,9 @@ def test_a_full_disk_leaves_nothing_behind(disk, tmp_path):
 
 
 def test_a_reader_that_goes_away(disk):
-    done = subprocess.run(f"{' '.join(PROGRAM)} -o - {disk} | head -1", shell=True, capture_output=True, text=True)
+    done = subprocess.run(
+        f"{' '.join(PROGRAM)} -o - {disk} | head -1", shell=True, capture_output=True, text=True
+    )
     assert done.stdout == "1 0 1be b /dev/sda [boot code]\n"
     assert "Traceback" not in done.stderr
     assert "Error" not in done.stderr
@@ -278,12 +309,16 @@ def test_interrupted_by_the_user(disk, tmp_path):
     path = tmp_path / "s"
     log = tmp_path / "log"
     filters = ["--filter=log", "--filter=delay"]
-    server = subprocess.Popen(["nbdkit", "-f", "-r", "-U", path, *filters, "file", disk, "delay-read=30", f"logfile={log}"])
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "-r", "-U", path, *filters, "file", disk, "delay-read=30", f"logfile={log}"]
+    )
     try:
         wait_for_socket(path)
         client = subprocess.Popen(
-            [*PROGRAM, "-o", tmp_path / "bmap", f"nbd+unix:///?socket={path}"], stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background of a shell ignore it
+            [*PROGRAM, "-o", tmp_path / "bmap", f"nbd+unix:///?socket={path}"], stderr=subprocess.PIPE,
+            text=True,
+            # tests in the background of a shell ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         until = time.monotonic() + 30
         while " Read id" not in log.read_text():  # it waits for its first read, and imports nothing any more
@@ -319,7 +354,8 @@ def test_results_in_files_are_what_json_prints(command, ending, disk, tmp_path):
         for row, other in zip(found, expected, strict=True):
             for name, value in other.items():
                 assert (
-                    row[name] == ("" if value is None else value if isinstance(value, str) else json.dumps(value))
+                    row[name]
+                    == ("" if value is None else value if isinstance(value, str) else json.dumps(value))
                     or json.loads(row[name]) == value
                 )
     else:

@@ -1,4 +1,5 @@
-"""cat and extract: files and trees equal what was put in, on every filesystem, and nothing on a disk leads out of the folder."""
+"""cat and extract: files and trees equal what was put in, on every filesystem, and nothing on a disk leads
+out of the folder."""
 
 import ast
 import hashlib
@@ -49,7 +50,8 @@ def plant(root: Path) -> None:
         (root / "many" / f"file {number}").write_bytes(b"%d\n" % number * (number % 40))
     os.link(root / "sizes/4097", root / "many/another name")
     os.link(root / "sizes/4097", root / "third name")
-    for name, target in {"short": "sizes/100", "long": "./" * 200 + "sizes/100", "absolute": "/sizes", "dangling": "/etc/nowhere",
+    for name, target in {"short": "sizes/100", "long": "./" * 200 + "sizes/100", "absolute": "/sizes",
+        "dangling": "/etc/nowhere",
                          "out": "../../sizes/1", "loop": "loop"}.items():  # fmt: skip
         os.symlink(target, root / name)
     (root / os.fsdecode(b"not utf-8 \xff\n")).write_bytes(b"odd")
@@ -66,7 +68,10 @@ def plant(root: Path) -> None:
 
 
 def facts(root: Path, owners: bool = False, modes: bool = True) -> Facts:
-    """By path: type and mode, time, size, other names, SHA-256 or target; what `extract` is to keep. Without fifos and lost+found."""
+    """By path: type and mode, time, size, other names, SHA-256 or target; what `extract` is to keep.
+
+    Without fifos and lost+found.
+    """
     found: Facts = {}
     names: dict[int, list[str]] = {}
     for folder, directories, files in os.walk(root):
@@ -78,11 +83,22 @@ def facts(root: Path, owners: bool = False, modes: bool = True) -> Facts:
                 continue
             mode = about.st_mode & ~(0 if owners else 0o7000) if modes else stat.S_IFMT(about.st_mode)
             what = (
-                os.readlink(path) if path.is_symlink() else "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+                os.readlink(path)
+                if path.is_symlink()
+                else ""
+                if path.is_dir()
+                else hashlib.sha256(path.read_bytes()).hexdigest()
             )
             size = 0 if path.is_dir() else about.st_size
             names.setdefault(about.st_ino, []).append(here)
-            found[here] = (mode, about.st_mtime_ns, size, what, *((about.st_uid, about.st_gid) if owners else ()), about.st_ino)
+            found[here] = (
+                mode,
+                about.st_mtime_ns,
+                size,
+                what,
+                *((about.st_uid, about.st_gid) if owners else ()),
+                about.st_ino,
+            )
     return {path: (*row[:-1], sorted(names[row[-1]])) for path, row in found.items()}  # type: ignore[index]
 
 
@@ -141,7 +157,8 @@ def test_windows_filesystems(tmp_path: Path) -> None:
             if files.refusal(inode, stream) is None:
                 assert (
                     b"".join(
-                        part.tobytes() for part in content.spread(files.pieces([inode], stream), files.length(inode, stream))
+                        part.tobytes()
+                        for part in content.spread(files.pieces([inode], stream), files.length(inode, stream))
                     )
                     == data
                 )
@@ -150,7 +167,9 @@ def test_windows_filesystems(tmp_path: Path) -> None:
     after = facts(out, modes=False)
     assert os.readlink(out / "name/soft") == "żółć"
     assert {path: row[2:] for path, row in after.items()} == {path: row[2:] for path, row in before.items()}
-    assert all(abs(after[path][1] - row[1]) < 100 for path, row in before.items() if not stat.S_ISLNK(row[0])), "units of 100 ns"  # type: ignore[operator]
+    assert all(
+        abs(after[path][1] - row[1]) < 100 for path, row in before.items() if not stat.S_ISLNK(row[0])
+    ), "units of 100 ns"  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("flavour", ["fat12", "fat32"])
@@ -162,7 +181,9 @@ def test_fat(flavour: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     assert bmap(["extract", "-q", str(image), "/dev/sda", "/", "-C", str(out)]) == 0
-    found = {f"/{path.relative_to(out)}": b"" if path.is_dir() else path.read_bytes() for path in out.rglob("*")}
+    found = {
+        f"/{path.relative_to(out)}": b"" if path.is_dir() else path.read_bytes() for path in out.rglob("*")
+    }
     assert found == contents
 
 
@@ -190,12 +211,15 @@ def test_corpus_contents_are_those_that_kernels_read(corpus: Path) -> None:
                 assert target is None or target == ast.literal_eval(said), (truth, path)
             elif not files.refusal(inode):
                 parts = content.spread(files.pieces([inode]), files.length(inode))
-                assert hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest() == said, (truth, path)
+                assert hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest() == said, (
+                    truth,
+                    path,
+                )
                 compared += 1
     assert compared > 200
 
 
-# ---- one file -------------------------------------------------------------------------------------------------------
+# ---- one file ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +236,9 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def virt_bmap(*arguments: object, **more: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, "-m", "virt_bmap", *map(str, arguments)], capture_output=True, **more)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(
+        [sys.executable, "-m", "virt_bmap", *map(str, arguments)], capture_output=True, **more
+    )  # type: ignore[call-overload,no-any-return]
 
 
 def test_cat_gives_the_bytes_of_a_file(disk: Path) -> None:
@@ -234,17 +260,28 @@ def test_cat_gives_the_bytes_of_a_file(disk: Path) -> None:
 
 
 def test_cat_says_what_is_wrong(disk: Path, tmp_path: Path) -> None:
-    for path, words in {"nowhere": "no file nowhere on /dev/sda", "dangling": "no file dangling", "loop": "more than 40 symbolic links",
-                        "sizes": "is no file but of type directory", "fifo": "of type fifo", "sizes/1/x": "no file"}.items():  # fmt: skip
+    for path, words in {
+        "nowhere": "no file nowhere on /dev/sda",
+        "dangling": "no file dangling",
+        "loop": "more than 40 symbolic links",
+        "sizes": "is no file but of type directory",
+        "fifo": "of type fifo",
+        "sizes/1/x": "no file",
+    }.items():
         done = virt_bmap("cat", disk, "/dev/sda", path)
         assert (done.returncode, done.stdout) == (1, b"")
         assert words in done.stderr.decode()
         assert done.stderr.count(b"\n") == 1
-    assert b"no file on /dev/sda has a stream x" in virt_bmap("cat", disk, "/dev/sda", "short", "--stream", "x").stderr
+    assert (
+        b"no file on /dev/sda has a stream x"
+        in virt_bmap("cat", disk, "/dev/sda", "short", "--stream", "x").stderr
+    )
     assert b"cat needs a disk, DEVICE and PATH" in virt_bmap("cat", disk, "/dev/sda").stderr
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "virt_bmap", "cat", disk, "/dev/sda", "holes"], stdout=full, stderr=subprocess.PIPE
+            [sys.executable, "-m", "virt_bmap", "cat", disk, "/dev/sda", "holes"],
+            stdout=full,
+            stderr=subprocess.PIPE,
         )
     assert done.returncode == 1
     assert b"standard output can't be written" in done.stderr
@@ -275,7 +312,10 @@ def test_compressed_and_encrypted_files_are_refused_by_name(tmp_path: Path) -> N
     out.mkdir()
     done = virt_bmap("extract", image, "/dev/sda", "/", "-C", out)
     assert done.returncode == 1, "a file is missing"
-    assert b"left out: 1 files whose content can't be read: stored compressed or encrypted; the first: packed" in done.stderr
+    assert (
+        b"left out: 1 files whose content can't be read: stored compressed or encrypted; the first: packed"
+        in done.stderr
+    )
     assert not (out / "packed").exists()
 
 
@@ -289,7 +329,7 @@ def test_a_filesystem_that_needs_recovery_is_said_to_be_old(disk: Path, tmp_path
     assert b"as recovery would leave them" in done.stderr
 
 
-# ---- hostile disks --------------------------------------------------------------------------------------------------
+# ---- hostile disks -----------------------------------------------------------------------------------------
 
 
 def patched(folder: Path, changes: dict[bytes, bytes]) -> Path:
@@ -349,7 +389,8 @@ def test_a_directory_in_itself_is_made_once(tmp_path: Path) -> None:
 
 
 def test_damage_ends_in_words(tmp_path: Path) -> None:
-    """Damaged disks: what can be read is written, or one of the project's own errors says why not; nothing is left half done."""
+    """Damaged disks: what can be read is written, or one of the project's own errors says why not; nothing is
+    left half done."""
     image = patched(tmp_path, {}).read_bytes()
     for number, data in enumerate(mutations(image, 60, 6, [(0, len(image) // 16)])):
         out = tmp_path / f"damaged{number}"
@@ -364,7 +405,7 @@ def test_damage_ends_in_words(tmp_path: Path) -> None:
         assert os.listdir(tmp_path / "outside") == []
 
 
-# ---- where it is written --------------------------------------------------------------------------------------------
+# ---- where it is written -----------------------------------------------------------------------------------
 
 
 def extract(image: Path, out: Path, *paths: str) -> None:

@@ -1,4 +1,5 @@
-"""btrfs content where some copies are wrong, old or missing: what was written comes out, or an error that names file and byte."""
+"""btrfs content where some copies are wrong, old or missing: what was written comes out, or an error that
+names file and byte."""
 
 import os
 import shutil
@@ -45,13 +46,20 @@ def places(bmap: BlockMap, path: str) -> list[tuple[int, int, int, str]]:
     volume = pool(bmap)
     inode = tree(bmap, volume)[path]
     _, table = bmap.slice_of("extents", volume)
-    rows = np.flatnonzero((tables.integers(table, "inode") == inode) & (tables.codes(table, "kind") == tables.DATA))
+    rows = np.flatnonzero(
+        (tables.integers(table, "inode") == inode) & (tables.codes(table, "kind") == tables.DATA)
+    )
     start = tables.integers(table, "volume_offset")[rows]
     found = bmap.descend(volume, start, start + tables.integers(table, "length")[rows])
     result = []
-    for disk, low, high, inside, role in zip(found.volume, found.start, found.end, found.inside, found.role, strict=True):
+    for disk, low, high, inside, role in zip(
+        found.volume, found.start, found.end, found.inside, found.role, strict=True
+    ):
         if ROLES[role] in (DATA, COPY):
-            result += [(int(inside + at), int(bmap.disks.index(int(disk))), int(low + at), ROLES[role]) for at in range(0, int(high - low), SECTOR)]  # fmt: skip
+            result += [
+                (int(inside + at), int(bmap.disks.index(int(disk))), int(low + at), ROLES[role])
+                for at in range(0, int(high - low), SECTOR)
+            ]
     return result
 
 
@@ -76,17 +84,23 @@ def extracted(images: list[Path], out: Path) -> dict[str, bytes]:
     added = [word for image in images for word in ("-a", str(image))]
     assert cli.run(["extract", "-q", "-C", str(out), *added, "/dev/sda", "/"]) == 0
     assert os.readlink(out / "link") == "long/" * 300
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file() and not path.is_symlink()}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
 
 
 ALL = FILES | {"nosum": MIDDLE[::-1]}
 
 
-# ---- copies ---------------------------------------------------------------------------------------------------------
+# ---- copies ------------------------------------------------------------------------------------------------
 
 MIRRORS = {
-    "crc32c": ("--csum crc32c -d raid1 -m raid1", 2), "xxhash": ("--csum xxhash -d raid1 -m raid1", 2), "sha256": ("--csum sha256 -d raid1 -m raid1", 2),
-    "blake2": ("--csum blake2 -d raid1 -m raid1", 2), "dup": ("-d dup -m dup", 1), "raid1c3": ("-d raid1c3 -m raid1c3", 3), "raid10": ("-d raid10 -m raid10", 4),
+    "crc32c": ("--csum crc32c -d raid1 -m raid1", 2), "xxhash": ("--csum xxhash -d raid1 -m raid1", 2),
+    "sha256": ("--csum sha256 -d raid1 -m raid1", 2), "blake2": ("--csum blake2 -d raid1 -m raid1", 2),
+    "dup": ("-d dup -m dup", 1), "raid1c3": ("-d raid1c3 -m raid1c3", 3),
+    "raid10": ("-d raid10 -m raid10", 4),
 }  # fmt: skip
 
 
@@ -117,7 +131,10 @@ def test_a_leaf_with_inline_files_that_is_wrong_in_its_first_copy(tmp_path: Path
     images = made(tmp_path, "-d single -m dup", 1)
     bmap = mapped(*images)
     hit = {
-        (disk, offset // 16384 * 16384) for name in INLINE for _, disk, offset, role in places(bmap, f"/{name}") if role == DATA
+        (disk, offset // 16384 * 16384)
+        for name in INLINE
+        for _, disk, offset, role in places(bmap, f"/{name}")
+        if role == DATA
     }
     assert hit
     for disk, offset in hit:
@@ -135,20 +152,28 @@ def test_a_leaf_whose_checksum_alone_is_wrong(tmp_path: Path) -> None:
     assert extracted(images, tmp_path / "out") == ALL
 
 
-def test_what_is_wrong_in_every_copy_is_named(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_what_is_wrong_in_every_copy_is_named(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     images = made(tmp_path, "-d raid1 -m raid1", 2)
     found = sorted(places(mapped(*images), "/big"))
     for logical, disk, offset, _ in found:
         if logical == found[0][0] + 5 * SECTOR:
             spoil(images[disk], offset)
-    with pytest.raises(ImageError, match=r"/big on /dev/sda: can't be read whole: bytes 0x5000-0x6000 \(no copy has the right checksum\)"):  # fmt: skip
+    with pytest.raises(
+        ImageError,
+        match=r"/big on /dev/sda: can't be read whole: bytes 0x5000-0x6000 \(no copy has the right checksum\)",
+    ):
         cat(images, "/big")
     assert b"\x5a" * 64 not in capfdbinary.readouterr().out
     assert cat(images, "/big", "--partial") == 0
     out, err = capfdbinary.readouterr()
     assert out == BIG[: 5 * SECTOR] + bytes(SECTOR) + BIG[6 * SECTOR :]
     assert b"zeroes stand for bytes 0x5000-0x6000" in err
-    with mounted_pool(images, tmp_path / "mnt", "ro") as where, pytest.raises(OSError, match="Input/output error"):
+    with (
+        mounted_pool(images, tmp_path / "mnt", "ro") as where,
+        pytest.raises(OSError, match="Input/output error"),
+    ):
         (where / "big").read_bytes()
     added = [word for image in images for word in ("-a", str(image))]
     (tmp_path / "out").mkdir()
@@ -159,7 +184,8 @@ def test_what_is_wrong_in_every_copy_is_named(tmp_path: Path, capfdbinary: pytes
 
 
 def test_checksums_that_cant_be_read(tmp_path: Path) -> None:
-    """A leaf of the checksum tree is lost in its only copy: nobody can say whether the data is right, as no kernel reads it."""
+    """A leaf of the checksum tree is lost in its only copy: nobody can say whether the data is right, as no
+    kernel reads it."""
     images = made(tmp_path, "-d single -m single", 1)
     bmap = mapped(*images)
     volume = pool(bmap)
@@ -172,10 +198,13 @@ def test_checksums_that_cant_be_read(tmp_path: Path) -> None:
         cat(images, "/big")
 
 
-# ---- parity ---------------------------------------------------------------------------------------------------------
+# ---- parity ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("profile", "count", "lost"), [("raid5", 3, 0), ("raid5", 3, 1), ("raid6", 4, 1), ("raid6", 5, 1), ("raid6", 5, 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("profile", "count", "lost"),
+    [("raid5", 3, 0), ("raid5", 3, 1), ("raid6", 4, 1), ("raid6", 5, 1), ("raid6", 5, 2)],
+)
 def test_parity_gives_what_is_missing_or_wrong(profile: str, count: int, lost: int, tmp_path: Path) -> None:
     """Devices are missing; and as many further strips are spoiled in each row as parity can tell."""
     images = made(tmp_path, f"-d {profile} -m raid1c3", count)
@@ -193,7 +222,8 @@ def test_parity_gives_what_is_missing_or_wrong(profile: str, count: int, lost: i
 def test_too_many_devices_are_missing(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     images = made(tmp_path, "-d raid0 -m raid1", 2)
     with pytest.raises(
-        ImageError, match=r"/big on /dev/sda: can't be read whole: bytes .* \(no member that is there holds them\)"
+        ImageError,
+        match=r"/big on /dev/sda: can't be read whole: bytes .* \(no member that is there holds them\)",
     ):
         cat(images[:1], "/big")
     capfdbinary.readouterr()
@@ -206,13 +236,14 @@ def test_too_many_devices_are_missing(tmp_path: Path, capfdbinary: pytest.Captur
     assert (out[out != true] == 0).all()
 
 
-# ---- a member that was away -----------------------------------------------------------------------------------------
+# ---- a member that was away --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("profile", ["raid1", "raid5"])
 @pytest.mark.parametrize("away", [0, 1])
 def test_a_member_that_was_away_comes_last(profile: str, away: int, tmp_path: Path) -> None:
-    """While one device was away the others were written, over the same bytes of a file without checksums as well: they are what counts."""
+    """While one device was away the others were written, over the same bytes of a file without checksums as
+    well: they are what counts."""
     images = made(tmp_path, f"-d {profile} -m raid1", 3 if profile == "raid5" else 2)
     old = tmp_path / "old.img"
     shutil.copyfile(images[away], old)
@@ -230,12 +261,14 @@ def test_a_member_that_was_away_comes_last(profile: str, away: int, tmp_path: Pa
             fill(where, "date > stamp; sync -f .; rm stamp; sync -f .")
     run("btrfs", "device", "scan", "--forget")
     shutil.copyfile(old, images[away])
-    assert extracted(images, tmp_path / "out") == ALL | new | ({"nosum": MIDDLE} if profile == "raid1" else {})
+    assert extracted(images, tmp_path / "out") == ALL | new | (
+        {"nosum": MIDDLE} if profile == "raid1" else {}
+    )
     codes = [row["code"] for row in mapped(*images).problems.to_pylist()]
     assert "stale-device" in codes
 
 
-# ---- through layers -------------------------------------------------------------------------------------------------
+# ---- through layers ----------------------------------------------------------------------------------------
 
 
 def test_an_image_inside(tmp_path: Path) -> None:
@@ -259,12 +292,16 @@ def test_an_image_inside(tmp_path: Path) -> None:
     assert (out / "inside").read_bytes() == MIDDLE
 
 
-def test_what_fsync_wrote_is_checked_by_the_log(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """Copies taken while mounted, after an fsync: the checksums of the new file's data lie in the log tree."""
+def test_what_fsync_wrote_is_checked_by_the_log(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """Copies taken while mounted, after an fsync: the checksums of the new file's data lie in the log
+    tree."""
     images = make(tmp_path, "300M", "-d raid1 -m raid1", 2)
     copies = [tmp_path / f"copy{number}.img" for number in range(2)]
     with mounted_pool(images, tmp_path / "mnt", "commit=300") as where:
-        (where / "before").write_bytes(BIG * 4)  # a chunk that were allocated with the file would force a commit
+        # a chunk that were allocated with the file would force a commit
+        (where / "before").write_bytes(BIG * 4)
         fill(where, "sync -f .")
         with (where / "logged").open("wb") as file:
             file.write(BIG)

@@ -1,4 +1,5 @@
-"""Files that are deleted, but that a map still names (NTFS): what lies in their clusters while these are nobody's, and an error otherwise."""
+"""Files that are deleted, but that a map still names (NTFS): what lies in their clusters while these are
+nobody's, and an error otherwise."""
 
 import json
 import os
@@ -25,7 +26,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(need("mkntfs", "ntfs-3g"), "-q", "-F", path)
     with ntfs_images.fuse(path, "rw") as where:
         (where / "d/sub").mkdir(parents=True)
-        for name, data in {"d/keep": KEPT, "d/gone": GONE, "d/small": SMALL, "d/sub/inner": GONE[:30_000], "d/twice": GONE[:9000]}.items():  # fmt: skip
+        for name, data in {
+            "d/keep": KEPT,
+            "d/gone": GONE,
+            "d/small": SMALL,
+            "d/sub/inner": GONE[:30_000],
+            "d/twice": GONE[:9000],
+        }.items():
             (where / name).write_bytes(data)
     with ntfs_images.fuse(path, "rw") as where:
         for name in ("d/gone", "d/small", "d/sub/inner", "d/twice"):
@@ -41,7 +48,12 @@ def cat(image: Path, path: str, capfd: pytest.CaptureFixture[bytes], *options: s
 
 
 def test_content_of_deleted_files(image: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    for path, data in {"/d/gone": GONE, "/d/small": SMALL, "/d/keep": KEPT, "/d/sub/inner": GONE[:30_000]}.items():
+    for path, data in {
+        "/d/gone": GONE,
+        "/d/small": SMALL,
+        "/d/keep": KEPT,
+        "/d/sub/inner": GONE[:30_000],
+    }.items():
         out, _ = cat(image, path, capfdbinary)
         assert out == data, path
 
@@ -77,7 +89,9 @@ def reused(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_clusters_of_another_file_are_no_content(reused: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_clusters_of_another_file_are_no_content(
+    reused: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     from virt_bmap.errors import ImageError
 
     named = [name for name in ("/d/gone", "/d/sub/inner", "/d/twice") if not _readable(reused, name)]
@@ -92,7 +106,9 @@ def test_clusters_of_another_file_are_no_content(reused: Path, tmp_path: Path, c
     assert "zeroes stand for bytes 0x" in err
     assert cli.run(["extract", "-q", "-C", str(tmp_path), str(reused), "/dev/sda", named[0]]) == 1
     assert list(tmp_path.iterdir()) == []
-    assert cli.run(["extract", "-q", "--partial", "-C", str(tmp_path), str(reused), "/dev/sda", named[0]]) == 0
+    assert (
+        cli.run(["extract", "-q", "--partial", "-C", str(tmp_path), str(reused), "/dev/sda", named[0]]) == 0
+    )
     assert (tmp_path / Path(named[0]).name).read_bytes() == out
 
 
@@ -132,7 +148,8 @@ def test_a_living_file_comes_before_a_deleted_one_of_its_name(
     path = tmp_path / "n.img"
     path.write_bytes(image.read_bytes())
     with ntfs_images.fuse(path, "rw") as where:
-        for number in range(40):  # records of deleted files are used again, the one of this name too in the end
+        # records of deleted files are used again, the one of this name too in the end
+        for number in range(40):
             (where / f"other {number}").write_bytes(b"o")
         (where / "d/keep2").write_bytes(b"first")
     with ntfs_images.fuse(path, "rw") as where:
@@ -142,14 +159,19 @@ def test_a_living_file_comes_before_a_deleted_one_of_its_name(
     assert cat(path, "/d/keep2", capfdbinary)[0] == b"second"
 
 
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(0, 12)), max_size=8))  # fmt: skip
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(0, 12)), max_size=8),
+)
 def test_complement_by(sizes: list[int], ranges: list[tuple[int, int, int]]) -> None:
     """Byte for byte as a loop finds it."""
     ranges = [(group, low, high) for group, low, high in ranges if group < len(sizes)]
     columns = np.array(ranges, np.int64).reshape(-1, 3).T
     found = complement_by(np.array(sizes, np.int64), *columns)
     told = [
-        (group, at) for group, low, high in zip(*(column.tolist() for column in found), strict=True) for at in range(low, high)
+        (group, at)
+        for group, low, high in zip(*(column.tolist() for column in found), strict=True)
+        for at in range(low, high)
     ]
     wanted = [(group, at) for group, size in enumerate(sizes) for at in range(size)
               if not any(owner == group and low <= at < high for owner, low, high in ranges)]  # fmt: skip

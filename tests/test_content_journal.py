@@ -24,7 +24,8 @@ def fsync(path: Path) -> None:
 
 
 def age(where: Path) -> None:
-    """Fill nine tenths of the disk with a pattern and delete it: what is not in place yet shows as this pattern."""
+    """Fill nine tenths of the disk with a pattern and delete it: what is not in place yet shows as this
+    pattern."""
     about = os.statvfs(where)
     with open(where / "old", "wb") as file:
         file.write(OLD * (about.f_bavail * about.f_bsize * 9 // 10 // len(OLD)))
@@ -45,7 +46,9 @@ def plant(where: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", params=["ext4", "xfs"])
-def links(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def links(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, str]]:
     """A crashed filesystem with links, whole-disk, and what they lead to."""
     need_root()
     folder = tmp_path_factory.mktemp("crashed-links")
@@ -63,7 +66,9 @@ def links(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return crashed, targets
 
 
-def test_links_of_a_crashed_disk_lead_where_the_journal_says(links: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_links_of_a_crashed_disk_lead_where_the_journal_says(
+    links: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
     image, targets = links
     assert cli.run(["extract", "-q", "-C", str(tmp_path), str(image), "/dev/sda", "/d"]) == 0
     assert {path.name: os.readlink(path) for path in (tmp_path / "d").iterdir()} == targets
@@ -89,7 +94,8 @@ def test_a_dump_is_the_disk_as_it_lies_and_says_so(
 
 
 def test_sparsify_copies_what_lies_there(links: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    """The free space of a filesystem that needs recovery is not given back, and nothing of it is replayed in the copy."""
+    """The free space of a filesystem that needs recovery is not given back, and nothing of it is replayed in
+    the copy."""
     image, _ = links
     assert cli.run(["sparsify", "-q", str(image), str(tmp_path / "copy")]) == 0
     assert (tmp_path / "copy").read_bytes() == image.read_bytes()
@@ -111,7 +117,8 @@ def test_explain_shows_both(links: tuple[Path, dict[str, str]], capsys: pytest.C
 
 
 def test_files_whose_content_is_in_the_journal(tmp_path: Path) -> None:
-    """data=journal: every file equals what a mount of the same disk shows after its recovery, an image inside an image among them."""
+    """data=journal: every file equals what a mount of the same disk shows after its recovery, an image inside
+    an image among them."""
     need_root()
     image, crashed, inner = (tmp_path / name for name in ("disk.img", "crashed.img", "inner.img"))
     run("truncate", "-s", "64M", image)
@@ -137,19 +144,39 @@ def test_files_whose_content_is_in_the_journal(tmp_path: Path) -> None:
     assert cli.run(["extract", "-q", "-C", str(nested), *options]) == 0
     assert (nested / "inside").read_bytes() == b"inside" * 1000
     with mounted(crashed) as where:  # recovers it
-        expected = {str(path.relative_to(where)): path.read_bytes() for path in where.rglob("*") if path.is_file()}
+        expected = {
+            str(path.relative_to(where)): path.read_bytes() for path in where.rglob("*") if path.is_file()
+        }
     assert len(expected) == 101
     assert {name: (out / name).read_bytes() for name in expected} == expected
 
 
-def test_inline_files_that_only_the_journal_holds(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """A crafted journal: the blocks of the inode table as they should be lie in it, and zeroes in their place."""
+def test_inline_files_that_only_the_journal_holds(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """A crafted journal: the blocks of the inode table as they should be lie in it, and zeroes in their
+    place."""
     debugfs, image = need("debugfs", "e2fsprogs"), tmp_path / "inline.img"
     (tmp_path / "tree").mkdir()
     for i in range(30):
         (tmp_path / f"tree/f{i}").write_bytes(b"content of file %d" % i)
     run("truncate", "-s", "16M", image)
-    run("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-O", "inline_data", "-d", tmp_path / "tree", image)
+    run(
+        "mke2fs",
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-b",
+        "4096",
+        "-I",
+        "256",
+        "-O",
+        "inline_data",
+        "-d",
+        tmp_path / "tree",
+        image,
+    )
     words = run(debugfs, "-R", "imap /f7", image).decode()
     block = int(words.split("located at block ")[1].split(",")[0])
     with open(image, "r+b") as file:

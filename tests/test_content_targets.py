@@ -1,4 +1,5 @@
-"""Where symbolic links lead: as the tools of each format say, or not at all; never bytes that are another file's."""
+"""Where symbolic links lead: as the tools of each format say, or not at all; never bytes that are another
+file's."""
 
 import binascii
 import os
@@ -17,8 +18,9 @@ from virt_bmap.filesystems.udf import links
 from virt_bmap.maps import open_volumes
 
 TARGETS = {
-    "plain": "data", "dots": "./../d/./../../data", "root": "/", "absolute": "/etc/passwd", "up": "..", "here": ".",
-    "long": "/".join(f"component-{i:03d}" for i in range(30)), "wide": "w" * 200 + "/" + "v" * 200, "spaces": "a b/c  d", "odd": "ünï/cödé",
+    "plain": "data", "dots": "./../d/./../../data", "root": "/", "absolute": "/etc/passwd", "up": "..",
+    "here": ".", "long": "/".join(f"component-{i:03d}" for i in range(30)),
+    "wide": "w" * 200 + "/" + "v" * 200, "spaces": "a b/c  d", "odd": "ünï/cödé",
 }  # fmt: skip
 
 
@@ -46,7 +48,8 @@ def test_rock_ridge(source: Path, tmp_path: Path) -> None:
 
 
 def test_rock_ridge_link_with_an_extent_of_its_own(source: Path, tmp_path: Path) -> None:
-    """makefs of the BSDs gives links an extent and a length: they mean nothing, the bytes stay the other file's alone."""
+    """makefs of the BSDs gives links an extent and a length: they mean nothing, the bytes stay the other
+    file's alone."""
     need("xorrisofs", "xorriso")
     image, changed = tmp_path / "a.iso", 0
     run("xorrisofs", "-quiet", "-R", "-o", image, source)
@@ -75,15 +78,28 @@ def test_a_rock_ridge_link_without_a_target_is_left_out(source: Path, tmp_path: 
     need("xorrisofs", "xorriso")
     image = tmp_path / "a.iso"
     run("xorrisofs", "-quiet", "-R", "-o", image, source)
-    image.write_bytes(image.read_bytes().replace(b"SL\x0b\x01\x00\x00\x04data", b"XX\x0b\x01\x00\x00\x04data"))
-    assert extracted(image, tmp_path / "out", 1) == {name: target for name, target in TARGETS.items() if name != "plain"}
+    image.write_bytes(
+        image.read_bytes().replace(b"SL\x0b\x01\x00\x00\x04data", b"XX\x0b\x01\x00\x00\x04data")
+    )
+    assert extracted(image, tmp_path / "out", 1) == {
+        name: target for name, target in TARGETS.items() if name != "plain"
+    }
 
 
 @pytest.mark.parametrize("kind", ["squashfs", "erofs", "f2fs", "ext2", "btrfs"])
 def test_formats_that_keep_the_path_itself(kind: str, source: Path, tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     if kind == "squashfs":  # links lie in the inode table, which must be stored as it is to be read
-        run(need("mksquashfs", "squashfs-tools"), source, image, "-quiet", "-no-progress", "-noI", "-noD", "-noF")
+        run(
+            need("mksquashfs", "squashfs-tools"),
+            source,
+            image,
+            "-quiet",
+            "-no-progress",
+            "-noI",
+            "-noD",
+            "-noF",
+        )
     elif kind == "erofs":
         run(need("mkfs.erofs", "erofs-utils"), "--quiet", image, source)
     else:
@@ -111,7 +127,7 @@ def test_ntfs(source: Path, tmp_path: Path) -> None:
     assert extracted(image, tmp_path / "out") == links
 
 
-# ---- UDF ------------------------------------------------------------------------------------------------------------
+# ---- UDF ---------------------------------------------------------------------------------------------------
 
 
 def components(path: str) -> bytes:
@@ -129,11 +145,14 @@ def components(path: str) -> bytes:
 
 @pytest.mark.parametrize("target", ["data", "../up/./x", "/etc/passwd", "ünï/文字", "/"])
 def test_udf(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of a UDF tree whose entry is changed to that of a link (ICB file type 12), its content to path components."""
+    """A file of a UDF tree whose entry is changed to that of a link (ICB file type 12), its content to path
+    components."""
     need("genisoimage", "genisoimage")
     folder, image = tmp_path / "tree", tmp_path / "u.iso"
     folder.mkdir()
-    (folder / "link").write_bytes(b"MARK" + components(target)[4:].ljust(max(4, len(components(target))) - 4, b"?"))
+    (folder / "link").write_bytes(
+        b"MARK" + components(target)[4:].ljust(max(4, len(components(target))) - 4, b"?")
+    )
     run("genisoimage", "-quiet", "-udf", "-hide", "*", "-o", image, folder)
     data = bytearray(image.read_bytes())
     at = data.index((folder / "link").read_bytes())
@@ -141,7 +160,9 @@ def test_udf(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     entries = [
         place
         for place in range(0, len(data), 2048)
-        if struct.unpack_from("<H", data, place)[0] == 261 and data[place + 27] == 5 and struct.unpack_from("<Q", data, place + 56)[0] < 2048
+        if struct.unpack_from("<H", data,
+            place)[0] == 261 and data[place + 27] == 5 and struct.unpack_from("<Q", data,
+            place + 56)[0] < 2048
     ]  # fmt: skip
     (place,) = entries
     data[place + 27] = 12
@@ -149,12 +170,15 @@ def test_udf(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     struct.pack_into("<H", data, place + 8, binascii.crc_hqx(bytes(data[place + 16 : place + 16 + size]), 0))
     data[place + 4] = (sum(data[place : place + 4]) + sum(data[place + 5 : place + 16])) & 0xFF
     image.write_bytes(data)
-    alone = udf.FORMAT._replace(read=lambda reader, others: udf.read_alone(reader))  # the ISO 9660 beside it owns as much
+    # the ISO 9660 beside it owns as much
+    alone = udf.FORMAT._replace(read=lambda reader, others: udf.read_alone(reader))
     monkeypatch.setattr(udf, "FORMAT", alone)
     assert extracted(image, tmp_path / "out") == {"link": target}
 
 
-path_names = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=20)
+path_names = st.text(
+    st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=20
+)
 
 
 @given(st.lists(path_names, max_size=6), st.booleans())

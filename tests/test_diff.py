@@ -1,4 +1,5 @@
-"""Known changes on real filesystems are reported as what they were, through two images, an overlay and a dirty bitmap: bytes add up, nobody else is blamed."""
+"""Known changes on real filesystems are reported as what they were, through two images, an overlay and a
+dirty bitmap: bytes add up, nobody else is blamed."""
 
 import functools
 import hashlib
@@ -23,7 +24,9 @@ WAYS: dict[str, Callable[[Changed], Question]] = {
     "overlay": lambda made: Question(None, str(made.overlay), references=True),
     "overlay, verified": lambda made: Question(None, str(made.overlay), references=True, verify=True),
     "bitmap": lambda made: Question(str(made.old), str(made.overlay), bitmap="b0", references=True),
-    "bitmap, verified": lambda made: Question(str(made.old), str(made.overlay), bitmap="b0", references=True, verify=True),
+    "bitmap, verified": lambda made: Question(
+        str(made.old), str(made.overlay), bitmap="b0", references=True, verify=True
+    ),
     "ranges": lambda made: Question(str(made.old), str(made.new), ranges=parse(changed_blocks(made), "list")),
 }
 EXACT = ("images", "overlay, verified", "bitmap, verified")
@@ -47,15 +50,21 @@ def sectors(made: Changed) -> np.ndarray:
     flags = []
     with open(made.old, "rb") as old, open(made.new, "rb") as new:
         while block := old.read(1 << 20):
-            here, there = (np.frombuffer(data, np.uint8).reshape(-1, SECTOR) for data in (block, new.read(1 << 20)))
-            flags.append((here != there).any(axis=1) if not np.array_equal(here, there) else np.zeros(len(here), bool))
+            here, there = (
+                np.frombuffer(data, np.uint8).reshape(-1, SECTOR) for data in (block, new.read(1 << 20))
+            )
+            flags.append(
+                (here != there).any(axis=1) if not np.array_equal(here, there) else np.zeros(len(here), bool)
+            )
     return np.concatenate(flags)
 
 
 def changed_blocks(made: Changed) -> bytes:
     """A list of changed blocks of 64 KiB, as CBT gives it."""
     blocks = sectors(made).reshape(-1, 65536 // SECTOR).any(axis=1)
-    return b"offset,length\n" + b"".join(b"%d,65536\n" % (at * 65536) for at in np.flatnonzero(blocks).tolist())
+    return b"offset,length\n" + b"".join(
+        b"%d,65536\n" % (at * 65536) for at in np.flatnonzero(blocks).tolist()
+    )
 
 
 def by_path(answer: Answer) -> dict[str, dict[str, int]]:
@@ -72,11 +81,15 @@ def test_the_rows_add_up_to_the_delta(answers: dict[str, Answer], way: str) -> N
     assert sum(answers[way].rows.column("bytes").to_pylist()) == answers[way].size > 0
 
 
-def test_two_images_differ_in_the_sectors_that_brute_force_finds(made: Changed, answers: dict[str, Answer]) -> None:
+def test_two_images_differ_in_the_sectors_that_brute_force_finds(
+    made: Changed, answers: dict[str, Answer]
+) -> None:
     assert answers["images"].size == int(sectors(made).sum()) * SECTOR
 
 
-def test_verified_deltas_are_the_clusters_with_a_difference(made: Changed, answers: dict[str, Answer]) -> None:
+def test_verified_deltas_are_the_clusters_with_a_difference(
+    made: Changed, answers: dict[str, Answer]
+) -> None:
     for way, cluster in (("overlay, verified", 65536), ("bitmap, verified", 65536)):
         different = sectors(made).reshape(-1, cluster // SECTOR).any(axis=1)
         assert answers[way].size <= int(different.sum()) * cluster
@@ -90,10 +103,17 @@ def test_each_change_is_reported_as_what_it_was(made: Changed, answers: dict[str
     found = by_path(answers[way])
     for path, change in CHANGED.items():
         if way not in EXACT and path == "/d/touch" and "rewritten" in found[path]:
-            continue  # its time is new and it lies in a changed cluster: without reading that can't be told from content written anew
+            # its time is new and it lies in a changed cluster: without reading that can't be told from
+            # content written anew
+            continue
         assert change in found[path], f"{path}: {found[path]}"
-        if way in EXACT:  # beside it at most what lies in its cluster, or moved with the block that it is inside of
-            assert set(found[path]) - {change} <= {"unchanged", "moved", *({"freed"} if made.kind == "btrfs" else ())}, path
+        # beside it at most what lies in its cluster, or moved with the block that it is inside of
+        if way in EXACT:
+            assert set(found[path]) - {change} <= {
+                "unchanged",
+                "moved",
+                *({"freed"} if made.kind == "btrfs" else ()),
+            }, path
     assert set(found["/d2"]) <= {"rewritten", "unchanged"}
 
 
@@ -110,7 +130,9 @@ def test_nobody_else_is_blamed(made: Changed, answers: dict[str, Answer], way: s
 
 
 @pytest.mark.parametrize("way", EXACT)
-def test_the_bytes_of_each_change_are_those_that_were_written(made: Changed, answers: dict[str, Answer], way: str) -> None:
+def test_the_bytes_of_each_change_are_those_that_were_written(
+    made: Changed, answers: dict[str, Answer], way: str
+) -> None:
     rows = {(row["path"], row["change"]): row for row in answers[way].rows.to_pylist()}
 
     def content(path: str) -> int:
@@ -150,7 +172,9 @@ def walk(top: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def test_the_files_reported_are_those_that_two_mounts_show_to_differ(made: Changed, answers: dict[str, Answer]) -> None:
+def test_the_files_reported_are_those_that_two_mounts_show_to_differ(
+    made: Changed, answers: dict[str, Answer]
+) -> None:
     """An oracle that knows nothing of blocks: the kernel's (or ntfs-3g's) own view of both disks."""
     mount = FILESYSTEMS[made.kind][3]
     copies = [path.with_suffix(".copy") for path in (made.old, made.new)]
@@ -163,7 +187,9 @@ def test_the_files_reported_are_those_that_two_mounts_show_to_differ(made: Chang
     old, new = trees
     expected = {path for path in old.keys() | new.keys() if old.get(path) != new.get(path)} - {"/d/rename"}
     reported = {
-        path for path, changes in by_path(answers["images"]).items() if set(changes) - {"moved", "unchanged"} and path != "/"
+        path
+        for path, changes in by_path(answers["images"]).items()
+        if set(changes) - {"moved", "unchanged"} and path != "/"
     }
     assert reported == expected
 
@@ -172,7 +198,9 @@ def test_the_files_reported_are_those_that_two_mounts_show_to_differ(made: Chang
 def test_metadata_that_is_blamed_did_change(made: Changed, answers: dict[str, Answer], way: str) -> None:
     """No kind of metadata has more bytes than lie in sectors that differ, unless nobody looked."""
     if way in EXACT:
-        total = sum(row["bytes"] for row in answers[way].rows.to_pylist() if row["change"] in ("metadata", "journal"))
+        total = sum(
+            row["bytes"] for row in answers[way].rows.to_pylist() if row["change"] in ("metadata", "journal")
+        )
         assert 0 < total <= int(sectors(made).sum()) * SECTOR
 
 

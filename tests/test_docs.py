@@ -14,14 +14,28 @@ from virt_bmap.commands import COMMANDS
 
 TOP = Path(__file__).resolve().parent.parent
 PAGES = {command: TOP / "docs/man" / f"virt-bmap-{command}.1" for command in COMMANDS}
-SECTIONS = ["NAME", "SYNOPSIS", "DESCRIPTION", "EXAMPLES", "OPTIONS", "EXIT STATUS", "SEE ALSO", "AUTHORS", "COPYRIGHT"]
+SECTIONS = [
+    "NAME",
+    "SYNOPSIS",
+    "DESCRIPTION",
+    "EXAMPLES",
+    "OPTIONS",
+    "EXIT STATUS",
+    "SEE ALSO",
+    "AUTHORS",
+    "COPYRIGHT",
+]
 
 
 def options_of_page(page: Path) -> set[str]:
     """The options that the page explains: the tags of .TP in OPTIONS."""
     text = page.read_text().split(".SH OPTIONS")[1].split("\n.SH ")[0]
     tags = re.findall(r"^\.TP\n(.*)$", text, re.MULTILINE)
-    return {option for tag in tags for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", tag.replace("\\-", "-"), re.IGNORECASE)}
+    return {
+        option
+        for tag in tags
+        for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", tag.replace("\\-", "-"), re.IGNORECASE)
+    }
 
 
 def options_of_program(command: str) -> set[str]:
@@ -60,16 +74,22 @@ def test_pages_made_from_the_code_are_up_to_date():
     document = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(document)
     for name, make in document.PAGES.items():
-        assert (TOP / "docs" / name).read_text() == make(), f"run tools/document.py: docs/{name} is out of date"
+        assert (TOP / "docs" / name).read_text() == make(), (
+            f"run tools/document.py: docs/{name} is out of date"
+        )
 
 
-@pytest.mark.parametrize("listed", [*formats.VOLUMES, *formats.FILESYSTEMS], ids=lambda listed: listed.package)
+@pytest.mark.parametrize(
+    "listed", [*formats.VOLUMES, *formats.FILESYSTEMS], ids=lambda listed: listed.package
+)
 def test_every_format_says_what_it_reads_and_was_checked_with(listed):
     format = listed.load()
     docs = format.docs
     for words in docs:
         assert isinstance(words, tuple)
-        assert all(isinstance(word, str) and word == word.strip() and not word.endswith(".") for word in words)
+        assert all(
+            isinstance(word, str) and word == word.strip() and not word.endswith(".") for word in words
+        )
     assert docs.features
     assert docs.oracles
     assert format.allocator is None or format.allocator == format.allocator.strip(" .") != ""

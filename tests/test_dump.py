@@ -29,13 +29,16 @@ MIB = 1 << 20
 
 def digests(root: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*") if path.is_file()
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file()
     }
 
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """GPT with an ext4 (30 MiB at 1 MiB) of which half the files were deleted, and 5 MiB of bytes that nobody knows."""
+    """GPT with an ext4 (30 MiB at 1 MiB) of which half the files were deleted, and 5 MiB of bytes that nobody
+    knows."""
     need("mke2fs", "e2fsprogs"), need("sfdisk", "fdisk"), need_root()
     folder = tmp_path_factory.mktemp("dump")
     image, part = folder / "disk.img", folder / "part.img"
@@ -75,12 +78,14 @@ def test_a_copy_equals_the_bytes(disk: Path, tmp_path: Path) -> None:
         assert out.read_bytes() == part(disk, start, size), device
     assert out.stat().st_blocks * 512 < 32 * MIB, "zeroes are holes"
     assert mapped(out).volumes.column("name").to_pylist() == ["/dev/sda", "/dev/sda1", "/dev/sda2"]
-    piped = subprocess.run([sys.executable, "-m", "virt_bmap", "dump", disk, "/dev/sda1", "-"], capture_output=True, check=True)
+    piped = subprocess.run(
+        [sys.executable, "-m", "virt_bmap", "dump", disk, "/dev/sda1", "-"], capture_output=True, check=True
+    )
     assert piped.stdout == part(disk, 1, 30)
     assert piped.stderr == b""
 
 
-def test_every_volume_of_a_group(group: Group, tmp_path: Path) -> None:  # noqa: F811
+def test_every_volume_of_a_group(group: Group, tmp_path: Path) -> None:
     for name in ("line-ar", "striped", "two_segments"):
         out = tmp_path / name
         dump("-a", group.disks[0], "-a", group.disks[1], f"/dev/my-vg/{name}", out)
@@ -98,7 +103,16 @@ def test_an_opened_luks_volume(tmp_path: Path) -> None:
     image, secret, out = tmp_path / "image", tmp_path / "secret", tmp_path / "out"
     image.write_bytes(plain + bytes(32 * MIB))
     secret.write_bytes(b"secret")
-    options = ["--reduce-device-size", "32M", "--key-file", secret, "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+    options = [
+        "--reduce-device-size",
+        "32M",
+        "--key-file",
+        secret,
+        "--pbkdf",
+        "pbkdf2",
+        "--pbkdf-force-iterations",
+        "1000",
+    ]
     run(tool, "reencrypt", "-q", "--encrypt", *options, image)
     device = f"/dev/mapper/luks-{run(tool, 'luksUUID', image).decode().strip()}"
     with pytest.raises(UsageError, match="no device /dev/mapper"):
@@ -108,7 +122,7 @@ def test_an_opened_luks_volume(tmp_path: Path) -> None:
     assert set(os.listdir(tmp_path)) == {"image", "secret", "out"}
 
 
-# ---- without free space ---------------------------------------------------------------------------------------------
+# ---- without free space ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "at"), [("/dev/sda1", 0), ("/dev/sda", MIB)])
@@ -132,7 +146,10 @@ def test_free_space_left_out_costs_no_file(disk: Path, tmp_path: Path, device: s
             for span in filter(None, line.removeprefix("  Free blocks: ").split(", ")):
                 low, _, high = span.partition("-")
                 free[int(low) : int(high or low) + 1] = True
-    a, b = (np.frombuffer(path.read_bytes(), np.uint8)[at : at + 30 * MIB].reshape(-1, 1024) for path in (whole, out))
+    a, b = (
+        np.frombuffer(path.read_bytes(), np.uint8)[at : at + 30 * MIB].reshape(-1, 1024)
+        for path in (whole, out)
+    )
     differ = (a != b).any(axis=1)
     assert differ.any()
     assert not (differ & ~free).any()
@@ -182,7 +199,8 @@ def test_arrays_with_a_missing_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("present", [(0, 1, 2), (1, 2), (0, 1)])
 def test_free_space_below_parity(tmp_path: Path, present: tuple[int, ...]) -> None:
-    """What is free on the members may become zeroes together: parity stays right, and no byte that is not free changes."""
+    """What is free on the members may become zeroes together: parity stays right, and no byte that is not
+    free changes."""
     disks, out = _raid5(tmp_path), tmp_path / "out"
     some = [disks[number] for number in present]
     found = mapped(*some)
@@ -209,7 +227,8 @@ def test_free_space_below_parity(tmp_path: Path, present: tuple[int, ...]) -> No
 
 
 def _raid5(folder: Path) -> list[Path]:
-    """Three disks of a RAID5, by hand: an ext4 in the data strips, with a superblock 1.2 as test_md makes it."""
+    """Three disks of a RAID5, by hand: an ext4 in the data strips, with a superblock 1.2 as test_md makes
+    it."""
     from test_md import superblock  # its byte layout is checked there
 
     source = folder / "source"
@@ -230,7 +249,7 @@ def _raid5(folder: Path) -> list[Path]:
     return disks
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 
 def test_what_exists_is_not_replaced_by_accident(disk: Path, tmp_path: Path) -> None:
@@ -289,11 +308,14 @@ def test_block_devices(disk: Path, tmp_path: Path) -> None:
                 dump("--force", disk, "/dev/sda1", loop)
         finally:
             run("losetup", "-d", loop)
-        assert target.read_bytes() == (b"\xff" * (size * MIB) if size < 30 else part(disk, 1, 30) + b"\xff" * MIB)
+        assert target.read_bytes() == (
+            b"\xff" * (size * MIB) if size < 30 else part(disk, 1, 30) + b"\xff" * MIB
+        )
 
 
 def test_an_nbd_export(disk: Path, tmp_path: Path) -> None:
-    """What the export held before is overwritten, with zeroes too, whether or not the server makes those by itself."""
+    """What the export held before is overwritten, with zeroes too, whether or not the server makes those by
+    itself."""
     need("nbdkit", "nbdkit")
     target, socket = tmp_path / "target", tmp_path / "socket"
     uri = f"nbd+unix:///?socket={socket}"
@@ -378,7 +400,8 @@ def test_kinds_that_hold_nothing_are_the_only_ones_left_out(disk: Path) -> None:
 
 
 def test_what_is_not_stored_is_not_read(tmp_path: Path) -> None:
-    """Holes of image files are holes of the volumes that lie on them, wherever rows put them; all that is not told as a hole is there."""
+    """Holes of image files are holes of the volumes that lie on them, wherever rows put them; all that is not
+    told as a hole is there."""
     image = tmp_path / "image"
     random = np.random.default_rng(5)
     with image.open("wb") as file:

@@ -1,4 +1,5 @@
-"""dump against what `guestfish download` gives of the same device: a real kernel puts volumes, arrays and encryption together."""
+"""dump against what `guestfish download` gives of the same device: a real kernel puts volumes, arrays and
+encryption together."""
 
 import os
 import subprocess
@@ -40,7 +41,11 @@ DEVICES = {"plain": "/dev/sda1", "lvm": "/dev/vg/lv", "md": "/dev/md127", "luks"
 
 @pytest.mark.slow
 def test_equal_to_what_guestfish_downloads(tmp_path: Path) -> None:
-    need("guestfish", "libguestfs-tools"), need("qemu-img", "qemu-utils"), need("cryptsetup", "cryptsetup-bin")
+    (
+        need("guestfish", "libguestfs-tools"),
+        need("qemu-img", "qemu-utils"),
+        need("cryptsetup", "cryptsetup-bin"),
+    )
     disks = {"a": 96, "b": 40, "c": 40, "d": 48}
     for disk, size in disks.items():
         run("truncate", "-s", f"{size}M", tmp_path / disk)
@@ -54,12 +59,30 @@ def test_equal_to_what_guestfish_downloads(tmp_path: Path) -> None:
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", tmp_path / "a", tmp_path / "a.qcow2")
     given = [word for disk in ("b", "c", "d") for word in ("-a", str(tmp_path / disk))]
     uuid = run(need("cryptsetup", "cryptsetup-bin"), "luksUUID", tmp_path / "d").decode().strip()
-    names = {"plain": "/dev/sda1", "lvm": "/dev/vg/lv", "md": "/dev/md127", "luks": f"/dev/mapper/luks-{uuid}"}
+    names = {
+        "plain": "/dev/sda1",
+        "lvm": "/dev/vg/lv",
+        "md": "/dev/md127",
+        "luks": f"/dev/mapper/luks-{uuid}",
+    }
     for first in ("a", "a.qcow2"):
         for name, device in names.items():
             out = tmp_path / "out"
             assert (
-                bmap(["dump", "-q", "--force", "--key", "all:key:secret", "-a", str(tmp_path / first), *given, device, str(out)])
+                bmap(
+                    [
+                        "dump",
+                        "-q",
+                        "--force",
+                        "--key",
+                        "all:key:secret",
+                        "-a",
+                        str(tmp_path / first),
+                        *given,
+                        device,
+                        str(out),
+                    ]
+                )
                 == 0
             )
             assert out.read_bytes() == (tmp_path / name).read_bytes(), (first, name)

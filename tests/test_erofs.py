@@ -59,7 +59,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / f"text {i}").write_bytes(b"".join(dice.choices(words, k=dice.randrange(0, 6000))))
     (root / "noise").write_bytes(dice.randbytes(200_001))
     (root / "copy of noise").write_bytes((root / "noise").read_bytes())
-    (root / "mixed").write_bytes(b"".join(dice.choice([bytes(20000), dice.randbytes(9000), b"text " * 3000]) for _ in range(20)))
+    (root / "mixed").write_bytes(
+        b"".join(dice.choice([bytes(20000), dice.randbytes(9000), b"text " * 3000]) for _ in range(20))
+    )
     large = root / "large"
     large.mkdir()
     for i in range(1500):
@@ -108,14 +110,35 @@ def assert_as_mounted(bmap: BlockMap, where: Path) -> None:
     for path in where.rglob("*"):
         row, stat = of[found["/" + str(path.relative_to(where))]], path.lstat()
         said = (row["inode"], row["mode"], row["uid"], row["gid"], row["nlink"], row["size"], row["mtime_ns"])
-        assert said == (stat.st_ino, stat.st_mode, stat.st_uid, stat.st_gid, stat.st_nlink, stat.st_size, stat.st_mtime_ns), path
-        if path.is_file() and not path.is_symlink() and not row["flags"] & tables.I_COMPRESSED and row["size"]:
-            assert _clipped(file_extents(bmap, 0, row["inode"]), row["size"]) == _clipped(fiemap(path), row["size"]), path
+        assert said == (
+            stat.st_ino,
+            stat.st_mode,
+            stat.st_uid,
+            stat.st_gid,
+            stat.st_nlink,
+            stat.st_size,
+            stat.st_mtime_ns,
+        ), path
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and not row["flags"] & tables.I_COMPRESSED
+            and row["size"]
+        ):
+            assert _clipped(file_extents(bmap, 0, row["inode"]), row["size"]) == _clipped(
+                fiemap(path), row["size"]
+            ), path
 
 
 def _clipped(extents: list[Extent], size: int) -> list[Extent]:
     """Without what lies behind the end of the file: the kernel counts it in some layouts."""
-    return join([Extent(e.file_offset, e.offset, min(e.length, size - e.file_offset)) for e in extents if e.file_offset < size])
+    return join(
+        [
+            Extent(e.file_offset, e.offset, min(e.length, size - e.file_offset))
+            for e in extents
+            if e.file_offset < size
+        ]
+    )
 
 
 def assert_extents(bmap: BlockMap, image: Path, source: Path) -> None:
@@ -130,11 +153,18 @@ def assert_extents(bmap: BlockMap, image: Path, source: Path) -> None:
             )
     for name in ("mixed", "noise", "text 3", "text 77", "copy of noise"):
         inode = found["/" + name]
-        if not next(row for row in bmap.inodes.to_pylist() if row["inode"] == inode)["flags"] & tables.I_COMPRESSED:
+        if (
+            not next(row for row in bmap.inodes.to_pylist() if row["inode"] == inode)["flags"]
+            & tables.I_COMPRESSED
+        ):
             continue
         out = run(dump, "-e", f"--nid={inode}", image, ok=(0, 1)).decode()
-        listed = re.findall(r"^\s*\d+:\s*(\d+)\.\.\s*(\d+) \|\s*(\d+) :\s*(\d+)\.\.\s*(\d+) \|\s*(\d+)", out, re.M)
-        said = {(int(a), int(size), int(low), int(length)) for a, _, size, low, _, length in listed if int(length)}
+        listed = re.findall(
+            r"^\s*\d+:\s*(\d+)\.\.\s*(\d+) \|\s*(\d+) :\s*(\d+)\.\.\s*(\d+) \|\s*(\d+)", out, re.M
+        )
+        said = {
+            (int(a), int(size), int(low), int(length)) for a, _, size, low, _, length in listed if int(length)
+        }
         mine = rows.get(inode, set())
         assert mine <= said, (name, sorted(mine - said)[:5], sorted(said - mine)[:5])
         assert len(said - mine) <= 1, name  # an inline tail or a fragment
@@ -165,12 +195,14 @@ def assert_contents(bmap: BlockMap, image: Path, source: Path) -> None:
 
 
 def _plain(stored: bytes, piece: bytes) -> bool:
-    """A PLAIN cluster holds the bytes as they are, from its start, or rotated by the offset in the logical cluster."""
+    """A PLAIN cluster holds the bytes as they are, from its start, or rotated by the offset in the logical
+    cluster."""
     return piece in stored + stored
 
 
 def _lz4(stored: bytes) -> bytes:
-    """Unpack a physical cluster as far as it goes: padding with zeroes comes first, or behind where the image is old."""
+    """Unpack a physical cluster as far as it goes: padding with zeroes comes first, or behind where the image
+    is old."""
     first = lz4_block(stored.lstrip(b"\0"))
     return first if len(first) > 64 else lz4_block(stored)
 
@@ -179,7 +211,9 @@ def test_shared_content_is_marked(source: Path, tmp_path: Path) -> None:
     bmap = mapped(build(source, tmp_path / "image", "--chunksize=4096"))
     found = tree(bmap, 0)
     for name in ("/copy of noise", "/noise"):
-        mine = [row for row in bmap.extents.to_pylist() if row["inode"] == found[name] and row["kind"] == "data"]
+        mine = [
+            row for row in bmap.extents.to_pylist() if row["inode"] == found[name] and row["kind"] == "data"
+        ]
         assert mine
         assert all(row["flags"] & tables.SHARED for row in mine)
     assert found["/noise"] == found["/a/hard link"]
@@ -209,7 +243,11 @@ def test_few_reads(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     image = build(source, tmp_path / "image", "-zlz4")
     calls = []
     original = RawReader._fetch
-    monkeypatch.setattr(RawReader, "_fetch", lambda self, offsets, lengths: calls.append(1) or original(self, offsets, lengths))
+    monkeypatch.setattr(
+        RawReader,
+        "_fetch",
+        lambda self, offsets, lengths: calls.append(1) or original(self, offsets, lengths),
+    )
     mapped(image)
     assert len(calls) < 40
 

@@ -21,7 +21,8 @@ def listed(monkeypatch):
 
 
 def write(files: dict[str, bytes], blocks: int = 200, pieces: int = 3) -> np.ndarray:
-    """A disk with these files, each in up to `pieces` extents that lie backwards; directories from the paths."""
+    """A disk with these files, each in up to `pieces` extents that lie backwards; directories from the
+    paths."""
     disk = np.zeros(blocks * BLOCK, np.uint8)
     used, top = set(range(2)) | set(range(2, 10)), blocks - 1
     directories: dict[str, dict[str, int]] = {"": {}}
@@ -34,7 +35,11 @@ def write(files: dict[str, bytes], blocks: int = 200, pieces: int = 3) -> np.nda
         nonlocal top
         need, result = -(-len(data) // BLOCK), []
         for nth in range(min(pieces, need)):
-            count = need // pieces if nth < min(pieces, need) - 1 and need >= pieces else need - sum(n for _, n in result)
+            count = (
+                need // pieces
+                if nth < min(pieces, need) - 1 and need >= pieces
+                else need - sum(n for _, n in result)
+            )
             if nth < min(pieces, need) - 1 and need < pieces:
                 count = 1
             top -= count + 1  # a hole between any two extents
@@ -57,12 +62,17 @@ def write(files: dict[str, bytes], blocks: int = 200, pieces: int = 3) -> np.nda
         number += 1
     table = {inodes[path]: (1, len(data), store(data)) for path, data in files.items()}
     for name, entries in directories.items():
-        data = b"".join(struct.pack("<IB", inode, len(leaf)) + leaf.encode() for leaf, inode in entries.items())
+        data = b"".join(
+            struct.pack("<IB", inode, len(leaf)) + leaf.encode() for leaf, inode in entries.items()
+        )
         table[inodes.get(name, 1)] = (2, BLOCK, store(data.ljust(BLOCK, b"\0")))
     for inode, (kind, size, extents) in table.items():
         starts = [s for s, _ in extents] + [0] * (6 - len(extents))
         counts = [n for _, n in extents] + [0] * (6 - len(extents))
-        put(2 * BLOCK + (inode - 1) * 64, struct.pack("<BBxxI6I6I", kind, len(extents), size, *starts, *counts))
+        put(
+            2 * BLOCK + (inode - 1) * 64,
+            struct.pack("<BBxxI6I6I", kind, len(extents), size, *starts, *counts),
+        )
     put(0, struct.pack("<8sIIII", example.MAGIC, blocks, 64, 1, 2))
     bits = np.zeros(blocks, np.uint8)
     bits[list(used)] = 1

@@ -1,4 +1,5 @@
-"""exFAT: volumes filled through exfat-fuse, against The Sleuth Kit, fsck.exfat and the contents that were put in."""
+"""exFAT: volumes filled through exfat-fuse, against The Sleuth Kit, fsck.exfat and the contents that were put
+in."""
 
 import os
 import random
@@ -11,7 +12,18 @@ import numpy as np
 import pytest
 
 from fat_images import corpus_images, head
-from support import assert_proven, content, file_extents, mapped, mounted, mutations, need, run, survives, tree
+from support import (
+    assert_proven,
+    content,
+    file_extents,
+    mapped,
+    mounted,
+    mutations,
+    need,
+    run,
+    survives,
+    tree,
+)
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
@@ -21,7 +33,8 @@ SIZES = {"512": "-c 512", "4k": "-c 4k", "64k": "-c 64k"}
 
 
 def fill(folder: Path) -> dict[str, bytes]:
-    """Files in one piece and in several, gaps, long and short names, directories of several clusters; {path: content}."""
+    """Files in one piece and in several, gaps, long and short names, directories of several clusters; {path:
+    content}."""
     chooser = random.Random(1)
     contents = {f"/file {i}.dat": chooser.randbytes(i * 700 + 1) for i in range(20)}
     for path, data in contents.items():
@@ -29,7 +42,8 @@ def fill(folder: Path) -> dict[str, bytes]:
     for i in range(0, 20, 2):
         (folder / f"file {i}.dat").unlink()
         del contents[f"/file {i}.dat"]
-    more = {"/in pieces.bin": chooser.randbytes(90000), "/empty": b"", "/" + "x" * 255: b"x", "/y" * 1 + "y" * 14: b"y",
+    more = {"/in pieces.bin": chooser.randbytes(90000), "/empty": b"", "/" + "x" * 255: b"x",
+        "/y" * 1 + "y" * 14: b"y",
             "/日本 語.txt": b"z" * 5000, "/emoji 😀.txt": b"e"}  # fmt: skip
     (folder / "a dir" / "deeper").mkdir(parents=True)
     more |= {f"/a dir/deeper/one of many files {i}.txt": b"%d" % i * 50 for i in range(100)}
@@ -63,16 +77,19 @@ def fsck(image: Path) -> tuple[bool, str]:
     """(clean, words) of fsck.exfat without repairs."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     command = ["fsck.exfat", "-n", image]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env={**os.environ, "PATH": path}, text=True)
+    done = subprocess.run(
+        command, capture_output=True, stdin=subprocess.DEVNULL, env={**os.environ, "PATH": path}, text=True
+    )
     return done.returncode == 0, done.stdout
 
 
-# ---- sound volumes --------------------------------------------------------------------------------------------------
+# ---- sound volumes -----------------------------------------------------------------------------------------
 
 
 def test_every_byte_has_the_owner_that_the_bitmap_says(volume):
     bmap = mapped(volume[0])
-    if "512" not in volume[0].name:  # fsck.exfat 1.2 never ends where an entry set spans more than two clusters
+    # fsck.exfat 1.2 never ends where an entry set spans more than two clusters
+    if "512" not in volume[0].name:
         assert fsck(volume[0])[0]
     assert_proven(bmap)
     for name in BlockMap.TABLES:
@@ -104,7 +121,11 @@ def test_sectors_are_those_of_the_sleuth_kit(volume):
     for number, path in [*found[:14], *found[20::20]]:
         words = run("istat", "-f", "exfat", image, number).decode()
         theirs = [int(word) for word in words[words.index("Sectors:") + 8 :].split()]
-        mine = [at // 512 for e in file_extents(bmap, 0, inodes[path]) for at in range(e.offset, e.offset + e.length, 512)]
+        mine = [
+            at // 512
+            for e in file_extents(bmap, 0, inodes[path])
+            for at in range(e.offset, e.offset + e.length, 512)
+        ]
         count = -(-len(contents[path]) // 512)
         assert mine[:count] == theirs[:count], path
     assert len(file_extents(bmap, 0, inodes["/in pieces.bin"])) > 1 or "64k" in image.name
@@ -114,11 +135,15 @@ def test_modification_times_are_those_of_the_mount(volume):
     with mounted(volume[0], "ro", kind="exfat-fuse") as folder:
         theirs = {path: (folder / path[1:]).stat().st_mtime_ns for path in volume[1]}
     bmap = mapped(volume[0])
-    mine = dict(zip(*(tables.integers(bmap.inodes, name).tolist() for name in ("inode", "mtime_ns")), strict=True))
-    assert all(abs(mine[inode] - theirs[path]) < 2 * 10**9 for path, inode in by_path(bmap).items() if path in theirs)
+    mine = dict(
+        zip(*(tables.integers(bmap.inodes, name).tolist() for name in ("inode", "mtime_ns")), strict=True)
+    )
+    assert all(
+        abs(mine[inode] - theirs[path]) < 2 * 10**9 for path, inode in by_path(bmap).items() if path in theirs
+    )
 
 
-# ---- changes --------------------------------------------------------------------------------------------------------
+# ---- changes -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -156,12 +181,15 @@ def test_old_links_in_free_clusters_do_not_matter(image):
     before = survives(image)
     fat = struct.unpack_from("<I", image.tobytes(), 80)[0] * 512
     count = struct.unpack_from("<I", image.tobytes(), 92)[0]
-    heap, size = struct.unpack_from("<I", image.tobytes(), 88)[0] * 512, 1 << int(image[108]) + int(image[109])
+    heap = struct.unpack_from("<I", image.tobytes(), 88)[0] * 512
+    size = 1 << int(image[108]) + int(image[109])
     entries = image[fat : fat + 4 * (count + 2)].view("<u4")
     for row in before.extents.to_pylist():
         if row["kind"] == "free":
             low = (row["volume_offset"] - heap) // size + 2
-            entries[low : low + row["length"] // size] = np.random.default_rng(1).integers(0, count + 2, row["length"] // size)
+            entries[low : low + row["length"] // size] = np.random.default_rng(1).integers(
+                0, count + 2, row["length"] // size
+            )
     after = survives(image)
     assert after.extents.equals(before.extents)
     assert_proven(after)
@@ -178,7 +206,9 @@ def test_marks_in_the_boot_sector(image):
 
 
 def test_a_wrong_checksum_and_a_broken_set(image):
-    path = next(path for path, inode in by_path(survives(image)).items() if path.endswith(".dat") and inode % 16 < 13)
+    path = next(
+        path for path, inode in by_path(survives(image)).items() if path.endswith(".dat") and inode % 16 < 13
+    )
     at = entry_of(image, path)  # whose set lies in one cluster
     image[at + 4] ^= 0x20
     assert codes(survives(image)) == {"set-checksum"}
@@ -189,7 +219,11 @@ def test_a_wrong_checksum_and_a_broken_set(image):
 
 
 def test_a_bitmap_that_forgets_a_file(image):
-    offset = next(row["volume_offset"] for row in survives(image).extents.to_pylist() if row["part"] == "allocation bitmap")
+    offset = next(
+        row["volume_offset"]
+        for row in survives(image).extents.to_pylist()
+        if row["part"] == "allocation bitmap"
+    )
     image[offset : offset + 2] = 0
     assert "owned-but-free" in {row.code for row in check(survives(image)).disagreements}
     image[offset : offset + 2] = 0xFF
@@ -210,12 +244,15 @@ def test_cut_off_volumes(image):
 def test_damage_never_stops_the_reader(volume):
     image, _ = volume
     start = struct.unpack_from("<I", head(image), 88)[0] * 512
-    for mutated in mutations(image.read_bytes(), 60, 3, [(0, 512), (start, start + 200000), (1 << 20, (1 << 20) + 4096)]):
+    for mutated in mutations(
+        image.read_bytes(), 60, 3, [(0, 512), (start, start + 200000), (1 << 20, (1 << 20) + 4096)]
+    ):
         survives(mutated)
 
 
 def test_volumes_that_others_made(corpus, tmp_path):
-    """What fsck.exfat calls clean agrees with its bitmap and has as many files, and the paths that The Sleuth Kit lists."""
+    """What fsck.exfat calls clean agrees with its bitmap and has as many files, and the paths that The Sleuth
+    Kit lists."""
     need("fsck.exfat", "exfatprogs")
     need("fls", "sleuthkit")
     proven = 0
@@ -229,8 +266,12 @@ def test_volumes_that_others_made(corpus, tmp_path):
             continue
         assert found <= {"allocated-but-not-owned"}, name  # fsck.exfat 1.2 does not look for lost clusters
         listed = run("fls", "-rpu", "-f", "exfat", image, ok=(0, 1)).decode(errors="surrogateescape")
-        theirs = {path for kind, path in re.findall(r"^(\S+) \d+:\t(.*)$", listed, re.M) if kind in ("r/r", "d/d")}
-        theirs = {path for path in theirs if not path.startswith("$") and not path.endswith("(Volume Label Entry)")}
+        theirs = {
+            path for kind, path in re.findall(r"^(\S+) \d+:\t(.*)$", listed, re.M) if kind in ("r/r", "d/d")
+        }
+        theirs = {
+            path for path in theirs if not path.startswith("$") and not path.endswith("(Volume Label Entry)")
+        }
         mine = {path[1:] for path in by_path(bmap)}
         directories = np.count_nonzero(tables.codes(bmap.inodes, "type") == tables.T_DIRECTORY)
         assert f"directories {directories}, files {len(mine) + 1 - directories}" in words, name

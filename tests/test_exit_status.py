@@ -1,6 +1,8 @@
-"""One rule for what can't be read: it is named, the status is 1, nothing half-written has a final name; --partial: zeroes, named all the same, and 0.
+"""One rule for what can't be read: it is named, the status is 1, nothing half-written has a final name;
+--partial: zeroes, named all the same, and 0.
 
-The rule is EXIT STATUS in virt-bmap(1). Lost here: the second half of an image that was cut off, and chunks on a disk that is not given.
+The rule is EXIT STATUS in virt-bmap(1). Lost here: the second half of an image that was cut off, and chunks
+on a disk that is not given.
 """
 
 import os
@@ -26,12 +28,15 @@ FILL = np.random.default_rng(3).bytes(5 * MIB)
 
 
 def virt_bmap(*arguments: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, "-P", "-m", "virt_bmap", *map(str, arguments)], capture_output=True)
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "virt_bmap", *map(str, arguments)], capture_output=True
+    )
 
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A filesystem of 16 MiB of which 9 MiB are left: of one of its files a part is gone, the other is whole."""
+    """A filesystem of 16 MiB of which 9 MiB are left: of one of its files a part is gone, the other is
+    whole."""
     folder = tmp_path_factory.mktemp("cut")
     (folder / "tree").mkdir()
     for name in ("big1", "big2"):
@@ -44,7 +49,9 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lost_one(image: Path) -> str:
-    return next(name for name in ("big1", "big2") if virt_bmap("cat", image, "/dev/sda", f"/{name}").returncode)
+    return next(
+        name for name in ("big1", "big2") if virt_bmap("cat", image, "/dev/sda", f"/{name}").returncode
+    )
 
 
 def test_cat(cut: Path) -> None:
@@ -79,7 +86,7 @@ def test_extract(cut: Path, tmp_path: Path) -> None:
     assert (again / name).read_bytes() == virt_bmap("cat", "--partial", cut, "/dev/sda", f"/{name}").stdout
 
 
-# ---- a lost member --------------------------------------------------------------------------------------------------
+# ---- a lost member -----------------------------------------------------------------------------------------
 
 
 def expected(group: Group, name: str, disk: int) -> tuple[bytes, np.ndarray]:
@@ -96,7 +103,8 @@ def expected(group: Group, name: str, disk: int) -> tuple[bytes, np.ndarray]:
 
 @pytest.mark.parametrize("name", ["striped", "two_segments"])
 def test_dump_of_a_volume_with_a_lost_member(group: Group, name: str, tmp_path: Path) -> None:
-    """Refused before anything is written; with --partial what is there is right, and zeroes stand for the rest."""
+    """Refused before anything is written; with --partial what is there is right, and zeroes stand for the
+    rest."""
     out, device = tmp_path / "out", f"/dev/my-vg/{name}"
     done = virt_bmap("dump", group.disks[0], device, out)
     assert done.returncode == 1
@@ -127,7 +135,7 @@ def test_a_whole_volume_beside_a_lost_one(group: Group, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == expected(group, "line-ar", 0)[0]
 
 
-# ---- a disk that fails ----------------------------------------------------------------------------------------------
+# ---- a disk that fails -------------------------------------------------------------------------------------
 
 
 class Failing(Reader):
@@ -142,12 +150,17 @@ class Failing(Reader):
         for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
             if any(low < offset + length and offset < high for low, high in self.bad):
                 raise ImageError("Input/output error")
-        return np.concatenate([self.data[at : at + n] for at, n in zip(offsets.tolist(), lengths.tolist(), strict=True)])
+        return np.concatenate(
+            [self.data[at : at + n] for at, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+        )
 
 
 def test_dump_passes_over_bad_sectors_only_where_that_is_known(tmp_path: Path) -> None:
     reader = Failing(FILL, [(MIB + 512, MIB + 1024), (3 * MIB, 3 * MIB + 8192)])
-    with (tmp_path / "out").open("wb") as file, pytest.raises(ImageError, match=r"0x100000-0x101000 \(reading fails\)"):
+    with (
+        (tmp_path / "out").open("wb") as file,
+        pytest.raises(ImageError, match=r"0x100000-0x101000 \(reading fails\)"),
+    ):
         dump(reader, SparseFile(file, reader.size))
     with (tmp_path / "out").open("wb") as file:
         missing = dump(reader, SparseFile(file, reader.size), partial=True)
@@ -174,13 +187,15 @@ def test_sparsify_of_a_disk_that_fails(tmp_path: Path) -> None:
     image.write_bytes(FILL[: 8 * MIB].ljust(8 * MIB, b"x"))
     script.write_text(
         "#!/bin/bash\n"
-        'case "$1" in get_size) echo 8388608;; pread) if [ $4 -lt 4198400 ] && [ $(($4 + $3)) -gt 4194304 ]; then echo "EIO bad sector" >&2; exit 1; fi;'
+        'case "$1" in get_size) echo 8388608;; pread) if [ $4 -lt 4198400 ] && [ $(($4 + $3)) -gt '
+        '4194304 ]; then echo "EIO bad sector" >&2; exit 1; fi;'
         f" dd if={image} bs=64k iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none;; *) exit 2;; esac"
     )
     script.chmod(0o755)
     copy = f"{sys.executable} -P -m virt_bmap sparsify -q"
     done = subprocess.run(
-        ["nbdkit", "-U", "-", "sh", script, "--run", f'{copy} "$uri" {out}; echo $?; ls {tmp_path}; {copy} --partial "$uri" {out}; echo $?'],
+        ["nbdkit", "-U", "-", "sh", script, "--run", (f'{copy} "$uri" {out}; echo $?; ls {tmp_path}; '
+            f'{copy} --partial "$uri" {out}; echo $?')],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     words = done.stdout.split()
@@ -192,7 +207,7 @@ def test_sparsify_of_a_disk_that_fails(tmp_path: Path) -> None:
     assert out.read_bytes() == true
 
 
-# ---- what is told ---------------------------------------------------------------------------------------------------
+# ---- what is told ------------------------------------------------------------------------------------------
 
 
 def test_lost_bytes_of_mapped_volumes_are_those_that_no_row_places() -> None:
@@ -201,7 +216,9 @@ def test_lost_bytes_of_mapped_volumes_are_those_that_no_row_places() -> None:
     for _ in range(40):
         edges = np.sort(random.choice(400, 12, replace=False)).tolist()
         inner = [Row(low, 0, low, high - low) for low, high in zip(edges[::2], edges[1::2], strict=True)]
-        below = MappedReader(400, "inner", {0: BytesReader(np.ones(400, np.uint8), "disk")}, Rows.of(1, inner), [(0, 30)])
+        below = MappedReader(
+            400, "inner", {0: BytesReader(np.ones(400, np.uint8), "disk")}, Rows.of(1, inner), [(0, 30)]
+        )
         outer = [Row(0, 1, 200, 150), Row(200, 1, 0, 150)]
         reader = MappedReader(400, "outer", {1: below}, Rows.of(2, outer))
         has = np.zeros(400, bool)

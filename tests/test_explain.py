@@ -1,4 +1,5 @@
-"""virt-bmap explain against debugfs, parity worked out, the records' own magic numbers, and the bytes that were put in."""
+"""virt-bmap explain against debugfs, parity worked out, the records' own magic numbers, and the bytes that
+were put in."""
 
 import contextlib
 import gzip
@@ -69,7 +70,20 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(path, "wb") as file:
         file.truncate(40 << 20)
     run("sfdisk", "-q", path, stdin=b"label: gpt\nsize=30M,name=system\n")
-    run("mke2fs", "-q", "-t", "ext4", "-L", "root", "-d", folder / "tree", "-E", f"offset={START}", path, "30M")
+    run(
+        "mke2fs",
+        "-q",
+        "-t",
+        "ext4",
+        "-L",
+        "root",
+        "-d",
+        folder / "tree",
+        "-E",
+        f"offset={START}",
+        path,
+        "30M",
+    )
     return path
 
 
@@ -84,7 +98,12 @@ def test_a_byte_of_a_file(disk: Path) -> None:
     layer = innermost(found)
     assert (layer["device"], layer["offset"], layer["kind"]) == ("/dev/sda1", at - START, "partition")
     system = layer["filesystem"]
-    assert (system["type"], system["label"], system["block"], system["block_offset"]) == ("ext4", "root", block, 17)
+    assert (system["type"], system["label"], system["block"], system["block_offset"]) == (
+        "ext4",
+        "root",
+        block,
+        17,
+    )
     (owner,) = layer["owners"]
     assert (owner["kind"], owner["file_offset"]) == ("data", 3 * 1024 + 17)
     inode, said = owner["inode"], debugfs(disk, "stat /etc/passwd")
@@ -93,9 +112,9 @@ def test_a_byte_of_a_file(disk: Path) -> None:
     assert inode["nlink"] == int(re.search(r"Links: (\d+)", said)[1]) == 2
     assert inode["mode"][-4:] == re.search(r"Mode: +(\d{4})", said)[1]
     seconds, extra = re.search(r"mtime: 0x([0-9a-f]+):([0-9a-f]+)", said).groups()
-    assert (np.datetime64(inode["mtime"].rstrip("Z"), "ns") - np.datetime64(0, "ns")).astype(int) == int(seconds, 16) * 10**9 + (
-        int(extra, 16) >> 2
-    )
+    assert (np.datetime64(inode["mtime"].rstrip("Z"), "ns") - np.datetime64(0, "ns")).astype(int) == int(
+        seconds, 16
+    ) * 10**9 + (int(extra, 16) >> 2)
     assert sorted(inode["paths"]) == ["/etc/passwd", "/hard"]
     content = (disk.parent / "tree/etc/passwd").read_bytes()
     assert bytes.fromhex(found["bytes"]) == content[3 * 1024 + 17 :][:64]
@@ -120,7 +139,9 @@ def test_slack_behind_the_end_of_a_file(disk: Path) -> None:
 
 def test_inode_records_are_where_debugfs_says(disk: Path) -> None:
     for path in ("/many/f7", "/hard", "/link"):
-        block, inside = re.search(r"located at block (\d+), offset 0x([0-9a-f]+)", debugfs(disk, f"imap {path}")).groups()
+        block, inside = re.search(
+            r"located at block (\d+), offset 0x([0-9a-f]+)", debugfs(disk, f"imap {path}")
+        ).groups()
         at = START + int(block) * 1024 + int(inside, 16)
         for byte in (0, 255):
             layer = innermost(answer(disk, at + byte))
@@ -132,7 +153,9 @@ def test_inode_records_are_where_debugfs_says(disk: Path) -> None:
             beside = layer["filesystem"]["records_in_block"]
             number = (record["inode"] - 1) // 4 * 4 + 1
             used = [n for n in range(number, number + 4) if "marked in use" in debugfs(disk, f"testi <{n}>")]
-            assert [row["inode"] for row in beside["records"]] == used, "four inodes of 256 bytes in a block of 1 KiB"
+            assert [row["inode"] for row in beside["records"]] == used, (
+                "four inodes of 256 bytes in a block of 1 KiB"
+            )
             assert beside["count"] == len(used)
         assert f"record of inode {record['inode']}, " in words(disk, at).stdout
 
@@ -149,7 +172,10 @@ def test_names_in_a_directory(disk: Path) -> None:
 def test_why_there_is_no_owner(disk: Path) -> None:
     free = int(debugfs(disk, "ffb 1 20000").split()[-1])
     assert [owner["kind"] for owner in innermost(answer(disk, START + free * 1024))["owners"]] == ["free"]
-    assert "the filesystem's or volume manager's own allocator calls it free" in words(disk, START + free * 1024).stdout
+    assert (
+        "the filesystem's or volume manager's own allocator calls it free"
+        in words(disk, START + free * 1024).stdout
+    )
     assert "between /dev/sda1 and the end" in words(disk, 35 << 20).stdout
     assert "between the start and /dev/sda1" in words(disk, 500_000).stdout
     assert "metadata [GPT header]" in words(disk, 0x210).stdout
@@ -209,7 +235,7 @@ def test_a_bad_sector_is_explained_all_the_same(disk: Path, tmp_path: Path) -> N
         server.wait()
 
 
-# ---- other filesystems: the record says itself whose it is ------------------------------------------------------------
+# ---- other filesystems: the record says itself whose it is -------------------------------------------------
 
 
 def records(image: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -233,7 +259,12 @@ def test_ntfs_records_name_themselves(tmp_path: Path) -> None:
     assert len(found) >= 11
     for inode, record in found:
         at = record["offset"]
-        assert (record["inode"], record["size"], record["inside"], data[at : at + 4]) == (inode, 1024, 5, b"FILE")
+        assert (record["inode"], record["size"], record["inside"], data[at : at + 4]) == (
+            inode,
+            1024,
+            5,
+            b"FILE",
+        )
         assert int.from_bytes(data[at + 0x2C : at + 0x30], "little") == inode
 
 
@@ -268,13 +299,14 @@ def test_fat_records_hold_the_name(tmp_path: Path) -> None:
         assert (record["path"], record["size"], record["offset"]) == (raw, 32, data.index(name))
 
 
-# ---- layers -----------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 def test_parity_is_the_xor_of_what_it_is_said_to_protect(corpus: Path) -> None:
     folder = corpus / "images/fox-it+dissect.volume/tests/_data/md"
     disks = [
-        BytesReader(np.frombuffer(gzip.decompress((folder / f"md-raid5-{n}.bin.gz").read_bytes()), np.uint8)) for n in (1, 2, 3)
+        BytesReader(np.frombuffer(gzip.decompress((folder / f"md-raid5-{n}.bin.gz").read_bytes()), np.uint8))
+        for n in (1, 2, 3)
     ]
     bmap = survey(disks)
     seen = set()
@@ -328,7 +360,11 @@ def test_below_the_encryption(disk: Path, tmp_path: Path) -> None:
     at = int(re.search(r"Data segments:\s+0: crypt\s+offset: (\d+)", dump)[1]) + block * 1024
     found = answer("--key", f"all:file:{key}", image, at)
     layer = innermost(found)
-    assert (layer["kind"], layer["filesystem"]["block"], layer["owners"][0]["inode"]["path"]) == ("crypt", block, "/hard")
+    assert (layer["kind"], layer["filesystem"]["block"], layer["owners"][0]["inode"]["path"]) == (
+        "crypt",
+        block,
+        "/hard",
+    )
     assert bytes.fromhex(found["bytes"]) == image.read_bytes()[at : at + 64]
     assert bytes.fromhex(found["bytes"]) != (disk.parent / "tree/etc/passwd").read_bytes()[:64]
     assert "below the encryption" in words("--key", f"all:file:{key}", image, at).stdout
@@ -351,17 +387,35 @@ def test_segments_of_a_logical_volume(tmp_path: Path) -> None:
         for name in ("one", "two"):
             run("lvcreate", "-q", "-L", "8M", "-an", "-Zn", "-Wn", "-n", name, *more, "group")
         shown = run("pvs", "--noheadings", "--units", "b", "--nosuffix", "-o", "pe_start", *more)
-        extent = run("lvs", "--noheadings", "-o", "seg_pe_ranges", *more, "group/two").decode().split(":")[1].split("-")[0]
+        extent = (
+            run("lvs", "--noheadings", "-o", "seg_pe_ranges", *more, "group/two")
+            .decode()
+            .split(":")[1]
+            .split("-")[0]
+        )
         place = int(shown) + (int(extent) << 20)
     finally:
         run("losetup", "-d", loop)
     found = answer(image, START + place + 4097)
     partition = found["layer"]["layers"][0]
     (volume,) = partition["layers"]
-    assert (partition["device"], partition["type"], partition["offset"]) == ("/dev/sda1", "LVM2_member", place + 4097)
+    assert (partition["device"], partition["type"], partition["offset"]) == (
+        "/dev/sda1",
+        "LVM2_member",
+        place + 4097,
+    )
     assert (volume["device"], volume["kind"], volume["offset"]) == ("/dev/group/two", "lv", 4097)
-    assert volume["from"] == {"role": "data", "start": place, "end": place + (8 << 20), "inside": 4097, "number": 0, "count": 1}
-    assert f"data: 8.0 MiB from byte {place:#x}, byte 0x1001 in it" in words(image, START + place + 4097).stdout
+    assert volume["from"] == {
+        "role": "data",
+        "start": place,
+        "end": place + (8 << 20),
+        "inside": 4097,
+        "number": 0,
+        "count": 1,
+    }
+    assert (
+        f"data: 8.0 MiB from byte {place:#x}, byte 0x1001 in it" in words(image, START + place + 4097).stdout
+    )
 
 
 def test_a_stack_that_multiplies_is_cut() -> None:
@@ -369,9 +423,11 @@ def test_a_stack_that_multiplies_is_cut() -> None:
     depth = 40
     rows = [Rows.of(n, [Row(0, n - 1, 0, 100), Row(0, n - 1, 0, 100, role="copy")]) for n in range(1, depth)]
     bmap = BlockMap(
-        volumes=tables.make("volumes", volume=list(range(depth)), disk=[1] * depth, kind=["disk"] + ["lv"] * (depth - 1),
+        volumes=tables.make("volumes", volume=list(range(depth)), disk=[1] * depth,
+            kind=["disk"] + ["lv"] * (depth - 1),
                             name=[f"/dev/v{n}" for n in range(depth)], size=[100] * depth),
-        mappings=tables.mappings(rows), **{name: tables.empty(name) for name in ("filesystems", "inodes", "names", "extents", "problems")},
+        mappings=tables.mappings(rows),
+        **{name: tables.empty(name) for name in ("filesystems", "inodes", "names", "extents", "problems")},
     )  # fmt: skip
     none = np.zeros(0, np.int64)
     # without owners, which climb all ways, as lookups must: survey lets no stack grow deeper than 16
@@ -381,21 +437,32 @@ def test_a_stack_that_multiplies_is_cut() -> None:
     assert walk.left < 0
 
 
-# ---- fields -----------------------------------------------------------------------------------------------------------
+# ---- fields ------------------------------------------------------------------------------------------------
 
 
 def fields_of(disk: Path, offset: int) -> dict[str, Any]:
     found = answer(disk, offset)["fields"]
-    return {row["name"]: row["value"] for row in found["fields"] if row["record"] in (None, found["fields"][0]["record"])}
+    return {
+        row["name"]: row["value"]
+        for row in found["fields"]
+        if row["record"] in (None, found["fields"][0]["record"])
+    }
 
 
 def test_fields_of_the_superblock_are_those_of_dumpe2fs(disk: Path) -> None:
     said = dict(
-        line.split(":", 1) for line in run("dumpe2fs", "-h", f"{disk}?offset={START}").decode().splitlines() if ":" in line
+        line.split(":", 1)
+        for line in run("dumpe2fs", "-h", f"{disk}?offset={START}").decode().splitlines()
+        if ":" in line
     )
     found = fields_of(disk, START + 1024)
-    assert (found["s_inodes_count"], found["s_blocks_per_group"]) == (int(said["Inode count"]), int(said["Blocks per group"]))
-    assert bytes.fromhex(fields_of(disk, START + 1024 + 0x68)["s_uuid"]).hex() == said["Filesystem UUID"].strip().replace("-", "")
+    assert (found["s_inodes_count"], found["s_blocks_per_group"]) == (
+        int(said["Inode count"]),
+        int(said["Blocks per group"]),
+    )
+    assert bytes.fromhex(fields_of(disk, START + 1024 + 0x68)["s_uuid"]).hex() == said[
+        "Filesystem UUID"
+    ].strip().replace("-", "")
     backup = next(at for at in range(8193, 30 << 10, 8192) if answer(disk, START + at * 1024)["fields"])
     assert fields_of(disk, START + backup * 1024)["s_inodes_count"] == int(said["Inode count"])
 
@@ -413,7 +480,10 @@ def test_fields_of_gpt_are_those_of_sfdisk(disk: Path) -> None:
     found = fields_of(disk, 1024)
     entry = answer(disk, 1024 + 32)["fields"]["fields"]
     assert {row["name"]: row["value"] for row in entry}["starting_lba"] == table["partitions"][0]["start"]
-    assert bytes.fromhex(found["unique_partition_guid"])[:4][::-1].hex() == table["partitions"][0]["uuid"].split("-")[0].lower()
+    assert (
+        bytes.fromhex(found["unique_partition_guid"])[:4][::-1].hex()
+        == table["partitions"][0]["uuid"].split("-")[0].lower()
+    )
 
 
 def test_data_has_no_fields_and_every_structure_is_declared(disk: Path) -> None:
@@ -423,11 +493,12 @@ def test_data_has_no_fields_and_every_structure_is_declared(disk: Path) -> None:
             assert known.dtype.names
 
 
-# ---- what a journal remembers -------------------------------------------------------------------------------------------
+# ---- what a journal remembers ------------------------------------------------------------------------------
 
 
 def test_whose_a_free_block_was_and_what_a_journal_block_is_a_copy_of(tmp_path: Path) -> None:
-    """A file is written, synced and deleted by this kernel; debugfs said where it lay, and reads the journal for us."""
+    """A file is written, synced and deleted by this kernel; debugfs said where it lay, and reads the journal
+    for us."""
     need("mke2fs", "e2fsprogs"), need_root()
     image = tmp_path / "disk.img"
     with open(image, "wb") as file:

@@ -1,4 +1,5 @@
-"""ext2, ext3, ext4: every flavour that mke2fs makes, compared with what was put in, with the kernel and with debugfs."""
+"""ext2, ext3, ext4: every flavour that mke2fs makes, compared with what was put in, with the kernel and with
+debugfs."""
 
 import hashlib
 import os
@@ -11,7 +12,18 @@ import pytest
 
 import ext_images
 from ext_images import FLAVOURS, Flavour
-from support import BytesReader, assert_proven, content, fiemap, file_extents, mapped, mounted, need, run, tree
+from support import (
+    BytesReader,
+    assert_proven,
+    content,
+    fiemap,
+    file_extents,
+    mapped,
+    mounted,
+    need,
+    run,
+    tree,
+)
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.filesystems import ext
@@ -58,11 +70,16 @@ def test_map_is_proven(made: tuple[Flavour, Path, BlockMap]) -> None:
     flavour, _, bmap = made
     assert_proven(bmap)
     row = bmap.filesystems.to_pylist()[0]
-    assert (row["uuid"], row["label"], row["state"]) == ("01234567-89ab-cdef-0123-456789abcdef", "a label", "clean"), flavour
+    assert (row["uuid"], row["label"], row["state"]) == (
+        "01234567-89ab-cdef-0123-456789abcdef",
+        "a label",
+        "clean",
+    ), flavour
 
 
 def wrong_by_mke2fs(flavour: Flavour) -> set[str]:
-    """mke2fs 1.47.0 itself writes sparse files wrongly with inline_data: a mount shows the same bytes as the map."""
+    """mke2fs 1.47.0 itself writes sparse files wrongly with inline_data: a mount shows the same bytes as the
+    map."""
     return {"/sparse"} if "inline" in flavour.options else set()
 
 
@@ -80,7 +97,9 @@ def test_names_and_content_are_what_was_put_in(made: tuple[Flavour, Path, BlockM
         assert hashlib.sha256(content(bmap, disk, 0, paths[path])).hexdigest() == digest, (flavour, path)
     disk[0].close()
     at = {inode: i for i, inode in enumerate(column(bmap, "inodes", "inode").tolist())}
-    stat = {name: column(bmap, "inodes", name) for name in ("mode", "uid", "gid", "size", "nlink", "mtime_ns")}
+    stat = {
+        name: column(bmap, "inodes", name) for name in ("mode", "uid", "gid", "size", "nlink", "mtime_ns")
+    }
     for path, inode in paths.items():
         if path in {"/", "/lost+found"} | wrong_by_mke2fs(flavour):
             continue
@@ -121,13 +140,17 @@ def test_blocks_equal_debugfs(made: tuple[Flavour, Path, BlockMap]) -> None:
     """`debugfs blocks` of each inode with blocks: what e2fsprogs says, tree nodes included."""
     _, image, bmap = made
     size = bmap.filesystems.column("block_size")[0].as_py()
-    inode, kind, flags = column(bmap, "extents", "inode"), tables.codes(bmap.extents, "kind"), column(bmap, "extents", "flags")
+    inode = column(bmap, "extents", "inode")
+    kind = tables.codes(bmap.extents, "kind")
+    flags = column(bmap, "extents", "flags")
     start, length = column(bmap, "extents", "volume_offset"), column(bmap, "extents", "length")
     mine = np.isin(kind, (tables.DATA, tables.DIRECTORY, tables.SYMLINK, tables.UNWRITTEN, tables.TREE)) & (
         flags & tables.INLINE == 0
     )
     wanted = [number for number in np.unique(inode[mine]).tolist() if number >= 11 or number == 2][:40]
-    said = run("debugfs", "-f", "-", image, stdin="".join(f"blocks <{number}>\n" for number in wanted).encode()).decode()
+    said = run(
+        "debugfs", "-f", "-", image, stdin="".join(f"blocks <{number}>\n" for number in wanted).encode()
+    ).decode()
     answers = re.split(r"^debugfs: blocks <\d+>\n", said, flags=re.M)[1:]
     for number, answer in zip(wanted, answers, strict=True):
         rows = np.flatnonzero(mine & (inode == number))
@@ -136,7 +159,8 @@ def test_blocks_equal_debugfs(made: tuple[Flavour, Path, BlockMap]) -> None:
 
 
 PARTS = {
-    "ext4": {"superblock", "backup superblock", "group descriptors", "reserved group descriptors", "block bitmap", "inode bitmap",
+    "ext4": {"superblock", "backup superblock", "group descriptors", "reserved group descriptors",
+        "block bitmap", "inode bitmap",
              "inode table", "inode table (unused)", "journal"},
     "no-checksums": {"inode table", "block bitmap"},
     "meta-bg": {"backup group descriptors", "block bitmap (uninitialised)", "inode bitmap (uninitialised)"},
@@ -148,7 +172,8 @@ PARTS = {
 
 
 def test_metadata_is_named(made: tuple[Flavour, Path, BlockMap]) -> None:
-    """What each flavour has besides files is called by its name, as large as dumpe2fs says where it says so."""
+    """What each flavour has besides files is called by its name, as large as dumpe2fs says where it says
+    so."""
     flavour, image, bmap = made
     parts = rows_of_parts(bmap)
     assert PARTS.get(flavour.name, set()) <= set(parts)
@@ -160,7 +185,9 @@ def test_metadata_is_named(made: tuple[Flavour, Path, BlockMap]) -> None:
     assert parts.get("inode table", 0) + parts.get("inode table (unused)", 0) == table * size
     features = re.search(r"Filesystem features: +(.*)", said)
     assert features
-    assert set(bmap.filesystems.column("features")[0].as_py().split()) == set(features[1].split()) - {"(none)"}
+    assert set(bmap.filesystems.column("features")[0].as_py().split()) == set(features[1].split()) - {
+        "(none)"
+    }
     free = re.search(r"Free blocks: +(\d+)", said)
     kind, length = tables.codes(bmap.extents, "kind"), column(bmap, "extents", "length")
     assert free
@@ -171,7 +198,10 @@ def test_type_as_blkid_says(made: tuple[Flavour, Path, BlockMap]) -> None:
     """ext2, ext3 or ext4."""
     need("blkid", "util-linux")
     _, image, bmap = made
-    assert bmap.filesystems.column("type")[0].as_py() == run("blkid", "-p", "-o", "value", "-s", "TYPE", image).decode().strip()
+    assert (
+        bmap.filesystems.column("type")[0].as_py()
+        == run("blkid", "-p", "-o", "value", "-s", "TYPE", image).decode().strip()
+    )
 
 
 class CountingReader(RawReader):
@@ -186,13 +216,16 @@ class CountingReader(RawReader):
 
 
 def test_reads_are_few_and_only_of_metadata(folder: Path, tmp_path: Path) -> None:
-    """A map costs a handful of round trips, and not more bytes than the metadata have, but for the head and tail that are kept."""
+    """A map costs a handful of round trips, and not more bytes than the metadata have, but for the head and
+    tail that are kept."""
     image = ext_images.make(folder, Flavour("x", "-t ext4 -b 1024 -N 4000"), tmp_path / "x.img")
     reader = CountingReader(str(image))
     found = ext.read(reader)
     reader.close()
     kind, part = tables.codes(found.extents, "kind"), found.extents.column("part").to_pylist()
-    used = np.isin(kind, (tables.DIRECTORY, tables.TREE)) & (tables.integers(found.extents, "flags") & tables.INLINE == 0)
+    used = np.isin(kind, (tables.DIRECTORY, tables.TREE)) & (
+        tables.integers(found.extents, "flags") & tables.INLINE == 0
+    )
     used |= np.isin(part, ("superblock", "group descriptors", "block bitmap", "inode bitmap", "inode table"))
     needed = int(tables.integers(found.extents, "length")[used].sum())
     assert reader.calls < 12
@@ -219,7 +252,14 @@ def test_merkle_tree_is_not_content(folder: Path, tmp_path: Path) -> None:
         out.seek(65536)
         out.write(b"m" * 9000)
     image = ext_images.make(file.parent, Flavour("x", "-t ext4 -b 1024 -O verity"), tmp_path / "x.img")
-    run("debugfs", "-w", "-f", "-", image, stdin=b"set_inode_field /file flags 0x180000\nset_inode_field /file size 5000\n")
+    run(
+        "debugfs",
+        "-w",
+        "-f",
+        "-",
+        image,
+        stdin=b"set_inode_field /file flags 0x180000\nset_inode_field /file size 5000\n",
+    )
     bmap = mapped(image)
     assert_proven(bmap)
     assert rows_of_parts(bmap)["verity tree"] == 9 * 1024
@@ -227,10 +267,15 @@ def test_merkle_tree_is_not_content(folder: Path, tmp_path: Path) -> None:
 
 
 def test_times_before_1970_and_after_2038(folder: Path, tmp_path: Path) -> None:
-    """The two epoch bits, and nanoseconds; what 64 bits of nanoseconds cannot say becomes the latest they can."""
+    """The two epoch bits, and nanoseconds; what 64 bits of nanoseconds cannot say becomes the latest they
+    can."""
     root = tmp_path / "d"
     root.mkdir()
-    times = {"old": -(10**9) * 86400 + 5, "new": 5_000_000_000 * 10**9 + 123456789, "far": 15_000_000_000 * 10**9 + 1}
+    times = {
+        "old": -(10**9) * 86400 + 5,
+        "new": 5_000_000_000 * 10**9 + 123456789,
+        "far": 15_000_000_000 * 10**9 + 1,
+    }
     for name in times:
         (root / name).write_bytes(b"")
     image = ext_images.make(root, Flavour("x", "-t ext4"), tmp_path / "x.img")
@@ -238,7 +283,9 @@ def test_times_before_1970_and_after_2038(folder: Path, tmp_path: Path) -> None:
         for name, ns in times.items():
             os.utime(mount / name, ns=(ns, ns))
     bmap = mapped(image)
-    mtime = dict(zip(column(bmap, "inodes", "inode").tolist(), bmap.inodes.column("mtime_ns").to_pylist(), strict=True))
+    mtime = dict(
+        zip(column(bmap, "inodes", "inode").tolist(), bmap.inodes.column("mtime_ns").to_pylist(), strict=True)
+    )
     found = {name: mtime[tree(bmap, 0)[f"/{name}"]] for name in times}
     assert found.pop("far") // 10**9 == inodes.LATEST
     assert found == {name: times[name] for name in found}
@@ -256,7 +303,8 @@ def test_probe_is_by_magic_only() -> None:
 
 @pytest.mark.parametrize("last", [60, 4_000_000_000])
 def test_links_are_matched_the_same_way_with_a_table_and_without(last: int) -> None:
-    """Numbers that lie close together are looked up in a table; a table for 4,000,000,000 of them would take memory that no inode needs."""
+    """Numbers that lie close together are looked up in a table; a table for 4,000,000,000 of them would take
+    memory that no inode needs."""
     random = np.random.default_rng(5)
     number = np.unique(np.append(random.integers(1, last, 40), last))
     target = np.concatenate([random.choice(number, 30), random.integers(1, last + 10, 30), [last + 1]])

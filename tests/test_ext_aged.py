@@ -154,7 +154,7 @@ def test_shared_attribute_blocks_are_flagged(life: Life) -> None:
     assert ((flags[mine] & tables.SHARED) != 0).tolist() == shared[mine].tolist()
 
 
-# ---- deleted but open, and crashes ----------------------------------------------------------------------------------
+# ---- deleted but open, and crashes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", ["-t ext4 -b 1024", "-t ext4 -b 1024 -O orphan_file", "-t ext3 -b 1024"])
@@ -201,10 +201,12 @@ def commit(path: Path) -> None:
 
 
 def crash(folder: Path, options: str, mount_options: str, devices: tuple[Path, ...] = ()) -> list[Path]:
-    """Copies of an image (and other devices) taken while it is mounted, its journal full of what is not yet in place."""
+    """Copies of an image (and other devices) taken while it is mounted, its journal full of what is not yet
+    in place."""
     image = folder / "x.img"
     run("truncate", "-s", "64M", image)
-    journal_size = [] if devices else ["-J", "size=16"]  # roomy: a full one is emptied into place, and nothing is left to recover
+    # roomy: a full one is emptied into place, and nothing is left to recover
+    journal_size = [] if devices else ["-J", "size=16"]
     run("mke2fs", "-q", "-F", *options.split(), *journal_size, image)
     copies = [folder / f"{disk.stem}.crashed" for disk in (image, *devices)]
     with mounted(image, ",".join(filter(None, ["rw", "commit=300", mount_options]))) as mount:
@@ -230,19 +232,27 @@ def essence(bmap: BlockMap, volume: int = 0) -> dict[str, object]:
     _, extents = bmap.slice_of("extents", volume)
     _, inodes = bmap.slice_of("inodes", volume)
     rows = {
-        name: tables.integers(extents, name).tolist() for name in ("inode", "file_offset", "volume_offset", "length", "flags")
+        name: tables.integers(extents, name).tolist()
+        for name in ("inode", "file_offset", "volume_offset", "length", "flags")
     }
     rows["kind"] = tables.codes(extents, "kind").tolist()
     return {
         "paths": tree(bmap, volume),
-        "sizes": dict(zip(tables.integers(inodes, "inode").tolist(), tables.integers(inodes, "size").tolist(), strict=True)),
+        "sizes": dict(
+            zip(
+                tables.integers(inodes, "inode").tolist(),
+                tables.integers(inodes, "size").tolist(),
+                strict=True,
+            )
+        ),
         "extents": sorted(zip(*rows.values(), strict=True)),
     }
 
 
 @pytest.mark.parametrize("kind", CRASHED)
 def test_replayed_journal_gives_the_recovered_state(tmp_path: Path, kind: str) -> None:
-    """The map of a crashed disk equals the map of the same disk after e2fsck recovered it; the image is not touched."""
+    """The map of a crashed disk equals the map of the same disk after e2fsck recovered it; the image is not
+    touched."""
     need("e2fsck", "e2fsprogs")
     crashed = crash(tmp_path, *CRASHED[kind])[0]
     before = hashlib.sha256(crashed.read_bytes()).digest()

@@ -1,4 +1,5 @@
-"""Real ext images made by other projects: none ends in a traceback, valid ones are proven, and the kernel's own tables agree."""
+"""Real ext images made by other projects: none ends in a traceback, valid ones are proven, and the kernel's
+own tables agree."""
 
 import ast
 import bz2
@@ -77,7 +78,10 @@ def test_corpus_equals_what_kernels_read(maps: dict[str, tuple[bool, BlockMap]],
     compared = 0
     for file, (_, bmap) in maps.items():
         truth = corpus / "truth" / f"{file.removeprefix('images/')}.truth.tsv"
-        if not truth.exists() or bmap.filesystems.column("state").to_pylist() not in (["clean"], ["not clean"]):
+        if not truth.exists() or bmap.filesystems.column("state").to_pylist() not in (
+            ["clean"],
+            ["not clean"],
+        ):
             continue
         compared += compare(bmap, truth)
     assert compared > 300
@@ -89,7 +93,9 @@ def compare(bmap: BlockMap, truth: Path) -> int:
     paths = tree(bmap, volume)
     _, inodes = bmap.slice_of("inodes", volume)
     at = {number: row for row, number in enumerate(tables.integers(inodes, "inode").tolist())}
-    column = {name: tables.integers(inodes, name) for name in ("size", "mode", "uid", "gid", "mtime_ns", "nlink")}
+    column = {
+        name: tables.integers(inodes, name) for name in ("size", "mode", "uid", "gid", "mtime_ns", "nlink")
+    }
     count = 0
     for line in truth.read_text().splitlines():
         if line.startswith("#"):
@@ -118,9 +124,13 @@ def compare(bmap: BlockMap, truth: Path) -> int:
 def blocks(bmap: BlockMap, volume: int, inode: int) -> dict[int, int]:
     """Every KiB of a file, to where it lies."""
     _, extents = bmap.slice_of("extents", volume)
-    mine = (tables.integers(extents, "inode") == inode) & (tables.integers(extents, "flags") & tables.INLINE == 0)
+    mine = (tables.integers(extents, "inode") == inode) & (
+        tables.integers(extents, "flags") & tables.INLINE == 0
+    )
     mine &= np.isin(tables.codes(extents, "kind"), (tables.DATA, tables.UNWRITTEN, tables.SYMLINK))
-    rows = [tables.integers(extents, name)[mine].tolist() for name in ("file_offset", "volume_offset", "length")]
+    rows = [
+        tables.integers(extents, name)[mine].tolist() for name in ("file_offset", "volume_offset", "length")
+    ]
     return {f + i: v + i for f, v, n in zip(*rows, strict=True) for i in range(0, n, 1024)}
 
 

@@ -1,4 +1,5 @@
-"""Damaged ext filesystems: backups are used, problems are named, and thousands of mutations end in tables or a clear refusal."""
+"""Damaged ext filesystems: backups are used, problems are named, and thousands of mutations end in tables or
+a clear refusal."""
 
 import time
 from pathlib import Path
@@ -44,11 +45,17 @@ def codes(bmap: BlockMap) -> list[str]:
     return found
 
 
-# ---- backups --------------------------------------------------------------------------------------------------------
+# ---- backups -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options", ["-t ext4 -b 1024", "-t ext2 -b 1024", "-t ext4 -b 2048", "-t ext4 -b 1024 -O meta_bg,^resize_inode -g 8192"]
+    "options",
+    [
+        "-t ext4 -b 1024",
+        "-t ext2 -b 1024",
+        "-t ext4 -b 2048",
+        "-t ext4 -b 1024 -O meta_bg,^resize_inode -g 8192",
+    ],
 )
 def test_backup_superblock_is_used(folder: Path, tmp_path: Path, options: str) -> None:
     """Where the first one was wiped, or is nonsense though its magic is right."""
@@ -113,8 +120,13 @@ def test_two_owners_are_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_flags_of_unused_reserved_inodes_do_no_harm(folder: Path, tmp_path: Path) -> None:
-    """An empty reserved record with nothing but the flag for inline data is no inode, and no other takes its place."""
-    ext_images.make(folder, Flavour("x", "-t ext4 -b 1024 -O inline_data,^metadata_csum", "8M"), image := tmp_path / "x.img")
+    """An empty reserved record with nothing but the flag for inline data is no inode, and no other takes its
+    place."""
+    ext_images.make(
+        folder,
+        Flavour("x", "-t ext4 -b 1024 -O inline_data,^metadata_csum", "8M"),
+        image := tmp_path / "x.img",
+    )
     before = mapped(image)
     run("debugfs", "-w", "-R", "set_inode_field <9> flags 0x10000000", image)
     after = mapped(image)
@@ -122,7 +134,7 @@ def test_flags_of_unused_reserved_inodes_do_no_harm(folder: Path, tmp_path: Path
     assert after.names.equals(before.names)
 
 
-# ---- mutations ------------------------------------------------------------------------------------------------------
+# ---- mutations ---------------------------------------------------------------------------------------------
 
 MUTATED = {
     "ext4": "-t ext4 -b 1024 -O ^has_journal -N 128",
@@ -151,12 +163,19 @@ def test_mutations_end_in_tables_or_a_refusal(tmp_path: Path, kind: str) -> None
     assert_proven(found)
     starts, ends = tables.integers(found.extents, "volume_offset"), tables.integers(found.extents, "length")
     mine = np.isin(
-        tables.codes(found.extents, "kind"), (tables.METADATA, tables.DIRECTORY, tables.TREE, tables.XATTR, tables.BOOT)
+        tables.codes(found.extents, "kind"),
+        (tables.METADATA, tables.DIRECTORY, tables.TREE, tables.XATTR, tables.BOOT),
     )
-    ranges = [(low, low + length) for low, length in zip(starts[mine].tolist(), ends[mine].tolist(), strict=True) if length >= 64]
+    ranges = [
+        (low, low + length)
+        for low, length in zip(starts[mine].tolist(), ends[mine].tolist(), strict=True)
+        if length >= 64
+    ]
     ranges += [(1024, 1024 + 512), (2048, 2048 + 512)] * 3
     maps = 0
-    for number, damaged in enumerate(mutations(data.tobytes(), MUTATIONS, seed=number_of(kind), ranges=ranges)):
+    for number, damaged in enumerate(
+        mutations(data.tobytes(), MUTATIONS, seed=number_of(kind), ranges=ranges)
+    ):
         before = time.process_time()
         maps += survives(damaged) is not None
         assert time.process_time() - before < SECONDS, (kind, number)
@@ -182,11 +201,12 @@ def test_mutated_journals_replay_or_not(tmp_path: Path) -> None:
         survives(damaged)
 
 
-# ---- arithmetic -----------------------------------------------------------------------------------------------------
+# ---- arithmetic --------------------------------------------------------------------------------------------
 
 
 def test_checksums_have_the_published_values() -> None:
-    """The check values of CRC-32/ISCSI and CRC-16/MODBUS for "123456789", and lengths that are no power of two."""
+    """The check values of CRC-32/ISCSI and CRC-16/MODBUS for "123456789", and lengths that are no power of
+    two."""
     assert int(crc16(np.frombuffer(b"123456789", np.uint8)[None, :])[0]) == 0x4B37
     zeroes, ones_ = np.zeros((1, 32), np.uint8), np.full((1, 32), 255, np.uint8)
     assert int(crc32c(zeroes)[0]) ^ 0xFFFFFFFF == 0x8A9136AA  # RFC 3720, B.4
@@ -195,8 +215,12 @@ def test_checksums_have_the_published_values() -> None:
     assert int(crc32c(ascending)[0]) ^ 0xFFFFFFFF == 0x46DD794E
     starts, counts = np.array([0, 3, 8, 2]), np.array([8, 0, 5, 1])
     words, seeds = np.arange(16, dtype="<u4") * 0x01010101, np.array([0xFFFFFFFF, 7, 0, 1], np.uint32)
-    for start, count, seed, found in zip(starts, counts, seeds, crc32c_each(words, starts, counts, seeds), strict=True):
-        assert found == (crc32c(words[start : start + count].view(np.uint8)[None, :], seed)[0] if count else seed)
+    for start, count, seed, found in zip(
+        starts, counts, seeds, crc32c_each(words, starts, counts, seeds), strict=True
+    ):
+        assert found == (
+            crc32c(words[start : start + count].view(np.uint8)[None, :], seed)[0] if count else seed
+        )
     head = crc32c(ascending[:, :12])
     assert int(crc32c(ascending[:, 12:], head)[0]) ^ 0xFFFFFFFF == 0x46DD794E
 
@@ -228,11 +252,13 @@ def test_block_pointers_equal_a_loop(logical: list[int], rng: object) -> None:
     for at in logical:
         expected[at] = _write(root, words, at, free)
     runs, nodes = blocks.read_blocks_of(
-        BytesReader(data), superblock, root.view(np.uint8)[None, :], np.zeros(0, np.int64), np.zeros(1, np.int64),
-        np.zeros(1, np.int64), problems := [],
+        BytesReader(data), superblock, root.view(np.uint8)[None, :], np.zeros(0, np.int64),
+        np.zeros(1, np.int64), np.zeros(1, np.int64), problems := [],
     )  # fmt: skip
     found = {
-        int(low) + i: int(start) + i for low, start, n in zip(runs.logical, runs.start, runs.count, strict=True) for i in range(n)
+        int(low) + i: int(start) + i
+        for low, start, n in zip(runs.logical, runs.start, runs.count, strict=True)
+        for i in range(n)
     }
     assert (found, problems) == (expected, [])
     assert len(nodes[1]) == (words[200:] != 0).any(axis=1).sum()
@@ -267,7 +293,8 @@ def _tiny() -> tuple[ext.superblock.Superblock, np.ndarray]:
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), min_size=1, max_size=12))
 def test_shared_blocks_are_flagged_exactly(pieces: list[tuple[int, int]]) -> None:
-    """Runs of several owners over the same blocks, cut so that the flag covers the shared ones and no others."""
+    """Runs of several owners over the same blocks, cut so that the flag covers the shared ones and no
+    others."""
     n = len(pieces)
     start, count = np.array([a for a, _ in pieces]), np.array([b for _, b in pieces])
     runs = blocks.Runs(np.arange(n), np.arange(n) * 100, start, count, np.zeros(n, bool))
@@ -278,5 +305,7 @@ def test_shared_blocks_are_flagged_exactly(pieces: list[tuple[int, int]]) -> Non
         for o, p, s, c, f in zip(cut.owner, cut.logical, cut.start, cut.count, flags, strict=True)
         for i in range(c)
     }
-    expected = {(k, a + i): (k * 100 + i, users[a + i] > 1) for k, (a, b) in enumerate(pieces) for i in range(b)}
+    expected = {
+        (k, a + i): (k * 100 + i, users[a + i] > 1) for k, (a, b) in enumerate(pieces) for i in range(b)
+    }
     assert found == expected

@@ -37,7 +37,12 @@ MIB = 1 << 20
 LAYOUTS = {
     "plain": (),
     "extra": ("-O", "extra_attr,inode_checksum,sb_checksum,inode_crtime"),
-    "android": ("-O", "encrypt,quota,project_quota,verity,extra_attr,sb_checksum,casefold,compression", "-C", "utf8"),
+    "android": (
+        "-O",
+        "encrypt,quota,project_quota,verity,extra_attr,sb_checksum,casefold,compression",
+        "-C",
+        "utf8",
+    ),
     "sections": ("-s", "2", "-z", "2"),
     "large-nat": ("-i",),
     "read-only": ("-O", "ro"),
@@ -51,7 +56,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("f2fs-source")
     dice = random.Random(7)
     for i in range(60):
-        (root / f"file {i}").write_bytes(dice.randbytes(dice.choice([0, 1, 3000, 3400, 3488, 3692, 4096, 4097, 70_000])))
+        (root / f"file {i}").write_bytes(
+            dice.randbytes(dice.choice([0, 1, 3000, 3400, 3488, 3692, 4096, 4097, 70_000]))
+        )
     (root / "large").write_bytes(dice.randbytes(12 * MIB + 17))
     many = root / "many"
     many.mkdir()
@@ -131,48 +138,91 @@ def test_layout(layout: str, source: Path, tmp_path: Path) -> None:
 def assert_counts(bmap: BlockMap, image: Path) -> None:
     """As many inodes, nodes and blocks as fsck.f2fs finds."""
     said = run("fsck.f2fs", "--dry-run", image).decode()
-    counted = {name: int(value, 16) for name, value in re.findall(r"(valid_\w+_count) match\w+ with CP.*\[0x([0-9a-f]+)\]", said)}
-    rows = [row for row in bmap.extents.to_pylist() if row["inode"] is not None and not row["flags"] & tables.INLINE]
-    nodes = [row for row in rows if row["part"] in ("inode", "direct node", "indirect node") or row["kind"] == "xattr"]
-    assert counted == {"valid_block_count": sum(row["length"] for row in rows) // 4096, "valid_node_count": len(nodes),
+    counted = {
+        name: int(value, 16)
+        for name, value in re.findall(r"(valid_\w+_count) match\w+ with CP.*\[0x([0-9a-f]+)\]", said)
+    }
+    rows = [
+        row
+        for row in bmap.extents.to_pylist()
+        if row["inode"] is not None and not row["flags"] & tables.INLINE
+    ]
+    nodes = [
+        row
+        for row in rows
+        if row["part"] in ("inode", "direct node", "indirect node") or row["kind"] == "xattr"
+    ]
+    assert counted == {"valid_block_count": sum(row["length"] for row in rows) // 4096,
+        "valid_node_count": len(nodes),
                        "valid_inode_count": bmap.inodes.num_rows}  # fmt: skip
 
 
 def test_every_block_is_where_dump_f2fs_says(source: Path, tmp_path: Path) -> None:
-    """Nodes by the NAT; and the summary area, which the reader does not read, knows the node that refers to each block."""
+    """Nodes by the NAT; and the summary area, which the reader does not read, knows the node that refers to
+    each block."""
     bmap = mapped(build(source, tmp_path / "image", *LAYOUTS["extra"]))
     run("sh", "-c", f"cd {tmp_path}; dump.f2fs -n 0~-1 image; dump.f2fs -a 0~-1 image")
-    nat = {nid: (ino, block * 4096) for nid, ino, block in (
-        map(int, found) for found in re.findall(r"nid:\s*(\d+)\s+ino:\s*(\d+)\s+offset:\s*\d+\s+blkaddr:\s*(\d+)", (tmp_path / "dump_nat").read_text()))}  # fmt: skip
+    nat = {
+        nid: (ino, block * 4096)
+        for nid, ino, block in (
+            map(int, found)
+            for found in re.findall(
+                r"nid:\s*(\d+)\s+ino:\s*(\d+)\s+offset:\s*\d+\s+blkaddr:\s*(\d+)",
+                (tmp_path / "dump_nat").read_text(),
+            )
+        )
+    }
     rows = bmap.extents.to_pylist()
-    nodes = {row["volume_offset"]: row["inode"] for row in rows if row["part"] in ("inode", "direct node", "indirect node")}
+    nodes = {
+        row["volume_offset"]: row["inode"]
+        for row in rows
+        if row["part"] in ("inode", "direct node", "indirect node")
+    }
     assert nodes == {place: ino for nid, (ino, place) in nat.items() if nid not in (1, 2)}
     assert any(row["part"] == "indirect node" for row in rows)
-    main = int(np.frombuffer((tmp_path / "image").read_bytes()[1024:4096], ondisk.SUPERBLOCK)["main_blkaddr"][0])
+    main = int(
+        np.frombuffer((tmp_path / "image").read_bytes()[1024:4096], ondisk.SUPERBLOCK)["main_blkaddr"][0]
+    )
     summary = {}
-    for number, body in re.findall(r"segno: ([0-9a-f]+), (?:Current )?Data\n([^s]*)", (tmp_path / "dump_ssa").read_text()):
+    for number, body in re.findall(
+        r"segno: ([0-9a-f]+), (?:Current )?Data\n([^s]*)", (tmp_path / "dump_ssa").read_text()
+    ):
         for place, nid in re.findall(r"\[\s*(\d+):\s*([0-9a-f]+)\]", body):
             summary[(main + int(number, 16) * 512 + int(place)) * 4096] = int(nid, 16)
-    blocks = [(place, row["inode"]) for row in rows if row["kind"] in ("data", "directory", "symlink") and not row["flags"] & tables.INLINE
-              for place in range(row["volume_offset"], row["volume_offset"] + row["length"], 4096)]  # fmt: skip
+    blocks = [
+        (place, row["inode"])
+        for row in rows
+        if row["kind"] in ("data", "directory", "symlink") and not row["flags"] & tables.INLINE
+        for place in range(row["volume_offset"], row["volume_offset"] + row["length"], 4096)
+    ]
     assert len(blocks) > 2000
     assert [inode for _, inode in blocks] == [nat[summary[place]][0] for place, _ in blocks]
 
 
 def test_words_of_the_superblock(source: Path, tmp_path: Path) -> None:
     row = mapped(build(source / "a", tmp_path / "image", *LAYOUTS["found"])).filesystems.to_pylist()[0]
-    assert (row["uuid"], row["label"], row["features"]) == ("01234567-89ab-cdef-0123-456789abcdef", "Größe ✓", "lost_found")
+    assert (row["uuid"], row["label"], row["features"]) == (
+        "01234567-89ab-cdef-0123-456789abcdef",
+        "Größe ✓",
+        "lost_found",
+    )
     assert row["size"] == 200 * MIB
 
 
 def test_parts_are_where_dump_f2fs_says(source: Path, tmp_path: Path) -> None:
     image = build(source / "a", tmp_path / "image")
-    said = dict(re.findall(r"^(\w+)\s+\[0x\s*([0-9a-f]+) :", run("dump.f2fs", "-d", "1", image).decode(), re.M))
+    said = dict(
+        re.findall(r"^(\w+)\s+\[0x\s*([0-9a-f]+) :", run("dump.f2fs", "-d", "1", image).decode(), re.M)
+    )
     number = {name: int(value, 16) for name, value in said.items()}
     rows = {row["part"]: row for row in mapped(image).extents.to_pylist()}
-    for part, name, count in (("SIT", "sit_blkaddr", "segment_count_sit"), ("NAT", "nat_blkaddr", "segment_count_nat"),
+    for part, name, count in (("SIT", "sit_blkaddr", "segment_count_sit"),
+        ("NAT", "nat_blkaddr", "segment_count_nat"),
                               ("SSA", "ssa_blkaddr", "segment_count_ssa")):  # fmt: skip
-        assert (rows[part]["volume_offset"], rows[part]["length"]) == (number[name] * 4096, number[count] * 2 * MIB)
+        assert (rows[part]["volume_offset"], rows[part]["length"]) == (
+            number[name] * 4096,
+            number[count] * 2 * MIB,
+        )
     assert rows["checkpoint pack 1"]["volume_offset"] == number["cp_blkaddr"] * 4096
     assert (
         sum(row["kind"] == "metadata" and row["part"] == "inode" for row in mapped(image).extents.to_pylist())
@@ -180,7 +230,7 @@ def test_parts_are_where_dump_f2fs_says(source: Path, tmp_path: Path) -> None:
     )
 
 
-# ---- behind the checkpoint ------------------------------------------------------------------------------------------
+# ---- behind the checkpoint ---------------------------------------------------------------------------------
 
 
 def newest(image: bytes) -> tuple[np.void, np.void, int]:
@@ -191,8 +241,11 @@ def newest(image: bytes) -> tuple[np.void, np.void, int]:
     return super_, *max(packs, key=lambda pack: int(pack[0]["checkpoint_ver"]))
 
 
-def synced(image: bytes, changes: list[tuple[int, bytes]], node: bytes, version: int | None = None) -> np.ndarray:
-    """The volume with one more node behind the checkpoint, as fsync writes it; `changes` are made in the node."""
+def synced(
+    image: bytes, changes: list[tuple[int, bytes]], node: bytes, version: int | None = None
+) -> np.ndarray:
+    """The volume with one more node behind the checkpoint, as fsync writes it; `changes` are made in the
+    node."""
     data = np.frombuffer(image, np.uint8).copy()
     super_, pack, _ = newest(image)
     at = int(super_["main_blkaddr"]) + int(pack["cur_node_segno"][1]) * 512 + int(pack["cur_node_blkoff"][1])
@@ -207,7 +260,8 @@ def synced(image: bytes, changes: list[tuple[int, bytes]], node: bytes, version:
 
 @pytest.mark.parametrize("unmounted", [True, False])
 def test_journals_in_plain_summaries(unmounted: bool, plain: bytes) -> None:
-    """An entry of the NAT and one of the SIT are moved into the journals; a checkpoint without unmount has no summaries of nodes."""
+    """An entry of the NAT and one of the SIT are moved into the journals; a checkpoint without unmount has no
+    summaries of nodes."""
     before = survey([BytesReader(np.frombuffer(plain, np.uint8))])
     data = np.frombuffer(plain, np.uint8).copy()
     super_, pack, start = newest(plain)
@@ -251,9 +305,14 @@ def test_a_synced_inode_takes_the_place_of_the_older_one(plain: bytes) -> None:
     assert new["size"] == 33
     assert new["record_offset"] != old["record_offset"]
     free = [row for row in bmap.extents.to_pylist() if row["kind"] == "free"]
-    assert any(row["volume_offset"] <= old["record_offset"] < row["volume_offset"] + row["length"] for row in free)
+    assert any(
+        row["volume_offset"] <= old["record_offset"] < row["volume_offset"] + row["length"] for row in free
+    )
     # of an older checkpoint, and of no file: no mount would read these
-    for data in (synced(plain, [], node, version=5), synced(plain, [(4076, struct.pack("<I", 60_000))], node)):
+    for data in (
+        synced(plain, [], node, version=5),
+        synced(plain, [(4076, struct.pack("<I", 60_000))], node),
+    ):
         same = survey([BytesReader(data)])
         assert same.inodes.equals(before.inodes)
         assert same.extents.equals(before.extents)
@@ -273,7 +332,7 @@ def test_a_synced_new_file_has_the_name_that_it_bears(plain: bytes) -> None:
         assert deleted == ([found[expected]] if expected in found else [])
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 def changed(image: bytes, offset: int, data: bytes) -> BlockMap:
@@ -313,7 +372,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_other(small: bytes) -> None:
 
 
 def test_what_is_not_read_is_refused_by_name(small: bytes) -> None:
-    for at, value, words in ((16, 14, "blocks of 2^14"), (2180, 0x8000, "0x8000"), (2201 + 68, 0x2F, "several devices")):
+    for at, value, words in (
+        (16, 14, "blocks of 2^14"),
+        (2180, 0x8000, "0x8000"),
+        (2201 + 68, 0x2F, "several devices"),
+    ):
         data = np.frombuffer(small, np.uint8).copy()
         for start in ondisk.SUPERBLOCKS:
             data[start + at : start + at + 4] = np.frombuffer(struct.pack("<I", value), np.uint8)
@@ -327,7 +390,8 @@ def test_what_is_not_read_is_refused_by_name(small: bytes) -> None:
 
 
 def test_a_compressed_cluster_in_pieces(folder: Path) -> None:
-    """By hand: of the first four blocks the first and the third become a compressed cluster, a released one, and one of the next four is promised."""
+    """By hand: of the first four blocks the first and the third become a compressed cluster, a released one,
+    and one of the next four is promised."""
     image = build(folder / "tree", folder / "packed", *LAYOUTS["android"], size=72 * MIB).read_bytes()
     before = survey([BytesReader(np.frombuffer(image, np.uint8))])
     inode = tree(before, 0)["/large"]
@@ -337,14 +401,30 @@ def test_a_compressed_cluster_in_pieces(folder: Path) -> None:
     block = file_extents(before, 0, inode)[0].offset // 4096
     node["i_flags"] |= 0x4
     node["i_log_cluster_size"] = 2
-    node["i_addr"][0, 9:17] = ondisk.COMPRESS_ADDR, block, block + 2, 0, block + 4, block + 5, 0xFFFFFFFF, block + 7
+    node["i_addr"][0, 9:17] = (
+        ondisk.COMPRESS_ADDR,
+        block,
+        block + 2,
+        0,
+        block + 4,
+        block + 5,
+        0xFFFFFFFF,
+        block + 7,
+    )
     bmap = changed(image, place, node.tobytes())
     rows = [row for row in bmap.extents.to_pylist() if row["inode"] == inode and row["kind"] == "data"]
     found = [
-        (row["file_offset"], row["file_length"], row["volume_offset"] // 4096 - block, row["length"], row["flags"])
+        (
+            row["file_offset"],
+            row["file_length"],
+            row["volume_offset"] // 4096 - block,
+            row["length"],
+            row["flags"],
+        )
         for row in rows
     ]
-    assert found[:4] == [(0, 16384, 0, 4096, tables.COMPRESSED), (0, 16384, 2, 4096, tables.COMPRESSED), (16384, 8192, 4, 8192, 0),
+    assert found[:4] == [(0, 16384, 0, 4096, tables.COMPRESSED), (0, 16384, 2, 4096, tables.COMPRESSED),
+        (16384, 8192, 4, 8192, 0),
                          (28672, found[3][1], 7, found[3][3], 0)]  # fmt: skip
     assert {block + 1, block + 3, block + 6} <= {
         at for row in bmap.extents.to_pylist() if row["kind"] == "unknown"
@@ -384,14 +464,27 @@ def test_damage_behind_right_checksums(small: bytes) -> None:
     cp = int(super_["cp_blkaddr"]) * 4096
     for _ in range(40):
         data = np.frombuffer(small, np.uint8).copy()
-        base, limit, end = [(1024, 124, 3068), (4096 + 1024, 124, 3068), (cp, 192, 4092), (cp + 2 * MIB, 192, 4092)][
-            int(random_.integers(4))
-        ]
+        base, limit, end = [
+            (1024, 124, 3068),
+            (4096 + 1024, 124, 3068),
+            (cp, 192, 4092),
+            (cp + 2 * MIB, 192, 4092),
+        ][int(random_.integers(4))]
         for _ in range(int(random_.integers(1, 4))):
             at = base + int(random_.integers(8, limit)) & ~3
             word = int(
                 random_.choice(
-                    [0, 1, 2, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFFF, 512, int(random_.integers(2**32)), int(random_.integers(9999))]
+                    [
+                        0,
+                        1,
+                        2,
+                        0x7FFFFFFF,
+                        0xFFFFFFFF,
+                        0xFFFF,
+                        512,
+                        int(random_.integers(2**32)),
+                        int(random_.integers(9999)),
+                    ]
                 )
             )
             data[at : at + 4] = np.frombuffer(struct.pack("<I", word), np.uint8)
@@ -411,7 +504,7 @@ def test_the_checksum_of_many_records_is_that_of_zlib() -> None:
         assert checksums.crc32(data).tolist() == expected
 
 
-# ---- real images ----------------------------------------------------------------------------------------------------
+# ---- real images -------------------------------------------------------------------------------------------
 
 
 def test_corpus(corpus: Path, tmp_path: Path) -> None:
@@ -441,7 +534,13 @@ def test_what_a_kernel_says_of_an_aged_volume() -> None:
     for name, (inode, mode, nlink, size, uid, gid, mtime) in told.stat.items():
         row = rows[inode]
         assert found[name] == inode
-        assert (row["mode"], row["nlink"], row["size"], row["uid"], row["gid"]) == (mode, nlink, size, uid, gid), name
+        assert (row["mode"], row["nlink"], row["size"], row["uid"], row["gid"]) == (
+            mode,
+            nlink,
+            size,
+            uid,
+            gid,
+        ), name
         assert row["mtime_ns"] // 10**9 == mtime, name
     for name, said in told.extents.items():
         assert file_extents(bmap, 0, found[name]) == said, name
@@ -453,13 +552,18 @@ def test_what_a_kernel_says_of_an_aged_volume() -> None:
     assert len(packed) > 5
     assert sum(row["flags"] & tables.COMPRESSED != 0 for row in bmap.extents.to_pylist()) > 20
     for name, digest in told.sums.items():
-        data = unpacked(bmap, image, found[name]) if found[name] in packed else content(bmap, [reader], 0, found[name])
+        data = (
+            unpacked(bmap, image, found[name])
+            if found[name] in packed
+            else content(bmap, [reader], 0, found[name])
+        )
         assert hashlib.sha256(data).hexdigest() == digest, name
     reader.close()
 
 
 def unpacked(bmap: BlockMap, image: Path, inode: int) -> bytes:
-    """A file's bytes where some of its clusters are compressed with LZ4 (fs/f2fs/compress.c: clen, five words, then the stream)."""
+    """A file's bytes where some of its clusters are compressed with LZ4 (fs/f2fs/compress.c: clen, five
+    words, then the stream)."""
     mine = [row for row in bmap.extents.to_pylist() if row["inode"] == inode and row["kind"] == "data"]
     size = next(row["size"] for row in bmap.inodes.to_pylist() if row["inode"] == inode)
     result, disk = bytearray(size), image.read_bytes()
@@ -495,7 +599,13 @@ def test_copies_of_a_mounted_volume_are_mapped_as_the_kernel_recovers_them() -> 
         assert set(found) == set(told.stat)
         for path, (inode, mode, nlink, size, uid, gid, mtime) in told.stat.items():
             row = rows[inode]
-            assert (row["mode"], row["nlink"], row["size"], row["uid"], row["gid"]) == (mode, nlink, size, uid, gid), (name, path)
+            assert (row["mode"], row["nlink"], row["size"], row["uid"], row["gid"]) == (
+                mode,
+                nlink,
+                size,
+                uid,
+                gid,
+            ), (name, path)
             assert row["type"] == "directory" or row["mtime_ns"] // 10**9 == mtime, (name, path)
         for path, said in told.extents.items():
             assert file_extents(bmap, 0, found[path]) == said, (name, path)
@@ -504,4 +614,6 @@ def test_copies_of_a_mounted_volume_are_mapped_as_the_kernel_recovers_them() -> 
         deleted = sorted(row["size"] for row in rows.values() if row["flags"] & tables.I_DELETED)
         assert deleted == sorted([size_of(30_000)] + [size_of(350), size_of(77)] * (name == "again")), name
         reader.close()
-    assert states == {name: "frozen" if name in ("none", "moved") else "needs recovery" for name in f2fs_images.CRASHES}
+    assert states == {
+        name: "frozen" if name in ("none", "moved") else "needs recovery" for name in f2fs_images.CRASHES
+    }

@@ -1,4 +1,5 @@
-"""FAT12, FAT16, FAT32: against mtools, fsck.fat and The Sleuth Kit, and against the contents that were put in."""
+"""FAT12, FAT16, FAT32: against mtools, fsck.fat and The Sleuth Kit, and against the contents that were put
+in."""
 
 import re
 import struct
@@ -8,7 +9,18 @@ import numpy as np
 import pytest
 
 from fat_images import FLAVOURS, LARGEST, UTF8, Fat, corpus_images, fill, fsck, head, make, mshowfat
-from support import BytesReader, assert_proven, content, file_extents, mapped, mutations, need, run, survives, tree
+from support import (
+    BytesReader,
+    assert_proven,
+    content,
+    file_extents,
+    mapped,
+    mutations,
+    need,
+    run,
+    survives,
+    tree,
+)
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
@@ -39,7 +51,9 @@ def by_path(bmap: BlockMap) -> dict[str, int]:
 def owned(bmap: BlockMap) -> int:
     """Bytes of clusters that files and directories own or that are bad."""
     kind, length = tables.codes(bmap.extents, "kind"), tables.integers(bmap.extents, "length")
-    mine = np.isin(kind, (tables.DATA, tables.DIRECTORY, tables.UNWRITTEN)) & (tables.integers(bmap.extents, "file_offset") >= 0)
+    mine = np.isin(kind, (tables.DATA, tables.DIRECTORY, tables.UNWRITTEN)) & (
+        tables.integers(bmap.extents, "file_offset") >= 0
+    )
     return int(length[mine].sum())
 
 
@@ -47,7 +61,7 @@ def codes(bmap: BlockMap, severity: str = "") -> set[str]:
     return {row["code"] for row in bmap.problems.to_pylist() if not severity or row["severity"] == severity}
 
 
-# ---- sound volumes --------------------------------------------------------------------------------------------------
+# ---- sound volumes -----------------------------------------------------------------------------------------
 
 
 def test_every_byte_has_the_owner_that_the_fat_says(volume):
@@ -77,7 +91,9 @@ def test_clusters_are_those_of_mtools(volume):
     bmap, inodes = mapped(image), by_path(mapped(image))
     fat = bmap.filesystems.to_pylist()[0]["block_size"]
     start = Heap(image).start
-    for path, pieces in mshowfat(image, [path for path in contents if path.isascii() and contents[path]]).items():
+    for path, pieces in mshowfat(
+        image, [path for path in contents if path.isascii() and contents[path]]
+    ).items():
         mine = [(e.offset, e.length) for e in file_extents(bmap, 0, inodes[path])]
         theirs = [(start + (low - 2) * fat, (high - low + 1) * fat) for low, high in pieces if low]
         assert mine == joined(theirs), path
@@ -127,7 +143,9 @@ def test_sectors_are_those_of_the_sleuth_kit(volume):
         words = run("istat", "-f", "fat", image, number).decode()
         theirs = [int(word) for word in words[words.index("Sectors:") + 8 :].split()]
         mine = [
-            at // sector for e in file_extents(bmap, 0, inodes["/" + path]) for at in range(e.offset, e.offset + e.length, sector)
+            at // sector
+            for e in file_extents(bmap, 0, inodes["/" + path])
+            for at in range(e.offset, e.offset + e.length, sector)
         ]
         count = -(-len(contents["/" + path]) // sector)  # behind the end of the file it says 0
         assert mine[:count] == theirs[:count], path
@@ -192,19 +210,23 @@ def test_volumes_that_mtools_do_not_read(flavour, tmp_path):
             data[table + 16 : table + 24] = struct.pack("<II", 5, 0x0FFFFFFF)
         else:
             data[table + 6 : table + 9] = (5 | 0xFFF << 12).to_bytes(3, "little")
-    data[root : root + 32] = entry(b"TWO CL     ", cluster=4, size=bmap.filesystems.to_pylist()[0]["block_size"] + 1)
+    data[root : root + 32] = entry(
+        b"TWO CL     ", cluster=4, size=bmap.filesystems.to_pylist()[0]["block_size"] + 1
+    )
     image.write_bytes(data)
     bmap = mapped(image)
     assert_proven(bmap)
     assert names_of(bmap) == [b"TWO CL"]
     size = bmap.filesystems.to_pylist()[0]["block_size"]
     heap = Heap(image).start
-    assert [(e.offset, e.length) for e in file_extents(bmap, 0, by_path(bmap)["/TWO CL"])] == [(heap + 2 * size, 2 * size)]
+    assert [(e.offset, e.length) for e in file_extents(bmap, 0, by_path(bmap)["/TWO CL"])] == [
+        (heap + 2 * size, 2 * size)
+    ]
     if wide:
         assert "1 files, 3/" in fsck(image)[1] or "2 files, 3/" in fsck(image)[1]
 
 
-# ---- what is a FAT volume at all ------------------------------------------------------------------------------------
+# ---- what is a FAT volume at all ---------------------------------------------------------------------------
 
 
 def test_a_partition_table_is_no_fat_and_a_fat_no_partition_table(tmp_path):
@@ -222,7 +244,7 @@ def test_a_partition_table_is_no_fat_and_a_fat_no_partition_table(tmp_path):
         assert not looks_like_fat(bytes(wrong)), at
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 
 
 def slots(name: str, short: bytes) -> bytes:
@@ -237,12 +259,16 @@ def slots(name: str, short: bytes) -> bytes:
     result = b""
     for number in range(len(parts), 0, -1):
         part, last = parts[number - 1], 0x40 if number == len(parts) else 0
-        result += struct.pack("<B10sBBB12sH4s", number | last, part[:10], 0x0F, 0, checksum, part[10:22], 0, part[22:])
+        result += struct.pack(
+            "<B10sBBB12sH4s", number | last, part[:10], 0x0F, 0, checksum, part[10:22], 0, part[22:]
+        )
     return result
 
 
 def entry(short: bytes, attribute: int = 0x20, case: int = 0, cluster: int = 0, size: int = 0) -> bytes:
-    return struct.pack("<11sBB7xHHHHI", short, attribute, case, cluster >> 16, 0, 0x2A21, cluster & 0xFFFF, size)
+    return struct.pack(
+        "<11sBB7xHHHHI", short, attribute, case, cluster >> 16, 0, 0x2A21, cluster & 0xFFFF, size
+    )
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +309,10 @@ SHORT = b"SHORT~1 TXT"
         (slots("y" * 255, SHORT) + entry(SHORT), [b"y" * 255]),
         (slots("ä😀ß", SHORT) + entry(SHORT), ["ä😀ß".encode()]),
         (slots("lone \ud83d end", SHORT) + entry(SHORT), [b"lone \xed\xa0\xbd end"]),
-        (slots("a", SHORT) + entry(SHORT) + entry(b"B          ") + slots("ccc", SHORT) + entry(SHORT), [b"a", b"B", b"ccc"]),
+        (
+            slots("a", SHORT) + entry(SHORT) + entry(b"B          ") + slots("ccc", SHORT) + entry(SHORT),
+            [b"a", b"B", b"ccc"],
+        ),
         (slots("wrong checksum", b"OTHER      ") + entry(SHORT), [b"SHORT~1.TXT"]),
         (slots("two slots long", SHORT)[32:] + entry(SHORT), [b"SHORT~1.TXT"]),
         (slots("two slots long", SHORT)[:32] + entry(SHORT), [b"SHORT~1.TXT"]),
@@ -297,7 +326,7 @@ def test_names_by_the_specification(empty, entries, expected):
     assert names_of(in_root(empty, entries)) == expected
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +342,9 @@ def clusters_of(data: np.ndarray, path: str) -> tuple[Fat, list[int]]:
     fat, bmap = Fat(data.tobytes()), survey([BytesReader(data)])
     pieces = file_extents(bmap, 0, by_path(bmap)[path])
     found = [
-        (at - fat.start) // fat.cluster_size + 2 for e in pieces for at in range(e.offset, e.offset + e.length, fat.cluster_size)
+        (at - fat.start) // fat.cluster_size + 2
+        for e in pieces
+        for at in range(e.offset, e.offset + e.length, fat.cluster_size)
     ]
     return fat, found
 
@@ -400,7 +431,12 @@ def test_a_directory_that_contains_itself(empty):
 
 @pytest.mark.parametrize(
     ("cluster", "size", "code"),
-    [(0, 5, "no-clusters"), (60000, 5, "bad-first-cluster"), (1, 5, "bad-first-cluster"), (9, 5, "free-first-cluster")],
+    [
+        (0, 5, "no-clusters"),
+        (60000, 5, "bad-first-cluster"),
+        (1, 5, "bad-first-cluster"),
+        (9, 5, "free-first-cluster"),
+    ],
 )
 def test_a_first_cluster_that_can_not_be(empty, cluster, size, code):
     assert codes(in_root(empty, entry(SHORT, cluster=cluster, size=size)), "error") == {code}
@@ -428,16 +464,21 @@ def test_damage_never_stops_the_reader(flavour, tmp_path):
     image = make(tmp_path, flavour)
     fill(image, tmp_path)
     data = image.read_bytes()
-    end = max(row["volume_offset"] + row["length"] for row in mapped(image).extents.to_pylist() if row["kind"] == "directory")
+    end = max(
+        row["volume_offset"] + row["length"]
+        for row in mapped(image).extents.to_pylist()
+        if row["kind"] == "directory"
+    )
     for mutated in mutations(data, 60, 7, [(0, 512), (512, end), (512, 65536)]):
         survives(mutated)
 
 
-# ---- real volumes ---------------------------------------------------------------------------------------------------
+# ---- real volumes ------------------------------------------------------------------------------------------
 
 
 def test_volumes_that_others_made(corpus, tmp_path):
-    """What fsck.fat calls clean has no problem in the map, as many clusters in use, and the paths that The Sleuth Kit lists."""
+    """What fsck.fat calls clean has no problem in the map, as many clusters in use, and the paths that The
+    Sleuth Kit lists."""
     need("fls", "sleuthkit")
     proven = 0
     for name, image in corpus_images(corpus, tmp_path, "fat"):
@@ -458,7 +499,11 @@ def test_volumes_that_others_made(corpus, tmp_path):
         if not mine or image.stat().st_size > LARGEST:  # The Sleuth Kit looks at every cluster
             continue
         listed = run("fls", "-rpu", "-f", "fat", image, ok=(0, 1)).decode(errors="surrogateescape")
-        theirs = {path for kind, path in re.findall(r"^(\S+) \d+:\t(.*)$", listed, re.M) if kind[0] in "rd" and "$" not in path}
+        theirs = {
+            path
+            for kind, path in re.findall(r"^(\S+) \d+:\t(.*)$", listed, re.M)
+            if kind[0] in "rd" and "$" not in path
+        }
         if listed and all(path.isascii() for path in mine):
             assert {path.strip("/ ") for path in mine} >= {
                 path for path in theirs if not path.endswith("(Volume Label Entry)")

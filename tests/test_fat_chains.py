@@ -5,7 +5,19 @@ import time
 import numpy as np
 import pytest
 
-from virt_bmap.filesystems.fat.chains import BAD, BROKEN, CUT, END, FREE, LOOP, NOTHING, TANGLED, WHOLE, chains_of, read_runs
+from virt_bmap.filesystems.fat.chains import (
+    BAD,
+    BROKEN,
+    CUT,
+    END,
+    FREE,
+    LOOP,
+    NOTHING,
+    TANGLED,
+    WHOLE,
+    chains_of,
+    read_runs,
+)
 
 
 def one_by_one(table: np.ndarray, first: int) -> tuple[list[int], int]:
@@ -40,7 +52,8 @@ def all_at_once(table: np.ndarray, first: np.ndarray, batch: int) -> list[tuple[
 
 
 def sound_table(random: np.random.Generator, n: int, pieces: int) -> tuple[np.ndarray, np.ndarray]:
-    """A table of n clusters where chains are in pieces, some clusters free, and none shared; and where chains begin."""
+    """A table of n clusters where chains are in pieces, some clusters free, and none shared; and where chains
+    begin."""
     table = np.zeros(n, np.int64)
     cuts = np.unique(random.integers(0, n, pieces))
     parts = [part for part in np.split(np.arange(2, n + 2), cuts) if len(part)]
@@ -71,7 +84,10 @@ def test_sound_tables(seed):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_tables_full_of_nonsense(seed):
-    """Random links: chains meet and go round. What is followed to the end is right, and nothing is followed for ever."""
+    """Random links: chains meet and go round.
+
+    What is followed to the end is right, and nothing is followed for ever.
+    """
     random = np.random.default_rng(seed)
     n = int(random.integers(1, 60))
     table = random.integers(2, n + 2, n)
@@ -98,8 +114,11 @@ def test_a_chain_in_a_quarter_of_a_million_pieces_takes_a_moment():
     table[order[:-1] - 2], table[order[-1] - 2] = order[1:], END
     start = time.process_time()
     found = chains_of(read_runs([table])).follow(order[:1])
-    assert time.process_time() - start < 5  # 0.3 s on a quiet machine; a step a piece would take a quarter of a minute
-    assert np.repeat(found.cluster, found.count).shape == (n - int((np.diff(order) == 1).sum()) + int((found.count - 1).sum()),)
+    # 0.3 s on a quiet machine; a step a piece would take a quarter of a minute
+    assert time.process_time() - start < 5
+    assert np.repeat(found.cluster, found.count).shape == (
+        n - int((np.diff(order) == 1).sum()) + int((found.count - 1).sum()),
+    )
     assert found.length.tolist() == [n]
     assert found.fate.tolist() == [WHOLE]
 

@@ -25,15 +25,23 @@ NAMELESS = ("dm-thin-empty-data",)
 
 
 def foreign_images(corpus: Path) -> list[tuple[str, Path]]:
-    """(kind, file) of the images of the inventory that only `foreign` can name; archives of several are left out, and what takes long to unpack."""
+    """(kind, file) of the images of the inventory that only `foreign` can name; archives of several are left
+    out, and what takes long to unpack."""
 
     def is_small(row: list[str]) -> bool:
         size = re.match(r"real=(\d+)", row[6])
         return size is None or int(size[1]) <= LARGE
 
     rows = [line.split("\t") for line in (corpus / "INVENTORY.tsv").read_text().splitlines()[1:]]
-    return [(row[5], corpus / row[0]) for row in rows
-            if not READ_ELSEWHERE.match(row[5]) and ".tar." not in row[0] and not row[0].endswith(".zip") and is_small(row) and not any(name in row[0] for name in NAMELESS)]  # fmt: skip
+    return [
+        (row[5], corpus / row[0])
+        for row in rows
+        if not READ_ELSEWHERE.match(row[5])
+        and ".tar." not in row[0]
+        and not row[0].endswith(".zip")
+        and is_small(row)
+        and not any(name in row[0] for name in NAMELESS)
+    ]
 
 
 def unpacked(path: Path, where: Path) -> Path:
@@ -57,9 +65,17 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
         name = foreign.recognise(reader)
         reader.close()
         assert name, (kind, path)
-        said = run(blkid, "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", image, ok=(0, 2, 8)).decode().split()
+        said = (
+            run(blkid, "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", image, ok=(0, 2, 8))
+            .decode()
+            .split()
+        )
         # a fixed VHD, a hybrid disc and a disk with two signatures are more than one thing
-        assert not said or name in said or name in ("VHD image", "hfs", "hfsplus", "scoutfs"), (path, name, said)
+        assert not said or name in said or name in ("VHD image", "hfs", "hfsplus", "scoutfs"), (
+            path,
+            name,
+            said,
+        )
         checked += 1
     assert checked > 60
 
@@ -94,7 +110,11 @@ def test_every_row_is_reachable() -> None:
 def test_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
     disk, calls = _disk(b"hello", 0), []
     original = BytesReader._fetch
-    monkeypatch.setattr(BytesReader, "_fetch", lambda self, offsets, lengths: calls.append(1) or original(self, offsets, lengths))
+    monkeypatch.setattr(
+        BytesReader,
+        "_fetch",
+        lambda self, offsets, lengths: calls.append(1) or original(self, offsets, lengths),
+    )
     assert foreign.recognise(disk) is None
     assert len(calls) <= 3
 

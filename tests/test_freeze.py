@@ -90,15 +90,19 @@ def state(disk: Path) -> str:
 
 def hashes(root: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*") if path.is_file()
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file()
     }
 
 
-# ---- this host ------------------------------------------------------------------------------------------------------
+# ---- this host ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_a_copy_made_meanwhile_is_consistent_and_one_made_without_needs_recovery(kind: str, tmp_path: Path) -> None:
+def test_a_copy_made_meanwhile_is_consistent_and_one_made_without_needs_recovery(
+    kind: str, tmp_path: Path
+) -> None:
     """The copy, mounted without recovery, has the very files that the frozen filesystem had."""
     disk, copy = image(tmp_path, kind, "320M"), tmp_path / "copy.img"
     with mounted(disk) as root, writing(root):
@@ -119,7 +123,9 @@ def test_a_copy_made_meanwhile_is_consistent_and_one_made_without_needs_recovery
     assert state(disk) == "clean"
 
 
-def test_a_file_deleted_while_it_is_open_tells_frozen_from_unmounted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_deleted_while_it_is_open_tells_frozen_from_unmounted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     disk, copy = image(tmp_path), tmp_path / "copy.img"
     with mounted(disk) as root, open(root / "gone", "wb") as file:
         file.write(b"x" * 5000)
@@ -136,36 +142,53 @@ def test_a_file_deleted_while_it_is_open_tells_frozen_from_unmounted(tmp_path: P
 
 def test_the_commands_exit_status_is_passed_on_and_all_is_thawed(mount: Path) -> None:
     done = subprocess.run(
-        program("--mount", mount, "--", "sh", "-c", "echo hello; exit 7"), capture_output=True, text=True, **LAST
+        program("--mount", mount, "--", "sh", "-c", "echo hello; exit 7"),
+        capture_output=True,
+        text=True,
+        **LAST,
     )
     assert (done.returncode, done.stdout) == (7, "hello\n")
     assert done.stderr.startswith("virt-bmap: frozen for ")
     assert_thawed(mount)
-    done = subprocess.run(program("-q", "--mount", mount, "--", "sh", "-c", "kill -9 $$"), capture_output=True, text=True, **LAST)
+    done = subprocess.run(
+        program("-q", "--mount", mount, "--", "sh", "-c", "kill -9 $$"),
+        capture_output=True,
+        text=True,
+        **LAST,
+    )
     assert (done.returncode, done.stderr) == (128 + 9, "")
     assert_thawed(mount)
 
 
 def test_nobody_writes_meanwhile(mount: Path) -> None:
     command = f"(echo x > {mount}/file; echo written) & sleep 1; echo end"
-    done = subprocess.run(program("--mount", mount, "--", "sh", "-c", command), capture_output=True, text=True, **LAST)
+    done = subprocess.run(
+        program("--mount", mount, "--", "sh", "-c", command), capture_output=True, text=True, **LAST
+    )
     assert done.stdout == "end\nwritten\n"
 
 
 def test_the_time_limit_thaws_and_ends_the_command(mount: Path) -> None:
     begin = time.monotonic()
     done = subprocess.run(
-        program("--timeout", "0.7", "--mount", mount, "--", "sleep", "50"), capture_output=True, text=True, **LAST
+        program("--timeout", "0.7", "--mount", mount, "--", "sleep", "50"),
+        capture_output=True,
+        text=True,
+        **LAST,
     )
     assert time.monotonic() - begin < 20
     assert done.returncode == 1
-    assert done.stderr == "virt-bmap: thawed when the limit of 0.7 seconds was over: what was copied is not consistent\n"
+    assert (
+        done.stderr
+        == "virt-bmap: thawed when the limit of 0.7 seconds was over: what was copied is not consistent\n"
+    )
     assert_thawed(mount)
 
 
 def started(mount: Path) -> "subprocess.Popen[str]":
     """A freeze whose command says that it runs."""
-    process = subprocess.Popen(program("--mount", mount, "--", "sh", "-c", "echo frozen; exec sleep 30"), text=True, stdout=subprocess.PIPE,
+    process = subprocess.Popen(program("--mount", mount, "--", "sh", "-c", "echo frozen; exec sleep 30"),
+        text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
     assert process.stdout
     assert process.stdout.readline() == "frozen\n"
@@ -205,7 +228,9 @@ def test_where_the_keeper_is_killed_the_other_process_thaws(mount: Path) -> None
 
 
 def test_thawed_by_someone_else_is_said(mount: Path) -> None:
-    done = subprocess.run(program("--mount", mount, "--", "fsfreeze", "-u", mount), capture_output=True, text=True, **LAST)
+    done = subprocess.run(
+        program("--mount", mount, "--", "fsfreeze", "-u", mount), capture_output=True, text=True, **LAST
+    )
     assert (done.returncode, done.stderr) == (
         1,
         "virt-bmap: someone else has thawed the filesystems meanwhile: what was copied is not consistent\n",
@@ -228,7 +253,9 @@ def test_a_filesystem_in_a_file_on_another_is_frozen_first(mount: Path, inner_fi
         (inner / "dirty").write_bytes(os.urandom(1_000_000))
         folders = [inner, mount] if inner_first else [mount, inner]
         options = [part for folder in folders for part in ("--mount", folder)]
-        done = subprocess.run(program("--timeout", "20", *options, "--", "true"), capture_output=True, text=True, **LAST)
+        done = subprocess.run(
+            program("--timeout", "20", *options, "--", "true"), capture_output=True, text=True, **LAST
+        )
         assert done.returncode == 0, done.stderr
         assert_thawed(inner)
         assert_thawed(mount)
@@ -256,19 +283,33 @@ def test_bad_input_is_one_clear_line(mount: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert said("--mount", tmp_path / "nothing", "--", "true") == f"{tmp_path}/nothing: there is no such directory"
-    assert said("--mount", "/proc", "--", "true") == "/proc (proc): can't be frozen: a filesystem of its type can't be frozen"
+    assert (
+        said("--mount", tmp_path / "nothing", "--", "true")
+        == f"{tmp_path}/nothing: there is no such directory"
+    )
+    assert (
+        said("--mount", "/proc", "--", "true")
+        == "/proc (proc): can't be frozen: a filesystem of its type can't be frozen"
+    )
     assert said("--mount", mount, "--mount", "/proc", "--", "true").startswith("/proc")
     assert_thawed(mount)
     assert said("--mount", mount, "--", "no-such-command") == "no-such-command: no such command"
     assert said("--mount", mount, "--timeout", "0", "--", "true") == "--timeout: a number of seconds above 0"
-    assert said("--mount", mount, "--timeout", "nan", "--", "true") == "--timeout: a number of seconds above 0"
+    assert (
+        said("--mount", mount, "--timeout", "nan", "--", "true") == "--timeout: a number of seconds above 0"
+    )
     assert "--agent SOCKET" in said("true")
     assert "--agent" in said("--mount", mount, "--mountpoint", "/", "--", "true")
     with open(mount / "out", "w") as file:
-        done = subprocess.run(program("--mount", mount, "--", "true"), stdout=file, stderr=subprocess.PIPE, text=True, **LAST)
+        done = subprocess.run(
+            program("--mount", mount, "--", "true"), stdout=file, stderr=subprocess.PIPE, text=True, **LAST
+        )
     assert done.returncode == 1
-    assert done.stderr == f"virt-bmap: standard output goes to a file on {mount}, which is to be frozen: send it somewhere else\n"
+    assert (
+        done.stderr
+        == f"virt-bmap: standard output goes to a file on {mount}, which is to be frozen: send it "
+        "somewhere else\n"
+    )
     assert (
         said("--agent", tmp_path / "nothing", "--", "true")
         == f"{tmp_path}/nothing: can't be connected to: No such file or directory"
@@ -284,14 +325,17 @@ def test_without_root_it_says_so(tmp_path: Path) -> None:
         root.chmod(0o755)
         code = f"from virt_bmap.freeze.mounts import Mounts\nMounts(['{root}']).freeze(9)"
         if subprocess.run(
-            ["setpriv", "--reuid", "65534", sys.executable, "-c", "import virt_bmap.errors"], capture_output=True
+            ["setpriv", "--reuid", "65534", sys.executable, "-c", "import virt_bmap.errors"],
+            capture_output=True,
         ).returncode:
             pytest.skip("the tests lie where another user can't read them")
-        done = subprocess.run(["setpriv", "--reuid", "65534", sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run(
+            ["setpriv", "--reuid", "65534", sys.executable, "-c", code], capture_output=True, text=True
+        )
         assert done.stderr.splitlines()[-1].endswith("can't be frozen: freezing needs root")
 
 
-# ---- a guest's agent, played ----------------------------------------------------------------------------------------
+# ---- a guest's agent, played -------------------------------------------------------------------------------
 
 
 def objects(link: socket.socket) -> Iterator[dict]:
@@ -307,8 +351,9 @@ def objects(link: socket.socket) -> Iterator[dict]:
 
 @contextlib.contextmanager
 def played(path: Path, answer: Callable[[dict, int], object]) -> Iterator[list[str]]:
-    """An agent that serves one client after the other; `answer` is given each command and the connection's number, and returns what to send, an exception
-    to hang up, or None to keep silent. Yields the commands so far."""
+    """An agent that serves one client after the other; `answer` is given each command and the connection's
+    number, and returns what to send, an exception to hang up, or None to keep silent. Yields the commands
+    so far."""
     commands: list[str] = []
     links: list[socket.socket] = []
     server = socket.socket(socket.AF_UNIX)
@@ -386,10 +431,20 @@ def test_an_agent_that_is_silent_is_named(agent: agents.Agent, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "noise",
-    [b"220 mail.example.org ESMTP\n", b"\xff\xfe\n", b"[]\n", b'{"return": 1}\n', b'{"error": {}}\n', b"x" * 100000 + b"\n"],
+    [
+        b"220 mail.example.org ESMTP\n",
+        b"\xff\xfe\n",
+        b"[]\n",
+        b'{"return": 1}\n',
+        b'{"error": {}}\n',
+        b"x" * 100000 + b"\n",
+    ],
 )
 def test_what_is_no_agent_is_named(agent: agents.Agent, tmp_path: Path, noise: bytes) -> None:
-    with played(tmp_path / "agent", lambda *_: noise), pytest.raises(BmapError, match=r"is no guest agent|no agent answers"):
+    with (
+        played(tmp_path / "agent", lambda *_: noise),
+        pytest.raises(BmapError, match=r"is no guest agent|no agent answers"),
+    ):
         agent.freeze(5)
 
 
@@ -415,7 +470,10 @@ def test_a_refused_freeze_is_thawed_and_has_the_agents_words(agent: agents.Agent
             return {"error": {"class": "GenericError", "desc": "failed to freeze /mnt: Input/output error"}}
         return model(command, connection)
 
-    with played(tmp_path / "agent", refuses) as commands, pytest.raises(FreezeError, match="failed to freeze /mnt"):
+    with (
+        played(tmp_path / "agent", refuses) as commands,
+        pytest.raises(FreezeError, match="failed to freeze /mnt"),
+    ):
         agent.freeze(5)
     assert commands[-1] == "guest-fsfreeze-thaw"
     assert not model.frozen
@@ -490,28 +548,33 @@ def test_only_the_mount_points_that_are_named_are_frozen(tmp_path: Path) -> None
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     code = "import sys; sys.modules['qemu.qmp'] = None; from virt_bmap.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code.replace("from", "from virt_bmap.freeze.keeper import freezer_of\nfrom virt_bmap.freeze import Guest\n"
+    done = subprocess.run([sys.executable, "-c",
+            code.replace("from", "from virt_bmap.freeze.keeper import freezer_of\nfrom virt_bmap.freeze "
+                "import Guest\n"
                            "freezer_of(Guest('x'))\nfrom")], capture_output=True, text=True)  # fmt: skip
     assert "pip install 'virt-bmap[agent]'" in done.stderr.splitlines()[-1]
 
 
-# ---- a real guest ---------------------------------------------------------------------------------------------------
+# ---- a real guest ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.guest
 def test_a_guest_that_writes_hard(tmp_path: Path) -> None:
-    """Copied while frozen its disks are consistent, copied without they need recovery; killed with SIGKILL it is thawed."""
+    """Copied while frozen its disks are consistent, copied without they need recovery; killed with SIGKILL it
+    is thawed."""
     with agent_guest.running(tmp_path) as guest:
         copies = {name: tmp_path / name for name in ("live", "frozen")}
         for folder in copies.values():
             folder.mkdir()
         time.sleep(2)
         run("cp", "--sparse=always", *guest.disks, copies["live"])
-        done = subprocess.run(program("--agent", guest.socket, "--", "cp", "--sparse=always", *guest.disks, copies["frozen"]),
+        done = subprocess.run(program("--agent", guest.socket, "--", "cp", "--sparse=always", *guest.disks,
+                copies["frozen"]),
                               capture_output=True, text=True, **LAST)  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stderr.strip().endswith(": 2 filesystems of the guest")
-        killed = subprocess.Popen(program("--agent", guest.socket, "--", "sh", "-c", "echo frozen; exec sleep 20"), stdout=subprocess.PIPE,
+        killed = subprocess.Popen(program("--agent", guest.socket, "--", "sh", "-c",
+                "echo frozen; exec sleep 20"), stdout=subprocess.PIPE,
                                   start_new_session=True)  # fmt: skip
         assert killed.stdout
         assert killed.stdout.readline() == b"frozen\n"

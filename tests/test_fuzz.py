@@ -1,4 +1,5 @@
-"""The fuzzer itself: damage that is undone and repeated, checksums that the formats' own tools accept, faults that are seen."""
+"""The fuzzer itself: damage that is undone and repeated, checksums that the formats' own tools accept, faults
+that are seen."""
 
 import contextlib
 import io
@@ -40,7 +41,7 @@ def work() -> Iterator[Path]:
         yield Path(folder)
 
 
-# ---- damage -------------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 def test_a_patch_is_what_differs_and_makes_the_damage_again(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_grown_disk_is_read_as_a_large_one(tmp_path: Path, work: Path) -> None
     pytest.fail("no grown image was mapped at its size")
 
 
-# ---- checksums ----------------------------------------------------------------------------------------------------------
+# ---- checksums ---------------------------------------------------------------------------------------------
 
 
 def is_clean(command: list[str], image: Path) -> bool:
@@ -112,7 +113,8 @@ CHECKERS = {
     "btrfs": (["btrfs", "check", "--force"], "btrfs-progs", 0),
     "exfat": (["fsck.exfat", "-n"], "exfatprogs", 0),
 }
-"""A format's own checker, its package, and where in an inode a time lies, which nobody can call wrong (0: not tried)."""
+"""A format's own checker, its package, and where in an inode a time lies, which nobody can call wrong (0: not
+tried)."""
 
 
 @pytest.mark.parametrize("name", CHECKERS)
@@ -124,7 +126,8 @@ def test_what_is_sealed_is_right_for_the_formats_own_checker(name: str, tmp_path
     path = image.disks[0].path
     assert is_clean(command, path)
     starts = [unit.start for unit in image.sealer.units if unit.end - unit.start in (128, 256, 512)]
-    inodes = [at for at in starts if image.disks[0].read(at, 2) in (b"IN", b"\xa4\x81")]  # XFS' magic; the mode of a plain file
+    # XFS' magic; the mode of a plain file
+    inodes = [at for at in starts if image.disks[0].read(at, 2) in (b"IN", b"\xa4\x81")]
     places = [at + time for at in inodes] if time else []
     for at in places:
         image.disks[0].write(at, bytes([image.disks[0].read(at, 1)[0] ^ 1]))
@@ -136,11 +139,16 @@ def test_what_is_sealed_is_right_for_the_formats_own_checker(name: str, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("xfs", 200), ("btrfs", 100), ("ntfs", 200), ("exfat", 80), ("iso-udf", 400), ("udf-512", 15), ("erofs", 1), ("f2fs", 150), ("gpt", 8), ("lvm", 10),
-     ("lvm-thin", 8), ("md-raid1", 2), ("md-raid5", 3), ("luks2", 2), ("bitlocker", 3), ("sgi", 1), ("sun", 1), ("vhd", 3), ("vhdx", 5), ("ext4-dirty", 280)],
+    [("xfs", 200), ("btrfs", 100), ("ntfs", 200), ("exfat", 80), ("iso-udf", 400), ("udf-512", 15),
+        ("erofs", 1), ("f2fs", 150), ("gpt", 8), ("lvm", 10),
+     ("lvm-thin", 8), ("md-raid1", 2), ("md-raid5", 3), ("luks2", 2), ("bitlocker", 3), ("sgi", 1),
+     ("sun", 1), ("vhd", 3), ("vhdx", 5), ("ext4-dirty", 280)],
 )  # fmt: skip
 def test_sealed_structures_are_found(name: str, least: int, tmp_path: Path, work: Path) -> None:
-    """As many as the tools made: each computes, on what they wrote, what they wrote. And each notices a change."""
+    """As many as the tools made: each computes, on what they wrote, what they wrote.
+
+    And each notices a change.
+    """
     image = Image(seed(name, tmp_path / "seeds"), work)
     assert len(image.sealer.units) >= least
     noticed = 0
@@ -155,7 +163,7 @@ def test_sealed_structures_are_found(name: str, least: int, tmp_path: Path, work
     assert noticed > 0.9 * len(image.sealer.units)
 
 
-# ---- campaigns ----------------------------------------------------------------------------------------------------------
+# ---- campaigns ---------------------------------------------------------------------------------------------
 
 PATCHED = """
 import sys, time
@@ -175,7 +183,8 @@ FAULTS = {
     "hang": ("    while True: pass", "hang at the fuzzer"),
     "memory": ("    kept = b'1' * (300 << 20)", "memory: more than 200 MiB in broken of swap"),
     "death": ("    import os; os._exit(3)", "died (status 768) in swap"),
-    "hang outside": ("    import ctypes; ctypes.CDLL(None).pause()", "hang outside Python (status 9) in swap"),
+    "hang outside": ("    import ctypes; ctypes.CDLL(None).pause()",
+        "hang outside Python (status 9) in swap"),
 }  # fmt: skip
 
 
@@ -185,7 +194,12 @@ def campaign(fault: str, folder: Path, mutations: int) -> dict:
         (made,) = small_images.make("swap", folder)
         assert made == image
     script = PATCHED.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), fault=fault, image=str(image), found=str(folder / "found"), mutations=mutations
+        root=str(ROOT),
+        tests=str(ROOT / "tests"),
+        fault=fault,
+        image=str(image),
+        found=str(folder / "found"),
+        mutations=mutations,
     )
     run(sys.executable, "-c", script)
     return json.loads((folder / "found" / "summary.json").read_text())
@@ -230,7 +244,8 @@ def test_a_fault_is_made_smaller_and_comes_again(tmp_path: Path) -> None:
         mutations=0,
     )
     script = (
-        script[: script.index("summary = ")] + f"from tools.fuzz import again\nprint(again.smaller(found, Path({str(folder)!r})))"
+        script[: script.index("summary = ")]
+        + f"from tools.fuzz import again\nprint(again.smaller(found, Path({str(folder)!r})))"
     )
     run(sys.executable, "-c", script)
     ((_, patch),) = json.loads((folder / "small.json").read_text())["patches"]
@@ -240,13 +255,19 @@ def test_a_fault_is_made_smaller_and_comes_again(tmp_path: Path) -> None:
 
 
 def test_files_beside_images_are_damaged_and_read(tmp_path: Path) -> None:
-    """Tables with other values are still Parquet; lines are still lines; each number is one damage, and the file is whole again."""
+    """Tables with other values are still Parquet; lines are still lines; each number is one damage, and the
+    file is whole again."""
     kept = os.getcwd()
     made = {name: seed(name, tmp_path / "seeds") for name in ("ext4", "lvm", "gpt", "qcow2")}
     makers = beside.make(tmp_path / "beside", made)
     assert {name.split("-")[1] for name in makers} == {"map", "textmap", "trace", "profile", "log", "ranges"}
     readable = 0
-    for name in ("beside-map-lvm.parquet", "beside-trace-trace.parquet", "beside-log-fio-3", "beside-ranges-ddrescue"):
+    for name in (
+        "beside-map-lvm.parquet",
+        "beside-trace-trace.parquet",
+        "beside-log-fio-3",
+        "beside-ranges-ddrescue",
+    ):
         file = makers[name]()
         whole = file.patches()
         damages = []
@@ -255,7 +276,8 @@ def test_files_beside_images_are_damaged_and_read(tmp_path: Path) -> None:
             damages.append(file.patches())
             with contextlib.suppress(pa.ArrowException, OSError):
                 readable += (
-                    name.endswith("parquet") and pq.read_table(io.BytesIO(bytes.fromhex(damages[-1][0][1][0][1]))) is not None
+                    name.endswith("parquet")
+                    and pq.read_table(io.BytesIO(bytes.fromhex(damages[-1][0][1][0][1]))) is not None
                 )
             file.restore()
             assert file.patches() == whole

@@ -1,4 +1,5 @@
-"""Every format grown by holes: numbers that say how large a disk is raised, alone and together, checksums right again. Memory and time follow what is stored.
+"""Every format grown by holes: numbers that say how large a disk is raised, alone and together, checksums
+right again. Memory and time follow what is stored.
 
 Honest giants, as the formats' own tools make them, are mapped and proven all the same.
 """
@@ -31,7 +32,8 @@ MEMORY, SECONDS = 1 << 30, 10
 """Of which the process's own, before anything is read, is some hundred MiB."""
 ADDRESS_SPACE = 6 << 30
 POWERS = (12, 20, 34)
-"""By which whole disks grow: into sizes where all tables are still built, where some are, and beyond all that can be."""
+"""By which whole disks grow: into sizes where all tables are still built, where some are, and beyond all that
+can be."""
 ALONE, FEW = (20, 62), 12
 """By which numbers alone grow, and of how many."""
 
@@ -43,7 +45,10 @@ class Cost(NamedTuple):
 
 
 def cost(of: Callable[[], str]) -> Cost:
-    """What a call takes in a process of its own; what it returns, or the line it ends with. Any other end fails."""
+    """What a call takes in a process of its own; what it returns, or the line it ends with.
+
+    Any other end fails.
+    """
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         said = "died"
@@ -63,7 +68,11 @@ def cost(of: Callable[[], str]) -> Cost:
     with open(read, "rb") as file:
         data = file.read()
     _, status, used = os.wait4(child, 0)
-    return Cost(used.ru_maxrss << 10, used.ru_utime + used.ru_stime, data.decode() if status == 0 else f"fault: status {status}")
+    return Cost(
+        used.ru_maxrss << 10,
+        used.ru_utime + used.ru_stime,
+        data.decode() if status == 0 else f"fault: status {status}",
+    )
 
 
 def assert_small(found: Cost, what: object) -> None:
@@ -73,7 +82,7 @@ def assert_small(found: Cost, what: object) -> None:
     assert found.seconds < SECONDS, (what, found)
 
 
-# ---- grown by holes -----------------------------------------------------------------------------------------------------
+# ---- grown by holes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -124,7 +133,7 @@ def test_growing_costs_nothing(family: str, tmp_path: Path, work: Path) -> None:
         image.close()
 
 
-# ---- tables in holes ----------------------------------------------------------------------------------------------------
+# ---- tables in holes ---------------------------------------------------------------------------------------
 
 
 def patched(path: Path, size: int, *fields: tuple[int, str, int]) -> Path:
@@ -146,7 +155,14 @@ def fat32(folder: Path) -> Path:
 def exfat(folder: Path) -> Path:
     """2^32 clusters, their FAT of 16 GiB in a hole."""
     (path,) = small_images.make("exfat", folder)
-    return patched(path, 1 << 45, (72, "<Q", 1 << 36), (84, "<I", 1 << 25), (88, "<I", (1 << 25) + 4096), (92, "<I", 0xFFFFFFF5))
+    return patched(
+        path,
+        1 << 45,
+        (72, "<Q", 1 << 36),
+        (84, "<I", 1 << 25),
+        (88, "<I", (1 << 25) + 4096),
+        (92, "<I", 0xFFFFFFF5),
+    )
 
 
 def vdi(folder: Path) -> Path:
@@ -191,7 +207,8 @@ def test_one_extent_is_no_thousand_filesystems(tmp_path: Path) -> None:
         pytest.skip(str(reason))
     text = disk.read_bytes()[4096 + 512 :].split(b"\0")[0].decode()
     volumes = [
-        small_images.LINEAR.format(name=f"lv{n}", id=f"{n:032d}", visible=', "VISIBLE"', count=4, at=0) for n in range(300)
+        small_images.LINEAR.format(name=f"lv{n}", id=f"{n:032d}", visible=', "VISIBLE"', count=4, at=0)
+        for n in range(300)
     ]
     head, _, _ = text.partition("logical_volumes")
     small_images.write_lvm_text(disk, (head + "logical_volumes {\n" + "\n".join(volumes) + "\n} }").encode())
@@ -200,10 +217,11 @@ def test_one_extent_is_no_thousand_filesystems(tmp_path: Path) -> None:
         assert bmap.problems.column("code").to_pylist().count("two-owners") == 299
 
 
-# ---- honest giants ------------------------------------------------------------------------------------------------------
+# ---- honest giants -----------------------------------------------------------------------------------------
 
 GIANTS: dict[str, tuple[int, Sequence[str], str]] = {
-    "ext4": (15 << 40, ("mke2fs", "-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"), "e2fsprogs"),
+    "ext4": (15 << 40, ("mke2fs", "-q", "-F", "-t", "ext4", "-E",
+            "lazy_itable_init=1,lazy_journal_init=1,nodiscard"), "e2fsprogs"),
     "xfs": (16 << 40, ("mkfs.xfs", "-q", "-K"), "xfsprogs"),
     "btrfs": (2 << 40, ("mkfs.btrfs", "-q", "-K"), "btrfs-progs"),
     "vfat": (2 << 40, ("mkfs.fat", "-F", "32", "-s", "128"), "dosfstools"),
@@ -231,7 +249,11 @@ def test_an_honest_giant_in_holes_is_proven(name: str, work: Path) -> None:
             assert "error" not in bmap.problems.column("severity").to_pylist()
             report = check(bmap)
             assert not report.disagreements
-            return "proven" if PROVEN in {one.result for one in report.verdicts if one.subject == "allocator"} else "not proven"
+            return (
+                "proven"
+                if PROVEN in {one.result for one in report.verdicts if one.subject == "allocator"}
+                else "not proven"
+            )
 
     found = cost(proven)
     assert found.said == "proven"

@@ -1,4 +1,5 @@
-"""A real guest boots by itself from a disk that is watched, and the log names the kernel and the initramfs that it loaded."""
+"""A real guest boots by itself from a disk that is watched, and the log names the kernel and the initramfs
+that it loaded."""
 
 import os
 import subprocess
@@ -22,13 +23,23 @@ ROOT = 2 << 20
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the demo leaves."""
-    for tool, package in (("qemu-system-x86_64", "qemu-system-x86"), ("nbdkit", "nbdkit"), ("grub-mkimage", "grub-common"),
-                          ("lvm", "lvm2"), ("debugfs", "e2fsprogs"), ("sfdisk", "fdisk"), ("cpio", "cpio"), ("qemu-img", "qemu-utils")):  # fmt: skip
+    for tool, package in (
+        ("qemu-system-x86_64", "qemu-system-x86"),
+        ("nbdkit", "nbdkit"),
+        ("grub-mkimage", "grub-common"),
+        ("lvm", "lvm2"),
+        ("debugfs", "e2fsprogs"),
+        ("sfdisk", "fdisk"),
+        ("cpio", "cpio"),
+        ("qemu-img", "qemu-utils"),
+    ):
         need(tool, package)
     if not os.path.exists("/usr/lib/grub/i386-pc/boot.img"):
         pytest.skip("GRUB for BIOS machines is not installed (apt-get install grub-pc-bin)")
     out = tmp_path_factory.mktemp("demo")
-    built = subprocess.run([sys.executable, DEMO / "build.py", out / "disk.img"], capture_output=True, text=True)
+    built = subprocess.run(
+        [sys.executable, DEMO / "build.py", out / "disk.img"], capture_output=True, text=True
+    )
     if "pip download" in built.stderr:
         pytest.skip(f"the guest's package can't be had here: {built.stderr.strip()[-200:]}")
     assert built.returncode == 0, built.stderr
@@ -67,9 +78,15 @@ def test_the_log_names_what_the_boot_loader_and_the_system_read(demo: Path) -> N
 
 @pytest.mark.guest
 def test_the_trace_has_every_byte_of_kernel_and_initramfs(demo: Path) -> None:
-    """GRUB read these files whole: so must the trace say, byte for byte, with the offsets that debugfs gives."""
-    objects = [(o["path"], o["offset"], o["length"], o["file_offset"]) for row in pq.read_table(demo / "trace.parquet").to_pylist()
-               if row["op"] == "read" for o in row["objects"] if o["device"] == "/dev/demo/root" and o["kind"] == "data"]  # fmt: skip
+    """GRUB read these files whole: so must the trace say, byte for byte, with the offsets that debugfs
+    gives."""
+    objects = [
+        (o["path"], o["offset"], o["length"], o["file_offset"])
+        for row in pq.read_table(demo / "trace.parquet").to_pylist()
+        if row["op"] == "read"
+        for o in row["objects"]
+        if o["device"] == "/dev/demo/root" and o["kind"] == "data"
+    ]
     for path in BOOT:
         where, size = blocks(demo / "disk.img", path)
         seen = np.zeros(len(where) * 4096, bool)
@@ -77,7 +94,9 @@ def test_the_trace_has_every_byte_of_kernel_and_initramfs(demo: Path) -> None:
             if name == path.encode():
                 assert where[inside // 4096] + inside % 4096 == offset
                 seen[inside : inside + length] = True
-        assert seen[:size].all(), f"{path}: {int((~seen[:size]).sum())} bytes of {size} were not seen to be read"
+        assert seen[:size].all(), (
+            f"{path}: {int((~seen[:size]).sum())} bytes of {size} were not seen to be read"
+        )
 
 
 @pytest.mark.guest

@@ -1,4 +1,5 @@
-"""Whose free bytes were: files of known content are deleted, and what still lies on the disk must be said to be theirs. The Sleuth Kit as second oracle."""
+"""Whose free bytes were: files of known content are deleted, and what still lies on the disk must be said to
+be theirs. The Sleuth Kit as second oracle."""
 
 import contextlib
 import itertools
@@ -26,8 +27,9 @@ KINDS = ("fat12", "fat16", "fat32", "ntfs", "exfat", "ext2", "btrfs")
 SLEUTHKIT = {"fat12": "fat12", "fat16": "fat16", "fat32": "fat32", "ntfs": "ntfs", "ext2": "ext2"}
 """How it calls those that it reads; its `fls -d` does not end on these exFATs."""
 FILES = {
-    "/dir/decoy": 9_000, "/dir/FIRST.TXT": 50_000, "/dir/a long name of a file.html": 30_000, "/dir/kept.bin": 70_000,
-    "/gone dir/inside of it.data": 41_000, "/gone dir/deeper/at the bottom": 6_000, "/dir/last.txt": 20_000,
+    "/dir/decoy": 9_000, "/dir/FIRST.TXT": 50_000, "/dir/a long name of a file.html": 30_000,
+    "/dir/kept.bin": 70_000, "/gone dir/inside of it.data": 41_000, "/gone dir/deeper/at the bottom": 6_000,
+    "/dir/last.txt": 20_000,
 }  # fmt: skip
 """Paths and sizes of the first files, in the order in which they are written."""
 DELETED = [path for path in FILES if path not in ("/dir/kept.bin", "/dir/last.txt")]
@@ -40,7 +42,8 @@ def content(path: str, size: int) -> bytes:
 
 @dataclass
 class Volume:
-    """A filesystem, and how to work on it: `change(add, delete)` writes files and deletes files or whole directories, as one mount."""
+    """A filesystem, and how to work on it: `change(add, delete)` writes files and deletes files or whole
+    directories, as one mount."""
 
     kind: str
     image: Path
@@ -53,7 +56,8 @@ class Volume:
         self.change(new, [])
 
     def places(self, *paths: str) -> dict[int, tuple[str, int]]:
-        """Byte of the disk to (path, byte of the file): what of the files' content lies on the disk, by whole sectors."""
+        """Byte of the disk to (path, byte of the file): what of the files' content lies on the disk, by whole
+        sectors."""
         sectors = {
             self.files[path][at : at + SECTOR]: (path, at)
             for path in paths
@@ -84,7 +88,9 @@ def mtools(image: Path) -> Callable[[dict[str, bytes], list[str]], None]:
     return change
 
 
-def mounting(mount: Callable[[], "contextlib.AbstractContextManager[Path]"]) -> Callable[[dict[str, bytes], list[str]], None]:
+def mounting(
+    mount: Callable[[], "contextlib.AbstractContextManager[Path]"],
+) -> Callable[[dict[str, bytes], list[str]], None]:
     def change(add: dict[str, bytes], delete: list[str]) -> None:
         with mount() as top:
             for path, data in add.items():
@@ -119,10 +125,13 @@ def make(kind: str, folder: Path, size: int = 0) -> Volume:
     """An empty volume of a kind, as small as it can be."""
     image = folder / f"{kind}.img"
     command, package, megabytes = {
-        "fat12": (["mkfs.fat", "-F", "12", "-s", "4"], "dosfstools", 4), "fat16": (["mkfs.fat", "-F", "16", "-s", "1"], "dosfstools", 8),
-        "fat32": (["mkfs.fat", "-F", "32", "-s", "1"], "dosfstools", 33), "ntfs": (["mkntfs", "-QFq"], "ntfs-3g", 16),
-        "exfat": (["mkfs.exfat", "-c", "4k"], "exfatprogs", 16), "ext2": (["mke2fs", "-q", "-t", "ext2"], "e2fsprogs", 8),
-        "ext4": (["mke2fs", "-q", "-t", "ext4"], "e2fsprogs", 16), "btrfs": (["mkfs.btrfs", "-q"], "btrfs-progs", 128),
+        "fat12": (["mkfs.fat", "-F", "12", "-s", "4"], "dosfstools", 4),
+        "fat16": (["mkfs.fat", "-F", "16", "-s", "1"], "dosfstools", 8),
+        "fat32": (["mkfs.fat", "-F", "32", "-s", "1"], "dosfstools", 33),
+        "ntfs": (["mkntfs", "-QFq"], "ntfs-3g", 16), "exfat": (["mkfs.exfat", "-c", "4k"], "exfatprogs", 16),
+        "ext2": (["mke2fs", "-q", "-t", "ext2"], "e2fsprogs", 8),
+        "ext4": (["mke2fs", "-q", "-t", "ext4"], "e2fsprogs", 16),
+        "btrfs": (["mkfs.btrfs", "-q"], "btrfs-progs", 128),
     }[kind]  # fmt: skip
     need(command[0], package)
     with open(image, "wb") as file:
@@ -152,7 +161,9 @@ def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def explained(image: Path, offset: int) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", "virt_bmap", "explain", "--json", image, str(offset)], capture_output=True, text=True
+        [sys.executable, "-m", "virt_bmap", "explain", "--json", image, str(offset)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done
     return json.loads(done.stdout)
@@ -177,9 +188,12 @@ class Asked:
         owners = self.bmap.owners(1, np.array([at]), np.array([at + 1]))
         (row,) = np.flatnonzero(owners.extent >= 0)[:1]
         volume, inside = int(owners.volume[row]), int(owners.inside[row])
-        found = history.former_owners(self.bmap, volume, self.readers[volume], np.array([inside]), np.array([inside + 1]))
+        found = history.former_owners(
+            self.bmap, volume, self.readers[volume], np.array([inside]), np.array([inside + 1])
+        )
         tables.check("former", found)
-        return [([name.decode() for name in row["names"]], row["file_offset"] + inside - row["volume_offset"], row["doubt"])
+        return [([name.decode() for name in row["names"]], row["file_offset"] + inside - row["volume_offset"],
+                row["doubt"])
                 for row in found.to_pylist()]  # fmt: skip
 
     def kind(self, at: int) -> str:
@@ -188,22 +202,31 @@ class Asked:
 
 
 def is_told(kind: str, said: str, path: str) -> bool:
-    """Is `said` what the metadata can still tell of a path? FAT loses the first letter of names without a long one, ext2 the directory."""
+    """Is `said` what the metadata can still tell of a path? FAT loses the first letter of names without a
+    long one, ext2 the directory."""
     if kind == "ext2":
         return said == Path(path).name
     theirs, ours = said.split("/"), path.split("/")
     lost = kind.startswith("fat")
-    return len(theirs) == len(ours) and all(a == b or (lost and a == f"?{b[1:]}") for a, b in zip(theirs, ours, strict=True))
+    return len(theirs) == len(ours) and all(
+        a == b or (lost and a == f"?{b[1:]}") for a, b in zip(theirs, ours, strict=True)
+    )
 
 
 def test_bytes_that_still_lie_there_are_said_to_be_the_deleted_files(volume: Volume) -> None:
     with Asked(volume.image) as ask:
         places = volume.places(*DELETED)
-        assert len(places) == sum((len(volume.files[path]) - 1) // SECTOR for path in DELETED), "nothing was written since"
+        assert len(places) == sum((len(volume.files[path]) - 1) // SECTOR for path in DELETED), (
+            "nothing was written since"
+        )
         for at, (path, offset) in list(places.items())[::3]:
             assert ask.kind(at + 5) == "free"
             found = ask(at + 5)
-            assert any(is_told(volume.kind, name, path) and byte == offset + 5 for names, byte, _ in found for name in names), (
+            assert any(
+                is_told(volume.kind, name, path) and byte == offset + 5
+                for names, byte, _ in found
+                for name in names
+            ), (
                 path,
                 at,
                 found,
@@ -224,19 +247,27 @@ def test_the_sleuth_kit_names_the_same(volume: Volume) -> None:
     unit = int(re.search(r"(?:Cluster|Block) Size: (\d+)", said)[1]) if kind in ("ntfs", "ext2") else 512
     listed = dict(
         re.findall(
-            r"^-?.?/.?.? \* (\d+)[-\d]*(?:\(realloc\))?:\t(.*)$", run("fls", "-rdp", "-f", kind, volume.image).decode(), re.M
+            r"^-?.?/.?.? \* (\d+)[-\d]*(?:\(realloc\))?:\t(.*)$",
+            run("fls", "-rdp", "-f", kind, volume.image).decode(),
+            re.M,
         )
     )
     compared = 0
     with Asked(volume.image) as ask:
         for path in DELETED:
             at, offset = next((at, offset) for at, (_, offset) in volume.places(path).items())
-            number = run("ifind", "-f", kind, "-d", str(at // unit), volume.image).decode().strip().split("-")[0]
+            number = (
+                run("ifind", "-f", kind, "-d", str(at // unit), volume.image).decode().strip().split("-")[0]
+            )
             if number not in listed:  # what it does not find by itself it can't confirm
                 continue
             theirs = Path(listed[number]).name
             mine = {Path(name).name for names, byte, _ in ask(at) if byte == offset for name in names}
-            assert theirs.lower().lstrip("_") in {name.lower().lstrip("?") for name in mine}, (path, listed[number], mine)
+            assert theirs.lower().lstrip("_") in {name.lower().lstrip("?") for name in mine}, (
+                path,
+                listed[number],
+                mine,
+            )
             compared += 1
     assert compared >= 2, listed
 
@@ -272,7 +303,9 @@ def test_a_cluster_that_was_used_again(volume: Volume, tmp_path: Path) -> None:
             if volume.kind == "exfat" and offset >= CLUSTER:
                 continue  # the driver wipes the chain of what is not in one piece
             names, byte, _ = ask(at)[0]
-            assert (Path(path).name, offset) in [(Path(name).name, byte) for name in names], "the last owner comes first"
+            assert (Path(path).name, offset) in [(Path(name).name, byte) for name in names], (
+                "the last owner comes first"
+            )
 
 
 def _same(volume: Volume, image: Path) -> Callable[[dict[str, bytes], list[str]], None]:
@@ -280,14 +313,18 @@ def _same(volume: Volume, image: Path) -> Callable[[dict[str, bytes], list[str]]
         return mtools(image)
     if volume.kind == "ext2":
         return debugfs(image)
-    return mounting((lambda: fuse_ntfs(image)) if volume.kind == "ntfs" else lambda: mounted(image, kind="exfat-fuse"))
+    return mounting(
+        (lambda: fuse_ntfs(image)) if volume.kind == "ntfs" else lambda: mounted(image, kind="exfat-fuse")
+    )
 
 
 def test_damaged_volumes(volume: Volume) -> None:
-    """Tables that keep the contract, or one of the project's own errors, where metadata, living or dead, makes no sense."""
+    """Tables that keep the contract, or one of the project's own errors, where metadata, living or dead,
+    makes no sense."""
     data = volume.image.read_bytes()
     bmap, _ = survey_open([BytesReader(np.frombuffer(data, np.uint8))])
-    kinds, owned = tables.codes(bmap.extents, "kind"), tables.integers(bmap.extents, "flags") & tables.INLINE == 0
+    kinds = tables.codes(bmap.extents, "kind")
+    owned = tables.integers(bmap.extents, "flags") & tables.INLINE == 0
     start, length = (tables.integers(bmap.extents, name) for name in ("volume_offset", "length"))
     hurt = np.flatnonzero(owned & ~np.isin(kinds, (tables.DATA, tables.FREE)) & (start + length <= len(data)))
     ranges = list(zip(start[hurt].tolist(), (start + length)[hurt].tolist(), strict=True))

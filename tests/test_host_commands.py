@@ -19,7 +19,8 @@ MARK = b"found in the file of the host".ljust(1024, b".")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """A filesystem with one file in base.raw; packed.qcow2 has it compressed, top.qcow2 lies over it with a new cluster and a snapshot."""
+    """A filesystem with one file in base.raw; packed.qcow2 has it compressed, top.qcow2 lies over it with a
+    new cluster and a snapshot."""
     need("mke2fs", "e2fsprogs")
     need("qemu-img", "qemu-utils")
     folder = tmp_path_factory.mktemp("host")
@@ -42,11 +43,14 @@ def said(*arguments: object) -> str:
 
 
 def test_what_is_at_a_byte_of_the_image_file(images):
-    """The file's bytes in base.raw, which is file 2 of the chain, and the metadata of the overlay, which is file 1."""
+    """The file's bytes in base.raw, which is file 2 of the chain, and the metadata of the overlay, which is
+    file 1."""
     place = (images / "base.raw").read_bytes().index(MARK)
     rows = [
         json.loads(line)
-        for line in said("lookup", "--host-offsets", "--references", "--json", images / "top.qcow2", f"2:{place}").splitlines()
+        for line in said(
+            "lookup", "--host-offsets", "--references", "--json", images / "top.qcow2", f"2:{place}"
+        ).splitlines()
     ]
     assert (rows[0]["path"], rows[0]["file_offset"], rows[0]["role"]) == ("/file", 0, "data")
     assert rows[-1]["device"] == str(images / "base.raw")
@@ -60,7 +64,9 @@ def test_a_byte_of_a_compressed_cluster_is_all_its_owners(images):
     assert (found["role"], found["cluster"], found["level"]) == ("compressed", place // 65536, 0)
     rows = [
         json.loads(line)
-        for line in said("lookup", "--host-offsets", "--json", images / "packed.qcow2", found["offset"] + 5).splitlines()
+        for line in said(
+            "lookup", "--host-offsets", "--json", images / "packed.qcow2", found["offset"] + 5
+        ).splitlines()
     ]
     assert "/file" in {row["path"] for row in rows}
     assert {row["role"] for row in rows if row["path"] == "/file"} == {"compressed"}
@@ -76,8 +82,8 @@ def test_a_byte_of_the_disk_is_followed_into_the_chain(images):
     place = (images / "base.raw").read_bytes().index(MARK)
     line = said("explain", "--references", images / "top.qcow2", place).splitlines()[1]
     assert (
-        line
-        == f"qcow2 cluster {place // 65536:,} of 65,536 bytes, byte {place % 65536:#x} in it: byte {place:#x} of {images / 'base.raw'}, 1 backing file down"
+        line == f"qcow2 cluster {place // 65536:,} of 65,536 bytes, byte {place % 65536:#x} in it: byte "
+        f"{place:#x} of {images / 'base.raw'}, 1 backing file down"
     )
 
 
@@ -122,7 +128,10 @@ def test_info_says_what_qemu_says(images):
         (("explain", "--host-offsets", "top.qcow2", "0"), "--references"),
         (("explain", "--host-offsets", "packed.qcow2", "3:0"), "there is no disk 3"),
         (("lookup", "--host-offsets", "packed.qcow2", "1T"), "lies behind the end of disk 1"),
-        (("map", "--host-offsets", "--method", "observe", "packed.qcow2"), "counts in bytes of the guest's disks"),
+        (
+            ("map", "--host-offsets", "--method", "observe", "packed.qcow2"),
+            "counts in bytes of the guest's disks",
+        ),
         (("check", "--host-offsets", "--format", "vdi", "packed.qcow2"), "is VDI of version"),
     ],
 )
@@ -137,6 +146,7 @@ def test_bad_input_is_one_line(images, arguments, words):
 def test_tools_are_not_needed_to_look_at_a_plain_qcow2(images, tmp_path):
     """Only compressed content is left to QEMU: an image without any is read by its rows alone."""
     run("qemu-img", "convert", "-O", "qcow2", images / "base.raw", tmp_path / "plain.qcow2")
-    done = subprocess.run(["/usr/bin/env", "-i", "PATH=/nowhere", sys.executable, "-m", "virt_bmap", "check", "--host-offsets", tmp_path / "plain.qcow2"],
+    done = subprocess.run(["/usr/bin/env", "-i", "PATH=/nowhere", sys.executable, "-m", "virt_bmap", "check",
+            "--host-offsets", tmp_path / "plain.qcow2"],
                           capture_output=True, text=True)  # fmt: skip
     assert "proven" in done.stdout, done.stderr

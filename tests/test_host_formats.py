@@ -1,4 +1,5 @@
-"""vmdk, vhd, vhdx, vdi and raw as layers: places against qemu-img map where QEMU tells them, content against QEMU's own reading."""
+"""vmdk, vhd, vhdx, vdi and raw as layers: places against qemu-img map where QEMU tells them, content against
+QEMU's own reading."""
 
 import contextlib
 import struct
@@ -7,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from host_images import content, fates, metadata_ranges, numbered, ours, parts, proven, qemus, random_writes, raw_content
+from host_images import (
+    content,
+    fates,
+    metadata_ranges,
+    numbered,
+    ours,
+    parts,
+    proven,
+    qemus,
+    random_writes,
+    raw_content,
+)
 from support import need, run
 from virt_bmap.errors import BmapError, ImageError
 from virt_bmap.images import open_image
@@ -93,7 +105,9 @@ def test_a_stream_of_compressed_grains(disk, tmp_path):
 
 def test_markers_and_footer_of_a_stream_are_named(corpus, tmp_path):
     """QEMU writes neither; this image is VMware's."""
-    image = unpacked(corpus, "strozfriedberg+vmdk-rs/data/streamOptimizedWithMarkers.vmdk", tmp_path / "a.vmdk")
+    image = unpacked(
+        corpus, "strozfriedberg+vmdk-rs/data/streamOptimizedWithMarkers.vmdk", tmp_path / "a.vmdk"
+    )
     found = parts(proven(image))
     assert {"footer", "marker", "grain directory"} <= set(found)
 
@@ -111,11 +125,12 @@ def test_a_vmdk_delta_link_is_a_chain(disk, tmp_path):
         pass
 
 
-# ---- differencing VHD and VHDX: QEMU makes and reads none ---------------------------------------------------------------
+# ---- differencing VHD and VHDX: QEMU makes and reads none --------------------------------------------------
 
 
 def as_child(image: bytes, parent: str, block: int, present: np.ndarray) -> bytes:
-    """A dynamic VHD of QEMU made a differencing one: type, parent locator behind its data, and for each sector whether it has it."""
+    """A dynamic VHD of QEMU made a differencing one: type, parent locator behind its data, and for each
+    sector whether it has it."""
     data = bytearray(image[:-512])
     name = parent.encode("utf-16-le")
     locator = len(data)
@@ -128,7 +143,9 @@ def as_child(image: bytes, parent: str, block: int, present: np.ndarray) -> byte
     for number in range(entries):
         at = struct.unpack_from(">I", data, table + 4 * number)[0]
         if at != 0xFFFFFFFF:
-            data[at * 512 : at * 512 + bitmap] = np.packbits(present[number * block // 512 :][: block // 512]).tobytes()
+            data[at * 512 : at * 512 + bitmap] = np.packbits(
+                present[number * block // 512 :][: block // 512]
+            ).tobytes()
     for start, length, at in ((0, 512, 64), (512, 1024, 36)):
         struct.pack_into(">I", data, start + at, 0)
         struct.pack_into(">I", data, start + at, ~sum(data[start : start + length]) & 0xFFFFFFFF)
@@ -149,7 +166,13 @@ def test_a_differencing_vhd_shows_its_parents_sectors(disk, tmp_path):
     with open_host([str(child)], references=True) as host:
         assert content(host)[:SIZE] == expected
     found = parts(proven(child))
-    assert {"parent locator", "sectors not in use", "block bitmap", "footer copy", "dynamic disk header"} <= set(found)
+    assert {
+        "parent locator",
+        "sectors not in use",
+        "block bitmap",
+        "footer copy",
+        "dynamic disk header",
+    } <= set(found)
     reader = open_image(str(child), references=True)
     assert reader.read(0, SIZE) == expected, "all commands read it, though QEMU does not"
     reader.close()
@@ -158,17 +181,20 @@ def test_a_differencing_vhd_shows_its_parents_sectors(disk, tmp_path):
 
 
 def test_a_differencing_vhdx_shows_its_parents_sectors(disk, tmp_path):
-    """The child is QEMU's own file with the flag, the locator, one sector bitmap block and states changed by hand."""
+    """The child is QEMU's own file with the flag, the locator, one sector bitmap block and states changed by
+    hand."""
     convert(disk, "vhdx", ("block_size=1M",), tmp_path / "parent.vhdx")
     other = tmp_path / "other.raw"
     fresh = numbered(other, SIZE, seed=9)
     data = bytearray(convert(other, "vhdx", ("block_size=1M",), tmp_path / "whole.vhdx").read_bytes())
     regions = [struct.unpack_from("<16sQI", data, (192 << 10) + 16 + 32 * nth) for nth in range(2)]
     bat, meta = (
-        next(offset for guid, offset, _ in regions if guid[:4] == start) for start in (b"\x66\x77\xc2\x2d", b"\x06\xa2\x7c\x8b")
+        next(offset for guid, offset, _ in regions if guid[:4] == start)
+        for start in (b"\x66\x77\xc2\x2d", b"\x06\xa2\x7c\x8b")
     )
     entries = [
-        struct.unpack_from("<16sIII", data, meta + 32 + 32 * nth) for nth in range(struct.unpack_from("<H", data, meta + 10)[0])
+        struct.unpack_from("<16sIII", data, meta + 32 + 32 * nth)
+        for nth in range(struct.unpack_from("<H", data, meta + 10)[0])
     ]
     parameters = next(offset for guid, offset, _, _ in entries if guid[:4] == b"\x37\x67\xa1\xca")
     struct.pack_into("<I", data, meta + parameters + 4, 2)
@@ -205,10 +231,16 @@ def test_a_differencing_vhdx_shows_its_parents_sectors(disk, tmp_path):
 
 def test_ranges_are_cut_at_multiples():
     start, end = split(np.array([0, 5, 30]), np.array([4, 25, 40]), 10)
-    assert list(zip(start.tolist(), end.tolist(), strict=True)) == [(0, 4), (5, 10), (10, 20), (20, 25), (30, 40)]
+    assert list(zip(start.tolist(), end.tolist(), strict=True)) == [
+        (0, 4),
+        (5, 10),
+        (10, 20),
+        (20, 25),
+        (30, 40),
+    ]
 
 
-# ---- images of other projects -----------------------------------------------------------------------------------------
+# ---- images of other projects ------------------------------------------------------------------------------
 
 
 def unpacked(corpus: Path, name: str, target: Path) -> Path:
@@ -236,7 +268,8 @@ CORPUS = (
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_images_of_other_programs(corpus, tmp_path, name):
-    """The first 64 KiB of each place and random ranges read as QEMU reads them; every byte of the file has an owner."""
+    """The first 64 KiB of each place and random ranges read as QEMU reads them; every byte of the file has an
+    owner."""
     image = unpacked(corpus, name, tmp_path / "image")
     with open_host([str(image)]) as host, contextlib.closing(open_image(str(image))) as reader:
         rows, size = host.disks[0].rows, host.disks[0].size
@@ -259,7 +292,7 @@ def test_a_wrong_checksum_is_said(corpus, tmp_path):
         assert [problem.code for problem in host.disks[0].chain[0].layer.problems] == ["checksum"]
 
 
-# ---- damage -------------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vmdk", "vmdk stream", "vhd", "vhdx", "vdi"])
@@ -275,7 +308,10 @@ def test_damaged_images(tmp_path, name):
 
 def refused(tmp_path: Path, name: str, data: bytes, words: str, format: str | None = None) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(BmapError, match=words) as found, open_host([str(tmp_path / name)], format, references=True):
+    with (
+        pytest.raises(BmapError, match=words) as found,
+        open_host([str(tmp_path / name)], format, references=True),
+    ):
         pass
     assert "\n" not in str(found.value)
 
@@ -289,7 +325,12 @@ def test_what_is_not_read_is_named(disk, tmp_path):
     vdi = bytearray(convert(disk, "vdi", (), tmp_path / "a.vdi").read_bytes())
     vdi[0x4C] = 4
     refused(tmp_path, "b.vdi", vdi, "differencing")
-    refused(tmp_path, "c.qed", convert(disk, "qed", (), tmp_path / "a.qed").read_bytes(), "qed image lie in its file is not read")
+    refused(
+        tmp_path,
+        "c.qed",
+        convert(disk, "qed", (), tmp_path / "a.qed").read_bytes(),
+        "qed image lie in its file is not read",
+    )
     qcow2 = bytearray(convert(disk, "qcow2", (), tmp_path / "a.qcow2").read_bytes())
     qcow2[72] = 0x80
     refused(tmp_path, "b.qcow2", qcow2, "incompatible qcow2 features")
@@ -315,9 +356,25 @@ def test_a_file_used_in_two_formats_is_refused(disk, tmp_path):
 def test_a_loop_of_backing_files_ends(tmp_path):
     need("qemu-img", "qemu-utils")
     run("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "a.qcow2", "1M")
-    run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", tmp_path / "b.qcow2", "1M")
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        "a.qcow2",
+        "-F",
+        "qcow2",
+        tmp_path / "b.qcow2",
+        "1M",
+    )
     run("qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", tmp_path / "a.qcow2")
-    with pytest.raises(ImageError, match="or a loop"), open_host([str(tmp_path / "a.qcow2")], references=True):
+    with (
+        pytest.raises(ImageError, match="or a loop"),
+        open_host([str(tmp_path / "a.qcow2")], references=True),
+    ):
         pass
 
 

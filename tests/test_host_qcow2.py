@@ -1,4 +1,5 @@
-"""qcow2 as a layer: clusters against qemu-img map, owners against qemu-img check, content against QEMU's own reading."""
+"""qcow2 as a layer: clusters against qemu-img map, owners against qemu-img check, content against QEMU's own
+reading."""
 
 import json
 from pathlib import Path
@@ -6,7 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from host_images import content, fates, io, metadata_ranges, numbered, ours, parts, proven, qemus, random_writes, raw_content
+from host_images import (
+    content,
+    fates,
+    io,
+    metadata_ranges,
+    numbered,
+    ours,
+    parts,
+    proven,
+    qemus,
+    random_writes,
+    raw_content,
+)
 from support import need, run
 from virt_bmap.arrays import ints
 from virt_bmap.check import check
@@ -38,7 +51,16 @@ VARIANTS = {
 
 def create(path: Path, *options: str, size: int = SIZE) -> Path:
     need("qemu-img", "qemu-utils")
-    run("qemu-img", "create", "-q", "-f", "qcow2", *(["-o", ",".join(options)] if options else []), path, str(size))
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        *(["-o", ",".join(options)] if options else []),
+        path,
+        str(size),
+    )
     return path
 
 
@@ -47,7 +69,9 @@ def leaks_and_errors(image: Path) -> tuple[int, int]:
     return found.get("leaks", 0), found.get("corruptions", 0)
 
 
-def same_as_qemu(image: Path, tmp_path: Path, inflate: bool = True, sparse: bool = False, data: Path | None = None) -> None:
+def same_as_qemu(
+    image: Path, tmp_path: Path, inflate: bool = True, sparse: bool = False, data: Path | None = None
+) -> None:
     with open_host([str(image)], references=True) as host:
         assert ours(host, sparse=sparse) == qemus(image, data=data)
         if inflate:
@@ -58,9 +82,12 @@ def same_as_qemu(image: Path, tmp_path: Path, inflate: bool = True, sparse: bool
 def test_after_random_writes_the_map_is_qemus(tmp_path, variant):
     size = SIZE if len(variant) % 2 else SIZE - 512 * 7  # the last cluster of a disk may be cut
     options = VARIANTS[variant]
-    cluster = {"cluster_size=512": 512, "cluster_size=1k": 1024, "cluster_size=4k": 4096, "cluster_size=2M": 2 << 20}.get(
-        options[0] if options else "", 65536
-    )
+    cluster = {
+        "cluster_size=512": 512,
+        "cluster_size=1k": 1024,
+        "cluster_size=4k": 4096,
+        "cluster_size=2M": 2 << 20,
+    }.get(options[0] if options else "", 65536)
     image = create(tmp_path / "a.qcow2", *options, size=size)
     random_writes(image, size, cluster, seed=len(variant), packed="2M" not in variant)
     same_as_qemu(image, tmp_path, inflate=variant != "zstd", sparse="metadata" in variant)
@@ -69,8 +96,10 @@ def test_after_random_writes_the_map_is_qemus(tmp_path, variant):
 
 
 def chain(tmp_path: Path, *options: str) -> tuple[Path, Path, Path]:
-    """base.raw <- middle.qcow2 <- top.qcow2, each with data of its own. The overlays are larger than what lies below them, but not those with subclusters:
-    of a kept subcluster QEMU says then that it holds the zeroes behind the backing file's end."""
+    """base.raw <- middle.qcow2 <- top.qcow2, each with data of its own.
+
+    The overlays are larger than what lies below them, but not those with subclusters: of a kept subcluster
+    QEMU says then that it holds the zeroes behind the backing file's end."""
     base, middle, top = tmp_path / "base, a.raw", tmp_path / "middle.qcow2", tmp_path / "top.qcow2"
     more = 0 if "extended_l2=on" in options else 1 << 20
     numbered(base, SIZE - more // 2)
@@ -79,7 +108,9 @@ def chain(tmp_path: Path, *options: str) -> tuple[Path, Path, Path]:
         (top, "middle.qcow2", "qcow2", SIZE + more, 65536),
     ):
         words = ",".join([f"cluster_size={cluster}", *options])
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", format, "-o", words, path, str(size))
+        run(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", format, "-o", words, path, str(size)
+        )
         random_writes(path, size, cluster, seed=cluster % 7, count=25)
     return top, middle, base
 
@@ -107,8 +138,13 @@ def test_two_overlays_share_their_base(tmp_path):
     names = bmap.volumes.column("name").to_pylist()
     assert names[:2] == [str(top), str(other)], "what was given comes first"
     assert names.count(str(base)) == 1
-    assert "hidden by an overlay" not in parts(bmap, names.index(str(base))), "the empty overlay shows all of it"
-    owners = {row["device"] for row in owner_records(bmap, names.index(str(base)) + 1, ints(0), ints(base.stat().st_size))}
+    assert "hidden by an overlay" not in parts(bmap, names.index(str(base))), (
+        "the empty overlay shows all of it"
+    )
+    owners = {
+        row["device"]
+        for row in owner_records(bmap, names.index(str(base)) + 1, ints(0), ints(base.stat().st_size))
+    }
     assert owners >= {"/dev/sda", "/dev/sdb"}
 
 
@@ -175,8 +211,23 @@ def test_bitmaps_are_named(tmp_path):
 
 def test_an_encrypted_image_is_mapped_but_not_looked_into(tmp_path):
     image, secret = tmp_path / "a.qcow2", ("--object", "secret,id=s,data=abc")
-    run("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", "encrypt.format=aes,encrypt.key-secret=s", image, str(SIZE))
-    io(image, "write -P 7 1M 1M", options=(*secret, "--image-opts", f"driver=qcow2,encrypt.key-secret=s,file.filename={image}"))
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        *secret,
+        "-o",
+        "encrypt.format=aes,encrypt.key-secret=s",
+        image,
+        str(SIZE),
+    )
+    io(
+        image,
+        "write -P 7 1M 1M",
+        options=(*secret, "--image-opts", f"driver=qcow2,encrypt.key-secret=s,file.filename={image}"),
+    )
     bmap = proven(image)
     assert parts(bmap, 1) == {"encrypted qcow2 image": SIZE}
     with open_host([str(image)]) as host:
@@ -206,7 +257,8 @@ def test_the_luks_header_is_named(tmp_path):
 
 
 def test_leaks_are_where_qemu_sees_them(tmp_path):
-    """The refcounts of all clusters of a file are raised where they were 0, or lowered: qemu-img check counts the same clusters."""
+    """The refcounts of all clusters of a file are raised where they were 0, or lowered: qemu-img check counts
+    the same clusters."""
     image = create(tmp_path / "a.qcow2")
     io(image, "write -P 1 0 1M", "write -P 1 3M 512k")
     clean = image.read_bytes()
@@ -214,12 +266,16 @@ def test_leaks_are_where_qemu_sees_them(tmp_path):
     block = int.from_bytes(clean[table : table + 8], "big")
     for change, at in (("leak", 40), ("leak", 33), ("low", 6), ("high", 7)):
         data = bytearray(clean.ljust(48 * 65536, b"\0"))
-        data[block + 2 * at : block + 2 * at + 2] = {"leak": 1, "low": 0, "high": 3}[change].to_bytes(2, "big")
+        data[block + 2 * at : block + 2 * at + 2] = {"leak": 1, "low": 0, "high": 3}[change].to_bytes(
+            2, "big"
+        )
         image.write_bytes(data)
         leaks, errors = leaks_and_errors(image)
         bmap = map_disks([str(image)], host_offsets=True)
         codes = {problem["code"]: problem["volume_offset"] for problem in bmap.problems.to_pylist()}
-        assert codes == {{"leak": "leaked", "low": "refcount-low", "high": "refcount-high"}[change]: at * 65536}
+        assert codes == {
+            {"leak": "leaked", "low": "refcount-low", "high": "refcount-high"}[change]: at * 65536
+        }
         assert (leaks, errors) == (1, 0) if change == "leak" else errors > 0
         assert {found.code for found in check(bmap).disagreements} >= set(codes)
 
@@ -240,15 +296,19 @@ def test_every_refcount_width_is_decoded_as_qemu_writes_it():
         if bits < 8:
             expected = [(byte >> shift) & ((1 << bits) - 1) for byte in flat for shift in range(0, 8, bits)]
         else:
-            expected = [int.from_bytes(bytes(flat[at : at + bits // 8]), "big") for at in range(0, len(flat), bits // 8)]
+            expected = [
+                int.from_bytes(bytes(flat[at : at + bits // 8]), "big")
+                for at in range(0, len(flat), bits // 8)
+            ]
         assert refcounts.decode(raw, bits).tolist() == expected
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options", [("cluster_size=512",), ("cluster_size=4k", "refcount_bits=1"), ("cluster_size=16k", "extended_l2=on")]
+    "options",
+    [("cluster_size=512",), ("cluster_size=4k", "refcount_bits=1"), ("cluster_size=16k", "extended_l2=on")],
 )
 def test_damaged_images(tmp_path, options):
     image = create(tmp_path / "a.qcow2", *options, size=512 << 10)
@@ -258,4 +318,6 @@ def test_damaged_images(tmp_path, options):
         run("qemu-img", "bitmap", "--add", image, "b0")
         random_writes(image, 512 << 10, 4096, seed=6, count=6, packed=False)
     base = image.read_bytes()
-    assert fates(image, base, 60, 11, metadata_ranges(map_disks([str(image)], host_offsets=True)), "qcow2") > 10
+    assert (
+        fates(image, base, 60, 11, metadata_ranges(map_disks([str(image)], host_offsets=True)), "qcow2") > 10
+    )

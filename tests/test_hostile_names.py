@@ -1,4 +1,5 @@
-"""Names of streams come from the disk as those of files do: no output lets one end a line or command a terminal."""
+"""Names of streams come from the disk as those of files do: no output lets one end a line or command a
+terminal."""
 
 import json
 from pathlib import Path
@@ -42,7 +43,9 @@ def test_the_text_map(disk: Path, tmp_path: Path) -> None:
     assert f"/file:[{escape(part.encode())}]" in text
     mine = [row for row in load(str(tmp_path / "map")).extents.to_pylist() if row["part"] == part]
     wanted = [row for row in bmap.extents.to_pylist() if row["part"] == part]
-    assert [(row["volume_offset"], row["length"]) for row in mine] == [(row["volume_offset"], row["length"]) for row in wanted]
+    assert [(row["volume_offset"], row["length"]) for row in mine] == [
+        (row["volume_offset"], row["length"]) for row in wanted
+    ]
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
@@ -59,14 +62,19 @@ def test_locate(disk: Path, options: list[str], capsys: pytest.CaptureFixture[st
 
 
 def test_the_names_of_a_profile() -> None:
-    table = pa.table({"path": pa.array([b"/file"], pa.large_binary()), "part": [EVIL], "inode": [1], "kind": ["data"]})
+    table = pa.table(
+        {"path": pa.array([b"/file"], pa.large_binary()), "part": [EVIL], "inode": [1], "kind": ["data"]}
+    )
     assert names(table) == [f"/file:[{escape(EVIL.encode())}]"]
 
 
 def test_an_error_that_lists_names(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A volume group may be called anything; the error that lists what there is stays one line that only prints."""
+    """A volume group may be called anything; the error that lists what there is stays one line that only
+    prints."""
     bmap = map_disks([str(disk)])
-    bmap.volumes = bmap.volumes.set_column(bmap.volumes.schema.get_field_index("name"), "name", pa.array([f"/dev/{EVIL}"]))
+    bmap.volumes = bmap.volumes.set_column(
+        bmap.volumes.schema.get_field_index("name"), "name", pa.array([f"/dev/{EVIL}"])
+    )
     monkeypatch.setattr("virt_bmap.commands.locate.map_or_disks", lambda args, given: bmap)
     with pytest.raises(UsageError) as raised:
         cli(["locate", str(disk), "/dev/sdb", "/file"])

@@ -1,4 +1,5 @@
-"""Numbers that no disk has, rows outside, lists left empty, and what nobody expected: each is a problem or one line, and the rest of the map is there."""
+"""Numbers that no disk has, rows outside, lists left empty, and what nobody expected: each is a problem or
+one line, and the rest of the map is there."""
 
 import struct
 from pathlib import Path
@@ -50,7 +51,9 @@ def test_a_number_that_does_not_fit_is_the_disks_fault() -> None:
 
 def test_columns_of_no_parts_are_empty() -> None:
     assert [column.tolist() for column in joined([], 3)] == [[], [], []]
-    assert [column.tolist() for column in joined([(ints([1]), ints([2])), (ints([3, 4]), ints([5, 6]))], 2)] == [
+    assert [
+        column.tolist() for column in joined([(ints([1]), ints([2])), (ints([3, 4]), ints([5, 6]))], 2)
+    ] == [
         [1, 3, 4],
         [2, 5, 6],
     ]
@@ -112,18 +115,29 @@ def test_a_problem_at_a_byte_that_no_disk_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", [0xED0081A4, 0x800081A4, 0xFFFFFFFF])
 def test_modes_of_32_bits(mode: int) -> None:
     """Rock Ridge's and btrfs'. What no mode has is not there; -1 stays none."""
-    table = tables.make("inodes", volume=0, inode=np.array([5, 6]), type=0, mode=np.array([mode, -1]), size=0, nlink=1, flags=0)
+    table = tables.make(
+        "inodes",
+        volume=0,
+        inode=np.array([5, 6]),
+        type=0,
+        mode=np.array([mode, -1]),
+        size=0,
+        nlink=1,
+        flags=0,
+    )
     assert table.column("mode").to_pylist() == [mode & 0xFFFF, None]
 
 
-# ---- rows of a reader ---------------------------------------------------------------------------------------------------
+# ---- rows of a reader --------------------------------------------------------------------------------------
 
 
 def filesystem(rows: ExtentRows, *problems: survey.Problem) -> Filesystem:
     """What a reader found on 4096 bytes."""
     reader = BytesReader(np.zeros(4096, np.uint8))
     inodes, names = tables.empty("inodes"), tables.empty("names")
-    return Filesystem("one", 4096, 512, -1, "clean", inodes, names, rows.table(0), reader, problems=list(problems))
+    return Filesystem(
+        "one", 4096, 512, -1, "clean", inodes, names, rows.table(0), reader, problems=list(problems)
+    )
 
 
 def given(found: Filesystem | Exception, size: int) -> BlockMap:
@@ -134,7 +148,9 @@ def given(found: Filesystem | Exception, size: int) -> BlockMap:
             raise found
         return found
 
-    format = FilesystemFormat("one", probe=lambda _: True, read=read, docs=example.FORMAT.docs, checks=example.FORMAT.checks)
+    format = FilesystemFormat(
+        "one", probe=lambda _: True, read=read, docs=example.FORMAT.docs, checks=example.FORMAT.checks
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "filesystem_on", lambda _: format)
         return survey.survey([BytesReader(np.zeros(size, np.uint8))])
@@ -142,10 +158,19 @@ def given(found: Filesystem | Exception, size: int) -> BlockMap:
 
 def test_rows_outside_are_cut_off() -> None:
     rows = ExtentRows()
-    rows.add(tables.METADATA, np.array([0, 3000, 4096, 2**62, -512]), np.array([512, 2000, 512, 2**62, 512]), part="x")
+    rows.add(
+        tables.METADATA,
+        np.array([0, 3000, 4096, 2**62, -512]),
+        np.array([512, 2000, 512, 2**62, 512]),
+        part="x",
+    )
     rows.add(tables.DATA, 1024, 2**63 - 1, file_offset=0)
     bmap = sound(given(filesystem(rows), 4096))
-    mine = {(row["volume_offset"], row["length"]) for row in bmap.extents.to_pylist() if row["kind"] in ("metadata", "data")}
+    mine = {
+        (row["volume_offset"], row["length"])
+        for row in bmap.extents.to_pylist()
+        if row["kind"] in ("metadata", "data")
+    }
     assert mine == {(0, 512), (3000, 1096), (1024, 3072)}
     assert [row["detail"] for row in bmap.problems.to_pylist() if row["code"] == "outside"] == [
         "5 extents lie outside the volume, or end there: cut off"
@@ -161,7 +186,7 @@ def test_what_lies_in_others_covers_nothing() -> None:
     assert "unreferenced" in bmap.problems.column("code").to_pylist()
 
 
-# ---- what nobody expected -----------------------------------------------------------------------------------------------
+# ---- what nobody expected ----------------------------------------------------------------------------------
 
 
 def test_a_fault_of_a_reader_is_a_problem_of_its_volume(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +205,8 @@ def test_a_fault_of_a_reader_is_a_problem_of_its_volume(monkeypatch: pytest.Monk
 
 
 def test_a_fault_among_volumes_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LVM's reader fails after it made a volume: none of its volumes stays, and the partition beside it is mapped."""
+    """LVM's reader fails after it made a volume: none of its volumes stays, and the partition beside it is
+    mapped."""
     from virt_bmap.volumes import lvm
 
     image = made("gpt", tmp_path)
@@ -196,7 +222,9 @@ def test_a_fault_among_volumes_leaves_the_others(tmp_path: Path, monkeypatch: py
         raise KeyError("what")
 
     monkeypatch.setattr(
-        lvm, "FORMAT", lvm.FORMAT._replace(assemble=fails, probe=lambda reader: reader.read_clipped(512, 8) == b"LABELONE")
+        lvm,
+        "FORMAT",
+        lvm.FORMAT._replace(assemble=fails, probe=lambda reader: reader.read_clipped(512, 8) == b"LABELONE"),
     )
     bmap = sound(map_disks([str(image)], "raw"))
     assert "unexpected" in bmap.problems.column("code").to_pylist()
@@ -209,10 +237,16 @@ def test_the_program_ends_with_one_line(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    script = "import sys; from virt_bmap import cli, maps\ndef fails(*_, **__): raise KeyError('what\\x1b')\nmaps.map_disks = fails\nsys.argv[1:] = ['info', 'x']\ncli.main()"
+    script = (
+        "import sys; from virt_bmap import cli, maps\ndef fails(*_, **__): raise "
+        "KeyError('what\\x1b')\nmaps.map_disks = fails\nsys.argv[1:] = ['info', 'x']\ncli.main()"
+    )
     for strict in ("", "1"):
         done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env={"VIRT_BMAP_STRICT": strict, "PATH": "/usr/bin"}
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            env={"VIRT_BMAP_STRICT": strict, "PATH": "/usr/bin"},
         )
         assert done.returncode == 1
         assert done.stdout == ""
@@ -222,11 +256,13 @@ def test_the_program_ends_with_one_line(tmp_path: Path) -> None:
         assert bool(traceback) == bool(strict)
 
 
-# ---- diff ---------------------------------------------------------------------------------------------------------------
+# ---- diff --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [("swap", "ext4"), ("udf-512", "swap"), ("swap", "swap")])
-def test_a_side_without_files(names: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_side_without_files(
+    names: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both ways: nothing of one side has a counterpart."""
     paths = [str(made(name, tmp_path / str(number))) for number, name in enumerate(names)]
     for old, new in (paths, paths[::-1]):
@@ -256,13 +292,16 @@ def test_a_udf_volume_without_a_root(tmp_path: Path) -> None:
     for part in ("file set descriptor", "file entry"):
         for row in bmap.extents.to_pylist():
             if row["part"] == part:
-                data[row["volume_offset"] + 16 : row["volume_offset"] + row["length"]] = bytes(row["length"] - 16)
+                data[row["volume_offset"] + 16 : row["volume_offset"] + row["length"]] = bytes(
+                    row["length"] - 16
+                )
     image.write_bytes(data)
     sound(map_disks([str(image)], "raw"))
 
 
 def test_a_block_map_of_holes(tmp_path: Path) -> None:
-    """VDI grown by a hole: each entry in it leads to block 0, and millions of rows are not made of nothing."""
+    """VDI grown by a hole: each entry in it leads to block 0, and millions of rows are not made of
+    nothing."""
     image = made("vdi", tmp_path)
     data = bytearray(image.read_bytes()[:512])
     count = 1 << 24
@@ -277,7 +316,8 @@ def test_a_block_map_of_holes(tmp_path: Path) -> None:
 
 
 def test_arrays_in_arrays_are_each_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen arrays with parity, each in the one before: asked by all below it, each would be worked out 2^15 times."""
+    """Sixteen arrays with parity, each in the one before: asked by all below it, each would be worked out
+    2^15 times."""
     from virt_bmap import space
     from virt_bmap.mapping import DATA, PARITY, ROLES, Row, Rows
 
@@ -293,10 +333,13 @@ def test_arrays_in_arrays_are_each_asked_once(monkeypatch: pytest.MonkeyPatch) -
     kind = ["disk", *["md"] * depth]
     none = [None] * (depth + 1)
     bmap = BlockMap(
-        volumes=tables.make("volumes", volume=np.arange(depth + 1), disk=[1] * (depth + 1), kind=kind, name=[f"v{n}" for n in range(depth + 1)],
+        volumes=tables.make("volumes", volume=np.arange(depth + 1), disk=[1] * (depth + 1), kind=kind,
+            name=[f"v{n}" for n in range(depth + 1)],
                             size=[size] * (depth + 1), type=none, label=none, uuid=none, detail=none),
-        mappings=tables.mappings(rows), filesystems=tables.empty("filesystems"), inodes=tables.empty("inodes"), names=tables.empty("names"),
-        extents=tables.concat("extents", [each.table(number) for number, each in enumerate(extents)]), problems=tables.empty("problems"),
+        mappings=tables.mappings(rows), filesystems=tables.empty("filesystems"),
+        inodes=tables.empty("inodes"), names=tables.empty("names"),
+        extents=tables.concat("extents", [each.table(number) for number, each in enumerate(extents)]),
+        problems=tables.empty("problems"),
     )  # fmt: skip
     asked = []
     real = space.sharing_parity

@@ -83,7 +83,7 @@ def test_expert_witness_is_named(tmp_path):
         open_image(str(tmp_path / "a.E01"))
 
 
-# ---- attacks --------------------------------------------------------------------------------------------------------
+# ---- attacks -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -133,7 +133,8 @@ def test_data_file_is_not_opened_unasked(tmp_path):
 
 def test_vmdk_extents_are_not_opened_unasked(tmp_path, secret):
     descriptor = (
-        f'# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType="monolithicFlat"\nRW 1000 FLAT "{secret}" 0\n'
+        "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n"
+        f'createType="monolithicFlat"\nRW 1000 FLAT "{secret}" 0\n'
     )
     (tmp_path / "a.vmdk").write_text(descriptor)
     refused(tmp_path / "a.vmdk", str(secret))
@@ -148,12 +149,28 @@ def test_a_chain_is_read_when_asked_and_formats_are_never_guessed(tmp_path, disk
     base = tmp_path / "base, with a comma.raw"
     base.write_bytes(disk.read_bytes())
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", tmp_path / "middle.qcow2")
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "middle.qcow2", "-F", "qcow2", tmp_path / "top.qcow2")
+    run(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-b", "middle.qcow2", "-F", "qcow2", tmp_path / "top.qcow2"
+    )
     reader = open_image(str(tmp_path / "top.qcow2"), references=True)
     assert reader.read(1 << 20, 4096) == disk.read_bytes()[1 << 20 : (1 << 20) + 4096]
     reader.close()
-    run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "middle.qcow2", "-F", "", tmp_path / "top.qcow2", ok=(0, 1))
-    if "backing-filename-format" not in json.loads(run("qemu-img", "info", "-U", "--output=json", tmp_path / "top.qcow2")):
+    run(
+        "qemu-img",
+        "rebase",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        "middle.qcow2",
+        "-F",
+        "",
+        tmp_path / "top.qcow2",
+        ok=(0, 1),
+    )
+    if "backing-filename-format" not in json.loads(
+        run("qemu-img", "info", "-U", "--output=json", tmp_path / "top.qcow2")
+    ):
         with pytest.raises(ImageError, match="without a format"):
             open_image(str(tmp_path / "top.qcow2"), references=True)
 
@@ -161,7 +178,20 @@ def test_a_chain_is_read_when_asked_and_formats_are_never_guessed(tmp_path, disk
 def test_a_loop_of_backing_files_ends(tmp_path):
     need("qemu-img", "qemu-utils")
     run("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "a.qcow2", "1M")
-    run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", tmp_path / "b.qcow2", "1M")
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        "a.qcow2",
+        "-F",
+        "qcow2",
+        tmp_path / "b.qcow2",
+        "1M",
+    )
     run("qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", tmp_path / "a.qcow2")
     with pytest.raises(ImageError, match="or a loop"):
         open_image(str(tmp_path / "a.qcow2"), references=True)
@@ -172,7 +202,9 @@ def test_a_damaged_qcow2_is_qemus_complaint_in_one_line(tmp_path, disk):
     data = bytearray(image.read_bytes())
     data[20:24] = struct.pack(">I", 60)  # cluster_bits
     (tmp_path / "bad.qcow2").write_bytes(data)
-    with pytest.raises(ImageError, match=r"bad.qcow2: qemu-nbd can't open it as qcow2: .*[Cc]luster") as found:
+    with pytest.raises(
+        ImageError, match=r"bad.qcow2: qemu-nbd can't open it as qcow2: .*[Cc]luster"
+    ) as found:
         open_image(str(tmp_path / "bad.qcow2"))
     assert "\n" not in str(found.value)
 
@@ -187,13 +219,15 @@ def test_qemu_only_warns(tmp_path, disk, monkeypatch):
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
     reader = open_image(str(convert(disk, "qcow2")))
     assert reader.read(0, 8192) == disk.read_bytes()[:8192]
-    assert "the server says: Input/output error, and when it opened the image: module x not found" in str(reader._failed(5, 0))
+    assert "the server says: Input/output error, and when it opened the image: module x not found" in str(
+        reader._failed(5, 0)
+    )
     number = reader.server.process.pid
     reader.close()
     assert not os.path.exists(f"/proc/{number}")
 
 
-# ---- NBD ------------------------------------------------------------------------------------------------------------
+# ---- NBD ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -219,14 +253,22 @@ def test_nbd_reads_equal(disk, nbdkit):
     expected = disk.read_bytes()
     assert reader.size == len(expected)
     offsets = np.random.default_rng(4).integers(0, len(expected) - 4096, 3000)
-    assert reader.read_ranges(offsets, np.full(3000, 4096)).tobytes() == b"".join(expected[o : o + 4096] for o in offsets)
+    assert reader.read_ranges(offsets, np.full(3000, 4096)).tobytes() == b"".join(
+        expected[o : o + 4096] for o in offsets
+    )
     assert reader.read(0, reader.size) == expected
     reader.close()
 
 
 def test_nbd_server_with_minimum_block_size(disk, nbdkit):
     reader = open_image(
-        nbdkit("--filter=blocksize-policy", "file", str(disk), "blocksize-minimum=4096", "blocksize-error-policy=error")
+        nbdkit(
+            "--filter=blocksize-policy",
+            "file",
+            str(disk),
+            "blocksize-minimum=4096",
+            "blocksize-error-policy=error",
+        )
     )
     expected = disk.read_bytes()
     assert reader.read(300_001, 5) == expected[300_001:300_006]

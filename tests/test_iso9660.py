@@ -24,13 +24,16 @@ from virt_bmap.survey import survey
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree with what makes Rock Ridge work: depth, long names, long links, names that are not ASCII, empty and linked files."""
+    """A tree with what makes Rock Ridge work: depth, long names, long links, names that are not ASCII, empty
+    and linked files."""
     root = tmp_path_factory.mktemp("iso-source")
     random = np.random.default_rng(1)
     for i in range(300):
         folder = root / f"many{i % 3}"
         folder.mkdir(exist_ok=True)
-        (folder / f"file number {i} {'x' * (i % 180)}.dat").write_bytes(random.bytes(int(random.integers(0, 9000))))
+        (folder / f"file number {i} {'x' * (i % 180)}.dat").write_bytes(
+            random.bytes(int(random.integers(0, 9000)))
+        )
     deep = root.joinpath(*(f"level{i}" for i in range(12)))
     deep.mkdir(parents=True)
     (deep / "bottom").write_bytes(b"at the bottom")
@@ -70,14 +73,23 @@ def genisoimage(source: Path, where: Path, *options: str) -> Path:
 def rock_ridge(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rock Ridge, Joliet and El Torito in one image."""
     where = tmp_path_factory.mktemp("iso") / "rr.iso"
-    return genisoimage(source, where, "-R", "-J", "-joliet-long", "-b", "boot.img", "-no-emul-boot", "-c", "boot.cat")
+    return genisoimage(
+        source, where, "-R", "-J", "-joliet-long", "-b", "boot.img", "-no-emul-boot", "-c", "boot.cat"
+    )
 
 
 def layout(bmap: BlockMap) -> dict[str, tuple[int, int]]:
-    """(offset, size) of every regular file that has content, but the boot catalog, which xorriso does not list."""
+    """(offset, size) of every regular file that has content, but the boot catalog, which xorriso does not
+    list."""
     _, inodes = bmap.slice_of("inodes", 0)
     kind, size = tables.codes(inodes, "type"), tables.integers(inodes, "size")
-    of = dict(zip(tables.integers(inodes, "inode").tolist(), zip(kind.tolist(), size.tolist(), strict=True), strict=True))
+    of = dict(
+        zip(
+            tables.integers(inodes, "inode").tolist(),
+            zip(kind.tolist(), size.tolist(), strict=True),
+            strict=True,
+        )
+    )
     files = {
         path: inode
         for path, inode in tree(bmap, 0).items()
@@ -88,7 +100,9 @@ def layout(bmap: BlockMap) -> dict[str, tuple[int, int]]:
 
 def xorriso_layout(image: Path) -> dict[str, tuple[int, int]]:
     """The same as xorriso reads it."""
-    out = run(need("xorriso", "xorriso"), "-indev", image, "-find", "/", "-type", "f", "-exec", "report_lba", "--").decode()
+    out = run(
+        need("xorriso", "xorriso"), "-indev", image, "-find", "/", "-type", "f", "-exec", "report_lba", "--"
+    ).decode()
     found = re.findall(r"^File data lba:\s*\d+ ,\s*(\d+) ,\s*\d+ ,\s*(\d+) , '(.*)'$", out, re.M)
     return {path: (int(lba) * 2048, int(size)) for lba, size, path in found if int(size)}
 
@@ -108,7 +122,11 @@ def test_rock_ridge(rock_ridge: Path, source: Path) -> None:
     bmap = mapped(rock_ridge)
     assert_proven(bmap)
     assert layout(bmap) == xorriso_layout(rock_ridge)
-    expected = {"/" + str(path.relative_to(source)) for path in source.rglob("*")} | {"/", "/rr_moved", "/boot.cat"}
+    expected = {"/" + str(path.relative_to(source)) for path in source.rglob("*")} | {
+        "/",
+        "/rr_moved",
+        "/boot.cat",
+    }
     assert set(tree(bmap, 0)) == expected
     assert_contents(bmap, rock_ridge, source)
     row = bmap.filesystems.to_pylist()[0]
@@ -133,7 +151,8 @@ def test_inodes_are_as_stat_says(rock_ridge: Path, source: Path) -> None:
 def test_boot_images_and_metadata_are_named(rock_ridge: Path) -> None:
     bmap = mapped(rock_ridge)
     parts = set(bmap.extents.column("part").to_pylist())
-    assert {"system area", "volume descriptors", "path table", "continuation area", "Joliet directory", "El Torito boot catalog",
+    assert {"system area", "volume descriptors", "path table", "continuation area", "Joliet directory",
+        "El Torito boot catalog",
             "El Torito x86 boot image, no emulation", "SL"} <= parts  # fmt: skip
 
 
@@ -172,9 +191,11 @@ def test_hard_links_and_duplicates_are_shared(source: Path, rock_ridge: Path) ->
 
 def test_isohybrid_is_one_filesystem(source: Path, tmp_path: Path) -> None:
     xorriso = need("xorrisofs", "xorriso")
-    image = build(tmp_path / "hybrid.iso", xorriso, "-quiet", "-R", "-J", "-b", "boot.img", "-no-emul-boot", "-boot-load-size", "4",
-                  "-eltorito-alt-boot", "-e", "empty.efi", "-no-emul-boot", "-part_like_isohybrid", "--protective-msdos-label",
-                  "-o", tmp_path / "hybrid.iso", _with_efi(source, tmp_path))  # fmt: skip
+    image = build(tmp_path / "hybrid.iso", xorriso, "-quiet", "-R", "-J", "-b", "boot.img", "-no-emul-boot",
+        "-boot-load-size", "4",
+                  "-eltorito-alt-boot", "-e", "empty.efi", "-no-emul-boot", "-part_like_isohybrid",
+                  "--protective-msdos-label", "-o", tmp_path / "hybrid.iso",
+                  _with_efi(source, tmp_path))  # fmt: skip
     bmap = mapped(image)
     assert_proven(bmap)
     assert bmap.filesystems.column("type").to_pylist() == ["iso9660"]
@@ -186,7 +207,8 @@ def test_isohybrid_is_one_filesystem(source: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def installer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hybrid image as distributions make them: isolinux's boot record, whose first partition has type 0 and covers all, and an EFI partition."""
+    """A hybrid image as distributions make them: isolinux's boot record, whose first partition has type 0 and
+    covers all, and an EFI partition."""
     template, loader = Path("/usr/lib/ISOLINUX/isohdpfx.bin"), Path("/usr/lib/ISOLINUX/isolinux.bin")
     if not (template.exists() and loader.exists()):
         pytest.skip("isolinux is not installed (apt-get install isolinux)")
@@ -194,9 +216,11 @@ def installer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tree").mkdir()
     (folder / "tree" / "isolinux.bin").write_bytes(loader.read_bytes())
     (folder / "tree" / "efi.img").write_bytes(bytes(1474560))
-    return build(folder / "image.iso", need("xorrisofs", "xorriso"), "-quiet", "-R", "-b", "isolinux.bin", "-no-emul-boot", "-boot-load-size", "4",
-                 "-boot-info-table", "-isohybrid-mbr", template, "-eltorito-alt-boot", "-e", "efi.img", "-no-emul-boot", "-c", "boot.cat",
-                 "-isohybrid-gpt-basdat", "-o", folder / "image.iso", folder / "tree")  # fmt: skip
+    return build(folder / "image.iso", need("xorrisofs", "xorriso"), "-quiet", "-R", "-b", "isolinux.bin",
+        "-no-emul-boot", "-boot-load-size", "4",
+                 "-boot-info-table", "-isohybrid-mbr", template, "-eltorito-alt-boot", "-e", "efi.img",
+                 "-no-emul-boot", "-c", "boot.cat", "-isohybrid-gpt-basdat", "-o", folder / "image.iso",
+                 folder / "tree")  # fmt: skip
 
 
 def test_installer_is_read(installer: Path) -> None:
@@ -225,11 +249,19 @@ def test_hard_disk_emulation_has_the_size_of_its_partition(tmp_path: Path) -> No
     folder = tmp_path / "hd"
     folder.mkdir()
     disk = bytearray(64 * 512)
-    disk[446:462] = bytes([0x80, 0, 2, 0, 6, 0, 63, 0]) + (1).to_bytes(4, "little") + (63).to_bytes(4, "little")
+    disk[446:462] = (
+        bytes([0x80, 0, 2, 0, 6, 0, 63, 0]) + (1).to_bytes(4, "little") + (63).to_bytes(4, "little")
+    )
     disk[510:512] = b"\x55\xaa"
     (folder / "hd.img").write_bytes(disk)
-    image = genisoimage(folder, tmp_path / "hd.iso", "-R", "-b", "hd.img", "-hard-disk-boot", "-c", "boot.cat")
-    rows = [row for row in mapped(image).extents.to_pylist() if row["part"] == "El Torito x86 boot image, hard disk"]
+    image = genisoimage(
+        folder, tmp_path / "hd.iso", "-R", "-b", "hd.img", "-hard-disk-boot", "-c", "boot.cat"
+    )
+    rows = [
+        row
+        for row in mapped(image).extents.to_pylist()
+        if row["part"] == "El Torito x86 boot image, hard disk"
+    ]
     assert [row["length"] for row in rows] == [64 * 512]
 
 
@@ -239,7 +271,18 @@ def test_zisofs_content(tmp_path: Path) -> None:
     text = b"".join(b"%d bottles\n" % i for i in range(20000))
     (folder / "text").write_bytes(text)
     image = tmp_path / "z.iso"
-    run(need("xorriso", "xorriso"), "-outdev", image, "-map", folder, "/", "-set_filter_r", "--zisofs", "/text", "--")
+    run(
+        need("xorriso", "xorriso"),
+        "-outdev",
+        image,
+        "-map",
+        folder,
+        "/",
+        "-set_filter_r",
+        "--zisofs",
+        "/text",
+        "--",
+    )
     bmap = mapped(image)
     assert_proven(bmap)
     (row,) = [row for row in bmap.extents.to_pylist() if row["inode"] == tree(bmap, 0)["/text"]]
@@ -262,7 +305,11 @@ def test_high_sierra_is_refused_by_name(tmp_path: Path) -> None:
 def test_few_reads(rock_ridge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = RawReader._fetch
-    monkeypatch.setattr(RawReader, "_fetch", lambda self, offsets, lengths: calls.append(1) or original(self, offsets, lengths))
+    monkeypatch.setattr(
+        RawReader,
+        "_fetch",
+        lambda self, offsets, lengths: calls.append(1) or original(self, offsets, lengths),
+    )
     mapped(rock_ridge)
     assert len(calls) < 60
 
@@ -282,7 +329,9 @@ def unpacked(path: Path) -> list[tuple[str, bytes]]:
     data = path.read_bytes()
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
-            return [(name, archive.read(name)) for name in archive.namelist() if name.endswith((".iso", ".img"))]
+            return [
+                (name, archive.read(name)) for name in archive.namelist() if name.endswith((".iso", ".img"))
+            ]
     if path.suffix == ".uu":
         import binascii
 
@@ -290,7 +339,9 @@ def unpacked(path: Path) -> list[tuple[str, bytes]]:
         begin = next(i for i, line in enumerate(lines) if line.startswith(b"begin "))
         data = b"".join(binascii.a2b_uu(line) for line in lines[begin + 1 : lines.index(b"end")] if line)
         if ".Z." in path.name:
-            data = subprocess.run([need("gzip", "gzip"), "-dc"], input=data, stdout=subprocess.PIPE, check=True).stdout
+            data = subprocess.run(
+                [need("gzip", "gzip"), "-dc"], input=data, stdout=subprocess.PIPE, check=True
+            ).stdout
     if path.suffix == ".xz":
         data = lzma.decompress(data)
     if path.suffix == ".gz":
@@ -312,7 +363,8 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
             continue
         assert_proven(bmap)
         row = bmap.filesystems.to_pylist()[0]
-        if not any(word in name for word in ("overflow", "multi_extent")):  # xorriso lists each extent, or refuses
+        # xorriso lists each extent, or refuses
+        if not any(word in name for word in ("overflow", "multi_extent")):
             assert set(layout(bmap).values()) == set(xorriso_layout(image).values()), name
         mine, listed = set(tree(bmap, 0)) - {"/", "/rr_moved"}, _listed(image, row["features"] or "")
         if listed and all(ord(letter) < 256 for path in mine for letter in path):
@@ -322,9 +374,9 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
 def _listed(image: Path, features: str) -> set[str]:
     """All paths as another reader sees them: xorriso with Rock Ridge, isoinfo without."""
     if "rock-ridge" in features:
-        out = run(need("xorriso", "xorriso"), "-indev", image, "-find", "/", "-exec", "echo", "--", ok=(0, 5, 32)).decode(
-            errors="surrogateescape"
-        )
+        out = run(
+            need("xorriso", "xorriso"), "-indev", image, "-find", "/", "-exec", "echo", "--", ok=(0, 5, 32)
+        ).decode(errors="surrogateescape")
         return {line[1:-1] for line in out.splitlines() if line.startswith("'/")} - {"/"}
     flags = ["-J", "-j", "iso8859-1"] if "joliet" in features else []
     out = run(need("isoinfo", "genisoimage"), *flags, "-f", "-i", image, ok=(0, 1)).decode("latin-1")

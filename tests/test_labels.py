@@ -14,7 +14,10 @@ from virt_bmap.images.raw import RawReader
 MIB = 1 << 20
 SIZE = 64 * MIB
 CYLINDER = 255 * 63
-SUN = f"label: sun\nstart=0,size={CYLINDER},type=2\nstart={CYLINDER},size={3 * CYLINDER},type=83\nstart={4 * CYLINDER},size={CYLINDER},type=82\n"
+SUN = (
+    f"label: sun\nstart=0,size={CYLINDER},type=2\nstart={CYLINDER},size={3 * CYLINDER},type=83\n"
+    f"start={4 * CYLINDER},size={CYLINDER},type=82\n"
+)
 
 
 def made(path: Path, kind: str) -> Path:
@@ -26,7 +29,9 @@ def made(path: Path, kind: str) -> Path:
         run("sfdisk", "-q", path, stdin=SUN.encode())
         return path
     need("parted", "parted")
-    label, part, start = {"mac": ("mac", ["name", "ext2"], "1MiB"), "sgi": ("dvh", ["primary"], "10MiB")}[kind]
+    label, part, start = {"mac": ("mac", ["name", "ext2"], "1MiB"), "sgi": ("dvh", ["primary"], "10MiB")}[
+        kind
+    ]
     first, second = [*part, start, "30MiB"], [*part, "40MiB", "50MiB"]
     run("parted", "-s", path, "mklabel", label, "mkpart", *first, "mkpart", *second)
     return path
@@ -36,7 +41,9 @@ def places(bmap: BlockMap) -> dict[int, tuple[int, int]]:
     """Partition number to (start, size) in bytes."""
     names = bmap.volumes.column("name").to_pylist()
     rows = bmap.mappings.to_pylist()
-    return {int(names[row["volume"]].removeprefix("/dev/sda")): (row["parent_offset"], row["run"]) for row in rows}
+    return {
+        int(names[row["volume"]].removeprefix("/dev/sda")): (row["parent_offset"], row["run"]) for row in rows
+    }
 
 
 def by_sfdisk(path: Path) -> dict[int, tuple[int, int]]:
@@ -59,14 +66,20 @@ def test_like_sfdisk(tmp_path: Path, kind: str, left_out: tuple[int, ...]) -> No
 def test_like_parted_and_mmls(tmp_path: Path) -> None:
     path = made(tmp_path / "disk", "mac")
     bmap = mapped(path)
-    rows = [line.split(":") for line in run("parted", "-sm", path, "unit", "B", "print").decode().splitlines()[2:]]
+    rows = [
+        line.split(":") for line in run("parted", "-sm", path, "unit", "B", "print").decode().splitlines()[2:]
+    ]
     assert places(bmap) == {int(row[0]): (int(row[1][:-1]), int(row[3][:-1])) for row in rows}
     assert bmap.volumes.column("label").to_pylist()[1:] == [row[5] for row in rows]
     need("mmls", "sleuthkit")
     found = re.findall(
-        r"^\d+:  \d+ +(\d+) +\d+ +(\d+) +(Apple_(?!Free)\w+)$", run("mmls", "-t", "mac", path).decode(), re.MULTILINE
+        r"^\d+:  \d+ +(\d+) +\d+ +(\d+) +(Apple_(?!Free)\w+)$",
+        run("mmls", "-t", "mac", path).decode(),
+        re.MULTILINE,
     )
-    assert sorted((int(start) * 512, int(size) * 512) for start, size, _ in found) == sorted(places(bmap).values())
+    assert sorted((int(start) * 512, int(size) * 512) for start, size, _ in found) == sorted(
+        places(bmap).values()
+    )
     assert bmap.volumes.column("detail").to_pylist()[1:] == [kind for *_, kind in found]
     assert_proven(bmap)
 
@@ -77,15 +90,29 @@ def test_a_filesystem_inside(tmp_path: Path, kind: str) -> None:
     number, (start, size) = max(places(mapped(path)).items(), key=lambda item: item[1][1])
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_bytes(np.random.default_rng(3).bytes(100_000))
-    run("mke2fs", "-q", "-t", "ext4", "-d", tmp_path / "tree", "-E", f"offset={start}", path, f"{size // 1024}k")
+    run(
+        "mke2fs",
+        "-q",
+        "-t",
+        "ext4",
+        "-d",
+        tmp_path / "tree",
+        "-E",
+        f"offset={start}",
+        path,
+        f"{size // 1024}k",
+    )
     bmap = mapped(path)
     volume = bmap.volume_named(f"/dev/sda{number}")
-    assert content(bmap, [RawReader(str(path))], volume, tree(bmap, volume)["/file"]) == np.random.default_rng(3).bytes(100_000)
+    assert content(
+        bmap, [RawReader(str(path))], volume, tree(bmap, volume)["/file"]
+    ) == np.random.default_rng(3).bytes(100_000)
     assert_proven(bmap)
 
 
 def test_the_first_slice_holds_the_label_and_a_filesystem(tmp_path: Path) -> None:
-    """Sun's first slice begins with the disk; an ext4 there leaves the label alone, and the label is not found in it again."""
+    """Sun's first slice begins with the disk; an ext4 there leaves the label alone, and the label is not
+    found in it again."""
     path = made(tmp_path / "disk", "sun")
     label = path.read_bytes()[:512]
     run("mke2fs", "-q", "-t", "ext4", path, f"{CYLINDER // 2}k")
@@ -101,7 +128,9 @@ def test_the_files_of_an_sgi_volume_directory(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes()[:512])
     data[72:88] = b"sash\0\0\0\0" + (100).to_bytes(4, "big") + (5000).to_bytes(4, "big")
     data[504:508] = bytes(4)
-    data[504:508] = (-int(np.frombuffer(bytes(data), ">u4").sum(dtype=np.uint64)) & 0xFFFFFFFF).to_bytes(4, "big")
+    data[504:508] = (-int(np.frombuffer(bytes(data), ">u4").sum(dtype=np.uint64)) & 0xFFFFFFFF).to_bytes(
+        4, "big"
+    )
     with path.open("r+b") as file:
         file.write(data)
     bmap = mapped(path)

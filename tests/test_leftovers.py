@@ -58,7 +58,9 @@ def test_names_of_others_are_left_alone(tmp_path: Path) -> None:
         (tmp_path / ".out.virt-bmap-3").write_text("somebody else's")
         os.chown(tmp_path / ".out.virt-bmap-3", 12345, -1)
     with leftovers.hidden_file(str(tmp_path / "out")) as (name, _):
-        assert Path(name).name == ".out.virt-bmap-1", "an empty folder of ours that nobody holds counts as left"
+        assert Path(name).name == ".out.virt-bmap-1", (
+            "an empty folder of ours that nobody holds counts as left"
+        )
     assert precious.read_text() == "mine"
     with leftovers.hidden_folder(str(tmp_path / "out")):
         (tmp_path / ".out.virt-bmap-1/x").touch()
@@ -97,7 +99,8 @@ def test_what_was_renamed_stays_and_errors_undo(tmp_path: Path) -> None:
 @pytest.fixture
 def exceptions() -> Iterator[None]:
     """Signals are exceptions, in this process."""
-    before, hook = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signal.SIGALRM)}, sys.unraisablehook
+    before = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signal.SIGALRM)}
+    hook = sys.unraisablehook
     for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signals.become_exceptions()
@@ -147,7 +150,10 @@ def test_a_child_ends_with_its_block() -> None:
 
 
 def test_a_child_ends_with_a_killed_parent() -> None:
-    code = "from virt_bmap import children\nwith children.running(['sleep', '60']) as p: print(p.pid, flush=True); p.wait()"
+    code = (
+        "from virt_bmap import children\nwith children.running(['sleep', '60']) as p: print(p.pid, "
+        "flush=True); p.wait()"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     child = int(parent.stdout.readline())

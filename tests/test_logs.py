@@ -1,4 +1,5 @@
-"""Logs of other tools: the tools themselves write them, and what was asked of the tools is what must come out."""
+"""Logs of other tools: the tools themselves write them, and what was asked of the tools is what must come
+out."""
 
 import os
 import struct
@@ -24,11 +25,12 @@ def rows(log) -> list[tuple[str, int, int]]:
     """(operation, offset, length) of each access."""
     a = log.accesses
     return [
-        (OPS[op], offset, length) for op, offset, length in zip(a.op.tolist(), a.offset.tolist(), a.length.tolist(), strict=True)
+        (OPS[op], offset, length)
+        for op, offset, length in zip(a.op.tolist(), a.offset.tolist(), a.length.tolist(), strict=True)
     ]
 
 
-# ---- what the tools themselves write ----------------------------------------------------------------------------------
+# ---- what the tools themselves write -----------------------------------------------------------------------
 
 COMMANDS = ["read 4096 8192", "write 65536 512", "read 1048576 65536"]
 ASKED = [("read", 4096, 8192), ("write", 65536, 512), ("read", 1048576, 65536)]
@@ -50,8 +52,12 @@ def test_nbdkit_and_qemu_log_what_a_client_asked_for(disk: Path, tmp_path: Path)
     try:
         wait_for_socket(socket)
         words = [word for command in COMMANDS for word in ("-c", command)]
-        trace = run("qemu-io", "-f", "raw", "-t", "none", "-T", "blk_co_p*", *words, f"nbd+unix:///?socket={socket}")
-        done = subprocess.run(["qemu-io", "-f", "raw", "-T", "blk_co_p*", *words, disk], capture_output=True, check=True)
+        trace = run(
+            "qemu-io", "-f", "raw", "-t", "none", "-T", "blk_co_p*", *words, f"nbd+unix:///?socket={socket}"
+        )
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", "-T", "blk_co_p*", *words, disk], capture_output=True, check=True
+        )
     finally:
         server.terminate()
         server.wait()
@@ -68,7 +74,9 @@ def test_qemu_with_times(disk: Path) -> None:
     need("qemu-io", "qemu-utils")
     words = ["qemu-io", "-f", "raw", "-T", "blk_co_p*", "-c", "read 0 512", disk]
     done = subprocess.run(words, capture_output=True, check=True)
-    stamped = b"".join(b"77@1700000000.%06d:" % n + line for n, line in enumerate(done.stderr.splitlines(keepends=True)))
+    stamped = b"".join(
+        b"77@1700000000.%06d:" % n + line for n, line in enumerate(done.stderr.splitlines(keepends=True))
+    )
     log = parse(stamped, "qemu.log")
     assert rows(log) == [("read", 0, 512)]
     assert log.accesses.time_ns.tolist() == [1_700_000_000 * 10**9]
@@ -78,8 +86,20 @@ def test_qemu_with_times(disk: Path) -> None:
 def test_fio_iologs_and_latency_logs_agree(tmp_path: Path, disk: Path) -> None:
     """fio's two kinds of logs of one job say the same; the bytes are those of its report."""
     need("fio", "fio")
-    job = ["fio", "--name=j", f"--filename={disk}", "--rw=randrw", "--bs=4k", "--io_size=256k", "--size=4M", "--ioengine=psync", "--log_offset=1",
-           f"--write_lat_log={tmp_path}/log", f"--write_iolog={tmp_path}/iolog", "--output-format=json"]  # fmt: skip
+    job = [
+        "fio",
+        "--name=j",
+        f"--filename={disk}",
+        "--rw=randrw",
+        "--bs=4k",
+        "--io_size=256k",
+        "--size=4M",
+        "--ioengine=psync",
+        "--log_offset=1",
+        f"--write_lat_log={tmp_path}/log",
+        f"--write_iolog={tmp_path}/iolog",
+        "--output-format=json",
+    ]
     run(*job)
     iolog = parse((tmp_path / "iolog").read_bytes(), "iolog")
     values = parse((tmp_path / "log_lat.1.log").read_bytes(), "lat")
@@ -90,20 +110,27 @@ def test_fio_iologs_and_latency_logs_agree(tmp_path: Path, disk: Path) -> None:
 
 
 BLK_IO_TRACE = struct.Struct("<IIQQIIIIIHH")
-"""struct blk_io_trace of linux/blktrace_api.h: magic and version, sequence, time, sector, bytes, action, pid, device, cpu, error, pdu_len."""
+"""struct blk_io_trace of linux/blktrace_api.h: magic and version, sequence, time, sector, bytes, action, pid,
+device, cpu, error, pdu_len."""
 TC_READ, TC_WRITE, TC_QUEUE, TC_ISSUE, TC_COMPLETE, TC_DISCARD = (1 << 16 << n for n in (0, 1, 4, 6, 7, 13))
 
 
 def test_blkparse_prints_what_the_kernel_would_record(tmp_path: Path) -> None:
     """A recording in the kernel's own format, with known requests, through the real blkparse."""
     need("blkparse", "blktrace")
-    wanted = [("read", 2048 * 512, 4096), ("write", 8 * 512, 65536), ("trim", 4096 * 512, 1 << 20), ("read", 0, 512)]
+    wanted = [
+        ("read", 2048 * 512, 4096),
+        ("write", 8 * 512, 65536),
+        ("trim", 4096 * 512, 1 << 20),
+        ("read", 0, 512),
+    ]
     kind = {"read": TC_READ, "write": TC_WRITE, "trim": TC_WRITE | TC_DISCARD}
     records = []
     for n, (op, offset, length) in enumerate(wanted):
         for step, (action, code) in enumerate(((TC_QUEUE, 1), (TC_ISSUE, 7), (TC_COMPLETE, 8))):
             number = 3 * n + step
-            records.append(BLK_IO_TRACE.pack(0x65617407, number + 1, 1000 * (number + 1), offset // 512, length, kind[op] | action | code,
+            records.append(BLK_IO_TRACE.pack(0x65617407, number + 1, 1000 * (number + 1), offset // 512,
+                    length, kind[op] | action | code,
                                              100, 8 << 20, 0, 0, 0))  # fmt: skip
     (tmp_path / "t.blktrace.0").write_bytes(b"".join(records))
     log = parse(run("blkparse", "-i", "t", "-D", str(tmp_path)), "blkparse")
@@ -112,7 +139,7 @@ def test_blkparse_prints_what_the_kernel_would_record(tmp_path: Path) -> None:
     assert np.diff(log.accesses.time_ns).tolist() == [3000, 3000, 3000]
 
 
-# ---- formats as they are documented -----------------------------------------------------------------------------------
+# ---- formats as they are documented ------------------------------------------------------------------------
 
 SIMPLETRACE = b"""\
 blk_co_preadv 0.000 pid=9 blk=0x55d6 bs=0x55d7 offset=0x1000 bytes=0x200 flags=0x0
@@ -131,9 +158,11 @@ CSV = b'"time_us","op","offset","length"\r\n1,read,4096,512\r\n3,write,0,1024\r\
     (SIMPLETRACE, [("read", 4096, 512), ("write", 8192, 1024)], [0, 123_500]),
     (BIOSNOOP, [("write", 13092560 * 512, 4096), ("read", 13092432 * 512, 512)], [4000, 1_000_000_178]),
     (CSV, [("read", 4096, 512), ("write", 0, 1024)], [1000, 3000]),
-    (b"fio version 2 iolog\n/dev/a add\n/dev/a open\n/dev/a read 0 4096\n/dev/a wait 200\n/dev/a write 512 512\n/dev/a sync\n/dev/a close\n",
+    ((b"fio version 2 iolog\n/dev/a add\n/dev/a open\n/dev/a read 0 4096\n/dev/a wait 200\n/dev/a "
+        b"write 512 512\n/dev/a sync\n/dev/a close\n"),
      [("read", 0, 4096), ("write", 512, 512), ("flush", 0, 0)], [0, 200_000, 200_000]),
-    (b"  8,0    3        1     0.000000000   697  D FWS [jbd2/sda]\n  8,0    3        2     0.000000500   697  D  RA 8 + 8 [a b]\n",
+    ((b"  8,0    3        1     0.000000000   697  D FWS [jbd2/sda]\n  8,0    3        2     "
+        b"0.000000500   697  D  RA 8 + 8 [a b]\n"),
      [("flush", 0, 0), ("read", 4096, 4096)], [0, 500]),
 ])  # fmt: skip
 def test_documented_formats(text: bytes, expected: list[tuple[str, int, int]], times: list[int]) -> None:
@@ -176,7 +205,8 @@ def test_bad_logs_say_what_is_wrong(text: bytes, words: str) -> None:
         parse(text, "log")
 
 
-@given(st.sampled_from([SIMPLETRACE, BIOSNOOP, CSV, b"1@1.000001:blk_co_preadv blk 0x1 bs 0x1 offset 0 bytes 1 flags 0x0\n",
+@given(st.sampled_from([SIMPLETRACE, BIOSNOOP, CSV, (b"1@1.000001:blk_co_preadv blk 0x1 bs 0x1 offset 0 "
+    b"bytes 1 flags 0x0\n"),
                         b"2026-11-23 06:19:37.523103 connection=1 Read id=1 offset=0x0 count=0x1000 ...\n"]),
        st.lists(st.tuples(st.integers(0, 300), st.binary(min_size=1, max_size=20)), max_size=5))  # fmt: skip
 @example(SIMPLETRACE, [(134, b"\0")])  # an access without its pid
@@ -193,7 +223,7 @@ def test_mutated_logs_end_in_columns_or_in_words(text: bytes, changes: list[tupl
         assert (log.accesses.offset + log.accesses.length >= log.accesses.offset).all()
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def test_trace_import_names_what_was_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,15 +236,23 @@ def test_trace_import_names_what_was_touched(tmp_path: Path, capsys: pytest.Capt
     assert cli(["map", "-q", "-o", f"{tmp_path}/map.parquet", str(image)]) == 0
     log = tmp_path / "log.csv"
     log.write_text(f"time_ms,op,offset,length\n5,read,{start},4096\n9,write,{start + 4096},1024\nnonsense\n")
-    assert cli(["trace", "import", str(log), "-o", f"{tmp_path}/t.parquet", "--map", f"{tmp_path}/map.parquet"]) == 0
+    assert (
+        cli(["trace", "import", str(log), "-o", f"{tmp_path}/t.parquet", "--map", f"{tmp_path}/map.parquet"])
+        == 0
+    )
     assert "line 4 left out" in capsys.readouterr().err
     found = read(f"{tmp_path}/t.parquet")
     assert found.sizes == [8 << 20]
     data = [o for row in found.rows.to_pylist() for o in row["objects"] if not o["inline"]]
-    assert [(o["path"], o["file_offset"], o["length"]) for o in data] == [(b"/hello", 0, 4096), (b"/hello", 4096, 1024)]
+    assert [(o["path"], o["file_offset"], o["length"]) for o in data] == [
+        (b"/hello", 0, 4096),
+        (b"/hello", 4096, 1024),
+    ]
     log.write_text(f"time_ms,op,offset,length\n5,read,0,1\n9,write,{9 << 20},1024\n")
     with pytest.raises(
-        MapError, match=r"log.csv: line 3: bytes 0x900000-0x900400 lie behind the end of disk 1, .* a log of another disk"
+        MapError,
+        match=r"log.csv: line 3: bytes 0x900000-0x900400 lie behind the end of disk 1, .* a log of "
+        r"another disk",
     ):
         cli(["trace", "import", str(log), "-o", f"{tmp_path}/u.parquet", "--map", f"{tmp_path}/map.parquet"])
     assert not (tmp_path / "u.parquet").exists()

@@ -1,4 +1,5 @@
-"""LUKS: headers made by cryptsetup, payloads encrypted by it or by another implementation of the same ciphers, keys right and wrong."""
+"""LUKS: headers made by cryptsetup, payloads encrypted by it or by another implementation of the same
+ciphers, keys right and wrong."""
 
 import gzip
 import hashlib
@@ -25,13 +26,34 @@ from virt_bmap.volumes import luks
 
 MIB = 1 << 20
 SECRET = b"correct horse battery staple"
-FAST = {"pbkdf2": ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"),
-        "argon2id": ("--pbkdf", "argon2id", "--pbkdf-force-iterations", "4", "--pbkdf-memory", "64", "--pbkdf-parallel", "1"),
-        "argon2i": ("--pbkdf", "argon2i", "--pbkdf-force-iterations", "4", "--pbkdf-memory", "64", "--pbkdf-parallel", "2")}  # fmt: skip
+FAST = {
+    "pbkdf2": ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"),
+    "argon2id": (
+        "--pbkdf",
+        "argon2id",
+        "--pbkdf-force-iterations",
+        "4",
+        "--pbkdf-memory",
+        "64",
+        "--pbkdf-parallel",
+        "1",
+    ),
+    "argon2i": (
+        "--pbkdf",
+        "argon2i",
+        "--pbkdf-force-iterations",
+        "4",
+        "--pbkdf-memory",
+        "64",
+        "--pbkdf-parallel",
+        "2",
+    ),
+}
 
 
 def opened(reader: Reader, *secrets: bytes) -> tuple[Assembly, Reader | None]:
-    """What `assemble` makes of one device with these secrets, and a reader of the volume behind the cipher."""
+    """What `assemble` makes of one device with these secrets, and a reader of the volume behind the
+    cipher."""
     keys = Keys(tuple(("all", secret) for secret in secrets))
     assembly = luks.assemble([Member(0, "/dev/sda", reader, keys)])
     if not assembly.children:
@@ -42,7 +64,8 @@ def opened(reader: Reader, *secrets: bytes) -> tuple[Assembly, Reader | None]:
 
 
 def encrypted(cipher: str, key: bytes, data: bytes, sector: int) -> bytes:
-    """The payload a sector at a time, each with the whole mode of the cryptography package: an independent implementation."""
+    """The payload a sector at a time, each with the whole mode of the cryptography package: an independent
+    implementation."""
     mode, _, vector = cipher.removeprefix("aes-").partition("-")
     result = []
     for at in range(0, len(data), sector):
@@ -71,7 +94,8 @@ CASES = [
 
 @pytest.fixture(scope="session")
 def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """For each case a device that cryptsetup formatted, with 1 MiB of random bytes encrypted in it by hand."""
+    """For each case a device that cryptsetup formatted, with 1 MiB of random bytes encrypted in it by
+    hand."""
     tool = need("cryptsetup", "cryptsetup-bin")
     folder = tmp_path_factory.mktemp("luks")
     secret = folder / "secret"
@@ -82,10 +106,37 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         start = (4 if version == "luks1" else 17) * MIB
         with device.open("wb") as file:
             file.truncate(start + MIB)
-        options = ["--type", version, "--cipher", cipher, "--key-size", str(bits), *FAST[kdf], "--key-file", secret]
+        options = [
+            "--type",
+            version,
+            "--cipher",
+            cipher,
+            "--key-size",
+            str(bits),
+            *FAST[kdf],
+            "--key-file",
+            secret,
+        ]
         options += ["--sector-size", str(sector)] if version == "luks2" else ["--align-payload", "8192"]
-        run(tool, "luksFormat", "-q", *options, *(["--offset", str(start // 512)] if version == "luks2" else []), device)
-        run(tool, "luksDump", "-q", "--dump-volume-key", "--volume-key-file", key, "--key-file", secret, device)
+        run(
+            tool,
+            "luksFormat",
+            "-q",
+            *options,
+            *(["--offset", str(start // 512)] if version == "luks2" else []),
+            device,
+        )
+        run(
+            tool,
+            "luksDump",
+            "-q",
+            "--dump-volume-key",
+            "--volume-key-file",
+            key,
+            "--key-file",
+            secret,
+            device,
+        )
         with device.open("r+b") as file:
             file.seek(start)
             file.write(encrypted(cipher, key.read_bytes(), payload(number), sector))
@@ -106,7 +157,8 @@ def test_the_right_key_opens(devices: dict[int, Path], number: int) -> None:
     assert not assembly.problems[0]
     starts, lengths = ints([1000, 5, 700_001, 4096]), ints([3000, 1, 123, 8192])
     pieces = b"".join(
-        payload(number)[start : start + length] for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+        payload(number)[start : start + length]
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
     )
     assert reader.read_ranges(starts, lengths).tobytes() == pieces
 
@@ -130,7 +182,9 @@ def test_areas_are_those_of_luksdump(devices: dict[int, Path]) -> None:
     dump = run(need("cryptsetup", "cryptsetup-bin"), "luksDump", devices[3]).decode()
     area = int(dump.partition("Area offset:")[2].split()[0])
     bmap = survey([RawReader(str(devices[3]))])
-    assert area in [row["volume_offset"] for row in bmap.extents.to_pylist() if row["part"] == "LUKS2 key slot 0"]
+    assert area in [
+        row["volume_offset"] for row in bmap.extents.to_pylist() if row["part"] == "LUKS2 key slot 0"
+    ]
     assert bmap.volumes.column("uuid").to_pylist() == [dump.partition("UUID:")[2].split()[0]]
 
 
@@ -148,7 +202,8 @@ def test_the_second_header_serves_when_the_first_is_damaged(devices: dict[int, P
 
 @pytest.mark.parametrize("start", ["--encrypt", "--decrypt-half"])
 def test_what_cryptsetup_encrypted_itself(tmp_path: Path, start: str) -> None:
-    """An image encrypted in place by cryptsetup alone, which needs no kernel for that; also stopped halfway."""
+    """An image encrypted in place by cryptsetup alone, which needs no kernel for that; also stopped
+    halfway."""
     tool = need("cryptsetup", "cryptsetup-bin")
     plain = random.Random(start).randbytes(12 * MIB)
     image, secret = tmp_path / "image", tmp_path / "secret"
@@ -184,7 +239,7 @@ def test_damage_never_escapes(devices: dict[int, Path]) -> None:
                 continue
 
 
-# ---- the corpus -----------------------------------------------------------------------------------------------------
+# ---- the corpus --------------------------------------------------------------------------------------------
 
 
 def test_corpus_header_sizes(corpus: Path) -> None:
@@ -211,10 +266,12 @@ def test_corpus_of_dissect(corpus: Path, name: str) -> None:
     data = gzip.decompress((corpus / f"images/fox-it+dissect.fve/tests/_data/{name}.bin.gz").read_bytes())
     _, reader = opened(BytesReader(np.frombuffer(data, np.uint8)), b"password")
     assert reader
-    assert reader.read(0, reader.size) == b"".join(bytes([sector]) * 512 for sector in range(reader.size // 512))
+    assert reader.read(0, reader.size) == b"".join(
+        bytes([sector]) * 512 for sector in range(reader.size // 512)
+    )
 
 
-# ---- keys -----------------------------------------------------------------------------------------------------------
+# ---- keys --------------------------------------------------------------------------------------------------
 
 
 def test_keys(tmp_path: Path) -> None:
@@ -238,7 +295,20 @@ def test_a_detached_header(tmp_path: Path, version: str) -> None:
     plain = payload(9)
     device.write_bytes(bytes(len(plain)))
     sector = ["--sector-size", "512"] if version == "luks2" else []
-    run(tool, "luksFormat", "-q", "--type", version, "--header", header, *FAST["pbkdf2"], *sector, "--key-file", secret, device)
+    run(
+        tool,
+        "luksFormat",
+        "-q",
+        "--type",
+        version,
+        "--header",
+        header,
+        *FAST["pbkdf2"],
+        *sector,
+        "--key-file",
+        secret,
+        device,
+    )
     run(tool, "luksDump", "-q", "--dump-volume-key", "--volume-key-file", key, "--key-file", secret, header)
     device.write_bytes(encrypted("aes-xts-plain64", key.read_bytes(), plain, 512))
     keys = parse([f"/dev/sda:header:{header}", f"/dev/sda:file:{secret}"])
@@ -262,7 +332,7 @@ def test_header_options(tmp_path: Path) -> None:
         parse(["all:header:x"])
 
 
-# ---- headers that make no sense ---------------------------------------------------------------------------------------
+# ---- headers that make no sense ----------------------------------------------------------------------------
 
 
 def with_json(device: np.ndarray, text: bytes) -> BytesReader:

@@ -1,4 +1,5 @@
-"""LVM2: volumes made by LVM's own tools on loop devices, checked against what `lvs` and `pvs` say and by content."""
+"""LVM2: volumes made by LVM's own tools on loop devices, checked against what `lvs` and `pvs` say and by
+content."""
 
 import contextlib
 import gzip
@@ -15,7 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support import BytesReader, assert_proven, content, mapped, mutations, need, need_root, run, survives, tree
+from support import (
+    BytesReader,
+    assert_proven,
+    content,
+    mapped,
+    mutations,
+    need,
+    need_root,
+    run,
+    survives,
+    tree,
+)
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.check import check
@@ -46,14 +58,16 @@ def loops(*images: Path) -> Iterator[tuple[list[str], list[str]]]:
 
 @dataclass(frozen=True)
 class Group:
-    """Images of the physical volumes of a group, and for each logical volume what `lvs` says of its segments."""
+    """Images of the physical volumes of a group, and for each logical volume what `lvs` says of its
+    segments."""
 
     disks: list[Path]
     segments: list[dict[str, str]]
     pe_start: dict[str, int]
 
     def pieces(self, name: str) -> Iterator[tuple[int, int, int, int]]:
-        """(offset in the volume, disk, offset on it, bytes) of every stripe, from the words of `lvs`: brute force."""
+        """(offset in the volume, disk, offset on it, bytes) of every stripe, from the words of `lvs`: brute
+        force."""
         for segment in self.segments:
             if segment["lv_name"] != name:
                 continue
@@ -71,7 +85,8 @@ class Group:
 
 @pytest.fixture(scope="session")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Group:
-    """Two disks of 48 MiB, one with two metadata areas; a linear, a striped and a two-segment volume, each with an ext4 in it."""
+    """Two disks of 48 MiB, one with two metadata areas; a linear, a striped and a two-segment volume, each
+    with an ext4 in it."""
     need("lvcreate", "lvm2"), need("mke2fs", "e2fsprogs")
     folder = tmp_path_factory.mktemp("lvm")
     disks = [folder / "one.img", folder / "two.img"]
@@ -91,7 +106,8 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Group:
         segments = json.loads(run("lvs", *options, *units, "-o", columns))["report"][0]["lv"]
         pvs = json.loads(run("pvs", *options, *units, "-o", "pv_name,pe_start"))["report"][0]["pv"]
     starts = {pv["pv_name"]: int(pv["pe_start"]) for pv in pvs}
-    found = Group(disks, segments, {device: starts[device] for device in devices})  # as the disks: loop devices come in any order
+    # as the disks: loop devices come in any order
+    found = Group(disks, segments, {device: starts[device] for device in devices})
     for name in ("line-ar", "striped", "two_segments"):
         _fill(found, name, folder)
     return found
@@ -124,7 +140,13 @@ def volume(bmap: BlockMap, name: str) -> int:
 def test_names_sizes_and_files(group: Group) -> None:
     bmap = mapped(*group.disks)
     names = bmap.volumes.column("name").to_pylist()
-    assert names == ["/dev/sda", "/dev/sdb", "/dev/my-vg/line-ar", "/dev/my-vg/striped", "/dev/my-vg/two_segments"]
+    assert names == [
+        "/dev/sda",
+        "/dev/sdb",
+        "/dev/my-vg/line-ar",
+        "/dev/my-vg/striped",
+        "/dev/my-vg/two_segments",
+    ]
     assert bmap.volumes.column("type").to_pylist() == ["LVM2_member"] * 2 + ["ext4"] * 3
     disks = [RawReader(str(disk)) for disk in group.disks]
     for name in ("line-ar", "striped", "two_segments"):
@@ -149,7 +171,11 @@ def test_every_stripe_lies_where_lvs_says(group: Group) -> None:
 def test_free_extents_are_those_of_pvs(group: Group) -> None:
     bmap = mapped(*group.disks)
     with loops(*group.disks) as (devices, options):
-        report = run("pvs", *options, "--units", "b", "--nosuffix", "--noheadings", "-o", "pv_name,pv_free").decode().split()
+        report = (
+            run("pvs", *options, "--units", "b", "--nosuffix", "--noheadings", "-o", "pv_name,pv_free")
+            .decode()
+            .split()
+        )
     for number, device in enumerate(devices):
         totals = check(bmap).totals[number]
         assert totals.by_kind.get("free", 0) == int(report[report.index(device) + 1])
@@ -223,13 +249,14 @@ def test_texts_with_numbers_and_names_that_make_no_sense(group: Group) -> None:
     for _ in range(150):
         changed = text
         for low, high in sorted((words[at] for at in random.integers(0, len(words), 2)), reverse=True):
-            other = [b"0", b"1", b"4294967295", b"9223372036854775807", b"99999999999999999999", b'"pv0"', b'"striped"', b'"line-ar"', b"[1]",
+            other = [b"0", b"1", b"4294967295", b"9223372036854775807", b"99999999999999999999", b'"pv0"',
+                b'"striped"', b'"line-ar"', b"[1]",
                      b"stripes =", b"start_extent ="][int(random.integers(11))]  # fmt: skip
             changed = changed[:low] + other + changed[high:]
         survives(with_text(disk, changed).data)
 
 
-# ---- the corpus -------------------------------------------------------------------------------------------------------
+# ---- the corpus --------------------------------------------------------------------------------------------
 
 
 def unpacked(path: Path) -> BytesReader:
@@ -243,7 +270,8 @@ def unpacked(path: Path) -> BytesReader:
     [
         ("fox-it+dissect.volume/tests/_data/lvm/lvm.bin.gz", ["vg_test/lv_test"]),
         ("fox-it+dissect.volume/tests/_data/lvm/lvm-thin.bin.gz",
-         ["lvm-thin/data_tmeta", "lvm-thin/data_tdata", "lvm-thin/lv-1", "lvm-thin/lv-2", "lvm-thin/lvol0_pmspare"]),
+         ["lvm-thin/data_tmeta", "lvm-thin/data_tdata", "lvm-thin/lv-1", "lvm-thin/lv-2",
+             "lvm-thin/lvol0_pmspare"]),
         ("util-linux+util-linux/tests/ts/blkid/images-fs/lvm2.img.xz", []),
     ],
 )  # fmt: skip
@@ -264,7 +292,9 @@ def test_corpus_thin_pool_with_an_empty_device(corpus: Path) -> None:
     assert free + int(pool.count.sum()) * pool.block_size == data.size
 
 
-@pytest.mark.parametrize("text", ["a {", "}", "a = ", "a = [1, 2", 'a = "x', "a b", "= 1", "a { b { } } }", "x {" * 20, "[ ]"])
+@pytest.mark.parametrize(
+    "text", ["a {", "}", "a = ", "a = [1, 2", 'a = "x', "a b", "= 1", "a { b { } } }", "x {" * 20, "[ ]"]
+)
 def test_text_that_breaks_the_grammar(text: str) -> None:
     with pytest.raises(Corrupt):
         parse(text)

@@ -1,4 +1,5 @@
-"""LVM's RAID, mirrors, thin pools, snapshots and caches: what a kernel read from each volume must be what is read through the map."""
+"""LVM's RAID, mirrors, thin pools, snapshots and caches: what a kernel read from each volume must be what is
+read through the map."""
 
 import hashlib
 import re
@@ -30,9 +31,11 @@ pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
 DISKS = {**{f"disk{letter}": 48 * MIB for letter in "abcde"}, "pattern": 0}
-RAIDS = ("raid1 -m1", "raid4 -i2 -I64k", "raid5 -i2 -I64k", "raid5_ra -i3 -I32k", "raid5_n -i2 -I64k", "raid6 -i3 -I64k",
-         "raid6_nr -i3 -I64k", "raid6_nc -i3 -I64k", "raid6_n_6 -i3 -I64k", "raid6_ls_6 -i3 -I64k", "raid10 -i2 -m1 -I64k",
-         "raid0 -i3 -I64k", "raid0_meta -i3 -I64k", "mirror -m1 --mirrorlog disk")  # fmt: skip
+RAIDS = ("raid1 -m1", "raid4 -i2 -I64k", "raid5 -i2 -I64k", "raid5_ra -i3 -I32k", "raid5_n -i2 -I64k",
+    "raid6 -i3 -I64k",
+         "raid6_nr -i3 -I64k", "raid6_nc -i3 -I64k", "raid6_n_6 -i3 -I64k", "raid6_ls_6 -i3 -I64k",
+         "raid10 -i2 -m1 -I64k", "raid0 -i3 -I64k", "raid0_meta -i3 -I64k",
+         "mirror -m1 --mirrorlog disk")  # fmt: skip
 WORDS = r"""
 lvm() {
     verb=$1; shift
@@ -41,7 +44,8 @@ lvm() {
 }
 fill() { dd if=/dev/disk/guestfs/pattern of=/dev/vg/$1 bs=64k skip=$2 count=$(($(blockdev --getsize64 /dev/vg/$1) / 65536)); sync; }
 piece() { dd if=/dev/disk/guestfs/pattern of=/dev/vg/$1 bs=4k seek=$2 count=$3 skip=$4 conv=notrunc; sync; }
-truth() { for name in "$@"; do echo sha $name $(blockdev --getsize64 /dev/vg/$name) $(sha256sum < /dev/vg/$name); done; }
+truth() { for name in "$@"
+do echo sha $name $(blockdev --getsize64 /dev/vg/$name) $(sha256sum < /dev/vg/$name); done; }
 flush() { sync; for disk in a b c d e; do blockdev --flushbufs /dev/disk/guestfs/disk$disk; done; }
 """
 RAID = rf"""
@@ -59,14 +63,17 @@ sleep 3
 lvm vgchange -an vg; flush
 """
 THIN = """
-lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc
+lvm vgremove -f vg
+lvm vgcreate -s 256k vg /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc
 lvm lvcreate -L 4M -n origin vg; fill origin 0
 lvm lvcreate -s -c 4k -L 2M -n snap vg/origin
-piece origin 0 3 5000; piece origin 100 40 5100; piece snap 50 5 5200; piece snap 110 5 5300; piece snap 1000 8 5400
+piece origin 0 3 5000; piece origin 100 40 5100; piece snap 50 5 5200; piece snap 110 5 5300
+piece snap 1000 8 5400
 lvm lvcreate -s -c 8k -L 2M -n snap2 vg/origin; piece origin 90 20 6000; piece snap2 3 2 6100
 truth origin snap snap2
 lvm lvcreate --type thin-pool -L 12M -c 64k --poolmetadatasize 2M -n pool vg
-lvm lvcreate --thin -V 40M -n t1 vg/pool; lvm lvcreate --thin -V 8M -n t2 vg/pool; lvm lvcreate --thin -V 1M -n empty vg/pool
+lvm lvcreate --thin -V 40M -n t1 vg/pool; lvm lvcreate --thin -V 8M -n t2 vg/pool
+lvm lvcreate --thin -V 1M -n empty vg/pool
 piece t1 0 100 0; piece t1 5000 300 200; piece t2 17 200 7000; piece t1 900 3 3000
 lvm lvcreate -s -n t1s vg/t1; lvm lvchange -ay -K vg/t1s
 piece t1 20 30 4000; piece t1s 5010 30 4100; piece t1s 8000 30 4200
@@ -78,13 +85,15 @@ truth t1 t2 t1s t1ss empty t3
 lvm vgchange -an vg; flush
 """
 CACHE = """
-lvm vgremove -f vg; lvm vgcreate -s 256k vg /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc
+lvm vgremove -f vg
+lvm vgcreate -s 256k vg /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc
 for name in wb wt vol wc; do lvm lvcreate -L 4M -n $name vg /dev/disk/guestfs/diska; fill $name 3; done
 lvm lvcreate --type cache-pool -L 4M -c 32k -n fast1 vg /dev/disk/guestfs/diskb
 lvm lvconvert --type cache --cachepool vg/fast1 --cachemode writeback vg/wb
 lvm lvcreate --type cache-pool -L 4M -c 32k -n fast2 vg /dev/disk/guestfs/diskb
 lvm lvconvert --type cache --cachepool vg/fast2 --cachemode writethrough vg/wt
-lvm lvcreate -L 8M -n fast3 vg /dev/disk/guestfs/diskb; lvm lvconvert --type cache --cachevol vg/fast3 --cachemode writeback -c 32k vg/vol
+lvm lvcreate -L 8M -n fast3 vg /dev/disk/guestfs/diskb
+lvm lvconvert --type cache --cachevol vg/fast3 --cachemode writeback -c 32k vg/vol
 for round in 1 2 3 4 5 6; do
     for name in wb wt vol; do
         dd if=/dev/vg/$name of=/dev/null bs=4k iflag=direct skip=$((round * 8)) count=64
@@ -97,7 +106,8 @@ for name in wb vol; do
     dd if=/dev/disk/guestfs/pattern of=/dev/vg/$name bs=4k skip=999 seek=66 count=20 oflag=direct conv=notrunc
 done
 lvm lvcreate -L 4M -n fast4 vg /dev/disk/guestfs/diskb; lvm lvchange -an vg/fast4; lvm lvchange -an vg/wc
-lvm lvconvert --type writecache --cachevol vg/fast4 vg/wc; lvm lvchange -ay vg/wc; piece wc 5 10 4000; piece wc 9 3 4100
+lvm lvconvert --type writecache --cachevol vg/fast4 vg/wc; lvm lvchange -ay vg/wc; piece wc 5 10 4000
+piece wc 9 3 4100
 lvm lvcreate --type raid1 --raidintegrity y -m1 -L 2M -n integ vg; fill integ 4
 truth wb wt vol wc integ
 dmsetup status
@@ -109,7 +119,8 @@ lvm pvcreate /dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/d
 lvm lvcreate --type raid5 -i2 -I64k -L 3M -n a vg; fill a 1; sleep 2
 lvm lvcreate --type raid5 -i2 -I64k -L 3M -n b vg; fill b 2; sleep 2
 lvm lvconvert --type raid5_rs vg/b || echo NOCONV; sleep 8
-lvm lvconvert --stripes 3 vg/a || echo NORESHAPE; sleep 8; lvm lvs -a -o name,size,segtype,reshape_len,data_offset,new_data_offset,devices vg
+lvm lvconvert --stripes 3 vg/a || echo NORESHAPE; sleep 8
+lvm lvs -a -o name,size,segtype,reshape_len,data_offset,new_data_offset,devices vg
 truth a b
 lvm vgchange -an vg; lvm vgchange -ay vg; truth a b; dmsetup table; lvm vgchange -an vg; flush
 """
@@ -118,10 +129,21 @@ NUMBERS: Step = ("host", "python3 -c \"import numpy; numpy.arange(5 << 20, dtype
 
 def steps() -> list[Step]:
     def keep(name: str, disks: int) -> Step:
-        return "host", "; ".join(f"cp --sparse=always disk{'abcde'[at]} {name}.{at + 1}" for at in range(disks))
+        return "host", "; ".join(
+            f"cp --sparse=always disk{'abcde'[at]} {name}.{at + 1}" for at in range(disks)
+        )
 
-    return [NUMBERS, ("sh", WORDS + RAID), keep("raid", 5), ("sh", WORDS + THIN), keep("thin", 3),
-            ("sh", WORDS + CACHE), keep("running", 2), ("sh", WORDS + "lvm vgchange -an vg; flush"), keep("cache", 2)]  # fmt: skip
+    return [
+        NUMBERS,
+        ("sh", WORDS + RAID),
+        keep("raid", 5),
+        ("sh", WORDS + THIN),
+        keep("thin", 3),
+        ("sh", WORDS + CACHE),
+        keep("running", 2),
+        ("sh", WORDS + "lvm vgchange -an vg; flush"),
+        keep("cache", 2),
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +157,9 @@ def images(folder: Path, name: str) -> list[Path]:
 
 def truth(folder: Path) -> dict[str, tuple[int, str]]:
     """Volume -> (size, SHA-256), as read through the kernel."""
-    found = re.findall(r"^sha (\S+) (\d+) ([0-9a-f]{64})", (folder / "log").read_text(errors="replace"), re.MULTILINE)
+    found = re.findall(
+        r"^sha (\S+) (\d+) ([0-9a-f]{64})", (folder / "log").read_text(errors="replace"), re.MULTILINE
+    )
     return {name: (int(size), digest) for name, size, digest in found}
 
 
@@ -146,8 +170,12 @@ def volumes_of(paths: list[Path]) -> tuple[Assembly, dict[str, Reader]]:
     found = {}
     for at, child in enumerate(assembly.children):
         rows = child.many or Rows.of(0, child.rows)
-        reader: Reader = MappedReader(child.size, child.name, {up: readers[up] for up in np.unique(rows.parent).tolist()}, rows)
-        readers[-1 - at] = found[child.name.removeprefix("/dev/vg/")] = child.open(reader) if child.open else reader
+        reader: Reader = MappedReader(
+            child.size, child.name, {up: readers[up] for up in np.unique(rows.parent).tolist()}, rows
+        )
+        readers[-1 - at] = found[child.name.removeprefix("/dev/vg/")] = (
+            child.open(reader) if child.open else reader
+        )
     return assembly, found
 
 
@@ -158,7 +186,8 @@ def digest(reader: Reader) -> str:
 SETS = {
     "raid": [f"r{number}-{spec.split()[0]}" for number, spec in enumerate(RAIDS, 1)],
     "thin": ["origin", "snap", "snap2", "t1", "t2", "t1s", "t1ss", "empty", "t3"],
-    "running": ["wb", "wt", "vol", "wc"],  # dm-integrity keeps what is fresh in a journal until it is shut down
+    # dm-integrity keeps what is fresh in a journal until it is shut down
+    "running": ["wb", "wt", "vol", "wc"],
     "cache": ["wb", "wt", "vol", "wc", "integ"],
 }
 
@@ -184,7 +213,9 @@ def test_every_byte_has_one_owner(kernel_volumes: Path, name: str) -> None:
 def test_raid_after_a_reshape() -> None:
     """Images begin with room that the reshape left, or end with it; the number of stripes has grown."""
     folder = made(
-        "reshape", {**{f"disk{letter}": 32 * MIB for letter in "abcde"}, "pattern": 0}, [NUMBERS, ("sh", WORDS + RESHAPE)]
+        "reshape",
+        {**{f"disk{letter}": 32 * MIB for letter in "abcde"}, "pattern": 0},
+        [NUMBERS, ("sh", WORDS + RESHAPE)],
     )
     disks = sorted(folder.glob("disk?"))
     for gone in (None, *disks):
@@ -240,10 +271,20 @@ def test_thin_mappings_are_those_of_thin_dump(kernel_volumes: Path, tmp_path: Pa
             device = int(match[1])
         elif match := re.search(r'<single_mapping origin_block="(\d+)" data_block="(\d+)"', line):
             expected.add((device, int(match[1]), int(match[2])))
-        elif match := re.search(r'<range_mapping origin_begin="(\d+)" data_begin="(\d+)" length="(\d+)"', line):
-            expected |= {(device, int(match[1]) + step, int(match[2]) + step) for step in range(int(match[3]))}
-    runs = zip(pool.device.tolist(), pool.virtual.tolist(), pool.block.tolist(), pool.count.tolist(), strict=True)
-    assert {(device, virtual + step, block + step) for device, virtual, block, count in runs for step in range(count)} == expected
+        elif match := re.search(
+            r'<range_mapping origin_begin="(\d+)" data_begin="(\d+)" length="(\d+)"', line
+        ):
+            expected |= {
+                (device, int(match[1]) + step, int(match[2]) + step) for step in range(int(match[3]))
+            }
+    runs = zip(
+        pool.device.tolist(), pool.virtual.tolist(), pool.block.tolist(), pool.count.tolist(), strict=True
+    )
+    assert {
+        (device, virtual + step, block + step)
+        for device, virtual, block, count in runs
+        for step in range(count)
+    } == expected
     assert len(assembly.problems.get(-1, [])) == 0
 
 

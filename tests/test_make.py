@@ -1,4 +1,5 @@
-"""make: every SPEC gives the disk that it names, filled with the tree, in a format that its name says; what goes wrong leaves nothing behind."""
+"""make: every SPEC gives the disk that it names, filled with the tree, in a format that its name says; what
+goes wrong leaves nothing behind."""
 
 import hashlib
 import json
@@ -78,10 +79,12 @@ def devices(image: Path) -> dict[str, str | None]:
     """Every device of a disk and its type, as the map has them, which is proven."""
     found = mapped(image)
     assert_proven(found)
-    return dict(zip(found.volumes.column("name").to_pylist(), found.volumes.column("type").to_pylist(), strict=True))
+    return dict(
+        zip(found.volumes.column("name").to_pylist(), found.volumes.column("type").to_pylist(), strict=True)
+    )
 
 
-# ---- the words ------------------------------------------------------------------------------------------------------
+# ---- the words ---------------------------------------------------------------------------------------------
 
 
 def test_the_words_are_those_of_guestfish() -> None:
@@ -97,7 +100,13 @@ def test_the_words_are_those_of_guestfish() -> None:
 
 def test_parameters_in_order_with_defaults_for_empty_ones() -> None:
     spec = parse("lvfs:/dev/a/b::512M:gpt")
-    assert (spec.kind, spec.volume, spec.filesystem(), spec.size, spec.table) == ("lvfs", ("a", "b"), "ext2", 512 * MIB, "gpt")
+    assert (spec.kind, spec.volume, spec.filesystem(), spec.size, spec.table) == (
+        "lvfs",
+        ("a", "b"),
+        "ext2",
+        512 * MIB,
+        "gpt",
+    )
     assert usage("fs") == "fs[:filesystem[:size[:partition]]]"
 
 
@@ -118,7 +127,7 @@ def test_sizes() -> None:
             bytes_of(text)
 
 
-# ---- disks ----------------------------------------------------------------------------------------------------------
+# ---- disks -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("spec", "types"), [
@@ -136,7 +145,8 @@ def test_sizes() -> None:
     ("bootroot:vfat:ext4:96M:32M:gpt", {"/dev/sda": "gpt", "/dev/sda1": "vfat", "/dev/sda2": "ext4"}),
     ("lv:/dev/one/two:32M", {"/dev/sda": "dos", "/dev/sda1": "LVM2_member", "/dev/one/two": None}),
     ("lvfs::ext4:64M", {"/dev/sda": "dos", "/dev/sda1": "LVM2_member", "/dev/VG/LV": "ext4"}),
-    ("bootrootlv:/dev/a-b/c.d:ext2:ext4:96M:32M", {"/dev/sda": "dos", "/dev/sda1": "ext2", "/dev/sda2": "LVM2_member", "/dev/a-b/c.d": "ext4"}),
+    ("bootrootlv:/dev/a-b/c.d:ext2:ext4:96M:32M",
+        {"/dev/sda": "dos", "/dev/sda1": "ext2", "/dev/sda2": "LVM2_member", "/dev/a-b/c.d": "ext4"}),
 ])  # fmt: skip
 def test_every_spec_gives_what_it_says(spec: str, types: dict[str, str | None], tmp_path: Path) -> None:
     if "lv" in spec:
@@ -166,7 +176,7 @@ def test_a_boot_partition_has_the_size_asked_for_and_is_marked(tmp_path: Path) -
     assert (second["start"] + second["size"]) * 512 == 96 * MIB
 
 
-# ---- trees ----------------------------------------------------------------------------------------------------------
+# ---- trees -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["ext2", "ext4", "xfs", "btrfs"])
@@ -177,7 +187,8 @@ def test_a_tree_is_put_in_as_it_is(kind: str, tree: Path, tmp_path: Path) -> Non
     make(f"fs:{kind}:400M", str(out), str(tree))
     with mounted(out, "ro", MIB) as root:
         assert seen(root) == seen(tree)
-        assert kind == "btrfs" or (root / "usr/sparse").stat().st_blocks * 512 < MIB  # mkfs.btrfs writes the zeroes
+        # mkfs.btrfs writes the zeroes
+        assert kind == "btrfs" or (root / "usr/sparse").stat().st_blocks * 512 < MIB
     assert set(devices(out).values()) >= {kind}
 
 
@@ -189,7 +200,17 @@ def test_a_tree_in_filesystems_without_links(kind: str, plain: Path, tmp_path: P
     make(f"fs:{kind}:64M", str(out), str(plain))
     copy = tmp_path / "copy"
     copy.mkdir()
-    bmap(["extract", "-q", str(out), "/dev/sda1", *(f"/{path.name}" for path in plain.iterdir()), "-C", str(copy)])
+    bmap(
+        [
+            "extract",
+            "-q",
+            str(out),
+            "/dev/sda1",
+            *(f"/{path.name}" for path in plain.iterdir()),
+            "-C",
+            str(copy),
+        ]
+    )
     assert seen(copy, False) == seen(plain, False)
 
 
@@ -216,7 +237,9 @@ def test_a_tree_in_a_logical_volume(tree: Path, tmp_path: Path) -> None:
     assert run("losetup", "-j", out) == b""
 
 
-def test_an_encrypted_tree_needs_no_root_and_no_kernel(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encrypted_tree_needs_no_root_and_no_kernel(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         disk, "LUKS", (*disk.LUKS, "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
     )  # made to be slow otherwise
@@ -236,11 +259,12 @@ def test_an_encrypted_tree_needs_no_root_and_no_kernel(tree: Path, tmp_path: Pat
     assert (tree / "boot/vmlinuz").read_bytes() not in out.read_bytes()
 
 
-# ---- formats --------------------------------------------------------------------------------------------------------
+# ---- formats -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("ending", "format"), [("qcow2", "qcow2"), ("vmdk", "vmdk"), ("vdi", "vdi"), ("vhdx", "vhdx"), ("VHD", "vpc"), ("raw", "raw")]
+    ("ending", "format"),
+    [("qcow2", "qcow2"), ("vmdk", "vmdk"), ("vdi", "vdi"), ("vhdx", "vhdx"), ("VHD", "vpc"), ("raw", "raw")],
 )
 def test_the_extension_says_the_format(ending: str, format: str, tmp_path: Path) -> None:
     need("qemu-img", "qemu-utils")
@@ -253,7 +277,7 @@ def test_the_extension_says_the_format(ending: str, format: str, tmp_path: Path)
     assert list(mapped(tmp_path / "raw").volumes.column("type").to_pylist()) == ["dos", "ext4"]
 
 
-# ---- what goes wrong ------------------------------------------------------------------------------------------------
+# ---- what goes wrong ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("spec", "words"), [
@@ -299,14 +323,18 @@ def test_a_tree_that_does_not_fit(tmp_path: Path, tree: Path) -> None:
     assert os.listdir(tmp_path) == ["tree"]
 
 
-def test_a_tool_that_is_not_there_is_named_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_that_is_not_there_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(programs, "search_path", lambda *_: str(tmp_path))
     with pytest.raises(MissingTool, match=r"sfdisk is not installed \(apt-get install fdisk\)"):
         make("part:8M", str(tmp_path / "out"))
     assert os.listdir(tmp_path) == []
 
 
-def test_an_output_that_exists_is_replaced_with_force_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_exists_is_replaced_with_force_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
     with pytest.raises(UsageError, match="exists already; --force replaces it"):
@@ -314,7 +342,9 @@ def test_an_output_that_exists_is_replaced_with_force_only(tmp_path: Path, capsy
     assert out.read_text() == "mine"
     assert bmap(["make", "--force", "disk:1M", str(out)]) == 0
     assert out.read_bytes() == bytes(MIB)
-    assert re.fullmatch(rf"{out}: disk:1M, .* on this host, made in .* s with files\n", capsys.readouterr().out)
+    assert re.fullmatch(
+        rf"{out}: disk:1M, .* on this host, made in .* s with files\n", capsys.readouterr().out
+    )
     with pytest.raises(UsageError, match="is a directory"):
         make("disk:1M", str(tmp_path), force=True)
     with pytest.raises(OutputError, match="No such file or directory"):
@@ -336,7 +366,11 @@ def test_without_space_nothing_is_left(tmp_path: Path, tree: Path) -> None:
     (tmp_path / "small").mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=200k", "none", tmp_path / "small")
     try:
-        for name, spec in (("out.img", "fs:ext4:64M"), ("out.qcow2", "bootroot:ext2:ext2:64M:8M"), ("lv.img", "lvfs::ext4:64M")):
+        for name, spec in (
+            ("out.img", "fs:ext4:64M"),
+            ("out.qcow2", "bootroot:ext2:ext2:64M:8M"),
+            ("lv.img", "lvfs::ext4:64M"),
+        ):
             with pytest.raises(OutputError, match="No space left on device"):
                 make(spec, str(tmp_path / "small" / name), str(tree))
             assert os.listdir(tmp_path / "small") == []
@@ -359,14 +393,16 @@ def test_layout_keeps_room_for_gpts_second_table() -> None:
         assert len({entry.size for entry in entries}) == 1
 
 
-# ---- the appliance --------------------------------------------------------------------------------------------------
+# ---- the appliance -----------------------------------------------------------------------------------------
 
 SPECS = (
     "disk", "part", "fs", "lv:/dev/one/lv", "lvfs:/dev/two/lv", "bootroot", "bootrootlv:/dev/three/lv",
-    "part:64M:gpt", "fs:ext4:64M:gpt", "fs:vfat:32M", "lv:/dev/four/name:64M:gpt", "lvfs:/dev/five/name:ext4:64M:gpt",
-    "bootroot:vfat:ext4:256M:64M:gpt", "bootrootlv:/dev/six/root:ext3:ext4:256M:64M:gpt",
+    "part:64M:gpt", "fs:ext4:64M:gpt", "fs:vfat:32M", "lv:/dev/four/name:64M:gpt",
+    "lvfs:/dev/five/name:ext4:64M:gpt", "bootroot:vfat:ext4:256M:64M:gpt",
+    "bootrootlv:/dev/six/root:ext3:ext4:256M:64M:gpt",
 )  # fmt: skip
-"""Every SPEC of `guestfish -N help` with its defaults (names of groups apart, as one machine sees them all), and with parameters."""
+"""Every SPEC of `guestfish -N help` with its defaults (names of groups apart, as one machine sees them all),
+and with parameters."""
 
 
 def guestfish(script: list[str]) -> str:
@@ -374,7 +410,12 @@ def guestfish(script: list[str]) -> str:
     need("guestfish", "libguestfs-tools")
     environment = {**os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
     done = subprocess.run(
-        ["guestfish"], input="\n".join(script) + "\n", capture_output=True, text=True, env=environment, timeout=900
+        ["guestfish"],
+        input="\n".join(script) + "\n",
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-1500:]
     return done.stdout
@@ -382,19 +423,31 @@ def guestfish(script: list[str]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("specs", [SPECS[:7], SPECS[7:]], ids=["defaults", "parameters"])
-def test_libguestfs_finds_what_guestfish_itself_would_have_made(specs: tuple[str, ...], tmp_path: Path) -> None:
-    """The disks of `guestfish -N SPEC`, described by libguestfs, and ours: tables, partitions, volumes and filesystems are the same."""
+def test_libguestfs_finds_what_guestfish_itself_would_have_made(
+    specs: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The disks of `guestfish -N SPEC`, described by libguestfs, and ours: tables, partitions, volumes and
+    filesystems are the same."""
     for number, spec in enumerate(specs):
         make(spec, str(tmp_path / f"ours{number}.img"))
     facts = ["list-devices", "list-partitions", "list-filesystems", "lvs", "vgs"]
     facts += [f"-part-get-parttype /dev/sd{chr(97 + number)}" for number in range(len(specs))]
     facts += [f"blockdev-getsize64 /dev/sd{chr(97 + number)}" for number in range(len(specs))]
-    ours = guestfish([*(f"add {tmp_path}/ours{number}.img format:raw" for number in range(len(specs))), "run", *facts])
+    ours = guestfish(
+        [*(f"add {tmp_path}/ours{number}.img format:raw" for number in range(len(specs))), "run", *facts]
+    )
     need("guestfish", "libguestfs-tools")
-    options = [part for number, spec in enumerate(specs) for part in ("-N", f"{tmp_path}/theirs{number}.img={spec}")]
+    options = [
+        part for number, spec in enumerate(specs) for part in ("-N", f"{tmp_path}/theirs{number}.img={spec}")
+    ]
     environment = {**os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
     theirs = subprocess.run(
-        ["guestfish", *options], input="\n".join(facts) + "\n", capture_output=True, text=True, env=environment, timeout=900
+        ["guestfish", *options],
+        input="\n".join(facts) + "\n",
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=900,
     )
     assert theirs.returncode == 0, theirs.stderr[-1500:]
     assert "/lv: ext2" in ours or "/name: ext4" in ours
@@ -403,14 +456,17 @@ def test_libguestfs_finds_what_guestfish_itself_would_have_made(specs: tuple[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("spec", "device"), [
-    ("md:raid5:ext4:3:96M:gpt", "md"), ("md:raid0:ext2:2:64M", "md"), ("md::ext2::64M", "md"), ("md:raid10:ext2:4:96M", "md"),
-    ("thin:/dev/vg1/thin:ext4:96M", "/dev/vg1/thin"), ("lvfs:/dev/vg2/lv:ext4:64M", "/dev/vg2/lv"), ("fs:xfs:320M", "/dev/sda1"),
+    ("md:raid5:ext4:3:96M:gpt", "md"), ("md:raid0:ext2:2:64M", "md"), ("md::ext2::64M", "md"),
+    ("md:raid10:ext2:4:96M", "md"), ("thin:/dev/vg1/thin:ext4:96M", "/dev/vg1/thin"),
+    ("lvfs:/dev/vg2/lv:ext4:64M", "/dev/vg2/lv"), ("fs:xfs:320M", "/dev/sda1"),
 ])  # fmt: skip
 def test_what_needs_a_kernel_is_made_in_the_appliance(
     spec: str, device: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arrays, thin volumes; and LVM and XFS where there are no loop devices. Mapped and proven; a kernel finds the tree in what the map puts together, and
-    libguestfs the filesystem."""
+    """Arrays, thin volumes; and LVM and XFS where there are no loop devices.
+
+    Mapped and proven; a kernel finds the tree in what the map puts together, and libguestfs the filesystem.
+    """
     out, kind = tmp_path / "out.img", parse(spec).filesystem()
     with monkeypatch.context() as patch:
         patch.setattr(tools, "can_loop", lambda: False)

@@ -1,4 +1,5 @@
-"""Thousands of volumes: the cost of a map grows as their number does, and a table without end comes to one."""
+"""Thousands of volumes: the cost of a map grows as their number does, and a table without end comes to
+one."""
 
 import resource
 import struct
@@ -27,7 +28,8 @@ def gpt(path: Path, count: int) -> Path:
 
     def header(mine: int, other: int, table: int) -> bytes:
         def packed(crc: int) -> bytes:
-            return struct.pack("<8sIIIIQQQQ16sQIII", b"EFI PART", 0x10000, 92, crc, 0, mine, other, FIRST, behind - 1,
+            return struct.pack("<8sIIIIQQQQ16sQIII", b"EFI PART", 0x10000, 92, crc, 0, mine, other, FIRST,
+                behind - 1,
                                uuid.UUID(int=7).bytes_le, table, count, 128, zlib.crc32(entries))  # fmt: skip
 
         return packed(zlib.crc32(packed(0)))

@@ -1,4 +1,5 @@
-"""Strided rows against brute force, a byte at a time: descending, climbing, reading, and the layouts that are made of them."""
+"""Strided rows against brute force, a byte at a time: descending, climbing, reading, and the layouts that are
+made of them."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -18,7 +19,8 @@ VOLUME, PARENT = 7, 3
 def rows(draw: st.DrawFn, parents: int = 1) -> Row:
     run, count = draw(st.integers(1, 9)), draw(st.integers(1, 6))
     steps = (draw(st.integers(run, run + 12)), draw(st.integers(run, run + 12))) if count > 1 else (0, 0)
-    return Row(draw(st.integers(0, 60)), PARENT + draw(st.integers(0, parents - 1)), draw(st.integers(0, 60)), run, count, *steps,
+    return Row(draw(st.integers(0, 60)), PARENT + draw(st.integers(0, parents - 1)), draw(st.integers(0, 60)),
+        run, count, *steps,
                role=draw(st.sampled_from(ROLES)))  # fmt: skip
 
 
@@ -28,7 +30,11 @@ RANGES = st.lists(st.tuples(st.integers(0, 150), st.integers(0, 40)), min_size=1
 def by_hand(found: list[Row]) -> list[tuple[int, int, int]]:
     """(row, volume byte, parent byte) of every byte."""
     return [
-        (number, row.volume_offset + nth * row.volume_step + byte, row.parent_offset + nth * row.parent_step + byte)
+        (
+            number,
+            row.volume_offset + nth * row.volume_step + byte,
+            row.parent_offset + nth * row.parent_step + byte,
+        )
         for number, row in enumerate(found)
         for nth in range(row.count)
         for byte in range(row.run)
@@ -38,8 +44,11 @@ def by_hand(found: list[Row]) -> list[tuple[int, int, int]]:
 def split(pieces: object) -> list[tuple[int, int, int, int]]:
     """(query, row, source byte, target byte) of every byte of the pieces."""
     columns = (getattr(pieces, name).tolist() for name in ("query", "row", "source", "target", "length"))
-    return sorted((query, row, source + byte, target + byte)
-                  for query, row, source, target, length in zip(*columns, strict=True) for byte in range(length))  # fmt: skip
+    return sorted(
+        (query, row, source + byte, target + byte)
+        for query, row, source, target, length in zip(*columns, strict=True)
+        for byte in range(length)
+    )
 
 
 @given(st.lists(rows(), max_size=5), RANGES)
@@ -92,19 +101,25 @@ def test_reading_through_rows(found: list[Row], ranges: list[tuple[int, int]]) -
         if row.role == "data" and not mine & taken:
             taken |= mine
             data.append(row)
-    disks = {PARENT + number: np.random.default_rng(number).integers(1, 256, 256, np.uint8) for number in range(3)}
+    disks = {
+        PARENT + number: np.random.default_rng(number).integers(1, 256, 256, np.uint8) for number in range(3)
+    }
     expected = np.zeros(256, np.uint8)
     for number, volume, parent in by_hand(data):
         expected[volume] = disks[data[number].parent][parent]
     readers = {parent: BytesReader(disk) for parent, disk in disks.items()}
     columns = Rows.of(VOLUME, data + [row for row in found if row.role != "data"])
-    reader = MappedReader(256, "mapped", {parent: readers[parent] for parent in np.unique(columns.parent).tolist()}, columns)
+    reader = MappedReader(
+        256, "mapped", {parent: readers[parent] for parent in np.unique(columns.parent).tolist()}, columns
+    )
     starts, lengths = ints([start for start, _ in ranges]), ints([length for _, length in ranges])
     pieces = [expected[start : start + length] for start, length in ranges]
     assert reader.read_ranges(starts, lengths).tobytes() == np.concatenate(pieces).tobytes()
 
 
-@given(st.integers(1, 5), st.integers(1, 8), st.integers(0, 90), st.integers(0, 4), st.sets(st.integers(0, 4)))
+@given(
+    st.integers(1, 5), st.integers(1, 8), st.integers(0, 90), st.integers(0, 4), st.sets(st.integers(0, 4))
+)
 @settings(max_examples=200, deadline=None)
 def test_stripes_of_any_size(members: int, chunk: int, size: int, first: int, gone: set[int]) -> None:
     places = [None if at in gone else Place(at, 100 * at) for at in range(members)]
@@ -139,11 +154,24 @@ def test_no_rows() -> None:
 def packed_rows(volume: list[int], run: list[int], parent: list[int], stored: list[int]) -> Rows:
     """Compressed rows of count 1."""
     none = np.zeros(len(run), np.int64)
-    return Rows(none, none, none + PACKED, ints(run), none + 1, Side(ints(volume), none), Side(ints(parent), none), ints(stored))
+    return Rows(
+        none,
+        none,
+        none + PACKED,
+        ints(run),
+        none + 1,
+        Side(ints(volume), none),
+        Side(ints(parent), none),
+        ints(stored),
+    )
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(1, 9), st.integers(0, 4)),
+        min_size=1,
+        max_size=6,
+    ),
     st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=5),
 )
 def test_a_compressed_run_is_one_piece_either_way(found, asked):
@@ -163,5 +191,12 @@ def test_a_compressed_run_is_one_piece_either_way(found, asked):
             for row, at in enumerate(source)
             if max(low, at) < min(high, at + size[row])
         ]
-        got = zip(pieces.query, pieces.source, pieces.source + pieces.length, pieces.target, pieces.target_length, strict=True)
+        got = zip(
+            pieces.query,
+            pieces.source,
+            pieces.source + pieces.length,
+            pieces.target,
+            pieces.target_length,
+            strict=True,
+        )
         assert sorted(tuple(map(int, piece)) for piece in got) == sorted(expected)

@@ -1,4 +1,5 @@
-"""md arrays: layouts against the kernel's formulas written out byte by byte, arrays that a kernel made, members missing or out of date."""
+"""md arrays: layouts against the kernel's formulas written out byte by byte, arrays that a kernel made,
+members missing or out of date."""
 
 import contextlib
 import gzip
@@ -11,7 +12,18 @@ import numpy as np
 import pytest
 
 from appliance import Step, made
-from support import BytesReader, assert_copies_and_parity, assert_proven, content, mapped, mutations, need, run, survives, tree
+from support import (
+    BytesReader,
+    assert_copies_and_parity,
+    assert_proven,
+    content,
+    mapped,
+    mutations,
+    need,
+    run,
+    survives,
+    tree,
+)
 from virt_bmap import tables
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.contract import Assembly, Member
@@ -26,7 +38,7 @@ from virt_bmap.volumes.stripes import Place, Raid10
 
 CHUNK = 512
 
-# ---- the kernel's formulas, one chunk at a time -----------------------------------------------------------------------
+# ---- the kernel's formulas, one chunk at a time ------------------------------------------------------------
 
 
 def raid5_compute_sector(level: int, algorithm: int, disks: int, chunk: int) -> tuple[int, int, int, int]:
@@ -56,7 +68,9 @@ def raid5_compute_sector(level: int, algorithm: int, disks: int, chunk: int) -> 
             pd = data_disks
         return stripe, dd, pd, qd
     if algorithm in (0, 1, 8, 9):
-        pd = {0: disks - 1 - stripe % disks, 9: disks - 1 - (stripe + 1) % disks}.get(algorithm, stripe % disks)
+        pd = {0: disks - 1 - stripe % disks, 9: disks - 1 - (stripe + 1) % disks}.get(
+            algorithm, stripe % disks
+        )
         qd = pd + 1
         if pd == disks - 1:
             dd += 1
@@ -146,12 +160,16 @@ def raid10_find_phys(layout: int, disks: int, each: int, chunk: int) -> list[tup
     return found
 
 
-# ---- layouts ----------------------------------------------------------------------------------------------------------
+# ---- layouts -----------------------------------------------------------------------------------------------
 
 PARITY_LAYOUTS = (
     [(4, 0, disks) for disks in (3, 5)]
     + [(5, layout, disks) for layout in range(6) for disks in (2, 3, 5)]
-    + [(6, layout, disks) for layout in (0, 1, 2, 3, 4, 5, 8, 9, 10, 16, 17, 18, 19, 20) for disks in (4, 5, 7)]
+    + [
+        (6, layout, disks)
+        for layout in (0, 1, 2, 3, 4, 5, 8, 9, 10, 16, 17, 18, 19, 20)
+        for disks in (4, 5, 7)
+    ]
 )
 
 
@@ -167,7 +185,9 @@ def striped_by_hand(level: int, layout: int, disks: int, chunks: int) -> tuple[n
         images[pd, row] ^= volume[chunk]
         if qd >= 0:
             factor = gf_power_of_2(syndrome_powers(layout, disks, pd, qd)[dd])
-            images[qd, row] ^= np.array([gf_multiply(byte, factor) for byte in range(256)], np.uint8)[volume[chunk]]
+            images[qd, row] ^= np.array([gf_multiply(byte, factor) for byte in range(256)], np.uint8)[
+                volume[chunk]
+            ]
     return volume.reshape(-1), [image.reshape(-1) for image in images]
 
 
@@ -178,10 +198,14 @@ def test_parity_layouts_are_the_kernels(level: int, layout: int, disks: int) -> 
     volume, images = striped_by_hand(level, layout, disks, chunks)
     parity = stripes.parity(level, layout, disks)
     for gone in [(), *combinations(range(disks), 1), *(combinations(range(disks), 2) if level == 6 else ())]:
-        members: list[tuple[Reader, int] | None] = [None if at in gone else (BytesReader(images[at]), 0) for at in range(disks)]
+        members: list[tuple[Reader, int] | None] = [
+            None if at in gone else (BytesReader(images[at]), 0) for at in range(disks)
+        ]
         spots = [None if at in gone else Place(at, 0) for at in range(disks)]
         rows = Rows.of(99, stripes.rows(parity.pattern(), CHUNK, len(volume), spots))
-        base = MappedReader(len(volume), "array", {at: member[0] for at, member in enumerate(members) if member}, rows)
+        base = MappedReader(
+            len(volume), "array", {at: member[0] for at, member in enumerate(members) if member}, rows
+        )
         rebuilt = RebuiltReader(base, Stripes(parity, CHUNK, len(volume), members))
         assert rebuilt.read(0, len(volume)) == volume.tobytes(), gone
         assert rebuilt.read(CHUNK - 7, 3 * CHUNK) == volume[CHUNK - 7 : 4 * CHUNK - 7].tobytes()
@@ -200,14 +224,26 @@ def test_parity_rows_name_what_they_protect(level: int, layout: int, disks: int)
         places = {(int(rows.parent[row]), int(target), int(rows.role[row]))
                   for row, target in zip(found.row[mine], found.target[mine], strict=True)}  # fmt: skip
         row, dd, pd, qd = raid5_compute_sector(level, layout, disks, chunk)
-        expected = {(dd, row * CHUNK + 100, 0), (pd, row * CHUNK + 100, 2)} | ({(qd, row * CHUNK + 100, 2)} if qd >= 0 else set())
+        expected = {(dd, row * CHUNK + 100, 0), (pd, row * CHUNK + 100, 2)} | (
+            {(qd, row * CHUNK + 100, 2)} if qd >= 0 else set()
+        )
         assert places == expected
 
 
 def raid10_layouts() -> list[tuple[int, int]]:
-    words = [near | far << 8 | offset << 16 | sets << 17
-             for near in (1, 2, 3) for far in (1, 2, 3) for offset in (0, 1) for sets in (0, 1, 2)]  # fmt: skip
-    return [(word, disks) for word in words for disks in (2, 3, 4, 5, 7) if (word & 255) * (word >> 8 & 255) <= disks]
+    words = [
+        near | far << 8 | offset << 16 | sets << 17
+        for near in (1, 2, 3)
+        for far in (1, 2, 3)
+        for offset in (0, 1)
+        for sets in (0, 1, 2)
+    ]
+    return [
+        (word, disks)
+        for word in words
+        for disks in (2, 3, 4, 5, 7)
+        if (word & 255) * (word >> 8 & 255) <= disks
+    ]
 
 
 @pytest.mark.parametrize(("layout", "disks"), raid10_layouts())
@@ -215,7 +251,10 @@ def test_raid10_layouts_are_the_kernels(layout: int, disks: int) -> None:
     each = 24
     found = Raid10.of(layout, disks)
     total = found.chunks(each, disks)[0]
-    rows = Rows.of(9, stripes.rows(found.pattern(each, disks), CHUNK, total * CHUNK, [Place(at, 0) for at in range(disks)]))
+    rows = Rows.of(
+        9,
+        stripes.rows(found.pattern(each, disks), CHUNK, total * CHUNK, [Place(at, 0) for at in range(disks)]),
+    )
     at = np.arange(total, dtype=np.int64) * CHUNK
     pieces = rows.down(at, at + CHUNK)
     for chunk in range(total):
@@ -228,12 +267,14 @@ def test_raid10_layouts_are_the_kernels(layout: int, disks: int) -> None:
         assert sorted(rows.role[pieces.row[mine]].tolist()) == [0] + [1] * (len(places) - 1)
 
 
-# ---- arrays -----------------------------------------------------------------------------------------------------------
+# ---- arrays ------------------------------------------------------------------------------------------------
 
 
 def array_of(readers: Sequence[Reader]) -> tuple[Assembly, Reader]:
     """What `assemble` makes of the members, and a reader of the one array."""
-    assembly = md.assemble([Member(at, f"/dev/sd{chr(97 + at)}", reader) for at, reader in enumerate(readers)])
+    assembly = md.assemble(
+        [Member(at, f"/dev/sd{chr(97 + at)}", reader) for at, reader in enumerate(readers)]
+    )
     (child,) = assembly.children
     reader: Reader = MappedReader(child.size, child.name, dict(enumerate(readers)), Rows.of(99, child.rows))
     return assembly, child.open(reader) if child.open else reader
@@ -277,7 +318,12 @@ def test_members_out_of_date_and_doubled_are_named(corpus: Path) -> None:
     events = data[4096 + 0xC8 : 4096 + 0xD0].view("<u8")
     events -= 5
     bmap = survey([first, BytesReader(data), first])
-    assert sorted(row["code"] for row in bmap.problems.to_pylist()) == ["checksum", "duplicate", "missing-member", "stale"]
+    assert sorted(row["code"] for row in bmap.problems.to_pylist()) == [
+        "checksum",
+        "duplicate",
+        "missing-member",
+        "stale",
+    ]
     assert set(tables.integers(bmap.mappings, "parent").tolist()) == {0}
 
 
@@ -295,10 +341,11 @@ def test_damage_never_escapes(corpus: Path) -> None:
         survives(np.concatenate([old.data[:-65536], end]))
 
 
-# ---- arrays that a kernel made ----------------------------------------------------------------------------------------
+# ---- arrays that a kernel made -----------------------------------------------------------------------------
 
 ARRAYS = {
-    **{f"raid5-{layout}": (f"--level=5 --layout={layout} --chunk=64", 4) for layout in ("la", "ra", "ls", "rs", "parity-first")},
+    **{f"raid5-{layout}": (f"--level=5 --layout={layout} --chunk=64", 4) for layout in ("la", "ra", "ls",
+            "rs", "parity-first")},
     **{f"raid6-{layout}": (f"--level=6 --layout={layout} --chunk=64", 5)
        for layout in ("ls", "ra", "ddf-zero-restart", "ddf-N-restart", "ddf-N-continue", "left-symmetric-6")},
     **{f"raid10-{layout}-{disks}": (f"--level=10 --layout={layout} --chunk=64", disks)
@@ -311,14 +358,23 @@ ARRAYS = {
     "raid0": ("--level=0 --chunk=64", 5),
     "linear": ("--level=linear", 3),
 }  # fmt: skip
-SIZES = {"diska": 6 << 20, "diskb": 6 << 20, "diskc": 7 << 20, "diskd": 7 << 20, "diske": 8 << 20, "pattern": 0}
+SIZES = {
+    "diska": 6 << 20,
+    "diskb": 6 << 20,
+    "diskc": 7 << 20,
+    "diskd": 7 << 20,
+    "diske": 8 << 20,
+    "pattern": 0,
+}
 
 
 def steps() -> list[Step]:
-    """Make each array on the same disks, fill it with the numbers 0, 1, 2, ... of 8 bytes, and keep copies of the disks."""
+    """Make each array on the same disks, fill it with the numbers 0, 1, 2, ... of 8 bytes, and keep copies of
+    the disks."""
     numbers = "import numpy; numpy.arange(5 << 20, dtype='<u8').tofile('pattern')"
     start = (
-        "modprobe -a raid456 raid10 raid1 raid0 linear; rm -f /lib/udev/rules.d/*md*; udevadm control --reload; udevadm settle"
+        "modprobe -a raid456 raid10 raid1 raid0 linear; rm -f /lib/udev/rules.d/*md*; udevadm control "
+        "--reload; udevadm settle"
     )
     result = [("host", f'python3 -c "{numbers}"'), ("sh", start)]
     for name, (options, disks) in ARRAYS.items():
@@ -353,18 +409,26 @@ def test_arrays_that_the_kernel_made(kernel_arrays: Path, name: str) -> None:
     words = np.frombuffer(array.read(0, array.size), "<u8")
     assert (words == np.arange(len(words))).all()
     assert f"size {name} {array.size}\n" in (kernel_arrays / "log").read_text()
-    copies = [row for row in md.assemble([Member(at, "", reader) for at, reader in enumerate(readers)]).children[0].rows
+    copies = [row for row in md.assemble([Member(at, "", reader) for at,
+                reader in enumerate(readers)]).children[0].rows
               if row.role == "copy"]  # fmt: skip
     for row in copies[:50]:
         for number in (0, row.count - 1):
             found = readers[row.parent].read(row.parent_offset + number * row.parent_step, row.run)
             assert (
-                np.frombuffer(found, "<u8") == (row.volume_offset + number * row.volume_step) // 8 + np.arange(row.run // 8)
+                np.frombuffer(found, "<u8")
+                == (row.volume_offset + number * row.volume_step) // 8 + np.arange(row.run // 8)
             ).all()
     bmap, volumes = survey_open(list(readers))
     assert_proven(bmap)
     copied, parity = assert_copies_and_parity(bmap, volumes)
-    assert copied > 0 if name.startswith("raid1") else parity > 0 if name[:5] in ("raid4", "raid5", "raid6") else True
+    assert (
+        copied > 0
+        if name.startswith("raid1")
+        else parity > 0
+        if name[:5] in ("raid4", "raid5", "raid6")
+        else True
+    )
     if name.startswith("raid6"):
         assert_q(list(readers), array)
     for gone in combinations(
@@ -397,10 +461,12 @@ def test_a_reshape_is_refused_in_clear_words(corpus: Path) -> None:
     assert bmap.volumes.num_rows == 1
 
 
-# ---- arrays and what lies around them ---------------------------------------------------------------------------------
+# ---- arrays and what lies around them ----------------------------------------------------------------------
 
 
-def superblock(level: int, layout: int, chunk: int, size: int, role: int, disks: int, data_offset: int, at: int) -> bytes:
+def superblock(
+    level: int, layout: int, chunk: int, size: int, role: int, disks: int, data_offset: int, at: int
+) -> bytes:
     """A superblock of version 1 for member `role`, by the fields of md_p.h; sizes and offsets in sectors."""
     head = bytearray(256 + 2 * disks)
     struct.pack_into("<II", head, 0, 0xA92B4EFC, 1)
@@ -443,7 +509,10 @@ def test_an_ext4_over_raid5_over_partitions(tmp_path: Path) -> None:
     assert bmap.volumes.column("name").to_pylist()[-1] == "/dev/md127"
     number = bmap.volume_named("/dev/md127")
     inode = tree(bmap, number)["/file"]
-    assert content(bmap, [RawReader(str(path)) for path in paths], number, inode) == (source / "file").read_bytes()
+    assert (
+        content(bmap, [RawReader(str(path)) for path in paths], number, inode)
+        == (source / "file").read_bytes()
+    )
     degraded = mapped(*paths[1:])
     assert tree(degraded, degraded.volume_named("/dev/md127"))["/file"] == inode
     assert degraded.names.drop_columns(["volume"]).equals(bmap.names.drop_columns(["volume"]))
@@ -462,7 +531,16 @@ def test_lvm_on_a_mirror_whose_superblock_lies_at_the_end(corpus: Path) -> None:
         image[at * 512 : at * 512 + len(head)] = head
         disks.append(BytesReader(image))
     bmap = survey(disks)
-    assert bmap.volumes.column("name").to_pylist() == ["/dev/sda", "/dev/sdb", "/dev/md127", "/dev/vg_test/lv_test"]
-    assert bmap.volumes.column("type").to_pylist()[:3] == ["linux_raid_member", "linux_raid_member", "LVM2_member"]
+    assert bmap.volumes.column("name").to_pylist() == [
+        "/dev/sda",
+        "/dev/sdb",
+        "/dev/md127",
+        "/dev/vg_test/lv_test",
+    ]
+    assert bmap.volumes.column("type").to_pylist()[:3] == [
+        "linux_raid_member",
+        "linux_raid_member",
+        "LVM2_member",
+    ]
     assert_proven(bmap)
     assert bmap.volumes.column("label").to_pylist()[2] == "vg_test"

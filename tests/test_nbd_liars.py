@@ -1,4 +1,5 @@
-"""NBD servers that lie or never end: whoever reads from them, writes to them or asks them for status gets an error in words, soon and in little memory."""
+"""NBD servers that lie or never end: whoever reads from them, writes to them or asks them for status gets an
+error in words, soon and in little memory."""
 
 import contextlib
 import itertools
@@ -149,19 +150,29 @@ READS: dict[str, tuple[Callable[[int, int, int], object], str]] = {
     "an end twice": (lambda c, at, n: data(c, at, n) + data(c, at, n), "no.* reply to any request|no answer"),
     "elsewhere": (lambda c, at, n: chunk(c, DATA, struct.pack(">Q", at + n) + bytes(n)), "no answer"),
     "a hole of 4 GiB": (lambda c, at, n: chunk(c, HOLE, struct.pack(">QI", at, 0xFFFFFFFF)), "no answer"),
-    "holes of nothing": (lambda c, at, n: itertools.repeat(chunk(c, HOLE, struct.pack(">QI", at, 0), 0)), "no answer"),
+    "holes of nothing": (
+        lambda c, at, n: itertools.repeat(chunk(c, HOLE, struct.pack(">QI", at, 0), 0)),
+        "no answer",
+    ),
     "chunks of nothing": (lambda c, at, n: itertools.repeat(chunk(c, NONE, b"", 0)), "no answer"),
     "another request": (lambda c, at, n: data(1 << 40, at, n), "not a reply to any request"),
-    "words of 16 MiB": (lambda c, at, n: chunk(c, ERROR, struct.pack(">IH", 5, 0) + bytes(16 << 20)), "no answer"),
+    "words of 16 MiB": (
+        lambda c, at, n: chunk(c, ERROR, struct.pack(">IH", 5, 0) + bytes(16 << 20)),
+        "no answer",
+    ),
     "another kind": (lambda c, at, n: chunk(c, 77, b"x" * 100), "no answer"),
 }
 
 
 @pytest.mark.parametrize("how", READS)
 def test_chunks_that_lie_are_refused(how: str, tmp_path: Path) -> None:
-    """Each byte of an answer comes exactly once, or none of it is believed: what did not come would be what the memory held before."""
+    """Each byte of an answer comes exactly once, or none of it is believed: what did not come would be what
+    the memory held before."""
     answer, words = READS[how]
-    with Liar(structured=True, answer=answer).running(tmp_path) as uri, pytest.raises(ImageError, match=words):
+    with (
+        Liar(structured=True, answer=answer).running(tmp_path) as uri,
+        pytest.raises(ImageError, match=words),
+    ):
         assert read_all(uri, StatusReader) == expected()
 
 
@@ -241,7 +252,10 @@ def test_statuses_that_lie_or_do_not_end(how: str, tmp_path: Path) -> None:
 
 
 def test_a_trickle_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by silence: a byte comes again and again. The limits are those of a real server, a thousandth as long."""
+    """Not by silence: a byte comes again and again.
+
+    The limits are those of a real server, a thousandth as long.
+    """
     monkeypatch.setattr(nbd, "PATIENCE", 0.3)
     monkeypatch.setattr(nbd, "EACH", 0.001)
     monkeypatch.setattr(nbd, "RATE", 1024_000)
@@ -252,7 +266,10 @@ def test_a_trickle_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             yield bytes([byte])
 
     began = time.monotonic()
-    with Liar(answer=trickle).running(tmp_path) as uri, pytest.raises(ImageError, match="sends too slowly: it was waited for"):
+    with (
+        Liar(answer=trickle).running(tmp_path) as uri,
+        pytest.raises(ImageError, match="sends too slowly: it was waited for"),
+    ):
         read_all(uri)
     assert time.monotonic() - began < 20
 

@@ -1,4 +1,5 @@
-"""Disk images that are files of a guest's disk: what is in them is found, owned and read through both filesystems."""
+"""Disk images that are files of a guest's disk: what is in them is found, owned and read through both
+filesystems."""
 
 import json
 from pathlib import Path
@@ -77,7 +78,8 @@ def test_all_of_them(disk: Path) -> None:
 
 def test_a_byte_is_explained_on_both_levels(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What explain says of a byte in the middle of the inner file is what both filesystems' own tools say."""
-    block = int(run("debugfs", "-R", "bmap /images/table.img 2600", disk))  # a block of 1024 bytes in the midst of the partition
+    # a block of 1024 bytes in the midst of the partition
+    block = int(run("debugfs", "-R", "bmap /images/table.img 2600", disk))
     assert cli(["explain", "--json", "--nested", "/images/table.img", str(disk), str(block * 1024 + 3)]) == 0
     outer = json.loads(capsys.readouterr().out)["layer"]
     assert outer["owners"][0]["inode"]["path"] == "/images/table.img"
@@ -85,12 +87,28 @@ def test_a_byte_is_explained_on_both_levels(disk: Path, capsys: pytest.CaptureFi
     assert place == 2600 * 1024 + 3
     (image,) = outer["layers"]
     assert (image["device"], image["kind"], image["offset"]) == ("/dev/sda:/images/table.img", "image", place)
-    assert run("debugfs", "-R", "cat /images/table.img", disk)[place : place + 64] == disk.read_bytes()[block * 1024 + 3 :][:64]
+    assert (
+        run("debugfs", "-R", "cat /images/table.img", disk)[place : place + 64]
+        == disk.read_bytes()[block * 1024 + 3 :][:64]
+    )
 
 
 def test_an_inner_volume_is_copied_out(disk: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert cli(["dump", "-q", "--nested", "/images/table.img", str(disk), "/dev/sda:/images/table.img1", str(out)]) == 0
+    assert (
+        cli(
+            [
+                "dump",
+                "-q",
+                "--nested",
+                "/images/table.img",
+                str(disk),
+                "/dev/sda:/images/table.img1",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert out.read_bytes() == run("debugfs", "-R", "cat /images/table.img", disk)[MIB:][: 6 * MIB]
 
 

@@ -1,4 +1,5 @@
-"""Images in formats of their own that are files of a guest's disk: mapped like QEMU does, read through both filesystems, and never a file of the host."""
+"""Images in formats of their own that are files of a guest's disk: mapped like QEMU does, read through both
+filesystems, and never a file of the host."""
 
 import hashlib
 from pathlib import Path
@@ -62,7 +63,20 @@ def inner(truth: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> 
     with (folder / "disk").open("wb") as file:
         file.truncate(8 * MIB)
     run("sfdisk", "-q", folder / "disk", stdin=b"label: dos\nstart=2048\n")
-    run("mke2fs", "-q", "-t", "ext4", "-b", "1024", "-d", folder / "tree", "-E", "offset=1048576", folder / "disk", "7m")
+    run(
+        "mke2fs",
+        "-q",
+        "-t",
+        "ext4",
+        "-b",
+        "1024",
+        "-d",
+        folder / "tree",
+        "-E",
+        "offset=1048576",
+        folder / "disk",
+        "7m",
+    )
     return folder / "disk"
 
 
@@ -73,7 +87,9 @@ def outer(folder: Path, name: str = "outer", size: str = "64m") -> Path:
 
 
 def opened(disk: Path | Reader, *options: str) -> tuple[BlockMap, list[Reader]]:
-    return survey_open([RawReader(str(disk)) if isinstance(disk, Path) else disk], nested=parse(list(options)))
+    return survey_open(
+        [RawReader(str(disk)) if isinstance(disk, Path) else disk], nested=parse(list(options))
+    )
 
 
 def sums(bmap: BlockMap, readers: list[Reader], device: str) -> dict[str, str]:
@@ -157,7 +173,8 @@ def test_a_part_is_a_disk_where_it_is_named(formats: tuple[Path, Path], truth: d
 
 
 def test_lookup_climbs_and_locate_descends(formats: tuple[Path, Path], truth: dict[str, bytes]) -> None:
-    """A byte of the inner file, on the way down: in the disk's cluster, the file, the outer filesystem; and all of them on the way up."""
+    """A byte of the inner file, on the way down: in the disk's cluster, the file, the outer filesystem; and
+    all of them on the way up."""
     disk, _ = formats
     for name in ("small.qcow2", "zlib.qcow2", "stream.vmdk", "split.vmdk", "a.vdi"):
         bmap, _ = opened(disk, name)
@@ -193,7 +210,7 @@ def test_the_formats_metadata_is_named(formats: tuple[Path, Path]) -> None:
     assert RawReader(str(formats[0])).read(int(where.start[0]), 4) == b"QFI\xfb"
 
 
-# ---- what images refer to -------------------------------------------------------------------------------------------
+# ---- what images refer to ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -204,7 +221,19 @@ def folder(tmp_path: Path) -> Path:
 
 def overlay(path: Path, backing: str, format: str | None = "qcow2", size: int = 8 * MIB) -> Path:
     """An overlay that names a file which the host does not have."""
-    run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", backing, *(["-F", format] if format else []), path, str(size))
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        backing,
+        *(["-F", format] if format else []),
+        path,
+        str(size),
+    )
     return path
 
 
@@ -215,7 +244,18 @@ def chain(folder: Path, inner: Path, names: tuple[str, str], format: str | None 
         path = overlay(folder / f"images/{name}.qcow2", backing)
         run("qemu-io", "-f", "qcow2", "-c", f"write -P {place + 1} {3 * MIB + place * 65536} 64k", path)
     for name, backing in zip(("middle", "top"), names, strict=True):
-        run("qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", backing, *(["-F", format] if format else []), folder / f"images/{name}.qcow2")  # fmt: skip
+        run(
+            "qemu-img",
+            "rebase",
+            "-q",
+            "-u",
+            "-f",
+            "qcow2",
+            "-b",
+            backing,
+            *(["-F", format] if format else []),
+            folder / f"images/{name}.qcow2",
+        )
 
 
 @pytest.mark.parametrize("names", [
@@ -275,7 +315,16 @@ def test_a_base_without_stated_format_goes_by_its_magic(folder: Path, inner: Pat
     assert readers[bmap.volume_named("/dev/sda:/images/top.qcow2")].read(0, 8 * MIB) == want
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "{host}", "nbd://localhost:10809/secret", "json:{\"driver\":\"file\",\"filename\":\"/etc/hostname\"}", "images"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc/hostname",
+        "{host}",
+        "nbd://localhost:10809/secret",
+        'json:{"driver":"file","filename":"/etc/hostname"}',
+        "images",
+    ],
+)
 @pytest.mark.parametrize("part", ["backing", "data"])
 def test_nothing_is_looked_for_on_the_host(
     folder: Path, inner: Path, name: str, part: str, monkeypatch: pytest.MonkeyPatch
@@ -289,14 +338,23 @@ def test_nothing_is_looked_for_on_the_host(
         short = str(folder.parent / "data").encode()
         raw = path.read_bytes()
         at = raw.index(short) - 4
-        path.write_bytes(raw[:at] + len(name).to_bytes(4, "big") + name.encode().ljust((len(short) + 7) // 8 * 8, b"\0")[: (len(short) + 7) // 8 * 8] + raw[at + 4 + (len(short) + 7) // 8 * 8 :])  # fmt: skip
+        path.write_bytes(
+            raw[:at]
+            + len(name).to_bytes(4, "big")
+            + name.encode().ljust((len(short) + 7) // 8 * 8, b"\0")[: (len(short) + 7) // 8 * 8]
+            + raw[at + 4 + (len(short) + 7) // 8 * 8 :]
+        )
     disk = outer(folder)
     before = RawReader(str(disk))
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a file of the host was opened")
 
-    monkeypatch.setattr("os.open", never), monkeypatch.setattr("builtins.open", never), monkeypatch.setattr("os.stat", never)
+    (
+        monkeypatch.setattr("os.open", never),
+        monkeypatch.setattr("builtins.open", never),
+        monkeypatch.setattr("os.stat", never),
+    )
     bmap, _ = opened(before, "images/top.qcow2")
     monkeypatch.undo()
     ((severity, detail),) = notes(bmap)
@@ -317,7 +375,18 @@ def test_a_loop_of_backing_files_ends(folder: Path) -> None:
 
 def test_external_data_file(folder: Path, inner: Path, truth: dict[str, bytes]) -> None:
     path = folder / "images/a.qcow2"
-    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", f"data_file={folder}/images/data.raw", inner, path)
+    run(
+        "qemu-img",
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        "-o",
+        f"data_file={folder}/images/data.raw",
+        inner,
+        path,
+    )
     bmap, readers = opened(outer(folder), "all")
     assert sums(bmap, readers, "/dev/sda:/images/a.qcow2p1") == expected(truth)
     kinds = {row["name"]: row["type"] for row in bmap.volumes.to_pylist()}
@@ -338,8 +407,23 @@ def test_internal_snapshots_are_named(folder: Path, inner: Path) -> None:
 
 def test_an_encrypted_image_is_one_piece(folder: Path) -> None:
     path, secret = folder / "images/a.qcow2", ("--object", "secret,id=s,data=abc")
-    run("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", "encrypt.format=aes,encrypt.key-secret=s", path, str(8 * MIB))
-    io(path, "write -P 7 1M 1M", options=(*secret, "--image-opts", f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"))
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        *secret,
+        "-o",
+        "encrypt.format=aes,encrypt.key-secret=s",
+        path,
+        str(8 * MIB),
+    )
+    io(
+        path,
+        "write -P 7 1M 1M",
+        options=(*secret, "--image-opts", f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"),
+    )
     bmap, _ = opened(outer(folder), "all")
     _, table = bmap.slice_of("extents", bmap.volume_named("/dev/sda:/images/a.qcow2"))
     assert [row["part"] for row in table.to_pylist()] == ["encrypted qcow2 image"]
@@ -357,10 +441,22 @@ def test_formats_that_are_only_named(folder: Path) -> None:
     assert_proven(bmap)
 
 
-# ---- hostile --------------------------------------------------------------------------------------------------------
+# ---- hostile -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["small.qcow2", "zlib.qcow2", "sparse.vmdk", "stream.vmdk", "split.vmdk", "dynamic.vhd", "a.vhdx", "a.vdi"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "small.qcow2",
+        "zlib.qcow2",
+        "sparse.vmdk",
+        "stream.vmdk",
+        "split.vmdk",
+        "dynamic.vhd",
+        "a.vhdx",
+        "a.vdi",
+    ],
+)
 def test_damaged_inner_images_give_problems_only(formats: tuple[Path, Path], name: str) -> None:
     """The outer disk stays tiled, whatever the image says."""
     disk, _ = formats
@@ -378,7 +474,9 @@ def test_damaged_inner_images_give_problems_only(formats: tuple[Path, Path], nam
         bmap, _ = opened(BytesReader(data), name)
         for each in BlockMap.TABLES:
             tables.check(each, getattr(bmap, each))
-        assert not [found for found in check(bmap).disagreements if found.volume == 0 and found.code != "two-owners"]
+        assert not [
+            found for found in check(bmap).disagreements if found.volume == 0 and found.code != "two-owners"
+        ]
         done += 1
         refused += any(severity == "error" for severity, _ in notes(bmap))
     assert done > 8
@@ -407,7 +505,9 @@ def test_a_compressed_cluster_that_is_damaged(formats: tuple[Path, Path]) -> Non
     rows = bmap.rows_of(device)
     packed = np.flatnonzero(rows.role == PACKED)
     at = int(packed[np.argmax(rows.run[packed])])
-    where = bmap.descend(int(rows.parent[at]), rows.on_parent.offset[at : at + 1], rows.on_parent.offset[at : at + 1] + 16)
+    where = bmap.descend(
+        int(rows.parent[at]), rows.on_parent.offset[at : at + 1], rows.on_parent.offset[at : at + 1] + 16
+    )
     data = np.frombuffer(disk.read_bytes(), np.uint8).copy()
     data[int(where.start[0]) : int(where.start[0]) + 16] = 0xFF
     bmap, readers = opened(BytesReader(data), "zlib.qcow2")
@@ -421,14 +521,18 @@ def test_a_disk_whose_first_cluster_is_damaged(formats: tuple[Path, Path]) -> No
     bmap, _ = opened(disk, "zlib.qcow2")
     rows = bmap.rows_of(bmap.volume_named("/dev/sda:/zlib.qcow2"))
     at = int(np.argmin(rows.on_volume.offset))
-    where = bmap.descend(int(rows.parent[at]), rows.on_parent.offset[at : at + 1], rows.on_parent.offset[at : at + 1] + 16)
+    where = bmap.descend(
+        int(rows.parent[at]), rows.on_parent.offset[at : at + 1], rows.on_parent.offset[at : at + 1] + 16
+    )
     data = np.frombuffer(disk.read_bytes(), np.uint8).copy()
     data[int(where.start[0]) : int(where.start[0]) + 16] = 0xFF
     bmap, _ = opened(BytesReader(data), "zlib.qcow2")
     ((severity, detail),) = notes(bmap)
     assert severity == "error"
     assert "can't be inflated" in detail
-    assert {found.code for found in check(bmap).disagreements} == {"compressed"}, "all bytes have their owners"
+    assert {found.code for found in check(bmap).disagreements} == {"compressed"}, (
+        "all bytes have their owners"
+    )
 
 
 def test_limits_hold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""NTFS against ntfs-3g (contents, ntfsinfo, ntfscluster), The Sleuth Kit, $Bitmap, and real images made by Windows."""
+"""NTFS against ntfs-3g (contents, ntfsinfo, ntfscluster), The Sleuth Kit, $Bitmap, and real images made by
+Windows."""
 
 import gzip
 import lzma
@@ -41,7 +42,11 @@ class Contents:
     def __init__(self, bmap: BlockMap, image: Path) -> None:
         self.image = np.memmap(image, np.uint8, "r")
         self.size = dict(
-            zip(tables.integers(bmap.inodes, "inode").tolist(), tables.integers(bmap.inodes, "size").tolist(), strict=True)
+            zip(
+                tables.integers(bmap.inodes, "inode").tolist(),
+                tables.integers(bmap.inodes, "size").tolist(),
+                strict=True,
+            )
         )
         self.rows: dict[tuple[int, str | None], list[dict[str, int]]] = {}
         for row in bmap.extents.to_pylist():
@@ -56,7 +61,11 @@ class Contents:
             at, low = row["file_offset"], row["volume_offset"]
             units[at] = units.get(at, b"") + self.image[low : low + row["length"]].tobytes()
             sizes[at] = row["file_length"] if row["flags"] & tables.COMPRESSED else 0
-        end = max((at + max(len(data), sizes[at]) for at, data in units.items()), default=0) if stream else self.size[inode]
+        end = (
+            max((at + max(len(data), sizes[at]) for at, data in units.items()), default=0)
+            if stream
+            else self.size[inode]
+        )
         result = bytearray(end)
         for at, data in units.items():
             plain = unpack_lznt1(data, sizes[at]) if sizes[at] else data
@@ -64,7 +73,7 @@ class Contents:
         return bytes(result)
 
 
-# ---- volumes made here ----------------------------------------------------------------------------------------------
+# ---- volumes made here -------------------------------------------------------------------------------------
 
 
 def test_every_byte_has_one_owner_and_the_bitmap_agrees(volume: Volume) -> None:
@@ -72,7 +81,12 @@ def test_every_byte_has_one_owner_and_the_bitmap_agrees(volume: Volume) -> None:
     assert_proven(bmap)
     assert bmap.problems.num_rows == 0
     system = bmap.filesystems.to_pylist()[0]
-    assert (system["state"], system["label"], system["type"], system["features"]) == ("clean", "тест", "ntfs", "ntfs3.1")
+    assert (system["state"], system["label"], system["type"], system["features"]) == (
+        "clean",
+        "тест",
+        "ntfs",
+        "ntfs3.1",
+    )
     words = run("blkid", "-p", "-o", "export", volume.image).decode()
     assert f"UUID={system['uuid']}" in words
 
@@ -101,8 +115,14 @@ def test_sizes_times_and_links_are_those_of_stat(volume: Volume) -> None:
             for name in directories + files:
                 path = os.path.join(folder, name)
                 found, row = os.lstat(path), about[inode_of["/" + os.path.relpath(path, root)]]
-                assert (row["inode"], row["nlink"], row["mtime_ns"]) == (found.st_ino, found.st_nlink, found.st_mtime_ns), path
-                assert row["type"] == ("symlink" if os.path.islink(path) else "directory" if os.path.isdir(path) else "file")
+                assert (row["inode"], row["nlink"], row["mtime_ns"]) == (
+                    found.st_ino,
+                    found.st_nlink,
+                    found.st_mtime_ns,
+                ), path
+                assert row["type"] == (
+                    "symlink" if os.path.islink(path) else "directory" if os.path.isdir(path) else "file"
+                )
                 if row["type"] == "file":  # ntfs-3g is of two minds about directories
                     assert row["size"] == found.st_size, path
 
@@ -112,13 +132,22 @@ def test_names_are_those_that_fls_finds(volume: Volume) -> None:
     if volume.image.name == "c1m":
         pytest.skip("The Sleuth Kit takes no clusters of more than 64 KiB")
     lines = run("fls", "-r", "-p", "-u", volume.image).decode(errors="replace").splitlines()
-    found = {(int(number), path) for number, path in re.findall(r"^\S+ (\d+)-\d+-\d+:\t(.*)$", "\n".join(lines), re.M)}
+    found = {
+        (int(number), path)
+        for number, path in re.findall(r"^\S+ (\d+)-\d+-\d+:\t(.*)$", "\n".join(lines), re.M)
+    }
     found = {(number, re.sub(r":[^/]*$", "", path)) for number, path in found}  # one line a stream
     bmap = mapped(volume.image)
     dead = set(deleted(bmap))
-    names = {(inode, path[1:].replace("\n", "^")) for path, inode in tree(bmap, 0).items() if path != "/" and inode not in dead}
+    names = {
+        (inode, path[1:].replace("\n", "^"))
+        for path, inode in tree(bmap, 0).items()
+        if path != "/" and inode not in dead
+    }
     odd = re.compile("new|€|\ufffd")  # it changes line ends and cuts long names
-    assert {name for name in names if not odd.search(name[1])} == {name for name in found if not odd.search(name[1])}
+    assert {name for name in names if not odd.search(name[1])} == {
+        name for name in found if not odd.search(name[1])
+    }
 
 
 def deleted(bmap: BlockMap) -> list[int]:
@@ -139,7 +168,9 @@ def test_deleted_files_keep_their_names_and_claim_nothing(volume: Volume) -> Non
 def test_clusters_are_those_that_ntfsinfo_lists(volume: Volume) -> None:
     bmap = mapped(volume.image)
     size = bmap.filesystems.column("block_size")[0].as_py()
-    inode, start, length = (tables.integers(bmap.extents, name) for name in ("inode", "volume_offset", "length"))
+    inode, start, length = (
+        tables.integers(bmap.extents, name) for name in ("inode", "volume_offset", "length")
+    )
     own = (tables.integers(bmap.extents, "flags") & tables.INLINE == 0) & (inode >= 0)
     numbers = np.unique(inode[own])
     for number in np.append(numbers[numbers < 64], numbers[numbers >= 64][::9]).tolist():
@@ -148,7 +179,9 @@ def test_clusters_are_those_that_ntfsinfo_lists(volume: Volume) -> None:
         for lcn, count in re.findall(r"^\t+0x[0-9a-f]+\t+0x([0-9a-f]+)\t+0x([0-9a-f]+)\s*$", words, re.M):
             told |= set(range(int(lcn, 16), int(lcn, 16) + int(count, 16)))
         mine = set()
-        for low, n in zip(start[own & (inode == number)].tolist(), length[own & (inode == number)].tolist(), strict=True):
+        for low, n in zip(
+            start[own & (inode == number)].tolist(), length[own & (inode == number)].tolist(), strict=True
+        ):
             mine |= set(range(low // size, -(-(low + n) // size)))
         assert mine == told, number
 
@@ -163,7 +196,9 @@ def test_ntfscluster_names_the_same_owners(volume: Volume) -> None:
     ]
     for row in rows[:: max(1, len(rows) // 60)]:
         first, last = row["volume_offset"] // size, (row["volume_offset"] + row["length"] - 1) // size
-        words = run("ntfscluster", "-q", "-c", f"{first}-{last}", volume.image, ok=(0, 1)).decode(errors="replace")
+        words = run("ntfscluster", "-q", "-c", f"{first}-{last}", volume.image, ok=(0, 1)).decode(
+            errors="replace"
+        )
         found = {int(number) for number in re.findall(r"^Inode (\d+) ", words, re.M)}
         assert found == ({row["inode"]} if row["inode"] is not None else set()), row
 
@@ -185,13 +220,17 @@ def test_the_awkward_things_were_really_made(folder: Path) -> None:
     assert "unwritten" in kind
     packed = inode == inode_of["/packed/mixed"]
     assert {bool(f & tables.COMPRESSED) for f in flags[packed]} == {True, False}
-    straddling = [row["volume_offset"] for row in bmap.extents.to_pylist() if row["part"] == "$MFT" and row["length"] % 1024]
+    straddling = [
+        row["volume_offset"]
+        for row in bmap.extents.to_pylist()
+        if row["part"] == "$MFT" and row["length"] % 1024
+    ]
     assert straddling, "no record lies in two pieces"
     offsets = tables.integers(bmap.inodes, "record_offset")
     assert len(np.unique(offsets)) == len(offsets)
 
 
-# ---- volumes made by Windows and others -----------------------------------------------------------------------------
+# ---- volumes made by Windows and others --------------------------------------------------------------------
 
 REAL = (
     "fox-it+dissect.ntfs/tests/_data/ntfs.bin.gz",
@@ -203,8 +242,14 @@ REAL = (
     "fox-it+dissect.hypervisor/tests/_data/disk/vhd/fixed.vhd.gz",
     "util-linux+util-linux/tests/ts/blkid/images-fs/ntfs.img.xz",
     "sleuthkit+sleuthkit_test_data/from_brian/7-undel-ntfs.zip",
-    *(f"google+syzkaller/sys/linux/test/syz_mount_image_ntfs3_{n}.img.xz" for n in (1, 3, 5, 6, 10, 11, 12, 15)),
-    *(f"google+syzkaller/sys/linux/test/syz_mount_image_ntfs_{n}.img.xz" for n in (0, 2, 5, 7, 8, 10, 11, 13, 14, 16)),
+    *(
+        f"google+syzkaller/sys/linux/test/syz_mount_image_ntfs3_{n}.img.xz"
+        for n in (1, 3, 5, 6, 10, 11, 12, 15)
+    ),
+    *(
+        f"google+syzkaller/sys/linux/test/syz_mount_image_ntfs_{n}.img.xz"
+        for n in (0, 2, 5, 7, 8, 10, 11, 13, 14, 16)
+    ),
 )
 
 
@@ -266,12 +311,15 @@ PARTITIONS = (
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
-def test_a_partition_made_by_windows_has_the_contents_that_ntfs3g_reads(name: str, corpus: Path, tmp_path: Path) -> None:
+def test_a_partition_made_by_windows_has_the_contents_that_ntfs3g_reads(
+    name: str, corpus: Path, tmp_path: Path
+) -> None:
     source = corpus / "images" / name
     disk = unpacked(source, tmp_path / "disk")
     whole = mapped(disk)
     row = next(row for row in whole.mappings.to_pylist() if row["volume"] == 1)
-    run("dd", f"if={disk}", f"of={tmp_path / 'partition'}", "bs=64K", f"skip={row['parent_offset']}", f"count={row['run']}",
+    run("dd", f"if={disk}", f"of={tmp_path / 'partition'}", "bs=64K", f"skip={row['parent_offset']}",
+        f"count={row['run']}",
         "iflag=skip_bytes,count_bytes", "conv=sparse", "status=none")  # fmt: skip
     bmap = mapped(tmp_path / "partition")
     assert_proven(bmap)
@@ -282,10 +330,17 @@ def test_metadata_of_a_windows_volume_is_named(corpus: Path, tmp_path: Path) -> 
     bmap = mapped(unpacked(corpus / "images" / REAL[0], tmp_path / "image"))
     parts = set(bmap.extents.column("part").to_pylist())
     assert {
-        "$MFT", "$MFT:$BITMAP", "$MFTMirr", "$LogFile", "$AttrDef", "$Bitmap", "$Boot", "$Secure:$SDS", "$Secure:$SDH", "$Secure:$SII",
-        "$UpCase", "$ObjId:$O", "$Quota:$Q", "$Quota:$O", "$Reparse:$R", "boot sector copy",
+        "$MFT", "$MFT:$BITMAP", "$MFTMirr", "$LogFile", "$AttrDef", "$Bitmap", "$Boot", "$Secure:$SDS",
+        "$Secure:$SDH", "$Secure:$SII", "$UpCase", "$ObjId:$O", "$Quota:$Q", "$Quota:$O", "$Reparse:$R",
+        "boot sector copy",
     } <= parts  # fmt: skip
-    types = dict(zip(tables.integers(bmap.inodes, "inode").tolist(), bmap.inodes.column("type").to_pylist(), strict=True))
+    types = dict(
+        zip(
+            tables.integers(bmap.inodes, "inode").tolist(),
+            bmap.inodes.column("type").to_pylist(),
+            strict=True,
+        )
+    )
     names = tree(bmap, 0)
     assert types[names["/$Extend/$ObjId"]] == "metadata"
     assert types[names["/$Extend"]] == "directory"

@@ -1,4 +1,5 @@
-"""NTFS piece by piece: names, run lists and bitmaps against plain loops; damaged, dirty and odd volumes made by patching bytes."""
+"""NTFS piece by piece: names, run lists and bitmaps against plain loops; damaged, dirty and odd volumes made
+by patching bytes."""
 
 import os
 import struct
@@ -21,7 +22,7 @@ from virt_bmap.filesystems.ntfs.state import log_is_clean
 from virt_bmap.filesystems.ntfs.text import utf8
 from virt_bmap.survey import survey
 
-# ---- parts ----------------------------------------------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------------------------
 
 UNIT = st.one_of(st.integers(0, 0x7F), st.integers(0, 0xFFFF), st.integers(0xD800, 0xDFFF))
 
@@ -57,7 +58,11 @@ def encoded(runs: list[tuple[int, int]]) -> bytes:
     result, last = b"", 0
     for lcn, count in runs:
         size = (count.bit_length() + 8) // 8
-        delta = b"" if lcn == HOLE else (lcn - last).to_bytes(((lcn - last).bit_length() + 8) // 8, "little", signed=True)
+        delta = (
+            b""
+            if lcn == HOLE
+            else (lcn - last).to_bytes(((lcn - last).bit_length() + 8) // 8, "little", signed=True)
+        )
         result += bytes([size | len(delta) << 4]) + count.to_bytes(size, "little") + delta
         last = last if lcn == HOLE else lcn
     return result + b"\0"
@@ -71,12 +76,19 @@ RUN = st.tuples(st.one_of(st.just(HOLE), st.integers(0, 1 << 40)), st.integers(1
 def test_run_lists_decode_as_one_by_one(lists: list[bytes]) -> None:
     clusters = 1 << 41
     lengths = np.array([len(data) for data in lists], np.int64)
-    found = decode(np.frombuffer(b"".join(lists), np.uint8), lengths, np.zeros(len(lists), np.int64), clusters, 512)
+    found = decode(
+        np.frombuffer(b"".join(lists), np.uint8), lengths, np.zeros(len(lists), np.int64), clusters, 512
+    )
     runs = found.runs
     for number, data in enumerate(lists):
         wanted, fault = plain_decode(data, clusters)
         mine = runs.row == number
-        assert list(zip(runs.vcn[mine].tolist(), runs.lcn[mine].tolist(), runs.count[mine].tolist(), strict=True)) == wanted
+        assert (
+            list(
+                zip(runs.vcn[mine].tolist(), runs.lcn[mine].tolist(), runs.count[mine].tolist(), strict=True)
+            )
+            == wanted
+        )
         assert bool(found.bad[number] or found.outside[number]) == fault
         assert found.reach[number] == sum(count for _, _, count in wanted)
 
@@ -87,7 +99,9 @@ def test_runs_of_bits_are_found_as_one_by_one(data: bytes, less: int, value: boo
     bits = max(0, len(data) * 8 - less)
     starts, ends = bit_runs(np.frombuffer(data, np.uint8), bits, value)
     wanted = {bit for bit in range(bits) if bool(data[bit // 8] >> bit % 8 & 1) == value}
-    assert {bit for low, high in zip(starts.tolist(), ends.tolist(), strict=True) for bit in range(low, high)} == wanted
+    assert {
+        bit for low, high in zip(starts.tolist(), ends.tolist(), strict=True) for bit in range(low, high)
+    } == wanted
     assert (starts[1:] > ends[:-1]).all()
 
 
@@ -113,7 +127,7 @@ def test_the_log_is_clean_when_nobody_uses_it(pages: bytes, clean: bool) -> None
     assert log_is_clean(pages) == clean
 
 
-# ---- patched volumes ------------------------------------------------------------------------------------------------
+# ---- patched volumes ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +187,9 @@ def state(bmap: BlockMap) -> str:
     return found
 
 
-def test_a_wiped_boot_sector_is_replaced_by_its_copy(patched: Callable[[Patch], BlockMap], image: Path) -> None:
+def test_a_wiped_boot_sector_is_replaced_by_its_copy(
+    patched: Callable[[Patch], BlockMap], image: Path
+) -> None:
     def wipe(data: bytearray, bmap: BlockMap) -> None:
         data[11:512] = bytes(501)
 
@@ -183,7 +199,9 @@ def test_a_wiped_boot_sector_is_replaced_by_its_copy(patched: Callable[[Patch], 
     assert found.names.equals(whole.names)
 
 
-def test_a_lost_first_record_is_read_from_the_mirror(patched: Callable[[Patch], BlockMap], image: Path) -> None:
+def test_a_lost_first_record_is_read_from_the_mirror(
+    patched: Callable[[Patch], BlockMap], image: Path
+) -> None:
     def wipe(data: bytearray, bmap: BlockMap) -> None:
         data[record_of(bmap, 0) : record_of(bmap, 0) + 1024] = bytes(1024)
 
@@ -193,7 +211,9 @@ def test_a_lost_first_record_is_read_from_the_mirror(patched: Callable[[Patch], 
     assert state(found) == "damaged"
 
 
-def test_a_first_record_without_a_run_list_is_read_from_the_mirror(patched: Callable[[Patch], BlockMap], image: Path) -> None:
+def test_a_first_record_without_a_run_list_is_read_from_the_mirror(
+    patched: Callable[[Patch], BlockMap], image: Path
+) -> None:
     def rename(data: bytearray, bmap: BlockMap) -> None:
         data[attribute(data, record_of(bmap, 0), 0x80)] = 0x81
 
@@ -202,15 +222,19 @@ def test_a_first_record_without_a_run_list_is_read_from_the_mirror(patched: Call
     assert found.extents.equals(mapped(image).extents)
 
 
-@pytest.mark.parametrize(("tag", "wanted"), [(0xA000000C, "symlink"), (0xA0000003, "symlink"), (0xA000001D, "symlink"), (0x80000023, "socket"),
-                                             (0x80000024, "fifo"), (0x80000025, "char"), (0x80000026, "block"), (0x80000017, "file"),
+@pytest.mark.parametrize(("tag", "wanted"),
+    [(0xA000000C, "symlink"), (0xA0000003, "symlink"), (0xA000001D, "symlink"), (0x80000023, "socket"),
+                                             (0x80000024, "fifo"), (0x80000025, "char"),
+                                             (0x80000026, "block"), (0x80000017, "file"),
                                              (0x80000013, "file"), (0x9000001A, "file")])  # fmt: skip
 def test_reparse_points_say_what_a_file_is(tag: int, wanted: str, image: Path, tmp_path: Path) -> None:
     copy = tmp_path / "image"
     copy.write_bytes(image.read_bytes())
     with fuse(copy, "rw") as root:
         (root / "point").touch()
-        os.setxattr(root / "point", "system.ntfs_reparse_data", struct.pack("<IHH", 0x80000017, 24, 0) + bytes(24))
+        os.setxattr(
+            root / "point", "system.ntfs_reparse_data", struct.pack("<IHH", 0x80000017, 24, 0) + bytes(24)
+        )
     data = bytearray(copy.read_bytes())  # ntfs-3g checks what it knows
     at = attribute(data, record_of(mapped(copy), tree(mapped(copy), 0)["/point"]), 0xC0)
     struct.pack_into("<I", data, at + struct.unpack_from("<H", data, at + 0x14)[0], tag)
@@ -252,15 +276,17 @@ def test_what_was_never_written_is_unwritten_to_the_byte(patched: Callable[[Patc
     found = patched(shorten)
     assert_proven(found)
     rows = [row for row in found.extents.to_pylist() if row["inode"] == tree(found, 0)["/long"]]
-    assert sorted((row["kind"], row["file_offset"], row["length"]) for row in rows if row["kind"] == "unwritten") == [
-        ("unwritten", 7000, 20480 - 7000)
-    ]
+    assert sorted(
+        (row["kind"], row["file_offset"], row["length"]) for row in rows if row["kind"] == "unwritten"
+    ) == [("unwritten", 7000, 20480 - 7000)]
     assert sum(row["length"] for row in rows if row["kind"] == "data") == 7000
 
 
 def test_bad_clusters_are_named(patched: Callable[[Patch], BlockMap]) -> None:
     found = patched(lambda data, bmap: None)
-    free = max((row for row in found.extents.to_pylist() if row["kind"] == "free"), key=lambda row: row["length"])
+    free = max(
+        (row for row in found.extents.to_pylist() if row["kind"] == "free"), key=lambda row: row["length"]
+    )
     cluster = free["volume_offset"] // 512 + 5
 
     def wear_out(data: bytearray, bmap: BlockMap) -> None:
@@ -285,11 +311,16 @@ def test_bad_clusters_are_named(patched: Callable[[Patch], BlockMap]) -> None:
     found = patched(wear_out)
     assert_proven(found)
     rows = [row for row in found.extents.to_pylist() if row["part"] == "$BadClus:$Bad"]
-    assert [(row["volume_offset"], row["length"], row["kind"]) for row in rows] == [(cluster * 512, 1536, "metadata")]
+    assert [(row["volume_offset"], row["length"], row["kind"]) for row in rows] == [
+        (cluster * 512, 1536, "metadata")
+    ]
 
 
-def test_the_mft_is_followed_through_its_extension_records(patched: Callable[[Patch], BlockMap], image: Path) -> None:
-    """Half of the $MFT's run list moved into record 23, as Windows does when its own record is full: the map stays the same."""
+def test_the_mft_is_followed_through_its_extension_records(
+    patched: Callable[[Patch], BlockMap], image: Path
+) -> None:
+    """Half of the $MFT's run list moved into record 23, as Windows does when its own record is full: the map
+    stays the same."""
 
     def move(data: bytearray, bmap: BlockMap) -> None:
         record = record_of(bmap, 0)
@@ -309,11 +340,16 @@ def test_the_mft_is_followed_through_its_extension_records(patched: Callable[[Pa
         first, rest = encoded(pieces[:1]), encoded(pieces[1:])
         data[pairs : pairs + len(first)] = first
         struct.pack_into("<Q", data, at + 0x18, pieces[0][1] - 1)
-        for copy in (record, next(r["volume_offset"] for r in bmap.extents.to_pylist() if r["part"] == "$MFTMirr")):
+        for copy in (
+            record,
+            next(r["volume_offset"] for r in bmap.extents.to_pylist() if r["part"] == "$MFTMirr"),
+        ):
             data[copy : copy + 1024] = data[record : record + 1024]
         other = record + 23 * 1024
         length = 0x40 + -(-len(rest) // 8) * 8
-        head = struct.pack("<IIBBHHHQQHBxI24x", 0x80, length, 1, 0, 0x40, 0, 0, pieces[0][1], highest, 0x40, 0, 0)
+        head = struct.pack(
+            "<IIBBHHHQQHBxI24x", 0x80, length, 1, 0, 0x40, 0, 0, pieces[0][1], highest, 0x40, 0, 0
+        )
         start = other + struct.unpack_from("<H", data, other + 0x14)[0]
         body = head + rest.ljust(length - 0x40, b"\0") + b"\xff\xff\xff\xff\0\0\0\0"
         assert start + len(body) < other + 510
@@ -328,8 +364,15 @@ def test_the_mft_is_followed_through_its_extension_records(patched: Callable[[Pa
     assert_proven(found)
 
 
-@pytest.mark.parametrize(("content", "name", "wanted"), [(b"hibr", "hiberfil.sys", "hibernated"), (b"HIBR", "HIBERFIL.SYS", "hibernated"),
-                                                         (b"WAKE", "hiberfil.sys", "clean"), (b"hibr", "other", "clean")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "name", "wanted"),
+    [
+        (b"hibr", "hiberfil.sys", "hibernated"),
+        (b"HIBR", "HIBERFIL.SYS", "hibernated"),
+        (b"WAKE", "hiberfil.sys", "clean"),
+        (b"hibr", "other", "clean"),
+    ],
+)
 def test_windows_that_sleeps_is_noticed(content: bytes, name: str, wanted: str, tmp_path: Path) -> None:
     need("mkntfs", "ntfs-3g")
     made = ntfs_images.make(tmp_path / "image", 4, 4096, 512)
@@ -379,6 +422,8 @@ def test_damage_never_breaks_the_reader(image: Path) -> None:
     data = image.read_bytes()
     bmap = mapped(image)
     offsets = tables.integers(bmap.inodes, "record_offset")
-    ranges = [(0, 512)] * 5 + [(at, at + struct.unpack_from("<I", data, at + 0x18)[0]) for at in offsets[:40].tolist()]
+    ranges = [(0, 512)] * 5 + [
+        (at, at + struct.unpack_from("<I", data, at + 0x18)[0]) for at in offsets[:40].tolist()
+    ]
     for damaged in mutations(data, 120, 7, ranges):
         survives(damaged)

@@ -1,4 +1,5 @@
-"""Observed maps without an appliance: a stand-in plays the kernel over a really served disk; content told from what is read beside it, by brute force."""
+"""Observed maps without an appliance: a stand-in plays the kernel over a really served disk; content told
+from what is read beside it, by brute force."""
 
 import json
 import random
@@ -30,12 +31,13 @@ FAKE = Path(__file__).with_name("fake_guest.py")
 KINDS = dict(enumerate(tables.KINDS))
 
 
-# ---- which reads are content ----------------------------------------------------------------------------------------
+# ---- which reads are content -------------------------------------------------------------------------------
 
 
 @given(st.data())
 def test_content_is_found_where_it_was_read_from_and_nowhere_else(data):
-    """Files of random pieces, holes and repeated blocks, read with metadata in between: every row is true, and nothing that is not zero is missing."""
+    """Files of random pieces, holes and repeated blocks, read with metadata in between: every row is true,
+    and nothing that is not zero is missing."""
     chooser = random.Random(data.draw(st.integers(0, 1 << 30)))
     disk = bytearray(chooser.randbytes(1 << 17))
     disk[4096:8192] = bytes(4096)  # metadata that is all zero
@@ -64,7 +66,9 @@ def test_content_is_found_where_it_was_read_from_and_nowhere_else(data):
         return
     found = trace.find(content, starts, ends, np.frombuffer(what, np.uint8))
     known = np.zeros(size, bool)
-    for offset, place, length in zip(found.offset.tolist(), found.place.tolist(), found.length.tolist(), strict=True):
+    for offset, place, length in zip(
+        found.offset.tolist(), found.place.tolist(), found.length.tolist(), strict=True
+    ):
         assert bytes(disk[place : place + length]) == content[offset : offset + length]
         assert not known[offset : offset + length].any() or not any(content[offset : offset + length])
         known[offset : offset + length] = True
@@ -102,15 +106,23 @@ def test_zeroes_of_which_only_some_were_read_are_not_guessed():
 
 
 def test_a_hole_is_not_in_doubt_where_nothing_was_read_for_it():
-    found = trace.find(bytes(4096) + b"x" * 512, np.array([512]), np.array([1024]), np.full(512, ord("x"), np.uint8))
+    found = trace.find(
+        bytes(4096) + b"x" * 512, np.array([512]), np.array([1024]), np.full(512, ord("x"), np.uint8)
+    )
     assert (found.offset.tolist(), found.place.tolist(), len(found.unsure[0])) == ([4096], [512], 0)
 
 
 def test_reads_are_climbed_in_their_order():
-    rows = tables.make("mappings", volume=[1, 1], volume_offset=[0, 4096], parent=0, parent_offset=[8192, 1024], run=4096, parent_run=4096, count=1,
+    rows = tables.make("mappings", volume=[1, 1], volume_offset=[0, 4096], parent=0,
+        parent_offset=[8192, 1024], run=4096, parent_run=4096, count=1,
                        volume_step=0, parent_step=0, role=np.zeros(2, np.int8))  # fmt: skip
     volumes = tables.make(
-        "volumes", volume=[0, 1], disk=1, kind=["disk", "lv"], name=["/dev/sda", "/dev/v/l"], size=[1 << 20, 8192]
+        "volumes",
+        volume=[0, 1],
+        disk=1,
+        kind=["disk", "lv"],
+        name=["/dev/sda", "/dev/v/l"],
+        size=[1 << 20, 8192],
     )
     bmap = BlockMap(volumes, rows, *(tables.empty(name) for name in BlockMap.TABLES[2:]))
     reads = Reads(np.array([1, 1, 1]), np.array([8192, 512, 1024]), np.array([12288, 2048, 1536]))
@@ -119,11 +131,16 @@ def test_reads_are_climbed_in_their_order():
 
 
 def test_rows_that_overlap_or_go_on_become_one():
-    rows = [(0, 1000, 4096, 4096, 0), (4096, 5096, 4096, 4096, 0), (2048, 3048, 512, 512, 0), (8192, 0, 512, 512, 0)]
+    rows = [
+        (0, 1000, 4096, 4096, 0),
+        (4096, 5096, 4096, 4096, 0),
+        (2048, 3048, 512, 512, 0),
+        (8192, 0, 512, 512, 0),
+    ]
     assert engine.joined(rows).tolist() == [[0, 1000, 8192, 8192, 0], [8192, 0, 512, 512, 0]]
 
 
-# ---- a whole observation --------------------------------------------------------------------------------------------
+# ---- a whole observation -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -142,7 +159,12 @@ def machine(tmp_path, monkeypatch) -> SimpleNamespace:
         "/pieces": {
             "ino": 21,
             "size": 20_480,
-            "runs": [[0, 2 << 20, 4096], [4096, 1 << 19, 1024], [5120, 600 << 10, 3072], [16384, 700 << 10, 4096]],
+            "runs": [
+                [0, 2 << 20, 4096],
+                [4096, 1 << 19, 1024],
+                [5120, 600 << 10, 3072],
+                [16384, 700 << 10, 4096],
+            ],
         },
         "/zero": {"ino": 22, "size": 12_288, "runs": [[4096, 3 << 20, 4096]]},
         "/packed": {"ino": 23, "size": 300, "runs": [[0, (4 << 20) + 100, 300]]},
@@ -167,12 +189,16 @@ def machine(tmp_path, monkeypatch) -> SimpleNamespace:
         (tmp_path / "plan").write_text(json.dumps(plan))
 
     write()
-    return SimpleNamespace(image=image, data=bytes(data), plan=plan, files=files, write=write, folder=tmp_path)
+    return SimpleNamespace(
+        image=image, data=bytes(data), plan=plan, files=files, write=write, folder=tmp_path
+    )
 
 
 def rows_of(bmap: BlockMap, inode: int) -> list[tuple[str, int | None, int, int, int]]:
     found = bmap.extents.filter(pa.array(tables.integers(bmap.extents, "inode") == inode)).to_pylist()
-    return [(row["kind"], row["file_offset"], row["volume_offset"], row["length"], row["flags"]) for row in found]
+    return [
+        (row["kind"], row["file_offset"], row["volume_offset"], row["length"], row["flags"]) for row in found
+    ]
 
 
 def test_a_filesystem_without_reader_is_mapped_by_observation(machine, capsys):
@@ -181,7 +207,9 @@ def test_a_filesystem_without_reader_is_mapped_by_observation(machine, capsys):
     assert bmap.filesystems.column("state").to_pylist() == [tables.OBSERVED]
     assert rows_of(bmap, 20) == [("data", 0, 1 << 20, 10_000, tables.SHARED)]
     assert rows_of(bmap, 27) == [("data", 0, 1 << 20, 10_000, tables.SHARED)]
-    assert rows_of(bmap, 21) == [("data", at, place, length, 0) for at, place, length in machine.files["/pieces"]["runs"]]
+    assert rows_of(bmap, 21) == [
+        ("data", at, place, length, 0) for at, place, length in machine.files["/pieces"]["runs"]
+    ]
     assert rows_of(bmap, 22) == [("data", 4096, 3 << 20, 4096, 0)]
     assert rows_of(bmap, 23) == [("data", 0, (4 << 20) + 100, 300, tables.INLINE)]
     assert rows_of(bmap, 24) == [
@@ -230,7 +258,9 @@ def test_an_appliance_that_dies_half_way_loses_nothing_and_the_rest_is_resumed(m
         cli.run(command)
     assert "kept in map.parquet.observed: --resume goes on" in capsys.readouterr().err
     assert not (machine.folder / "map.parquet").exists()
-    kept = [json.loads(line) for line in (machine.folder / "map.parquet.observed").read_text().splitlines()[1:]]
+    kept = [
+        json.loads(line) for line in (machine.folder / "map.parquet.observed").read_text().splitlines()[1:]
+    ]
     assert {row["inode"] for row in kept} >= {25, 26}
     with pytest.raises(OutputError, match="interrupted: go on with --resume"):
         cli.run(command)
@@ -251,7 +281,9 @@ def test_files_that_a_dead_virtual_machine_could_not_read_are_not_taken_as_obser
     machine.write()
     with pytest.raises(ImageError, match="died during pread: pread: appliance closed the connection"):
         cli.run(["map", "--method", "observe", "-q", "-o", "map.parquet", str(machine.image)])
-    kept = [json.loads(line) for line in (machine.folder / "map.parquet.observed").read_text().splitlines()[1:]]
+    kept = [
+        json.loads(line) for line in (machine.folder / "map.parquet.observed").read_text().splitlines()[1:]
+    ]
     assert [row["inode"] for row in kept if row["failed"]] == [26]  # /broken: an error of the disk
 
 
@@ -308,7 +340,9 @@ def test_what_can_not_be_observed_is_said_in_a_line(machine, monkeypatch):
         ImageError,
         launch="guestfs_launch failed. This usually means the",
     )
-    says("can mount none.*unknown filesystem type", UsageError, mount="mount: unknown filesystem type 'minix'")
+    says(
+        "can mount none.*unknown filesystem type", UsageError, mount="mount: unknown filesystem type 'minix'"
+    )
     says("finds no filesystem", UsageError, filesystems={})
     says("a device that this map does not have", UsageError, filesystems={"/dev/sdq": "minix"})
     with pytest.raises(UsageError, match="give it a file with -o"):
@@ -324,12 +358,21 @@ def test_what_can_not_be_observed_is_said_in_a_line(machine, monkeypatch):
 def test_an_appliance_that_hangs_is_ended(machine, tmp_path):
     machine.files["/plain"]["hang"] = True
     machine.write()
-    with appliance.started(str(tmp_path)) as guest, pytest.raises(ImageError, match="did not answer pread for 1 seconds"):
+    with (
+        appliance.started(str(tmp_path)) as guest,
+        pytest.raises(ImageError, match="did not answer pread for 1 seconds"),
+    ):
         guest.call("pread", "/plain", 1, 0, timeout=1)
 
 
 def test_answers_that_are_none_end_in_words(tmp_path):
-    for text in ("print('hello')", "print('{\"bytes\": 10}')", "print('{\"bytes\": -1}')", "print('7')", "pass"):
+    for text in (
+        "print('hello')",
+        "print('{\"bytes\": 10}')",
+        "print('{\"bytes\": -1}')",
+        "print('7')",
+        "pass",
+    ):
         with (
             appliance.started(str(tmp_path), [sys.executable, "-c", text]) as guest,
             pytest.raises(ImageError, match="appliance died"),
@@ -343,7 +386,7 @@ def test_volumes_that_only_an_observation_maps_are_named(machine):
     assert len(set(MOUNTABLE)) == len(MOUNTABLE)
 
 
-# ---- the judge ------------------------------------------------------------------------------------------------------
+# ---- the judge ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +404,10 @@ def judged(tmp_path_factory) -> SimpleNamespace:
     blocks = [int(word) for word in run("debugfs", "-R", "blocks /file", image).split()]
     offsets = [*range(0, 20_480, 1024), *range(100_000 // 1024 * 1024, 130_000, 1024)]
     size = 130_000
-    rows = [(at, block * 1024, min(1024, size - at), min(1024, size - at), 0) for at, block in zip(offsets, blocks, strict=True)]
+    rows = [
+        (at, block * 1024, min(1024, size - at), min(1024, size - at), 0)
+        for at, block in zip(offsets, blocks, strict=True)
+    ]
     bmap = mapped(image)
     return SimpleNamespace(image=image, bmap=bmap, rows=rows, size=size, inode=bmap.inode_of(0, b"/file"))
 
@@ -390,7 +436,10 @@ def test_the_judge_sees_every_kind_of_disagreement(judged):
     assert "size" in verdict(judged, judged.rows, size=judged.size + 1)[1]
     assert verdict(judged, judged.rows, failed="Input/output error")[1] == ["unreadable"]
     free = judged.bmap.extents.filter(pa.array(tables.codes(judged.bmap.extents, "kind") == tables.FREE))
-    at = tables.integers(free, "volume_offset")[np.argmax(tables.integers(free, "length"))] // 4096 * 4096 + 8192
+    at = (
+        tables.integers(free, "volume_offset")[np.argmax(tables.integers(free, "length"))] // 4096 * 4096
+        + 8192
+    )
     assert verdict(judged, judged.rows, read=[(int(at), int(at) + 4096)])[1] == ["free"]
     assert verdict(judged, judged.rows, read=[(1024, 2048)])[1] == []
 
@@ -399,7 +448,8 @@ def test_zeroes_that_can_not_be_told_from_holes_are_no_disagreement(judged):
     at, place, length, _, _ = judged.rows[5]
     rest = judged.rows[:5] + judged.rows[6:]
     assert verdict(judged, rest, unsure=[(at, at + length)], read=[(place, place + length)]) == (
-        {"agreed": sum(row[2] for row in rest), "zeroes": length, "hole": judged.size - sum(row[2] for row in judged.rows)}, [],
+        {"agreed": sum(row[2] for row in rest), "zeroes": length,
+            "hole": judged.size - sum(row[2] for row in judged.rows)}, [],
     )  # fmt: skip
     assert verdict(judged, rest, unsure=[(at, at + length)])[1] == ["unread"]
 
@@ -429,13 +479,16 @@ def test_verify_through_the_command(judged, machine, capsys):
     """The stand-in reads an ext4 as its map says, then otherwise."""
     about = {"ino": judged.inode, "size": judged.size, "runs": [list(row[:3]) for row in judged.rows]}
     machine.plan.update(
-        type="ext4", image=str(judged.image), files={"/file": about, "/lost+found": {"ino": 11, "mode": 0o40700, "size": 12288}}
+        type="ext4",
+        image=str(judged.image),
+        files={"/file": about, "/lost+found": {"ino": 11, "mode": 0o40700, "size": 12288}},
     )
     machine.write()
     machine.plan["files"]["/file"]["runs"][3][1] += 4096
     with pytest.raises(UsageError, match="--sample 0"):
         cli.run(["verify", "--sample", "0", str(judged.image)])
-    assert cli.run(["verify", "--json", str(judged.image)]) == 1  # the root directory of the plan has a name that the image lacks
+    # the root directory of the plan has a name that the image lacks
+    assert cli.run(["verify", "--json", str(judged.image)]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["code"], row["path"]) for row in lines[1:]] == [("missing", "/lost")]
     machine.write()

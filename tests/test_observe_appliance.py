@@ -1,4 +1,5 @@
-"""Observed maps and verdicts by a real kernel, in libguestfs's appliance: a filesystem without reader, and two with one."""
+"""Observed maps and verdicts by a real kernel, in libguestfs's appliance: a filesystem without reader, and
+two with one."""
 
 import hashlib
 import json
@@ -30,7 +31,17 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     except MissingTool as error:
         pytest.skip(str(error))
     chooser = random.Random(11)
-    sizes = [0, 1, 511, 512, 4096, 4097, 100_000, 1_500_000, *(chooser.randrange(1, 30_000) for _ in range(40))]
+    sizes = [
+        0,
+        1,
+        511,
+        512,
+        4096,
+        4097,
+        100_000,
+        1_500_000,
+        *(chooser.randrange(1, 30_000) for _ in range(40)),
+    ]
     files = {f"/d{number % 5}/file{number}": chooser.randbytes(size) for number, size in enumerate(sizes)}
     files["/d0/hole"] = chooser.randbytes(5000) + bytes(50_000) + chooser.randbytes(5000)
     files["/d0/zeroes"] = bytes(20_000)
@@ -70,7 +81,9 @@ def test_a_filesystem_without_reader_is_mapped_and_its_files_read_by_the_map(tre
         assert files.refusal(inode) is None
         content = b"".join(piece.tobytes() for piece in spread(files.pieces([inode]), files.length(inode)))
         assert hashlib.sha256(content).digest() == hashlib.sha256(data).digest(), path
-    directories = tables.integers(bmap.inodes, "inode")[tables.codes(bmap.inodes, "type") == tables.T_DIRECTORY]
+    directories = tables.integers(bmap.inodes, "inode")[
+        tables.codes(bmap.inodes, "type") == tables.T_DIRECTORY
+    ]
     kind, owner = tables.codes(bmap.extents, "kind"), tables.integers(bmap.extents, "inode")
     assert np.isin(directories, owner[kind == tables.DIRECTORY]).all()
 

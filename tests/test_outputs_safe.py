@@ -26,9 +26,11 @@ PROGRAM = [sys.executable, "-m", "virt_bmap"]
 LOGGER = [sys.executable, "-m", "virt_bmap.watch.bmaplogger"]
 
 NO_FILES = {
-    "nested": "a path inside a guest", "range": "bytes", "status": "letters", "block_size": "bytes", "device": "a volume's name", "sample": "a number",
-    "seed": "a number", "bitmap": "a bitmap's name", "depth": "a number", "limit": "a number", "command": "run, not read", "top": "a number", "stream": "a name",
-    "title": "text", "agent": "a socket", "mountpoint": "inside a guest", "timeout": "seconds", "spec": "words", "mount": "a folder, frozen and not written",
+    "nested": "a path inside a guest", "range": "bytes", "status": "letters", "block_size": "bytes",
+    "device": "a volume's name", "sample": "a number", "seed": "a number", "bitmap": "a bitmap's name",
+    "depth": "a number", "limit": "a number", "command": "run, not read", "top": "a number",
+    "stream": "a name", "title": "text", "agent": "a socket", "mountpoint": "inside a guest",
+    "timeout": "seconds", "spec": "words", "mount": "a folder, frozen and not written",
     "directory": "a folder, in which nothing is replaced",
 }  # fmt: skip
 """Arguments that name no file on this host, or none that could be overwritten."""
@@ -55,8 +57,16 @@ TEMPLATES: dict[tuple[str, str], list[str]] = {
     ("sparsify", "disk"): ["sparsify", "-q", "{disk}", "{out}"],
 }
 """How each output is asked for; what stands in braces and is not `out` is read."""
-ENDINGS = {"lookup": ".csv", "locate": ".jsonl", "info": ".parquet", "check": ".csv", "diff": ".csv", "sql": ".parquet"}
-FULL = {("lookup", "output"): ["lookup", "{disk}", "--ranges", "{ranges}", "-o", "{out}"], ("make", "out"): ["make", "disk:4M", "{out}"],
+ENDINGS = {
+    "lookup": ".csv",
+    "locate": ".jsonl",
+    "info": ".parquet",
+    "check": ".csv",
+    "diff": ".csv",
+    "sql": ".parquet",
+}
+FULL = {("lookup", "output"): ["lookup", "{disk}", "--ranges", "{ranges}", "-o", "{out}"],
+    ("make", "out"): ["make", "disk:4M", "{out}"],
         ("report", "output"): ["report", "{map}", "-o", "{out}"]}  # fmt: skip
 """Where the template is only for being refused: how it would work."""
 
@@ -103,13 +113,17 @@ def takes_value(action: argparse.Action) -> bool:
     return action.nargs != 0 and not action.choices
 
 
-# ---- the parsers ------------------------------------------------------------------------------------------------------
+# ---- the parsers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_argument_says_what_it_is(command: str) -> None:
     for action in parser(command)._actions:
-        known = isinstance(action.type, (Input, Output)) or action.type in NUMBERS or (command, action.dest) in BY_ITSELF
+        known = (
+            isinstance(action.type, (Input, Output))
+            or action.type in NUMBERS
+            or (command, action.dest) in BY_ITSELF
+        )
         assert not takes_value(action) or known or action.dest in NO_FILES, (
             f"{command}: does {action.dest} name a file that is read, or written?"
         )
@@ -117,7 +131,10 @@ def test_every_argument_says_what_it_is(command: str) -> None:
 
 def test_every_output_is_tried_here() -> None:
     found = {
-        (command, action.dest) for command in COMMANDS for action in parser(command)._actions if isinstance(action.type, Output)
+        (command, action.dest)
+        for command in COMMANDS
+        for action in parser(command)._actions
+        if isinstance(action.type, Output)
     }
     assert found | BY_ITSELF == set(TEMPLATES)
 
@@ -127,14 +144,20 @@ def test_every_command_that_writes_can_be_told_to(command: str) -> None:
     assert "--force" in {option for action in parser(command)._actions for option in action.option_strings}
 
 
-# ---- what is read -----------------------------------------------------------------------------------------------------
+# ---- what is read ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["itself", "symbolic link", "hard link", "forced"])
 @pytest.mark.parametrize(("command", "option"), TEMPLATES)
-def test_what_is_read_is_not_overwritten(command: str, option: str, way: str, files: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_read_is_not_overwritten(
+    command: str, option: str, way: str, files: dict[str, Path], tmp_path: Path
+) -> None:
     template = TEMPLATES[command, option]
-    read = [word.partition("{")[2].rstrip("}") for word in template if "{" in word and word != "{out}" and word != "{tree}"]
+    read = [
+        word.partition("{")[2].rstrip("}")
+        for word in template
+        if "{" in word and word != "{out}" and word != "{tree}"
+    ]
     assert read
     for name in read:
         for path in files.values():  # endings say what is written
@@ -147,7 +170,11 @@ def test_what_is_read_is_not_overwritten(command: str, option: str, way: str, fi
         before = {name: digest(path) for name, path in files.items() if path.is_file()}
         with pytest.raises(UsageError, match="would overwrite"):
             bmap(
-                [*filled(template[:1], files, out), *(["--force"] if way == "forced" else []), *filled(template[1:], files, out)]
+                [
+                    *filled(template[:1], files, out),
+                    *(["--force"] if way == "forced" else []),
+                    *filled(template[1:], files, out),
+                ]
             )
         assert {name: digest(path) for name, path in files.items() if path.is_file()} == before
         assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
@@ -199,7 +226,10 @@ def test_keys(files: dict[str, Path], tmp_path: Path) -> None:
 def test_standard_output_and_input(files: dict[str, Path]) -> None:
     before = digest(files["disk"])
     done = subprocess.run(
-        f"{' '.join(PROGRAM)} -q -o - {files['disk']} >> {files['disk']}", shell=True, capture_output=True, text=True
+        f"{' '.join(PROGRAM)} -q -o - {files['disk']} >> {files['disk']}",
+        shell=True,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "standard output: would overwrite" in done.stderr
@@ -226,7 +256,9 @@ def test_bmaplogger(files: dict[str, Path], tmp_path: Path) -> None:
         if log != files["disk"]:
             log.symlink_to(files["disk"])
         done = subprocess.run(
-            [*LOGGER, f"file={files['disk']}", f"logfile={log}", "force=true", "--run", "true"], capture_output=True, text=True
+            [*LOGGER, f"file={files['disk']}", f"logfile={log}", "force=true", "--run", "true"],
+            capture_output=True,
+            text=True,
         )
         assert (done.returncode, digest(files["disk"])) == (1, before)
         assert "would overwrite" in done.stderr
@@ -238,7 +270,7 @@ def test_bmaplogger(files: dict[str, Path], tmp_path: Path) -> None:
     assert subprocess.run([*command, "force=true"], capture_output=True).returncode == 0
 
 
-# ---- what is none of ours ---------------------------------------------------------------------------------------------
+# ---- what is none of ours ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("command", "option"), TEMPLATES)
@@ -252,7 +284,9 @@ def test_what_is_none_of_ours_is_replaced_with_force_only(
     if command == "sql":
         pytest.importorskip("duckdb")
     template = [
-        word for word in FULL.get((command, option), TEMPLATES[command, option]) if word != "--force" or command != "diff"
+        word
+        for word in FULL.get((command, option), TEMPLATES[command, option])
+        if word != "--force" or command != "diff"
     ]
     out = tmp_path / f"out{ENDINGS.get(command, '')}"
     arguments = filled(template, files, out)
@@ -269,7 +303,10 @@ def test_what_is_none_of_ours_is_replaced_with_force_only(
         assert out.read_bytes() == foreign
     assert bmap([arguments[0], "--force", *arguments[1:]]) == 0
     assert out.read_bytes() != foreign
-    whole = TEMPLATES[command, option][-1] != "true" and (command, option) not in {("make", "out"), *BY_ITSELF}
+    whole = TEMPLATES[command, option][-1] != "true" and (command, option) not in {
+        ("make", "out"),
+        *BY_ITSELF,
+    }
     if whole:  # its own result is replaced without a word
         assert bmap(arguments) == 0
         out.write_bytes(b"")  # and so is nothing at all
@@ -280,9 +317,12 @@ def test_what_is_none_of_ours_is_replaced_with_force_only(
 def test_older_results_are_known(ending: str, files: dict[str, Path], tmp_path: Path) -> None:
     out, disk, trace = tmp_path / f"out.{ending}", str(files["disk"]), str(files["trace"])
     for arguments in (
-        ["lookup", disk, "0"], ["lookup", disk, "--ranges", str(files["ranges"])], ["locate", disk, "/dev/sda", "/file"], ["info", disk],
-        *(["diff", str(files["old"]), disk, "--by", by] for by in ("file", "directory", "change", "kind", "filesystem")),
-        ["profile", "--compare", trace, trace], ["profile", "--never-read", "--map", str(files["map"]), trace],
+        ["lookup", disk, "0"], ["lookup", disk, "--ranges", str(files["ranges"])],
+        ["locate", disk, "/dev/sda", "/file"], ["info", disk],
+        *(["diff", str(files["old"]), disk, "--by", by] for by in ("file", "directory", "change", "kind",
+                "filesystem")),
+        ["profile", "--compare", trace, trace],
+        ["profile", "--never-read", "--map", str(files["map"]), trace],
     ):  # fmt: skip
         out.unlink(missing_ok=True)
         for _ in range(2):
@@ -323,7 +363,7 @@ def test_modes_owners_and_links_are_kept(files: dict[str, Path], tmp_path: Path)
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
-# ---- devices ----------------------------------------------------------------------------------------------------------
+# ---- devices -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -338,14 +378,20 @@ def loop(files: dict[str, Path]) -> Iterator[str]:
 def test_a_loop_device_and_its_file(loop: str, files: dict[str, Path]) -> None:
     before = digest(files["disk"])
     for read, out in ((files["disk"], loop), (loop, files["disk"])):
-        for arguments in (["-q", "-o", out, read], ["dump", read, "/dev/sda", out], ["report", read, "-o", out]):
+        for arguments in (
+            ["-q", "-o", out, read],
+            ["dump", read, "/dev/sda", out],
+            ["report", read, "-o", out],
+        ):
             with pytest.raises(BmapError, match="would overwrite"):
                 bmap([*map(str, arguments), "--force"])
     run("blockdev", "--flushbufs", loop)
     assert digest(files["disk"]) == before
 
 
-def test_a_block_device_needs_force_and_must_not_be_used(loop: str, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_block_device_needs_force_and_must_not_be_used(
+    loop: str, files: dict[str, Path], tmp_path: Path
+) -> None:
     before = digest(files["disk"])
     arguments = ["-q", "-o", loop, str(files["old"])]
     with pytest.raises(UsageError, match="is a block device; --force"):
@@ -364,7 +410,8 @@ def test_a_block_device_needs_force_and_must_not_be_used(loop: str, files: dict[
 
 
 def test_partitions_loops_and_mapped_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By a folder that looks like sysfs: sda with two partitions, dm-0 and dm-1 on the second, loop0 on a file from its second MiB on."""
+    """By a folder that looks like sysfs: sda with two partitions, dm-0 and dm-1 on the second, loop0 on a
+    file from its second MiB on."""
     monkeypatch.setattr(devices, "SYSFS", str(tmp_path))
     file = tmp_path / "file"
     file.write_bytes(b"")
@@ -390,9 +437,13 @@ def test_partitions_loops_and_mapped_devices(monkeypatch: pytest.MonkeyPatch, tm
     device("loop0", "7:0", loop_backing_file=str(file), loop_offset=str(MIB))
 
     def about(major: int, minor: int) -> os.stat_result:
-        return os.stat_result((stat.S_IFBLK, 0, 0, 1, 0, 0, 0, 0, 0, 0), {"st_rdev": os.makedev(major, minor)})
+        return os.stat_result(
+            (stat.S_IFBLK, 0, 0, 1, 0, 0, 0, 0, 0, 0), {"st_rdev": os.makedev(major, minor)}
+        )
 
-    sda, sda1, sda2, dm0, dm1, loop = (about(*numbers) for numbers in ((8, 0), (8, 1), (8, 2), (253, 0), (253, 1), (7, 0)))
+    sda, sda1, sda2, dm0, dm1, loop = (
+        about(*numbers) for numbers in ((8, 0), (8, 1), (8, 2), (253, 0), (253, 1), (7, 0))
+    )
     expected = {
         (0, 1): True,
         (0, 2): True,
@@ -411,7 +462,7 @@ def test_partitions_loops_and_mapped_devices(monkeypatch: pytest.MonkeyPatch, tm
     assert not devices.overlap(sda, os.stat(file))
 
 
-# ---- in use -----------------------------------------------------------------------------------------------------------
+# ---- in use ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -452,15 +503,29 @@ def test_what_is_watched_for_writing_is_locked(files: dict[str, Path], tmp_path:
     """Meanwhile QEMU does not open it."""
     need("nbdkit", "nbdkit"), need("qemu-io", "qemu-utils")
     command = ["sh", "-c", f"! qemu-io -f raw -c 'write 0 512' {files['disk']} 2> {tmp_path / 'said'}"]
-    assert bmap(["watch", "--write", "-q", str(files["disk"]), "--summary", str(tmp_path / "s"), "--", *command]) == 0
+    assert (
+        bmap(["watch", "--write", "-q", str(files["disk"]), "--summary", str(tmp_path / "s"), "--", *command])
+        == 0
+    )
     assert "lock" in (tmp_path / "said").read_text()
 
 
 def test_who_reads_says_so(guest: Path, tmp_path: Path) -> None:
-    for arguments in (["-o", tmp_path / "map", guest], ["info", guest], ["lookup", guest, "0"], ["dump", guest, "/dev/sda", tmp_path / "copy"],
-                      ["cat", guest, "/dev/sda", "/file"], ["explain", guest, "0"], ["--host-offsets", "-o", tmp_path / "map", guest]):  # fmt: skip
+    for arguments in (
+        ["-o", tmp_path / "map", guest],
+        ["info", guest],
+        ["lookup", guest, "0"],
+        ["dump", guest, "/dev/sda", tmp_path / "copy"],
+        ["cat", guest, "/dev/sda", "/file"],
+        ["explain", guest, "0"],
+        ["--host-offsets", "-o", tmp_path / "map", guest],
+    ):
         done = subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True)
-        said = [line for line in done.stderr.decode().splitlines() if "is in use: QEMU has it open for writing" in line]
+        said = [
+            line
+            for line in done.stderr.decode().splitlines()
+            if "is in use: QEMU has it open for writing" in line
+        ]
         assert (done.returncode, len(said)) == (0, 1), done.stderr
     done = subprocess.run([*PROGRAM, "-q", "-o", tmp_path / "map", guest], capture_output=True, text=True)
     assert done.stderr == ""

@@ -30,7 +30,10 @@ def by_sfdisk(path: Path, *options: str) -> dict[int, tuple[int, int]]:
     found = json.loads(run("sfdisk", "--json", *options, path))["partitiontable"]
     sector = found.get("sectorsize", 512)
     return {
-        int(row["node"].removeprefix(str(path)).removeprefix("p")): (row["start"] * sector, row["size"] * sector)
+        int(row["node"].removeprefix(str(path)).removeprefix("p")): (
+            row["start"] * sector,
+            row["size"] * sector,
+        )
         for row in found["partitions"]
         if row["type"] not in ("5", "f", "85")
     }
@@ -44,14 +47,22 @@ def by_us(bmap) -> dict[int, tuple[int, int]]:
         strict=True,
     )
     names, detail = bmap.volumes.column("name").to_pylist(), bmap.volumes.column("detail").to_pylist()
-    return {int(names[v].removeprefix("/dev/sda")): (start, run) for v, start, run in rows if "Extended" not in detail[v]}
+    return {
+        int(names[v].removeprefix("/dev/sda")): (start, run)
+        for v, start, run in rows
+        if "Extended" not in detail[v]
+    }
 
 
-GPT = "label: gpt\nsize=10M,name=first\nsize=1M,type=21686148-6449-6E6F-744E-656564454649\nstart=30M,size=5M\n"
+GPT = (
+    "label: gpt\nsize=10M,name=first\nsize=1M,type=21686148-6449-6E6F-744E-656564454649\nstart=30M,size=5M\n"
+)
 MBR = "label: dos\nsize=10M,type=83,bootable\nsize=30M,type=5\nsize=5M,type=82\nsize=6M\nsize=7M\nsize=2M\n"
 
 
-@pytest.mark.parametrize("script", [GPT, MBR, "label: gpt\nstart=2048,size=2048\n", "label: dos\nstart=63,size=1000\n"])
+@pytest.mark.parametrize(
+    "script", [GPT, MBR, "label: gpt\nstart=2048,size=2048\n", "label: dos\nstart=63,size=1000\n"]
+)
 def test_like_sfdisk(tmp_path, script):
     path = partitioned(tmp_path / "disk", script)
     bmap = mapped(path)
@@ -64,8 +75,14 @@ def test_gpt_facts(tmp_path):
     bmap = mapped(path)
     truth = json.loads(run("sfdisk", "--json", path))["partitiontable"]
     assert bmap.volumes.column("type")[0].as_py() == "gpt"
-    assert bmap.volumes.column("uuid").to_pylist() == [truth["id"].lower(), *(row["uuid"].lower() for row in truth["partitions"])]
-    assert bmap.volumes.column("label").to_pylist() == [None, *(row.get("name") for row in truth["partitions"])]
+    assert bmap.volumes.column("uuid").to_pylist() == [
+        truth["id"].lower(),
+        *(row["uuid"].lower() for row in truth["partitions"]),
+    ]
+    assert bmap.volumes.column("label").to_pylist() == [
+        None,
+        *(row.get("name") for row in truth["partitions"]),
+    ]
     assert bmap.volumes.column("name").to_pylist() == ["/dev/sda", "/dev/sda1", "/dev/sda2", "/dev/sda3"]
 
 
@@ -117,7 +134,13 @@ def test_gpt_with_4096_byte_sectors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("at", "code"), [(512, "gpt-primary"), (1024 + 40, "gpt-primary"), (-512 + 20, "gpt-backup"), (-33 * 512 + 40, "gpt-backup")]
+    ("at", "code"),
+    [
+        (512, "gpt-primary"),
+        (1024 + 40, "gpt-primary"),
+        (-512 + 20, "gpt-backup"),
+        (-33 * 512 + 40, "gpt-backup"),
+    ],
 )
 def test_one_damaged_gpt_is_survived_and_said(tmp_path, at, code):
     path = partitioned(tmp_path / "disk", GPT)
@@ -200,14 +223,19 @@ def test_grub_behind_the_mbr_is_boot_code(tmp_path):
     assert [(row["kind"], row["volume_offset"], row["length"]) for row in rows] == [("boot", 512, MIB - 512)]
 
 
-@pytest.mark.parametrize("maker", [("mkfs.fat", "-C", "{}", "20000"), ("mkntfs", "-Fqf", "{}"), ("mkfs.exfat", "{}")])
+@pytest.mark.parametrize(
+    "maker", [("mkfs.fat", "-C", "{}", "20000"), ("mkntfs", "-Fqf", "{}"), ("mkfs.exfat", "{}")]
+)
 def test_a_filesystem_on_the_whole_disk_is_not_a_partition_table(tmp_path, maker):
     need(maker[0], {"mkfs.fat": "dosfstools", "mkntfs": "ntfs-3g", "mkfs.exfat": "exfatprogs"}[maker[0]])
     path = tmp_path / "disk"
     if maker[0] != "mkfs.fat":
         path.write_bytes(bytes(20 * MIB))
     subprocess.run(
-        [part.format(path) for part in maker], check=True, capture_output=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
+        [part.format(path) for part in maker],
+        check=True,
+        capture_output=True,
+        env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"},
     )
     assert mapped(path).volumes.num_rows == 1
 
@@ -219,13 +247,19 @@ def small(script: str, tmp_path: Path) -> bytes:
 
 @pytest.mark.parametrize(
     "script",
-    ["label: gpt\nstart=34,size=100\nsize=300\n", "label: dos\nstart=63,size=100\nsize=900,type=5\nsize=100\nsize=100\n"],
+    [
+        "label: gpt\nstart=34,size=100\nsize=300\n",
+        "label: dos\nstart=63,size=100\nsize=900,type=5\nsize=100\nsize=100\n",
+    ],
 )
 def test_damaged_tables(tmp_path, script):
     image = small(script, tmp_path)
     places = [(0, 512), (512, 1024), (1024, 2048), (MIB - 512 * 33, MIB)]
     if "dos" in script:
-        places = [(0, 512), *((at, at + 512) for at in range(0, MIB, 512) if image[at + 510 : at + 512] == b"\x55\xaa")]
+        places = [
+            (0, 512),
+            *((at, at + 512) for at in range(0, MIB, 512) if image[at + 510 : at + 512] == b"\x55\xaa"),
+        ]
     counted = sum(survives(data) is not None for data in mutations(image, 1000, 5, places))
     assert counted > 700, "damage to a partition table leaves a disk that can be mapped, if only as one piece"
 

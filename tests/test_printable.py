@@ -1,4 +1,5 @@
-"""No words from a disk, or from a file beside it, command a terminal or a spreadsheet; and what was written can be read back."""
+"""No words from a disk, or from a file beside it, command a terminal or a spreadsheet; and what was written
+can be read back."""
 
 import ast
 import csv
@@ -49,7 +50,9 @@ def test_commands_print_through_one_door() -> None:
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
-                assert ast.unparse(node.func) not in ("print", "json.dumps", "sys.stdout.write"), f"{path.name}:{node.lineno}"
+                assert ast.unparse(node.func) not in ("print", "json.dumps", "sys.stdout.write"), (
+                    f"{path.name}:{node.lineno}"
+                )
 
 
 def test_tables_have_safe_names_and_cells(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,8 +69,14 @@ FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "＝1", "'quoted", "
 
 
 def test_a_spreadsheet_computes_nothing(tmp_path: Path) -> None:
-    """OWASP's list of beginnings; numbers stay numbers, and without its first apostrophe every text is what it was."""
-    table = pa.table({"=name": pa.array(FORMULAS, pa.string()), "number": pa.array(range(-5, len(FORMULAS) - 5), pa.int64())})
+    """OWASP's list of beginnings; numbers stay numbers, and without its first apostrophe every text is what
+    it was."""
+    table = pa.table(
+        {
+            "=name": pa.array(FORMULAS, pa.string()),
+            "number": pa.array(range(-5, len(FORMULAS) - 5), pa.int64()),
+        }
+    )
     results.save(table, str(tmp_path / "r.csv"))
     with open(tmp_path / "r.csv", newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)
@@ -76,4 +85,6 @@ def test_a_spreadsheet_computes_nothing(tmp_path: Path) -> None:
         assert text[:1] not in tuple("=+-@\t\r＝")
         assert text.removeprefix("'") == (value or "")
         assert int(number) == at
-    assert arrow.read_csv(tmp_path / "r.csv").column("number").to_pylist() == table.column("number").to_pylist()
+    assert (
+        arrow.read_csv(tmp_path / "r.csv").column("number").to_pylist() == table.column("number").to_pylist()
+    )

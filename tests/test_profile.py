@@ -29,7 +29,8 @@ from virt_bmap.watch.trace import KEY, SCHEMA
 
 SIZE = 1 << 20
 Access = tuple[str, int, int]
-"""(operation, first byte, bytes); the objects are files of 16 bytes, one behind the other, named by their number."""
+"""(operation, first byte, bytes); the objects are files of 16 bytes, one behind the other, named by their
+number."""
 FILE = 16
 
 
@@ -41,36 +42,64 @@ def write_trace(path: Path, accesses: list[Access], size: int = SIZE) -> str:
         at = offset
         while at < offset + length:
             number, end = at // FILE, min(offset + length, (at // FILE + 1) * FILE)
-            objects.append({"device": "/dev/sda1", "kind": "data", "path": b"/dir/%d" % number, "part": None, "inode": number, "offset": at,
-                            "length": end - at, "file_offset": at - number * FILE, "inline": False, "map": 0, "older": False})  # fmt: skip
+            objects.append(
+                {
+                    "device": "/dev/sda1",
+                    "kind": "data",
+                    "path": b"/dir/%d" % number,
+                    "part": None,
+                    "inode": number,
+                    "offset": at,
+                    "length": end - at,
+                    "file_offset": at - number * FILE,
+                    "inline": False,
+                    "map": 0,
+                    "older": False,
+                }
+            )
             at = end
         rows.append(
-            {"disk": 1, "time_ns": n * 10**9, "connection": 1, "op": op, "offset": offset, "length": length, "objects": objects}
+            {
+                "disk": 1,
+                "time_ns": n * 10**9,
+                "connection": 1,
+                "op": op,
+                "offset": offset,
+                "length": length,
+                "objects": objects,
+            }
         )
     about = {KEY: f'{{"version": 1, "disks": [{size}]}}'}
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(about)), path)
     return str(path)
 
 
-# ---- against loops ----------------------------------------------------------------------------------------------------
+# ---- against loops -----------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=20))
 def test_first_covers_is_what_a_loop_finds(ranges: list[tuple[int, int]]) -> None:
     starts = np.array([min(pair) for pair in ranges], np.int64)
     ends = np.array([max(pair) for pair in ranges], np.int64)
-    expected = [next((n for n, (a, b) in enumerate(ranges) if min(a, b) <= slot < max(a, b)), len(ranges)) for slot in range(40)]
+    expected = [
+        next((n for n, (a, b) in enumerate(ranges) if min(a, b) <= slot < max(a, b)), len(ranges))
+        for slot in range(40)
+    ]
     assert first_covers(starts, ends, 40).tolist() == expected
 
 
 ACCESSES = st.lists(
-    st.tuples(st.sampled_from(["read", "read", "write", "trim"]), st.integers(0, 90), st.integers(1, 40)), min_size=1, max_size=8
+    st.tuples(st.sampled_from(["read", "read", "write", "trim"]), st.integers(0, 90), st.integers(1, 40)),
+    min_size=1,
+    max_size=8,
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ACCESSES, min_size=1, max_size=3))
-def test_every_byte_is_in_the_runs_that_needed_it(tmp_path_factory: pytest.TempPathFactory, runs: list[list[Access]]) -> None:
+def test_every_byte_is_in_the_runs_that_needed_it(
+    tmp_path_factory: pytest.TempPathFactory, runs: list[list[Access]]
+) -> None:
     """Byte by byte: how many runs read it before they wrote it, when first, and how often."""
     folder = tmp_path_factory.mktemp("runs")
     profile = build(load([write_trace(folder / f"{n}.parquet", run) for n, run in enumerate(runs)]))
@@ -80,7 +109,11 @@ def test_every_byte_is_in_the_runs_that_needed_it(tmp_path_factory: pytest.TempP
             mine = [(n, op) for n, (op, offset, length) in enumerate(run) if offset <= byte < offset + length]
             if mine and mine[0][1] == "read":
                 count, first, reads = needed.get(byte, (0, 1 << 60, 0))
-                needed[byte] = count + 1, min(first, mine[0][0] * 10**9), reads + sum(op == "read" for _, op in mine)
+                needed[byte] = (
+                    count + 1,
+                    min(first, mine[0][0] * 10**9),
+                    reads + sum(op == "read" for _, op in mine),
+                )
     found, bytes_read, order = {}, 0, []
     for row in profile.ranges.to_pylist():
         order.append(row["first_ns"])
@@ -94,7 +127,9 @@ def test_every_byte_is_in_the_runs_that_needed_it(tmp_path_factory: pytest.TempP
     assert bytes_read == sum(reads for _, _, reads in needed.values())
     assert order == sorted(order)
     assert sum(total["needed"] for total in totals(profile)) == len(needed)
-    assert sum(total["common"] for total in totals(profile)) == sum(count == len(runs) for count, _, _ in needed.values())
+    assert sum(total["common"] for total in totals(profile)) == sum(
+        count == len(runs) for count, _, _ in needed.values()
+    )
 
 
 def test_a_profile_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -106,7 +141,7 @@ def test_a_profile_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert (again.runs, again.sizes) == (profile.runs, [SIZE])
 
 
-# ---- comparing and lists ----------------------------------------------------------------------------------------------
+# ---- comparing and lists -----------------------------------------------------------------------------------
 
 
 def test_what_changed_between_two_boots_is_told_as_what_it_is(tmp_path: Path) -> None:
@@ -120,7 +155,10 @@ def test_what_changed_between_two_boots_is_told_as_what_it_is(tmp_path: Path) ->
         ("read", 5 * FILE, 4),
         ("read", 7 * FILE, 16),
     ]
-    before, after = (build(load([write_trace(tmp_path / str(n), run)])) for n, run in enumerate((old, [*new[:-1], new[-1]])))
+    before, after = (
+        build(load([write_trace(tmp_path / str(n), run)]))
+        for n, run in enumerate((old, [*new[:-1], new[-1]]))
+    )
     found = {(row["change"], row["name"]): row["bytes"] for row in compare(before, after).to_pylist()}
     assert found == {
         ("new", "/dir/7"): 16,
@@ -174,7 +212,8 @@ def test_nbdkit_takes_the_extent_list(tmp_path: Path) -> None:
     profile = build(load([write_trace(tmp_path / "t", [("read", 4096, 8192), ("read", 65536, 4096)])]))
     with open(tmp_path / "list", "wb") as file:
         write(profile, "extentlist", file)
-    done = subprocess.run(["nbdkit", "-r", "-U", "-", "--filter=extentlist", "memory", str(SIZE), f"extentlist={tmp_path}/list", "--run",
+    done = subprocess.run(["nbdkit", "-r", "-U", "-", "--filter=extentlist", "memory", str(SIZE),
+            f"extentlist={tmp_path}/list", "--run",
                            'nbdinfo --map "$uri"'], capture_output=True, text=True, check=True)  # fmt: skip
     data = [tuple(map(int, line.split()[:2])) for line in done.stdout.splitlines() if line.split()[2] == "0"]
     assert data == [(4096, 8192), (65536, 4096)]
@@ -190,7 +229,7 @@ def test_lookup_takes_the_ranges(tmp_path: Path) -> None:
     assert int((found.ends - found.starts).sum()) == 8192
 
 
-# ---- replay -----------------------------------------------------------------------------------------------------------
+# ---- replay ------------------------------------------------------------------------------------------------
 
 
 def test_a_replay_asks_the_server_for_every_byte_in_few_requests(tmp_path: Path) -> None:
@@ -204,7 +243,9 @@ def test_a_replay_asks_the_server_for_every_byte_in_few_requests(tmp_path: Path)
     assert cli(["trace", "import", f"{tmp_path}/log", "-o", f"{tmp_path}/t"]) == 0
     profile = build(load([f"{tmp_path}/t"]))
     socket = tmp_path / "s"
-    server = subprocess.Popen(["nbdkit", "-f", "-U", socket, "--filter=log", "memory", str(size), f"logfile={tmp_path}/served"])
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "-U", socket, "--filter=log", "memory", str(size), f"logfile={tmp_path}/served"]
+    )
     try:
         wait_for_socket(socket)
         reader = open_image(f"nbd+unix:///?socket={socket}")
@@ -233,7 +274,7 @@ def test_a_replay_of_a_file_reads_what_is_needed(tmp_path: Path) -> None:
     assert (done.needed, done.ranges) == (4196, 2)
 
 
-# ---- the command, and bad input ---------------------------------------------------------------------------------------
+# ---- the command, and bad input ----------------------------------------------------------------------------
 
 
 def test_the_command_shows_files_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,7 +322,9 @@ def test_bad_traces_say_what_is_wrong(tmp_path: Path) -> None:
         load([str(tmp_path / "other")])
     with pytest.raises(MapError, match="a Parquet file, but no profile"):
         saved.load(str(tmp_path / "other"))
-    with pytest.raises(MapError, match=r"is a trace of a disk of 512 bytes, but .* of a disk of 1,048,576 bytes"):
+    with pytest.raises(
+        MapError, match=r"is a trace of a disk of 512 bytes, but .* of a disk of 1,048,576 bytes"
+    ):
         load([good, write_trace(tmp_path / "small", [("read", 0, 16)], size=512)])
 
 
@@ -295,7 +338,9 @@ def test_a_trace_of_many_row_groups_is_read_whole(tmp_path: Path) -> None:
 def test_a_disk_of_another_size_is_not_warmed(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(4096))
     profile = build(load([write_trace(tmp_path / "t", [("read", 0, 16)])]))
-    with pytest.raises(MapError, match=r"disk: has 4,096 bytes, but the profile is of a disk of 1,048,576: another disk's"):
+    with pytest.raises(
+        MapError, match=r"disk: has 4,096 bytes, but the profile is of a disk of 1,048,576: another disk's"
+    ):
         replay(profile, open_image(f"{tmp_path}/disk"))
 
 
@@ -330,7 +375,8 @@ def test_numbers_that_no_disk_has_are_refused(tmp_path: Path) -> None:
     ):
         at = table.schema.get_field_index(name)
         pq.write_table(
-            table.set_column(at, table.schema.field(name), pa.array([value], table.schema.field(name).type)), tmp_path / "u"
+            table.set_column(at, table.schema.field(name), pa.array([value], table.schema.field(name).type)),
+            tmp_path / "u",
         )
         with pytest.raises(MapError, match=words):
             load([str(tmp_path / "u")])

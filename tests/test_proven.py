@@ -1,4 +1,5 @@
-"""What `check` proves, what contradicts, and what it says that it did not look at; judged by the formats' own checkers."""
+"""What `check` proves, what contradicts, and what it says that it did not look at; judged by the formats' own
+checkers."""
 
 import json
 import re
@@ -40,7 +41,7 @@ def flipped(image: Path, offset: int, bit: int = 0) -> Path:
     return copy
 
 
-# ---- the verdict ------------------------------------------------------------------------------------------------------
+# ---- the verdict -------------------------------------------------------------------------------------------
 
 
 def test_what_was_not_opened_is_not_called_proven(tmp_path, capsys):
@@ -53,7 +54,9 @@ def test_what_was_not_opened_is_not_called_proven(tmp_path, capsys):
     options = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--batch-mode", "--key-file", "-"]
     subprocess.run(["cryptsetup", "luksFormat", *options, luks], input=b"secret", check=True)
     subprocess.run(
-        ["sfdisk", "-q", "--no-reread", "--no-tell-kernel", disk], input=b"label: gpt\nsize=20M\nsize=8M\n", check=True
+        ["sfdisk", "-q", "--no-reread", "--no-tell-kernel", disk],
+        input=b"label: gpt\nsize=20M\nsize=8M\n",
+        check=True,
     )
     with open(disk, "r+b") as file:
         file.seek(1 << 20)
@@ -67,9 +70,9 @@ def test_what_was_not_opened_is_not_called_proven(tmp_path, capsys):
     assert cli.run(["check", "--strict", str(disk)]) == 1
     assert cli.run(["check", "-o", str(tmp_path / "v.jsonl"), str(disk)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
-    assert {row["detail"] for row in rows if row["device"] == "/dev/sda1" and row["result"] == "not looked at"} == {
-        "encrypted: taken as one piece, not looked into"
-    }
+    assert {
+        row["detail"] for row in rows if row["device"] == "/dev/sda1" and row["result"] == "not looked at"
+    } == {"encrypted: taken as one piece, not looked into"}
 
 
 def test_a_format_without_allocator_or_checksums_says_so(tmp_path):
@@ -79,7 +82,8 @@ def test_a_format_without_allocator_or_checksums_says_so(tmp_path):
     run("genisoimage", "-quiet", "-R", "-o", tmp_path / "x.iso", tmp_path / "tree")
     bmap = mapped(tmp_path / "x.iso")
     assert verdicts(bmap, 0) == {
-        "owners": "proven", "allocator": "not looked at", "structure": "proven", "checksums": "not looked at", "files": "not looked at",
+        "owners": "proven", "allocator": "not looked at", "structure": "proven", "checksums": "not looked at",
+        "files": "not looked at",
     }  # fmt: skip
 
 
@@ -95,7 +99,7 @@ def test_a_saved_map_does_not_say_that_checksums_hold(tmp_path, capsys):
     assert "not looked at: checksums: not asked when the map was made" in capsys.readouterr().out
 
 
-# ---- ext --------------------------------------------------------------------------------------------------------------
+# ---- ext ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,9 @@ def changed(image: Path, path: str, change) -> None:
     """Let `change` work on the i_block of a file."""
     said = run("debugfs", "-R", f"imap {path}", image).decode()
     size = int(re.search(r"Block size:\s+(\d+)", run("dumpe2fs", "-h", image).decode())[1])
-    at = int(re.search(r"block (\d+)", said)[1]) * size + int(re.search(r"offset (0x\w+)", said)[1], 16) + 0x28
+    at = (
+        int(re.search(r"block (\d+)", said)[1]) * size + int(re.search(r"offset (0x\w+)", said)[1], 16) + 0x28
+    )
     data = bytearray(image.read_bytes())
     block = data[at : at + 60]
     change(block)
@@ -178,8 +184,9 @@ def one_of_each(bmap: BlockMap, size: int) -> Iterator[tuple[str, int]]:
 
 
 EXT_CHECKED = {
-    "metadata superblock", "metadata group descriptors", "metadata block bitmap", "metadata inode bitmap", "metadata inode table",
-    "metadata journal", "metadata mmp block", "metadata orphan file", "directory None", "xattr None", "tree None",
+    "metadata superblock", "metadata group descriptors", "metadata block bitmap", "metadata inode bitmap",
+    "metadata inode table", "metadata journal", "metadata mmp block", "metadata orphan file",
+    "directory None", "xattr None", "tree None",
 }  # fmt: skip
 
 
@@ -187,9 +194,11 @@ EXT_CHECKED = {
 def test_one_wrong_bit_in_each_kind_of_ext_metadata_is_seen(tree: Path, tmp_path: Path, block: int) -> None:
     flavour = Flavour("x", f"-t ext4 -b {block} -O mmp,orphan_file,metadata_csum,64bit")
     image = ext_images.make(tree, flavour, tmp_path / "x.img")
-    (tmp_path / "commands").write_text(f"jo -c\njw -b 20000 {tree / 'size-1'}\njc\n")  # a journal of version 3
+    # a journal of version 3
+    (tmp_path / "commands").write_text(f"jo -c\njw -b 20000 {tree / 'size-1'}\njc\n")
     run("debugfs", "-w", "-f", tmp_path / "commands", image)
-    subprocess.run(["e2fsck", "-fyD", image], capture_output=True)  # replays it, and makes hash trees of large directories
+    # replays it, and makes hash trees of large directories
+    subprocess.run(["e2fsck", "-fyD", image], capture_output=True)
     assert not complains("e2fsck", "-fn", image)
     bmap = mapped(image)
     assert_proven(bmap)
@@ -197,13 +206,18 @@ def test_one_wrong_bit_in_each_kind_of_ext_metadata_is_seen(tree: Path, tmp_path
     for name, offset in one_of_each(bmap, block):
         if name not in EXT_CHECKED:
             continue
-        inside = {"metadata journal": 0x50, "metadata superblock": 0x30, "metadata group descriptors": 0x0C}.get(name, 20)
+        inside = {
+            "metadata journal": 0x50,
+            "metadata superblock": 0x30,
+            "metadata group descriptors": 0x0C,
+        }.get(name, 20)
         if name == "metadata inode table":
             inside = 256 + 12  # i_ctime of the root directory
         copy = flipped(image, offset + inside, 3)
         found = check(mapped(copy)).disagreements
         assert any("checksum" in row.detail for row in found), (name, found)
-        if name not in ("metadata journal", "metadata mmp block"):  # of these e2fsck -n says nothing, or mends them silently
+        # of these e2fsck -n says nothing, or mends them silently
+        if name not in ("metadata journal", "metadata mmp block"):
             assert complains("e2fsck", "-fn", copy), name
         seen.add(name)
     assert seen >= EXT_CHECKED - {"xattr None"}

@@ -1,4 +1,5 @@
-"""Checksums and flags of volume managers and image formats: one wrong bit is seen, by `check` and by the format's own tool."""
+"""Checksums and flags of volume managers and image formats: one wrong bit is seen, by `check` and by the
+format's own tool."""
 
 import subprocess
 from pathlib import Path
@@ -15,10 +16,14 @@ from virt_bmap.images.layers import vhdx
 from virt_bmap.survey import survey
 from virt_bmap.volumes.lvm.thin import read_pool
 
-MAPPINGS = "".join(f'<single_mapping origin_block="{at * 3}" data_block="{at}" time="0"/>' for at in range(900))
+MAPPINGS = "".join(
+    f'<single_mapping origin_block="{at * 3}" data_block="{at}" time="0"/>' for at in range(900)
+)
 XML = (
-    '<superblock uuid="" time="1" transaction="1" flags="0" version="2" data_block_size="128" nr_data_blocks="1000">'
-    f'<device dev_id="1" mapped_blocks="900" transaction="0" creation_time="0" snap_time="0">{MAPPINGS}</device></superblock>'
+    '<superblock uuid="" time="1" transaction="1" flags="0" version="2" data_block_size="128" '
+    'nr_data_blocks="1000">'
+    '<device dev_id="1" mapped_blocks="900" transaction="0" creation_time="0" '
+    f'snap_time="0">{MAPPINGS}</device></superblock>'
 )
 
 
@@ -35,7 +40,9 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def codes(image: Path) -> set[str]:
     """What is said of thin metadata."""
-    return {problem.code for problem in read_pool(BytesReader(np.fromfile(image, np.uint8)), 1000 << 16).problems}
+    return {
+        problem.code for problem in read_pool(BytesReader(np.fromfile(image, np.uint8)), 1000 << 16).problems
+    }
 
 
 def test_every_block_of_thin_metadata_that_has_a_wrong_bit_is_seen(thin: Path) -> None:
@@ -48,14 +55,18 @@ def test_every_block_of_thin_metadata_that_has_a_wrong_bit_is_seen(thin: Path) -
     for block in used:
         # bytes that no reader interprets: of the superblock its uuid, else the end of the block
         copy = flipped(thin, block * 4096 + (0x10 if block == 0 else 4090), 5)
-        assert complains("thin_check", copy) == bool({"superblock-checksum", "metadata-checksum"} & codes(copy)), block
+        assert complains("thin_check", copy) == bool(
+            {"superblock-checksum", "metadata-checksum"} & codes(copy)
+        ), block
 
 
 def test_keys_out_of_order_and_unknown_flags_are_seen(thin: Path) -> None:
     """With checksums made right again."""
     data = np.fromfile(thin, np.uint8)
     blocks = data.reshape(-1, 4096)
-    leaf = next(at for at in range(len(blocks)) if blocks[at, 4] == 2 and blocks[at, 16:20].view("<u4")[0] > 100)
+    leaf = next(
+        at for at in range(len(blocks)) if blocks[at, 4] == 2 and blocks[at, 16:20].view("<u4")[0] > 100
+    )
     blocks[leaf, 32:40], blocks[leaf, 40:48] = blocks[leaf, 40:48].copy(), blocks[leaf, 32:40].copy()
     blocks[leaf, :4] = (crc32c(blocks[leaf : leaf + 1, 4:]) ^ np.uint32(121107)).view(np.uint8)
     copy = thin.with_suffix(".order")
@@ -81,9 +92,16 @@ def test_unknown_flags_of_a_btrfs_superblock_are_seen(tmp_path: Path) -> None:
     sealed = data[0x10020:0x11000][None, :]
     data[0x10000:0x10004] = (~crc32c(sealed)).view(np.uint8)
     data.tofile(image)
-    problems = [row["detail"] for row in survey([BytesReader(data)]).problems.to_pylist() if row["code"] == "superblock"]
+    problems = [
+        row["detail"]
+        for row in survey([BytesReader(data)]).problems.to_pylist()
+        if row["code"] == "superblock"
+    ]
     assert ["0x10000000000000" in detail for detail in problems] == [True], problems
-    assert b"0x10000000000000" in subprocess.run(["btrfs", "inspect-internal", "dump-super", image], capture_output=True).stdout
+    assert (
+        b"0x10000000000000"
+        in subprocess.run(["btrfs", "inspect-internal", "dump-super", image], capture_output=True).stdout
+    )
 
 
 def test_headers_and_region_tables_of_vhdx_are_what_was_written(tmp_path: Path) -> None:
@@ -132,7 +150,9 @@ def test_an_exfat_file_with_more_valid_data_than_data_is_seen(tmp_path: Path) ->
     run("mkfs.exfat", image)
     assert not complains("fsck.exfat", "-n", image)
     data = np.fromfile(image, np.uint8)
-    sector, heap, root = 1 << int(data[108]), int(data[88:92].view("<u4")[0]), int(data[96:100].view("<u4")[0])
+    sector = 1 << int(data[108])
+    heap = int(data[88:92].view("<u4")[0])
+    root = int(data[96:100].view("<u4")[0])
     cluster = sector << int(data[109])
     directory = heap * sector + (root - 2) * cluster
     entry = directory + 32 * next(at for at in range(20) if data[directory + 32 * at] == 0)

@@ -1,4 +1,5 @@
-"""lookup --ranges: lists that real tools wrote, and what they hit, against content, debugfs and brute force."""
+"""lookup --ranges: lists that real tools wrote, and what they hit, against content, debugfs and brute
+force."""
 
 import contextlib
 import itertools
@@ -76,11 +77,16 @@ def contents(disk: Path, folder: Path) -> dict[str, bytes]:
     """All files of the filesystem, as debugfs reads them."""
     folder.mkdir()
     run("debugfs", "-R", f"rdump / {folder}", f"{disk}?offset={START}")
-    return {f"/{path.relative_to(folder)}": path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        f"/{path.relative_to(folder)}": path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_files_named_damaged_are_those_whose_content_changes(disk: Path, tmp_path: Path) -> None:
-    """Every byte in 500 bad ranges is inverted: exactly the files and bytes that are named read differently, and nothing else does."""
+    """Every byte in 500 bad ranges is inverted: exactly the files and bytes that are named read differently,
+    and nothing else does."""
     chance = random.Random(3)
     bmap = mapped(disk)
     kind, offset, length = (
@@ -88,14 +94,17 @@ def test_files_named_damaged_are_those_whose_content_changes(disk: Path, tmp_pat
         tables.integers(bmap.extents, "volume_offset"),
         tables.integers(bmap.extents, "length"),
     )
-    harmless = np.flatnonzero(np.isin(kind, (tables.DATA, tables.FREE)) & (tables.integers(bmap.extents, "volume") == 1))
+    harmless = np.flatnonzero(
+        np.isin(kind, (tables.DATA, tables.FREE)) & (tables.integers(bmap.extents, "volume") == 1)
+    )
     data, bad = bytearray(disk.read_bytes()), []
     for _ in range(500):
         row = int(chance.choice(harmless))
         low = START + int(offset[row]) + chance.randrange(int(length[row]))
         bad.append((low, min(chance.choice([1, 512, 4096]), START + int(offset[row] + length[row]) - low)))
     for low, high in zip(
-        *(side.tolist() for side in union(np.array([a for a, _ in bad]), np.array([a + n for a, n in bad]))), strict=True
+        *(side.tolist() for side in union(np.array([a for a, _ in bad]), np.array([a + n for a, n in bad]))),
+        strict=True,
     ):
         data[low:high] = bytes(255 - byte for byte in data[low:high])
     (tmp_path / "bad.img").write_bytes(data)
@@ -115,7 +124,10 @@ def test_files_named_damaged_are_those_whose_content_changes(disk: Path, tmp_pat
     assert len(expected) > 50
     assert {row["kind"] for row in found} == {"data", "free", "slack"}
     assert [row["bytes"] for row in found] == sorted((row["bytes"] for row in found), reverse=True)
-    everything = sum(b - a for a, b in zip(*union(np.array([a for a, _ in bad]), np.array([a + n for a, n in bad])), strict=True))
+    everything = sum(
+        b - a
+        for a, b in zip(*union(np.array([a for a, _ in bad]), np.array([a + n for a, n in bad])), strict=True)
+    )
     assert sum(row["bytes"] for row in found) == everything
     shown = words(disk, "--ranges", tmp_path / "bad.csv").stdout.splitlines()
     assert shown[-1].split(" in ")[0].strip() == f"{everything:,} bytes"
@@ -181,10 +193,14 @@ def test_inode_records_that_a_bad_sector_hits(disk: Path, tmp_path: Path) -> Non
     records = {row["inode"] for row in found if row["kind"] == "record"}
     number = int(run("debugfs", "-R", "stat /d1/f1", where).decode().split("Inode: ")[1].split()[0])
     first = (number - 1) // 4 * 4 + 1
-    used = {n for n in range(first, first + 4) if b"marked in use" in run("debugfs", "-R", f"testi <{n}>", where)}
+    used = {
+        n for n in range(first, first + 4) if b"marked in use" in run("debugfs", "-R", f"testi <{n}>", where)
+    }
     assert records == used
     assert "/d1/f1" in [row["path"] for row in found if row["kind"] == "record"]
-    assert [(row["part"], row["bytes"]) for row in found if row["kind"] == "metadata"] == [("inode table", 1024)]
+    assert [(row["part"], row["bytes"]) for row in found if row["kind"] == "metadata"] == [
+        ("inode table", 1024)
+    ]
 
 
 def test_a_damaged_byte_of_a_compressed_block_spoils_the_block(tmp_path: Path) -> None:
@@ -194,23 +210,29 @@ def test_a_damaged_byte_of_a_compressed_block_spoils_the_block(tmp_path: Path) -
     size = (tmp_path / "tree/file").stat().st_size
     run("mksquashfs", tmp_path / "tree", tmp_path / "image", "-b", "131072", "-no-fragments", "-quiet")
     bmap = mapped(tmp_path / "image")
-    row = next(row for row in bmap.extents.to_pylist() if row["kind"] == "data" and row["file_offset"] == 262144)
+    row = next(
+        row for row in bmap.extents.to_pylist() if row["kind"] == "data" and row["file_offset"] == 262144
+    )
     found = hits(bmap, 1, np.array([row["volume_offset"] + 5]), np.array([row["volume_offset"] + 6]))
     ((hit),) = [each for each in found.objects if each["kind"] == "data"]
     assert (hit["path"], hit["bytes"], hit["ranges"]) == ("/file", 1, [[262144, min(size, 393216)]])
 
 
 def test_copies_and_files_that_share(tmp_path: Path) -> None:
-    """A mirror whose halves lie on one disk, two files that share bytes, and one with the same bytes twice."""
+    """A mirror whose halves lie on one disk, two files that share bytes, and one with the same bytes
+    twice."""
     own = tables.ExtentRows()
     own.add(tables.DATA, 0, 100, inode=11, file_offset=0, flags=tables.SHARED)
     own.add(tables.DATA, 0, 100, inode=11, file_offset=500, flags=tables.SHARED)
     own.add(tables.DATA, 50, 50, inode=12, file_offset=7, flags=tables.SHARED)
     bmap = BlockMap(
-        volumes=tables.make("volumes", volume=[0, 1], disk=[1, 1], kind=["disk", "md"], name=["/dev/sda", "/dev/md0"], size=[1000, 100]),
+        volumes=tables.make("volumes", volume=[0, 1], disk=[1, 1], kind=["disk", "md"],
+            name=["/dev/sda", "/dev/md0"], size=[1000, 100]),
         mappings=tables.mappings([Rows.of(1, [Row(0, 0, 100, 100), Row(0, 0, 600, 100, role="copy")])]),
-        filesystems=tables.make("filesystems", volume=1, type="xfs", block_size=50, size=100, root=2, state="clean"),
-        inodes=tables.make("inodes", volume=1, inode=np.array([2, 11, 12]), type=np.array([1, 0, 0]), size=np.array([0, 600, 57]), nlink=1, flags=0),
+        filesystems=tables.make("filesystems", volume=1, type="xfs", block_size=50, size=100, root=2,
+            state="clean"),
+        inodes=tables.make("inodes", volume=1, inode=np.array([2, 11, 12]), type=np.array([1, 0, 0]),
+            size=np.array([0, 600, 57]), nlink=1, flags=0),
         names=tables.make("names", volume=1, parent=2, inode=np.array([11, 12]), name=[b"a", b"b"]),
         extents=own.table(1), problems=tables.empty("problems"),
     )  # fmt: skip
@@ -231,23 +253,41 @@ def test_ranges_are_merged_within_their_group(rows):
     found = list(zip(*(side.tolist() for side in grouped_union(group, start, start + length)), strict=True))
     expected = {(g, byte) for g, s, n in rows for byte in range(s, s + n)}
     assert {(g, byte) for g, low, high in found for byte in range(low, high)} == expected
-    assert all(a[0] != b[0] or a[2] < b[1] for a, b in itertools.pairwise(found)), "sorted, and none touches the next"
+    assert all(a[0] != b[0] or a[2] < b[1] for a, b in itertools.pairwise(found)), (
+        "sorted, and none touches the next"
+    )
 
 
-# ---- lists that real tools wrote --------------------------------------------------------------------------------------
+# ---- lists that real tools wrote ---------------------------------------------------------------------------
 
 
 def test_qemu_img_map(disk: Path, tmp_path: Path) -> None:
-    """An overlay that changes 5,000 bytes of one file: what is allocated in it is whole clusters around these."""
+    """An overlay that changes 5,000 bytes of one file: what is allocated in it is whole clusters around
+    these."""
     need("qemu-img", "qemu-utils"), need("qemu-io", "qemu-utils")
     block = int(run("debugfs", "-R", "bmap /big 100", f"{disk}?offset={START}"))
     at = START + block * 1024
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "-b", disk, "-F", "raw", tmp_path / "over.qcow2")
+    run(
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=4k",
+        "-b",
+        disk,
+        "-F",
+        "raw",
+        tmp_path / "over.qcow2",
+    )
     run("qemu-io", "-c", f"write {at} 5000", tmp_path / "over.qcow2")
     (tmp_path / "list").write_bytes(run("qemu-img", "map", "--output=json", tmp_path / "over.qcow2"))
     assert pairs((tmp_path / "list").read_bytes()) == [(at // 4096 * 4096, (at + 5000 + 4095) // 4096 * 4096)]
     assert "/big" in [row["path"] for row in objects(disk, tmp_path / "list")]
-    assert "leaves out what is not data" in fails(disk, "--ranges", "-", input=run("qemu-img", "map", disk).decode())
+    assert "leaves out what is not data" in fails(
+        disk, "--ranges", "-", input=run("qemu-img", "map", disk).decode()
+    )
 
 
 def test_nbdinfo_map(disk: Path, tmp_path: Path) -> None:
@@ -258,7 +298,9 @@ def test_nbdinfo_map(disk: Path, tmp_path: Path) -> None:
             file.seek(at)
             file.write(b"x" * 5000)
     outputs = {
-        words: run("nbdkit", "-r", "-U", "-", "file", tmp_path / "sparse", "--run", f"nbdinfo --map {words} $uri")
+        words: run(
+            "nbdkit", "-r", "-U", "-", "file", tmp_path / "sparse", "--run", f"nbdinfo --map {words} $uri"
+        )
         for words in ("", "--json", "--totals")
     }
     assert pairs(outputs[""]) == pairs(outputs["--json"]) != []
@@ -294,10 +336,13 @@ def test_dirty_bitmap_of_an_export(tmp_path: Path) -> None:
 
 
 def test_ddrescue_of_a_disk_with_bad_sectors(disk: Path, tmp_path: Path) -> None:
-    """A disk that can't be read in three places, through FUSE; ddrescue writes its map, and the files it names are those of debugfs."""
+    """A disk that can't be read in three places, through FUSE; ddrescue writes its map, and the files it
+    names are those of debugfs."""
     need("ddrescue", "gddrescue"), need("nbdfuse", "libnbd-bin"), need("nbdkit", "nbdkit"), need_root()
     where = f"{disk}?offset={START}"
-    blocks = {path: int(run("debugfs", "-R", f"bmap {path} 0", where)) for path in ("/big", "/d1/f1", "/d2/f2")}
+    blocks = {
+        path: int(run("debugfs", "-R", f"bmap {path} 0", where)) for path in ("/big", "/d1/f1", "/d2/f2")
+    }
     bad = sorted((START + block * 1024) // 4096 * 4096 for block in blocks.values())
     tests = " || ".join(f"[ {at} -lt $(($4 + $3)) -a $4 -lt {at + 4096} ]" for at in bad)
     (tmp_path / "server").write_text(
@@ -311,13 +356,27 @@ def test_ddrescue_of_a_disk_with_bad_sectors(disk: Path, tmp_path: Path) -> None
     try:
         wait_for_socket(tmp_path / "s")
         (tmp_path / "mount/nbd").touch()
-        fuse = subprocess.Popen(["nbdfuse", "-r", tmp_path / "mount/nbd", f"nbd+unix:///?socket={tmp_path}/s"])
+        fuse = subprocess.Popen(
+            ["nbdfuse", "-r", tmp_path / "mount/nbd", f"nbd+unix:///?socket={tmp_path}/s"]
+        )
         until = time.monotonic() + 10
         while (tmp_path / "mount/nbd").stat().st_size != SIZE:
             if time.monotonic() > until or fuse.poll() is not None:
                 pytest.skip("FUSE is not to be had here")
             time.sleep(0.05)
-        run("ddrescue", "-q", "-b", "4096", "-c", "64", "-r", "0", tmp_path / "mount/nbd", tmp_path / "copy", tmp_path / "map")
+        run(
+            "ddrescue",
+            "-q",
+            "-b",
+            "4096",
+            "-c",
+            "64",
+            "-r",
+            "0",
+            tmp_path / "mount/nbd",
+            tmp_path / "copy",
+            tmp_path / "map",
+        )
     finally:
         if fuse:
             subprocess.run(["fusermount3", "-u", tmp_path / "mount/nbd"], check=False)
@@ -341,10 +400,15 @@ def test_ddrescue_of_a_disk_with_bad_sectors(disk: Path, tmp_path: Path) -> None
 
 
 def test_ddrescue_statuses() -> None:
-    text = "# Mapfile. Created by GNU ddrescue version 1.27\n# comment\n0x0 + 1\n0 0x10 +\n0x10 16 -\n040 0x10 *\n48 0x10 /\n0x40 0x10 ?\n"
+    text = (
+        "# Mapfile. Created by GNU ddrescue version 1.27\n# comment\n0x0 + 1\n0 0x10 +\n0x10 16 -\n040 "
+        "0x10 *\n48 0x10 /\n0x40 0x10 ?\n"
+    )
     assert pairs(text) == [(16, 32), (32, 48), (48, 64)], "numbers as in C: 040 is 32"
     assert pairs(text, status="?+") == [(0, 16), (64, 80)]
-    assert pairs(text.replace("0x0 + 1", "0x0 F").replace("# Mapfile. Created by GNU ddrescue version 1.27\n", "")) == pairs(text)
+    assert pairs(
+        text.replace("0x0 + 1", "0x0 F").replace("# Mapfile. Created by GNU ddrescue version 1.27\n", "")
+    ) == pairs(text)
 
 
 def test_badblocks_and_pairs(disk: Path) -> None:
@@ -376,7 +440,7 @@ def test_ranges_of_a_saved_map_and_another_disk(disk: Path, tmp_path: Path) -> N
     assert json.loads(done.stdout)["device"] == "/dev/sdb1"
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 DDRESCUE = "# Mapfile. Created by GNU ddrescue version 1.27\n0x0 + 1\n"
 MALFORMED = {
@@ -384,9 +448,11 @@ MALFORMED = {
     "binary": ("\udcff\udcfe", "byte 0x0 is not text"),
     "ddrescue block": (DDRESCUE + "0x0 0x200 x\n", "line 3: '0x0 0x200 x' is not a block of a ddrescue map"),
     "ddrescue octal": (DDRESCUE + "09 0x200 -\n", "line 3: '09' is not a number as in C"),
-    "ddrescue head": ("# Mapfile. Created by GNU ddrescue version 1.27\n0x0 0x200 +\n", "line 2: '0x0 0x200 +' is not the status line"),
+    "ddrescue head": ("# Mapfile. Created by GNU ddrescue version 1.27\n0x0 0x200 +\n",
+        "line 2: '0x0 0x200 +' is not the status line"),
     "ddrescue empty": ("# Mapfile. Created by GNU ddrescue version 1.27\n", "without any line but comments"),
-    "ddrescue huge": (DDRESCUE + "0x0 0x200 +\n0x7fffffffffffffff 0x200 -\n", "line 4: the range ends behind byte 2**63"),
+    "ddrescue huge": (DDRESCUE + "0x0 0x200 +\n0x7fffffffffffffff 0x200 -\n",
+        "line 4: the range ends behind byte 2**63"),
     "pairs": ("1,2\n3;4\n", "line 2: '3;4' is not offset,length"),
     "negative": ("1,2\n-3,4\n", "line 2: '-3,4' is not offset,length"),
     "long": (f"1,2\n{'9' * 5000},4\n", "line 2: '9999"),
@@ -399,7 +465,8 @@ MALFORMED = {
     "entry": ('[{"offset": 0, "length": 5, "type": 0}, {"offset": -1, "length": 5, "type": 0}]', "entry 2: "),
     "entry text": ('[{"start": 0, "length": "5", "depth": 0, "data": true}]', "entry 1: "),
     "deep": ("[" * 100_000, "line 1"),
-    "another disk": (f"{SIZE - 512},512\n{SIZE},512\n", "line 2: bytes 0x2800000-0x2800200 lie behind the end of /dev/sda"),
+    "another disk": (f"{SIZE - 512},512\n{SIZE},512\n", ("line 2: bytes 0x2800000-0x2800200 lie behind the "
+        "end of /dev/sda")),
 }  # fmt: skip
 
 
@@ -428,7 +495,9 @@ def test_bad_words(disk: Path, tmp_path: Path) -> None:
     assert "belong to --ranges" in fails(disk, "5", "--disk", "1")
     assert "there is no disk 3" in fails(disk, "--ranges", tmp_path / "list", "--disk", "3")
     assert "--status is for a ddrescue map" in fails(disk, "--ranges", tmp_path / "list", "--status=+")
-    assert "--block-size is for a list of block numbers" in fails(disk, "--ranges", tmp_path / "list", "--block-size", "512")
+    assert "--block-size is for a list of block numbers" in fails(
+        disk, "--ranges", tmp_path / "list", "--block-size", "512"
+    )
     assert "no disk given" in fails("--ranges", tmp_path / "list")
     (tmp_path / "map").write_text(DDRESCUE + "0x0 0x200 -\n")
     assert "--status takes letters" in fails(disk, "--ranges", tmp_path / "map", "--status", "bad")
@@ -437,8 +506,10 @@ def test_bad_words(disk: Path, tmp_path: Path) -> None:
 
 
 LOGS = {
-    "blkparse": "  8,0    1        1     0.000000000  4510  D   R 2048 + 8 [cat]\n  8,0    1        2     0.100000000  4510  D   W 4096 + 16 [cat]\n",
-    "fio": "fio version 2 iolog\n/dev/sda add\n/dev/sda open\n/dev/sda read 1048576 4096\n/dev/sda write 2097152 8192\n/dev/sda close\n",
+    "blkparse": "  8,0    1        1     0.000000000  4510  D   R 2048 + 8 [cat]\n  8,0    1        2     "
+    "0.100000000  4510  D   W 4096 + 16 [cat]\n",
+    "fio": "fio version 2 iolog\n/dev/sda add\n/dev/sda open\n/dev/sda read 1048576 4096\n/dev/sda write "
+    "2097152 8192\n/dev/sda close\n",
     "csv": "time(s),op,sector,bytes\n0.1,R,2048,4096\n0.2,W,4096,8192\n",
 }
 

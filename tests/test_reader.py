@@ -18,7 +18,8 @@ SIZE = HEAD + TAIL + 100_000
 DISK = np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8)
 ranges = st.lists(
     st.tuples(
-        st.one_of(st.integers(0, SIZE), st.sampled_from([0, HEAD - 5, HEAD, SIZE - TAIL - 3, SIZE - 8])), st.integers(0, 300)
+        st.one_of(st.integers(0, SIZE), st.sampled_from([0, HEAD - 5, HEAD, SIZE - TAIL - 3, SIZE - 8])),
+        st.integers(0, 300),
     ),
     min_size=1,
     max_size=12,
@@ -48,7 +49,11 @@ def test_blocks_of_equal_size(blocks, size):
 @given(ranges)
 def test_through_stripes_and_holes(wanted):
     """Two disks in stripes of 1,000 bytes, then a hole, then a piece of the first."""
-    rows = [Row(0, 0, 50, 1000, 100, 2000, 1000), Row(1000, 1, 70, 1000, 100, 2000, 1000), Row(210_000, 0, 5, 30_000)]
+    rows = [
+        Row(0, 0, 50, 1000, 100, 2000, 1000),
+        Row(1000, 1, 70, 1000, 100, 2000, 1000),
+        Row(210_000, 0, 5, 30_000),
+    ]
     expected = np.zeros(250_000, np.uint8)
     other = DISK[::-1].copy()
     for i in range(100):
@@ -56,7 +61,11 @@ def test_through_stripes_and_holes(wanted):
         expected[2000 * i + 1000 : 2000 * i + 2000] = other[70 + 1000 * i : 1070 + 1000 * i]
     expected[210_000:240_000] = DISK[5:30_005]
     check(
-        MappedReader(len(expected), "striped", {0: BytesReader(DISK), 1: BytesReader(other)}, Rows.of(9, rows)), expected, wanted
+        MappedReader(
+            len(expected), "striped", {0: BytesReader(DISK), 1: BytesReader(other)}, Rows.of(9, rows)
+        ),
+        expected,
+        wanted,
     )
 
 
@@ -96,6 +105,11 @@ def test_a_file_that_shrinks_says_so(tmp_path):
 def test_what_is_not_a_disk(tmp_path):
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
-    for name, words in {"empty": "is empty", "missing": "No such file", ".": "is a directory", "pipe": "a FIFO"}.items():
+    for name, words in {
+        "empty": "is empty",
+        "missing": "No such file",
+        ".": "is a directory",
+        "pipe": "a FIFO",
+    }.items():
         with pytest.raises(ImageError, match=words):
             RawReader(str(tmp_path / name))

@@ -1,4 +1,5 @@
-"""The report: its figures against plain sums, its page in a real browser, and names that try to be more than names."""
+"""The report: its figures against plain sums, its page in a real browser, and names that try to be more than
+names."""
 
 import itertools
 import json
@@ -28,8 +29,9 @@ pytest.importorskip("plotly", reason="the package plotly is not installed (pip i
 
 ATTACK = "document.body.dataset.hacked='yes'"
 HOSTILE = (
-    f"<script>{ATTACK}<", f"<img src=x onerror={ATTACK}>", f'"onmouseover={ATTACK} x="', "<b>bold<b>", "{{DATA}}", "&lt;b&gt;", "tab\tnewline\nend",
-    "right\u202eto left", "not utf-8 \udcff", "'`${" + ATTACK + "}`", "]]>-->", "<a href=javascript:" + ATTACK.replace("/", "") + ">link",
+    f"<script>{ATTACK}<", f"<img src=x onerror={ATTACK}>", f'"onmouseover={ATTACK} x="', "<b>bold<b>",
+    "{{DATA}}", "&lt;b&gt;", "tab\tnewline\nend", "right\u202eto left", "not utf-8 \udcff",
+    "'`${" + ATTACK + "}`", "]]>-->", "<a href=javascript:" + ATTACK.replace("/", "") + ">link",
 )  # fmt: skip
 
 
@@ -45,10 +47,22 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (tree / name).write_bytes(os.urandom(5000 + 3000 * number))
     run("mke2fs", "-q", "-t", "ext4", "-d", tree, "-L", "<i>label", image, "16M")
     assert cli(["map", "-q", "-o", f"{folder}/map.parquet", str(image)]) == 0
-    rows = [f"{n},read,{n << 16},65536" for n in range(256)] + [f"{300 + n},write,{n << 12},4096" for n in range(20)]
+    rows = [f"{n},read,{n << 16},65536" for n in range(256)] + [
+        f"{300 + n},write,{n << 12},4096" for n in range(20)
+    ]
     (folder / "<script>.csv").write_text("time_ms,op,offset,length\n" + "\n".join(rows) + "\n")
     assert (
-        cli(["trace", "import", f"{folder}/<script>.csv", "--map", f"{folder}/map.parquet", "-o", f"{folder}/<script>.parquet"])
+        cli(
+            [
+                "trace",
+                "import",
+                f"{folder}/<script>.csv",
+                "--map",
+                f"{folder}/map.parquet",
+                "-o",
+                f"{folder}/<script>.parquet",
+            ]
+        )
         == 0
     )
     return folder / "map.parquet", folder / "<script>.parquet"
@@ -61,7 +75,7 @@ def load(paths: tuple[Path, Path]) -> tuple[BlockMap, traces.Traces]:
     return bmap, traces.load([str(paths[1])], bmap)
 
 
-# ---- the figures ------------------------------------------------------------------------------------------------------
+# ---- the figures -------------------------------------------------------------------------------------------
 
 
 def test_cells_are_painted_as_a_loop_would(hostile: tuple[Path, Path]) -> None:
@@ -78,7 +92,8 @@ def test_cells_are_painted_as_a_loop_would(hostile: tuple[Path, Path]) -> None:
 
 
 def test_sums_are_those_of_the_map(hostile: tuple[Path, Path]) -> None:
-    """Bytes by kind fill the disk; files, fragments and the treemap add up to the extents of the map; the trace's bytes to its rows."""
+    """Bytes by kind fill the disk; files, fragments and the treemap add up to the extents of the map; the
+    trace's bytes to its rows."""
     bmap, found = load(hostile)
     data = collect(bmap, found, "")
     disk, ran = data["disks"][0], data["runs"][0]
@@ -88,14 +103,18 @@ def test_sums_are_those_of_the_map(hostile: tuple[Path, Path]) -> None:
     start, length = tables.integers(bmap.extents, "volume_offset"), tables.integers(bmap.extents, "length")
     content = total(start[kind == tables.DATA], (start + length)[kind == tables.DATA])
     assert sum(disk["fragments"]["bytes"]) == sum(disk["files"]["bytes"]) == content
-    assert sum(disk["free_runs"]["bytes"]) == total(start[kind == tables.FREE], (start + length)[kind == tables.FREE])
+    assert sum(disk["free_runs"]["bytes"]) == total(
+        start[kind == tables.FREE], (start + length)[kind == tables.FREE]
+    )
     nodes = disk["treemap"]
     below = dict.fromkeys(nodes["id"], 0)
     for parent, size in zip(nodes["parent"][1:], nodes["bytes"][1:], strict=True):
         below[parent] += size
     assert all(below[id] <= size for id, size in zip(nodes["id"], nodes["bytes"], strict=True))
     files = [
-        size for id, size, parent in zip(nodes["id"], nodes["bytes"], nodes["parent"], strict=True) if "n" in id and not below[id]
+        size
+        for id, size, parent in zip(nodes["id"], nodes["bytes"], nodes["parent"], strict=True)
+        if "n" in id and not below[id]
     ]
     assert sum(files) == content
     assert (sum(ran["over_time"]["read"]), sum(ran["over_time"]["written"])) == (256 << 16, 20 << 12)
@@ -105,7 +124,8 @@ def test_sums_are_those_of_the_map(hostile: tuple[Path, Path]) -> None:
 
 
 def test_fragments_are_counted_as_filefrag_would(tmp_path: Path) -> None:
-    """Two files written in turn, block by block, and one written whole, on a disk with room for nothing cleverer."""
+    """Two files written in turn, block by block, and one written whole, on a disk with room for nothing
+    cleverer."""
     need("debugfs", "e2fsprogs")
     image = tmp_path / "disk.img"
     run("mke2fs", "-q", "-t", "ext2", "-b", "1024", "-N", "16", image, "2M")
@@ -117,7 +137,9 @@ def test_fragments_are_counted_as_filefrag_would(tmp_path: Path) -> None:
     data = collect(bmap, None, "")
     files = data["disks"][0]["files"]
     extents = bmap.extents.filter(np.array(tables.codes(bmap.extents, "kind") == tables.DATA))
-    owned = sorted(block for start, length in zip(tables.integers(extents, "volume_offset") // 1024, tables.integers(extents, "length") // 1024, strict=True)
+    owned = sorted(block for start,
+        length in zip(tables.integers(extents, "volume_offset") // 1024,
+            tables.integers(extents, "length") // 1024, strict=True)
                    for block in range(start, start + length))  # fmt: skip
     assert set(owned) <= set(blocks)
     breaks = 1 + sum(b - a != 1 for a, b in itertools.pairwise(owned))
@@ -140,13 +162,15 @@ def test_a_page_is_the_same_each_time(hostile: tuple[Path, Path]) -> None:
     assert page(*load(hostile), "a") == page(*load(hostile), "a")
 
 
-def test_coarser_pictures_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch, hostile: tuple[Path, Path]) -> None:
+def test_coarser_pictures_stay_within_the_limit(
+    monkeypatch: pytest.MonkeyPatch, hostile: tuple[Path, Path]
+) -> None:
     monkeypatch.setattr(disk_module, "MOST_RUNS", 60)
     cells = cells_of(pieces_of(Resolver(load(hostile)[0]), 1), 16 << 20)
     assert len(cells.runs()[0]) <= 60
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def test_the_command_writes_a_page_or_says_why_not(
@@ -172,14 +196,17 @@ def test_the_command_writes_a_page_or_says_why_not(
             cli(["report", f"{tmp_path}/other.img", trace, "-o", f"{tmp_path}/no.html"])
         os.unlink(tmp_path / "other.img")
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(MissingTool, match=r"plotly, which is not installed \(pip install 'virt-bmap\[report\]'\)"):
+    with pytest.raises(
+        MissingTool, match=r"plotly, which is not installed \(pip install 'virt-bmap\[report\]'\)"
+    ):
         cli(["report", bmap, "-o", f"{tmp_path}/no.html"])
     assert not (tmp_path / "no.html").exists()
 
 
-# ---- in a browser -----------------------------------------------------------------------------------------------------
+# ---- in a browser ------------------------------------------------------------------------------------------
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--window-size=1360,900")  # fmt: skip
 PATIENCE = 120
 
@@ -187,7 +214,9 @@ PATIENCE = 120
 @pytest.fixture(scope="module")
 def browser(hostile: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Chromium with the report on the hostile disk."""
-    selenium = pytest.importorskip("selenium", reason="the package selenium is not installed (pip install selenium)")
+    selenium = pytest.importorskip(
+        "selenium", reason="the package selenium is not installed (pip install selenium)"
+    )
     chromium, driver = need("chromium", "chromium"), need("chromedriver", "chromium-driver")
     from selenium.webdriver import Chrome
     from selenium.webdriver.chrome.options import Options
@@ -223,7 +252,16 @@ def test_all_charts_are_drawn(browser: Any) -> None:
     assert browser.execute_script("return document.getElementById('failed').textContent") == ""
     drawn = browser.execute_script("""return Object.fromEntries([...document.querySelectorAll('.chart')].map((chart) =>
         [chart.id, chart.querySelectorAll('.heatmaplayer image, .barlayer .point, .treemaplayer .slice, .scatterlayer .js-line').length]))""")
-    assert set(drawn) == {"map", "treemap", "fragments", "free-runs", "over-time", "places", "lanes", "growth"}
+    assert set(drawn) == {
+        "map",
+        "treemap",
+        "fragments",
+        "free-runs",
+        "over-time",
+        "places",
+        "lanes",
+        "growth",
+    }
     assert all(drawn.values()), drawn
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     buttons = browser.execute_script(
@@ -239,29 +277,40 @@ def test_no_name_becomes_more_than_text(browser: Any, hostile: tuple[Path, Path]
     """No attack has run, the names stand in the page as they are, and no element was made of them."""
     found = collect(*load(hostile), "")["disks"][0]["files"]["name"]
     shown = browser.execute_script(
-        "return [...document.querySelectorAll('#files-table tbody td:last-child')].map((cell) => cell.textContent)"
+        "return [...document.querySelectorAll('#files-table tbody td:last-child')].map((cell) => "
+        "cell.textContent)"
     )
     assert sorted(shown) == sorted(found)
     assert f"/end of script</script><script>{ATTACK}<" in shown
-    browser.execute_script("for (const row of document.querySelectorAll('#files-table tbody tr')) row.click()")
     browser.execute_script(
-        "for (const id of ['map', 'treemap', 'lanes']) Plotly.Fx && Plotly.Fx.hover(id, [{pointNumber: [0, 0]}])"
+        "for (const row of document.querySelectorAll('#files-table tbody tr')) row.click()"
+    )
+    browser.execute_script(
+        "for (const id of ['map', 'treemap', 'lanes']) Plotly.Fx && Plotly.Fx.hover(id, "
+        "[{pointNumber: [0, 0]}])"
     )
     assert browser.execute_script("return document.body.dataset.hacked") is None
     assert (
-        browser.execute_script("return document.querySelectorAll('main b:not(.detail b), main a, main img, main script').length")
+        browser.execute_script(
+            "return document.querySelectorAll('main b:not(.detail b), main a, main img, main script').length"
+        )
         == 0
     )
-    assert browser.execute_script("return document.getElementById('title').textContent") == f"<script>{ATTACK}</script>"
+    assert (
+        browser.execute_script("return document.getElementById('title').textContent")
+        == f"<script>{ATTACK}</script>"
+    )
 
 
 def test_the_policy_runs_no_script_but_the_pages_own(browser: Any) -> None:
     """Even markup that got into the page does nothing."""
     browser.execute_script(
-        f"document.querySelector('footer').innerHTML = '<img src=x onerror=\"{ATTACK.replace(chr(39), chr(92) + chr(39))}\">'"
+        "document.querySelector('footer').innerHTML = '<img src=x "
+        f'onerror="{ATTACK.replace(chr(39), chr(92) + chr(39))}">\''
     )
     browser.execute_script(
-        "const s = document.createElement('script'); s.textContent = arguments[0]; document.body.append(s)", ATTACK
+        "const s = document.createElement('script'); s.textContent = arguments[0]; document.body.append(s)",
+        ATTACK,
     )
     time.sleep(0.5)
     assert browser.execute_script("return document.body.dataset.hacked") is None
@@ -270,17 +319,22 @@ def test_the_policy_runs_no_script_but_the_pages_own(browser: Any) -> None:
 def test_search_and_sort(browser: Any) -> None:
     rows = "[...document.querySelectorAll('#files-table tbody tr')].map((row) => row.lastChild.textContent)"
     browser.execute_script(
-        "const box = document.querySelector('#files-table input'); box.value = 'ONERROR img'; box.dispatchEvent(new Event('input'))"
+        "const box = document.querySelector('#files-table input'); box.value = 'ONERROR img'; "
+        "box.dispatchEvent(new Event('input'))"
     )
     assert browser.execute_script(f"return {rows}") == [f"/<img src=x onerror={ATTACK}>"]
     browser.execute_script(
-        "const box = document.querySelector('#files-table input'); box.value = ''; box.dispatchEvent(new Event('input'))"
+        "const box = document.querySelector('#files-table input'); box.value = ''; "
+        "box.dispatchEvent(new Event('input'))"
     )
     browser.execute_script("document.querySelectorAll('#files-table thead button')[3].click()")
     names = browser.execute_script(f"return {rows}")
     assert len(names) == len(HOSTILE) + 1
     assert (
-        browser.execute_script("return document.querySelectorAll('#files-table th')[3].getAttribute('aria-sort')") == "ascending"
+        browser.execute_script(
+            "return document.querySelectorAll('#files-table th')[3].getAttribute('aria-sort')"
+        )
+        == "ascending"
     )
     script = f"const found = {rows}; return found.every((name, at) => !at || found[at - 1] <= name)"
     assert browser.execute_script(script)
@@ -329,12 +383,14 @@ def test_dark_light_and_print_have_their_own_colours(browser: Any) -> None:
     seen = {}
     for name, features, media in (("light", "light", ""), ("dark", "dark", ""), ("print", "dark", "print")):
         browser.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"media": media, "features": [{"name": "prefers-color-scheme", "value": features}]}
+            "Emulation.setEmulatedMedia",
+            {"media": media, "features": [{"name": "prefers-color-scheme", "value": features}]},
         )
         time.sleep(0.5)
         seen[name] = json.loads(
             browser.execute_script(
-                "return JSON.stringify([getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('nav')).display])"
+                "return JSON.stringify([getComputedStyle(document.body).backgroundColor, "
+                "getComputedStyle(document.querySelector('nav')).display])"
             )
         )
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})

@@ -1,4 +1,5 @@
-"""Results as a table, JSON lines, CSV and Parquet: the same rows in each, hostile names harmless, files whole or not there."""
+"""Results as a table, JSON lines, CSV and Parquet: the same rows in each, hostile names harmless, files whole
+or not there."""
 
 import csv
 import datetime
@@ -36,16 +37,27 @@ def made() -> pa.Table:
         field("bytes", pa.int64(), "bytes", unit="bytes"),
         field("path", pa.large_binary(), "where", null="none"),
         field("device", pa.dictionary(pa.int8(), pa.string()), "volume"),
-        field("ranges", pa.list_(pa.struct([("start", pa.int64()), ("name", pa.binary())])), "places", null="none"),
+        field("ranges", pa.list_(pa.struct([("start", pa.int64()), ("name", pa.binary())])), "places",
+            null="none"),
         field("share", pa.float64(), "part of all", null="unknown"),
     ])  # fmt: skip
     device = pa.array(["/dev/sda\x07"] * n).dictionary_encode().cast(pa.dictionary(pa.int8(), pa.string()))
-    return pa.Table.from_arrays([pa.array([10**at for at in range(n)]), pa.array(NAMES, pa.large_binary()), device,
-                                 pa.array([*ranges, None], schema.field("ranges").type), pa.array([0.5] * (n - 1) + [None])], schema=schema)  # fmt: skip
+    return pa.Table.from_arrays(
+        [
+            pa.array([10**at for at in range(n)]),
+            pa.array(NAMES, pa.large_binary()),
+            device,
+            pa.array([*ranges, None], schema.field("ranges").type),
+            pa.array([0.5] * (n - 1) + [None]),
+        ],
+        schema=schema,
+    )
 
 
 def test_every_name_comes_back_from_its_escape() -> None:
-    assert [None if path is None else unescape(path) for path in safe(made()).column("path").to_pylist()] == NAMES
+    assert [
+        None if path is None else unescape(path) for path in safe(made()).column("path").to_pylist()
+    ] == NAMES
 
 
 def test_all_forms_hold_the_same_rows(tmp_path: Path) -> None:
@@ -59,7 +71,11 @@ def test_all_forms_hold_the_same_rows(tmp_path: Path) -> None:
     with open(tmp_path / "out.csv", newline="") as file:
         read = list(csv.DictReader(file))
     for got, row in zip(read, rows, strict=True):
-        assert (int(got["bytes"]), got["path"] or None, got["device"]) == (row["bytes"], row["path"], row["device"])
+        assert (int(got["bytes"]), got["path"] or None, got["device"]) == (
+            row["bytes"],
+            row["path"],
+            row["device"],
+        )
         assert (json.loads(got["ranges"]) if got["ranges"] else None) == row["ranges"]
 
 
@@ -112,7 +128,9 @@ def test_an_empty_result_has_its_columns_in_every_form(tmp_path: Path) -> None:
 
 
 def test_what_json_has_no_word_for_does_not_break_it() -> None:
-    table = pa.table({"a": [float("nan"), 1.0], "b": [datetime.date(2026, 1, 2), None], "c": [[float("inf")], [1.5]]})
+    table = pa.table(
+        {"a": [float("nan"), 1.0], "b": [datetime.date(2026, 1, 2), None], "c": [[float("inf")], [1.5]]}
+    )
     assert [json.loads(line) for line in json_lines(table)] == [
         {"a": None, "b": "2026-01-02", "c": [None]},
         {"a": 1.0, "b": None, "c": [1.5]},
@@ -121,7 +139,9 @@ def test_what_json_has_no_word_for_does_not_break_it() -> None:
 
 @pytest.mark.parametrize("name", ["out", "out.txt", "-", "out.csv.gz"])
 def test_a_name_that_says_no_format_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=r"the end of the name says what to write: \.csv, \.parquet or \.jsonl"):
+    with pytest.raises(
+        UsageError, match=r"the end of the name says what to write: \.csv, \.parquet or \.jsonl"
+    ):
         save(pa.table({"a": [1]}), name)
 
 

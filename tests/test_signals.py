@@ -1,4 +1,5 @@
-"""Ended at any moment, by any signal: nothing half-written under a final name, and nothing left behind but after SIGKILL, what the next run removes.
+"""Ended at any moment, by any signal: nothing half-written under a final name, and nothing left behind but
+after SIGKILL, what the next run removes.
 
 A few moments of each command here; BMAP_MOMENTS=20 asks for more of them.
 """
@@ -33,7 +34,8 @@ MIB = 1 << 20
 
 @dataclass
 class Case:
-    """A command, run in a folder of its own; `outputs` are the names that it makes there, `changes` what it may change, which `sound` looks at."""
+    """A command, run in a folder of its own; `outputs` are the names that it makes there, `changes` what it
+    may change, which `sound` looks at."""
 
     arguments: list[object]
     outputs: list[str] = field(default_factory=list)
@@ -46,7 +48,8 @@ class Case:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A disk of 64 MiB with ext4 in a partition and 300 files, the same as qcow2, an older state of it, a map, traces, a profile, a log."""
+    """A disk of 64 MiB with ext4 in a partition and 300 files, the same as qcow2, an older state of it, a
+    map, traces, a profile, a log."""
     need("mke2fs", "e2fsprogs"), need("sfdisk", "fdisk"), need("qemu-img", "qemu-utils")
     folder = tmp_path_factory.mktemp("files")
     tree = folder / "tree"
@@ -66,7 +69,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     run(*PROGRAM, "-q", "-o", made["map"], made["disk"])
     made["log"] = folder / "fio.log"
     made["log"].write_text(
-        "fio version 2 iolog\nf add\nf open\n" + "".join(f"f read {4096 * (n * 7 % 12000)} 4096\n" for n in range(20_000))
+        "fio version 2 iolog\nf add\nf open\n"
+        + "".join(f"f read {4096 * (n * 7 % 12000)} 4096\n" for n in range(20_000))
     )
     made["trace"], made["profile"] = folder / "trace.parquet", folder / "profile.parquet"
     run(*PROGRAM, "trace", "import", made["log"], "-o", made["trace"], "--map", made["map"])
@@ -87,7 +91,9 @@ def cases(files: dict[str, Path], folder: Path) -> dict[str, Case]:
         "info": Case(["info", disk, "-o", "out.parquet"], ["out.parquet"]),
         "sql": Case(["sql", "select * from extents", saved, "-o", "out.parquet"], ["out.parquet"]),
         "diff": Case(["diff", files["old"], disk, "-o", "out.csv"], ["out.csv"]),
-        "trace": Case(["trace", "import", files["log"], "-o", "out.parquet", "--map", saved], ["out.parquet"]),
+        "trace": Case(
+            ["trace", "import", files["log"], "-o", "out.parquet", "--map", saved], ["out.parquet"]
+        ),
         "profile": Case(["profile", files["trace"], "-o", "out.profile", "--map", saved], ["out.profile"]),
         "report": Case(["report", saved, "-o", "out.html"], ["out.html"]),
         "dump": Case(["dump", disk, "/dev/sda1", "out.img"], ["out.img"]),
@@ -95,16 +101,24 @@ def cases(files: dict[str, Path], folder: Path) -> dict[str, Case]:
         "extract": Case(["extract", disk, "/dev/sda1", "/3", "/4"], ["3", "4"]),
         "sparsify": Case(["sparsify", qcow2, "out.img", "--convert", "raw"], ["out.img"]),
         "sparsify-qcow2": Case(["sparsify", qcow2, "out.qcow2"], ["out.qcow2"], random=True),
-        "in-place": Case(["sparsify", "--in-place", copy], changes=[copy], sound=lambda: same_or_empty(copy, disk)),
-        "in-place-qcow2": Case(["sparsify", "--in-place", qcopy], changes=[qcopy], sound=lambda: sound_qcow2(qcopy, disk)),
+        "in-place": Case(
+            ["sparsify", "--in-place", copy], changes=[copy], sound=lambda: same_or_empty(copy, disk)
+        ),
+        "in-place-qcow2": Case(
+            ["sparsify", "--in-place", qcopy], changes=[qcopy], sound=lambda: sound_qcow2(qcopy, disk)
+        ),
         "make": Case(["make", "fs:ext4:32M", "out.img", "--tree", files["tree"]], ["out.img"], random=True),
         "make-qcow2": Case(
-            ["make", "lvfs:/dev/vg/lv:ext4:48M", "out.qcow2", "--tree", files["tree"]], ["out.qcow2"], random=True
+            ["make", "lvfs:/dev/vg/lv:ext4:48M", "out.qcow2", "--tree", files["tree"]],
+            ["out.qcow2"],
+            random=True,
         ),
         "replay": Case(["replay", files["profile"], qcow2]),
     }
     if os.geteuid() == 0:
-        made["make-mount"] = Case(["make", "fs:xfs:360M", "out.img", "--tree", files["tree"]], ["out.img"], random=True)
+        made["make-mount"] = Case(
+            ["make", "fs:xfs:360M", "out.img", "--tree", files["tree"]], ["out.img"], random=True
+        )
     return made
 
 
@@ -125,8 +139,30 @@ def same_or_empty(image: Path, original: Path) -> None:
     out.unlink()
 
 
-NAMES = ["map", "map-parquet", "lookup", "ranges", "locate", "info", "sql", "diff", "trace", "profile", "report", "dump", "dump-qcow2", "extract",
-         "sparsify", "sparsify-qcow2", "in-place", "in-place-qcow2", "make", "make-qcow2", "replay", "make-mount"]  # fmt: skip
+NAMES = [
+    "map",
+    "map-parquet",
+    "lookup",
+    "ranges",
+    "locate",
+    "info",
+    "sql",
+    "diff",
+    "trace",
+    "profile",
+    "report",
+    "dump",
+    "dump-qcow2",
+    "extract",
+    "sparsify",
+    "sparsify-qcow2",
+    "in-place",
+    "in-place-qcow2",
+    "make",
+    "make-qcow2",
+    "replay",
+    "make-mount",
+]
 
 
 @pytest.fixture
@@ -149,7 +185,9 @@ def test_any_signal_at_any_moment(name: str, files: dict[str, Path], temporary: 
         pytest.importorskip("plotly")
 
     def renew() -> None:
-        for change, source in zip(case.changes, (files["disk"] if name == "in-place" else files["qcow2"],), strict=False):
+        for change, source in zip(
+            case.changes, (files["disk"] if name == "in-place" else files["qcow2"],), strict=False
+        ):
             shutil.copyfile(source, change)
         clear(folder)
 
@@ -205,14 +243,17 @@ class Run:
         self.mark = f"BMAP_RUN={uuid.uuid4()}"
         name, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
-            [*PROGRAM, *map(str, case.arguments)], cwd=folder, env={**os.environ, name: value, "TMPDIR": str(temporary)}, stdin=subprocess.DEVNULL,
+            [*PROGRAM, *map(str, case.arguments)], cwd=folder,
+            env={**os.environ, name: value, "TMPDIR": str(temporary)}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, restore_signals=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # tests in the background of a shell ignore it
+            # tests in the background of a shell ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         self.words = ""
 
     def begins(self) -> None:
-        """Until its work has begun: SIGTERM has a handler then. Before that there is nothing to undo, and any signal just ends it."""
+        """Until its work has begun: SIGTERM has a handler then. Before that there is nothing to undo, and any
+        signal just ends it."""
         until = time.monotonic() + PATIENCE
         while not self._handles(signal.SIGTERM) and self.process.poll() is None:
             assert time.monotonic() < until
@@ -266,7 +307,11 @@ def contents(folder: Path) -> dict[str, object]:
 
 def tree(path: Path) -> object:
     if path.is_dir():
-        return {name.name: tree(name) for name in path.iterdir()}, path.stat().st_mode, path.stat().st_mtime_ns
+        return (
+            {name.name: tree(name) for name in path.iterdir()},
+            path.stat().st_mode,
+            path.stat().st_mtime_ns,
+        )
     return path.read_bytes()
 
 
@@ -279,7 +324,9 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def test_before_the_work_begins_a_signal_just_ends_it(files: dict[str, Path], temporary: Path, tmp_path: Path) -> None:
+def test_before_the_work_begins_a_signal_just_ends_it(
+    files: dict[str, Path], temporary: Path, tmp_path: Path
+) -> None:
     for number in SIGNALS:
         for moment in range(2 * MOMENTS):
             one = Run(Case(["-o", "out", files["disk"]], ["out"]), tmp_path, temporary)
@@ -287,7 +334,9 @@ def test_before_the_work_begins_a_signal_just_ends_it(files: dict[str, Path], te
             one.process.send_signal(number)
             assert one.end() in (-number, 128 + number, 1)
             # Python's own start is out of our hands
-            assert "Traceback" not in one.words or (number == signal.SIGINT and "virt_bmap/cli.py" not in one.words), one.words
+            assert "Traceback" not in one.words or (
+                number == signal.SIGINT and "virt_bmap/cli.py" not in one.words
+            ), one.words
             assert not one.left()
             assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,7 @@
-"""A machine that sleeps in a file: its filesystems look clean, but nothing of its disks may be given back. Swap files made by mkswap on real filesystems."""
+"""A machine that sleeps in a file: its filesystems look clean, but nothing of its disks may be given back.
+
+Swap files made by mkswap on real filesystems.
+"""
 
 import struct
 from collections.abc import Callable
@@ -20,7 +23,8 @@ MARK = b"S1SUSPEND\0"
 
 
 def swap_file(path: Path, mark: bytes | None = MARK, page: int = 4096, size: int = 2 * MIB) -> Path:
-    """What mkswap makes of a file without holes, and what the kernel's mark_swapfiles writes over its signature."""
+    """What mkswap makes of a file without holes, and what the kernel's mark_swapfiles writes over its
+    signature."""
     need("mkswap", "util-linux")
     path.write_bytes(np.random.default_rng(page).bytes(size))
     path.chmod(0o600)
@@ -28,7 +32,8 @@ def swap_file(path: Path, mark: bytes | None = MARK, page: int = 4096, size: int
     assert path.read_bytes()[page - 10 : page] == b"SWAPSPACE2"
     with path.open("r+b") as file:
         file.seek(1536)
-        file.write(bytes([7]) * (page - 10 - 1536))  # where no bad page is listed: mke2fs makes holes of blocks of zeroes
+        # where no bad page is listed: mke2fs makes holes of blocks of zeroes
+        file.write(bytes([7]) * (page - 10 - 1536))
         file.write(mark or b"")
     return path
 
@@ -87,7 +92,9 @@ def copied(folder: Path, root: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [ext4, xfs, btrfs, f2fs, vfat, exfat, ntfs])
-def test_a_swap_file(make: Callable[[Path, Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_swap_file(
+    make: Callable[[Path, Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, mark in (("awake", None), ("asleep", MARK)):
         folder, image = tmp_path / f"files-{name}", tmp_path / f"{name}.img"
         folder.mkdir()
@@ -152,7 +159,18 @@ def test_in_a_disk_inside_a_disk(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ext4(outer / "vm.img", folder)
     run("mke2fs", "-q", "-t", "ext4", "-d", outer, tmp_path / "image", "48M")
     assert (
-        bmap(["dump", "-q", "--skip-free", "--nested", "all", str(tmp_path / "image"), "/dev/sda:/vm.img", str(tmp_path / "out")])
+        bmap(
+            [
+                "dump",
+                "-q",
+                "--skip-free",
+                "--nested",
+                "all",
+                str(tmp_path / "image"),
+                "/dev/sda:/vm.img",
+                str(tmp_path / "out"),
+            ]
+        )
         == 0
     )
     assert "the machine sleeps" in capsys.readouterr().err
@@ -183,7 +201,7 @@ def test_more_large_files_than_are_looked_at(tmp_path: Path, monkeypatch: pytest
     assert traits_of(mapped(tmp_path / "image")).tolist() == [tables.SLEEPING]
 
 
-# ---- swap partitions and Windows ----------------------------------------------------------------------------------------
+# ---- swap partitions and Windows ---------------------------------------------------------------------------
 
 
 def test_a_swap_space_whose_header_is_not_mkswaps(tmp_path: Path) -> None:
@@ -203,8 +221,15 @@ def test_a_partition_that_begins_with_a_mark(tmp_path: Path) -> None:
     assert traits_of(mapped(image)).tolist() == [tables.SLEEPING]
 
 
-@pytest.mark.parametrize(("name", "content", "asleep"), [("hiberfil.sys", b"hibr", True), ("HIBERFIL.SYS", b"HIBR", True),
-                                                         ("hiberfil.sys", b"wake", False), ("backup.sys", b"hibr", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "asleep"),
+    [
+        ("hiberfil.sys", b"hibr", True),
+        ("HIBERFIL.SYS", b"HIBR", True),
+        ("hiberfil.sys", b"wake", False),
+        ("backup.sys", b"hibr", False),
+    ],
+)
 def test_windows_on_fat(name: str, content: bytes, asleep: bool, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
@@ -221,7 +246,9 @@ def test_windows_on_a_damaged_volume(tmp_path: Path) -> None:
         (root / "hiberfil.sys").write_bytes(b"hibr".ljust(5000, b"\0"))
         (root / "other").write_bytes(b"words")
     found = mapped(made.image)
-    inode = dict(zip(found.names.column("name").to_pylist(), found.names.column("inode").to_pylist(), strict=True))[b"other"]
+    inode = dict(
+        zip(found.names.column("name").to_pylist(), found.names.column("inode").to_pylist(), strict=True)
+    )[b"other"]
     row = found.inodes.column("inode").to_pylist().index(inode)
     with open(made.image, "r+b") as file:
         file.seek(found.inodes.column("record_offset")[row].as_py() + 510)

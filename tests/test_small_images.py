@@ -28,7 +28,10 @@ def test_small_image(name: str, tmp_path: Path) -> None:
     for table in BlockMap.TABLES:
         tables.check(table, getattr(bmap, table))
     kinds = set(bmap.volumes.column("type").to_pylist())
-    assert kinds & {*chain.from_iterable(listed.types for listed in (*formats.FILESYSTEMS, *formats.VOLUMES)), *LAYERS}, kinds
+    assert kinds & {
+        *chain.from_iterable(listed.types for listed in (*formats.FILESYSTEMS, *formats.VOLUMES)),
+        *LAYERS,
+    }, kinds
     SEEN[name] = kinds
     assert sorted(tmp_path.iterdir()) == sorted(paths), "nothing else is left there"
 

@@ -26,7 +26,9 @@ def estimate(capsys: pytest.CaptureFixture[str], *arguments: Path | str) -> list
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_punching_frees_what_was_promised(disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_punching_frees_what_was_promised(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = tmp_path / "full.img"
     image.write_bytes(disk.read_bytes())
     with image.open("r+b") as file:
@@ -85,7 +87,9 @@ def test_gaps_slack_and_swap(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("free", True), ("swap", False), ("slack", False), ("gap", False)}  # fmt: skip
     assert bmap(["sparsify", "--estimate", str(image)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    total = next(at for at, line in enumerate(lines) if line.endswith("in all of /dev/sda would be given back"))
+    total = next(
+        at for at, line in enumerate(lines) if line.endswith("in all of /dev/sda would be given back")
+    )
     assert lines[total].split()[:2] == lines[1].split()[:2], "what is free is all"
     assert all(line.endswith("would be kept") for line in lines[total + 1 :])
     assert len(lines) == total + 4
@@ -99,7 +103,7 @@ def test_gaps_slack_and_swap(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "/dev/sda1: left as it is: the machine sleeps: /dev/sda2 is hibernated" in shown.err
 
 
-def test_only_raw_files_have_a_host(disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_only_raw_files_have_a_host(disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     need("qemu-img", "qemu-utils"), need("qemu-nbd", "qemu-utils")
     other = tmp_path / "disk.qcow2"
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, other)
@@ -126,7 +130,9 @@ def test_host_blocks_against_brute_force(tmp_path: Path) -> None:
     assert list(zip(low.tolist(), high.tolist(), strict=True)) == [(4096, 8192), (12288, 16384), (4096, 8192)]
 
 
-def test_overlapping_partitions_give_nothing_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overlapping_partitions_give_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = tmp_path / "disk.img"
     run("truncate", "-s", "20M", image)
     run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", f"offset={MIB}", image, "16M")

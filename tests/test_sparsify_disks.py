@@ -1,4 +1,5 @@
-"""sparsify in place and in a copy: space is given back, every file is as it was, checkers find nothing, whenever and however it ends."""
+"""sparsify in place and in a copy: space is given back, every file is as it was, checkers find nothing,
+whenever and however it ends."""
 
 import contextlib
 import hashlib
@@ -30,17 +31,21 @@ MIB = 1 << 20
 SIZES = {"ext4": 40, "xfs": 320, "btrfs": 128, "ntfs": 40, "vfat": 40}
 """MiB of each filesystem: as little as its mkfs takes, and for some no more than the test needs."""
 MAKERS = {
-    "ext4": (["mke2fs", "-q", "-t", "ext4", "-b", "1024"], "e2fsprogs"), "xfs": (["mkfs.xfs", "-q"], "xfsprogs"),
-    "btrfs": (["mkfs.btrfs", "-q"], "btrfs-progs"), "ntfs": (["mkntfs", "-F", "-Q", "-q"], "ntfs-3g"), "vfat": (["mkfs.fat", "-F", "32", "-s", "1"], "dosfstools"),
+    "ext4": (["mke2fs", "-q", "-t", "ext4", "-b", "1024"], "e2fsprogs"),
+    "xfs": (["mkfs.xfs", "-q"], "xfsprogs"), "btrfs": (["mkfs.btrfs", "-q"], "btrfs-progs"),
+    "ntfs": (["mkntfs", "-F", "-Q", "-q"], "ntfs-3g"),
+    "vfat": (["mkfs.fat", "-F", "32", "-s", "1"], "dosfstools"),
 }  # fmt: skip
 CHECKERS = {
-    "ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check", "--readonly"], "ntfs": ["ntfsfix", "-n"], "vfat": ["fsck.fat", "-n"],
+    "ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check", "--readonly"],
+    "ntfs": ["ntfsfix", "-n"], "vfat": ["fsck.fat", "-n"],
 }  # fmt: skip
 
 
 @contextlib.contextmanager
 def filesystem(image: Path, kind: str, options: str) -> Iterator[Path]:
-    """A folder with the files of the image; on FAT, which not every kernel mounts, copied in and out by mtools."""
+    """A folder with the files of the image; on FAT, which not every kernel mounts, copied in and out by
+    mtools."""
     if kind == "ntfs":
         with ntfs_images.fuse(image, options) as root:
             yield root
@@ -59,7 +64,10 @@ def filesystem(image: Path, kind: str, options: str) -> Iterator[Path]:
 
 
 def made(folder: Path, kind: str) -> Path:
-    """A filesystem on which 60 files were written and half of them deleted. Where nothing was written lies noise, as on a disk that was used before."""
+    """A filesystem on which 60 files were written and half of them deleted.
+
+    Where nothing was written lies noise, as on a disk that was used before.
+    """
     command, package = MAKERS[kind]
     need(command[0], package), need_root()
     image = folder / f"{kind}.img"
@@ -84,7 +92,9 @@ def made(folder: Path, kind: str) -> Path:
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, str]]:
+def volume(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, dict[str, str]]:
     """(filesystem, image, digest of each file); its checker finds nothing wrong."""
     kind = request.param
     image = made(tmp_path_factory.mktemp(kind), kind)
@@ -135,7 +145,7 @@ def test_every_filesystem(volume: tuple[str, Path, dict[str, str]], tmp_path: Pa
     assert_same(kind, back, files)
 
 
-# ---- copies ---------------------------------------------------------------------------------------------------------
+# ---- copies ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +173,18 @@ def test_formats_of_a_copy(ext4: Path, tmp_path: Path, format: str, options: lis
         f'json:{{"driver": "{format}", "file": {{"driver": "file", "filename": "{out}"}}}}',
     )
     if format == "qcow2":
-        run("qemu-img", "check", f'json:{{"driver": "qcow2", "file": {{"driver": "file", "filename": "{out}"}}}}')
+        run(
+            "qemu-img",
+            "check",
+            f'json:{{"driver": "qcow2", "file": {{"driver": "file", "filename": "{out}"}}}}',
+        )
         sparsify(out, again)  # as the disk was: qcow2
         assert again.read_bytes()[:4] == b"QFI\xfb"
         assert held(again) <= held(raw) + 2 * MIB
     assert held(out) <= held(raw) + 16 * MIB
-    assert sorted(os.listdir(tmp_path)) == sorted({"raw", "with, comma", *(["again"] if format == "qcow2" else [])})
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        {"raw", "with, comma", *(["again"] if format == "qcow2" else [])}
+    )
 
 
 def test_what_exists_stays_until_the_copy_is_complete(ext4: Path, tmp_path: Path) -> None:
@@ -183,7 +199,8 @@ def test_what_exists_stays_until_the_copy_is_complete(ext4: Path, tmp_path: Path
         for options in ([], ["--convert", "qcow2"]):
             with pytest.raises(OutputError, match="No space left on device"):
                 sparsify("--force", *options, ext4, out)
-        until = time.monotonic() + 10  # Landlock lets go of a removed file a moment after the process has ended
+        # Landlock lets go of a removed file a moment after the process has ended
+        until = time.monotonic() + 10
         while (
             run("mount", "-o", "remount,ro", out.parent, ok=(0, 32) if time.monotonic() < until else (0,))
             or not os.statvfs(out.parent).f_flag & os.ST_RDONLY
@@ -208,11 +225,12 @@ def test_killed_while_copying(ext4: Path, tmp_path: Path) -> None:
     sparsify(ext4, tmp_path / "out")
 
 
-# ---- killed in place ------------------------------------------------------------------------------------------------
+# ---- killed in place ---------------------------------------------------------------------------------------
 
 
 def dying(name: str, function: str, times: int) -> str:
-    """Python that lets a function be called some times, and then kills its process with all that it started."""
+    """Python that lets a function be called some times, and then kills its process with all that it
+    started."""
     return f"""
 import os, signal, sys
 def wrapped(*arguments):
@@ -229,7 +247,10 @@ run(sys.argv[1:])
 def ended(code: str, arguments: list[str]) -> None:
     """Run it, which must end by SIGKILL."""
     command = [sys.executable, "-c", code, *arguments]
-    assert subprocess.run(command, capture_output=True, timeout=60, process_group=0).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(command, capture_output=True, timeout=60, process_group=0).returncode
+        == -signal.SIGKILL
+    )
 
 
 @pytest.mark.parametrize("times", [0, 2, 9])
@@ -245,10 +266,14 @@ def test_killed_in_place(ext4: Path, tmp_path: Path, times: int) -> None:
     assert_same("ext4", image, files)
     need("qemu-nbd", "qemu-utils")
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", ext4, packed)
-    code = "from virt_bmap.images.nbd_writer import NbdWriter; from virt_bmap.sparsify import in_place; in_place.AT_ONCE = 1; count = [0]; trim = NbdWriter.trim\n"
+    code = (
+        "from virt_bmap.images.nbd_writer import NbdWriter; from virt_bmap.sparsify import in_place; "
+        "in_place.AT_ONCE = 1; count = [0]; trim = NbdWriter.trim\n"
+    )
     ended(code + dying("NbdWriter.trim", "trim", times), ["sparsify", "--in-place", str(packed)])
     until = time.monotonic() + 30
-    while in_use.user_of(str(packed)) and time.monotonic() < until:  # qemu-nbd finishes what it was told before
+    # qemu-nbd finishes what it was told before
+    while in_use.user_of(str(packed)) and time.monotonic() < until:
         time.sleep(0.05)
     run("qemu-img", "check", packed, ok=(0, 3))  # 3: space that is not used, and nothing wrong
     run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", packed, back)
@@ -256,7 +281,7 @@ def test_killed_in_place(ext4: Path, tmp_path: Path, times: int) -> None:
     sparsify("--in-place", packed)
 
 
-# ---- layers ---------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 def test_inside_an_array_with_parity(tmp_path: Path) -> None:
@@ -270,7 +295,16 @@ def test_inside_an_array_with_parity(tmp_path: Path) -> None:
     assert not np.bitwise_xor.reduce(columns).any(), "parity is right"
     out = tmp_path / "out"
     for some in (disks, disks[1:], disks[:2]):
-        bmap(["dump", "-q", "--force", *(word for disk in some for word in ("-a", str(disk))), "/dev/md127", str(out)])
+        bmap(
+            [
+                "dump",
+                "-q",
+                "--force",
+                *(word for disk in some for word in ("-a", str(disk))),
+                "/dev/md127",
+                str(out),
+            ]
+        )
         assert_same("ext4", out, files)
 
 
@@ -283,7 +317,16 @@ def test_below_encryption(ext4: Path, tmp_path: Path) -> None:
     with image.open("r+b") as file:
         file.truncate(ext4.stat().st_size + 32 * MIB)
     secret.write_bytes(b"secret")
-    options = ["--reduce-device-size", "32M", "--key-file", secret, "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+    options = [
+        "--reduce-device-size",
+        "32M",
+        "--key-file",
+        secret,
+        "--pbkdf",
+        "pbkdf2",
+        "--pbkdf-force-iterations",
+        "1000",
+    ]
     run(tool, "reencrypt", "-q", "--encrypt", *options, image)
     whole = held(image)
     sparsify("--in-place", image)
@@ -317,7 +360,7 @@ def test_a_block_device(ext4: Path, tmp_path: Path) -> None:
     assert_same("ext4", image, files)
 
 
-# ---- safety ---------------------------------------------------------------------------------------------------------
+# ---- safety ------------------------------------------------------------------------------------------------
 
 
 def test_filesystems_that_are_not_in_order_stay_as_they_are(
@@ -347,7 +390,13 @@ def test_a_map_that_contradicts_the_allocator_is_not_believed(ext4: Path, tmp_pa
     """Whatever the reader of the filesystem says of itself."""
     image = tmp_path / "image"
     shutil.copyfile(ext4, image)
-    run("debugfs", "-w", "-R", f"freeb {run('debugfs', '-R', 'blocks file1', ext4).decode().split()[5]}", image)
+    run(
+        "debugfs",
+        "-w",
+        "-R",
+        f"freeb {run('debugfs', '-R', 'blocks file1', ext4).decode().split()[5]}",
+        image,
+    )
     found = mapped(image)
     state = found.filesystems.schema.get_field_index("state")
     calm = found.filesystems.set_column(state, found.filesystems.schema.field(state), [["clean"]])
@@ -375,7 +424,9 @@ def test_images_in_use_are_refused(ext4: Path, tmp_path: Path) -> None:
 
     for options, copy in (([], True), (["--read-only"], False)):
         servers = [
-            subprocess.Popen(["qemu-nbd", "-t", "-f", format, "-k", str(path.with_suffix(".sock")), *options, str(path)])
+            subprocess.Popen(
+                ["qemu-nbd", "-t", "-f", format, "-k", str(path.with_suffix(".sock")), *options, str(path)]
+            )
             for path, format in ((image, "raw"), (packed, "qcow2"))
         ]
         try:
@@ -388,7 +439,10 @@ def test_images_in_use_are_refused(ext4: Path, tmp_path: Path) -> None:
                 server.wait()
     with image.open("r+b"), packed.open("r+b"):
         refused("open for writing", copy=True)
-    loops = [run("losetup", "-f", "--show", *options, path).decode().strip() for path, options in ((image, ["-r"]), (packed, []))]
+    loops = [
+        run("losetup", "-f", "--show", *options, path).decode().strip()
+        for path, options in ((image, ["-r"]), (packed, []))
+    ]
     try:
         refused("the loop device /dev/loop", copy=False)
     finally:

@@ -1,4 +1,5 @@
-"""Maps, traces and results in SQL: the same answers as the tables give, no way out of the database, bad questions in one line."""
+"""Maps, traces and results in SQL: the same answers as the tables give, no way out of the database, bad
+questions in one line."""
 
 import json
 import re
@@ -14,13 +15,15 @@ pytest.importorskip("duckdb", reason="DuckDB is not installed (pip install 'virt
 
 
 @pytest.fixture(scope="module")
-def files(disk, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
+def files(disk, tmp_path_factory) -> dict[str, Path]:
     """A map, and the trace of a read of one file and of free space."""
     folder = tmp_path_factory.mktemp("sql")
     table, log, trace = folder / "map.parquet", folder / "log.csv", folder / "trace.parquet"
     bmap("-q", "-o", table, disk)
     piece = json.loads(bmap("locate", "--json", table, "/dev/sda1", "/hard").stdout.splitlines()[0])
-    log.write_text(f"time,op,offset,bytes\n1.0,R,{piece['start']},512\n2.0,R,{38 << 20},4096\n2.5,W,{38 << 20},4096\n")
+    log.write_text(
+        f"time,op,offset,bytes\n1.0,R,{piece['start']},512\n2.0,R,{38 << 20},4096\n2.5,W,{38 << 20},4096\n"
+    )
     assert bmap("trace", "import", log, "--map", table, "-o", trace).returncode == 0
     return {"map": table, "trace": trace, "folder": folder}
 
@@ -33,9 +36,16 @@ def ask(query: str, *sources: object) -> list[dict]:
 
 def test_files_are_what_was_put_in(files):
     rows = {row["path"]: row for row in ask("select * from files", files["map"])}
-    assert {"/", "/lost+found", "/etc", "/etc/passwd", "/hard", "/sparse", "/line\\x0abreak\\x1b[31m", "/not-utf8-\\xff"} == set(
-        rows
-    )
+    assert {
+        "/",
+        "/lost+found",
+        "/etc",
+        "/etc/passwd",
+        "/hard",
+        "/sparse",
+        "/line\\x0abreak\\x1b[31m",
+        "/not-utf8-\\xff",
+    } == set(rows)
     assert rows["/hard"]["size"] == 11_000
     assert rows["/hard"]["inode"] == rows["/etc/passwd"]["inode"]
     assert rows["/sparse"]["size"] == 100_003
@@ -44,9 +54,9 @@ def test_files_are_what_was_put_in(files):
 
 
 def test_sums_are_the_disks(files):
-    assert ask("select sum(length)::bigint as bytes from extents where volume = 1 and flags & 1 = 0", files["map"]) == [
-        {"bytes": 30 << 20}
-    ]
+    assert ask(
+        "select sum(length)::bigint as bytes from extents where volume = 1 and flags & 1 = 0", files["map"]
+    ) == [{"bytes": 30 << 20}]
 
 
 def test_a_trace_names_what_was_touched(files):
@@ -69,7 +79,13 @@ def test_an_answer_is_the_next_questions_table(files):
     for name in ("big.parquet", "big.csv"):
         kept = files["folder"] / name
         assert (
-            bmap("sql", "select path, size from files where type = 'file' and size > 6000", files["map"], "-o", kept).returncode
+            bmap(
+                "sql",
+                "select path, size from files where type = 'file' and size > 6000",
+                files["map"],
+                "-o",
+                kept,
+            ).returncode
             == 0
         )
         assert ask("select count(*) as n from big join files using (path)", kept, files["map"]) == [{"n": 3}]
@@ -84,7 +100,11 @@ def test_the_documented_questions_have_answers(page, files, tmp_path):
     for query in queries:
         path = tmp_path / "query.sql"
         path.write_text(query)
-        sources = [f"old={files['map']}", f"new={files['map']}"] if "new.files" in query else [files["map"], files["trace"]]
+        sources = (
+            [f"old={files['map']}", f"new={files['map']}"]
+            if "new.files" in query
+            else [files["map"], files["trace"]]
+        )
         done = bmap("sql", "-f", path, *sources)
         assert done.returncode == 0, (query, done.stderr)
 
@@ -97,8 +117,10 @@ def test_never_read_counts_what_the_trace_left_out(files):
 
 
 @pytest.mark.parametrize("query", [
-    "select * from read_text('/etc/passwd')", "select * from '/etc/passwd.csv'", "copy (select 1) to '/tmp/virt-bmap-was-here'",
-    "attach '/tmp/virt-bmap-was-here'", "install httpfs", "set enable_external_access = true; select * from read_text('/etc/passwd')",
+    "select * from read_text('/etc/passwd')", "select * from '/etc/passwd.csv'",
+    "copy (select 1) to '/tmp/virt-bmap-was-here'", "attach '/tmp/virt-bmap-was-here'", "install httpfs",
+    ("set enable_external_access = true; select * "
+        "from read_text('/etc/passwd')"),
 ])  # fmt: skip
 def test_a_query_reaches_nothing_else(query, files):
     assert "can't be answered" in fails("sql", query, files["map"])
@@ -114,7 +136,7 @@ def test_bad_questions(arguments, words, files):
     assert words in fails("sql", *arguments, files["map"])
 
 
-def test_bad_files(files, tmp_path, disk):  # noqa: F811
+def test_bad_files(files, tmp_path, disk):
     assert "at least one file" in fails("sql", "select 1")
     assert "No such file" in fails("sql", "select 1", tmp_path / "none.parquet")
     assert "neither a saved map" in fails("sql", "select 1", disk)

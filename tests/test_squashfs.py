@@ -1,4 +1,5 @@
-"""squashfs against the kernel's mount and unsquashfs, contents read back by the map, real images, and damage."""
+"""squashfs against the kernel's mount and unsquashfs, contents read back by the map, real images, and
+damage."""
 
 import contextlib
 import lzma
@@ -24,7 +25,8 @@ STORED = ("-noI", "-noD", "-noF", "-noX")
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of one and of many blocks, tails, duplicates, holes, links, attributes, a large and a deep directory."""
+    """Files of one and of many blocks, tails, duplicates, holes, links, attributes, a large and a deep
+    directory."""
     root = tmp_path_factory.mktemp("squashfs-source")
     dice = random.Random(4)
     words = [bytes(dice.choices(b"abcdefgh ", k=8)) for _ in range(200)]
@@ -55,12 +57,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(source: Path, where: Path, *options: str) -> Path:
     """An image made by mksquashfs."""
     where.unlink(missing_ok=True)
-    run(need("mksquashfs", "squashfs-tools"), source, where, "-noappend", "-no-progress", "-quiet", "-processors", "2", *options)
+    run(
+        need("mksquashfs", "squashfs-tools"),
+        source,
+        where,
+        "-noappend",
+        "-no-progress",
+        "-quiet",
+        "-processors",
+        "2",
+        *options,
+    )
     return where
 
 
 def unpack(name: str, data: bytes, size: int) -> bytes | None:
-    """A block decompressed by a library that knows nothing of this project, at most `size` bytes; None without one."""
+    """A block decompressed by a library that knows nothing of this project, at most `size` bytes; None
+    without one."""
     if name == "gzip":
         return zlib.decompress(data)
     if name in ("xz", "lzma"):
@@ -103,13 +116,22 @@ def assert_as_mounted(bmap: BlockMap, image: Path) -> None:
     with mounted(image, "ro") as where:
         paths = [where, *where.rglob("*")]
         assert {
-            "/" + str(path.relative_to(where)).strip(".") if path == where else "/" + str(path.relative_to(where))
+            "/" + str(path.relative_to(where)).strip(".")
+            if path == where
+            else "/" + str(path.relative_to(where))
             for path in paths
         } == set(found)
         for path in paths[1:]:
             row, stat = of[found["/" + str(path.relative_to(where))]], path.lstat()
             said = (row["inode"], row["mode"], row["uid"], row["gid"], row["nlink"], row["mtime_ns"])
-            assert said == (stat.st_ino, stat.st_mode, stat.st_uid, stat.st_gid, stat.st_nlink, stat.st_mtime_ns), path
+            assert said == (
+                stat.st_ino,
+                stat.st_mode,
+                stat.st_uid,
+                stat.st_gid,
+                stat.st_nlink,
+                stat.st_mtime_ns,
+            ), path
             assert path.is_dir() or row["size"] == stat.st_size
 
 
@@ -137,12 +159,21 @@ def test_stored_blocks_and_fragments_are_exact(source: Path, tmp_path: Path) -> 
     assert not any(row["flags"] & tables.COMPRESSED for row in bmap.extents.to_pylist())
     assert_contents(bmap, image, source, "gzip")
     target = next(row for row in bmap.extents.to_pylist() if row["kind"] == "symlink")
-    assert image.read_bytes()[target["volume_offset"] :][: target["length"]] == os.fsencode(os.readlink(source / "link"))
+    assert image.read_bytes()[target["volume_offset"] :][: target["length"]] == os.fsencode(
+        os.readlink(source / "link")
+    )
 
 
 @pytest.mark.parametrize(
     "options",
-    [("-no-fragments",), ("-always-use-fragments",), ("-no-duplicates",), ("-no-exports",), ("-nopad",), ("-no-xattrs",)],
+    [
+        ("-no-fragments",),
+        ("-always-use-fragments",),
+        ("-no-duplicates",),
+        ("-no-exports",),
+        ("-nopad",),
+        ("-no-xattrs",),
+    ],
 )
 def test_options(options: tuple[str, ...], source: Path, tmp_path: Path) -> None:
     image = build(source, tmp_path / "image", *options)
@@ -198,7 +229,11 @@ def test_few_reads(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     image = build(source, tmp_path / "image")
     calls = []
     original = RawReader._fetch
-    monkeypatch.setattr(RawReader, "_fetch", lambda self, offsets, lengths: calls.append(1) or original(self, offsets, lengths))
+    monkeypatch.setattr(
+        RawReader,
+        "_fetch",
+        lambda self, offsets, lengths: calls.append(1) or original(self, offsets, lengths),
+    )
     mapped(image)
     assert len(calls) < 30
 

@@ -1,6 +1,8 @@
-"""Whole stacks as a kernel made them in the appliance: filesystem on LVM on md RAID5, XFS on thin LVM, btrfs RAID1 on LUKS, md on LVM, a table in a volume.
+"""Whole stacks as a kernel made them in the appliance: filesystem on LVM on md RAID5, XFS on thin LVM, btrfs
+RAID1 on LUKS, md on LVM, a table in a volume.
 
-Each is compared with what the kernel says: hashes of its files read through mounts, `dmsetup table`, and the disks' own bytes: copies and parity.
+Each is compared with what the kernel says: hashes of its files read through mounts, `dmsetup table`, and the
+disks' own bytes: copies and parity.
 """
 
 import hashlib
@@ -30,13 +32,17 @@ modprobe -a dm-mod raid456 raid1 dm-thin-pool dm-crypt xfs btrfs
 rm -f /lib/udev/rules.d/*md*; udevadm control --reload; udevadm settle
 disks="/dev/disk/guestfs/diska /dev/disk/guestfs/diskb /dev/disk/guestfs/diskc /dev/disk/guestfs/diskd"
 mkdir -p /sysroot
-lvm() { verb=$1; shift; command lvm $verb --yes --config 'global{thin_check_executable=""} activation{monitoring=0} devices{scan_lvs=1}' "$@"; }
+lvm() { verb=$1; shift
+command lvm $verb --yes --config 'global{thin_check_executable=""} activation{monitoring=0} devices{scan_lvs=1}' "$@"; }
 table() { dmsetup table | sed "s/^/table $1 /"; }
-majors() { for node in /dev/sd? /dev/md127; do test -b $node && echo "node $1 $(stat -c '%Hr:%Lr' $node) $(readlink -f $node)"; done
+majors() { for node in /dev/sd? /dev/md127
+do test -b $node && echo "node $1 $(stat -c '%Hr:%Lr' $node) $(readlink -f $node)"; done
     for link in /dev/disk/guestfs/*; do echo "disk $1 $(readlink -f $link) $(basename $link)"; done; }
 use() { # use a mounted filesystem as people do: many small files, some removed, two that grow in turn
     mkdir -p $1/dir/deeper
-    for i in $(seq 40); do dd if=/dev/disk/guestfs/random of=$1/dir/file$2$i bs=1k skip=$((i * 53)) count=$((i * 5)) 2>/dev/null; done
+    for i in $(seq 40)
+    do dd if=/dev/disk/guestfs/random of=$1/dir/file$2$i bs=1k skip=$((i * 53)) count=$((i * 5)) 2>/dev/null
+    done
     for i in $(seq 6); do
         dd if=/dev/disk/guestfs/random bs=64k skip=$((i * 7)) count=5 2>/dev/null >> $1/dir/deeper/left$2
         dd if=/dev/disk/guestfs/random bs=64k skip=$((i * 9)) count=3 2>/dev/null >> $1/right$2
@@ -66,7 +72,8 @@ lvm vgchange -an vg; mdadm --stop /dev/md127; flush
 XFS_THIN = r"""
 mdadm --zero-superblock $disks; wipefs -qa $disks; set -- $disks
 lvm pvcreate $1 $2; lvm vgcreate -s 1m vg $1 $2
-lvm lvcreate --type thin-pool -L 240m -c 64k --poolmetadatasize 4m -n pool vg; lvm lvcreate --thin -V 400m -n root vg/pool
+lvm lvcreate --type thin-pool -L 240m -c 64k --poolmetadatasize 4m -n pool vg
+lvm lvcreate --thin -V 400m -n root vg/pool
 dd if=/dev/disk/guestfs/xfs of=/dev/vg/root bs=64k conv=sparse,nocreat
 mount /dev/vg/root /sysroot; use /sysroot a; umount /sysroot
 lvm lvcreate -s -n before vg/root; lvm lvchange -ay -K vg/before
@@ -78,7 +85,8 @@ lvm vgchange -an vg; flush
 MD_LVM = r"""
 lvm vgremove -f vg; lvm vgcreate -s 1m vg $(set -- $disks; echo $1 $2)
 lvm lvcreate -L 40m -n one vg /dev/disk/guestfs/diska; lvm lvcreate -L 40m -n two vg /dev/disk/guestfs/diskb
-mdadm --create /dev/md127 --name=top --run --level=1 --metadata=1.2 --raid-devices=2 /dev/vg/one /dev/vg/two; mdadm --wait /dev/md127 || true
+mdadm --create /dev/md127 --name=top --run --level=1 --metadata=1.2 --raid-devices=2 /dev/vg/one /dev/vg/two
+mdadm --wait /dev/md127 || true
 mkfs.ext4 -q /dev/md127; mount /dev/md127 /sysroot; use /sysroot a; truth mdlvm /sysroot; umount /sysroot
 table mdlvm; majors mdlvm
 mdadm --stop /dev/md127; lvm vgchange -an vg; flush
@@ -100,12 +108,16 @@ STACKS = {"raid5": 4, "degraded": 4, "thin": 2, "mdlvm": 2, "luks": 2}
 
 def steps() -> list[Step]:
     def keep(name: str) -> Step:
-        return "host", "; ".join(f"cp --sparse=always disk{'abcd'[at]} {name}.{at + 1}" for at in range(STACKS[name]))
+        return "host", "; ".join(
+            f"cp --sparse=always disk{'abcd'[at]} {name}.{at + 1}" for at in range(STACKS[name])
+        )
 
-    host = """python3 -c 'import numpy; open("random", "wb").write(numpy.random.default_rng(4).bytes(4 << 20))'
+    host = """python3 -c 'import numpy
+    open("random", "wb").write(numpy.random.default_rng(4).bytes(4 << 20))'
         truncate -s 400M xfs; PATH=$PATH:/sbin mkfs.xfs -q xfs
         truncate -s 24M inner; printf 'label: gpt\\nsize=8MiB\\n\\n' | PATH=$PATH:/sbin sfdisk -q inner
-        mkdir tree; cp random tree/one; PATH=$PATH:/sbin mke2fs -q -t ext4 -d tree -E offset=1048576 inner 8m; rm -r tree"""
+        mkdir tree; cp random tree/one
+        PATH=$PATH:/sbin mke2fs -q -t ext4 -d tree -E offset=1048576 inner 8m; rm -r tree"""
     made_in_turn = [
         (EXT4_LVM_RAID5, "raid5"),
         (DEGRADED, "degraded"),
@@ -126,14 +138,19 @@ def stacks() -> Path:
 
 def opened(folder: Path, name: str, *gone: int) -> tuple[BlockMap, list[Reader], list[Reader]]:
     """(map, readers of the disks, readers of the volumes) of a stack, without the disks `gone` (from 0)."""
-    disks: list[Reader] = [RawReader(str(folder / f"{name}.{at + 1}")) for at in range(STACKS[name]) if at not in gone]
+    disks: list[Reader] = [
+        RawReader(str(folder / f"{name}.{at + 1}")) for at in range(STACKS[name]) if at not in gone
+    ]
     bmap, volumes = survey_open(disks, keys=Keys((("all", PASSPHRASE),)) if name == "luks" else NO_KEYS)
     return bmap, disks, volumes
 
 
 def hashes(folder: Path, name: str) -> dict[str, str]:
     """Path -> SHA-256, as read through the kernel's mount."""
-    return {path: digest for digest, path in re.findall(rf"^sha {name} ([0-9a-f]{{64}})  \.(\S+)$", log(folder), re.MULTILINE)}
+    return {
+        path: digest
+        for digest, path in re.findall(rf"^sha {name} ([0-9a-f]{{64}})  \.(\S+)$", log(folder), re.MULTILINE)
+    }
 
 
 def log(folder: Path) -> str:
@@ -142,14 +159,26 @@ def log(folder: Path) -> str:
 
 def mapped_hashes(bmap: BlockMap, volume: int, readers: list[Reader]) -> dict[str, str]:
     """The same through the map, read from the disks where it says they lie."""
-    wanted = {path: inode for path, inode in tree(bmap, volume).items() if re.search(r"/(file|left|right)[ab]\d*$", path)}
-    return {path: hashlib.sha256(content(bmap, readers, volume, inode)).hexdigest() for path, inode in wanted.items()}
+    wanted = {
+        path: inode
+        for path, inode in tree(bmap, volume).items()
+        if re.search(r"/(file|left|right)[ab]\d*$", path)
+    }
+    return {
+        path: hashlib.sha256(content(bmap, readers, volume, inode)).hexdigest()
+        for path, inode in wanted.items()
+    }
 
 
 def volume_hashes(bmap: BlockMap, volume: int, reader: Reader) -> dict[str, str]:
-    """Like `mapped_hashes`, read through the layers: what is encrypted decrypted, what is missing computed from parity."""
+    """Like `mapped_hashes`, read through the layers: what is encrypted decrypted, what is missing computed
+    from parity."""
     files = Files(bmap, volume, reader)
-    wanted = {path: inode for path, inode in tree(bmap, volume).items() if re.search(r"/(file|left|right)[ab]\d*$", path)}
+    wanted = {
+        path: inode
+        for path, inode in tree(bmap, volume).items()
+        if re.search(r"/(file|left|right)[ab]\d*$", path)
+    }
     found = {}
     for path, inode in wanted.items():
         data = bytearray(files.length(inode))
@@ -159,7 +188,13 @@ def volume_hashes(bmap: BlockMap, volume: int, reader: Reader) -> dict[str, str]
     return found
 
 
-PLACES = {"raid5": "/dev/vg/home", "degraded": "/dev/vg/home", "thin": "/dev/vg/root", "mdlvm": "/dev/md127", "luks": ""}
+PLACES = {
+    "raid5": "/dev/vg/home",
+    "degraded": "/dev/vg/home",
+    "thin": "/dev/vg/root",
+    "mdlvm": "/dev/md127",
+    "luks": "",
+}
 
 
 def filesystem(bmap: BlockMap, name: str) -> int:
@@ -180,7 +215,11 @@ def test_everything_is_owned_and_files_lie_where_the_map_says(stacks: Path, name
 
 def test_the_snapshot_keeps_what_was(stacks: Path) -> None:
     bmap, disks, _ = opened(stacks, "thin")
-    assert mapped_hashes(bmap, bmap.volume_named("/dev/vg/before"), disks) == hashes(stacks, "before") != hashes(stacks, "thin")
+    assert (
+        mapped_hashes(bmap, bmap.volume_named("/dev/vg/before"), disks)
+        == hashes(stacks, "before")
+        != hashes(stacks, "thin")
+    )
 
 
 def test_the_member_that_was_left_out_is_named(stacks: Path) -> None:
@@ -221,7 +260,7 @@ def test_a_partition_table_inside_a_logical_volume(stacks: Path) -> None:
     assert content(bmap, disks, volume, tree(bmap, volume)["/one"]) == (stacks / "random").read_bytes()
 
 
-# ---- dmsetup table ----------------------------------------------------------------------------------------------------
+# ---- dmsetup table -----------------------------------------------------------------------------------------
 
 
 def rows_of(bmap: BlockMap, volume: int) -> set[tuple[int, int, str, int]]:
@@ -232,9 +271,16 @@ def rows_of(bmap: BlockMap, volume: int) -> set[tuple[int, int, str, int]]:
     found: list[tuple[int, int, str, int]] = []
     for at in order.tolist():
         assert rows.count[at] == 1
-        start, size, up = int(rows.on_volume.offset[at]) // 512, int(rows.run[at]) // 512, int(rows.on_parent.offset[at]) // 512
+        start = int(rows.on_volume.offset[at]) // 512
+        size = int(rows.run[at]) // 512
+        up = int(rows.on_parent.offset[at]) // 512
         parent = names[rows.parent[at]]
-        if found and (last := found[-1])[2] == parent and last[0] + last[1] == start and last[3] + last[1] == up:
+        if (
+            found
+            and (last := found[-1])[2] == parent
+            and last[0] + last[1] == start
+            and last[3] + last[1] == up
+        ):
             found[-1] = last[0], last[1] + size, parent, last[3]
         else:
             found.append((start, size, parent, up))
@@ -250,7 +296,9 @@ def test_tables_are_those_of_dmsetup(stacks: Path, name: str) -> None:
     ours = {f"disk{letter}": f"/dev/sd{letter}" for letter in "abcd"}
     device = {number: ours.get(labels.get(node, ""), node) for number, node in nodes.items()}
     found = re.findall(
-        rf"^table {name} (\S+): (\d+) (\d+) (linear|crypt) (?:\S+ \S+ \d+ )?(\d+:\d+) (\d+)", log(stacks), re.MULTILINE
+        rf"^table {name} (\S+): (\d+) (\d+) (linear|crypt) (?:\S+ \S+ \d+ )?(\d+:\d+) (\d+)",
+        log(stacks),
+        re.MULTILINE,
     )
     expected: dict[str, set[tuple[int, int, str, int]]] = {}
     for volume, start, size, _, parent, at in found:

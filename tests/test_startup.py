@@ -33,20 +33,28 @@ def test_memory_stays_and_the_environment_too(given: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in startup.SETTINGS}
     if given:
         environment |= dict.fromkeys(startup.SETTINGS, given)
-    done = subprocess.run([sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True, check=True
+    )
     word, pool, faults = done.stdout.split()
     assert (word, pool) == (str(given), "system")
     assert int(faults) < 100  # of 6,144 pages
 
 
 def test_pandas_is_not_imported(tmp_path: Path) -> None:
-    """A pandas that is installed takes half a second to import, which Arrow would do; ours to import it is still possible afterwards."""
+    """A pandas that is installed takes half a second to import, which Arrow would do; ours to import it is
+    still possible afterwards."""
     (tmp_path / "pandas").mkdir()
     (tmp_path / "pandas" / "__init__.py").write_text("import sys; print('imported', file=sys.stderr)")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    use = "from virt_bmap import startup; startup.import_libraries(); import pyarrow; pyarrow.array([None, 1]).to_numpy(zero_copy_only=False)"
+    use = (
+        "from virt_bmap import startup; startup.import_libraries(); import pyarrow; "
+        "pyarrow.array([None, 1]).to_numpy(zero_copy_only=False)"
+    )
     for further, said in (("", ""), ("; import pandas", "imported\n")):
-        done = subprocess.run([sys.executable, "-c", use + further], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", use + further], env=environment, capture_output=True, text=True, check=True
+        )
         assert done.stderr == said
 
 
@@ -89,7 +97,9 @@ print((resident() - before) >> 20)
 @pytest.mark.parametrize(("process", "least", "most"), [("short", 12, 400), ("long", 0, 8)])
 def test_a_long_process_gives_back_what_it_does_not_use(process: str, least: int, most: int) -> None:
     """A watch stays beside a guest for hours; a map is over before anyone wants the memory."""
-    done = subprocess.run([sys.executable, "-c", FREED.format(process=process)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FREED.format(process=process)], capture_output=True, text=True, check=True
+    )
     assert least <= int(done.stdout) <= most
 
 
@@ -116,6 +126,10 @@ print([name for name in sys.modules if name.split(".")[0] in ("numpy", "pyarrow"
 
 def test_no_private_module_of_another_package_is_imported() -> None:
     source = Path(startup.__file__).parent
-    found = [f"{path.name}: {line}" for path in source.rglob("*.py") for line in path.read_text().splitlines()
-             if re.match(r"\s*(from|import) (pyarrow|numpy|rich|textual|duckdb|plotly)(\.\w+)*\._", line)]  # fmt: skip
+    found = [
+        f"{path.name}: {line}"
+        for path in source.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.match(r"\s*(from|import) (pyarrow|numpy|rich|textual|duckdb|plotly)(\.\w+)*\._", line)
+    ]
     assert not found

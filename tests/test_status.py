@@ -1,5 +1,5 @@
-"""Block status over NBD: what zeroes, layers and dirty bitmaps the client sees equals what nbdinfo and qemu-img say; reads by structured replies are exact;
-servers that lie end in one clear line."""
+"""Block status over NBD: what zeroes, layers and dirty bitmaps the client sees equals what nbdinfo and
+qemu-img say; reads by structured replies are exact; servers that lie end in one clear line."""
 
 import contextlib
 import json
@@ -27,7 +27,8 @@ SIZE = 96 << 20
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base.raw, middle.qcow2 and top.qcow2, written at random places; `top` has the bitmaps b0 (of its writes) and none."""
+    """A folder with base.raw, middle.qcow2 and top.qcow2, written at random places; `top` has the bitmaps b0
+    (of its writes) and none."""
     need("qemu-img", "qemu-utils")
     need("qemu-io", "qemu-utils")
     folder = tmp_path_factory.mktemp("chain")
@@ -49,7 +50,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
             at, length = random.randrange(0, SIZE - (1 << 20)) & ~511, random.randrange(1, 400) * 512
             commands += [
                 "-c",
-                f"write -z {at} {length}" if random.random() < 0.2 else f"write -P {random.randrange(1, 256)} {at} {length}",
+                f"write -z {at} {length}"
+                if random.random() < 0.2
+                else f"write -P {random.randrange(1, 256)} {at} {length}",
             ]
         run("qemu-io", "-f", "qcow2", *commands, folder / name)
         below, format = name, "qcow2"
@@ -61,7 +64,19 @@ def served(folder: Path, *options: str) -> Iterator[str]:
     """top.qcow2 by a qemu-nbd of its own, as a URI."""
     path = folder / f"socket-{os.urandom(4).hex()}"
     server = subprocess.Popen(
-        [need("qemu-nbd", "qemu-utils"), "-r", "-t", "-e", "8", "-f", "qcow2", "-k", path, *options, folder / "top.qcow2"]
+        [
+            need("qemu-nbd", "qemu-utils"),
+            "-r",
+            "-t",
+            "-e",
+            "8",
+            "-f",
+            "qcow2",
+            "-k",
+            path,
+            *options,
+            folder / "top.qcow2",
+        ]
     )
     try:
         wait_for_socket(path)
@@ -79,7 +94,9 @@ def bytes_of(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return flags
 
 
-@pytest.mark.parametrize(("context", "options"), [(ALLOCATION, []), (DEPTH, ["-A"]), (f"{DIRTY}b0", ["-B", "b0"])])
+@pytest.mark.parametrize(
+    ("context", "options"), [(ALLOCATION, []), (DEPTH, ["-A"]), (f"{DIRTY}b0", ["-B", "b0"])]
+)
 def test_status_equals_what_nbdinfo_says(chain: Path, context: str, options: list[str]) -> None:
     need("nbdinfo", "libnbd-bin")
     with served(chain, *options) as uri:
@@ -108,9 +125,9 @@ def test_the_layer_of_a_cluster_is_what_qemu_img_map_says(chain: Path) -> None:
     top = bytes_of(starts[flags == 1], ends[flags == 1])
     expected = np.zeros(SIZE // 512, bool)
     for extent in json.loads(run("qemu-img", "map", "--output=json", chain / "top.qcow2")):
-        expected[extent["start"] // 512 : (extent["start"] + extent["length"]) // 512] = extent["depth"] == 0 and extent.get(
-            "present", True
-        )
+        expected[extent["start"] // 512 : (extent["start"] + extent["length"]) // 512] = extent[
+            "depth"
+        ] == 0 and extent.get("present", True)
     assert (top == expected).all()
 
 
@@ -127,7 +144,9 @@ def test_reads_by_structured_replies_are_the_bytes(chain: Path) -> None:
     whole = reader.read(0, SIZE)
     starts, ends = reader.stored()
     reader.close()
-    assert got == b"".join(data[at : at + n] for at, n in zip(offsets.tolist(), lengths.tolist(), strict=True))
+    assert got == b"".join(
+        data[at : at + n] for at, n in zip(offsets.tolist(), lengths.tolist(), strict=True)
+    )
     assert whole == data
     zero = ~bytes_of(starts, ends)
     assert zero.any()
@@ -146,10 +165,14 @@ def test_holes_of_a_raw_file_are_left_out(chain: Path) -> None:
 def test_a_bitmap_that_is_not_there_is_named_with_those_that_are(chain: Path) -> None:
     with (
         served(chain, "-B", "b0") as uri,
-        pytest.raises(ImageError, match=r"has no qemu:dirty-bitmap:b1; it has: base:allocation, qemu:dirty-bitmap:b0$"),
+        pytest.raises(
+            ImageError, match=r"has no qemu:dirty-bitmap:b1; it has: base:allocation, qemu:dirty-bitmap:b0$"
+        ),
     ):
         StatusReader(uri, wanted=[f"{DIRTY}b1"])
-    with pytest.raises(ImageError, match=r"top\.qcow2: qemu-nbd can't open it as qcow2: Bitmap 'b1' is not found"):
+    with pytest.raises(
+        ImageError, match=r"top\.qcow2: qemu-nbd can't open it as qcow2: Bitmap 'b1' is not found"
+    ):
         open_image(str(chain / "top.qcow2"), references=True, status=[f"{DIRTY}b1"])
     with pytest.raises(ImageError, match=r"base\.raw: is a raw disk, which has no dirty-bitmap:b1"):
         open_image(str(chain / "base.raw"), status=[f"{DIRTY}b1"])
@@ -175,7 +198,7 @@ def test_a_server_of_another_kind_gives_its_allocation(tmp_path: Path) -> None:
         server.wait(20)
 
 
-# ---- servers that lie -------------------------------------------------------------------------------------------------
+# ---- servers that lie --------------------------------------------------------------------------------------
 
 OPTION = struct.Struct(">QIII")
 
@@ -245,10 +268,17 @@ def chunk(request: bytes, kind: int, data: bytes, flags: int = 1) -> bytes:
     (lambda r: struct.pack(">II", 0x67446698, 0) + r[8:16], "no answer"),
     (lambda r: b"x" * 20, "not a reply to any request"),
     (lambda r: struct.pack(">IHHQI", 0x668E33EF, 1, 5, 77, 12) + bytes(12), "not a reply to any request"),
-    (lambda r: struct.pack(">IHH", 0x668E33EF, 1, 5) + r[8:16] + b"\xff\xff\xff\xff", "not a reply to any request"),
+    (lambda r: struct.pack(">IHH", 0x668E33EF, 1, 5) + r[8:16] + b"\xff\xff\xff\xff",
+        "not a reply to any request"),
 ])  # fmt: skip
-def test_status_that_is_not_valid_ends_in_one_line(tmp_path: Path, answer: Callable[[bytes], bytes], words: str) -> None:
-    with lying(tmp_path, answer) as uri, contextlib.closing(StatusReader(uri)) as reader, pytest.raises(ImageError, match=words):
+def test_status_that_is_not_valid_ends_in_one_line(
+    tmp_path: Path, answer: Callable[[bytes], bytes], words: str
+) -> None:
+    with (
+        lying(tmp_path, answer) as uri,
+        contextlib.closing(StatusReader(uri)) as reader,
+        pytest.raises(ImageError, match=words),
+    ):
         reader.stored()
 
 
@@ -266,15 +296,26 @@ def test_extents_that_reach_too_far_are_cut(tmp_path: Path) -> None:
     (lambda r: chunk(r, 1, r[16:24] + b"x" * 5000), "no answer"),
     (lambda r: chunk(r, 1, bytes(8) + b"x" * 10), "no answer"),
     (lambda r: chunk(r, 2, r[16:24] + struct.pack(">I", 1 << 31)), "no answer"),
-    (lambda r: chunk(r, 2, r[16:24] + struct.pack(">I", 4096), 0) + chunk(r, 2, r[16:24] + struct.pack(">I", 1)), "no answer"),
+    (lambda r: chunk(r, 2, r[16:24] + struct.pack(">I", 4096), 0) + chunk(r, 2,
+            r[16:24] + struct.pack(">I", 1)), "no answer"),
 ])  # fmt: skip
-def test_reads_that_are_not_valid_end_in_one_line(tmp_path: Path, answer: Callable[[bytes], bytes], words: str) -> None:
-    with lying(tmp_path, answer) as uri, contextlib.closing(StatusReader(uri)) as reader, pytest.raises(ImageError, match=words):
+def test_reads_that_are_not_valid_end_in_one_line(
+    tmp_path: Path, answer: Callable[[bytes], bytes], words: str
+) -> None:
+    with (
+        lying(tmp_path, answer) as uri,
+        contextlib.closing(StatusReader(uri)) as reader,
+        pytest.raises(ImageError, match=words),
+    ):
         reader.read_ranges(ints(0x40000), ints(4096))
 
 
-def test_a_server_without_structured_replies_is_read_as_a_plain_one_unless_status_is_wanted(tmp_path: Path) -> None:
-    with lying(tmp_path, lambda r: struct.pack(">II", 0x67446698, 0) + r[8:16] + b"y" * 4096, structured=False) as uri:
+def test_a_server_without_structured_replies_is_read_as_a_plain_one_unless_status_is_wanted(
+    tmp_path: Path,
+) -> None:
+    with lying(
+        tmp_path, lambda r: struct.pack(">II", 0x67446698, 0) + r[8:16] + b"y" * 4096, structured=False
+    ) as uri:
         reader = StatusReader(uri)
         assert reader.read_ranges(ints(0x40000), ints(4096)).tobytes() == b"y" * 4096
         assert [side.tolist() for side in reader.stored()] == [[0], [1 << 20]]

@@ -51,7 +51,10 @@ def test_bad_pages(tmp_path):
     data[1536:1544] = np.frombuffer(struct.pack("<II", 7, 9), np.uint8)
     bmap = survives(data)
     assert_proven(bmap)
-    assert [row["volume_offset"] for row in bmap.extents.to_pylist() if row["part"] == "bad pages"] == [7 * 4096, 9 * 4096]
+    assert [row["volume_offset"] for row in bmap.extents.to_pylist() if row["part"] == "bad pages"] == [
+        7 * 4096,
+        9 * 4096,
+    ]
 
 
 def test_version_0_is_a_bitmap_of_usable_pages(tmp_path):
@@ -88,7 +91,9 @@ def test_what_is_wrong_is_said(tmp_path):
 
 def test_damage_never_stops_the_reader(tmp_path):
     for page in 4096, 65536:
-        for mutated in mutations(make(tmp_path, page).read_bytes(), 60, 5, [(0, 64), (1020, 1060), (page - 16, page)]):
+        for mutated in mutations(
+            make(tmp_path, page).read_bytes(), 60, 5, [(0, 64), (1020, 1060), (page - 16, page)]
+        ):
             survives(mutated)
 
 

@@ -1,4 +1,5 @@
-"""Nothing of ours waits for more than the files that it wrote: sync(2) waits for every disk of the host, and on a hung one for ever."""
+"""Nothing of ours waits for more than the files that it wrote: sync(2) waits for every disk of the host, and
+on a hung one for ever."""
 
 import os
 import re
@@ -34,11 +35,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 COMMANDS = [
-    "-o out {disk}", "-o out.parquet {qcow2}", "info {disk} -o out.csv", "diff {disk} {qcow2} --force -o out.jsonl", "report {map} {trace} -o out",
-    "trace import {log} -o out", "profile {trace} -o out", "dump {disk} /dev/sda out", "dump {qcow2} /dev/sda out", "extract {disk} /dev/sda /file",
-    "sparsify {disk} out", "sparsify {disk} out --convert qcow2", "sparsify --in-place copy", "sparsify --in-place copy.qcow2",
-    "watch -q {disk} -o out --summary summary -- true", "make disk:8M out", "make part:8M:gpt out", "make fs:ext4:16M:mbr out --tree {tree}",
-    "make fs:btrfs:160M out --tree {tree}", "make fs:vfat:16M out --tree {tree}", "make fs:swap:16M out", "make bootroot:ext2:ext4:64M:16M out.qcow2",
+    "-o out {disk}", "-o out.parquet {qcow2}", "info {disk} -o out.csv",
+    "diff {disk} {qcow2} --force -o out.jsonl", "report {map} {trace} -o out", "trace import {log} -o out",
+    "profile {trace} -o out", "dump {disk} /dev/sda out", "dump {qcow2} /dev/sda out",
+    "extract {disk} /dev/sda /file", "sparsify {disk} out", "sparsify {disk} out --convert qcow2",
+    "sparsify --in-place copy", "sparsify --in-place copy.qcow2",
+    "watch -q {disk} -o out --summary summary -- true", "make disk:8M out", "make part:8M:gpt out",
+    "make fs:ext4:16M:mbr out --tree {tree}", "make fs:btrfs:160M out --tree {tree}",
+    "make fs:vfat:16M out --tree {tree}", "make fs:swap:16M out", "make bootroot:ext2:ext4:64M:16M out.qcow2",
     "make luks:ext4:64M out --key-file {key}",
 ]  # fmt: skip
 OF_ROOT = [
@@ -59,8 +63,13 @@ def test_only_its_own_files_are_waited_for(command: str, files: dict[str, Path],
         (tmp_path / name).write_bytes(files[source].read_bytes())
     log = tmp_path / "calls"
     words = command.format(**files).split()
-    done = subprocess.run(["strace", "-f", "-y", "-o", log, "-e", f"trace={CALLS}", *PROGRAM, *words], cwd=tmp_path,
-                          env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["strace", "-f", "-y", "-o", log, "-e", f"trace={CALLS}", *PROGRAM, *words],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     calls = re.findall(r"^\d+ +(\w+)\((?:\d+<(.*?)>)?", log.read_text(), re.MULTILINE)
     assert not [call for call, _ in calls if call in ("sync", "syncfs")]

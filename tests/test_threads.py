@@ -1,4 +1,5 @@
-"""Reading ahead: the same results, in the same order, as one part after the other; one part ahead and no more."""
+"""Reading ahead: the same results, in the same order, as one part after the other; one part ahead and no
+more."""
 
 import threading
 import time
@@ -17,7 +18,9 @@ from virt_bmap.reader import MappedReader, Patch, PatchedReader, Reader
 
 @pytest.mark.parametrize("count", [0, 1, 2, 20])
 def test_results_are_in_the_order_of_the_parts(count):
-    assert list(threads.ahead(lambda part: part * part, iter(range(count)))) == [part * part for part in range(count)]
+    assert list(threads.ahead(lambda part: part * part, iter(range(count)))) == [
+        part * part for part in range(count)
+    ]
 
 
 def test_the_next_part_is_begun_while_one_is_looked_at_and_no_further_one():
@@ -98,7 +101,9 @@ def test_what_is_only_copied_comes_in_small_batches_and_without_a_thread(near):
     reader.near = near
     offsets = np.arange(300, 900, dtype=np.int64) * 4096
     found = list(reader.batches(offsets, 4096, 200 * 4096, 64 * 4096))
-    assert np.array_equal(np.concatenate([data for _, data in found]), disk[300 * 4096 : 900 * 4096].reshape(-1, 4096))
+    assert np.array_equal(
+        np.concatenate([data for _, data in found]), disk[300 * 4096 : 900 * 4096].reshape(-1, 4096)
+    )
     assert [offsets[part].tolist() for part, _ in found] == [
         offsets[at : at + (64 if near else 200)].tolist() for at in range(0, 600, 64 if near else 200)
     ]

@@ -9,43 +9,71 @@ from virt_bmap.arrays import ints
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.diff.tiles import Records, tiles
 
-RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: (min(pair), max(pair))), max_size=12)
+RANGES = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: (min(pair), max(pair))), max_size=12
+)
 
 
-EXTENT = st.tuples(st.integers(0, 63), st.integers(1, 40), st.sampled_from([tables.DATA, tables.FREE, tables.METADATA]),
+EXTENT = st.tuples(st.integers(0, 63), st.integers(1, 40),
+    st.sampled_from([tables.DATA, tables.FREE, tables.METADATA]),
                    st.integers(0, 3), st.sampled_from([0, tables.INLINE, tables.SHARED]))  # fmt: skip
 
 
 def map_of(extents) -> BlockMap:
     """A disk of 100 bytes with these extents and nothing else."""
-    start, length, kind, inode, flags = (ints([row[at] for row in extents]).astype(np.int64) for at in range(5))
+    start, length, kind, inode, flags = (
+        ints([row[at] for row in extents]).astype(np.int64) for at in range(5)
+    )
     return BlockMap(
         volumes=tables.make("volumes", volume=[0], disk=[1], kind=["disk"], name=["/dev/sda"], size=[100]),
-        mappings=tables.empty("mappings"), filesystems=tables.empty("filesystems"), inodes=tables.empty("inodes"), names=tables.empty("names"),
-        extents=tables.make("extents", volume=0, inode=inode, kind=kind, volume_offset=start, length=length, flags=flags) if extents else tables.empty("extents"),
+        mappings=tables.empty("mappings"), filesystems=tables.empty("filesystems"),
+        inodes=tables.empty("inodes"), names=tables.empty("names"),
+        extents=tables.make("extents", volume=0, inode=inode, kind=kind, volume_offset=start, length=length,
+            flags=flags) if extents else tables.empty("extents"),
         problems=tables.empty("problems"),
     )  # fmt: skip
 
 
-@given(st.lists(EXTENT, max_size=8), RANGES, st.lists(st.integers(0, 99), max_size=3), st.lists(st.integers(0, 110), max_size=4))
+@given(
+    st.lists(EXTENT, max_size=8),
+    RANGES,
+    st.lists(st.integers(0, 99), max_size=3),
+    st.lists(st.integers(0, 110), max_size=4),
+)
 def test_each_byte_has_the_owner_that_precedence_says(extents, ranges, records, bounds):
     asked = np.zeros(120, bool)
     for low, high in ranges:
         asked[2 * low : 3 * high] = True
     owner, record = np.full(120, -1), np.full(120, -1)
     for at in range(120):
-        here = [row for row, (start, length, *_) in enumerate(extents) if start <= at < start + length and at < 100]
-        here.sort(key=lambda row: (not extents[row][4] & tables.INLINE, extents[row][2] == tables.FREE, extents[row][3], row))
+        here = [
+            row
+            for row, (start, length, *_) in enumerate(extents)
+            if start <= at < start + length and at < 100
+        ]
+        here.sort(
+            key=lambda row: (
+                not extents[row][4] & tables.INLINE,
+                extents[row][2] == tables.FREE,
+                extents[row][3],
+                row,
+            )
+        )
         mine = [number for number, start in enumerate(records) if start <= at < min(start + 7, 100)]
         record[at] = mine[0] if mine else -1
         owner[at] = -1 if mine or not here else here[0]
-    low, high = ints([2 * r[0] for r in ranges]).astype(np.int64), ints([3 * r[1] for r in ranges]).astype(np.int64)
+    low = ints([2 * r[0] for r in ranges]).astype(np.int64)
+    high = ints([3 * r[1] for r in ranges]).astype(np.int64)
     keep = high > low
     place = ints(records).astype(np.int64)
     numbers = Records(place * 0, place, np.minimum(place + 7, 100), np.arange(len(place)))
-    found = tiles(map_of(extents), 1, low[keep], high[keep], numbers).cut(np.unique(ints(bounds)).astype(np.int64))
+    found = tiles(map_of(extents), 1, low[keep], high[keep], numbers).cut(
+        np.unique(ints(bounds)).astype(np.int64)
+    )
     seen = np.zeros(120, np.int64)
-    for start, end, inside, extent, number in zip(found.start, found.end, found.inside, found.extent, found.record, strict=True):
+    for start, end, inside, extent, number in zip(
+        found.start, found.end, found.inside, found.extent, found.record, strict=True
+    ):
         assert end > start
         seen[start:end] += 1
         assert (owner[start:end] == extent).all()

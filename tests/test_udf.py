@@ -1,4 +1,5 @@
-"""UDF: volumes of mkudffs and mkisofs, and ones that a kernel filled and aged in the appliance; what was put in comes back through the map."""
+"""UDF: volumes of mkudffs and mkisofs, and ones that a kernel filled and aged in the appliance; what was put
+in comes back through the map."""
 
 import binascii
 import hashlib
@@ -23,8 +24,9 @@ from virt_bmap.survey import survey
 
 MIB = 1 << 20
 MADE = {
-    "hd-512": ("hd", "2.01", 512), "hd-1024": ("hd", "1.50", 1024), "hd-2048": ("hd", "1.02", 2048), "hd-4096": ("hd", "2.01", 4096),
-    "dvdram": ("dvdram", "2.01", 2048), "dvdrw": ("dvdrw", "2.01", 2048), "long": ("hd", "2.01", 2048),
+    "hd-512": ("hd", "2.01", 512), "hd-1024": ("hd", "1.50", 1024), "hd-2048": ("hd", "1.02", 2048),
+    "hd-4096": ("hd", "2.01", 4096), "dvdram": ("dvdram", "2.01", 2048), "dvdrw": ("dvdrw", "2.01", 2048),
+    "long": ("hd", "2.01", 2048),
 }  # fmt: skip
 """mkudffs' media types: dvdrw has sparing tables."""
 
@@ -54,18 +56,29 @@ def test_empty_volumes(tmp_path: Path, name: str) -> None:
     bmap = mapped(image)
     assert_proven(bmap)
     (found,) = bmap.filesystems.to_pylist()
-    assert (found["type"], found["block_size"], found["state"], found["features"]) == ("udf", size, "clean", f"UDF{revision}")
-    said = dict(line.split("=", 1) for line in run("blkid", "-p", "-o", "export", image).decode().splitlines() if "=" in line)
+    assert (found["type"], found["block_size"], found["state"], found["features"]) == (
+        "udf",
+        size,
+        "clean",
+        f"UDF{revision}",
+    )
+    said = dict(
+        line.split("=", 1)
+        for line in run("blkid", "-p", "-o", "export", image).decode().splitlines()
+        if "=" in line
+    )
     assert (bmap.filesystems.column("label")[0].as_py(), bmap.filesystems.column("uuid")[0].as_py()) == (
         "A Löngish label",
         said["UUID"],
     )
-    free = sum(row["length"] for row in bmap.extents.to_pylist() if row["kind"] == "free" and row["part"] is None)
+    free = sum(
+        row["length"] for row in bmap.extents.to_pylist() if row["kind"] == "free" and row["part"] is None
+    )
     assert free == size * int(re.search(rb"^freeblocks=(\d+)", run("udfinfo", image), re.MULTILINE)[1])  # type: ignore[index]
     assert tree(bmap, 0) == {"/": found["root"]} if "root" in found else len(bmap.names) == 0
 
 
-# ---- mkisofs --------------------------------------------------------------------------------------------------------
+# ---- mkisofs -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +106,24 @@ def discs(files: tuple[Path, dict[str, bytes]]) -> dict[str, Path]:
     result = {}
     for name, options in {"both": [], "udf": ["-hide", "*"]}.items():
         result[name] = folder.parent / f"{name}.iso"
-        subprocess.run(["genisoimage", "-quiet", "-udf", "-iso-level", "3", "-V", "DISC", *options, "-o", result[name], folder], check=True, env={**os.environ, "LC_ALL": "C.UTF-8"}, capture_output=True)  # fmt: skip
+        subprocess.run(
+            [
+                "genisoimage",
+                "-quiet",
+                "-udf",
+                "-iso-level",
+                "3",
+                "-V",
+                "DISC",
+                *options,
+                "-o",
+                result[name],
+                folder,
+            ],
+            check=True,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            capture_output=True,
+        )
     return result
 
 
@@ -120,8 +150,20 @@ def test_content_of_discs(files: tuple[Path, dict[str, bytes]], discs: dict[str,
     assert plain == set(files[1])
     for path, data in files[1].items():
         assert content(bmap, disk, 0, paths[path]) == data, path
-    sizes = dict(zip(tables.integers(bmap.inodes, "inode").tolist(), tables.integers(bmap.inodes, "size").tolist(), strict=True))
-    times = dict(zip(tables.integers(bmap.inodes, "inode").tolist(), bmap.inodes.column("mtime_ns").to_pylist(), strict=True))
+    sizes = dict(
+        zip(
+            tables.integers(bmap.inodes, "inode").tolist(),
+            tables.integers(bmap.inodes, "size").tolist(),
+            strict=True,
+        )
+    )
+    times = dict(
+        zip(
+            tables.integers(bmap.inodes, "inode").tolist(),
+            bmap.inodes.column("mtime_ns").to_pylist(),
+            strict=True,
+        )
+    )
     for path, data in files[1].items():
         assert sizes[paths[path]] == len(data)
         assert abs(times[paths[path]] - (files[0] / path[1:]).stat().st_mtime_ns) < 1_000_000_000
@@ -154,7 +196,7 @@ def test_a_bridge_whose_udf_is_lost_is_iso9660(discs: dict[str, Path], tmp_path:
     assert "no volume descriptor sequence holds a logical volume" in detail
 
 
-# ---- parts ----------------------------------------------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------------------------
 
 
 def test_names_of_any_length_are_found_like_one_by_one() -> None:
@@ -168,7 +210,11 @@ def test_names_of_any_length_are_found_like_one_by_one() -> None:
                 length, use = chooser.randrange(1, 60), chooser.choice([0, 0, 4, 17])
                 name = bytes([8]) + bytes(chooser.randrange(97, 123) for _ in range(length))
                 entry = bytearray(-(-(38 + use + len(name)) // 4) * 4)
-                entry[0:2], entry[19], entry[36:38] = (257).to_bytes(2, "little"), len(name), use.to_bytes(2, "little")
+                entry[0:2], entry[19], entry[36:38] = (
+                    (257).to_bytes(2, "little"),
+                    len(name),
+                    use.to_bytes(2, "little"),
+                )
                 entry[18] = chooser.choice([0, 0, 0, 2, 4, 8])
                 entry[38 + use : 38 + use + len(name)] = name
                 entry[4] = sum(entry[:16]) & 0xFF
@@ -176,7 +222,11 @@ def test_names_of_any_length_are_found_like_one_by_one() -> None:
                 expected.append((number, name[1:] if entry[18] in (0, 2) else None))
             size.append(len(data) - base[-1])
         parsed = directories.parse(
-            np.frombuffer(bytes(data) + bytes(64), np.uint8), np.arange(len(base)), np.array(base), np.array(size), []
+            np.frombuffer(bytes(data) + bytes(64), np.uint8),
+            np.arange(len(base)),
+            np.array(base),
+            np.array(size),
+            [],
         )
         assert list(zip(parsed.parent.tolist(), parsed.name.strings(), strict=True)) == [
             one for one in expected if one[1] is not None
@@ -192,25 +242,33 @@ def test_times() -> None:
     assert found == [1709209815_123456000, 0, entries.NO_TIME]
 
 
-# ---- a kernel's -----------------------------------------------------------------------------------------------------
+# ---- a kernel's --------------------------------------------------------------------------------------------
 
-FILLED = {"fa": ("hd", "2.01", 512), "fb": ("dvdrw", "1.50", 2048), "fc": ("hd", "2.01", 4096), "fd": ("hd", "2.01", 2048)}
+FILLED = {
+    "fa": ("hd", "2.01", 512),
+    "fb": ("dvdrw", "1.50", 2048),
+    "fc": ("hd", "2.01", 4096),
+    "fd": ("hd", "2.01", 2048),
+}
 FILL = r"""
 modprobe udf
 for name in fa fb fc fd; do
     mkdir -p /sysroot; mount -t udf -o rw,nostrict /dev/disk/guestfs/$name /sysroot
     mkdir -p /sysroot/dir/deeper
-    for i in $(seq 60); do dd if=/dev/disk/guestfs/random of="/sysroot/dir/file $i" bs=100 skip=$((i * 53)) count=$((i * i / 7)) 2>/dev/null; done
+    for i in $(seq 60)
+    do dd if=/dev/disk/guestfs/random of="/sysroot/dir/file $i" bs=100 skip=$((i * 53)) count=$((i * i / 7)) 2>/dev/null; done
     rm /sysroot/dir/file\ ?[13579]
     for i in $(seq 300); do
         dd if=/dev/disk/guestfs/random bs=4k skip=$((i * 3)) count=1 2>/dev/null >> /sysroot/left
         dd if=/dev/disk/guestfs/random bs=4k skip=$((i * 5)) count=1 2>/dev/null >> /sysroot/right
     done
     dd if=/dev/disk/guestfs/random of=/sysroot/sparse bs=4k seek=100 count=3 2>/dev/null
-    ln /sysroot/left /sysroot/dir/again; ln -s ../left /sysroot/dir/link; ln -s "$(seq -s/ 40)" /sysroot/longlink; mkfifo /sysroot/fifo
+    ln /sysroot/left /sysroot/dir/again; ln -s ../left /sysroot/dir/link
+    ln -s "$(seq -s/ 40)" /sysroot/longlink; mkfifo /sysroot/fifo
     for i in $(seq 300); do : > /sysroot/dir/deeper/"$i, a name that is long enough for many blocks"; done
     rm /sysroot/right
-    cd /sysroot; find . -type f -print0 | xargs -0 sha256sum | sed "s/^/sha $name /"; find . -type l | sed "s/^/link $name /"; cd /
+    cd /sysroot; find . -type f -print0 | xargs -0 sha256sum | sed "s/^/sha $name /"
+    find . -type l | sed "s/^/link $name /"; cd /
     umount /sysroot; blockdev --flushbufs /dev/disk/guestfs/$name
 done
 """
@@ -220,9 +278,16 @@ done
 def filled() -> Path:
     """Volumes that Linux' own driver filled, and on which it deleted."""
     need("mkudffs", "udftools")
-    host = 'python3 -c \'import numpy; open("random", "wb").write(numpy.random.default_rng(4).bytes(8 << 20))\'\n'
+    host = (
+        'python3 -c \'import numpy; open("random", "wb").write(numpy.random.default_rng(4).bytes(8 << '
+        "20))'\n"
+    )
     for name, (media, revision, size) in FILLED.items():
-        host += f"truncate -s 24M {name}; PATH=$PATH:/sbin mkudffs --media-type={media} --udfrev={revision} --blocksize={size} {'--ad=long' if name == 'fd' else ''} {name} > /dev/null\n"
+        host += (
+            f"truncate -s 24M {name}; PATH=$PATH:/sbin mkudffs --media-type={media} "
+            f"--udfrev={revision} --blocksize={size} {'--ad=long' if name == 'fd' else ''} {name} > "
+            "/dev/null\n"
+        )
     steps: list[Step] = [("host", host), ("sh", FILL)]
     return made("udf", {"random": 0, **dict.fromkeys(FILLED, 0)}, steps)
 
@@ -230,9 +295,13 @@ def filled() -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILLED)
 def test_a_kernels_files(filled: Path, name: str) -> None:
-    """Hashes read through the mount equal those through the map; all blocks have one owner, or the bitmap calls them free."""
+    """Hashes read through the mount equal those through the map; all blocks have one owner, or the bitmap
+    calls them free."""
     log = (filled / "log").read_text()
-    hashes = {path: digest for digest, path in re.findall(rf"^sha {name} ([0-9a-f]{{64}})  \.(/.*)$", log, re.MULTILINE)}
+    hashes = {
+        path: digest
+        for digest, path in re.findall(rf"^sha {name} ([0-9a-f]{{64}})  \.(/.*)$", log, re.MULTILINE)
+    }
     bmap = mapped(filled / name)
     assert_proven(bmap)
     paths, disk = tree(bmap, 0), [RawReader(str(filled / name))]
@@ -243,19 +312,31 @@ def test_a_kernels_files(filled: Path, name: str) -> None:
     for path, digest in hashes.items():
         assert hashlib.sha256(content(bmap, disk, 0, paths[path])).hexdigest() == digest, path
     assert paths["/left"] == paths["/dir/again"]
-    kinds = dict(zip(tables.integers(bmap.inodes, "inode").tolist(), tables.codes(bmap.inodes, "type").tolist(), strict=True))
+    kinds = dict(
+        zip(
+            tables.integers(bmap.inodes, "inode").tolist(),
+            tables.codes(bmap.inodes, "type").tolist(),
+            strict=True,
+        )
+    )
     assert [kinds[paths[path]] for path in ("/dir/link", "/longlink", "/fifo", "/dir")] == [
         tables.T_SYMLINK,
         tables.T_SYMLINK,
         tables.T_FIFO,
         tables.T_DIRECTORY,
     ]
-    assert "allocation extent" in bmap.extents.column("part").to_pylist(), "left and right took blocks in turn"
-    free = sum(row["length"] for row in bmap.extents.to_pylist() if row["kind"] == "free" and row["part"] is None)
-    assert free == FILLED[name][2] * int(re.search(rb"^freeblocks=(\d+)", run("udfinfo", filled / name), re.MULTILINE)[1])  # type: ignore[index]
+    assert "allocation extent" in bmap.extents.column("part").to_pylist(), (
+        "left and right took blocks in turn"
+    )
+    free = sum(
+        row["length"] for row in bmap.extents.to_pylist() if row["kind"] == "free" and row["part"] is None
+    )
+    assert free == FILLED[name][2] * int(
+        re.search(rb"^freeblocks=(\d+)", run("udfinfo", filled / name), re.MULTILINE)[1]
+    )  # type: ignore[index]
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 def test_damaged_volumes(discs: dict[str, Path], tmp_path: Path) -> None:
@@ -274,7 +355,11 @@ def test_damaged_volumes(discs: dict[str, Path], tmp_path: Path) -> None:
         ranges = list(zip(start[hurt].tolist(), (start + length)[hurt].tolist(), strict=True))
         answers = [survives(damaged) for damaged in mutations(data, count, 3, ranges)]
         assert (
-            sum(answer is not None and "udf" in answer.filesystems.column("type").to_pylist() for answer in answers) > count // 3
+            sum(
+                answer is not None and "udf" in answer.filesystems.column("type").to_pylist()
+                for answer in answers
+            )
+            > count // 3
         )
 
 
@@ -305,7 +390,7 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
     assert seen > 5
 
 
-# ---- metadata partitions --------------------------------------------------------------------------------------------
+# ---- metadata partitions -----------------------------------------------------------------------------------
 
 
 def sealed(block: bytearray) -> bytearray:
@@ -329,7 +414,8 @@ def metadata_file(model: bytearray, block: int, kind: int, extents: list[tuple[i
 
 
 def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
-    """A volume of mkudffs with its file set and root moved into a metadata partition, whose file lies in two pieces in reverse order. No tool here makes one.
+    """A volume of mkudffs with its file set and root moved into a metadata partition, whose file lies in two
+    pieces in reverse order. No tool here makes one.
 
     Metadata blocks 0 to 7 are the partition's 1000 to 1007, blocks 8 to 39 its 500 to 531.
     """
@@ -354,7 +440,10 @@ def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
     def moved(block: bytearray, to: int, partition_at: tuple[int, ...]) -> None:
         block[12:16] = to.to_bytes(4, "little")
         for at, number in zip(partition_at, (9, 1), strict=False):
-            block[at : at + 4], block[at + 4 : at + 6] = number.to_bytes(4, "little"), (1).to_bytes(2, "little")
+            block[at : at + 4], block[at + 4 : at + 6] = (
+                number.to_bytes(4, "little"),
+                (1).to_bytes(2, "little"),
+            )
         put(start + place(to), sealed(block))
 
     moved(file_set, 2, (404,))
@@ -364,12 +453,21 @@ def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
         else 216 + int.from_bytes(root[208:212], "little")
     )
     fid = root[parent : parent + 40]
-    fid[12:16], fid[24:28], fid[28:30] = (9).to_bytes(4, "little"), (9).to_bytes(4, "little"), (1).to_bytes(2, "little")
+    fid[12:16], fid[24:28], fid[28:30] = (
+        (9).to_bytes(4, "little"),
+        (9).to_bytes(4, "little"),
+        (1).to_bytes(2, "little"),
+    )
     root[parent : parent + 40] = sealed(fid)
     moved(root, 9, ())
     for at, kind in ((600, 250), (601, 251)):
         put(start + at, metadata_file(root, at, kind, [(8 * size, 1000), (32 * size, 500)]))
-    maps = bytes([1, 6, 1, 0, 0, 0]) + bytes([2, 64, 0, 0, 0]) + b"*UDF Metadata Partition".ljust(31, b"\0") + bytes([1, 0, 0, 0])
+    maps = (
+        bytes([1, 6, 1, 0, 0, 0])
+        + bytes([2, 64, 0, 0, 0])
+        + b"*UDF Metadata Partition".ljust(31, b"\0")
+        + bytes([1, 0, 0, 0])
+    )
     maps += (
         (600).to_bytes(4, "little")
         + (601).to_bytes(4, "little")
@@ -388,7 +486,8 @@ def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
     put(descriptors[6], sealed(logical))
     bitmap = start + int.from_bytes(get(descriptors[5])[68:72], "little")
     bits = np.unpackbits(
-        np.frombuffer(bytes(data[bitmap * size + 24 : bitmap * size + 24 + 2048]), np.uint8), bitorder="little"
+        np.frombuffer(bytes(data[bitmap * size + 24 : bitmap * size + 24 + 2048]), np.uint8),
+        bitorder="little",
     ).copy()
     for low, high in ((1000, 1008), (500, 532), (600, 602)):
         assert bits[low:high].all(), "free until now"

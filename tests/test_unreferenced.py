@@ -1,4 +1,5 @@
-"""What merely nothing refers to is never given away: CD images with more than their newest tree, physical volumes of no known group, formats without allocator.
+"""What merely nothing refers to is never given away: CD images with more than their newest tree, physical
+volumes of no known group, formats without allocator.
 
 The judges are the tools that find again what the map does not refer to: xorriso, isoinfo, sgdisk, the kernel.
 """
@@ -30,7 +31,9 @@ ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 def bytes_of(found: BlockMap, kind: str, volume: int = 0) -> int:
     """How many bytes of a volume are of a kind."""
     table = found.slice_of("extents", volume)[1]
-    return int(tables.integers(table, "length")[tables.codes(table, "kind") == tables.KINDS.index(kind)].sum())
+    return int(
+        tables.integers(table, "length")[tables.codes(table, "kind") == tables.KINDS.index(kind)].sum()
+    )
 
 
 def sparsified(image: Path) -> Path:
@@ -42,7 +45,7 @@ def sparsified(image: Path) -> Path:
     return out
 
 
-# ---- CD images --------------------------------------------------------------------------------------------------------
+# ---- CD images ---------------------------------------------------------------------------------------------
 
 
 def tree_of(folder: Path, **files: bytes) -> Path:
@@ -53,12 +56,33 @@ def tree_of(folder: Path, **files: bytes) -> Path:
 
 
 def hybrid(folder: Path) -> Path:
-    """An image for discs and sticks: its partition 1 has descriptors of its own, partition 2 boots, and there is a GPT."""
+    """An image for discs and sticks: its partition 1 has descriptors of its own, partition 2 boots, and there
+    is a GPT."""
     need("xorriso", "xorriso"), need("mkfs.vfat", "dosfstools")
     boot, image = folder / "boot.img", folder / "live.iso"
     run("mkfs.vfat", "-C", boot, "2048")
-    run("xorriso", "-as", "mkisofs", "-quiet", "-r", "-V", "LIVE", "-o", image, "-partition_offset", "16", "-append_partition", "2", ESP, boot,
-        "-appended_part_as_gpt", "-e", "--interval:appended_partition_2:all::", "-no-emul-boot", tree_of(folder / "tree", readme=b"words\n" * 999))  # fmt: skip
+    run(
+        "xorriso",
+        "-as",
+        "mkisofs",
+        "-quiet",
+        "-r",
+        "-V",
+        "LIVE",
+        "-o",
+        image,
+        "-partition_offset",
+        "16",
+        "-append_partition",
+        "2",
+        ESP,
+        boot,
+        "-appended_part_as_gpt",
+        "-e",
+        "--interval:appended_partition_2:all::",
+        "-no-emul-boot",
+        tree_of(folder / "tree", readme=b"words\n" * 999),
+    )
     return image
 
 
@@ -84,7 +108,16 @@ def test_older_sessions_stay(tmp_path: Path) -> None:
     need("xorriso", "xorriso")
     image = tmp_path / "disc.img"
     old = np.random.default_rng(1).bytes(300_000)
-    run("xorriso", "-dev", f"stdio:{image}", "-map", tree_of(tmp_path / "one", old=old), "/", "-commit", "-end")
+    run(
+        "xorriso",
+        "-dev",
+        f"stdio:{image}",
+        "-map",
+        tree_of(tmp_path / "one", old=old),
+        "/",
+        "-commit",
+        "-end",
+    )
     run(
         "xorriso",
         "-dev",
@@ -102,7 +135,19 @@ def test_older_sessions_stay(tmp_path: Path) -> None:
     assert bytes_of(found, "unreferenced") >= 300_000
     assert bmap(["explain", str(image), str(image.read_bytes().index(old[:64]))]) == 0
     sparsified(image)
-    run("xorriso", "-osirrox", "on", "-load", "session", "1", "-indev", f"stdio:{image}", "-extract", "/", tmp_path / "out")
+    run(
+        "xorriso",
+        "-osirrox",
+        "on",
+        "-load",
+        "session",
+        "1",
+        "-indev",
+        f"stdio:{image}",
+        "-extract",
+        "/",
+        tmp_path / "out",
+    )
     assert hashlib.sha256((tmp_path / "out/old").read_bytes()).digest() == hashlib.sha256(old).digest()
 
 
@@ -120,7 +165,9 @@ def test_explain_and_the_text_map_say_so(tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(rf"^1 {at:x} [0-9a-f]+ o /dev/sda$", lines, re.MULTILINE)
     assert bmap(["-o", str(tmp_path / "map.parquet"), str(image)]) == 0
     for saved in ("map", "map.parquet"):
-        assert bytes_of(load(str(tmp_path / saved)), "unreferenced") == bytes_of(mapped(image), "unreferenced")
+        assert bytes_of(load(str(tmp_path / saved)), "unreferenced") == bytes_of(
+            mapped(image), "unreferenced"
+        )
     assert bmap(["sparsify", "--estimate", "--json", str(image)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert not any(row["given_back"] for row in rows)
@@ -148,7 +195,16 @@ def test_a_partition_behind_a_hybrid_image(tmp_path: Path, table: str) -> None:
     else:
         need("xorriso", "xorriso")
         image, number, start = tmp_path / "live.iso", 2, 16 * MIB
-        run("xorriso", "-as", "mkisofs", "-quiet", "-r", "-o", image, tree_of(tmp_path / "tree", readme=b"words"))
+        run(
+            "xorriso",
+            "-as",
+            "mkisofs",
+            "-quiet",
+            "-r",
+            "-o",
+            image,
+            tree_of(tmp_path / "tree", readme=b"words"),
+        )
         run("truncate", "-s", "64M", image)
         entries = [
             struct.pack("<B3sB3sII", 0, b"", 0x17, b"", 0, 2048),
@@ -174,17 +230,22 @@ def test_a_partition_behind_a_hybrid_image(tmp_path: Path, table: str) -> None:
     run("e2fsck", "-fn", f"{image}?offset={start}")
 
 
-# ---- UDF ----------------------------------------------------------------------------------------------------------------
+# ---- UDF ---------------------------------------------------------------------------------------------------
 
 
 def test_a_bitmap_speaks_only_where_it_can_be_written(tmp_path: Path) -> None:
-    """Free as the space bitmap says; of a partition that is closed nothing is (its descriptor's access type, with a right checksum)."""
+    """Free as the space bitmap says; of a partition that is closed nothing is (its descriptor's access type,
+    with a right checksum)."""
     image = tmp_path / "x.udf"
     mkudffs(image, "hd", "2.01", 512)
     free = bytes_of(mapped(image), "free")
     assert free > 20 * MIB
     data = bytearray(image.read_bytes())
-    blocks = [at for at in range(0, len(data), 512) if data[at : at + 2] == b"\x05\0" and data[at + 25 : at + 31] == b"+NSR03"]
+    blocks = [
+        at
+        for at in range(0, len(data), 512)
+        if data[at : at + 2] == b"\x05\0" and data[at + 25 : at + 31] == b"+NSR03"
+    ]
     assert len(blocks) == 2, "a partition descriptor in both sequences"
     for at in blocks:
         assert struct.unpack_from("<I", data, at + 184) == (4,), "overwritable"
@@ -197,7 +258,7 @@ def test_a_bitmap_speaks_only_where_it_can_be_written(tmp_path: Path) -> None:
     assert bytes_of(closed, "unreferenced") >= free
 
 
-# ---- LVM ----------------------------------------------------------------------------------------------------------------
+# ---- LVM ---------------------------------------------------------------------------------------------------
 
 
 def test_a_physical_volume_of_no_known_group_keeps_its_bytes(tmp_path: Path) -> None:
@@ -211,7 +272,7 @@ def test_a_physical_volume_of_no_known_group_keeps_its_bytes(tmp_path: Path) -> 
     assert bytes_of(found, "unreferenced") >= 14 * MIB
 
 
-def test_a_volume_that_is_not_read_takes_extents_that_nobody_may_have(group: Group) -> None:  # noqa: F811
+def test_a_volume_that_is_not_read_takes_extents_that_nobody_may_have(group: Group) -> None:
     """A segment of an unknown type may lie on any disk of the group, also on those without a problem."""
     disks = [np.fromfile(disk, np.uint8) for disk in group.disks]
     raw = disks[1][4096 + 40 : 4096 + 56].view("<u8")
@@ -225,7 +286,7 @@ def test_a_volume_that_is_not_read_takes_extents_that_nobody_may_have(group: Gro
     assert sum(bytes_of(found, "unreferenced", volume) for volume in found.disks) > free
 
 
-# ---- formats ------------------------------------------------------------------------------------------------------------
+# ---- formats -----------------------------------------------------------------------------------------------
 
 
 def test_without_an_allocator_nothing_is_free() -> None:
@@ -272,7 +333,9 @@ def test_what_a_format_without_allocator_does_not_name(tmp_path: Path) -> None:
     rows = mapped(image).extents.to_pylist()
     assert not [row for row in rows if row["kind"] in ("free", "unreferenced", "unknown")]
     changed = bytearray(data)
-    struct.pack_into("<I", changed, data.index(struct.pack("<I", 1 << 24 | 255744 % 131072), start), 1 << 24 | 4096)
+    struct.pack_into(
+        "<I", changed, data.index(struct.pack("<I", 1 << 24 | 255744 % 131072), start), 1 << 24 | 4096
+    )
     found = survey([BytesReader(np.frombuffer(bytes(changed), np.uint8))])
     assert bytes_of(found, "unreferenced") > 0
     assert bytes_of(found, "unknown") == 0

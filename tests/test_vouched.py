@@ -1,6 +1,8 @@
-"""Bytes that something vouches for stay as they are, also where an allocator calls them free: dm-verity, dm-integrity, Android Verified Boot, journals of arrays.
+"""Bytes that something vouches for stay as they are, also where an allocator calls them free: dm-verity,
+dm-integrity, Android Verified Boot, journals of arrays.
 
-The judge of a hash tree is `veritysetup verify`; that of what has no tool here is that no byte of the protected ranges changes.
+The judge of a hash tree is `veritysetup verify`; that of what has no tool here is that no byte of the
+protected ranges changes.
 """
 
 import itertools
@@ -30,7 +32,8 @@ from virt_bmap.vouching import Seen, _read_tree, covered
 
 MIB = 1 << 20
 ROOT, ROOT_VERITY, DATA = (
-    "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709", "2C7357ED-EBD2-46D9-AEC1-23D437EC2BF5", "0FC63DAF-8483-4772-8E79-3D69D8477DE4",
+    "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709", "2C7357ED-EBD2-46D9-AEC1-23D437EC2BF5",
+    "0FC63DAF-8483-4772-8E79-3D69D8477DE4",
 )  # fmt: skip
 SIGNATURE = "41092B05-9FC8-4523-994F-2DEF0408B176"
 
@@ -61,7 +64,9 @@ def format_tree(data: Path, hashes: Path, *options: str) -> str:
 
 
 def verified(data: Path, hashes: Path, root_hash: str, *options: str) -> bool:
-    done = subprocess.run(["veritysetup", "verify", *options, data, hashes, root_hash], capture_output=True, check=False)
+    done = subprocess.run(
+        ["veritysetup", "verify", *options, data, hashes, root_hash], capture_output=True, check=False
+    )
     return done.returncode == 0
 
 
@@ -107,10 +112,12 @@ def everywhere(image: Path, folder: Path, *beside: Path) -> list[Path]:
     return [copy, dump, image]
 
 
-# ---- dm-verity ------------------------------------------------------------------------------------------------------
+# ---- dm-verity ---------------------------------------------------------------------------------------------
 
 
-def test_a_tree_in_a_partition_of_its_own(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tree_in_a_partition_of_its_own(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its data stays as it is; a filesystem beside it gives back what is free."""
     hashes, other, disk = tmp_path / "hashes", with_deleted(tmp_path / "other", 5), tmp_path / "disk.img"
     root_hash = format_tree(root, hashes)
@@ -121,11 +128,12 @@ def test_a_tree_in_a_partition_of_its_own(root: Path, tmp_path: Path, capsys: py
     assert "free of /dev/sda3\n" in said.out
     assert "free of /dev/sda1" not in said.out
     assert (
-        "/dev/sda1: left as it is: hashes in /dev/sda2 cover all of its bytes, free ones too (dm-verity): discard it before"
-        in said.err
+        "/dev/sda1: left as it is: hashes in /dev/sda2 cover all of its bytes, free ones too "
+        "(dm-verity): discard it before" in said.err
     )
     for image in everywhere(disk, tmp_path):
-        data, tree = cut(image, places[0], tmp_path / "d", root.stat().st_size), cut(image, places[1], tmp_path / "h")
+        data = cut(image, places[0], tmp_path / "d", root.stat().st_size)
+        tree = cut(image, places[1], tmp_path / "h")
         assert verified(data, tree, root_hash)
         now = np.fromfile(image, np.uint8)
         assert (now[: places[1][0] + places[1][1]] == before[: places[1][0] + places[1][1]]).all()
@@ -158,13 +166,18 @@ def test_a_tree_on_another_disk(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    (), ("--hash=sha512",), ("--hash=sha1", "--format=0"), ("--format=0", "--salt=-"), ("--data-block-size=1024", "--hash-block-size=512"), ("--salt=" + "5a" * 256,),
+    (), ("--hash=sha512",), ("--hash=sha1", "--format=0"), ("--format=0", "--salt=-"),
+    ("--data-block-size=1024", "--hash-block-size=512"), ("--salt=" + "5a" * 256,),
 ])  # fmt: skip
 def test_a_tree_knows_its_data(root: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     hashes, other = tmp_path / "hashes", tmp_path / "other"
     format_tree(root, hashes, *options)
     other.write_bytes(bytes(root.stat().st_size))
-    with closing(RawReader(str(hashes))) as tree, closing(RawReader(str(root))) as data, closing(RawReader(str(other))) as zeroes:
+    with (
+        closing(RawReader(str(hashes))) as tree,
+        closing(RawReader(str(root))) as data,
+        closing(RawReader(str(other))) as zeroes,
+    ):
         found = _read_tree(tree)
         assert found
         assert found.fits(data)
@@ -208,7 +221,21 @@ def test_an_image_beside_its_tree_in_a_filesystem(root: Path, tmp_path: Path) ->
     (folder / "root.verity").write_bytes(hashes.read_bytes())
     run("truncate", "-s", "64M", outer)
     run("mke2fs", "-q", "-t", "ext4", "-d", folder, outer)
-    assert bmap(["dump", "-q", "--skip-free", "--nested", "all", str(outer), "/dev/sda:/root.img", str(tmp_path / "out")]) == 0
+    assert (
+        bmap(
+            [
+                "dump",
+                "-q",
+                "--skip-free",
+                "--nested",
+                "all",
+                str(outer),
+                "/dev/sda:/root.img",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     assert verified(tmp_path / "out", hashes, root_hash)
 
 
@@ -224,17 +251,26 @@ def test_hostile_trees() -> None:
             data[at] = random.integers(256)
         _read_tree(BytesReader(np.frombuffer(bytes(data), np.uint8)))
     many = [
-        Seen(n, f"v{n}", "DM_verity_hash", tables.VOUCHING, BytesReader(np.frombuffer(bytes(good), np.uint8)), -1, n == 0)
+        Seen(
+            n,
+            f"v{n}",
+            "DM_verity_hash",
+            tables.VOUCHING,
+            BytesReader(np.frombuffer(bytes(good), np.uint8)),
+            -1,
+            n == 0,
+        )
         for n in range(1000)
     ]
     assert [found.number for found in covered(many)] == [0]
 
 
-# ---- others ---------------------------------------------------------------------------------------------------------
+# ---- others ------------------------------------------------------------------------------------------------
 
 
 def test_a_footer_of_android_verified_boot(root: Path, tmp_path: Path) -> None:
-    """The hash tree and the signed descriptor lie behind the filesystem, and a footer in the last 64 bytes (avb_footer.h)."""
+    """The hash tree and the signed descriptor lie behind the filesystem, and a footer in the last 64 bytes
+    (avb_footer.h)."""
     size, part, disk = root.stat().st_size, tmp_path / "part", tmp_path / "disk.img"
     footer = struct.pack(">4sIIQQQ", b"AVBf", 1, 0, size, size, 4096).ljust(64, b"\0")
     part.write_bytes(root.read_bytes() + b"AVB0".ljust(MIB - 64, b"\0") + footer)
@@ -253,10 +289,13 @@ def test_a_root_of_chromeos(root: Path, tmp_path: Path) -> None:
 
 
 def test_checksums_on_another_device(root: Path, tmp_path: Path) -> None:
-    """dm-integrity with a metadata device (dm-integrity.c, struct superblock): nothing on the data tells of it."""
+    """dm-integrity with a metadata device (dm-integrity.c, struct superblock): nothing on the data tells of
+    it."""
     meta, disk, image = tmp_path / "meta", tmp_path / "disk.img", tmp_path / "data"
     for interleaved, left in ((0, True), (15, False)):
-        head = struct.pack("<8sBBHIQIBB", b"integrt\0", 1, interleaved, 4, 16, root.stat().st_size // 512, 0, 0, 0)
+        head = struct.pack(
+            "<8sBBHIQIBB", b"integrt\0", 1, interleaved, 4, 16, root.stat().st_size // 512, 0, 0, 0
+        )
         meta.write_bytes(head.ljust(MIB, b"\0"))
         image.write_bytes(root.read_bytes())
         with closing(RawReader(str(image))) as data, closing(RawReader(str(meta))) as beside:
@@ -269,17 +308,21 @@ def test_checksums_on_another_device(root: Path, tmp_path: Path) -> None:
 
 
 def lvm_with_integrity(disk: np.ndarray, extents: int) -> BytesReader:
-    """The physical volume with a mirror whose halves keep checksums, as `lvcreate --type raid1 --raidintegrity y` describes it."""
+    """The physical volume with a mirror whose halves keep checksums, as `lvcreate --type raid1
+    --raidintegrity y` describes it."""
     number = itertools.count()
 
     def volume(name: str, body: str, visible: bool = False) -> str:
         status = '["READ", "WRITE", "VISIBLE"]' if visible else '["READ", "WRITE"]'
         identity = f"{next(number):06d}-0000-0000-0000-0000-0000-000000"
-        return (f'{name} {{\nid = "{identity}"\nstatus = {status}\nflags = []\nsegment_count = 1\nsegment1 {{\nstart_extent = 0\n'
+        return (f'{name} {{\nid = "{identity}"\nstatus = {status}\nflags = []\nsegment_count = 1\n'
+            f'segment1 {{\nstart_extent = 0\n'
                 f"{body}\n}}\n}}\n")  # fmt: skip
 
     def linear(name: str, count: int, at: int) -> str:
-        return volume(name, f'extent_count = {count}\ntype = "striped"\nstripe_count = 1\nstripes = ["pv0", {at}]')
+        return volume(
+            name, f'extent_count = {count}\ntype = "striped"\nstripe_count = 1\nstripes = ["pv0", {at}]'
+        )
 
     text, at = "logical_volumes {\n", 0
     for half in (0, 1):
@@ -289,12 +332,22 @@ def lvm_with_integrity(disk: np.ndarray, extents: int) -> BytesReader:
             + linear(f"{name}_imeta", 1, at + extents)
             + linear(f"r_rmeta_{half}", 1, at + extents + 1)
         )
-        text += volume(name, f'extent_count = {extents}\ntype = "integrity"\norigin = "{name}_iorig"\nmeta_dev = "{name}_imeta"\n'
-                             f'data_sectors = {extents * 2048}\nmode = "J"\ntag_size = 4\nblock_size = 512\ninternal_hash = "crc32c"')  # fmt: skip
+        text += volume(
+            name,
+            f'extent_count = {extents}\ntype = "integrity"\norigin = "{name}_iorig"\n'
+            f'meta_dev = "{name}_imeta"\n'
+            f'data_sectors = {extents * 2048}\nmode = "J"\ntag_size = 4\nblock_size = 512\n'
+            'internal_hash = "crc32c"',
+        )
         at += extents + 2
     parts = ", ".join(f'"r_rmeta_{half}", "r_rimage_{half}"' for half in (0, 1))
     text += (
-        volume("r", f'extent_count = {extents}\ntype = "raid1"\ndevice_count = 2\nregion_size = 4096\nraids = [{parts}]', True)
+        volume(
+            "r",
+            f'extent_count = {extents}\ntype = "raid1"\ndevice_count = 2\nregion_size = 4096\nraids '
+            f"= [{parts}]",
+            True,
+        )
         + "}\n"
     )
     raw = disk[4096 + 40 : 4096 + 56].view("<u8")
@@ -303,7 +356,8 @@ def lvm_with_integrity(disk: np.ndarray, extents: int) -> BytesReader:
 
 
 def test_lvm_raid_with_integrity(root: Path, tmp_path: Path) -> None:
-    """The layer that vouches is an inner volume, whose words for people say more than that; what decides is its trait."""
+    """The layer that vouches is an inner volume, whose words for people say more than that; what decides is
+    its trait."""
     need("vgcreate", "lvm2")
     image = tmp_path / "pv.img"
     run("truncate", "-s", "64M", image)
@@ -327,7 +381,8 @@ def test_lvm_raid_with_integrity(root: Path, tmp_path: Path) -> None:
 
 
 def test_an_array_with_a_journal(root: Path) -> None:
-    """A member list that names a journal (MD_DISK_ROLE_JOURNAL): newer bytes, and parity made with them, may lie there."""
+    """A member list that names a journal (MD_DISK_ROLE_JOURNAL): newer bytes, and parity made with them, may
+    lie there."""
     data = np.fromfile(root, np.uint8)
     for journal in (False, True):
         disks = []
@@ -347,7 +402,7 @@ def test_an_array_with_a_journal(root: Path) -> None:
         assert (array in free_space(found, 0).left) == journal
 
 
-# ---- saved maps -------------------------------------------------------------------------------------------------------
+# ---- saved maps --------------------------------------------------------------------------------------------
 
 
 def test_a_map_saved_without_traits_is_read(root: Path, tmp_path: Path) -> None:
@@ -356,7 +411,9 @@ def test_a_map_saved_without_traits_is_read(root: Path, tmp_path: Path) -> None:
     table = pq.read_table(saved)
     volumes = table.column("volumes").combine_chunks()
     fields = [field for field in volumes.type.value_type if field.name != "traits"]
-    without = pa.StructArray.from_arrays([volumes.values.field(field.name) for field in fields], fields=fields)
+    without = pa.StructArray.from_arrays(
+        [volumes.values.field(field.name) for field in fields], fields=fields
+    )
     lists = pa.ListArray.from_arrays(volumes.offsets, without)
     at = table.schema.get_field_index("volumes")
     pq.write_table(table.set_column(at, "volumes", lists).replace_schema_metadata(table.schema.metadata), old)

@@ -1,5 +1,6 @@
-"""What keeps a disk image from its host: the first wall (QEMU is told of nothing that was not accounted for), the second (it can open nothing else), and what stands
-between a folder of evidence and our own programs. A victim's file is watched by the kernel: that nothing opened it is seen, not concluded."""
+"""What keeps a disk image from its host: the first wall (QEMU is told of nothing that was not accounted for),
+the second (it can open nothing else), and what stands between a folder of evidence and our own programs. A
+victim's file is watched by the kernel: that nothing opened it is seen, not concluded."""
 
 import contextlib
 import os
@@ -50,7 +51,7 @@ def made(name: str, folder: Path) -> tuple[Path, list[str]]:
     return image, ["--format", hostile.format] if hostile.format else []
 
 
-# ---- the first wall -------------------------------------------------------------------------------------------------
+# ---- the first wall ----------------------------------------------------------------------------------------
 
 
 def test_these_images_do_reach_into_the_host(victim: Victim, tmp_path: Path) -> None:
@@ -64,13 +65,31 @@ def test_these_images_do_reach_into_the_host(victim: Victim, tmp_path: Path) -> 
         assert format
         victim.touched()
         run(
-            "qemu-img", "dd", "-U", "-f", format, "-O", "raw", f"if={image}", f"of={tmp_path}/out", "bs=512", "count=1", ok=(0, 1)
+            "qemu-img",
+            "dd",
+            "-U",
+            "-f",
+            format,
+            "-O",
+            "raw",
+            f"if={image}",
+            f"of={tmp_path}/out",
+            "bs=512",
+            "count=1",
+            ok=(0, 1),
         )
         if victim.touched():
             followed.append(name)
     assert len(followed) >= 20, followed
-    assert {"extent behind a blank", "capacity 0, a text of size 0", "parent in a comment", "COWD with a parent"} <= set(followed)
-    assert {"qcow2, data file behind a long header", "qed, backing file", "text, format forced"} <= set(followed)
+    assert {
+        "extent behind a blank",
+        "capacity 0, a text of size 0",
+        "parent in a comment",
+        "COWD with a parent",
+    } <= set(followed)
+    assert {"qcow2, data file behind a long header", "qed, backing file", "text, format forced"} <= set(
+        followed
+    )
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -81,9 +100,10 @@ def test_no_command_opens_what_an_image_names(
     image, force = made(name, tmp_path)
     victim.touched()
     for words in (
-        ("map", "-q", "-o", "-"), ("map", "-q", "--host-offsets", "-o", "-"), ("info",), ("explain", "0"), ("explain", "--host-offsets", "0"),
-        ("lookup", "0"), ("check",), ("sparsify", "--estimate"), ("dump", "-q", "/dev/sda", "-"),
-        ("sparsify", "-q", tmp_path / "copy.img"), ("sparsify", "--in-place"), ("diff", "-q"),
+        ("map", "-q", "-o", "-"), ("map", "-q", "--host-offsets", "-o", "-"), ("info",), ("explain", "0"),
+        ("explain", "--host-offsets", "0"), ("lookup", "0"), ("check",), ("sparsify", "--estimate"),
+        ("dump", "-q", "/dev/sda", "-"), ("sparsify", "-q", tmp_path / "copy.img"),
+        ("sparsify", "--in-place"), ("diff", "-q"),
     ):  # fmt: skip
         command, *rest = map(str, words)
         options = [word for word in rest if word.startswith("-") and word != "-"]
@@ -102,14 +122,25 @@ def test_no_command_opens_what_an_image_names(
     assert not (tmp_path / "copy.img").exists() or SECRET not in (tmp_path / "copy.img").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["extent behind a blank", "capacity 0, a text of size 0", "parent in a comment", "qcow2, data file behind a long header"])  # fmt: skip
-def test_a_watched_guest_writes_into_no_file_that_its_disk_names(victim: Victim, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "extent behind a blank",
+        "capacity 0, a text of size 0",
+        "parent in a comment",
+        "qcow2, data file behind a long header",
+    ],
+)
+def test_a_watched_guest_writes_into_no_file_that_its_disk_names(
+    victim: Victim, tmp_path: Path, name: str
+) -> None:
     need("nbdkit", "nbdkit")
     need("qemu-io", "qemu-utils")
     image, force = made(name, tmp_path)
     victim.touched()
     done = subprocess.run(
-        [PROGRAM, "watch", "-q", "--write", *force, image, "--", "qemu-io", "-f", "raw", "$uri", "-c", "write -P 0x41 0 512"],
+        [PROGRAM, "watch", "-q", "--write", *force, image, "--", "qemu-io", "-f", "raw", "$uri", "-c",
+            "write -P 0x41 0 512"],
         capture_output=True, timeout=60,
     )  # fmt: skip
     assert not victim.touched()
@@ -167,11 +198,12 @@ def test_the_file_that_was_looked_at_is_the_file_that_is_opened(
     assert not victim.touched()
 
 
-# ---- VMDKs that are what they seem ----------------------------------------------------------------------------------
+# ---- VMDKs that are what they seem -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "subformat", ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized"]
+    "subformat",
+    ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized"],
 )
 def test_vmdks_are_read_as_before(tmp_path: Path, subformat: str) -> None:
     need("qemu-img", "qemu-utils")
@@ -194,7 +226,8 @@ def test_vmdks_are_read_as_before(tmp_path: Path, subformat: str) -> None:
 
 
 def test_a_vmdk_of_many_pieces(tmp_path: Path) -> None:
-    """Extents in one file and in several, of zeroes, read-only ones; then a write through the same description."""
+    """Extents in one file and in several, of zeroes, read-only ones; then a write through the same
+    description."""
     need("qemu-nbd", "qemu-utils")
     one, two = bytes(range(256)) * 16, bytes(range(255, -1, -1)) * 16
     (tmp_path / "one").write_bytes(bytes(512) + one)
@@ -219,19 +252,26 @@ def test_a_vmdk_of_many_pieces(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == bytes(512) + one
 
 
-# ---- the second wall ------------------------------------------------------------------------------------------------
+# ---- the second wall ---------------------------------------------------------------------------------------
 
 
 class Trusting(Graph):
     """No first wall: QEMU gets the image as it is."""
 
-    def _image(self, image: RawReader, format: str, references: bool, write: bool, depth: int) -> dict[str, object]:
+    def _image(
+        self, image: RawReader, format: str, references: bool, write: bool, depth: int
+    ) -> dict[str, object]:
         return {"driver": format, "file": self._file(image.fileno(), image.name, write)}
 
 
 def opened(image: Path, format: str, write: bool = False) -> NbdReader:
-    with contextlib.closing(RawReader(str(image))) as reader, contextlib.closing(Trusting(reader, format, True, write)) as graph:
-        return qemu.connected(NbdWriter if write else NbdReader, "this test", graph, [] if write else ["--read-only"])
+    with (
+        contextlib.closing(RawReader(str(image))) as reader,
+        contextlib.closing(Trusting(reader, format, True, write)) as graph,
+    ):
+        return qemu.connected(
+            NbdWriter if write else NbdReader, "this test", graph, [] if write else ["--read-only"]
+        )
 
 
 def passing(victim: Victim, folder: Path) -> dict[str, tuple[bytes, str]]:
@@ -241,7 +281,10 @@ def passing(victim: Victim, folder: Path) -> dict[str, tuple[bytes, str]]:
         "extent": (text(f'RW 2048 FLAT "{victim.path}" 0').encode(), "vmdk"),
         "parent": (bytes(with_text(empty_sparse(folder), hint)), "vmdk"),
         "backing": (qcow2(str(victim.path), "raw"), "qcow2"),
-        "json": (qcow2(f'json:{{"driver":"raw","file":{{"driver":"file","filename":"{victim.path}"}}}}', "raw"), "qcow2"),
+        "json": (
+            qcow2(f'json:{{"driver":"raw","file":{{"driver":"file","filename":"{victim.path}"}}}}', "raw"),
+            "qcow2",
+        ),
         "data": (qcow2(data=str(victim.path)), "qcow2"),
         "qed": (qed(str(victim.path)), "qed"),
     }
@@ -279,7 +322,10 @@ def test_the_second_wall_has_no_door_to_the_network(tmp_path: Path, monkeypatch:
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(tmp_path / "s"))
         unix.listen()
-        for server, uri in ((tcp, f"nbd://127.0.0.1:{tcp.getsockname()[1]}/"), (unix, f"nbd+unix:///?socket={tmp_path}/s")):
+        for server, uri in (
+            (tcp, f"nbd://127.0.0.1:{tcp.getsockname()[1]}/"),
+            (unix, f"nbd+unix:///?socket={tmp_path}/s"),
+        ):
             server.settimeout(0)
             (tmp_path / "hostile").write_bytes(qcow2(uri, "raw"))
             with pytest.raises(ImageError, match="Permission denied"):
@@ -306,7 +352,13 @@ cat /proc/self/fd/$1; echo after > /proc/self/fd/$2 && cat /proc/self/fd/$2
 for bad in 'cat {files["other"]}' 'echo x > /proc/self/fd/'$1 'echo x > {files["other"]}' 'echo x > {tmp_path}/new' 'ls {tmp_path}' 'rm {files["other"]}' 'cat /etc/passwd' 'kill -0 {os.getpid()}'
 do sh -c "$bad" 2> /dev/null && echo "$bad"; done; echo end"""
     with open(files["read"]) as read, open(files["write"], "r+") as write:
-        process = confine.popen(shutil.which("sh") or "", ["sh", "-c", script, "sh", str(read.fileno()), str(write.fileno())], [read.fileno()], [write.fileno()], stdout=subprocess.PIPE)  # fmt: skip
+        process = confine.popen(
+            shutil.which("sh") or "",
+            ["sh", "-c", script, "sh", str(read.fileno()), str(write.fileno())],
+            [read.fileno()],
+            [write.fileno()],
+            stdout=subprocess.PIPE,
+        )
         said = process.communicate()[0].decode()
     allowed = [f"kill -0 {os.getpid()}"] if confine.walls().landlock < 6 else []
     assert said.splitlines() == ["beforeafter", *allowed, "end"]
@@ -354,7 +406,16 @@ print(open_image({str(folder / "good")!r}).size)
 try: opened(Path({str(folder / "hostile")!r}), "vmdk")
 except Exception as error: print(error)
 """
-            done = subprocess.run([sys.executable, "-B", "-c", script], user=65534, group=65534, extra_groups=[], cwd="/", capture_output=True, text=True, env={**os.environ, "HOME": "/", "TMPDIR": "/tmp"})  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-B", "-c", script],
+                user=65534,
+                group=65534,
+                extra_groups=[],
+                cwd="/",
+                capture_output=True,
+                text=True,
+                env={**os.environ, "HOME": "/", "TMPDIR": "/tmp"},
+            )
             if "PermissionError" in done.stderr and "site-packages" in done.stderr:
                 pytest.skip("other users can't read this Python")
             assert done.stdout.startswith(f"{SIZE}\n"), done.stderr
@@ -373,7 +434,9 @@ def test_without_walls_everything_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     odd = tmp_path / "odd/place/qemu-nbd"
     odd.parent.mkdir(parents=True)
     (tmp_path / "library").write_text("it is needed\n")
-    odd.write_text(f'#!/bin/sh\nread -r line < {tmp_path}/library || exit 127\nexec {shutil.which("qemu-nbd")} "$@"\n')
+    odd.write_text(
+        f'#!/bin/sh\nread -r line < {tmp_path}/library || exit 127\nexec {shutil.which("qemu-nbd")} "$@"\n'
+    )
     odd.chmod(0o755)
     monkeypatch.setenv("PATH", f"{odd.parent}:{os.environ['PATH']}")
     with contextlib.closing(open_image(str(tmp_path / "a.qcow2"))) as reader:
@@ -388,7 +451,7 @@ def test_it_can_be_asked_which_walls_stand() -> None:
     assert ("no wall" in done[0]) == (not confine.walls().landlock)
 
 
-# ---- what is no disk ------------------------------------------------------------------------------------------------
+# ---- what is no disk ---------------------------------------------------------------------------------------
 
 
 def test_what_is_no_disk_is_named_and_not_opened(tmp_path: Path) -> None:
@@ -418,13 +481,17 @@ def test_what_is_no_disk_is_named_and_not_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fifo", "/dev/tty", "/dev/zero"])
-def test_no_command_waits_for_what_is_no_disk(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_command_waits_for_what_is_no_disk(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(tmp_path / "fifo")
     monkeypatch.chdir(tmp_path)
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
-    for words in ("map", "info", "check", "explain {} 0", "lookup {} 0", "locate {} /dev/sda /x", "cat {} /dev/sda /x", "dump {} /dev/sda out", "sparsify {} out",
-                  "sparsify --in-place {}", "sparsify --estimate {}", "diff {}", "diff {} {}", "watch {} -- true", "watch --map {} {} -- true", "report {} -o x.html",
-                  "verify {}", "extract {} /dev/sda /x"):  # fmt: skip
+    for words in ("map", "info", "check", "explain {} 0", "lookup {} 0", "locate {} /dev/sda /x",
+        "cat {} /dev/sda /x", "dump {} /dev/sda out", "sparsify {} out",
+                  "sparsify --in-place {}", "sparsify --estimate {}", "diff {}", "diff {} {}",
+                  "watch {} -- true", "watch --map {} {} -- true", "report {} -o x.html", "verify {}",
+                  "extract {} /dev/sda /x"):  # fmt: skip
         command = (words if "{}" in words else f"{words} {{}}").replace("{}", name).split()
         signal.alarm(20)
         with pytest.raises((BmapError, SystemExit)):
@@ -439,7 +506,7 @@ def test_a_backing_file_that_is_no_file_is_named(tmp_path: Path) -> None:
         open_image(str(tmp_path / "top.qcow2"), references=True)
 
 
-# ---- images in use --------------------------------------------------------------------------------------------------
+# ---- images in use -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -450,7 +517,9 @@ def used(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "base.raw").write_bytes(b"b" * SIZE)
     run("mke2fs", "-q", "-F", tmp_path / "base.raw")
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", tmp_path / "top.qcow2")
-    server = subprocess.Popen(["qemu-nbd", "--persistent", "-f", "qcow2", "-k", tmp_path / "s", tmp_path / "top.qcow2"])
+    server = subprocess.Popen(
+        ["qemu-nbd", "--persistent", "-f", "qcow2", "-k", tmp_path / "s", tmp_path / "top.qcow2"]
+    )
     wait_for_socket(tmp_path / "s")
     yield tmp_path / "top.qcow2"
     server.terminate()
@@ -473,7 +542,15 @@ def test_an_image_in_use_is_read_when_that_is_asked_for(used: Path, tmp_path: Pa
         assert bmap([command, *shared]) == 0
     for words in ("sparsify --in-place", "watch --write"):
         with pytest.raises(BmapError, match="-U is for reading"):
-            bmap([*words.split(), "-U", "--references", str(used), *(["--", "true"] if "watch" in words else [])])
+            bmap(
+                [
+                    *words.split(),
+                    "-U",
+                    "--references",
+                    str(used),
+                    *(["--", "true"] if "watch" in words else []),
+                ]
+            )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -482,18 +559,37 @@ def test_every_command_that_opens_disks_can_share_them(command: str) -> None:
     assert ("--references" in options) == ({"-U", "--force-share"} <= options)
 
 
-# ---- a folder of evidence -------------------------------------------------------------------------------------------
+# ---- a folder of evidence ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a module for each name that could be imported, and a program for each that could be called; all leave a mark."""
+    """A folder with a module for each name that could be imported, and a program for each that could be
+    called; all leave a mark."""
     folder = tmp_path_factory.mktemp("evidence")
-    names = {*sys.stdlib_module_names, "numpy", "pyarrow", "rich", "duckdb", "plotly", "textual", "qemu", "guestfs", "cryptography", "virt_bmap", "nbdkit",
+    names = {*sys.stdlib_module_names, "numpy", "pyarrow", "rich", "duckdb", "plotly", "textual", "qemu",
+        "guestfs", "cryptography", "virt_bmap", "nbdkit",
              "sitecustomize", "usercustomize"} - {"__main__"}  # fmt: skip
     for name in names:
-        (folder / f"{name}.py").write_text(f"open({str(folder / 'PWNED')!r}, 'a').write('module {name}\\n')\n")
-    for name in ("qemu-nbd", "qemu-img", "nbdkit", "sh", "python3", "qemu-system-x86_64", "guestfish", "sfdisk", "mke2fs", "tar", "cp", "losetup", "mount", "mkswap"):  # fmt: skip
+        (folder / f"{name}.py").write_text(
+            f"open({str(folder / 'PWNED')!r}, 'a').write('module {name}\\n')\n"
+        )
+    for name in (
+        "qemu-nbd",
+        "qemu-img",
+        "nbdkit",
+        "sh",
+        "python3",
+        "qemu-system-x86_64",
+        "guestfish",
+        "sfdisk",
+        "mke2fs",
+        "tar",
+        "cp",
+        "losetup",
+        "mount",
+        "mkswap",
+    ):
         (folder / name).write_text(f"#!/bin/sh\necho program {name} >> {folder}/PWNED\nexit 1\n")
         (folder / name).chmod(0o755)
     (folder / "empty").mkdir()
@@ -505,12 +601,17 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUNS = {
-    "map": "map -q -o - {d}/fs.qcow2", "lookup": "lookup {d}/fs.qcow2 1024", "explain": "explain {d}/fs.qcow2 1024", "locate": "locate {d}/fs.qcow2 /dev/sda /lost+found",
-    "info": "info {d}/fs.qcow2", "check": "check {d}/fs.qcow2", "verify": "verify --sample 1 {d}/none", "watch": "watch -q -o {d}/t.parquet {d}/fs.qcow2 -- /bin/true",
-    "trace": "trace import {d}/none --map {d}/map.parquet -o {d}/x.parquet", "profile": "profile {d}/t.parquet -o {d}/p", "replay": "replay {d}/p {d}/fs.img",
-    "report": "report {d}/map.parquet -o {d}/r.html", "dump": "dump -q {d}/fs.qcow2 /dev/sda {d}/out.img", "cat": "cat {d}/fs.qcow2 /dev/sda /lost+found",
-    "extract": "extract {d}/fs.qcow2 /dev/sda / -C {d}/empty", "sparsify": "sparsify -q --format qcow2 -o qcow2 {d}/fs.qcow2 {d}/copy.qcow2", "make": "make fs:ext4:8M {d}/made.qcow2",
-    "sql": "sql {d}/map.parquet", "diff": "diff {d}/fs.img {d}/fs.qcow2", "freeze": "freeze --mount {d}/empty -- /bin/true",
+    "map": "map -q -o - {d}/fs.qcow2", "lookup": "lookup {d}/fs.qcow2 1024",
+    "explain": "explain {d}/fs.qcow2 1024", "locate": "locate {d}/fs.qcow2 /dev/sda /lost+found",
+    "info": "info {d}/fs.qcow2", "check": "check {d}/fs.qcow2", "verify": "verify --sample 1 {d}/none",
+    "watch": "watch -q -o {d}/t.parquet {d}/fs.qcow2 -- /bin/true",
+    "trace": "trace import {d}/none --map {d}/map.parquet -o {d}/x.parquet",
+    "profile": "profile {d}/t.parquet -o {d}/p", "replay": "replay {d}/p {d}/fs.img",
+    "report": "report {d}/map.parquet -o {d}/r.html", "dump": "dump -q {d}/fs.qcow2 /dev/sda {d}/out.img",
+    "cat": "cat {d}/fs.qcow2 /dev/sda /lost+found", "extract": "extract {d}/fs.qcow2 /dev/sda / -C {d}/empty",
+    "sparsify": "sparsify -q --format qcow2 -o qcow2 {d}/fs.qcow2 {d}/copy.qcow2",
+    "make": "make fs:ext4:8M {d}/made.qcow2", "sql": "sql {d}/map.parquet",
+    "diff": "diff {d}/fs.img {d}/fs.qcow2", "freeze": "freeze --mount {d}/empty -- /bin/true",
 }  # fmt: skip
 
 
@@ -518,7 +619,8 @@ RUNS = {
 def test_nothing_of_the_current_folder_is_run(evidence: Path, command: str) -> None:
     """With the search path that some have: an empty entry at its end, and one in it that is relative."""
     words = {
-        "bmaplogger": f"file={evidence}/fs.img logfile={evidence}/log --run /bin/true", "sparsify --in-place": f"sparsify -q --in-place {evidence}/fs.qcow2",
+        "bmaplogger": f"file={evidence}/fs.img logfile={evidence}/log --run /bin/true",
+        "sparsify --in-place": f"sparsify -q --in-place {evidence}/fs.qcow2",
         "watch a raw disk": f"watch -q {evidence}/fs.img -- /bin/true",
     }.get(command) or RUNS[command].format(d=evidence)  # fmt: skip
     program = LOGGER if command == "bmaplogger" else PROGRAM

@@ -1,4 +1,7 @@
-"""`virt-bmap watch` from the log's text to the command's exit status. Oracles: the files' own bytes, debugfs, and brute force."""
+"""`virt-bmap watch` from the log's text to the command's exit status.
+
+Oracles: the files' own bytes, debugfs, and brute force.
+"""
 
 import contextlib
 import hashlib
@@ -52,7 +55,20 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     with open(image, "wb") as file:
         file.truncate(32 << 20)
     run("sfdisk", "-q", image, stdin=b"start=2048, type=83\n")
-    run("mke2fs", "-q", "-t", "ext4", "-b", str(BLOCK), "-E", f"offset={START}", "-d", folder / "tree", image, "30M")
+    run(
+        "mke2fs",
+        "-q",
+        "-t",
+        "ext4",
+        "-b",
+        str(BLOCK),
+        "-E",
+        f"offset={START}",
+        "-d",
+        folder / "tree",
+        image,
+        "30M",
+    )
     return SimpleNamespace(image=image, files=files, map=mapped(image), data=image.read_bytes())
 
 
@@ -62,7 +78,7 @@ def place(disk: SimpleNamespace, path: str) -> int:
     return START + int(blocks.split()[0]) * BLOCK
 
 
-# ---- the log --------------------------------------------------------------------------------------------------------
+# ---- the log -----------------------------------------------------------------------------------------------
 
 LOG = b"""\
 2026-11-23 06:19:37.466414 Ready thread_model=3
@@ -86,7 +102,11 @@ def rows(accesses: Accesses) -> list[tuple[int, str, int, int]]:
     return [
         (c, tables.OPS[op], o, n)
         for c, op, o, n in zip(
-            accesses.connection.tolist(), accesses.op.tolist(), accesses.offset.tolist(), accesses.length.tolist(), strict=True
+            accesses.connection.tolist(),
+            accesses.op.tolist(),
+            accesses.offset.tolist(),
+            accesses.length.tolist(),
+            strict=True,
         )
     ]
 
@@ -131,7 +151,15 @@ def test_log_garbage_is_counted_and_survived() -> None:
         assert (parsed.offset >= 0).all()
         assert (parsed.length >= 0).all()
     parser = LogParser()
-    assert len(parser.feed(b"2026-11-23 06:19:37.523103 connection=1 Read id=1 offset=0xfffffffffffffffff count=0x1 ...\n")) == 0
+    assert (
+        len(
+            parser.feed(
+                b"2026-11-23 06:19:37.523103 connection=1 Read id=1 offset=0xfffffffffffffffff "
+                b"count=0x1 ...\n"
+            )
+        )
+        == 0
+    )
     assert parser.unread == 1
 
 
@@ -151,7 +179,7 @@ def test_follower_gives_back_what_was_read(tmp_path: Path) -> None:
     assert log.stat().st_blocks * 512 <= 6 << 20
 
 
-# ---- objects --------------------------------------------------------------------------------------------------------
+# ---- objects -----------------------------------------------------------------------------------------------
 
 
 def accesses(ranges: list[tuple[int, int]], op: str = "read") -> Accesses:
@@ -159,7 +187,11 @@ def accesses(ranges: list[tuple[int, int]], op: str = "read") -> Accesses:
     n = len(ranges)
     offset, length = (np.array(column, np.int64) for column in zip(*ranges, strict=True))
     return Accesses(
-        np.arange(n, dtype=np.int64) * 1000 + 1, np.ones(n, np.int64), np.full(n, tables.OPS.index(op)), offset, length
+        np.arange(n, dtype=np.int64) * 1000 + 1,
+        np.ones(n, np.int64),
+        np.full(n, tables.OPS.index(op)),
+        offset,
+        length,
     )
 
 
@@ -176,11 +208,16 @@ def test_pieces_cover_each_access_and_file_offsets_are_right(disk: SimpleNamespa
     labels = resolver.labels(touched.object)
     covered = np.zeros(len(ranges), np.int64)
     np.add.at(covered, touched.access[~touched.inline], (touched.end - touched.start)[~touched.inline])
-    assert covered.tolist() == [length for _, length in ranges]  # nothing is missing, and nothing owned twice on this disk
+    # nothing is missing, and nothing owned twice on this disk
+    assert covered.tolist() == [length for _, length in ranges]
     names = {"/boot/a b\\x0acd": "/boot/a b\ncd"}
     compared = 0
     for number, start, end, inside in zip(
-        touched.object.tolist(), touched.start.tolist(), touched.end.tolist(), touched.file_offset.tolist(), strict=True
+        touched.object.tolist(),
+        touched.start.tolist(),
+        touched.end.tolist(),
+        touched.file_offset.tolist(),
+        strict=True,
     ):
         letter, device, name = labels[number]
         if letter == "f":
@@ -205,7 +242,9 @@ def test_text_map_names_files_and_volumes(disk: SimpleNamespace, tmp_path: Path)
     from virt_bmap import maps
 
     text = tmp_path / "bmap"
-    text.write_text("1 0 2000000 v /dev/sda\n1 100000 2000000 p /dev/sda1\n1 200000 201000 f /dev/sda1 /Boot/BCD\n")
+    text.write_text(
+        "1 0 2000000 v /dev/sda\n1 100000 2000000 p /dev/sda1\n1 200000 201000 f /dev/sda1 /Boot/BCD\n"
+    )
     resolver = Resolver(maps.load(str(text)))
     lines: list[str] = []
     log = LineLog(resolver, lines.extend)
@@ -234,14 +273,16 @@ def test_map_of_the_original(corpus: Path) -> None:
     labels = resolver.labels(touched.object)
     for number, point in enumerate(points):
         found = {" ".join(labels[o]) for o in touched.object[touched.access == number].tolist()}
-        expected = {" ".join(files[row][2][3:]) for row in np.flatnonzero((starts <= point) & (point < ends)).tolist()}
+        expected = {
+            " ".join(files[row][2][3:]) for row in np.flatnonzero((starts <= point) & (point < ends)).tolist()
+        }
         if expected:
             assert found == expected
         else:
             assert all(label.split(" ")[0] in ("v", "p", "l") for label in found)
 
 
-# ---- lines and sums -------------------------------------------------------------------------------------------------
+# ---- lines and sums ----------------------------------------------------------------------------------------
 
 
 def lines_of(disk: SimpleNamespace, batches: list[Accesses]) -> list[str]:
@@ -260,10 +301,16 @@ def test_consecutive_accesses_share_a_line(disk: SimpleNamespace) -> None:
     other = accesses([(at + 1024, 1024)])
     expected = ["read f /dev/sda1 /boot/vmlinuz\t0x0-0x2000,0x10000-0x10400\n"]
     assert lines_of(disk, [one]) == expected
-    assert lines_of(disk, [one.take(slice(0, 1)), one.take(slice(1, 2)), one.take(slice(2, 3)), other]) == expected  # type: ignore[arg-type]
+    assert (
+        lines_of(disk, [one.take(slice(0, 1)), one.take(slice(1, 2)), one.take(slice(2, 3)), other])
+        == expected
+    )  # type: ignore[arg-type]
     write = accesses([(at, 1024)], "write")
-    assert lines_of(disk, [one, write, other]) == [*expected, "write f /dev/sda1 /boot/vmlinuz\t0x0-0x400\n",
-                                                   "read f /dev/sda1 /boot/vmlinuz\t0x400-0x800\n"]  # fmt: skip
+    assert lines_of(disk, [one, write, other]) == [
+        *expected,
+        "write f /dev/sda1 /boot/vmlinuz\t0x0-0x400\n",
+        "read f /dev/sda1 /boot/vmlinuz\t0x400-0x800\n",
+    ]
 
 
 def test_hostile_names_stay_on_one_line(disk: SimpleNamespace) -> None:
@@ -294,7 +341,13 @@ def test_summary_counts_like_brute_force(disk: SimpleNamespace) -> None:
         summary.add(batch, resolver.touched(1, batch.offset, batch.length))
     assert summary.share() == {"read": 6144, "written": 512, "size": len(disk.data)}
     (row,) = [row for row in summary.objects().to_pylist() if row["name"] == "/boot/initrd"]
-    assert (row["read"], row["written"], row["accesses"], row["size"], row["first_ns"]) == (12288, 0, 3, 700_001, 1)
+    assert (row["read"], row["written"], row["accesses"], row["size"], row["first_ns"]) == (
+        12288,
+        0,
+        3,
+        700_001,
+        1,
+    )
 
 
 def test_a_stopped_terminal_stops_nothing() -> None:
@@ -323,10 +376,13 @@ def test_a_stopped_terminal_stops_nothing() -> None:
 
 def test_only_our_names_are_replaced() -> None:
     words = {"uri": "U", "nbd": "N", "uri2": "V"}
-    assert substituted("file=$uri,x=${nbd},$uri2,$urix,$$,$HOME,${uri", words) == "file=U,x=N,V,$urix,$$,$HOME,${uri"
+    assert (
+        substituted("file=$uri,x=${nbd},$uri2,$urix,$$,$HOME,${uri", words)
+        == "file=U,x=N,V,$urix,$$,$HOME,${uri"
+    )
 
 
-# ---- the whole command ----------------------------------------------------------------------------------------------
+# ---- the whole command -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -354,11 +410,15 @@ def test_watch_names_what_is_read_and_written(disk: SimpleNamespace, tmp_path: P
     kernel, initrd = place(disk, "/boot/vmlinuz"), place(disk, "/boot/initrd")
     trace = tmp_path / "trace.parquet"
     out, err = watch(
-        disk.image, "-o", trace, *qemu_io(f"read {kernel} 64k", f"read {initrd} 4k", f"write -P 1 {initrd} 4k", "read 0 512")
+        disk.image,
+        "-o",
+        trace,
+        *qemu_io(f"read {kernel} 64k", f"read {initrd} 4k", f"write -P 1 {initrd} 4k", "read 0 512"),
     )
     lines = out.splitlines()
     assert [line for line in lines if line.startswith(("read f", "write f"))] == [
-        "read f /dev/sda1 /boot/vmlinuz\t0x0-0x10000", "read f /dev/sda1 /boot/initrd\t0x0-0x1000", "write f /dev/sda1 /boot/initrd\t0x0-0x1000",
+        "read f /dev/sda1 /boot/vmlinuz\t0x0-0x10000", "read f /dev/sda1 /boot/initrd\t0x0-0x1000",
+        "write f /dev/sda1 /boot/initrd\t0x0-0x1000",
     ]  # fmt: skip
     assert err == ""
     assert "3 reads (68.5 KiB), 1 write (4.0 KiB)" in out
@@ -366,10 +426,16 @@ def test_watch_names_what_is_read_and_written(disk: SimpleNamespace, tmp_path: P
     table = pq.read_table(trace)
     assert table.schema.names[:-1] == tables.SCHEMAS["accesses"].names
     found = [
-        (row["op"], row["offset"], row["length"], [(o["path"], o["file_offset"], o["length"]) for o in row["objects"]])
+        (
+            row["op"],
+            row["offset"],
+            row["length"],
+            [(o["path"], o["file_offset"], o["length"]) for o in row["objects"]],
+        )
         for row in table.to_pylist()
     ]
-    assert found[:3] == [("read", kernel, 65536, [(b"/boot/vmlinuz", 0, 65536)]), ("read", initrd, 4096, [(b"/boot/initrd", 0, 4096)]),
+    assert found[:3] == [("read", kernel, 65536, [(b"/boot/vmlinuz", 0, 65536)]),
+        ("read", initrd, 4096, [(b"/boot/initrd", 0, 4096)]),
                          ("write", initrd, 4096, [(b"/boot/initrd", 0, 4096)])]  # fmt: skip
 
 
@@ -399,7 +465,9 @@ def test_watch_an_nbd_uri_with_a_saved_map(disk: SimpleNamespace, tmp_path: Path
 @contextlib.contextmanager
 def nbdkit(image: Path, folder: Path) -> Iterator[str]:
     """A plain server."""
-    process = subprocess.Popen(["nbdkit", "-f", "-r", "-U", folder / "sock", "-P", folder / "pid", "file", str(image)])
+    process = subprocess.Popen(
+        ["nbdkit", "-f", "-r", "-U", folder / "sock", "-P", folder / "pid", "file", str(image)]
+    )
     while not (folder / "pid").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -448,7 +516,9 @@ def test_exit_status_environment_and_signals(disk: SimpleNamespace) -> None:
         out, _ = watch(*options, "--", "echo", "-q", "--", "x", "--summary")
         assert out.startswith("-q -- x --summary\n")
     process = subprocess.Popen(
-        [BMAP, "watch", "-q", disk.image, "--", "sh", "-c", "echo up; exec sleep 60"], stdout=subprocess.PIPE, text=True
+        [BMAP, "watch", "-q", disk.image, "--", "sh", "-c", "echo up; exec sleep 60"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout
     assert process.stdout.readline() == "up\n"
@@ -460,7 +530,9 @@ def test_exit_status_environment_and_signals(disk: SimpleNamespace) -> None:
 @pytest.mark.usefixtures("tools")
 def test_a_guest_in_the_background_is_watched_to_its_end(disk: SimpleNamespace) -> None:
     at = place(disk, "/boot/initrd")
-    client = f"(qemu-io -f raw -c 'read 0 512' -c 'sleep 1500' -c 'read {at} 4k' $1 >/dev/null 2>&1 &) ; sleep 0.7"
+    client = (
+        f"(qemu-io -f raw -c 'read 0 512' -c 'sleep 1500' -c 'read {at} 4k' $1 >/dev/null 2>&1 &) ; sleep 0.7"
+    )
     out, _ = watch(disk.image, "--", "sh", "-c", client, "sh", "$uri")
     assert "read f /dev/sda1 /boot/initrd\t0x0-0x1000" in out
 
@@ -478,7 +550,8 @@ def test_what_goes_wrong_is_one_line(disk: SimpleNamespace, tmp_path: Path) -> N
     _, err = watch("--map", tmp_path / "map.parquet", other, "--", "true", ok=1)
     assert err.count("\n") == 1
     assert "is the map of a disk of 33554432 bytes" in err
-    out, err = watch("-o", "/dev/full", disk.image, *qemu_io("read 0 512"))  # the command's status, and the summary
+    # the command's status, and the summary
+    out, err = watch("-o", "/dev/full", disk.image, *qemu_io("read 0 512"))
     assert "1 read (512 B)" in out
     assert err == "virt-bmap: /dev/full: can't be written: No space left on device\n"
     assert not [name for name in private_folders() - before if not in_use(f"/dev/shm/{name}")]
@@ -486,10 +559,16 @@ def test_what_goes_wrong_is_one_line(disk: SimpleNamespace, tmp_path: Path) -> N
 
 def private_folders() -> set[str]:
     """Folders in memory that watches made, also those that were killed before this test."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith("virt-bmap-")} if os.path.isdir("/dev/shm") else set()
+    return (
+        {name for name in os.listdir("/dev/shm") if name.startswith("virt-bmap-")}
+        if os.path.isdir("/dev/shm")
+        else set()
+    )
 
 
 def in_use(folder: str) -> bool:
     """Another run, at the same time on this machine, may have a folder of its own."""
     pid = Path(folder, "pid")
-    return not pid.exists() or not pid.read_text().strip() or Path(f"/proc/{pid.read_text().strip()}").exists()
+    return (
+        not pid.exists() or not pid.read_text().strip() or Path(f"/proc/{pid.read_text().strip()}").exists()
+    )

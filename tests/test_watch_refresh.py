@@ -1,4 +1,7 @@
-"""The map that keeps up with the guest. Oracles: a kernel's own writes, whose content says which file they belong to, and brute force."""
+"""The map that keeps up with the guest.
+
+Oracles: a kernel's own writes, whose content says which file they belong to, and brute force.
+"""
 
 import os
 import random
@@ -32,7 +35,7 @@ BMAP = str(Path(sys.executable).parent / "virt-bmap")
 MS = 1_000_000
 WRITE, READ = tables.OPS.index("write"), tables.OPS.index("read")
 
-# ---- a kernel as the guest --------------------------------------------------------------------------------------------
+# ---- a kernel as the guest ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -45,15 +48,19 @@ def kernel() -> None:
 
 
 TRIES = 3
-"""What is asked is how soon names come: a machine that stands still for a second in the wrong place spoils a try, not three."""
+"""What is asked is how soon names come: a machine that stands still for a second in the wrong place spoils a
+try, not three."""
 
 
 @pytest.mark.guest
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
-    ("kind", "make", "package"), [("ext4", ["mke2fs", "-q", "-t", "ext4"], "e2fsprogs"), ("xfs", ["mkfs.xfs", "-q"], "xfsprogs")]
+    ("kind", "make", "package"),
+    [("ext4", ["mke2fs", "-q", "-t", "ext4"], "e2fsprogs"), ("xfs", ["mkfs.xfs", "-q"], "xfsprogs")],
 )
-def test_files_that_a_kernel_writes_are_named(tmp_path: Path, kind: str, make: list[str], package: str) -> None:
+def test_files_that_a_kernel_writes_are_named(
+    tmp_path: Path, kind: str, make: list[str], package: str
+) -> None:
     need(make[0], package)
     failures: list[AssertionError] = []
     for number in range(TRIES):
@@ -68,7 +75,8 @@ def test_files_that_a_kernel_writes_are_named(tmp_path: Path, kind: str, make: l
 
 
 def _write_and_compare(tmp_path: Path, make: list[str]) -> None:
-    """A kernel writes files to a watched disk: what the log and the trace name is what was written, and when."""
+    """A kernel writes files to a watched disk: what the log and the trace name is what was written, and
+    when."""
     image, count = tmp_path / "disk.img", 300
     with open(image, "wb") as file:
         file.truncate(320 << 20)
@@ -96,7 +104,9 @@ def _write_and_compare(tmp_path: Path, make: list[str]) -> None:
         pytest.skip("qemu-storage-daemon has no FUSE export here")
 
     disk = image.read_bytes()
-    number_of = {kernel_guest.path(n): n for n in range(count)} | {kernel_guest.moved(n): n for n in range(kernel_guest.MOVED)}
+    number_of = {kernel_guest.path(n): n for n in range(count)} | {
+        kernel_guest.moved(n): n for n in range(kernel_guest.MOVED)
+    }
     rows = pq.read_table(trace, columns=["time_ns", "op", "objects"]).to_pylist()
     pieces = [
         (row["time_ns"] / 1e9, piece)
@@ -106,7 +116,8 @@ def _write_and_compare(tmp_path: Path, make: list[str]) -> None:
         if piece["kind"] == "data"
     ]
     deleted = {
-        kernel_guest.path(n) for n in range(kernel_guest.MOVED + kernel_guest.GROWN, kernel_guest.MOVED + 2 * kernel_guest.GROWN)
+        kernel_guest.path(n)
+        for n in range(kernel_guest.MOVED + kernel_guest.GROWN, kernel_guest.MOVED + 2 * kernel_guest.GROWN)
     }
     wrong, last = 0, {}
     for when, piece in pieces:
@@ -115,7 +126,9 @@ def _write_and_compare(tmp_path: Path, make: list[str]) -> None:
         if name not in deleted:  # their bytes may be another file's by now
             wrong += disk[piece["offset"] : piece["offset"] + len(data)] != data
         last[name] = when
-    assert wrong <= len(pieces) // 100, f"{wrong} of {len(pieces)} pieces are not the file's that they are named for"
+    assert wrong <= len(pieces) // 100, (
+        f"{wrong} of {len(pieces)} pieces are not the file's that they are named for"
+    )
     steps = [line.split("\t") for line in (tmp_path / "written").read_text().splitlines()]
     named = [name for _, name in steps if name in last]
     assert len(named) >= 0.99 * len(steps)
@@ -133,14 +146,15 @@ def _write_and_compare(tmp_path: Path, make: list[str]) -> None:
     assert created == sorted(created, key=number_of.__getitem__)
 
 
-# ---- a guest in a few arrays ------------------------------------------------------------------------------------------
+# ---- a guest in a few arrays -------------------------------------------------------------------------------
 
 BLOCK = 1024
 
 
 @pytest.fixture(scope="module")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One ext4 twice: before and after a file was added, a file renamed, and a file deleted, with the maps of both."""
+    """One ext4 twice: before and after a file was added, a file renamed, and a file deleted, with the maps of
+    both."""
     need("mke2fs", "e2fsprogs")
     folder = tmp_path_factory.mktemp("refresh")
     for name in ("stays", "goes", "old name"):
@@ -161,8 +175,16 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         return int(run("debugfs", "-R", f'blocks "{path}"', image).split()[0]) * BLOCK
 
     maps = mapped(before), mapped(after)
-    return SimpleNamespace(before=before, after=after, maps=maps, size=8 << 20, comes=place(after, "/comes"),
-                           stays=place(before, "/stays"), goes=place(before, "/goes"), moved=place(before, "/old name"))  # fmt: skip
+    return SimpleNamespace(
+        before=before,
+        after=after,
+        maps=maps,
+        size=8 << 20,
+        comes=place(after, "/comes"),
+        stays=place(before, "/stays"),
+        goes=place(before, "/goes"),
+        moved=place(before, "/old name"),
+    )
 
 
 class Kept:
@@ -178,7 +200,9 @@ class Kept:
         self.added += len(accesses)
 
     def late(self, disk: int, number: np.ndarray, accesses: Accesses, touched: Touched) -> None:
-        for n, offset, length in zip(number.tolist(), accesses.offset.tolist(), accesses.length.tolist(), strict=True):
+        for n, offset, length in zip(
+            number.tolist(), accesses.offset.tolist(), accesses.length.tolist(), strict=True
+        ):
             self._give_way(n, offset, offset + length)
         self._keep(number[touched.access], touched)
 
@@ -192,7 +216,11 @@ class Kept:
                 continue
             assert piece[4] in OPEN
             covered += high - low
-            left += [(number, *part, *piece[3:]) for part in ((piece[1], low), (high, piece[2])) if part[0] < part[1]]
+            left += [
+                (number, *part, *piece[3:])
+                for part in ((piece[1], low), (high, piece[2]))
+                if part[0] < part[1]
+            ]
         assert covered == end - start
         self.pieces = left
 
@@ -242,7 +270,9 @@ def guest(disks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleName
         offset, length = (np.array(column, np.int64) for column in zip(*ranges, strict=True))
         n = len(ranges)
         clock.now += MS
-        naming.add(1, Accesses(clock.now + np.arange(n), np.ones(n, np.int64), np.full(n, op), offset, length))
+        naming.add(
+            1, Accesses(clock.now + np.arange(n), np.ones(n, np.int64), np.full(n, op), offset, length)
+        )
 
     def give(bmap: object, begun: int) -> None:
         maps.next = Refreshed(begun, 0.01, Resolver(bmap, naming.resolver.number + 1, begun))
@@ -253,14 +283,24 @@ def guest(disks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleName
         naming.tick()
 
     return SimpleNamespace(
-        clock=clock, naming=naming, kept=kept, lines=lines, maps=maps, access=access, give=give, after=after, log=log
+        clock=clock,
+        naming=naming,
+        kept=kept,
+        lines=lines,
+        maps=maps,
+        access=access,
+        give=give,
+        after=after,
+        log=log,
     )
 
 
 SUPERBLOCK = (1024, 1024)
 
 
-def test_reads_with_a_map_that_is_up_to_date_pass_at_once(disks: SimpleNamespace, guest: SimpleNamespace) -> None:
+def test_reads_with_a_map_that_is_up_to_date_pass_at_once(
+    disks: SimpleNamespace, guest: SimpleNamespace
+) -> None:
     guest.access(READ, (disks.stays, 4096), (disks.goes, 1024), (0, 4096))
     assert {piece[3] for piece in guest.kept.pieces} >= {"/stays", "/goes", "[superblock]"}
     guest.after(1000)
@@ -273,19 +313,27 @@ def test_writes_of_files_that_exist_ask_for_no_map(disks: SimpleNamespace, guest
     assert guest.maps.asked == 0
 
 
-def test_what_follows_a_metadata_write_is_named_by_the_new_map(disks: SimpleNamespace, guest: SimpleNamespace) -> None:
+def test_what_follows_a_metadata_write_is_named_by_the_new_map(
+    disks: SimpleNamespace, guest: SimpleNamespace
+) -> None:
     guest.access(WRITE, SUPERBLOCK, (disks.moved, 1024), (disks.comes, 1024))
     assert [piece[3] for piece in guest.kept.pieces] == ["[superblock]"]
     guest.after(200)
     assert guest.maps.asked == 1
     guest.give(disks.maps[1], guest.clock.now)
     guest.log.flush()
-    assert [line.split("\t")[0].split(" ", 3)[3] for line in guest.lines] == ["[superblock]", "/new name", "/comes"]
+    assert [line.split("\t")[0].split(" ", 3)[3] for line in guest.lines] == [
+        "[superblock]",
+        "/new name",
+        "/comes",
+    ]
     assert not any("older" in line for line in guest.lines)
     assert guest.naming.is_settled
 
 
-def test_content_that_comes_before_its_metadata_is_named_late(disks: SimpleNamespace, guest: SimpleNamespace) -> None:
+def test_content_that_comes_before_its_metadata_is_named_late(
+    disks: SimpleNamespace, guest: SimpleNamespace
+) -> None:
     guest.access(WRITE, (disks.comes, 4096))
     guest.access(READ, (disks.stays, 1024))
     assert [line.split("\t")[0] for line in guest.lines] == []  # held; the read is still an open line
@@ -294,7 +342,9 @@ def test_content_that_comes_before_its_metadata_is_named_late(disks: SimpleNames
     guest.after(200)
     guest.give(disks.maps[1], guest.clock.now)
     guest.log.flush()
-    names = [(line.split("\t")[0].split(" ", 3)[3], line.rstrip("\n").split("\t")[2:]) for line in guest.lines]
+    names = [
+        (line.split("\t")[0].split(" ", 3)[3], line.rstrip("\n").split("\t")[2:]) for line in guest.lines
+    ]
     assert names == [("/stays", []), ("[superblock]", []), ("/comes", ["late"])]
 
 
@@ -345,7 +395,9 @@ def test_a_map_that_fails_or_lost_a_filesystem_is_not_used(
     assert guest.naming.resolver.number == 1
 
 
-def test_a_guest_that_never_rests_gets_maps_all_the_same(disks: SimpleNamespace, guest: SimpleNamespace) -> None:
+def test_a_guest_that_never_rests_gets_maps_all_the_same(
+    disks: SimpleNamespace, guest: SimpleNamespace
+) -> None:
     for _ in range(200):
         guest.access(WRITE, SUPERBLOCK)
         guest.after(5)
@@ -354,8 +406,11 @@ def test_a_guest_that_never_rests_gets_maps_all_the_same(disks: SimpleNamespace,
     assert guest.maps.asked >= 8
 
 
-def test_every_byte_is_named_once_whatever_happens(disks: SimpleNamespace, guest: SimpleNamespace, tmp_path: Path) -> None:
-    """Random accesses, maps that change, come late or fail: brute force counts the bytes of each access; trace and summary agree."""
+def test_every_byte_is_named_once_whatever_happens(
+    disks: SimpleNamespace, guest: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Random accesses, maps that change, come late or fail: brute force counts the bytes of each access;
+    trace and summary agree."""
     chooser = random.Random(4)
     summary = Summary(guest.naming.resolver, 1)
     with open(tmp_path / "trace.parquet", "wb") as file:
@@ -385,14 +440,19 @@ def test_every_byte_is_named_once_whatever_happens(disks: SimpleNamespace, guest
     rows = pq.read_table(tmp_path / "trace.parquet").to_pylist()
     assert [(row["offset"], row["length"]) for row in rows] == asked
     in_trace = [
-        (n, o["offset"], o["offset"] + o["length"]) for n, row in enumerate(rows) for o in row["objects"] if not o["inline"]
+        (n, o["offset"], o["offset"] + o["length"])
+        for n, row in enumerate(rows)
+        for o in row["objects"]
+        if not o["inline"]
     ]
     assert sorted(in_trace) == sorted(piece[:3] for piece in guest.kept.pieces)
     objects = summary.objects().to_pylist()
     assert sum(row["read"] + row["written"] for row in objects) == sum(length for _, length in asked)
     assert len({(row["kind"], row["name"]) for row in objects}) == len(objects)
     assert {row["name"] for row in objects if row["kind"] == "data"} == {
-        piece[3] for piece in guest.kept.pieces if piece[3].startswith("/") and piece[3] not in ("/", "/lost+found")
+        piece[3]
+        for piece in guest.kept.pieces
+        if piece[3].startswith("/") and piece[3] not in ("/", "/lost+found")
     }
 
 
@@ -401,7 +461,9 @@ def test_a_new_filesystem_is_noticed_by_its_signature(tmp_path: Path) -> None:
     with open(blank, "wb") as file:
         file.truncate(8 << 20)
     index = signatures(mapped(blank), 1)
-    hit, _ = index.overlaps(np.array([1024, 4 << 20, (8 << 20) - 512]), np.array([2048, (4 << 20) + 512, 8 << 20]))
+    hit, _ = index.overlaps(
+        np.array([1024, 4 << 20, (8 << 20) - 512]), np.array([2048, (4 << 20) + 512, 8 << 20])
+    )
     assert hit.tolist() == [0, 2]
 
 
@@ -409,7 +471,7 @@ def test_lost_names_the_filesystems_that_are_gone(disks: SimpleNamespace) -> Non
     assert lost(*disks.maps) == ""
 
 
-# ---- the other process ------------------------------------------------------------------------------------------------
+# ---- the other process -------------------------------------------------------------------------------------
 
 
 def test_tables_and_paths_come_back_as_they_were(disks: SimpleNamespace, tmp_path: Path) -> None:
@@ -425,7 +487,10 @@ def test_tables_and_paths_come_back_as_they_were(disks: SimpleNamespace, tmp_pat
 def served(disks: SimpleNamespace) -> Iterator[tuple[str, str]]:
     """(folder, URI) of a server."""
     need("nbdkit", "nbdkit")
-    with private_folder() as folder, serve(Source(str(disks.after), "raw", disks.size), folder, False) as server:
+    with (
+        private_folder() as folder,
+        serve(Source(str(disks.after), "raw", disks.size), folder, False) as server,
+    ):
         yield folder, server.export("virt-bmap-test")
 
 
@@ -438,7 +503,9 @@ def wait(refresher: Refresher) -> Refreshed:
     raise AssertionError("no map came")
 
 
-def test_the_map_comes_from_the_server_and_the_guest_is_not_blamed(disks: SimpleNamespace, served: tuple[str, str]) -> None:
+def test_the_map_comes_from_the_server_and_the_guest_is_not_blamed(
+    disks: SimpleNamespace, served: tuple[str, str]
+) -> None:
     folder, uri = served
     refresher = Refresher(NO_KEYS)
     refresher.serve(folder, [uri])
@@ -493,12 +560,13 @@ def test_a_process_that_is_killed_is_started_again_a_few_times(served: tuple[str
     assert not [name for name in os.listdir(folder) if name.startswith("map")]
 
 
-# ---- a real guest -----------------------------------------------------------------------------------------------------
+# ---- a real guest ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.guest
 def test_files_that_a_real_guest_writes_are_named(tmp_path: Path) -> None:
-    """A Linux in QEMU writes files with fsync to an ext4: the bytes on the disk say whose each of the named pieces is."""
+    """A Linux in QEMU writes files with fsync to an ext4: the bytes on the disk say whose each of the named
+    pieces is."""
     for tool, package in (
         ("qemu-system-x86_64", "qemu-system-x86"),
         ("nbdkit", "nbdkit"),
@@ -534,5 +602,9 @@ def test_files_that_a_real_guest_writes_are_named(tmp_path: Path) -> None:
                 pieces += 1
     assert wrong <= pieces // 100
     assert len(named) >= 0.99 * count
-    logged = {line.split("\t")[0].split(" ", 3)[3] for line in log.read_text().splitlines() if line.startswith("write f ")}
+    logged = {
+        line.split("\t")[0].split(" ", 3)[3]
+        for line in log.read_text().splitlines()
+        if line.startswith("write f ")
+    }
     assert len(logged & set(number_of)) >= 0.99 * count

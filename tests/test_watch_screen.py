@@ -1,4 +1,5 @@
-"""`watch --tui`: what is counted (brute force), how it is drawn, the keys (Textual's pilot), and the command on a real terminal (a pty)."""
+"""`watch --tui`: what is counted (brute force), how it is drawn, the keys (Textual's pilot), and the command
+on a real terminal (a pty)."""
 
 import asyncio
 import csv
@@ -27,7 +28,17 @@ from virt_bmap import tables
 from virt_bmap.errors import ImageError
 from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.activity import BINS, SORTS, Activity, Row, Strip
-from virt_bmap.watch.cells import BOTH, READS, TOUCHED, WRITES, Light, rows_lines, shortened, spark, strip_lines
+from virt_bmap.watch.cells import (
+    BOTH,
+    READS,
+    TOUCHED,
+    WRITES,
+    Light,
+    rows_lines,
+    shortened,
+    spark,
+    strip_lines,
+)
 from virt_bmap.watch.resolve import Resolver
 from virt_bmap.watch.screen import Output, Watching, plain
 from virt_bmap.watch.session import Outcome, Runner
@@ -56,7 +67,9 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     inode, paths = bmap.paths(0)
     where = {}
     for number, path in zip(inode.tolist(), paths.to_pylist(), strict=True):
-        mine = (tables.integers(bmap.extents, "inode") == number) & (tables.codes(bmap.extents, "kind") == tables.DATA)
+        mine = (tables.integers(bmap.extents, "inode") == number) & (
+            tables.codes(bmap.extents, "kind") == tables.DATA
+        )
         if mine.any():
             where[path.decode()] = int(tables.integers(bmap.extents, "volume_offset")[mine][0])
     return SimpleNamespace(image=image, map=bmap, where=where, size=16 << 20)
@@ -72,7 +85,7 @@ def feed(activity: Activity, resolver: Resolver, found: Accesses) -> None:
     activity.add(1, found, resolver.touched(1, found.offset, found.length))
 
 
-# ---- counting ---------------------------------------------------------------------------------------------------------
+# ---- counting ----------------------------------------------------------------------------------------------
 
 
 def test_sums_are_those_of_brute_force_and_outlive_a_map(disk: SimpleNamespace) -> None:
@@ -88,7 +101,9 @@ def test_sums_are_those_of_brute_force_and_outlive_a_map(disk: SimpleNamespace) 
             feed(activity, resolver, accesses(op, (offset, length)))
             sums = read if op == READ else written
             sums[name] = sums.get(name, 0) + length
-            place[int(op != READ), offset * BINS // disk.size : (offset + length) * BINS // disk.size + 1] = True
+            place[int(op != READ), offset * BINS // disk.size : (offset + length) * BINS // disk.size + 1] = (
+                True
+            )
     rows = {row.name: row for row in activity.rows(100)}
     assert {name: row.read for name, row in rows.items() if row.read} == {
         name.replace("\x1b", "\\x1b"): n for name, n in read.items()
@@ -97,7 +112,11 @@ def test_sums_are_those_of_brute_force_and_outlive_a_map(disk: SimpleNamespace) 
         name.replace("\x1b", "\\x1b"): n for name, n in written.items()
     }
     view = activity.look()
-    assert (view.bytes[READ], view.bytes[WRITE], view.requests.sum()) == (sum(read.values()), sum(written.values()), 30)
+    assert (view.bytes[READ], view.bytes[WRITE], view.requests.sum()) == (
+        sum(read.values()),
+        sum(written.values()),
+        30,
+    )
     (strip,) = view.strips
     assert (strip.was_read == place[0]).all()
     assert (strip.was_written == place[1]).all()
@@ -114,8 +133,9 @@ def test_rows_are_sorted_filtered_and_counted(disk: SimpleNamespace, sort: str) 
         feed(activity, resolver, accesses(WRITE, (disk.where[name], BLOCK * (5 - number))))
     rows = activity.rows(3, sort)
     key: dict[str, Callable[[Row], Any]] = {
-        "bytes": lambda row: -row.read - row.written, "read": lambda row: -row.read, "written": lambda row: -row.written,
-        "accesses": lambda row: -row.accesses, "recent": lambda row: -row.last_ns, "name": lambda row: row.name,
+        "bytes": lambda row: -row.read - row.written, "read": lambda row: -row.read,
+        "written": lambda row: -row.written, "accesses": lambda row: -row.accesses,
+        "recent": lambda row: -row.last_ns, "name": lambda row: row.name,
     }  # fmt: skip
     everything = activity.rows(100)
     assert [key[sort](row) for row in rows] == sorted(key[sort](row) for row in everything)[:3]
@@ -126,7 +146,7 @@ def test_rows_are_sorted_filtered_and_counted(disk: SimpleNamespace, sort: str) 
     assert activity.table().num_rows == len(everything)
 
 
-# ---- drawing ----------------------------------------------------------------------------------------------------------
+# ---- drawing -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (38, 3), (118, 3), (5000, 1)])
@@ -154,7 +174,13 @@ def test_the_strip_shows_where_and_how(width: int, height: int) -> None:
 
 
 def test_names_are_cut_to_any_width() -> None:
-    for name in ("/a/b", "/usr/share/zoneinfo/America/Argentina/Buenos_Aires", "/中文" * 40, "a" * 5000, "e\u0301" * 100):
+    for name in (
+        "/a/b",
+        "/usr/share/zoneinfo/America/Argentina/Buenos_Aires",
+        "/中文" * 40,
+        "a" * 5000,
+        "e\u0301" * 100,
+    ):
         for width in range(60):
             assert cell_len(shortened(name, width)) <= width or cell_len(name) == 0
         assert shortened(name, cell_len(name)) == name
@@ -163,7 +189,10 @@ def test_names_are_cut_to_any_width() -> None:
 
 @pytest.mark.parametrize("width", [20, 40, 64, 200])
 def test_lists_fit(width: int) -> None:
-    rows = [Row("f", "/dev/vg/root", "/中文/" * 30, 1 << 40, 3, 10**9, 1), Row("v", "/dev/sda", "", 0, 0, 1, 1)]
+    rows = [
+        Row("f", "/dev/vg/root", "/中文/" * 30, 1 << 40, 3, 10**9, 1),
+        Row("v", "/dev/sda", "", 0, 0, 1, 1),
+    ]
     for sort in SORTS:
         assert all(cell_len(line) <= width for line in rows_lines(rows, sort, width).plain.split("\n"))
 
@@ -175,13 +204,15 @@ def test_bars() -> None:
     assert spark([1.0], 0) == ""
 
 
-# ---- the screen -------------------------------------------------------------------------------------------------------
+# ---- the screen --------------------------------------------------------------------------------------------
 
 
 class Stage:
     """The app with a watch that the test plays itself."""
 
-    def __init__(self, disk: SimpleNamespace, size: tuple[int, int], fail: BaseException | None = None) -> None:
+    def __init__(
+        self, disk: SimpleNamespace, size: tuple[int, int], fail: BaseException | None = None
+    ) -> None:
         self.resolver = Resolver(disk.map)
         self.activity = Activity(self.resolver)
         self.over = threading.Event()
@@ -192,7 +223,9 @@ class Stage:
     def go(self, run: Runner) -> Outcome:
         if self.fail:
             raise self.fail
-        with run(["sh", "-c", "printf '\\033[31mred\\033[0m \\033[2J[bold]\\n'; echo last"], dict(os.environ)) as child:
+        with run(
+            ["sh", "-c", "printf '\\033[31mred\\033[0m \\033[2J[bold]\\n'; echo last"], dict(os.environ)
+        ) as child:
             child.wait()
         self.over.wait(30)
         return Outcome(status=3)
@@ -211,7 +244,9 @@ class Stage:
 
     def text(self, part: str) -> str:
         found = self.app.query_one(part, Static)
-        return "\n".join("".join(segment.text for segment in found.render_line(y)) for y in range(found.size.height))
+        return "\n".join(
+            "".join(segment.text for segment in found.render_line(y)) for y in range(found.size.height)
+        )
 
 
 async def until(pilot: "Pilot[None]", true: Callable[[], bool]) -> None:
@@ -231,9 +266,15 @@ def test_lists_keys_and_output(
     room = size[1] >= 24
 
     async def act(pilot: "Pilot[None]") -> None:
-        feed(stage.activity, stage.resolver, accesses(READ, (disk.where["/one"], 4096), (disk.where[f"/{HOSTILE}"], 2048)))
+        feed(
+            stage.activity,
+            stage.resolver,
+            accesses(READ, (disk.where["/one"], 4096), (disk.where[f"/{HOSTILE}"], 2048)),
+        )
         feed(stage.activity, stage.resolver, accesses(WRITE, (disk.where["/two"], 8192)))
-        await until(pilot, lambda: "12.0 KiB" in stage.text("#status") or "8.0 KiB written" in stage.text("#status"))
+        await until(
+            pilot, lambda: "12.0 KiB" in stage.text("#status") or "8.0 KiB written" in stage.text("#status")
+        )
         if room:
             await until(pilot, lambda: "/two" in stage.text("#top"))
             assert ESCAPED in stage.text("#now") or "…" in stage.text("#now")  # as it is, no markup
@@ -302,7 +343,9 @@ def test_a_watch_that_fails_takes_the_screen_away_and_its_words_come_through(dis
 def test_output_is_kept_harmless_and_never_stalls_the_command() -> None:
     assert plain(b"\x1b]0;title\x07a\x1b[1;31mb\x1b(B\tc\x9b\r") == "ab    c\\x9b"
     output = Output()
-    with output.run(["sh", "-c", "yes x | head -c 3000000; printf 'no end of line'"], dict(os.environ)) as child:
+    with output.run(
+        ["sh", "-c", "yes x | head -c 3000000; printf 'no end of line'"], dict(os.environ)
+    ) as child:
         assert child.wait(20) == 0
     assert output.count == 1_500_001
     assert list(output.lines)[-2:] == ["x", "no end of line"]
@@ -312,13 +355,25 @@ def test_output_is_kept_harmless_and_never_stalls_the_command() -> None:
     assert 1000 < sum(map(len, output.lines)) < 10_000_000
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def test_without_a_terminal_there_are_plain_lines(disk: SimpleNamespace) -> None:
     need("nbdkit", "nbdkit")
     need("qemu-io", "qemu-utils")
-    command = [BMAP, "watch", "--tui", disk.image, "--", "qemu-io", "-f", "raw", "-c", f"read {disk.where['/one']} 1k", "$uri"]
+    command = [
+        BMAP,
+        "watch",
+        "--tui",
+        disk.image,
+        "--",
+        "qemu-io",
+        "-f",
+        "raw",
+        "-c",
+        f"read {disk.where['/one']} 1k",
+        "$uri",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     assert done.stderr == "virt-bmap: --tui needs a terminal: plain lines instead\n"
     assert "read f /dev/sda /one\t0x0-0x400\n" in done.stdout
@@ -330,8 +385,14 @@ def test_on_a_terminal_of_40_columns(disk: SimpleNamespace) -> None:
     client = f"qemu-io -f raw -c 'read {disk.where['/one']} 4k' $1; echo said; exit 5"
     main, ours = pty.openpty()
     run("stty", "-F", os.ttyname(ours), "rows", "24", "cols", "40")
-    process = subprocess.Popen([BMAP, "watch", "--tui", disk.image, "--", "sh", "-c", client, "sh", "$uri"], stdin=ours, stdout=ours, stderr=ours,
-                               start_new_session=True, env={**os.environ, "TERM": "xterm-256color"})  # fmt: skip
+    process = subprocess.Popen(
+        [BMAP, "watch", "--tui", disk.image, "--", "sh", "-c", client, "sh", "$uri"],
+        stdin=ours,
+        stdout=ours,
+        stderr=ours,
+        start_new_session=True,
+        env={**os.environ, "TERM": "xterm-256color"},
+    )
     os.close(ours)
     shown, asked = b"", False
     until = time.monotonic() + 60
@@ -364,11 +425,19 @@ def test_a_terminal_that_goes_away_ends_the_watch_and_keeps_the_trace(
     client = f"qemu-io -f raw -c 'read {disk.where['/one']} 4k' $1; exec sleep 60"
     main, ours = pty.openpty()
     trace = tmp_path / "trace.parquet"
-    take = "import fcntl, termios, os; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)" if hang_up else "import os; os.setsid()"
+    take = (
+        "import fcntl, termios, os; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+        if hang_up
+        else "import os; os.setsid()"
+    )
     command = [BMAP, "watch", "--tui", disk.image, "-o", trace, "--", "sh", "-c", client, "sh", "$uri"]
     start = f"{take}; os.execv({str(BMAP)!r}, {[str(word) for word in command]!r})"
     process = subprocess.Popen(
-        [sys.executable, "-c", start], stdin=ours, stdout=ours, stderr=ours, env={**os.environ, "TERM": "xterm-256color"}
+        [sys.executable, "-c", start],
+        stdin=ours,
+        stdout=ours,
+        stderr=ours,
+        env={**os.environ, "TERM": "xterm-256color"},
     )
     os.close(ours)
     shown, until = b"", time.monotonic() + 60

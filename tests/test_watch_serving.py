@@ -1,4 +1,5 @@
-"""Serving outlives naming: whatever fails in a watch, or ends it, the client's disk stays, and nothing is left behind when the client has gone."""
+"""Serving outlives naming: whatever fails in a watch, or ends it, the client's disk stays, and nothing is
+left behind when the client has gone."""
 
 import contextlib
 import json
@@ -43,21 +44,36 @@ cli.main()
 EVER = 10**9
 FAULTS = {
     # where it strikes: (what is patched, words that are said)
-    "a batch once": ("from virt_bmap.watch.resolve import Resolver as R; faulty(R, 'touched', RuntimeError, 2, 2)", "started again"),
-    "every batch": (f"from virt_bmap.watch.resolve import Resolver as R; faulty(R, 'touched', RuntimeError, 2, {EVER})", "given up"),
-    "no memory": (f"from virt_bmap.watch.resolve import Resolver as R; faulty(R, 'touched', MemoryError, 2, {EVER})", "not enough memory (given up)"),
-    "the log's lines": (f"from virt_bmap.watch.accesses import LogParser as L; faulty(L, 'feed', ValueError, 2, {EVER})", "given up"),
-    "the log's file": ("from virt_bmap.watch.serve import Follower as F; faulty(F, 'read', OSError, 2, 3)", "started again"),
-    "the clock": (f"from virt_bmap.watch.naming import Naming as N; faulty(N, 'tick', KeyError, 2, {EVER})", "given up"),
-    "the end": ("from virt_bmap.watch.naming import Naming as N; faulty(N, 'finish', RuntimeError, 1, 1)", "started again"),
-    "asking for a map": (f"from virt_bmap.watch.refresh import Refresher as R; faulty(R, 'begin', OSError, 1, {EVER})", "given up"),
-    "taking a map": (f"import virt_bmap.watch.refresh as r; faulty(r, 'load', OSError, 1, {EVER})", "can't be taken over"),
-    "the trace": (f"from virt_bmap.watch.trace import Trace as T; faulty(T, 'add', RuntimeError, 1, {EVER})", "the trace is not complete"),
-    "the trace's file": (f"from virt_bmap.watch.stream import Part as P; faulty(P, 'write', OSError, 1, {EVER})", "the trace is not complete"),
-    "the live log": (f"from virt_bmap.watch.lines import LineLog as L; faulty(L, 'add', RuntimeError, 1, {EVER})", "the live log ended early"),
-    "the live log's end": ("from virt_bmap.watch.lines import LineLog as L; faulty(L, 'flush', RuntimeError, 1, 1)", ""),
-    "the summary": (f"from virt_bmap.watch.summary import Summary as S; faulty(S, 'add', RuntimeError, 1, {EVER})", "the summary ended early"),
-    "printing": (f"import io; from virt_bmap.watch import session; faulty(session.LogParser, 'feed', RuntimeError, {EVER}, {EVER})", ""),
+    "a batch once": (("from virt_bmap.watch.resolve import Resolver as R; faulty(R, 'touched', "
+        "RuntimeError, 2, 2)"), "started again"),
+    "every batch": (("from virt_bmap.watch.resolve import Resolver as R; faulty(R, 'touched', "
+        f"RuntimeError, 2, {EVER})"), "given up"),
+    "no memory": (("from virt_bmap.watch.resolve import Resolver as R; faulty(R, 'touched', MemoryError, "
+        f"2, {EVER})"), "not enough memory (given up)"),
+    "the log's lines": (("from virt_bmap.watch.accesses import LogParser as L; faulty(L, 'feed', "
+        f"ValueError, 2, {EVER})"), "given up"),
+    "the log's file": ("from virt_bmap.watch.serve import Follower as F; faulty(F, 'read', OSError, 2, 3)",
+        "started again"),
+    "the clock": (f"from virt_bmap.watch.naming import Naming as N; faulty(N, 'tick', KeyError, 2, {EVER})",
+        "given up"),
+    "the end": ("from virt_bmap.watch.naming import Naming as N; faulty(N, 'finish', RuntimeError, 1, 1)",
+        "started again"),
+    "asking for a map": (("from virt_bmap.watch.refresh import Refresher as R; faulty(R, 'begin', "
+        f"OSError, 1, {EVER})"), "given up"),
+    "taking a map": (f"import virt_bmap.watch.refresh as r; faulty(r, 'load', OSError, 1, {EVER})",
+        "can't be taken over"),
+    "the trace": (f"from virt_bmap.watch.trace import Trace as T; faulty(T, 'add', RuntimeError, 1, {EVER})",
+        "the trace is not complete"),
+    "the trace's file": (("from virt_bmap.watch.stream import Part as P; faulty(P, 'write', OSError, 1, "
+        f"{EVER})"), "the trace is not complete"),
+    "the live log": (("from virt_bmap.watch.lines import LineLog as L; faulty(L, 'add', RuntimeError, 1, "
+        f"{EVER})"), "the live log ended early"),
+    "the live log's end": (("from virt_bmap.watch.lines import LineLog as L; faulty(L, 'flush', "
+        "RuntimeError, 1, 1)"), ""),
+    "the summary": (("from virt_bmap.watch.summary import Summary as S; faulty(S, 'add', RuntimeError, 1, "
+        f"{EVER})"), "the summary ended early"),
+    "printing": (("import io; from virt_bmap.watch import session; faulty(session.LogParser, 'feed', "
+        f"RuntimeError, {EVER}, {EVER})"), ""),
 }  # fmt: skip
 
 
@@ -68,22 +84,29 @@ def tools() -> None:
 
 
 @pytest.fixture
-def image(disk: SimpleNamespace, tmp_path: Path) -> Path:  # noqa: F811
+def image(disk: SimpleNamespace, tmp_path: Path) -> Path:
     """A disk of one's own, that may be written."""
     copy = tmp_path / "disk.img"
     copy.write_bytes(disk.data)
     return copy
 
 
-def client(disk: SimpleNamespace, seconds: float) -> list[str]:  # noqa: F811
-    """Reads and writes that compare what they read, among them the superblock, for some time; exit status 5 when all was right."""
+def client(disk: SimpleNamespace, seconds: float) -> list[str]:
+    """Reads and writes that compare what they read, among them the superblock, for some time; exit status 5
+    when all was right."""
     kernel, initrd = place(disk, "/boot/vmlinuz"), place(disk, "/boot/initrd")
     steps = []
     for number in range(int(seconds * 5)):
-        steps += [f"write -q -P {number + 1} {initrd} 64k", f"read -q -P {number + 1} {initrd} 64k", f"read -q {kernel} 64k",
+        steps += [f"write -q -P {number + 1} {initrd} 64k", f"read -q -P {number + 1} {initrd} 64k",
+            f"read -q {kernel} 64k",
                   "read -q 0x100400 1k", "write -q -P 0 0x100800 1k", "sleep 200"]  # fmt: skip
     words = " ".join(f"-c '{step}'" for step in steps)
-    return ["--", "sh", "-c", f'out=$(qemu-io -f raw {words} "$uri" 2>&1); echo "$out" >&2; test -z "$out" && exit 5']
+    return [
+        "--",
+        "sh",
+        "-c",
+        f'out=$(qemu-io -f raw {words} "$uri" 2>&1); echo "$out" >&2; test -z "$out" && exit 5',
+    ]
 
 
 def patched(faults: str, *arguments: object, **options: object) -> "subprocess.CompletedProcess[str]":
@@ -93,7 +116,9 @@ def patched(faults: str, *arguments: object, **options: object) -> "subprocess.C
 
 
 @pytest.mark.parametrize("where", FAULTS)
-def test_a_fault_in_naming_is_none_of_the_disk(disk: SimpleNamespace, image: Path, tmp_path: Path, where: str) -> None:  # noqa: F811
+def test_a_fault_in_naming_is_none_of_the_disk(
+    disk: SimpleNamespace, image: Path, tmp_path: Path, where: str
+) -> None:
     fault, words = FAULTS[where]
     before = private_folders()
     done = patched(fault, "--write", "-o", tmp_path / "trace.parquet", image, *client(disk, 1.2))
@@ -105,10 +130,18 @@ def test_a_fault_in_naming_is_none_of_the_disk(disk: SimpleNamespace, image: Pat
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open")
-def test_a_fault_of_the_screen_leaves_the_watch(disk: SimpleNamespace, image: Path) -> None:  # noqa: F811
+def test_a_fault_of_the_screen_leaves_the_watch(disk: SimpleNamespace, image: Path) -> None:
     pytest.importorskip("textual")
     fault = f"from virt_bmap.watch.screen import Watching as W; faulty(W, '_look', RuntimeError, 2, {EVER})"
-    words = [sys.executable, "-c", PATCHED.format(faults=fault), "watch", "--tui", str(image), *client(disk, 1.2)]
+    words = [
+        sys.executable,
+        "-c",
+        PATCHED.format(faults=fault),
+        "watch",
+        "--tui",
+        str(image),
+        *client(disk, 1.2),
+    ]
     child, terminal = pty.fork()
     if child == 0:
         os.execve(words[0], words, {**os.environ, "TERM": "xterm-256color"})
@@ -123,7 +156,7 @@ def test_a_fault_of_the_screen_leaves_the_watch(disk: SimpleNamespace, image: Pa
     assert b"Of the disk's 32.0 MiB" in seen
 
 
-# ---- whoever is killed ------------------------------------------------------------------------------------------------
+# ---- whoever is killed -------------------------------------------------------------------------------------
 
 WORKER = """
 import os, sys, time
@@ -163,7 +196,9 @@ def working(image: Path, folder: Path, seconds: float, *options: object) -> "Ite
         seconds,
         3 << 20,
     ]
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout
     assert process.stdout.readline() == "up\n"
     try:
@@ -264,7 +299,14 @@ def test_the_reader_of_the_map_is_started_again(image: Path, tmp_path: Path) -> 
 def test_a_dead_server_is_said_and_summed_up(image: Path, tmp_path: Path) -> None:
     kill = "kill -9 $(cat $(dirname $unixsocket)/pid); sleep 0.2; exit 3"
     done = patched(
-        "", "-o", tmp_path / "trace.parquet", image, "--", "sh", "-c", f"qemu-io -f raw -c 'read -q 0 512' $uri; {kill}"
+        "",
+        "-o",
+        tmp_path / "trace.parquet",
+        image,
+        "--",
+        "sh",
+        "-c",
+        f"qemu-io -f raw -c 'read -q 0 512' $uri; {kill}",
     )
     assert done.returncode == 3, done.stderr
     assert "server ended before the command did" in done.stderr
@@ -293,7 +335,7 @@ def test_a_log_that_nobody_reads_on_costs_no_summary(image: Path) -> None:
     assert "Traceback" not in said
 
 
-# ---- the brother ------------------------------------------------------------------------------------------------------
+# ---- the brother -------------------------------------------------------------------------------------------
 
 
 def test_telling_never_fails_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +352,7 @@ def test_telling_never_fails_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.cleanup()
 
 
-def test_bmaplogger_goes_on_where_naming_fails(disk: SimpleNamespace, image: Path) -> None:  # noqa: F811
+def test_bmaplogger_goes_on_where_naming_fails(disk: SimpleNamespace, image: Path) -> None:
     if subprocess.run(["nbdkit", "--dump-plugin", "python"], capture_output=True).returncode:
         pytest.skip("nbdkit's Python plugin is not installed (apt-get install nbdkit-plugin-python)")
     use = PATCHED.replace("cli.main()", "from virt_bmap.watch.bmaplogger import main; main()").format(
@@ -318,7 +360,10 @@ def test_bmaplogger_goes_on_where_naming_fails(disk: SimpleNamespace, image: Pat
     )
     command = client(disk, 1.2)[3].replace('"$uri"', "$uri")
     done = subprocess.run(
-        [sys.executable, "-c", use, f"file={image}", "--run", command], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", use, f"file={image}", "--run", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 5, done.stderr
     assert "naming failed" in done.stderr
@@ -338,7 +383,8 @@ def test_a_killed_bmaplogger_leaves_its_client_the_disk(image: Path, tmp_path: P
     script = tmp_path / "client.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
     worker = subprocess.Popen(
-        [sys.executable, script, f"nbd+unix:///?socket={socket}", tmp_path / "done", "2", str(3 << 20)], stdout=subprocess.PIPE
+        [sys.executable, script, f"nbd+unix:///?socket={socket}", tmp_path / "done", "2", str(3 << 20)],
+        stdout=subprocess.PIPE,
     )
     assert worker.stdout
     assert worker.stdout.readline() == b"up\n"
@@ -359,8 +405,22 @@ def test_a_watch_that_is_told_to_end_leaves_nothing(image: Path, tmp_path: Path)
     for number in range(9):
         sent = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)[number % 3]
         before = private_folders()
-        process = subprocess.Popen([Path(sys.executable).parent / "virt-bmap", "watch", "-q", "-o", tmp_path / "trace.parquet", image, "--", "sleep", "1.5"],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)  # fmt: skip
+        process = subprocess.Popen(
+            [
+                Path(sys.executable).parent / "virt-bmap",
+                "watch",
+                "-q",
+                "-o",
+                tmp_path / "trace.parquet",
+                image,
+                "--",
+                "sleep",
+                "1.5",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
         time.sleep(chooser.random() * 2.5)
         process.send_signal(sent)
         assert process.wait(30) in (0, -sent, 128 + sent)

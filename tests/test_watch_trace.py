@@ -1,4 +1,5 @@
-"""Traces survive: a stream that is cut anywhere gives its whole batches, a killed watch leaves one, a full disk stops the trace and nothing else."""
+"""Traces survive: a stream that is cut anywhere gives its whole batches, a killed watch leaves one, a full
+disk stops the trace and nothing else."""
 
 import json
 import os
@@ -48,7 +49,7 @@ def some(resolver: Resolver, count: int, seed: int) -> tuple[Accesses, object]:
 
 
 @pytest.fixture
-def left(disk: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:  # noqa: F811
+def left(disk: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
     """A stream of five batches, the same rows as Parquet, and where each batch ends."""
     resolver = Resolver(disk.map)
     part = Part(str(tmp_path / "trace.parquet"), SCHEMA, about(resolver))
@@ -58,7 +59,9 @@ def left(disk: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:  # noqa: F81
         writer = Parquet(file, about(resolver))
         for number in range(5):
             kept: list[pa.Table] = []
-            trace = Trace(resolver, SimpleNamespace(write=lambda table, maps, kept=kept: kept.append(table), rows=None))  # type: ignore[arg-type]
+            trace = Trace(
+                resolver, SimpleNamespace(write=lambda table, maps, kept=kept: kept.append(table), rows=None)
+            )  # type: ignore[arg-type]
             trace.add(1, *some(resolver, 50 + number, number))  # type: ignore[arg-type]
             trace.close()
             part.write(kept[0], [{"map": number, "begun_ns": number}])
@@ -80,7 +83,9 @@ def test_a_stream_becomes_the_same_trace(left: SimpleNamespace, tmp_path: Path) 
         assert save(left.part.rows(), {"version": 1, "disks": [32 << 20]}, file) == 260
     assert rows(made) == rows(left.whole)
     assert pq.read_schema(made).equals(pq.read_schema(left.whole))
-    assert [said["map"] for said in json.loads(pq.read_metadata(made).metadata[b"virt-bmap-maps"])] == list(range(5))
+    assert [said["map"] for said in json.loads(pq.read_metadata(made).metadata[b"virt-bmap-maps"])] == list(
+        range(5)
+    )
 
 
 def test_a_stream_that_is_cut_anywhere_gives_its_whole_batches(left: SimpleNamespace, tmp_path: Path) -> None:
@@ -88,7 +93,11 @@ def test_a_stream_that_is_cut_anywhere_gives_its_whole_batches(left: SimpleNames
     chooser = random.Random(4)
     counts = np.cumsum([50 + number for number in range(5)])
     for length in sorted(
-        {*left.ends, *(end - 1 for end in left.ends), *(chooser.randrange(left.ends[0], len(data)) for _ in range(60))}
+        {
+            *left.ends,
+            *(end - 1 for end in left.ends),
+            *(chooser.randrange(left.ends[0], len(data)) for _ in range(60)),
+        }
     ):
         cut.write_bytes(data[:length])
         expected = int(np.append(0, counts)[np.searchsorted(left.ends, length, "right")])
@@ -113,7 +122,9 @@ def test_a_damaged_stream_is_one_of_our_errors(left: SimpleNamespace, tmp_path: 
             continue
 
 
-def test_profile_report_and_recover_take_what_is_left(left: SimpleNamespace, disk: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+def test_profile_report_and_recover_take_what_is_left(
+    left: SimpleNamespace, disk: SimpleNamespace, tmp_path: Path
+) -> None:
     saved = tmp_path / "map.parquet"
     run(BMAP, "-o", saved, disk.image)
     run(BMAP, "profile", left.path, "-o", tmp_path / "boot.profile")
@@ -123,7 +134,9 @@ def test_profile_report_and_recover_take_what_is_left(left: SimpleNamespace, dis
     said = subprocess.run([BMAP, "profile", tmp_path / "trace.parquet"], capture_output=True, text=True)
     assert said.returncode == 1
     assert f"{left.path} is what a watch left" in said.stderr
-    said = subprocess.run([BMAP, "trace", "recover", saved, "-o", tmp_path / "no.parquet"], capture_output=True, text=True)
+    said = subprocess.run(
+        [BMAP, "trace", "recover", saved, "-o", tmp_path / "no.parquet"], capture_output=True, text=True
+    )
     assert (said.returncode, said.stderr.count("\n")) == (1, 1)
 
 
@@ -138,10 +151,10 @@ def test_two_watches_do_not_write_one_trace(left: SimpleNamespace, tmp_path: Pat
     assert not left.path.exists()
 
 
-# ---- watches that end in bad ways --------------------------------------------------------------------------------------
+# ---- watches that end in bad ways --------------------------------------------------------------------------
 
 
-def test_what_a_killed_watch_traced_is_there(disk: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+def test_what_a_killed_watch_traced_is_there(disk: SimpleNamespace, tmp_path: Path) -> None:
     trace, part = tmp_path / "trace.parquet", tmp_path / "trace.parquet.part"
     words = [
         sys.executable,
@@ -168,8 +181,14 @@ def test_what_a_killed_watch_traced_is_there(disk: SimpleNamespace, tmp_path: Pa
     assert {"/boot/vmlinuz", "/boot/initrd"} <= set(found.labels())
     done = patched("", "-q", "-o", trace, disk.image, "--", "true")
     assert done.returncode == 0, done.stderr
-    assert f"{part}: was left by a watch that was killed; it is kept as {tmp_path}/trace.parquet.1.part" in done.stderr
-    assert sorted(name for name in os.listdir(tmp_path) if name.startswith("trace")) == ["trace.parquet", "trace.parquet.1.part"]
+    assert (
+        f"{part}: was left by a watch that was killed; it is kept as {tmp_path}/trace.parquet.1.part"
+        in done.stderr
+    )
+    assert sorted(name for name in os.listdir(tmp_path) if name.startswith("trace")) == [
+        "trace.parquet",
+        "trace.parquet.1.part",
+    ]
 
 
 @pytest.fixture
@@ -183,15 +202,18 @@ def small(tmp_path: Path) -> Path:
     run("umount", folder)
 
 
-def test_a_full_disk_stops_the_trace_and_nothing_else(disk: SimpleNamespace, small: Path) -> None:  # noqa: F811
+def test_a_full_disk_stops_the_trace_and_nothing_else(disk: SimpleNamespace, small: Path) -> None:
     (small / "filler").write_bytes(bytes(200 << 10))
     # a few at first, which fit
     counts = (50, 5000, 5000, 5000)
     scattered = "; ".join(
-        f"qemu-img bench -f raw -c {count} -d 8 -s 512 -S 6656 -o 0 $uri > /dev/null && sleep 1" for count in counts
+        f"qemu-img bench -f raw -c {count} -d 8 -s 512 -S 6656 -o 0 $uri > /dev/null && sleep 1"
+        for count in counts
     )
     need("qemu-img", "qemu-utils")
-    done = patched(SOON, "-q", "-o", small / "trace.parquet", disk.image, "--", "sh", "-c", f"{scattered}; exit 6")
+    done = patched(
+        SOON, "-q", "-o", small / "trace.parquet", disk.image, "--", "sh", "-c", f"{scattered}; exit 6"
+    )
     assert done.returncode == 6, done.stderr
     assert "15,050 reads" in done.stdout or "15050 reads" in done.stdout
     assert "the trace is not complete: No space left on device" in done.stderr
@@ -205,7 +227,7 @@ def test_a_full_disk_stops_the_trace_and_nothing_else(disk: SimpleNamespace, sma
 
 
 def test_a_trace_keeps_no_more_in_memory_than_its_last_minute(
-    disk: SimpleNamespace,  # noqa: F811
+    disk: SimpleNamespace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

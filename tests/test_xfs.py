@@ -1,4 +1,5 @@
-"""XFS against the kernel (FIEMAP, GETFSMAP, stat, contents), xfs_db, truth tables of real images, and damage."""
+"""XFS against the kernel (FIEMAP, GETFSMAP, stat, contents), xfs_db, truth tables of real images, and
+damage."""
 
 import ast
 import bz2
@@ -40,7 +41,7 @@ from virt_bmap.filesystems import xfs
 from virt_bmap.images.raw import RawReader
 from virt_bmap.survey import survey
 
-# ---- images ---------------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -113,9 +114,10 @@ def v4(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     return xfs_images.make(folder / "image", "-p", str(folder / "proto"), *V4[request.param])
 
 
-# ---- the kernel's word ----------------------------------------------------------------------------------------------
+# ---- the kernel's word -------------------------------------------------------------------------------------
 
-KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink", stat.S_IFIFO: "fifo", stat.S_IFCHR: "char",
+KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink", stat.S_IFIFO: "fifo",
+    stat.S_IFCHR: "char",
          stat.S_IFBLK: "block", stat.S_IFSOCK: "socket"}  # fmt: skip
 
 
@@ -148,7 +150,8 @@ def test_paths_and_inodes_as_the_kernel_sees_them(rich: Path) -> None:
                     row["mtime_ns"],
                     row["type"],
                 )
-                assert found == (status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_nlink,
+                assert found == (status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_size,
+                    status.st_nlink,
                                  status.st_mtime_ns, KINDS[stat.S_IFMT(status.st_mode)]), path  # fmt: skip
     assert set(paths) == seen
 
@@ -176,15 +179,31 @@ def test_extents_and_contents_of_files(rich: Path) -> None:
 FS_IOC_GETFSMAP = 0xC0C0583B
 FMR_PREALLOC, FMR_ATTR_FORK, FMR_EXTENT_MAP, FMR_SHARED, FMR_SPECIAL_OWNER = 1, 2, 4, 8, 16
 FREE, FS, LOG, AG, INOBT, INODES, REFC, COW = ("free", "fs", "log", "ag", "inobt", "inodes", "refc", "cow")
-SPECIAL = {1: FREE, 0x58 << 32 | 1: FS, 0x58 << 32 | 2: LOG, 0x58 << 32 | 3: AG, 0x58 << 32 | 4: INOBT, 0x58 << 32 | 5: INODES,
+SPECIAL = {1: FREE, 0x58 << 32 | 1: FS, 0x58 << 32 | 2: LOG, 0x58 << 32 | 3: AG, 0x58 << 32 | 4: INOBT,
+    0x58 << 32 | 5: INODES,
            0x58 << 32 | 6: REFC, 0x58 << 32 | 7: COW}  # fmt: skip
 """include/uapi/linux/fsmap.h and fs/xfs/libxfs/xfs_fs.h."""
-PARTS = {"superblock": FS, "AGF": FS, "AGI": FS, "AGFL": FS, "AG header padding": FS, "log": LOG, "bnobt": AG, "cntbt": AG, "rmapbt": AG,
-         "inobt": INOBT, "finobt": INOBT, "refcountbt": REFC, "inode chunk": INODES, "CoW staging": COW}  # fmt: skip
+PARTS = {
+    "superblock": FS,
+    "AGF": FS,
+    "AGI": FS,
+    "AGFL": FS,
+    "AG header padding": FS,
+    "log": LOG,
+    "bnobt": AG,
+    "cntbt": AG,
+    "rmapbt": AG,
+    "inobt": INOBT,
+    "finobt": INOBT,
+    "refcountbt": REFC,
+    "inode chunk": INODES,
+    "CoW staging": COW,
+}
 
 
 def getfsmap(where: Path) -> set[tuple[object, ...]]:
-    """Everything the kernel says of the device: (start, end, owner...) joined where neighbours have one owner."""
+    """Everything the kernel says of the device: (start, end, owner...) joined where neighbours have one
+    owner."""
     rows: list[tuple[object, ...]] = []
     fd = os.open(where, os.O_RDONLY)
     low, last = (0, 0, 0, 0, 0, 0), False
@@ -196,7 +215,9 @@ def getfsmap(where: Path) -> set[tuple[object, ...]]:
         count = struct.unpack_from("=I", buffer, 12)[0]
         last = count == 0
         for n in range(count):
-            device, flags, physical, owner, offset, length = struct.unpack_from("=IIQQQQ", buffer, 192 + 64 * n)
+            device, flags, physical, owner, offset, length = struct.unpack_from(
+                "=IIQQQQ", buffer, 192 + 64 * n
+            )
             low = device, flags, physical, owner, offset, length
             last |= bool(flags & 0x20)
             if flags & FMR_SPECIAL_OWNER:
@@ -204,7 +225,15 @@ def getfsmap(where: Path) -> set[tuple[object, ...]]:
             elif flags & (FMR_ATTR_FORK | FMR_EXTENT_MAP):
                 rows.append((physical, physical + length, owner, "map" if flags & FMR_EXTENT_MAP else "attr"))
             else:
-                rows.append((physical, physical + length, owner, offset - physical, flags & (FMR_PREALLOC | FMR_SHARED)))
+                rows.append(
+                    (
+                        physical,
+                        physical + length,
+                        owner,
+                        offset - physical,
+                        flags & (FMR_PREALLOC | FMR_SHARED),
+                    )
+                )
     os.close(fd)
     return joined(rows)
 
@@ -225,7 +254,10 @@ def our_fsmap(bmap: BlockMap) -> set[tuple[object, ...]]:
     """The block map in GETFSMAP's terms."""
     rows: list[tuple[object, ...]] = []
     for row in bmap.extents.to_pylist():
-        start, end, kind, part = row["volume_offset"], row["volume_offset"] + row["length"], row["kind"], row["part"]
+        start = row["volume_offset"]
+        end = row["volume_offset"] + row["length"]
+        kind = row["kind"]
+        part = row["part"]
         if row["flags"] & tables.INLINE:
             continue
         if kind == "free":
@@ -249,7 +281,8 @@ def test_every_block_as_getfsmap_says(rich: Path) -> None:
     content_of = {row["inode"] for row in bmap.inodes.to_pylist() if row["type"] == "file"}
 
     def simple(rows: set[tuple[object, ...]]) -> set[tuple[object, ...]]:
-        # GETFSMAP gives offsets of directories and symlinks too, and where these lie in their own address space is tested elsewhere
+        # GETFSMAP gives offsets of directories and symlinks too, and where these lie in their own address
+        # space is tested elsewhere
         return joined([row if len(row) < 5 or row[2] in content_of else (*row[:3], None, 0) for row in rows])
 
     with mounted(rich, "ro,norecovery") as where:
@@ -257,7 +290,7 @@ def test_every_block_as_getfsmap_says(rich: Path) -> None:
     assert simple(our_fsmap(bmap)) == simple(kernel)
 
 
-# ---- xfs_db's word --------------------------------------------------------------------------------------------------
+# ---- xfs_db's word -----------------------------------------------------------------------------------------
 
 
 def test_version_4_is_proven_and_xfs_db_agrees(v4: Path) -> None:
@@ -273,7 +306,9 @@ def test_version_4_is_proven_and_xfs_db_agrees(v4: Path) -> None:
     assert content(bmap, [reader], 0, paths["/link"]) == b"t" * 500
     assert len([path for path in paths if path.startswith("/folder/name")]) == 900
     for path in ("/large", "/folder/name-0"):
-        assert [(e.file_offset, e.offset, e.length) for e in file_extents(bmap, 0, paths[path])] == xfs_db_bmap(v4, paths[path])
+        assert [
+            (e.file_offset, e.offset, e.length) for e in file_extents(bmap, 0, paths[path])
+        ] == xfs_db_bmap(v4, paths[path])
     reader.close()
 
 
@@ -283,14 +318,17 @@ def xfs_db(image: Path, *commands: str) -> str:
 
 
 def xfs_db_bmap(image: Path, inode: int) -> list[tuple[int, int, int]]:
-    """(file offset, volume offset, length) of an inode's data fork by xfs_db, in bytes, pieces that continue each other joined."""
+    """(file offset, volume offset, length) of an inode's data fork by xfs_db, in bytes, pieces that continue
+    each other joined."""
     size = int(xfs_db(image, "sb 0", "p blocksize").split("=")[1])
     per_group = int(xfs_db(image, "sb 0", "p agblocks").split("=")[1])
     result: list[tuple[int, int, int]] = []
     for line in xfs_db(image, f"inode {inode}", "bmap").splitlines():
         words = line.split()  # data offset 0 startblock 13 (0/13) count 1 flag 0
         group, block = words[5].strip("()").split("/")
-        at, start, length = int(words[2]) * size, (int(group) * per_group + int(block)) * size, int(words[7]) * size
+        at = int(words[2]) * size
+        start = (int(group) * per_group + int(block)) * size
+        length = int(words[7]) * size
         if result and result[-1][0] + result[-1][2] == at and result[-1][1] + result[-1][2] == start:
             result[-1] = (*result[-1][:2], result[-1][2] + length)
         else:
@@ -298,10 +336,12 @@ def xfs_db_bmap(image: Path, inode: int) -> list[tuple[int, int, int]]:
     return result
 
 
-TYPES = {"freelist": "free", "free1": "free", "free2": "free", "data": "data", "dir": "directory", "symlink": "symlink", "attr": "xattr",
-         "btbmapd": "tree", "btbmapa": "tree", "inode": "inode chunk", "log": "log", "btino": "inobt", "btbno": "bnobt", "btcnt": "cntbt",
-         "btfino": "finobt", "btrmap": "rmapbt", "btrefcnt": "refcountbt", "rtbitmap": "realtime bitmap", "rtsummary": "realtime summary",
-         "sb": "header", "agf": "header", "agi": "header", "agfl": "header"}  # fmt: skip
+TYPES = {"freelist": "free", "free1": "free", "free2": "free", "data": "data", "dir": "directory",
+    "symlink": "symlink", "attr": "xattr",
+         "btbmapd": "tree", "btbmapa": "tree", "inode": "inode chunk", "log": "log", "btino": "inobt",
+         "btbno": "bnobt", "btcnt": "cntbt", "btfino": "finobt", "btrmap": "rmapbt", "btrefcnt": "refcountbt",
+         "rtbitmap": "realtime bitmap", "rtsummary": "realtime summary", "sb": "header", "agf": "header",
+         "agi": "header", "agfl": "header"}  # fmt: skip
 HEADERS = ("superblock", "AGF", "AGI", "AGFL", "AG header padding")
 
 
@@ -325,22 +365,26 @@ def test_every_block_as_xfs_db_says(v4: Path) -> None:
     for group in range(groups):
         # some thousand blocks of each group, those at its start, where all metadata of these images lies
         first, count = group * per_group, min(3000, size - group * per_group)
-        said = xfs_db(v4, "blockget -n", f"fsblock {group << (per_group - 1).bit_length()}", f"blockuse -c {count}")
+        said = xfs_db(
+            v4, "blockget -n", f"fsblock {group << (per_group - 1).bit_length()}", f"blockuse -c {count}"
+        )
         for number, line in enumerate(said.splitlines()):
             words = line.replace("(", " ").replace(")", "").split()  # block 12 (0/12) type data inode 133
             kind = words[4]
-            if names[ours[first + number]] != "tree":  # to xfs_db, blocks of fork B-trees are what the inode is
+            # to xfs_db, blocks of fork B-trees are what the inode is
+            if names[ours[first + number]] != "tree":
                 assert names[ours[first + number]] == TYPES[kind], line
             if "inode" in words[5:]:
                 assert owner[first + number] == int(words[words.index("inode", 5) + 1]), line
 
 
-# ---- features that need a history -----------------------------------------------------------------------------------
+# ---- features that need a history --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def crowded(folder: Path) -> Path:
-    """Free space in pieces of 16 KiB: inode chunks, of 32 KiB, must be sparse; and a file with thousands of extents."""
+    """Free space in pieces of 16 KiB: inode chunks, of 32 KiB, must be sparse; and a file with thousands of
+    extents."""
     image = xfs_images.make(folder / "crowded", "-m", "rmapbt=0,finobt=0,reflink=0")
     with mounted(image) as where:
         with open(where / "filler", "wb") as file:
@@ -352,8 +396,11 @@ def crowded(folder: Path) -> Path:
                 except OSError:
                     length //= 2
             for at in range(0, end - 32768, 32768):
-                xfs_images.fallocate(file.fileno(), xfs_images.FALLOC_PUNCH_HOLE | xfs_images.FALLOC_KEEP_SIZE, at, 16384)
-        with open(where / "rest", "wb") as file:  # what the filesystem had kept for itself, and now gives away as one run
+                xfs_images.fallocate(
+                    file.fileno(), xfs_images.FALLOC_PUNCH_HOLE | xfs_images.FALLOC_KEEP_SIZE, at, 16384
+                )
+        # what the filesystem had kept for itself, and now gives away as one run
+        with open(where / "rest", "wb") as file:
             for length in (13 << 20, 256 << 10, 64 << 10, 32 << 10):
                 xfs_images.fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size, length)
         for number in range(7000):
@@ -376,7 +423,7 @@ def test_sparse_inode_chunks_and_deep_fork_trees(crowded: Path) -> None:
         assert {os.lstat(where / f"tiny-{n}").st_ino for n in range(7000)} < set(tree(bmap, 0).values())
 
 
-# ---- real images ----------------------------------------------------------------------------------------------------
+# ---- real images -------------------------------------------------------------------------------------------
 
 UNPACK = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
@@ -397,7 +444,8 @@ def unpacked(packed: Path, folder: Path) -> Path:
 
 
 def test_real_images_are_proven_and_as_the_kernel_read_them(corpus: Path, tmp_path: Path) -> None:
-    packed = [path for path in (corpus / "images").glob("**/*xfs*") if path.suffix in (*UNPACK, ".zst") and "vxfs" not in path.name
+    packed = [path for path in (corpus / "images").glob("**/*xfs*") if path.suffix in (*UNPACK,
+            ".zst") and "vxfs" not in path.name
               and "vhdx" not in path.name]  # fmt: skip
     assert len(packed) > 20
     compared = 0
@@ -414,22 +462,32 @@ def test_real_images_are_proven_and_as_the_kernel_read_them(corpus: Path, tmp_pa
 
 
 def compare_with_truth(bmap: BlockMap, image: Path, truth: Path) -> int:
-    """Compare a map with a table read through a mount: 'path' type size mode uid gid mtime nlink inode sha256/target extents."""
+    """Compare a map with a table read through a mount: 'path' type size mode uid gid mtime nlink inode
+    sha256/target extents."""
     rows = {row["inode"]: row for row in bmap.inodes.to_pylist()}
     paths, compared = tree(bmap, 0), 0
     reader = RawReader(str(image))
-    lines = [line for line in truth.read_text(errors="surrogateescape").splitlines() if not line.startswith("#")]
+    lines = [
+        line for line in truth.read_text(errors="surrogateescape").splitlines() if not line.startswith("#")
+    ]
     some = max(1, len(lines) // 60)  # every so manieth content: each takes a search of the whole map
     for line in lines:
         path, kind, size, mode, uid, gid, mtime, nlink, inode, digest, extents = line.split("\t")
         name = ast.literal_eval(path)
         row = rows[paths[name]]
         found = tuple(row[key] for key in ("size", "mode", "uid", "gid", "mtime_ns", "nlink", "inode"))
-        assert found == (int(size), int(mode, 8), int(uid), int(gid), int(mtime), int(nlink), int(inode)), (truth, line)
+        assert found == (int(size), int(mode, 8), int(uid), int(gid), int(mtime), int(nlink), int(inode)), (
+            truth,
+            line,
+        )
         if kind == "f" and int(size) < 64 << 20 and compared % some == 0:
             assert hashlib.sha256(content(bmap, [reader], 0, int(inode))).hexdigest() == digest, (truth, line)
-            spans = [part.split("[")[0].split(":")[1].split("+") for part in extents.split(",") if ":" in part]
-            assert [(e.offset, e.length) for e in file_extents(bmap, 0, int(inode))] == [(int(a), int(b)) for a, b in spans], (
+            spans = [
+                part.split("[")[0].split(":")[1].split("+") for part in extents.split(",") if ":" in part
+            ]
+            assert [(e.offset, e.length) for e in file_extents(bmap, 0, int(inode))] == [
+                (int(a), int(b)) for a, b in spans
+            ], (
                 truth,
                 line,
             )
@@ -440,13 +498,15 @@ def compare_with_truth(bmap: BlockMap, image: Path, truth: Path) -> int:
     return compared
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def small(folder: Path) -> bytes:
     """A filesystem as small as mkfs.xfs makes them for tests, so that thousands of copies can be damaged."""
-    image = xfs_images.make(folder / "small", "--unsupported", "-d", "agcount=1", *xfs_images.RICH["default"], size=24 << 20)
+    image = xfs_images.make(
+        folder / "small", "--unsupported", "-d", "agcount=1", *xfs_images.RICH["default"], size=24 << 20
+    )
     with mounted(image) as where:
         xfs_images.populate(where, 10)
     return image.read_bytes()
@@ -457,8 +517,11 @@ def test_damage_never_raises_and_never_hangs(small: bytes) -> None:
     assert_proven(bmap)
     kinds, parts = bmap.extents.column("kind").to_pylist(), bmap.extents.column("part").to_pylist()
     starts, lengths = tables.integers(bmap.extents, "volume_offset"), tables.integers(bmap.extents, "length")
-    metadata = [(int(start), int(start + length)) for kind, part, start, length in zip(kinds, parts, starts, lengths, strict=True)
-                if kind in ("metadata", "tree", "directory", "xattr", "symlink") and part != "log" and length >= 8]  # fmt: skip
+    metadata = [
+        (int(start), int(start + length))
+        for kind, part, start, length in zip(kinds, parts, starts, lengths, strict=True)
+        if kind in ("metadata", "tree", "directory", "xattr", "symlink") and part != "log" and length >= 8
+    ]
     found = 0
     for data in mutations(small, 80, 7, metadata):
         damaged = survives(data)
@@ -490,12 +553,16 @@ def mapped_bytes(data: bytes) -> BlockMap:
     return survey([BytesReader(np.frombuffer(data, np.uint8))])
 
 
-# ---- inodes that no directory names ---------------------------------------------------------------------------------
+# ---- inodes that no directory names ------------------------------------------------------------------------
 
 
 def parts(bmap: BlockMap, part: str) -> list[tuple[int, int, int]]:
     """(inode, volume offset, length) of all rows of one part."""
-    return [(row["inode"], row["volume_offset"], row["length"]) for row in bmap.extents.to_pylist() if row["part"] == part]
+    return [
+        (row["inode"], row["volume_offset"], row["length"])
+        for row in bmap.extents.to_pylist()
+        if row["part"] == part
+    ]
 
 
 def test_a_realtime_device_is_named_and_its_bitmap_mapped(tmp_path: Path) -> None:
@@ -525,7 +592,17 @@ def test_quota_inodes_are_metadata(default: Path, tmp_path: Path) -> None:
     run("cp", "--sparse=always", default, image)
     inode = tree(mapped(image), 0)["/files/plain-100000"]
     version = int(xfs_db(image, "sb 0", "p versionnum").split("=")[1], 16)
-    run("xfs_db", "-x", "-c", "sb 0", "-c", f"write -d uquotino {inode}", "-c", f"write -d versionnum {version | 0x40:#x}", image)
+    run(
+        "xfs_db",
+        "-x",
+        "-c",
+        "sb 0",
+        "-c",
+        f"write -d uquotino {inode}",
+        "-c",
+        f"write -d versionnum {version | 0x40:#x}",
+        image,
+    )
     with contextlib.closing(RawReader(str(image))) as reader:  # unproven: a plain file is no quota file
         bmap = survey([reader])
     assert_proven(bmap)

@@ -1,4 +1,5 @@
-"""XFS' log: head and tail as xfs_logprint finds them, and replay in memory as the kernel does it on the disk."""
+"""XFS' log: head and tail as xfs_logprint finds them, and replay in memory as the kernel does it on the
+disk."""
 
 import os
 import shutil
@@ -65,7 +66,11 @@ def dirty(request: pytest.FixtureRequest, folder: Path) -> Path:
 
 
 def owned(bmap: BlockMap, but: set[int]) -> set[tuple[object, ...]]:
-    return {tuple(row.values()) for row in bmap.extents.to_pylist() if row["inode"] is not None and row["inode"] not in but}
+    return {
+        tuple(row.values())
+        for row in bmap.extents.to_pylist()
+        if row["inode"] is not None and row["inode"] not in but
+    }
 
 
 def rows(table: object, but: set[int]) -> set[tuple[object, ...]]:
@@ -99,8 +104,11 @@ def test_the_replayed_log_is_what_the_kernel_makes_of_it(dirty: Path, tmp_path: 
 
 
 def test_head_and_tail_as_xfs_logprint_finds_them(dirty: Path) -> None:
-    said = subprocess.run([need("xfs_logprint", "xfsprogs"), "-t", dirty], capture_output=True, text=True).stdout
-    words = next(line for line in said.splitlines() if "log tail" in line).split()  # log tail: 2 head: 4040 state: <DIRTY>
+    said = subprocess.run(
+        [need("xfs_logprint", "xfsprogs"), "-t", dirty], capture_output=True, text=True
+    ).stdout
+    # log tail: 2 head: 4040 state: <DIRTY>
+    words = next(line for line in said.splitlines() if "log tail" in line).split()
     reader = RawReader(str(dirty))
     log = find_log(reader, read_geometry(reader), ())
     reader.close()
@@ -179,7 +187,9 @@ def test_a_mounted_filesystem_is_mapped_as_it_is(folder: Path) -> None:
         copy = folder / "snapshot"
         shutil.copyfile(image, copy)
         expected = {
-            f"{parent[len(str(where)) :]}/{name}" for parent, folders, files in os.walk(where) for name in folders + files
+            f"{parent[len(str(where)) :]}/{name}"
+            for parent, folders, files in os.walk(where)
+            for name in folders + files
         }
     bmap = mapped(copy)
     assert_proven(bmap)

@@ -1,9 +1,12 @@
-"""This machine's kernel as the guest of a judged watch: it does to a filesystem what machines do, and every block that it writes says whose it is.
+"""This machine's kernel as the guest of a judged watch: it does to a filesystem what machines do, and every
+block that it writes says whose it is.
 
-    watch_guest.py SOCKET FOLDER KIND SEED SECONDS [SCENARIO...]       (run by `virt-bmap watch`; FOLDER gets `names`: JSON lines of what files were called)
+    watch_guest.py SOCKET FOLDER KIND SEED SECONDS [SCENARIO...]       (run by `virt-bmap watch`
+    FOLDER gets `names`: JSON lines of what files were called)
 
-Scenarios, one after the other, each a share of the time: stress (anything, at random), mail (SQLite and a mail folder), short (files whose blocks others take
-at once), clones (reflinks and snapshots), reuse (discard, and new files there), grow (the filesystem, while it is written), mkfs (another one over it).
+Scenarios, one after the other, each a share of the time: stress (anything, at random), mail (SQLite and a
+mail folder), short (files whose blocks others take at once), clones (reflinks and snapshots), reuse (discard,
+and new files there), grow (the filesystem, while it is written), mkfs (another one over it).
 """
 
 import contextlib
@@ -85,7 +88,7 @@ class Guest:
                     break
                 time.sleep(0.5)
 
-    # ---- what happens to files ------------------------------------------------------------------------------------------
+    # ---- what happens to files -----------------------------------------------------------------------------
 
     def create(self, name: str | None = None, blocks: int | None = None, fsync: bool | None = None) -> int:
         self.count += 1
@@ -97,7 +100,10 @@ class Guest:
         return number
 
     def write(self, number: int, first: int, count: int, fsync: bool | None = None, how: str = "") -> None:
-        data = b"".join((marked(number, first + step) + self.chooser.randbytes(64)).ljust(BLOCK, b".") for step in range(count))
+        data = b"".join(
+            (marked(number, first + step) + self.chooser.randbytes(64)).ljust(BLOCK, b".")
+            for step in range(count)
+        )
         how = how or self.chooser.choice(["plain", "plain", "direct", "mapped"])
         path = f"{self.top}{self.names[number][0]}"
         with contextlib.closing(_Fd(path, os.O_RDWR | (os.O_DIRECT if how == "direct" else 0))) as fd:
@@ -144,12 +150,18 @@ class Guest:
     def snapshot(self) -> None:
         self.snapshots += 1
         self.say(snapshot=f"/snapshot{self.snapshots}")
-        subprocess.run(["btrfs", "-q", "subvolume", "snapshot", self.top, f"{self.top}/snapshot{self.snapshots}"], check=True)
+        subprocess.run(
+            ["btrfs", "-q", "subvolume", "snapshot", self.top, f"{self.top}/snapshot{self.snapshots}"],
+            check=True,
+        )
 
     def allocate(self, number: int, mode: int) -> None:
         with contextlib.closing(_Fd(f"{self.top}{self.names[number][0]}", os.O_RDWR)) as fd:
             first, count = self.chooser.randrange(max(1, self.size[number])), self.chooser.choice([1, 8, 64])
-            done = _libc.fallocate(fd.number, mode, ctypes.c_long(first * BLOCK), ctypes.c_long(count * BLOCK)) == 0
+            done = (
+                _libc.fallocate(fd.number, mode, ctypes.c_long(first * BLOCK), ctypes.c_long(count * BLOCK))
+                == 0
+            )
         if done and mode in (0, ZERO_RANGE):
             self.size[number] = max(self.size[number], first + count)
 
@@ -184,15 +196,20 @@ class Guest:
     def any(self) -> int:
         return self.chooser.choice(list(self.names))
 
-    # ---- scenarios --------------------------------------------------------------------------------------------------------
+    # ---- scenarios -----------------------------------------------------------------------------------------
 
     def stress(self, end: float, more: "tuple[tuple[Callable[[], object], float], ...]" = ()) -> None:
         rest = (0.01, 0.1, 0.1, 0.5)
         deeds: list[tuple[Callable[[], object], float]] = [
-            (self.create, 12), (self._overwrite, 10), (lambda: self.write(n := self.any(), self.size[n], 4), 6), (lambda: self.rename(self.any(), self.new_name()), 5),
-            (self._replace, 3), (lambda: self.link(self.any()), 2), (lambda: self.unlink(self.any()), 7), (lambda: self.truncate(self.any()), 3),
-            *((lambda mode=mode: self.allocate(self.any(), mode), 2) for mode in (0, KEEP_SIZE, PUNCH, ZERO_RANGE)), (self.folder, 1),
-            (lambda: sync(self.top), 0.7), (self.trim, 0.3), (lambda: self.read(self.any()), 6), (lambda: time.sleep(self.chooser.choice(rest)), 5), *more,
+            (self.create, 12), (self._overwrite, 10),
+            (lambda: self.write(n := self.any(), self.size[n], 4), 6),
+            (lambda: self.rename(self.any(), self.new_name()), 5), (self._replace, 3),
+            (lambda: self.link(self.any()), 2), (lambda: self.unlink(self.any()), 7),
+            (lambda: self.truncate(self.any()), 3),
+            *((lambda mode=mode: self.allocate(self.any(), mode), 2) for mode in (0, KEEP_SIZE, PUNCH,
+                    ZERO_RANGE)), (self.folder, 1),
+            (lambda: sync(self.top), 0.7), (self.trim, 0.3), (lambda: self.read(self.any()), 6),
+            (lambda: time.sleep(self.chooser.choice(rest)), 5), *more,
         ]  # fmt: skip
         what, weights = zip(*deeds, strict=True)
         while time.time() < end:
@@ -202,7 +219,9 @@ class Guest:
 
     def _overwrite(self) -> None:
         number = self.any()
-        self.write(number, self.chooser.randrange(max(1, self.size[number])), self.chooser.choice([1, 1, 3, 16]))
+        self.write(
+            number, self.chooser.randrange(max(1, self.size[number])), self.chooser.choice([1, 1, 3, 16])
+        )
 
     def _replace(self) -> None:
         number, other = self.any(), self.any()
@@ -210,7 +229,8 @@ class Guest:
             self.replace(number, other)
 
     def mail(self, end: float) -> None:
-        """Transactions with a journal that is deleted each time, and letters that are written, moved, and deleted."""
+        """Transactions with a journal that is deleted each time, and letters that are written, moved, and
+        deleted."""
         box = f"/mail{self.count}"
         for name in ("", "/tmp", "/new"):
             os.mkdir(f"{self.top}{box}{name}")
@@ -222,7 +242,8 @@ class Guest:
             base = self.chooser.choice(bases)
             for _ in range(self.chooser.randrange(1, 30)):
                 base.execute(
-                    "insert or replace into t values(?, ?)", (self.chooser.randrange(5000), "x" * self.chooser.randrange(400))
+                    "insert or replace into t values(?, ?)",
+                    (self.chooser.randrange(5000), "x" * self.chooser.randrange(400)),
                 )
             base.commit()
             letter = self.create(f"{box}/tmp/{self.count}", self.chooser.choice([1, 2, 8]), fsync=True)
@@ -310,17 +331,30 @@ class _Fd:
 
 def main() -> None:
     """Export the served disk as a file, and work on it."""
-    socket, folder, kind, seed, seconds = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5])
+    socket = sys.argv[1]
+    folder = Path(sys.argv[2])
+    kind = sys.argv[3]
+    seed = int(sys.argv[4])
+    seconds = float(sys.argv[5])
     export = folder / "export"
     export.touch()
-    daemon = subprocess.Popen(["qemu-storage-daemon", "--blockdev", f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},discard=unmap",
-                               "--export", f"type=fuse,id=export,node-name=disk,mountpoint={export},writable=on"])  # fmt: skip
+    daemon = subprocess.Popen(
+        [
+            "qemu-storage-daemon",
+            "--blockdev",
+            f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},discard=unmap",
+            "--export",
+            f"type=fuse,id=export,node-name=disk,mountpoint={export},writable=on",
+        ]
+    )
     try:
         while export.stat().st_size == 0:
             if daemon.poll() is not None:
                 sys.exit("the disk can't be exported")
             time.sleep(0.02)
-        loop = subprocess.run(["losetup", "-f", "--show", export], check=True, capture_output=True, text=True).stdout.strip()
+        loop = subprocess.run(
+            ["losetup", "-f", "--show", export], check=True, capture_output=True, text=True
+        ).stdout.strip()
         try:
             Guest(folder, kind, loop, seed).run(sys.argv[6:] or list(SCENARIOS), seconds)
         finally:

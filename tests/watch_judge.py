@@ -1,10 +1,12 @@
-"""Is every name right that a watch gives without a mark? A guest whose blocks say whose they are, a disk that reads them, and what the trace calls them.
+"""Is every name right that a watch gives without a mark? A guest whose blocks say whose they are, a disk that
+reads them, and what the trace calls them.
 
     watch_judge.py [--kind ext4|xfs|btrfs]... [--seed N]... [--seconds S] [--scenario NAME]... [--keep FOLDER]
 
-Needs root, FUSE and loop devices. What counts: every marked block of every request. It is right where the trace names a file that was called so at some time
-(or one that shares its blocks), wrong where it names another one, or none for what was written. What is read
-where no content lies is left out: there lies what was there before (of a directory, say, that is in the journal so far).
+Needs root, FUSE and loop devices. What counts: every marked block of every request. It is right where the
+trace names a file that was called so at some time (or one that shares its blocks), wrong where it names
+another one, or none for what was written. What is read where no content lies is left out: there lies what was
+there before (of a directory, say, that is in the journal so far).
 """
 
 import argparse
@@ -35,7 +37,8 @@ FILE = ("data", "unwritten")
 
 @dataclass
 class Judged:
-    """Blocks by what was said of them (operation, right or wrong, marked or not), those that are wrong, and how long names took."""
+    """Blocks by what was said of them (operation, right or wrong, marked or not), those that are wrong, and
+    how long names took."""
 
     blocks: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -51,10 +54,15 @@ class Judged:
         marked = sum(count for (_, _, is_marked), count in self.blocks.items() if is_marked)
         delays = np.percentile(self.delays_ms or [0], [50, 90, 99]).astype(int).tolist()
         parts = ", ".join(
-            f"{op} {how}{' (marked)' if is_marked else ''} {count}" for (op, how, is_marked), count in sorted(self.blocks.items())
+            f"{op} {how}{' (marked)' if is_marked else ''} {count}"
+            for (op, how, is_marked), count in sorted(self.blocks.items())
         )
-        return (f"{len(self.wrong)} wrong without a mark of {named} blocks; {marked / max(named, 1):.1%} of them marked; {self.maps} maps; "
-                f"names after {delays[0]}, {delays[1]}, {delays[2]} ms (50, 90, 99 %); {parts}{''.join(f'; not done: {what}' for what in self.refused)}")  # fmt: skip
+        return (
+            f"{len(self.wrong)} wrong without a mark of {named} blocks; {marked / max(named, 1):.1%} "
+            f"of them marked; {self.maps} maps; "
+            f"names after {delays[0]}, {delays[1]}, {delays[2]} ms (50, 90, 99 %); "
+            f"{parts}{''.join(f'; not done: {what}' for what in self.refused)}"
+        )
 
 
 def watched(folder: Path, kind: str, seed: int, seconds: float, scenarios: list[str]) -> Path:
@@ -64,8 +72,27 @@ def watched(folder: Path, kind: str, seed: int, seconds: float, scenarios: list[
         file.truncate(watch_guest.GROWN)
     watch_guest.make(kind, image, watch_guest.SIZE)
     with beneath(image, folder) as uri:
-        command = [BMAP, "watch", uri, "--write", "-o", trace, "--log", folder / "log", "--summary", folder / "summary", "--", sys.executable,
-                   watch_guest.__file__, "$unixsocket", folder, kind, str(seed), str(seconds), *scenarios]  # fmt: skip
+        command = [
+            BMAP,
+            "watch",
+            uri,
+            "--write",
+            "-o",
+            trace,
+            "--log",
+            folder / "log",
+            "--summary",
+            folder / "summary",
+            "--",
+            sys.executable,
+            watch_guest.__file__,
+            "$unixsocket",
+            folder,
+            kind,
+            str(seed),
+            str(seconds),
+            *scenarios,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300)
         assert done.returncode == 0, done.stderr
         print(done.stderr, end="", file=sys.stderr)
@@ -77,7 +104,18 @@ def beneath(image: Path, folder: Path) -> Iterator[str]:
     """The disk that reads marks, as an NBD URI."""
     socket, pid = folder / "marked", folder / "marked.pid"
     server = subprocess.Popen(
-        ["nbdkit", "-f", "-U", socket, "-P", pid, "python", marked_disk.__file__, f"file={image}", f"log={folder / 'marks'}"]
+        [
+            "nbdkit",
+            "-f",
+            "-U",
+            socket,
+            "-P",
+            pid,
+            "python",
+            marked_disk.__file__,
+            f"file={image}",
+            f"log={folder / 'marks'}",
+        ]
     )
     while not (pid.exists() and pid.read_text()):
         assert server.poll() is None
@@ -106,7 +144,10 @@ class Names:
             if "inode" in said:
                 self.inode[said["file"]] = said["inode"]
             if "clone_of" in said:
-                for known in [said["clone_of"], *(of for of, those in self.clones.items() if said["clone_of"] in those)]:
+                for known in [
+                    said["clone_of"],
+                    *(of for of, those in self.clones.items() if said["clone_of"] in those),
+                ]:
                     self.clones[known].add(said["file"])
             if "refused" in said:
                 self.refused.append(said["refused"])
@@ -116,7 +157,8 @@ class Names:
                 self.mkfs.append(said["time_ns"])
 
     def fits(self, file: int, path: bytes | None, inode: int) -> bool:
-        """Was this the file's name, or that of one which shares its blocks? A file that is deleted has none, but is its inode still."""
+        """Was this the file's name, or that of one which shares its blocks? A file that is deleted has none,
+        but is its inode still."""
         if path is None:
             return inode in (self.inode[number] for number in (file, *self.clones[file]))
         for snapshot in self.snapshots:
@@ -130,7 +172,10 @@ def judge(folder: Path, trace: Path) -> Judged:
     names, result = Names(folder / "names"), Judged()
     result.refused = names.refused
     rows: defaultdict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
-    begun = {said["map"]: said["begun_ns"] for said in json.loads(pq.read_metadata(trace).metadata[b"virt-bmap-maps"])}
+    begun = {
+        said["map"]: said["begun_ns"]
+        for said in json.loads(pq.read_metadata(trace).metadata[b"virt-bmap-maps"])
+    }
     result.maps = len(begun)
     file = pq.ParquetFile(trace)
     for number in range(file.num_row_groups):
@@ -144,7 +189,11 @@ def judge(folder: Path, trace: Path) -> Judged:
         if not blocks:
             continue
         known = rows[op, int(offset), int(length)]
-        near = [row for row in known if abs(row["time_ns"] - int(when)) < NEAR and (op == "read" or "used" not in row)]
+        near = [
+            row
+            for row in known
+            if abs(row["time_ns"] - int(when)) < NEAR and (op == "read" or "used" not in row)
+        ]
         if not near:
             if op == "write":
                 result.wrong.append(f"{line}: not in the trace")
@@ -158,15 +207,25 @@ def judge(folder: Path, trace: Path) -> Judged:
 
 
 def _judge_block(
-    result: Judged, names: Names, row: dict[str, Any], op: str, at: int, number: int, index: int, begun: dict[int, int]
+    result: Judged,
+    names: Names,
+    row: dict[str, Any],
+    op: str,
+    at: int,
+    number: int,
+    index: int,
+    begun: dict[int, int],
 ) -> None:
     pieces = [
-        piece for piece in row["objects"] if piece["offset"] <= at < piece["offset"] + piece["length"] and not piece["inline"]
+        piece
+        for piece in row["objects"]
+        if piece["offset"] <= at < piece["offset"] + piece["length"] and not piece["inline"]
     ]
     files = [piece for piece in pieces if piece["kind"] in FILE]
     marked = bool(pieces) and all(piece["older"] for piece in files or pieces)
     if op == "read" and (
-        not any(piece["kind"] == "data" for piece in pieces) or any(piece["part"] == "bookend" for piece in pieces)
+        not any(piece["kind"] == "data" for piece in pieces)
+        or any(piece["part"] == "bookend" for piece in pieces)
     ):
         result.blocks[op, "stale", marked] += 1
         return
@@ -180,19 +239,33 @@ def _judge_block(
             and piece["file_offset"] + at - piece["offset"] != index * marked_disk.BLOCK
             and not marked
         ):
-            result.wrong.append(f"{op} at {at}: {piece['path']!r} at {piece['file_offset']}, not block {index}")
+            result.wrong.append(
+                f"{op} at {at}: {piece['path']!r} at {piece['file_offset']}, not block {index}"
+            )
         result.delays_ms.append(max(0, begun[piece["map"]] - row["time_ns"]) / 1e6)
     elif not marked:
         said = [
-            (piece["kind"], piece["path"], piece["part"], piece["map"], (begun[piece["map"]] - row["time_ns"]) // 10**6)
+            (
+                piece["kind"],
+                piece["path"],
+                piece["part"],
+                piece["map"],
+                (begun[piece["map"]] - row["time_ns"]) // 10**6,
+            )
             for piece in files or pieces
         ]
-        result.wrong.append(f"{row['time_ns']} {op} at {at}: {number} ({sorted(names.of[number])[:3]}) is called {said}")
+        result.wrong.append(
+            f"{row['time_ns']} {op} at {at}: {number} ({sorted(names.of[number])[:3]}) is called {said}"
+        )
 
 
 def _judge_mkfs(row: dict[str, Any], names: Names, result: Judged) -> None:
     """What mkfs writes belongs to no file."""
-    if len(names.mkfs) != 2 or not names.mkfs[0] < row["time_ns"] < names.mkfs[1] or row["op"] not in ("write", "zero"):
+    if (
+        len(names.mkfs) != 2
+        or not names.mkfs[0] < row["time_ns"] < names.mkfs[1]
+        or row["op"] not in ("write", "zero")
+    ):
         return
     if bad := [piece["path"] for piece in row["objects"] if piece["kind"] in FILE and not piece["older"]]:
         result.wrong.append(f"mkfs writes at {row['offset']}: is called {bad[0]!r}")
@@ -200,7 +273,9 @@ def _judge_mkfs(row: dict[str, Any], names: Names, result: Judged) -> None:
 
 def main() -> int:
     """Print what was found, a line for each run; exit status 1 where a name was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kind", action="append", choices=tuple(watch_guest.MAKE))
     parser.add_argument("--seed", action="append", type=int)
     parser.add_argument("--seconds", type=float, default=20)
@@ -215,7 +290,10 @@ def main() -> int:
                 if args.keep:
                     folder = args.keep / f"{kind}-{seed}"
                     folder.mkdir(parents=True)
-                found = judge(folder, watched(folder, kind, seed, args.seconds, args.scenario or list(watch_guest.SCENARIOS)))
+                found = judge(
+                    folder,
+                    watched(folder, kind, seed, args.seconds, args.scenario or list(watch_guest.SCENARIOS)),
+                )
             print(f"{kind} seed {seed}: {found}", flush=True)
             for line in found.wrong[:10]:
                 print("   ", line)

@@ -1,4 +1,5 @@
-"""XFS images for tests: made by mkfs.xfs, filled through the running kernel with everything that has a place of its own on the disk."""
+"""XFS images for tests: made by mkfs.xfs, filled through the running kernel with everything that has a place
+of its own on the disk."""
 
 import ctypes
 import errno
@@ -18,7 +19,18 @@ SIZE = 320 << 20
 
 RICH = {
     "default": ("-m", "rmapbt=1,reflink=1"),
-    "small-blocks": ("-b", "size=1024", "-n", "size=8192", "-i", "size=512", "-m", "rmapbt=1,reflink=1", "-s", "size=512"),
+    "small-blocks": (
+        "-b",
+        "size=1024",
+        "-n",
+        "size=8192",
+        "-i",
+        "size=512",
+        "-m",
+        "rmapbt=1,reflink=1",
+        "-s",
+        "size=512",
+    ),
     "nrext64": ("-i", "nrext64=1", "-m", "rmapbt=1,reflink=1", "-s", "size=4096"),
     "old-v5": ("-m", "finobt=0,reflink=0,bigtime=0,inobtcount=0", "-i", "sparse=0"),
     "large-blocks": ("-b", "size=16384", "-m", "rmapbt=1,reflink=1", "-n", "size=65536"),
@@ -45,7 +57,10 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def populate(root: Path, part: int = 1) -> None:
-    """Fill a mounted filesystem: every kind of inode, fork and directory. `part` makes large things that many times smaller."""
+    """Fill a mounted filesystem: every kind of inode, fork and directory.
+
+    `part` makes large things that many times smaller.
+    """
     _files(root / "files", part)
     _directories(root / "directories", part)
     _others(root / "others")
@@ -114,7 +129,12 @@ def _others(where: Path) -> None:
 def _attributes(where: Path, part: int) -> None:
     """Small ones in the inode, many in leaves, large ones in blocks of their own."""
     where.mkdir()
-    for name, count, size in (("few", 2, 20), ("leaf", 30, 60), ("remote", 3, 60000), ("many", 900 // part, 200)):
+    for name, count, size in (
+        ("few", 2, 20),
+        ("leaf", 30, 60),
+        ("remote", 3, 60000),
+        ("many", 900 // part, 200),
+    ):
         path = where / name
         path.write_text(name)
         try:
@@ -145,7 +165,8 @@ def _reflinks(where: Path) -> None:
 
 
 def churn(root: Path, seed: int, rounds: int) -> None:
-    """Random work: files made, grown, cut, renamed, linked and removed, now and then fsynced, so that the log goes around."""
+    """Random work: files made, grown, cut, renamed, linked and removed, now and then fsynced, so that the log
+    goes around."""
     random = np.random.default_rng(seed)
     folders, files = [root], []
     for number in range(rounds):
@@ -154,11 +175,16 @@ def churn(root: Path, seed: int, rounds: int) -> None:
             folders.append(folders[int(random.integers(len(folders)))] / f"folder-{number}")
             folders[-1].mkdir()
         elif choice < 5 or len(files) < 10:
-            files.append(folders[int(random.integers(len(folders)))] / f"{'file' * int(random.integers(1, 20))}-{number}")
+            files.append(
+                folders[int(random.integers(len(folders)))]
+                / f"{'file' * int(random.integers(1, 20))}-{number}"
+            )
             files[-1].write_bytes(b"x" * int(random.integers(0, 30000)))
         else:
             at = int(random.integers(len(files)))
-            _change(files, at, choice, folders[int(random.integers(len(folders)))] / f"other-{number}", random)
+            _change(
+                files, at, choice, folders[int(random.integers(len(folders)))] / f"other-{number}", random
+            )
         if number % 20 == 0:
             fd = os.open(root, os.O_RDONLY)
             os.fsync(fd)

@@ -1,4 +1,5 @@
-"""Write what is made from the code: docs/data-model.md, docs/formats.md, and the last part of docs/verification.md. A test fails when they are out of date.
+"""Write what is made from the code: docs/data-model.md, docs/formats.md, and the last part of
+docs/verification.md. A test fails when they are out of date.
 
 Usage: .venv/bin/python tools/document.py
 """
@@ -24,21 +25,39 @@ def data_model() -> str:
     lines = [
         "# The data model",
         "",
-        "A block map is seven tables; a trace of a guest is one more. All offsets, lengths and sizes are bytes; ranges are half open. The page is made from",
+        (
+            "A block map is seven tables; a trace of a guest is one more. All offsets, lengths and sizes "
+            "are bytes; ranges are half open. The page is made from"
+        ),
         "`src/virt_bmap/tables.py` by `tools/document.py`.",
         "",
-        "A **volume** is a number that the map gives to each disk, partition, logical volume, array or opened container, parents before children. A filesystem is named",
-        "by the volume it lies on, and columns called `volume_offset` count from the start of that volume, never from the disk. **Mapping rows** place a volume's bytes in its",
-        "parents; they are strided, so a RAID of terabytes is a handful of rows. Disk offsets are worked out when asked for: `BlockMap.owners` climbs from disk",
+        (
+            "A **volume** is a number that the map gives to each disk, partition, logical volume, array "
+            "or opened container, parents before children. A filesystem is named"
+        ),
+        (
+            "by the volume it lies on, and columns called `volume_offset` count from the start of that "
+            "volume, never from the disk. **Mapping rows** place a volume's bytes in its"
+        ),
+        (
+            "parents; they are strided, so a RAID of terabytes is a handful of rows. Disk offsets are "
+            "worked out when asked for: `BlockMap.owners` climbs from disk"
+        ),
         "to file, `BlockMap.descend` goes down with every copy.",
         "",
         "## In Parquet",
         "",
-        "`virt-bmap -o map.parquet` writes one file with one column for each table, a list of the table's rows (262,144 at most; further rows of a table are in the next",
+        (
+            "`virt-bmap -o map.parquet` writes one file with one column for each table, a list of the "
+            "table's rows (262,144 at most; further rows of a table are in the next"
+        ),
         "rows of the file, where shorter tables have empty lists).",
         "",
         "```sql",
-        "select unnest(extents, recursive := true) from 'map.parquet';            -- DuckDB: the table extents",
+        (
+            "select unnest(extents, recursive := true) from 'map.parquet';            -- DuckDB: the "
+            "table extents"
+        ),
         "```",
         "",
         "```python",
@@ -47,7 +66,18 @@ def data_model() -> str:
     ]
     for name in (*BlockMap.TABLES, "accesses"):
         lines += ["", f"## {name}", "", *columns(tables.SCHEMAS[name])]
-    lines += ["", "## A trace", "", *TRACE, "", *columns(trace.SCHEMA), "", "Each of `objects`:", "", *columns(trace.OBJECT)]
+    lines += [
+        "",
+        "## A trace",
+        "",
+        *TRACE,
+        "",
+        *columns(trace.SCHEMA),
+        "",
+        "Each of `objects`:",
+        "",
+        *columns(trace.OBJECT),
+    ]
     lines += ["", "## A profile", "", *PROFILE, "", *columns(RANGES)]
     lines += ["", "## Kinds of extents", "", "| kind | letter in the text map | meaning |", "|---|---|---|"]
     lines += [f"| {kind} | {LETTERS[kind]} | {tables.KIND_MEANING[kind]} |" for kind in tables.KINDS]
@@ -58,10 +88,15 @@ def data_model() -> str:
         + ".",
     ]
     lines += ["", "## Traits of volumes", "", "| trait | bit | meaning |", "|---|---|---|"]
-    lines += [f"| {trait} | {1 << bit} | {tables.TRAIT_MEANING[trait]} |" for bit, trait in enumerate(tables.TRAITS)]
+    lines += [
+        f"| {trait} | {1 << bit} | {tables.TRAIT_MEANING[trait]} |" for bit, trait in enumerate(tables.TRAITS)
+    ]
     lines += [
         "",
-        "Bytes of volumes that are checksummed, verified or journaled, and of all that lies on them, must stay as they are, whoever calls them free.",
+        (
+            "Bytes of volumes that are checksummed, verified or journaled, and of all that lies on them, "
+            "must stay as they are, whoever calls them free."
+        ),
     ]
     lines += ["", "## Inodes of formats without inode numbers", ""]
     for format in dict.fromkeys(listed.load() for listed in formats.FILESYSTEMS):
@@ -71,13 +106,28 @@ def data_model() -> str:
 
 
 TRACE = (
-    "`virt-bmap watch -o` and `virt-bmap trace import` write Parquet with a row for each request, in order of time: the table `accesses` and what the",
-    "request touched. The file's metadata `virt-bmap-trace` is JSON: `version`, and the sizes of the `disks` in bytes where they are known.",
-    "`virt-bmap-maps`, written when a watch ends, lists the maps that named the objects: the number of each `map`, and `begun_ns`, when its reading began (0: before).",
+    (
+        "`virt-bmap watch -o` and `virt-bmap trace import` write Parquet with a row for each request, in "
+        "order of time: the table `accesses` and what the"
+    ),
+    (
+        "request touched. The file's metadata `virt-bmap-trace` is JSON: `version`, and the sizes of the "
+        "`disks` in bytes where they are known."
+    ),
+    (
+        "`virt-bmap-maps`, written when a watch ends, lists the maps that named the objects: the number "
+        "of each `map`, and `begun_ns`, when its reading began (0: before)."
+    ),
 )
 PROFILE = (
-    "`virt-bmap profile -o` writes Parquet with a row for each range of bytes that some run needed, in order of first use. The file's metadata",
-    "`virt-bmap-profile` is JSON: `version`, the sizes of the `disks`, and for each of the `runs` the trace, its seconds, requests and bytes read.",
+    (
+        "`virt-bmap profile -o` writes Parquet with a row for each range of bytes that some run needed, "
+        "in order of first use. The file's metadata"
+    ),
+    (
+        "`virt-bmap-profile` is JSON: `version`, the sizes of the `disks`, and for each of the `runs` "
+        "the trace, its seconds, requests and bytes read."
+    ),
 )
 
 
@@ -108,8 +158,14 @@ def formats_page() -> str:
     lines = [
         "# Formats",
         "",
-        "What is read, what is known and refused with a clear word, and what each reader was checked with. The page is made from the modules by `tools/document.py`.",
-        "The sources of each format are named at the top of its module. Where no line says what is free, nothing does: what merely nothing refers to is `unreferenced`, and is",
+        (
+            "What is read, what is known and refused with a clear word, and what each reader was checked "
+            "with. The page is made from the modules by `tools/document.py`."
+        ),
+        (
+            "The sources of each format are named at the top of its module. Where no line says what is "
+            "free, nothing does: what merely nothing refers to is `unreferenced`, and is"
+        ),
         "never given away.",
     ]
     for title, found in (("Volumes", formats.VOLUMES), ("Filesystems", formats.FILESYSTEMS)):
@@ -120,12 +176,19 @@ def formats_page() -> str:
         "",
         "## Image formats",
         "",
-        "Raw files, block devices and NBD exports are read directly; through `qemu-nbd`: " + ", ".join(magic.FORMATS) + ".",
+        "Raw files, block devices and NBD exports are read directly; through `qemu-nbd`: "
+        + ", ".join(magic.FORMATS)
+        + ".",
         "",
         "Of these the format's own layer is read, too (`--host-offsets`, `info`, `explain`):",
     ]
     for module in map(layers.load, layers.LAYERS):
-        lines += described(module.NAME, module.__name__, Docs(module.FEATURES, module.REFUSED, module.ORACLES), module.ALLOCATOR)
+        lines += described(
+            module.NAME,
+            module.__name__,
+            Docs(module.FEATURES, module.REFUSED, module.ORACLES),
+            module.ALLOCATOR,
+        )
     lines += [
         "",
         "## Known by magic alone",
@@ -145,7 +208,8 @@ def verification() -> str:
     head = (DOCS / "verification.md").read_text().partition(BY_FORMAT)[0]
     lines = [
         BY_FORMAT, "",
-        "What `check` asks of each format: a breach of these rules is a problem, and the volume is not called proven. Made from the modules by `tools/document.py`;",
+        ("What `check` asks of each format: a breach of these rules is a problem, and the volume is "
+            "not called proven. Made from the modules by `tools/document.py`;"),
         "what is never looked at is as much a part of the verdict.",
     ]  # fmt: skip
     for listed in {listed.package: listed for listed in (*formats.VOLUMES, *formats.FILESYSTEMS)}.values():
@@ -161,7 +225,9 @@ def asked_of(name: str, module: str, checks: Checks, allocator: str | None) -> l
     lines = ["", f"### {name} (`{module.removeprefix('virt_bmap.')}`)", "", "| | |", "|---|---|"]
     lines.append(f"| allocator | {allocator or 'none: what nothing refers to is unreferenced, not free'} |")
     lines.append(f"| checksums verified | {checks.checksums or 'the format has none'} |")
-    lines += [f"| {what} | {rules.strip()} |" for what, _, rules in (words.partition(":") for words in checks.rules)]
+    lines += [
+        f"| {what} | {rules.strip()} |" for what, _, rules in (words.partition(":") for words in checks.rules)
+    ]
     lines.append(f"| never looked at | {'; '.join(checks.unchecked) or 'nothing is left'} |")
     return lines
 

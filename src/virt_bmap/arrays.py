@@ -21,7 +21,8 @@ LONG = 512
 """Bytes of a piece from which on it is quicker to copy each by itself than to number all bytes."""
 
 PAIRS = 1 << 24
-"""Answers to one question, beyond some for each range that takes part: disks and maps can be made that have one for each square of their bytes."""
+"""Answers to one question, beyond some for each range that takes part: disks and maps can be made that have
+one for each square of their bytes."""
 PIECES = 1 << 25
 """Stripes that one question may unroll: 2 TiB in stripes of 64 KiB."""
 BATCH = 1 << 20
@@ -32,7 +33,8 @@ def bounded(count: int, most: int, what: str) -> None:
     """Corrupt where an answer would have more than `most` of something."""
     if count > most:
         raise Corrupt(
-            f"what is asked here has more than {most:,} {what}: ask for less at a time, or the metadata lie over each other",
+            f"what is asked here has more than {most:,} {what}: ask for less at a time, or the "
+            "metadata lie over each other",
             None,
             "too-many",
         )
@@ -41,30 +43,37 @@ def bounded(count: int, most: int, what: str) -> None:
 def ints(values: object) -> Int:
     """`values` (an array, a sequence or a number) as a one-dimensional int64 array.
 
-    Raises Corrupt where a number does not fit. Python's own have no limit: here those of a disk that do not fit in ours are met at the latest.
+    Raises Corrupt where a number does not fit. Python's own have no limit: here those of a disk that do not
+    fit in ours are met at the latest.
     """
     try:
         return np.atleast_1d(np.asarray(values, np.int64))
     except OverflowError:
         raise Corrupt(
-            f"a number of {max(map(abs, np.atleast_1d(np.asarray(values, object)).tolist())):#x} is more than any disk holds"
+            f"a number of {max(map(abs, np.atleast_1d(np.asarray(values, object)).tolist())):#x} is "
+            "more than any disk holds"
         ) from None
 
 
 def joined(parts: Sequence[tuple[Int, ...]], count: int) -> list[Int]:
-    """`count` columns, each that of the parts one after the other. Without any part they are empty: how many there are is up to the disk."""
+    """`count` columns, each that of the parts one after the other.
+
+    Without any part they are empty: how many there are is up to the disk.
+    """
     return [np.concatenate([EMPTY, *(part[column] for part in parts)]) for column in range(count)]
 
 
 def in_order(values: Int) -> Int:
-    """The values sorted. What comes from disks consists of runs that are sorted already, and only a stable sort makes use of them: ten times faster there."""
+    """The values sorted. What comes from disks consists of runs that are sorted already, and only a stable
+    sort makes use of them: ten times faster there."""
     return np.sort(values, kind="stable")
 
 
 def expand(counts: Int) -> tuple[Int, Int]:
     """Unroll lists: for each row i, `counts[i]` results.
 
-    Returns (row, step), both of length sum(counts): the row a result comes from, and its number within the row.
+    Returns (row, step), both of length sum(counts): the row a result comes from, and its number within the
+    row.
     """
     counts = np.asarray(counts, np.int64)
     ends = np.cumsum(counts)
@@ -78,7 +87,9 @@ def gather(data: Bytes, starts: Int, lengths: Int) -> Bytes:
     """The bytes data[starts[i]:starts[i]+lengths[i]], one after the other, as one flat array."""
     if len(lengths) and int(np.sum(lengths)) // len(lengths) >= LONG:
         ends = np.asarray(starts) + lengths
-        return np.concatenate([data[low:high] for low, high in zip(np.asarray(starts).tolist(), ends.tolist(), strict=True)])
+        return np.concatenate(
+            [data[low:high] for low, high in zip(np.asarray(starts).tolist(), ends.tolist(), strict=True)]
+        )
     row, step = expand(lengths)
     result: Bytes = data[np.asarray(starts, np.int64)[row] + step]
     return result
@@ -91,7 +102,8 @@ def runs(flags: Bool) -> tuple[Int, Int]:
 
 
 def bit_runs(bitmap: Bytes, bits: int, value: bool) -> tuple[Int, Int]:
-    """(starts, ends), in bits, of the runs of `value` among the first `bits` bits, least significant bit first. Only bytes in which a run begins or ends are taken apart."""
+    """(starts, ends), in bits, of the runs of `value` among the first `bits` bits, least significant bit
+    first. Only bytes in which a run begins or ends are taken apart."""
     data = bitmap[: -(-bits // 8)]
     before = np.empty_like(data)
     before[1:] = data[:-1] >> 7
@@ -120,7 +132,8 @@ def union(starts: Int, ends: Int, gap: int = 0) -> tuple[Int, Int]:
 
 
 def union_by(group: Int, starts: Int, ends: Int) -> tuple[Int, Int, Int]:
-    """(group, starts, ends): the ranges of each group sorted and merged where they overlap or touch, by group; none of the ranges may be empty."""
+    """(group, starts, ends): the ranges of each group sorted and merged where they overlap or touch, by
+    group; none of the ranges may be empty."""
     if len(starts) == 0:
         return EMPTY, EMPTY, EMPTY
     order = np.lexsort((starts, group))
@@ -177,7 +190,10 @@ def subtract(a_starts: Int, a_ends: Int, b_starts: Int, b_ends: Int) -> tuple[In
 
 
 def touching(starts: Int, ends: Int, others_starts: Int, others_ends: Int) -> Bool:
-    """Which of the ranges share a byte with any of the others. Costs a sort and a search, however many they touch."""
+    """Which of the ranges share a byte with any of the others.
+
+    Costs a sort and a search, however many they touch.
+    """
     low, high = union(others_starts, others_ends)
     at = np.searchsorted(high, starts, "right")
     found: Bool = (ends > starts) & (at < len(low)) & (np.append(low, 0)[at] < ends)
@@ -190,7 +206,8 @@ def covered_twice(starts: Int, ends: Int) -> tuple[Int, Int]:
     starts, ends = starts[keep], ends[keep]
     points = np.concatenate([starts, ends])
     delta = np.concatenate([np.ones(len(starts), np.int64), np.full(len(ends), -1, np.int64)])
-    order = np.lexsort((delta, points))  # at one point, ends come before starts: ranges that touch do not overlap
+    # at one point, ends come before starts: ranges that touch do not overlap
+    order = np.lexsort((delta, points))
     depth = np.cumsum(delta[order])
     from_, to = runs(depth > 1)
     points = np.append(points[order], 0)
@@ -198,10 +215,11 @@ def covered_twice(starts: Int, ends: Int) -> tuple[Int, Int]:
 
 
 def first_covers(starts: Int, ends: Int, slots: int) -> Int:
-    """For each slot of [0, slots) the number of the first range, in the order given, that covers it; len(starts) where none does.
+    """For each slot of [0, slots) the number of the first range, in the order given, that covers it;
+    len(starts) where none does.
 
-    Ranges are in slots and inside. A range of length n is two of the next lower power of two; their minima are handed down, halves at a time: no range is
-    ever unrolled.
+    Ranges are in slots and inside. A range of length n is two of the next lower power of two; their minima
+    are handed down, halves at a time: no range is ever unrolled.
     """
     none = len(starts)
     best = np.full(slots, none, np.int64)
@@ -218,7 +236,8 @@ def first_covers(starts: Int, ends: Int, slots: int) -> Int:
 
 
 def weigh(points: Int, starts: Int, ends: Int, weights: Int | int = 1) -> Int:
-    """For each piece [points[i], points[i + 1]) the sum of the weights of the ranges that cover it; every start and end is one of the sorted `points`."""
+    """For each piece [points[i], points[i + 1]) the sum of the weights of the ranges that cover it; every
+    start and end is one of the sorted `points`."""
     change = np.zeros(len(points), np.int64)
     np.add.at(change, np.searchsorted(points, starts), weights)
     np.add.at(change, np.searchsorted(points, ends), -np.asarray(weights))
@@ -235,8 +254,9 @@ def total(starts: Int, ends: Int) -> int:
 class Intervals:
     """An index over ranges: which of them does each query range overlap?
 
-    Sorted starts with the running maximum of ends: a query is two binary searches and a filter. One range that spans
-    most of the others makes every query visit them all, so containers and their contents belong in separate indexes.
+    Sorted starts with the running maximum of ends: a query is two binary searches and a filter. One range
+    that spans most of the others makes every query visit them all, so containers and their contents belong in
+    separate indexes.
     """
 
     def __init__(self, starts: Int, ends: Int) -> None:
@@ -246,7 +266,10 @@ class Intervals:
         self._reach = np.maximum.accumulate(self._ends)
 
     def overlaps(self, starts: Int, ends: Int) -> tuple[Int, Int]:
-        """All pairs (query, range) that share a byte, by query and then by the range's start. Corrupt where there are so many that someone meant it."""
+        """All pairs (query, range) that share a byte, by query and then by the range's start.
+
+        Corrupt where there are so many that someone meant it.
+        """
         low, high, reach = self._starts, self._ends, self._reach
         starts, ends = ints(starts), ints(ends)
         last = np.searchsorted(low, ends, "left")
@@ -254,7 +277,11 @@ class Intervals:
         looked = np.cumsum(last - first)
         allowed = PAIRS + 16 * (len(starts) + len(low))
         bounded(int(looked[-1]) if len(looked) else 0, 8 * allowed, "pairs of ranges")
-        cuts = np.searchsorted(looked, np.arange(BATCH, looked[-1], BATCH)) + 1 if len(looked) and looked[-1] > BATCH else EMPTY
+        cuts = (
+            np.searchsorted(looked, np.arange(BATCH, looked[-1], BATCH)) + 1
+            if len(looked) and looked[-1] > BATCH
+            else EMPTY
+        )
         bounds = np.unique(np.concatenate([[0], cuts, [len(starts)]])).tolist()
         queries, ranges, found = [EMPTY], [EMPTY], 0
         for begin, end in pairwise(bounds):
@@ -266,4 +293,8 @@ class Intervals:
             ranges.append(self._order[place[keep]])
             found += len(queries[-1])
             bounded(found, allowed, "pairs of ranges")
-        return (queries[1], ranges[1]) if len(queries) == 2 else (np.concatenate(queries), np.concatenate(ranges))
+        return (
+            (queries[1], ranges[1])
+            if len(queries) == 2
+            else (np.concatenate(queries), np.concatenate(ranges))
+        )

@@ -1,6 +1,7 @@
 """The block map: which object owns these bytes of a disk, and where do the bytes of this object lie?
 
-Both questions are answered layer by layer through the mapping rows; nothing is flattened to disk offsets before an output asks.
+Both questions are answered layer by layer through the mapping rows; nothing is flattened to disk offsets
+before an output asks.
 """
 
 import os
@@ -26,10 +27,12 @@ FILE = "file"
 
 
 class Owners(NamedTuple):
-    """Who owns bytes, as columns of one length: query `query` meets row `extent` of `extents` (-1: the volume itself) of `volume`.
+    """Who owns bytes, as columns of one length: query `query` meets row `extent` of `extents` (-1: the volume
+    itself) of `volume`.
 
-    The shared bytes are [start, end) on the disk, and [inside, inside + length) in the volume: as many, unless `role` is compressed, where offsets on one side say
-    nothing of the other. `depth` counts layers from the disk.
+    The shared bytes are [start, end) on the disk, and [inside, inside + length) in the volume: as many,
+    unless `role` is compressed, where offsets on one side say nothing of the other. `depth` counts layers
+    from the disk.
     """
 
     query: Int
@@ -54,7 +57,10 @@ class Owners(NamedTuple):
 
 @dataclass
 class BlockMap:
-    """The tables of `tables.py`, and lookups in them. Tables are what is saved; all else is derived when first used."""
+    """The tables of `tables.py`, and lookups in them.
+
+    Tables are what is saved; all else is derived when first used.
+    """
 
     volumes: pa.Table
     mappings: pa.Table
@@ -66,15 +72,19 @@ class BlockMap:
     given_paths: dict[int, tuple[Int, pa.Array]] = field(default_factory=dict, repr=False)
     """For volumes whose paths are known though their names are not (text maps): as `paths` returns them."""
     proofs: list[tuple[int, Proof]] | None = field(default=None, repr=False, compare=False)
-    """What the readers say that they looked at, with the volume; None where they were not asked: a saved map does not keep it."""
+    """What the readers say that they looked at, with the volume; None where they were not asked: a saved map
+    does not keep it."""
     _cache: dict[tuple[str, int], object] = field(default_factory=dict, repr=False, compare=False)
 
     TABLES = ("volumes", "mappings", "filesystems", "inodes", "names", "extents", "problems")
 
-    # ---- parts of it ------------------------------------------------------------------------------------------------
+    # ---- parts of it ---------------------------------------------------------------------------------------
 
     def volume_named(self, name: str) -> int:
-        """The number of a device; the innermost where several layers share a name. UsageError lists the names there are."""
+        """The number of a device; the innermost where several layers share a name.
+
+        UsageError lists the names there are.
+        """
         names = self.volumes.column("name").to_pylist()
         found = [number for number, known in enumerate(names) if known == name]
         if not found:
@@ -83,14 +93,16 @@ class BlockMap:
 
     @cached_property
     def disks(self) -> list[int]:
-        """The volumes that nothing contains, in order, disk 1 first: whole disks, or the files of the host that hold their images."""
+        """The volumes that nothing contains, in order, disk 1 first: whole disks, or the files of the host
+        that hold their images."""
         kinds = self.volumes.column("kind").to_pylist()
         top = FILE if FILE in kinds else "disk"
         return [number for number, kind in enumerate(kinds) if kind == top]
 
     @cached_property
     def on_files(self) -> bool:
-        """Are the offsets of this map those of image files on the host, rather than those that the guest sees?"""
+        """Are the offsets of this map those of image files on the host, rather than those that the guest
+        sees?"""
         return FILE in self.volumes.column("kind").to_pylist()
 
     @cached_property
@@ -104,10 +116,15 @@ class BlockMap:
     @cached_property
     def rows(self) -> Rows:
         """All mapping rows."""
-        column = {name: tables.integers(self.mappings, name) for name in self.mappings.column_names if name != "role"}
+        column = {
+            name: tables.integers(self.mappings, name)
+            for name in self.mappings.column_names
+            if name != "role"
+        }
         return Rows(
-            column["volume"], column["parent"], tables.codes(self.mappings, "role").astype(np.int64), column["run"], column["count"],
-            Side(column["volume_offset"], column["volume_step"]), Side(column["parent_offset"], column["parent_step"]),
+            column["volume"], column["parent"], tables.codes(self.mappings, "role").astype(np.int64),
+            column["run"], column["count"], Side(column["volume_offset"], column["volume_step"]),
+            Side(column["parent_offset"], column["parent_step"]),
             column["parent_run"] if (column["parent_run"] != column["run"]).any() else None,
         )  # fmt: skip
 
@@ -145,10 +162,11 @@ class BlockMap:
             self._cache[key] = make()
         return cast(T, self._cache[key])
 
-    # ---- what owns these bytes --------------------------------------------------------------------------------------
+    # ---- what owns these bytes -----------------------------------------------------------------------------
 
     def owners(self, disk: int, starts: Int, ends: Int) -> Owners:
-        """Every owner of the ranges [starts[i], ends[i]) of disk number `disk` (from 1), a volume at a time, most general first.
+        """Every owner of the ranges [starts[i], ends[i]) of disk number `disk` (from 1), a volume at a time,
+        most general first.
 
         Layers are climbed breadth first; one call answers a million ranges.
         """
@@ -158,7 +176,10 @@ class BlockMap:
         query = np.arange(len(starts), dtype=np.int64)
         parts: list[Owners] = []
         queue = [
-            (self.disks[disk - 1], _Way(query, starts, ends - starts, starts, ends - starts, np.zeros(len(starts), np.int64)))
+            (
+                self.disks[disk - 1],
+                _Way(query, starts, ends - starts, starts, ends - starts, np.zeros(len(starts), np.int64)),
+            )
         ]
         while queue:
             volume, way = queue.pop(0)
@@ -176,25 +197,41 @@ class BlockMap:
     def _owned(self, volume: int, way: "_Way", extent: Int) -> Owners:
         """What was reached on the way up from a disk, as rows of one volume."""
         number, depth = np.full(len(way.query), volume, np.int64), np.full(len(way.query), self.depth[volume])
-        return Owners(way.query, number, extent, way.asked, way.asked + way.asked_length, way.here, depth, way.role, way.length)
+        return Owners(
+            way.query,
+            number,
+            extent,
+            way.asked,
+            way.asked + way.asked_length,
+            way.here,
+            depth,
+            way.role,
+            way.length,
+        )
 
     def _indexes(self, volume: int) -> list[tuple[Int, Intervals]]:
-        """Two indexes over a volume's extents: those with blocks of their own, and those inside others' bytes."""
+        """Two indexes over a volume's extents: those with blocks of their own, and those inside others'
+        bytes."""
 
         def build() -> list[tuple[Int, Intervals]]:
             first, mine = self.slice_of("extents", volume)
             start, length = tables.integers(mine, "volume_offset"), tables.integers(mine, "length")
             inline = (tables.integers(mine, "flags") & tables.INLINE) != 0
             groups = [np.flatnonzero(~inline), np.flatnonzero(inline)]
-            return [(first + rows, Intervals(start[rows], start[rows] + length[rows])) for rows in groups if len(rows)]
+            return [
+                (first + rows, Intervals(start[rows], start[rows] + length[rows]))
+                for rows in groups
+                if len(rows)
+            ]
 
         return self._once("index", volume, build)
 
-    # ---- where they lie ---------------------------------------------------------------------------------------------
+    # ---- where they lie ------------------------------------------------------------------------------------
 
     def descend(self, volume: int, starts: Int, ends: Int) -> Owners:
-        """Where ranges of a volume lie on the disks, with every copy and parity run: `volume` is then the disk's, `inside` the offset in the volume
-        asked about. Bytes that lie nowhere (a missing member) give no row."""
+        """Where ranges of a volume lie on the disks, with every copy and parity run: `volume` is then the
+        disk's, `inside` the offset in the volume asked about. Bytes that lie nowhere (a missing member)
+        give no row."""
         starts, ends = ints(starts), ints(ends)
         parts: list[Owners] = []
         query, zero = np.arange(len(starts), dtype=np.int64), np.zeros(len(starts), np.int64)
@@ -203,19 +240,32 @@ class BlockMap:
             number, way = queue.pop(0)
             if number in self.disks:  # not by depth: a volume that lies nowhere has depth 0, too
                 n = len(way.query)
-                parts.append(Owners(way.query, np.full(n, number, np.int64), np.full(n, -1, np.int64), way.here, way.here + way.length,
-                                    way.asked, np.zeros(n, np.int64), way.role, way.asked_length))  # fmt: skip
+                parts.append(
+                    Owners(
+                        way.query,
+                        np.full(n, number, np.int64),
+                        np.full(n, -1, np.int64),
+                        way.here,
+                        way.here + way.length,
+                        way.asked,
+                        np.zeros(n, np.int64),
+                        way.role,
+                        way.asked_length,
+                    )
+                )
                 continue
             rows = self.rows_of(number)
             queue += _steps(way, rows.down(way.here, way.here + way.length), rows.parent, rows.role)
         return Owners.concat(parts)
 
-    # ---- names ------------------------------------------------------------------------------------------------------
+    # ---- names ---------------------------------------------------------------------------------------------
 
     def paths(self, volume: int) -> tuple[Int, pa.Array]:
-        """(inode, path) of every name of a filesystem whose path is known, sorted by inode; the root directory is `/`."""
+        """(inode, path) of every name of a filesystem whose path is known, sorted by inode; the root
+        directory is `/`."""
 
-        from virt_bmap import paths  # with pyarrow.compute: slow to import, and not needed where only tables are written
+        # with pyarrow.compute: slow to import, and not needed where only tables are written
+        from virt_bmap import paths
 
         def build() -> tuple[Int, pa.Array]:
             if volume in self.given_paths:
@@ -236,7 +286,8 @@ class BlockMap:
         return self._once("paths", volume, build)
 
     def first_paths(self, volume: int, wanted: Int) -> pa.Array:
-        """The first path of each wanted inode of a filesystem, null where none is known: for a few of many, where `paths` would join all."""
+        """The first path of each wanted inode of a filesystem, null where none is known: for a few of many,
+        where `paths` would join all."""
         from virt_bmap import paths
 
         if volume in self.given_paths:
@@ -249,7 +300,9 @@ class BlockMap:
             root = tables.integers(self.slice_of("filesystems", volume)[1], "root")
             if len(root) == 0 or root[0] < 0:
                 return None
-            return paths.Climb(self.slice_of("names", volume)[1], self.slice_of("inodes", volume)[1], int(root[0]))
+            return paths.Climb(
+                self.slice_of("names", volume)[1], self.slice_of("inodes", volume)[1], int(root[0])
+            )
 
         climb = self._once("climb", volume, build)
         return climb.paths(wanted) if climb else pa.nulls(len(wanted), pa.large_binary())
@@ -267,10 +320,11 @@ class BlockMap:
             raise UsageError(f"no file {os.fsdecode(path)!r} on {device}")
         return int(inode[at])
 
-    # ---- a whole disk -----------------------------------------------------------------------------------------------
+    # ---- a whole disk --------------------------------------------------------------------------------------
 
     def disk_extents(self, disk: int) -> Owners:
-        """Every extent and volume, in offsets of one disk, unsorted: the flattened map, which outputs that list a disk need."""
+        """Every extent and volume, in offsets of one disk, unsorted: the flattened map, which outputs that
+        list a disk need."""
         target = self.disks[disk - 1]
         parts = []
         for volume in self._below(target):
@@ -280,14 +334,26 @@ class BlockMap:
             extent = np.append(first + np.arange(mine.num_rows), -1)
             found = self.descend(volume, start, start + length)
             found = found.take(found.volume == target)
-            parts.append(Owners(found.query, np.full(len(found.query), volume, np.int64), extent[found.query], found.start, found.end,
-                                found.inside, np.full(len(found.query), self.depth[volume]), found.role, found.length))  # fmt: skip
+            parts.append(
+                Owners(
+                    found.query,
+                    np.full(len(found.query), volume, np.int64),
+                    extent[found.query],
+                    found.start,
+                    found.end,
+                    found.inside,
+                    np.full(len(found.query), self.depth[volume]),
+                    found.role,
+                    found.length,
+                )
+            )
         return Owners.concat(parts)
 
     def _below(self, disk: int) -> Iterator[int]:
         """The volumes that lie at least partly on a disk, parents first."""
         inside = {disk}
-        child, parent = tables.integers(self.mappings, "volume").tolist(), tables.integers(self.mappings, "parent").tolist()
+        child = tables.integers(self.mappings, "volume").tolist()
+        parent = tables.integers(self.mappings, "parent").tolist()
         for volume, up in zip(child, parent, strict=True):
             if up in inside:
                 inside.add(volume)
@@ -299,7 +365,8 @@ class BlockMap:
 
 
 class _Way(NamedTuple):
-    """Pieces on their way through the layers: bytes [asked, +asked_length) of where the question began are bytes [here, +length) of the volume reached."""
+    """Pieces on their way through the layers: bytes [asked, +asked_length) of where the question began are
+    bytes [here, +length) of the volume reached."""
 
     query: Int
     asked: Int
@@ -309,7 +376,8 @@ class _Way(NamedTuple):
     role: Int
 
     def step(self, at: Int, source: Int, length: Int, target: Int, target_length: Int) -> "_Way":
-        """Parts of the pieces `at`: bytes [source, +length) of the volume reached, which are [target, +target_length) of the next one."""
+        """Parts of the pieces `at`: bytes [source, +length) of the volume reached, which are [target,
+        +target_length) of the next one."""
         packed = self.role[at] == PACKED  # inside a compressed run there is nothing to cut
         asked = np.where(packed, self.asked[at], self.asked[at] + source - self.here[at])
         asked_length = np.where(packed, self.asked_length[at], length)
@@ -320,7 +388,10 @@ class _Way(NamedTuple):
 
 
 def _steps(way: _Way, pieces: Pieces, volume: Int, role: Int) -> "list[tuple[int, _Way]]":
-    """The next layer: for each volume that mapping rows lead to, the pieces there. `volume` and `role` are columns of the rows."""
+    """The next layer: for each volume that mapping rows lead to, the pieces there.
+
+    `volume` and `role` are columns of the rows.
+    """
     further = way.step(pieces.query, pieces.source, pieces.length, pieces.target, pieces.target_length)
     further = further._replace(role=np.maximum(further.role, role[pieces.row]))
     reached = volume[pieces.row]

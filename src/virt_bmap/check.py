@@ -1,8 +1,10 @@
 """What is proven of a map, what contradicts itself, and what nobody looked at.
 
-For each volume: its extents and its children's bytes cover it to the last byte; no two owners claim the same bytes unless they
-share them on purpose; nothing that is owned is called free; nothing that is allocated lacks an owner; what the readers found wrong in nodes, checksums and
-journals. A volume that is one piece (encrypted, foreign), a format without an allocator, a filesystem that was observed: that was not looked at, and is said to be so.
+For each volume: its extents and its children's bytes cover it to the last byte; no two owners claim the same
+bytes unless they share them on purpose; nothing that is owned is called free; nothing that is allocated lacks
+an owner; what the readers found wrong in nodes, checksums and journals. A volume that is one piece
+(encrypted, foreign), a format without an allocator, a filesystem that was observed: that was not looked at,
+and is said to be so.
 """
 
 from typing import NamedTuple
@@ -29,7 +31,10 @@ class Disagreement(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Bytes of one volume by kind; `children` are bytes that lie in further volumes. Together they are `size`."""
+    """Bytes of one volume by kind; `children` are bytes that lie in further volumes.
+
+    Together they are `size`.
+    """
 
     volume: int
     size: int
@@ -38,7 +43,8 @@ class Totals(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of one question (of contract.SUBJECTS) to one volume; for a contradiction, the disagreement."""
+    """What became of one question (of contract.SUBJECTS) to one volume; for a contradiction, the
+    disagreement."""
 
     volume: int
     subject: str
@@ -50,7 +56,8 @@ class Verdict(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `check` found. Nothing contradicts the map where there is no disagreement; `verdicts` say what that is worth."""
+    """What `check` found. Nothing contradicts the map where there is no disagreement; `verdicts` say what
+    that is worth."""
 
     totals: list[Totals]
     disagreements: list[Disagreement]
@@ -62,7 +69,8 @@ SUBJECT_OF = {
     **dict.fromkeys(("owned-but-free", "allocated-but-not-owned"), "allocator"),
     **dict.fromkeys(("journal", "log", "fast-commit", "unfinished", "external-journal"), "journal"),
 }
-"""Which question a disagreement answers, by its code; those on checksums say so in the code, all others are on the structure."""
+"""Which question a disagreement answers, by its code; those on checksums say so in the code, all others are
+on the structure."""
 UNASKED = "not asked when the map was made: check the disk itself"
 
 
@@ -72,15 +80,22 @@ def check(bmap: BlockMap) -> Report:
     pieces = {volume: _not_looked_into(bmap, volume) for volume in range(bmap.volumes.num_rows)}
     for volume in pieces:
         _check_volume(bmap, volume, report)
-    for row in bmap.problems.filter(np.isin(bmap.problems.column("severity").to_pylist(), ("error", "warning"))).to_pylist():
+    for row in bmap.problems.filter(
+        np.isin(bmap.problems.column("severity").to_pylist(), ("error", "warning"))
+    ).to_pylist():
         volume, at = row["volume"], row["volume_offset"]
-        if row["severity"] == "warning" and pieces[volume].whole:  # refused by its reader, which says nothing of damage
+        # refused by its reader, which says nothing of damage
+        if row["severity"] == "warning" and pieces[volume].whole:
             pieces[volume] = pieces[volume]._replace(words=row["detail"])
         elif row["code"] != "unowned":  # reported below byte by byte
-            report.disagreements.append(Disagreement(volume, row["code"], -1 if at is None else at, -1, row["detail"]))
+            report.disagreements.append(
+                Disagreement(volume, row["code"], -1 if at is None else at, -1, row["detail"])
+            )
     for volume, piece in pieces.items():
         report.verdicts.extend(
-            _verdicts(bmap, volume, piece, [found for found in report.disagreements if found.volume == volume])
+            _verdicts(
+                bmap, volume, piece, [found for found in report.disagreements if found.volume == volume]
+            )
         )
     return report
 
@@ -93,7 +108,10 @@ class _Piece(NamedTuple):
 
 
 def _not_looked_into(bmap: BlockMap, volume: int) -> _Piece:
-    if bmap.slice_of("filesystems", volume)[1].num_rows or bmap.volumes.column("kind")[volume].as_py() == FILE:
+    if (
+        bmap.slice_of("filesystems", volume)[1].num_rows
+        or bmap.volumes.column("kind")[volume].as_py() == FILE
+    ):
         return _Piece()
     _, extents = bmap.slice_of("extents", volume)
     content = tables.codes(extents, "kind") == tables.CONTENT
@@ -107,7 +125,8 @@ def _not_looked_into(bmap: BlockMap, volume: int) -> _Piece:
 def _verdicts(bmap: BlockMap, volume: int, piece: _Piece, disagreements: list[Disagreement]) -> list[Verdict]:
     """A row for each disagreement, and for each subject without one what became of it."""
     found = [
-        Verdict(volume, subject_of(row.code), CONTRADICTED, row.detail, row.code, row.start, row.end) for row in disagreements
+        Verdict(volume, subject_of(row.code), CONTRADICTED, row.detail, row.code, row.start, row.end)
+        for row in disagreements
     ]
     subjects = {row.subject for row in found}
     said = _said(bmap, volume, piece)
@@ -135,11 +154,16 @@ def _said(bmap: BlockMap, volume: int, piece: _Piece) -> dict[str, Proof]:
         return {proof.subject: proof for proof in proofs}
     found = [Proof("owners", PROVEN, "every byte has one owner, or several on purpose")]
     if system.num_rows or bmap.volumes.column("type")[volume].as_py():
-        found += [Proof("structure", PROVEN, "as far as its reader looks"), Proof("checksums", NOT_LOOKED_AT, UNASKED)]
+        found += [
+            Proof("structure", PROVEN, "as far as its reader looks"),
+            Proof("checksums", NOT_LOOKED_AT, UNASKED),
+        ]
     if system.num_rows:
         has_free = tables.FREE in tables.codes(bmap.slice_of("extents", volume)[1], "kind")
         agreed = Proof("allocator", PROVEN, "what is owned is what the format's own allocator calls used")
-        found.append(agreed if has_free or bmap.proofs is not None else Proof("allocator", NOT_LOOKED_AT, UNASKED))
+        found.append(
+            agreed if has_free or bmap.proofs is not None else Proof("allocator", NOT_LOOKED_AT, UNASKED)
+        )
         found += _journal(bmap, volume, system.column("state")[0].as_py())
         found.append(Proof("files", NOT_LOOKED_AT, "what is in files is not read"))
     if piece.words:
@@ -160,7 +184,8 @@ def _journal(bmap: BlockMap, volume: int, state: str) -> list[Proof]:
 def _unseen(bmap: BlockMap, volume: int) -> int:
     _, extents = bmap.slice_of("extents", volume)
     unknown = tables.codes(extents, "kind") == tables.UNKNOWN
-    start, length = tables.integers(extents, "volume_offset")[unknown], tables.integers(extents, "length")[unknown]
+    start = tables.integers(extents, "volume_offset")[unknown]
+    length = tables.integers(extents, "length")[unknown]
     return total(start, start + length)
 
 
@@ -184,7 +209,9 @@ def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
         report.disagreements.extend(Disagreement(volume, code, low, high, detail) for low, high in pairs)
         if more := len(ranges[0]) - len(pairs):
             low, high = int(ranges[0][LISTED]), int(ranges[1][-1])
-            report.disagreements.append(Disagreement(volume, code, low, high, f"{detail}: {more} more ranges"))
+            report.disagreements.append(
+                Disagreement(volume, code, low, high, f"{detail}: {more} more ranges")
+            )
 
     everything = union(np.append(start[own], inner[0]), np.append(end[own], inner[1]))
     whole = np.zeros(1, np.int64), np.array([size], np.int64)
@@ -192,11 +219,17 @@ def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
     disagree("outside", "owned, but outside the volume", subtract(*everything, *whole))
     owned, free = np.isin(kind, tables.OWNED) & own, kind == tables.FREE
     disagree(
-        "owned-but-free", "owned, but the allocator calls it free", intersect(start[owned], end[owned], start[free], end[free])
+        "owned-but-free",
+        "owned, but the allocator calls it free",
+        intersect(start[owned], end[owned], start[free], end[free]),
     )
     unknown = kind == tables.UNKNOWN
     if tables.OBSERVED not in bmap.slice_of("filesystems", volume)[1].column("state").to_pylist():
-        disagree("allocated-but-not-owned", "allocated, but nothing refers to it", union(start[unknown], end[unknown]))
+        disagree(
+            "allocated-but-not-owned",
+            "allocated, but nothing refers to it",
+            union(start[unknown], end[unknown]),
+        )
     alone = own & ~shared & (kind != tables.FREE)
     disagree("two-owners", "two owners that do not share on purpose", covered_twice(start[alone], end[alone]))
     at_home = own & shared

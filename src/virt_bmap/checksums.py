@@ -1,9 +1,12 @@
-"""CRC-32C, CRC-32 and CRC-16 of many records at once, as ext4, jbd2 and F2FS use them: without the final inversion; and XXH64.
+"""CRC-32C, CRC-32 and CRC-16 of many records at once, as ext4, jbd2 and F2FS use them: without the final
+inversion; and XXH64.
 
-A CRC is linear, so a record is folded like a tournament: neighbours are joined by moving the left one past the zero bytes
-that the right one takes the place of. A record of 4 KiB takes ten rounds, not four thousand steps.
+A CRC is linear, so a record is folded like a tournament: neighbours are joined by moving the left one past
+the zero bytes that the right one takes the place of. A record of 4 KiB takes ten rounds, not four thousand
+steps.
 
-Sources: kernel lib/crc (reflected polynomials: crc32c 0x82F63B78, crc32 0xEDB88320, crc16 0xA001); fs/ext4/super.c ext4_group_desc_csum.
+Sources: kernel lib/crc (reflected polynomials: crc32c 0x82F63B78, crc32 0xEDB88320, crc16 0xA001);
+fs/ext4/super.c ext4_group_desc_csum.
 """
 
 from collections.abc import Callable
@@ -22,12 +25,14 @@ BATCH = 1 << 20
 
 
 LONG = 512
-"""Bytes of a row from which on it is quicker to hand over each row by itself than to fold all rows together."""
+"""Bytes of a row from which on it is quicker to hand over each row by itself than to fold all rows
+together."""
 
 
 @cache
 def _compiled() -> "Callable[[int, Bytes], int] | None":
-    """What computes crc32c with the processor's own instruction, at some gigabytes a second; None where its package is missing: folding takes 25 times as long."""
+    """What computes crc32c with the processor's own instruction, at some gigabytes a second; None where its
+    package is missing: folding takes 25 times as long."""
     try:
         import google_crc32c
     except ImportError:
@@ -79,7 +84,8 @@ def crc32c(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
 
 
 def crc32(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
-    """Like `crc32c`, with the polynomial of Ethernet, and faster where most words are zero: these add nothing."""
+    """Like `crc32c`, with the polynomial of Ethernet, and faster where most words are zero: these add
+    nothing."""
     words = _seeded(data, seed)
     row, column = np.nonzero(words)
     if 4 * len(row) > words.size:
@@ -96,7 +102,8 @@ def crc32(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
 
 @cache
 def _columns(count: int, polynomial: int) -> U32:
-    """Tables, of shape (count, 4, 256), that move the word of each column past the rest of a row of `count` words."""
+    """Tables, of shape (count, 4, 256), that move the word of each column past the rest of a row of `count`
+    words."""
     tables = np.empty((count, 4, 256), np.uint32)
     tables[-1] = _moves(0, polynomial)
     for column in range(count - 2, -1, -1):
@@ -112,7 +119,8 @@ def crc32c_without(data: Bytes, at: int, size: int = 4, seed: int | U32 = ALL_ON
 
 
 def _seeded(data: Bytes, seed: int | U32) -> U32:
-    if odd := -data.shape[1] % 4:  # zeroes in front change nothing, as long as the seed is laid over what follows
+    # zeroes in front change nothing, as long as the seed is laid over what follows
+    if odd := -data.shape[1] % 4:
         front = np.zeros((len(data), odd), np.uint8)
         first = np.ascontiguousarray(data[:, :4]).view("<u4")[:, 0] ^ np.asarray(seed, np.uint32)
         seeded = np.ascontiguousarray(first.astype("<u4")).view(np.uint8).reshape(-1, 4)
@@ -123,7 +131,8 @@ def _seeded(data: Bytes, seed: int | U32) -> U32:
 
 
 def crc32c_each(words: U32, starts: Int, counts: Int, seeds: U32) -> U32:
-    """The CRC of each run words[starts[i]:starts[i] + counts[i]], of little-endian words and any length, with a seed for each; an empty run keeps its seed.
+    """The CRC of each run words[starts[i]:starts[i] + counts[i]], of little-endian words and any length, with
+    a seed for each; an empty run keeps its seed.
 
     Runs are taken together with others of about their length, BATCH words at a time.
     """
@@ -161,10 +170,12 @@ def crc16(data: Bytes, seed: int = 0xFFFF) -> NDArray[np.uint16]:
     return state
 
 
-# ---- xxHash -----------------------------------------------------------------------------------------------------------
+# ---- xxHash ------------------------------------------------------------------------------------------------
 
 U64 = NDArray[np.uint64]
-_PRIMES = np.array([11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579], np.uint64)
+_PRIMES = np.array(
+    [11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579], np.uint64
+)
 
 
 def _rotated(values: U64, bits: int) -> U64:
@@ -173,12 +184,15 @@ def _rotated(values: U64, bits: int) -> U64:
 
 
 def xxhash64(data: Bytes) -> U64:
-    """XXH64 with seed 0 (the xxHash specification) of each row of an (n, size) array; size is a multiple of 8, and 32 or more. All rows are stepped together."""
+    """XXH64 with seed 0 (the xxHash specification) of each row of an (n, size) array; size is a multiple of
+    8, and 32 or more. All rows are stepped together."""
     p1, p2, p3, p4 = _PRIMES
     words = np.ascontiguousarray(data).view("<u8").astype(np.uint64)
     whole = words.shape[1] // 4 * 4
     with np.errstate(over="ignore"):
-        state = np.broadcast_to(np.array([p1 + p2, p2, 0, np.uint64(0) - p1], np.uint64), (len(words), 4)).copy()
+        state = np.broadcast_to(
+            np.array([p1 + p2, p2, 0, np.uint64(0) - p1], np.uint64), (len(words), 4)
+        ).copy()
         for at in range(0, whole, 4):
             state = _rotated(state + words[:, at : at + 4] * p2, 31) * p1
         value = np.zeros(len(words), np.uint64)

@@ -1,4 +1,5 @@
-"""Programs that we run: noted as something to be undone, so that none outlives us by accident, and ended by the kernel where we are killed.
+"""Programs that we run: noted as something to be undone, so that none outlives us by accident, and ended by
+the kernel where we are killed.
 
 Sources: prctl(2), PR_SET_PDEATHSIG; setpriv(1).
 """
@@ -20,9 +21,14 @@ PATIENCE = 10.0
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str | os.PathLike[str]], start: "Callable[..., subprocess.Popen[bytes]] | None" = None, **options: Any
+    command: Sequence[str | os.PathLike[str]],
+    start: "Callable[..., subprocess.Popen[bytes]] | None" = None,
+    **options: Any,
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """A program that runs until it ends, or the block does. `options` are those of Popen, or of another function that is to `start` it."""
+    """A program that runs until it ends, or the block does.
+
+    `options` are those of Popen, or of another function that is to `start` it.
+    """
     words = [os.fspath(word) for word in command]
     with contextlib.ExitStack() as stack:
         with signals.held():
@@ -32,9 +38,15 @@ def running(
 
 
 def run(
-    command: Sequence[str | os.PathLike[str]], stdin: bytes | None = None, timeout: float | None = None, **options: Any
+    command: Sequence[str | os.PathLike[str]],
+    stdin: bytes | None = None,
+    timeout: float | None = None,
+    **options: Any,
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a program to its end, and take what it says. Raises OSError, and TimeoutExpired after `timeout` seconds."""
+    """Run a program to its end, and take what it says.
+
+    Raises OSError, and TimeoutExpired after `timeout` seconds.
+    """
     source = subprocess.DEVNULL if stdin is None else subprocess.PIPE
     with running(command, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         out, err = process.communicate(stdin, timeout)
@@ -57,14 +69,22 @@ def stop(process: "subprocess.Popen[bytes]", patience: float = PATIENCE) -> None
 
 
 def _mortal() -> list[str]:
-    """What makes the kernel end a program with us. It watches the thread that starts the program, so only the main thread's are mortal so."""
+    """What makes the kernel end a program with us.
+
+    It watches the thread that starts the program, so only the main thread's are mortal so.
+    """
     return [] if threading.current_thread() is not threading.main_thread() else mortal()
 
 
 def mortal() -> list[str]:
-    """For programs that are started by a thread which lives as long as they do: what the kernel is told, and then a look whether we live still."""
+    """For programs that are started by a thread which lives as long as they do: what the kernel is told, and
+    then a look whether we live still."""
     program = _setpriv()
-    return [program, "--pdeathsig", "TERM", "--", "/bin/sh", "-c", ORPHANS_END, str(os.getpid())] if program else []
+    return (
+        [program, "--pdeathsig", "TERM", "--", "/bin/sh", "-c", ORPHANS_END, str(os.getpid())]
+        if program
+        else []
+    )
 
 
 ORPHANS_END = '[ "$PPID" = "$0" ] && exec "$@"'

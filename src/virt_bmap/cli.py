@@ -1,4 +1,7 @@
-"""The command line: `virt-bmap COMMAND ...`, and `virt-bmap disk.img` as the original was called. Only here are errors printed and exit statuses made."""
+"""The command line: `virt-bmap COMMAND ...`, and `virt-bmap disk.img` as the original was called.
+
+Only here are errors printed and exit statuses made.
+"""
 
 import argparse
 import contextlib
@@ -29,8 +32,10 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     if command is None:
         lines = "\n".join(f"  {name:<10} {command.about}" for name, command in COMMANDS.items())
         main = _Parser(
-            prog="virt-bmap", usage="virt-bmap [COMMAND] [OPTION ...] DISK ...", formatter_class=argparse.RawDescriptionHelpFormatter,
-            description="Which file does every byte of a disk image belong to, and which files does a running guest read and write?",
+            prog="virt-bmap", usage="virt-bmap [COMMAND] [OPTION ...] DISK ...",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description="Which file does every byte of a disk image belong to, and which files does a "
+                "running guest read and write?",
             epilog=f"commands:\n{lines}\n\n'virt-bmap COMMAND --help' tells more, 'man virt-bmap' all.",
         )  # fmt: skip
         main.add_argument("-V", "--version", action="version", version=f"virt-bmap {__version__}")
@@ -38,15 +43,20 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     module = importlib.import_module(f"virt_bmap.commands.{command}")
     about = module.HELP[0].upper() + module.HELP[1:]
     made = _Parser(
-        prog=f"virt-bmap {command}", description=about if about.endswith("?") else f"{about}.", allow_abbrev=False,
-        formatter_class=partial(argparse.HelpFormatter, width=78),  # else it looks for the terminal's whenever an option is added
+        prog=f"virt-bmap {command}", description=about if about.endswith("?") else f"{about}.",
+        allow_abbrev=False,
+        # else it looks for the terminal's whenever an option is added
+        formatter_class=partial(argparse.HelpFormatter, width=78),
     )  # fmt: skip
     module.add_arguments(made)
     return made
 
 
 def prepared(arguments: Sequence[str]) -> Callable[[], int]:
-    """The command that the arguments ask for, ready to run: what it returns is the exit status. Raises UsageError."""
+    """The command that the arguments ask for, ready to run: what it returns is the exit status.
+
+    Raises UsageError.
+    """
     if not arguments or arguments[0] in ("-h", "--help", "-V", "--version"):
         parser().parse_args(arguments or ["--help"])  # prints and leaves
     command, rest = (arguments[0], arguments[1:]) if arguments[0] in COMMANDS else ("map", arguments)
@@ -81,9 +91,12 @@ def main() -> NoReturn:
 
 
 def program(name: str, prepare: Callable[[], Callable[[], int]]) -> NoReturn:
-    """Prepare, work and leave, with the exit status that the work gives. Every known error is one line on standard error and exit status 1.
+    """Prepare, work and leave, with the exit status that the work gives.
 
-    Until the work begins a signal ends us at once: there is nothing to undo yet. Then it is an exception, and the status 128 and the signal's number.
+    Every known error is one line on standard error and exit status 1.
+
+    Until the work begins a signal ends us at once: there is nothing to undo yet. Then it is an exception, and
+    the status 128 and the signal's number.
     """
     _open_standard_streams()
     try:
@@ -143,7 +156,8 @@ def _failed(words: str, status: int = 1) -> int:
 
 
 def _open_standard_streams() -> None:
-    """A standard stream that is closed would be the first file that is opened, and whatever is said would be written there."""
+    """A standard stream that is closed would be the first file that is opened, and whatever is said would be
+    written there."""
     for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)

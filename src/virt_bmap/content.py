@@ -1,9 +1,12 @@
-"""The content of files, read where a block map says it lies: many files in few batches, holes and unwritten parts left to the caller as zeroes.
+"""The content of files, read where a block map says it lies: many files in few batches, holes and unwritten
+parts left to the caller as zeroes.
 
-Bytes come from the reader of the filesystem's own volume, so arrays, encryption and thin volumes are already undone, journals replayed, and copies checked.
-What can't be had is told with each piece (`Piece.lost`). What is stored compressed or encrypted by the filesystem itself is refused, a file at a time.
+Bytes come from the reader of the filesystem's own volume, so arrays, encryption and thin volumes are already
+undone, journals replayed, and copies checked. What can't be had is told with each piece (`Piece.lost`). What
+is stored compressed or encrypted by the filesystem itself is refused, a file at a time.
 
-A deleted file that a map still names (NTFS) has the clusters that its record names, as far as they are nobody's now.
+A deleted file that a map still names (NTFS) has the clusters that its record names, as far as they are
+nobody's now.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,8 +33,8 @@ MAX_TARGET = 64 << 10
 
 
 class Piece(NamedTuple):
-    """`data` is content of file number `file` (of those asked for) from `offset` on, zeroes where it is `lost` (in bytes of the file). The data is good until the
-    next piece is asked for."""
+    """`data` is content of file number `file` (of those asked for) from `offset` on, zeroes where it is
+    `lost` (in bytes of the file). The data is good until the next piece is asked for."""
 
     file: int
     offset: int
@@ -40,7 +43,10 @@ class Piece(NamedTuple):
 
 
 class Files:
-    """The files of one filesystem: names, links, sizes, content. Derived columns are made once, lookups are batches."""
+    """The files of one filesystem: names, links, sizes, content.
+
+    Derived columns are made once, lookups are batches.
+    """
 
     def __init__(self, bmap: BlockMap, volume: int, reader: Reader) -> None:
         _, system = bmap.slice_of("filesystems", volume)
@@ -81,12 +87,17 @@ class Files:
         part = table.column("part").combine_chunks()
         words = part.dictionary.to_pylist() if len(part) else []
         code = part.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        self.streams = {word.removeprefix("stream:"): at for at, word in enumerate(words) if word.startswith("stream:")}
+        self.streams = {
+            word.removeprefix("stream:"): at for at, word in enumerate(words) if word.startswith("stream:")
+        }
         content = (inode >= 0) & (file_offset >= 0) & np.isin(kind, (tables.DATA, tables.SYMLINK))
         rows = np.flatnonzero(content)
         rows = rows[np.lexsort((file_offset[rows], code[rows], inode[rows]))]
         self._owner, self._part, self._at = inode[rows], code[rows], file_offset[rows]
-        self._start, self._length = tables.integers(table, "volume_offset")[rows], tables.integers(table, "length")[rows]
+        self._start, self._length = (
+            tables.integers(table, "volume_offset")[rows],
+            tables.integers(table, "length")[rows],
+        )
         self._inline = (flags[rows] & tables.INLINE) != 0
         self._coded = (flags[rows] & (tables.COMPRESSED | tables.ENCRYPTED)) != 0
         self._why = np.full(len(rows), -1, np.int64)
@@ -94,29 +105,48 @@ class Files:
         links = np.flatnonzero((kind == tables.SYMLINK) & (file_offset < 0))
         self._links = links[np.argsort(inode[links], kind="stable")]
         self._link_owner = inode[self._links]
-        self._link_at, self._link_length = (tables.integers(table, name)[self._links] for name in ("volume_offset", "length"))
+        self._link_at, self._link_length = (
+            tables.integers(table, name)[self._links] for name in ("volume_offset", "length")
+        )
         self._link_coded = flags[self._links] & (tables.COMPRESSED | tables.ENCRYPTED) != 0
         wof = np.flatnonzero(code == self.streams.get("WofCompressedData", -2))
         self._elsewhere = np.unique(inode[wof])
         reparse = [at for at, word in enumerate(words) if "REPARSE_POINT" in word]
         self._reparse = np.unique(inode[np.isin(code, reparse)])
 
-    # ---- names ------------------------------------------------------------------------------------------------------
+    # ---- names ---------------------------------------------------------------------------------------------
 
     def rows_of(self, inodes: Int) -> Int:
         """For each inode its row in the columns `kind`, `size`, `mode`, ...; -1 where there is none."""
         inodes = ints(inodes)
         at = np.minimum(np.searchsorted(self._inode, inodes), max(0, len(self._inode) - 1))
-        return np.where(self._inode[at] == inodes, self._rows[at], -1) if len(self._inode) else np.full(len(inodes), -1, np.int64)
+        return (
+            np.where(self._inode[at] == inodes, self._rows[at], -1)
+            if len(self._inode)
+            else np.full(len(inodes), -1, np.int64)
+        )
 
     def children(self, directory: int) -> list[tuple[bytes, int]]:
-        """(name, inode) of a directory's names, as the disk has them: nothing is promised of their bytes. Of deleted files only in a deleted directory."""
+        """(name, inode) of a directory's names, as the disk has them: nothing is promised of their bytes.
+
+        Of deleted files only in a deleted directory.
+        """
         found = self._listed(directory)
-        return found if self.is_deleted([directory])[0] else [pair for pair, gone in zip(found, self.is_deleted([inode for _, inode in found]), strict=True) if not gone]  # fmt: skip
+        return (
+            found
+            if self.is_deleted([directory])[0]
+            else [
+                pair
+                for pair, gone in zip(found, self.is_deleted([inode for _, inode in found]), strict=True)
+                if not gone
+            ]
+        )
 
     def _listed(self, directory: int) -> list[tuple[bytes, int]]:
         low, high = np.searchsorted(self._parent, [directory, directory + 1]).tolist()
-        return list(zip(self._name.slice(low, high - low).to_pylist(), self._child[low:high].tolist(), strict=True))
+        return list(
+            zip(self._name.slice(low, high - low).to_pylist(), self._child[low:high].tolist(), strict=True)
+        )
 
     def is_deleted(self, inodes: Sequence[int]) -> list[bool]:
         """Which of the inodes are of deleted files."""
@@ -125,10 +155,11 @@ class Files:
         return gone
 
     def find(self, path: bytes, follow: bool = True) -> int:
-        """The inode that a path from the root leads to, links on the way followed inside the filesystem; the last name only with `follow`.
+        """The inode that a path from the root leads to, links on the way followed inside the filesystem; the
+        last name only with `follow`.
 
-        '/' and NUL in a name on the disk are written as in all paths of a map. A deleted file is found where no other has its name. Raises UsageError where there
-        is no such file.
+        '/' and NUL in a name on the disk are written as in all paths of a map. A deleted file is found where
+        no other has its name. Raises UsageError where there is no such file.
         """
         trail, todo, links = [self.root], _names(path), 0
         while todo:
@@ -136,18 +167,28 @@ class Files:
             if name == b"..":
                 trail = trail[:-1] or trail
                 continue
-            found = [inode for known, inode in self._listed(trail[-1]) if known == name or _shown(known) == name]
-            found = [inode for _, inode in sorted(zip(self.is_deleted(found), found, strict=True), key=lambda pair: pair[0])]
+            found = [
+                inode for known, inode in self._listed(trail[-1]) if known == name or _shown(known) == name
+            ]
+            found = [
+                inode
+                for _, inode in sorted(
+                    zip(self.is_deleted(found), found, strict=True), key=lambda pair: pair[0]
+                )
+            ]
             if not found:
                 raise UsageError(f"no file {_text(path)} on {self.device}")
             if self.is_kind(found[0], tables.T_SYMLINK) and (todo or follow):
                 links += 1
                 if links > MAX_LINKS:
-                    raise UsageError(f"{_text(path)} on {self.device}: more than {MAX_LINKS} symbolic links on the way")
+                    raise UsageError(
+                        f"{_text(path)} on {self.device}: more than {MAX_LINKS} symbolic links on the way"
+                    )
                 target = self.target(found[0])
                 if target is None:
                     raise Unsupported(
-                        f"{_text(path)} on {self.device}: {_text(name)} is a symbolic link whose target is not read"
+                        f"{_text(path)} on {self.device}: {_text(name)} is a symbolic link whose "
+                        "target is not read"
                     )
                 trail = [self.root] if target.startswith(b"/") else trail
                 todo = _names(target) + todo
@@ -161,7 +202,8 @@ class Files:
         return row >= 0 and int(self.kind[row]) == kind
 
     def target(self, inode: int) -> bytes | None:
-        """What a symbolic link leads to; None where it is damaged, or the format keeps it in a way that is not read here."""
+        """What a symbolic link leads to; None where it is damaged, or the format keeps it in a way that is
+        not read here."""
         row = int(self.rows_of(ints(inode))[0])
         if row < 0:
             return None
@@ -182,33 +224,50 @@ class Files:
             return None
         if low == high:
             low, high = np.searchsorted(self._link_owner, [inode, inode + 1]).tolist()
-            at, length, coded = self._link_at[low:high], self._link_length[low:high], self._link_coded[low:high]
+            at = self._link_at[low:high]
+            length = self._link_length[low:high]
+            coded = self._link_coded[low:high]
         if coded.any() or not 0 < length.sum() <= MAX_TARGET:
             return None
         data, lost = self.reader.read_known(at, length)
         return None if len(lost.starts) else data.tobytes()
 
-    # ---- deleted files ----------------------------------------------------------------------------------------------
+    # ---- deleted files -------------------------------------------------------------------------------------
 
     def _recall(self, inodes: Sequence[int]) -> None:
-        """If any of these is deleted: add where such files lay. What is not free any more, and what is not told, has a reason instead of a place."""
+        """If any of these is deleted: add where such files lay.
+
+        What is not free any more, and what is not told, has a reason instead of a place.
+        """
         if self._recalled or not any(self.is_deleted(inodes)):
             return
         self._recalled = True
         table = history.contents(self._map, self._volume, self.reader)
         if table is None:
             return
-        gone = self._inode[(self.flags[self._rows] & tables.I_DELETED != 0) & (self.kind[self._rows] == tables.T_FILE)]
+        gone = self._inode[
+            (self.flags[self._rows] & tables.I_DELETED != 0) & (self.kind[self._rows] == tables.T_FILE)
+        ]
         gone = np.setdiff1d(gone, self._owner)
         kind, plain = tables.codes(table, "kind"), ~table.column("part").is_valid().to_numpy()
         owner, at, start, length, held, flags = (
-            tables.integers(table, name) for name in ("inode", "file_offset", "volume_offset", "length", "file_length", "flags")
+            tables.integers(table, name)
+            for name in ("inode", "file_offset", "volume_offset", "length", "file_length", "flags")
         )
-        rows = np.flatnonzero(plain & (at >= 0) & np.isin(owner, gone) & np.isin(kind, (tables.DATA, tables.UNWRITTEN)))
+        rows = np.flatnonzero(
+            plain & (at >= 0) & np.isin(owner, gone) & np.isin(kind, (tables.DATA, tables.UNWRITTEN))
+        )
         file, low, high = complement_by(
             self.size[self.rows_of(gone)], np.searchsorted(gone, owner[rows]), at[rows], (at + held)[rows]
         )
-        self._add(gone[file], low, np.full(len(file), -1, np.int64), high - low, np.zeros(len(file), np.int64), NOWHERE)
+        self._add(
+            gone[file],
+            low,
+            np.full(len(file), -1, np.int64),
+            high - low,
+            np.zeros(len(file), np.int64),
+            NOWHERE,
+        )
         rows = rows[kind[rows] == tables.DATA]
         own = rows[flags[rows] & (tables.INLINE | tables.COMPRESSED | tables.ENCRYPTED) != 0]
         self._add(owner[own], at[own], start[own], length[own], flags[own], -1)
@@ -216,23 +275,38 @@ class Files:
         free = self._free()
         nth, which = free.overlaps(start[rows], start[rows] + length[rows])
         row = rows[nth]
-        low, high = np.maximum(start[row], free.starts[which]), np.minimum((start + length)[row], free.ends[which])
+        low = np.maximum(start[row], free.starts[which])
+        high = np.minimum((start + length)[row], free.ends[which])
         self._add(owner[row], at[row] + low - start[row], low, high - low, flags[row], -1)
         nth, low, high = complement_by(length[rows], nth, low - start[row], high - start[row])
         row = rows[nth]
         self._add(owner[row], at[row] + low, np.full(len(row), -1, np.int64), high - low, flags[row], REUSED)
 
     def _doubt_holes(self, table: pa.Table) -> None:
-        """On a volume that was cut off, what has no place is no hole: a map has no rows behind the end, and nobody can tell which is which."""
+        """On a volume that was cut off, what has no place is no hole: a map has no rows behind the end, and
+        nobody can tell which is which."""
         inodes = np.unique(
-            self._inode[(self.kind[self._rows] == tables.T_FILE) & (self.flags[self._rows] & tables.I_DELETED == 0)]
+            self._inode[
+                (self.kind[self._rows] == tables.T_FILE) & (self.flags[self._rows] & tables.I_DELETED == 0)
+            ]
         )
         kind, plain = tables.codes(table, "kind"), ~table.column("part").is_valid().to_numpy()
         owner, at, held = (tables.integers(table, name) for name in ("inode", "file_offset", "file_length"))
-        rows = np.flatnonzero(plain & (at >= 0) & np.isin(kind, (tables.DATA, tables.UNWRITTEN)) & np.isin(owner, inodes))
+        rows = np.flatnonzero(
+            plain & (at >= 0) & np.isin(kind, (tables.DATA, tables.UNWRITTEN)) & np.isin(owner, inodes)
+        )
         sizes = self.size[self.rows_of(inodes)]
-        file, low, high = complement_by(sizes, np.searchsorted(inodes, owner[rows]), at[rows], (at + held)[rows])
-        self._add(inodes[file], low, np.full(len(file), -1, np.int64), high - low, np.zeros(len(file), np.int64), BEHIND)
+        file, low, high = complement_by(
+            sizes, np.searchsorted(inodes, owner[rows]), at[rows], (at + held)[rows]
+        )
+        self._add(
+            inodes[file],
+            low,
+            np.full(len(file), -1, np.int64),
+            high - low,
+            np.zeros(len(file), np.int64),
+            BEHIND,
+        )
 
     def _free(self) -> Intervals:
         _, table = self._map.slice_of("extents", self._volume)
@@ -246,12 +320,15 @@ class Files:
         part = np.append(self._part, np.full(len(owner) - len(self._part), -1, np.int64))
         order = np.lexsort((at, part, owner))
         self._owner, self._part, self._at = owner[order], part[order], at[order]
-        self._start, self._length = np.append(self._start, start)[order], np.append(self._length, length)[order]
+        self._start, self._length = (
+            np.append(self._start, start)[order],
+            np.append(self._length, length)[order],
+        )
         self._inline = np.append(self._inline, flags & tables.INLINE != 0)[order]
         self._coded = np.append(self._coded, flags & (tables.COMPRESSED | tables.ENCRYPTED) != 0)[order]
         self._why = np.append(self._why, np.full(len(start), why, np.int64))[order]
 
-    # ---- content ----------------------------------------------------------------------------------------------------
+    # ---- content -------------------------------------------------------------------------------------------
 
     def refusal(self, inode: int, stream: str | None = None) -> str | None:
         """Why the content of a file can't be given, in a few words; None where it can."""
@@ -263,7 +340,10 @@ class Files:
         self._recall([inode])
         low, high = self._content(inode, self._code(stream))
         if stream is not None and not (high > low and self._inline[low:high].all()):
-            return "it has no such stream, an empty one, or one of whole clusters, whose exact length a map does not keep"
+            return (
+                "it has no such stream, an empty one, or one of whole clusters, whose exact length a "
+                "map does not keep"
+            )
         if self._coded[low:high].any() or (stream is None and np.isin(inode, self._elsewhere)):
             return "stored compressed or encrypted"
         if stream is None and low == high and self.size[row] and np.isin(inode, self._reparse):
@@ -278,19 +358,25 @@ class Files:
         return int((self._at[low:high] + self._length[low:high]).max(initial=0))
 
     def pieces(self, inodes: Sequence[int], stream: str | None = None) -> Iterator[Piece]:
-        """The stored content of these files, file by file and by offset, none of it behind a file's end; what no piece covers is zero.
+        """The stored content of these files, file by file and by offset, none of it behind a file's end; what
+        no piece covers is zero.
 
-        Reads are batches of BATCH bytes, however many files that is. `refusal` must have had nothing to say of any of them.
+        Reads are batches of BATCH bytes, however many files that is. `refusal` must have had nothing to say
+        of any of them.
         """
         self._recall(inodes)
         size = np.array([self.length(inode, stream) for inode in inodes], np.int64)
-        bounds = np.array([self._content(inode, self._code(stream)) for inode in inodes], np.int64).reshape(-1, 2)
+        bounds = np.array([self._content(inode, self._code(stream)) for inode in inodes], np.int64).reshape(
+            -1, 2
+        )
         file, step = expand(bounds[:, 1] - bounds[:, 0])
         row = bounds[file, 0] + step
         length = np.clip(size[file] - self._at[row], 0, self._length[row])
         part, nth = expand(-(-length // BATCH))
         file, row, skip = file[part], row[part], nth * BATCH
-        at, start, length = self._at[row] + skip, self._start[row] + skip, np.minimum(length[part] - skip, BATCH)
+        at = self._at[row] + skip
+        start = self._start[row] + skip
+        length = np.minimum(length[part] - skip, BATCH)
         group = (np.cumsum(length) - 1) // BATCH
         edges = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(group)).tolist()
         for low, high in pairwise(edges):
@@ -298,7 +384,13 @@ class Files:
             piece, gone = lost
             bounds = np.searchsorted(piece, np.arange(high - low + 1)).tolist()
             ends = np.cumsum(length[low:high]).tolist()
-            columns = (file[low:high].tolist(), at[low:high].tolist(), length[low:high].tolist(), ends, pairwise(bounds))
+            columns = (
+                file[low:high].tolist(),
+                at[low:high].tolist(),
+                length[low:high].tolist(),
+                ends,
+                pairwise(bounds),
+            )
             for number, offset, n, end, (first, last) in zip(*columns, strict=True):
                 told = NOTHING
                 if last > first:
@@ -307,7 +399,8 @@ class Files:
                 yield Piece(number, offset, data[end - n : end], told)
 
     def _read(self, start: Int, length: Int, why: Int) -> tuple[Bytes, tuple[Int, Lost]]:
-        """The bytes of pieces, one after the other; and (which piece, what of it is lost, in bytes of the piece), by piece."""
+        """The bytes of pieces, one after the other; and (which piece, what of it is lost, in bytes of the
+        piece), by piece."""
         there = why < 0
         data, lost = self.reader.read_known(start[there], length[there])
         piece, gone = lost.within(start[there], start[there] + length[there])
@@ -325,7 +418,9 @@ class Files:
 
     def _code(self, stream: str | None) -> int:
         if stream is not None and stream not in self.streams:
-            raise UsageError(f"no file on {self.device} has a stream {_text(stream.encode(errors='surrogateescape'))}")
+            raise UsageError(
+                f"no file on {self.device} has a stream {_text(stream.encode(errors='surrogateescape'))}"
+            )
         return -1 if stream is None else self.streams[stream]
 
     def _content(self, inode: int, part: int) -> tuple[int, int]:
@@ -336,8 +431,10 @@ class Files:
 
 
 def spread(pieces: Iterator[Piece], size: int, missing: Missing | None = None) -> Iterator[Bytes]:
-    """The whole content of one file from its pieces, zeroes between them, at most BATCH bytes at a time. Raises Corrupt where pieces overlap, ImageError where bytes
-    are lost, unless they are to be added to `missing`; then they are zeroes."""
+    """The whole content of one file from its pieces, zeroes between them, at most BATCH bytes at a time.
+
+    Raises Corrupt where pieces overlap, ImageError where bytes are lost, unless they are to be added to
+    `missing`; then they are zeroes."""
     zeroes = np.zeros(min(BATCH, size), np.uint8)
     done = 0
 

@@ -1,11 +1,13 @@
-"""What a format says of itself, and what it gives back: the shapes that the packages of formats share with everybody else.
+"""What a format says of itself, and what it gives back: the shapes that the packages of formats share with
+everybody else.
 
 Each package below `filesystems/` and `volumes/` has one declaration,
 
     FORMAT = FilesystemFormat(...)      or      FORMAT = VolumeFormat(...)
 
-and is listed in `formats.py`. `read` and `assemble` raise Corrupt or Unsupported where nothing can be read; what is wrong but leaves the rest readable is
-a Problem. What consumers (explain, diff, history, ...) want to know of a format they ask its declaration.
+and is listed in `formats.py`. `read` and `assemble` raise Corrupt or Unsupported where nothing can be read;
+what is wrong but leaves the rest readable is a Problem. What consumers (explain, diff, history, ...) want to
+know of a format they ask its declaration.
 """
 
 import enum
@@ -24,7 +26,10 @@ from virt_bmap.tables import ExtentRows
 
 
 class Problem(NamedTuple):
-    """Damage or contradiction that leaves the rest readable. `offset` is in bytes of the volume; -1: not one place."""
+    """Damage or contradiction that leaves the rest readable.
+
+    `offset` is in bytes of the volume; -1: not one place.
+    """
 
     code: str
     detail: str
@@ -38,7 +43,8 @@ class Asks(enum.Flag):
     PROOFS = enum.auto()
     """Do checksums of metadata hold, are nodes in order? For `check`."""
     SLEEP = enum.auto()
-    """Does a file hold the memory of a machine that sleeps? For whoever changes free bytes, or leaves them out."""
+    """Does a file hold the memory of a machine that sleeps? For whoever changes free bytes, or leaves them
+    out."""
 
 
 NOTHING_MORE = Asks(0)
@@ -46,12 +52,16 @@ NOTHING_MORE = Asks(0)
 PROVEN, CONTRADICTED, NOT_LOOKED_AT = "proven", "contradicted", "not looked at"
 """What can become of a question."""
 SUBJECTS = ("owners", "allocator", "structure", "checksums", "journal", "content", "files")
-"""What `check` asks: has every byte one owner? Does the allocator agree? Do the nodes keep the format's own rules? Do checksums of metadata hold?
-Was the journal replayed? Is something in there that was not looked into (encrypted, foreign)? Do files hold what they held?"""
+"""What `check` asks: has every byte one owner? Does the allocator agree? Do the nodes keep the format's own
+rules? Do checksums of metadata hold? Was the journal replayed? Is something in there that was not looked
+into (encrypted, foreign)? Do files hold what they held?"""
 
 
 class Proof(NamedTuple):
-    """What a reader itself says of one of SUBJECTS: what was looked at, or why not. Contradictions are Problems."""
+    """What a reader itself says of one of SUBJECTS: what was looked at, or why not.
+
+    Contradictions are Problems.
+    """
 
     subject: str
     result: str
@@ -60,13 +70,15 @@ class Proof(NamedTuple):
 
 @dataclass
 class Filesystem:
-    """All that a reader found on one volume, as tables of `tables.py` whose `volume` column holds 0 until survey sets it.
+    """All that a reader found on one volume, as tables of `tables.py` whose `volume` column holds 0 until
+    survey sets it.
 
-    `extents` has a row for every byte of [0, size) that has an owner or that the allocator calls free. The reader does not
-    fill what is left: survey adds `unknown` rows (`unreferenced` ones where the format has no allocator) and a problem for what no row covers, and a gap
-    from `size` to the volume's end.
+    `extents` has a row for every byte of [0, size) that has an owner or that the allocator calls free. The
+    reader does not fill what is left: survey adds `unknown` rows (`unreferenced` ones where the format has no
+    allocator) and a problem for what no row covers, and a gap from `size` to the volume's end.
 
-    `reader` gives the bytes that the rows speak of: the volume's own, or those with the journal replayed. Whoever reads content from now on reads these.
+    `reader` gives the bytes that the rows speak of: the volume's own, or those with the journal replayed.
+    Whoever reads content from now on reads these.
     """
 
     type: str
@@ -86,7 +98,10 @@ class Filesystem:
 
 
 class Member(NamedTuple):
-    """A volume as an assembling module sees it. `name` is its device name, `number` its id for mapping rows' `parent`, `keys` what the user gave."""
+    """A volume as an assembling module sees it.
+
+    `name` is its device name, `number` its id for mapping rows' `parent`, `keys` what the user gave.
+    """
 
     number: int
     name: str
@@ -96,13 +111,15 @@ class Member(NamedTuple):
 
 @dataclass
 class Child:
-    """A new volume. `rows` place its bytes in its parents; `open`, where given, wraps the reader that follows the rows (decryption).
+    """A new volume. `rows` place its bytes in its parents; `open`, where given, wraps the reader that follows
+    the rows (decryption).
 
-    `name` is the whole device name. `contents` False: not looked into (an extended partition, a hidden sub-volume). `unread` names the bytes
-    that no reader claims: "BIOS boot". `many` gives further rows as columns, for volumes with too many rows for objects (thin).
-    `holes` are where bytes that no row places read as zeroes since nothing was ever put there (thin volumes, image files); all others of that kind are lost.
-    that no reader claims: "BIOS boot". `many` gives further rows as columns, for volumes with too many rows for objects (thin). `traits`: what its bytes are
-    tied to, as in tables.TRAITS.
+    `name` is the whole device name. `contents` False: not looked into (an extended partition, a hidden
+    sub-volume). `unread` names the bytes that no reader claims: "BIOS boot". `many` gives further rows as
+    columns, for volumes with too many rows for objects (thin). `holes` are where bytes that no row places
+    read as zeroes since nothing was ever put there (thin volumes, image files); all others of that kind are
+    lost. that no reader claims: "BIOS boot". `many` gives further rows as columns, for volumes with too many
+    rows for objects (thin). `traits`: what its bytes are tied to, as in tables.TRAITS.
     """
 
     kind: str
@@ -124,9 +141,10 @@ class Child:
 class Assembly:
     """What a volume module makes of its members.
 
-    `extents[number]` holds the rows of the member's own metadata and of what its allocator calls free; with the bytes that
-    children's rows take they tile the member, and what is left over survey calls `gap`. `types` renames what a member is (gpt, "LVM2_member", ...).
-    `extents` and `problems` may also name children, by `child_reference`.
+    `extents[number]` holds the rows of the member's own metadata and of what its allocator calls free; with
+    the bytes that children's rows take they tile the member, and what is left over survey calls `gap`.
+    `types` renames what a member is (gpt, "LVM2_member", ...). `extents` and `problems` may also name
+    children, by `child_reference`.
     """
 
     children: list[Child] = field(default_factory=list)
@@ -148,11 +166,12 @@ def extent_rows(assembly: Assembly, member: Member) -> ExtentRows:
     return assembly.extents.setdefault(member.number, ExtentRows())
 
 
-# ---- what a format says of itself ---------------------------------------------------------------------------------
+# ---- what a format says of itself --------------------------------------------------------------------------
 
 
 class Docs(NamedTuple):
-    """Short phrases, from which docs/formats.md is made: what is read, what is refused or only named, and what the reader was checked with."""
+    """Short phrases, from which docs/formats.md is made: what is read, what is refused or only named, and
+    what the reader was checked with."""
 
     features: tuple[str, ...]
     refused: tuple[str, ...]
@@ -162,8 +181,8 @@ class Docs(NamedTuple):
 class Checks(NamedTuple):
     """Short phrases on what is proven of a volume of a format, from which docs/verification.md is made.
 
-    `checksums` are those of metadata that are verified (None: the format has none); `rules` name a structure and, behind a colon, what of it is a problem
-    where it is broken; `unchecked` is never looked at.
+    `checksums` are those of metadata that are verified (None: the format has none); `rules` name a structure
+    and, behind a colon, what of it is a problem where it is broken; `unchecked` is never looked at.
     """
 
     checksums: str | None
@@ -172,14 +191,18 @@ class Checks(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """A record type that lies at the start of a part of a volume, and whether others follow the first one to the part's end."""
+    """A record type that lies at the start of a part of a volume, and whether others follow the first one to
+    the part's end."""
 
     dtype: np.dtype[np.void]
     many: bool = False
 
 
 Structures = Mapping[str, Structure]
-"""By the part of the volume that an extent is; or `record`, an inode's own; or `directory`. A word of the filesystem's features may follow: `record, crc`."""
+"""By the part of the volume that an extent is; or `record`, an inode's own; or `directory`.
+
+A word of the filesystem's features may follow: `record, crc`.
+"""
 
 
 def no_structures() -> Structures:
@@ -190,9 +213,10 @@ def no_structures() -> Structures:
 class History(NamedTuple):
     """What a format's metadata still says of the past.
 
-    `former(reader, extents, starts, ends)` gives the table `former`: owners that are gone, of bytes that touch the ranges; `extents` are those of the map.
-    `copy_of(reader, offset)` tells where a journal's byte belongs and in which transaction it was written, None where it is no copy.
-    `contents(reader)` gives the table `extents` of deleted files that the map still names, as if they were not deleted.
+    `former(reader, extents, starts, ends)` gives the table `former`: owners that are gone, of bytes that
+    touch the ranges; `extents` are those of the map. `copy_of(reader, offset)` tells where a journal's byte
+    belongs and in which transaction it was written, None where it is no copy. `contents(reader)` gives the
+    table `extents` of deleted files that the map still names, as if they were not deleted.
     """
 
     former: Callable[[Reader, pa.Table, Int, Int], pa.Table]
@@ -201,17 +225,22 @@ class History(NamedTuple):
 
 
 class FilesystemFormat(NamedTuple):
-    """A filesystem. `probe` goes by magic only and never raises on content. `read(reader, others)` may use `others`, readers of volumes that nobody
-    claimed (external journals).
+    """A filesystem. `probe` goes by magic only and never raises on content.
 
-    `allocator` names what of the format says which bytes are free, None where nothing does. Only an allocator's word makes bytes FREE, which may be given
-    away; what merely nothing refers to is UNREFERENCED, and survey takes FREE for that where a format has no allocator.
+    `read(reader, others)` may use `others`, readers of volumes that nobody claimed (external journals).
 
-    `structures` and `history` are called, and import what they need, only when somebody asks. `fixed_records`: inodes' own records all have one size, so that
-    `record_offset`s tell it. `journals`: the parts of a map that are journals. `inode`: what numbers stand for, where the format has none. `target(data, size)`:
-    the path in the bytes of a symbolic link whose inode has this size, None where it is none; formats that keep the plain path have no such function.
+    `allocator` names what of the format says which bytes are free, None where nothing does. Only an
+    allocator's word makes bytes FREE, which may be given away; what merely nothing refers to is UNREFERENCED,
+    and survey takes FREE for that where a format has no allocator.
 
-    `checks` says what is proven; `prove(found)` asks what a map does not need, only for `check`: what is wrong it adds to the problems.
+    `structures` and `history` are called, and import what they need, only when somebody asks.
+    `fixed_records`: inodes' own records all have one size, so that `record_offset`s tell it. `journals`: the
+    parts of a map that are journals. `inode`: what numbers stand for, where the format has none.
+    `target(data, size)`: the path in the bytes of a symbolic link whose inode has this size, None where it is
+    none; formats that keep the plain path have no such function.
+
+    `checks` says what is proven; `prove(found)` asks what a map does not need, only for `check`: what is
+    wrong it adds to the problems.
     """
 
     name: str
@@ -250,9 +279,12 @@ class Assembler(Protocol):
 
 
 class VolumeFormat(NamedTuple):
-    """A partition table, volume manager, array or encryption. `name` is the type of its members in blkid's words.
+    """A partition table, volume manager, array or encryption.
 
-    `assemble` gets one member; where the format `spans` volumes, all that were found so far. `allocator` as in FilesystemFormat.
+    `name` is the type of its members in blkid's words.
+
+    `assemble` gets one member; where the format `spans` volumes, all that were found so far. `allocator` as
+    in FilesystemFormat.
     """
 
     name: str

@@ -1,8 +1,11 @@
-"""What files and block devices are made of: a partition of a disk, a loop device of a file, a device-mapper device of others.
+"""What files and block devices are made of: a partition of a disk, a loop device of a file, a device-mapper
+device of others.
 
-Two names stand for the same bytes more often than one thinks: a link, a partition of the disk that is read, the file behind a loop device.
+Two names stand for the same bytes more often than one thinks: a link, a partition of the disk that is read,
+the file behind a loop device.
 
-Sources: Documentation/ABI/stable/sysfs-block, Documentation/block/ of Linux; include/uapi/linux/loop.h (struct loop_info64).
+Sources: Documentation/ABI/stable/sysfs-block, Documentation/block/ of Linux; include/uapi/linux/loop.h
+(struct loop_info64).
 """
 
 import contextlib
@@ -20,7 +23,10 @@ LOOP_GET_STATUS64, LOOP_INFO64_SIZE = 0x4C05, 232
 
 
 class Place(NamedTuple):
-    """Bytes [start, end) of a file or device, by its numbers. Where they are not `exact`, only some of them are meant, and which is not known."""
+    """Bytes [start, end) of a file or device, by its numbers.
+
+    Where they are not `exact`, only some of them are meant, and which is not known.
+    """
 
     kind: str
     numbers: tuple[int, int]
@@ -41,7 +47,10 @@ def overlap(one: os.stat_result, other: os.stat_result) -> bool:
     if not any(stat.S_ISBLK(about.st_mode) for about in (one, other)):
         return os.path.samestat(one, other)
     return any(
-        mine[:2] == theirs[:2] and mine.start < theirs.end and theirs.start < mine.end and (mine.exact or theirs.exact)
+        mine[:2] == theirs[:2]
+        and mine.start < theirs.end
+        and theirs.start < mine.end
+        and (mine.exact or theirs.exact)
         for mine in places(one)
         for theirs in places(other)
     )
@@ -68,7 +77,8 @@ def _device(major: int, minor: int, start: int, end: int, exact: bool, depth: in
 
 
 def backing_file(folder: str) -> os.stat_result | None:
-    """The file of a loop device, by the device's folder in sysfs; None for other devices, and where its name leads nowhere any more."""
+    """The file of a loop device, by the device's folder in sysfs; None for other devices, and where its name
+    leads nowhere any more."""
     try:
         with open(f"{folder}/loop/backing_file", "rb") as file:
             return os.stat(file.read().rstrip(b"\n"))

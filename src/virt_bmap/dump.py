@@ -1,4 +1,5 @@
-"""Copying a volume out: from a reader to a file, a stream or an NBD export, in batches, with nothing written where there are zeroes."""
+"""Copying a volume out: from a reader to a file, a stream or an NBD export, in batches, with nothing written
+where there are zeroes."""
 
 import os
 from collections.abc import Callable
@@ -16,9 +17,11 @@ Ranges = tuple[Int, Int]
 BATCH = 8 << 20
 """Bytes read at once."""
 LOOK = 1 << 30
-"""Bytes of a volume that is not whole whose losses are looked at together; stripes of a lost member are many."""
+"""Bytes of a volume that is not whole whose losses are looked at together; stripes of a lost member are
+many."""
 GRAIN = 4096
-"""Zeroes are left out in pieces of this size, the block size of nearly all filesystems that may hold the copy."""
+"""Zeroes are left out in pieces of this size, the block size of nearly all filesystems that may hold the
+copy."""
 
 
 class Target(Protocol):
@@ -69,10 +72,12 @@ def dump(
     grain: int = GRAIN,
     partial: bool = False,
 ) -> Missing:
-    """Copy all of a volume, the bytes of `skip` as zeroes without reading them; what is missing from the copy. Holes of image files are not read either.
+    """Copy all of a volume, the bytes of `skip` as zeroes without reading them; what is missing from the
+    copy. Holes of image files are not read either.
 
-    Zeroes are told from data in pieces of `grain` bytes, which divide BATCH. `tell` is called with the number of bytes that are done. Raises ImageError where
-    bytes of the volume can't be had, before anything is written where that is known beforehand; `partial`: they are zeroes in the copy.
+    Zeroes are told from data in pieces of `grain` bytes, which divide BATCH. `tell` is called with the number
+    of bytes that are done. Raises ImageError where bytes of the volume can't be had, before anything is
+    written where that is known beforehand; `partial`: they are zeroes in the copy.
     """
     if not partial and not reader.whole:
         _refuse_lost(reader, skip)
@@ -85,7 +90,9 @@ def dump(
         data, lost = _batch(reader, wanted, skip, low, done)
         missing.add(lost)
         if missing and not partial:
-            raise ImageError(f"{reader.name}: can't be read whole: {missing}; --partial fills them with zeroes")
+            raise ImageError(
+                f"{reader.name}: can't be read whole: {missing}; --partial fills them with zeroes"
+            )
         _copy(data, low, target, grain)
         tell(done)
     if done < reader.size:
@@ -100,7 +107,9 @@ def _refuse_lost(reader: Reader, skip: Ranges) -> None:
         missing = Missing()
         missing.add(_lost(reader, skip, low, min(low + LOOK, reader.size)))
         if missing:
-            raise ImageError(f"{reader.name}: can't be read whole: {missing}; --partial fills them with zeroes")
+            raise ImageError(
+                f"{reader.name}: can't be read whole: {missing}; --partial fills them with zeroes"
+            )
 
 
 def _lost(reader: Reader, skip: Ranges, low: int, high: int) -> Lost:
@@ -132,7 +141,9 @@ def _batch(reader: Reader, wanted: Ranges, skip: Ranges, low: int, high: int) ->
     starts, ends = np.clip(wanted[0][first:last], low, high), np.clip(wanted[1][first:last], low, high)
     data, lost = reader.read_known(starts, ends - starts)
     if not reader.whole:
-        lost = Lost.join([lost, _lost(reader, (np.append(skip[0], starts), np.append(skip[1], ends)), low, high)])
+        lost = Lost.join(
+            [lost, _lost(reader, (np.append(skip[0], starts), np.append(skip[1], ends)), low, high)]
+        )
     if len(starts) == 1 and ends[0] - starts[0] == high - low:
         return data, lost
     result, at = np.zeros(high - low, np.uint8), 0
@@ -143,9 +154,11 @@ def _batch(reader: Reader, wanted: Ranges, skip: Ranges, low: int, high: int) ->
 
 
 def _copy(data: Bytes, offset: int, target: Target, grain: int) -> None:
-    """Hand over the pieces of `data`, the bytes from `offset` on: those with something in them, and those that are zero."""
+    """Hand over the pieces of `data`, the bytes from `offset` on: those with something in them, and those
+    that are zero."""
     whole = len(data) // grain * grain
-    used = data[:whole].reshape(-1, grain).max(axis=1).astype(bool)  # NumPy's max is some times as fast as its any
+    # NumPy's max is some times as fast as its any
+    used = data[:whole].reshape(-1, grain).max(axis=1).astype(bool)
     if whole < len(data):
         used = np.append(used, data[whole:].any())
     starts, ends = runs(used)

@@ -20,7 +20,8 @@ from virt_bmap.printable import one_line
 
 
 def is_strict() -> bool:
-    """Is what nobody expected to leave the program with all that is known of it? Tests and the fuzzer say so: VIRT_BMAP_STRICT in the environment."""
+    """Is what nobody expected to leave the program with all that is known of it? Tests and the fuzzer say so:
+    VIRT_BMAP_STRICT in the environment."""
     return bool(os.environ.get("VIRT_BMAP_STRICT"))
 
 
@@ -30,7 +31,10 @@ def unexpected(error: Exception) -> str:
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(os.path.dirname(frame.filename))}/{os.path.basename(frame.filename)}:{frame.lineno}"
-    return f"a fault of virt-bmap itself: {type(error).__name__} at {where}: {one_line(error)}; please report it (VIRT_BMAP_STRICT=1 in the environment tells more)"
+    return (
+        f"a fault of virt-bmap itself: {type(error).__name__} at {where}: {one_line(error)}; please "
+        "report it (VIRT_BMAP_STRICT=1 in the environment tells more)"
+    )
 
 
 class BmapError(Exception):

@@ -1,7 +1,9 @@
-"""One byte of a disk, all the way down: every layer it passes, who owns it there, and what is known of the owner.
+"""One byte of a disk, all the way down: every layer it passes, who owns it there, and what is known of the
+owner.
 
-The result is plain dictionaries, ready for JSON: names are escaped, offsets and sizes are bytes. What the map does not say is left out
-rather than guessed: which of several names of a large directory lie in this block. Whose a free block was, the metadata may still say (`history_at`).
+The result is plain dictionaries, ready for JSON: names are escaped, offsets and sizes are bytes. What the map
+does not say is left out rather than guessed: which of several names of a large directory lie in this block.
+Whose a free block was, the metadata may still say (`history_at`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +25,8 @@ from virt_bmap.reader import Reader
 from virt_bmap.structures import fields, structure
 
 MAX_LAYERS = 256
-"""Layers in one answer: a parity byte belongs to every data disk's byte of its stripe, a thin block to every snapshot; a hostile stack multiplies both."""
+"""Layers in one answer: a parity byte belongs to every data disk's byte of its stripe, a thin block to every
+snapshot; a hostile stack multiplies both."""
 MAX_NAMES = 1000
 """Names listed of one directory, paths of one inode, records of one block; all are counted."""
 SECTOR = 512
@@ -45,7 +48,13 @@ def explain(bmap: BlockMap, disk: int, offset: int) -> Found:
     owners = owners.take(owners.extent >= 0)
     walk = _Walk(bmap, owners, disk)
     layer = walk.layer(top, offset)
-    return {"disk": disk, "offset": offset, "sector": offset // SECTOR, "complete": walk.left >= 0, "layer": layer}
+    return {
+        "disk": disk,
+        "offset": offset,
+        "sector": offset // SECTOR,
+        "complete": walk.left >= 0,
+        "layer": layer,
+    }
 
 
 class _Walk:
@@ -57,11 +66,14 @@ class _Walk:
     def layer(self, volume: int, offset: int) -> Found:
         """What a volume has to say of its byte `offset`, and the volumes that hold this byte in turn."""
         row = self.bmap.volumes.slice(volume, 1).to_pylist()[0]
-        extents = np.unique(self.owners.extent[(self.owners.volume == volume) & (self.owners.inside == offset)])
+        extents = np.unique(
+            self.owners.extent[(self.owners.volume == volume) & (self.owners.inside == offset)]
+        )
         system = _filesystem(self.bmap, volume, offset)
         result = {
-            "volume": volume, "device": _safe(row["name"]), "kind": row["kind"], "size": row["size"], "offset": offset,
-            **{key: _safe(row[key]) for key in ("type", "label", "uuid", "detail")}, "filesystem": system,
+            "volume": volume, "device": _safe(row["name"]), "kind": row["kind"], "size": row["size"],
+            "offset": offset, **{key: _safe(row[key]) for key in ("type", "label", "uuid", "detail")},
+            "filesystem": system,
             "owners": [_owner(self.bmap, volume, offset, extent) for extent in extents.tolist()],
         }  # fmt: skip
         kinds = {owner["kind"] for owner in result["owners"]}
@@ -76,7 +88,9 @@ class _Walk:
         rows = self.bmap.rows_into(volume)
         pieces = rows.up(ints(offset), ints(offset + 1))
         result = []
-        for row, target, length in zip(pieces.row.tolist(), pieces.target.tolist(), pieces.target_length.tolist(), strict=True):
+        for row, target, length in zip(
+            pieces.row.tolist(), pieces.target.tolist(), pieces.target_length.tolist(), strict=True
+        ):
             self.left -= 1
             if self.left < 0:
                 break
@@ -88,23 +102,30 @@ class _Walk:
         return result
 
     def _packed(self, volume: int, start: int, end: int) -> Found:
-        """A compressed run: any byte of it belongs to all owners of the bytes that it holds, so that no single one is followed."""
+        """A compressed run: any byte of it belongs to all owners of the bytes that it holds, so that no
+        single one is followed."""
         row = self.bmap.volumes.slice(volume, 1).to_pylist()[0]
         packed = self.owners.take(self.owners.role == PACKED)
         packed = packed.take(specificity(self.bmap, packed))
         return {
-            "volume": volume, "device": _safe(row["name"]), "kind": row["kind"], "size": row["size"], "offset": start, "end": end,
-            **{key: _safe(row[key]) for key in ("type", "label", "uuid", "detail")}, "filesystem": None, "owners": [], "problems": [], "layers": [],
+            "volume": volume, "device": _safe(row["name"]), "kind": row["kind"], "size": row["size"],
+            "offset": start, "end": end,
+            **{key: _safe(row[key]) for key in ("type", "label", "uuid", "detail")}, "filesystem": None,
+            "owners": [], "problems": [], "layers": [],
             "packed": [record(found) for found in describe(self.bmap, self.disk, packed).to_pylist()],
         }  # fmt: skip
 
 
 def _run(rows: Rows, row: int, offset: int) -> Found:
-    """The run of bytes (an LV's segment, a chunk of an array's member) in which the parent's byte `offset` lies; offsets of the parent."""
-    first, step, run = int(rows.on_parent.offset[row]), int(rows.on_parent.step[row]), int(rows.in_parent[row])
+    """The run of bytes (an LV's segment, a chunk of an array's member) in which the parent's byte `offset`
+    lies; offsets of the parent."""
+    first = int(rows.on_parent.offset[row])
+    step = int(rows.on_parent.step[row])
+    run = int(rows.in_parent[row])
     nth = (offset - first) // step if step else 0
     start = first + nth * step
-    return {"role": ROLES[rows.role[row]], "start": start, "end": start + run, "inside": offset - start, "number": nth,
+    return {"role": ROLES[rows.role[row]], "start": start, "end": start + run, "inside": offset - start,
+        "number": nth,
             "count": int(rows.count[row])}  # fmt: skip
 
 
@@ -114,7 +135,10 @@ def _neighbours(bmap: BlockMap, volume: int, offset: int) -> list[str | None]:
     start = rows.on_parent.offset
     end = rows.parent_end
     before, behind = np.flatnonzero(end <= offset), np.flatnonzero(start > offset)
-    nearest = [before[np.argmax(end[before])] if len(before) else -1, behind[np.argmin(start[behind])] if len(behind) else -1]
+    nearest = [
+        before[np.argmax(end[before])] if len(before) else -1,
+        behind[np.argmin(start[behind])] if len(behind) else -1,
+    ]
     names = bmap.volumes.column("name")
     return [_safe(names[int(rows.volume[at])].as_py()) if at >= 0 else None for at in nearest]
 
@@ -124,11 +148,14 @@ def _problems(bmap: BlockMap, volume: int, offset: int, block: int, whole: bool)
     where, at = tables.integers(bmap.problems, "volume"), tables.integers(bmap.problems, "volume_offset")
     here = (at >= 0) & (at // block == offset // block)
     mine = np.flatnonzero((where == volume) & (here | whole))
-    return [f"{row['severity']}: {escape(row['detail'].encode())}" for row in bmap.problems.take(mine).to_pylist()]
+    return [
+        f"{row['severity']}: {escape(row['detail'].encode())}" for row in bmap.problems.take(mine).to_pylist()
+    ]
 
 
 def fields_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader], length: int) -> Found | None:
-    """The fields of metadata in `length` bytes from the byte on: of the innermost layer that knows any, its device, what lies there, and a list."""
+    """The fields of metadata in `length` bytes from the byte on: of the innermost layer that knows any, its
+    device, what lies there, and a list."""
     for inner in layer["layers"]:
         if found := fields_at(bmap, inner, readers, length):
             return found
@@ -142,7 +169,8 @@ def fields_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader], length: i
 
 
 def meant_at(layer: Found, readers: Sequence[Reader], length: int) -> Found | None:
-    """The bytes that the innermost filesystem means where others lie on the disk, since its journal is not replayed yet: its device, and the bytes as hexadecimal digits."""
+    """The bytes that the innermost filesystem means where others lie on the disk, since its journal is not
+    replayed yet: its device, and the bytes as hexadecimal digits."""
     for inner in layer["layers"]:
         if found := meant_at(inner, readers, length):
             return found
@@ -154,7 +182,8 @@ def meant_at(layer: Found, readers: Sequence[Reader], length: int) -> Found | No
 
 
 def _places(layer: Found) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, byte after the last) of what may have a structure: the inode's record, then each owner's extent."""
+    """(name, first byte, byte after the last) of what may have a structure: the inode's record, then each
+    owner's extent."""
     if layer["filesystem"] and (record := layer["filesystem"]["record"]):
         yield "record", record["offset"], record["offset"] + record["size"]
     for owner in layer["owners"]:
@@ -163,8 +192,9 @@ def _places(layer: Found) -> Iterator[tuple[str, int, int]]:
 
 
 def history_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader]) -> Found | None:
-    """What the metadata still says of the past of the byte, in the innermost layer that knows: of a byte in a journal what it is a copy of, of a free one whose
-    it was (`former`, None where the format keeps nothing)."""
+    """What the metadata still says of the past of the byte, in the innermost layer that knows: of a byte in a
+    journal what it is a copy of, of a free one whose it was (`former`, None where the format keeps
+    nothing)."""
     for inner in layer["layers"]:
         if found := history_at(bmap, inner, readers):
             return found
@@ -172,7 +202,9 @@ def history_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader]) -> Found
     if layer["filesystem"] and "journal" in owners:
         return _copy(bmap, layer, readers[volume].raw)
     if layer["filesystem"] and "free" in owners:
-        former = history.former_owners(bmap, volume, readers[volume], ints(layer["offset"]), ints(layer["offset"] + 1))
+        former = history.former_owners(
+            bmap, volume, readers[volume], ints(layer["offset"]), ints(layer["offset"] + 1)
+        )
         told = None if former is None else _former(bmap, volume, former, layer["offset"])
         return {"device": layer["device"], "copy_of": None, "transaction": None, "owners": [], "former": told}
     return None
@@ -188,9 +220,16 @@ def _copy(bmap: BlockMap, layer: Found, reader: Reader) -> Found | None:
     _, extents = bmap.slice_of("extents", volume)
     start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
     rows = extents.take(np.flatnonzero((start <= copy[0]) & (copy[0] < start + length))).to_pylist()
-    here = [{"kind": row["kind"], "part": _safe(row["part"]), "path": None if row["inode"] is None else _first_path(bmap, volume, row["inode"])}
+    here = [{"kind": row["kind"], "part": _safe(row["part"]),
+            "path": None if row["inode"] is None else _first_path(bmap, volume, row["inode"])}
             for row in rows]  # fmt: skip
-    return {"device": layer["device"], "copy_of": copy[0], "transaction": copy[1], "owners": here, "former": None}
+    return {
+        "device": layer["device"],
+        "copy_of": copy[0],
+        "transaction": copy[1],
+        "owners": here,
+        "former": None,
+    }
 
 
 def _former(bmap: BlockMap, volume: int, former: pa.Table, offset: int) -> list[Found]:
@@ -202,33 +241,43 @@ def _former(bmap: BlockMap, volume: int, former: pa.Table, offset: int) -> list[
     living = set(number[np.isin(number, [row["inode"] for row in rows])].tolist())
     return [
         {
-            "inode": row["inode"], "names": [escape(name) for name in row["names"]], "part": _safe(row["part"]),
-            "file_offset": None if row["file_offset"] is None else row["file_offset"] + offset - row["volume_offset"],
-            "size": row["size"], "mtime": _time(row["mtime_ns"]), "said_by": row["said_by"], "sequence": row["sequence"],
-            "doubt": row["doubt"], "now": _first_path(bmap, volume, row["inode"]) if row["inode"] in living else None,
+            "inode": row["inode"],
+            "names": [escape(name) for name in row["names"]],
+            "part": _safe(row["part"]),
+            "file_offset": None
+            if row["file_offset"] is None
+            else row["file_offset"] + offset - row["volume_offset"],
+            "size": row["size"],
+            "mtime": _time(row["mtime_ns"]),
+            "said_by": row["said_by"],
+            "sequence": row["sequence"],
+            "doubt": row["doubt"],
+            "now": _first_path(bmap, volume, row["inode"]) if row["inode"] in living else None,
         }
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
-# ---- the filesystem -------------------------------------------------------------------------------------------------
+# ---- the filesystem ----------------------------------------------------------------------------------------
 
 
 def _filesystem(bmap: BlockMap, volume: int, offset: int) -> Found | None:
-    """The filesystem's facts, the block (counted from the start of the volume), and the inodes whose records lie in it."""
+    """The filesystem's facts, the block (counted from the start of the volume), and the inodes whose records
+    lie in it."""
     rows = bmap.slice_of("filesystems", volume)[1].to_pylist()
     if not rows or offset >= rows[0]["size"]:
         return None
     size = max(1, rows[0]["block_size"])
     record, others = _records(bmap, volume, offset, size)
     return {
-        **{key: _safe(rows[0][key]) for key in ("type", "label", "uuid", "state")}, "block_size": size, "block": offset // size,
-        "block_offset": offset % size, "record": record, "records_in_block": others,
+        **{key: _safe(rows[0][key]) for key in ("type", "label", "uuid", "state")}, "block_size": size,
+        "block": offset // size, "block_offset": offset % size, "record": record, "records_in_block": others,
     }  # fmt: skip
 
 
 def record_size(bmap: BlockMap, volume: int) -> int:
-    """The size of the inodes' own records on a volume; 0 where it differs from one to the next, or where they lie compressed."""
+    """The size of the inodes' own records on a volume; 0 where it differs from one to the next, or where they
+    lie compressed."""
     format = formats.filesystem(bmap.filesystem_type(volume))
     if format is None or not format.fixed_records:
         return 0
@@ -252,11 +301,13 @@ def _records(bmap: BlockMap, volume: int, offset: int, block: int) -> tuple[Foun
     beside = np.flatnonzero((place >= 0) & (place // block == offset // block))
     beside = beside[np.argsort(place[beside], kind="stable")]
     here = np.flatnonzero((place >= 0) & (place <= offset) & (offset < place + size))
-    mine = {**record(int(here[0])), "size": size, "inside": offset - int(place[here[0]])} if len(here) else None
+    mine = (
+        {**record(int(here[0])), "size": size, "inside": offset - int(place[here[0]])} if len(here) else None
+    )
     return mine, {"count": len(beside), "records": [record(at) for at in beside[:MAX_NAMES].tolist()]}
 
 
-# ---- the owner ------------------------------------------------------------------------------------------------------
+# ---- the owner ---------------------------------------------------------------------------------------------
 
 
 def _owner(bmap: BlockMap, volume: int, offset: int, extent: int) -> Found:
@@ -283,8 +334,9 @@ def _inode(bmap: BlockMap, volume: int, number: int) -> Found:
     result: Found = {"inode": number, "path": paths[0] if paths else None, "paths": paths, "names": count}
     for row in rows:
         result |= {
-            "type": row["type"], "size": row["size"], "mode": None if row["mode"] is None else f"{row['mode']:o}",
-            "uid": row["uid"], "gid": row["gid"], "nlink": row["nlink"], "mtime": _time(row["mtime_ns"]),
+            "type": row["type"], "size": row["size"],
+            "mode": None if row["mode"] is None else f"{row['mode']:o}", "uid": row["uid"], "gid": row["gid"],
+            "nlink": row["nlink"], "mtime": _time(row["mtime_ns"]),
             "flags": _words(tables.INODE_FLAGS, row["flags"]),
         }  # fmt: skip
     return result

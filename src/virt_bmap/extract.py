@@ -1,7 +1,9 @@
-"""Writing files and trees of a disk to a folder of this machine, with nothing on the disk able to lead out of it.
+"""Writing files and trees of a disk to a folder of this machine, with nothing on the disk able to lead out of
+it.
 
-All is made in a new folder beside its place, below descriptors of its directories that were opened without following links, and takes its names at the end:
-what fails leaves nothing behind. Names that are no names ('..', '/' or NUL inside) are left out and counted.
+All is made in a new folder beside its place, below descriptors of its directories that were opened without
+following links, and takes its names at the end: what fails leaves nothing behind. Names that are no names
+('..', '/' or NUL inside) are left out and counted.
 
 Sources: open(2), openat(2), symlink(7) on O_NOFOLLOW and directory descriptors.
 """
@@ -43,7 +45,8 @@ def is_name(name: bytes) -> bool:
 
 
 class Entry(NamedTuple):
-    """One name to make: its directory, as names below the new folder, its own name, and the inode with its row of columns."""
+    """One name to make: its directory, as names below the new folder, its own name, and the inode with its
+    row of columns."""
 
     folder: Place
     name: bytes
@@ -67,7 +70,8 @@ class Report:
     lost: bool = False
     """Something was left out that a copy should have: more than devices, fifos and sockets."""
     missing: list[tuple[bytes, Missing]] = field(default_factory=list)
-    """The first files that can't be read whole, and what of them is missing: left out, or with zeroes in its place."""
+    """The first files that can't be read whole, and what of them is missing: left out, or with zeroes in its
+    place."""
     incomplete: int = 0
     """How many such files there are."""
 
@@ -92,7 +96,8 @@ def extract(
     tell: Callable[[int], None] = lambda _: None,
     partial: bool = False,
 ) -> Report:
-    """Make (name, inode) of `wanted` in `folder`, trees with all below them; `tell` is called with the bytes of files that are done.
+    """Make (name, inode) of `wanted` in `folder`, trees with all below them; `tell` is called with the bytes
+    of files that are done.
 
     Files that can't be read whole are left out; `partial`: they are made, with zeroes for what is missing.
     Raises OutputError where a name exists already or can't be written; then nothing is left behind.
@@ -102,7 +107,9 @@ def extract(
             if is_name(name) and os.path.lexists(os.path.join(os.fsencode(folder), name)):
                 raise OutputError(f"{folder}: {escape(name)} exists there already")
         with hidden_folder(os.path.join(folder, "extract")) as new, contextlib.ExitStack() as stack:
-            work = _Work(files, os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), same_owner, tell, partial)
+            work = _Work(
+                files, os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), same_owner, tell, partial
+            )
             stack.callback(work.close)
             names, directories = work.make(wanted)
             above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -110,9 +117,8 @@ def extract(
             with signals.held():  # all of them, or none
                 for name in names:
                     os.rename(name, name, src_dir_fd=work.top, dst_dir_fd=above)
-                for (
-                    top
-                ) in directories:  # a directory that may not be written can't be moved, so the outermost get their modes last
+                # a directory that may not be written can't be moved, so the outermost get their modes last
+                for top in directories:
                     work.dress_directory(top, above)
     except OSError as error:
         raise OutputError(f"{folder}: can't be written: {error.strerror or error}") from error
@@ -120,7 +126,9 @@ def extract(
 
 
 class _Work:
-    def __init__(self, files: Files, top: int, same_owner: bool, tell: Callable[[int], None], partial: bool) -> None:
+    def __init__(
+        self, files: Files, top: int, same_owner: bool, tell: Callable[[int], None], partial: bool
+    ) -> None:
         self.files, self.top, self.same_owner, self.tell, self.partial = files, top, same_owner, tell, partial
         self.report = Report()
         self._open: tuple[Place, int] = ((), os.dup(top))
@@ -131,7 +139,8 @@ class _Work:
         os.close(self.top)
 
     def make(self, wanted: Sequence[tuple[bytes, int]]) -> tuple[list[bytes], list[Entry]]:
-        """Everything in the new folder: (names, directories) that lie there now; these directories still lack their modes and times."""
+        """Everything in the new folder: (names, directories) that lie there now; these directories still lack
+        their modes and times."""
         directories, plain, again, links = self._plan(wanted)
         for low in range(0, len(plain), GROUP):
             self._write(plain[low : low + GROUP])
@@ -141,10 +150,15 @@ class _Work:
         for entry in reversed(directories):
             if entry.folder:
                 self.dress_directory(entry, self._enter(entry.folder))
-        return [os.fsencode(name) for name in os.listdir(self.top)], [entry for entry in directories if not entry.folder]
+        return [os.fsencode(name) for name in os.listdir(self.top)], [
+            entry for entry in directories if not entry.folder
+        ]
 
-    def _plan(self, wanted: Sequence[tuple[bytes, int]]) -> tuple[list[Entry], list[Entry], list[Entry], list[Entry]]:
-        """Make the directories, breadth first, and sort what lies in them: (directories, files, further names of files, symbolic links)."""
+    def _plan(
+        self, wanted: Sequence[tuple[bytes, int]]
+    ) -> tuple[list[Entry], list[Entry], list[Entry], list[Entry]]:
+        """Make the directories, breadth first, and sort what lies in them: (directories, files, further names
+        of files, symbolic links)."""
         directories: list[Entry] = []
         plain: list[Entry] = []
         again: list[Entry] = []
@@ -165,7 +179,9 @@ class _Work:
                     seen.add(inode)
                 elif inode in seen or len(folder) >= MAX_DEPTH:
                     self.report.leave("directories that lie in themselves, twice, or too deep", entry.path)
-                elif self._try(entry, lambda entry: os.mkdir(entry.name, 0o700, dir_fd=self._enter(entry.folder))):
+                elif self._try(
+                    entry, lambda entry: os.mkdir(entry.name, 0o700, dir_fd=self._enter(entry.folder))
+                ):
                     seen.add(inode)
                     directories.append(entry)
                     self.report.directories += 1
@@ -273,12 +289,18 @@ class _Work:
             os.close(made)
 
     def _dress(self, file: int, row: int, default: int) -> None:
-        """Owner, mode and time of an open file. Without the owner, a set-user-ID bit would make it a program of another user's."""
+        """Owner, mode and time of an open file.
+
+        Without the owner, a set-user-ID bit would make it a program of another user's.
+        """
         mode = int(self.files.mode[row])
         with _possible():
             if self.same_owner:
                 os.fchown(file, *self._owner(row))
-        os.fchmod(file, stat.S_IMODE(mode) & (0o7777 if self.same_owner else 0o777) if mode >= 0 else default & ~_umask())
+        os.fchmod(
+            file,
+            stat.S_IMODE(mode) & (0o7777 if self.same_owner else 0o777) if mode >= 0 else default & ~_umask(),
+        )
         with _possible():
             if (mtime := self._mtime(row)) is not None:
                 os.utime(file, ns=(mtime, mtime))
@@ -300,17 +322,22 @@ class _Work:
         except OSError as error:
             if error.errno not in HERE_IMPOSSIBLE:
                 raise
-            self.report.leave(f"names, sizes or targets that this system refuses ({error.strerror})", entry.path)
+            self.report.leave(
+                f"names, sizes or targets that this system refuses ({error.strerror})", entry.path
+            )
             return False
         return True
 
     def _enter(self, folder: Place) -> int:
-        """A descriptor of one of the new directories, every name on the way opened without following links; good until the next call."""
+        """A descriptor of one of the new directories, every name on the way opened without following links;
+        good until the next call."""
         if self._open[0] != folder:
             os.close(self._open[1])
             self._open = (), os.dup(self.top)
             for depth, name in enumerate(folder, 1):
-                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._open[1])
+                below = os.open(
+                    name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._open[1]
+                )
                 os.close(self._open[1])
                 self._open = folder[:depth], below
         return self._open[1]

@@ -1,11 +1,13 @@
 """What is known by its magic alone: named in `info` and in the map as one piece, never as unknown.
 
-Asked last, after every volume and filesystem module has said no. All bytes that any row needs are read in one batch.
+Asked last, after every volume and filesystem module has said no. All bytes that any row needs are read in one
+batch.
 
-Sources: util-linux libblkid/src/superblocks and libblkid/src/partitions (names, offsets and magics); Linux drivers/md
-(dm-thin-metadata.c, dm-cache-metadata.c, dm-era-target.c), fs/qnx4, fs/qnx6, fs/omfs, fs/efs, fs/affs, fs/jffs2, fs/sysv, fs/xfs/libxfs/
-xfs_log_format.h, block/partitions/ldm.h and amiga.c; FreeBSD sys/geom/vinum; btrfs-progs image/metadump.c; QEMU block/*.c and the libewf, AFFLIB
-and libmodi format documents for image containers; magic(5) of file(1) for compressed files.
+Sources: util-linux libblkid/src/superblocks and libblkid/src/partitions (names, offsets and magics); Linux
+drivers/md (dm-thin-metadata.c, dm-cache-metadata.c, dm-era-target.c), fs/qnx4, fs/qnx6, fs/omfs, fs/efs,
+fs/affs, fs/jffs2, fs/sysv, fs/xfs/libxfs/ xfs_log_format.h, block/partitions/ldm.h and amiga.c; FreeBSD
+sys/geom/vinum; btrfs-progs image/metadump.c; QEMU block/*.c and the libewf, AFFLIB and libmodi format
+documents for image containers; magic(5) of file(1) for compressed files.
 """
 
 from collections.abc import Mapping
@@ -70,8 +72,16 @@ MEMBERS: tuple[Row, ...] = (
     ("hpt37x_raid_member", (4608 + 32, _le(0x5A7816FD))),
     ("hpt45x_raid_member", (-11 * SECTOR, _le(0x5A7816F3))),
     ("hpt45x_raid_member", (-11 * SECTOR, _le(0x5A7816FD))),
-    *_each("promise_fasttrack_raid_member", tuple(-SECTOR * n for n in PROMISE_SECTORS), (b"Promise Technology, Inc.",)),
-    ("silicon_medley_raid_member", (-SECTOR + 0x60, _le(0x2F000000)), (-SECTOR + 0x140, bytes(0x1FE - 0x140))),
+    *_each(
+        "promise_fasttrack_raid_member",
+        tuple(-SECTOR * n for n in PROMISE_SECTORS),
+        (b"Promise Technology, Inc.",),
+    ),
+    (
+        "silicon_medley_raid_member",
+        (-SECTOR + 0x60, _le(0x2F000000)),
+        (-SECTOR + 0x140, bytes(0x1FE - 0x140)),
+    ),
     ("jmicron_raid_member", (-SECTOR, b"JM"), (-SECTOR + 3, b"\0", b"\xf8")),
     ("bcache", (4096 + 24, BCACHE)),
     ("drbd", (-4096 + 60, b"\x83\x74\x02\x6b"), (-4096 + 80, _be(4096))),
@@ -112,7 +122,8 @@ FILESYSTEMS: tuple[Row, ...] = (
     ("bcachefs", ((2 << 20) + 24, BCACHEFS)),
     ("ReFS", (0, b"\0\0\0ReFS\0")),
     ("ReFS", (3, b"ReFS\0\0\0\0")),
-    *_each("ufs", tuple(kib * 1024 + 1372 for kib in (0, 8, 64, 256)), tuple(f(m) for m in UFS_MAGICS for f in (_le, _be))),
+    *_each("ufs", tuple(kib * 1024 + 1372 for kib in (0, 8, 64, 256)),
+        tuple(f(m) for m in UFS_MAGICS for f in (_le, _be))),
     ("VMFS", (2048 << 10, _be(0x5EF1AB2F))),
     ("gfs2", (64 << 10, _be(0x01161970)), ((64 << 10) + 24, _be(1801))),
     ("gfs", (64 << 10, _be(0x01161970))),
@@ -133,14 +144,17 @@ FILESYSTEMS: tuple[Row, ...] = (
     *_each("cramfs", (0, 512), (_le(0x28CD3D45), _be(0x28CD3D45))),
     ("ubi", (0, b"UBI#")),
     ("ubifs", (0, _le(0x06101831))),
-    *_each("jffs2", (0,), tuple(order(0x1985, 2) + order(node, 2) for order in (_le, _be) for node in (0xE001, 0xE002, 0x2003, 0x2004))),
+    *_each("jffs2", (0,),
+        tuple(order(0x1985, 2) + order(node, 2) for order in (_le, _be) for node in (0xE001, 0xE002, 0x2003,
+                0x2004))),
     ("qnx4", (SECTOR, b"/" + bytes(15))),
     ("qnx6", (0x2000, _le(0x68191122))),
     ("qnx6", (0x2000, _be(0x68191122))),
     ("omfs", (256 + 16, _be(0xC2993D87))),
     ("efs", (SECTOR + 28, _be(0x072959))),
     ("efs", (SECTOR + 28, _be(0x07295A))),
-    *_each("sysv", tuple(kib * 1024 + 512 + 504 for kib in (0, 9, 15, 18)), (_le(0xFD187E20), _be(0xFD187E20))),
+    *_each("sysv", tuple(kib * 1024 + 512 + 504 for kib in (0, 9, 15, 18)),
+        (_le(0xFD187E20), _be(0xFD187E20))),
     *_each("xenix", (1024 + 0x3F8,), (_le(0x2B5544), _be(0x2B5544))),
     ("exfs", (0, b"EXFS")),
     ("nss", (4096, b"SPB5")),
@@ -156,7 +170,8 @@ FILESYSTEMS: tuple[Row, ...] = (
     ("hfsplus", (1024, b"H+"), (1026, _be(4, 2))),
     ("hfsplus", (1024, b"HX"), (1026, _be(5, 2))),
     ("hfs", (1024, b"BD")),
-    *_each("minix", (1024 + 16,), tuple(f(m, 2) for m in (0x137F, 0x138F, 0x2468, 0x2478) for f in (_le, _be))),
+    *_each("minix", (1024 + 16,),
+        tuple(f(m, 2) for m in (0x137F, 0x138F, 0x2468, 0x2478) for f in (_le, _be))),
     *_each("minix", (1024 + 24,), (_le(0x4D5A, 2), _be(0x4D5A, 2))),
 )  # fmt: skip
 
@@ -175,7 +190,11 @@ PARTITION_TABLES: tuple[Row, ...] = (
     ("unixware", (29 * SECTOR + 4, _le(0xCA5E600D))),
     *_each("amiga", tuple(SECTOR * n for n in range(16)), (b"RDSK",)),
     *_each("dasd", tuple(2 * size + 4 for size in DASD_BLOCKS), (b"\xe5\xd6\xd3\xf1",)),
-    *_each("dasd", tuple(at * size for at in (1, 2) for size in DASD_BLOCKS), (b"\xd3\xd5\xe7\xf1", b"\xc3\xd4\xe2\xf1")),
+    *_each(
+        "dasd",
+        tuple(at * size for at in (1, 2) for size in DASD_BLOCKS),
+        (b"\xd3\xd5\xe7\xf1", b"\xc3\xd4\xe2\xf1"),
+    ),
 )
 
 CONTAINERS: tuple[Row, ...] = (
@@ -224,25 +243,37 @@ CONTAINERS: tuple[Row, ...] = (
 )
 """Not a disk but a file that holds one: opening it with the right format shows what is inside."""
 
-TRAITS = {"DM_verity_hash": VOUCHING, "DM_integrity": VOUCHING, "Android vbmeta": VOUCHING, "swsuspend": SLEEPING}
+TRAITS = {
+    "DM_verity_hash": VOUCHING,
+    "DM_integrity": VOUCHING,
+    "Android vbmeta": VOUCHING,
+    "swsuspend": SLEEPING,
+}
 """What volumes of a type mean for others, as in tables.TRAITS."""
 MAGICS: tuple[Row, ...] = (*ENCRYPTED, *MEMBERS, *FILESYSTEMS, *PARTITION_TABLES, *CONTAINERS)
-"""First match wins. Encryption and members of arrays come first, since what they hold can look like anything."""
+"""First match wins. Encryption and members of arrays come first, since what they hold can look like
+anything."""
 
 
 def recognise(reader: Reader) -> str | None:
     """The type in blkid's words where it has one, or None."""
     have = _wanted_bytes(reader)
-    begins = [MAGICS[at] for at in sorted(at for key, data in have.items() for at in _beginning().get((*key, data), ()))]
+    begins = [
+        MAGICS[at]
+        for at in sorted(at for key, data in have.items() for at in _beginning().get((*key, data), ()))
+    ]
     for name, *checks in begins:
         if all(_holds(have, check) for check in checks):
             return name
-    return next((name for name, holds in (("via_raid_member", _is_via), ("atari", _is_atari)) if holds(reader)), None)
+    return next(
+        (name for name, holds in (("via_raid_member", _is_via), ("atari", _is_atari)) if holds(reader)), None
+    )
 
 
 @cache
 def _beginning() -> Mapping[tuple[int, int, bytes], list[int]]:
-    """The rows of MAGICS whose first check is (offset, length, magic): of hundreds a volume has to be asked for few."""
+    """The rows of MAGICS whose first check is (offset, length, magic): of hundreds a volume has to be asked
+    for few."""
     found: dict[tuple[int, int, bytes], list[int]] = {}
     for at, row in enumerate(MAGICS):
         offset, magic = row[1][:2]
@@ -257,10 +288,13 @@ def _wanted() -> list[tuple[int, int]]:
 
 
 def _wanted_bytes(reader: Reader) -> Mapping[tuple[int, int], bytes]:
-    """The bytes at every (offset, length) of MAGICS that lies inside the volume: what lies between its ends, which are read already, in one batch."""
+    """The bytes at every (offset, length) of MAGICS that lies inside the volume: what lies between its ends,
+    which are read already, in one batch."""
     places = [(key, key[0] if key[0] >= 0 else reader.size + key[0]) for key in _wanted()]
     inside = [(key, at) for key, at in places if 0 <= at <= reader.size - key[1]]
-    found = {key: reader.read(at, key[1]) for key, at in inside if at + key[1] <= HEAD or at >= reader.size - TAIL}
+    found = {
+        key: reader.read(at, key[1]) for key, at in inside if at + key[1] <= HEAD or at >= reader.size - TAIL
+    }
     deep = [(key, at) for key, at in inside if key not in found]
     data = reader.read_ranges(ints([at for _, at in deep]), ints([key[1] for key, _ in deep])).tobytes()
     for key, _ in deep:
@@ -273,7 +307,11 @@ def _holds(have: Mapping[tuple[int, int], bytes], check: Check) -> bool:
     data = have.get((offset, len(magic)))
     if data is None:
         return False
-    return data == magic if len(check) == 2 else bytes(a & b for a, b in zip(data, check[2], strict=True)) == magic
+    return (
+        data == magic
+        if len(check) == 2
+        else bytes(a & b for a, b in zip(data, check[2], strict=True)) == magic
+    )
 
 
 def _is_via(reader: Reader) -> bool:
@@ -285,10 +323,12 @@ def _is_via(reader: Reader) -> bool:
 
 
 def _is_atari(reader: Reader) -> bool:
-    """libblkid partitions/atari.c: no magic; the size of the disk and at least one plausible partition decide."""
+    """libblkid partitions/atari.c: no magic; the size of the disk and at least one plausible partition
+    decide."""
     sector = reader.read_clipped(0, SECTOR)
     size = int.from_bytes(sector[0x1C2:0x1C6], "big")
-    bad_start, bad_count = int.from_bytes(sector[0x1F6:0x1FA], "big"), int.from_bytes(sector[0x1FA:0x1FE], "big")
+    bad_start = int.from_bytes(sector[0x1F6:0x1FA], "big")
+    bad_count = int.from_bytes(sector[0x1FA:0x1FE], "big")
     if size < 2 or size > reader.size // SECTOR or (bad_count and not 0 < bad_start <= size - bad_count):
         return False
     parts = [sector[0x1C6 + 12 * i : 0x1D2 + 12 * i] for i in range(4)]

@@ -1,7 +1,9 @@
-"""All formats that are read, in one list each: the magic that must be there, and the package that declares the format.
+"""All formats that are read, in one list each: the magic that must be there, and the package that declares
+the format.
 
-A package is imported only when its magic was found, or when a map names a type that it reads: importing every format would take longer than mapping
-most disks. What a format is and can do stands in its declaration, `FORMAT` (`contract.FilesystemFormat`, `contract.VolumeFormat`), and nowhere else.
+A package is imported only when its magic was found, or when a map names a type that it reads: importing every
+format would take longer than mapping most disks. What a format is and can do stands in its declaration,
+`FORMAT` (`contract.FilesystemFormat`, `contract.VolumeFormat`), and nowhere else.
 """
 
 import importlib
@@ -12,14 +14,17 @@ from virt_bmap.contract import FilesystemFormat, VolumeFormat
 from virt_bmap.reader import TAIL, Reader
 
 Magic = tuple[int | None, bytes]
-"""(offset, bytes): the offset in bytes from the start, from the end if negative; None: anywhere in the last TAIL bytes."""
+"""(offset, bytes): the offset in bytes from the start, from the end if negative; None: anywhere in the last
+TAIL bytes."""
 Seen = dict[tuple[int | None, int], bytes]
-"""The bytes of a volume at (offset, length), as far as they were asked for: several formats look at one place."""
+"""The bytes of a volume at (offset, length), as far as they were asked for: several formats look at one
+place."""
 F = TypeVar("F", FilesystemFormat, VolumeFormat)
 
 
 class Listed(NamedTuple, Generic[F]):
-    """A package below `virt_bmap`, the magics of which one must be there before its `probe` is asked, and the types (in blkid's words) that its volumes have.
+    """A package below `virt_bmap`, the magics of which one must be there before its `probe` is asked, and the
+    types (in blkid's words) that its volumes have.
 
     `disk`: a file that begins so is most likely a disk (`--nested all`).
     """
@@ -36,15 +41,19 @@ class Listed(NamedTuple, Generic[F]):
 
 
 SWAP_MAGICS = (
-    b"SWAP-SPACE", b"SWAPSPACE2", b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001", b"\xed\xc3\x02\xe9\x98\x56\xe5\x0c",
+    b"SWAP-SPACE", b"SWAPSPACE2", b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001",
+    b"\xed\xc3\x02\xe9\x98\x56\xe5\x0c",
 )  # fmt: skip
 EXT = ("ext2", "ext3", "ext4")
-EXT_BACKUPS = tuple((((8 << log) * 1024 + (log == 0)) * (1024 << log) + 0x38, b"\x53\xef") for log in range(3))
+EXT_BACKUPS = tuple(
+    (((8 << log) * 1024 + (log == 0)) * (1024 << log) + 0x38, b"\x53\xef") for log in range(3)
+)
 """Where ext has its first backup superblock, for blocks of 1, 2 and 4 KiB: its primary one may be wiped."""
 F2FS_MAGIC = b"\x10\x20\xf5\xf2"
 UDF_MAGICS = tuple((0x8001 + 2048 * n, word) for n in range(16) for word in (b"NSR02", b"NSR03"))
 FILESYSTEMS: tuple[Listed[FilesystemFormat], ...] = (
-    Listed("filesystems.btrfs", (), ("btrfs",)),  # never by magic: `volumes.btrfs` makes the pool and says what it is
+    # never by magic: `volumes.btrfs` makes the pool and says what it is
+    Listed("filesystems.btrfs", (), ("btrfs",)),
     Listed("filesystems.ext", ((0x438, b"\x53\xef"),), EXT, disk=True),
     Listed("filesystems.xfs", ((0, b"XFSB"),), ("xfs",), disk=True),
     Listed("filesystems.ntfs", ((3, b"NTFS    "),), ("ntfs",), disk=True),
@@ -63,13 +72,20 @@ FILESYSTEMS: tuple[Listed[FilesystemFormat], ...] = (
     Listed("filesystems.ext", EXT_BACKUPS, EXT),  # last: these may be leftovers
     Listed("filesystems.f2fs", ((4096 + 1024, F2FS_MAGIC),), ("f2fs",)),  # likewise
 )
-"""In probe order: magics that lie deeper or are longer first, so that leftovers of an older filesystem lose."""
+"""In probe order: magics that lie deeper or are longer first, so that leftovers of an older filesystem
+lose."""
 
 LVM_LABEL, MD_MAGIC = b"LABELONE", b"\xfc\x4e\x2b\xa9"
 BOOT_SIGNATURE = (510, b"\x55\xaa")
 VOLUMES: tuple[Listed[VolumeFormat], ...] = (
-    Listed("volumes.md", ((0, MD_MAGIC), (4096, MD_MAGIC), (None, MD_MAGIC), (None, MD_MAGIC[::-1])), ("linux_raid_member",)),
-    Listed("volumes.lvm", tuple((512 * sector, LVM_LABEL) for sector in range(4)), ("LVM2_member",), disk=True),
+    Listed(
+        "volumes.md",
+        ((0, MD_MAGIC), (4096, MD_MAGIC), (None, MD_MAGIC), (None, MD_MAGIC[::-1])),
+        ("linux_raid_member",),
+    ),
+    Listed(
+        "volumes.lvm", tuple((512 * sector, LVM_LABEL) for sector in range(4)), ("LVM2_member",), disk=True
+    ),
     Listed(
         "volumes.luks",
         ((0, b"LUKS\xba\xbe"), *((0x4000 << step, b"SKUL\xba\xbe") for step in range(4))),
@@ -84,9 +100,10 @@ VOLUMES: tuple[Listed[VolumeFormat], ...] = (
     Listed("volumes.sun", ((508, b"\xda\xbe"),), ("sun",)),
     Listed("volumes.sgi", ((0, b"\x0b\xe5\xa9\x41"),), ("sgi",)),
 )
-"""In probe order. Members of arrays and groups come before partition tables, since their data area can hold one; md before LVM,
-since a mirror whose superblock lies at its end shows LVM's label at its start; GPT before MBR, since every GPT disk has a protective
-MBR; the labels of other machines last, as in the kernel. In the same order those that span volumes are put together: arrays, then what lies on them."""
+"""In probe order. Members of arrays and groups come before partition tables, since their data area can hold
+one; md before LVM, since a mirror whose superblock lies at its end shows LVM's label at its start; GPT
+before MBR, since every GPT disk has a protective MBR; the labels of other machines last, as in the kernel.
+In the same order those that span volumes are put together: arrays, then what lies on them."""
 
 
 def filesystem(type: str | None) -> FilesystemFormat | None:
@@ -154,5 +171,9 @@ def rank(type: str) -> int:
 
 def disk_magics(head: int) -> tuple[tuple[int, bytes], ...]:
     """What the first `head` bytes of a file hold, one of these, if it is most likely a disk."""
-    magics = [format.magics for format in VOLUMES if format.disk] + [format.magics for format in FILESYSTEMS if format.disk]
-    return tuple((at, magic) for at, magic in chain(*magics) if at is not None and 0 <= at <= head - len(magic))
+    magics = [format.magics for format in VOLUMES if format.disk] + [
+        format.magics for format in FILESYSTEMS if format.disk
+    ]
+    return tuple(
+        (at, magic) for at, magic in chain(*magics) if at is not None and 0 <= at <= head - len(magic)
+    )

@@ -1,4 +1,5 @@
-"""What the metadata of a filesystem still says of the past: whose free bytes were, and of what a block in a journal is a copy.
+"""What the metadata of a filesystem still says of the past: whose free bytes were, and of what a block in a
+journal is a copy.
 
 Formats that remember declare a `contract.History`; here their answers are put in order.
 """
@@ -14,15 +15,18 @@ from virt_bmap.reader import Reader
 
 
 def history_of(bmap: BlockMap, volume: int) -> History | None:
-    """What knows the past of the filesystem on a volume; None where there is none, or the format keeps nothing."""
+    """What knows the past of the filesystem on a volume; None where there is none, or the format keeps
+    nothing."""
     format = formats.filesystem(bmap.filesystem_type(volume))
     return format.history() if format and format.history else None
 
 
 def former_owners(bmap: BlockMap, volume: int, reader: Reader, starts: Int, ends: Int) -> pa.Table | None:
-    """Whose the free bytes among [starts[i], ends[i]) of a volume were, the last owners first: the table `former`.
+    """Whose the free bytes among [starts[i], ends[i]) of a volume were, the last owners first: the table
+    `former`.
 
-    None where the format keeps nothing. A row reaches as far as the owner did, so also over bytes that are somebody's now.
+    None where the format keeps nothing. A row reaches as far as the owner did, so also over bytes that are
+    somebody's now.
     """
     history = history_of(bmap, volume)
     if history is None:

@@ -1,6 +1,7 @@
 """Many ranges of a disk, added up by what they hit: files with the ranges inside them, metadata, free space.
 
-All of it is arithmetic on columns: ten thousand ranges on a map of any size are one lookup, a sort and a few sums.
+All of it is arithmetic on columns: ten thousand ranges on a map of any size are one lookup, a sort and a few
+sums.
 """
 
 from typing import Any, NamedTuple
@@ -19,11 +20,13 @@ from virt_bmap.outputs.results import field
 from virt_bmap.paths import positions
 
 KINDS = (*tables.KINDS, "slack", "record")
-"""The kinds of extents, and two more. slack: behind the end of the file in its last block, no loss to the file; record: the inode's own, without which
-the file can't be found though its bytes are whole."""
+"""The kinds of extents, and two more. slack: behind the end of the file in its last block, no loss to the
+file; record: the inode's own, without which the file can't be found though its bytes are whole."""
 SLACK, RECORD = range(len(tables.KINDS), len(KINDS))
 
-WORDS = [[word for word, bit in tables.FLAGS.items() if flags & bit] for flags in range(1 << len(tables.FLAGS))]
+WORDS = [
+    [word for word, bit in tables.FLAGS.items() if flags & bit] for flags in range(1 << len(tables.FLAGS))
+]
 """The words of every combination of flags: objects can be many."""
 
 OBJECTS = pa.schema([
@@ -35,7 +38,8 @@ OBJECTS = pa.schema([
     field("part", pa.string(), "metadata structure or named stream", null="plain content"),
     field("inode", pa.int64(), "the owner's number", null="belongs to no inode"),
     field("ranges", pa.list_(pa.list_(pa.int64())), "[first byte, byte after the last] inside the file"),
-    field("names", pa.int64(), "names in the directory, all of its blocks together: they are at risk", unit="count", null="no directory"),
+    field("names", pa.int64(), "names in the directory, all of its blocks together: they are at risk",
+        unit="count", null="no directory"),
     field("role", pa.string(), "data, copy, zero, parity or compressed"),
     field("flags", pa.list_(pa.string()), "inline, shared, compressed, encrypted"),
 ])  # fmt: skip
@@ -43,7 +47,8 @@ OBJECTS = pa.schema([
 
 
 class _Pieces(NamedTuple):
-    """Pieces of the ranges, by columns: bytes [start, end) of the disk belong to an object, whose bytes [low, high) they are (-1: not file content)."""
+    """Pieces of the ranges, by columns: bytes [start, end) of the disk belong to an object, whose bytes [low,
+    high) they are (-1: not file content)."""
 
     volume: Int
     kind: Int
@@ -64,8 +69,8 @@ class _Pieces(NamedTuple):
 
 
 class Hits(NamedTuple):
-    """What the ranges hit: `objects` by bytes, most first, each a dictionary ready for JSON; `kinds` the bytes of the disk of each kind, each byte
-    counted once a kind; `size` all bytes of the ranges."""
+    """What the ranges hit: `objects` by bytes, most first, each a dictionary ready for JSON; `kinds` the
+    bytes of the disk of each kind, each byte counted once a kind; `size` all bytes of the ranges."""
 
     objects: list[dict[str, Any]]
     kinds: dict[str, int]
@@ -73,7 +78,8 @@ class Hits(NamedTuple):
 
 
 def hits(bmap: BlockMap, disk: int, starts: Int, ends: Int) -> Hits:
-    """What lies in the ranges [starts[i], ends[i]) of disk number `disk` (from 1); where they overlap, bytes count once."""
+    """What lies in the ranges [starts[i], ends[i]) of disk number `disk` (from 1); where they overlap, bytes
+    count once."""
     starts, ends = union(ints(starts), ints(ends))
     owners = bmap.owners(disk, starts, ends)
     pieces = _pieces(bmap, owners.take(owners.extent >= 0))
@@ -89,15 +95,22 @@ def _pieces(bmap: BlockMap, owners: Owners) -> _Pieces:
         name: tables.integers(bmap.extents, name)[row]
         for name in ("inode", "flags", "file_offset", "file_length", "volume_offset")
     }
-    part = bmap.extents.column("part").combine_chunks().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)[row]
+    part = (
+        bmap.extents.column("part")
+        .combine_chunks()
+        .indices.fill_null(-1)
+        .to_numpy(zero_copy_only=False)
+        .astype(np.int64)[row]
+    )
     # a damaged byte of a compressed extent spoils all that is stored there
     whole = (column["flags"] & tables.COMPRESSED) != 0
     low = column["file_offset"] + np.where(whole, 0, owners.inside - column["volume_offset"])
     high = low + np.where(whole, column["file_length"], owners.length)
     nowhere = column["file_offset"] < 0
     return _Pieces(
-        owners.volume, tables.codes(bmap.extents, "kind").astype(np.int64)[row], column["inode"], part, owners.role, column["flags"],
-        owners.start, owners.end, np.where(nowhere, -1, low), np.where(nowhere, -1, high),
+        owners.volume, tables.codes(bmap.extents, "kind").astype(np.int64)[row], column["inode"], part,
+        owners.role, column["flags"], owners.start, owners.end, np.where(nowhere, -1, low),
+        np.where(nowhere, -1, high),
     )  # fmt: skip
 
 
@@ -110,7 +123,8 @@ def _slack(bmap: BlockMap, pieces: _Pieces) -> _Pieces:
         mine = np.flatnonzero(content & (pieces.volume == volume))
         row = positions(tables.integers(inodes, "inode"), pieces.inode[mine])
         known = row >= 0
-        known[known] = tables.codes(inodes, "type")[row[known]] == tables.T_FILE  # a text map knows no types and no sizes
+        # a text map knows no types and no sizes
+        known[known] = tables.codes(inodes, "type")[row[known]] == tables.T_FILE
         size[mine[known]] = tables.integers(inodes, "size")[row[known]]
     behind = pieces.high > size
     if not behind.any():
@@ -119,7 +133,9 @@ def _slack(bmap: BlockMap, pieces: _Pieces) -> _Pieces:
     inside = np.where(plain & behind, np.maximum(0, size - pieces.low), 0)
     cut = np.where(plain & behind, pieces.start + inside, pieces.end)
     front = pieces._replace(end=cut, high=np.minimum(pieces.high, np.maximum(size, pieces.low)))
-    back = pieces._replace(start=cut, low=np.maximum(pieces.low, size), kind=np.full(len(size), SLACK, np.int64))
+    back = pieces._replace(
+        start=cut, low=np.maximum(pieces.low, size), kind=np.full(len(size), SLACK, np.int64)
+    )
     return front.take(front.end > front.start).join(back.take(back.end > back.start))
 
 
@@ -141,12 +157,13 @@ def _records(bmap: BlockMap, volumes: Owners) -> list[_Pieces]:
         start = np.where(packed, here.start[at], here.start[at] + low - here.inside[at])
         end = np.where(packed, here.end[at], start + high - low)
         none = np.full(len(at), -1, np.int64)
-        result.append(_Pieces(none * 0 + volume, none * 0 + RECORD, tables.integers(inodes, "inode")[some[row]], none, here.role[at], none * 0,
+        result.append(_Pieces(none * 0 + volume, none * 0 + RECORD,
+                tables.integers(inodes, "inode")[some[row]], none, here.role[at], none * 0,
                               start, end, none, none))  # fmt: skip
     return result
 
 
-# ---- by object --------------------------------------------------------------------------------------------------------
+# ---- by object ---------------------------------------------------------------------------------------------
 
 
 def _objects(bmap: BlockMap, pieces: _Pieces) -> list[dict[str, Any]]:
@@ -168,21 +185,32 @@ def _objects(bmap: BlockMap, pieces: _Pieces) -> list[dict[str, Any]]:
     flags = np.bitwise_or.reduceat(pieces.flags, first)
     one = pieces.take(first)
     names = _names(bmap, one)
-    devices = [escape(name.encode(errors="surrogateescape")) for name in bmap.volumes.column("name").to_pylist()]
+    devices = [
+        escape(name.encode(errors="surrogateescape")) for name in bmap.volumes.column("name").to_pylist()
+    ]
     parts = bmap.extents.column("part").combine_chunks().dictionary.to_pylist()
     ranked = np.lexsort((one.kind, one.inode, one.volume, -size)).tolist()
     held = _names_held(bmap, one)
-    columns = [column.tolist() for column in (one.volume, one.kind, one.inode, one.part, one.role, flags, size, bounds, held)]
+    columns = [
+        column.tolist()
+        for column in (one.volume, one.kind, one.inode, one.part, one.role, flags, size, bounds, held)
+    ]
     return [_object(at, columns, names, ranges, devices, parts) for at in ranked]
 
 
 def _object(
-    at: int, columns: list[list[int]], names: list[list[str]], ranges: list[list[int]], devices: list[str], parts: list[str]
+    at: int,
+    columns: list[list[int]],
+    names: list[list[str]],
+    ranges: list[list[int]],
+    devices: list[str],
+    parts: list[str],
 ) -> dict[str, Any]:
     volume, kind, inode, part, role, flags, size, bounds, held = columns
     return {
-        "bytes": size[at], "kind": KINDS[kind[at]], "device": devices[volume[at]], "path": names[at][0] if names[at] else None,
-        "also": names[at][1:], "part": escape(parts[part[at]].encode()) if part[at] >= 0 else None,
+        "bytes": size[at], "kind": KINDS[kind[at]], "device": devices[volume[at]],
+        "path": names[at][0] if names[at] else None, "also": names[at][1:],
+        "part": escape(parts[part[at]].encode()) if part[at] >= 0 else None,
         "inode": inode[at] if inode[at] >= 0 else None, "ranges": ranges[bounds[at] : bounds[at + 1]],
         "names": held[at] if held[at] >= 0 else None, "role": ROLES[role[at]],
         "flags": WORDS[flags[at] & (len(WORDS) - 1)],
@@ -195,7 +223,8 @@ def _names(bmap: BlockMap, one: _Pieces) -> list[list[str]]:
     for volume in np.unique(one.volume[one.inode >= 0]).tolist():
         known, path = bmap.paths(volume)
         mine = np.flatnonzero((one.volume == volume) & (one.inode >= 0))
-        low, high = np.searchsorted(known, one.inode[mine], "left"), np.searchsorted(known, one.inode[mine], "right")
+        low = np.searchsorted(known, one.inode[mine], "left")
+        high = np.searchsorted(known, one.inode[mine], "right")
         row, step = expand(high - low)
         words = escape_all(path.take(pa.array(low[row] + step))).to_pylist()
         ends = np.cumsum(high - low)
@@ -211,14 +240,17 @@ def _names_held(bmap: BlockMap, one: _Pieces) -> Int:
     for volume in np.unique(one.volume[blocks]).tolist():
         mine = np.flatnonzero(blocks & (one.volume == volume))
         parent = in_order(tables.integers(bmap.slice_of("names", volume)[1], "parent"))
-        result[mine] = np.searchsorted(parent, one.inode[mine], "right") - np.searchsorted(parent, one.inode[mine], "left")
+        result[mine] = np.searchsorted(parent, one.inode[mine], "right") - np.searchsorted(
+            parent, one.inode[mine], "left"
+        )
     return result
 
 
 def grouped_union(group: Int, starts: Int, ends: Int) -> tuple[Int, Int, Int]:
     """(group, start, end) of the ranges merged within each group, by group and then by start."""
     points, at = np.unique(np.concatenate([starts, ends]), return_inverse=True)
-    span = len(points) + 1  # one more than there are: the last range of a group does not touch the first of the next
+    # one more than there are: the last range of a group does not touch the first of the next
+    span = len(points) + 1
     low, high = union(group * span + at[: len(starts)], group * span + at[len(starts) :])
     merged: Int = low // span
     return merged, points[low % span], points[high % span]

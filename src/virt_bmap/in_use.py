@@ -1,7 +1,9 @@
-"""Does anybody else use an image? What QEMU, the kernel's loop devices and mounts, and any other process with the file open leave to be seen.
+"""Does anybody else use an image? What QEMU, the kernel's loop devices and mounts, and any other process with
+the file open leave to be seen.
 
-Sources: QEMU block/file-posix.c (raw_apply_lock_bytes, RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE), include/block/block-common.h (BLK_PERM_WRITE);
-fcntl(2) on open file description locks and on leases; include/uapi/linux/loop.h (struct loop_info64); proc_pid_mountinfo(5).
+Sources: QEMU block/file-posix.c (raw_apply_lock_bytes, RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE),
+include/block/block-common.h (BLK_PERM_WRITE); fcntl(2) on open file description locks and on leases;
+include/uapi/linux/loop.h (struct loop_info64); proc_pid_mountinfo(5).
 """
 
 import contextlib
@@ -19,7 +21,8 @@ from virt_bmap.devices import inode_below, overlap
 from virt_bmap.errors import ImageError, OutputError
 
 LOCKS = (100, 200)
-"""Bytes of the image that QEMU locks: from 100 on one for each permission that it uses, from 200 on one for each that it denies to others."""
+"""Bytes of the image that QEMU locks: from 100 on one for each permission that it uses, from 200 on one for
+each that it denies to others."""
 WRITE_LOCK = (101, 1)
 """Whoever may write has this one."""
 FLOCK = "hhqqi4x"
@@ -55,7 +58,8 @@ def writer_of_open(fd: int) -> str | None:
 
 
 def lock(fd: int) -> bool:
-    """Keep QEMU away from an image that is open for writing, for as long as it is; False where QEMU is there already."""
+    """Keep QEMU away from an image that is open for writing, for as long as it is; False where QEMU is there
+    already."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *LOCKS, 0))
     except OSError as error:
@@ -77,7 +81,8 @@ def refuse(path: str) -> None:
 
 
 def claim(path: str) -> int:
-    """A descriptor of an image that nobody else may change until it is closed, as far as others ask: QEMU does, and for devices the kernel.
+    """A descriptor of an image that nobody else may change until it is closed, as far as others ask: QEMU
+    does, and for devices the kernel.
 
     Raises ImageError where somebody has it already, OutputError where it can't be written.
     """
@@ -87,11 +92,15 @@ def claim(path: str) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if device else 0))
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise ImageError(f"{path}: is in use: it is mounted, or another device lies on it; it is not changed") from error
+            raise ImageError(
+                f"{path}: is in use: it is mounted, or another device lies on it; it is not changed"
+            ) from error
         raise OutputError(f"{path}: can't be changed: {error.strerror}") from error
     if not lock(fd):
         os.close(fd)
-        raise ImageError(f"{path}: is in use: QEMU holds its lock (a running guest or another tool); it is not changed")
+        raise ImageError(
+            f"{path}: is in use: QEMU holds its lock (a running guest or another tool); it is not changed"
+        )
     return fd
 
 
@@ -148,11 +157,14 @@ def _mounted_at(device: os.stat_result) -> str | None:
 
 
 def _loop_of(path: str) -> str | None:
-    """Loop devices are asked for the inode, not their file's name for its inode: what a name leads to may be on a server that is gone."""
+    """Loop devices are asked for the inode, not their file's name for its inode: what a name leads to may be
+    on a server that is gone."""
     about = os.stat(path)
     for entry in glob.glob("/sys/block/loop*/loop/backing_file"):
         device = f"/dev/{entry.split('/')[3]}"
-        if inode_below(device) == (about.st_dev, about.st_ino) or _first_line(entry) == os.path.realpath(path):
+        if inode_below(device) == (about.st_dev, about.st_ino) or _first_line(entry) == os.path.realpath(
+            path
+        ):
             return f"the loop device {device} is set up on it (losetup -d {device} detaches it)"
     return None
 

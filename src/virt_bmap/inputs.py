@@ -1,7 +1,9 @@
-"""The border that saved maps, traces and profiles cross: Parquet files that anyone may have written, as tables that the code behind may trust.
+"""The border that saved maps, traces and profiles cross: Parquet files that anyone may have written, as
+tables that the code behind may trust.
 
-A file may claim a thousand million rows in a kilobyte (run lengths, dictionaries), have columns of other types, nulls where there are none, text that is no
-UTF-8. What passes here has the types of its schema, and no more values than a file of its size can honestly hold.
+A file may claim a thousand million rows in a kilobyte (run lengths, dictionaries), have columns of other
+types, nulls where there are none, text that is no UTF-8. What passes here has the types of its schema, and no
+more values than a file of its size can honestly hold.
 """
 
 import contextlib
@@ -17,7 +19,8 @@ from virt_bmap.pages import Unpacked, unpacked
 
 LIMITS = Unpacked(1 << 25, 256 << 20, 512 << 20), Unpacked(128, 256, 256)
 """What a file may unpack to, and more than that for each of its bytes. Maps of real disks have less than one
-value a byte, the most regular one that can be drawn up (extents of one size side by side, nothing else) has 170. Text counts as if all of it were as long as the longest."""
+value a byte, the most regular one that can be drawn up (extents of one size side by side, nothing else) has
+170. Text counts as if all of it were as long as the longest."""
 
 
 @contextlib.contextmanager
@@ -27,7 +30,15 @@ def reading(path: str, what: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ImageError(f"{path}: can't be read: {error.strerror or 'no such file'}") from error
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         words = next(iter(str(error).splitlines()), type(error).__name__)
         raise MapError(f"{path}: can't be read as {what}: {words}") from error
 
@@ -39,12 +50,17 @@ def open_file(path: str) -> pq.ParquetFile:
     found, size = unpacked(memoryview(data)), len(data)
     for what, count, free, each in zip(Unpacked._fields, found, *LIMITS, strict=True):
         if count > free + each * size:
-            raise ValueError(f"it claims {count:,} {what} in a file of {size:,} bytes: it is damaged, or made to fill the memory")
-    return pq.ParquetFile(pa.BufferReader(data))  # the bytes that were looked at, whatever becomes of the file
+            raise ValueError(
+                f"it claims {count:,} {what} in a file of {size:,} bytes: it is damaged, or made to "
+                "fill the memory"
+            )
+    # the bytes that were looked at, whatever becomes of the file
+    return pq.ParquetFile(pa.BufferReader(data))
 
 
 def rows(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows, row group by row group: Arrow reads dictionaries in lists of no more at a time. Text is UTF-8, and codes are in their dictionaries."""
+    """All rows, row group by row group: Arrow reads dictionaries in lists of no more at a time. Text is
+    UTF-8, and codes are in their dictionaries."""
     groups = [file.read_row_group(number, columns=columns) for number in range(file.num_row_groups)]
     found = pa.concat_tables(groups) if groups else file.schema_arrow.empty_table()
     found = found if columns is None else found.select(columns)
@@ -69,14 +85,17 @@ def sizes(about: dict[str, Any]) -> list[int]:
 
 
 def fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with the columns and types of `schema`, in one piece; ValueError or ArrowException where that can't be."""
+    """The table with the columns and types of `schema`, in one piece; ValueError or ArrowException where that
+    can't be."""
     for field in schema:
         if field.name not in table.column_names:
             if not field.nullable:
                 raise ValueError(f"it has no column {field.name!r}")
             table = table.append_column(field, pa.nulls(len(table), field.type))  # of an older version
     columns = [
-        pa.chunked_array([_fit(chunk, field, field.name) for chunk in table.column(field.name).chunks], field.type)
+        pa.chunked_array(
+            [_fit(chunk, field, field.name) for chunk in table.column(field.name).chunks], field.type
+        )
         for field in schema
     ]
     return pa.Table.from_arrays(columns, schema=schema).unify_dictionaries().combine_chunks()

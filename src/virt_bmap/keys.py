@@ -1,7 +1,9 @@
-"""Passphrases and keys for encrypted volumes, as the user gives them: `SELECTOR:key:STRING`, `SELECTOR:file:FILE`.
+"""Passphrases and keys for encrypted volumes, as the user gives them: `SELECTOR:key:STRING`,
+`SELECTOR:file:FILE`.
 
-The words are those of libguestfs's option --key, and so are the selectors: a device name, a UUID, or `all`. `DEVICE:header:FILE` gives a detached LUKS
-header: only the device's name can tell which one it belongs to, since on the device nothing does.
+The words are those of libguestfs's option --key, and so are the selectors: a device name, a UUID, or `all`.
+`DEVICE:header:FILE` gives a detached LUKS header: only the device's name can tell which one it belongs to,
+since on the device nothing does.
 """
 
 import re
@@ -14,7 +16,8 @@ ALL = "all"
 MAX_KEY_FILE = 8 << 20
 """Bytes of a key file, as cryptsetup limits them."""
 MAX_HEADER_FILE = 256 << 20
-"""Bytes of a file with a LUKS header: two headers of 4 MiB and 128 MiB of key slots are the most that LUKS2 allows."""
+"""Bytes of a file with a LUKS header: two headers of 4 MiB and 128 MiB of key slots are the most that LUKS2
+allows."""
 OPTION = re.compile(r"(.+?)(:key:|:file:|:header:)(.*)", re.DOTALL)
 LUKS_MAGIC = b"LUKS\xba\xbe"
 
@@ -28,7 +31,11 @@ class Keys:
 
     def for_volume(self, name: str, uuid: str) -> list[bytes]:
         """The secrets to try on a volume, the ones meant for it alone first."""
-        own = [secret for selector, secret in self.entries if selector == name or selector.lower() == uuid.lower()]
+        own = [
+            secret
+            for selector, secret in self.entries
+            if selector == name or selector.lower() == uuid.lower()
+        ]
         return own + [secret for selector, secret in self.entries if selector == ALL]
 
     def header_of(self, name: str) -> bytes | None:
@@ -40,7 +47,10 @@ NO_KEYS = Keys()
 
 
 def parse(options: Sequence[str], passphrases: Sequence[bytes] = ()) -> Keys:
-    """The keys of `--key` options, and passphrases to try on every volume. Raises UsageError where one is no option of this kind, ImageError where its file can't be read."""
+    """The keys of `--key` options, and passphrases to try on every volume.
+
+    Raises UsageError where one is no option of this kind, ImageError where its file can't be read.
+    """
     entries, headers = [], []
     for option in options:
         selector, kind, value = _taken_apart(option)
@@ -65,7 +75,8 @@ def _taken_apart(option: str) -> tuple[str, str, str]:
     match = OPTION.fullmatch(option)
     if not match:
         raise UsageError(
-            "a key is given as SELECTOR:key:PASSPHRASE or SELECTOR:file:FILE, a detached header as DEVICE:header:FILE; "
+            "a key is given as SELECTOR:key:PASSPHRASE or SELECTOR:file:FILE, a detached header as "
+            "DEVICE:header:FILE; "
             "SELECTOR is a device, a UUID or 'all'"
         )
     return match[1], match[2], match[3]
@@ -73,7 +84,10 @@ def _taken_apart(option: str) -> tuple[str, str, str]:
 
 def _header(device: str, path: str) -> bytes:
     if not device.startswith("/dev/"):
-        raise UsageError(f"a detached header belongs to one device, and {device!r} is none: give it as /dev/sdb:header:{path}")
+        raise UsageError(
+            f"a detached header belongs to one device, and {device!r} is none: give it as "
+            f"/dev/sdb:header:{path}"
+        )
     data = _content("header file", path, MAX_HEADER_FILE)
     if not data.startswith(LUKS_MAGIC):
         raise ImageError(f"header file {path}: no LUKS header at byte 0")

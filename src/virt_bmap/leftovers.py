@@ -1,10 +1,14 @@
-"""What must not stay behind: temporary files and folders, children, whatever has to be undone. One list, worked off however a command ends.
+"""What must not stay behind: temporary files and folders, children, whatever has to be undone.
 
-A block undoes its own when it ends, well or by an exception. A signal is an exception, too (`signals`), and may strike anywhere, also amid such an
-end: so programs call `undo_all` last, and what undoes may be called twice.
+One list, worked off however a command ends.
 
-What a SIGKILL leaves is known by its name, which is the same in each run, and by the lock (flock(2)) that its owner has no longer: the next run that
-needs the name removes it. A lock lives as long as a process on whatever machine and in whatever container, which numbers of processes do not tell.
+A block undoes its own when it ends, well or by an exception. A signal is an exception, too (`signals`), and
+may strike anywhere, also amid such an end: so programs call `undo_all` last, and what undoes may be called
+twice.
+
+What a SIGKILL leaves is known by its name, which is the same in each run, and by the lock (flock(2)) that its
+owner has no longer: the next run that needs the name removes it. A lock lives as long as a process on
+whatever machine and in whatever container, which numbers of processes do not tell.
 """
 
 import contextlib
@@ -48,33 +52,40 @@ def undo_all() -> None:
             undo()
 
 
-# ---- files and folders ------------------------------------------------------------------------------------------------
+# ---- files and folders -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def hidden_file(target: str) -> Iterator[tuple[str, int]]:
-    """A new empty file beside `target`: (its name, a descriptor). It is removed when the block ends, unless it was renamed until then."""
+    """A new empty file beside `target`: (its name, a descriptor). It is removed when the block ends, unless
+    it was renamed until then."""
     with contextlib.ExitStack() as stack:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        yield _taken(stack, _beside(target), lambda name: os.open(name, flags, 0o666))[:2]  # but what the umask takes
+        # but what the umask takes
+        yield _taken(stack, _beside(target), lambda name: os.open(name, flags, 0o666))[:2]
 
 
 @contextlib.contextmanager
 def hidden_folder(target: str) -> Iterator[str]:
-    """A new folder beside `target`, for files that are to be renamed; removed with all that is in it when the block ends."""
+    """A new folder beside `target`, for files that are to be renamed; removed with all that is in it when the
+    block ends."""
     with contextlib.ExitStack() as stack:
         yield _taken(stack, _beside(target), _new_folder)[0]
 
 
 @contextlib.contextmanager
 def private_folder(where: str | None = None) -> Iterator[str]:
-    """A new folder that only this user can enter, for sockets and the like, in `where` or where temporary files lie; removed when the block ends."""
+    """A new folder that only this user can enter, for sockets and the like, in `where` or where temporary
+    files lie; removed when the block ends."""
     with contextlib.ExitStack() as stack:
-        yield _taken(stack, os.path.join(where or tempfile.gettempdir(), f"{MARK}-{os.geteuid()}"), _new_folder)[0]
+        yield _taken(
+            stack, os.path.join(where or tempfile.gettempdir(), f"{MARK}-{os.geteuid()}"), _new_folder
+        )[0]
 
 
 class Shared(NamedTuple):
-    """A folder that another process may look after: whoever has `lock` open keeps it, and after `leave()` it is not removed here."""
+    """A folder that another process may look after: whoever has `lock` open keeps it, and after `leave()` it
+    is not removed here."""
 
     name: str
     lock: int
@@ -85,7 +96,9 @@ class Shared(NamedTuple):
 def shared_folder(where: str | None = None) -> Iterator[Shared]:
     """As `private_folder`."""
     with contextlib.ExitStack() as stack:
-        name, lock, removal = _taken(stack, os.path.join(where or tempfile.gettempdir(), f"{MARK}-{os.geteuid()}"), _new_folder)
+        name, lock, removal = _taken(
+            stack, os.path.join(where or tempfile.gettempdir(), f"{MARK}-{os.geteuid()}"), _new_folder
+        )
         yield Shared(name, lock, removal.forget)
 
 
@@ -99,9 +112,11 @@ def _new_folder(name: str) -> int:
     return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _taken(stack: contextlib.ExitStack, first: str, make: Callable[[str], int]) -> "tuple[str, int, _Removal]":
-    """Make the first of the names `first`, `first`-1, ... that is free, or whose owner is dead: its name and a locked descriptor, both until `stack` ends,
-    and what removes them then."""
+def _taken(
+    stack: contextlib.ExitStack, first: str, make: Callable[[str], int]
+) -> "tuple[str, int, _Removal]":
+    """Make the first of the names `first`, `first`-1, ... that is free, or whose owner is dead: its name and
+    a locked descriptor, both until `stack` ends, and what removes them then."""
     for number in range(MOST):
         name = f"{first}-{number}" if number else first
         while True:
@@ -118,7 +133,8 @@ def _taken(stack: contextlib.ExitStack, first: str, make: Callable[[str], int]) 
                 return name, file, removal
             if file < 0 and not _reap(name):
                 break  # in use: the next name
-            # else somebody took it for a dead one's in the moment before it was locked, or it was one: once more
+            # else somebody took it for a dead one's in the moment before it was locked, or it was one: once
+            # more
     raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), first)
 
 
@@ -181,7 +197,8 @@ def _locked(file: int) -> bool:
 
 
 def _reap(name: str) -> bool:
-    """Remove what a dead process of this user has left under a name; False where its owner lives, is another user, or can't be told to be dead."""
+    """Remove what a dead process of this user has left under a name; False where its owner lives, is another
+    user, or can't be told to be dead."""
     for mode in (os.O_RDWR, os.O_RDONLY | os.O_DIRECTORY):
         with contextlib.suppress(OSError):
             file = os.open(name, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

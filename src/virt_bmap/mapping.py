@@ -1,12 +1,14 @@
-"""Where a volume's bytes lie in its parents: strided rows, and the one function that follows them, either way.
+"""Where a volume's bytes lie in its parents: strided rows, and the one function that follows them, either
+way.
 
-A row says: for i in [0, count), the `run` bytes of the volume from volume_offset + i * volume_step are the `run` bytes of
-the parent from parent_offset + i * parent_step. A partition is one row with count 1; a RAID0 member is one row; a rotating
-RAID5 repeats its pattern every n stripes. Reading through a volume, descending (volume to parent) and climbing (parent
-to volume) are the same arithmetic with the two sides exchanged, and stripes are never unrolled beyond what is asked for.
+A row says: for i in [0, count), the `run` bytes of the volume from volume_offset + i * volume_step are the
+`run` bytes of the parent from parent_offset + i * parent_step. A partition is one row with count 1; a RAID0
+member is one row; a rotating RAID5 repeats its pattern every n stripes. Reading through a volume, descending
+(volume to parent) and climbing (parent to volume) are the same arithmetic with the two sides exchanged, and
+stripes are never unrolled beyond what is asked for.
 
-A compressed run (an image format's compressed cluster) takes `parent_run` bytes of the parent, in which offsets mean nothing: whatever is asked of
-one side, the answer is the whole run on the other.
+A compressed run (an image format's compressed cluster) takes `parent_run` bytes of the parent, in which
+offsets mean nothing: whatever is asked of one side, the answer is the whole run on the other.
 """
 
 from collections.abc import Callable
@@ -19,8 +21,9 @@ from virt_bmap.arrays import PIECES, Int, Intervals, bounded, expand
 
 DATA, COPY, PARITY, ZERO, COMPRESSED = "data", "copy", "parity", "zero", "compressed"
 ROLES = (DATA, COPY, PARITY, ZERO, COMPRESSED)
-"""data: the bytes themselves, each volume byte once; copy: the same bytes again; parity: computed from them; zero: space kept for bytes that read as zeroes;
-compressed: the bytes, packed. Layers on top of each other have the last of their roles."""
+"""data: the bytes themselves, each volume byte once; copy: the same bytes again; parity: computed from them;
+zero: space kept for bytes that read as zeroes; compressed: the bytes, packed. Layers on top of each other
+have the last of their roles."""
 PACKED = ROLES.index(COMPRESSED)
 
 
@@ -57,7 +60,8 @@ class Rows:
     on_volume: Side
     on_parent: Side
     parent_run: Int | None = None
-    """Bytes that a run takes in the parent, where that is not `run` for every row: only compressed rows may differ."""
+    """Bytes that a run takes in the parent, where that is not `run` for every row: only compressed rows may
+    differ."""
     _index: dict[str, Intervals] = field(default_factory=dict, compare=False)
 
     @staticmethod
@@ -71,7 +75,8 @@ class Rows:
         role = np.fromiter((ROLES.index(row.role) for row in rows), np.int64, n)
         return Rows(
             np.full(n, volume, np.int64), column("parent"), role, column("run"), column("count"),
-            Side(column("volume_offset"), column("volume_step")), Side(column("parent_offset"), column("parent_step")),
+            Side(column("volume_offset"), column("volume_step")),
+            Side(column("parent_offset"), column("parent_step")),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -85,9 +90,11 @@ class Rows:
             return np.concatenate([np.zeros(0, np.int64), *(get(part) for part in parts)])
 
         return Rows(
-            join(lambda r: r.volume), join(lambda r: r.parent), join(lambda r: r.role), join(lambda r: r.run), join(lambda r: r.count),
+            join(lambda r: r.volume), join(lambda r: r.parent), join(lambda r: r.role), join(lambda r: r.run),
+            join(lambda r: r.count),
             Side(join(lambda r: r.on_volume.offset), join(lambda r: r.on_volume.step)),
-            Side(join(lambda r: r.on_parent.offset), join(lambda r: r.on_parent.step)), join(lambda r: r.in_parent),
+            Side(join(lambda r: r.on_parent.offset), join(lambda r: r.on_parent.step)),
+            join(lambda r: r.in_parent),
         )  # fmt: skip
 
     def select(self, keep: np.ndarray) -> "Rows":
@@ -125,7 +132,9 @@ class Rows:
         self, way: str, source: Side, source_run: Int, target: Side, target_run: Int, starts: Int, ends: Int
     ) -> "Pieces":
         if way not in self._index:
-            self._index[way] = Intervals(source.offset, source.offset + (self.count - 1) * source.step + source_run)
+            self._index[way] = Intervals(
+                source.offset, source.offset + (self.count - 1) * source.step + source_run
+            )
         query, row = self._index[way].overlaps(starts, ends)
         start, end, run = starts[query], ends[query], source_run[row]
         offset, step = source.offset[row], np.maximum(source.step[row], 1)
@@ -151,7 +160,8 @@ class Rows:
 
 
 class Groups:
-    """Mapping rows by a number that each of them has, its volume or its parent: sorted once, however many are asked for."""
+    """Mapping rows by a number that each of them has, its volume or its parent: sorted once, however many are
+    asked for."""
 
     def __init__(self, rows: Rows, key: Int) -> None:
         self._rows = rows
@@ -165,8 +175,9 @@ class Groups:
 
 
 class Pieces(NamedTuple):
-    """What became of the queries: `query` and `row` say where a piece comes from; it is `length` bytes at `source` on the
-    side asked about, and `target_length` (the same but for compressed rows) at `target` on the other. A query that no row covers gives no piece."""
+    """What became of the queries: `query` and `row` say where a piece comes from; it is `length` bytes at
+    `source` on the side asked about, and `target_length` (the same but for compressed rows) at `target` on
+    the other. A query that no row covers gives no piece."""
 
     query: Int
     row: Int

@@ -28,17 +28,20 @@ def map_disks(
 ) -> BlockMap:
     """Map images, block devices or NBD URIs as the disks of one machine, /dev/sda, /dev/sdb, ...
 
-    `format`, `references` and `force_share` as for `images.open_image`; `keys` open encrypted volumes; `nested` says which files are disks, too. `watcher` is given the open disks and returns what is called with each volume's name.
-    With `host_offsets` the map counts in bytes of the image files: these are its disks 1, 2, ..., and the guest's disks volumes that lie in them.
-    `asks` is what is wanted beside the map.
-    Raises ImageError where a disk can't be opened or read, FormatError where an image's own tables can't; what is wrong *on* a disk becomes rows of the table
-    `problems`.
+    `format`, `references` and `force_share` as for `images.open_image`; `keys` open encrypted volumes;
+    `nested` says which files are disks, too. `watcher` is given the open disks and returns what is called
+    with each volume's name. With `host_offsets` the map counts in bytes of the image files: these are its
+    disks 1, 2, ..., and the guest's disks volumes that lie in them. `asks` is what is wanted beside the map.
+    Raises ImageError where a disk can't be opened or read, FormatError where an image's own tables can't;
+    what is wrong *on* a disk becomes rows of the table `problems`.
     """
     if host_offsets:
         from virt_bmap.images.host import open_host
 
         with open_host(images, format, references, force_share) as host:
-            return survey_host(host, watcher(host.files) if watcher else lambda _: None, keys, nested, asks)[0]
+            return survey_host(host, watcher(host.files) if watcher else lambda _: None, keys, nested, asks)[
+                0
+            ]
     with open_disks(images, format, references, force_share=force_share) as disks:
         return survey(disks, watcher(disks) if watcher else lambda _: None, keys, nested, asks)
 
@@ -55,7 +58,8 @@ def open_volumes(
     force_share: bool = False,
     asks: Asks = NOTHING_MORE,
 ) -> Iterator[tuple[BlockMap, list[Reader]]]:
-    """Map disks as `map_disks` does, and keep them open: also the reader of each volume, by its number, good until the block ends.
+    """Map disks as `map_disks` does, and keep them open: also the reader of each volume, by its number, good
+    until the block ends.
 
     `status=()`: the readers can also tell what is stored, as far as servers know; see `images.open_image`.
     """

@@ -1,4 +1,7 @@
-"""What a person should know of what is read, though nothing is wrong with it. Programs say it; the library alone says nothing."""
+"""What a person should know of what is read, though nothing is wrong with it.
+
+Programs say it; the library alone says nothing.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator

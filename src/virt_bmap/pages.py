@@ -1,7 +1,7 @@
 """What a Parquet file unpacks to, by its own page headers, before any of it is unpacked.
 
-Run lengths and dictionaries make a thousand million values of a hundred bytes, and a codec gigabytes of a megabyte. The footer may lie of both; what
-is decoded follows the headers of the pages, so these are added up.
+Run lengths and dictionaries make a thousand million values of a hundred bytes, and a codec gigabytes of a
+megabyte. The footer may lie of both; what is decoded follows the headers of the pages, so these are added up.
 
 Sources: apache/parquet-format, parquet.thrift and Encodings.md; the Thrift compact protocol.
 """
@@ -20,7 +20,8 @@ MAX_DEPTH = 16
 
 
 class Unpacked(NamedTuple):
-    """What a file becomes in memory: values, bytes of its pages without their codec, and at most so many bytes of text that dictionaries repeat."""
+    """What a file becomes in memory: values, bytes of its pages without their codec, and at most so many
+    bytes of text that dictionaries repeat."""
 
     values: int
     bytes: int
@@ -79,7 +80,12 @@ def _pages(data: memoryview, meta: dict[int, Any]) -> Iterator[_Page]:
         kind, stored = _number(header, 1), _number(header, 3)
         inner = _structure(header, {DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}.get(kind, 0))
         yield _Page(
-            kind, _number(inner, 1), _number(inner, 4 if kind == DATA_PAGE_V2 else 2), _number(header, 2), thrift.at, stored
+            kind,
+            _number(inner, 1),
+            _number(inner, 4 if kind == DATA_PAGE_V2 else 2),
+            _number(header, 2),
+            thrift.at,
+            stored,
         )
         at = thrift.at + stored
 
@@ -124,7 +130,10 @@ def _list(structure: dict[int, Any], field: int) -> list[dict[int, Any]]:
 
 
 class _Thrift:
-    """A structure of the compact protocol as a dictionary of its fields. Every value takes a byte or more, so it is never larger than its bytes."""
+    """A structure of the compact protocol as a dictionary of its fields.
+
+    Every value takes a byte or more, so it is never larger than its bytes.
+    """
 
     def __init__(self, data: memoryview, at: int) -> None:
         self._data, self.at = data, at

@@ -1,7 +1,8 @@
 """Full paths, joined level by level from the root, only when an output asks for them.
 
-A path is bytes. A name that holds '/' or NUL (damage, or an encrypted name) has these bytes replaced by `\\x2f` and `\\x00`, so that a path
-always splits into its names. What has no name is written in brackets, `[inode 12]`, which no absolute path looks like.
+A path is bytes. A name that holds '/' or NUL (damage, or an encrypted name) has these bytes replaced by
+`\\x2f` and `\\x00`, so that a path always splits into its names. What has no name is written in brackets,
+`[inode 12]`, which no absolute path looks like.
 """
 
 import numpy as np
@@ -12,7 +13,10 @@ from virt_bmap import tables
 from virt_bmap.arrays import Bool, Int, expand, in_order
 
 MAX_DEPTH = 1024
-"""Levels of directories that get a path. A chain of n directories has n * n / 2 names in its paths: a hostile one must end."""
+"""Levels of directories that get a path.
+
+A chain of n directories has n * n / 2 names in its paths: a hostile one must end.
+"""
 
 
 def positions(keys: Int, wanted: Int) -> Int:
@@ -20,7 +24,8 @@ def positions(keys: Int, wanted: Int) -> Int:
     if len(keys) == 0:
         return np.full(len(wanted), -1, np.int64)
     low, high = int(keys.min()), int(keys.max())
-    if low >= 0 and high < 4 * len(keys) + 65536:  # dense numbers, as inodes mostly are: a table beats a search
+    # dense numbers, as inodes mostly are: a table beats a search
+    if low >= 0 and high < 4 * len(keys) + 65536:
         where = np.full(high + 2, -1, np.int64)
         where[keys[::-1]] = np.arange(len(keys) - 1, -1, -1)
         inside = (wanted >= 0) & (wanted <= high)
@@ -32,12 +37,14 @@ def positions(keys: Int, wanted: Int) -> Int:
 
 
 def of_names(names: pa.Table, inodes: pa.Table, root: int) -> pa.Array:
-    """The path of each row of `names` of one volume, as large_binary; null where its directory can't be reached from the root."""
+    """The path of each row of `names` of one volume, as large_binary; null where its directory can't be
+    reached from the root."""
     parent, inode = tables.integers(names, "parent"), tables.integers(names, "inode")
     name = _splittable(names.column("name").combine_chunks().cast(pa.large_binary()))
     is_directory = tables.codes(inodes, "type") == tables.T_DIRECTORY
     directories = tables.integers(inodes, "inode")[is_directory]
-    # a directory's own path comes from the first name that leads to it; hard links to directories do not exist
+    # a directory's own path comes from the first name that leads to it; hard links to directories do not
+    # exist
     row_of = positions(inode, directories)
     parent_at = positions(directories, parent)
     inode_at = positions(directories, inode)
@@ -68,7 +75,8 @@ def of_names(names: pa.Table, inodes: pa.Table, root: int) -> pa.Array:
 
 
 def lists(names: pa.Table, path: pa.Array, wanted: Int) -> pa.Array:
-    """For each wanted inode the list of its paths, from `path` (of_names) or, where the directory is not known, the bare name."""
+    """For each wanted inode the list of its paths, from `path` (of_names) or, where the directory is not
+    known, the bare name."""
     inode = tables.integers(names, "inode")
     order = np.argsort(inode, kind="stable")
     low, high = (np.searchsorted(inode[order], wanted, side) for side in ("left", "right"))
@@ -82,7 +90,8 @@ def lists(names: pa.Table, path: pa.Array, wanted: Int) -> pa.Array:
 class Climb:
     """Paths of a few inodes of one volume: from each name up to the root, by searches in sorted columns.
 
-    The answers are the first that `of_names` knows of each inode; the cost follows what is asked for, not what the volume holds.
+    The answers are the first that `of_names` knows of each inode; the cost follows what is asked for, not
+    what the volume holds.
     """
 
     def __init__(self, names: pa.Table, inodes: pa.Table, root: int) -> None:
@@ -111,13 +120,20 @@ class Climb:
             chain = self._chain(found)
         joined = self._joined(chain)
         root = (wanted == self._root) & (chain[-1] < 0)
-        return pc.if_else(pa.array(root), pa.scalar(b"/", pa.large_binary()), joined) if root.any() else joined
+        return (
+            pc.if_else(pa.array(root), pa.scalar(b"/", pa.large_binary()), joined) if root.any() else joined
+        )
 
     def _chain(self, rows: Int) -> list[Int]:
-        """The rows of names on the way up from each row, a level at a time, -1 above the root; the last array is 0 where the root was reached, else -1."""
+        """The rows of names on the way up from each row, a level at a time, -1 above the root; the last array
+        is 0 where the root was reached, else -1."""
         levels, at, reached = [rows], rows, np.full(len(rows), -1, np.int64)
         for _ in range(MAX_DEPTH + 1):
-            parent = np.where(at >= 0, self._parent[at], -1) if len(self._parent) else np.full(len(at), -1, np.int64)
+            parent = (
+                np.where(at >= 0, self._parent[at], -1)
+                if len(self._parent)
+                else np.full(len(at), -1, np.int64)
+            )
             known = (at >= 0) & contains(self._directories, parent)
             reached[known & (parent == self._root)] = 0
             up = np.searchsorted(self._inode, parent)
@@ -136,7 +152,9 @@ class Climb:
         path = pa.repeat(nothing, len(reached))
         for rows in levels:
             climbing = pa.array(rows >= 0)
-            name = _splittable(self._name.take(pa.array(rows, mask=rows < 0)).cast(pa.large_binary())).fill_null(b"")
+            name = _splittable(
+                self._name.take(pa.array(rows, mask=rows < 0)).cast(pa.large_binary())
+            ).fill_null(b"")
             path = pc.binary_join_element_wise(pc.if_else(climbing, slash, nothing), name, path, nothing)
         return pc.if_else(pa.array(reached >= 0), path, pa.scalar(None, pa.large_binary()))
 

@@ -1,6 +1,8 @@
-"""The one door to a terminal: whatever words come from (disks, files beside them, other programs), no letter that a terminal would obey gets out.
+"""The one door to a terminal: whatever words come from (disks, files beside them, other programs), no letter
+that a terminal would obey gets out.
 
-Names are escaped where they are made text, reversibly (`outputs/escape.py`); this is the wall behind that, for what was forgotten or never was a name.
+Names are escaped where they are made text, reversibly (`outputs/escape.py`); this is the wall behind that,
+for what was forgotten or never was a name.
 """
 
 import json
@@ -9,7 +11,8 @@ import sys
 from typing import Any, TextIO
 
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and newline, separators of lines, bidirectional overrides, and what was no UTF-8."""
+"""Control characters but tab and newline, separators of lines, bidirectional overrides, and what was no
+UTF-8."""
 
 
 def printable(text: str) -> str:
@@ -20,7 +23,9 @@ def printable(text: str) -> str:
 def _bytes(match: re.Match[str]) -> str:
     return "".join(
         f"\\x{byte:02x}"
-        for byte in match[0].encode(errors="surrogateescape" if "\udc80" <= match[0] <= "\udcff" else "surrogatepass")
+        for byte in match[0].encode(
+            errors="surrogateescape" if "\udc80" <= match[0] <= "\udcff" else "surrogatepass"
+        )
     )
 
 

@@ -1,7 +1,9 @@
-"""The programs that we start: found in folders of the search path that have full names, and Python without the folder that we happen to stand in.
+"""The programs that we start: found in folders of the search path that have full names, and Python without
+the folder that we happen to stand in.
 
-People work in folders of extracted evidence, often as root. There an empty or relative entry of PATH would run a program of the evidence, and `python -m` would
-import its `json.py`. What a user's own environment does to our own interpreter (PYTHONPATH) or to the command that `watch` runs is not our business.
+People work in folders of extracted evidence, often as root. There an empty or relative entry of PATH would
+run a program of the evidence, and `python -m` would import its `json.py`. What a user's own environment does
+to our own interpreter (PYTHONPATH) or to the command that `watch` runs is not our business.
 
 Sources: environ(7); Python's documentation of -I and of `sys.path`.
 """
@@ -42,8 +44,12 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def python(module: str, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:
-    """The command line that runs `main` of one of our modules in a Python of its own, which imports from where we do, but not from the current folder."""
+    """The command line that runs `main` of one of our modules in a Python of its own, which imports from
+    where we do, but not from the current folder."""
     ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     places = [place for place in sys.path if os.path.isabs(place) and place != os.getcwd()]
-    code = f"import sys; sys.path[:] = {[*places, *([] if ours in places else [ours])]!r}; from {module} import main; main()"
+    code = (
+        f"import sys; sys.path[:] = {[*places, *([] if ours in places else [ours])]!r}; from {module} "
+        "import main; main()"
+    )
     return [sys.executable, "-I", *options, "-c", code, *arguments]

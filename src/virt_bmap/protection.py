@@ -1,8 +1,9 @@
 """What a command reads it does not overwrite, and what is none of our results it replaces only when told so.
 
-A command line is asked once, before anything is done: its arguments say by their type what they are (`commands/paths.py`). What turns out later to be read,
-such as a backing file, is noted when it is opened, and asked again by whoever opens an output (`outputs/files.py`). A program that uses the library
-knows by itself what it writes, so all this is for the time of a command only.
+A command line is asked once, before anything is done: its arguments say by their type what they are
+(`commands/paths.py`). What turns out later to be read, such as a backing file, is noted when it is opened,
+and asked again by whoever opens an output (`outputs/files.py`). A program that uses the library knows by
+itself what it writes, so all this is for the time of a command only.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ STREAMS = {1: "standard output", 2: "standard error"}
 
 
 class Output(NamedTuple):
-    """A file to write. `ours`: is what is there such a result already, which may be replaced without a word? None: nothing is."""
+    """A file to write. `ours`: is what is there such a result already, which may be replaced without a word?
+    None: nothing is."""
 
     path: str
     ours: Callable[[str], bool] | None
@@ -66,7 +68,8 @@ def writes(path: str, ours: Callable[[str], bool] | None) -> None:
 
 
 def check(force: bool) -> None:
-    """Raises UsageError where an output would overwrite what is read, or, without `force`, what is no result of ours; OutputError where somebody uses it."""
+    """Raises UsageError where an output would overwrite what is read, or, without `force`, what is no result
+    of ours; OutputError where somebody uses it."""
     if not _command:
         return
     for number, name in STREAMS.items():
@@ -94,7 +97,10 @@ def refuse(about: os.stat_result, name: str) -> None:
         return
     for read, what in _command.reads if _command else ():
         if overlap(about, read):
-            raise UsageError(f"{name}: would overwrite {'the file' if what == name else what} that is read; name another file")
+            raise UsageError(
+                f"{name}: would overwrite {'the file' if what == name else what} that is read; name "
+                "another file"
+            )
 
 
 def _refuse_twice(output: Output, others: list[Output]) -> None:
@@ -103,21 +109,30 @@ def _refuse_twice(output: Output, others: list[Output]) -> None:
         with contextlib.suppress(OSError):
             mode = os.stat(output.path).st_mode if os.path.exists(output.path) else stat.S_IFREG
             if not stat.S_ISCHR(mode) and os.path.realpath(output.path) == os.path.realpath(other.path):
-                raise UsageError(f"{output.path}: is named for two results; name another file for one of them")
+                raise UsageError(
+                    f"{output.path}: is named for two results; name another file for one of them"
+                )
 
 
 def _refuse_others(output: Output, about: os.stat_result, force: bool) -> None:
-    """UsageError where something of value is there, without `force`; with it, OutputError where somebody uses that."""
+    """UsageError where something of value is there, without `force`; with it, OutputError where somebody uses
+    that."""
     path = output.path
     if stat.S_ISREG(about.st_mode):
         if output.ours and (not about.st_size or output.ours(path)):
             return
-        what = "exists already" if output.ours is None else "exists already, and is no result of virt-bmap that this one replaces"
+        what = (
+            "exists already"
+            if output.ours is None
+            else "exists already, and is no result of virt-bmap that this one replaces"
+        )
     elif stat.S_ISBLK(about.st_mode):
         what = "is a block device"
     else:
         return
     if not force:
-        raise UsageError(f"{path}: {what}; --force {'overwrites' if stat.S_ISBLK(about.st_mode) else 'replaces'} it")
+        raise UsageError(
+            f"{path}: {what}; --force {'overwrites' if stat.S_ISBLK(about.st_mode) else 'replaces'} it"
+        )
     if reason := in_use.user_of(path):
         raise OutputError(f"{path}: is in use: {reason}; it is not replaced")

@@ -10,7 +10,10 @@ _FALLOCATE = getattr(_LIBC, "fallocate64", None) or getattr(_LIBC, "fallocate", 
 
 
 def punch(fd: int, offset: int, length: int) -> None:
-    """Free [offset, offset + length) of an open file, which reads as zeroes then. Raises OSError, with EOPNOTSUPP where the filesystem can't."""
+    """Free [offset, offset + length) of an open file, which reads as zeroes then.
+
+    Raises OSError, with EOPNOTSUPP where the filesystem can't.
+    """
     if _FALLOCATE is None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE

@@ -1,7 +1,8 @@
 """Lists of byte ranges that other tools write: what was bad, changed or allocated, as arrays.
 
-Each format has a small parser of its own; which one reads a file is found by its content. Logs of accesses are read by `virt_bmap.logs`. Sources: GNU ddrescue manual, "Mapfile structure"; nbdinfo(1),
---map; qemu-img(1), map; badblocks(8), -o.
+Each format has a small parser of its own; which one reads a file is found by its content. Logs of accesses
+are read by `virt_bmap.logs`. Sources: GNU ddrescue manual, "Mapfile structure"; nbdinfo(1), --map;
+qemu-img(1), map; badblocks(8), -o.
 """
 
 import json
@@ -24,15 +25,20 @@ STATUSES = "?*/-+"
 CURRENT = STATUSES + "FG"
 """What its first line may say that it was doing; F and G: filling, generating."""
 ROUNDING = 4096
-"""Tools count in blocks: the last range may reach this far behind the end of a disk that does not fill its last one."""
-KNOWN = "a ddrescue map, offset,length lines, nbdinfo --map or qemu-img map --output=json output, a badblocks list, or a log of accesses (blkparse, fio, nbdkit, QEMU)"
+"""Tools count in blocks: the last range may reach this far behind the end of a disk that does not fill its
+last one."""
+KNOWN = (
+    "a ddrescue map, offset,length lines, nbdinfo --map or qemu-img map --output=json output, a "
+    "badblocks list, or a log of accesses (blkparse, fio, nbdkit, QEMU)"
+)
 
 Entry = tuple[int, int, int]
 """(line or entry number, first byte, bytes)"""
 
 
 class Ranges(NamedTuple):
-    """Ranges [starts[i], ends[i]) in bytes, in the order of the file; `at` says in which of its lines or entries (`unit`) each was."""
+    """Ranges [starts[i], ends[i]) in bytes, in the order of the file; `at` says in which of its lines or
+    entries (`unit`) each was."""
 
     source: str
     format: str
@@ -42,12 +48,16 @@ class Ranges(NamedTuple):
     at: Int
 
     def inside(self, size: int, device: str) -> tuple[Int, Int]:
-        """The ranges cut to a disk of `size` bytes. MapError where one lies behind its end: then the list is another disk's."""
+        """The ranges cut to a disk of `size` bytes.
+
+        MapError where one lies behind its end: then the list is another disk's.
+        """
         bad = np.flatnonzero((self.starts >= size) | (self.ends > size + ROUNDING))
         if len(bad):
             first = int(bad[0])
             raise MapError(
-                f"{self.source}: {self.unit} {self.at[first]}: bytes {self.starts[first]:#x}-{self.ends[first]:#x} lie behind the end of {device}, "
+                f"{self.source}: {self.unit} {self.at[first]}: bytes "
+                f"{self.starts[first]:#x}-{self.ends[first]:#x} lie behind the end of {device}, "
                 f"which has {size:#x} bytes: it is a list of another disk"
             )
         return self.starts, np.minimum(self.ends, size)
@@ -63,8 +73,9 @@ def parse(
 ) -> Ranges:
     """The ranges in a file's content; `source` is its name for messages.
 
-    `status` says which of ddrescue's blocks are meant, `block_size` what a badblocks list counts in, `op` which accesses of a log (None: all that have bytes), `device` whose.
-    Raises MapError, with the line, where the content is malformed.
+    `status` says which of ddrescue's blocks are meant, `block_size` what a badblocks list counts in, `op`
+    which accesses of a log (None: all that have bytes), `device` whose. Raises MapError, with the line, where
+    the content is malformed.
     """
     found = _of_log(data, source, op, device) or _of_list(data, source, status, block_size)
     for option, given, meant in (
@@ -111,7 +122,8 @@ def _of_list(data: bytes, source: str, status: str | None, block_size: int | Non
 
 
 DDRESCUE, CSV, NBDINFO, BADBLOCKS, LOG, EMPTY = (
-    "a ddrescue map", "offset,length lines", "nbdinfo --map output", "a list of block numbers", "a log of accesses", "empty",
+    "a ddrescue map", "offset,length lines", "nbdinfo --map output", "a list of block numbers",
+    "a log of accesses", "empty",
 )  # fmt: skip
 
 
@@ -131,16 +143,21 @@ def _format_of(lines: list[tuple[int, str]], source: str, says_ddrescue: bool) -
         return BADBLOCKS
     if line.startswith("Offset") and "Mapped to" in line:
         raise MapError(
-            f"{source}: is qemu-img map's table for people, which leaves out what is not data in a file: use --output=json"
+            f"{source}: is qemu-img map's table for people, which leaves out what is not data in a "
+            "file: use --output=json"
         )
     if len(words) >= 3 and words[1].endswith("%"):
-        raise MapError(f"{source}: is the output of nbdinfo --map --totals, which has no offsets: use --map alone")
+        raise MapError(
+            f"{source}: is the output of nbdinfo --map --totals, which has no offsets: use --map alone"
+        )
     if len(words) >= 3 and all(word.isdigit() for word in words[:3]):
         return NBDINFO
     raise MapError(f"{source}: line {number}: {line[:60]!r} is of no known format; expected {KNOWN}")
 
 
-def _entries(name: str, lines: list[tuple[int, str]], source: str, status: str | None, block_size: int | None) -> Iterator[Entry]:
+def _entries(
+    name: str, lines: list[tuple[int, str]], source: str, status: str | None, block_size: int | None
+) -> Iterator[Entry]:
     if name == DDRESCUE:
         return _ddrescue(lines, source, BAD if status is None else _statuses(status))
     if name == CSV:
@@ -150,7 +167,8 @@ def _entries(name: str, lines: list[tuple[int, str]], source: str, status: str |
     if name == BADBLOCKS:
         if block_size is None:
             raise UsageError(
-                f"{source}: is a list of block numbers: --block-size must say of how many bytes (badblocks counts in 1024 without -b)"
+                f"{source}: is a list of block numbers: --block-size must say of how many bytes "
+                "(badblocks counts in 1024 without -b)"
             )
         return _badblocks(lines, source, block_size)
     return iter(())
@@ -160,7 +178,9 @@ def _ranges(source: str, name: str, unit: str, entries: Iterator[Entry]) -> Rang
     at, starts, lengths = [], [], []
     for number, start, length in entries:
         if start + length >= LIMIT:
-            raise MapError(f"{source}: {unit} {number}: the range ends behind byte 2**63, where no disk reaches")
+            raise MapError(
+                f"{source}: {unit} {number}: the range ends behind byte 2**63, where no disk reaches"
+            )
         if length:
             at.append(number)
             starts.append(start)
@@ -172,7 +192,7 @@ def _malformed(source: str, number: int, line: str, expected: str) -> MapError:
     return MapError(f"{source}: line {number}: {line[:60]!r} is not {expected}")
 
 
-# ---- GNU ddrescue -----------------------------------------------------------------------------------------------------
+# ---- GNU ddrescue ------------------------------------------------------------------------------------------
 
 _NUMBER = r"(?:0[xX][0-9a-fA-F]{1,16}|[0-9]{1,22})"
 """No longer than 64 bits are in octal: Python refuses to read numbers of thousands of digits."""
@@ -194,7 +214,9 @@ def _ddrescue(lines: list[tuple[int, str]], source: str, wanted: str) -> Iterato
     for number, line in lines[1:]:
         match = _BLOCK.fullmatch(line)
         if not match:
-            raise _malformed(source, number, line, f"a block of a ddrescue map: position, size, and one of {STATUSES}")
+            raise _malformed(
+                source, number, line, f"a block of a ddrescue map: position, size, and one of {STATUSES}"
+            )
         if match[3] in wanted:
             yield number, _c_number(match[1], source, number), _c_number(match[2], source, number)
 
@@ -207,7 +229,7 @@ def _c_number(text: str, source: str, line: int) -> int:
         raise _malformed(source, line, text, "a number as in C (a leading 0 is octal)") from None
 
 
-# ---- the others -------------------------------------------------------------------------------------------------------
+# ---- the others --------------------------------------------------------------------------------------------
 
 _PAIR = re.compile(rf"({_NUMBER})\s*,\s*({_NUMBER})")
 _HEADER = re.compile(r"(?:offset|start)\s*,\s*(?:length|size)", re.IGNORECASE)
@@ -217,7 +239,9 @@ def _csv(lines: list[tuple[int, str]], source: str) -> Iterator[Entry]:
     for number, line in lines[1:] if _HEADER.fullmatch(lines[0][1]) else lines:
         match = _PAIR.fullmatch(line)
         if not match:
-            raise _malformed(source, number, line, "offset,length: two numbers of bytes, decimal or 0x hexadecimal")
+            raise _malformed(
+                source, number, line, "offset,length: two numbers of bytes, decimal or 0x hexadecimal"
+            )
         yield number, *(int(text, 16 if text[1:2] in ("x", "X") else 10) for text in match.groups())  # type: ignore[misc]
 
 
@@ -237,7 +261,9 @@ def _nbdinfo(lines: list[tuple[int, str]], source: str) -> Iterator[Entry]:
     for number, line in lines:
         match = _EXTENT.fullmatch(line)
         if not match:
-            raise _malformed(source, number, line, "an extent of nbdinfo --map: offset, length, type, description")
+            raise _malformed(
+                source, number, line, "an extent of nbdinfo --map: offset, length, type, description"
+            )
         if _means(int(match[3]), match[4] or ""):
             yield number, int(match[1]), int(match[2])
 
@@ -252,11 +278,13 @@ WORDS = {
     "clean": False,
     "absent": False,
 }
-"""The descriptions of base:allocation, of dirty bitmaps and of allocation depths: is that what one asks about?"""
+"""The descriptions of base:allocation, of dirty bitmaps and of allocation depths: is that what one asks
+about?"""
 
 
 def _means(type: int, description: str) -> bool:
-    """Is an extent data, dirty, or allocated in the image itself? Of contexts that nbdinfo has no words for, every type but 0."""
+    """Is an extent data, dirty, or allocated in the image itself? Of contexts that nbdinfo has no words for,
+    every type but 0."""
     return WORDS.get(description.strip(), type != 0 and not description.startswith("backing depth"))
 
 
@@ -271,13 +299,15 @@ def _json(text: str, source: str) -> Iterator[Entry]:
         raise MapError(f"{source}: line 1: is nested too deeply to be a list of extents") from None
     if not isinstance(found, list):
         raise MapError(
-            f"{source}: line 1: is a JSON object; expected the array of extents of nbdinfo --map --json or qemu-img map --output=json"
+            f"{source}: line 1: is a JSON object; expected the array of extents of nbdinfo --map "
+            "--json or qemu-img map --output=json"
         )
     for number, extent in enumerate(found, 1):
         entry = _json_entry(extent)
         if entry is None:
             raise MapError(
-                f"{source}: entry {number}: {json.dumps(extent)[:80]} is no extent of nbdinfo --map --json (offset, length, type) "
+                f"{source}: entry {number}: {json.dumps(extent)[:80]} is no extent of nbdinfo --map "
+                "--json (offset, length, type) "
                 "or qemu-img map --output=json (start, length, depth, data)"
             )
         wanted, start, length = entry
@@ -286,16 +316,27 @@ def _json(text: str, source: str) -> Iterator[Entry]:
 
 
 def _json_entry(extent: Any) -> tuple[bool, int, int] | None:
-    """(is it meant?, first byte, bytes); None where it is no extent. Of a qemu-img map: data in the image itself, not in its backing files."""
+    """(is it meant?, first byte, bytes); None where it is no extent.
+
+    Of a qemu-img map: data in the image itself, not in its backing files.
+    """
     if not isinstance(extent, dict):
         return None
     if "start" in extent:
         start, length, depth = (_natural(extent.get(key)) for key in ("start", "length", "depth"))
         meant = extent.get("data")
-        return (meant and depth == 0, start, length) if isinstance(meant, bool) and min(start, length, depth) >= 0 else None
+        return (
+            (meant and depth == 0, start, length)
+            if isinstance(meant, bool) and min(start, length, depth) >= 0
+            else None
+        )
     start, length, type = (_natural(extent.get(key)) for key in ("offset", "length", "type"))
     words = extent.get("description", "")
-    return (_means(type, words), start, length) if isinstance(words, str) and min(start, length, type) >= 0 else None
+    return (
+        (_means(type, words), start, length)
+        if isinstance(words, str) and min(start, length, type) >= 0
+        else None
+    )
 
 
 def _natural(value: Any) -> int:

@@ -1,7 +1,8 @@
 """Random access to the bytes of a disk or volume, always asked for in batches.
 
-A `Reader` has a size and reads many ranges in one call; the batch is sorted, exact neighbours are merged, and what is left
-goes to the backend as one request, which may keep all of it in flight. A format that walks a tree asks for a whole level at once.
+A `Reader` has a size and reads many ranges in one call; the batch is sorted, exact neighbours are merged, and
+what is left goes to the backend as one request, which may keep all of it in flight. A format that walks a
+tree asks for a whole level at once.
 """
 
 import threading
@@ -20,19 +21,23 @@ from virt_bmap.mapping import DATA, ROLES, Rows, Side
 from virt_bmap.threads import ahead
 
 HEAD = 128 << 10
-"""Bytes at the start of every volume that are read once and kept: all magic numbers but md's and GPT's copies lie there."""
+"""Bytes at the start of every volume that are read once and kept: all magic numbers but md's and GPT's copies
+lie there."""
 TAIL = 128 << 10
 """Likewise at the end: the backup GPT's header, md 0.90 (up to 128 KiB from the end) and 1.0."""
 UNIT = 4096
 """What is given up where reading fails: the sector of most disks, and a page of the others."""
 MAX_FAILED = 1024
-"""Reads of one batch that may fail before the rest of what fails is given up whole: each can take a disk seconds."""
+"""Reads of one batch that may fail before the rest of what fails is given up whole: each can take a disk
+seconds."""
 
 
 HOLE = 64 << 10
-"""Holes that are shorter are read with what lies around them: each piece costs as much as some thousand bytes."""
+"""Holes that are shorter are read with what lies around them: each piece costs as much as some thousand
+bytes."""
 CLAIM_FREE, CLAIM_STORED = 64 << 20, 4
-"""Bytes of tables that a volume may make us hold at once: this many, and so many times what is really stored of it. What claims more lies in holes, or over itself."""
+"""Bytes of tables that a volume may make us hold at once: this many, and so many times what is really stored
+of it. What claims more lies in holes, or over itself."""
 
 
 class Reader:
@@ -65,11 +70,17 @@ class Reader:
         return self
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
-        """The ranges one after the other. They are sorted, not empty, inside the volume and never touch or overlap."""
+        """The ranges one after the other.
+
+        They are sorted, not empty, inside the volume and never touch or overlap.
+        """
         raise NotImplementedError
 
     def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes at `offset`. Raises Corrupt where the range leaves the volume, ImageError where reading fails."""
+        """`length` bytes at `offset`.
+
+        Raises Corrupt where the range leaves the volume, ImageError where reading fails.
+        """
         kept = self._kept(offset, offset + length) if 0 <= offset <= offset + length <= self.size else None
         return (self.read_ranges(ints(offset), ints(length)) if kept is None else kept).tobytes()
 
@@ -83,10 +94,12 @@ class Reader:
         return self.read_ranges(offsets, np.full(len(offsets), size, np.int64)).reshape(len(offsets), size)
 
     def batches(self, offsets: Int, size: int, most: int, copied: int = 0) -> Iterator[tuple[slice, Bytes]]:
-        """(which of the offsets, their blocks) as `read_blocks` gives them, in batches of up to `most` bytes; the next one is read while this one is looked at.
+        """(which of the offsets, their blocks) as `read_blocks` gives them, in batches of up to `most` bytes;
+        the next one is read while this one is looked at.
 
-        Who is done with a batch nearly as soon as it is read gives `copied`: so many bytes at a time, one batch after the other, where reading is
-        no more than a copy. They are looked at while the processor's own cache holds them, which is worth more than a second thread.
+        Who is done with a batch nearly as soon as it is read gives `copied`: so many bytes at a time, one
+        batch after the other, where reading is no more than a copy. They are looked at while the processor's
+        own cache holds them, which is worth more than a second thread.
         """
         alone = self.near and copied > 0
         step = max(1, (copied if alone else most) // size)
@@ -98,10 +111,11 @@ class Reader:
         return self.read_blocks(offsets[part], size)
 
     def read_ranges(self, offsets: Int, lengths: Int) -> Bytes:
-        """Any ranges, in any order, one after the other in one flat uint8 array; each byte of the disk is asked for once.
+        """Any ranges, in any order, one after the other in one flat uint8 array; each byte of the disk is
+        asked for once.
 
-        Raises Corrupt where a range leaves the volume: readers check numbers from the disk first if they want rows in
-        `problems` instead.
+        Raises Corrupt where a range leaves the volume: readers check numbers from the disk first if they want
+        rows in `problems` instead.
         """
         offsets, lengths = ints(offsets), ints(lengths)
         self._check_inside(offsets, lengths)
@@ -137,7 +151,8 @@ class Reader:
         if outside.any():
             bad = int(np.flatnonzero(outside)[0])
             raise Corrupt(
-                f"{self.name}: bytes {offsets[bad]:#x}+{lengths[bad]:#x} lie outside the volume, which ends at "
+                f"{self.name}: bytes {offsets[bad]:#x}+{lengths[bad]:#x} lie outside the volume, "
+                    "which ends at "
                 f"{self.size:#x}: it is truncated, or its metadata is damaged",
                 int(offsets[bad]), "outside",
             )  # fmt: skip
@@ -168,7 +183,8 @@ class Reader:
         return None
 
     def lost(self, starts: Int, ends: Int) -> Lost:
-        """What of these ranges, sorted and apart, can't be had and reads as zeroes, or as the best that there is: nothing, where `whole`."""
+        """What of these ranges, sorted and apart, can't be had and reads as zeroes, or as the best that there
+        is: nothing, where `whole`."""
         return NOTHING
 
     @property
@@ -177,7 +193,8 @@ class Reader:
         return True
 
     def read_known(self, offsets: Int, lengths: Int) -> tuple[Bytes, Lost]:
-        """Ranges as `read_ranges` gives them, with what of them can't be had, which is zeroes then: missing, wrong in every copy, unreadable, behind the end."""
+        """Ranges as `read_ranges` gives them, with what of them can't be had, which is zeroes then: missing,
+        wrong in every copy, unreadable, behind the end."""
         offsets, lengths = ints(offsets), ints(lengths)
         inside = np.clip(self.size - offsets, 0, lengths)
         parts = [Lost.of(union(np.maximum(offsets, self.size), offsets + lengths), lost.BEHIND)]
@@ -197,11 +214,14 @@ class Reader:
             data = data if data.flags.writeable else data.copy()
             query, row = found.within(offsets, offsets + lengths)
             place = (np.cumsum(lengths) - lengths)[query] + row.starts - offsets[query]
-            scatter(data, place, row.ends - row.starts, np.zeros(int((row.ends - row.starts).sum()), np.uint8))
+            scatter(
+                data, place, row.ends - row.starts, np.zeros(int((row.ends - row.starts).sum()), np.uint8)
+            )
         return data, found
 
     def _salvaged(self, offsets: Int, lengths: Int) -> tuple[Bytes, tuple[Int, Int]]:
-        """(bytes, ranges that reading fails for): what fails is read again in halves, down to pieces of UNIT, while there were fewer than MAX_FAILED failures."""
+        """(bytes, ranges that reading fails for): what fails is read again in halves, down to pieces of UNIT,
+        while there were fewer than MAX_FAILED failures."""
         data, failed = np.zeros(int(lengths.sum()), np.uint8), 0
         bad: list[tuple[Int, Int]] = [(EMPTY, EMPTY)]
         todo = [(offsets, lengths, np.cumsum(lengths) - lengths)]
@@ -216,48 +236,64 @@ class Reader:
                 bad.append((low, low + length))
                 continue
             if len(low) == 1:  # at a border of a unit
-                cut = max((int(low[0]) + int(length[0]) // 2) // UNIT * UNIT - int(low[0]), min(UNIT, int(length[0]) - 1))
+                cut = max(
+                    (int(low[0]) + int(length[0]) // 2) // UNIT * UNIT - int(low[0]),
+                    min(UNIT, int(length[0]) - 1),
+                )
                 low, length = ints([low[0], low[0] + cut]), ints([cut, length[0] - cut])
                 place = ints([place[0], place[0] + cut])
             half = len(low) // 2
             todo += [(low[part], length[part], place[part]) for part in (slice(half, None), slice(half))]
-        return data, union(np.concatenate([pair[0] for pair in bad]), np.concatenate([pair[1] for pair in bad]))
+        return data, union(
+            np.concatenate([pair[0] for pair in bad]), np.concatenate([pair[1] for pair in bad])
+        )
 
     def forget_ends(self) -> None:
         """Give back the memory of the head and tail; who asks for them again waits again."""
         self._ends = None
 
     def stored(self) -> tuple[Int, Int]:
-        """(starts, ends) of what may hold anything but zeroes, sorted and merged, as far as that can be told without reading."""
+        """(starts, ends) of what may hold anything but zeroes, sorted and merged, as far as that can be told
+        without reading."""
         return ints(0), ints(self.size)
 
     @cached_property
     def bottom(self) -> frozenset["Reader"]:
         """The readers at the bottom of all layers, each once however often the layers lead to it."""
-        return frozenset(bottom for reader in self.below for bottom in reader.bottom) if self.below else frozenset([self])
+        return (
+            frozenset(bottom for reader in self.below for bottom in reader.bottom)
+            if self.below
+            else frozenset([self])
+        )
 
     @cached_property
     def stored_bytes(self) -> int:
-        """At most so many bytes are stored of this: those of all that lies below, if it has no own. Layers that show one byte a thousand times have it once."""
+        """At most so many bytes are stored of this: those of all that lies below, if it has no own.
+
+        Layers that show one byte a thousand times have it once.
+        """
         if self.below:
             return min(self.size, sum(reader.stored_bytes for reader in self.bottom))
         starts, ends = self.stored()
         return int((ends - starts).sum())
 
     def afford(self, claimed: int, what: str) -> None:
-        """Corrupt where `what` claims so many bytes of tables, to be held together, and nothing like that is stored.
+        """Corrupt where `what` claims so many bytes of tables, to be held together, and nothing like that is
+        stored.
 
-        Every number of a disk that sets the size of an array passes here first, unless what was read has as many records. What is stored is
-        asked only where much is claimed: a file's holes cost a call each.
+        Every number of a disk that sets the size of an array passes here first, unless what was read has as
+        many records. What is stored is asked only where much is claimed: a file's holes cost a call each.
         """
         if claimed > CLAIM_FREE and claimed > CLAIM_FREE + CLAIM_STORED * self.stored_bytes:
             raise Corrupt(
-                f"{self.name}: {what} would take {claimed:,} bytes, but only {self.stored_bytes:,} are stored: they lie in holes, or over each other",
+                f"{self.name}: {what} would take {claimed:,} bytes, but only {self.stored_bytes:,} "
+                    "are stored: they lie in holes, or over each other",
                 None, "holes",
             )  # fmt: skip
 
     def spans(self, starts: Int, lengths: Int) -> tuple[Int, Int]:
-        """(starts, ends) of what may hold anything but zeroes of the stream that these ranges make one after the other; gaps are at least HOLE long.
+        """(starts, ends) of what may hold anything but zeroes of the stream that these ranges make one after
+        the other; gaps are at least HOLE long.
 
         What is stored is asked only where the ranges are long together.
         """
@@ -267,21 +303,26 @@ class Reader:
             return union(ints(0), ints(count))
         stored = Intervals(*self.stored())
         row, part = stored.overlaps(starts, starts + lengths)
-        low, high = np.maximum(starts[row], stored.starts[part]), np.minimum((starts + lengths)[row], stored.ends[part])
+        low = np.maximum(starts[row], stored.starts[part])
+        high = np.minimum((starts + lengths)[row], stored.ends[part])
         self.afford(int((high - low).sum()), "what is read of a table")
         move = (place - starts)[row]
         return union((low + move) // UNIT * UNIT, np.minimum(count, -(-(high + move) // UNIT) * UNIT), HOLE)
 
     def held(self, starts: Int, lengths: Int, most: int) -> Iterator[tuple[int, Bytes]]:
-        """(place in the stream that these ranges make, bytes) of what may hold anything but zeroes, in order, up to `most` bytes each. What is left out is zeroes.
+        """(place in the stream that these ranges make, bytes) of what may hold anything but zeroes, in order,
+        up to `most` bytes each. What is left out is zeroes.
 
-        For tables and bitmaps whose size a number of the disk says, where zeroes say little: holes cost nothing.
+        For tables and bitmaps whose size a number of the disk says, where zeroes say little: holes cost
+        nothing.
         """
         place = np.cumsum(lengths) - lengths
         for low, high in zip(*(side.tolist() for side in self.spans(starts, lengths)), strict=True):
             for at in range(low, high, most):
                 end = min(at + most, high)
-                mine = slice(int(np.searchsorted(place + lengths, at, "right")), int(np.searchsorted(place, end)))
+                mine = slice(
+                    int(np.searchsorted(place + lengths, at, "right")), int(np.searchsorted(place, end))
+                )
                 begin, stop = np.maximum(place[mine], at), np.minimum((place + lengths)[mine], end)
                 yield at, self.read_ranges(starts[mine] + begin - place[mine], stop - begin)
 
@@ -313,12 +354,20 @@ class BytesReader(Reader):
 
 
 class MappedReader(Reader):
-    """A volume whose bytes lie in other readers, by mapping rows. Bytes that no `data` row covers read as zeroes: in `holes` they are, elsewhere they are lost."""
+    """A volume whose bytes lie in other readers, by mapping rows.
+
+    Bytes that no `data` row covers read as zeroes: in `holes` they are, elsewhere they are lost.
+    """
 
     in_turn = False
 
     def __init__(
-        self, size: int, name: str, parents: dict[int, Reader], rows: Rows, holes: Sequence[tuple[int, int]] = ()
+        self,
+        size: int,
+        name: str,
+        parents: dict[int, Reader],
+        rows: Rows,
+        holes: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__(size, name)
         self._holes = ints([start for start, _ in holes]), ints([end for _, end in holes])
@@ -349,13 +398,18 @@ class MappedReader(Reader):
         if self._whole is None:
             start, run, count = self._rows.on_volume.offset, self._rows.run, self._rows.count
             placed = total(start, start + run) if (count == 1).all() else int((run * count).sum())
-            self._whole = placed + total(*self._holes) >= self.size and all(parent.whole for parent in self._parents.values())
+            self._whole = placed + total(*self._holes) >= self.size and all(
+                parent.whole for parent in self._parents.values()
+            )
         return self._whole
 
     def lost(self, starts: Int, ends: Int) -> Lost:
         pieces = self._rows.down(starts, ends)
         left = subtract(
-            starts, ends, np.append(pieces.source, self._holes[0]), np.append(pieces.source + pieces.length, self._holes[1])
+            starts,
+            ends,
+            np.append(pieces.source, self._holes[0]),
+            np.append(pieces.source + pieces.length, self._holes[1]),
         )
         parts = [Lost.of(left, lost.MISSING)]
         owner = self._rows.parent[pieces.row]
@@ -378,7 +432,8 @@ class MappedReader(Reader):
 
 
 def scatter(result: Bytes, starts: Int, lengths: Int, data: Bytes) -> None:
-    """The opposite of `gather`: write the pieces of `data`, one after the other, to result[starts[i]:+lengths[i]]."""
+    """The opposite of `gather`: write the pieces of `data`, one after the other, to
+    result[starts[i]:+lengths[i]]."""
     base = np.cumsum(lengths) - lengths
     if len(lengths) and int(lengths.sum()) // len(lengths) >= 512:
         for start, length, at in zip(starts.tolist(), lengths.tolist(), base.tolist(), strict=True):
@@ -389,14 +444,16 @@ def scatter(result: Bytes, starts: Int, lengths: Int, data: Bytes) -> None:
 
 
 class Patch(NamedTuple):
-    """Blocks of `size` bytes that replace what lies at `offsets` (sorted, multiples of `size`); `blocks` is (n, size)."""
+    """Blocks of `size` bytes that replace what lies at `offsets` (sorted, multiples of `size`); `blocks` is
+    (n, size)."""
 
     offsets: Int
     blocks: Bytes
 
 
 class PatchedReader(Reader):
-    """A reader over another with some of its blocks replaced: a journal replayed in memory, never into the image."""
+    """A reader over another with some of its blocks replaced: a journal replayed in memory, never into the
+    image."""
 
     in_turn = False
 
@@ -428,7 +485,9 @@ class PatchedReader(Reader):
 
     def stored(self) -> tuple[Int, Int]:
         there, size = self._base.stored(), self._patch.blocks.shape[1]
-        return union(np.append(there[0], self._patch.offsets), np.append(there[1], self._patch.offsets + size))
+        return union(
+            np.append(there[0], self._patch.offsets), np.append(there[1], self._patch.offsets + size)
+        )
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         data = self._base.read_ranges(offsets, lengths)
@@ -438,10 +497,13 @@ class PatchedReader(Reader):
         none = np.zeros(n, np.int64)
         rows = Rows(
             volume=none, parent=none, role=none, run=np.full(n, size, np.int64), count=np.ones(n, np.int64),
-            on_volume=Side(self._patch.offsets, none), on_parent=Side(np.arange(n, dtype=np.int64) * size, none),
+            on_volume=Side(self._patch.offsets, none),
+            on_parent=Side(np.arange(n, dtype=np.int64) * size, none),
         )  # fmt: skip
         pieces = rows.down(offsets, offsets + lengths)
         base = np.cumsum(lengths) - lengths
         place = base[pieces.query] + pieces.source - offsets[pieces.query]
-        scatter(data, place, pieces.length, gather(self._patch.blocks.reshape(-1), pieces.target, pieces.length))
+        scatter(
+            data, place, pieces.length, gather(self._patch.blocks.reshape(-1), pieces.target, pieces.length)
+        )
         return data

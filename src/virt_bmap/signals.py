@@ -1,5 +1,5 @@
-"""Signals: those that ask us to end become an exception, so that what a command has begun is undone by the same code as after any error; whoever
-ends us while we run another command means that, too.
+"""Signals: those that ask us to end become an exception, so that what a command has begun is undone by the
+same code as after any error; whoever ends us while we run another command means that, too.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from collections.abc import Iterator
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Those that ask a program to end."""
 AGAIN = 0.02
-"""Seconds after which a signal is raised again that struck where no exception can leave (the end of an object, a callback of a library)."""
+"""Seconds after which a signal is raised again that struck where no exception can leave (the end of an
+object, a callback of a library)."""
 
 
 class Signalled(KeyboardInterrupt):
@@ -44,7 +45,8 @@ def become_exceptions() -> None:
 
 
 def ignore() -> None:
-    """The end has begun, and is not to be disturbed; nor may what was cut off complain when it is taken apart (a writer that finds its file closed)."""
+    """The end has begun, and is not to be disturbed; nor may what was cut off complain when it is taken apart
+    (a writer that finds its file closed)."""
     sys.unraisablehook = lambda _: None
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in SIGNALS:
@@ -53,9 +55,11 @@ def ignore() -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Signals wait for the end of the block: for the short moment between having something and having noted that it must be undone.
+    """Signals wait for the end of the block: for the short moment between having something and having noted
+    that it must be undone.
 
-    They are not blocked, since a program that is started in the block would inherit that. Other threads than the main one get none anyway.
+    They are not blocked, since a program that is started in the block would inherit that. Other threads than
+    the main one get none anyway.
     """
     global _holding
     if threading.current_thread() is not threading.main_thread():

@@ -1,9 +1,12 @@
-"""Files that hold the memory of a machine that sleeps: swap files, and hiberfil.sys of Windows where its filesystem's reader does not look for it.
+"""Files that hold the memory of a machine that sleeps: swap files, and hiberfil.sys of Windows where its
+filesystem's reader does not look for it.
 
-A swap space is marked at the end of its first page while it holds a hibernated system, and a swap file is one: any large file without holes, whatever its
-name and mode, since no system asks for more. So the ends of the first pages of large files are read, in batches.
+A swap space is marked at the end of its first page while it holds a hibernated system, and a swap file is
+one: any large file without holes, whatever its name and mode, since no system asks for more. So the ends of
+the first pages of large files are read, in batches.
 
-Sources: kernel kernel/power/swap.c (mark_swapfiles), mm/swapfile.c (setup_swap_extents); for Windows see `filesystems.ntfs.state`.
+Sources: kernel kernel/power/swap.c (mark_swapfiles), mm/swapfile.c (setup_swap_extents); for Windows see
+`filesystems.ntfs.state`.
 """
 
 from collections.abc import Iterator
@@ -19,7 +22,8 @@ from virt_bmap.filesystems import swap
 LEAST = 1 << 20
 """Bytes: no image of a system's memory is smaller."""
 MOST = 1 << 12
-"""Files that are looked at: first those of whole pages, as swap files are made and as one file in 4,096 is by chance, then the largest."""
+"""Files that are looked at: first those of whole pages, as swap files are made and as one file in 4,096 is by
+chance, then the largest."""
 BATCH = 1 << 20
 """Bytes of marks that are looked at together."""
 WINDOWS, WINDOWS_MARKS = b"hiberfil.sys", (b"hibr", b"HIBR")
@@ -30,7 +34,8 @@ CODED = tables.INLINE | tables.COMPRESSED | tables.ENCRYPTED | tables.SHARED
 
 
 def asleep_in(found: Filesystem) -> str | None:
-    """The file of this filesystem that holds a sleeping machine's memory, as a path for a person; None where there is none."""
+    """The file of this filesystem that holds a sleeping machine's memory, as a path for a person; None where
+    there is none."""
     size = tables.integers(found.inodes, "size")
     rows = np.flatnonzero((tables.codes(found.inodes, "type") == tables.T_FILE) & (size >= LEAST))
     if not len(rows):
@@ -68,16 +73,21 @@ def _begin(data: Bytes, marks: tuple[bytes, ...]) -> Bool:
 
 
 def _marks(found: Filesystem, files: Int) -> tuple[Int, Int, Int]:
-    """(file, place in it, byte of the volume) of all bytes where a mark of one of these files, sorted, can begin."""
+    """(file, place in it, byte of the volume) of all bytes where a mark of one of these files, sorted, can
+    begin."""
     kind, part = tables.codes(found.extents, "kind"), found.extents.column("part").is_valid().to_numpy()
     start, flags = tables.integers(found.extents, "file_offset"), tables.integers(found.extents, "flags")
-    rows = np.flatnonzero((kind == tables.DATA) & (start >= 0) & (start < swap.PAGE_SIZES[-1]) & (flags & CODED == 0) & ~part)
+    rows = np.flatnonzero(
+        (kind == tables.DATA) & (start >= 0) & (start < swap.PAGE_SIZES[-1]) & (flags & CODED == 0) & ~part
+    )
     inode = tables.integers(found.extents, "inode")[rows]
     rows = rows[files[np.minimum(np.searchsorted(files, inode), len(files) - 1)] == inode]
     start, length = start[rows], tables.integers(found.extents, "length")[rows]
-    inode, offset = tables.integers(found.extents, "inode")[rows], tables.integers(found.extents, "volume_offset")[rows]
+    inode = tables.integers(found.extents, "inode")[rows]
+    offset = tables.integers(found.extents, "volume_offset")[rows]
     row, which = np.nonzero(
-        (start[:, None] <= np.array(PLACES)) & ((start + length)[:, None] >= np.array(PLACES) + swap.SIGNATURE)
+        (start[:, None] <= np.array(PLACES))
+        & ((start + length)[:, None] >= np.array(PLACES) + swap.SIGNATURE)
     )
     place = np.array(PLACES)[which]
     offset = offset[row] + place - start[row]
@@ -87,14 +97,18 @@ def _marks(found: Filesystem, files: Int) -> tuple[Int, Int, Int]:
 
 def _is_whole(found: Filesystem, inode: int, size: int) -> bool:
     """Has the file no holes? Nobody swaps into one that has."""
-    mine = (tables.integers(found.extents, "inode") == inode) & (tables.integers(found.extents, "file_offset") >= 0)
+    mine = (tables.integers(found.extents, "inode") == inode) & (
+        tables.integers(found.extents, "file_offset") >= 0
+    )
     mine &= np.isin(tables.codes(found.extents, "kind"), (tables.DATA, tables.UNWRITTEN))
     return int(tables.integers(found.extents, "length")[mine].sum()) >= size
 
 
 def _names(found: Filesystem, inode: int) -> list[bytes]:
     """The names, in lower case, that a file has in the root directory."""
-    mine = (tables.integers(found.names, "inode") == inode) & (tables.integers(found.names, "parent") == found.root)
+    mine = (tables.integers(found.names, "inode") == inode) & (
+        tables.integers(found.names, "parent") == found.root
+    )
     return [found.names.column("name")[row].as_py().lower() for row in np.flatnonzero(mine).tolist()]
 
 
@@ -102,5 +116,9 @@ def _path(found: Filesystem, inode: int) -> str:
     from virt_bmap.paths import of_names  # takes long to import, and few machines sleep
 
     named = np.flatnonzero(tables.integers(found.names, "inode") == inode)
-    path = of_names(found.names, found.inodes, found.root)[int(named[0])].as_py() if len(named) and found.root >= 0 else None
+    path = (
+        of_names(found.names, found.inodes, found.root)[int(named[0])].as_py()
+        if len(named) and found.root >= 0
+        else None
+    )
     return path.decode(errors="backslashreplace") if path else f"inode {inode}"

@@ -1,9 +1,12 @@
-"""What of a volume is free for certain: what every allocator on it calls free and nobody owns, in bytes of that volume.
+"""What of a volume is free for certain: what every allocator on it calls free and nobody owns, in bytes of
+that volume.
 
-A filesystem whose allocator can't be trusted (not clean, damaged, contradicted by its map, on a layer with a problem) gives nothing, and says why; so does
-what lies on bytes that something vouches for, whoever calls them free, and everything while the machine sleeps. What several volumes share (thin
-snapshots, the origin of a snapshot, mirrors) is free only where none of them uses it. On an array with parity a byte is free where all bytes that share
-its parity are: then their parity is free, too, and may be given back with them, since the parity of zeroes is zero (P as their sum, Q as their weighted sum).
+A filesystem whose allocator can't be trusted (not clean, damaged, contradicted by its map, on a layer with a
+problem) gives nothing, and says why; so does what lies on bytes that something vouches for, whoever calls
+them free, and everything while the machine sleeps. What several volumes share (thin snapshots, the origin of
+a snapshot, mirrors) is free only where none of them uses it. On an array with parity a byte is free where all
+bytes that share its parity are: then their parity is free, too, and may be given back with them, since the
+parity of zeroes is zero (P as their sum, Q as their weighted sum).
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -20,9 +23,11 @@ from virt_bmap.mapping import PARITY, ROLES, Rows
 Ranges = tuple[Int, Int]
 NONE: Ranges = (EMPTY, EMPTY)
 HARMLESS = ("gpt-backup",)
-"""Problems of a layer that place no byte elsewhere: the first partition table is valid, and the disk was made larger or smaller."""
+"""Problems of a layer that place no byte elsewhere: the first partition table is valid, and the disk was made
+larger or smaller."""
 GROUPED = "LVM2_member"
-"""Volumes of one group are described together: what is wrong with one (the metadata of a thin pool) casts doubt on all."""
+"""Volumes of one group are described together: what is wrong with one (the metadata of a thin pool) casts
+doubt on all."""
 ADVICE = {
     tables.CHECKSUMMED: "discard it from inside instead (fstrim)",
     tables.VERIFIED: "discard it before the hashes are made",
@@ -32,13 +37,15 @@ ADVICE = {
 MEANING = {
     tables.CHECKSUMMED: "keeps checksums of its blocks (dm-integrity)",
     tables.VERIFIED: "is covered by hashes, its free bytes, too (dm-verity)",
-    tables.JOURNALED: "has a journal on another device, which may hold newer bytes and parity made with what it holds (md)",
+    tables.JOURNALED: "has a journal on another device, which may hold newer bytes and parity made with "
+    "what it holds (md)",
 }
 
 
 @dataclass
 class Space:
-    """Free ranges by the volume whose allocator says so, in bytes of the volume asked about; and the volumes left alone, with the reason."""
+    """Free ranges by the volume whose allocator says so, in bytes of the volume asked about; and the volumes
+    left alone, with the reason."""
 
     free: dict[int, Ranges] = field(default_factory=dict)
     left: dict[int, str] = field(default_factory=dict)
@@ -55,13 +62,20 @@ def free_space(
     doubted: Mapping[int, str] | None = None,
     known: dict[int, Space] | None = None,
 ) -> Space:
-    """What of volume `target` is free, whichever volume that lies in it says so. `kinds` tells which kinds of extents count as free on a volume; `doubted`
-    is what `doubts` gave, where it was asked already; `known` what was found of arrays: they can lie in each other, and each is asked by all below it."""
+    """What of volume `target` is free, whichever volume that lies in it says so.
+
+    `kinds` tells which kinds of extents count as free on a volume; `doubted` is what `doubts` gave, where it
+    was asked already; `known` what was found of arrays: they can lie in each other, and each is asked by all
+    below it."""
     doubted = doubts(bmap) if doubted is None else doubted
     known = {} if known is None else known
     space, used = Space(), []
     volumes = inside(bmap, target)
-    arrays = {volume for volume in volumes if volume != target and (bmap.rows_of(volume).role == ROLES.index(PARITY)).any()}
+    arrays = {
+        volume
+        for volume in volumes
+        if volume != target and (bmap.rows_of(volume).role == ROLES.index(PARITY)).any()
+    }
     for volume in volumes:
         if volume in arrays:  # it answers for all that lies in it
             mine, rest = _of_array(bmap, volume, kinds, doubted, space, known)
@@ -98,7 +112,10 @@ def _of_array(
 
 
 def sharing_parity(rows: Rows, free: Ranges, size: int) -> Ranges:
-    """What of the free bytes of an array shares its parity with free bytes only. `rows` are the array's, `size` its bytes."""
+    """What of the free bytes of an array shares its parity with free bytes only.
+
+    `rows` are the array's, `size` its bytes.
+    """
     parity = rows.select(rows.role == ROLES.index(PARITY))
     used = complement(*free, 0, size)
     computed = parity.down(*used)
@@ -106,13 +123,16 @@ def sharing_parity(rows: Rows, free: Ranges, size: int) -> Ranges:
     tied = [NONE]
     for number in np.unique(parent).tolist():
         mine = parent == number
-        back = parity.select(parity.parent == number).up(*union(computed.target[mine], (computed.target + computed.length)[mine]))
+        back = parity.select(parity.parent == number).up(
+            *union(computed.target[mine], (computed.target + computed.length)[mine])
+        )
         tied.append((back.target, back.target + back.length))
     return subtract(*free, *_together(tied))
 
 
 def distrust(bmap: BlockMap, volume: int) -> str | None:
-    """Why the allocator of a volume is not believed: its filesystem, or a layer that it lies on; None where it is."""
+    """Why the allocator of a volume is not believed: its filesystem, or a layer that it lies on; None where
+    it is."""
     _, system = bmap.slice_of("filesystems", volume)
     if system.num_rows and (state := system.column("state")[0].as_py()) not in tables.CONSISTENT:
         return f"its {system.column('type')[0].as_py()} is not clean: {state}"
@@ -131,13 +151,17 @@ def distrust(bmap: BlockMap, volume: int) -> str | None:
 
 
 def doubts(bmap: BlockMap) -> dict[int, str]:
-    """The volumes whose owners and allocator contradict each other; all where the machine sleeps, since it has filesystems open that may look clean."""
+    """The volumes whose owners and allocator contradict each other; all where the machine sleeps, since it
+    has filesystems open that may look clean."""
     names, traits = bmap.volumes.column("name").to_pylist(), traits_of(bmap)
     for number in np.flatnonzero(traits & tables.SLEEPING).tolist():
         detail = _noted(bmap, number, tables.ASLEEP)
         reason = f"the machine sleeps: {names[number]} is hibernated" + (f" ({detail})" if detail else "")
         return dict.fromkeys(range(len(names)), reason)
-    return {found.volume: f"the map and its allocator disagree: {found.code}" for found in check(bmap).disagreements}
+    return {
+        found.volume: f"the map and its allocator disagree: {found.code}"
+        for found in check(bmap).disagreements
+    }
 
 
 def traits_of(bmap: BlockMap) -> Int:
@@ -146,7 +170,8 @@ def traits_of(bmap: BlockMap) -> Int:
 
 
 def _tied(bmap: BlockMap, below: set[int]) -> str | None:
-    """Why bytes that lie on these volumes must stay as they are, and what to do instead; None where nothing is tied to them."""
+    """Why bytes that lie on these volumes must stay as they are, and what to do instead; None where nothing
+    is tied to them."""
     names, traits = bmap.volumes.column("name").to_pylist(), traits_of(bmap)
     for number in sorted(below, reverse=True):
         for trait, advice in ADVICE.items():
@@ -158,7 +183,14 @@ def _tied(bmap: BlockMap, below: set[int]) -> str | None:
 
 def _noted(bmap: BlockMap, volume: int, code: str) -> str | None:
     """What a note of this code says of a volume, for a person."""
-    return next((row["detail"] for row in bmap.problems.to_pylist() if row["volume"] == volume and row["code"] == code), None)
+    return next(
+        (
+            row["detail"]
+            for row in bmap.problems.to_pylist()
+            if row["volume"] == volume and row["code"] == code
+        ),
+        None,
+    )
 
 
 def _same_group(bmap: BlockMap, some: set[int], others: set[int]) -> bool:
@@ -179,16 +211,22 @@ def layers(bmap: BlockMap, volume: int) -> set[int]:
 def inside(bmap: BlockMap, target: int) -> list[int]:
     """The volumes that lie at least partly in a volume, itself first, parents before children."""
     found = {target}
-    pairs = zip(tables.integers(bmap.mappings, "volume").tolist(), tables.integers(bmap.mappings, "parent").tolist(), strict=True)
+    pairs = zip(
+        tables.integers(bmap.mappings, "volume").tolist(),
+        tables.integers(bmap.mappings, "parent").tolist(),
+        strict=True,
+    )
     for child, parent in pairs:
         if parent in found:
             found.add(child)
     return sorted(found)
 
 
-def translate(bmap: BlockMap, volume: int, ranges: Ranges, target: int, without: Set[int] = frozenset()) -> Ranges:
-    """Ranges of a volume as ranges of a volume below it, all copies and computed parity included; what lies elsewhere, or in further volumes
-    of `without`, is left out."""
+def translate(
+    bmap: BlockMap, volume: int, ranges: Ranges, target: int, without: Set[int] = frozenset()
+) -> Ranges:
+    """Ranges of a volume as ranges of a volume below it, all copies and computed parity included; what lies
+    elsewhere, or in further volumes of `without`, is left out."""
     parts: list[Ranges] = []
     queue = [(volume, ranges)]
     while queue:
@@ -208,7 +246,10 @@ def translate(bmap: BlockMap, volume: int, ranges: Ranges, target: int, without:
 
 
 def _ranges(bmap: BlockMap, volume: int, kinds: tuple[int, ...]) -> tuple[Ranges, Ranges]:
-    """(free and not owned, owned) ranges of a volume, from its own extents. What its children lie on is theirs to say, and not free here."""
+    """(free and not owned, owned) ranges of a volume, from its own extents.
+
+    What its children lie on is theirs to say, and not free here.
+    """
     _, table = bmap.slice_of("extents", volume)
     start = tables.integers(table, "volume_offset")
     end, free = start + tables.integers(table, "length"), np.isin(tables.codes(table, "kind"), kinds)
@@ -219,7 +260,11 @@ def _ranges(bmap: BlockMap, volume: int, kinds: tuple[int, ...]) -> tuple[Ranges
 
 def _together(parts: list[Ranges]) -> Ranges:
     parts = [part for part in parts if len(part[0])]
-    return union(np.concatenate([low for low, _ in parts]), np.concatenate([high for _, high in parts])) if parts else NONE
+    return (
+        union(np.concatenate([low for low, _ in parts]), np.concatenate([high for _, high in parts]))
+        if parts
+        else NONE
+    )
 
 
 def overlap(ranges: Ranges, others: Ranges) -> int:

@@ -1,8 +1,9 @@
 """Saved maps, traces and results as tables of an SQL database in memory (DuckDB).
 
-A map gives its own tables (docs/data-model.md) and `files`, one row for each path; a trace gives `accesses` and `touched`, one row for each object that a request touched;
-any other Parquet or CSV file one table, named after the file. Text that comes from a disk is escaped as in the text map, so it is text even where a name isn't.
-The database reaches no file or network: a query sees the tables and nothing else.
+A map gives its own tables (docs/data-model.md) and `files`, one row for each path; a trace gives `accesses`
+and `touched`, one row for each object that a request touched; any other Parquet or CSV file one table, named
+after the file. Text that comes from a disk is escaped as in the text map, so it is text even where a name
+isn't. The database reaches no file or network: a query sees the tables and nothing else.
 """
 
 import re
@@ -22,8 +23,8 @@ from virt_bmap.outputs import parquet, results
 from virt_bmap.traces import is_trace
 
 FENCE = {
-    "enable_external_access": "false", "autoinstall_known_extensions": "false", "autoload_known_extensions": "false",
-    "python_enable_replacements": "false",
+    "enable_external_access": "false", "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false", "python_enable_replacements": "false",
 }  # fmt: skip
 """A query is text from somewhere: it must not read, write or load what it was not given."""
 
@@ -43,16 +44,21 @@ TOUCHED = """
 
 
 def parse_source(text: str) -> tuple[str, str]:
-    """(name, path) of `[NAME=]FILE`; '' where no name is given. A file that exists under the whole text is that file."""
+    """(name, path) of `[NAME=]FILE`; '' where no name is given.
+
+    A file that exists under the whole text is that file.
+    """
     match = re.fullmatch(r"([A-Za-z_]\w*)=(.+)", text)
     return ("", text) if not match or Path(text).exists() else (match[1], match[2])
 
 
 def connect(sources: Sequence[tuple[str, str]], query: str = "") -> Any:
-    """A DuckDB connection with the tables of (name, path) sources, those of a named one in a schema of that name.
+    """A DuckDB connection with the tables of (name, path) sources, those of a named one in a schema of that
+    name.
 
-    `files` is joined only if the word stands in `query`, or if there is none: paths take longer than all else. Raises UsageError where two sources give tables of
-    one name, ImageError and MapError where a file can't be read, MissingTool without DuckDB.
+    `files` is joined only if the word stands in `query`, or if there is none: paths take longer than all
+    else. Raises UsageError where two sources give tables of one name, ImageError and MapError where a file
+    can't be read, MissingTool without DuckDB.
     """
     try:
         import duckdb
@@ -66,7 +72,8 @@ def connect(sources: Sequence[tuple[str, str]], query: str = "") -> Any:
             whole = f"{schema}.{name}" if schema else name
             if whole in given:
                 raise UsageError(
-                    f"{path} and {given[whole]} both have a table {name}: name them, as in new={path}, and ask for new.{name}"
+                    f"{path} and {given[whole]} both have a table {name}: name them, as in "
+                    f"new={path}, and ask for new.{name}"
                 )
             given[whole] = path
             _add(database, schema, name, table)
@@ -108,12 +115,16 @@ def _tables(path: str, with_files: bool) -> Iterator[tuple[str, pa.Table | str]]
 
 
 def _paths(bmap: BlockMap) -> pa.Table:
-    """(device, volume, inode, path): a row for each path of each filesystem, the names of text maps included."""
+    """(device, volume, inode, path): a row for each path of each filesystem, the names of text maps
+    included."""
     device = bmap.volumes.column("name").to_pylist()
     pieces = [(volume, *bmap.paths(volume)) for volume in bmap.filesystems.column("volume").to_pylist()]
-    schema = pa.schema([("device", pa.string()), ("volume", pa.int32()), ("inode", pa.int64()), ("path", pa.large_binary())])
+    schema = pa.schema(
+        [("device", pa.string()), ("volume", pa.int32()), ("inode", pa.int64()), ("path", pa.large_binary())]
+    )
     made = [
-        pa.table([pa.repeat(device[volume], len(inode)), tables.arrow(np.full(len(inode), volume, np.int32)), tables.arrow(inode), path], schema=schema)
+        pa.table([pa.repeat(device[volume], len(inode)), tables.arrow(np.full(len(inode), volume, np.int32)),
+                tables.arrow(inode), path], schema=schema)
         for volume, inode, path in pieces
     ]  # fmt: skip
     return pa.concat_tables(made) if made else schema.empty_table()
@@ -137,7 +148,8 @@ def _parquet(path: str) -> pa.Table:
         with open(path, "rb") as file:
             if file.read(4) != b"PAR1":
                 raise MapError(
-                    f"{path}: is neither a saved map, a trace, Parquet nor CSV; map a disk first: virt-bmap -o map.parquet {path}"
+                    f"{path}: is neither a saved map, a trace, Parquet nor CSV; map a disk first: "
+                    f"virt-bmap -o map.parquet {path}"
                 )
         return inputs.rows(inputs.open_file(path))
 
@@ -154,7 +166,10 @@ def _readable(path: str) -> AbstractContextManager[None]:
 
 
 def ask(database: Any, query: str) -> pa.Table:
-    """The result of the query, of its last statement if there are several. Raises UsageError with DuckDB's own words where it is wrong."""
+    """The result of the query, of its last statement if there are several.
+
+    Raises UsageError with DuckDB's own words where it is wrong.
+    """
     import duckdb
 
     try:

@@ -1,4 +1,6 @@
-"""NumPy and Arrow, set up for the kind of process that a command is. Only the command line does this: a program that imports us has its own memory to look after.
+"""NumPy and Arrow, set up for the kind of process that a command is.
+
+Only the command line does this: a program that imports us has its own memory to look after.
 
 Sources: mallopt(3), madvise(2); glibc's malloc/malloc.c (DEFAULT_MMAP_THRESHOLD_MAX).
 """
@@ -20,7 +22,8 @@ SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 MADV_HUGEPAGE, LARGE_PAGE = 14, 2 << 20
 SOON = 1 << 18
-"""Bytes: an array of this size is pages of its own in a long process, and the heap's end goes back when so much is free there."""
+"""Bytes: an array of this size is pages of its own in a long process, and the heap's end goes back when so
+much is free there."""
 LARGEST = 32 << 20
 """Bytes: glibc lets nothing larger lie in its heap."""
 HEAP = 12 * LARGEST
@@ -30,10 +33,11 @@ DOCSTRINGS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
 
 
 def import_libraries(process: str = SHORT) -> None:
-    """Import NumPy without OpenBLAS' threads, and Arrow; both on one heap, which keeps its memory in a short process, and gives it back in a long one. A
-    bare process needs neither.
+    """Import NumPy without OpenBLAS' threads, and Arrow; both on one heap, which keeps its memory in a short
+    process, and gives it back in a long one. A bare process needs neither.
 
-    Nothing here is linear algebra, and each thread would spin for a tenth of a second when it starts. Nothing that an import leaves behind is garbage, either.
+    Nothing here is linear algebra, and each thread would spin for a tenth of a second when it starts. Nothing
+    that an import leaves behind is garbage, either.
     """
     if process == BARE:
         return
@@ -58,11 +62,14 @@ def import_libraries(process: str = SHORT) -> None:
 
 
 class _Unneeded:
-    """Finds no pandas, whose arrays Arrow might be given or asked for: to import that takes longer than most maps, and here are none. NumPy's docstrings, which
-    nobody here reads, wait until somebody asks their modules for something.
+    """Finds no pandas, whose arrays Arrow might be given or asked for: to import that takes longer than most
+    maps, and here are none. NumPy's docstrings, which nobody here reads, wait until somebody asks their
+    modules for something.
     """
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """ModuleNotFoundError for pandas; anything else that is needed is left to the finders behind."""
         if fullname == "pandas":
             raise ModuleNotFoundError(fullname)
@@ -75,7 +82,8 @@ class _Unneeded:
 
 
 def _give_back() -> None:
-    """Let what is free go back to the kernel: maps come and go for hours, and a hole in the heap would stay as long as what lies behind it."""
+    """Let what is free go back to the kernel: maps come and go for hours, and a hole in the heap would stay
+    as long as what lies behind it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_ARENA_MAX, 1)
@@ -84,7 +92,8 @@ def _give_back() -> None:
 
 
 def _keep_memory() -> None:
-    """Let large arrays come from the heap, and the heap stay: otherwise every array is new pages from the kernel, which takes a tenth of the time of a map.
+    """Let large arrays come from the heap, and the heap stay: otherwise every array is new pages from the
+    kernel, which takes a tenth of the time of a map.
 
     The heap is made large at once, and of large pages. None of these is touched.
     """
@@ -99,4 +108,6 @@ def _keep_memory() -> None:
         start = libc.sbrk(ctypes.c_ssize_t(0))
         libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(LARGEST // 2))))
         mallopt(M_TOP_PAD, LARGEST)
-        libc.madvise(ctypes.c_void_p(-(-start // LARGE_PAGE) * LARGE_PAGE), ctypes.c_size_t(HEAP), MADV_HUGEPAGE)
+        libc.madvise(
+            ctypes.c_void_p(-(-start // LARGE_PAGE) * LARGE_PAGE), ctypes.c_size_t(HEAP), MADV_HUGEPAGE
+        )

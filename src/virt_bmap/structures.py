@@ -1,6 +1,7 @@
 """The fields of metadata by name, for people who look at bytes.
 
-The readers declare what they read as NumPy records with the formats' own field names; a format's declaration says which record lies where.
+The readers declare what they read as NumPy records with the formats' own field names; a format's declaration
+says which record lies where.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from virt_bmap.outputs.escape import escape
 
 
 def structure(type: str | None, part: str | None, features: str = "") -> Structure | None:
-    """What lies in a part of a volume of this type; copies are named after what they copy, `backup superblock`."""
+    """What lies in a part of a volume of this type; copies are named after what they copy, `backup
+    superblock`."""
     format = formats.filesystem(type) or formats.volume(type)
     found = format.structures() if format else {}
     plain = (part or "").removeprefix("backup ").removeprefix("primary ")
@@ -27,12 +29,15 @@ def fields(
 ) -> list[dict[str, Any]]:
     """The fields that overlap bytes [low, high) of a volume, where records lie in the extent [start, end).
 
-    `read(offset, length)` gives the volume's bytes. Each field is a dictionary: record (its number in the extent), name, start, end, value.
+    `read(offset, length)` gives the volume's bytes. Each field is a dictionary: record (its number in the
+    extent), name, start, end, value.
     """
     dtype = found.dtype
     size = dtype.itemsize
     first, last = (
-        (max(0, (low - start) // size), min((end - start) // size, -(-(high - start) // size))) if found.many else (0, 1)
+        (max(0, (low - start) // size), min((end - start) // size, -(-(high - start) // size)))
+        if found.many
+        else (0, 1)
     )
     result = []
     for number in range(first, last):

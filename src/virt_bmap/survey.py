@@ -1,7 +1,8 @@
 """From disks to a block map: disk -> volumes -> filesystems, the only recursion in the project.
 
-Every volume is looked at once. A volume format turns it (with others) into more volumes, a filesystem format into tables; a
-volume that spans several members waits until no other volume is left to look at, so that all its members are known.
+Every volume is looked at once. A volume format turns it (with others) into more volumes, a filesystem format
+into tables; a volume that spans several members waits until no other volume is left to look at, so that all
+its members are known.
 """
 
 import contextlib
@@ -44,9 +45,15 @@ if TYPE_CHECKING:
     from virt_bmap.images.host import Host
 
 MAX_DEPTH = 16
-"""Layers on top of each other. Real stacks have five (disk, partition, md, LUKS, LVM); a hostile one must end."""
+"""Layers on top of each other.
+
+Real stacks have five (disk, partition, md, LUKS, LVM); a hostile one must end.
+"""
 MAX_VOLUMES = 16384
-"""Volumes of all disks together. A group of ten thousand logical volumes is real; a table that shows itself again and again must end."""
+"""Volumes of all disks together.
+
+A group of ten thousand logical volumes is real; a table that shows itself again and again must end.
+"""
 
 
 @dataclass
@@ -92,9 +99,9 @@ def survey(
 ) -> BlockMap:
     """The block map of these disks of one machine, which become /dev/sda, /dev/sdb, ...
 
-    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes; `nested` says which files are disks, too; `asks` is
-    what is wanted beside the map. Raises ImageError where a disk can't be read; what is wrong *on* a
-    disk becomes rows of `problems`.
+    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes;
+    `nested` says which files are disks, too; `asks` is what is wanted beside the map. Raises ImageError where
+    a disk can't be read; what is wrong *on* a disk becomes rows of `problems`.
     """
     return _Survey(disks, progress, keys, nested, asks).run()
 
@@ -106,8 +113,8 @@ def survey_host(
     nested: Nested = NOTHING,
     asks: Asks = NOTHING_MORE,
 ) -> tuple[BlockMap, list[Reader]]:
-    """The block map of the disks in these image files, in bytes of the files: these become disk 1, 2, ..., and the guest's disks volumes in them. And the
-    reader of each volume, by its number."""
+    """The block map of the disks in these image files, in bytes of the files: these become disk 1, 2, ...,
+    and the guest's disks volumes in them. And the reader of each volume, by its number."""
     work = _Survey([], progress, keys, nested, asks)
     work.start_on(host)
     return work.run(), [volume.reader for volume in work.volumes]
@@ -120,7 +127,8 @@ def survey_open(
     nested: Nested = NOTHING,
     asks: Asks = NOTHING_MORE,
 ) -> tuple[BlockMap, list[Reader]]:
-    """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, journals replayed, as the map's rows mean the bytes.
+    """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, journals
+    replayed, as the map's rows mean the bytes.
 
     `Reader.raw` of one are the bytes as they lie on the disk. They read while the disks are open.
     """
@@ -130,7 +138,12 @@ def survey_open(
 
 class _Survey:
     def __init__(
-        self, disks: Sequence[Reader], progress: Callable[[str], None], keys: Keys, nested: Nested, asks: Asks = NOTHING_MORE
+        self,
+        disks: Sequence[Reader],
+        progress: Callable[[str], None],
+        keys: Keys,
+        nested: Nested,
+        asks: Asks = NOTHING_MORE,
     ) -> None:
         self.nested, self.images = nested, Progress()
         self.asks = asks
@@ -173,7 +186,9 @@ class _Survey:
                     if self.nested:
                         self._open_images(volume)
         if absent := sorted(self.nested.paths - self.images.paths):
-            raise UsageError(f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk")
+            raise UsageError(
+                f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk"
+            )
         rows = Rows.concat([volume.rows for volume in self.volumes if volume.rows is not None])
         inside = Groups(rows, rows.parent)
         self._note_covered()
@@ -188,8 +203,18 @@ class _Survey:
             return
         from virt_bmap.vouching import Seen, covered  # with hashlib: seldom needed
 
-        seen = [Seen(volume.number, volume.name, volume.type, volume.traits, volume.reader,
-                     volume.filesystem.size if volume.filesystem else -1, volume.rows is None) for volume in self.volumes]  # fmt: skip
+        seen = [
+            Seen(
+                volume.number,
+                volume.name,
+                volume.type,
+                volume.traits,
+                volume.reader,
+                volume.filesystem.size if volume.filesystem else -1,
+                volume.rows is None,
+            )
+            for volume in self.volumes
+        ]
         for found in list(covered(seen)):
             volume = self.volumes[found.number]
             volume.traits |= found.trait
@@ -207,7 +232,8 @@ class _Survey:
     def _open_images(self, parent: _Volume) -> None:
         """Files of a filesystem that are disks themselves, as further volumes to look at."""
         if parent.filesystem:
-            from virt_bmap.nested.inner import Inner  # with pyarrow.compute and all image formats: seldom needed
+            # with pyarrow.compute and all image formats: seldom needed
+            from virt_bmap.nested.inner import Inner
 
             self._assemble(Inner(parent.filesystem, self.nested, self.images), [parent])
 
@@ -217,7 +243,10 @@ class _Survey:
         return volume
 
     def _look_at(self, volume: _Volume) -> None:
-        """Find out what the volume holds, and send it where that is read. Not even its first bytes may be readable: a compressed cluster can be damaged."""
+        """Find out what the volume holds, and send it where that is read.
+
+        Not even its first bytes may be readable: a compressed cluster can be damaged.
+        """
         self.progress(volume.name)
         with self._refusing([volume], "survey"):
             self._send(volume)
@@ -246,16 +275,20 @@ class _Survey:
             self._whole(volume, volume.unread)
 
     def _shows_again(self, volume: _Volume, format: VolumeFormat) -> bool:
-        """A partition that begins with the disk's first byte, as the first of Sun's does, shows the disk's own table once more."""
+        """A partition that begins with the disk's first byte, as the first of Sun's does, shows the disk's
+        own table once more."""
         rows = volume.rows
         if rows is None or volume.kind != "partition" or rows.on_parent.offset[0] != 0:
             return False
         return bool(self.volumes[int(rows.parent[0])].type == format.name)
 
     def _assemble(self, by: Assembler, members: list[_Volume]) -> None:
-        """Let a volume format make volumes of its members; where it refuses, they are one piece each, with the reason."""
+        """Let a volume format make volumes of its members; where it refuses, they are one piece each, with
+        the reason."""
         with self._refusing(members, by.name):
-            self._add_assembly(by.assemble([Member(v.number, v.name, v.reader, self.keys) for v in members]), by, members)
+            self._add_assembly(
+                by.assemble([Member(v.number, v.name, v.reader, self.keys) for v in members]), by, members
+            )
 
     def _add_assembly(self, assembly: Assembly, by: Assembler, members: list[_Volume]) -> None:
         by_number = {volume.number: volume for volume in members}
@@ -266,7 +299,8 @@ class _Survey:
         if len(assembly.children) > left:
             problem = Problem(
                 "too-many-volumes",
-                f"{len(assembly.children)} volumes lie in it; of all disks together {MAX_VOLUMES} are looked at",
+                f"{len(assembly.children)} volumes lie in it; of all disks together {MAX_VOLUMES} "
+                "are looked at",
             )
             self._problem(members[0], by.name, problem)
         by_number |= {-1 - at: volume for at, volume in enumerate(self.volumes[base:])}
@@ -284,7 +318,8 @@ class _Survey:
                 volume.proofs += said_of_all(by.checks)
 
     def _add_child(self, child: Child, base: int) -> None:
-        """A new volume. Parents below 0 are earlier children of the same assembly, the first of which is volume `base`."""
+        """A new volume. Parents below 0 are earlier children of the same assembly, the first of which is
+        volume `base`."""
         number = len(self.volumes)
         rows = child.many or Rows.of(number, child.rows)
         rows = rows.placed(number, np.where(rows.parent < 0, base - 1 - rows.parent, rows.parent))
@@ -311,10 +346,14 @@ class _Survey:
             found: Filesystem = format.read(volume.reader, [other.reader for other in self.unclaimed])
             volume.proofs += said_of_all(format.checks)
             if not format.allocator:
-                volume.proofs.append(Proof("allocator", NOT_LOOKED_AT, "the format has none: free is what nothing refers to"))
+                volume.proofs.append(
+                    Proof("allocator", NOT_LOOKED_AT, "the format has none: free is what nothing refers to")
+                )
             if format.prove:
                 self._prove(volume, format.prove, found)
-            self._add_extents(volume, found.type, on_volume(_believed(found.extents, format.allocator), volume.number))
+            self._add_extents(
+                volume, found.type, on_volume(_believed(found.extents, format.allocator), volume.number)
+            )
             volume.filesystem = found
             volume.reader = found.reader
             volume.type, volume.traits = found.type, volume.traits | found.traits
@@ -328,7 +367,10 @@ class _Survey:
 
     @contextlib.contextmanager
     def _refusing(self, volumes: list[_Volume], name: str) -> Iterator[None]:
-        """What a format refuses stays one piece, with the reason. So does what no format of ours may fail at, but did: the rest of the map is not lost with it."""
+        """What a format refuses stays one piece, with the reason.
+
+        So does what no format of ours may fail at, but did: the rest of the map is not lost with it.
+        """
         count = len(self.volumes)
         try:
             yield
@@ -349,12 +391,15 @@ class _Survey:
             self._refused(volume, volume.type or name, error)
 
     def _add_extents(self, volume: _Volume, source: str, extents: pa.Table) -> None:
-        """Rows of a format, as far as they lie in the volume: what damage names behind its end is not there."""
+        """Rows of a format, as far as they lie in the volume: what damage names behind its end is not
+        there."""
         kept, outside = _inside(extents, volume.size)
         volume.extents.append(kept)
         if outside:
             self._problem(
-                volume, source, Problem("outside", f"{outside:,} extents lie outside the volume, or end there: cut off")
+                volume,
+                source,
+                Problem("outside", f"{outside:,} extents lie outside the volume, or end there: cut off"),
             )
 
     def _prove(self, volume: _Volume, prove: Callable[[Filesystem], list[Proof]], found: Filesystem) -> None:
@@ -373,7 +418,9 @@ class _Survey:
             if is_strict():
                 raise
             found.problems.append(Problem("unexpected", unexpected(error)))
-        if found.state in tables.CONSISTENT and any(problem.severity == "error" for problem in found.problems):
+        if found.state in tables.CONSISTENT and any(
+            problem.severity == "error" for problem in found.problems
+        ):
             found.state = "damaged"
 
     def _refused(self, volume: _Volume, name: str, error: FormatError) -> None:
@@ -395,7 +442,8 @@ class _Survey:
         volume.reader.forget_ends()
 
     def _tile(self, volume: _Volume, inside: Rows) -> None:
-        """Give an owner to what nobody named, so that the rows and the children, which lie `inside`, together cover the volume."""
+        """Give an owner to what nobody named, so that the rows and the children, which lie `inside`, together
+        cover the volume."""
         found = volume.filesystem
         size = min(found.size, volume.size) if found else volume.size
         # strided runs on one parent fill their span together: each member's runs follow each other
@@ -404,7 +452,8 @@ class _Survey:
         rows = tables.ExtentRows()
         if found and len(left[0]):
             missing = f"{int((left[1] - left[0]).sum())} bytes in {len(left[0])} ranges"
-            code, detail = ("unowned", f"{missing} are allocated, but nothing refers to them") if volume.is_counted else (
+            code, detail = ("unowned",
+                f"{missing} are allocated, but nothing refers to them") if volume.is_counted else (
                 "unreferenced", f"nothing refers to {missing}")  # fmt: skip
             self._problem(volume, found.type, Problem(code, detail, int(left[0][0]), "warning"))
         kind = tables.GAP if not found else tables.UNKNOWN if volume.is_counted else tables.UNREFERENCED
@@ -417,12 +466,14 @@ class _Survey:
         systems = [(volume, volume.filesystem) for volume in found if volume.filesystem]
         mapped = [volume.rows for volume in self.volumes if volume.rows is not None]
         column = _columns(self.volumes)
-        problems = [(volume.number, source, problem) for volume in self.volumes for source, problem in volume.problems]
+        problems = [
+            (volume.number, source, problem) for volume in self.volumes for source, problem in volume.problems
+        ]
         return BlockMap(
             volumes=tables.make(
-                "volumes", volume=column("number"), disk=column("disk"), kind=column("kind"), name=column("name"),
-                size=column("size"), type=column("type"), label=column("label"), uuid=column("uuid"), detail=column("detail"),
-                traits=column("traits"),
+                "volumes", volume=column("number"), disk=column("disk"), kind=column("kind"),
+                name=column("name"), size=column("size"), type=column("type"), label=column("label"),
+                uuid=column("uuid"), detail=column("detail"), traits=column("traits"),
             ),
             mappings=tables.mappings(mapped),
             filesystems=tables.make(
@@ -431,14 +482,17 @@ class _Survey:
                    for name in ("type", "uuid", "label", "block_size", "size", "state", "features")},
                 root=[None if system.root < 0 else system.root for _, system in systems],
             ),
-            inodes=tables.concat("inodes", [on_volume(system.inodes, volume.number) for volume, system in systems]),
-            names=tables.concat("names", [on_volume(system.names, volume.number) for volume, system in systems]),
+            inodes=tables.concat("inodes",
+                [on_volume(system.inodes, volume.number) for volume, system in systems]),
+            names=tables.concat("names",
+                [on_volume(system.names, volume.number) for volume, system in systems]),
             extents=tables.concat("extents", [table for volume in self.volumes for table in volume.extents]),
             problems=tables.make(
                 "problems", severity=[problem.severity for _, _, problem in problems],
                 format=[source for _, source, _ in problems], volume=[number for number, _, _ in problems],
                 volume_offset=[None if problem.offset < 0 else problem.offset for _, _, problem in problems],
-                code=[problem.code for _, _, problem in problems], detail=[problem.detail for _, _, problem in problems],
+                code=[problem.code for _, _, problem in problems],
+                detail=[problem.detail for _, _, problem in problems],
             ),
             proofs=[(volume.number, proof) for volume in self.volumes for proof in volume.proofs],
         )  # fmt: skip
@@ -457,7 +511,10 @@ def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
 
 
 def _loosened(volume: _Volume, children: tuple[Int, Int]) -> tuple[Int, Int]:
-    """The ranges of a volume that have an owner. What was found to be unreferenced gives way to all that turned up since: the volume's extents are changed."""
+    """The ranges of a volume that have an owner.
+
+    What was found to be unreferenced gives way to all that turned up since: the volume's extents are changed.
+    """
     start, end, kind = _spans(volume.extents)
     claimed = kind != tables.UNREFERENCED
     known = np.append(start[claimed], children[0]), np.append(end[claimed], children[1])
@@ -466,24 +523,29 @@ def _loosened(volume: _Volume, children: tuple[Int, Int]) -> tuple[Int, Int]:
     low, high = subtract(start[~claimed], end[~claimed], *known)
     rows = tables.ExtentRows()
     rows.add(tables.UNREFERENCED, low, high - low)
-    volume.extents = [table.filter(pa.array(tables.codes(table, "kind") != tables.UNREFERENCED)) for table in volume.extents]
+    volume.extents = [
+        table.filter(pa.array(tables.codes(table, "kind") != tables.UNREFERENCED)) for table in volume.extents
+    ]
     volume.extents.append(rows.table(volume.number))
     return np.append(known[0], low), np.append(known[1], high)
 
 
 def _spans(extents: list[pa.Table]) -> tuple[Int, Int, Int]:
-    """(starts, ends, kinds) of the extents of a volume, but of those that lie in others: they own no bytes by themselves."""
+    """(starts, ends, kinds) of the extents of a volume, but of those that lie in others: they own no bytes by
+    themselves."""
     none = np.zeros(0, np.int64)
     start, length, flags = (
         np.concatenate([none, *(tables.integers(table, name) for table in extents)])
         for name in ("volume_offset", "length", "flags")
     )
-    kind, own = np.concatenate([none, *(tables.codes(table, "kind") for table in extents)]), flags & tables.INLINE == 0
+    kind = np.concatenate([none, *(tables.codes(table, "kind") for table in extents)])
+    own = flags & tables.INLINE == 0
     return start[own], (start + length)[own], kind[own]
 
 
 def _inside(extents: pa.Table, size: int) -> tuple[pa.Table, int]:
-    """The rows that lie in a volume of this size, and how many did not: what reaches over its end is cut off there, the rest is left out."""
+    """The rows that lie in a volume of this size, and how many did not: what reaches over its end is cut off
+    there, the rest is left out."""
     start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
     good = (start >= 0) & (length > 0) & (length <= size - start)
     if good.all():
@@ -491,7 +553,8 @@ def _inside(extents: pa.Table, size: int) -> tuple[pa.Table, int]:
     cut = np.where(start >= 0, np.minimum(length, size - start), 0)
     for name in ("length", "file_length"):
         at, values = extents.schema.get_field_index(name), tables.integers(extents, name)
-        values = np.where(values == length, cut, values)  # of packed content all of the file's bytes are gone or none
+        # of packed content all of the file's bytes are gone or none
+        values = np.where(values == length, cut, values)
         extents = extents.set_column(at, extents.schema.field(at), tables.arrow(values, values < 0))
     return extents.filter(pa.array(cut > 0)), int(np.count_nonzero(~good))
 
@@ -504,7 +567,9 @@ def _believed(extents: pa.Table, allocator: str | None) -> pa.Table:
     kind = np.where(kind == tables.FREE, tables.UNREFERENCED, kind).astype(np.int8)
     at = extents.schema.get_field_index("kind")
     return extents.set_column(
-        at, extents.schema.field(at), pa.DictionaryArray.from_arrays(tables.arrow(kind), pa.array(tables.KINDS))
+        at,
+        extents.schema.field(at),
+        pa.DictionaryArray.from_arrays(tables.arrow(kind), pa.array(tables.KINDS)),
     )
 
 

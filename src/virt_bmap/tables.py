@@ -1,8 +1,9 @@
 """THE contract: every table of a block map, each column with its unit and meaning.
 
-Offsets, lengths and sizes are bytes, int64, ranges half open. Columns whose name ends in `volume_offset` count from the start of
-the volume named in the row's `volume`, never from the disk. A `volume` is a number that a map gives to each disk, partition,
-logical volume, array or opened container; a filesystem is named by the volume it lies on.
+Offsets, lengths and sizes are bytes, int64, ranges half open. Columns whose name ends in `volume_offset`
+count from the start of the volume named in the row's `volume`, never from the disk. A `volume` is a number
+that a map gives to each disk, partition, logical volume, array or opened container; a filesystem is named by
+the volume it lies on.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,13 +15,27 @@ import pyarrow as pa
 from virt_bmap.arrays import Int
 from virt_bmap.mapping import ROLES, Rows
 
-# ---- what owns bytes ------------------------------------------------------------------------------------------------
+# ---- what owns bytes ---------------------------------------------------------------------------------------
 
 KINDS = (
-    "data", "directory", "symlink", "unwritten", "xattr", "tree", "metadata", "boot", "gap", "free", "content", "unknown",
-    "unreferenced",
+    "data", "directory", "symlink", "unwritten", "xattr", "tree", "metadata", "boot", "gap", "free",
+    "content", "unknown", "unreferenced",
 )  # fmt: skip
-DATA, DIRECTORY, SYMLINK, UNWRITTEN, XATTR, TREE, METADATA, BOOT, GAP, FREE, CONTENT, UNKNOWN, UNREFERENCED = range(len(KINDS))
+(
+    DATA,
+    DIRECTORY,
+    SYMLINK,
+    UNWRITTEN,
+    XATTR,
+    TREE,
+    METADATA,
+    BOOT,
+    GAP,
+    FREE,
+    CONTENT,
+    UNKNOWN,
+    UNREFERENCED,
+) = range(len(KINDS))
 KIND_MEANING = {
     "data": "content of a file (or of a named stream of it)",
     "directory": "names: the blocks of a directory, its hash tree included",
@@ -33,15 +48,20 @@ KIND_MEANING = {
     "gap": "belongs to nothing: outside any partition, or slack behind a filesystem's or volume's end",
     "free": "the filesystem's or volume manager's own allocator calls it free",
     "content": "one piece that is named but not looked into: a foreign or encrypted filesystem",
-    "unknown": "allocated, but no owner was found: damage, a feature that is not read yet, or (`part` says so) never observed",
+    "unknown": "allocated, but no owner was found: damage, a feature that is not read yet, or (`part` "
+    "says so) never observed",
     "unreferenced": "nothing refers to it, but no allocator says that it is free",
 }
 STAGING = "CoW staging"
-"""The part of bytes that are set aside for what is about to be written to a shared file: no file owns them yet, and soon one does."""
+"""The part of bytes that are set aside for what is about to be written to a shared file: no file owns them
+yet, and soon one does."""
 OWNED = (DATA, DIRECTORY, SYMLINK, UNWRITTEN, XATTR, TREE, METADATA, BOOT, CONTENT)
 """Kinds that an allocator must call used."""
 IDLE = (GAP, FREE, UNREFERENCED)
-"""Kinds of bytes that belong to nothing that the map knows. Of these only `free` is an allocator's word: what it says may be written over."""
+"""Kinds of bytes that belong to nothing that the map knows.
+
+Of these only `free` is an allocator's word: what it says may be written over.
+"""
 
 INLINE = 1
 """The bytes lie inside another extent's (a small file in its inode): no allocation of their own."""
@@ -57,28 +77,36 @@ VOLUME_KINDS = ("file", "disk", "partition", "lv", "md", "crypt", "pool", "image
 """What a volume is."""
 SEVERITIES = ("error", "warning", "note")
 
-# ---- what a volume's bytes are tied to ----------------------------------------------------------------------------
+# ---- what a volume's bytes are tied to ---------------------------------------------------------------------
 
 TRAITS = ("checksummed", "verified", "journaled", "vouching", "sleeping")
 CHECKSUMMED, VERIFIED, JOURNALED, VOUCHING, SLEEPING = (1 << bit for bit in range(len(TRAITS)))
 TRAIT_MEANING = {
-    "checksummed": "each block has a checksum elsewhere, which only the layer above can write with it (dm-integrity)",
-    "verified": "hashes or a signature cover all of its bytes, those of free blocks as well (dm-verity, Android Verified Boot)",
-    "journaled": "a journal on another device may hold newer bytes than it shows, and parity that was made with them (md)",
+    "checksummed": "each block has a checksum elsewhere, which only the layer above can write with it "
+    "(dm-integrity)",
+    "verified": "hashes or a signature cover all of its bytes, those of free blocks as well (dm-verity, "
+    "Android Verified Boot)",
+    "journaled": "a journal on another device may hold newer bytes than it shows, and parity that was "
+    "made with them (md)",
     "vouching": "holds hashes, checksums or signatures of the bytes of other volumes",
     "sleeping": "holds the memory of a machine that sleeps, which has filesystems open that may look clean",
 }
 VOUCHED, ASLEEP = "vouched", "asleep"
-"""Codes of the notes that say, for a person, who vouches for a volume's bytes, and where the memory of a machine that sleeps lies."""
+"""Codes of the notes that say, for a person, who vouches for a volume's bytes, and where the memory of a
+machine that sleeps lies."""
 
-# ---- what state a filesystem is in ------------------------------------------------------------------------------------
+# ---- what state a filesystem is in -------------------------------------------------------------------------
 
 CONSISTENT = ("clean", "frozen")
-"""States in which all of a filesystem's metadata is in place: nothing needs to be recovered. Frozen: still mounted when the disk was copied."""
-OBSERVED = "observed"
-"""The state of a filesystem whose map comes from reading its files through a kernel: what was never read is `unknown`."""
+"""States in which all of a filesystem's metadata is in place: nothing needs to be recovered.
 
-# ---- what an inode is -----------------------------------------------------------------------------------------------
+Frozen: still mounted when the disk was copied.
+"""
+OBSERVED = "observed"
+"""The state of a filesystem whose map comes from reading its files through a kernel: what was never read is
+`unknown`."""
+
+# ---- what an inode is --------------------------------------------------------------------------------------
 
 TYPES = ("file", "directory", "symlink", "char", "block", "fifo", "socket", "metadata", "unknown")
 T_FILE, T_DIRECTORY, T_SYMLINK, T_CHAR, T_BLOCK, T_FIFO, T_SOCKET, T_METADATA, T_UNKNOWN = range(len(TYPES))
@@ -99,16 +127,18 @@ def type_of_mode(mode: Int) -> np.ndarray:
 
 
 I_DELETED = 1
-"""No name leads to it any more: deleted but open at the time, or deleted and still described by its record."""
+"""No name leads to it any more: deleted but open at the time, or deleted and still described by its
+record."""
 I_ENCRYPTED = 2
 I_COMPRESSED = 4
 I_IMMUTABLE = 8
 I_VERITY = 16
 INODE_FLAGS = {
-    "deleted": I_DELETED, "encrypted": I_ENCRYPTED, "compressed": I_COMPRESSED, "immutable": I_IMMUTABLE, "verity": I_VERITY,
+    "deleted": I_DELETED, "encrypted": I_ENCRYPTED, "compressed": I_COMPRESSED, "immutable": I_IMMUTABLE,
+    "verity": I_VERITY,
 }  # fmt: skip
 
-# ---- the schemas ----------------------------------------------------------------------------------------------------
+# ---- the schemas -------------------------------------------------------------------------------------------
 
 
 def _field(name: str, kind: pa.DataType, meaning: str, null: str = "") -> pa.Field:
@@ -124,14 +154,18 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     "volumes": pa.schema([
         _field("volume", I32, "number of the volume in this map, from 0; parents come before children"),
         _field("disk", I32, "number of the disk, from 1", "lies on several disks"),
-        _field("kind", TEXT, "disk, partition, lv, md, crypt, pool (btrfs chunks), image (nested), file (of the host: --host-offsets)"),
-        _field("name", TEXT, "as libguestfs names it: /dev/sda, /dev/sda1, /dev/VG/LV; the path of a file of the host"),
+        _field("kind", TEXT, "disk, partition, lv, md, crypt, pool (btrfs chunks), image (nested), file "
+            "(of the host: --host-offsets)"),
+        _field("name", TEXT, "as libguestfs names it: /dev/sda, /dev/sda1, /dev/VG/LV; the path of a file "
+            "of the host"),
         _field("size", I64, "bytes"),
-        _field("type", TEXT, "what it contains, in blkid's words: gpt, dos, LVM2_member, ext4, ...", "nothing known"),
+        _field("type", TEXT, "what it contains, in blkid's words: gpt, dos, LVM2_member, ext4, ...",
+            "nothing known"),
         _field("label", TEXT, "partition name or volume label", "none"),
         _field("uuid", TEXT, "of the partition, logical volume or array", "none"),
         _field("detail", TEXT, "more for a person: partition type, RAID level and state", "nothing to say"),
-        _field("traits", I32, "bit mask: 1 checksummed, 2 verified, 4 journaled, 8 vouching, 16 sleeping; see below", "not looked for"),
+        _field("traits", I32, "bit mask: 1 checksummed, 2 verified, 4 journaled, 8 vouching, 16 sleeping; "
+            "see below", "not looked for"),
     ]),
     "mappings": pa.schema([
         _field("volume", I32, "the volume whose bytes are placed"),
@@ -142,8 +176,10 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("count", I64, "how many such runs"),
         _field("volume_step", I64, "from one run to the next, in the volume; 0 where count is 1"),
         _field("parent_step", I64, "from one run to the next, in the parent; 0 where count is 1"),
-        _field("parent_run", I64, "bytes that a run takes in the parent: `run`, but where role is compressed"),
-        _field("role", CODE, "data (each byte of the volume once), copy (again), zero (space kept for zeroes), parity (computed from it), compressed"),
+        _field("parent_run", I64,
+            "bytes that a run takes in the parent: `run`, but where role is compressed"),
+        _field("role", CODE, "data (each byte of the volume once), copy (again), zero (space kept for "
+            "zeroes), parity (computed from it), compressed"),
     ]),
     "filesystems": pa.schema([
         _field("volume", I32, "the volume it lies on"),
@@ -153,12 +189,14 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("block_size", I64, "the unit of allocation in bytes"),
         _field("size", I64, "bytes from the volume's start that the filesystem claims"),
         _field("root", I64, "inode of the root directory", "has no names"),
-        _field("state", TEXT, "clean, frozen (consistent, though mounted), needs recovery, errors, damaged, ...; observed: its files were read, not its metadata"),
+        _field("state", TEXT, "clean, frozen (consistent, though mounted), needs recovery, errors, "
+            "damaged, ...; observed: its files were read, not its metadata"),
         _field("features", TEXT, "space separated, in the words of the filesystem's own tools", "none"),
     ]),
     "inodes": pa.schema([
         _field("volume", I32, "the volume of the filesystem"),
-        _field("inode", I64, "number in the filesystem, unique there; formats without numbers: see docs/formats.md"),
+        _field("inode", I64, "number in the filesystem, unique there; formats without numbers: see "
+            "docs/formats.md"),
         _field("type", CODE, "file, directory, symlink, char, block, fifo, socket, metadata, unknown"),
         _field("mode", I32, "POSIX st_mode", "the format has none"),
         _field("uid", I64, "owner", "the format has none"),
@@ -179,15 +217,18 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("volume", I32, "the volume whose bytes these are"),
         _field("inode", I64, "the owner", "belongs to no inode"),
         _field("kind", CODE, "what the bytes are, see KINDS"),
-        _field("part", PART, "which metadata structure or named stream, in the format's own terms", "plain content"),
+        _field("part", PART, "which metadata structure or named stream, in the format's own terms",
+            "plain content"),
         _field("file_offset", I64, "where in the file or stream the first byte lies", "not file content"),
-        _field("file_length", I64, "bytes of the file it holds: `length` unless compressed", "not file content"),
+        _field("file_length", I64, "bytes of the file it holds: `length` unless compressed",
+            "not file content"),
         _field("volume_offset", I64, "first byte, in the volume"),
         _field("length", I64, "bytes"),
         _field("flags", I32, "bit mask: 1 inline, 2 shared, 4 compressed, 8 encrypted"),
     ]),
     "problems": pa.schema([
-        _field("severity", TEXT, "error (bytes or names are lost or wrong), warning (contradiction without loss), note"),
+        _field("severity", TEXT, "error (bytes or names are lost or wrong), warning (contradiction "
+            "without loss), note"),
         _field("format", TEXT, "which reader says so"),
         _field("volume", I32, "where"),
         _field("volume_offset", I64, "the byte at fault", "not one place"),
@@ -206,13 +247,15 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("volume_offset", I64, "first byte that the owner had, in the volume"),
         _field("length", I64, "bytes"),
         _field("inode", I64, "the owner's number then"),
-        _field("names", pa.list_(pa.large_binary()), "its paths; of a name whose directory is not known the name alone; empty: none is left"),
+        _field("names", pa.list_(pa.large_binary()), "its paths; of a name whose directory is not known "
+            "the name alone; empty: none is left"),
         _field("part", TEXT, "which structure or named stream", "plain content"),
         _field("file_offset", I64, "where in the file or stream the first byte lay", "not known"),
         _field("size", I64, "bytes of the file", "not kept"),
         _field("mtime_ns", I64, "last change of its content, nanoseconds since 1970 UTC", "none kept"),
         _field("said_by", TEXT, "what remembers it"),
-        _field("sequence", I64, "tells later from earlier: transaction, log sequence number, generation", "nothing but mtime does"),
+        _field("sequence", I64, "tells later from earlier: transaction, log sequence number, generation",
+            "nothing but mtime does"),
         _field("doubt", TEXT, "what is assumed, not recorded", "the place is recorded"),
     ]),
 }  # fmt: skip
@@ -224,8 +267,9 @@ _CODES = {"kind": KINDS, "type": TYPES, "role": ROLES, "op": OPS}
 def make(name: str, /, **columns: Any) -> pa.Table:
     """The table `name` from NumPy arrays, lists or scalars (repeated); a column left out is null.
 
-    In nullable integer columns a negative number stands for null, but in mtime_ns, where INT64_MIN does. Code columns take uint8 codes. Raises
-    ValueError where a column is unknown, missing though required, or of another length: a fault of the caller, not of a disk.
+    In nullable integer columns a negative number stands for null, but in mtime_ns, where INT64_MIN does. Code
+    columns take uint8 codes. Raises ValueError where a column is unknown, missing though required, or of
+    another length: a fault of the caller, not of a disk.
     """
     schema = SCHEMAS[name]
     unknown = set(columns) - set(schema.names)
@@ -280,11 +324,14 @@ def _integers(field: pa.Field, value: np.ndarray) -> pa.Array:
 
 
 def arrow(values: np.ndarray, missing: np.ndarray | None = None) -> pa.Array:
-    """Integers as an Arrow array without a copy, null where `missing`. pa.array() would import numpy.ma, a tenth of the start-up."""
+    """Integers as an Arrow array without a copy, null where `missing`. pa.array() would import numpy.ma, a
+    tenth of the start-up."""
     nulls = 0 if missing is None else int(np.count_nonzero(missing))
     valid = pa.py_buffer(np.packbits(~missing, bitorder="little")) if missing is not None and nulls else None
     kind = pa.from_numpy_dtype(values.dtype)
-    return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(np.ascontiguousarray(values))], nulls)
+    return pa.Array.from_buffers(
+        kind, len(values), [valid, pa.py_buffer(np.ascontiguousarray(values))], nulls
+    )
 
 
 def integers(table: pa.Table, name: str) -> Int:
@@ -305,7 +352,8 @@ def codes(table: pa.Table, name: str) -> np.ndarray:
 
 def recode(table: pa.Table) -> pa.Table:
     """The table with its code columns numbered as in this module: files number dictionaries as they like."""
-    import pyarrow.compute as pc  # takes longer to import than most maps take, and only saved maps need it here
+    # takes longer to import than most maps take, and only saved maps need it here
+    import pyarrow.compute as pc
 
     for at, field in enumerate(table.schema):
         if field.type == CODE:
@@ -330,11 +378,16 @@ class ExtentRows:
         self, kind: Any, volume_offset: Any, length: Any, *, part: str | None = None, inode: Any = -1,
         file_offset: Any = -1, file_length: Any = None, flags: Any = 0,
     ) -> None:  # fmt: skip
-        """Rows [volume_offset, +length) of `kind` (codes). A file_offset of -1 is none; file_length defaults to length."""
-        columns = {"kind": kind, "volume_offset": volume_offset, "length": length, "inode": inode, "file_offset": file_offset,
+        """Rows [volume_offset, +length) of `kind` (codes).
+
+        A file_offset of -1 is none; file_length defaults to length.
+        """
+        columns = {"kind": kind, "volume_offset": volume_offset, "length": length, "inode": inode,
+            "file_offset": file_offset,
                    "file_length": file_length, "flags": flags, "part": part}  # fmt: skip
         rows = max((len(value) for value in columns.values() if isinstance(value, np.ndarray)), default=1)
-        if rows and (isinstance(length, np.ndarray) or length):  # to leave rows out later takes Arrow's functions, slow to import
+        # to leave rows out later takes Arrow's functions, slow to import
+        if rows and (isinstance(length, np.ndarray) or length):
             self._batches.append((rows, columns))
 
     def table(self, volume: int) -> pa.Table:
@@ -347,12 +400,17 @@ class ExtentRows:
 
         length, file_offset = join("length", np.int64), join("file_offset", np.int64)
         file_length = np.concatenate([
-            _spread(columns["length"] if columns["file_length"] is None else columns["file_length"], rows, np.int64)
+            _spread(columns["length"] if columns["file_length"] is None else columns["file_length"], rows,
+                np.int64)
             for rows, columns in self._batches
         ])  # fmt: skip
-        parts = list(dict.fromkeys(columns["part"] for _, columns in self._batches if columns["part"] is not None))
+        parts = list(
+            dict.fromkeys(columns["part"] for _, columns in self._batches if columns["part"] is not None)
+        )
         code_of = {part: code for code, part in enumerate(parts)} | {None: -1}
-        part = np.concatenate([np.full(rows, code_of[columns["part"]], np.int16) for rows, columns in self._batches])
+        part = np.concatenate(
+            [np.full(rows, code_of[columns["part"]], np.int16) for rows, columns in self._batches]
+        )
         result = make(
             "extents", volume=volume, inode=join("inode", np.int64), kind=join("kind", np.int8),
             part=pa.DictionaryArray.from_arrays(arrow(part, part < 0), pa.array(parts, TEXT)),
@@ -378,9 +436,10 @@ def mappings(parts: list[Rows]) -> pa.Table:
 
     return make(
         "mappings", volume=join(lambda r: r.volume), volume_offset=join(lambda r: r.on_volume.offset),
-        parent=join(lambda r: r.parent), parent_offset=join(lambda r: r.on_parent.offset), run=join(lambda r: r.run),
-        count=join(lambda r: r.count), volume_step=join(lambda r: r.on_volume.step),
-        parent_step=join(lambda r: r.on_parent.step), parent_run=join(lambda r: r.in_parent), role=join(lambda r: r.role),
+        parent=join(lambda r: r.parent), parent_offset=join(lambda r: r.on_parent.offset),
+        run=join(lambda r: r.run), count=join(lambda r: r.count),
+        volume_step=join(lambda r: r.on_volume.step), parent_step=join(lambda r: r.on_parent.step),
+        parent_run=join(lambda r: r.in_parent), role=join(lambda r: r.role),
     )  # fmt: skip
 
 
@@ -393,10 +452,13 @@ def concat(name: str, parts: list[pa.Table]) -> pa.Table:
 
 
 def check(name: str, table: pa.Table) -> None:
-    """Raise ValueError where a table breaks the contract: schema, nulls where none may be, negative sizes, ranges behind 2**63."""
+    """Raise ValueError where a table breaks the contract: schema, nulls where none may be, negative sizes,
+    ranges behind 2**63."""
     schema = SCHEMAS[name]
     if not table.schema.equals(schema):
-        raise ValueError(f"table {name} has the schema {table.schema.to_string()} instead of {schema.to_string()}")
+        raise ValueError(
+            f"table {name} has the schema {table.schema.to_string()} instead of {schema.to_string()}"
+        )
     for field in schema:
         column = table.column(field.name)
         if not field.nullable and column.null_count:
@@ -406,7 +468,8 @@ def check(name: str, table: pa.Table) -> None:
             if len(low) and low.min() < 0:
                 raise ValueError(f"table {name}, column {field.name}: {int(low.min())} is negative")
     for start, length in (pair for pair in _RANGES if set(pair) <= set(schema.names)):
-        last = integers(table, start) + integers(table, length)  # both are below 2**63: what is more wraps below 0
+        # both are below 2**63: what is more wraps below 0
+        last = integers(table, start) + integers(table, length)
         if len(last) and last.min() < -2:  # -1 and -1 are two nulls
             raise ValueError(f"table {name}: column {start} and {length} lead behind byte 2**63")
 
@@ -415,7 +478,8 @@ _RANGES = (("volume_offset", "length"), ("offset", "length"), ("file_offset", "f
 
 
 def check_map(tables: Mapping[str, pa.Table]) -> None:
-    """Raise ValueError where the tables of a map break the contract, or refer to volumes that are not there: what reads a map may trust all that follows."""
+    """Raise ValueError where the tables of a map break the contract, or refer to volumes that are not there:
+    what reads a map may trust all that follows."""
     for name, table in tables.items():
         check(name, table)
     volumes, mappings = tables["volumes"], tables["mappings"]
@@ -429,7 +493,10 @@ def check_map(tables: Mapping[str, pa.Table]) -> None:
     if len(top) == 0 or not integers(volumes, "size")[top].min():
         raise ValueError("table volumes: there is no disk, or one without bytes")
     if integers(volumes, "disk").max() > len(top):
-        raise ValueError(f"table volumes: there are {len(top)} disks, but one has the number {integers(volumes, 'disk').max()}")
+        raise ValueError(
+            f"table volumes: there are {len(top)} disks, but one has the number "
+            f"{integers(volumes, 'disk').max()}"
+        )
     if unknown := set(tables["problems"].column("severity").to_pylist()) - set(SEVERITIES):
         raise ValueError(f"table problems: no severity {min(unknown)!r} is known")
     for name, table in tables.items():
@@ -452,6 +519,10 @@ def _check_mappings(table: pa.Table) -> None:
     if (columns["run"] < 1).any() or (columns["count"] < 1).any() or (columns["parent_run"] < 1).any():
         raise ValueError("table mappings: a row without bytes")
     for side, run in (("volume", "run"), ("parent", "parent_run")):
-        end = columns[f"{side}_offset"] + (columns["count"] - 1).astype(float) * columns[f"{side}_step"] + columns[run]
+        end = (
+            columns[f"{side}_offset"]
+            + (columns["count"] - 1).astype(float) * columns[f"{side}_step"]
+            + columns[run]
+        )
         if (end >= 1 << 63).any():
             raise ValueError(f"table mappings: a row leads behind byte 2**63 of its {side}")

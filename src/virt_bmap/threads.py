@@ -1,4 +1,5 @@
-"""Reading ahead: what waits for memory, a disk or a network needs no lock of Python's, and goes on while what came before is looked at."""
+"""Reading ahead: what waits for memory, a disk or a network needs no lock of Python's, and goes on while what
+came before is looked at."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +10,8 @@ Result = TypeVar("Result")
 
 
 def ahead(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[Result]:
-    """work(part) for each of the parts, in order; each is begun in another thread when the one before it is given out. What `work` raises comes in its place."""
+    """work(part) for each of the parts, in order; each is begun in another thread when the one before it is
+    given out. What `work` raises comes in its place."""
     rest = iter(parts)
     for first in rest:
         result = work(first)

@@ -1,7 +1,7 @@
 """Saved traces: read back as columns, and made from the logs of other tools.
 
-A trace is Parquet with a row for each request, see docs/data-model.md. What the requests touched is taken from the trace itself, which knows best; where it
-does not say, a map is asked.
+A trace is Parquet with a row for each request, see docs/data-model.md. What the requests touched is taken
+from the trace itself, which knows best; where it does not say, a map is asked.
 """
 
 import os
@@ -46,9 +46,11 @@ class Saved(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One trace: its accesses with their disks, and the pieces of objects that they touched, by access and then by place.
+    """One trace: its accesses with their disks, and the pieces of objects that they touched, by access and
+    then by place.
 
-    Bytes [start, end) of access `access` belong to object `object` of the common list, at `file_offset` in the file (-1: means nothing).
+    Bytes [start, end) of access `access` belong to object `object` of the common list, at `file_offset` in
+    the file (-1: means nothing).
     """
 
     name: str
@@ -62,8 +64,9 @@ class Run(NamedTuple):
 
 
 class Traces(NamedTuple):
-    """Traces with the objects that any of them touched: a table of device, kind, path, part (as in a trace), `inode` (of the first mention, null: none), and
-    `size` in bytes (null: no file, or no map was there to ask)."""
+    """Traces with the objects that any of them touched: a table of device, kind, path, part (as in a trace),
+    `inode` (of the first mention, null: none), and `size` in bytes (null: no file, or no map was there to
+    ask)."""
 
     runs: list[Run]
     objects: pa.Table
@@ -84,7 +87,7 @@ def label(path: str | None, part: str | None, inode: int | None, kind: str) -> s
     return f"[{part}]" if part is not None else f"[inode {inode}]" if inode is not None else f"[{kind}]"
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def is_trace(path: str) -> bool:
@@ -96,15 +99,21 @@ def is_trace(path: str) -> bool:
 
 
 def read(path: str) -> Saved:
-    """The rows of a trace, or of the stream that a killed watch left of one. Raises ImageError where it can't be read, MapError where it is not one, is
-    damaged, or has no access in it."""
+    """The rows of a trace, or of the stream that a killed watch left of one.
+
+    Raises ImageError where it can't be read, MapError where it is not one, is damaged, or has no access in
+    it."""
     part = path + stream.ENDING
     if not os.path.exists(path) and stream.is_stream(part):
-        raise ImageError(f"{path}: is not there ({part} is what a watch left that was killed, and can be read)")
+        raise ImageError(
+            f"{path}: is not there ({part} is what a watch left that was killed, and can be read)"
+        )
     with inputs.reading(path, "a trace"):
         rows, about = _of_stream(path) if stream.is_stream(path) else _of_parquet(path)
         if about.get("version", VERSION) != VERSION:
-            raise MapError(f"{path}: is a trace of version {about['version']!r}, this program reads version {VERSION}")
+            raise MapError(
+                f"{path}: is a trace of version {about['version']!r}, this program reads version {VERSION}"
+            )
         rows = inputs.fit(rows, _schema(rows.schema.field("objects").type))
         sizes = inputs.sizes(about)
     if not rows.num_rows:
@@ -133,7 +142,9 @@ def _of_parquet(path: str) -> tuple[pa.Table, dict[str, Any]]:
 def _schema(objects: pa.DataType) -> pa.Schema:
     """The schema of a trace with such objects."""
     known = (
-        pa.types.is_list(objects) and pa.types.is_struct(objects.value_type) and objects.value_type.get_field_index("map") >= 0
+        pa.types.is_list(objects)
+        and pa.types.is_struct(objects.value_type)
+        and objects.value_type.get_field_index("map") >= 0
     )
     at = SCHEMA.get_field_index("objects")
     return SCHEMA if known else SCHEMA.set(at, SCHEMA.field(at).with_type(pa.list_(pa.struct(READ))))
@@ -162,7 +173,9 @@ def _check_numbers(path: str, rows: pa.Table) -> None:
 
 
 def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
-    """Traces with their objects. With a map, sizes of files are known, and traces without names of their own get some.
+    """Traces with their objects.
+
+    With a map, sizes of files are known, and traces without names of their own get some.
 
     Raises as `read` does, and MapError where a trace is not of the map's disks.
     """
@@ -174,7 +187,10 @@ def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
         if bmap:
             check_disks(saved, bmap)
         if known and saved.sizes and saved.sizes != known:
-            raise MapError(f"{path}: is a trace of {_disks(saved.sizes)}, but {paths[0]} of {_disks(known)}: another machine's")
+            raise MapError(
+                f"{path}: is a trace of {_disks(saved.sizes)}, but {paths[0]} of {_disks(known)}: "
+                "another machine's"
+            )
         known = known or saved.sizes
         if resolver and not pc.any(pc.greater(pc.list_value_length(saved.rows.column("objects")), 0)).as_py():
             saved = named(saved, resolver)
@@ -190,18 +206,26 @@ def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
 
 
 def check_disks(saved: Saved, bmap: BlockMap) -> None:
-    """MapError where a trace can't be of a map's disks: sizes, accesses behind the end, or names that the map has elsewhere."""
+    """MapError where a trace can't be of a map's disks: sizes, accesses behind the end, or names that the map
+    has elsewhere."""
     mine = sizes(bmap)
     if saved.sizes and saved.sizes != mine:
-        raise MapError(f"{saved.name}: is a trace of {_disks(saved.sizes)}, but the map is of {_disks(mine)}: another machine's")
-    disk, end = tables.integers(saved.rows, "disk"), tables.integers(saved.rows, "offset") + tables.integers(saved.rows, "length")
+        raise MapError(
+            f"{saved.name}: is a trace of {_disks(saved.sizes)}, but the map is of {_disks(mine)}: "
+            "another machine's"
+        )
+    disk = tables.integers(saved.rows, "disk")
+    end = tables.integers(saved.rows, "offset") + tables.integers(saved.rows, "length")
     if disk.max() > len(mine):
-        raise MapError(f"{saved.name}: is a trace of disk {disk.max()}, but the map has {len(mine)}: another machine's")
+        raise MapError(
+            f"{saved.name}: is a trace of disk {disk.max()}, but the map has {len(mine)}: another machine's"
+        )
     behind = np.flatnonzero(end > ints(mine)[disk - 1])
     if len(behind):
         row = int(behind[0])
         raise MapError(
-            f"{saved.name}: row {row + 1}: bytes up to {end[row]:#x} lie behind the end of disk {disk[row]}, which has {mine[disk[row] - 1]:#x}: "
+            f"{saved.name}: row {row + 1}: bytes up to {end[row]:#x} lie behind the end of disk "
+            f"{disk[row]}, which has {mine[disk[row] - 1]:#x}: "
             "it is a trace of another disk"
         )
     _check_names(saved, bmap)
@@ -226,24 +250,34 @@ def _check_names(saved: Saved, bmap: BlockMap) -> None:
         pairs = pa.table({"inode": inode, "path": path.cast(pa.large_binary())}).filter(
             pc.is_in(pa.array(inode), pa.array(wanted))
         )
-        right += len(pairs.join(pa.table({"inode": wanted, "path": mine.column("path")}), ["inode", "path"], join_type="inner"))
+        right += len(
+            pairs.join(
+                pa.table({"inode": wanted, "path": mine.column("path")}), ["inode", "path"], join_type="inner"
+            )
+        )
     if right * 2 < known:
         raise MapError(
-            f"{saved.name}: names {known:,} files, of which {known - right:,} are others in the map: it is a trace of another disk"
+            f"{saved.name}: names {known:,} files, of which {known - right:,} are others in the map: "
+            "it is a trace of another disk"
         )
 
 
 def _disks(sizes: Sequence[int]) -> str:
-    return f"{'a disk' if len(sizes) == 1 else f'{len(sizes)} disks'} of {', '.join(f'{size:,}' for size in sizes)} bytes"
+    return (
+        f"{'a disk' if len(sizes) == 1 else f'{len(sizes)} disks'} of "
+        f"{', '.join(f'{size:,}' for size in sizes)} bytes"
+    )
 
 
 def _run(saved: Saved) -> tuple[Run, pa.Table]:
-    """A trace's columns, and the objects that its pieces name, one for each piece: those with a byte of their own, and reads, writes and the like only."""
+    """A trace's columns, and the objects that its pieces name, one for each piece: those with a byte of their
+    own, and reads, writes and the like only."""
     rows = saved.rows
     op = pc.index_in(rows.column("op").cast(pa.string()), pa.array(tables.OPS)).combine_chunks()
     accesses = Accesses(
-        tables.integers(rows, "time_ns"), tables.integers(rows, "connection"), op.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64),
-        tables.integers(rows, "offset"), tables.integers(rows, "length"),
+        tables.integers(rows, "time_ns"), tables.integers(rows, "connection"),
+        op.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64), tables.integers(rows, "offset"),
+        tables.integers(rows, "length"),
     )  # fmt: skip
     lists = rows.column("objects").combine_chunks()
     pieces = pa.Table.from_struct_array(lists.flatten())
@@ -256,10 +290,17 @@ def _run(saved: Saved) -> tuple[Run, pa.Table]:
         pieces = _nameless(disk, accesses)
     pieces, access = pieces.filter(pa.array(keep)), access[keep]
     start = tables.integers(pieces, "offset")
-    objects = pa.table({
-        **{name: pieces.column(name).cast(pa.large_binary() if name == "path" else pa.string()).combine_chunks() for name in IDENTITY},
-        "inode": pieces.column("inode").cast(pa.int64()).combine_chunks(),
-    })  # fmt: skip
+    objects = pa.table(
+        {
+            **{
+                name: pieces.column(name)
+                .cast(pa.large_binary() if name == "path" else pa.string())
+                .combine_chunks()
+                for name in IDENTITY
+            },
+            "inode": pieces.column("inode").cast(pa.int64()).combine_chunks(),
+        }
+    )
     run = Run(saved.name, tables.integers(rows, "disk"), accesses, access, np.arange(len(access)), start,
               start + tables.integers(pieces, "length"), tables.integers(pieces, "file_offset"))  # fmt: skip
     return run, objects
@@ -268,11 +309,16 @@ def _run(saved: Saved) -> tuple[Run, pa.Table]:
 def _nameless(disk: Int, accesses: Accesses) -> pa.Table:
     n = len(disk)
     letters = pa.array(
-        [f"/dev/sd{chr(97 + number)}" if number < 26 else f"disk {number + 1}" for number in range(int(disk.max()))]
+        [
+            f"/dev/sd{chr(97 + number)}" if number < 26 else f"disk {number + 1}"
+            for number in range(int(disk.max()))
+        ]
     )
     return pa.table({
-        "device": letters.take(pa.array(disk - 1)), "kind": pa.repeat("disk", n), "path": pa.nulls(n, pa.large_binary()), "part": pa.nulls(n, pa.string()),
-        "inode": pa.nulls(n, pa.int64()), "offset": accesses.offset, "length": accesses.length, "file_offset": pa.nulls(n, pa.int64()),
+        "device": letters.take(pa.array(disk - 1)), "kind": pa.repeat("disk", n),
+        "path": pa.nulls(n, pa.large_binary()), "part": pa.nulls(n, pa.string()),
+        "inode": pa.nulls(n, pa.int64()), "offset": accesses.offset, "length": accesses.length,
+        "file_offset": pa.nulls(n, pa.int64()),
     })  # fmt: skip
 
 
@@ -284,9 +330,13 @@ def _sizes(objects: pa.Table, bmap: BlockMap | None) -> pa.Array:
 
         names = bmap.volumes.column("name").to_pylist()
         device = objects.column("device").to_pylist()
-        of = np.array([len(names) - 1 - names[::-1].index(name) if name in names else -1 for name in device], np.int64)
+        of = np.array(
+            [len(names) - 1 - names[::-1].index(name) if name in names else -1 for name in device], np.int64
+        )
         inode = tables.integers(objects, "inode")
-        content = pc.is_in(objects.column("kind"), pa.array(["data", "unwritten"])).to_numpy(zero_copy_only=False)
+        content = pc.is_in(objects.column("kind"), pa.array(["data", "unwritten"])).to_numpy(
+            zero_copy_only=False
+        )
         for volume in np.unique(of[of >= 0]).tolist():
             _, table = bmap.slice_of("inodes", volume)
             mine = np.flatnonzero((of == volume) & (inode >= 0) & content)
@@ -296,7 +346,7 @@ def _sizes(objects: pa.Table, bmap: BlockMap | None) -> pa.Array:
     return tables.arrow(size, size < 0)
 
 
-# ---- making -----------------------------------------------------------------------------------------------------------
+# ---- making ------------------------------------------------------------------------------------------------
 
 
 def named(saved: Saved, resolver: Resolver) -> Saved:
@@ -312,7 +362,10 @@ def named(saved: Saved, resolver: Resolver) -> Saved:
 
 
 def recover(path: str, file: BinaryIO) -> int:
-    """Write what a killed watch left as a trace: how many requests there are. Raises MapError where it is not such a stream."""
+    """Write what a killed watch left as a trace: how many requests there are.
+
+    Raises MapError where it is not such a stream.
+    """
     if not stream.is_stream(path):
         raise MapError(f"{path}: is not the stream that a watch leaves of its trace when it is killed")
     about = stream.about(path, SCHEMA)
@@ -321,7 +374,10 @@ def recover(path: str, file: BinaryIO) -> int:
 
 
 def save_log(log: Log, file: BinaryIO, bmap: BlockMap | None = None, disk: int = 1) -> None:
-    """Write a log as a trace of disk number `disk`, its objects named by the map. Raises MapError, with the line, where an access lies behind the disk's end."""
+    """Write a log as a trace of disk number `disk`, its objects named by the map.
+
+    Raises MapError, with the line, where an access lies behind the disk's end.
+    """
     accesses = log.accesses
     resolver = Resolver(bmap) if bmap else None
     if bmap:
@@ -332,7 +388,9 @@ def save_log(log: Log, file: BinaryIO, bmap: BlockMap | None = None, disk: int =
         if len(behind):
             row = int(behind[np.argmin(log.line[behind])])
             raise MapError(
-                f"{log.source}: line {log.line[row]}: bytes {accesses.offset[row]:#x}-{accesses.offset[row] + accesses.length[row]:#x} lie behind the end of "
+                f"{log.source}: line {log.line[row]}: bytes "
+                f"{accesses.offset[row]:#x}-{accesses.offset[row] + accesses.length[row]:#x} lie "
+                "behind the end of "
                 f"disk {disk}, which has {size:#x} bytes: it is a log of another disk"
             )
     trace = Trace(resolver, file)

@@ -1,4 +1,5 @@
-"""A fuzzer: damaged images and files, and everything that virt-bmap does with them. docs/fuzzing.md says how to run it.
+"""A fuzzer: damaged images and files, and everything that virt-bmap does with them. docs/fuzzing.md says how
+to run it.
 
     seeds.py       small images of every format, made by the tests' recipes
     disk.py        a scratch copy that is damaged in place and mended again

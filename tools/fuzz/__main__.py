@@ -14,14 +14,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
-        "run", help="damage all seeds, until the time is up or so many mutations are done; goes on where the last run ended"
+        "run",
+        help="damage all seeds, until the time is up or so many mutations are done; goes on where the "
+        "last run ended",
     )
     run.add_argument("--minutes", type=float, default=5, help="default: %(default)s")
     run.add_argument(
-        "--mutations", type=int, default=1 << 62, help="as many as the summary counts, those of earlier runs included"
+        "--mutations",
+        type=int,
+        default=1 << 62,
+        help="as many as the summary counts, those of earlier runs included",
     )
     run.add_argument("--jobs", type=int, default=1, help="processes; default: %(default)s")
-    run.add_argument("--only", nargs="*", default=[], metavar="WORD", help="seeds with one of these in their names")
+    run.add_argument(
+        "--only", nargs="*", default=[], metavar="WORD", help="seeds with one of these in their names"
+    )
     one = commands.add_parser("one", help="one mutation again, by seed and number")
     one.add_argument("seed")
     one.add_argument("number", type=int)
@@ -36,7 +43,9 @@ def _arguments() -> argparse.Namespace:
             kept.add_argument("out", type=Path)
     judged = commands.add_parser("judge", help="our verdict beside that of each format's own checker")
     judged.add_argument("--mutations", type=int, default=200, help="of each seed; default: %(default)s")
-    judged.add_argument("--only", nargs="*", default=[], metavar="WORD", help="seeds with one of these in their names")
+    judged.add_argument(
+        "--only", nargs="*", default=[], metavar="WORD", help="seeds with one of these in their names"
+    )
     commands.add_parser("seeds", help="make the seeds, and list them")
     for command in commands.choices.values():
         command.add_argument("--seeds", type=Path, help=f"folder of the seeds; default: {default_folder()}")
@@ -74,11 +83,13 @@ def main() -> int:
         )
         print(campaign.table(summary))
         print(
-            f"{summary['mutations']:,} mutations, {summary['cpu']:.0f} s of processor time; faults: {len(summary['faults'])}; {arguments.found}/summary.json"
+            f"{summary['mutations']:,} mutations, {summary['cpu']:.0f} s of processor time; faults: "
+            f"{len(summary['faults'])}; {arguments.found}/summary.json"
         )
         print(
             "\n".join(
-                f"{fault['count']:6} {name} ({', '.join(fault['seeds'][:4])})" for name, fault in summary["faults"].items()
+                f"{fault['count']:6} {name} ({', '.join(fault['seeds'][:4])})"
+                for name, fault in summary["faults"].items()
             ),
             end="\n" if summary["faults"] else "",
         )
@@ -93,7 +104,8 @@ def main() -> int:
         )
         print(
             outcome.trace or "",
-            f"{outcome.outcome} {outcome.fault}\n{outcome.done}\n{outcome.ran}\n{outcome.cpu:.3f} s, {outcome.memory >> 20} MiB",
+            f"{outcome.outcome} {outcome.fault}\n{outcome.done}\n{outcome.ran}\n{outcome.cpu:.3f} s, "
+            f"{outcome.memory >> 20} MiB",
             sep="",
         )
         return 1 if outcome.fault else 0

@@ -1,4 +1,5 @@
-"""One mutation again: by seed and number, or a fault that was kept; the damaged image itself; a smaller damage with the same fault."""
+"""One mutation again: by seed and number, or a fault that was kept; the damaged image itself; a smaller
+damage with the same fault."""
 
 import json
 import tempfile
@@ -36,7 +37,11 @@ def kept(folder: Path) -> tuple[str, int, Patches]:
     """(seed, number, damage) of a fault that a campaign kept; the smaller damage where there is one."""
     path = folder / "small.json" if (folder / "small.json").exists() else folder / "fault.json"
     found = json.loads(path.read_text())
-    return found["name"], found["number"], [(size, [(at, data) for at, data in patch]) for size, patch in found["patches"] or []]
+    return (
+        found["name"],
+        found["number"],
+        [(size, [(at, data) for at, data in patch]) for size, patch in found["patches"] or []],
+    )
 
 
 def again(seeds: dict[str, Seed], folder: Path) -> Outcome:
@@ -67,7 +72,8 @@ def image(seeds: dict[str, Seed], folder: Path, out: Path) -> list[Path]:
 
 
 def smaller(seeds: dict[str, Seed], folder: Path) -> tuple[str, int, int]:
-    """Take away from a kept fault's damage what it does not need: (the fault, bytes before, bytes after). Written to small.json beside it."""
+    """Take away from a kept fault's damage what it does not need: (the fault, bytes before, bytes after).
+    Written to small.json beside it."""
     name, number, patches = kept(folder)
 
     def minimise(subject: Subject) -> tuple[str, int, int]:
@@ -82,7 +88,9 @@ def smaller(seeds: dict[str, Seed], folder: Path) -> tuple[str, int, int]:
                 if _with(subject, number, less).fault == wanted:
                     best, found = less, True
                     break
-        (folder / "small.json").write_text(json.dumps({"name": name, "number": number, "fault": wanted, "patches": best}))
+        (folder / "small.json").write_text(
+            json.dumps({"name": name, "number": number, "fault": wanted, "patches": best})
+        )
         return wanted, _bytes(patches), _bytes(best)
 
     return with_subject(seeds, name, minimise)  # type: ignore[no-any-return]

@@ -1,6 +1,8 @@
-"""A damaged file beside images: maps (Parquet and text), traces, profiles, lists of ranges, logs of other tools. People are sent such files, too.
+"""A damaged file beside images: maps (Parquet and text), traces, profiles, lists of ranges, logs of other
+tools. People are sent such files, too.
 
-Parquet is damaged in two ways: bytes of the file, and numbers, nulls, lists and types of its tables, written anew.
+Parquet is damaged in two ways: bytes of the file, and numbers, nulls, lists and types of its tables, written
+anew.
 """
 
 import io
@@ -25,23 +27,27 @@ NUMBERS = (0, 1, -1, 2, 255, 4095, 10**9, 2**31 - 1, -(2**31), 2**31, 2**32, 2**
 TEXTS = ("", "data", "free", "bogus", "disk", "lv", "/", "\x1b[31m\n", "\u202e", "x" * 5000)
 BYTES = (b"", b"..", b"/", b"\0", b"\x1b[31m\n", b"\xff" * 3000)
 WORDS = (
-    b"0", b"-1", b"1", b"4095", b"7fffffffffffffff", b"ffffffffffffffff", b"9223372036854775807", b"9223372036854775808", b"18446744073709551615", b"1e9",
-    b"1e400", b"nan", b"inf", b"", b"9" * 30, b"0x", b"\xd9\xa1\xd9\xa2", b"1_000",
+    b"0", b"-1", b"1", b"4095", b"7fffffffffffffff", b"ffffffffffffffff", b"9223372036854775807",
+    b"9223372036854775808", b"18446744073709551615", b"1e9", b"1e400", b"nan", b"inf", b"", b"9" * 30, b"0x",
+    b"\xd9\xa1\xd9\xa2", b"1_000",
 )  # fmt: skip
 LINES = (
-    b"1 0 ffffffffffffffff v /dev/sda", b"9999 0 1 d /dev/sdz", b"1 0 10 f /dev/sda1 /x", b"garbage", b"# x", b"{", b"[" * 20000, b"0x0 0x7fffffffffffffff -",
+    b"1 0 ffffffffffffffff v /dev/sda", b"9999 0 1 d /dev/sdz", b"1 0 10 f /dev/sda1 /x", b"garbage", b"# x",
+    b"{", b"[" * 20000, b"0x0 0x7fffffffffffffff -",
 )  # fmt: skip
 ENDS = (b"\x1b[31m", b"\0", b"\xff", b"\r", b" ", b"\xe2\x80\xa8", b"," * 50, b"x" * 100_000)
 COMMANDS_TERMINAL = re.compile("[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u2028-\u202e]")
 """What must not be printed: names from a hostile file could command the terminal."""
 METADATA = (
-    b"{}", b"[]", b"null", b'{"version":2}', b'{"version":2,"disks":5}', b'{"version":2,"disks":[{"image":5,"size":"x"}]}', b"\xff", b"1" * 5000,
+    b"{}", b"[]", b"null", b'{"version":2}', b'{"version":2,"disks":5}',
+    b'{"version":2,"disks":[{"image":5,"size":"x"}]}', b"\xff", b"1" * 5000,
     b'{"version":1,"disks":[1e308,-5],"runs":[5]}',
 )  # fmt: skip
 
 LOGS = {
     "blkparse": "".join(
-        f"  8,0    3  {i:7}     {i / 1000:.9f}   697  D   {'RW'[i % 3 == 0]} {i * 16 % 8000} + 8 [x]\n" for i in range(1, 300)
+        f"  8,0    3  {i:7}     {i / 1000:.9f}   697  D   {'RW'[i % 3 == 0]} {i * 16 % 8000} + 8 [x]\n"
+        for i in range(1, 300)
     ),
     "fio-3": "fio version 3 iolog\n"
     + "".join(f"{i} /dev/sda {'read' if i % 2 else 'write'} {i * 4096} 4096\n" for i in range(100)),
@@ -49,31 +55,53 @@ LOGS = {
     + "".join(f"/dev/sda read {i * 4096} 4096\n" for i in range(100)),
     "fio-latency": "".join(f"{i}, 100, {i % 2}, 4096, {i * 4096}, 0\n" for i in range(100)),
     "nbdkit": "".join(
-        f"2026-11-28 07:00:{i % 60:02}.{i:06} connection=1 Read id={i} offset={i * 4096:#x} count=0x1000 ...\n"
+        f"2026-11-28 07:00:{i % 60:02}.{i:06} connection=1 Read id={i} offset={i * 4096:#x} "
+        "count=0x1000 ...\n"
         f"2026-11-28 07:00:{i % 60:02}.{i:06} connection=1 ...Read id={i} return=0\n"
         for i in range(1, 100)
     ),
     "qemu": "".join(
-        f"77@1700000000.{i:06}:blk_co_preadv blk 0x5 bs 0x6 offset {i * 512} bytes 4096 flags 0x0\n" for i in range(100)
+        f"77@1700000000.{i:06}:blk_co_preadv blk 0x5 bs 0x6 offset {i * 512} bytes 4096 flags 0x0\n"
+        for i in range(100)
     ),
     "csv": "time_ns,op,offset,length\n" + "".join(f"{i * 1000},read,{i * 4096},4096\n" for i in range(100)),
     "biosnoop": "TIME(s)     COMM           PID    DISK    T SECTOR     BYTES  LAT(ms)\n"
     + "".join(f"0.{i:06}    supervise      1950   xvda1   W {i * 8}   4096      0.74\n" for i in range(100)),
 }
 RANGES = {
-    "ddrescue": "# Mapfile. Created by GNU ddrescue\n# current_pos current_status current_pass\n0x00000000 + 1\n# pos size status\n"
+    "ddrescue": "# Mapfile. Created by GNU ddrescue\n# current_pos current_status current_pass\n"
+    "0x00000000 + 1\n# pos size status\n"
     + "".join(f"0x{i * 65536:08X}  0x00010000  {'+-*/'[i % 4]}\n" for i in range(60)),
     "offsets": "offset,length\n" + "".join(f"{i * 4096},512\n" for i in range(50)),
-    "nbdinfo": "".join(f"{i * 65536:10}       65536    {i % 4 and 3}  {'hole,zero' if i % 4 else 'data'}\n" for i in range(60)),
-    "qemu-map": "[" + ",\n".join(
-        json.dumps({"start": i * 65536, "length": 65536, "depth": 0, "present": True, "zero": bool(i % 2), "data": not i % 2, "offset": i * 65536}) for i in range(50)
-    ) + "]\n",
+    "nbdinfo": "".join(
+        f"{i * 65536:10}       65536    {i % 4 and 3}  {'hole,zero' if i % 4 else 'data'}\n"
+        for i in range(60)
+    ),
+    "qemu-map": "["
+    + ",\n".join(
+        json.dumps(
+            {
+                "start": i * 65536,
+                "length": 65536,
+                "depth": 0,
+                "present": True,
+                "zero": bool(i % 2),
+                "data": not i % 2,
+                "offset": i * 65536,
+            }
+        )
+        for i in range(50)
+    )
+    + "]\n",
     "badblocks": "".join(f"{i * 7}\n" for i in range(60)),
-}  # fmt: skip
+}
 
 
 class File:
-    """A file under damage, and the commands that read one of its kind. It has no seed but what `make` wrote."""
+    """A file under damage, and the commands that read one of its kind.
+
+    It has no seed but what `make` wrote.
+    """
 
     def __init__(self, path: Path, kind: str, folder: Path, image: Path) -> None:
         self.name = f"beside-{kind}-{path.name}"
@@ -134,34 +162,46 @@ class File:
         json_ = ["--json"] if rng.random() < 0.5 else []
         at = str(rng.choice((0, 1024, 73728, 2**40, rng.randrange(1 << 23))))
         maps = [
-            ["lookup", *json_, path, at], ["lookup", *json_, path, f"0-{rng.choice((4096, 1 << 22, 1 << 62))}"], ["explain", *json_, path, at],
-            ["locate", *json_, path, "/dev/sda", "/text"], ["check", *json_, path], ["report", path, "-o", f"{out}.html"], ["diff", good, path],
-            ["diff", path, good], ["lookup", *json_, path, "--ranges", str(self.folder / "offsets")], ["info", *json_, path],
-            ["sparsify", "--estimate", path], ["map", "-q", "-o", "/dev/null", path],
+            ["lookup", *json_, path, at],
+            ["lookup", *json_, path, f"0-{rng.choice((4096, 1 << 22, 1 << 62))}"],
+            ["explain", *json_, path, at], ["locate", *json_, path, "/dev/sda", "/text"],
+            ["check", *json_, path], ["report", path, "-o", f"{out}.html"], ["diff", good, path],
+            ["diff", path, good], ["lookup", *json_, path, "--ranges", str(self.folder / "offsets")],
+            ["info", *json_, path], ["sparsify", "--estimate", path], ["map", "-q", "-o", "/dev/null", path],
         ]  # fmt: skip
-        queries = ("select count(*) from extents", "select kind, sum(length) from extents group by 1", "select device, path, size from files limit 20",
-                   "select * from volumes", "select * from problems", "select * from names limit 30")  # fmt: skip
+        queries = (
+            "select count(*) from extents",
+            "select kind, sum(length) from extents group by 1",
+            "select device, path, size from files limit 20",
+            "select * from volumes",
+            "select * from problems",
+            "select * from names limit 30",
+        )
         return {
             "map": [*maps, *(["sql", *json_, query, path] for query in queries)],
             "textmap": maps,
             "trace": [
-                ["profile", *json_, path], ["profile", path, "-o", f"{out}.profile"], ["profile", "--never-read", "--map", good, path],
-                ["report", good, path, "-o", f"{out}.html"], *(["sql", f"select * from {table} limit 20", path] for table in ("accesses", "touched")),
+                ["profile", *json_, path], ["profile", path, "-o", f"{out}.profile"],
+                ["profile", "--never-read", "--map", good, path], ["report", good, path, "-o", f"{out}.html"],
+                *(["sql", f"select * from {table} limit 20", path] for table in ("accesses", "touched")),
             ],
             "profile": [
-                ["profile", *json_, path], ["sql", "select * from damaged", path], ["replay", "--dry-run", path, str(self.image)],
-                ["profile", "--compare", str(self.folder / "boot.profile"), path], ["profile", "--export", "csv", path],
+                ["profile", *json_, path], ["sql", "select * from damaged", path],
+                ["replay", "--dry-run", path, str(self.image)],
+                ["profile", "--compare", str(self.folder / "boot.profile"), path],
+                ["profile", "--export", "csv", path],
             ],
             "log": [
-                ["trace", "import", path, "--map", good, "-o", f"{out}.parquet"], ["trace", "import", path, "-o", f"{out}.parquet"],
-                ["lookup", good, "--ranges", path],
+                ["trace", "import", path, "--map", good, "-o", f"{out}.parquet"],
+                ["trace", "import", path, "-o", f"{out}.parquet"], ["lookup", good, "--ranges", path],
             ],
             "ranges": [["lookup", *json_, good, "--ranges", path], ["diff", "--ranges", path, good, good]],
         }[self.kind]  # fmt: skip
 
 
 def make(folder: Path, seeds: dict[str, Seed]) -> dict[str, Callable[[], File]]:
-    """The whole files, written into the folder by the commands themselves; by name, what makes a subject of each."""
+    """The whole files, written into the folder by the commands themselves; by name, what makes a subject of
+    each."""
     folder.mkdir(parents=True, exist_ok=True)
     image = seeds["ext4"].paths[0]
     kinds: dict[Path, str] = {}
@@ -177,7 +217,13 @@ def make(folder: Path, seeds: dict[str, Seed]) -> dict[str, Callable[[], File]]:
             (folder / name).write_text(text)
             kinds[folder / name] = kind
     command(
-        "trace", "import", str(folder / "blkparse"), "--map", str(folder / "ext4.parquet"), "-o", str(folder / "trace.parquet")
+        "trace",
+        "import",
+        str(folder / "blkparse"),
+        "--map",
+        str(folder / "ext4.parquet"),
+        "-o",
+        str(folder / "trace.parquet"),
     )
     command("profile", str(folder / "trace.parquet"), "-o", str(folder / "boot.profile"))
     kinds |= {folder / "trace.parquet": "trace", folder / "boot.profile": "profile"}
@@ -188,16 +234,23 @@ def make(folder: Path, seeds: dict[str, Seed]) -> dict[str, Callable[[], File]]:
     return {f"beside-{kind}-{path.name}": subject(path, kind) for path, kind in kinds.items()}
 
 
-# ---- damage -------------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 def _raw(rng: random.Random, data: bytes) -> bytes:
-    """Some bytes, half of them near the end, where Parquet describes itself; now and then the end is cut off."""
+    """Some bytes, half of them near the end, where Parquet describes itself; now and then the end is cut
+    off."""
     result = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
-        at = rng.randrange(len(result)) if rng.random() < 0.5 else max(0, len(result) - 1 - rng.randrange(min(len(result), 4000)))
+        at = (
+            rng.randrange(len(result))
+            if rng.random() < 0.5
+            else max(0, len(result) - 1 - rng.randrange(min(len(result), 4000)))
+        )
         if rng.random() < 0.7:
-            result[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, result[at] ^ 1 << rng.randrange(8), rng.randrange(256)))
+            result[at] = rng.choice(
+                (0, 1, 0x7F, 0x80, 0xFF, result[at] ^ 1 << rng.randrange(8), rng.randrange(256))
+            )
         else:
             count = rng.choice((2, 4, 8))
             result[at : at + count] = rng.randbytes(count)
@@ -255,7 +308,9 @@ def _tables(rng: random.Random, data: bytes) -> bytes:
             for _ in range(1 if pa.types.is_list(field.type) else rng.choice((1, 3, 20))):
                 row = rng.randrange(len(rows))
                 rows[row] = _changed(rng, rows[row], field.type)
-            table = table.set_column(at, pa.field(field.name, _loose(field.type)), pa.array(rows, _loose(field.type)))
+            table = table.set_column(
+                at, pa.field(field.name, _loose(field.type)), pa.array(rows, _loose(field.type))
+            )
     if rng.random() < 0.1:
         metadata = dict(table.schema.metadata or {b"x": b""})
         metadata[rng.choice(list(metadata))] = rng.choice(METADATA)
@@ -279,7 +334,11 @@ def _changed(rng: random.Random, value: Any, type: pa.DataType) -> Any:
     if pa.types.is_integer(type):
         number = rng.choice(NUMBERS) if rng.random() < 0.7 else (value or 0) + rng.choice((-1, 1, 100))
         signed = pa.types.is_signed_integer(type)
-        low, high = (-(1 << type.bit_width - 1), (1 << type.bit_width - 1) - 1) if signed else (0, (1 << type.bit_width) - 1)
+        low, high = (
+            (-(1 << type.bit_width - 1), (1 << type.bit_width - 1) - 1)
+            if signed
+            else (0, (1 << type.bit_width) - 1)
+        )
         return min(max(number, low), high)
     if pa.types.is_dictionary(type) or pa.types.is_string(type) or pa.types.is_large_string(type):
         return rng.choice(TEXTS)

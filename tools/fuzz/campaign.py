@@ -1,8 +1,10 @@
-"""A campaign: workers do mutations, seed after seed in small batches; who keeps the books sees that each of them comes to an end.
+"""A campaign: workers do mutations, seed after seed in small batches; who keeps the books sees that each of
+them comes to an end.
 
-Workers are forked from a process that has imported everything. A worker tells each mutation's outcome as a line of JSON; where no line comes for long, the mutation
-after the last one told hangs where no exception arrives, and the worker is killed. The summary is a file of JSON that says how far each seed is, so that the next
-campaign goes on from there.
+Workers are forked from a process that has imported everything. A worker tells each mutation's outcome as a
+line of JSON; where no line comes for long, the mutation after the last one told hangs where no exception
+arrives, and the worker is killed. The summary is a file of JSON that says how far each seed is, so that the
+next campaign goes on from there.
 """
 
 import collections
@@ -39,7 +41,13 @@ NOTED = 20
 
 
 def run(
-    seeds: dict[str, Seed], found: Path, jobs: int, minutes: float, mutations: int, only: Sequence[str], say: Any = print
+    seeds: dict[str, Seed],
+    found: Path,
+    jobs: int,
+    minutes: float,
+    mutations: int,
+    only: Sequence[str],
+    say: Any = print,
 ) -> dict[str, Any]:
     """Until the time is up or the summary counts so many mutations, whichever is first; the summary."""
     found.mkdir(parents=True, exist_ok=True)
@@ -52,7 +60,9 @@ def run(
 
 
 class _Campaign:
-    def __init__(self, seeds: dict[str, Seed], found: Path, work: Path, only: Sequence[str], say: Any) -> None:
+    def __init__(
+        self, seeds: dict[str, Seed], found: Path, work: Path, only: Sequence[str], say: Any
+    ) -> None:
         self.found, self.work, self.seeds, self.say = found, work, seeds, say
         names = list(subjects_apart(seeds, work / "names"))
         self.names = [name for name in names if not only or any(part in name for part in only)]
@@ -69,7 +79,9 @@ class _Campaign:
         with contextlib.suppress(OSError):
             self.summary = json.loads((found / "summary.json").read_text())
         commit = subprocess.run(
-            ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True
+            ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude", "*"],
+            capture_output=True,
+            text=True,
         ).stdout.strip()
         if commit not in self.summary["commits"]:
             self.summary["commits"].append(commit)
@@ -103,7 +115,8 @@ class _Campaign:
                     told = time.monotonic()
                     self.save()
                     self.say(
-                        f"{self.summary['mutations']} mutations, {len(self.summary['faults'])} faults, {(told - began) / 60:.0f} min"
+                        f"{self.summary['mutations']} mutations, {len(self.summary['faults'])} "
+                        f"faults, {(told - began) / 60:.0f} min"
                     )
         finally:
             for worker in workers:
@@ -121,7 +134,8 @@ class _Campaign:
         summary["cpu"] += outcome.cpu
         for kind, value in (("slowest", outcome.cpu), ("largest", outcome.memory)):
             summary[kind] = sorted(
-                [*summary[kind], [value, outcome.name, outcome.number, outcome.ran[-1:]]], key=lambda row: -row[0]
+                [*summary[kind], [value, outcome.name, outcome.number, outcome.ran[-1:]]],
+                key=lambda row: -row[0],
             )[:NOTED]
         if outcome.outcome == "fault":
             self._fault(outcome)
@@ -137,7 +151,8 @@ class _Campaign:
             folder.mkdir(exist_ok=True)
             (folder / "fault.json").write_text(json.dumps(outcome._asdict()))
             (folder / "trace.txt").write_text(
-                f"{outcome.fault}\n{outcome.name} {outcome.number}\n{outcome.done}\n{outcome.ran}\n\n{outcome.trace}"
+                f"{outcome.fault}\n{outcome.name} {outcome.number}\n{outcome.done}\n{outcome.ran}\n\n"
+                f"{outcome.trace}"
             )
             self.say(f"new fault: {folder.name} {outcome.fault} [{outcome.name} {outcome.number}]")
 
@@ -202,7 +217,8 @@ class _Worker:
         self._hear()
 
     def hangs(self) -> bool:
-        """By what the kernel says of its processor time: seconds on the wall say more of the machine's other work."""
+        """By what the kernel says of its processor time: seconds on the wall say more of the machine's other
+        work."""
         if not self.left:
             return False
         cpu = _cpu(self.pid)
@@ -306,7 +322,9 @@ def _serve(seeds: dict[str, Seed], work: Path, orders: IO[str], answers: IO[str]
 
 def table(summary: dict[str, Any]) -> str:
     """The counts by format, for people."""
-    rows: list[tuple[str, ...]] = [("format", "mutations", "mapped", "damaged", "refused", "faults", "ms each")]
+    rows: list[tuple[str, ...]] = [
+        ("format", "mutations", "mapped", "damaged", "refused", "faults", "ms each")
+    ]
     total: collections.Counter[str] = collections.Counter()
     for format, counts in sorted(summary["formats"].items()):
         total.update(counts)
@@ -324,4 +342,8 @@ def table(summary: dict[str, Any]) -> str:
 
 def _row(name: str, counts: Any) -> tuple[str, ...]:
     each = counts["cpu"] / max(1, counts["mutations"])
-    return name, *(f"{counts[word]:,}" for word in ("mutations", "mapped", "damaged", "refused", "fault")), f"{1000 * each:.1f}"
+    return (
+        name,
+        *(f"{counts[word]:,}" for word in ("mutations", "mapped", "damaged", "refused", "fault")),
+        f"{1000 * each:.1f}",
+    )

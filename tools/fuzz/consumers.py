@@ -1,4 +1,7 @@
-"""What people do with a map, on the map of a damaged image. The cheap consumers look at each; the others at some, by chance, which is the mutation's own."""
+"""What people do with a map, on the map of a damaged image.
+
+The cheap consumers look at each; the others at some, by chance, which is the mutation's own.
+"""
 
 import contextlib
 import io
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
     from .images import Image
 
 CONTENT = 32 << 20
-"""Bytes of a file, or of a volume, that are read: a file can be made to look as long as a format allows, and reading it takes as long as it takes."""
+"""Bytes of a file, or of a volume, that are read: a file can be made to look as long as a format allows, and
+reading it takes as long as it takes."""
 TREE = 256 << 20
 """Bytes of all files of a tree that is extracted: many can share one place."""
 
@@ -58,7 +62,9 @@ class Use(NamedTuple):
         at = low + self.rng.randrange(min(high - low, 4096))
         sizes = self.sizes
         disk = disk if disk < len(sizes) else 0
-        return disk + 1, min(at, sizes[disk] - 1) if self.rng.random() < 0.8 else self.rng.randrange(sizes[disk])
+        return disk + 1, min(at, sizes[disk] - 1) if self.rng.random() < 0.8 else self.rng.randrange(
+            sizes[disk]
+        )
 
     def words(self) -> list[str]:
         """The disks on a command line."""
@@ -97,7 +103,7 @@ def command(*words: str) -> str:
     return printed.getvalue().decode(errors="replace")
 
 
-# ---- always -------------------------------------------------------------------------------------------------------------
+# ---- always ------------------------------------------------------------------------------------------------
 
 
 def text(use: Use) -> None:
@@ -113,7 +119,7 @@ def lookup(use: Use) -> None:
             line(row)
 
 
-# ---- by chance ----------------------------------------------------------------------------------------------------------
+# ---- by chance ---------------------------------------------------------------------------------------------
 
 
 def whole_lookup(use: Use) -> None:
@@ -128,7 +134,10 @@ def explained(use: Use) -> None:
             answer = explain(use.bmap, disk, at)
             json.dumps(answer, ensure_ascii=False)
             json.dumps(
-                [fields_at(use.bmap, answer["layer"], use.readers, 64), history_at(use.bmap, answer["layer"], use.readers)]
+                [
+                    fields_at(use.bmap, answer["layer"], use.readers, 64),
+                    history_at(use.bmap, answer["layer"], use.readers),
+                ]
             )
 
 
@@ -141,7 +150,9 @@ def located(use: Use) -> None:
     inodes = use.bmap.inodes
     for _ in range(min(4, inodes.num_rows)):
         row = use.rng.randrange(inodes.num_rows)
-        for piece in locate_command.pieces(use.bmap, inodes.column("volume")[row].as_py(), inodes.column("inode")[row].as_py()):
+        for piece in locate_command.pieces(
+            use.bmap, inodes.column("volume")[row].as_py(), inodes.column("inode")[row].as_py()
+        ):
             piece.update(device="d", path="p")
             locate_command.line(piece)
 
@@ -162,12 +173,17 @@ def files(use: Use) -> None:
 
 
 def _small(use: Use, volume: int) -> bool:
-    """Are the files of a filesystem few enough bytes to copy? What they say, and what lies on the disk, which is not the same."""
+    """Are the files of a filesystem few enough bytes to copy? What they say, and what lies on the disk, which
+    is not the same."""
     _, inodes = use.bmap.slice_of("inodes", volume)
     _, extents = use.bmap.slice_of("extents", volume)
     data = np.isin(tables.codes(extents, "kind"), (tables.DATA, tables.SYMLINK))
     length, long = tables.integers(extents, "length")[data], tables.integers(inodes, "size")
-    return float(length.astype(float).sum()) <= TREE and (len(long) == 0 or int(long.max()) < 1 << 62) and inodes.num_rows < 5000
+    return (
+        float(length.astype(float).sum()) <= TREE
+        and (len(long) == 0 or int(long.max()) < 1 << 62)
+        and inodes.num_rows < 5000
+    )
 
 
 def extracted(use: Use) -> None:
@@ -185,12 +201,18 @@ def _assert_harmless(folder: Path) -> None:
     for where, folders, names in os.walk(folder):
         for name in (*folders, *names):
             mode = os.lstat(os.path.join(where, name)).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)) or (mode & 0o6000 and not stat.S_ISLNK(mode)):
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)) or (
+                mode & 0o6000 and not stat.S_ISLNK(mode)
+            ):
                 raise Broken("extract made a special file, or one that runs as another")
 
 
 def cat_command(use: Use) -> None:
-    volumes = [v for v in use.bmap.filesystems.column("volume").to_pylist() if use.bmap.slice_of("names", v)[1].num_rows]
+    volumes = [
+        v
+        for v in use.bmap.filesystems.column("volume").to_pylist()
+        if use.bmap.slice_of("names", v)[1].num_rows
+    ]
     if volumes and not use.image.host:
         volume = use.rng.choice(volumes)
         inodes, paths = use.bmap.paths(volume)
@@ -200,7 +222,12 @@ def cat_command(use: Use) -> None:
         found = use.bmap.slice_of("inodes", volume)[1]
         size = tables.integers(found, "size")[tables.integers(found, "inode") == inodes[row]]
         if len(size) and size[0] < CONTENT:
-            command("cat", *use.words(), use.bmap.volumes.column("name")[volume].as_py(), os.fsdecode(paths[row].as_py()))
+            command(
+                "cat",
+                *use.words(),
+                use.bmap.volumes.column("name")[volume].as_py(),
+                os.fsdecode(paths[row].as_py()),
+            )
 
 
 def dump_command(use: Use) -> None:
@@ -208,7 +235,14 @@ def dump_command(use: Use) -> None:
     if use.bmap.volumes.column("size")[volume].as_py() < 4 * CONTENT and not use.image.host:
         with use.scratch() as folder:
             free = ["--skip-free"] if use.rng.random() < 0.5 else []
-            command("dump", "-q", *free, *use.words(), use.bmap.volumes.column("name")[volume].as_py(), str(folder / "volume"))
+            command(
+                "dump",
+                "-q",
+                *free,
+                *use.words(),
+                use.bmap.volumes.column("name")[volume].as_py(),
+                str(folder / "volume"),
+            )
 
 
 def many_ranges(use: Use) -> None:
@@ -235,10 +269,10 @@ def saved(use: Use) -> None:
                 raise Broken(f"the table {name} is another after it was saved and loaded")
         disk, at = use.place()
         words = use.rng.choice([
-            ["lookup", path, f"{disk}:{at}"], ["lookup", "--json", path, f"{disk}:0-{use.sizes[disk - 1]}"], ["explain", path, f"{disk}:{at}"],
-            ["explain", "--json", path, f"{disk}:{at}"], ["info", path], ["check", path], ["check", "--json", path],
-            ["report", path, "-o", str(folder / "page.html")], ["diff", path, path],
-            ["sql", use.rng.choice(QUERIES), path],
+            ["lookup", path, f"{disk}:{at}"], ["lookup", "--json", path, f"{disk}:0-{use.sizes[disk - 1]}"],
+            ["explain", path, f"{disk}:{at}"], ["explain", "--json", path, f"{disk}:{at}"], ["info", path],
+            ["check", path], ["check", "--json", path], ["report", path, "-o", str(folder / "page.html")],
+            ["diff", path, path], ["sql", use.rng.choice(QUERIES), path],
         ])  # fmt: skip
         command(*words)
 
@@ -263,7 +297,9 @@ def check_command(use: Use) -> None:
 
 def map_command(use: Use) -> None:
     with use.scratch() as folder:
-        command("map", "-q", "-o", str(folder / use.rng.choice(("map", "map.parquet", "map.jsonl"))), *use.words())
+        command(
+            "map", "-q", "-o", str(folder / use.rng.choice(("map", "map.parquet", "map.jsonl"))), *use.words()
+        )
 
 
 def estimate_command(use: Use) -> None:
@@ -291,15 +327,19 @@ def report_command(use: Use) -> None:
 
 
 CONSUMERS: tuple[tuple[float, Callable[[Use], None]], ...] = (
-    (0.5, text), (1, lookup), (0.1, whole_lookup), (0.2, explained), (0.03, explain_command), (0.2, located), (0.3, files), (0.06, extracted),
-    (0.05, cat_command), (0.05, dump_command), (0.1, many_ranges), (0.04, nested), (0.04, saved), (0.02, info_command), (0.02, check_command),
-    (0.02, map_command), (0.04, estimate_command), (0.03, diff_command), (0.01, report_command),
+    (0.5, text), (1, lookup), (0.1, whole_lookup), (0.2, explained), (0.03, explain_command), (0.2, located),
+    (0.3, files), (0.06, extracted), (0.05, cat_command), (0.05, dump_command), (0.1, many_ranges),
+    (0.04, nested), (0.04, saved), (0.02, info_command), (0.02, check_command), (0.02, map_command),
+    (0.04, estimate_command), (0.03, diff_command), (0.01, report_command),
 )  # fmt: skip
 """(how often, which)"""
 
 
 def consume(use: Use, ran: list[str]) -> None:
-    """The consumers that this mutation's chance chooses. A refusal in one line is an answer; what else they raise is a fault."""
+    """The consumers that this mutation's chance chooses.
+
+    A refusal in one line is an answer; what else they raise is a fault.
+    """
     for chance, consumer in CONSUMERS:
         if use.rng.random() < chance:
             ran.append(consumer.__name__)

@@ -1,5 +1,7 @@
-"""What is done to bytes, and to which. Damage goes where a map says that metadata lies: one class (volume, kind, part) first, so that a superblock is hit as
-often as a table a thousand times its size."""
+"""What is done to bytes, and to which.
+
+Damage goes where a map says that metadata lies: one class (volume, kind, part) first, so that a superblock is
+hit as often as a table a thousand times its size."""
 
 import random
 import re
@@ -9,8 +11,9 @@ from typing import NamedTuple
 from .disk import Disk
 
 INTERESTING = [
-    0, 1, 2, 3, 7, 8, 0x10, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF, 1 << 32, (1 << 32) + 1,
-    1 << 40, 1 << 48, (1 << 52) - 1, 1 << 56, 1 << 62, (1 << 63) - 4096, (1 << 63) - 1, 1 << 63, (1 << 64) - 512, (1 << 64) - 1,
+    0, 1, 2, 3, 7, 8, 0x10, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000,
+    0xFFFFFFFE, 0xFFFFFFFF, 1 << 32, (1 << 32) + 1, 1 << 40, 1 << 48, (1 << 52) - 1, 1 << 56, 1 << 62,
+    (1 << 63) - 4096, (1 << 63) - 1, 1 << 63, (1 << 64) - 512, (1 << 64) - 1,
 ]  # fmt: skip
 """Numbers at the edges of types, signs and multiplications."""
 HOW_MANY = (1, 1, 1, 2, 2, 3, 4, 6)
@@ -55,7 +58,8 @@ def _byte(damage: Damage, disk: Disk, at: int) -> None:
 
 
 def _number(damage: Damage, disk: Disk, at: int) -> None:
-    """A number of 2, 4 or 8 bytes becomes an interesting one, a near one, one of the disk's own sizes, or any."""
+    """A number of 2, 4 or 8 bytes becomes an interesting one, a near one, one of the disk's own sizes, or
+    any."""
     rng = damage.rng
     size = rng.choice((2, 4, 4, 4, 8, 8))
     at -= at % rng.choice((1, 2, size, size))
@@ -69,7 +73,16 @@ def _number(damage: Damage, disk: Disk, at: int) -> None:
     elif chance < 0.75:
         value += rng.choice((-1, 1, -2, 2, 8, -8, 0x1000, -0x1000, 1 << 31, value, -value // 2))
     elif chance < 0.85:
-        sizes = (disk.size, disk.size // 512, disk.size // 1024, disk.size // 4096, value << 1, value << 8, value << 16, ~value)
+        sizes = (
+            disk.size,
+            disk.size // 512,
+            disk.size // 1024,
+            disk.size // 4096,
+            value << 1,
+            value << 8,
+            value << 16,
+            ~value,
+        )
         value = rng.choice(sizes) + rng.choice((-1, 0, 1))
     else:
         value = rng.getrandbits(8 * size)
@@ -106,7 +119,8 @@ def _shift(damage: Damage, disk: Disk, at: int) -> None:
 
 
 def _text(damage: Damage, disk: Disk, at: int) -> None:
-    """A number in text (LVM's metadata, LUKS2's JSON, VMDK's descriptor) becomes another; where there is no text, a binary one does."""
+    """A number in text (LVM's metadata, LUKS2's JSON, VMDK's descriptor) becomes another; where there is no
+    text, a binary one does."""
     start = max(0, at - 512)
     data = disk.read(start, 2048)
     found = list(re.finditer(rb"[0-9]{1,20}", data))

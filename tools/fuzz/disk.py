@@ -16,7 +16,8 @@ def scratch() -> str | None:
 
 
 class Disk:
-    """A file under damage. `size` is what it has now, `touched` the ranges that were written since it was whole."""
+    """A file under damage. `size` is what it has now, `touched` the ranges that were written since it was
+    whole."""
 
     def __init__(self, source: Path, path: Path) -> None:
         subprocess.run(["cp", "--sparse=always", source, path], check=True)
@@ -33,7 +34,9 @@ class Disk:
 
     def read(self, at: int, length: int) -> bytes:
         """What is there of the range; less behind the end, nothing before the start."""
-        return os.pread(self._fd, min(length, self.size - at), at) if 0 <= at < self.size and length > 0 else b""
+        return (
+            os.pread(self._fd, min(length, self.size - at), at) if 0 <= at < self.size and length > 0 else b""
+        )
 
     def write(self, at: int, data: bytes) -> bool:
         """Overwrite what is there of the range; does that change anything?"""
@@ -55,7 +58,8 @@ class Disk:
         self.size = max(1, size)
 
     def _next(self, at: int) -> int:
-        """Where something is stored, from this byte on: holes can be larger than any time suffices to read."""
+        """Where something is stored, from this byte on: holes can be larger than any time suffices to
+        read."""
         try:
             return os.lseek(self._fd, at, os.SEEK_DATA)
         except OSError:  # nothing
@@ -75,7 +79,11 @@ class Disk:
         old: dict[int, int] = {}
         for at, data in reversed(self._undo):
             old.update(enumerate(data, at))
-        new = {at: self.read(at, 1)[:1] for at in sorted(old) if at < min(self.size, self._whole) or self.size > self._whole}
+        new = {
+            at: self.read(at, 1)[:1]
+            for at in sorted(old)
+            if at < min(self.size, self._whole) or self.size > self._whole
+        }
         runs: list[tuple[int, bytearray]] = []
         for at, byte in new.items():
             if byte and byte[0] != old[at]:

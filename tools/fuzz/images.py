@@ -79,12 +79,17 @@ class Image:
             done.append("sealed")
         if rng.random() < CUT:
             disk = rng.choice(self.disks)
-            disk.resize(rng.choice((rng.randrange(1, disk.size + 1), rng.randrange(disk.size // 512 + 1) * 512)))
+            disk.resize(
+                rng.choice((rng.randrange(1, disk.size + 1), rng.randrange(disk.size // 512 + 1) * 512))
+            )
             done.append(f"cut to {disk.size}")
         return done
 
     def use(self, number: int, ran: list[str]) -> str:
-        """Map and check the disks, and let a choice of consumers that belongs to the number look at the map. What became of it; raises what is a fault."""
+        """Map and check the disks, and let a choice of consumers that belongs to the number look at the map.
+
+        What became of it; raises what is a fault.
+        """
         rng = random.Random(f"{self.name}/{number}/consumers")
         ran.append("map")
         with contextlib.ExitStack() as stack:
@@ -110,7 +115,8 @@ class Image:
             disk.apply(patch, size)
 
     def smaller(self, patches: Sequence[tuple[int, Patch]]) -> Iterator[list[tuple[int, Patch]]]:
-        """Smaller damages to try: a disk's size as it was, half of its pieces, one piece less, half of one piece."""
+        """Smaller damages to try: a disk's size as it was, half of its pieces, one piece less, half of one
+        piece."""
         for number, (size, patch) in enumerate(patches):
             for less in self.disks[number].smaller(size, patch):
                 yield [*patches[:number], less, *patches[number + 1 :]]
@@ -118,7 +124,8 @@ class Image:
     def copy(self, out: Path) -> list[Path]:
         """The disks as they are now, in files of their own."""
         result = [
-            out if len(self.disks) == 1 else out.with_name(f"{out.name}.{number}") for number in range(1, len(self.disks) + 1)
+            out if len(self.disks) == 1 else out.with_name(f"{out.name}.{number}")
+            for number in range(1, len(self.disks) + 1)
         ]
         for disk, path in zip(self.disks, result, strict=True):
             subprocess.run(["cp", "--sparse=always", disk.path, path], check=True)
@@ -134,7 +141,9 @@ def _volumes(bmap: BlockMap) -> list[Volume]:
         below = bmap.descend(number, np.array([0]), np.array([size]))
         below = below.take((below.role == ROLES.index(DATA)) & np.isin(below.volume, bmap.disks))
         if type and len(below.start) == 1 and below.length[0] == size:
-            found.append(Volume(type, bmap.disks.index(int(below.volume[0])), int(below.start[0]), size, number, bmap))
+            found.append(
+                Volume(type, bmap.disks.index(int(below.volume[0])), int(below.start[0]), size, number, bmap)
+            )
     return found
 
 
@@ -145,7 +154,8 @@ def _classes(bmap: BlockMap, disks: Sequence[Disk]) -> list[Class]:
         _, extents = bmap.slice_of("extents", volume)
         kind, parts = tables.codes(extents, "kind"), extents.column("part").to_pylist()
         mine = np.flatnonzero(np.isin(kind, WANTED))
-        start, length = tables.integers(extents, "volume_offset")[mine], tables.integers(extents, "length")[mine]
+        start = tables.integers(extents, "volume_offset")[mine]
+        length = tables.integers(extents, "length")[mine]
         below = bmap.descend(volume, start, start + length)
         for query, disk, low, high in zip(
             below.query.tolist(), below.volume.tolist(), below.start.tolist(), below.end.tolist(), strict=True
@@ -153,4 +163,6 @@ def _classes(bmap: BlockMap, disks: Sequence[Disk]) -> list[Class]:
             if disk in bmap.disks and low < high <= disks[bmap.disks.index(disk)].size:
                 row = int(mine[query])
                 found[volume, int(kind[row]), parts[row]].append((bmap.disks.index(disk), low, high))
-    return [ranges[:RANGES] for ranges in found.values()] or [[(n, 0, min(disk.size, 65536)) for n, disk in enumerate(disks)]]
+    return [ranges[:RANGES] for ranges in found.values()] or [
+        [(n, 0, min(disk.size, 65536)) for n, disk in enumerate(disks)]
+    ]

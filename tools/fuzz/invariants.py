@@ -1,4 +1,5 @@
-"""What holds for every map, whatever it was made of: the contract of its tables, the tiling of its volumes, rows inside what they are in."""
+"""What holds for every map, whatever it was made of: the contract of its tables, the tiling of its volumes,
+rows inside what they are in."""
 
 import numpy as np
 
@@ -21,7 +22,8 @@ def assert_sound(bmap: BlockMap, report: Report) -> None:
             tables.check(name, getattr(bmap, name))
         except ValueError as error:
             raise Broken(
-                f"tables.check {name}: " + "".join(c for c in str(error).partition(" instead of ")[0][:160] if not c.isdigit())
+                f"tables.check {name}: "
+                + "".join(c for c in str(error).partition(" instead of ")[0][:160] if not c.isdigit())
             ) from error
     said = set(bmap.problems.column("detail").to_pylist())  # by a reader, of the disk
     for found in report.disagreements:
@@ -37,23 +39,36 @@ def assert_sound(bmap: BlockMap, report: Report) -> None:
 
 
 def _extents_inside(bmap: BlockMap, sizes: np.ndarray) -> None:
-    volume, at, length = (tables.integers(bmap.extents, name) for name in ("volume", "volume_offset", "length"))
+    volume, at, length = (
+        tables.integers(bmap.extents, name) for name in ("volume", "volume_offset", "length")
+    )
     if (length <= 0).any():
-        raise Broken(f"an extent of no length: {tables.KINDS[int(tables.codes(bmap.extents, 'kind')[np.argmax(length <= 0)])]}")
+        raise Broken(
+            "an extent of no length: "
+            f"{tables.KINDS[int(tables.codes(bmap.extents, 'kind')[np.argmax(length <= 0)])]}"
+        )
     if (at < 0).any() or (at > sizes[volume] - length).any():
         raise Broken("an extent outside its volume")
 
 
 def _rows_inside(bmap: BlockMap, sizes: np.ndarray) -> None:
     rows = bmap.mappings
-    volume, parent, run, count = (tables.integers(rows, name) for name in ("volume", "parent", "run", "count"))
+    volume, parent, run, count = (
+        tables.integers(rows, name) for name in ("volume", "parent", "run", "count")
+    )
     if (run <= 0).any() or (count <= 0).any():
         raise Broken("a mapping row of no length")
     if (volume <= parent).any():
         raise Broken("a volume before its parent")
-    for side, size, piece in (("volume", sizes[volume], run), ("parent", sizes[parent], tables.integers(rows, "parent_run"))):
+    for side, size, piece in (
+        ("volume", sizes[volume], run),
+        ("parent", sizes[parent], tables.integers(rows, "parent_run")),
+    ):
         start, step = tables.integers(rows, f"{side}_offset"), tables.integers(rows, f"{side}_step")
-        ends = (a + (n - 1) * s + p for a, n, s, p in zip(*(each.tolist() for each in (start, count, step, piece)), strict=True))
+        ends = (
+            a + (n - 1) * s + p
+            for a, n, s, p in zip(*(each.tolist() for each in (start, count, step, piece)), strict=True)
+        )
         if (start < 0).any() or any(end > most for end, most in zip(ends, size.tolist(), strict=True)):
             raise Broken(f"a mapping row outside its {side}")
 

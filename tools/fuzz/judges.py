@@ -1,7 +1,9 @@
-"""Our verdict beside that of the format's own checker, over small damages with checksums put right: what does the checker know that `check` calls proven?
+"""Our verdict beside that of the format's own checker, over small damages with checksums put right: what does
+the checker know that `check` calls proven?
 
-One operation a mutation, so that what was missed has one cause. A miss is no fault by itself: checkers also count things that no owner depends on (link counts, free counts),
-which docs/verification.md names as never looked at.
+One operation a mutation, so that what was missed has one cause. A miss is no fault by itself: checkers also
+count things that no owner depends on (link counts, free counts), which docs/verification.md names as never
+looked at.
 """
 
 import random
@@ -28,7 +30,8 @@ PATIENCE = 60
 
 
 class Judge(NamedTuple):
-    """A checker's command, to which the image is added; where its exit status says nothing, what it prints when all is well."""
+    """A checker's command, to which the image is added; where its exit status says nothing, what it prints
+    when all is well."""
 
     command: tuple[str, ...]
     well: str | None = None
@@ -84,9 +87,12 @@ def compare(seed: Seed, work: Path, mutations: int, tell: Callable[[str], None])
             image.sealer.seal()
             theirs, ours = _complaint(judge, image.paths[0]), not _proven(image)
             counts[
-                {(True, True): "both", (False, True): "only we", (True, False): "only the checker", (False, False): "neither"}[
-                    bool(theirs), ours
-                ]
+                {
+                    (True, True): "both",
+                    (False, True): "only we",
+                    (True, False): "only the checker",
+                    (False, False): "neither",
+                }[bool(theirs), ours]
             ] += 1
             if theirs and not ours:
                 missed.append(Missed(number, f"{what} ({_owner(image, what)})", theirs))
@@ -104,7 +110,12 @@ def _complaint(judge: Judge, path: str) -> str:
     """What the checker says; empty where it finds nothing."""
     try:
         done = subprocess.run(
-            [*judge.command, path], capture_output=True, text=True, errors="replace", timeout=PATIENCE, stdin=subprocess.DEVNULL
+            [*judge.command, path],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
         return "did not end"
@@ -117,7 +128,9 @@ def _telling(said: str) -> str:
     """The first lines that are no greeting and no heading, without their numbers."""
     lines = [line.strip() for line in said.splitlines()]
     heading = re.compile(
-        r"Pass \d|Phase \d|e2fsck |fsck\.|Opening|Checking|Info:|\[\d/\d\]|UUID|- |exfatprogs|Mounting|Processing|Reading|Warning|No modify|Cannot get host|Repair may fail|the filesystem and the host|Only one AG|would"
+        r"Pass \d|Phase \d|e2fsck |fsck\.|Opening|Checking|Info:|\[\d/\d\]|UUID|- "
+        r"|exfatprogs|Mounting|Processing|Reading|Warning|No modify|Cannot get host|Repair may "
+        r"fail|the filesystem and the host|Only one AG|would"
     )
     lines = [line for line in lines if line and not heading.match(line)]
     return re.sub(r"\d+", "N", " / ".join(lines[:2]))[:150]
@@ -141,7 +154,11 @@ def _owner(image: Image, what: str) -> str:
     image.restore()
     with image.opened() as (bmap, _):
         found = bmap.owners(disk + 1, ints(at), ints(at + 1))
-        rows = [(int(extent), int(volume)) for extent, volume in zip(found.extent, found.volume, strict=True) if extent >= 0]
+        rows = [
+            (int(extent), int(volume))
+            for extent, volume in zip(found.extent, found.volume, strict=True)
+            if extent >= 0
+        ]
         if not rows:
             return "no extent"
         extent = bmap.extents.slice(rows[-1][0], 1).to_pylist()[0]

@@ -1,4 +1,5 @@
-"""The images that are damaged: the tests' small images, made once and kept in a folder until a recipe changes."""
+"""The images that are damaged: the tests' small images, made once and kept in a folder until a recipe
+changes."""
 
 import hashlib
 import importlib
@@ -16,7 +17,10 @@ LIST = "seeds.json"
 
 
 class Seed(NamedTuple):
-    """The disks of one machine, in order. `host`: image files whose own layer is looked at (--host-offsets)."""
+    """The disks of one machine, in order.
+
+    `host`: image files whose own layer is looked at (--host-offsets).
+    """
 
     name: str
     paths: tuple[Path, ...]
@@ -43,7 +47,9 @@ def seeds(folder: Path | None = None) -> tuple[dict[str, Seed], dict[str, str]]:
         _make(folder)
     listed = json.loads((folder / LIST).read_text())
     found = {name: tuple(folder / path for path in paths) for name, paths in listed["made"].items()}
-    return {name: Seed(name, paths, paths[0].suffix != ".img") for name, paths in found.items()}, listed["left"]
+    return {name: Seed(name, paths, paths[0].suffix != ".img") for name, paths in found.items()}, listed[
+        "left"
+    ]
 
 
 def _make(folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""The process that does mutations, and what it counts as a fault: an exception that is no BmapError, more than 10 s of processor time, more than 1 GiB, a broken
-invariant, a warning."""
+"""The process that does mutations, and what it counts as a fault: an exception that is no BmapError, more
+than 10 s of processor time, more than 1 GiB, a broken invariant, a warning."""
 
 import contextlib
 import faulthandler
@@ -51,7 +51,8 @@ class Subject(Protocol):
 
 
 class Outcome(NamedTuple):
-    """What became of a mutation: mapped (nothing was noticed), damaged (problems), refused, or fault, which `fault` names and `trace` shows."""
+    """What became of a mutation: mapped (nothing was noticed), damaged (problems), refused, or fault, which
+    `fault` names and `trace` shows."""
 
     name: str
     number: int
@@ -78,11 +79,13 @@ def subjects(seeds: dict[str, Seed], work: Path) -> dict[str, Callable[[], Subje
 
 
 def prepare() -> None:
-    """This process, for work of this kind: warnings of ours are errors, unexpected ones of the survey leave it, memory goes back to the kernel."""
+    """This process, for work of this kind: warnings of ours are errors, unexpected ones of the survey leave
+    it, memory goes back to the kernel."""
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module=r"virt_bmap\b")
     os.environ["VIRT_BMAP_STRICT"] = "1"
-    vars(cli)["import_libraries"] = lambda *_: None  # its heap keeps its memory, and there is none to measure then
+    # its heap keeps its memory, and there is none to measure then
+    vars(cli)["import_libraries"] = lambda *_: None
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -117,7 +120,10 @@ def judge(subject: Subject, number: int, done: list[str], ran: list[str]) -> Out
     if not fault and memory > MEMORY_LIMIT:
         outcome, fault = (
             "fault",
-            f"memory: more than {MEMORY_LIMIT >> 20} MiB in {_hungry(subject, number)} of {format_of(subject.name)}",
+            (
+                f"memory: more than {MEMORY_LIMIT >> 20} MiB in {_hungry(subject, number)} of "
+                f"{format_of(subject.name)}"
+            ),
         )
     if not fault and cpu > CPU_LIMIT:
         outcome, fault = "fault", f"hang in {ran[-1]} of {format_of(subject.name)}"

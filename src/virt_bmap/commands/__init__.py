@@ -1,13 +1,15 @@
-"""One module for each command: NAME is its file's name, HELP one line, `add_arguments(parser)`, and `run(args) -> exit status`.
+"""One module for each command: NAME is its file's name, HELP one line, `add_arguments(parser)`, and
+`run(args) -> exit status`.
 
-Modules are imported only when their command is run; `COMMANDS` is the list that `virt-bmap --help` shows, in this order.
+Modules are imported only when their command is run; `COMMANDS` is the list that `virt-bmap --help` shows, in
+this order.
 """
 
 from typing import NamedTuple
 
 SHORT, LONG, BARE = "short", "long", "bare"
-"""What kind of process a command is: one that is over in seconds; one that stays for hours, beside a guest that needs the memory; one that needs neither
-NumPy nor Arrow."""
+"""What kind of process a command is: one that is over in seconds; one that stays for hours, beside a guest
+that needs the memory; one that needs neither NumPy nor Arrow."""
 
 
 class Command(NamedTuple):
@@ -25,7 +27,9 @@ COMMANDS = {
     "info": Command("the tree of volumes and filesystems"),
     "check": Command("prove that a map is complete and agrees with allocators and checksums"),
     "verify": Command("does a map agree with what a real kernel reads of the files?"),
-    "diff": Command("which files changed: between two images, in an overlay, by a dirty bitmap, between two maps"),
+    "diff": Command(
+        "which files changed: between two images, in an overlay, by a dirty bitmap, between two maps"
+    ),
     "watch": Command("which files does a running guest read and write?", LONG),
     "trace": Command("make a trace of what another tool logged"),
     "profile": Command("what a guest needs, from traces; lists of it; what changed since the last boot"),

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=INPUT,
         help="a disk (not with -a), a device such as /dev/sda1, and a path on it",
     )
-    parser.add_argument("--stream", metavar="NAME", help="a named stream of the file (NTFS) instead of its content")
+    parser.add_argument(
+        "--stream", metavar="NAME", help="a named stream of the file (NTFS) instead of its content"
+    )
     add_partial_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
@@ -45,12 +47,15 @@ def run(args: argparse.Namespace) -> int:
     wanted = 2 if args.add else 3
     if len(args.arguments) != wanted:
         raise UsageError(
-            f"cat needs {'DEVICE and PATH' if args.add else 'a disk, DEVICE and PATH'}; given: {' '.join(args.arguments)}"
+            f"cat needs {'DEVICE and PATH' if args.add else 'a disk, DEVICE and PATH'}; given: "
+            f"{' '.join(args.arguments)}"
         )
     images, (device, path) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
     with (
         Progress() as progress,
-        maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args)) as opened,
+        maps.open_volumes(
+            images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args)
+        ) as opened,
     ):
         bmap, readers = opened
         volume = bmap.volume_named(device)
@@ -59,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
         shown = f"{escape(os.fsencode(path))} on {device}"
         if not files.is_kind(inode, tables.T_FILE) and args.stream is None:
             row = int(files.rows_of(ints(inode))[0])
-            raise UsageError(f"{shown}: is no file but of type {tables.TYPES[files.kind[row]] if row >= 0 else 'unknown'}")
+            raise UsageError(
+                f"{shown}: is no file but of type {tables.TYPES[files.kind[row]] if row >= 0 else 'unknown'}"
+            )
         if reason := files.refusal(inode, args.stream):
             raise Unsupported(f"{shown}: can't be read: {reason}")
         progress.stop()

@@ -30,12 +30,20 @@ HELP = "prove that every byte has an owner, and that owners, allocators and chec
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "disk", nargs="*", type=INPUT, metavar="MAP-or-DISK", help="a saved map (Parquet), or images, block devices, NBD URIs"
+        "disk",
+        nargs="*",
+        type=INPUT,
+        metavar="MAP-or-DISK",
+        help="a saved map (Parquet), or images, block devices, NBD URIs",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="exit status 1 also where something was not looked at, what files hold excepted"
+        "--strict",
+        action="store_true",
+        help="exit status 1 also where something was not looked at, what files hold excepted",
     )
-    add_result_options(parser, lambda: [COLUMNS], "one JSON object a line: totals of each volume, then the verdicts")
+    add_result_options(
+        parser, lambda: [COLUMNS], "one JSON object a line: totals of each volume, then the verdicts"
+    )
     add_host_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
@@ -54,7 +62,10 @@ def run(args: argparse.Namespace) -> int:
         results.save(_table(report, names), args.output)
     elif args.json:
         print_json(
-            [{"device": names[t.volume], "size": t.size, "children": t.children, "kinds": t.by_kind} for t in report.totals]
+            [
+                {"device": names[t.volume], "size": t.size, "children": t.children, "kinds": t.by_kind}
+                for t in report.totals
+            ]
         )
         print_json(_table(report, names).to_pylist())
     else:
@@ -71,7 +82,8 @@ def _table(report: "Report", names: list[str]) -> "pa.Table":
 
     schema = pa.schema([
         field("device", pa.string(), "the volume, as libguestfs names it"),
-        field("subject", pa.string(), "owners, allocator, structure, checksums (of metadata), journal, content (encrypted, foreign), files (what they hold)"),
+        field("subject", pa.string(), "owners, allocator, structure, checksums (of metadata), journal, "
+            "content (encrypted, foreign), files (what they hold)"),
         field("result", pa.string(), "proven, contradicted, not looked at"),
         field("code", pa.string(), "stable word for what contradicts", null="nothing does"),
         field("start", pa.int64(), "first byte at fault, in the volume", "bytes", "not one place"),
@@ -79,7 +91,8 @@ def _table(report: "Report", names: list[str]) -> "pa.Table":
         field("detail", pa.string(), "what was looked at, what is wrong, or why nothing was looked at"),
     ])  # fmt: skip
     rows = [
-        {"device": names[v.volume], "subject": v.subject, "result": v.result, "code": v.code, "start": None if v.start < 0 else v.start,
+        {"device": names[v.volume], "subject": v.subject, "result": v.result, "code": v.code,
+            "start": None if v.start < 0 else v.start,
          "end": None if v.end < 0 else v.end, "detail": escape(v.detail.encode())}
         for v in report.verdicts
     ]  # fmt: skip
@@ -87,7 +100,8 @@ def _table(report: "Report", names: list[str]) -> "pa.Table":
 
 
 def _tell(report: "Report", names: list[str]) -> None:
-    """For people: each volume by kinds and verdicts, then in one line what is proven, and in the last one what is not."""
+    """For people: each volume by kinds and verdicts, then in one line what is proven, and in the last one
+    what is not."""
     for total in report.totals:
         say(f"{names[total.volume]}: {total.size:,} bytes")
         if total.children:
@@ -99,7 +113,11 @@ def _tell(report: "Report", names: list[str]) -> None:
                 say(f"  {row.result}: {row.subject}: {escape(row.detail.encode())}")
     for found in report.disagreements:
         where = (
-            "" if found.start < 0 else f" byte {found.start:#x}" if found.end < 0 else f" bytes {found.start:#x}-{found.end:#x}"
+            ""
+            if found.start < 0
+            else f" byte {found.start:#x}"
+            if found.end < 0
+            else f" bytes {found.start:#x}-{found.end:#x}"
         )
         say(f"{names[found.volume]}:{where}: {found.code}: {escape(found.detail.encode())}")
     proven = Counter(row.subject for row in report.verdicts if row.result == PROVEN)

@@ -1,4 +1,5 @@
-"""What several commands share: how disks are named on the command line, sizes for people, progress, tables on a terminal."""
+"""What several commands share: how disks are named on the command line, sizes for people, progress, tables on
+a terminal."""
 
 import argparse
 import contextlib
@@ -43,7 +44,10 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         help="an image, block device or NBD URI; repeat it for /dev/sdb, ...",
     )
     group.add_argument(
-        "--format", choices=FORMATS, metavar="FORMAT", help=f"image format instead of going by its magic: {', '.join(FORMATS)}"
+        "--format",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"image format instead of going by its magic: {', '.join(FORMATS)}",
     )
     add_trust_options(group)
     group.add_argument(
@@ -52,10 +56,13 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=KEY,
-        help="open encrypted volumes; SELECTOR is a device, a UUID or all; `header` gives a detached LUKS header",
+        help="open encrypted volumes; SELECTOR is a device, a UUID or all; `header` gives a detached LUKS "
+        "header",
     )
     group.add_argument(
-        "--keys-from-stdin", action="store_true", help="read passphrases for encrypted volumes from standard input, one a line"
+        "--keys-from-stdin",
+        action="store_true",
+        help="read passphrases for encrypted volumes from standard input, one a line",
     )
 
 
@@ -70,7 +77,8 @@ def add_trust_options(group: "argparse._ArgumentGroup | argparse.ArgumentParser"
         "-U",
         "--force-share",
         action="store_true",
-        help="read images that QEMU has open for writing, too (a running guest's): what is read is then of no one moment",
+        help="read images that QEMU has open for writing, too (a running guest's): what is read is then "
+        "of no one moment",
     )
 
 
@@ -92,14 +100,17 @@ def add_nested_option(parser: argparse.ArgumentParser) -> None:
         metavar="PATH|all",
         action="append",
         default=[],
-        help="open this file of a filesystem on the disks as a further disk; repeat it; `all`: every file that begins as a disk does",
+        help="open this file of a filesystem on the disks as a further disk; repeat it; `all`: every file "
+        "that begins as a disk does",
     )
 
 
 def add_partial_option(parser: argparse.ArgumentParser) -> None:
     """For commands that move bytes. The rule is that of EXIT STATUS in virt-bmap(1)."""
     parser.add_argument(
-        "--partial", action="store_true", help="fill what can't be read with zeroes; it is named all the same, but is no failure"
+        "--partial",
+        action="store_true",
+        help="fill what can't be read with zeroes; it is named all the same, but is no failure",
     )
 
 
@@ -110,7 +121,9 @@ def nested_of(args: argparse.Namespace) -> Nested:
 
 def add_host_option(parser: argparse.ArgumentParser) -> None:
     """For commands that can count in bytes of image files."""
-    parser.add_argument("--host-offsets", action="store_true", help="count in bytes of the image files on the host (qcow2, vmdk, vhd, vhdx, vdi, raw), whose own "
+    parser.add_argument("--host-offsets", action="store_true", help="count in bytes of the image files on "
+        "the host (qcow2, vmdk, vhd, vhdx, "
+        "vdi, raw), whose own "
                         "metadata is named, too; disk 1, 2, ... are these files")  # fmt: skip
 
 
@@ -131,7 +144,10 @@ def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
 def map_disks(
     args: argparse.Namespace, images: Sequence[str], secrets: Keys | None = None, asks: Asks = NOTHING_MORE
 ) -> BlockMap:
-    """Map the disks, with progress on a terminal. `secrets` where the keys were taken from the command line before; `asks` as in `maps.map_disks`."""
+    """Map the disks, with progress on a terminal.
+
+    `secrets` where the keys were taken from the command line before; `asks` as in `maps.map_disks`.
+    """
     with Progress() as progress:
         return maps.map_disks(
             images, keys=secrets or keys_of(args), watcher=progress.watch, nested=nested_of(args),
@@ -140,22 +156,28 @@ def map_disks(
 
 
 def map_or_disks(args: argparse.Namespace, given: Sequence[str], asks: Asks = NOTHING_MORE) -> BlockMap:
-    """A single saved map is loaded, disks are mapped (and proven as far as the readers can); -a names disks only."""
+    """A single saved map is loaded, disks are mapped (and proven as far as the readers can); -a names disks
+    only."""
     if len(given) == 1 and not args.add and maps.is_saved(given[0]):
         return load(args, given[0])
     return map_disks(args, disks_of(args, given), asks=asks)
 
 
 def load(args: argparse.Namespace, path: str) -> BlockMap:
-    """A saved map; UsageError where --host-offsets is said of one that counts in bytes of the guest's disks."""
+    """A saved map; UsageError where --host-offsets is said of one that counts in bytes of the guest's
+    disks."""
     bmap = maps.load(path)
     if getattr(args, "host_offsets", False) and not bmap.on_files:
-        raise UsageError(f"{path}: this map counts in bytes of the guest's disks; say --host-offsets when the images are mapped")
+        raise UsageError(
+            f"{path}: this map counts in bytes of the guest's disks; say --host-offsets when the "
+            "images are mapped"
+        )
     return bmap
 
 
 class Progress:
-    """A line on standard error that says what is being read: on a terminal only, and only if it takes long."""
+    """A line on standard error that says what is being read: on a terminal only, and only if it takes
+    long."""
 
     def __init__(self) -> None:
         self._what, self._done = "", threading.Event()
@@ -191,28 +213,40 @@ class Progress:
         from rich import progress
         from rich.console import Console
 
-        columns = (progress.TextColumn("mapping {task.description}"), progress.BarColumn(), progress.TextColumn("{task.fields[read]} read"),
+        columns = (progress.TextColumn("mapping {task.description}"), progress.BarColumn(),
+            progress.TextColumn("{task.fields[read]} read"),
                    progress.TimeElapsedColumn())  # fmt: skip
         with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=None, read="")
             while not self._done.wait(0.1):
-                bar.update(task, description=self._what, read=human(sum(disk.requested for disk in self._disks)))
+                bar.update(
+                    task, description=self._what, read=human(sum(disk.requested for disk in self._disks))
+                )
 
 
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error, on a terminal only, for work in stages; what is yielded is told the stage and how many of how many bytes are done."""
+    """A bar on standard error, on a terminal only, for work in stages; what is yielded is told the stage and
+    how many of how many bytes are done."""
     if not sys.stderr.isatty():
         yield lambda *_: None
         return
     from rich import progress
     from rich.console import Console
 
-    columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.DownloadColumn(binary_units=True),
-               progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn())  # fmt: skip
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task("", total=None)
-        yield lambda what, done, total: shown.update(task, description=what, completed=done, total=total or None)
+        yield lambda what, done, total: shown.update(
+            task, description=what, completed=done, total=total or None
+        )
 
 
 SUFFIXES = {"": 1, "s": 512, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
@@ -225,15 +259,22 @@ def number(text: str) -> int:
     )
     if not match:
         raise UsageError(
-            f"{text!r} is not a number of bytes: decimal or 0x hexadecimal, with s (sectors), k, M, G, T or P behind it"
+            f"{text!r} is not a number of bytes: decimal or 0x hexadecimal, with s (sectors), k, M, "
+            "G, T or P behind it"
         )
     return int(match[1], 0 if match[1].startswith("0x") else 10) * SUFFIXES[match[2]]
 
 
 def add_result_options(
-    parser: argparse.ArgumentParser, columns: ours.Columns, json: str = "one JSON object a line", more: str = ""
+    parser: argparse.ArgumentParser,
+    columns: ours.Columns,
+    json: str = "one JSON object a line",
+    more: str = "",
 ) -> None:
-    """How a result is written: for people, or what `emit` and `emit_records` make of these. `columns` are those of each result that the command may have."""
+    """How a result is written: for people, or what `emit` and `emit_records` make of these.
+
+    `columns` are those of each result that the command may have.
+    """
     parser.add_argument("--json", action="store_true", help=json)
     parser.add_argument(
         "-o",
@@ -260,12 +301,19 @@ def add_force_option(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help=f"replace an output file that holds anything else than such a result, and write to block devices{more}",
+        help="replace an output file that holds anything else than such a result, and write to block "
+        f"devices{more}",
     )
 
 
-def emit(args: argparse.Namespace, table: "pa.Table", columns: Sequence[str] | None = None, limit: int | None = None) -> int:
-    """Write a result, its names safe already, as `add_result_options` asks; for people `columns` and at most `limit` rows. How many were left out."""
+def emit(
+    args: argparse.Namespace,
+    table: "pa.Table",
+    columns: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> int:
+    """Write a result, its names safe already, as `add_result_options` asks; for people `columns` and at most
+    `limit` rows. How many were left out."""
     from virt_bmap.outputs import results
 
     if args.output is not None:
@@ -278,7 +326,10 @@ def emit(args: argparse.Namespace, table: "pa.Table", columns: Sequence[str] | N
 
 
 def emit_records(
-    args: argparse.Namespace, rows: Sequence[dict[str, Any]], schema: "pa.Schema", line: Callable[[dict[str, Any]], str]
+    args: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    schema: "pa.Schema",
+    line: Callable[[dict[str, Any]], str],
 ) -> None:
     """Write records, their names safe already, as `add_result_options` asks; for people a `line` each."""
     if args.output is not None:

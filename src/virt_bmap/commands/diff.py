@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
     from virt_bmap.diff import Answer, Question
 
-HELP = "which files changed between two images, in an overlay, since a dirty bitmap began, or between two maps?"
+HELP = (
+    "which files changed between two images, in an overlay, since a dirty bitmap began, or between two maps?"
+)
 BY = ("file", "directory", "change", "kind", "filesystem")
 LIMIT = 40
 """Rows that a person is shown: more than that nobody reads, and the largest come first."""
@@ -45,12 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=INPUT,
         help="the older image, NBD URI or saved map; left out, the backing file of NEW",
     )
-    parser.add_argument("new", metavar="NEW", type=INPUT, help="the newer one: an image, NBD URI or saved map of the same disk")
+    parser.add_argument(
+        "new",
+        metavar="NEW",
+        type=INPUT,
+        help="the newer one: an image, NBD URI or saved map of the same disk",
+    )
     source = parser.add_argument_group(
-        "what changed", "Without these: what the images differ in, what an overlay holds itself, or what two maps tell."
+        "what changed",
+        "Without these: what the images differ in, what an overlay holds itself, or what two maps tell.",
     )
     source.add_argument(
-        "--bitmap", metavar="NAME", help="what this dirty bitmap of NEW (a qcow2 image or an NBD export) calls changed"
+        "--bitmap",
+        metavar="NAME",
+        help="what this dirty bitmap of NEW (a qcow2 image or an NBD export) calls changed",
     )
     source.add_argument(
         "--ranges",
@@ -59,22 +69,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="these ranges: offset,length lines or whatever lookup --ranges reads; - is standard input",
     )
     source.add_argument(
-        "--disk", metavar="N", type=int, default=1, help="the disk of saved maps that is meant, from 1 (default: 1)"
+        "--disk",
+        metavar="N",
+        type=int,
+        default=1,
+        help="the disk of saved maps that is meant, from 1 (default: 1)",
     )
-    source.add_argument("--verify", action="store_true", help="read what is called changed, and drop clusters that are equal")
+    source.add_argument(
+        "--verify", action="store_true", help="read what is called changed, and drop clusters that are equal"
+    )
     shown = parser.add_argument_group("output")
     shown.add_argument(
-        "--by", choices=BY, default="file", help="add the rows up (default: file, one row for each file and change)"
+        "--by",
+        choices=BY,
+        default="file",
+        help="add the rows up (default: file, one row for each file and change)",
     )
-    shown.add_argument("--depth", metavar="N", type=int, help="with --by directory: levels of directories that are told apart")
     shown.add_argument(
-        "--limit", metavar="N", type=int, default=LIMIT, help=f"rows of the table for people, 0 for all (default: {LIMIT})"
+        "--depth",
+        metavar="N",
+        type=int,
+        help="with --by directory: levels of directories that are told apart",
     )
-    add_result_options(parser, _columns, more=", and compare what differs in size, or does not look like the same disk")
+    shown.add_argument(
+        "--limit",
+        metavar="N",
+        type=int,
+        default=LIMIT,
+        help=f"rows of the table for people, 0 for all (default: {LIMIT})",
+    )
+    add_result_options(
+        parser, _columns, more=", and compare what differs in size, or does not look like the same disk"
+    )
     images = parser.add_argument_group("disks")
     for option, which in (("--format", "NEW"), ("--old-format", "OLD")):
         images.add_argument(
-            option, choices=FORMATS, metavar="FORMAT", help=f"image format of {which} instead of going by its magic"
+            option,
+            choices=FORMATS,
+            metavar="FORMAT",
+            help=f"image format of {which} instead of going by its magic",
         )
     images.add_argument(
         "-a",
@@ -94,17 +127,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="likewise of OLD's machine (default: those of --add, which have not changed then)",
     )
     add_trust_options(images)
-    images.add_argument("--key", metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE", action="append", default=[], type=KEY,
+    images.add_argument("--key", metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE", action="append",
+        default=[], type=KEY,
                         help="open encrypted volumes; SELECTOR is a device, a UUID or all")  # fmt: skip
     images.add_argument(
-        "--keys-from-stdin", action="store_true", help="read passphrases for encrypted volumes from standard input, one a line"
+        "--keys-from-stdin",
+        action="store_true",
+        help="read passphrases for encrypted volumes from standard input, one a line",
     )
 
 
 def _columns() -> list[list[str]]:
     from virt_bmap.diff import report
 
-    return [report.SCHEMA.names, *(report.rolled_up(report.SCHEMA.empty_table(), by).column_names for by in BY if by != "file")]
+    return [
+        report.SCHEMA.names,
+        *(report.rolled_up(report.SCHEMA.empty_table(), by).column_names for by in BY if by != "file"),
+    ]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,7 +178,8 @@ def _question(args: argparse.Namespace) -> "Question":
         raise UsageError("--old-format is the format of OLD, which is not given")
     ranges = parse(*read_list(args.ranges, args.keys_from_stdin)) if args.ranges is not None else None
     return Question(
-        args.old, args.new, args.bitmap, ranges, args.disk, args.verify, args.force, (args.old_format, args.format), args.references, args.force_share, keys_of(args),
+        args.old, args.new, args.bitmap, ranges, args.disk, args.verify, args.force,
+        (args.old_format, args.format), args.references, args.force_share, keys_of(args),
         (tuple(args.old_add), tuple(args.add)),
     )  # fmt: skip
 
@@ -194,11 +234,16 @@ def _remarks(answer: "Answer") -> Sequence[str]:
     idle = {word: size for word, size in report.idle_share(answer.rows).items() if size}
     lines = []
     if idle and answer.size:
-        words = {"free": "free space", "moved": "moved data", "unchanged": "unchanged bytes of changed clusters"}
+        words = {
+            "free": "free space",
+            "moved": "moved data",
+            "unchanged": "unchanged bytes of changed clusters",
+        }
         named = ", ".join(f"{human(size)} {words[word]}" for word, size in idle.items())
         lines.append(f"{100 * sum(idle.values()) / answer.size:.1f} % of it is nothing new: {named}")
     if answer.pieces:
         (files, before), (files_now, after) = answer.pieces
-        lines.append(f"fragmentation: {before / max(1, files):.2f} pieces a file before ({plural(files, 'file')} with content), "
+        lines.append(f"fragmentation: {before / max(1, files):.2f} pieces a file before "
+            f"({plural(files, 'file')} with content), "
                      f"{after / max(1, files_now):.2f} now ({plural(files_now, 'file')})")  # fmt: skip
     return lines

@@ -39,11 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments",
         metavar="[DISK] DEVICE OUT",
         nargs="+",
-        help="a disk (not with -a), a device on it such as /dev/sda1, and a file or NBD URI to write (- is standard output)",
+        help="a disk (not with -a), a device on it such as /dev/sda1, and a file or NBD URI to write (- "
+        "is standard output)",
     )
-    parser.add_argument("--skip-free", action="store_true", help="leave out what is free: it reads as zeroes in the copy")
     parser.add_argument(
-        "--force", action="store_true", help="replace OUT where it exists; needed for block devices and NBD exports"
+        "--skip-free", action="store_true", help="leave out what is free: it reads as zeroes in the copy"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace OUT where it exists; needed for block devices and NBD exports",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
     add_partial_option(parser)
@@ -58,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = 2 if args.add else 3
     if len(args.arguments) != wanted:
         raise UsageError(
-            f"dump needs {'DEVICE and OUT' if args.add else 'a disk, DEVICE and OUT'}; given: {' '.join(args.arguments)}"
+            f"dump needs {'DEVICE and OUT' if args.add else 'a disk, DEVICE and OUT'}; given: "
+            f"{' '.join(args.arguments)}"
         )
     images, (device, out) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
     refuse_target(out, images, args.force)
@@ -89,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
             warn(
                 bmap,
                 volume,
-                "the copy holds the bytes as they lie on the disk; its journal is not replayed (cat and extract read files as they are with it)",
+                "the copy holds the bytes as they lie on the disk; its journal is not replayed (cat "
+                "and extract read files as they are with it)",
             )
         refuse_small(out, reader.size)
         progress.stop()
@@ -114,18 +121,25 @@ def target(out: str, size: int) -> "Iterator[Target]":
         export = NbdWriter(out)
         try:
             if export.size < size:
-                raise OutputError(f"{out}: can't be written: the export has {export.size:,} bytes, {size:,} are needed")
+                raise OutputError(
+                    f"{out}: can't be written: the export has {export.size:,} bytes, {size:,} are needed"
+                )
             yield export
             export.flush()
         finally:
             export.close()
         return
     with replacing(out) as file:
-        yield SparseFile(file, size) if out != "-" and stat.S_ISREG(os.fstat(file.fileno()).st_mode) else Stream(file)
+        yield (
+            SparseFile(file, size)
+            if out != "-" and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            else Stream(file)
+        )
 
 
 def device_named(bmap: BlockMap, name: str) -> int:
-    """The number of a device as a system shows it: of a btrfs filesystem and the partition it lies on, which share a name, the partition."""
+    """The number of a device as a system shows it: of a btrfs filesystem and the partition it lies on, which
+    share a name, the partition."""
     volume = bmap.volume_named(name)
     if bmap.volumes.column("kind")[volume].as_py() == "pool":
         names: list[str] = bmap.volumes.column("name").to_pylist()
@@ -134,7 +148,8 @@ def device_named(bmap: BlockMap, name: str) -> int:
 
 
 def refuse_target(out: str, images: list[str], force: bool) -> None:
-    """UsageError where writing OUT would destroy something that was not named for it, or an image that is being read."""
+    """UsageError where writing OUT would destroy something that was not named for it, or an image that is
+    being read."""
     for image in images:
         protection.reads(image)
     if magic.is_uri(out):
@@ -156,7 +171,8 @@ def refuse_small(out: str, size: int) -> None:
 
 
 def doubts(bmap: BlockMap, volume: int) -> Iterator[str]:
-    """Errors found on a volume and on what it lies in, one line each: its bytes may not be what they should."""
+    """Errors found on a volume and on what it lies in, one line each: its bytes may not be what they
+    should."""
     below, queue = {volume}, [volume]
     while queue:
         queue += list(set(bmap.rows_of(queue.pop()).parent.tolist()) - below)
@@ -174,14 +190,16 @@ def warn(bmap: BlockMap, volume: int, text: str) -> None:
 
 @contextlib.contextmanager
 def bar(what: str, size: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, on a terminal only; what is yielded is told how many of `size` bytes are done."""
+    """A bar on standard error, on a terminal only; what is yielded is told how many of `size` bytes are
+    done."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich import progress
     from rich.console import Console
 
-    columns = (progress.TextColumn(escape(what.encode()), markup=False), progress.BarColumn(), progress.DownloadColumn(binary_units=True),
+    columns = (progress.TextColumn(escape(what.encode()), markup=False), progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
                progress.TransferSpeedColumn(), progress.TimeRemainingColumn())  # fmt: skip
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task("", total=size or None)

@@ -42,7 +42,8 @@ Found = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arguments", nargs="+", type=INPUT, metavar="[MAP-or-DISK] OFFSET", help="a saved map or a disk (not with -a), and a byte of it; "
+    parser.add_argument("arguments", nargs="+", type=INPUT, metavar="[MAP-or-DISK] OFFSET",
+        help="a saved map or a disk (not with -a), and a byte of it; "
                         "DISK:OFFSET for another disk than the first")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_host_option(parser)
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = 1 if args.add else 2
     if len(args.arguments) != wanted:
         raise UsageError(
-            f"explain needs {'one OFFSET' if args.add else 'a map or disk, and one OFFSET'}; given: {' '.join(args.arguments)}"
+            f"explain needs {'one OFFSET' if args.add else 'a map or disk, and one OFFSET'}; given: "
+            f"{' '.join(args.arguments)}"
         )
     disk, start, end = parse_range(args.arguments[-1])
     if end != start + 1:
@@ -82,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
-    """The answer with the bytes themselves, read while the disks are open; a bad sector is a reason to ask, so that is no error."""
+    """The answer with the bytes themselves, read while the disks are open; a bad sector is a reason to ask,
+    so that is no error."""
     with Progress() as progress, maps.open_volumes(
         images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args),
     ) as (bmap, readers):  # fmt: skip
@@ -105,7 +108,8 @@ def _of_files(args: argparse.Namespace, images: list[str], disk: int, offset: in
 
 
 def _host(image: str, args: argparse.Namespace, offset: int) -> Found | None:
-    """Where a byte of the disk lies in the image's files; None where the file is the disk, behind NBD, and where the format's layer is not read."""
+    """Where a byte of the disk lies in the image's files; None where the file is the disk, behind NBD, and
+    where the format's layer is not read."""
     if magic.is_uri(image):
         return None
     from virt_bmap.images.host import open_host
@@ -124,7 +128,8 @@ def _shown(path: str) -> str:
 
 
 def _bytes(bmap: BlockMap, answer: Found, readers: Sequence[Reader]) -> Found:
-    """The bytes there, the fields of what lies there, and what was there before; or why they can't be read."""
+    """The bytes there, the fields of what lies there, and what was there before; or why they can't be
+    read."""
     reader, offset = readers[bmap.disks[answer["disk"] - 1]].raw, answer["offset"]
     found: Found = {"bytes": None, "meant": None, "fields": None, "history": None, "unread": None}
     try:
@@ -137,12 +142,15 @@ def _bytes(bmap: BlockMap, answer: Found, readers: Sequence[Reader]) -> Found:
     return found
 
 
-# ---- for people -----------------------------------------------------------------------------------------------------
+# ---- for people --------------------------------------------------------------------------------------------
 
 
 def _lines(answer: Found) -> Iterator[str]:
     image = f" of {answer['image']}" if answer["image"] else ""
-    yield f"byte {answer['offset']:#x} ({answer['offset']:,}){image}, in sector {answer['sector']:,} of 512 bytes"
+    yield (
+        f"byte {answer['offset']:#x} ({answer['offset']:,}){image}, in sector {answer['sector']:,} of "
+        "512 bytes"
+    )
     if answer["host"]:
         yield _host_line(answer["host"])
     yield from _layer(answer["layer"], "")
@@ -155,7 +163,11 @@ def _lines(answer: Found) -> Iterator[str]:
         yield f"the bytes there: not shown, {answer['unread']}"
         return
     place = "in the file" if answer["layer"]["kind"] == "file" else "on the disk"
-    where = f"as they are {place}, below the encryption" if "crypt" in kinds_of(answer["layer"]) else f"as they are {place}"
+    where = (
+        f"as they are {place}, below the encryption"
+        if "crypt" in kinds_of(answer["layer"])
+        else f"as they are {place}"
+    )
     yield f"the bytes there, {where}:"
     yield from _dump(answer["offset"], bytes.fromhex(answer["bytes"]))
     if meant := answer["meant"]:
@@ -169,7 +181,10 @@ def _host_line(host: Found) -> str:
     """The image format's cluster, and where it lies in which file."""
     if host["unread"]:
         return f"in the image file: not known, {host['unread']}"
-    cluster = f"{host['format']} cluster {host['cluster']:,} of {host['cluster_size']:,} bytes, byte {host['cluster_offset']:#x} in it: "
+    cluster = (
+        f"{host['format']} cluster {host['cluster']:,} of {host['cluster_size']:,} bytes, byte "
+        f"{host['cluster_offset']:#x} in it: "
+    )
     if host["file"] is None:
         return cluster + "in no file of the image, so it reads as zeroes"
     file = escape(host["file"].encode(errors="surrogateescape"))
@@ -188,12 +203,17 @@ def _layer(layer: Found, indent: str) -> Iterator[str]:
     facts += [f"{word} {layer[word]}" for word in ("label", "uuid") if layer[word]] + (
         [layer["detail"]] if layer["detail"] else []
     )
-    where = f"byte {layer['offset']:#x}" if layer.get("end") is None else f"bytes {layer['offset']:#x}-{layer['end']:#x}"
+    where = (
+        f"byte {layer['offset']:#x}"
+        if layer.get("end") is None
+        else f"bytes {layer['offset']:#x}-{layer['end']:#x}"
+    )
     yield f"{indent}{layer['device']} ({', '.join(facts)}): {where}"
     inner = indent + "  "
     if system := layer["filesystem"]:
         label = f" {system['label']!r}" if system["label"] else ""
-        yield (f"{inner}{system['type']}{label}, {system['state']}: block {system['block']:,} of {system['block_size']:,} bytes, "
+        yield (f"{inner}{system['type']}{label}, {system['state']}: block {system['block']:,} of "
+            f"{system['block_size']:,} bytes, "
                f"byte {system['block_offset']:#x} in it")  # fmt: skip
     for owner in layer["owners"][:SHOWN]:
         yield from (inner + text for text in _owner(owner, layer))
@@ -201,7 +221,11 @@ def _layer(layer: Found, indent: str) -> Iterator[str]:
         yield from [f"{inner}and {plural(more, 'more owner')} of the same bytes"] if more > 0 else []
     if packed := layer.get("packed"):
         yield from (f"{inner}{line(row)}" for row in packed[:SHOWN])
-        yield from [f"{inner}and {plural(len(packed) - SHOWN, 'more owner')} of these bytes"] if len(packed) > SHOWN else []
+        yield from (
+            [f"{inner}and {plural(len(packed) - SHOWN, 'more owner')} of these bytes"]
+            if len(packed) > SHOWN
+            else []
+        )
     elif not layer["owners"] and not layer["layers"]:
         yield f"{inner}the map names no owner"
     if system:
@@ -214,7 +238,10 @@ def _layer(layer: Found, indent: str) -> Iterator[str]:
 def _run(run: Found) -> Iterator[str]:
     """Which run of bytes of the parent holds it: a segment of an LV, a chunk of an array's member."""
     chunk = f"chunk {run['number']:,} of {run['count']:,}, " if run["count"] > 1 else ""
-    yield f"{run['role']}: {chunk}{human(run['end'] - run['start'])} from byte {run['start']:#x}, byte {run['inside']:#x} in it"
+    yield (
+        f"{run['role']}: {chunk}{human(run['end'] - run['start'])} from byte {run['start']:#x}, byte "
+        f"{run['inside']:#x} in it"
+    )
 
 
 def _owner(owner: Found, layer: Found) -> Iterator[str]:
@@ -246,14 +273,23 @@ def _in_file(owner: Found) -> str:
         return text + ", compressed"
     size = owner["inode"].get("size") if owner["inode"] else None
     behind = (
-        size is not None and owner["part"] is None and owner["kind"] in ("data", "unwritten") and owner["file_offset"] >= size
+        size is not None
+        and owner["part"] is None
+        and owner["kind"] in ("data", "unwritten")
+        and owner["file_offset"] >= size
     )
-    return text + f"; this one is byte {owner['file_offset']:#x}" + (" (behind its end: slack)" if behind else "")
+    return (
+        text
+        + f"; this one is byte {owner['file_offset']:#x}"
+        + (" (behind its end: slack)" if behind else "")
+    )
 
 
 def _inode(inode: Found) -> Iterator[str]:
     if inode.get("type", "unknown") != "unknown":
-        facts = [inode["type"], f"{inode['size']:,} bytes"] + ([f"mode {inode['mode']}"] if inode["mode"] else [])
+        facts = [inode["type"], f"{inode['size']:,} bytes"] + (
+            [f"mode {inode['mode']}"] if inode["mode"] else []
+        )
         facts += [f"{word} {inode[word]}" for word in ("uid", "gid") if inode[word] is not None] + [
             plural(inode["nlink"], "link")
         ]
@@ -287,8 +323,8 @@ def _history(history: Found) -> Iterator[str]:
     if history["copy_of"] is not None:
         names = [owner["path"] or f"[{owner['part'] or owner['kind']}]" for owner in history["owners"]]
         yield (
-            f"a journal copy, of transaction {history['transaction']}: belongs at byte {history['copy_of']:#x} of {history['device']}"
-            + (f", {', '.join(names)}" if names else "")
+            f"a journal copy, of transaction {history['transaction']}: belongs at byte "
+            f"{history['copy_of']:#x} of {history['device']}" + (f", {', '.join(names)}" if names else "")
         )
     former = history["former"]
     if former is None and history["copy_of"] is None:

@@ -40,9 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a disk (not with -a), a device such as /dev/sda1, and paths on it; / is all of it",
     )
     parser.add_argument(
-        "-C", "--directory", metavar="DIR", default=".", help="the folder to write to, which must exist (default: .)"
+        "-C",
+        "--directory",
+        metavar="DIR",
+        default=".",
+        help="the folder to write to, which must exist (default: .)",
     )
-    parser.add_argument("--same-owner", action="store_true", help="keep owners and set-user-ID bits (only root can)")
+    parser.add_argument(
+        "--same-owner", action="store_true", help="keep owners and set-user-ID bits (only root can)"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
     add_partial_option(parser)
     add_disk_options(parser)
@@ -56,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     needed = 2 if args.add else 3
     if len(args.arguments) < needed:
         raise UsageError(
-            f"extract needs {'DEVICE' if args.add else 'a disk, DEVICE'} and PATHs; given: {' '.join(args.arguments)}"
+            f"extract needs {'DEVICE' if args.add else 'a disk, DEVICE'} and PATHs; given: "
+            f"{' '.join(args.arguments)}"
         )
     first = 0 if args.add else 1
     images, device = [*args.add, *args.arguments[:first]], args.arguments[first]
@@ -67,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError(f"{args.directory}: can't be written: is no directory")
     with (
         Progress() as progress,
-        maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args)) as opened,
+        maps.open_volumes(
+            images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args)
+        ) as opened,
     ):
         bmap, readers = opened
         volume = bmap.volume_named(device)
@@ -82,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def named(files: "Files", paths: list[bytes]) -> list[tuple[bytes, int]]:
-    """(name, inode) of each path; of the root directory what lies in it. UsageError where two would have the same name."""
+    """(name, inode) of each path; of the root directory what lies in it.
+
+    UsageError where two would have the same name.
+    """
     result: list[tuple[bytes, int]] = []
     for path in paths:
         inode = files.find(path, follow=False)
@@ -103,7 +115,8 @@ def warn_of_doubts(bmap: BlockMap, volume: int, files: "Files") -> None:
     for text in doubts(bmap, volume):
         say(f"virt-bmap: {text}", file=sys.stderr)
     if files.state not in tables.CONSISTENT:
-        say(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read as recovery would leave them, and what "
+        say(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read "
+            "as recovery would leave them, and what "
               "was written last may be missing from them", file=sys.stderr)  # fmt: skip
 
 
@@ -120,6 +133,9 @@ def sum_up(report: "Report", folder: str, quiet: bool, partial: bool) -> None:
         words = "zeroes stand for" if partial else "left out, --partial fills what is missing with zeroes:"
         say(f"virt-bmap: {escape(path)}: {words} {missing}", file=sys.stderr)
     if report.incomplete > len(report.missing):
-        say(f"virt-bmap: and {report.incomplete - len(report.missing):,} more files that can't be read whole", file=sys.stderr)
+        say(
+            f"virt-bmap: and {report.incomplete - len(report.missing):,} more files that can't be read whole",
+            file=sys.stderr,
+        )
     for reason, (count, first) in report.left.items():
         say(f"virt-bmap: left out: {count:,} {reason}; the first: {escape(first)}", file=sys.stderr)

@@ -13,8 +13,12 @@ HELP = "run a command, such as a copy of a disk, while filesystems are frozen"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("command", metavar="COMMAND", nargs=argparse.PARSER, help="what to run meanwhile, behind --")
-    parser.add_argument("--agent", metavar="SOCKET", help="freeze a guest: the Unix socket of its QEMU guest agent")
+    parser.add_argument(
+        "command", metavar="COMMAND", nargs=argparse.PARSER, help="what to run meanwhile, behind --"
+    )
+    parser.add_argument(
+        "--agent", metavar="SOCKET", help="freeze a guest: the Unix socket of its QEMU guest agent"
+    )
     parser.add_argument(
         "--mountpoint",
         metavar="M",
@@ -44,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     command = args.command[1:] if args.command[0] == "--" else args.command
     if not command or not shutil.which(command[0]):
         raise UsageError(
-            f"{command[0]}: no such command" if command else "no command given: what is to be run while filesystems are frozen?"
+            f"{command[0]}: no such command"
+            if command
+            else "no command given: what is to be run while filesystems are frozen?"
         )
     status, held = freeze.run(target, command, args.timeout)
     if not args.quiet:
@@ -57,11 +63,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _target(args: argparse.Namespace) -> Target:
     if bool(args.agent) == bool(args.mount):
-        raise UsageError("say what is to be frozen: --agent SOCKET for a guest, or --mount DIR for filesystems of this host")
+        raise UsageError(
+            "say what is to be frozen: --agent SOCKET for a guest, or --mount DIR for filesystems of "
+            "this host"
+        )
     if args.agent:
         return Guest(args.agent, tuple(args.mountpoint))
     if args.mountpoint:
-        raise UsageError("--mountpoint names filesystems inside a guest and goes with --agent; on this host it is --mount")
+        raise UsageError(
+            "--mountpoint names filesystems inside a guest and goes with --agent; on this host it is --mount"
+        )
     from virt_bmap.freeze.mounts import refuse_own_output
 
     refuse_own_output(args.mount)

@@ -31,18 +31,26 @@ FACTS = ("type", "label", "uuid", "state", "features")
 COUNTS = ("block_size", "size", "free", "directories", "files", "deleted")
 IMAGE_SIZES = ("virtual_size", "cluster_size", "allocated", "stored", "file_size")
 SCHEMA = pa.schema([
-    ("volume", pa.int32()), ("parents", pa.list_(pa.int32())), ("disk", pa.int32()), ("kind", pa.string()), ("device", pa.string()),
-    ("size", pa.int64()), ("type", pa.string()), ("label", pa.string()), ("uuid", pa.string()), ("detail", pa.string()),
-    ("image", pa.struct([("file", pa.string()), ("format", pa.string()), *((name, pa.int64()) for name in IMAGE_SIZES)])),
-    ("filesystem", pa.struct([*((name, pa.string()) for name in FACTS), ("consistent", pa.bool_()), *((name, pa.int64()) for name in COUNTS)])),
-    ("problems", pa.list_(pa.struct([("severity", pa.string()), ("code", pa.string()), ("offset", pa.int64()), ("detail", pa.string())]))),
+    ("volume", pa.int32()), ("parents", pa.list_(pa.int32())), ("disk", pa.int32()), ("kind", pa.string()),
+    ("device", pa.string()), ("size", pa.int64()), ("type", pa.string()), ("label", pa.string()),
+    ("uuid", pa.string()), ("detail", pa.string()),
+    ("image", pa.struct([("file", pa.string()), ("format", pa.string()),
+                *((name, pa.int64()) for name in IMAGE_SIZES)])),
+    ("filesystem", pa.struct([*((name, pa.string()) for name in FACTS), ("consistent", pa.bool_()),
+                *((name, pa.int64()) for name in COUNTS)])),
+    ("problems", pa.list_(pa.struct([("severity", pa.string()), ("code", pa.string()), ("offset", pa.int64()),
+                    ("detail", pa.string())]))),
 ])  # fmt: skip
 """The columns of `volumes`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "disk", nargs="*", type=INPUT, metavar="MAP-or-DISK", help="a saved map, or images, block devices, NBD URIs"
+        "disk",
+        nargs="*",
+        type=INPUT,
+        metavar="MAP-or-DISK",
+        help="a saved map, or images, block devices, NBD URIs",
     )
     add_result_options(parser, lambda: [SCHEMA.names], "one JSON object a line, one for each volume")
     add_disk_options(parser)
@@ -63,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def volumes(bmap: BlockMap) -> list[dict[str, Any]]:
-    """Each volume as a dictionary, with its filesystem's facts and the problems found on it; parents before children."""
+    """Each volume as a dictionary, with its filesystem's facts and the problems found on it; parents before
+    children."""
     child, parent = tables.integers(bmap.mappings, "volume"), tables.integers(bmap.mappings, "parent")
     systems = {row["volume"]: row for row in bmap.filesystems.to_pylist()}
     problems: dict[int, list[dict[str, Any]]] = {}
@@ -74,17 +83,21 @@ def volumes(bmap: BlockMap) -> list[dict[str, Any]]:
         number = row["volume"]
         system = systems.get(number)
         result.append({
-            "volume": number, "parents": sorted(set(parent[child == number].tolist())), "disk": row["disk"], "kind": row["kind"],
-            "device": _safe(row["name"]), "size": row["size"], "type": _safe(row["type"]), "label": _safe(row["label"]), "uuid": _safe(row["uuid"]),
-            "detail": _safe(row["detail"]), "image": None, "filesystem": _filesystem(bmap, number, system) if system else None,
-            "problems": [{"severity": p["severity"], "code": p["code"], "offset": p["volume_offset"], "detail": _safe(p["detail"])}
+            "volume": number, "parents": sorted(set(parent[child == number].tolist())), "disk": row["disk"],
+            "kind": row["kind"], "device": _safe(row["name"]), "size": row["size"],
+            "type": _safe(row["type"]), "label": _safe(row["label"]), "uuid": _safe(row["uuid"]),
+            "detail": _safe(row["detail"]), "image": None,
+            "filesystem": _filesystem(bmap, number, system) if system else None,
+            "problems": [{"severity": p["severity"], "code": p["code"], "offset": p["volume_offset"],
+                    "detail": _safe(p["detail"])}
                          for p in problems.get(number, ())],
         })  # fmt: skip
     return result
 
 
 def image_facts(image: str, args: argparse.Namespace) -> dict[str, Any] | None:
-    """What the image format itself says of a disk, names escaped; None for a raw disk, behind NBD, and for formats whose layer is not read."""
+    """What the image format itself says of a disk, names escaped; None for a raw disk, behind NBD, and for
+    formats whose layer is not read."""
     if magic.is_uri(image):
         return None
     from virt_bmap.images.host import describe, open_host
@@ -99,7 +112,9 @@ def image_facts(image: str, args: argparse.Namespace) -> dict[str, Any] | None:
         return {
             "file": _safe(image),
             "format": None,
-            "problems": [{"severity": "error", "code": error.code, "offset": error.offset, "detail": _safe(str(error))}],
+            "problems": [
+                {"severity": "error", "code": error.code, "offset": error.offset, "detail": _safe(str(error))}
+            ],
         }
 
 
@@ -127,8 +142,8 @@ def _filesystem(bmap: BlockMap, number: int, system: dict[str, Any]) -> dict[str
         **{key: _safe(system[key]) for key in FACTS},
         "consistent": system["state"] in tables.CONSISTENT,
         "block_size": system["block_size"], "size": system["size"], "free": int((high - low).sum()),
-        "directories": int(np.count_nonzero(types == tables.T_DIRECTORY)), "files": int(np.count_nonzero(types == tables.T_FILE)),
-        "deleted": int(np.count_nonzero(deleted)),
+        "directories": int(np.count_nonzero(types == tables.T_DIRECTORY)),
+        "files": int(np.count_nonzero(types == tables.T_FILE)), "deleted": int(np.count_nonzero(deleted)),
     }  # fmt: skip
 
 
@@ -165,11 +180,14 @@ def _lines(row: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     lines = [", ".join(facts)]
     lines += _image_lines(row["image"]) if row["image"] else []
     if system:
-        counted = f"{plural(system['directories'], 'directory', 'directories')}, {plural(system['files'], 'file')}"
+        counted = (
+            f"{plural(system['directories'], 'directory', 'directories')}, {plural(system['files'], 'file')}"
+        )
         counted += f" ({system['deleted']:,} deleted)" if system["deleted"] else ""
         state = "frozen (consistent)" if system["state"] == "frozen" else system["state"]
         lines.append(
-            f"  {state}; {human(system['free'])} free of {human(system['size'])}; blocks of {human(system['block_size'])}; {counted}"
+            f"  {state}; {human(system['free'])} free of {human(system['size'])}; blocks of "
+            f"{human(system['block_size'])}; {counted}"
         )
     lines += [f"{problem['severity']}: {problem['detail']}" for problem in row["problems"]]
     return lines
@@ -180,7 +198,8 @@ NAMED = 10
 
 
 def _image_lines(image: dict[str, Any]) -> list[str]:
-    """What is said of the image itself: a line of facts, one each for the chain, snapshots and bitmaps, and its problems."""
+    """What is said of the image itself: a line of facts, one each for the chain, snapshots and bitmaps, and
+    its problems."""
     lines = []
     if image["format"]:
         facts = [

@@ -29,21 +29,40 @@ HELP = "name every owner of byte ranges of a disk, the most specific first"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("map", metavar="MAP-or-DISK", nargs="?", type=INPUT, help="a saved map, or a disk to map now")
     parser.add_argument(
-        "range", nargs="*", metavar="OFFSET[-END|+LENGTH]", help="bytes on the disk; DISK:OFFSET for another disk than the first"
+        "map", metavar="MAP-or-DISK", nargs="?", type=INPUT, help="a saved map, or a disk to map now"
+    )
+    parser.add_argument(
+        "range",
+        nargs="*",
+        metavar="OFFSET[-END|+LENGTH]",
+        help="bytes on the disk; DISK:OFFSET for another disk than the first",
     )
     add_result_options(parser, _columns)
     group = parser.add_argument_group("many ranges")
-    group.add_argument("--ranges", metavar="FILE", type=INPUT, help="what these ranges hit, by object: a ddrescue map, offset,length lines, nbdinfo --map, "
-                       "qemu-img map --output=json, a badblocks list, or a log by blkparse, fio, nbdkit or QEMU; - is standard input")  # fmt: skip
     group.add_argument(
-        "--status", metavar="LETTERS", help="with a ddrescue map: which blocks (default: --status=-*/, what could not be read)"
+        "--ranges",
+        metavar="FILE",
+        type=INPUT,
+        help="what these ranges hit, by object: a "
+        "ddrescue map, offset,length lines, "
+        "nbdinfo --map, "
+        "qemu-img map --output=json, a badblocks list, or a log by blkparse, fio, nbdkit or QEMU; - "
+        "is standard input",
+    )
+    group.add_argument(
+        "--status",
+        metavar="LETTERS",
+        help="with a ddrescue map: which blocks (default: --status=-*/, what could not be read)",
     )
     group.add_argument("--block-size", metavar="BYTES", help="with a badblocks list: bytes of a block")
-    group.add_argument("--op", choices=("read", "write", "trim"), help="with a log: which accesses (default: all)")
+    group.add_argument(
+        "--op", choices=("read", "write", "trim"), help="with a log: which accesses (default: all)"
+    )
     group.add_argument("--device", metavar="DEVICE", help="with a log of several devices: whose accesses")
-    group.add_argument("--disk", metavar="N", type=int, help="the disk that the ranges are of, from 1 (default: 1)")
+    group.add_argument(
+        "--disk", metavar="N", type=int, help="the disk that the ranges are of, from 1 (default: 1)"
+    )
     add_host_option(parser)
     add_disk_options(parser)
     add_nested_option(parser)
@@ -60,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         return _many(args)
     if any(option is not None for option in (args.status, args.block_size, args.op, args.device, args.disk)):
         raise UsageError(
-            "--status, --block-size, --op, --device and --disk belong to --ranges; for another disk than the first give DISK:OFFSET"
+            "--status, --block-size, --op, --device and --disk belong to --ranges; for another disk "
+            "than the first give DISK:OFFSET"
         )
     given, ranges = (None, [args.map, *args.range]) if args.add else (args.map, args.range)
     if given is None and not args.add:
@@ -69,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no range to look up: give OFFSET, OFFSET-END or OFFSET+LENGTH")
     asked = [parse_range(text) for text in ranges if text is not None]
     bmap = map_or_disks(args, [given] if given else [])
-    emit_records(args, [row for disk, start, end in asked for row in owners(bmap, disk, start, end)], SCHEMA, line)
+    emit_records(
+        args, [row for disk, start, end in asked for row in owners(bmap, disk, start, end)], SCHEMA, line
+    )
     return 0
 
 
@@ -97,14 +119,21 @@ def owners(bmap: BlockMap, disk: int, start: int, end: int) -> list[dict[str, An
 
 def line(row: dict[str, Any]) -> str:
     """One owner for people: `541000-541400 directory /dev/sda1 /lost+found, byte 0x0`."""
-    name = row["path"] or (f"[{row['part']}]" if row["part"] else f"[inode {row['inode']}]" if row["inode"] is not None else "")
+    name = row["path"] or (
+        f"[{row['part']}]" if row["part"] else f"[inode {row['inode']}]" if row["inode"] is not None else ""
+    )
     part = f" [{row['part']}]" if row["part"] and row["path"] else ""
     offset = f" at {row['file_offset']:#x}" if row["file_offset"] is not None else ""
-    words = "".join(f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])])
-    return f"{row['disk']} {row['start']:x} {row['end']:x} {row['kind']} {row['device']} {name}{part}{offset}".rstrip() + words
+    words = "".join(
+        f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])]
+    )
+    return (
+        f"{row['disk']} {row['start']:x} {row['end']:x} {row['kind']} {row['device']} {name}{part}{offset}".rstrip()
+        + words
+    )
 
 
-# ---- many ranges ------------------------------------------------------------------------------------------------------
+# ---- many ranges -------------------------------------------------------------------------------------------
 
 SHOWN = 4
 """Ranges inside a file that a person is shown; --json has them all."""
@@ -116,7 +145,8 @@ def _many(args: argparse.Namespace) -> int:
 
     if args.range or (args.add and args.map):
         raise UsageError(
-            f"lookup takes ranges from --ranges or as arguments, not both; given: {' '.join([args.map, *args.range])}"
+            "lookup takes ranges from --ranges or as arguments, not both; given: "
+            f"{' '.join([args.map, *args.range])}"
         )
     ranges = _read_ranges(args)
     number_of_disk = 1 if args.disk is None else args.disk
@@ -172,7 +202,9 @@ def hit_line(row: dict[str, Any]) -> str:
     risk = "" if row["names"] is None else f", with {plural(row['names'], 'name')}"
     where = ", ".join(f"{low:#x}-{high:#x}" for low, high in row["ranges"][:SHOWN])
     more = f" and {plural(len(row['ranges']) - SHOWN, 'more range')}" if len(row["ranges"]) > SHOWN else ""
-    words = "".join(f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])])
+    words = "".join(
+        f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])]
+    )
     return (
         f"{row['bytes']:>15,} {row['kind']:<9} {row['device']} {name}{also}{risk}".rstrip()
         + (f" at {where}{more}" if where else "")

@@ -34,17 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         default="bmap",
         type=Output(is_map),
-        help="where to write the map: text, or the tables if it ends in .parquet; - is standard output (default: bmap)",
+        help="where to write the map: text, or the tables if it ends in .parquet; - is standard output "
+        "(default: bmap)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
     parser.add_argument(
         "--method",
         choices=("auto", "direct", "observe"),
         default="auto",
-        help="direct: read the filesystems' metadata; observe: read every file through a kernel and watch which blocks it reads; "
+        help="direct: read the filesystems' metadata; observe: read every file through a kernel and watch "
+        "which blocks it reads; "
         "auto: direct, and say what would have to be observed (default: auto)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with an observation that was interrupted")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an observation that was interrupted"
+    )
     add_force_option(parser)
     add_host_option(parser)
     add_disk_options(parser)
@@ -56,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     images = disks_of(args, args.disk)
     if args.method == "observe" and args.host_offsets:
         raise UsageError(
-            "--host-offsets reads the image formats' own metadata; an observation counts in bytes of the guest's disks"
+            "--host-offsets reads the image formats' own metadata; an observation counts in bytes of "
+            "the guest's disks"
         )
     if args.method == "observe":
         from virt_bmap.commands.observing import observe
@@ -98,26 +103,32 @@ def refuse_unknown(bmap: BlockMap, images: list[str]) -> None:
     for image, disk in zip(images, disks, strict=False):
         if bmap.volumes.column("type")[disk].as_py() is None:
             raise ImageError(
-                f"{image}: nothing known is on this disk: no partition table, volume manager or filesystem at any of their places; "
+                f"{image}: nothing known is on this disk: no partition table, volume manager or "
+                "filesystem at any of their places; "
                 "if it is an image of another format than raw, name it with --format"
             )
 
 
 def summary(bmap: BlockMap, output: str, took: str) -> None:
-    """What was found, as the original said it, and what was wrong; on standard error when the map goes to standard output."""
+    """What was found, as the original said it, and what was wrong; on standard error when the map goes to
+    standard output."""
     out = sys.stderr if output == "-" else sys.stdout
     kinds = bmap.volumes.column("kind").to_pylist()
     alive = tables.integers(bmap.inodes, "flags") & tables.I_DELETED == 0
     types = tables.codes(bmap.inodes, "type")[alive].tolist()
     counted = [
-        plural(kinds.count("disk"), "disk"), plural(kinds.count("partition"), "partition"), plural(kinds.count("lv"), "logical volume"),
-        plural(bmap.filesystems.num_rows, "filesystem"), plural(types.count(tables.T_DIRECTORY), "directory", "directories"),
+        plural(kinds.count("disk"), "disk"), plural(kinds.count("partition"), "partition"),
+        plural(kinds.count("lv"), "logical volume"), plural(bmap.filesystems.num_rows, "filesystem"),
+        plural(types.count(tables.T_DIRECTORY), "directory", "directories"),
         plural(types.count(tables.T_FILE), "file"),
     ]  # fmt: skip
     say(", ".join(counted), file=out)
     for problem in bmap.problems.to_pylist():
         if problem["severity"] != "note":
             name = bmap.volumes.column("name")[problem["volume"]].as_py()
-            say(f"{problem['severity']}: {escape(name.encode())}: {escape(problem['detail'].encode())}", file=sys.stderr)
+            say(
+                f"{problem['severity']}: {escape(name.encode())}: {escape(problem['detail'].encode())}",
+                file=sys.stderr,
+            )
     if output != "-":
         say(f"{output}: written in {took}", file=out)

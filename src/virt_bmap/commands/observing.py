@@ -1,4 +1,5 @@
-"""What `map --method observe` and `verify` share: the disks behind an appliance, with progress on a terminal."""
+"""What `map --method observe` and `verify` share: the disks behind an appliance, with progress on a
+terminal."""
 
 import argparse
 import contextlib
@@ -15,7 +16,8 @@ from virt_bmap.watch.source import source
 
 @contextlib.contextmanager
 def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
-    """The observed map. What was seen is kept beside the output until the block, which writes the map, has ended well."""
+    """The observed map. What was seen is kept beside the output until the block, which writes the map, has
+    ended well."""
     from virt_bmap.observe.journal import SUFFIX, Journal
     from virt_bmap.observe.session import observed_map, session
 
@@ -34,7 +36,8 @@ def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
         journal.close()
         if journal.seen:
             say(
-                f"virt-bmap: {plural(len(journal.seen), 'file')} observed so far, kept in {journal.path}: --resume goes on from there",
+                f"virt-bmap: {plural(len(journal.seen), 'file')} observed so far, kept in "
+                f"{journal.path}: --resume goes on from there",
                 file=sys.stderr,
             )
         else:

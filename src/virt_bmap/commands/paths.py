@@ -1,6 +1,8 @@
-"""Types of arguments that name files: they say what is read and what is written, so that the one is never overwritten by the other (`protection.py`).
+"""Types of arguments that name files: they say what is read and what is written, so that the one is never
+overwritten by the other (`protection.py`).
 
-Every argument that takes a file has one of these types; a test goes over all parsers. Where one argument is of several kinds, its command says them itself.
+Every argument that takes a file has one of these types; a test goes over all parsers. Where one argument is
+of several kinds, its command says them itself.
 """
 
 from collections.abc import Callable
@@ -20,7 +22,11 @@ class Input:
 
 
 class Output:
-    """A file that is written. `ours` says of one that is there whether it is an older result of the same kind; None: nothing is, and --force is always needed."""
+    """A file that is written.
+
+    `ours` says of one that is there whether it is an older result of the same kind; None: nothing is, and
+    --force is always needed.
+    """
 
     def __init__(self, ours: Callable[[str], bool] | None) -> None:
         self.ours = ours

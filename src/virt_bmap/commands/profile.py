@@ -1,4 +1,5 @@
-"""`virt-bmap profile`: what a guest needed, from traces; lists of it for other tools; what changed, and what nobody needed."""
+"""`virt-bmap profile`: what a guest needed, from traces; lists of it for other tools; what changed, and what
+nobody needed."""
 
 import argparse
 import sys
@@ -45,23 +46,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the profile, or what the options below ask for, to FILE",
     )
     parser.add_argument(
-        "--map", metavar="MAP", type=INPUT, help="a saved map of the disks: sizes of files, and names for traces that have none"
+        "--map",
+        metavar="MAP",
+        type=INPUT,
+        help="a saved map of the disks: sizes of files, and names for traces that have none",
     )
     add_force_option(parser)
     parser.add_argument("--json", action="store_true", help="print all rows, one JSON object a line")
-    parser.add_argument("--top", metavar="N", type=int, default=20, help="rows that are shown (default: %(default)s; 0: all)")
+    parser.add_argument(
+        "--top", metavar="N", type=int, default=20, help="rows that are shown (default: %(default)s; 0: all)"
+    )
     group = parser.add_argument_group("instead of the files in order of first use")
-    group.add_argument("--export", choices=EXPORTS, metavar="LIST", help=f"write a list for another tool: {', '.join(EXPORTS)}")
-    group.add_argument("--compare", action="store_true", help="two traces or profiles: new, gone, more, less, earlier, later")
-    group.add_argument("--never-read", action="store_true", help="by directory, what no run read; needs --map")
+    group.add_argument(
+        "--export",
+        choices=EXPORTS,
+        metavar="LIST",
+        help=f"write a list for another tool: {', '.join(EXPORTS)}",
+    )
+    group.add_argument(
+        "--compare", action="store_true", help="two traces or profiles: new, gone, more, less, earlier, later"
+    )
+    group.add_argument(
+        "--never-read", action="store_true", help="by directory, what no run read; needs --map"
+    )
     group = parser.add_argument_group("which part")
     group.add_argument("--common", action="store_true", help="with --export: only what every run needed")
     group.add_argument(
-        "--disk", metavar="N", type=int, default=1, help="with --export: the disk that ranges are of, from 1 (default: 1)"
+        "--disk",
+        metavar="N",
+        type=int,
+        default=1,
+        help="with --export: the disk that ranges are of, from 1 (default: 1)",
     )
     group.add_argument("--device", metavar="DEVICE", help="with --export: only files of this volume")
     group.add_argument(
-        "--depth", metavar="N", type=int, help="with --never-read: names deep (default: 1, below /usr, /var and /opt 2)"
+        "--depth",
+        metavar="N",
+        type=int,
+        help="with --never-read: names deep (default: 1, below /usr, /var and /opt 2)",
     )
 
 
@@ -112,7 +134,9 @@ def _profile(given: list[str], bmap: "BlockMap | None") -> "Profile":
 
     if any(map(saved.is_profile, given)):
         if len(given) > 1:
-            raise UsageError("a profile is shown alone, two are compared; to put several boots together give their traces")
+            raise UsageError(
+                "a profile is shown alone, two are compared; to put several boots together give their traces"
+            )
         return saved.load(given[0])
     return build.build(traces.load(given, bmap))
 
@@ -131,7 +155,11 @@ def _export(args: argparse.Namespace, profile: "Profile") -> int:
     with replacing(args.output or "-") as file:
         left = write(profile, args.export, file, args.disk, args.device, args.common)
     if left:
-        say(f"virt-bmap: {plural(left, 'file')} left out: a line can't hold a name with a newline (files0 can)", file=sys.stderr)
+        say(
+            f"virt-bmap: {plural(left, 'file')} left out: a line can't hold a name with a newline "
+            "(files0 can)",
+            file=sys.stderr,
+        )
     return 0
 
 

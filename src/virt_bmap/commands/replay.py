@@ -21,12 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("profile", metavar="PROFILE", type=INPUT, help="written by virt-bmap profile")
     parser.add_argument("image", metavar="DISK", type=INPUT, help="image, block device or NBD URI")
     parser.add_argument(
-        "--disk", metavar="N", type=int, default=1, help="the disk of the profile that this is, from 1 (default: 1)"
+        "--disk",
+        metavar="N",
+        type=int,
+        default=1,
+        help="the disk of the profile that this is, from 1 (default: 1)",
     )
     parser.add_argument("--common", action="store_true", help="only what every run of the profile needed")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     parser.add_argument(
-        "--format", choices=FORMATS, metavar="FORMAT", help=f"image format instead of going by its magic: {', '.join(FORMATS)}"
+        "--format",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"image format instead of going by its magic: {', '.join(FORMATS)}",
     )
     add_trust_options(parser)
 

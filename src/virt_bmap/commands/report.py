@@ -15,10 +15,16 @@ HELP = "draw a map, and traces of its disks, as one HTML page that needs no netw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("map", metavar="MAP-or-DISK", nargs="?", type=INPUT, help="a saved map, or a disk to map now")
+    parser.add_argument(
+        "map", metavar="MAP-or-DISK", nargs="?", type=INPUT, help="a saved map, or a disk to map now"
+    )
     parser.add_argument("trace", metavar="TRACE", nargs="*", type=INPUT, help="traces of the map's disks")
-    parser.add_argument("-o", "--output", metavar="PAGE", type=Output(is_page), help="the HTML file to write; required")
-    parser.add_argument("--title", metavar="TEXT", help="the page's heading (default: the name of the map or disk)")
+    parser.add_argument(
+        "-o", "--output", metavar="PAGE", type=Output(is_page), help="the HTML file to write; required"
+    )
+    parser.add_argument(
+        "--title", metavar="TEXT", help="the page's heading (default: the name of the map or disk)"
+    )
     add_force_option(parser)
     add_disk_options(parser)
 

@@ -1,4 +1,5 @@
-"""virt-bmap sparsify: give the free space of disk images back to their host, in place or in a copy, or estimate how much that is."""
+"""virt-bmap sparsify: give the free space of disk images back to their host, in place or in a copy, or
+estimate how much that is."""
 
 import argparse
 import contextlib
@@ -33,14 +34,24 @@ FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("disk", nargs="*", metavar="DISK [OUT]", help="an image, block device or NBD URI, and a file to write; with --in-place or "
+    parser.add_argument("disk", nargs="*", metavar="DISK [OUT]",
+        help="an image, block device or NBD URI, and a file to write; with --in-place or "
                         "--estimate images only")  # fmt: skip
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--estimate", action="store_true", help="only say what could be given back, and write nothing")
-    how.add_argument("--in-place", action="store_true", help="change the images themselves: raw files, block devices, qcow2")
+    how.add_argument(
+        "--estimate", action="store_true", help="only say what could be given back, and write nothing"
+    )
+    how.add_argument(
+        "--in-place",
+        action="store_true",
+        help="change the images themselves: raw files, block devices, qcow2",
+    )
     parser.add_argument("--swap", action="store_true", help="give back the content of swap space, too")
     parser.add_argument(
-        "--convert", choices=FORMATS, metavar="FORMAT", help=f"format of OUT, instead of the disk's own: {', '.join(FORMATS)}"
+        "--convert",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"format of OUT, instead of the disk's own: {', '.join(FORMATS)}",
     )
     parser.add_argument("--compress", action="store_true", help="compress OUT (qcow2)")
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
@@ -54,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.estimate or args.in_place:
         if args.convert or args.compress or args.force or args.partial:
             raise UsageError(
-                "--convert, --compress, --force and --partial are about the copy OUT, which is not made with --estimate and --in-place"
+                "--convert, --compress, --force and --partial are about the copy OUT, which is not "
+                "made with --estimate and --in-place"
             )
         return _estimate(args) if args.estimate else _in_place(args)
     return _copy(args)
@@ -65,7 +77,7 @@ def _left(bmap: BlockMap, left: dict[int, str]) -> None:
         warn(bmap, volume, f"left as it is: {reason}")
 
 
-# ---- a copy ---------------------------------------------------------------------------------------------------------
+# ---- a copy ------------------------------------------------------------------------------------------------
 
 
 def _copy(args: argparse.Namespace) -> int:
@@ -74,7 +86,8 @@ def _copy(args: argparse.Namespace) -> int:
     from virt_bmap.sparsify.plan import plan
 
     if len(args.disk) != 2:
-        raise UsageError("sparsify needs a disk and OUT, the file to write; or --in-place to change the disk itself, or --estimate; "
+        raise UsageError("sparsify needs a disk and OUT, the file to write; or --in-place to change the "
+            "disk itself, or --estimate; "
                          f"given: {' '.join(args.disk) or 'nothing'}")  # fmt: skip
     image, out = args.disk
     images = [*args.add, image]
@@ -98,7 +111,9 @@ def _copy(args: argparse.Namespace) -> int:
             missing = copy(reader, space.all(), name, format, args.compress, tell, args.partial)
     if missing:
         say(f"virt-bmap: {image}: zeroes stand for {missing}", file=sys.stderr)
-    _tell(args, [{"disk": len(images), "image": image, "out": out, "size": reader.size, **_sizes(image, out)}])
+    _tell(
+        args, [{"disk": len(images), "image": image, "out": out, "size": reader.size, **_sizes(image, out)}]
+    )
     return 0
 
 
@@ -111,7 +126,10 @@ def _sizes(image: str, out: str) -> dict[str, Any]:
 def _refuse_out(out: str, images: list[str], force: bool) -> None:
     """UsageError where OUT is no plain file or must not be replaced."""
     if out == "-" or magic.is_uri(out) or (os.path.exists(out) and not stat.S_ISREG(os.stat(out).st_mode)):
-        raise UsageError(f"{out}: OUT must be the name of a file; dump --skip-free writes to devices, pipes and NBD exports")
+        raise UsageError(
+            f"{out}: OUT must be the name of a file; dump --skip-free writes to devices, pipes and "
+            "NBD exports"
+        )
     refuse_target(out, images, force)
 
 
@@ -124,7 +142,8 @@ def _format_of_copy(args: argparse.Namespace, image: str) -> str:
         plain.close()
         if found not in (None, *FORMATS):
             raise UsageError(
-                f"{image}: a {found} image can't be written; choose another format with --convert: {', '.join(FORMATS)}"
+                f"{image}: a {found} image can't be written; choose another format with --convert: "
+                f"{', '.join(FORMATS)}"
             )
     found = found or "raw"
     if args.compress and found != "qcow2":
@@ -141,7 +160,7 @@ def _refuse_writers(images: list[str]) -> None:
             raise ImageError(f"{image}: is in use: {reason}; a copy made now would be of no one moment")
 
 
-# ---- in place -------------------------------------------------------------------------------------------------------
+# ---- in place ----------------------------------------------------------------------------------------------
 
 
 def _in_place(args: argparse.Namespace) -> int:
@@ -158,7 +177,9 @@ def _in_place(args: argparse.Namespace) -> int:
         bmap = survey(readers, progress.watch(readers), keys_of(args), asks=Asks.SLEEP)
         plans = [plan(bmap, number, args.swap) for number in bmap.disks]
         progress.stop()
-        for volume, reason in {volume: reason for space in plans for volume, reason in space.left.items()}.items():
+        for volume, reason in {
+            volume: reason for space in plans for volume, reason in space.left.items()
+        }.items():
             warn(bmap, volume, f"left as it is: {reason}")
         before = [held(image) for image in images]
         for number, (image, disk, space) in enumerate(zip(images, disks, plans, strict=True), 1):
@@ -187,7 +208,7 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             say(f"{row['out'] or row['image']}: a disk of {human(row['size'])}, {now}")
 
 
-# ---- an estimate ----------------------------------------------------------------------------------------------------
+# ---- an estimate -------------------------------------------------------------------------------------------
 
 
 def _estimate(args: argparse.Namespace) -> int:
@@ -197,14 +218,19 @@ def _estimate(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     with (
         Progress() as progress,
-        maps.open_volumes(images, keys=keys_of(args), watcher=progress.watch, asks=Asks.SLEEP, **opening(args)) as opened,
+        maps.open_volumes(
+            images, keys=keys_of(args), watcher=progress.watch, asks=Asks.SLEEP, **opening(args)
+        ) as opened,
     ):
         bmap, readers = opened
         progress.stop()
         names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
         for number, (image, disk) in enumerate(zip(images, bmap.disks, strict=True), 1):
-            gains, left = estimate(bmap, disk, host_of(image) if isinstance(readers[disk].raw, RawReader) else None, args.swap)
-            rows += [{"disk": number, "device": names[gain.volume], "what": gain.what, "bytes": gain.size, "host_bytes": gain.held,
+            gains, left = estimate(
+                bmap, disk, host_of(image) if isinstance(readers[disk].raw, RawReader) else None, args.swap
+            )
+            rows += [{"disk": number, "device": names[gain.volume], "what": gain.what, "bytes": gain.size,
+                    "host_bytes": gain.held,
                       "given_back": gain.given_back} for gain in gains]  # fmt: skip
             _left(bmap, left)
     if args.json:
@@ -220,11 +246,21 @@ def _print(rows: list[dict[str, Any]], names: list[str], disks: list[int]) -> No
         mine = [row for row in rows if row["disk"] == number and row["given_back"]]
         for row in mine:
             say(f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']}")
-        say(f"{human(sum(row['bytes'] for row in mine)):>12} {_held(mine):>12}  in all of {names[disk]} would be given back")
+        say(
+            f"{human(sum(row['bytes'] for row in mine)):>12} {_held(mine):>12}  in all of "
+            f"{names[disk]} would be given back"
+        )
         for row in rows:
             if row["disk"] == number and not row["given_back"]:
-                say(f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']} would be kept")
+                say(
+                    f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']} "
+                    "would be kept"
+                )
 
 
 def _held(rows: list[dict[str, Any]]) -> str:
-    return "not known" if any(row["host_bytes"] is None for row in rows) else human(sum(row["host_bytes"] for row in rows))
+    return (
+        "not known"
+        if any(row["host_bytes"] is None for row in rows)
+        else human(sum(row["host_bytes"] for row in rows))
+    )

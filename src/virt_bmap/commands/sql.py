@@ -30,9 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "source", metavar="[NAME=]FILE", nargs="*", type=Input(_file_of),
-        help="a saved map, a trace, or a result in Parquet or CSV; the tables of a named one are NAME.files, NAME.extents, ...",
+        help="a saved map, a trace, or a result in Parquet or CSV; the tables of a named one are "
+            "NAME.files, NAME.extents, ...",
     )  # fmt: skip
-    parser.add_argument("-f", "--file", metavar="QUERY-FILE", type=INPUT, help="read the query from a file; - is standard input")
+    parser.add_argument(
+        "-f",
+        "--file",
+        metavar="QUERY-FILE",
+        type=INPUT,
+        help="read the query from a file; - is standard input",
+    )
     parser.add_argument("--tables", action="store_true", help="list the tables and their columns instead")
     add_result_options(parser, list)
 
@@ -41,9 +48,14 @@ def run(args: argparse.Namespace) -> int:
     sources = [*([args.query] if args.query is not None and (args.file or args.tables) else []), *args.source]
     query = LISTED if args.tables else args.query if args.file is None else _read(args.file)
     if not query or not query.strip():
-        raise UsageError("sql needs a query and the files it is about: virt-bmap sql 'select count(*) from files' map.parquet")
+        raise UsageError(
+            "sql needs a query and the files it is about: virt-bmap sql 'select count(*) from files' "
+            "map.parquet"
+        )
     if not sources:
-        raise UsageError("sql needs at least one file: a saved map (virt-bmap -o map.parquet DISK), a trace or a result")
+        raise UsageError(
+            "sql needs at least one file: a saved map (virt-bmap -o map.parquet DISK), a trace or a result"
+        )
     database = sql.connect([sql.parse_source(text) for text in sources], "" if args.tables else query)
     emit(args, sql.ask(database, query))
     return 0

@@ -15,12 +15,24 @@ HELP = "make a trace of a log by nbdkit, QEMU, blkparse, fio or biosnoop, or of 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["import", "recover"], help="read another tool's log, or the .part of a killed watch")
-    parser.add_argument("file", metavar="FILE", type=INPUT, help="the log (- is standard input), or the .part")
-    parser.add_argument("-o", "--output", metavar="TRACE", type=Output(is_tables), help="the Parquet file to write; required")
-    parser.add_argument("--map", metavar="MAP", type=INPUT, help="name what the accesses touched by this saved map")
+    parser.add_argument(
+        "action",
+        choices=["import", "recover"],
+        help="read another tool's log, or the .part of a killed watch",
+    )
+    parser.add_argument(
+        "file", metavar="FILE", type=INPUT, help="the log (- is standard input), or the .part"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="TRACE", type=Output(is_tables), help="the Parquet file to write; required"
+    )
+    parser.add_argument(
+        "--map", metavar="MAP", type=INPUT, help="name what the accesses touched by this saved map"
+    )
     add_force_option(parser)
-    parser.add_argument("--disk", metavar="N", type=int, default=1, help="the disk that the log is of, from 1 (default: 1)")
+    parser.add_argument(
+        "--disk", metavar="N", type=int, default=1, help="the disk that the log is of, from 1 (default: 1)"
+    )
     parser.add_argument(
         "--format",
         metavar="FORMAT",
@@ -28,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the log's format instead of going by its content: {', '.join(NAMES)}",
     )
     parser.add_argument(
-        "--device", metavar="DEVICE", help="the device or file whose accesses are meant, where a log is of several"
+        "--device",
+        metavar="DEVICE",
+        help="the device or file whose accesses are meant, where a log is of several",
     )
 
 
@@ -52,10 +66,15 @@ def run(args: argparse.Namespace) -> int:
         say(f"virt-bmap: {source}: {note}", file=sys.stderr)
     if len(log.unread):
         more = f" and {plural(len(log.unread) - 1, 'more line')}" if len(log.unread) > 1 else ""
-        say(f"virt-bmap: {source}: line {log.unread[0]}{more} left out, no part of {log.format}: {log.example}", file=sys.stderr)
+        say(
+            f"virt-bmap: {source}: line {log.unread[0]}{more} left out, no part of {log.format}: "
+            f"{log.example}",
+            file=sys.stderr,
+        )
     seconds = (log.accesses.time_ns[-1] - log.accesses.time_ns[0]) / 1e9
     say(
-        f"{source}: {log.format}, {plural(len(log.accesses), 'access', 'accesses')} in {seconds:.1f} s; {args.output}: written",
+        f"{source}: {log.format}, {plural(len(log.accesses), 'access', 'accesses')} in {seconds:.1f} "
+        f"s; {args.output}: written",
         file=sys.stderr,
     )
     return 0

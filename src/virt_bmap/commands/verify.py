@@ -3,7 +3,16 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from virt_bmap.commands.common import add_disk_options, disks_of, human, keys_of, opening, plural, print_json, stages
+from virt_bmap.commands.common import (
+    add_disk_options,
+    disks_of,
+    human,
+    keys_of,
+    opening,
+    plural,
+    print_json,
+    stages,
+)
 from virt_bmap.commands.observing import say_left
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.errors import UsageError
@@ -30,12 +39,20 @@ REASONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line, as docs/man/virt-bmap-verify.1 describes it."""
     parser.add_argument("disk", nargs="*", type=INPUT, help="image, block device or NBD URI")
-    parser.add_argument("--sample", metavar="N", type=int, help="read N files of each filesystem instead of all")
     parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="choose other files: the same number, the same files (default: 0)"
+        "--sample", metavar="N", type=int, help="read N files of each filesystem instead of all"
     )
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line: each filesystem's figures, then disagreements"
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="choose other files: the same number, the same files (default: 0)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object a line: each filesystem's figures, then disagreements",
     )
     add_disk_options(parser)
 
@@ -67,18 +84,38 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _figures(device: str, verdict: "Verdict") -> dict[str, Any]:
-    return {"device": escape(device.encode()), "type": verdict.type, "kernel": verdict.kernel, "files": verdict.files, "of": verdict.of,
-            "bytes": verdict.bytes, "other": verdict.other, "disagreements": len(verdict.disagreements)}  # fmt: skip
+    return {
+        "device": escape(device.encode()),
+        "type": verdict.type,
+        "kernel": verdict.kernel,
+        "files": verdict.files,
+        "of": verdict.of,
+        "bytes": verdict.bytes,
+        "other": verdict.other,
+        "disagreements": len(verdict.disagreements),
+    }
 
 
 def _row(device: str, row: "Disagreement") -> dict[str, Any]:
-    return {"device": escape(device.encode()), "code": row.code, "path": escape(row.path.encode()), "start": row.start, "end": row.end,
-            "mapped": None if row.mapped < 0 else row.mapped, "observed": None if row.observed < 0 else row.observed, "detail": escape(row.detail.encode())}  # fmt: skip
+    return {
+        "device": escape(device.encode()),
+        "code": row.code,
+        "path": escape(row.path.encode()),
+        "start": row.start,
+        "end": row.end,
+        "mapped": None if row.mapped < 0 else row.mapped,
+        "observed": None if row.observed < 0 else row.observed,
+        "detail": escape(row.detail.encode()),
+    }
 
 
 def _say(device: str, verdict: "Verdict") -> None:
     """One filesystem: what was compared, how it came out, and what else was read."""
-    which = f"{verdict.files:,} of {plural(verdict.of, 'file')}" if verdict.files < verdict.of else plural(verdict.files, "file")
+    which = (
+        f"{verdict.files:,} of {plural(verdict.of, 'file')}"
+        if verdict.files < verdict.of
+        else plural(verdict.files, "file")
+    )
     say(f"{escape(device.encode())}: {verdict.type}, {which} read by {verdict.kernel}")
     for reason, words in REASONS.items():
         if size := verdict.bytes.get(reason):

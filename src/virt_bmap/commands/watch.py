@@ -1,4 +1,5 @@
-"""`virt-bmap watch`: run a command with a disk served to it, and say which files it reads and writes as it does."""
+"""`virt-bmap watch`: run a command with a disk served to it, and say which files it reads and writes as it
+does."""
 
 import argparse
 import contextlib
@@ -39,16 +40,22 @@ HELP = "run a command, such as a guest, on a disk and log which files it reads a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line, as docs/man/virt-bmap-watch.1.md describes it."""
-    parser.add_argument("disk", metavar="DISK", type=INPUT, help="the disk to serve: image, block device or NBD URI")
+    parser.add_argument(
+        "disk", metavar="DISK", type=INPUT, help="the disk to serve: image, block device or NBD URI"
+    )
     parser.add_argument(
         "command",
         metavar="COMMAND",
         nargs=argparse.PARSER,
         help="what to run, behind --; $uri and $nbd in it name the served disk",
     )
-    parser.add_argument("--map", metavar="MAP", type=INPUT, help="use this saved map instead of mapping the disks first")
     parser.add_argument(
-        "--write", action="store_true", help="let writes reach the disk; otherwise they are thrown away at the end"
+        "--map", metavar="MAP", type=INPUT, help="use this saved map instead of mapping the disks first"
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="let writes reach the disk; otherwise they are thrown away at the end",
     )
     parser.add_argument(
         "-o",
@@ -72,17 +79,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the closing summary to FILE instead of standard output",
     )
     parser.add_argument(
-        "--top", metavar="N", type=int, default=20, help="files in each list of the summary (default: %(default)s)"
+        "--top",
+        metavar="N",
+        type=int,
+        default=20,
+        help="files in each list of the summary (default: %(default)s)",
     )
     parser.add_argument(
-        "--inline", action="store_true", help="log also objects that lie inside a block of inodes that is touched"
+        "--inline",
+        action="store_true",
+        help="log also objects that lie inside a block of inodes that is touched",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no live log")
     parser.add_argument(
-        "--tui", action="store_true", help="show what goes on as a picture of the disk with lists, instead of the live log"
+        "--tui",
+        action="store_true",
+        help="show what goes on as a picture of the disk with lists, instead of the live log",
     )
     parser.add_argument(
-        "--no-refresh", action="store_true", help="name everything by the map from the start, even where metadata is written"
+        "--no-refresh",
+        action="store_true",
+        help="name everything by the map from the start, even where metadata is written",
     )
     add_force_option(parser)
     add_disk_options(parser)
@@ -124,7 +141,9 @@ def run(args: argparse.Namespace) -> int:
         def go(run: "Runner | None" = None) -> "Outcome":
             # nargs=PARSER leaves a further -- to the command, but Python before 3.13 the first one, too
             command = args.command[1:] if args.command[0] == "--" else args.command
-            return watch(resolver, sources, command, sinks, write=args.write, idle=flush, refresher=refresher, run=run)
+            return watch(
+                resolver, sources, command, sinks, write=args.write, idle=flush, refresher=refresher, run=run
+            )
 
         try:
             outcome, last_words = _show(resolver, sinks, go) if tui else (go(), [])
@@ -143,7 +162,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Saving:
-    """The trace of a watch: a stream while it grows, which becomes Parquet when it ends, and stays where that can't be."""
+    """The trace of a watch: a stream while it grows, which becomes Parquet when it ends, and stays where that
+    can't be."""
 
     def __init__(self, path: str, resolver: "Resolver") -> None:
         """Raises OutputError where it can't be begun."""
@@ -154,13 +174,19 @@ class _Saving:
         self._keep = False
         self.trace = Trace(resolver, self._part, often=True)
         if self._part.moved:
-            _say(f"virt-bmap: {self._part.path}: was left by a watch that was killed; it is kept as {self._part.moved}")
+            _say(
+                f"virt-bmap: {self._part.path}: was left by a watch that was killed; it is kept as "
+                f"{self._part.moved}"
+            )
 
     def __enter__(self) -> "_Saving":
         return self
 
     def finish(self, outcome: "Outcome") -> Iterator[str]:
-        """Make the trace of the stream. What goes wrong is said, and is no reason to fail: the command has run."""
+        """Make the trace of the stream.
+
+        What goes wrong is said, and is no reason to fail: the command has run.
+        """
         from virt_bmap.outputs.files import replacing
         from virt_bmap.watch.trace import save
 
@@ -215,7 +241,9 @@ def _can_show() -> bool:
     return not missing
 
 
-def _show(resolver: "Resolver", sinks: "dict[str, Sink]", go: "Callable[[Runner], Outcome]") -> "tuple[Outcome, list[str]]":
+def _show(
+    resolver: "Resolver", sinks: "dict[str, Sink]", go: "Callable[[Runner], Outcome]"
+) -> "tuple[Outcome, list[str]]":
     """The watch under the screen: how it ended, and the last lines that the command printed."""
     from virt_bmap.watch.activity import Activity
     from virt_bmap.watch.screen import show
@@ -232,19 +260,32 @@ def _warnings(outcome: "Outcome", dropped: int) -> Iterator[str]:
     for name, why in outcome.broken.items():
         yield f"{name} ended early: {why}"
     if outcome.naming:
-        yield f"naming failed: {outcome.naming}; {plural(outcome.unnamed, 'access', 'accesses')} without names are in no list"
+        yield (
+            f"naming failed: {outcome.naming}; {plural(outcome.unnamed, 'access', 'accesses')} without "
+            "names are in no list"
+        )
     if outcome.stale:
-        yield f"the map could not always be read again (names behind which the log says 'older map' may be wrong): {outcome.stale}"
+        yield (
+            "the map could not always be read again (names behind which the log says 'older map' may "
+            f"be wrong): {outcome.stale}"
+        )
     if outcome.failed:
         yield f"{outcome.failed} requests failed: the disk could not be read or written there"
     if outcome.lost or outcome.unread:
-        yield f"{outcome.lost} accesses are missing from the log, {outcome.unread} lines of it could not be read"
+        yield (
+            f"{outcome.lost} accesses are missing from the log, {outcome.unread} lines of it could not "
+            "be read"
+        )
     if dropped:
-        yield f"{dropped} lines were not shown: the output was slower than the guest (the summary and the trace have them)"
+        yield (
+            f"{dropped} lines were not shown: the output was slower than the guest (the summary and the "
+            "trace have them)"
+        )
 
 
 def _report(summary: "Summary", top: int) -> str:
-    """The closing summary of one disk as text: totals, share of the disk, files by bytes and by first access."""
+    """The closing summary of one disk as text: totals, share of the disk, files by bytes and by first
+    access."""
     objects = summary.objects().to_pylist()
     files = [row for row in objects if row["kind"] in ("data", "unwritten")]
     lines = [*_totals(summary, objects)]
@@ -269,14 +310,18 @@ def _totals(summary: "Summary", objects: list[dict[str, Any]]) -> list[str]:
         for op, count, size in zip(tables.OPS, summary.requests.tolist(), summary.bytes.tolist(), strict=True)
         if count
     ]
-    of_disk = ", ".join(f"{human(share[way])} {way} ({share[way] / share['size']:.1%})" for way in ("read", "written"))
+    of_disk = ", ".join(
+        f"{human(share[way])} {way} ({share[way] / share['size']:.1%})" for way in ("read", "written")
+    )
     kinds: dict[str, list[int]] = {}
     for row in objects:
         seen = kinds.setdefault(row["kind"], [0, 0, 0])
         seen[0] += 1
         seen[1] += row["read"]
         seen[2] += row["written"]
-    device = summary.resolver.bmap.volumes.column("name")[summary.resolver.bmap.disks[summary.disk - 1]].as_py()
+    device = summary.resolver.bmap.volumes.column("name")[
+        summary.resolver.bmap.disks[summary.disk - 1]
+    ].as_py()
     lines = [
         f"{device}: {', '.join(requests) or 'no requests'} in {seconds:.1f} s",
         f"Of the disk's {human(share['size'])}, each byte counted once: {of_disk}",
@@ -289,7 +334,10 @@ def _totals(summary: "Summary", objects: list[dict[str, Any]]) -> list[str]:
 
 
 def _listed(
-    title: str, rows: list[dict[str, Any]], top: int, columns: list[tuple[str, Callable[[dict[str, Any]], str]]]
+    title: str,
+    rows: list[dict[str, Any]],
+    top: int,
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]],
 ) -> list[str]:
     if not rows or top <= 0:
         return []

@@ -11,7 +11,8 @@
     changes     all bytes attributed, each once
     report      the result with names; added up
 
-`diff` answers a Question from the names of images and maps; `attribute` does so for maps and a delta that are there already.
+`diff` answers a Question from the names of images and maps; `attribute` does so for maps and a delta that are
+there already.
 """
 
 import contextlib
@@ -35,9 +36,11 @@ __all__ = ["Answer", "Question", "Telling", "attribute", "diff"]
 
 @dataclass(frozen=True)
 class Answer:
-    """`rows` is a table of report.SCHEMA, whose bytes add up to `size`, the bytes of the delta's ranges (`count` of them); `how` it was found.
+    """`rows` is a table of report.SCHEMA, whose bytes add up to `size`, the bytes of the delta's ranges
+    (`count` of them); `how` it was found.
 
-    `pieces` are, for old and new, (files with content, pieces in which it lies), where two maps were compared.
+    `pieces` are, for old and new, (files with content, pieces in which it lies), where two maps were
+    compared.
     """
 
     rows: pa.Table
@@ -48,7 +51,10 @@ class Answer:
 
 
 def diff(question: Question, telling: Telling | None = None) -> Answer:
-    """Open both sides, find what changed, attribute it. Raises UsageError, ImageError and MapError in words that name the side at fault."""
+    """Open both sides, find what changed, attribute it.
+
+    Raises UsageError, ImageError and MapError in words that name the side at fault.
+    """
     telling = telling or Telling()
     with contextlib.ExitStack() as stack:
         plan, old, new = open_sides(question, stack, telling)
@@ -58,13 +64,22 @@ def diff(question: Question, telling: Telling | None = None) -> Answer:
 
 
 def attribute(
-    old: BlockMap | None, new: BlockMap, disk: int, delta: Delta, readers: tuple[list[Reader], list[Reader]] | None = None
+    old: BlockMap | None,
+    new: BlockMap,
+    disk: int,
+    delta: Delta,
+    readers: tuple[list[Reader], list[Reader]] | None = None,
 ) -> Answer:
-    """Attribute a delta of disk number `disk` (from 1). Without an old map all that is told is whose the bytes are now."""
+    """Attribute a delta of disk number `disk` (from 1).
+
+    Without an old map all that is told is whose the bytes are now.
+    """
     found = Attribution(match(old or new, new), disk, delta, readers, blind=old is None)
     rows = report.table(found)
     size = report.total(rows) if delta.only_owners else delta.size
-    return Answer(rows, size, len(delta.starts), delta.how, report.pieces(found) if delta.only_owners else None)
+    return Answer(
+        rows, size, len(delta.starts), delta.how, report.pieces(found) if delta.only_owners else None
+    )
 
 
 def _delta(question: Question, plan: Plan, old: Side | None, new: Side, telling: Telling) -> Delta:

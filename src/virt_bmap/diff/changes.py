@@ -1,9 +1,11 @@
-"""A delta, attributed: for each file, directory and piece of metadata its changed bytes and what happened to it. Every byte of the delta counts once.
+"""A delta, attributed: for each file, directory and piece of metadata its changed bytes and what happened to
+it. Every byte of the delta counts once.
 
 Precedence for each byte:
 
 1. The record of an inode that changed or went away, where records have a place of their own: the file's.
-2. Bytes that are known to be equal on both sides (in a changed cluster): `unchanged`, the new owner's; free space, where they are free now.
+2. Bytes that are known to be equal on both sides (in a changed cluster): `unchanged`, the new owner's; free
+   space, where they are free now.
 3. The owner in the new map, if there is one: what it is now.
 4. Else, where the new map calls the byte free: the owner in the old map, what it was.
 5. Else free space, gaps.
@@ -40,11 +42,13 @@ MEANING = {
     "changed": "changed, in a way that only an older map or image could tell",
     "metadata": "structures of a filesystem or volume manager",
     "journal": "a journal or log",
-    "free": "free space, a gap or what nothing refers to, on both sides or, where no byte changed, now: nothing that anybody would miss",
+    "free": "free space, a gap or what nothing refers to, on both sides or, where no byte changed, now: "
+        "nothing that anybody would miss",
 }  # fmt: skip
 """What `change` can say of bytes."""
 CHANGES = tuple(MEANING)
-(ADDED, REPLACED, DELETED, RENAMED, TRUNCATED, GROWN, REWRITTEN, FILLED, MOVED, FREED, ATTRIBUTES, UNCHANGED, CHANGED, METADATA, JOURNAL,
+(ADDED, REPLACED, DELETED, RENAMED, TRUNCATED, GROWN, REWRITTEN, FILLED, MOVED, FREED, ATTRIBUTES, UNCHANGED,
+    CHANGED, METADATA, JOURNAL,
  FREE) = range(len(CHANGES))  # fmt: skip
 EVENT = np.array([-1, ADDED, REPLACED, DELETED, RENAMED, TRUNCATED, GROWN, REWRITTEN, ATTRIBUTES], np.int64)
 """The change that each event of objects.EVENTS is."""
@@ -54,15 +58,25 @@ UNDECIDED = len(CHANGES)
 
 @dataclass
 class Rows:
-    """Bytes by owner and change, as they are found; `object` or, for what is no file, `volume`, `kind` and `part` say whose."""
+    """Bytes by owner and change, as they are found; `object` or, for what is no file, `volume`, `kind` and
+    `part` say whose."""
 
     parts: list[tuple[Int, ...]] = field(default_factory=list)
     COLUMNS = ("object", "volume", "kind", "part", "change", "bytes", "content")
 
     def add(
-        self, change: Any, size: Int, *, object: Any = -1, volume: Any = -1, kind: Any = -1, part: Any = -1, content: Any = 0
+        self,
+        change: Any,
+        size: Int,
+        *,
+        object: Any = -1,
+        volume: Any = -1,
+        kind: Any = -1,
+        part: Any = -1,
+        content: Any = 0,
     ) -> None:
-        """Rows of `size` bytes each, of which `content` are content of a file; other values are arrays of this length or numbers."""
+        """Rows of `size` bytes each, of which `content` are content of a file; other values are arrays of
+        this length or numbers."""
         columns = [
             np.broadcast_to(np.asarray(value, np.int64), size.shape)
             for value in (object, volume, kind, part, change, size, content)
@@ -84,18 +98,23 @@ class Rows:
 
 
 class Attribution:
-    """Attributes a delta of disk number `disk` of two maps; with the readers of the maps' volumes content is compared where that tells more. `blind`: both maps are
-    one, since nothing older is there, so that nothing can be said of what happened."""
+    """Attributes a delta of disk number `disk` of two maps; with the readers of the maps' volumes content is
+    compared where that tells more. `blind`: both maps are one, since nothing older is there, so that
+    nothing can be said of what happened."""
 
-    def __init__(self, objects: Objects, disk: int, delta: Delta, readers: Readers | None = None, blind: bool = False) -> None:
+    def __init__(
+        self, objects: Objects, disk: int, delta: Delta, readers: Readers | None = None, blind: bool = False
+    ) -> None:
         self.objects, self.disk, self.delta, self.blind = objects, disk, delta, blind
         self.content = Content(objects, readers) if readers and delta.same is not None else None
         self.words = Words(objects)
         self.guessing = delta.same is None and not blind and not delta.only_owners
-        """Nobody looked: what has its old time, size and place is taken to be only copied with its cluster."""
+        """Nobody looked: what has its old time, size and place is taken to be only copied with its
+        cluster."""
 
     def rows(self) -> dict[str, Int]:
-        """The columns of Rows: every byte of the delta once, and a row of 0 bytes for what happened to files without changing any of them."""
+        """The columns of Rows: every byte of the delta once, and a row of 0 bytes for what happened to files
+        without changing any of them."""
         found = segments(self.objects, self.disk, self.delta, self.words, self.content)
         rows, left = Rows(), np.ones(len(found.size), bool)
         if self.delta.only_owners:
@@ -123,14 +142,18 @@ class Attribution:
         parts = len(self.words.parts) + 1
         journal = np.isin(new.volume * parts + new.part, self._journals(parts))
         other = np.isin(new.kind, (tables.CONTENT, tables.UNKNOWN, tables.DATA))
-        self._whose(rows, found, mine, new, np.where(journal, JOURNAL, np.where(other, REWRITTEN, METADATA))[mine])
+        self._whose(
+            rows, found, mine, new, np.where(journal, JOURNAL, np.where(other, REWRITTEN, METADATA))[mine]
+        )
 
     def _journals(self, parts: int) -> list[int]:
         """The journals of the new map's filesystems, as volume * `parts` + part."""
         bmap = self.objects.new.bmap
         declared = [
             (volume, formats.filesystem(type))
-            for volume, type in zip(*(bmap.filesystems.column(name).to_pylist() for name in ("volume", "type")), strict=True)
+            for volume, type in zip(
+                *(bmap.filesystems.column(name).to_pylist() for name in ("volume", "type")), strict=True
+            )
         ]
         return [
             volume * parts + number
@@ -153,7 +176,8 @@ class Attribution:
             matched.pick(objects.old_row, new.object) < 0
         )
         whole = _take(left, mine & whole & left)
-        change = np.where(EVENT[event] >= 0, EVENT[event], DELETED)  # without an event: neither alive before nor now
+        # without an event: neither alive before nor now
+        change = np.where(EVENT[event] >= 0, EVENT[event], DELETED)
         rows.add(change[whole], found.size[whole], object=new.object[whole], content=found.size[whole])
         self._content(rows, found, np.flatnonzero(_take(left, mine & left)))
 
@@ -162,14 +186,24 @@ class Attribution:
         if not len(at):
             return
         objects, tiles = self.objects, found.new.tiles.take(at)
-        pieces = Pieces.of(objects, found.new.object[at], tiles.extent, tiles.volume, tiles.inside, found.size[at])
+        pieces = Pieces.of(
+            objects, found.new.object[at], tiles.extent, tiles.volume, tiles.inside, found.size[at]
+        )
         what = fate(objects, pieces, self.delta.grain, self.content.equal if self.content else None)
         here = np.full(len(at), CHANGED if self.blind else REWRITTEN)
         if self.guessing:
             here[objects.content_same[pieces.object]] = UNCHANGED
-        place, sized = (what.place * 0, what.behind - what.kept) if self.delta.only_owners else (what.place, what.behind)
+        place, sized = (
+            (what.place * 0, what.behind - what.kept) if self.delta.only_owners else (what.place, what.behind)
+        )
         behind = np.where(objects.new_size(pieces.object) < objects.old_size(pieces.object), TRUNCATED, GROWN)
-        sums = ((here, place), (MOVED, what.moved), (REWRITTEN, what.other), (behind, sized), (FILLED, what.filled))
+        sums = (
+            (here, place),
+            (MOVED, what.moved),
+            (REWRITTEN, what.other),
+            (behind, sized),
+            (FILLED, what.filled),
+        )
         for change, size in sums:
             rows.add(change, size, object=pieces.object, content=size)
 
@@ -194,10 +228,17 @@ class Attribution:
         rows.add(FREE, found.size[left], volume=volume[left], kind=kind[left])
 
     def _whose(self, rows: Rows, found: Segments, mine: Bool, view: View, change: Any) -> None:
-        """These segments as rows of their owners: files by object, everything else by volume, kind and part."""
+        """These segments as rows of their owners: files by object, everything else by volume, kind and
+        part."""
         file = self._is_file(view.object)[mine]
-        rows.add(change, found.size[mine], object=view.object[mine], volume=np.where(file, -1, view.volume[mine]),
-                 kind=np.where(file, -1, view.kind[mine]), part=np.where(file, -1, view.part[mine]))  # fmt: skip
+        rows.add(
+            change,
+            found.size[mine],
+            object=view.object[mine],
+            volume=np.where(file, -1, view.volume[mine]),
+            kind=np.where(file, -1, view.kind[mine]),
+            part=np.where(file, -1, view.part[mine]),
+        )
 
     def _is_file(self, object: Int) -> Bool:
         """Is it a file that a user knows, rather than nothing or an inode that holds metadata?"""
@@ -220,12 +261,18 @@ def _owned(view: View) -> Bool:
 def _alike(found: Segments) -> Bool:
     """Segments whose owner is the same in both maps; where content lies in its file is not asked here."""
     old, new = found.old, found.new
-    same: Bool = (old.object == new.object) & (old.volume == new.volume) & (old.kind == new.kind) & (old.part == new.part)
+    same: Bool = (
+        (old.object == new.object)
+        & (old.volume == new.volume)
+        & (old.kind == new.kind)
+        & (old.part == new.part)
+    )
     return same & ~((new.object >= 0) & (new.offset >= 0))
 
 
 def _decided(rows: Rows, objects: Objects, otherwise: int) -> dict[str, Int]:
-    """All rows, with what was undecided where it belongs, and a row for each event of a file that has none."""
+    """All rows, with what was undecided where it belongs, and a row for each event of a file that has
+    none."""
     found = rows.columns()
     decided = found["change"] != UNDECIDED
     main = EVENT[objects.event]
@@ -237,7 +284,9 @@ def _decided(rows: Rows, objects: Objects, otherwise: int) -> dict[str, Int]:
     most[found["object"][mine]] = found["change"][mine]
     main = np.where(vague & (most >= 0), most, main)
     undecided = ~decided
-    found["change"][undecided] = np.where(main[found["object"][undecided]] >= 0, main[found["object"][undecided]], otherwise)
+    found["change"][undecided] = np.where(
+        main[found["object"][undecided]] >= 0, main[found["object"][undecided]], otherwise
+    )
     again = Rows([tuple(found[name] for name in Rows.COLUMNS)])
     silent = np.flatnonzero((EVENT[objects.event] >= 0) & (main >= 0))
     said = found["object"] * len(CHANGES) + found["change"]

@@ -1,4 +1,7 @@
-"""Two readers compared, block by block: what is equal and what differs. Both sides are read at the same time, in large batches."""
+"""Two readers compared, block by block: what is equal and what differs.
+
+Both sides are read at the same time, in large batches.
+"""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,8 @@ SECTOR = 512
 
 
 class Blocks(NamedTuple):
-    """Compared blocks as columns: `equal`[i] says of `length` bytes at `offset` in piece number `piece` whether both sides hold the same."""
+    """Compared blocks as columns: `equal`[i] says of `length` bytes at `offset` in piece number `piece`
+    whether both sides hold the same."""
 
     piece: Int
     offset: Int
@@ -26,8 +30,11 @@ class Blocks(NamedTuple):
     equal: Bool
 
 
-def compare(old: Reader, old_starts: Int, new: Reader, new_starts: Int, lengths: Int, block: int = SECTOR) -> Iterator[Blocks]:
-    """Compare pieces of equal length, each from its start in blocks of `block` bytes (the last may be shorter); the pieces in their order."""
+def compare(
+    old: Reader, old_starts: Int, new: Reader, new_starts: Int, lengths: Int, block: int = SECTOR
+) -> Iterator[Blocks]:
+    """Compare pieces of equal length, each from its start in blocks of `block` bytes (the last may be
+    shorter); the pieces in their order."""
     piece, nth = expand(-(-lengths // BATCH))
     skip = nth * BATCH
     length = np.minimum(lengths[piece] - skip, BATCH)
@@ -42,7 +49,9 @@ def compare(old: Reader, old_starts: Int, new: Reader, new_starts: Int, lengths:
             row, step = expand(count)
             offset = step * block
             width = np.minimum(size[row] - offset, block)
-            yield Blocks(now[row], at[row] + offset, width, _equal(sides[0].result(), sides[1].result(), width))
+            yield Blocks(
+                now[row], at[row] + offset, width, _equal(sides[0].result(), sides[1].result(), width)
+            )
 
 
 def _equal(old: Bytes, new: Bytes, width: Int) -> Bool:
@@ -68,7 +77,8 @@ def differing(
     block: int = SECTOR,
     tell: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> tuple[Int, Int]:
-    """(starts, ends) of the blocks in these ranges of two readers that differ, merged; `tell` hears how many bytes are done, and of how many."""
+    """(starts, ends) of the blocks in these ranges of two readers that differ, merged; `tell` hears how many
+    bytes are done, and of how many."""
     parts: list[tuple[Int, Int]] = []
     done = 0
     for blocks in compare(old, starts, new, starts, ends - starts, block):
@@ -83,7 +93,8 @@ def differing(
 
 
 def padded(reader: Reader, size: int) -> Reader:
-    """The same bytes, with zeroes behind them up to `size`: what an overlay that is larger than its backing file shows."""
+    """The same bytes, with zeroes behind them up to `size`: what an overlay that is larger than its backing
+    file shows."""
     if reader.size >= size:
         return reader
     return _Padded(reader, size)

@@ -1,4 +1,5 @@
-"""What changed, as ranges of a disk: two images compared, the layers of an overlay, a dirty bitmap, a list of changed blocks."""
+"""What changed, as ranges of a disk: two images compared, the layers of an overlay, a dirty bitmap, a list of
+changed blocks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,14 +13,15 @@ from virt_bmap.reader import Reader
 
 Ranges = tuple[Int, Int]
 CLUSTER = 64 << 10
-"""Bytes in which changes are counted where nothing says otherwise: the default of qcow2 and of QEMU's dirty bitmaps."""
+"""Bytes in which changes are counted where nothing says otherwise: the default of qcow2 and of QEMU's dirty
+bitmaps."""
 
 
 class Delta(NamedTuple):
     """The ranges [starts[i], ends[i]) of a disk that changed, sorted and merged, in bytes.
 
-    They were found in units of `grain` bytes. `same` are those of their bytes that are known to be equal on both sides (None: nobody looked);
-    `how` says for a person where all this comes from.
+    They were found in units of `grain` bytes. `same` are those of their bytes that are known to be equal on
+    both sides (None: nobody looked); `how` says for a person where all this comes from.
     """
 
     starts: Int
@@ -48,7 +50,9 @@ def of_images(old: Reader, new: Reader, tell: Callable[[int, int], None] = lambd
     """Two images, read and compared; what both call zero is left out unread."""
     old = padded(old, new.size)
     here, there = old.stored(), new.stored()
-    starts, ends = union(np.concatenate([here[0], there[0]]) // SECTOR * SECTOR, np.concatenate([here[1], there[1]]))
+    starts, ends = union(
+        np.concatenate([here[0], there[0]]) // SECTOR * SECTOR, np.concatenate([here[1], there[1]])
+    )
     starts, ends = differing(old, new, starts, np.minimum(ends, new.size), SECTOR, tell)
     return Delta(starts, ends, SECTOR, "both images read and compared", (EMPTY, EMPTY))
 
@@ -68,14 +72,25 @@ def of_bitmap(reader: StatusReader, name: str) -> Delta:
 
 
 def of_ranges(starts: Int, ends: Int, how: str) -> Delta:
-    """What a list calls changed. Its unit is the largest that all its ranges are whole numbers of, as far as that is a likely one."""
+    """What a list calls changed.
+
+    Its unit is the largest that all its ranges are whole numbers of, as far as that is a likely one.
+    """
     starts, ends = union(starts, ends)
-    unit = int(np.gcd.reduce(np.concatenate([starts, (ends - starts)[: max(1, len(ends) - 1)]]))) if len(starts) else CLUSTER
-    return Delta(starts, ends, min(max(unit, SECTOR), CLUSTER), how)  # the last range may be cut by the disk's end
+    unit = (
+        int(np.gcd.reduce(np.concatenate([starts, (ends - starts)[: max(1, len(ends) - 1)]])))
+        if len(starts)
+        else CLUSTER
+    )
+    # the last range may be cut by the disk's end
+    return Delta(starts, ends, min(max(unit, SECTOR), CLUSTER), how)
 
 
-def verified(delta: Delta, old: Reader, new: Reader, tell: Callable[[int, int], None] = lambda _done, _all: None) -> Delta:
-    """The delta without the clusters that are the same on both sides; in those that are left it is known which bytes are equal."""
+def verified(
+    delta: Delta, old: Reader, new: Reader, tell: Callable[[int, int], None] = lambda _done, _all: None
+) -> Delta:
+    """The delta without the clusters that are the same on both sides; in those that are left it is known
+    which bytes are equal."""
     old = padded(old, new.size)
     bad = differing(old, new, delta.starts, delta.ends, SECTOR, tell)
     # a cluster with a difference counts whole, as far as the delta reaches

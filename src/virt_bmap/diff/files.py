@@ -1,7 +1,9 @@
-"""What happened to bytes of files: for pieces of content in the new map, where the old map has the same bytes of the same file.
+"""What happened to bytes of files: for pieces of content in the new map, where the old map has the same bytes
+of the same file.
 
-Everything is counted in bytes of the disk for each piece: `place` (there already), `moved` (the same content lay elsewhere), `other` (other content lay elsewhere), `behind`
-(the end that the file had or, where it shrank, has), `filled` (was a hole, or never written).
+Everything is counted in bytes of the disk for each piece: `place` (there already), `moved` (the same content
+lay elsewhere), `other` (other content lay elsewhere), `behind` (the end that the file had or, where it
+shrank, has), `filled` (was a hole, or never written).
 """
 
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from virt_bmap.diff.objects import Objects, Side, dense
 
 
 class Pieces(NamedTuple):
-    """Pieces of content in the new map, as columns: `length` bytes at `inside` in `volume`, by row `extent`; of the object, its bytes [low, high)."""
+    """Pieces of content in the new map, as columns: `length` bytes at `inside` in `volume`, by row `extent`;
+    of the object, its bytes [low, high)."""
 
     object: Int
     extent: Int
@@ -30,10 +33,15 @@ class Pieces(NamedTuple):
     def of(objects: Objects, owner: Int, extent: Int, volume: Int, inside: Int, length: Int) -> "Pieces":
         """Pieces by where they lie; of compressed extents every piece stands for all that is stored there."""
         table = objects.new.bmap.extents
-        column = {name: tables.integers(table, name)[extent] for name in ("file_offset", "file_length", "volume_offset", "flags")}
+        column = {
+            name: tables.integers(table, name)[extent]
+            for name in ("file_offset", "file_length", "volume_offset", "flags")
+        }
         packed = (column["flags"] & tables.COMPRESSED) != 0
         low = column["file_offset"] + np.where(packed, 0, inside - column["volume_offset"])
-        return Pieces(owner, extent, volume, inside, length, low, low + np.where(packed, column["file_length"], length))
+        return Pieces(
+            owner, extent, volume, inside, length, low, low + np.where(packed, column["file_length"], length)
+        )
 
 
 class Fate(NamedTuple):
@@ -49,7 +57,8 @@ class Fate(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """A piece and an old extent that holds some of the same bytes of the file: `length` of them, at `old` in the old volume and `new` in the new one."""
+    """A piece and an old extent that holds some of the same bytes of the file: `length` of them, at `old` in
+    the old volume and `new` in the new one."""
 
     piece: Int
     extent: Int
@@ -64,11 +73,15 @@ class _Pairs(NamedTuple):
 
 
 Same = Callable[[int, Int, Int, Int], Int]
-"""(volume of the new map, starts in the old volume, starts in the new one, lengths) -> how many bytes of each are the same."""
+"""(volume of the new map, starts in the old volume, starts in the new one, lengths) -> how many bytes of each
+are the same."""
 
 
 def fate(objects: Objects, pieces: Pieces, grain: int, same: Same | None) -> Fate:
-    """What became of the pieces, which must belong to objects of both maps. Without `same` content is taken to be unchanged where the file's time is."""
+    """What became of the pieces, which must belong to objects of both maps.
+
+    Without `same` content is taken to be unchanged where the file's time is.
+    """
     end, size = _edge(objects, pieces, grain, same is not None), pieces.high - pieces.low
     behind = np.clip(pieces.high - np.maximum(pieces.low, end), 0, size)
     pairs = _pairs(objects, pieces, end)
@@ -80,12 +93,16 @@ def fate(objects: Objects, pieces: Pieces, grain: int, same: Same | None) -> Fat
     elsewhere = np.minimum(_sum(away.piece, away.length - away.behind, len(size)), size - behind - place)
     moved = np.minimum(_moved(objects, pieces, away, same), elsewhere)
     kept = np.minimum(_sum(pairs.piece[here], pairs.behind[here], len(size)), behind)
-    return _on_disk(Fate(place, moved, elsewhere - moved, behind, size - behind - place - elsewhere, kept), pieces.length, size)
+    return _on_disk(
+        Fate(place, moved, elsewhere - moved, behind, size - behind - place - elsewhere, kept),
+        pieces.length,
+        size,
+    )
 
 
 def _edge(objects: Objects, pieces: Pieces, grain: int, exact: bool) -> Int:
-    """From which byte of a file a changed block means that its size changed: the block where the shorter content ends. Where nobody looked into clusters, one
-    that holds this byte may begin anywhere before it."""
+    """From which byte of a file a changed block means that its size changed: the block where the shorter
+    content ends. Where nobody looked into clusters, one that holds this byte may begin anywhere before it."""
     old, new = objects.old_size(pieces.object), objects.new_size(pieces.object)
     end = np.minimum(old, new)
     first = end // grain * grain if exact else np.maximum(0, end - grain)
@@ -101,7 +118,10 @@ def _pairs(objects: Objects, pieces: Pieces, end: Int) -> _Pairs:
     rows = old.content[wanted[objects.of_old[old.owner[old.content]]]]
     start, length = (tables.integers(old.bmap.extents, name)[rows] for name in ("file_offset", "file_length"))
     place, flags = (tables.integers(old.bmap.extents, name)[rows] for name in ("volume_offset", "flags"))
-    left, right = dense((objects.of_old[old.owner[rows]], pieces.object), (_translated(old, new, rows), new.part[pieces.extent]))
+    left, right = dense(
+        (objects.of_old[old.owner[rows]], pieces.object),
+        (_translated(old, new, rows), new.part[pieces.extent]),
+    )
     points = np.unique(np.concatenate([start, start + length, pieces.low, pieces.high]))
 
     def coded(group: Int, at: Int) -> Int:
@@ -110,15 +130,20 @@ def _pairs(objects: Objects, pieces: Pieces, end: Int) -> _Pairs:
     index = Intervals(coded(left, start), coded(left, start + length))
     piece, at = index.overlaps(coded(right, pieces.low), coded(right, pieces.high))
     low, high = np.maximum(pieces.low[piece], start[at]), np.minimum(pieces.high[piece], (start + length)[at])
-    packed = ((flags[at] | tables.integers(new.bmap.extents, "flags")[pieces.extent[piece]]) & tables.COMPRESSED) != 0
+    packed = (
+        (flags[at] | tables.integers(new.bmap.extents, "flags")[pieces.extent[piece]]) & tables.COMPRESSED
+    ) != 0
     whole = tables.integers(new.bmap.extents, "volume_offset")[pieces.extent[piece]]
     before = place[at] + np.where(packed, 0, low - start[at])
     now = np.where(packed, whole, pieces.inside[piece] + low - pieces.low[piece])
-    return _Pairs(piece, rows[at], before, now, high - low, np.clip(high - np.maximum(low, end[piece]), 0, None))
+    return _Pairs(
+        piece, rows[at], before, now, high - low, np.clip(high - np.maximum(low, end[piece]), 0, None)
+    )
 
 
 def _translated(old: Side, new: Side, extents: Int) -> Int:
-    """The parts (streams) of old extents by the codes of the new map; one that it does not have gets a number of its own."""
+    """The parts (streams) of old extents by the codes of the new map; one that it does not have gets a number
+    of its own."""
     words = [side.bmap.extents.column("part").combine_chunks().dictionary.to_pylist() for side in (old, new)]
     known = {word: number for number, word in enumerate(words[1])}
     numbers = [*(known.get(word, len(words[1]) + at) for at, word in enumerate(words[0])), -1]

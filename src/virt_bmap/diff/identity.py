@@ -1,4 +1,5 @@
-"""Do two maps describe one disk at two times? Its volumes and filesystems have UUIDs, which survive everything but being made anew."""
+"""Do two maps describe one disk at two times? Its volumes and filesystems have UUIDs, which survive
+everything but being made anew."""
 
 from virt_bmap.blockmap import BlockMap
 from virt_bmap.errors import MapError
@@ -8,7 +9,8 @@ from virt_bmap.space import inside
 def uuids(bmap: BlockMap, disk: int) -> set[str]:
     """The UUIDs of all volumes and filesystems on a disk: partition tables, LVM, arrays, filesystems."""
     below = set(inside(bmap, bmap.disks[disk - 1]))
-    return {row["uuid"] for table in (bmap.volumes, bmap.filesystems) for row in table.select(["volume", "uuid"]).to_pylist()
+    return {row["uuid"] for table in (bmap.volumes,
+            bmap.filesystems) for row in table.select(["volume", "uuid"]).to_pylist()
             if row["volume"] in below and row["uuid"]}  # fmt: skip
 
 
@@ -17,6 +19,7 @@ def require_same(old: BlockMap, old_name: str, new: BlockMap, new_name: str, dis
     before, after = uuids(old, disk), uuids(new, disk)
     if before and after and not before & after:
         raise MapError(
-            f"{old_name} and {new_name} are of different disks: no partition table, volume or filesystem of the one is on the other (for example "
+            f"{old_name} and {new_name} are of different disks: no partition table, volume or "
+            "filesystem of the one is on the other (for example "
             f"{min(before)}, {min(after)}); --force compares them all the same"
         )

@@ -1,8 +1,11 @@
-"""The files of two maps of one disk, matched: which inode of the old map is which of the new one, and what happened to it by the maps alone.
+"""The files of two maps of one disk, matched: which inode of the old map is which of the new one, and what
+happened to it by the maps alone.
 
-A file is the same where its inode number and type are, in the same filesystem. A number that is used again for another file gives itself away: no name is left, the time
-of the last change is another, and so is the place of its first byte. What is left over is matched by its name in its directory (replaced: written anew and
-renamed over the old one, as editors and package managers do), then by place, size and time (renamed, where numbers are places of directory entries, as on FAT).
+A file is the same where its inode number and type are, in the same filesystem. A number that is used again
+for another file gives itself away: no name is left, the time of the last change is another, and so is the
+place of its first byte. What is left over is matched by its name in its directory (replaced: written anew and
+renamed over the old one, as editors and package managers do), then by place, size and time (renamed, where
+numbers are places of directory entries, as on FAT).
 """
 
 from functools import cached_property
@@ -45,7 +48,8 @@ class Side:
     @cached_property
     def owner(self) -> Int:
         """For each extent the row of the inode that owns it; -1 where none does."""
-        inode, volume = tables.integers(self.bmap.extents, "inode"), tables.integers(self.bmap.extents, "volume")
+        inode = tables.integers(self.bmap.extents, "inode")
+        volume = tables.integers(self.bmap.extents, "volume")
         owner = np.full(len(inode), -1, np.int64)
         for number in np.unique(volume).tolist():
             first, last = self.rows_of(number)
@@ -56,7 +60,8 @@ class Side:
 
     @cached_property
     def content(self) -> Int:
-        """The extents that hold content of plain files, directories and links, by inode, stream and offset."""
+        """The extents that hold content of plain files, directories and links, by inode, stream and
+        offset."""
         table = self.bmap.extents
         offset, kind = tables.integers(table, "file_offset"), tables.codes(table, "kind")
         rows = np.flatnonzero((self.owner >= 0) & (offset >= 0) & np.isin(kind, CONTENT))
@@ -83,7 +88,9 @@ class Side:
     def pieces(self) -> Int:
         """For each inode in how many separate pieces its content lies."""
         rows, owner = self.content, self.owner[self.content]
-        start, length = (tables.integers(self.bmap.extents, name)[rows] for name in ("volume_offset", "length"))
+        start, length = (
+            tables.integers(self.bmap.extents, name)[rows] for name in ("volume_offset", "length")
+        )
         follows = np.zeros(len(rows), bool)
         follows[1:] = (owner[1:] == owner[:-1]) & (start[1:] == (start + length)[:-1])
         return np.bincount(owner[~follows], minlength=len(self.inode)).astype(np.int64)
@@ -104,11 +111,13 @@ class Side:
 
 
 class Objects(NamedTuple):
-    """The inodes of two maps as one list: object i is row `new_row`[i] of the new map's inodes and row `old_row`[i] of the old one's (-1: in one map only).
+    """The inodes of two maps as one list: object i is row `new_row`[i] of the new map's inodes and row
+    `old_row`[i] of the old one's (-1: in one map only).
 
-    `of_new` and `of_old` go the other way. `event` is what the maps say happened to it, a code of EVENTS; `type` a code of tables.TYPES. `row_same`: the maps see no
-    difference at all; `content_same`: the size and the time of the last change are the same. `old_volume` is, for each volume of the new map, that of the
-    old one (-1: none).
+    `of_new` and `of_old` go the other way. `event` is what the maps say happened to it, a code of EVENTS;
+    `type` a code of tables.TYPES. `row_same`: the maps see no difference at all; `content_same`: the size and
+    the time of the last change are the same. `old_volume` is, for each volume of the new map, that of the old
+    one (-1: none).
     """
 
     old: Side
@@ -153,7 +162,16 @@ def match(old_map: BlockMap, new_map: BlockMap) -> Objects:
     alone = np.flatnonzero(of_old < 0)
     of_old[alone] = len(of_new) + np.arange(len(alone))
     old_row, new_row = np.append(partner, alone), np.append(of_new, np.full(len(alone), -1, np.int64))
-    return Objects(old, new, volumes, of_old, of_new, old_row, new_row, *_events(old, new, old_row, new_row, renamed, replaced))
+    return Objects(
+        old,
+        new,
+        volumes,
+        of_old,
+        of_new,
+        old_row,
+        new_row,
+        *_events(old, new, old_row, new_row, renamed, replaced),
+    )
 
 
 def match_volumes(old: BlockMap, new: BlockMap) -> Int:
@@ -171,7 +189,9 @@ def _same_filesystem(old: BlockMap, old_volume: int, new: BlockMap, new_volume: 
     return bool(one) and one == other
 
 
-def _match_volume(old: Side, old_volume: int, new: Side, volume: int, partner: Int, renamed: Bool, replaced: Bool) -> None:
+def _match_volume(
+    old: Side, old_volume: int, new: Side, volume: int, partner: Int, renamed: Bool, replaced: Bool
+) -> None:
     """Fill in, for the new rows of one volume, their old rows, and which of them were renamed or replaced."""
     (low, high), (first, last) = old.rows_of(old_volume), new.rows_of(volume)
     names = _Names(old.bmap.slice_of("names", old_volume)[1], new.bmap.slice_of("names", volume)[1])
@@ -188,7 +208,8 @@ def _match_volume(old: Side, old_volume: int, new: Side, volume: int, partner: I
     alive = same & new.alive[rows]
     partner[rows[alive]], renamed[rows[alive]] = at[alive], disjoint[alive]
     _match_rest(old, new, names, (low, high), (first, last), partner, renamed, replaced)
-    buried = same & ~alive & ~np.isin(at, partner[first:last])  # what is gone leaves a record behind in some formats
+    # what is gone leaves a record behind in some formats
+    buried = same & ~alive & ~np.isin(at, partner[first:last])
     partner[rows[buried]] = at[buried]
 
 
@@ -216,7 +237,10 @@ def _match_rest(
         lost, fresh = lost[~np.isin(lost, partner[fresh])], fresh[partner[fresh] < 0]
     if len(lost) and len(fresh):
         one, other = dense(
-            *((getattr(old, name)[lost], getattr(new, name)[fresh]) for name in ("first_place", "size", "mtime", "type"))
+            *(
+                (getattr(old, name)[lost], getattr(new, name)[fresh])
+                for name in ("first_place", "size", "mtime", "type")
+            )
         )
         found = np.where(new.first_place[fresh] >= 0, positions(one, other), -1)
         _pair(fresh, lost, found, partner, renamed)
@@ -232,7 +256,8 @@ def _pair(fresh: Int, lost: Int, found: Int, partner: Int, marked: Bool) -> None
 
 
 def dense(*columns: tuple[Int, Int]) -> tuple[Int, Int]:
-    """Rows of two tables as numbers that are equal where all their columns are: of each column the left and the right table's values."""
+    """Rows of two tables as numbers that are equal where all their columns are: of each column the left and
+    the right table's values."""
     joined = [np.concatenate(pair) for pair in columns]
     order = np.lexsort(joined)
     new = np.zeros(len(order), bool)
@@ -250,7 +275,9 @@ class _Names:
     def __init__(self, old: pa.Table, new: pa.Table) -> None:
         self.old_inode, self.new_inode = tables.integers(old, "inode"), tables.integers(new, "inode")
         parents = tables.integers(old, "parent"), tables.integers(new, "parent")
-        both = pa.concat_arrays([side.column("name").combine_chunks().cast(pa.large_binary()) for side in (old, new)])
+        both = pa.concat_arrays(
+            [side.column("name").combine_chunks().cast(pa.large_binary()) for side in (old, new)]
+        )
         word = both.dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
         self.old_place, self.new_place = dense(parents, (word[: old.num_rows], word[old.num_rows :]))
 
@@ -263,8 +290,10 @@ class _Names:
         return result
 
     def in_place_of(self, fresh: Int, lost: Int) -> Int:
-        """For each fresh inode the position of the lost one that bore one of its names in the same directory; -1 for none."""
-        new, old = np.flatnonzero(np.isin(self.new_inode, fresh)), np.flatnonzero(np.isin(self.old_inode, lost))
+        """For each fresh inode the position of the lost one that bore one of its names in the same directory;
+        -1 for none."""
+        new = np.flatnonzero(np.isin(self.new_inode, fresh))
+        old = np.flatnonzero(np.isin(self.old_inode, lost))
         at = positions(self.old_place[old], self.new_place[new])
         row = new[at >= 0]
         which = positions(lost, self.old_inode[old[at[at >= 0]]])
@@ -272,7 +301,9 @@ class _Names:
         return np.where(result >= 0, pick(which, result), -1)
 
 
-def _events(old: Side, new: Side, old_row: Int, new_row: Int, renamed: Bool, replaced: Bool) -> tuple[Int, Int, Bool, Bool]:
+def _events(
+    old: Side, new: Side, old_row: Int, new_row: Int, renamed: Bool, replaced: Bool
+) -> tuple[Int, Int, Bool, Bool]:
     """(event, type, row_same, content_same) of every object."""
     both = (old_row >= 0) & (new_row >= 0)
     here, there = pick(new.alive, new_row) & (new_row >= 0), pick(old.alive, old_row) & (old_row >= 0)

@@ -1,4 +1,5 @@
-"""A delta cut into segments, each with one owner in the old map and one in the new one, in terms that both share."""
+"""A delta cut into segments, each with one owner in the old map and one in the new one, in terms that both
+share."""
 
 from typing import NamedTuple
 
@@ -19,7 +20,10 @@ Readers = tuple[list[Reader], list[Reader]]
 
 
 class View(NamedTuple):
-    """One map's side of the segments: whose they are, in terms that both maps share. `object` -1: no file's."""
+    """One map's side of the segments: whose they are, in terms that both maps share.
+
+    `object` -1: no file's.
+    """
 
     tiles: Tiles
     object: Int
@@ -46,14 +50,18 @@ class Content:
         self.objects, self.old, self.new = objects, *readers
 
     def equal(self, volume: int, old: Int, new: Int, length: Int, block: int = SECTOR) -> Int:
-        """How many bytes of pieces of a volume of the new map are in blocks that are equal to what lies at `old` in its counterpart."""
+        """How many bytes of pieces of a volume of the new map are in blocks that are equal to what lies at
+        `old` in its counterpart."""
         result = np.zeros(len(length), np.int64)
-        for blocks in compare(self.old[int(self.objects.old_volume[volume])], old, self.new[volume], new, length, block):
+        for blocks in compare(
+            self.old[int(self.objects.old_volume[volume])], old, self.new[volume], new, length, block
+        ):
             np.add.at(result, blocks.piece, np.where(blocks.equal, blocks.length, 0))
         return result
 
     def different(self, records: Records) -> Bool:
-        """Which records of the new map differ from what lay at the same place before? A file whose record only lies in the same block is not to blame."""
+        """Which records of the new map differ from what lay at the same place before? A file whose record
+        only lies in the same block is not to blame."""
         different = np.ones(len(records.record), bool)
         for volume in np.unique(records.volume).tolist():
             before = int(self.objects.old_volume[volume])
@@ -68,12 +76,15 @@ class Content:
 
 
 def segments(objects: Objects, disk: int, delta: Delta, words: "Words", content: Content | None) -> Segments:
-    """The delta of disk number `disk`, cut where an owner changes in either map and where bytes are known to be equal."""
+    """The delta of disk number `disk`, cut where an owner changes in either map and where bytes are known to
+    be equal."""
     *records, untouched = _changed_records(objects, disk, delta, content)
     sides = [tiles(side.bmap, disk, delta.starts, delta.ends, mine)
              for side, mine in zip((objects.old, objects.new), records, strict=True)]  # fmt: skip
     equal = _together(delta.same or (EMPTY, EMPTY), _on_disk(objects.new, disk, untouched))
-    bounds = np.unique(np.concatenate([*(side.start for side in sides), *(side.end for side in sides), *equal]))
+    bounds = np.unique(
+        np.concatenate([*(side.start for side in sides), *(side.end for side in sides), *equal])
+    )
     old, new = (side.cut(bounds) for side in sides)
     at = np.searchsorted(equal[0], new.start, "right") - 1
     same = (at >= 0) & (new.start < equal[1][at]) if len(equal[0]) else np.zeros(len(new.start), bool)
@@ -89,26 +100,34 @@ def _view(side: Side, of_side: Int, words: "Words", found: Tiles) -> View:
 
     owner = column(side.owner)
     owner = np.where(owner >= 0, of_side[owner], -1) if len(of_side) else owner
-    kind, offset = column(tables.codes(extents, "kind").astype(np.int64)), column(tables.integers(extents, "file_offset"))
+    kind = column(tables.codes(extents, "kind").astype(np.int64))
+    offset = column(tables.integers(extents, "file_offset"))
     content = owned & (offset >= 0) & np.isin(kind, CONTENT)
     offset = np.where(content, offset + found.inside - column(tables.integers(extents, "volume_offset")), -1)
     owner = np.where(found.record >= 0, found.record, owner)
-    return View(found, owner, words.volume(side, found.volume), kind, words.part(side, column(side.part)), offset)
+    return View(
+        found, owner, words.volume(side, found.volume), kind, words.part(side, column(side.part)), offset
+    )
 
 
-# ---- records ----------------------------------------------------------------------------------------------------------
+# ---- records -----------------------------------------------------------------------------------------------
 
 
-def _changed_records(objects: Objects, disk: int, delta: Delta, content: Content | None) -> tuple[Records, Records, Records]:
-    """The inodes' records that changed, numbered by object: in the old map those of files that are gone, in the new one all others. And those of
-    the new map that lie in the delta and are known not to have changed."""
+def _changed_records(
+    objects: Objects, disk: int, delta: Delta, content: Content | None
+) -> tuple[Records, Records, Records]:
+    """The inodes' records that changed, numbered by object: in the old map those of files that are gone, in
+    the new one all others. And those of the new map that lie in the delta and are known not to have
+    changed."""
     none = Records(EMPTY, EMPTY, EMPTY, EMPTY)
     if delta.only_owners:
         return none, none, none
     gone = np.flatnonzero((objects.event == matched.DELETED) & (objects.new_row < 0))
-    alive = matched.pick(objects.new.alive, objects.new_row) | (objects.event != matched.NONE)  # not what was gone before, too
+    # not what was gone before, too
+    alive = matched.pick(objects.new.alive, objects.new_row) | (objects.event != matched.NONE)
     here = np.flatnonzero((objects.new_row >= 0) & alive)
-    old, new = _records(objects.old, objects.old_row[gone], gone), _records(objects.new, objects.new_row[here], here)
+    old = _records(objects.old, objects.old_row[gone], gone)
+    new = _records(objects.new, objects.new_row[here], here)
     if content is None:
         return old, new.take(objects.event[new.record] != matched.NONE), none
     new = new.take(touched(objects.new.bmap, disk, delta.starts, delta.ends, new))
@@ -142,11 +161,12 @@ def _records(side: Side, rows: Int, numbers: Int) -> Records:
     return Records(volume, place, place + size[volume], numbers[keep])
 
 
-# ---- common words -----------------------------------------------------------------------------------------------------
+# ---- common words ------------------------------------------------------------------------------------------
 
 
 class Words:
-    """The volumes and parts of both maps in common numbers: those of the new map, and behind them what only the old one has."""
+    """The volumes and parts of both maps in common numbers: those of the new map, and behind them what only
+    the old one has."""
 
     def __init__(self, objects: Objects) -> None:
         old, new = objects.old.bmap, objects.new.bmap

@@ -20,10 +20,12 @@ from virt_bmap.survey import survey_open
 
 
 class Question(NamedTuple):
-    """What is asked: `old` and `new` are images, block devices, NBD URIs or saved maps; `old` None: the backing chain of `new`, or nothing older is there.
+    """What is asked: `old` and `new` are images, block devices, NBD URIs or saved maps; `old` None: the
+    backing chain of `new`, or nothing older is there.
 
-    `bitmap` names a dirty bitmap of `new`; `ranges` are changed ranges of disk number `disk`. `verify` reads what other means call changed. `force` compares
-    what does not look like one disk. `formats` are those of old and new, None to go by magic.
+    `bitmap` names a dirty bitmap of `new`; `ranges` are changed ranges of disk number `disk`. `verify` reads
+    what other means call changed. `force` compares what does not look like one disk. `formats` are those of
+    old and new, None to go by magic.
     """
 
     old: str | None
@@ -38,12 +40,13 @@ class Question(NamedTuple):
     force_share: bool = False
     keys: Keys = NO_KEYS
     further: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    """Further disks of the machine, then and now, which what spans several takes to be mapped; the delta is of the first one."""
+    """Further disks of the machine, then and now, which what spans several takes to be mapped; the delta is
+    of the first one."""
 
 
 class Telling(NamedTuple):
-    """How progress is told: `mapping` is given the open disks of a side and returns what hears each volume's name; `comparing` hears how many bytes
-    are done, and of how many."""
+    """How progress is told: `mapping` is given the open disks of a side and returns what hears each volume's
+    name; `comparing` hears how many bytes are done, and of how many."""
 
     mapping: Callable[[Sequence[Reader]], Callable[[str], None]] = lambda _: lambda _: None
     comparing: Callable[[int, int], None] = lambda _done, _all: None
@@ -64,8 +67,9 @@ class Side(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is compared with what: the older side's name and format (None: there is none), and of how many images of a backing chain, with clusters of `cluster`
-    bytes at most, the delta is; `layers` 0: it is found in another way."""
+    """What is compared with what: the older side's name and format (None: there is none), and of how many
+    images of a backing chain, with clusters of `cluster` bytes at most, the delta is; `layers` 0: it is
+    found in another way."""
 
     old: str | None
     format: str | None
@@ -74,13 +78,18 @@ class Plan(NamedTuple):
 
 
 def plan(question: Question) -> Plan:
-    """Find out what is asked: a backing chain is compared with what lies below it. Raises UsageError where there is nothing to compare."""
+    """Find out what is asked: a backing chain is compared with what lies below it.
+
+    Raises UsageError where there is nothing to compare.
+    """
     asked = Plan(question.old, question.formats[0])
     if question.bitmap is not None or question.ranges is not None:
         return asked
     if is_uri(question.new):
         return Plan(None, None, 1) if question.old is None else asked
-    if maps.is_saved(question.new) or (question.old is not None and (is_uri(question.old) or maps.is_saved(question.old))):
+    if maps.is_saved(question.new) or (
+        question.old is not None and (is_uri(question.old) or maps.is_saved(question.old))
+    ):
         if question.old is None:
             raise UsageError(f"{question.new}: is one map; name two, or a map and a disk")
         return asked
@@ -90,44 +99,65 @@ def plan(question: Question) -> Plan:
     if question.old is None:
         if len(chain) == 1:
             raise UsageError(
-                f"{question.new}: has no backing file; name what to compare it with, an older image or map, or a --bitmap"
+                f"{question.new}: has no backing file; name what to compare it with, an older image "
+                "or map, or a --bitmap"
             )
         return Plan(chain[1].path, chain[1].format, 1, chain[0].cluster)
     for number, layer in enumerate(chain[1:], 1):
-        if os.path.exists(layer.path) and os.path.exists(question.old) and os.path.samefile(layer.path, question.old):
+        if (
+            os.path.exists(layer.path)
+            and os.path.exists(question.old)
+            and os.path.samefile(layer.path, question.old)
+        ):
             return Plan(question.old, layer.format, number, max(each.cluster for each in chain[:number]))
     return asked
 
 
-def open_sides(question: Question, stack: contextlib.ExitStack, telling: Telling) -> tuple[Plan, Side | None, Side]:
-    """What is compared, and both sides, mapped; they stay open as long as `stack`. Raises what `plan` does, and ImageError or MapError in words that name the side."""
+def open_sides(
+    question: Question, stack: contextlib.ExitStack, telling: Telling
+) -> tuple[Plan, Side | None, Side]:
+    """What is compared, and both sides, mapped; they stay open as long as `stack`.
+
+    Raises what `plan` does, and ImageError or MapError in words that name the side.
+    """
     found = plan(question)
     status = [DEPTH] if found.layers else [DIRTY + question.bitmap] if question.bitmap is not None else []
     then, now = question.further
     new = _open(question.new, question.formats[1], status, now, question, stack, telling)
-    old = _open(found.old, found.format, [], then or now, question, stack, telling) if found.old is not None else None
+    old = (
+        _open(found.old, found.format, [], then or now, question, stack, telling)
+        if found.old is not None
+        else None
+    )
     if old is not None and not question.force:
         _require_one_disk(old, new, question.disk, resized=found.layers > 0)
     return found, old, new
 
 
 def _open(
-    name: str, format: str | None, status: list[str], further: tuple[str, ...], question: Question, stack: contextlib.ExitStack, telling: Telling
+    name: str, format: str | None, status: list[str], further: tuple[str, ...], question: Question,
+    stack: contextlib.ExitStack, telling: Telling
 ) -> Side:  # fmt: skip
     if maps.is_saved(name):
         if status:
-            raise UsageError(f"{name}: is a saved map, which has no {status[0].removeprefix('qemu:')}: name the disk itself")
+            raise UsageError(
+                f"{name}: is a saved map, which has no {status[0].removeprefix('qemu:')}: name the "
+                "disk itself"
+            )
         bmap = maps.load(name)
         if bmap.given_paths:
             raise MapError(
-                f"{name}: is a text map, which holds no inodes to compare: make a Parquet map (virt-bmap -o map.parquet)"
+                f"{name}: is a text map, which holds no inodes to compare: make a Parquet map "
+                "(virt-bmap -o map.parquet)"
             )
         side = Side(name, bmap)
     else:
         reader = open_image(name, format, question.references, status, question.force_share)
         stack.callback(reader.close)
         if question.disk != 1:
-            raise UsageError(f"{name}: --disk counts the disks of saved maps; of images the first one named is compared")
+            raise UsageError(
+                f"{name}: --disk counts the disks of saved maps; of images the first one named is compared"
+            )
         disks = [reader]
         for other in further:
             disks.append(open_image(other, None, question.references, force_share=question.force_share))
@@ -142,10 +172,12 @@ def _open(
 
 
 def _require_one_disk(old: Side, new: Side, disk: int, resized: bool) -> None:
-    """ImageError where sizes differ (an overlay may be `resized`), MapError where the disks are different ones."""
+    """ImageError where sizes differ (an overlay may be `resized`), MapError where the disks are different
+    ones."""
     if old.size(disk) != new.size(disk) and not resized:
         raise ImageError(
-            f"{old.name} has {old.size(disk):,} bytes, {new.name} {new.size(disk):,}: they are of different disks, or one was resized; "
+            f"{old.name} has {old.size(disk):,} bytes, {new.name} {new.size(disk):,}: they are of "
+            "different disks, or one was resized; "
             "--force compares them all the same"
         )
     identity.require_same(old.bmap, old.name, new.bmap, new.name, disk)

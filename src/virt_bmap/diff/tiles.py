@@ -1,7 +1,10 @@
-"""Each byte of some ranges of a disk with exactly one owner: the sums of a report must be the bytes that it reports on.
+"""Each byte of some ranges of a disk with exactly one owner: the sums of a report must be the bytes that it
+reports on.
 
-Precedence, where a byte has several owners: the innermost layer; inline data before the block that it lies in; what owns before what is only called free; a volume's
-own bytes before copies and parity; and of files that share their bytes on purpose the one with the lowest inode number, so that both sides of a comparison choose alike.
+Precedence, where a byte has several owners: the innermost layer; inline data before the block that it lies
+in; what owns before what is only called free; a volume's own bytes before copies and parity; and of files
+that share their bytes on purpose the one with the lowest inode number, so that both sides of a comparison
+choose alike.
 """
 
 from typing import NamedTuple
@@ -15,7 +18,8 @@ from virt_bmap.columns import take
 
 
 class Tiles(NamedTuple):
-    """Pieces [start, end) of a disk, sorted, as columns: each belongs to row `extent` of `extents`, or to what `record` names; both -1: to nothing.
+    """Pieces [start, end) of a disk, sorted, as columns: each belongs to row `extent` of `extents`, or to
+    what `record` names; both -1: to nothing.
 
     `volume` is where the owner is, `inside` the piece's first byte there.
     """
@@ -48,7 +52,8 @@ class Tiles(NamedTuple):
 
 
 class Records(NamedTuple):
-    """Inodes' own records that deserve to be told from what they lie in, as columns: `record` is any number (from 0) that the tiles give back."""
+    """Inodes' own records that deserve to be told from what they lie in, as columns: `record` is any number
+    (from 0) that the tiles give back."""
 
     volume: Int
     start: Int
@@ -61,7 +66,10 @@ class Records(NamedTuple):
 
 
 def tiles(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: Records | None = None) -> Tiles:
-    """The ranges of disk number `disk` (from 1), each byte once. What the map does not reach (behind its disk's end) belongs to nothing."""
+    """The ranges of disk number `disk` (from 1), each byte once.
+
+    What the map does not reach (behind its disk's end) belongs to nothing.
+    """
     starts, ends = union(starts, ends)
     size = bmap.volumes.column("size")[bmap.disks[disk - 1]].as_py()
     inside = starts < size
@@ -88,7 +96,11 @@ def touched(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: Records)
     inside = starts < size
     owners = bmap.owners(disk, starts[inside], np.minimum(ends[inside], size))
     numbered = Records(records.volume, records.start, records.end, np.arange(len(records.record)))
-    return np.unique(_records(owners.take(owners.extent < 0), numbered)[1]) if len(records.record) else records.record
+    return (
+        np.unique(_records(owners.take(owners.extent < 0), numbered)[1])
+        if len(records.record)
+        else records.record
+    )
 
 
 def _covered(points: Int, starts: Int, ends: Int) -> Bool:
@@ -107,7 +119,11 @@ def _joined(found: Owners, record: Int, start: Int, end: Int, owner: Int) -> Til
     start, end, owner = start[first], end[last], owner[first]
 
     def of(column: Int, otherwise: int) -> Int:
-        return np.where(owner >= 0, column[owner], otherwise) if len(column) else np.full(len(owner), otherwise, np.int64)
+        return (
+            np.where(owner >= 0, column[owner], otherwise)
+            if len(column)
+            else np.full(len(owner), otherwise, np.int64)
+        )
 
     inside = of(found.inside, 0) + np.where(owner >= 0, start - of(found.start, 0), 0)
     return Tiles(start, end, of(found.volume, -1), inside, of(found.extent, -1), of(record, -1))
@@ -122,7 +138,8 @@ def _records(volumes: Owners, records: Records) -> tuple[Owners, Int]:
         low = np.maximum(here.inside[at], mine.start[row])
         high = np.minimum(here.inside[at] + here.length[at], mine.end[row])
         start = here.start[at] + low - here.inside[at]
-        parts.append(Owners(here.query[at], here.volume[at], np.full(len(at), -1, np.int64), start, start + high - low, low,
+        parts.append(Owners(here.query[at], here.volume[at], np.full(len(at), -1, np.int64), start,
+                start + high - low, low,
                             here.depth[at], here.role[at], high - low))  # fmt: skip
         numbers.append(mine.record[row])
     return Owners.concat(parts), np.concatenate(numbers)
@@ -138,7 +155,18 @@ def _precedence(bmap: BlockMap, owners: Owners, record: Int) -> Int:
     inline = (column(tables.integers(bmap.extents, "flags")) & tables.INLINE) != 0
     kind = column(tables.codes(bmap.extents, "kind").astype(np.int64))
     weak = np.isin(kind, (*tables.IDLE, tables.UNKNOWN))
-    inode, offset = column(tables.integers(bmap.extents, "inode")), column(tables.integers(bmap.extents, "file_offset"))
+    inode = column(tables.integers(bmap.extents, "inode"))
+    offset = column(tables.integers(bmap.extents, "file_offset"))
     return np.lexsort(
-        (owners.extent, offset, inode, owners.volume, owners.role, weak & (record < 0), ~inline, record < 0, -owners.depth)
+        (
+            owners.extent,
+            offset,
+            inode,
+            owners.volume,
+            owners.role,
+            weak & (record < 0),
+            ~inline,
+            record < 0,
+            -owners.depth,
+        )
     )

@@ -1,4 +1,7 @@
-"""Allocation bitmaps as runs. Free space is few runs of many bits, and most of a large bitmap can lie in a hole."""
+"""Allocation bitmaps as runs.
+
+Free space is few runs of many bits, and most of a large bitmap can lie in a hole.
+"""
 
 import numpy as np
 
@@ -10,7 +13,8 @@ BATCH = 1 << 20
 
 
 def bitmap_runs(reader: Reader, starts: Int, lengths: Int, bits: int, value: bool) -> tuple[Int, Int]:
-    """(starts, ends), in bits, of the runs of `value` in the bitmap whose bytes lie in these ranges of the volume, one after the other; of its first `bits` bits."""
+    """(starts, ends), in bits, of the runs of `value` in the bitmap whose bytes lie in these ranges of the
+    volume, one after the other; of its first `bits` bits."""
     bits = min(bits, 8 * int(lengths.sum()))
     low, high = [EMPTY], [EMPTY]
     for at, data in reader.held(starts, lengths, BATCH):

@@ -1,4 +1,5 @@
-"""What is wrong on the volume, added up: one row of `problems` for each kind of damage, however often it occurs."""
+"""What is wrong on the volume, added up: one row of `problems` for each kind of damage, however often it
+occurs."""
 
 import numpy as np
 
@@ -13,7 +14,8 @@ class Damage:
         self._found: dict[str, tuple[str, str, int, int]] = {}
 
     def add(self, code: str, text: str, offset: int = -1, count: int = 1, severity: str = "error") -> None:
-        """`count` times `text`, a phrase that can follow a number; the first call with a code gives text and offset."""
+        """`count` times `text`, a phrase that can follow a number; the first call with a code gives text and
+        offset."""
         text, severity, before, offset = self._found.get(code, (text, severity, 0, offset))
         self._found[code] = text, severity, before + count, offset
 
@@ -27,6 +29,11 @@ class Damage:
     def problems(self) -> list[Problem]:
         """One Problem for each code."""
         return [
-            Problem(code, f"{count} {text}" + (f", the first at byte {offset:#x}" if offset >= 0 else ""), offset, severity)
+            Problem(
+                code,
+                f"{count} {text}" + (f", the first at byte {offset:#x}" if offset >= 0 else ""),
+                offset,
+                severity,
+            )
             for code, (text, severity, count, offset) in self._found.items()
         ]

@@ -1,4 +1,6 @@
-"""EXAMPLE: a made-up filesystem, complete and small. The template for new readers, and a test subject; it is not in the probe list.
+"""EXAMPLE: a made-up filesystem, complete and small.
+
+The template for new readers, and a test subject; it is not in the probe list.
 
     block 0                 superblock
     bitmap_block            one bit for each block, 1 is used
@@ -75,7 +77,8 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     return Filesystem(
         type=NAME, size=int(superblock["blocks"]) * BLOCK, block_size=BLOCK, root=ROOT, state="clean",
         reader=reader, inodes=tables.make(
-            "inodes", volume=0, inode=inode, type=TYPE_OF[np.minimum(found["kind"], 2)], size=widen(found["size"], "size"), nlink=1, flags=0,
+            "inodes", volume=0, inode=inode, type=TYPE_OF[np.minimum(found["kind"], 2)],
+            size=widen(found["size"], "size"), nlink=1, flags=0,
             record_offset=int(superblock["inode_block"]) * BLOCK + (inode - 1) * INODE.itemsize,
         ),
         names=_names(reader, inode[owner[is_directory]], start[is_directory], length[is_directory]),
@@ -90,7 +93,9 @@ def _superblock(reader: Reader) -> np.void:
     bitmap_end = int(found["bitmap_block"]) * BLOCK + (blocks + 7) // 8
     if not 0 < blocks * BLOCK <= reader.size or max(end, bitmap_end) > blocks * BLOCK:
         raise Corrupt(
-            f"{reader.name}: superblock at byte 0: {blocks} blocks and {inodes} inodes do not fit into {reader.size} bytes", 0
+            f"{reader.name}: superblock at byte 0: {blocks} blocks and {inodes} inodes do not fit "
+            f"into {reader.size} bytes",
+            0,
         )
     return found
 
@@ -116,7 +121,8 @@ def _inodes(reader: Reader, superblock: np.void) -> tuple[Int, np.ndarray]:
 
 
 def _extents(superblock: np.void, found: np.ndarray, problems: list[Problem]) -> tuple[Int, Int, Int, Int]:
-    """(position of the inode, file offset, volume offset, length) of every extent; offsets and lengths in bytes."""
+    """(position of the inode, file offset, volume offset, length) of every extent; offsets and lengths in
+    bytes."""
     owner, nth = expand(np.minimum(found["extents"], EXTENTS).astype(np.int64))
     start = widen(found["start"][owner, nth], "start") * BLOCK
     length = widen(found["count"][owner, nth], "count") * BLOCK
@@ -125,7 +131,11 @@ def _extents(superblock: np.void, found: np.ndarray, problems: list[Problem]) ->
     if outside.any():
         first = int(start[outside][0])
         problems.append(
-            Problem("extent-outside", f"{outside.sum()} extents reach beyond the filesystem, the first at byte {first:#x}", first)
+            Problem(
+                "extent-outside",
+                f"{outside.sum()} extents reach beyond the filesystem, the first at byte {first:#x}",
+                first,
+            )
         )
         length = np.clip(length, 0, np.maximum(0, size - start))
     before = np.cumsum(length) - length
@@ -134,7 +144,8 @@ def _extents(superblock: np.void, found: np.ndarray, problems: list[Problem]) ->
 
 
 def _names(reader: Reader, directory: Int, start: Int, length: Int) -> pa.Table:
-    """One cursor for each directory block, all stepped at once: as many steps as the fullest block has records."""
+    """One cursor for each directory block, all stepped at once: as many steps as the fullest block has
+    records."""
     extent, nth = expand(length // BLOCK)
     parent, data = directory[extent], reader.read_blocks(start[extent] + nth * BLOCK, BLOCK)
     flat, base = data.reshape(-1), np.arange(len(data)) * BLOCK

@@ -25,7 +25,8 @@ class Compared:
         self._wrong: dict[tuple[str, str, str], tuple[int, int]] = {}
 
     def compare(self, kind: str, good: Bool, offsets: Int) -> None:
-        """`kind` names the records in the plural; where `good` is False, those at `offsets` (bytes) have a wrong checksum."""
+        """`kind` names the records in the plural; where `good` is False, those at `offsets` (bytes) have a
+        wrong checksum."""
         self._counts[kind] = self._counts.get(kind, 0) + len(good)
         self.check(kind, good, offsets, "checksum", "have a wrong checksum")
 
@@ -50,7 +51,8 @@ class Compared:
 
 
 def blocks(reader: Reader, offsets: Int, size: int) -> Iterator[tuple[slice, Bytes]]:
-    """(which of the offsets, their blocks), a bounded batch at a time; offsets that leave the volume were complained of before."""
+    """(which of the offsets, their blocks), a bounded batch at a time; offsets that leave the volume were
+    complained of before."""
     return reader.batches(offsets, size, BATCH, BATCH)
 
 
@@ -71,7 +73,8 @@ class Places:
         )
 
     def of_kind(self, kind: int, *parts: str | None, unit: int = 0) -> tuple[Int, Int, Int]:
-        """(offset, inode, file offset) of each block of this kind and these parts (None: plain content; without any: all); -1 stands for null.
+        """(offset, inode, file offset) of each block of this kind and these parts (None: plain content;
+        without any: all); -1 stands for null.
 
         `unit` is another size than the blocks'; extents that are no multiple of it are left out.
         """
@@ -85,7 +88,8 @@ class Places:
         return self._start[row] + step * unit, self._inode[row], place
 
     def _stored_pieces(self, at: Int, unit: int) -> tuple[Int, Int, Int]:
-        """(extent, number of its first block, how many) of what of these extents is stored: blocks in holes are zeroes, and may be more than any time suffices for."""
+        """(extent, number of its first block, how many) of what of these extents is stored: blocks in holes
+        are zeroes, and may be more than any time suffices for."""
         start, end = self._start[at], self._start[at] + self._length[at]
         row, hit = Intervals(*self._there).overlaps(start, end)
         first = np.maximum(self._there[0][hit] - start[row], 0) // unit
@@ -97,20 +101,29 @@ class Places:
         return at[row], first, np.maximum(last - first, 0)
 
     def ranges(self, kind: int, *parts: str | None, whole: bool = False) -> tuple[Int, Int, Int]:
-        """(offset, length, inode) of such extents; `whole`: together with the extent of the same inode that goes on where they end."""
+        """(offset, length, inode) of such extents; `whole`: together with the extent of the same inode that
+        goes on where they end."""
         at = self._rows(kind, parts)
         length = self._length[at]
         if whole and len(at):
             order = np.argsort(self._start, kind="stable")
-            after = order[np.minimum(np.searchsorted(self._start[order], self._start[at] + length), len(order) - 1)]
-            follows = (self._start[after] == self._start[at] + length) & (self._inode[after] == self._inode[at])
+            after = order[
+                np.minimum(np.searchsorted(self._start[order], self._start[at] + length), len(order) - 1)
+            ]
+            follows = (self._start[after] == self._start[at] + length) & (
+                self._inode[after] == self._inode[at]
+            )
             length = length + np.where(follows, self._length[after], 0)
         return self._start[at], length, self._inode[at]
 
     def _rows(self, kind: int, parts: tuple[str | None, ...]) -> Int:
         which = self._kind == kind
         if parts:
-            codes = [self._parts.index(part) if part is not None else -1 for part in parts if part is None or part in self._parts]
+            codes = [
+                self._parts.index(part) if part is not None else -1
+                for part in parts
+                if part is None or part in self._parts
+            ]
             which &= np.isin(self._part, codes)
         return np.flatnonzero(which)
 
@@ -120,7 +133,10 @@ class Places:
 
 
 def check_names(found: Filesystem, compared: Compared) -> None:
-    """Names that no Unix directory can hold: with a NUL or a slash. Those of encrypted directories are ciphertext."""
+    """Names that no Unix directory can hold: with a NUL or a slash.
+
+    Those of encrypted directories are ciphertext.
+    """
     names = found.names.column("name").combine_chunks()
     if not len(names):
         return
@@ -133,15 +149,22 @@ def check_names(found: Filesystem, compared: Compared) -> None:
     plain = flags[parent] & tables.I_ENCRYPTED == 0
     place = tables.integers(found.inodes, "record_offset")[parent[plain]]
     compared.check(
-        "names", np.zeros(len(place), bool), place, "name", "hold a NUL or a slash; their directories' inodes are named"
+        "names",
+        np.zeros(len(place), bool),
+        place,
+        "name",
+        "hold a NUL or a slash; their directories' inodes are named",
     )
 
 
 def check_targets(found: Filesystem, compared: Compared) -> None:
     """Targets of symbolic links that end before their inode says, at a NUL."""
     kind, flags = tables.codes(found.extents, "kind"), tables.integers(found.extents, "flags")
-    row = np.flatnonzero((kind == tables.SYMLINK) & (flags & (tables.INLINE | tables.ENCRYPTED) == tables.INLINE))
-    start, length = tables.integers(found.extents, "volume_offset")[row], tables.integers(found.extents, "length")[row]
+    row = np.flatnonzero(
+        (kind == tables.SYMLINK) & (flags & (tables.INLINE | tables.ENCRYPTED) == tables.INLINE)
+    )
+    start = tables.integers(found.extents, "volume_offset")[row]
+    length = tables.integers(found.extents, "length")[row]
     for at in range(0, len(row), LINKS):
         part = slice(at, at + LINKS)
         data = found.reader.read_ranges(start[part], length[part])

@@ -1,6 +1,7 @@
 """Columns of byte strings: all of them one after the other in one array, which costs no object for each.
 
-Arrow has the same layout, but to take rows or to compare it loads its function library: a tenth of the time of a whole map.
+Arrow has the same layout, but to take rows or to compare it loads its function library: a tenth of the time
+of a whole map.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,9 @@ class Ragged:
     @staticmethod
     def concat(parts: Sequence["Ragged"]) -> "Ragged":
         """One column after the other."""
-        return Ragged(np.concatenate([part.data for part in parts]), np.concatenate([part.lengths for part in parts]))
+        return Ragged(
+            np.concatenate([part.data for part in parts]), np.concatenate([part.lengths for part in parts])
+        )
 
     def take(self, rows: Int) -> "Ragged":
         """The strings of some rows."""
@@ -80,10 +83,14 @@ class Ragged:
     def arrow(self) -> pa.Array:
         """As an Arrow array, without a copy of the bytes."""
         if len(self.data) > MAX_BYTES:
-            raise Unsupported(f"names of {len(self.data)} bytes together; the most that a table can hold is {MAX_BYTES}")
+            raise Unsupported(
+                f"names of {len(self.data)} bytes together; the most that a table can hold is {MAX_BYTES}"
+            )
         offsets = np.zeros(len(self) + 1, np.int32)
         np.cumsum(self.lengths, out=offsets[1:])
-        return pa.Array.from_buffers(pa.binary(), len(self), [None, arrow(offsets).buffers()[1], arrow(self.data).buffers()[1]])
+        return pa.Array.from_buffers(
+            pa.binary(), len(self), [None, arrow(offsets).buffers()[1], arrow(self.data).buffers()[1]]
+        )
 
 
 def by_length(lengths: Lengths) -> Iterator[tuple[int, Int]]:
@@ -97,12 +104,16 @@ def by_length(lengths: Lengths) -> Iterator[tuple[int, Int]]:
 
 
 def items(data: Bytes, size: int) -> NDArray[np.void]:
-    """A view of `data` as opaque items of `size` bytes, one at every byte: these are copied whole, not byte by byte."""
+    """A view of `data` as opaque items of `size` bytes, one at every byte: these are copied whole, not byte
+    by byte."""
     return np.ndarray((max(0, len(data) - size + 1),), f"V{size}", data, strides=(1,))
 
 
 def pieces(data: Bytes, starts: Int, lengths: Lengths) -> Bytes:
-    """The bytes data[starts[i]:starts[i]+lengths[i]], one after the other. All pieces of a length are moved at once."""
+    """The bytes data[starts[i]:starts[i]+lengths[i]], one after the other.
+
+    All pieces of a length are moved at once.
+    """
     ends = np.cumsum(lengths, dtype=np.int64)
     result = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
     for length, rows in by_length(lengths):

@@ -1,4 +1,5 @@
-"""Formats without an allocator, where packed or identical content lies once for several owners: which bytes are shared, and what nobody owns."""
+"""Formats without an allocator, where packed or identical content lies once for several owners: which bytes
+are shared, and what nobody owns."""
 
 from typing import NamedTuple
 
@@ -8,7 +9,8 @@ from virt_bmap.arrays import Bool, Int, covered_twice, expand, intersect
 
 
 class Pieces(NamedTuple):
-    """Ranges cut where sharing begins or ends: piece i is [start, end) of range `row[i]`; `shared` where another range covers it too."""
+    """Ranges cut where sharing begins or ends: piece i is [start, end) of range `row[i]`; `shared` where
+    another range covers it too."""
 
     row: Int
     start: Int
@@ -19,7 +21,8 @@ class Pieces(NamedTuple):
 def cut_shared(starts: Int, ends: Int) -> Pieces:
     """The ranges cut so that each piece is shared as a whole or not at all.
 
-    At most two pieces more than ranges for each run of shared bytes: on the outer side of a cut only one range goes on.
+    At most two pieces more than ranges for each run of shared bytes: on the outer side of a cut only one
+    range goes on.
     """
     low, high = covered_twice(starts, ends)
     cuts = np.unique(np.concatenate([low, high]))

@@ -1,10 +1,11 @@
 """Linux swap space, both versions, any page size, either byte order, also while it holds a hibernated system.
 
-Only the header page is read: which pages are in use is known to the running kernel alone, so that all the space behind the header
-is one piece of content. The signature stands at the end of the first page and so tells the page's size.
+Only the header page is read: which pages are in use is known to the running kernel alone, so that all the
+space behind the header is one piece of content. The signature stands at the end of the first page and so
+tells the page's size.
 
-Sources: kernel include/linux/swap.h (union swap_header), mm/swapfile.c, kernel/power/swap.c (swsusp_header); util-linux
-libblkid/src/superblocks/swap.c and include/swapheader.h.
+Sources: kernel include/linux/swap.h (union swap_header), mm/swapfile.c, kernel/power/swap.c (swsusp_header);
+util-linux libblkid/src/superblocks/swap.c and include/swapheader.h.
 """
 
 import uuid as uuids
@@ -90,11 +91,19 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         except FormatError:
             if not hibernated:
                 raise
-            pages, bad, label, uuid = reader.size // page, EMPTY, b"", bytes(16)  # some that sleep have a header of their own
+            # some that sleep have a header of their own
+            pages = reader.size // page
+            bad = EMPTY
+            label = b""
+            uuid = bytes(16)
     size = pages * page
     if size > reader.size:
         problems.append(
-            Problem("truncated", f"the swap space claims {size} bytes, but the volume has {reader.size}", reader.size)
+            Problem(
+                "truncated",
+                f"the swap space claims {size} bytes, but the volume has {reader.size}",
+                reader.size,
+            )
         )
     rows = tables.ExtentRows()
     rows.add(tables.METADATA, 0, min(page, reader.size), part="header")
@@ -105,10 +114,10 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     rows.add(tables.CONTENT, left[0], left[1] - left[0], part="swap space")
     return Filesystem(
         type="swsuspend" if hibernated else NAME, size=size, block_size=page, root=-1,
-        state="hibernated" if hibernated else "clean", reader=reader, inodes=tables.empty("inodes"), names=tables.empty("names"),
-        extents=rows.table(0), uuid=str(uuids.UUID(bytes=uuid)) if any(uuid) else None,
-        label=label.decode(errors="replace") or None, features=f"v{VERSIONS.get(magic, 1)}", problems=problems,
-        traits=tables.SLEEPING if hibernated else 0,
+        state="hibernated" if hibernated else "clean", reader=reader, inodes=tables.empty("inodes"),
+        names=tables.empty("names"), extents=rows.table(0),
+        uuid=str(uuids.UUID(bytes=uuid)) if any(uuid) else None, label=label.decode(errors="replace") or None,
+        features=f"v{VERSIONS.get(magic, 1)}", problems=problems, traits=tables.SLEEPING if hibernated else 0,
     )  # fmt: skip
 
 
@@ -129,7 +138,9 @@ def _version_1(data: np.ndarray, name: str) -> tuple[np.void, int, Int]:
         if header["version"] == 1:
             break
     else:
-        raise Unsupported(f"{name}: swap space of version {int(header['version'])}; versions 0 and 1 are known", 1024)
+        raise Unsupported(
+            f"{name}: swap space of version {int(header['version'])}; versions 0 and 1 are known", 1024
+        )
     room = (len(data) - BAD_PAGES - SIGNATURE) // 4
     count = int(header["nr_badpages"])
     if count > room:

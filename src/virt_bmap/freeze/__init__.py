@@ -1,10 +1,12 @@
-"""Filesystems that stand still while something is copied: a guest's through its agent, or this host's; thawed again whatever happens.
+"""Filesystems that stand still while something is copied: a guest's through its agent, or this host's; thawed
+again whatever happens.
 
     with Frozen(Guest("/run/qga.sock"), limit=60):
         copy_the_disk()
 
-A process of its own, the keeper, freezes, waits and thaws. It thaws when the block ends, when the time limit is over, and when the process that asked for
-it dies, by whatever signal; and where the keeper dies, the asking process thaws. FreezeError says that the filesystems did not stand still all the time.
+A process of its own, the keeper, freezes, waits and thaws. It thaws when the block ends, when the time limit
+is over, and when the process that asked for it dies, by whatever signal; and where the keeper dies, the
+asking process thaws. FreezeError says that the filesystems did not stand still all the time.
 """
 
 import contextlib
@@ -22,13 +24,15 @@ from virt_bmap.errors import FreezeError, UsageError
 from virt_bmap.signals import SIGNALS, forwarded
 
 LIMIT = 60.0
-"""Seconds: a guest that stands still for longer notices it (timeouts of services, the kernel's warning of hung tasks after 120 s)."""
+"""Seconds: a guest that stands still for longer notices it (timeouts of services, the kernel's warning of
+hung tasks after 120 s)."""
 STOP_TIMEOUT = 5.0
 """Seconds that a command gets to end by itself after SIGTERM."""
 
 
 class Guest(NamedTuple):
-    """The filesystems of a guest: the Unix socket of its agent's virtio-serial port, and mount points inside the guest (without any: all)."""
+    """The filesystems of a guest: the Unix socket of its agent's virtio-serial port, and mount points inside
+    the guest (without any: all)."""
 
     socket: str
     mountpoints: tuple[str, ...] = ()
@@ -44,17 +48,20 @@ Target = Guest | Host
 
 
 class Report(NamedTuple):
-    """How it ended. `why` they were thawed: asked, timeout, orphaned (the asking process died), stolen (someone else had done it); after how many seconds."""
+    """How it ended. `why` they were thawed: asked, timeout, orphaned (the asking process died), stolen
+    (someone else had done it); after how many seconds."""
 
     why: str
     seconds: float
 
 
 class Frozen:
-    """A freeze of at most `limit` seconds, as a context manager. `select` finds it readable once the filesystems are thawed.
+    """A freeze of at most `limit` seconds, as a context manager.
 
-    Entering raises FreezeError, UsageError or MissingTool where they can't be frozen, and nothing is frozen then. Leaving thaws, and
-    raises FreezeError where they were thawed before.
+    `select` finds it readable once the filesystems are thawed.
+
+    Entering raises FreezeError, UsageError or MissingTool where they can't be frozen, and nothing is frozen
+    then. Leaving thaws, and raises FreezeError where they were thawed before.
     """
 
     def __init__(self, target: Target, limit: float = LIMIT) -> None:
@@ -64,10 +71,16 @@ class Frozen:
         self.report: Report | None = None
 
     def __enter__(self) -> "Frozen":
-        words = json.dumps({"kind": type(self.target).__name__, "limit": self.limit, "target": self.target._asdict()})
+        words = json.dumps(
+            {"kind": type(self.target).__name__, "limit": self.limit, "target": self.target._asdict()}
+        )
         # a session of its own: what kills our process group or terminal leaves it alone
-        self._keeper = subprocess.Popen(programs.python("virt_bmap.freeze.keeper", words, options=("-B",)),
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
+        self._keeper = subprocess.Popen(
+            programs.python("virt_bmap.freeze.keeper", words, options=("-B",)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
         try:
             self.filesystems = self._hear()["filesystems"]
         except BaseException:
@@ -79,9 +92,13 @@ class Frozen:
         self.thaw()
         report = self.wait()
         if kind is None and report.why == "timeout":
-            raise FreezeError(f"thawed when the limit of {self.limit:g} seconds was over: what was copied is not consistent")
+            raise FreezeError(
+                f"thawed when the limit of {self.limit:g} seconds was over: what was copied is not consistent"
+            )
         if kind is None and report.why == "stolen":
-            raise FreezeError("someone else has thawed the filesystems meanwhile: what was copied is not consistent")
+            raise FreezeError(
+                "someone else has thawed the filesystems meanwhile: what was copied is not consistent"
+            )
 
     def fileno(self) -> int:
         """Readable when the keeper has something to say."""
@@ -111,7 +128,10 @@ class Frozen:
         self._keeper.stdin.close()
 
     def _hear(self) -> dict[str, Any]:
-        """What the keeper says next. Raises the error that it met; where it was killed, thaws in its place."""
+        """What the keeper says next.
+
+        Raises the error that it met; where it was killed, thaws in its place.
+        """
         assert self._keeper.stdout
         line = self._keeper.stdout.readline()
         if line.endswith(b"\n"):
@@ -127,14 +147,16 @@ class Frozen:
         with contextlib.closing(freezer_of(self.target)) as freezer:
             freezer.thaw()
         raise FreezeError(
-            "the process that kept the filesystems frozen was killed; they are thawed, and what was copied is not consistent"
+            "the process that kept the filesystems frozen was killed; they are thawed, and what was "
+            "copied is not consistent"
         )
 
 
 def run(target: Target, command: Sequence[str], limit: float = LIMIT) -> tuple[int, Frozen]:
     """Run a command while filesystems stand still: its exit status as a shell gives it, and the freeze.
 
-    A signal thaws at once and is passed on to the command; when the time is over the command is ended. Raises FreezeError where it ended after the thaw.
+    A signal thaws at once and is passed on to the command; when the time is over the command is ended. Raises
+    FreezeError where it ended after the thaw.
     """
     dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
@@ -143,7 +165,9 @@ def run(target: Target, command: Sequence[str], limit: float = LIMIT) -> tuple[i
     finally:
         sys.dont_write_bytecode = dont_write
     if signalled and status == 0:
-        raise FreezeError(f"thawed on {signalled.name}, before the command had ended: what it copied is not consistent")
+        raise FreezeError(
+            f"thawed on {signalled.name}, before the command had ended: what it copied is not consistent"
+        )
     return status, held
 
 

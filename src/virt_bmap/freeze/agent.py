@@ -1,7 +1,8 @@
 """A guest's filesystems, frozen and thawed by the QEMU guest agent.
 
-Sources: qga/qapi-schema.json of QEMU 7.2 (guest-sync, guest-fsfreeze-*), and the QEMU project's Python client, qemu.qmp: the agent speaks as QEMU's monitor
-does, without a greeting. While filesystems are frozen the agent takes few commands: sync, status and thaw are among them.
+Sources: qga/qapi-schema.json of QEMU 7.2 (guest-sync, guest-fsfreeze-*), and the QEMU project's Python
+client, qemu.qmp: the agent speaks as QEMU's monitor does, without a greeting. While filesystems are frozen
+the agent takes few commands: sync, status and thaw are among them.
 """
 
 import asyncio
@@ -17,7 +18,9 @@ from virt_bmap.errors import BmapError, FreezeError, MissingTool
 try:
     from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
 except ImportError as error:
-    raise MissingTool("talking to a guest agent needs the package qemu.qmp (pip install 'virt-bmap[agent]')") from error
+    raise MissingTool(
+        "talking to a guest agent needs the package qemu.qmp (pip install 'virt-bmap[agent]')"
+    ) from error
 
 ANSWER_TIMEOUT = 10.0
 """Seconds for an answer that takes no work: an emulated guest that is busy needs some."""
@@ -26,7 +29,8 @@ THAW_PATIENCE = 120.0
 BROKEN = (QMPError, OSError, EOFError, ValueError)
 """What qemu.qmp raises where the other side sends nonsense or goes."""
 ATTEMPTS = 3
-"""Connections: what an earlier client left half said makes the agent complain, and us give the connection up."""
+"""Connections: what an earlier client left half said makes the agent complain, and us give the connection
+up."""
 
 
 class Agent:
@@ -40,11 +44,15 @@ class Agent:
         self._client: QMPClient | None = None
 
     def freeze(self, limit: float) -> str:
-        """All filesystems of the guest, or those at its mount points. FreezeError where it does not happen within `limit` seconds; all is thawed then."""
+        """All filesystems of the guest, or those at its mount points.
+
+        FreezeError where it does not happen within `limit` seconds; all is thawed then.
+        """
         self._runner.run(self._connect())
         if self._ask("guest-fsfreeze-status") != "thawed":
             raise FreezeError(
-                f"{self.socket}: the guest's filesystems are frozen already, by someone else (guest-fsfreeze-thaw ends that)"
+                f"{self.socket}: the guest's filesystems are frozen already, by someone else "
+                "(guest-fsfreeze-thaw ends that)"
             )
         command = "guest-fsfreeze-freeze-list" if self.mountpoints else "guest-fsfreeze-freeze"
         arguments = {"mountpoints": self.mountpoints} if self.mountpoints else None
@@ -58,7 +66,10 @@ class Agent:
         return f"{count} {'filesystem' if count == 1 else 'filesystems'} of the guest"
 
     def thaw(self) -> bool:
-        """Thaw everything; False where nothing was frozen any more. FreezeError where the agent does not confirm it within THAW_PATIENCE."""
+        """Thaw everything; False where nothing was frozen any more.
+
+        FreezeError where the agent does not confirm it within THAW_PATIENCE.
+        """
         until = time.monotonic() + THAW_PATIENCE
         while True:
             try:
@@ -88,24 +99,33 @@ class Agent:
             try:
                 await asyncio.wait_for(client.connect(self.socket), ANSWER_TIMEOUT)
                 number = random.randrange(1 << 31)
-                if await asyncio.wait_for(client.execute("guest-sync", {"id": number}), ANSWER_TIMEOUT) == number:
+                if (
+                    await asyncio.wait_for(client.execute("guest-sync", {"id": number}), ANSWER_TIMEOUT)
+                    == number
+                ):
                     self._client = client
                     return
                 await _ended(client)
             except TimeoutError as error:
                 await _ended(client)
-                raise FreezeError(f"{self.socket}: no agent answers within {ANSWER_TIMEOUT:g} seconds: qemu-guest-agent does not run in the guest, or "
+                raise FreezeError(f"{self.socket}: no agent answers within {ANSWER_TIMEOUT:g} seconds: "
+                    "qemu-guest-agent does not run in the guest, or "
                                   "another program (libvirt) holds the socket") from error  # fmt: skip
             except ConnectError as error:
                 raise FreezeError(f"{self.socket}: can't be connected to: {_reason(error)}") from error
             except BROKEN as error:
                 await _ended(client)
                 if attempt == ATTEMPTS - 1:
-                    raise FreezeError(f"{self.socket}: what answers there is no guest agent: {error}") from error
+                    raise FreezeError(
+                        f"{self.socket}: what answers there is no guest agent: {error}"
+                    ) from error
         raise FreezeError(f"{self.socket}: what answers there is no guest agent")
 
-    def _ask(self, command: str, arguments: dict[str, Any] | None = None, limit: float = ANSWER_TIMEOUT) -> Any:
-        """The agent's answer. Raises FreezeError with its words where it refuses or does not answer in time."""
+    def _ask(
+        self, command: str, arguments: dict[str, Any] | None = None, limit: float = ANSWER_TIMEOUT
+    ) -> Any:
+        """The agent's answer. Raises FreezeError with its words where it refuses or does not answer in
+        time."""
 
         async def asked() -> object:
             assert self._client
@@ -114,13 +134,19 @@ class Agent:
         try:
             return self._runner.run(asked())
         except TimeoutError as error:
-            raise FreezeError(f"{self.socket}: the agent did not answer {command} within {limit:g} seconds") from error
+            raise FreezeError(
+                f"{self.socket}: the agent did not answer {command} within {limit:g} seconds"
+            ) from error
         except ExecuteError as error:
             raise FreezeError(f"{self.socket}: the agent refuses {command}: {error}") from error
         except ExecInterruptedError as error:
-            raise FreezeError(f"{self.socket}: the connection to the agent was lost: did the guest's machine end?") from error
+            raise FreezeError(
+                f"{self.socket}: the connection to the agent was lost: did the guest's machine end?"
+            ) from error
         except BROKEN as error:
-            raise FreezeError(f"{self.socket}: the agent's answer to {command} makes no sense: {error}") from error
+            raise FreezeError(
+                f"{self.socket}: the agent's answer to {command} makes no sense: {error}"
+            ) from error
 
     def _disconnect(self) -> None:
         client, self._client = self._client, None

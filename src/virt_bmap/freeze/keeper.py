@@ -1,8 +1,9 @@
 """The keeper: a process that freezes, waits, and thaws, whatever becomes of the one that started it.
 
-It is given its task as JSON, and says one JSON object a line on standard output: {"filesystems": words} once they are frozen, {"why": ..., "seconds": ...}
-once they are thawed, or {"error": class, "words": ...}. Anything on standard input, and its end, asks for the thaw.
-All that it needs is imported before it freezes: its own files may lie on what is frozen.
+It is given its task as JSON, and says one JSON object a line on standard output: {"filesystems": words} once
+they are frozen, {"why": ..., "seconds": ...} once they are thawed, or {"error": class, "words": ...}.
+Anything on standard input, and its end, asks for the thaw. All that it needs is imported before it freezes:
+its own files may lie on what is frozen.
 """
 
 import contextlib
@@ -68,7 +69,9 @@ def main() -> None:
     for number in SIGNALS:  # they are the business of the process that asked, which thaws on them
         signal.signal(number, signal.SIG_IGN)
     task = json.loads(sys.argv[1])
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in task["target"].items()}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in task["target"].items()
+    }
     try:
         keep({"Guest": Guest, "Host": Host}[task["kind"]](**given), task["limit"])
     except BmapError as error:

@@ -1,6 +1,7 @@
 """Filesystems of this host, frozen with FIFREEZE and thawed with FITHAW.
 
-Sources: include/uapi/linux/fs.h, fs/ioctl.c (ioctl_fsfreeze), fs/super.c (freeze_super) of Linux 6.1; proc_pid_mountinfo(5).
+Sources: include/uapi/linux/fs.h, fs/ioctl.c (ioctl_fsfreeze), fs/super.c (freeze_super) of Linux 6.1;
+proc_pid_mountinfo(5).
 """
 
 import errno
@@ -42,8 +43,8 @@ def _unescaped(text: str) -> str:
 
 
 def chosen(folders: Sequence[str], all_mounts: Sequence[Mount]) -> list[Mount]:
-    """The mounts at these mount points, each filesystem once, in the order to freeze them: one that came later may lie in a file on one that was there
-    before, and has to write to it when it is frozen."""
+    """The mounts at these mount points, each filesystem once, in the order to freeze them: one that came
+    later may lie in a file on one that was there before, and has to write to it when it is frozen."""
     by_device = {mount.device: mount for mount in (_mount_at(folder, all_mounts) for folder in folders)}
     devices = [mount.device for mount in all_mounts]
     return sorted(by_device.values(), key=lambda mount: devices.index(mount.device), reverse=True)
@@ -77,7 +78,8 @@ class Mounts:
             raise FreezeError(f"{error.filename}: can't be frozen: {error.strerror}") from error
 
     def freeze(self, limit: float) -> str:
-        """One after the other; the kernel writes out what is dirty first, and can't be interrupted in that."""
+        """One after the other; the kernel writes out what is dirty first, and can't be interrupted in
+        that."""
         done: list[int] = []
         for mount, file in zip(self.mounts, self.files, strict=True):
             try:
@@ -112,9 +114,13 @@ class Mounts:
 
 
 def refuse_own_output(folders: Sequence[str]) -> None:
-    """UsageError where standard output or error is a file on one of the filesystems: who writes there while it is frozen waits for the thaw."""
+    """UsageError where standard output or error is a file on one of the filesystems: who writes there while
+    it is frozen waits for the thaw."""
     devices = {os.stat(folder).st_dev: folder for folder in folders if os.path.exists(folder)}
     for number, name in ((1, "standard output"), (2, "standard error")):
         about = os.fstat(number)
         if stat.S_ISREG(about.st_mode) and about.st_dev in devices:
-            raise UsageError(f"{name} goes to a file on {devices[about.st_dev]}, which is to be frozen: send it somewhere else")
+            raise UsageError(
+                f"{name} goes to a file on {devices[about.st_dev]}, which is to be frozen: send it "
+                "somewhere else"
+            )

@@ -1,8 +1,11 @@
-"""One file for each way to open a disk image; `open_image` chooses by magic, or by the format that the caller names.
+"""One file for each way to open a disk image; `open_image` chooses by magic, or by the format that the caller
+names.
 
-Safe by default. A guest can write any magic into the first bytes of its raw disk, and an image can name any file of the host as its
-backing or data file. So the format is found by magic and said aloud, and a file that a header refers to is opened only when the caller asks for it
-(`references=True`), with a format that the header states: never guessed. A guest's own qcow2 header can at worst make the map wrong; it can't make us read another file.
+Safe by default. A guest can write any magic into the first bytes of its raw disk, and an image can name any
+file of the host as its backing or data file. So the format is found by magic and said aloud, and a file that
+a header refers to is opened only when the caller asks for it (`references=True`), with a format that the
+header states: never guessed. A guest's own qcow2 header can at worst make the map wrong; it can't make us
+read another file.
 """
 
 import contextlib
@@ -16,7 +19,8 @@ from virt_bmap.reader import Reader
 FORMATS = ("raw", *magic.FORMATS)
 """What `--format` takes."""
 PACKED = 16
-"""Bytes of a guest's disk that one of an image's file may stand for, where it is compressed: of metadata, which is what counts here, less."""
+"""Bytes of a guest's disk that one of an image's file may stand for, where it is compressed: of metadata,
+which is what counts here, less."""
 BY_LAYERS = ("vpc", "vhdx")
 """Formats whose differencing images QEMU does not open; the readers of their layers do."""
 
@@ -30,10 +34,11 @@ def open_image(
 ) -> Reader:
     """Open a path or NBD URI for reading.
 
-    `format` is one of FORMATS, or None to go by magic. `references` allows an image to consist of further files (backing files, external data files, VMDK extents).
-    `status`, where given, asks NBD servers (qemu-nbd included) for these metadata contexts, and for allocation where they tell it.
-    `force_share` opens an image in one of QEMU's formats even while QEMU has it open for writing: what is read is then of no one moment.
-    Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
+    `format` is one of FORMATS, or None to go by magic. `references` allows an image to consist of further
+    files (backing files, external data files, VMDK extents). `status`, where given, asks NBD servers
+    (qemu-nbd included) for these metadata contexts, and for allocation where they tell it. `force_share`
+    opens an image in one of QEMU's formats even while QEMU has it open for writing: what is read is then of
+    no one moment. Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
     """
     if magic.is_uri(image):
         if status is not None:

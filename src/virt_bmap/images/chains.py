@@ -1,7 +1,7 @@
 """Images and what they refer to: a disk's chain of backing files as one table of rows over all of its files.
 
-Who finds the files, and what an image may refer to, is the business of two subclasses: `images/host.py` for files of the host, `nested/inner.py` for files of a
-guest's filesystem.
+Who finds the files, and what an image may refer to, is the business of two subclasses: `images/host.py` for
+files of the host, `nested/inner.py` for files of a guest's filesystem.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,8 @@ class Link(NamedTuple):
 
 @dataclass
 class ChainedDisk:
-    """One disk: `image` is what it is called, its chain goes from the top down, and its rows' `parent` is the number of a file."""
+    """One disk: `image` is what it is called, its chain goes from the top down, and its rows' `parent` is the
+    number of a file."""
 
     image: str
     format: str
@@ -52,16 +53,20 @@ class ChainedDisk:
 
 @dataclass
 class Chains:
-    """Files with images in them, each opened and read once however many disks use it, and the disks in them."""
+    """Files with images in them, each opened and read once however many disks use it, and the disks in
+    them."""
 
     files: list[Reader] = field(default_factory=list)
     disks: list[ChainedDisk] = field(default_factory=list)
     _links: dict[int, tuple[str, Link]] = field(default_factory=dict)
 
-    # ---- for subclasses ---------------------------------------------------------------------------------------------
+    # ---- for subclasses ------------------------------------------------------------------------------------
 
     def references(self, number: int, format: str, depth: int) -> References:
-        """What the image in a file refers to, which is number `depth` of its chain. Raises where it may not do so, and where the chain does not end."""
+        """What the image in a file refers to, which is number `depth` of its chain.
+
+        Raises where it may not do so, and where the chain does not end.
+        """
         raise NotImplementedError
 
     def beside(self, number: int, name: str) -> int:
@@ -72,10 +77,13 @@ class Chains:
         """The format of a backing file for which none is stated."""
         raise NotImplementedError
 
-    # ---- chains -----------------------------------------------------------------------------------------------------
+    # ---- chains --------------------------------------------------------------------------------------------
 
     def disk(self, image: str, number: int, format: str) -> ChainedDisk:
-        """The disk whose topmost image is in this file. Raises ImageError and FormatError where it can't be followed."""
+        """The disk whose topmost image is in this file.
+
+        Raises ImageError and FormatError where it can't be followed.
+        """
         chain = self.chain(number, format)
         return ChainedDisk(image, format, chain, visible(chain))
 
@@ -100,21 +108,29 @@ class Chains:
         module = layers.load(format)
         if module is None:
             raise Unsupported(
-                f"{reader.name}: where the bytes of a {format} image lie in its file is not read; it is of {', '.join(layers.LAYERS)}"
+                f"{reader.name}: where the bytes of a {format} image lie in its file is not read; it "
+                f"is of {', '.join(layers.LAYERS)}"
             )
-        others = [self.beside(number, name) for name in (*([names.data] if names.data else []), *names.extents)]
+        others = [
+            self.beside(number, name) for name in (*([names.data] if names.data else []), *names.extents)
+        ]
         try:
             layer = module.read(reader, [self.files[other] for other in others])
         except Corrupt as error:
-            raise error if reader.name in str(error) else Corrupt(f"{reader.name}: {error}", error.offset, error.code) from error
+            raise (
+                error
+                if reader.name in str(error)
+                else Corrupt(f"{reader.name}: {error}", error.offset, error.code)
+            ) from error
         link = Link(layer, ints([self.files.index(file) for file in layer.files]), names)
         self._links[number] = format, link
         return link
 
-    # ---- as a layer of the survey -----------------------------------------------------------------------------------
+    # ---- as a layer of the survey --------------------------------------------------------------------------
 
     def own_files(self, result: Assembly, volumes: Sequence[int]) -> None:
-        """Who owns the files of the disks: the formats' metadata, and data of backing files that no disk shows. `volumes` has for each file its number there."""
+        """Who owns the files of the disks: the formats' metadata, and data of backing files that no disk
+        shows. `volumes` has for each file its number there."""
         links = {int(link.files[0]): link for disk in self.disks for link in disk.chain}
         shown = [disk.rows for disk in self.disks]
         for number, link in links.items():
@@ -128,7 +144,12 @@ class Chains:
                 rows.add(tables.CONTENT, low, high - low, part=HIDDEN)
 
     def child(
-        self, disk: ChainedDisk, kind: str, name: str, volumes: Sequence[int], open: Callable[[Reader], Reader] | None = None
+        self,
+        disk: ChainedDisk,
+        kind: str,
+        name: str,
+        volumes: Sequence[int],
+        open: Callable[[Reader], Reader] | None = None,
     ) -> Child:
         """The disk as a volume in its files, whose numbers in the survey are `volumes`."""
         rows = disk.rows.placed(0, ints(volumes)[disk.rows.parent])
@@ -157,8 +178,18 @@ def visible(chain: Sequence[Link]) -> Rows:
         rows = link.layer.rows
         pieces = rows.down(*left)
         none, one = np.zeros(len(pieces.row), np.int64), np.ones(len(pieces.row), np.int64)
-        parts.append(Rows(none, link.files[rows.parent[pieces.row]], rows.role[pieces.row], pieces.length, one,
-                          Side(pieces.source, none), Side(pieces.target, none), pieces.target_length))  # fmt: skip
+        parts.append(
+            Rows(
+                none,
+                link.files[rows.parent[pieces.row]],
+                rows.role[pieces.row],
+                pieces.length,
+                one,
+                Side(pieces.source, none),
+                Side(pieces.target, none),
+                pieces.target_length,
+            )
+        )
         mine = link.layer.allocated
         covered = union(np.concatenate([covered[0], mine[0]]), np.concatenate([covered[1], mine[1]]))
     return Rows.concat(parts)

@@ -1,9 +1,12 @@
-"""What QEMU is to open, as a graph of block nodes: every node with its driver, every file open already and named by the descriptor that QEMU inherits.
+"""What QEMU is to open, as a graph of block nodes: every node with its driver, every file open already and
+named by the descriptor that QEMU inherits.
 
-QEMU follows no name, and guesses no format. What an image refers to was found here first (`references.py`) and opened here; of every image that has no backing
-file it is said that it has none. A VMDK's text, whose lines QEMU reads in its own way, is written anew (`descriptor.py`).
+QEMU follows no name, and guesses no format. What an image refers to was found here first (`references.py`)
+and opened here; of every image that has no backing file it is said that it has none. A VMDK's text, whose
+lines QEMU reads in its own way, is written anew (`descriptor.py`).
 
-Sources: QEMU qapi/block-core.json (BlockdevOptions), block/vmdk.c (vmdk_parse_extents, vmdk_open_vmdk4; v7.2), block/qcow2.c (qcow2_do_open).
+Sources: QEMU qapi/block-core.json (BlockdevOptions), block/vmdk.c (vmdk_parse_extents, vmdk_open_vmdk4;
+v7.2), block/qcow2.c (qcow2_do_open).
 """
 
 import contextlib
@@ -22,7 +25,14 @@ from virt_bmap.images.references import allowed_references
 
 FIRST_FREE = 4
 """The lowest descriptor that a file may be handed over as: those below are taken."""
-VMDK_TYPES = ("monolithicFlat", "vmfs", "vmfsSparse", "seSparse", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat")
+VMDK_TYPES = (
+    "monolithicFlat",
+    "vmfs",
+    "vmfsSparse",
+    "seSparse",
+    "twoGbMaxExtentSparse",
+    "twoGbMaxExtentFlat",
+)
 """createType of the descriptors that QEMU opens: those of files that are text."""
 VMDK_FLAT, VMDK_SPARSE = ("FLAT", "VMFS"), ("SPARSE", "VMFSSPARSE", "SESPARSE")
 
@@ -30,9 +40,12 @@ Node = dict[str, Any]
 
 
 class Graph:
-    """What QEMU is to open: the nodes of one image and of all that it refers to, and their files, which are held open until `close`."""
+    """What QEMU is to open: the nodes of one image and of all that it refers to, and their files, which are
+    held open until `close`."""
 
-    def __init__(self, image: RawReader, format: str, references: bool, write: bool = False, force_share: bool = False) -> None:
+    def __init__(
+        self, image: RawReader, format: str, references: bool, write: bool = False, force_share: bool = False
+    ) -> None:
         """`force_share`: read what somebody else has open for writing."""
         self.name, self.format = image.name, format
         self.read: list[int] = []
@@ -68,7 +81,9 @@ class Graph:
         node: Node = {"driver": format, "backing": None}
         text, whole = descriptor.find(image) if format == "vmdk" else (None, False)
         node["file"] = (
-            self._described(image, text, folder, write) if text and whole else self._file(image.fileno(), image.name, write)
+            self._described(image, text, folder, write)
+            if text and whole
+            else self._file(image.fileno(), image.name, write)
         )
         if found.data:
             node["data-file"] = self._beside(os.path.join(folder, found.data), write)
@@ -94,11 +109,17 @@ class Graph:
             os.close(fd)
 
     def _described(self, image: RawReader, found: descriptor.Descriptor, folder: str, write: bool) -> Node:
-        """A VMDK that is text: our own text, in which extents are open files. QEMU leaves out ZERO: it gets an empty file for it."""
+        """A VMDK that is text: our own text, in which extents are open files.
+
+        QEMU leaves out ZERO: it gets an empty file for it.
+        """
         if write and any(extent.access != "RW" or extent.type == "ZERO" for extent in found.extents):
             raise ImageError(f"{image.name}: can't be written: not all of its extents are to be written")
         if found.create_type not in VMDK_TYPES:
-            raise ImageError(f"{image.name}: is a VMDK of the type {found.create_type!r}; there are: {', '.join(VMDK_TYPES)}")
+            raise ImageError(
+                f"{image.name}: is a VMDK of the type {found.create_type!r}; there are: "
+                f"{', '.join(VMDK_TYPES)}"
+            )
         nodes: dict[str, str] = {}
         places = []
         for extent in found.extents:
@@ -114,7 +135,10 @@ class Graph:
             place: str = self._memory(extent.sectors * descriptor.SECTOR, "zeroes", False)["filename"]
             return place
         if extent.type not in (*VMDK_FLAT, *VMDK_SPARSE) or not extent.file or extent.access == "NOACCESS":
-            raise ImageError(f"{image.name}: has an extent {extent.access} of the type {extent.type}, which can't be opened")
+            raise ImageError(
+                f"{image.name}: has an extent {extent.access} of the type {extent.type}, which can't "
+                "be opened"
+            )
         with contextlib.closing(RawReader(os.path.join(folder, extent.file))) as file:
             if extent.type in VMDK_SPARSE:
                 _require_sparse(file)
@@ -134,5 +158,9 @@ class Graph:
 def _require_sparse(file: RawReader) -> None:
     """A sparse extent must not be a descriptor itself: QEMU would follow it."""
     head = file.read_clipped(0, descriptor.SECTOR)
-    if (head[:4] == descriptor.MAGIC and struct.unpack_from("<Q", head, 12)[0] == 0) or head.startswith(descriptor.START):
-        raise ImageError(f"{file.name}: is to be a sparse extent of a VMDK, but is a descriptor of further extents")
+    if (head[:4] == descriptor.MAGIC and struct.unpack_from("<Q", head, 12)[0] == 0) or head.startswith(
+        descriptor.START
+    ):
+        raise ImageError(
+            f"{file.name}: is to be a sparse extent of a VMDK, but is a descriptor of further extents"
+        )

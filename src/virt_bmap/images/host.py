@@ -1,6 +1,8 @@
-"""Disks seen from their host: where the guest's bytes lie in the files of its image, through the whole backing chain, and who owns the rest of these files.
+"""Disks seen from their host: where the guest's bytes lie in the files of its image, through the whole
+backing chain, and who owns the rest of these files.
 
-A file is opened once however many disks use it: overlays of one base share it. What of a backing file no disk shows is named, too.
+A file is opened once however many disks use it: overlays of one base share it. What of a backing file no disk
+shows is named, too.
 """
 
 import contextlib
@@ -23,7 +25,10 @@ from virt_bmap.reader import MappedReader, Reader
 
 @dataclass
 class Host(Chains):
-    """All files of some images, those that were given first, and the disks in them. `allowed`: may images refer to further files? `force_share` as for `open_image`."""
+    """All files of some images, those that were given first, and the disks in them.
+
+    `allowed`: may images refer to further files? `force_share` as for `open_image`.
+    """
 
     allowed: bool = False
     force_share: bool = False
@@ -32,7 +37,7 @@ class Host(Chains):
     _known: dict[object, int] = field(default_factory=dict)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    # ---- opening ----------------------------------------------------------------------------------------------------
+    # ---- opening -------------------------------------------------------------------------------------------
 
     def file(self, path: str) -> int:
         """The number of a file, which is opened if it was not yet."""
@@ -60,7 +65,8 @@ class Host(Chains):
         self._stack.close()
 
     def place(self, disk: int, offset: int) -> dict[str, Any]:
-        """Where byte `offset` of a disk (from 0) lies: file, level in the chain, first byte and the byte behind it there; `file` is None where it lies nowhere."""
+        """Where byte `offset` of a disk (from 0) lies: file, level in the chain, first byte and the byte
+        behind it there; `file` is None where it lies nowhere."""
         found = self.disks[disk]
         cluster = found.chain[0].layer.cluster
         result = {
@@ -83,7 +89,7 @@ class Host(Chains):
             "role": ROLES[found.rows.role[row]],
         }
 
-    # ---- as a layer of the survey -----------------------------------------------------------------------------------
+    # ---- as a layer of the survey --------------------------------------------------------------------------
 
     def assemble(self, members: Sequence[Member]) -> Assembly:
         """The disks as volumes that lie in the files; `members` are the files."""
@@ -101,12 +107,17 @@ class Host(Chains):
             return None
         # content is QEMU's to inflate
         return lambda _: self._stack.enter_context(
-            contextlib.closing(open_image(disk.image, disk.format, self.allowed, force_share=self.force_share))
+            contextlib.closing(
+                open_image(disk.image, disk.format, self.allowed, force_share=self.force_share)
+            )
         )
 
 
 class LayeredReader(MappedReader):
-    """A disk read through its image's own layers. Raises Unsupported where that takes more than to follow the rows."""
+    """A disk read through its image's own layers.
+
+    Raises Unsupported where that takes more than to follow the rows.
+    """
 
     def __init__(self, image: str, format: str, references: bool) -> None:
         self._stack = contextlib.ExitStack()
@@ -127,28 +138,36 @@ def open_by_layers(image: str, format: str, references: bool) -> Reader:
 
 
 def describe(host: Host, disk: int = 0) -> dict[str, Any]:
-    """What the image itself says of a disk (from 0), for JSON: format, sizes in bytes, the chain below it, snapshots, bitmaps, state."""
+    """What the image itself says of a disk (from 0), for JSON: format, sizes in bytes, the chain below it,
+    snapshots, bitmaps, state."""
     top = host.disks[disk].chain[0]
     low, high = top.layer.allocated
     stored = top.layer.rows.role != ROLES.index(ZERO)
     return {
-        "file": host.paths[int(top.files[0])], "format": host.disks[disk].format, "file_size": host.files[int(top.files[0])].size,
-        "virtual_size": top.layer.size, "cluster_size": top.layer.cluster, "allocated": int((high - low).sum()),
-        "stored": int(top.layer.rows.in_parent[stored].sum()), "backing": _backing(host, disk), "data_files": [host.paths[at] for at in top.files[1:].tolist()],
-        **top.layer.facts, "problems": [{"severity": p.severity, "code": p.code, "offset": p.offset, "detail": p.detail} for p in top.layer.problems],
+        "file": host.paths[int(top.files[0])], "format": host.disks[disk].format,
+        "file_size": host.files[int(top.files[0])].size, "virtual_size": top.layer.size,
+        "cluster_size": top.layer.cluster, "allocated": int((high - low).sum()),
+        "stored": int(top.layer.rows.in_parent[stored].sum()), "backing": _backing(host, disk),
+        "data_files": [host.paths[at] for at in top.files[1:].tolist()], **top.layer.facts,
+        "problems": [{"severity": p.severity, "code": p.code, "offset": p.offset,
+                "detail": p.detail} for p in top.layer.problems],
     }  # fmt: skip
 
 
 def _backing(host: Host, disk: int) -> list[dict[str, str]]:
     """The backing files, nearest first."""
-    return [{"file": host.paths[int(link.files[0])], "format": link.layer.format} for link in host.disks[disk].chain[1:]]
+    return [
+        {"file": host.paths[int(link.files[0])], "format": link.layer.format}
+        for link in host.disks[disk].chain[1:]
+    ]
 
 
 @contextlib.contextmanager
 def open_host(
     images: Sequence[str], format: str | None = None, references: bool = False, force_share: bool = False
 ) -> Iterator[Host]:
-    """The files of these images, and of all that they refer to where `references` allow it; closed at the end of the block.
+    """The files of these images, and of all that they refer to where `references` allow it; closed at the end
+    of the block.
 
     Raises ImageError, and FormatError where an image's own tables can't be read.
     """

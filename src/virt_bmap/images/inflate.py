@@ -1,7 +1,9 @@
-"""Disks of which clusters are stored compressed, read here: each cluster that is asked for is inflated by itself.
+"""Disks of which clusters are stored compressed, read here: each cluster that is asked for is inflated by
+itself.
 
-Sources: QEMU docs/interop/qcow2.rst (v8.2), "Compressed Clusters Descriptor" and "Compression type"; VMware "Virtual Disk Format 5.0", "Stream-Optimized
-Compressed Sparse Extents" (a grain's marker stands before its data).
+Sources: QEMU docs/interop/qcow2.rst (v8.2), "Compressed Clusters Descriptor" and "Compression type"; VMware
+"Virtual Disk Format 5.0", "Stream-Optimized Compressed Sparse Extents" (a grain's marker stands before its
+data).
 """
 
 import zlib
@@ -25,7 +27,10 @@ GRAIN_MARKER = 12
 
 
 class Codec(NamedTuple):
-    """How the compressed clusters of one file become `cluster` bytes. `inflate` gets what is stored and that number, and raises ValueError."""
+    """How the compressed clusters of one file become `cluster` bytes.
+
+    `inflate` gets what is stored and that number, and raises ValueError.
+    """
 
     cluster: int
     inflate: Callable[[bytes, int], bytes]
@@ -33,7 +38,10 @@ class Codec(NamedTuple):
 
 def codec(layer: Layer) -> Codec:
     """For the compressed clusters of an image."""
-    functions = {"qcow2": {"zlib": _raw_deflate, "zstd": _zstd}.get(layer.facts.get("compression", ""), _unknown), "vmdk": _grain}
+    functions = {
+        "qcow2": {"zlib": _raw_deflate, "zstd": _zstd}.get(layer.facts.get("compression", ""), _unknown),
+        "vmdk": _grain,
+    }
     return Codec(layer.cluster, functions.get(layer.format, _unknown))
 
 
@@ -61,7 +69,8 @@ def _unknown(data: bytes, size: int) -> bytes:
 
 
 class InflatingReader(Reader):
-    """A disk whose plain clusters `plain` reads (the others as zeroes), and whose compressed ones lie by `rows` in `files`, which have `codecs`."""
+    """A disk whose plain clusters `plain` reads (the others as zeroes), and whose compressed ones lie by
+    `rows` in `files`, which have `codecs`."""
 
     def __init__(self, plain: Reader, rows: Rows, files: Sequence[Reader], codecs: dict[int, Codec]) -> None:
         super().__init__(plain.size, plain.name)
@@ -74,7 +83,10 @@ class InflatingReader(Reader):
         pieces = self._rows.down(offsets, offsets + lengths)
         place = (np.cumsum(lengths) - lengths)[pieces.query] + pieces.source - offsets[pieces.query]
         order = np.argsort(pieces.row, kind="stable")
-        for at, row, source, length in zip(*(column[order].tolist() for column in (place, pieces.row, pieces.source, pieces.length)), strict=True):  # fmt: skip
+        for at, row, source, length in zip(
+            *(column[order].tolist() for column in (place, pieces.row, pieces.source, pieces.length)),
+            strict=True,
+        ):
             cluster = self._cluster(row)
             skip = source % self._codecs[int(self._rows.parent[row])].cluster
             data[at : at + length] = np.frombuffer(cluster, np.uint8, length, skip)
@@ -91,14 +103,20 @@ class InflatingReader(Reader):
         low = pieces.target
         for file in np.unique(self._rows.parent[pieces.row]).tolist():
             mine = np.flatnonzero(self._rows.parent[pieces.row] == file)
-            piece, gone = self._files[file].lost(*union(low[mine], (low + pieces.target_length)[mine])).within(low[mine], (low + pieces.target_length)[mine])  # fmt: skip
+            piece, gone = (
+                self._files[file]
+                .lost(*union(low[mine], (low + pieces.target_length)[mine]))
+                .within(low[mine], (low + pieces.target_length)[mine])
+            )
             source = pieces.source[mine][piece]
             parts.append(gone._replace(starts=source, ends=source + pieces.length[mine][piece]))
         return Lost.join(parts)
 
     def _cluster(self, row: int) -> bytes:
         """The whole cluster, of which the row may show a part."""
-        file, at, stored = int(self._rows.parent[row]), int(self._rows.on_parent.offset[row]), int(self._rows.in_parent[row])
+        file = int(self._rows.parent[row])
+        at = int(self._rows.on_parent.offset[row])
+        stored = int(self._rows.in_parent[row])
         key = file, at
         if key in self._clusters:
             self._clusters.move_to_end(key)
@@ -111,7 +129,12 @@ class InflatingReader(Reader):
             found, why = b"", str(error)
         start = int(self._rows.on_volume.offset[row]) // codec.cluster * codec.cluster
         if len(found) < min(codec.cluster, self.size - start):
-            raise Corrupt(f"{self.name}: the compressed cluster at byte {at:#x} of {self._files[file].name} can't be inflated: {why}", start, "compressed")  # fmt: skip
+            raise Corrupt(
+                f"{self.name}: the compressed cluster at byte {at:#x} of {self._files[file].name} "
+                f"can't be inflated: {why}",
+                start,
+                "compressed",
+            )
         self._clusters[key] = found
         while len(self._clusters) * codec.cluster > KEPT and len(self._clusters) > 1:
             self._clusters.popitem(last=False)

@@ -1,12 +1,13 @@
-"""What an image format's reader gives back: where the guest's bytes lie in the files of an image, and who owns the rest of these files.
+"""What an image format's reader gives back: where the guest's bytes lie in the files of an image, and who
+owns the rest of these files.
 
 A module of `images/layers/` has
 
     NAME                             QEMU's name of the format: "qcow2"
     read(image, others) -> Layer     `others`: readers of the external data file or extents that the header names, in its order
 
-`Draft` is what they collect it in. Only metadata is read, as arrays; content never is. Raises Corrupt or Unsupported where nothing can be said;
-what is wrong but leaves the rest readable is a Problem.
+`Draft` is what they collect it in. Only metadata is read, as arrays; content never is. Raises Corrupt or
+Unsupported where nothing can be said; what is wrong but leaves the rest readable is a Problem.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,9 +32,10 @@ IN_DATA, IN_ZERO, PACKED = ROLES.index(DATA), ROLES.index(ZERO), ROLES.index(COM
 class Layer:
     """One image: `size` bytes that the guest sees, in clusters (grains, blocks) of `cluster` bytes.
 
-    The rows' `parent` counts `files`: 0 is the image file itself. They are sorted by volume_offset. `zeros` are ranges that lie nowhere and read as
-    zeroes even where a backing file has data; what neither they nor rows cover is the backing file's. `extents` has one entry for each file.
-    `facts` is for people and JSON. `unreadable` says why the guest's bytes can't be read though it is known where they lie.
+    The rows' `parent` counts `files`: 0 is the image file itself. They are sorted by volume_offset. `zeros`
+    are ranges that lie nowhere and read as zeroes even where a backing file has data; what neither they nor
+    rows cover is the backing file's. `extents` has one entry for each file. `facts` is for people and JSON.
+    `unreadable` says why the guest's bytes can't be read though it is known where they lie.
     """
 
     format: str
@@ -51,7 +53,9 @@ class Layer:
     def allocated(self) -> Ranges:
         """The guest's ranges that the backing file has no say in, sorted and merged."""
         ends = self.rows.on_volume.offset + self.rows.run
-        return union(np.concatenate([self.rows.on_volume.offset, self.zeros[0]]), np.concatenate([ends, self.zeros[1]]))
+        return union(
+            np.concatenate([self.rows.on_volume.offset, self.zeros[0]]), np.concatenate([ends, self.zeros[1]])
+        )
 
 
 @dataclass
@@ -69,17 +73,37 @@ class Draft:
     def __post_init__(self) -> None:
         self.extents = [ExtentRows() for _ in self.files]
 
-    def place(self, guest: Int, host: Int, length: Int, role: Any = IN_DATA, file: int = 0, stored: Int | None = None) -> None:
-        """The guest's bytes [guest, +length) lie at `host` of a file; `stored` bytes there where role is compressed."""
+    def place(
+        self,
+        guest: Int,
+        host: Int,
+        length: Int,
+        role: Any = IN_DATA,
+        file: int = 0,
+        stored: Int | None = None,
+    ) -> None:
+        """The guest's bytes [guest, +length) lie at `host` of a file; `stored` bytes there where role is
+        compressed."""
         n = len(guest)
-        self._pieces.append((guest, host, length, length if stored is None else stored, _column(role, n), _column(file, n)))
+        self._pieces.append(
+            (guest, host, length, length if stored is None else stored, _column(role, n), _column(file, n))
+        )
 
     def zero(self, guest: Int, length: Int) -> None:
         """The guest's bytes read as zeroes and lie nowhere."""
         self._zeros.append((guest, guest + length))
 
-    def own(self, part: str | None, start: Any, length: Any, kind: int = tables.METADATA, file: int = 0, flags: int = 0) -> None:
-        """Bytes of a file that hold something else than the guest's current data; what leaves the file is cut off."""
+    def own(
+        self,
+        part: str | None,
+        start: Any,
+        length: Any,
+        kind: int = tables.METADATA,
+        file: int = 0,
+        flags: int = 0,
+    ) -> None:
+        """Bytes of a file that hold something else than the guest's current data; what leaves the file is cut
+        off."""
         start, length = ints(start), ints(length)
         end = np.minimum(start + length, self.files[file].size)
         keep = (start >= 0) & (end > start)
@@ -91,9 +115,13 @@ class Draft:
         """One problem for all these bytes of the image file, if there are any; `what` follows the count."""
         if len(offsets):
             first = int(offsets.min())
-            self.problems.append(Problem(code, f"{len(offsets):,} {what}, the first at byte {first:#x}", first, severity))
+            self.problems.append(
+                Problem(code, f"{len(offsets):,} {what}, the first at byte {first:#x}", first, severity)
+            )
 
-    def finish(self, format: str, cluster: int, facts: dict[str, Any], unreadable: str | None = None) -> Layer:
+    def finish(
+        self, format: str, cluster: int, facts: dict[str, Any], unreadable: str | None = None
+    ) -> Layer:
         """The layer: rows cut at the ends of disk and files, sorted, and neighbours joined."""
         columns = joined(self._pieces, 6)
         columns = self._inside_files(self._inside_disk(columns))
@@ -103,7 +131,18 @@ class Draft:
         low, high = (np.concatenate([EMPTY, *(pair[side] for pair in self._zeros)]) for side in (0, 1))
         zeros = union(low, high)
         zeros = np.minimum(zeros[0], self.size), np.minimum(zeros[1], self.size)
-        return Layer(format, self.files, self.size, cluster, rows, zeros, self.extents, self.problems, facts, unreadable)
+        return Layer(
+            format,
+            self.files,
+            self.size,
+            cluster,
+            rows,
+            zeros,
+            self.extents,
+            self.problems,
+            facts,
+            unreadable,
+        )
 
     def _inside_disk(self, columns: list[Int]) -> list[Int]:
         """Rows cut at the end of the disk; the rest of the last cluster is slack."""
@@ -124,7 +163,9 @@ class Draft:
         left = np.clip(ends - host, 0, stored)
         plain = role != PACKED
         kept = np.where(plain, left, np.where(left > 0, length, 0))
-        self.complain("behind-end", "runs of data lie behind the end of the file", host[(left == 0) & (role != IN_ZERO)])
+        self.complain(
+            "behind-end", "runs of data lie behind the end of the file", host[(left == 0) & (role != IN_ZERO)]
+        )
         self.zero(guest + kept, length - kept)
         keep = kept > 0
         return [column[keep] for column in (guest, host, kept, np.where(plain, kept, left), role, file)]
@@ -141,7 +182,13 @@ class Draft:
             if number == 0:
                 self.complain("two-owners", "ranges have two owners", twice[0])
             elif len(twice[0]):
-                self.problems.append(Problem("two-owners", f"{len(twice[0]):,} ranges of {reader.name} have two owners, the first at byte {int(twice[0][0]):#x}"))  # fmt: skip
+                self.problems.append(
+                    Problem(
+                        "two-owners",
+                        f"{len(twice[0]):,} ranges of {reader.name} have two owners, the first at "
+                        f"byte {int(twice[0][0]):#x}",
+                    )
+                )
 
 
 BATCH = 16 << 20
@@ -151,7 +198,10 @@ ROW = 64
 
 
 def used_entries(image: Reader, offset: int, count: int, kind: str, unused: int) -> tuple[Int, Int]:
-    """(number, value) of the entries of a table that are not `unused`; `kind` is their NumPy type. A table can be large and empty: memory follows what is used."""
+    """(number, value) of the entries of a table that are not `unused`; `kind` is their NumPy type.
+
+    A table can be large and empty: memory follows what is used.
+    """
     size, total = np.dtype(kind).itemsize, 0
     numbers, values = [EMPTY], [EMPTY]
     for at, raw in _table(image, offset, count * size, skip_holes=unused == 0):
@@ -186,13 +236,24 @@ def _joined(columns: list[Int]) -> list[Int]:
     first = np.flatnonzero(np.append(True, ~continues(guest, host, length, role, file)))
     last = np.append(first[1:], len(guest)) - 1
     run = guest[last] + length[last] - guest[first]
-    return [guest[first], host[first], run, np.where(role[first] == PACKED, stored[first], run), role[first], file[first]]
+    return [
+        guest[first],
+        host[first],
+        run,
+        np.where(role[first] == PACKED, stored[first], run),
+        role[first],
+        file[first],
+    ]
 
 
 def continues(guest: Int, host: Int, length: Int, role: Int, *same: Int) -> Bool:
-    """For each row but the first: does it continue the one before on both sides? `same` are columns that must be equal."""
+    """For each row but the first: does it continue the one before on both sides? `same` are columns that must
+    be equal."""
     found: Bool = (
-        (guest[1:] == (guest + length)[:-1]) & (host[1:] == (host + length)[:-1]) & (role[1:] == role[:-1]) & (role[1:] != PACKED)
+        (guest[1:] == (guest + length)[:-1])
+        & (host[1:] == (host + length)[:-1])
+        & (role[1:] == role[:-1])
+        & (role[1:] != PACKED)
     )
     for column in same:
         found &= column[1:] == column[:-1]

@@ -1,13 +1,17 @@
 """What an image is, by its name and its magic: light enough to be asked for every image.
 
-Sources: QEMU docs/interop/qcow2.rst, block/qcow.c, block/qed.h, block/vmdk.c, block/vpc.c, block/vdi.c, block/vhdx.h, block/parallels.c, block/bochs.c, block/dmg.c.
+Sources: QEMU docs/interop/qcow2.rst, block/qcow.c, block/qed.h, block/vmdk.c, block/vpc.c, block/vdi.c,
+block/vhdx.h, block/parallels.c, block/bochs.c, block/dmg.c.
 """
 
 from virt_bmap.errors import ImageError
 from virt_bmap.reader import Reader
 
 FORMATS = ("qcow2", "qcow", "qed", "vmdk", "vpc", "vhdx", "vdi", "parallels", "bochs", "dmg", "luks")
-"""QEMU's own names; vpc is VHD. `luks` is QEMU's encrypted raw format and is never found by magic: a LUKS disk is a disk."""
+"""QEMU's own names; vpc is VHD.
+
+`luks` is QEMU's encrypted raw format and is never found by magic: a LUKS disk is a disk.
+"""
 
 SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
 
@@ -36,14 +40,19 @@ UNREADABLE = (
 
 
 def recognise(reader: Reader) -> str | None:
-    """The QEMU format whose magic the file carries; None for a raw disk. ImageError for image formats that nothing here opens."""
+    """The QEMU format whose magic the file carries; None for a raw disk.
+
+    ImageError for image formats that nothing here opens.
+    """
     for name, offset, magic in MAGICS:
         at = offset if offset >= 0 else reader.size + offset
         if at >= 0 and reader.read_clipped(at, len(magic)) == magic:
             return name
     for magic, what, tool in UNREADABLE:
         if reader.read_clipped(0, len(magic)) == magic:
-            raise ImageError(f"{reader.name}: is {what}, which can't be read directly; use {tool} to get a raw disk first")
+            raise ImageError(
+                f"{reader.name}: is {what}, which can't be read directly; use {tool} to get a raw disk first"
+            )
     return None
 
 

@@ -1,10 +1,11 @@
 """NBD URIs, read with a client of our own: read-only, pipelined, plain Python.
 
-libnbd is the better library, but its Python binding exists only for the distribution's own interpreter and is not on PyPI, while `pip install` must be
-enough on every supported Python. Mapping needs one command (read) with many requests in flight; measured, this client is the faster one for that.
+libnbd is the better library, but its Python binding exists only for the distribution's own interpreter and is
+not on PyPI, while `pip install` must be enough on every supported Python. Mapping needs one command (read)
+with many requests in flight; measured, this client is the faster one for that.
 
-Sources: the NBD protocol, https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md (fixed newstyle handshake, NBD_OPT_GO, simple replies),
-and doc/uri.md for the URIs.
+Sources: the NBD protocol, https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md (fixed newstyle
+handshake, NBD_OPT_GO, simple replies), and doc/uri.md for the URIs.
 """
 
 import contextlib
@@ -34,8 +35,9 @@ GAPS = (64 << 10, 16 << 10, 4 << 10)
 TIMEOUT = 60.0
 """Seconds of silence after which a server is given up."""
 PATIENCE, EACH, RATE = 300.0, 1.0, 1024
-"""Seconds that a connection may be waited for in all: so many, one for each answer, and one for so many bytes. The slowest links that carry an IP packet (GSM data:
-1,200 bytes a second) and shelves that seek for a second are quicker; a server that sends a byte a minute is left after five minutes."""
+"""Seconds that a connection may be waited for in all: so many, one for each answer, and one for so many
+bytes. The slowest links that carry an IP packet (GSM data: 1,200 bytes a second) and shelves that seek for
+a second are quicker; a server that sends a byte a minute is left after five minutes."""
 MOST_REPLIES = 1024
 """Replies to one option: QEMU names two contexts and one for each dirty bitmap."""
 WORDS = 200
@@ -50,7 +52,14 @@ INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
 REQUEST_MAGIC, SIMPLE_REPLY_MAGIC = 0x25609513, 0x67446698
 CMD_READ, CMD_DISC = 0, 2
 REQUEST_HEADER = np.dtype(
-    [("magic", ">u4"), ("flags", ">u2"), ("type", ">u2"), ("cookie", ">u8"), ("offset", ">u8"), ("length", ">u4")]
+    [
+        ("magic", ">u4"),
+        ("flags", ">u2"),
+        ("type", ">u2"),
+        ("cookie", ">u8"),
+        ("offset", ">u8"),
+        ("length", ">u4"),
+    ]
 )
 REQUEST_SIZE = REQUEST_HEADER.itemsize
 REP_ERRORS = {
@@ -66,7 +75,10 @@ DEFAULT_PORT = 10809
 
 
 def connect(uri: str) -> tuple[socket.socket, str]:
-    """A connected socket and the export's name. UsageError for URIs that can't be served, ImageError where nobody answers."""
+    """A connected socket and the export's name.
+
+    UsageError for URIs that can't be served, ImageError where nobody answers.
+    """
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname or "localhost", parts.port or DEFAULT_PORT
@@ -74,7 +86,8 @@ def connect(uri: str) -> tuple[socket.socket, str]:
         raise UsageError(f"{uri}: is not a valid URI: {error}") from error
     if parts.scheme not in ("nbd", "nbd+unix"):
         raise UsageError(
-            f"{uri}: {parts.scheme} is not supported; nbd:// and nbd+unix:// are (for TLS, put a local proxy such as nbdkit nbd in between)"
+            f"{uri}: {parts.scheme} is not supported; nbd:// and nbd+unix:// are (for TLS, put a "
+            "local proxy such as nbdkit nbd in between)"
         )
     path = parse_qs(parts.query).get("socket", [""])[0]
     if parts.scheme == "nbd+unix" and not path:
@@ -116,7 +129,13 @@ def split(starts: Int, ends: Int, longest: int) -> tuple[Int, Int]:
 def requests(kind: int, cookies: Int, offsets: Int, lengths: Int) -> bytes:
     """Requests of one kind as they go over the wire, REQUEST_SIZE bytes each."""
     made = np.zeros(len(offsets), REQUEST_HEADER)
-    made["magic"], made["type"], made["cookie"], made["offset"], made["length"] = REQUEST_MAGIC, kind, cookies, offsets, lengths
+    made["magic"], made["type"], made["cookie"], made["offset"], made["length"] = (
+        REQUEST_MAGIC,
+        kind,
+        cookies,
+        offsets,
+        lengths,
+    )
     return made.tobytes()
 
 
@@ -129,7 +148,10 @@ class Serving(Protocol):
 
 
 class Refused(ImageError):
-    """The server's error for one request; `ended`: it has said all that it says of that one. Replies to other requests still come."""
+    """The server's error for one request; `ended`: it has said all that it says of that one.
+
+    Replies to other requests still come.
+    """
 
     def __init__(self, message: str, ended: bool) -> None:
         super().__init__(message)
@@ -178,7 +200,8 @@ class NbdReader(Reader):
                 self.minimum = max(1, self.minimum)
                 if self.minimum > LARGEST_BLOCK or self.minimum & (self.minimum - 1):
                     raise ImageError(
-                        f"{self.name}: the server takes blocks of {self.minimum:,} bytes, which the protocol does not allow"
+                        f"{self.name}: the server takes blocks of {self.minimum:,} bytes, which the "
+                        "protocol does not allow"
                     )
                 self.maximum = max(self.minimum, min(REQUEST, largest) // self.minimum * self.minimum)
         if not 0 <= size < 1 << 63:
@@ -189,7 +212,8 @@ class NbdReader(Reader):
         """What else to agree on before the export is opened: here nothing."""
 
     def _option(self, option: int, body: bytes) -> Iterator[tuple[int, bytes]]:
-        """(kind, data) of the server's replies to one option; an error is the last of them, the acknowledgement is left out."""
+        """(kind, data) of the server's replies to one option; an error is the last of them, the
+        acknowledgement is left out."""
         self._send(IHAVEOPT + struct.pack(">II", option, len(body)) + body)
         for number in itertools.count():
             magic, about, kind, length = struct.unpack(">QIII", self._receive(20))
@@ -230,14 +254,19 @@ class NbdReader(Reader):
         offsets, lengths = split(starts, ends, self.maximum)
         place = (np.cumsum(lengths) - lengths).tolist()
         self._exchange(
-            CMD_READ, offsets, lengths, self._reads(offsets.tolist(), lengths.tolist(), place, memoryview(result.data))
+            CMD_READ,
+            offsets,
+            lengths,
+            self._reads(offsets.tolist(), lengths.tolist(), place, memoryview(result.data)),
         )
         return result
 
     def _exchange(self, command: int, offsets: Int, lengths: Int, receive: Callable[[int], bool]) -> None:
-        """Send a request for each range, up to IN_FLIGHT under way; `receive`, told how many are sent, takes in a reply and says whether it ended a request.
+        """Send a request for each range, up to IN_FLIGHT under way; `receive`, told how many are sent, takes
+        in a reply and says whether it ended a request.
 
-        What the server refuses is raised when all requests are answered: whoever asks again then gets the replies to what was asked.
+        What the server refuses is raised when all requests are answered: whoever asks again then gets the
+        replies to what was asked.
         """
         refused: list[Refused] = []
         wire, total = requests(command, np.arange(len(offsets)), offsets, lengths), len(offsets)
@@ -256,7 +285,9 @@ class NbdReader(Reader):
         if refused:
             raise refused[0]
 
-    def _reads(self, offset_of: list[int], wanted: list[int], place: list[int], view: memoryview) -> Callable[[int], bool]:
+    def _reads(
+        self, offset_of: list[int], wanted: list[int], place: list[int], view: memoryview
+    ) -> Callable[[int], bool]:
         """Takes in the reply to one of these reads; replies may come in any order."""
 
         answered = bytearray(len(wanted))
@@ -276,7 +307,9 @@ class NbdReader(Reader):
     def _failed(self, error: int, offset: int, ended: bool = True) -> Refused:
         words = os.strerror(error) if error in errno.errorcode else f"error {error}"
         before = f", and when it opened the image: {self.warning}" if self.warning else ""
-        return Refused(f"{self.name}: can't be read at byte {offset:#x}: the server says: {words}{before}", ended)
+        return Refused(
+            f"{self.name}: can't be read at byte {offset:#x}: the server says: {words}{before}", ended
+        )
 
     def _send(self, data: bytes) -> None:
         try:
@@ -296,16 +329,22 @@ class NbdReader(Reader):
             try:
                 got = self._link.recv_into(view)
             except OSError as error:
-                raise ImageError(f"{self.name}: the NBD connection broke: {error.strerror or error}") from error
+                raise ImageError(
+                    f"{self.name}: the NBD connection broke: {error.strerror or error}"
+                ) from error
             if got == 0:
                 raise ImageError(f"{self.name}: the NBD server closed the connection")
             view = view[got:]
             self._waited += time.monotonic() - began
             if self._waited > self._allowed:
-                raise ImageError(f"{self.name}: the server sends too slowly: it was waited for {self._waited:,.0f} s in all")
+                raise ImageError(
+                    f"{self.name}: the server sends too slowly: it was waited for "
+                    f"{self._waited:,.0f} s in all"
+                )
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # where the server is gone already there is nothing left to tell it
+        # where the server is gone already there is nothing left to tell it
+        with contextlib.suppress(OSError):
             self._link.sendall(struct.pack(">IHHQQI", REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0))
         self._link.close()
         if self.server:

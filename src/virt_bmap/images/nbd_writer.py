@@ -1,6 +1,7 @@
 """An NBD export that is written: data, zeroes, and trims that give space back, with many requests in flight.
 
-Sources: the NBD protocol (doc/proto.md): transmission flags, NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES, NBD_CMD_FLUSH.
+Sources: the NBD protocol (doc/proto.md): transmission flags, NBD_CMD_WRITE, NBD_CMD_TRIM,
+NBD_CMD_WRITE_ZEROES, NBD_CMD_FLUSH.
 """
 
 import errno
@@ -17,14 +18,21 @@ from virt_bmap.images.nbd import EACH, IN_FLIGHT, REQUEST_SIZE, SIMPLE_REPLY_MAG
 FLAG_READ_ONLY, FLAG_SEND_FLUSH, FLAG_SEND_TRIM, FLAG_SEND_WRITE_ZEROES = 1 << 1, 1 << 2, 1 << 5, 1 << 6
 CMD_WRITE, CMD_FLUSH, CMD_TRIM, CMD_WRITE_ZEROES = 1, 3, 4, 6
 UNACKNOWLEDGED = 8
-"""Writes under way: enough that the server writes while the next data are read, and few enough that it need not keep much."""
+"""Writes under way: enough that the server writes while the next data are read, and few enough that it need
+not keep much."""
 LONGEST = 1 << 30
-"""Bytes of one trim or of one request for zeroes. They carry no data, and some servers take no more than 2 GiB."""
+"""Bytes of one trim or of one request for zeroes.
+
+They carry no data, and some servers take no more than 2 GiB.
+"""
 REPLY = np.dtype([("magic", ">u4"), ("error", ">u4"), ("cookie", ">u8")])
 
 
 class NbdWriter(NbdReader):
-    """An NBD export for reading and writing. Raises OutputError where the server allows only reading, and for what it refuses later."""
+    """An NBD export for reading and writing.
+
+    Raises OutputError where the server allows only reading, and for what it refuses later.
+    """
 
     def __init__(self, uri: str, name: str | None = None, link: socket.socket | None = None) -> None:
         super().__init__(uri, name, link)
@@ -58,9 +66,14 @@ class NbdWriter(NbdReader):
             self.write(low, nothing[: end - low])
 
     def trim(self, starts: Int, ends: Int) -> None:
-        """Give the space of these ranges back; their content means nothing any more. Raises OutputError where the server can't."""
+        """Give the space of these ranges back; their content means nothing any more.
+
+        Raises OutputError where the server can't.
+        """
         if not self.flags & FLAG_SEND_TRIM:
-            raise OutputError(f"{self.name}: space can't be given back: the server does not offer NBD_CMD_TRIM")
+            raise OutputError(
+                f"{self.name}: space can't be given back: the server does not offer NBD_CMD_TRIM"
+            )
         self._command(CMD_TRIM, starts, ends)
 
     def flush(self) -> None:
@@ -89,16 +102,22 @@ class NbdWriter(NbdReader):
         replies = np.frombuffer(self._receive(count * REPLY.itemsize), REPLY)
         answered = Counter(replies["cookie"].tolist())
         if (replies["magic"] != SIMPLE_REPLY_MAGIC).any() or not answered <= self._open:
-            raise OutputError(f"{self.name}: can't be written: the server's reply is not a reply to any request")
+            raise OutputError(
+                f"{self.name}: can't be written: the server's reply is not a reply to any request"
+            )
         self._open -= answered
         if (failed := np.flatnonzero(replies["error"])).size:
             first = replies[failed[0]]
             error = int(first["error"])
             words = os.strerror(error) if error in errno.errorcode else f"error {error}"
-            raise OutputError(f"{self.name}: can't be written at byte {int(first['cookie']):#x}: the server says: {words}")
+            raise OutputError(
+                f"{self.name}: can't be written at byte {int(first['cookie']):#x}: the server says: {words}"
+            )
 
     def _send(self, data: bytes | memoryview) -> None:
         try:
             self._link.sendall(data)
         except OSError as error:
-            raise OutputError(f"{self.name}: can't be written: the NBD connection broke: {error.strerror or error}") from error
+            raise OutputError(
+                f"{self.name}: can't be written: the NBD connection broke: {error.strerror or error}"
+            ) from error

@@ -1,10 +1,11 @@
-"""Images that QEMU opens (qcow2, vmdk, vhd, vhdx, vdi, ...), through a `qemu-nbd` that ends when we do, however we end.
+"""Images that QEMU opens (qcow2, vmdk, vhd, vhdx, vdi, ...), through a `qemu-nbd` that ends when we do,
+however we end.
 
-It is told what to open by a `graph.Graph`, follows no name by itself, and works behind a wall (`confine.py`): should an image get the better of all that, no other
-file and no network can be had.
+It is told what to open by a `graph.Graph`, follows no name by itself, and works behind a wall (`confine.py`):
+should an image get the better of all that, no other file and no network can be had.
 
-qemu-nbd is given a socket to which we are connected already (systemd's socket activation). So there is no moment at which it could be left behind, waiting for
-somebody and holding the image's lock.
+qemu-nbd is given a socket to which we are connected already (systemd's socket activation). So there is no
+moment at which it could be left behind, waiting for somebody and holding the image's lock.
 
 Sources: sd_listen_fds(3); QEMU util/systemd.c, qemu-nbd.c (v7.2).
 """
@@ -30,7 +31,8 @@ from virt_bmap.images.status import DEPTH, DIRTY, StatusReader
 from virt_bmap.reader import Reader
 
 LISTENER = 'exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
-"""For sh: what was standard input becomes the first socket that systemd's protocol passes on, and the process number is the program's own."""
+"""For sh: what was standard input becomes the first socket that systemd's protocol passes on, and the process
+number is the program's own."""
 LAST_WORDS, WRITTEN = 5.0, 60.0
 """Seconds that qemu-nbd gets to end: after reading, and after writing, when it may have much to finish."""
 PACKAGES = "apt-get install qemu-utils, or dnf install qemu-img"
@@ -44,9 +46,16 @@ Client = TypeVar("Client", bound=NbdReader)
 
 
 def open_with_qemu(
-    image: RawReader, format: str, references: bool, status: Sequence[str] | None = None, force_share: bool = False
+    image: RawReader,
+    format: str,
+    references: bool,
+    status: Sequence[str] | None = None,
+    force_share: bool = False,
 ) -> Reader:
-    """Serve the image with qemu-nbd and read it from there; parameters as for `images.open_image`. Raises ImageError, and MissingTool without qemu-nbd."""
+    """Serve the image with qemu-nbd and read it from there; parameters as for `images.open_image`.
+
+    Raises ImageError, and MissingTool without qemu-nbd.
+    """
     with contextlib.closing(Graph(image, format, references, force_share=force_share)) as graph:
         options = ["--read-only", *_status_options(status or ())]
         client = NbdReader if status is None else functools.partial(StatusReader, wanted=status)
@@ -59,8 +68,11 @@ def _status_options(contexts: Sequence[str]) -> list[str]:
     return bitmaps + ["--allocation-depth"] * (DEPTH in contexts)
 
 
-def connected(client: Callable[[str, str, socket.socket], Client], why: str, graph: Graph, options: Sequence[str]) -> Client:
-    """A client of a qemu-nbd that has opened these nodes, which ends when the client is closed; `why` it is needed is for people.
+def connected(
+    client: Callable[[str, str, socket.socket], Client], why: str, graph: Graph, options: Sequence[str]
+) -> Client:
+    """A client of a qemu-nbd that has opened these nodes, which ends when the client is closed; `why` it is
+    needed is for people.
 
     Raises MissingTool, and ImageError with QEMU's own words.
     """
@@ -68,9 +80,14 @@ def connected(client: Callable[[str, str, socket.socket], Client], why: str, gra
 
 
 def served_by(
-    client: Callable[[str, str, socket.socket], Client], why: str, graph: Graph, options: Sequence[str], path: str | None = None, lasts: bool = False,
+    client: Callable[[str, str, socket.socket], Client], why: str, graph: Graph, options: Sequence[str],
+    path: str | None = None, lasts: bool = False,
 ) -> "tuple[Client, Server]":  # fmt: skip
-    """Likewise, with the server. Others may connect to it at `path`, too; where it `lasts`, it does not end with us while they are connected."""
+    """Likewise, with the server.
+
+    Others may connect to it at `path`, too; where it `lasts`, it does not end with us while they are
+    connected.
+    """
     program = programs.required("qemu-nbd", why, PACKAGES)
     # who starts it behind the wall waits for it, so that the kernel can end it with us
     mortal = [] if lasts else children.mortal()
@@ -82,7 +99,9 @@ def served_by(
     return _connected(client, Server(program, [], options, graph, path, confine.popen_outside, lasts), graph)
 
 
-def _connected(client: Callable[[str, str, socket.socket], Client], server: "Server", graph: Graph) -> "tuple[Client, Server]":
+def _connected(
+    client: Callable[[str, str, socket.socket], Client], server: "Server", graph: Graph
+) -> "tuple[Client, Server]":
     try:
         made = client(graph.name, graph.name, server.link)
     except BaseException as error:
@@ -121,7 +140,9 @@ class Server:
             with signals.held():
                 self.process = self._started(program, mortal, options, path, popen)
                 if not lasts:
-                    self._noted.enter_context(leftovers.undoing(lambda: children.stop(self.process, self._patience)))
+                    self._noted.enter_context(
+                        leftovers.undoing(lambda: children.stop(self.process, self._patience))
+                    )
         except BaseException:
             self._noted.close()
             self.link.close()
@@ -141,13 +162,18 @@ class Server:
             self.link.settimeout(TIMEOUT)
             self.link.connect(place)
             # signals of the terminal are for us
-            return popen(program, words, self._graph.read, self._graph.write, stdin=listener, stdout=self._messages,
+            return popen(program, words, self._graph.read, self._graph.write, stdin=listener,
+                stdout=self._messages,
                          stderr=self._messages, process_group=0, env=programs.environment())  # fmt: skip
 
     def words(self) -> str:
         """The first thing that it said, if it said anything."""
         lines = os.pread(self._messages.fileno(), 65536, 0).decode(errors="replace").strip().splitlines()
-        said = re.sub(r"^qemu(-nbd)?: ", "", lines[0]).replace(f"Failed to blk_new_open '{self._nodes}': ", "") if lines else ""
+        said = (
+            re.sub(r"^qemu(-nbd)?: ", "", lines[0]).replace(f"Failed to blk_new_open '{self._nodes}': ", "")
+            if lines
+            else ""
+        )
         return self._graph.in_words(said)
 
     def refusal(self) -> str | None:
@@ -156,11 +182,18 @@ class Server:
         if status <= 0 or not words:
             return None
         if LOCKED.search(words):
-            return f"{self._graph.name}: is in use: QEMU holds its lock (a running guest or another tool); {IN_USE[bool(self._graph.write)]}"
-        return f"{self._graph.name}: qemu-nbd can't open it as {self._graph.format}{' for writing' if self._graph.write else ''}: {words}"
+            return (
+                f"{self._graph.name}: is in use: QEMU holds its lock (a running guest or another "
+                f"tool); {IN_USE[bool(self._graph.write)]}"
+            )
+        return (
+            f"{self._graph.name}: qemu-nbd can't open it as "
+            f"{self._graph.format}{' for writing' if self._graph.write else ''}: {words}"
+        )
 
     def _ended(self) -> int:
-        """Its exit status. It ends with our connection, but not if that had not been agreed on yet; where it failed to open the image, it had ended before that broke."""
+        """Its exit status. It ends with our connection, but not if that had not been agreed on yet; where it
+        failed to open the image, it had ended before that broke."""
         self.link.close()
         self.process.terminate()
         try:

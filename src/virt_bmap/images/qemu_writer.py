@@ -1,4 +1,5 @@
-"""Images in QEMU's formats, written through a qemu-nbd that leaves the image in order when it ends (`qemu.py`)."""
+"""Images in QEMU's formats, written through a qemu-nbd that leaves the image in order when it ends
+(`qemu.py`)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,11 +13,17 @@ from virt_bmap.images.raw import RawReader
 
 @contextlib.contextmanager
 def writing(path: str, format: str, references: bool, compress: bool = False) -> Iterator[NbdWriter]:
-    """The disk inside an image, for reading and writing; space is given back to the host on a trim. `compress`: what is written is stored compressed.
+    """The disk inside an image, for reading and writing; space is given back to the host on a trim.
 
-    Raises MissingTool, ImageError where the image can't be opened or somebody else uses it, OutputError where writing fails.
+    `compress`: what is written is stored compressed.
+
+    Raises MissingTool, ImageError where the image can't be opened or somebody else uses it, OutputError where
+    writing fails.
     """
-    with contextlib.closing(RawReader(path)) as plain, contextlib.closing(Graph(plain, format, references, write=True)) as graph:
+    with (
+        contextlib.closing(RawReader(path)) as plain,
+        contextlib.closing(Graph(plain, format, references, write=True)) as graph,
+    ):
         graph.give_back()
         if compress:
             graph.node = {"driver": "compress", "file": graph.node}

@@ -1,6 +1,7 @@
 """Raw files and block devices, read with pread.
 
-Not mapped into memory: a file that shrinks while it is read would kill the process with SIGBUS instead of giving an error.
+Not mapped into memory: a file that shrinks while it is read would kill the process with SIGBUS instead of
+giving an error.
 """
 
 import errno
@@ -14,22 +15,36 @@ from virt_bmap.arrays import Bytes, Int, ints
 from virt_bmap.errors import ImageError
 from virt_bmap.reader import Reader
 
-KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a character device"}
-"""What is no disk. To open it could wait for ever (a FIFO), or act: a watchdog starts, a tape is wound back."""
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+}
+"""What is no disk. To open it could wait for ever (a FIFO), or act: a watchdog starts, a tape is wound
+back."""
 
 
 def open_disk(path: str, wanted: str = "a disk image") -> int:
-    """The descriptor of a file or block device, open for reading. Anything else is looked at, and not opened. Raises ImageError; `wanted` is what it was to be."""
+    """The descriptor of a file or block device, open for reading.
+
+    Anything else is looked at, and not opened. Raises ImageError; `wanted` is what it was to be.
+    """
     try:
         seen = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             about = os.fstat(seen)
             if not (stat.S_ISREG(about.st_mode) or stat.S_ISBLK(about.st_mode)):
                 raise ImageError(
-                    f"{path}: is {KINDS.get(stat.S_IFMT(about.st_mode), 'neither a file nor a block device')}, not {wanted}"
+                    f"{path}: is "
+                    f"{KINDS.get(stat.S_IFMT(about.st_mode), 'neither a file nor a block device')}, "
+                    f"not {wanted}"
                 )
             again = f"/proc/self/fd/{seen}"
-            found = os.open(again if os.path.exists(again) else path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            found = os.open(
+                again if os.path.exists(again) else path,
+                os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY,
+            )
         finally:
             os.close(seen)
     except OSError as error:
@@ -71,10 +86,13 @@ class RawReader(Reader):
                 try:
                     got = os.preadv(self._fd, [view[at:end]], here)
                 except OSError as error:
-                    raise ImageError(f"{self.name}: can't be read at byte {here:#x}: {error.strerror}") from error
+                    raise ImageError(
+                        f"{self.name}: can't be read at byte {here:#x}: {error.strerror}"
+                    ) from error
                 if got == 0:
                     raise ImageError(
-                        f"{self.name}: ends at byte {here:#x} although it was {self.size:#x} bytes long when it was "
+                        f"{self.name}: ends at byte {here:#x} although it was {self.size:#x} bytes "
+                        "long when it was "
                         "opened: it shrank while it was read"
                     )
                 at += got
@@ -97,7 +115,10 @@ class RawReader(Reader):
 
 
 def data_ranges(file: int, size: int) -> tuple[Int, Int]:
-    """(starts, ends) of what of an open file is no hole, by lseek(2) with SEEK_DATA and SEEK_HOLE. Raises OSError."""
+    """(starts, ends) of what of an open file is no hole, by lseek(2) with SEEK_DATA and SEEK_HOLE.
+
+    Raises OSError.
+    """
     starts, ends, at = [], [], 0
     while at < size:
         try:

@@ -1,6 +1,9 @@
-"""What else an image would make us open: backing files, external data files, extents. Headers are read here before anything else looks at them.
+"""What else an image would make us open: backing files, external data files, extents.
 
-Whoever wrote an image chose these names, and that can be a guest: nothing of it is opened unless the caller allows it, and never in a format that was guessed.
+Headers are read here before anything else looks at them.
+
+Whoever wrote an image chose these names, and that can be a guest: nothing of it is opened unless the caller
+allows it, and never in a format that was guessed.
 
 Sources: QEMU docs/interop/qcow2.rst, block/qcow.c, block/qed.h, block/vmdk.c.
 """
@@ -19,12 +22,18 @@ from virt_bmap.images.raw import RawReader
 from virt_bmap.reader import Reader
 
 MAX_CHAIN = 64
-"""Backing files below each other. QEMU itself sets no limit; chains beyond a few dozen are unusable, and a loop must end."""
+"""Backing files below each other.
+
+QEMU itself sets no limit; chains beyond a few dozen are unusable, and a loop must end.
+"""
 AS_RAW = "--format raw for a raw disk that only looks like this"
 QCOW2_DATA_FILE = 1 << 2
 QCOW2_EXT_BACKING_FORMAT, QCOW2_EXT_DATA_FILE = 0xE2792ACA, 0x44415441
 MAX_EXTENSIONS = 64 << 10
-"""Bytes of header extensions that are looked at. Real ones have some hundreds, and what is not found is refused."""
+"""Bytes of header extensions that are looked at.
+
+Real ones have some hundreds, and what is not found is refused.
+"""
 QED_BACKING_FILE, QED_BACKING_RAW = 1, 4
 
 
@@ -50,15 +59,18 @@ class References:
 
 
 def allowed_references(image: Reader, format: str, references: bool, depth: int) -> References:
-    """What the image refers to. ImageError where it does so though `references` are not allowed, where the backing file has no stated format, and where the
-    chain, of which this is number `depth`, does not end."""
+    """What the image refers to.
+
+    ImageError where it does so though `references` are not allowed, where the backing file has no stated
+    format, and where the chain, of which this is number `depth`, does not end."""
     try:
         found = references_of(image, format)
     except Corrupt as error:
         raise ImageError(f"{error} ({AS_RAW})") from error
     if found.names() and not references:
         raise ImageError(
-            f"{image.name}: its {format} header refers to {', '.join(map(repr, found.names()))}, which is not opened unasked, since whoever wrote the image "
+            f"{image.name}: its {format} header refers to {', '.join(map(repr, found.names()))}, "
+            "which is not opened unasked, since whoever wrote the image "
             f"chose that name; if you trust it, say --references (or {AS_RAW})"
         )
     for name in found.names():
@@ -67,7 +79,8 @@ def allowed_references(image: Reader, format: str, references: bool, depth: int)
         raise ImageError(f"{image.name}: its backing chain is longer than {MAX_CHAIN} files, or a loop")
     if found.backing and not found.backing_format:
         raise ImageError(
-            f"{image.name}: its header names the backing file {found.backing!r} without a format, and guessing it is unsafe; "
+            f"{image.name}: its header names the backing file {found.backing!r} without a format, "
+            "and guessing it is unsafe; "
             f"state it with: qemu-img rebase -u -b {found.backing} -F FORMAT {image.name}"
         )
     return found
@@ -94,7 +107,8 @@ def _name(image: Reader, offset: int, length: int) -> str | None:
         return None
     if length > 1023 or offset + length > image.size:
         raise ImageError(
-            f"{image.name}: the backing file name at byte {offset:#x}, {length} bytes long, does not fit into the image"
+            f"{image.name}: the backing file name at byte {offset:#x}, {length} bytes long, does not "
+            "fit into the image"
         )
     return os.fsdecode(image.read(offset, length))
 
@@ -111,10 +125,14 @@ def _qcow_references(image: Reader, format: str) -> References:
         if not incompatible & QCOW2_DATA_FILE:
             found.data = None
         elif found.data is None:
-            raise ImageError(f"{image.name}: its qcow2 header says that an external data file holds the data, but names none")
+            raise ImageError(
+                f"{image.name}: its qcow2 header says that an external data file holds the data, but "
+                "names none"
+            )
     if found.backing_format and found.backing_format not in ("raw", *FORMATS):
         raise ImageError(
-            f"{image.name}: its header states the backing format {found.backing_format!r}; there are: raw, {', '.join(FORMATS)}"
+            f"{image.name}: its header states the backing format {found.backing_format!r}; there "
+            f"are: raw, {', '.join(FORMATS)}"
         )
     return found
 
@@ -135,7 +153,10 @@ def _extensions(area: bytes) -> tuple[str | None, str | None]:
 
 
 def _parent_of_vhd(image: Reader, format: str) -> References:
-    """A differencing VHD's or VHDX' parent, which is of the same format. What is damaged is said by whoever reads the image."""
+    """A differencing VHD's or VHDX' parent, which is of the same format.
+
+    What is damaged is said by whoever reads the image.
+    """
     from virt_bmap.images import layers
 
     try:
@@ -146,7 +167,10 @@ def _parent_of_vhd(image: Reader, format: str) -> References:
 
 
 def _vmdk_references(image: Reader) -> References:
-    """The text descriptor's extent lines and its parent's name. A parent is always a VMDK: the specification leaves nothing to guess."""
+    """The text descriptor's extent lines and its parent's name.
+
+    A parent is always a VMDK: the specification leaves nothing to guess.
+    """
     found, _ = descriptor.find(image)
     if found is None:
         return References()
@@ -155,7 +179,8 @@ def _vmdk_references(image: Reader) -> References:
 
 
 def backing_chain(path: str, format: str | None, references: bool) -> list[Layer]:
-    """An image and those below it, uppermost first, as their headers name them; of each only the header is read. Raises as `allowed_references` does."""
+    """An image and those below it, uppermost first, as their headers name them; of each only the header is
+    read. Raises as `allowed_references` does."""
     chain: list[Layer] = []
     while True:
         with contextlib.closing(RawReader(path)) as image:
@@ -164,7 +189,8 @@ def backing_chain(path: str, format: str | None, references: bool) -> list[Layer
             chain.append(Layer(path, format, _cluster(image, format)))
         if not found.backing:
             return chain
-        path, format = os.path.join(os.path.dirname(os.path.abspath(path)), found.backing), found.backing_format
+        path = os.path.join(os.path.dirname(os.path.abspath(path)), found.backing)
+        format = found.backing_format
 
 
 def _cluster(image: Reader, format: str) -> int:

@@ -1,9 +1,11 @@
-"""NBD exports that also tell the status of their blocks: what is zero, which layer of a chain holds it, what a dirty bitmap calls changed.
+"""NBD exports that also tell the status of their blocks: what is zero, which layer of a chain holds it, what
+a dirty bitmap calls changed.
 
-Status needs structured replies, which cost every read a longer header; so only what asks for status opens an export this way.
+Status needs structured replies, which cost every read a longer header; so only what asks for status opens an
+export this way.
 
-Sources: the NBD protocol, https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md ("Structured reply chunk message", "Metadata querying");
-QEMU docs/interop/nbd.txt for the `qemu:` contexts.
+Sources: the NBD protocol, https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md ("Structured
+reply chunk message", "Metadata querying"); QEMU docs/interop/nbd.txt for the `qemu:` contexts.
 """
 
 import socket
@@ -34,9 +36,11 @@ STATE_ZERO = 2
 STATE_DIRTY = 1
 
 SPAN = 1 << 30
-"""Bytes that one request asks the status of: requests are 32 bits, and replies to many of them can be under way at once."""
+"""Bytes that one request asks the status of: requests are 32 bits, and replies to many of them can be under
+way at once."""
 MOST_SPANS, MOST_EXTENTS = 1 << 20, 1 << 24
-"""Spans that are asked about (1 PiB), and extents that are kept: more than any image holds, and a server may name one for each byte."""
+"""Spans that are asked about (1 PiB), and extents that are kept: more than any image holds, and a server may
+name one for each byte."""
 MAX_WORDS = 4096
 """Bytes of an error's own words."""
 MAX_CHUNK = 32 << 20
@@ -44,30 +48,39 @@ MAX_CHUNK = 32 << 20
 
 
 class StatusReader(NbdReader):
-    """An export with the metadata contexts that were asked for and that the server has: `contexts`, by number.
+    """An export with the metadata contexts that were asked for and that the server has: `contexts`, by
+    number.
 
-    Raises ImageError where one of `wanted` is not there; `base:allocation` is used where the server has it. Without any wanted, a server that knows no
-    structured replies is read as a plain one.
+    Raises ImageError where one of `wanted` is not there; `base:allocation` is used where the server has it.
+    Without any wanted, a server that knows no structured replies is read as a plain one.
     """
 
-    def __init__(self, uri: str, name: str | None = None, link: socket.socket | None = None, wanted: Sequence[str] = ()) -> None:
+    def __init__(
+        self, uri: str, name: str | None = None, link: socket.socket | None = None, wanted: Sequence[str] = ()
+    ) -> None:
         self._wanted = list(wanted)
         self._structured = False
         self.contexts: dict[int, str] = {}
         super().__init__(uri, name, link)
 
     def _negotiate(self, export: str) -> None:
-        refused = [refusal(kind, data) for kind, data in self._option(OPT_STRUCTURED_REPLY, b"") if kind & REP_ERROR]
+        refused = [
+            refusal(kind, data) for kind, data in self._option(OPT_STRUCTURED_REPLY, b"") if kind & REP_ERROR
+        ]
         self._structured = not refused
         if refused and self._wanted:
-            raise ImageError(f"{self.name}: the server can't tell {self._wanted[0]}: it refuses structured replies: {refused[0]}")
+            raise ImageError(
+                f"{self.name}: the server can't tell {self._wanted[0]}: it refuses structured "
+                f"replies: {refused[0]}"
+            )
         if self._structured:
             self.contexts = self._meta(OPT_SET_META_CONTEXT, export, [*self._wanted, ALLOCATION])
         missing = [context for context in self._wanted if context not in self.contexts.values()]
         if missing:
             has = sorted(self._meta(OPT_LIST_META_CONTEXT, export, []).values())
             raise ImageError(
-                f"{self.name}: export {export!r} has no {missing[0]}; {'it has: ' + ', '.join(has) if has else 'it tells no status at all'}"
+                f"{self.name}: export {export!r} has no {missing[0]}; "
+                f"{'it has: ' + ', '.join(has) if has else 'it tells no status at all'}"
             )
 
     def _meta(self, option: int, export: str, queries: list[str]) -> dict[int, str]:
@@ -82,25 +95,39 @@ class StatusReader(NbdReader):
             }
         named = [data for kind, data in replies if kind == REP_META_CONTEXT and len(data) >= 4]
         contexts = {struct.unpack_from(">I", data)[0]: data[4:].decode(errors="replace") for data in named}
-        if len(contexts) < len(named) or len(set(contexts.values())) < len(named) or not set(contexts.values()) <= set(queries):
-            raise ImageError(f"{self.name}: the server names a metadata context twice, or one that it was not asked for")
+        if (
+            len(contexts) < len(named)
+            or len(set(contexts.values())) < len(named)
+            or not set(contexts.values()) <= set(queries)
+        ):
+            raise ImageError(
+                f"{self.name}: the server names a metadata context twice, or one that it was not asked for"
+            )
         return contexts
 
-    # ---- status ---------------------------------------------------------------------------------------------------------
+    # ---- status --------------------------------------------------------------------------------------------
 
     def status(self, context: str) -> tuple[Int, Int, Int]:
-        """(starts, ends, flags) of the whole export in one of `contexts`, sorted, neighbours of equal flags joined."""
+        """(starts, ends, flags) of the whole export in one of `contexts`, sorted, neighbours of equal flags
+        joined."""
         (wanted,) = (number for number, name in self.contexts.items() if name == context)
         spans = -(-self.size // SPAN)
         if spans > MOST_SPANS:
-            raise ImageError(f"{self.name}: has {self.size:,} bytes, of which the status can't be asked: no disk is that large")
+            raise ImageError(
+                f"{self.name}: has {self.size:,} bytes, of which the status can't be asked: no disk "
+                "is that large"
+            )
         nth, count = np.arange(spans, dtype=np.int64), 0
         starts, ends = nth * SPAN, np.minimum((nth + 1) * SPAN, self.size)
         parts: list[tuple[int, np.ndarray]] = []
-        while len(starts):  # a server may answer less than it was asked, so the rest is asked for in the next round
+        # a server may answer less than it was asked, so the rest is asked for in the next round
+        while len(starts):
             answers: dict[int, np.ndarray] = {}
             self._exchange(
-                CMD_BLOCK_STATUS, starts, ends - starts, self._statuses(wanted, starts.tolist(), answers, MOST_EXTENTS - count)
+                CMD_BLOCK_STATUS,
+                starts,
+                ends - starts,
+                self._statuses(wanted, starts.tolist(), answers, MOST_EXTENTS - count),
             )
             answers = {at: _within(found, int(ends[at] - starts[at])) for at, found in answers.items()}
             parts += [(int(starts[at]), found) for at, found in answers.items()]
@@ -109,7 +136,10 @@ class StatusReader(NbdReader):
             for at, found in answers.items():
                 reached[at] += int(found["length"].astype(np.int64).sum())
             if len(answers) < len(starts) or (reached == starts).any():
-                raise ImageError(f"{self.name}: the server does not tell {context} at byte {starts[reached == starts][0]:#x}")
+                raise ImageError(
+                    f"{self.name}: the server does not tell {context} at byte "
+                    f"{starts[reached == starts][0]:#x}"
+                )
             starts, ends = reached[reached < ends], ends[reached < ends]
         return _joined(parts, self.size)
 
@@ -120,7 +150,9 @@ class StatusReader(NbdReader):
         keep = (flags & STATE_ZERO) == 0
         return starts[keep], ends[keep]
 
-    def _statuses(self, context: int, offset_of: list[int], answers: dict[int, np.ndarray], most: int) -> Callable[[int], bool]:
+    def _statuses(
+        self, context: int, offset_of: list[int], answers: dict[int, np.ndarray], most: int
+    ) -> Callable[[int], bool]:
         """Takes in a chunk of a reply to a status request; what belongs to another context is dropped."""
 
         ended, told = bytearray(len(offset_of)), set()
@@ -137,19 +169,24 @@ class StatusReader(NbdReader):
                 most -= length // 8
                 if most < 0:
                     raise ImageError(
-                        f"{self.name}: the server tells the status of its blocks in more than {MOST_EXTENTS:,} extents"
+                        f"{self.name}: the server tells the status of its blocks in more than "
+                        f"{MOST_EXTENTS:,} extents"
                     )
                 if about == context:
-                    answers[cookie] = np.frombuffer(data, np.dtype([("length", ">u4"), ("flags", ">u4")]), offset=4)
+                    answers[cookie] = np.frombuffer(
+                        data, np.dtype([("length", ">u4"), ("flags", ">u4")]), offset=4
+                    )
             elif kind != CHUNK_NONE or length:
                 raise self._odd(kind)
             return done
 
         return receive
 
-    # ---- structured replies ---------------------------------------------------------------------------------------------
+    # ---- structured replies --------------------------------------------------------------------------------
 
-    def _reads(self, offset_of: list[int], wanted: list[int], place: list[int], view: memoryview) -> Callable[[int], bool]:
+    def _reads(
+        self, offset_of: list[int], wanted: list[int], place: list[int], view: memoryview
+    ) -> Callable[[int], bool]:
         if not self._structured:
             return super()._reads(offset_of, wanted, place, view)
         left, ended = list(wanted), bytearray(len(wanted))
@@ -168,7 +205,8 @@ class StatusReader(NbdReader):
                     came = parts.setdefault(cookie, [])
                     at = bisect(came, (start, start + size))
                     if (at and came[at - 1][1] > start) or (at < len(came) and came[at][0] < start + size):
-                        raise self._odd(kind)  # a part again: another one would stay what the memory held before
+                        # a part again: another one would stay what the memory held before
+                        raise self._odd(kind)
                     came.insert(at, (start, start + size))
                 target = view[place[cookie] + start : place[cookie] + start + size]
                 if kind == CHUNK_DATA:
@@ -180,15 +218,21 @@ class StatusReader(NbdReader):
             if done:
                 parts.pop(cookie, None)
             if done and left[cookie]:
-                raise ImageError(f"{self.name}: the server sent less than was asked for at byte {offset_of[cookie]:#x}")
+                raise ImageError(
+                    f"{self.name}: the server sent less than was asked for at byte {offset_of[cookie]:#x}"
+                )
             return done
 
         return receive
 
     def _chunk(self, sent: int, offset_of: list[int], ended: bytearray) -> tuple[bool, int, int, int]:
-        """(does it end the request?, type, request, bytes that follow) of the next chunk; errors are raised. `ended` says which requests are answered."""
+        """(does it end the request?, type, request, bytes that follow) of the next chunk; errors are raised.
+
+        `ended` says which requests are answered.
+        """
         head = self._receive(16)
-        if int.from_bytes(head[:4], "big") == SIMPLE_REPLY_MAGIC:  # a server may refuse a request in the old way
+        # a server may refuse a request in the old way
+        if int.from_bytes(head[:4], "big") == SIMPLE_REPLY_MAGIC:
             _, error, cookie = struct.unpack(">IIQ", head)
             if cookie < sent and error:
                 raise self._failed(error, offset_of[cookie])
@@ -204,16 +248,21 @@ class StatusReader(NbdReader):
                 raise self._odd(kind)
             data = self._receive(length)
             raise self._failed(
-                struct.unpack_from(">I", data)[0] if length >= 4 else 0, offset_of[cookie], bool(flags & FLAG_DONE)
+                struct.unpack_from(">I", data)[0] if length >= 4 else 0,
+                offset_of[cookie],
+                bool(flags & FLAG_DONE),
             )
         return bool(flags & FLAG_DONE), kind, cookie, length
 
     def _odd(self, kind: int) -> ImageError:
-        return ImageError(f"{self.name}: the server sent a chunk of type {kind} that is no answer to what it was asked")
+        return ImageError(
+            f"{self.name}: the server sent a chunk of type {kind} that is no answer to what it was asked"
+        )
 
 
 def _within(extents: np.ndarray, length: int) -> np.ndarray:
-    """The extents that begin in the first `length` bytes: the last one may reach further, which the next answer says again."""
+    """The extents that begin in the first `length` bytes: the last one may reach further, which the next
+    answer says again."""
     ends = np.cumsum(extents["length"].astype(np.int64))
     found: np.ndarray = extents[(ends - extents["length"] < length) & (extents["length"] > 0)]
     return found

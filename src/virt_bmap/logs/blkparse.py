@@ -2,8 +2,9 @@
 
       8,0    3        1     0.000000000   697  D   W 223490 + 8 [kjournald]
 
-Sources: blkparse(1), "TRACE ACTIONS" and "OUTPUT DESCRIPTION AND FORMATTING"; blktrace blkparse_fmt.c (1.2). Offsets are sectors of 512 bytes of the device traced; those of
-a partition are remapped to the whole disk by the time they are issued.
+Sources: blkparse(1), "TRACE ACTIONS" and "OUTPUT DESCRIPTION AND FORMATTING"; blktrace blkparse_fmt.c (1.2).
+Offsets are sectors of 512 bytes of the device traced; those of a partition are remapped to the whole disk by
+the time they are issued.
 """
 
 import numpy as np
@@ -23,12 +24,14 @@ OTHER = _FRONT.replace("?P<device>", "").replace("?P<time>", "") + r"\w+\s|\s*$"
 SUMMARY = r"(?:CPU\d+ |Total )\("
 """What follows is no more than sums."""
 ACTIONS = ("D", "Q", "C")
-"""Issued to the drive, queued, completed: each access goes through all of them and counts once, by the first of these that was traced."""
+"""Issued to the drive, queued, completed: each access goes through all of them and counts once, by the first
+of these that was traced."""
 
 
 def recognise(head: list[str]) -> bool:
     return any(
-        len(words := line.split()) > 6 and "," in words[0] and words[3].count(".") == 1 and words[5].isalpha() for line in head
+        len(words := line.split()) > 6 and "," in words[0] and words[3].count(".") == 1 and words[5].isalpha()
+        for line in head
     )
 
 
@@ -49,7 +52,9 @@ def parse(lines: Lines) -> Rows:
 
 def _op(kind: str) -> int:
     """The RWBS field: D discard, W write, R read, F flush (or force unit access, behind a W)."""
-    return next((op for letter, op in (("D", TRIM), ("W", WRITE), ("R", READ), ("F", FLUSH)) if letter in kind), -1)
+    return next(
+        (op for letter, op in (("D", TRIM), ("W", WRITE), ("R", READ), ("F", FLUSH)) if letter in kind), -1
+    )
 
 
 def _unread(lines: Lines, known: np.ndarray) -> np.ndarray:

@@ -1,11 +1,13 @@
-"""Tables with a heading, in columns of commas or blanks: biosnoop of BCC, scripts of bpftrace that print one line for each access, and the like.
+"""Tables with a heading, in columns of commas or blanks: biosnoop of BCC, scripts of bpftrace that print one
+line for each access, and the like.
 
     TIME(s)     COMM           PID    DISK    T SECTOR     BYTES  LAT(ms)
     0.000004    supervise      1950   xvda1   W 13092560   4096      0.74
 
     time_ns,op,offset,length
 
-Columns are known by their names; those that are not needed may be any. Source: BCC tools/biosnoop_example.txt.
+Columns are known by their names; those that are not needed may be any. Source: BCC
+tools/biosnoop_example.txt.
 """
 
 import re
@@ -39,13 +41,15 @@ EXPECTED = "time_ns,op,offset,length, or TIME(s) COMM PID DISK T SECTOR BYTES"
 
 TIMES = {"s": 10**9, "ms": 10**6, "us": 1000, "ns": 1}
 COLUMNS = {
-    "time": ("time", "ts", "timestamp"), "op": ("op", "t", "rwbs", "rwflag", "type", "dir", "r/w"), "device": ("disk", "dev", "device"),
-    "sector": ("sector", "lba"), "offset": ("offset",), "bytes": ("bytes", "length", "len", "size"),
+    "time": ("time", "ts", "timestamp"), "op": ("op", "t", "rwbs", "rwflag", "type", "dir", "r/w"),
+    "device": ("disk", "dev", "device"), "sector": ("sector", "lba"), "offset": ("offset",),
+    "bytes": ("bytes", "length", "len", "size"),
     "sectors": ("sectors", "nsectors", "nr_sector", "nr_sectors"), "text": ("comm", "process", "command"),
 }  # fmt: skip
 """What a column is, by its name without unit: `time(ms)`, `time_ms`."""
 PATTERNS = {
-    "op": r"[A-Za-z]{1,10}", "device": r"\S+", "sector": SECTORS, "sectors": SECTORS, "offset": DECIMAL, "bytes": DECIMAL,
+    "op": r"[A-Za-z]{1,10}", "device": r"\S+", "sector": SECTORS, "sectors": SECTORS, "offset": DECIMAL,
+    "bytes": DECIMAL,
 }  # fmt: skip
 DIGITS = {10**9: WHOLE, 10**6: r"\d{1,12}", 1000: r"\d{1,15}", 1: r"\d{1,18}"}
 """Times that fit into int64 as nanoseconds, by their unit."""
@@ -61,7 +65,9 @@ def parse(lines: Lines) -> Rows:
     """Accesses by their columns. Raises ValueError where a column is missing."""
     header = _header(lines.head(10))
     if header is None:
-        raise ValueError("has no line with the names of the columns: op, sector or offset, and bytes or sectors are needed")
+        raise ValueError(
+            "has no line with the names of the columns: op, sector or offset, and bytes or sectors are needed"
+        )
     at, columns, comma, unit = header
     found = lines.match(_pattern(columns, comma, unit))
     code, words = found.words("op")
@@ -90,12 +96,15 @@ def parse(lines: Lines) -> Rows:
 
 
 def _header(head: list[str]) -> tuple[str, list[str], bool, int] | None:
-    """(the line's beginning, what each column is, are there commas?, nanoseconds of a unit of time) of the first line that names the columns needed."""
+    """(the line's beginning, what each column is, are there commas?, nanoseconds of a unit of time) of the
+    first line that names the columns needed."""
     for line in head[:10]:
         comma = "," in line
         names = [word.strip().strip('"').lower() for word in (line.split(",") if comma else line.split())]
         parts = [re.fullmatch(r"(.+?)(?:[(_](s|ms|us|ns|bytes)\)?)?", name) for name in names]
-        columns = [next((what for what, known in COLUMNS.items() if part and part[1] in known), "") for part in parts]
+        columns = [
+            next((what for what, known in COLUMNS.items() if part and part[1] in known), "") for part in parts
+        ]
         if "op" in columns and {"sector", "offset"} & set(columns) and {"bytes", "sectors"} & set(columns):
             units = [part[2] for part, what in zip(parts, columns, strict=True) if part and what == "time"]
             return line[:20], columns, comma, TIMES.get(units[0] or "s", 10**9) if units else 1
@@ -103,7 +112,8 @@ def _header(head: list[str]) -> tuple[str, list[str], bool, int] | None:
 
 
 def _pattern(columns: list[str], comma: bool, unit: int) -> str:
-    """The expression for a row: the first column of each meaning is caught, of the others only where they end."""
+    """The expression for a row: the first column of each meaning is caught, of the others only where they
+    end."""
     parts, seen = [], {""}
     patterns = {**PATTERNS, "time": rf"{DIGITS[unit]}(?:\.\d{{1,20}})?"}
     for what in columns:
@@ -116,7 +126,8 @@ def _pattern(columns: list[str], comma: bool, unit: int) -> str:
 
 
 def _times(found: Match, unit: int) -> Int:
-    """Nanoseconds since the log's own start or since 1970, exact: fractions of floating point would round those of today."""
+    """Nanoseconds since the log's own start or since 1970, exact: fractions of floating point would round
+    those of today."""
     parts = pc.extract_regex(found.text("time"), r"^(?P<whole>\d{1,19})(?P<fraction>\.\d*)?")
     text = pc.if_else(pc.equal(parts.field("fraction"), b""), b"0", parts.field("fraction"))
     fraction = text.cast(pa.large_string()).cast(pa.float64()).to_numpy(zero_copy_only=False)

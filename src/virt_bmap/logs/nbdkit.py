@@ -2,7 +2,8 @@
 
     2026-11-23 06:19:37.523103 connection=1 Read id=1 offset=0x0 count=0x1000 ...
 
-Source: nbdkit-log-filter(1), "LOG FILE FORMAT". The requests themselves are read by `watch.accesses`, which follows a running server's log.
+Source: nbdkit-log-filter(1), "LOG FILE FORMAT". The requests themselves are read by `watch.accesses`, which
+follows a running server's log.
 """
 
 import numpy as np
@@ -17,12 +18,13 @@ EXPECTED = "2026-11-23 06:19:37.523103 connection=1 Read id=1 offset=0x0 count=0
 _DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6} "
 _NUMBER = r"0x[0-9a-f]{1,16}"
 REQUEST = (
-    _DATE
-    + rf"connection=\d{{1,10}} (?:(?:Read|Write|Trim|Zero|Cache) id=\d{{1,18}} offset={_NUMBER} count={_NUMBER}|Flush id=\d{{1,18}})\b"
+    _DATE + rf"connection=\d{{1,10}} (?:(?:Read|Write|Trim|Zero|Cache) id=\d{{1,18}} offset={_NUMBER} "
+    rf"count={_NUMBER}|Flush id=\d{{1,18}})\b"
 )
 OTHER = (
-    _DATE
-    + r"(?:connection=\d{1,10} )?(?:\.\.\.\w+|Extents|Connect|Disconnect|Preconnect|ListExports|Ready|Fork|Load|Unload|\w+ id=)|\s*$"
+    _DATE + r"(?:connection=\d{1,10} "
+    r")?(?:\.\.\.\w+|Extents|Connect|Disconnect|Preconnect|ListExports|Ready|Fork|Load|Unload|\w+ "
+    r"id=)|\s*$"
 )
 """Replies, and what moves no bytes."""
 

@@ -1,31 +1,59 @@
-"""What QEMU's trace events say of disk accesses: of a backend's reads and writes (blk_co_preadv, blk_co_pwritev), or of virtio-blk requests.
+"""What QEMU's trace events say of disk accesses: of a backend's reads and writes (blk_co_preadv,
+blk_co_pwritev), or of virtio-blk requests.
 
     1234@1700000000.123456:blk_co_preadv blk 0x55d665247990 bs 0x55d665252aa0 offset 4096 bytes 8192 flags 0x0     -trace, log backend
     virtio_blk_handle_read vdev 0x55.. req 0x55.. sector 8 nsectors 16                                            without -msg timestamp=on
     blk_co_preadv 12.345 pid=1234 blk=0x55d665247990 bs=0x55d665252aa0 offset=0x1000 bytes=0x2000 flags=0x0         scripts/simpletrace.py
 
-Sources: QEMU docs/devel/tracing.rst; block/trace-events, hw/block/trace-events (v7.2); util/log.c; scripts/simpletrace.py (times are microseconds since
-the event before).
+Sources: QEMU docs/devel/tracing.rst; block/trace-events, hw/block/trace-events (v7.2); util/log.c;
+scripts/simpletrace.py (times are microseconds since the event before).
 """
 
 import numpy as np
 import pyarrow as pa
 
 from virt_bmap.arrays import Int
-from virt_bmap.logs.text import DECIMAL, HEX, READ, SECTOR, SECTORS, WHOLE, WRITE, Lines, Match, Rows, coded, numbered, zeros
+from virt_bmap.logs.text import (
+    DECIMAL,
+    HEX,
+    READ,
+    SECTOR,
+    SECTORS,
+    WHOLE,
+    WRITE,
+    Lines,
+    Match,
+    Rows,
+    coded,
+    numbered,
+    zeros,
+)
 from virt_bmap.watch.accesses import Accesses
 
 NAME = "QEMU's trace output"
 EXPECTED = "1234@1700000000.123456:blk_co_preadv blk 0x55d6 bs 0x55d6 offset 4096 bytes 8192 flags 0x0"
 
 OPS = {
-    "blk_co_preadv": READ, "blk_co_pwritev": WRITE, "virtio_blk_handle_read": READ, "virtio_blk_handle_write": WRITE,
+    "blk_co_preadv": READ, "blk_co_pwritev": WRITE, "virtio_blk_handle_read": READ,
+    "virtio_blk_handle_write": WRITE,
 }  # fmt: skip
 _STAMP = rf"(?:\d+@(?P<time>{WHOLE}\.\d{{6}}):)?"
-_BACKEND = rf"(?P<event>blk_co_p(?:read|write)v) blk (?P<device>{HEX}) bs {HEX} offset (?P<offset>{DECIMAL}) bytes (?P<length>{DECIMAL})\b"
-_VIRTIO = rf"(?P<event>virtio_blk_handle_(?:read|write)) vdev (?P<device>{HEX}) req {HEX} sector (?P<offset>{SECTORS}) nsectors (?P<length>{SECTORS})\b"
-_BACKEND_SIMPLE = rf"(?P<event>blk_co_p(?:read|write)v) {{TIME}} pid=\d.*\bblk=(?P<device>{HEX}) .*\boffset=(?P<offset>{HEX}) bytes=(?P<length>{HEX})\b"
-_VIRTIO_SIMPLE = rf"(?P<event>virtio_blk_handle_(?:read|write)) {{TIME}} pid=\d.*\bvdev=(?P<device>{HEX}) .*\bsector=(?P<offset>0x[0-9a-f]{{1,12}}) nsectors=(?P<length>0x[0-9a-f]{{1,12}})\b"
+_BACKEND = (
+    rf"(?P<event>blk_co_p(?:read|write)v) blk (?P<device>{HEX}) bs {HEX} offset "
+    rf"(?P<offset>{DECIMAL}) bytes (?P<length>{DECIMAL})\b"
+)
+_VIRTIO = (
+    rf"(?P<event>virtio_blk_handle_(?:read|write)) vdev (?P<device>{HEX}) req {HEX} sector "
+    rf"(?P<offset>{SECTORS}) nsectors (?P<length>{SECTORS})\b"
+)
+_BACKEND_SIMPLE = (
+    rf"(?P<event>blk_co_p(?:read|write)v) {{TIME}} pid=\d.*\bblk=(?P<device>{HEX}) "
+    rf".*\boffset=(?P<offset>{HEX}) bytes=(?P<length>{HEX})\b"
+)
+_VIRTIO_SIMPLE = (
+    rf"(?P<event>virtio_blk_handle_(?:read|write)) {{TIME}} pid=\d.*\bvdev=(?P<device>{HEX}) "
+    rf".*\bsector=(?P<offset>0x[0-9a-f]{{1,12}}) nsectors=(?P<length>0x[0-9a-f]{{1,12}})\b"
+)
 _SINCE = r"(?P<time>\d{1,12}\.\d{1,6})"
 OTHER = r"(?:\d+@\d+\.\d+:)?[a-z][a-z0-9_]+ |\s*$"
 """Other events, and the program's own messages."""
@@ -36,7 +64,8 @@ def recognise(head: list[str]) -> bool:
 
 
 def parse(lines: Lines) -> Rows:
-    """The accesses of each block backend; of virtio requests where no backend was traced, since either sees the same accesses."""
+    """The accesses of each block backend; of virtio requests where no backend was traced, since either sees
+    the same accesses."""
     simple_times = lines.match(r"[a-z][a-z0-9_]* (?P<time>\d{1,12}\.\d{1,6}) pid=\d")
     simple = len(simple_times.rows) > 0
     backend, virtio = (
@@ -56,7 +85,9 @@ def parse(lines: Lines) -> Rows:
 def _stamps(found: Match) -> tuple[Int, tuple[str, ...]]:
     """Times of the log backend; without -msg timestamp=on there are none."""
     if not len(found.rows) or found.text("time")[0].as_py() == b"":
-        why = "has no times (QEMU writes them with -msg timestamp=on): its accesses are put a microsecond apart"
+        why = (
+            "has no times (QEMU writes them with -msg timestamp=on): its accesses are put a microsecond apart"
+        )
         return numbered(len(found.rows)), (why,)
     return found.seconds("time"), ()
 

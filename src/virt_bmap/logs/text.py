@@ -1,4 +1,5 @@
-"""Text as columns: lines, and the numbers and words that a regular expression finds in them, all lines at once."""
+"""Text as columns: lines, and the numbers and words that a regular expression finds in them, all lines at
+once."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +18,8 @@ HEAD = 50
 SHOWN = 60
 """Bytes of a malformed line that a message shows."""
 DECIMAL, SECTORS, HEX = r"\d{1,18}", r"\d{1,15}", r"0x[0-9a-fA-F]{1,15}"
-"""Numbers that fit into int64, those of SECTORS also times 512; no disk reaches further, and longer ones make the line malformed."""
+"""Numbers that fit into int64, those of SECTORS also times 512; no disk reaches further, and longer ones make
+the line malformed."""
 WHOLE = r"(?:\d{1,9}|[1-8]\d{9})"
 """Seconds that fit into int64 as nanoseconds."""
 SECTOR = 512
@@ -25,9 +27,11 @@ READ, WRITE, TRIM, ZERO, FLUSH = range(5)
 
 
 class Rows(NamedTuple):
-    """What a parser finds: accesses, and for each the line (from 1) and the device (a position in `devices`, 0 where none are named).
+    """What a parser finds: accesses, and for each the line (from 1) and the device (a position in `devices`,
+    0 where none are named).
 
-    `unread` are the numbers of lines that are no part of the format, `notes` what a person should know about the log.
+    `unread` are the numbers of lines that are no part of the format, `notes` what a person should know about
+    the log.
     """
 
     accesses: Accesses
@@ -39,12 +43,16 @@ class Rows(NamedTuple):
 
     def take(self, keep: np.ndarray) -> "Rows":
         """Some of the accesses."""
-        return self._replace(accesses=self.accesses.take(keep), line=self.line[keep], device=self.device[keep])
+        return self._replace(
+            accesses=self.accesses.take(keep), line=self.line[keep], device=self.device[keep]
+        )
 
 
 class Log(NamedTuple):
-    """The accesses of one device in order of time. Times of logs without dates count from 1970. `line` says where each came from, `unread` which
-    lines were left out, of which `example` is the first."""
+    """The accesses of one device in order of time.
+
+    Times of logs without dates count from 1970. `line` says where each came from, `unread` which lines were
+    left out, of which `example` is the first."""
 
     source: str
     format: str
@@ -92,9 +100,14 @@ class Lines:
         return found
 
     def unread(self, known: Bool, other: str = r"\s*$") -> Int:
-        """The numbers of the lines that are neither `known` nor fit `other`; not a last one that was cut off."""
+        """The numbers of the lines that are neither `known` nor fit `other`; not a last one that was cut
+        off."""
         rows = np.flatnonzero(~known)
-        rows = rows[~pc.match_substring_regex(self.text.take(pa.array(rows)), rf"^(?:{other})").to_numpy(zero_copy_only=False)]
+        rows = rows[
+            ~pc.match_substring_regex(self.text.take(pa.array(rows)), rf"^(?:{other})").to_numpy(
+                zero_copy_only=False
+            )
+        ]
         numbers: Int = rows[rows < len(self) - self.cut].astype(np.int64) + 1
         return numbers
 
@@ -118,20 +131,31 @@ class Match(NamedTuple):
     def number(self, name: str) -> Int:
         """A group of decimal digits, or of 0x and hexadecimal ones, as int64; -1 where it caught nothing."""
         text = self.found.field(name).view(pa.large_string())
-        return tables.integers(pa.table({name: pc.cast(pc.if_else(pc.equal(text, ""), None, text), pa.int64())}), name)
+        return tables.integers(
+            pa.table({name: pc.cast(pc.if_else(pc.equal(text, ""), None, text), pa.int64())}), name
+        )
 
     def seconds(self, name: str) -> Int:
-        """A group like 12.345678 as nanoseconds, exact to the last of nine digits; a point or comma may be missing."""
-        parts = pc.extract_regex(self.found.field(name), rf"^(?P<whole>{WHOLE})(?:[.,](?P<rest>\d{{0,9}})\d*)?$")
+        """A group like 12.345678 as nanoseconds, exact to the last of nine digits; a point or comma may be
+        missing."""
+        parts = pc.extract_regex(
+            self.found.field(name), rf"^(?P<whole>{WHOLE})(?:[.,](?P<rest>\d{{0,9}})\d*)?$"
+        )
         rest = pc.binary_replace_slice(
-            pc.utf8_rpad(parts.field("rest").view(pa.large_string()), 9, "0").view(pa.large_binary()), 9, 9, b""
+            pc.utf8_rpad(parts.field("rest").view(pa.large_string()), 9, "0").view(pa.large_binary()),
+            9,
+            9,
+            b"",
         )
         whole = Match(self.rows, parts).number("whole")
-        result: Int = whole * 10**9 + pc.cast(rest.view(pa.large_string()), pa.int64()).to_numpy(zero_copy_only=False)
+        result: Int = whole * 10**9 + pc.cast(rest.view(pa.large_string()), pa.int64()).to_numpy(
+            zero_copy_only=False
+        )
         return result
 
     def words(self, name: str) -> tuple[Int, list[str]]:
-        """A group of few different words: (position of each line's word in the list, the list in order of appearance)."""
+        """A group of few different words: (position of each line's word in the list, the list in order of
+        appearance)."""
         codes = pc.dictionary_encode(self.text(name))
         return codes.indices.to_numpy(zero_copy_only=False).astype(np.int64), [
             escape(word) for word in codes.dictionary.to_pylist()

@@ -10,14 +10,27 @@ from virt_bmap.make import disk, filesystems, tools
 from virt_bmap.make.spec import parse
 from virt_bmap.outputs.files import dress_as
 
-CONTAINERS = {".qcow2": "qcow2", ".qcow": "qcow", ".qed": "qed", ".vmdk": "vmdk", ".vdi": "vdi", ".vhdx": "vhdx", ".vhd": "vpc"}
+CONTAINERS = {
+    ".qcow2": "qcow2",
+    ".qcow": "qcow",
+    ".qed": "qed",
+    ".vmdk": "vmdk",
+    ".vdi": "vdi",
+    ".vhdx": "vhdx",
+    ".vhd": "vpc",
+}
 """Extensions of the output, and what qemu-img calls their format; all others are raw."""
 
 
-def make(text: str, out: str, tree: str | None = None, key_file: str | None = None, force: bool = False) -> list[str]:
-    """Make the disk that a SPEC describes: the means that were used. `out` takes its name when it is complete.
+def make(
+    text: str, out: str, tree: str | None = None, key_file: str | None = None, force: bool = False
+) -> list[str]:
+    """Make the disk that a SPEC describes: the means that were used.
 
-    Raises UsageError (the SPEC, an output that exists), MissingTool, ImageError with a tool's words, OutputError.
+    `out` takes its name when it is complete.
+
+    Raises UsageError (the SPEC, an output that exists), MissingTool, ImageError with a tool's words,
+    OutputError.
     """
     spec = parse(text)
     if tree and spec.kind in ("disk", "part", "lv"):
@@ -33,8 +46,16 @@ def make(text: str, out: str, tree: str | None = None, key_file: str | None = No
     try:
         with hidden_folder(str(target)) as name:
             folder = Path(name)
-            trees = {} if source is None else disk.split(source, folder) if spec.kind.startswith("boot") else {"/": source}
-            work = disk.Work(spec, folder, folder / "disk.img", trees, Path(key_file).absolute() if key_file else None)
+            trees = (
+                {}
+                if source is None
+                else disk.split(source, folder)
+                if spec.kind.startswith("boot")
+                else {"/": source}
+            )
+            work = disk.Work(
+                spec, folder, folder / "disk.img", trees, Path(key_file).absolute() if key_file else None
+            )
             disk.build(work)
             made = work.disk
             if format := CONTAINERS.get(target.suffix.lower()):
@@ -44,7 +65,9 @@ def make(text: str, out: str, tree: str | None = None, key_file: str | None = No
                 dress_as(str(target), file.fileno())
             os.replace(made, target)
     except OSError as error:
-        raise OutputError(f"{out}: can't be made: {os.strerror(error.errno) if error.errno else error}") from error
+        raise OutputError(
+            f"{out}: can't be made: {os.strerror(error.errno) if error.errno else error}"
+        ) from error
     return sorted(work.how)
 
 
@@ -52,7 +75,9 @@ def _target(out: str, force: bool) -> Path:
     """The file that is to be made. Raises UsageError and OutputError before anything is done."""
     target = Path(os.path.realpath(out))
     if target.exists() and not target.is_file():
-        raise UsageError(f"{out}: is {'a directory' if target.is_dir() else 'no regular file'}; make writes files")
+        raise UsageError(
+            f"{out}: is {'a directory' if target.is_dir() else 'no regular file'}; make writes files"
+        )
     if target.exists() and not force:
         raise UsageError(f"{out}: exists already; --force replaces it")
     if not target.parent.is_dir():

@@ -1,4 +1,5 @@
-"""What only a kernel with device-mapper and md can do, done in the small virtual machine of libguestfs: arrays, thin volumes, mounts that this host can't make.
+"""What only a kernel with device-mapper and md can do, done in the small virtual machine of libguestfs:
+arrays, thin volumes, mounts that this host can't make.
 
 Sources: guestfish(1), guestfs(3) of libguestfs 1.48.
 """
@@ -23,8 +24,10 @@ Step = tuple[str, ...]
 
 
 def run(disk: Path, steps: Sequence[Step]) -> None:
-    """Run commands of guestfish with a raw image as /dev/sda. Where the machine does not start, once more without KVM (there are hosts where /dev/kvm opens and
-    does not work). Raises ImageError with guestfish's words."""
+    """Run commands of guestfish with a raw image as /dev/sda.
+
+    Where the machine does not start, once more without KVM (there are hosts where /dev/kvm opens and does not
+    work). Raises ImageError with guestfish's words."""
     script = "\n".join(
         " ".join([step[0], *map(_quoted, step[1:])])
         for step in [("add", str(disk), "format:raw", f"label:{LABEL}"), ("run",), *steps]
@@ -40,7 +43,10 @@ def run(disk: Path, steps: Sequence[Step]) -> None:
 
 
 def shell(*words: str) -> Step:
-    """A program of the virtual machine itself, for what guestfish has no command for. Words must not need quoting in a shell."""
+    """A program of the virtual machine itself, for what guestfish has no command for.
+
+    Words must not need quoting in a shell.
+    """
     return ("debug", "sh", " ".join(words))
 
 

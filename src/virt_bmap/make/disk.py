@@ -1,8 +1,10 @@
-"""From a SPEC to a raw disk: every volume is built in a file of its own, the innermost first, and copied to its place in the next.
+"""From a SPEC to a raw disk: every volume is built in a file of its own, the innermost first, and copied to
+its place in the next.
 
     filesystem -> LUKS or logical volume -> partition -> disk
 
-What needs a kernel that this host has not (arrays, thin volumes, LVM without root, some mounts) is left for one run of the appliance over the whole disk.
+What needs a kernel that this host has not (arrays, thin volumes, LVM without root, some mounts) is left for
+one run of the appliance over the whole disk.
 """
 
 import json
@@ -24,7 +26,8 @@ END = MIB
 LUKS = ("--type", "luks2")
 """cryptsetup's defaults for all else: cipher, key derivation."""
 LUKS_HEADER = 8 * MIB
-"""Half of what `cryptsetup reencrypt --reduce-device-size` takes is the header, half is where the data was before it moved (cryptsetup-reencrypt(8))."""
+"""Half of what `cryptsetup reencrypt --reduce-device-size` takes is the header, half is where the data was
+before it moved (cryptsetup-reencrypt(8))."""
 TYPES = {
     "lvm": ("8e", "E6D6D379-F507-44C2-A23C-238F2A3DF928"),
     "raid": ("fd", "A19D880F-05FC-4D3B-A006-743F0F84911E"),
@@ -70,7 +73,9 @@ def build(work: Work) -> None:
         _filesystem(work, "bootfs", "/boot", partitions[0], "/dev/sda1")
     last = partitions[-1]
     if spec.kind in ("fs", "bootroot"):
-        _filesystem(work, "filesystem" if spec.kind == "fs" else "rootfs", "/", last, f"/dev/sda{len(partitions)}")
+        _filesystem(
+            work, "filesystem" if spec.kind == "fs" else "rootfs", "/", last, f"/dev/sda{len(partitions)}"
+        )
     elif spec.kind == "luks":
         _luks(work, last)
     elif spec.kind == "md":
@@ -93,7 +98,8 @@ def layout(spec: Spec) -> list[Partition]:
         sizes, kinds = [(end - START) // count // MIB * MIB] * count, [_type(spec)] * count
     if min(sizes) < MIB:
         raise UsageError(
-            f"a disk of {spec.size:,} bytes has no room for that: partitions begin at 1 MiB and are at least as large"
+            f"a disk of {spec.size:,} bytes has no room for that: partitions begin at 1 MiB and are "
+            "at least as large"
         )
     starts = [START + sum(sizes[:number]) for number in range(len(sizes))]
     return [Partition(start, size, kind, number == 0 and spec.kind.startswith("boot"))
@@ -116,12 +122,14 @@ def _write_table(work: Work, partitions: list[Partition]) -> None:
     for entry in partitions:
         boot = ", bootable" if entry.bootable and not gpt else ""
         lines.append(f"start={entry.start // 512}, size={entry.size // 512}, type={entry.type[gpt]}{boot}")
-    # without --no-tell-kernel it calls sync(2) before it asks the kernel, and waits for every disk of the host (fdisk's disk-utils/sfdisk.c, write_changes)
+    # without --no-tell-kernel it calls sync(2) before it asks the kernel, and waits for every disk of the
+    # host (fdisk's disk-utils/sfdisk.c, write_changes)
     tools.run("sfdisk", "--quiet", "--no-tell-kernel", work.disk, stdin="\n".join(lines) + "\n")
 
 
 def _made(work: Work, parameter: str, where: str, size: int, device: str) -> Path:
-    """A file of `size` bytes with the filesystem that a parameter asks for; what this host can't put into it the appliance will, on `device`."""
+    """A file of `size` bytes with the filesystem that a parameter asks for; what this host can't put into it
+    the appliance will, on `device`."""
     kind, tree = work.spec.filesystem(parameter), work.trees.get(where)
     file = tools.blank(work.folder / f"{parameter}.img", size)
     how = filesystems.make(kind, file, tree)
@@ -137,26 +145,32 @@ def _filesystem(work: Work, parameter: str, where: str, partition: Partition, de
 
 
 def _luks(work: Work, partition: Partition) -> None:
-    """The filesystem, moved back by the header's size while it is encrypted; a kernel is not needed for that."""
+    """The filesystem, moved back by the header's size while it is encrypted; a kernel is not needed for
+    that."""
     if not work.key:
         raise UsageError("luks needs a passphrase: put it into a file and name that with --key-file")
     size = partition.size - LUKS_HEADER
     if size < MIB:
         raise UsageError(
-            f"the partition of {partition.size:,} bytes has no room for a LUKS header of {LUKS_HEADER:,} bytes and a filesystem"
+            f"the partition of {partition.size:,} bytes has no room for a LUKS header of "
+            f"{LUKS_HEADER:,} bytes and a filesystem"
         )
     file = _made(work, "filesystem", "/", size, "")
     if work.steps:
         raise ImageError(
-            f"{work.spec.filesystem()}: filling it inside LUKS needs root and a kernel that mounts it; ext4 and btrfs need neither"
+            f"{work.spec.filesystem()}: filling it inside LUKS needs root and a kernel that mounts "
+            "it; ext4 and btrfs need neither"
         )
     with open(file, "r+b") as grown:
         grown.truncate(size + 2 * LUKS_HEADER)
-    tools.run("cryptsetup", "reencrypt", "--encrypt", *LUKS, "--batch-mode", "--reduce-device-size", f"{2 * LUKS_HEADER // MIB}M",
+    tools.run("cryptsetup", "reencrypt", "--encrypt", *LUKS, "--batch-mode", "--reduce-device-size",
+        f"{2 * LUKS_HEADER // MIB}M",
               "--key-file", work.key, file)  # fmt: skip
     header = json.loads(tools.run("cryptsetup", "luksDump", "--dump-json-metadata", file))
     if [segment["offset"] for segment in header["segments"].values()] != [str(LUKS_HEADER)]:
-        raise ImageError("cryptsetup laid the header out in another way than expected; this version of it is not known")
+        raise ImageError(
+            "cryptsetup laid the header out in another way than expected; this version of it is not known"
+        )
     with open(file, "r+b") as cut:
         cut.truncate(LUKS_HEADER + size)
     tools.place(file, work.disk, partition.start)
@@ -177,7 +191,11 @@ def _logical(work: Work, partition: Partition, device: str) -> None:
         tools.place(file, work.disk, partition.start)
         return
     else:
-        work.steps += [("pvcreate", device), ("vgcreate", group, device), ("lvcreate-free", name, group, "100")]
+        work.steps += [
+            ("pvcreate", device),
+            ("vgcreate", group, device),
+            ("lvcreate-free", name, group, "100"),
+        ]
     if work.spec.kind != "lv":
         _inside(work, volume, *_root(work))
 
@@ -188,39 +206,72 @@ def _root(work: Work) -> tuple[str, str]:
 
 
 def _linear(work: Work, size: int, group: str, name: str) -> tuple[int, int, Path]:
-    """A physical volume in a file, written by LVM itself without device-mapper: where the logical volume begins in it, its size, and the file."""
+    """A physical volume in a file, written by LVM itself without device-mapper: where the logical volume
+    begins in it, its size, and the file."""
     file = tools.blank(work.folder / "pv.img", size)
     with tools.loop(file) as device:
-        # a folder of settings of our own, and no look at other devices: the group may be called like one of this host
+        # a folder of settings of our own, and no look at other devices: the group may be called like one of
+        # this host
         settings = {"LVM_SYSTEM_DIR": str(work.folder), "LVM_SUPPRESS_FD_WARNINGS": "1"}
-        only = f'devices{{filter=["a|^{device}$|","r|.*|"] use_devicesfile=0}} backup{{backup=0 archive=0}} activation{{udev_sync=0 udev_rules=0}}'
+        only = (
+            f'devices{{filter=["a|^{device}$|","r|.*|"] use_devicesfile=0}} backup{{backup=0 '
+            f"archive=0}} activation{{udev_sync=0 udev_rules=0}}"
+        )
         options = ("--config", only, "--driverloaded", "n")
         tools.run("lvm", "pvcreate", "-qq", *options, device, env=settings)
         tools.run("lvm", "vgcreate", "-qq", *options, group, device, env=settings)
-        tools.run("lvm", "lvcreate", "-qq", *options, "-an", "-Zn", "-Wn", "-l", "100%FREE", "-n", name, group, env=settings)
+        tools.run(
+            "lvm",
+            "lvcreate",
+            "-qq",
+            *options,
+            "-an",
+            "-Zn",
+            "-Wn",
+            "-l",
+            "100%FREE",
+            "-n",
+            name,
+            group,
+            env=settings,
+        )
         columns = ("--units", "b", "--nosuffix", "--reportformat", "json", "-o", "pe_start,lv_size")
         found = json.loads(tools.run("lvm", "pvs", *options, *columns, env=settings))["report"][0]["pv"][0]
     return int(found["pe_start"]), int(found["lv_size"]), file
 
 
 def _thin(group: str, name: str) -> list[appliance.Step]:
-    """A pool over the whole group but for some extents that LVM keeps to repair it, and a volume of the pool's size."""
+    """A pool over the whole group but for some extents that LVM keeps to repair it, and a volume of the
+    pool's size."""
     pool = "pool"
     return [
         appliance.shell("lvm", "lvcreate", "-qq", "-y", "-l", "90%FREE", "--thinpool", pool, group),
         appliance.shell(
-            "lvm", "lvcreate", "-qq", "-y", "-V", f"$(($(lvm lvs --noheadings --units b --nosuffix -o lv_size {group}/{pool})))b",
+            "lvm", "lvcreate", "-qq", "-y", "-V", "$(($(lvm lvs --noheadings --units b --nosuffix -o "
+                f"lv_size {group}/{pool})))b",
             "--thin", "-n", name, f"{group}/{pool}",
         ),
     ]  # fmt: skip
 
 
 def _array(work: Work, members: int) -> None:
-    """An array over all partitions. They are blank: copies and parity of zeroes are in place already, nothing needs to be synchronised."""
+    """An array over all partitions.
+
+    They are blank: copies and parity of zeroes are in place already, nothing needs to be synchronised.
+    """
     device = "/dev/md127"
     devices = [f"{appliance.DISK}{number}" for number in range(1, members + 1)]
-    words = ("--run", "--assume-clean", "--metadata=1.2", "--homehost=any", "--name=md0", f"--level={work.spec.values['level']}")
-    work.steps.append(appliance.shell("mdadm", "--create", device, *words, f"--raid-devices={members}", *devices))
+    words = (
+        "--run",
+        "--assume-clean",
+        "--metadata=1.2",
+        "--homehost=any",
+        "--name=md0",
+        f"--level={work.spec.values['level']}",
+    )
+    work.steps.append(
+        appliance.shell("mdadm", "--create", device, *words, f"--raid-devices={members}", *devices)
+    )
     _inside(work, device, "filesystem", "/")
     work.steps.append(("md-stop", device))
 
@@ -239,7 +290,10 @@ def _inside(work: Work, device: str, parameter: str, where: str) -> None:
 
 
 def split(tree: Path, folder: Path) -> dict[str, Path]:
-    """A tree as two: what is below /boot, and the rest with /boot empty. The rest is a copy (of references, where the filesystem can)."""
+    """A tree as two: what is below /boot, and the rest with /boot empty.
+
+    The rest is a copy (of references, where the filesystem can).
+    """
     boot = tree / "boot"
     if not boot.is_dir() or boot.is_symlink():
         return {"/": tree}

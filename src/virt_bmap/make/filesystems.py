@@ -1,6 +1,7 @@
 """Filesystems made and filled in plain files, by their own tools.
 
-Where a tool can't put a tree into what it makes, a kernel has to, through a mount on this host (root), or in libguestfs's appliance: `fill` says False then.
+Where a tool can't put a tree into what it makes, a kernel has to, through a mount on this host (root), or in
+libguestfs's appliance: `fill` says False then.
 """
 
 import os
@@ -16,8 +17,11 @@ Maker = Callable[[Path, Path | None], None]
 
 
 class Type(NamedTuple):
-    """One type of filesystem. `make(file, tree)` makes it over the whole of a file, and fills it where `fills` is "tool". "mount": a kernel has to, by the
-    filesystem type `kernel`; "never": it holds no files. Partition types for MBR and GPT."""
+    """One type of filesystem.
+
+    `make(file, tree)` makes it over the whole of a file, and fills it where `fills` is "tool". "mount": a
+    kernel has to, by the filesystem type `kernel`; "never": it holds no files. Partition types for MBR and
+    GPT."""
 
     make: Maker
     fills: str
@@ -73,8 +77,9 @@ FILESYSTEMS = {
 
 
 def make(kind: str, file: Path, tree: Path | None) -> str | None:
-    """Make a filesystem over the whole of a file and fill it with what is in `tree`: how that was done, or None where the tree is still to be put in, by
-    the appliance. Raises ImageError with the tool's words, MissingTool, UsageError where this type holds no files."""
+    """Make a filesystem over the whole of a file and fill it with what is in `tree`: how that was done, or
+    None where the tree is still to be put in, by the appliance. Raises ImageError with the tool's words,
+    MissingTool, UsageError where this type holds no files."""
     found = FILESYSTEMS[kind]
     if tree and found.fills == "never":
         raise UsageError(f"{kind} holds no files: leave --tree away")
@@ -99,5 +104,7 @@ def _filled(kernel: str, file: Path, tree: Path) -> bool:
 def folder_of(tree: str) -> Path:
     """The directory that is to be put in. Raises UsageError where it is none."""
     if not os.path.isdir(tree):
-        raise UsageError(f"--tree {tree}: {'is not a directory' if os.path.exists(tree) else 'there is no such directory'}")
+        raise UsageError(
+            f"--tree {tree}: {'is not a directory' if os.path.exists(tree) else 'there is no such directory'}"
+        )
     return Path(tree).absolute()

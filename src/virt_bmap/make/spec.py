@@ -1,4 +1,5 @@
-"""What is to be made, as text: TYPE[:PARAMETER]..., the types and parameters of `guestfish -N`, and three more (md, luks, thin).
+"""What is to be made, as text: TYPE[:PARAMETER]..., the types and parameters of `guestfish -N`, and three
+more (md, luks, thin).
 
 Source: guestfish(1), PREPARED DISK IMAGES (libguestfs 1.48).
 """
@@ -20,7 +21,10 @@ MAX_SIZE = 1 << 60
 
 
 class Kind(NamedTuple):
-    """A type: what it makes, and its parameters in order with their defaults. The name of a parameter says what may stand there."""
+    """A type: what it makes, and its parameters in order with their defaults.
+
+    The name of a parameter says what may stand there.
+    """
 
     about: str
     parameters: Mapping[str, str]
@@ -37,7 +41,8 @@ KINDS = {
     "lvfs": Kind("a filesystem in a logical volume", NAME | FILESYSTEM | SIZE | PARTITION),
     "bootroot": Kind("two partitions with the filesystems of /boot and /", BOOT),
     "bootrootlv": Kind("the same, the root filesystem in a logical volume", NAME | BOOT),
-    "md": Kind("a filesystem in an array of partitions", {"level": "raid1", **FILESYSTEM, "members": "2", **SIZE, **PARTITION}),
+    "md": Kind("a filesystem in an array of partitions",
+        {"level": "raid1", **FILESYSTEM, "members": "2", **SIZE, **PARTITION}),
     "luks": Kind("a filesystem in an encrypted partition", FILESYSTEM | SIZE | PARTITION),
     "thin": Kind("a filesystem in a thin logical volume", NAME | FILESYSTEM | SIZE | PARTITION),
 }  # fmt: skip
@@ -89,7 +94,9 @@ def parse(text: str) -> Spec:
     parameters = KINDS[name].parameters
     if len(given) > len(parameters):
         raise UsageError(f"{text}: {name} takes {len(parameters)} parameters at most: {usage(name)}")
-    values = dict(parameters) | {parameter: value for parameter, value in zip(parameters, given, strict=False) if value}
+    values = dict(parameters) | {
+        parameter: value for parameter, value in zip(parameters, given, strict=False) if value
+    }
     for parameter, value in values.items():
         if reason := _wrong(parameter, value, values):
             raise UsageError(f"{text}: {parameter} {value!r}: {reason}")
@@ -126,11 +133,18 @@ def _wrong_name(value: str) -> str | None:
         and all(letter.isascii() and (letter.isalnum() or letter in "+_.-") for letter in part)
         for part in parts[2:]
     )  # fmt: skip
-    return None if good else "a logical volume is named /dev/VG/LV, with letters, digits and + _ . - in the two names"
+    return (
+        None
+        if good
+        else "a logical volume is named /dev/VG/LV, with letters, digits and + _ . - in the two names"
+    )
 
 
 def bytes_of(text: str) -> int:
-    """A size: decimal, in bytes or with k, M, G, T, P (of 1024) or s (sectors) behind it. Raises UsageError."""
+    """A size: decimal, in bytes or with k, M, G, T, P (of 1024) or s (sectors) behind it.
+
+    Raises UsageError.
+    """
     number = text.lower().rstrip("bskmgtpi")
     unit = text.lower()[len(number) :]
     unit = unit.removesuffix("ib") if len(unit) == 3 else unit[:1] if unit[1:] == "b" else unit

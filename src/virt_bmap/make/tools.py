@@ -13,14 +13,16 @@ from virt_bmap import children, programs
 from virt_bmap.errors import ImageError, MissingTool, OutputError
 
 PACKAGES = {
-    "mke2fs": "e2fsprogs", "mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "mkfs.fat": "dosfstools", "mcopy": "mtools",
-    "mkntfs": "ntfs-3g", "mkfs.exfat": "exfatprogs", "mkfs.f2fs": "f2fs-tools", "sload.f2fs": "f2fs-tools", "mkfs.minix": "util-linux",
-    "mkswap": "util-linux", "sfdisk": "fdisk", "lvm": "lvm2", "mount": "mount", "unshare": "util-linux", "cryptsetup": "cryptsetup-bin",
+    "mke2fs": "e2fsprogs", "mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "mkfs.fat": "dosfstools",
+    "mcopy": "mtools", "mkntfs": "ntfs-3g", "mkfs.exfat": "exfatprogs", "mkfs.f2fs": "f2fs-tools",
+    "sload.f2fs": "f2fs-tools", "mkfs.minix": "util-linux", "mkswap": "util-linux", "sfdisk": "fdisk",
+    "lvm": "lvm2", "mount": "mount", "unshare": "util-linux", "cryptsetup": "cryptsetup-bin",
     "qemu-img": "qemu-utils", "guestfish": "libguestfs-tools", "tar": "tar", "cp": "coreutils",
 }  # fmt: skip
 PIECE = 64 << 20
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE, LO_FLAGS_AUTOCLEAR = 0x4C82, 0x4C0A, 4
-"""include/uapi/linux/loop.h; struct loop_config: the file, the block size, and struct loop_info64, whose flags are at byte 52. Since Linux 5.8."""
+"""include/uapi/linux/loop.h; struct loop_config: the file, the block size, and struct loop_info64, whose
+flags are at byte 52. Since Linux 5.8."""
 RIVALS = 100
 """Times that somebody else may take the loop device that was free."""
 FILL = """
@@ -31,7 +33,10 @@ cp -rT $keep -- "$tree" "$folder"
 umount "$folder"
 while kill -0 -1 2>/dev/null; do sleep 0.02; done
 """
-"""For sh, as the first process of its namespace: when it ends, all others there are killed. The server of a FUSE filesystem may still write then, so it waits."""
+"""For sh, as the first process of its namespace: when it ends, all others there are killed.
+
+The server of a FUSE filesystem may still write then, so it waits.
+"""
 
 
 def find(tool: str) -> str:
@@ -42,10 +47,20 @@ def find(tool: str) -> str:
     return found
 
 
-def run(*command: str | Path, stdin: str | None = None, env: dict[str, str] | None = None, timeout: float | None = None) -> str:
-    """The standard output of a tool. Raises ImageError with its last words where it fails, OutputError where there is no space left."""
+def run(
+    *command: str | Path,
+    stdin: str | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float | None = None,
+) -> str:
+    """The standard output of a tool.
+
+    Raises ImageError with its last words where it fails, OutputError where there is no space left.
+    """
     words = [find(str(command[0])), *map(str, command[1:])]
-    environment = programs.environment({"PATH": programs.search_path(*programs.SYSTEM), "LC_ALL": "C.UTF-8", **(env or {})})
+    environment = programs.environment(
+        {"PATH": programs.search_path(*programs.SYSTEM), "LC_ALL": "C.UTF-8", **(env or {})}
+    )
     try:
         done = children.run(words, None if stdin is None else stdin.encode(), timeout, env=environment)
     except subprocess.TimeoutExpired as error:
@@ -68,7 +83,10 @@ def blank(path: Path, size: int) -> Path:
 
 
 def place(source: Path, target: Path, offset: int) -> None:
-    """Copy what a file has data for into another one, from `offset` bytes on; its holes stay holes there. The source is removed."""
+    """Copy what a file has data for into another one, from `offset` bytes on; its holes stay holes there.
+
+    The source is removed.
+    """
     with open(source, "rb") as read, open(target, "r+b") as write:
         for start, end in _data(read.fileno()):
             at = start
@@ -103,14 +121,19 @@ def can_loop() -> bool:
 
 @contextlib.contextmanager
 def loop(image: Path) -> Iterator[str]:
-    """A loop device of a file. The kernel takes it away when nobody has it open any more, and we have, until the block ends or we do."""
+    """A loop device of a file.
+
+    The kernel takes it away when nobody has it open any more, and we have, until the block ends or we do.
+    """
     with open(image, "r+b") as file, contextlib.ExitStack() as stack:
         for _ in range(RIVALS):
             with open("/dev/loop-control", "rb") as control:
                 name = f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}"
             device = stack.enter_context(open(name, "r+b", buffering=0))
             try:
-                fcntl.ioctl(device, LOOP_CONFIGURE, struct.pack("=II52xI244x", file.fileno(), 0, LO_FLAGS_AUTOCLEAR))
+                fcntl.ioctl(
+                    device, LOOP_CONFIGURE, struct.pack("=II52xI244x", file.fileno(), 0, LO_FLAGS_AUTOCLEAR)
+                )
             except OSError as error:
                 if error.errno != errno.EBUSY:  # somebody else was faster
                     raise
@@ -122,9 +145,11 @@ def loop(image: Path) -> Iterator[str]:
 
 
 def filled(image: Path, kind: str, folder: Path, tree: Path, keep: Sequence[str]) -> bool:
-    """Copy a tree into the filesystem in a file, through a mount at `folder`; False where this kernel can't mount it.
+    """Copy a tree into the filesystem in a file, through a mount at `folder`; False where this kernel can't
+    mount it.
 
-    All that in namespaces of its own: nobody else sees the mount, and whatever ends us ends mount, copy and the server of a FUSE filesystem.
+    All that in namespaces of its own: nobody else sees the mount, and whatever ends us ends mount, copy and
+    the server of a FUSE filesystem.
     """
     alone = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--")
     options = [] if kind == "ntfs-3g" else ["-o", "loop"]

@@ -1,4 +1,5 @@
-"""The files of one filesystem that may be disk images: which they are, where their bytes lie, and which of them another one means by a name."""
+"""The files of one filesystem that may be disk images: which they are, where their bytes lie, and which of
+them another one means by a name."""
 
 import bisect
 import posixpath
@@ -20,24 +21,29 @@ from virt_bmap.reader import Reader, scatter
 from virt_bmap.vouching import VERITY_MAGIC
 
 LEAST_DISK, LEAST_IMAGE = 1 << 20, 64 << 10
-"""Bytes of a file that is looked at without being asked for by its name. No partition table, and no filesystem that anybody uses, is smaller than the first; images in
-formats of their own grow: a new overlay has 200 KiB."""
+"""Bytes of a file that is looked at without being asked for by its name.
+
+No partition table, and no filesystem that anybody uses, is smaller than the first; images in formats of their
+own grow: a new overlay has 200 KiB."""
 DESCRIPTOR = ".vmdk"
 """Files of this name are looked at though they are small: some are text that names further files."""
 HEAD = 2048
-"""Bytes of each file that are looked at: all magic numbers of disks that are more than a signature lie there."""
+"""Bytes of each file that are looked at: all magic numbers of disks that are more than a signature lie
+there."""
 BATCH = 4096
 """Files whose heads are looked at together."""
 DISKS = formats.disk_magics(HEAD)
 IMAGES = (*((offset, content) for _, offset, content in magic.MAGICS if offset >= 0), (0, VERITY_MAGIC))
 """A hash tree is no disk, but vouches for one."""
 MAX_NAME, MAX_LEFT_OUT = 4096, 64
-"""Bytes of a name that an image may refer to, as PATH_MAX; and how many leading directories of one are left out in search of it."""
+"""Bytes of a name that an image may refer to, as PATH_MAX; and how many leading directories of one are left
+out in search of it."""
 DRIVE = re.compile(rb"[A-Za-z]:(?=/)")
 
 
 class Image(NamedTuple):
-    """A file to be opened: its path, size in bytes, and where its bytes lie in the filesystem's volume; `refused` says why it can't be."""
+    """A file to be opened: its path, size in bytes, and where its bytes lie in the filesystem's volume;
+    `refused` says why it can't be."""
 
     inode: int
     path: bytes
@@ -50,32 +56,48 @@ class Files:
     """The regular files of a filesystem, by path and by inode."""
 
     def __init__(self, found: Filesystem) -> None:
-        self._inode, self._size = tables.integers(found.inodes, "inode"), tables.integers(found.inodes, "size")
+        self._inode, self._size = (
+            tables.integers(found.inodes, "inode"),
+            tables.integers(found.inodes, "size"),
+        )
         alive = tables.integers(found.inodes, "flags") & tables.I_DELETED == 0
         self._regular = (tables.codes(found.inodes, "type") == tables.T_FILE) & alive
         self._path = paths.of_names(found.names, found.inodes, found.root)
         self._named = tables.integers(found.names, "inode")
         self._at = paths.positions(self._inode, self._named)
-        self._is_file = (self._at >= 0) & self._regular[self._at] & self._path.is_valid().to_numpy(zero_copy_only=False)
+        self._is_file = (
+            (self._at >= 0) & self._regular[self._at] & self._path.is_valid().to_numpy(zero_copy_only=False)
+        )
         self._extents = _Extents(found)
 
     def wanted(self, reader: Reader, wanted: Nested) -> list[Image]:
         """The images that were asked for, in the order of the filesystem's names."""
-        chosen = self._is_file & pc.is_in(self._path, pa.array(list(wanted.paths), pa.large_binary())).to_numpy(
-            zero_copy_only=False
-        )
+        chosen = self._is_file & pc.is_in(
+            self._path, pa.array(list(wanted.paths), pa.large_binary())
+        ).to_numpy(zero_copy_only=False)
         if wanted.all:
-            text = pc.ends_with(self._path, DESCRIPTOR, ignore_case=True).fill_null(False).to_numpy(zero_copy_only=False)
-            looked_at = np.unique(np.concatenate([
-                self._inode[self._regular & (self._size >= LEAST_IMAGE)], self._named[text & self._is_file]]))  # fmt: skip
+            text = (
+                pc.ends_with(self._path, DESCRIPTOR, ignore_case=True)
+                .fill_null(False)
+                .to_numpy(zero_copy_only=False)
+            )
+            looked_at = np.unique(
+                np.concatenate(
+                    [
+                        self._inode[self._regular & (self._size >= LEAST_IMAGE)],
+                        self._named[text & self._is_file],
+                    ]
+                )
+            )
             large = self._inode[self._regular & (self._size >= LEAST_DISK)]
             chosen |= self._is_file & np.isin(self._named, self._extents.like_disks(reader, looked_at, large))
         _, first = np.unique(self._named[chosen], return_index=True)  # hard links are one file
         return [self._image(row) for row in np.flatnonzero(chosen)[np.sort(first)].tolist()]
 
     def find(self, name: bytes, beside: bytes) -> Image | None:
-        """The file that an image at path `beside` calls `name`: beside it, or from the root of the filesystem. Where no such path is there, the filesystem may be
-        mounted somewhere: then leading directories are left out until one is."""
+        """The file that an image at path `beside` calls `name`: beside it, or from the root of the
+        filesystem. Where no such path is there, the filesystem may be mounted somewhere: then leading
+        directories are left out until one is."""
         if len(name) > MAX_NAME:
             return None
         name = DRIVE.sub(b"", name, count=1)
@@ -111,10 +133,14 @@ class _Extents:
         rows = np.flatnonzero((kind == tables.DATA) & (inode >= 0) & (at >= 0) & plain)
         rows = rows[np.lexsort((at[rows], inode[rows]))]
         self._inode, self._at, self._flags = inode[rows], at[rows], tables.integers(table, "flags")[rows]
-        self._start, self._length = tables.integers(table, "volume_offset")[rows], tables.integers(table, "length")[rows]
+        self._start, self._length = (
+            tables.integers(table, "volume_offset")[rows],
+            tables.integers(table, "length")[rows],
+        )
 
     def like_disks(self, reader: Reader, inodes: Int, large: Int) -> Int:
-        """Those of the files whose first bytes are those of an image, or, among the `large` ones, of a disk."""
+        """Those of the files whose first bytes are those of an image, or, among the `large` ones, of a
+        disk."""
         coded = self._flags & (tables.INLINE | tables.COMPRESSED | tables.ENCRYPTED)
         rows = np.flatnonzero((self._at < HEAD) & (coded == 0) & np.isin(self._inode, inodes))
         files, which = np.unique(self._inode[rows], return_inverse=True)
@@ -127,10 +153,16 @@ class _Extents:
         return np.concatenate(found)
 
     def _heads(self, reader: Reader, rows: Int, which: Int, count: int) -> np.ndarray:
-        """The first bytes of `count` files, read at once; a hole may come first: boot sectors are often zeroes."""
+        """The first bytes of `count` files, read at once; a hole may come first: boot sectors are often
+        zeroes."""
         length = np.minimum(self._length[rows], HEAD - self._at[rows])
         heads = np.zeros((count, HEAD), np.uint8)
-        scatter(heads.reshape(-1), which * HEAD + self._at[rows], length, reader.read_ranges(self._start[rows], length))
+        scatter(
+            heads.reshape(-1),
+            which * HEAD + self._at[rows],
+            length,
+            reader.read_ranges(self._start[rows], length),
+        )
         return heads
 
     def rows_of(self, inode: int, size: int) -> tuple[Rows, str]:

@@ -1,7 +1,9 @@
-"""The disks in the image files of one guest filesystem, as an assembly: the files' volumes in the filesystem's, the disks in the files.
+"""The disks in the image files of one guest filesystem, as an assembly: the files' volumes in the
+filesystem's, the disks in the files.
 
-What an image refers to (backing file, external data file, extents) is looked for among the files of the same filesystem and nowhere else. So a header
-can name what it likes: what a map reads are bytes of the disk that it was given, and a header without a stated format may be believed by its magic.
+What an image refers to (backing file, external data file, extents) is looked for among the files of the same
+filesystem and nowhere else. So a header can name what it likes: what a map reads are bytes of the disk that
+it was given, and a header without a stated format may be believed by its magic.
 """
 
 import os
@@ -24,14 +26,21 @@ from virt_bmap.nested.files import Files, Image
 from virt_bmap.reader import MappedReader, Reader
 
 MAX_READ, FREE_READ = 4, 16 << 20
-"""Bytes of an image's tables that are read: so many times what the file really holds, and some more. Tables that claim more lie in holes, or over each other."""
+"""Bytes of an image's tables that are read: so many times what the file really holds, and some more.
+
+Tables that claim more lie in holes, or over each other.
+"""
 
 MAX_ROWS = 1 << 22
-"""Pieces of all disks of one filesystem's images: 256 GiB in single clusters of 64 KiB. Many overlays show one base again and again."""
+"""Pieces of all disks of one filesystem's images: 256 GiB in single clusters of 64 KiB. Many overlays show
+one base again and again."""
 
 
 class Metered(Reader):
-    """A file that is read for its tables alone. Raises Corrupt where that goes on for longer than the file has bytes."""
+    """A file that is read for its tables alone.
+
+    Raises Corrupt where that goes on for longer than the file has bytes.
+    """
 
     def __init__(self, file: Reader, limit: int) -> None:
         super().__init__(file.size, file.name)
@@ -40,12 +49,16 @@ class Metered(Reader):
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         if self.requested > self._limit:
-            raise Corrupt(f"{self.name}: its tables claim more than {self._limit:,} bytes, but the file does not hold as many: they lie in holes, or over each other")  # fmt: skip
+            raise Corrupt(
+                f"{self.name}: its tables claim more than {self._limit:,} bytes, but the file does "
+                "not hold as many: they lie in holes, or over each other"
+            )
         return self._file.read_ranges(offsets, lengths)
 
 
 class Inner(Chains):
-    """All images of a filesystem that were asked for, as the survey sees a volume module: `assemble` is given the filesystem's volume."""
+    """All images of a filesystem that were asked for, as the survey sees a volume module: `assemble` is given
+    the filesystem's volume."""
 
     name, allocator, checks = "nested", "that of each image's own format", None
 
@@ -55,11 +68,15 @@ class Inner(Chains):
         self._images: list[Image] = []
         self._contents: list[Reader] = []
         self._numbers: dict[int, int] = {}
-        """Files by inode; a file's number is its place in `_images`, `_contents`, and `files`, which are metered."""
+        """Files by inode; a file's number is its place in `_images`, `_contents`, and `files`, which are
+        metered."""
         self._refused: dict[int, Problem] = {}
 
     def assemble(self, members: Sequence[Member]) -> Assembly:
-        """Children of the filesystem's volume: a volume for each file of an image, then the disks. What can't be opened is one piece, with the reason."""
+        """Children of the filesystem's volume: a volume for each file of an image, then the disks.
+
+        What can't be opened is one piece, with the reason.
+        """
         (self._member,) = members
         result = Assembly()
         if self._found.root >= 0 and self._found.names.num_rows:
@@ -68,10 +85,13 @@ class Inner(Chains):
             self._add_children(result, raw)
         return result
 
-    # ---- opening ----------------------------------------------------------------------------------------------------
+    # ---- opening -------------------------------------------------------------------------------------------
 
     def _open_wanted(self, notes: list[Problem]) -> list[int]:
-        """Follow every image that was asked for; the numbers of raw ones. Parts of other images count as disks only where they were named."""
+        """Follow every image that was asked for; the numbers of raw ones.
+
+        Parts of other images count as disks only where they were named.
+        """
         raw: list[int] = []
         for image in self._names.wanted(self._member.reader, self._wanted):
             self._progress.paths.add(image.path)
@@ -99,7 +119,8 @@ class Inner(Chains):
             disk = self.disk(self._name(self._images[number]), number, format)
             if sum(len(other.rows) for other in (*self.disks, disk)) > MAX_ROWS:
                 raise Unsupported(
-                    f"{disk.image}: the images of this filesystem have more than {MAX_ROWS:,} pieces; name those that matter with --nested"
+                    f"{disk.image}: the images of this filesystem have more than {MAX_ROWS:,} "
+                    "pieces; name those that matter with --nested"
                 )
             self.disks.append(disk)
         except (FormatError, ImageError) as error:
@@ -117,7 +138,9 @@ class Inner(Chains):
         """The number of a file, which is opened if it was not yet."""
         if image.inode not in self._numbers:
             self._numbers[image.inode] = len(self.files)
-            content = MappedReader(image.size, self._name(image), {0: self._member.reader}, image.rows, [(0, image.size)])
+            content = MappedReader(
+                image.size, self._name(image), {0: self._member.reader}, image.rows, [(0, image.size)]
+            )
             self._images.append(image)
             self._contents.append(content)
             self.files.append(Metered(content, MAX_READ * int(image.rows.run.sum()) + FREE_READ))
@@ -135,13 +158,19 @@ class Inner(Chains):
         except ImageError as error:
             raise Corrupt(str(error), 0) from error
         if len(found.extents) > MAX_IMAGES:
-            raise Unsupported(f"{name}: has {len(found.extents):,} extents; {MAX_IMAGES} are followed in an image inside a disk")
+            raise Unsupported(
+                f"{name}: has {len(found.extents):,} extents; {MAX_IMAGES} are followed in an image "
+                "inside a disk"
+            )
         return found
 
     def beside(self, number: int, name: str) -> int:
         image = self._names.find(os.fsencode(name), self._images[number].path)
         if image is None:
-            raise Unsupported(f"{self.files[number].name}: refers to {name!r}, which is no file of the filesystem that it lies on; nothing is looked for elsewhere")  # fmt: skip
+            raise Unsupported(
+                f"{self.files[number].name}: refers to {name!r}, which is no file of the filesystem "
+                "that it lies on; nothing is looked for elsewhere"
+            )
         if image.refused:
             raise Unsupported(f"{self.files[number].name}: refers to {name!r}, which {image.refused}")
         return self._number(image)
@@ -153,12 +182,14 @@ class Inner(Chains):
         except ImageError:  # nothing opens these as disks: they are named
             return "raw"
 
-    # ---- volumes ----------------------------------------------------------------------------------------------------
+    # ---- volumes -------------------------------------------------------------------------------------------
 
     def _add_children(self, result: Assembly, raw: list[int]) -> None:
         volumes = np.zeros(len(self.files), np.int64)
         for number in sorted(self._used()):
-            volumes[number] = self._add_file(result, number, name=f"{self._name(self._images[number])}:file", contents=False)
+            volumes[number] = self._add_file(
+                result, number, name=f"{self._name(self._images[number])}:file", contents=False
+            )
         self.own_files(result, volumes.tolist())
         for number in raw:
             self._add_file(result, number)
@@ -169,17 +200,33 @@ class Inner(Chains):
                 result.types[int(volumes[number])] = what
             result.problems.setdefault(int(volumes[number]), []).append(problem)
         for disk in self.disks:
-            result.children.append(self.child(disk, "image", disk.image, volumes.tolist(), self._opener(disk)))
+            result.children.append(
+                self.child(disk, "image", disk.image, volumes.tolist(), self._opener(disk))
+            )
 
     def _add_file(
-        self, result: Assembly, number: int, name: str | None = None, contents: bool = True, unread: str | None = None
+        self,
+        result: Assembly,
+        number: int,
+        name: str | None = None,
+        contents: bool = True,
+        unread: str | None = None,
     ) -> int:
         """A volume that is a file of the filesystem; the reference by which others name it."""
         image, reference = self._images[number], child_reference(result)
         rows = image.rows.placed(0, image.rows.parent + self._member.number)
         holes = [(0, image.size)]
         result.children.append(
-            Child("image", name or self._name(image), image.size, [], many=rows, contents=contents, unread=unread, holes=holes)
+            Child(
+                "image",
+                name or self._name(image),
+                image.size,
+                [],
+                many=rows,
+                contents=contents,
+                unread=unread,
+                holes=holes,
+            )
         )
         return reference
 

@@ -7,8 +7,8 @@ from virt_bmap.outputs.escape import escape
 
 INSTALL = "apt-get install python3-guestfs linux-image-amd64, or dnf install python3-libguestfs"
 MOUNTABLE = (
-    "adfs", "affs", "befs", "bfs", "efs", "exfs", "f2fs", "hfs", "hfsplus", "hpfs", "jfs", "minix", "nilfs2", "omfs", "qnx4", "qnx6", "reiserfs", "romfs",
-    "sysv", "udf", "ufs", "zonefs",
+    "adfs", "affs", "befs", "bfs", "efs", "exfs", "f2fs", "hfs", "hfsplus", "hpfs", "jfs", "minix", "nilfs2",
+    "omfs", "qnx4", "qnx6", "reiserfs", "romfs", "sysv", "udf", "ufs", "zonefs",
 )  # fmt: skip
 """Filesystems that are only named in a direct map, and that the kernels of most distributions mount."""
 
@@ -19,4 +19,7 @@ def advice(bmap: BlockMap) -> Iterator[str]:
     for row in bmap.volumes.to_pylist():
         if row["type"] in MOUNTABLE and row["volume"] not in read:
             name = escape(row["name"].encode(errors="surrogateescape"))
-            yield f"{name}: {row['type']} is taken as one piece; --method observe maps it by reading its files through a kernel ({INSTALL})"
+            yield (
+                f"{name}: {row['type']} is taken as one piece; --method observe maps it by reading its "
+                f"files through a kernel ({INSTALL})"
+            )

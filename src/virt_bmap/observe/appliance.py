@@ -1,6 +1,7 @@
 """libguestfs's small virtual machine ("appliance"), which mounts the filesystems and reads the files.
 
-Its Python binding is tied to the distribution's own interpreter, so `guest.py` runs under that one, as a process of its own, and calls pass as lines.
+Its Python binding is tied to the distribution's own interpreter, so `guest.py` runs under that one, as a
+process of its own, and calls pass as lines.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from virt_bmap.observe.advice import INSTALL
 
 GUEST = Path(__file__).with_name("guest.py")
 LAUNCH_TIMEOUT = 600.0
-"""Seconds: under emulation a launch takes 11 to 60, on a busy machine and with a new appliance to build several times as long."""
+"""Seconds: under emulation a launch takes 11 to 60, on a busy machine and with a new appliance to build
+several times as long."""
 CALL_TIMEOUT = 600.0
 """Seconds for one call; the longest, mounting with a journal to replay, takes some ten under emulation."""
 CLOSE_TIMEOUT = 15.0
@@ -32,14 +34,20 @@ class CallFailed(ImageError):
 
 
 class Appliance:
-    """A running process that answers calls of libguestfs. `died` tells what to do when it doesn't any more."""
+    """A running process that answers calls of libguestfs.
+
+    `died` tells what to do when it doesn't any more.
+    """
 
     def __init__(self, process: "subprocess.Popen[bytes]", messages: str) -> None:
         self._process, self._messages = process, messages
         self._launched = False
 
     def call(self, name: str, *arguments: Any, timeout: float = CALL_TIMEOUT, **named: Any) -> Any:
-        """One call of libguestfs. Raises CallFailed with its words, ImageError where the appliance is gone or hangs."""
+        """One call of libguestfs.
+
+        Raises CallFailed with its words, ImageError where the appliance is gone or hangs.
+        """
         assert self._process.stdin
         assert self._process.stdout
         hung = threading.Event()
@@ -64,7 +72,9 @@ class Appliance:
                 raise EOFError
         except (OSError, EOFError, ValueError, TypeError) as error:
             what = (
-                f"did not answer {name} for {timeout:.0f} seconds" if hung.is_set() else f"died during {name}{self._last_words()}"
+                f"did not answer {name} for {timeout:.0f} seconds"
+                if hung.is_set()
+                else f"died during {name}{self._last_words()}"
             )
             raise ImageError(f"libguestfs's appliance {what}") from error
         finally:
@@ -98,15 +108,23 @@ class Appliance:
 
 
 @contextlib.contextmanager
-def started(folder: str, command: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> Iterator[Appliance]:
-    """The process that answers calls, without a virtual machine yet, until the block ends. `folder` takes its messages."""
+def started(
+    folder: str, command: Sequence[str] | None = None, env: Mapping[str, str] | None = None
+) -> Iterator[Appliance]:
+    """The process that answers calls, without a virtual machine yet, until the block ends.
+
+    `folder` takes its messages.
+    """
     messages = f"{folder}/guestfs.err"
     # signals of the terminal are for us: it ends when we close its input
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "process_group": 0}
     with (
         open(messages, "wb") as errors,
         children.running(
-            command or [interpreter(), "-I", str(GUEST)], stderr=errors, env=programs.environment(env), **pipes
+            command or [interpreter(), "-I", str(GUEST)],
+            stderr=errors,
+            env=programs.environment(env),
+            **pipes,
         ) as process,
         contextlib.closing(Appliance(process, messages)) as appliance,
     ):
@@ -115,15 +133,20 @@ def started(folder: str, command: Sequence[str] | None = None, env: Mapping[str,
 
 def interpreter() -> str:
     """A Python that has the binding. Raises MissingTool."""
-    for candidate in dict.fromkeys((sys.executable, "/usr/bin/python3", programs.find("python3") or "/usr/bin/python3")):
+    for candidate in dict.fromkeys(
+        (sys.executable, "/usr/bin/python3", programs.find("python3") or "/usr/bin/python3")
+    ):
         with contextlib.suppress(OSError):
             if (
-                subprocess.run([candidate, "-Ic", "import guestfs"], capture_output=True, stdin=subprocess.DEVNULL).returncode
+                subprocess.run(
+                    [candidate, "-Ic", "import guestfs"], capture_output=True, stdin=subprocess.DEVNULL
+                ).returncode
                 == 0
             ):
                 return candidate
     raise MissingTool(
-        f"observing needs libguestfs and its Python binding, which no python3 here has ({INSTALL}); without --method observe no appliance is needed"
+        f"observing needs libguestfs and its Python binding, which no python3 here has ({INSTALL}); "
+        "without --method observe no appliance is needed"
     )
 
 
@@ -141,7 +164,8 @@ def launched(sockets: Sequence[str], folder: str) -> Iterator[Appliance]:
             appliance.call("launch", timeout=LAUNCH_TIMEOUT)
         except CallFailed as error:
             raise ImageError(
-                f"libguestfs's appliance did not start: {_first_words(str(error))} (libguestfs-test-tool says why; it needs QEMU and a kernel: {INSTALL})"
+                f"libguestfs's appliance did not start: {_first_words(str(error))} "
+                f"(libguestfs-test-tool says why; it needs QEMU and a kernel: {INSTALL})"
             ) from error
         yield appliance
 

@@ -1,4 +1,5 @@
-"""A block map of what was observed: the volumes as they were read directly, the filesystems as a kernel showed them."""
+"""A block map of what was observed: the volumes as they were read directly, the filesystems as a kernel
+showed them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ Ranges = tuple[Int, Int]
 
 @dataclass
 class Seen:
-    """What was observed of one filesystem: `directories` are (inode, ranges), `touched` what was read while it was mounted and listed."""
+    """What was observed of one filesystem: `directories` are (inode, ranges), `touched` what was read while
+    it was mounted and listed."""
 
     volume: int
     device: str
@@ -39,8 +41,10 @@ def block_map(bmap: BlockMap, observed: Sequence[Seen]) -> BlockMap:
     by_volume = {seen.volume: seen for seen in observed}
     fresh = {
         seen.volume: {
-            "filesystems": _filesystem(bmap, seen), "inodes": seen.listing.inodes(), "names": seen.listing.names(),
-            "extents": _extents(seen, bmap.volumes.column("size")[seen.volume].as_py()), "problems": _problems(seen),
+            "filesystems": _filesystem(bmap, seen), "inodes": seen.listing.inodes(),
+            "names": seen.listing.names(),
+            "extents": _extents(seen, bmap.volumes.column("size")[seen.volume].as_py()),
+            "problems": _problems(seen),
         }
         for seen in observed
     }  # fmt: skip
@@ -51,12 +55,17 @@ def block_map(bmap: BlockMap, observed: Sequence[Seen]) -> BlockMap:
             if volume in fresh:
                 parts.append(on_volume(fresh[volume][name], volume))
             elif name == "problems":
-                parts.append(bmap.problems.filter(pa.array(tables.integers(bmap.problems, "volume") == volume)))
+                parts.append(
+                    bmap.problems.filter(pa.array(tables.integers(bmap.problems, "volume") == volume))
+                )
             else:
                 parts.append(bmap.slice_of(name, volume)[1])
         return tables.concat(name, parts)
 
-    types = [by_volume[row].type if row in by_volume else old for row, old in enumerate(bmap.volumes.column("type").to_pylist())]
+    types = [
+        by_volume[row].type if row in by_volume else old
+        for row, old in enumerate(bmap.volumes.column("type").to_pylist())
+    ]
     at = bmap.volumes.schema.get_field_index("type")
     volumes = bmap.volumes.set_column(at, bmap.volumes.schema.field("type"), pa.array(types, tables.TEXT))
     return replace(
@@ -69,8 +78,9 @@ def block_map(bmap: BlockMap, observed: Sequence[Seen]) -> BlockMap:
 
 def _filesystem(bmap: BlockMap, seen: Seen) -> pa.Table:
     return tables.make(
-        "filesystems", volume=0, type=[seen.type], uuid=[seen.uuid], label=[seen.label], block_size=max(1, seen.block_size),
-        size=bmap.volumes.column("size")[seen.volume].as_py(), root=seen.listing.root, state=tables.OBSERVED,
+        "filesystems", volume=0, type=[seen.type], uuid=[seen.uuid], label=[seen.label],
+        block_size=max(1, seen.block_size), size=bmap.volumes.column("size")[seen.volume].as_py(),
+        root=seen.listing.root, state=tables.OBSERVED,
     )  # fmt: skip
 
 
@@ -121,7 +131,11 @@ def _shared(inode: Int, place: Int, length: Int, flags: Int) -> Int:
     _, low, high = grouped_union(group[own], place[own], (place + length)[own])
     twice = covered_twice(low, high)
     at = np.minimum(np.searchsorted(twice[1], place, "right"), max(0, len(twice[0]) - 1))
-    hit = own & (twice[0][at] < place + length) & (twice[1][at] > place) if len(twice[0]) else np.zeros(len(place), bool)
+    hit = (
+        own & (twice[0][at] < place + length) & (twice[1][at] > place)
+        if len(twice[0])
+        else np.zeros(len(place), bool)
+    )
     return np.where(hit, tables.SHARED, 0)
 
 
@@ -135,7 +149,10 @@ def _problems(seen: Seen) -> pa.Table:
         (
             "note",
             "observed",
-            f"mapped by reading its files through {seen.kernel}; what no file's content was read from is not known",
+            (
+                f"mapped by reading its files through {seen.kernel}; what no file's content was read "
+                "from is not known"
+            ),
         )
     ]
     failed = [file for file in seen.files if file.failed]
@@ -144,17 +161,29 @@ def _problems(seen: Seen) -> pa.Table:
             (
                 "error",
                 "unreadable",
-                f"{len(failed)} files could not be read to their end; inode {failed[0].inode}: {failed[0].failed}",
+                (
+                    f"{len(failed)} files could not be read to their end; inode {failed[0].inode}: "
+                    f"{failed[0].failed}"
+                ),
             )
         )
     left = [file for file in seen.files if file.left]
     if left:
         size = sum(end - start for file in left for start, end in file.left)
-        what = f"{size} bytes of {len(left)} files were given without a read that holds them (packed with metadata, or cached); first: inode {left[0].inode}"
+        what = (
+            f"{size} bytes of {len(left)} files were given without a read that holds them (packed with "
+            f"metadata, or cached); first: inode {left[0].inode}"
+        )
         said.append(("warning", "not-seen", what))
     said += [
         ("error", "not-listed", f"{count} names are missing: {reason}; first: {path}")
         for reason, (count, path) in seen.listing.left.items()
     ]
-    return tables.make("problems", severity=[severity for severity, _, _ in said], format="observe", volume=0,
-                       code=[code for _, code, _ in said], detail=[detail for _, _, detail in said])  # fmt: skip
+    return tables.make(
+        "problems",
+        severity=[severity for severity, _, _ in said],
+        format="observe",
+        volume=0,
+        code=[code for _, code, _ in said],
+        detail=[detail for _, _, detail in said],
+    )

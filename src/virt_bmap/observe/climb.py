@@ -12,7 +12,11 @@ from virt_bmap.observe.disks import Reads
 def lineage(bmap: BlockMap, volume: int) -> set[int]:
     """The volumes that a volume lies on, itself included."""
     found = {volume}
-    pairs = zip(tables.integers(bmap.mappings, "volume").tolist(), tables.integers(bmap.mappings, "parent").tolist(), strict=True)
+    pairs = zip(
+        tables.integers(bmap.mappings, "volume").tolist(),
+        tables.integers(bmap.mappings, "parent").tolist(),
+        strict=True,
+    )
     for child, parent in sorted(pairs, reverse=True):  # parents come before children
         if child in found:
             found.add(parent)
@@ -20,7 +24,10 @@ def lineage(bmap: BlockMap, volume: int) -> set[int]:
 
 
 def climb(bmap: BlockMap, volume: int, reads: Reads) -> tuple[Int, Int]:
-    """(starts, ends) in the volume of what was read, in that order, whichever copy it was. What lies outside the volume is left out, and so is parity."""
+    """(starts, ends) in the volume of what was read, in that order, whichever copy it was.
+
+    What lies outside the volume is left out, and so is parity.
+    """
     family = np.array(sorted(lineage(bmap, volume)), np.int64)
     parts: list[tuple[Int, Int, Int, Int]] = []
     queue = []
@@ -42,7 +49,9 @@ def climb(bmap: BlockMap, volume: int, reads: Reads) -> tuple[Int, Int]:
             one = np.flatnonzero(wanted & (child == above))
             at = pieces.query[one]
             moved = on_disk[at] + pieces.source[one] - start[at]
-            queue.append((above, query[at], moved, pieces.target[one], pieces.target[one] + pieces.target_length[one]))
+            queue.append(
+                (above, query[at], moved, pieces.target[one], pieces.target[one] + pieces.target_length[one])
+            )
     query, on_disk, start, end = joined(parts, 4)
     order = np.lexsort((on_disk, query))
     return start[order], end[order]

@@ -1,7 +1,8 @@
 """Disks as the appliance sees them: served by nbdkit, what is written thrown away, every read noted.
 
-A call to the appliance returns when it is done, and nbdkit writes a read to its log before it serves it. So what the log gains during a call is what that call
-read. (Kernel threads of the appliance could read at that time, too: with readahead off and nothing mounted for writing, none has been seen to.)
+A call to the appliance returns when it is done, and nbdkit writes a read to its log before it serves it. So
+what the log gains during a call is what that call read. (Kernel threads of the appliance could read at that
+time, too: with readahead off and nothing mounted for writing, none has been seen to.)
 """
 
 import contextlib
@@ -63,13 +64,23 @@ class Disks:
             disk.ours = disk.parser.open_connections
 
     def since(self) -> Reads:
-        """What the appliance has read since the last call. Raises ImageError where a server has ended or its log has a gap."""
+        """What the appliance has read since the last call.
+
+        Raises ImageError where a server has ended or its log has a gap.
+        """
         parts = []
         for number, disk in enumerate(self._disks, 1):
             while data := disk.follower.read():
                 found = disk.parser.feed(data)
                 found = found.take((found.op == READ) & (found.connection > disk.ours))
-                parts.append((found.time_ns, np.full(len(found), number, np.int64), found.offset, found.offset + found.length))
+                parts.append(
+                    (
+                        found.time_ns,
+                        np.full(len(found), number, np.int64),
+                        found.offset,
+                        found.offset + found.length,
+                    )
+                )
             self._check(disk)
         if not parts:
             return NO_READS
@@ -95,5 +106,9 @@ def watched(sources: Sequence[Source]) -> Iterator[Disks]:
             folder = stack.enter_context(private_folder())
             follower = Follower(f"{folder}/log")
             stack.callback(follower.close)
-            disks.append(_Disk(source, stack.enter_context(serve(source, folder, write=False, in_order=True)), follower))
+            disks.append(
+                _Disk(
+                    source, stack.enter_context(serve(source, folder, write=False, in_order=True)), follower
+                )
+            )
         yield Disks(disks)

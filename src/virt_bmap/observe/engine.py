@@ -1,7 +1,10 @@
-"""Observe files one after the other: read each through the appliance, and keep where its bytes were read from.
+"""Observe files one after the other: read each through the appliance, and keep where its bytes were read
+from.
 
-A first pass reads each file once, forwards. What it leaves open (bytes that came from a cache, zeroes of which only some were read, content that is stored in another form)
-a second pass reads again, a page at a time, after the file's pages were dropped: then trees and inodes are in memory, and what is read is the file's.
+A first pass reads each file once, forwards. What it leaves open (bytes that came from a cache, zeroes of
+which only some were read, content that is stored in another form) a second pass reads again, a page at a
+time, after the file's pages were dropped: then trees and inodes are in memory, and what is read is the
+file's.
 """
 
 import contextlib
@@ -36,9 +39,11 @@ BATCH = 64
 MAX_SIZE = 1 << 40
 """Bytes of a file that are read: sizes come from the disk, and a hole costs time, too."""
 QUIET = (
-    "for f in /sys/class/bdi/*/read_ahead_kb; do echo 0 > $f; done; for f in /sys/block/*/queue/nomerges; do echo 2 > $f; done"
+    "for f in /sys/class/bdi/*/read_ahead_kb; do echo 0 > $f; done; for f in "
+    "/sys/block/*/queue/nomerges; do echo 2 > $f; done"
 )
-"""No readahead and no merged requests, on block devices and on the filesystems that have settings of their own (btrfs, FUSE)."""
+"""No readahead and no merged requests, on block devices and on the filesystems that have settings of their
+own (btrfs, FUSE)."""
 
 
 class Target(NamedTuple):
@@ -53,8 +58,11 @@ class Target(NamedTuple):
 
 @dataclass
 class Observed:
-    """What was seen of one file. `rows` are (file offset, place in the volume, length, file length, flags), `read` ranges that hold none of it,
-    `left` ranges of the file whose bytes are not zero and were not found, `unsure` those that are zero, some of them read (from ranges in `read`). `failed`: it could not be read to its end, and why."""
+    """What was seen of one file.
+
+    `rows` are (file offset, place in the volume, length, file length, flags), `read` ranges that hold none of
+    it, `left` ranges of the file whose bytes are not zero and were not found, `unsure` those that are zero,
+    some of them read (from ranges in `read`). `failed`: it could not be read to its end, and why."""
 
     inode: int
     rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)
@@ -144,7 +152,9 @@ class Observer:
         if self._fuse:
             self._appliance.call("drop_caches", 3)
             return
-        words = "; ".join(f"dd if={shlex.quote('/sysroot' + path)} iflag=nocache count=0 status=none" for path in paths)
+        words = "; ".join(
+            f"dd if={shlex.quote('/sysroot' + path)} iflag=nocache count=0 status=none" for path in paths
+        )
         with contextlib.suppress(CallFailed):  # what stays cached is said to be not found
             self._appliance.call("debug", "sh", [words])
 
@@ -152,7 +162,8 @@ class Observer:
 class _Coded:
     """Content that is stored in another form: pages whose bytes were not found in what was read for them.
 
-    Reading the first page of what was compressed together reads all of it; the pages behind it cost no further read.
+    Reading the first page of what was compressed together reads all of it; the pages behind it cost no
+    further read.
     """
 
     def __init__(self, seen: Observed) -> None:
@@ -175,7 +186,9 @@ class _Coded:
         """What was gathered becomes rows, or is left where nothing was read for it."""
         if self._stored:
             length = self._end - self._start
-            self._seen.rows += [(self._start, low, high - low, length, tables.COMPRESSED) for low, high in self._stored]
+            self._seen.rows += [
+                (self._start, low, high - low, length, tables.COMPRESSED) for low, high in self._stored
+            ]
         elif self._end > self._start:
             self._seen.left.append((self._start, self._end))
         self._start = self._end = 0
@@ -201,7 +214,8 @@ def _moved(ranges: tuple[Int, Int], by: int) -> list[tuple[int, int]]:
 
 
 def joined(rows: list[tuple[int, int, int, int, int]]) -> Int:
-    """Rows as an array (n, 5), those that overlap or go on in the file and on the volume made one, by file offset."""
+    """Rows as an array (n, 5), those that overlap or go on in the file and on the volume made one, by file
+    offset."""
     table = np.array(rows, np.int64).reshape(-1, 5)
     plain = table[:, 4] == 0
     offset, place, length = table[plain, :3].T
@@ -218,8 +232,11 @@ def quiet(appliance: Appliance) -> None:
         appliance.call("debug", "sh", [QUIET])
 
 
-def targets(appliance: Appliance, bmap: BlockMap, readers: Sequence[Reader]) -> tuple[list[Target], dict[str, str]]:
-    """The filesystems that the appliance finds, by their volumes in the map; and the devices left out, with the reason."""
+def targets(
+    appliance: Appliance, bmap: BlockMap, readers: Sequence[Reader]
+) -> tuple[list[Target], dict[str, str]]:
+    """The filesystems that the appliance finds, by their volumes in the map; and the devices left out, with
+    the reason."""
     found: list[Target] = []
     left: dict[str, str] = {}
     names = bmap.volumes.column("name").to_pylist()
@@ -232,12 +249,17 @@ def targets(appliance: Appliance, bmap: BlockMap, readers: Sequence[Reader]) -> 
         if volume is None:
             left[mountable] = f"{type}, on a device that this map does not have"
         else:
-            found.append(Target(volume, mountable, type, readers[volume].raw, "ro,subvolid=5" if type == "btrfs" else "ro"))
+            found.append(
+                Target(
+                    volume, mountable, type, readers[volume].raw, "ro,subvolid=5" if type == "btrfs" else "ro"
+                )
+            )
     return found, left
 
 
 def _volume(appliance: Appliance, bmap: BlockMap, device: str, names: list[str]) -> int | None:
-    """The volume of a device: by its name, else (arrays are numbered as they are found) by what its UUID is."""
+    """The volume of a device: by its name, else (arrays are numbered as they are found) by what its UUID
+    is."""
     if device in names:
         return bmap.volume_named(device)
     with contextlib.suppress(CallFailed):

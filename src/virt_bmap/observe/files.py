@@ -14,7 +14,8 @@ from virt_bmap.observe.appliance import Appliance, CallFailed
 MAX_FILES = 1 << 24
 """Names that are listed: a hostile filesystem can have directories without end."""
 DEVICE_SHIFT = 40
-"""Inode numbers are unique in one device; further devices below one mount (btrfs's subvolumes) number theirs from here on, as the direct map does."""
+"""Inode numbers are unique in one device; further devices below one mount (btrfs's subvolumes) number theirs
+from here on, as the direct map does."""
 
 
 class Entry(NamedTuple):
@@ -37,7 +38,8 @@ class Entry(NamedTuple):
 
 @dataclass
 class Listing:
-    """All names of a filesystem, parents before children; and how many could not be listed, with the first."""
+    """All names of a filesystem, parents before children; and how many could not be listed, with the
+    first."""
 
     root: int
     entries: list[Entry] = field(default_factory=list)
@@ -50,7 +52,9 @@ class Listing:
 
     def once(self, kind: int) -> list[Entry]:
         """One entry for each inode of a type."""
-        return list({entry.inode: entry for entry in reversed(self.entries) if entry.type == kind}.values())[::-1]
+        return list({entry.inode: entry for entry in reversed(self.entries) if entry.type == kind}.values())[
+            ::-1
+        ]
 
     def inodes(self) -> pa.Table:
         """As the table `inodes`, of volume 0."""
@@ -60,16 +64,27 @@ class Listing:
             return [entry.stat[name] for entry in known]
 
         return tables.make(
-            "inodes", volume=0, inode=ints([entry.inode for entry in known]), type=ints([entry.type for entry in known]), mode=ints(column("st_mode")),
-            uid=ints(column("st_uid")), gid=ints(column("st_gid")), size=ints(column("st_size")), nlink=ints(column("st_nlink")),
-            mtime_ns=ints([entry.stat["st_mtime_sec"] * 10**9 + entry.stat["st_mtime_nsec"] for entry in known]), flags=0,
-        )  # fmt: skip
+            "inodes",
+            volume=0,
+            inode=ints([entry.inode for entry in known]),
+            type=ints([entry.type for entry in known]),
+            mode=ints(column("st_mode")),
+            uid=ints(column("st_uid")),
+            gid=ints(column("st_gid")),
+            size=ints(column("st_size")),
+            nlink=ints(column("st_nlink")),
+            mtime_ns=ints(
+                [entry.stat["st_mtime_sec"] * 10**9 + entry.stat["st_mtime_nsec"] for entry in known]
+            ),
+            flags=0,
+        )
 
     def names(self) -> pa.Table:
         """As the table `names`, of volume 0."""
         known = [entry for entry in self.entries if entry.path != "/"]
         return tables.make(
-            "names", volume=0, parent=ints([entry.parent for entry in known]), inode=ints([entry.inode for entry in known]),
+            "names", volume=0, parent=ints([entry.parent for entry in known]),
+            inode=ints([entry.inode for entry in known]),
             name=[entry.path.rpartition("/")[2].encode() for entry in known],
         )  # fmt: skip
 
@@ -128,6 +143,12 @@ def _by_directory(names: Iterable[bytes], listing: Listing) -> list[tuple[str, l
 
 def _checked(stat: dict[str, Any]) -> dict[str, int]:
     """What the kernel says of an inode, sizes included, comes from the disk."""
-    if not all(isinstance(stat.get(name), int) for name in ("st_dev", "st_ino", "st_mode", "st_size", "st_mtime_sec")):
+    if not all(
+        isinstance(stat.get(name), int) for name in ("st_dev", "st_ino", "st_mode", "st_size", "st_mtime_sec")
+    ):
         raise ImageError("the appliance's answer to lstatns is not one")
-    return {**stat, "st_size": max(0, stat["st_size"]), "st_mtime_sec": min(max(stat["st_mtime_sec"], -(1 << 33)), 1 << 33)}
+    return {
+        **stat,
+        "st_size": max(0, stat["st_size"]),
+        "st_mtime_sec": min(max(stat["st_mtime_sec"], -(1 << 33)), 1 << 33),
+    }

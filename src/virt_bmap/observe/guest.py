@@ -1,10 +1,14 @@
-"""Run by the Python that has libguestfs's binding: takes calls of it as JSON lines on standard input, and answers them on standard output.
+"""Run by the Python that has libguestfs's binding: takes calls of it as JSON lines on standard input, and
+answers them on standard output.
 
     -> ["pread", ["/etc/fstab", 1048576, 0], {}]        <- {"bytes": 656} and the 656 bytes
     -> ["vfs_type", ["/dev/sda1"], {}]                  <- {"result": "ext4"}
-                                                        <- {"error": "vfs_type: /dev/sda1: No such file or directory", "ready": true}
+                                                        <- {"error": "vfs_type: /dev/sda1: No such file or
+                                                        directory", "ready": true}
 
-`ready`: the virtual machine runs; libguestfs survives its death, and refuses all calls from then on. Standard library and `guestfs` only: this file is run as it is, by another Python than the rest. It ends, and the virtual machine with it, when its input does.
+`ready`: the virtual machine runs; libguestfs survives its death, and refuses all calls from then on. Standard
+library and `guestfs` only: this file is run as it is, by another Python than the rest. It ends, and the
+virtual machine with it, when its input does.
 """
 
 import json
@@ -26,7 +30,10 @@ def main() -> None:
         try:
             result = getattr(machine, name)(*positional, **named)
         except Exception as error:
-            answer(answers, {"error": " ".join(str(error).split()) or repr(error), "ready": bool(machine.is_ready())})
+            answer(
+                answers,
+                {"error": " ".join(str(error).split()) or repr(error), "ready": bool(machine.is_ready())},
+            )
             continue
         if isinstance(result, bytes):
             answer(answers, {"bytes": len(result)}, result)

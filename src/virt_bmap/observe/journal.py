@@ -1,6 +1,7 @@
 """What was observed so far, on disk, so that an interrupted run goes on where it stopped.
 
-A text file beside the map: a line that names the disks, then a line for each thing observed, written when it is done. A line that was cut off by the end is dropped.
+A text file beside the map: a line that names the disks, then a line for each thing observed, written when it
+is done. A line that was cut off by the end is dropped.
 """
 
 import json
@@ -32,13 +33,19 @@ class Journal:
     """An open journal. `seen` holds what an earlier run observed: files by (device, inode)."""
 
     def __init__(self, path: str, sources: Sequence[Source], resume: bool) -> None:
-        """Begin a journal, or go on with one. Raises UsageError-like words where one is there and `resume` was not said, or where it is of other disks."""
+        """Begin a journal, or go on with one.
+
+        Raises UsageError-like words where one is there and `resume` was not said, or where it is of other
+        disks.
+        """
         self.path = path
         self.seen: dict[tuple[str, int], Observed] = {}
         head = {"virt-bmap observed": VERSION, "disks": [identity(source) for source in sources]}
         exists = os.path.exists(path)
         if exists and not resume:
-            raise OutputError(f"{path}: an observation was interrupted: go on with --resume, or remove it to begin anew")
+            raise OutputError(
+                f"{path}: an observation was interrupted: go on with --resume, or remove it to begin anew"
+            )
         try:
             length = self._read(head) if exists else 0
             self._file = open(path, "r+b" if exists else "wb")  # noqa: SIM115
@@ -74,7 +81,10 @@ class Journal:
                 elif "virt-bmap observed" not in found:
                     raise ValueError
                 elif found != head:
-                    raise MapError(f"{self.path}: was begun on other disks, or they have changed since: remove it to begin anew")
+                    raise MapError(
+                        f"{self.path}: was begun on other disks, or they have changed since: remove "
+                        "it to begin anew"
+                    )
             except (ValueError, KeyError, TypeError) as error:
                 raise MapError(
                     f"{self.path}: line {number} is not one of an observation: remove the file to begin anew"
@@ -82,8 +92,14 @@ class Journal:
         return length
 
     def _load(self, line: dict[str, Any]) -> None:
-        seen = Observed(line["inode"], [_numbers(row, 5) for row in line["rows"]], [_numbers(row, 2) for row in line["read"]],
-                        [_numbers(row, 2) for row in line["left"]], [_numbers(row, 2) for row in line["unsure"]], line["failed"])  # fmt: skip
+        seen = Observed(
+            line["inode"],
+            [_numbers(row, 5) for row in line["rows"]],
+            [_numbers(row, 2) for row in line["read"]],
+            [_numbers(row, 2) for row in line["left"]],
+            [_numbers(row, 2) for row in line["unsure"]],
+            line["failed"],
+        )
         if (
             not isinstance(line["device"], str)
             or not isinstance(seen.inode, int)

@@ -1,6 +1,7 @@
 """Do a direct map and what a kernel read agree about the same files?
 
-Compared are the bytes of regular files, by their offset in the file and in the volume. What differs has a reason that is no one's fault, or is a disagreement:
+Compared are the bytes of regular files, by their offset in the file and in the volume. What differs has a
+reason that is no one's fault, or is a disagreement:
 
 agreed         the kernel read these bytes of the file from where the map says
 inline         the map has them inside an inode or a tree node, which the kernel had in memory, or read as metadata
@@ -8,10 +9,13 @@ compressed     stored in another form: what was read for them and where the map 
 unwritten      allocated and never written: reads as zeroes, from memory
 zeroes         read as zeroes from where the map says, beside holes that are zero, too: which is which can't be told
 hole           neither has a place for them
-other content  read on the way: what it is by the direct map (metadata, tree, directory, readahead of other files, ...)
+other content  read on the way: what it is by the direct map (metadata, tree, directory, readahead of other
+files, ...)
 
-Disagreements: `elsewhere`, read from another place than the map has; `unread`, in the map but not read; `unmapped`, read but not in the map; `free`, read on the way, although the
-map calls it free and it shares no page with anything that is owned; `size` and `missing`, the map has another size for the file, or no such file.
+Disagreements: `elsewhere`, read from another place than the map has; `unread`, in the map but not read;
+`unmapped`, read but not in the map; `free`, read on the way, although the map calls it free and it shares no
+page with anything that is owned; `size` and `missing`, the map has another size for the file, or no such
+file.
 """
 
 from collections.abc import Iterable
@@ -37,7 +41,8 @@ LISTED = 20
 
 
 class Disagreement(NamedTuple):
-    """Bytes [start, end) of a file that the map and the kernel place differently, and where each has the first of them; -1: nowhere."""
+    """Bytes [start, end) of a file that the map and the kernel place differently, and where each has the
+    first of them; -1: nowhere."""
 
     code: str
     path: str
@@ -50,7 +55,8 @@ class Disagreement(NamedTuple):
 
 @dataclass
 class Verdict:
-    """Of one filesystem: bytes by reason, `other` bytes read on the way by what they are in the direct map, and the disagreements."""
+    """Of one filesystem: bytes by reason, `other` bytes read on the way by what they are in the direct map,
+    and the disagreements."""
 
     type: str = ""
     kernel: str = ""
@@ -78,13 +84,25 @@ class Judge:
             tables.codes(extents, "kind"),
         )
         plain = extents.column("part").combine_chunks().is_null().to_numpy(zero_copy_only=False)
-        rows = np.flatnonzero((inode >= 0) & (offset >= 0) & plain & np.isin(kind, (tables.DATA, tables.UNWRITTEN)))
+        rows = np.flatnonzero(
+            (inode >= 0) & (offset >= 0) & plain & np.isin(kind, (tables.DATA, tables.UNWRITTEN))
+        )
         rows = rows[np.lexsort((offset[rows], inode[rows]))]
         self._inode, self._offset, self._kind = inode[rows], offset[rows], kind[rows]
-        self._place, self._length = (tables.integers(extents, name)[rows] for name in ("volume_offset", "length"))
-        self._file_length, self._flags = (tables.integers(extents, name)[rows] for name in ("file_length", "flags"))
+        self._place, self._length = (
+            tables.integers(extents, name)[rows] for name in ("volume_offset", "length")
+        )
+        self._file_length, self._flags = (
+            tables.integers(extents, name)[rows] for name in ("file_length", "flags")
+        )
         _, inodes = bmap.slice_of("inodes", volume)
-        self._size = dict(zip(tables.integers(inodes, "inode").tolist(), tables.integers(inodes, "size").tolist(), strict=True))
+        self._size = dict(
+            zip(
+                tables.integers(inodes, "inode").tolist(),
+                tables.integers(inodes, "size").tolist(),
+                strict=True,
+            )
+        )
         known, paths = bmap.paths(volume)
         self._inode_of = dict(zip(paths.to_pylist(), known.tolist(), strict=True))
         self._kinds = _kinds(bmap, volume)
@@ -100,7 +118,9 @@ class Judge:
             self._disagree("missing", [(0, size)], detail="the map has no such file")
             return
         if self._size.get(inode) != size:
-            self._disagree("size", [(0, size)], detail=f"the map says {self._size.get(inode)} bytes, the kernel {size}")
+            self._disagree(
+                "size", [(0, size)], detail=f"the map says {self._size.get(inode)} bytes, the kernel {size}"
+            )
         if seen.failed:
             self._disagree("unreadable", [(0, size)], detail=seen.failed)
             return
@@ -110,20 +130,26 @@ class Judge:
         """Compare what names there are: every name of the kernel's is in the map."""
         missing = [entry.path for entry in listing.entries if entry.path.encode() not in self._inode_of]
         for path in missing[:LISTED]:
-            self.verdict.disagreements.append(Disagreement("missing", path, -1, -1, detail="the map has no such name"))
+            self.verdict.disagreements.append(
+                Disagreement("missing", path, -1, -1, detail="the map has no such name")
+            )
 
     def _compare(self, inode: int, size: int, seen: Observed) -> None:
         low, high = np.searchsorted(self._inode, [inode, inode + 1])
         offset, place, flags = self._offset[low:high], self._place[low:high], self._flags[low:high] & PLACED
         length = np.minimum(
-            np.where(flags == PLAIN, self._length[low:high], self._file_length[low:high]), np.maximum(0, size - offset)
+            np.where(flags == PLAIN, self._length[low:high], self._file_length[low:high]),
+            np.maximum(0, size - offset),
         )
         data = self._kind[low:high] == tables.DATA
         rows = joined(seen.rows)
         own = rows[:, 4] == PLAIN
-        mine, theirs = _Lines(offset, place, length, data & (flags == PLAIN)), _Lines(rows[:, 0], rows[:, 1], rows[:, 2], own)
+        mine = _Lines(offset, place, length, data & (flags == PLAIN))
+        theirs = _Lines(rows[:, 0], rows[:, 1], rows[:, 2], own)
         other = {
-            word: _ranges(offset, length, data & ((flags & flag) != 0)) for word, flag in tables.FLAGS.items() if flag & PLACED
+            word: _ranges(offset, length, data & ((flags & flag) != 0))
+            for word, flag in tables.FLAGS.items()
+            if flag & PLACED
         }
         other["unwritten"] = _ranges(offset, length, self._kind[low:high] == tables.UNWRITTEN)
         claimed = union(
@@ -138,7 +164,11 @@ class Judge:
         unseen = subtract(*holes, theirs.start, theirs.end)
         self.verdict.add("hole", int((unseen[1] - unseen[0]).sum()))
         self._packed(size, rows[~own], low, high, seen)
-        self._on_the_way(subtract(*merged(seen.read), self._place[low:high], self._place[low:high] + self._length[low:high]))
+        self._on_the_way(
+            subtract(
+                *merged(seen.read), self._place[low:high], self._place[low:high] + self._length[low:high]
+            )
+        )
 
     def _plain(self, mine: "_Lines", theirs: "_Lines", other: dict[str, Ranges], seen: Observed) -> None:
         """Content that lies as it is: each side's lines that the other has not."""
@@ -147,7 +177,9 @@ class Judge:
         for start, end, moved in only_kernel:
             where = mine.at(start)
             word = "elsewhere" if where >= 0 else "unmapped"
-            for low, high in _pairs(subtract(np.array([start]), np.array([end]), *(excused if where < 0 else (EMPTY, EMPTY)))):
+            for low, high in _pairs(
+                subtract(np.array([start]), np.array([end]), *(excused if where < 0 else (EMPTY, EMPTY)))
+            ):
                 self._disagree(word, [(low, high)], where, moved + low)
         doubtful, read = merged(seen.unsure), merged(seen.read)
         for start, end, moved in only_map:
@@ -158,16 +190,22 @@ class Judge:
                 self._disagree("unread", [(low, high)], moved + low)
         for low, high in _pairs(subtract(*merged(seen.left), mine.start, mine.end)):
             rest = subtract(np.array([low]), np.array([high]), *excused)
-            self._disagree("unread", _pairs(rest), detail="the kernel gave bytes that are not zero, and the map has none")
+            self._disagree(
+                "unread", _pairs(rest), detail="the kernel gave bytes that are not zero, and the map has none"
+            )
 
     def _packed(self, size: int, rows: Int, low: int, high: int, seen: Observed) -> None:
-        """Content inside other things or in another form: what was read must be where the map has it, as far as either can tell."""
+        """Content inside other things or in another form: what was read must be where the map has it, as far
+        as either can tell."""
         start, end = self._place[low:high], self._place[low:high] + self._length[low:high]
         for offset, place, length, file_length, flags in rows.tolist():
-            if flags & tables.INLINE and not len(intersect(np.array([place]), np.array([place + length]), start, end)[0]):
+            if flags & tables.INLINE and not len(
+                intersect(np.array([place]), np.array([place + length]), start, end)[0]
+            ):
                 self._disagree("elsewhere", [(offset, offset + file_length)], -1, place)
         coded = (self._flags[low:high] & (tables.COMPRESSED | tables.ENCRYPTED)) != 0
-        coded &= (self._flags[low:high] & tables.INLINE) == 0  # in a tree node: in memory, as all inline content
+        # in a tree node: in memory, as all inline content
+        coded &= (self._flags[low:high] & tables.INLINE) == 0
         touched = merged([*seen.read, *((place, place + length) for _, place, length, _, _ in rows.tolist())])
         for row in np.flatnonzero(coded & (self._offset[low:high] < size)).tolist():
             inside = intersect(np.array([start[row]]), np.array([end[row]]), *touched)
@@ -186,7 +224,9 @@ class Judge:
             found = intersect(*read, *ranges)
             if word not in NOBODYS:
                 if len(found[0]):
-                    self.verdict.other[word] = self.verdict.other.get(word, 0) + int((found[1] - found[0]).sum())
+                    self.verdict.other[word] = self.verdict.other.get(word, 0) + int(
+                        (found[1] - found[0]).sum()
+                    )
                 continue
             owned = _together(ranges for other, ranges in self._kinds.items() if other not in NOBODYS)
             beside = union(owned[0] // PAGE * PAGE, -(-owned[1] // PAGE) * PAGE)
@@ -203,9 +243,13 @@ class Judge:
                     )
                 )
 
-    def _disagree(self, code: str, ranges: list[tuple[int, int]], mapped: int = -1, observed: int = -1, detail: str = "") -> None:
+    def _disagree(
+        self, code: str, ranges: list[tuple[int, int]], mapped: int = -1, observed: int = -1, detail: str = ""
+    ) -> None:
         self.verdict.disagreements += [
-            Disagreement(code, self._path, low, high, mapped, observed, detail) for low, high in ranges[:LISTED] if high > low
+            Disagreement(code, self._path, low, high, mapped, observed, detail)
+            for low, high in ranges[:LISTED]
+            if high > low
         ]
 
 
@@ -235,11 +279,17 @@ class _Lines:
     def without(self, other: "_Lines") -> list[tuple[int, int, int]]:
         """(start, end, moved) of what the other has not on the same line, by offset."""
         result = []
-        at, row = Intervals(other.start, other.end).overlaps(self.start, self.end) if len(other.start) else (EMPTY, EMPTY)
+        at, row = (
+            Intervals(other.start, other.end).overlaps(self.start, self.end)
+            if len(other.start)
+            else (EMPTY, EMPTY)
+        )
         same = self.moved[at] == other.moved[row]
         at, row = at[same], row[same]
         bounds = np.searchsorted(at, np.arange(len(self.start) + 1))
-        for line, (start, end, moved) in enumerate(zip(self.start.tolist(), self.end.tolist(), self.moved.tolist(), strict=True)):
+        for line, (start, end, moved) in enumerate(
+            zip(self.start.tolist(), self.end.tolist(), self.moved.tolist(), strict=True)
+        ):
             hit = row[bounds[line] : bounds[line + 1]]
             rest = subtract(np.array([start]), np.array([end]), other.start[hit], other.end[hit])
             result += [(low, high, moved) for low, high in _pairs(rest)]
@@ -247,15 +297,20 @@ class _Lines:
 
 
 def _kinds(bmap: BlockMap, volume: int) -> dict[str, Ranges]:
-    """The ranges of a volume by kind, most special first; each byte in one of them, and what only records of inodes lie in as metadata."""
+    """The ranges of a volume by kind, most special first; each byte in one of them, and what only records of
+    inodes lie in as metadata."""
     _, extents = bmap.slice_of("extents", volume)
     kind, start = tables.codes(extents, "kind"), tables.integers(extents, "volume_offset")
     end = start + tables.integers(extents, "length")
     result: dict[str, Ranges] = {}
     taken: Ranges = (EMPTY, EMPTY)
-    for code in sorted(set(kind.tolist()), key=lambda code: (tables.KINDS[code] in NOBODYS, code == tables.DATA, code)):
+    for code in sorted(
+        set(kind.tolist()), key=lambda code: (tables.KINDS[code] in NOBODYS, code == tables.DATA, code)
+    ):
         mine = kind == code
-        result["content of other files" if code == tables.DATA else tables.KINDS[code]] = subtract(start[mine], end[mine], *taken)
+        result["content of other files" if code == tables.DATA else tables.KINDS[code]] = subtract(
+            start[mine], end[mine], *taken
+        )
         taken = _together([taken, (start[mine], end[mine])])
     return result
 
@@ -266,7 +321,10 @@ def _ranges(offset: Int, length: Int, keep: np.ndarray) -> Ranges:
 
 def _together(parts: Iterable[Ranges]) -> Ranges:
     every = list(parts)
-    return union(np.concatenate([EMPTY, *(low for low, _ in every)]), np.concatenate([EMPTY, *(high for _, high in every)]))
+    return union(
+        np.concatenate([EMPTY, *(low for low, _ in every)]),
+        np.concatenate([EMPTY, *(high for _, high in every)]),
+    )
 
 
 def _pairs(ranges: Ranges) -> list[tuple[int, int]]:

@@ -45,8 +45,13 @@ class Session(NamedTuple):
 
 
 @contextlib.contextmanager
-def session(sources: Sequence[Source], keys: Keys = NO_KEYS, tell: Tell = lambda *_: None) -> Iterator[Session]:
-    """Serve the disks and launch an appliance over them, until the block ends. Raises MissingTool, and ImageError where it does not start."""
+def session(
+    sources: Sequence[Source], keys: Keys = NO_KEYS, tell: Tell = lambda *_: None
+) -> Iterator[Session]:
+    """Serve the disks and launch an appliance over them, until the block ends.
+
+    Raises MissingTool, and ImageError where it does not start.
+    """
     with contextlib.ExitStack() as stack:
         disks = stack.enter_context(watched(sources))
         # what the appliance writes when it recovers a journal is in these readers, too
@@ -59,12 +64,22 @@ def session(sources: Sequence[Source], keys: Keys = NO_KEYS, tell: Tell = lambda
         engine.quiet(appliance)  # before anything is opened: an open device keeps its readahead
         kernel = appliance.call("utsname")
         targets, left = engine.targets(appliance, bmap, volumes)
-        yield Session(appliance, disks, bmap, volumes, folder, f"{kernel['uts_sysname']} {kernel['uts_release']}", targets, left)
+        yield Session(
+            appliance,
+            disks,
+            bmap,
+            volumes,
+            folder,
+            f"{kernel['uts_sysname']} {kernel['uts_release']}",
+            targets,
+            left,
+        )
 
 
 @contextlib.contextmanager
 def mounted(session: Session, target: Target) -> Iterator[tuple[Listing, Observer, build.Ranges]]:
-    """Mount a filesystem, and list it: its files, what observes them, and what of the volume was read until then. Raises CallFailed."""
+    """Mount a filesystem, and list it: its files, what observes them, and what of the volume was read until
+    then. Raises CallFailed."""
     session.disks.since()
     session.appliance.call("mount_options", target.options, target.device, "/")
     try:
@@ -73,14 +88,17 @@ def mounted(session: Session, target: Target) -> Iterator[tuple[Listing, Observe
         observer = Observer(session.appliance, session.disks, session.bmap, target)
         yield listing, observer, union(*climb(session.bmap, target.volume, session.disks.since()))
     finally:
-        with contextlib.suppress(BmapError):  # an appliance that died has unmounted, too; why it died is said elsewhere
+        # an appliance that died has unmounted, too; why it died is said elsewhere
+        with contextlib.suppress(BmapError):
             session.appliance.call("umount_all")
 
 
 def observed_map(session: Session, journal: Journal, tell: Tell = lambda *_: None) -> BlockMap:
     """Observe every filesystem that the appliance can mount; what the journal holds is not read again."""
     if not session.targets:
-        raise UsageError(f"the appliance finds no filesystem that can be observed on these disks{_reasons(session)}")
+        raise UsageError(
+            f"the appliance finds no filesystem that can be observed on these disks{_reasons(session)}"
+        )
     seen = []
     for target in session.targets:
         try:
@@ -98,11 +116,19 @@ def _reasons(session: Session) -> str:
 
 
 def _observe(
-    session: Session, target: Target, listing: Listing, observer: Observer, touched: build.Ranges, journal: Journal, tell: Tell
+    session: Session,
+    target: Target,
+    listing: Listing,
+    observer: Observer,
+    touched: build.Ranges,
+    journal: Journal,
+    tell: Tell,
 ) -> build.Seen:
     files = listing.once(tables.T_FILE)
     known = {
-        entry.inode: journal.seen[target.device, entry.inode] for entry in files if (target.device, entry.inode) in journal.seen
+        entry.inode: journal.seen[target.device, entry.inode]
+        for entry in files
+        if (target.device, entry.inode) in journal.seen
     }
     for seen in observe_files(observer, target, [entry for entry in files if entry.inode not in known], tell):
         journal.add(target.device, seen)
@@ -110,12 +136,16 @@ def _observe(
     directories = list(_directories(session, observer, listing))
     call = session.appliance.call
     return build.Seen(
-        target.volume, target.device, call("vfs_type", target.device), call("vfs_uuid", target.device) or None, call("vfs_label", target.device) or None,
-        call("statvfs", "/")["bsize"], session.kernel, listing, [known[entry.inode] for entry in files], directories, touched,
+        target.volume, target.device, call("vfs_type", target.device),
+        call("vfs_uuid", target.device) or None, call("vfs_label", target.device) or None,
+        call("statvfs", "/")["bsize"], session.kernel, listing, [known[entry.inode] for entry in files],
+        directories, touched,
     )  # fmt: skip
 
 
-def observe_files(observer: Observer, target: Target, files: Sequence[Entry], tell: Tell) -> Iterator[Observed]:
+def observe_files(
+    observer: Observer, target: Target, files: Sequence[Entry], tell: Tell
+) -> Iterator[Observed]:
     """Observe files, and tell how far it is: in bytes, each file for a page more than it has."""
     cost = {entry.inode: entry.size + engine.PAGE for entry in files}
     total, done = sum(cost.values()), 0
@@ -125,8 +155,11 @@ def observe_files(observer: Observer, target: Target, files: Sequence[Entry], te
         yield seen
 
 
-def _directories(session: Session, observer: Observer, listing: Listing) -> Iterator[tuple[int, build.Ranges]]:
-    """What listing each directory reads, once its inode is in memory: its own blocks, on filesystems that keep them in the page cache."""
+def _directories(
+    session: Session, observer: Observer, listing: Listing
+) -> Iterator[tuple[int, build.Ranges]]:
+    """What listing each directory reads, once its inode is in memory: its own blocks, on filesystems that
+    keep them in the page cache."""
     entries = listing.once(tables.T_DIRECTORY)
     for low in range(0, len(entries), DIRECTORY_BATCH):
         observer.drop_caches()
@@ -139,7 +172,8 @@ def _directories(session: Session, observer: Observer, listing: Listing) -> Iter
 
 
 def sample(entries: Sequence[Entry], count: int | None, seed: int = 0) -> list[Entry]:
-    """`count` of the files, the same ones for the same seed, in their order; all where there are no more, or count is None."""
+    """`count` of the files, the same ones for the same seed, in their order; all where there are no more, or
+    count is None."""
     if count is None or count >= len(entries):
         return list(entries)
     chosen = np.sort(np.random.default_rng(seed).choice(len(entries), count, replace=False))

@@ -1,7 +1,8 @@
 """Which of the bytes that were read are the content of a file, and at which offset of it?
 
-A read belongs to a file when the bytes on the disk are the bytes that the file gave: readahead, inodes and trees that are read on the way are told apart by what
-they hold, not by when they were read. Files are read forwards, page by page, so what was read comes in the order of the file.
+A read belongs to a file when the bytes on the disk are the bytes that the file gave: readahead, inodes and
+trees that are read on the way are told apart by what they hold, not by when they were read. Files are read
+forwards, page by page, so what was read comes in the order of the file.
 """
 
 from typing import NamedTuple
@@ -13,16 +14,20 @@ from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, ints, runs, union
 UNIT = 512
 """Bytes: the smallest piece that a kernel reads, and that filesystems place files in."""
 PROOF = 16
-"""Bytes that must agree where content is looked for at any offset of what was read: fewer are found by chance."""
+"""Bytes that must agree where content is looked for at any offset of what was read: fewer are found by
+chance."""
 LONGEST_SEARCH = 64 << 10
-"""Bytes of content looked for at any offset: what is packed with other things (tails, inline data) is shorter than a block."""
+"""Bytes of content looked for at any offset: what is packed with other things (tails, inline data) is shorter
+than a block."""
 
 
 class Found(NamedTuple):
-    """Where content lies: file bytes [offset, offset + length) at `place` in the volume; `packed`: inside a block that holds other things, too.
+    """Where content lies: file bytes [offset, offset + length) at `place` in the volume; `packed`: inside a
+    block that holds other things, too.
 
-    `left` are ranges (starts, ends) of the file whose bytes were not found, though they are not zero; `unsure` those that are zero, some of them read from the ranges
-    `zeroes` of the volume, and which ones can't be told; `other` ranges of the volume that were read and hold nothing of it.
+    `left` are ranges (starts, ends) of the file whose bytes were not found, though they are not zero;
+    `unsure` those that are zero, some of them read from the ranges `zeroes` of the volume, and which ones
+    can't be told; `other` ranges of the volume that were read and hold nothing of it.
     """
 
     offset: Int
@@ -36,16 +41,20 @@ class Found(NamedTuple):
 
 
 def find(content: bytes, starts: Int, ends: Int, data: Bytes) -> Found:
-    """Find `content` in what was read: ranges [starts, ends) of the volume, in the order of their reading, `data` their bytes one after the other.
+    """Find `content` in what was read: ranges [starts, ends) of the volume, in the order of their reading,
+    `data` their bytes one after the other.
 
-    Offsets in the result count from the content's start. Ranges are whole units, and content lies in whole units, but for its end.
+    Offsets in the result count from the content's start. Ranges are whole units, and content lies in whole
+    units, but for its end.
     """
     lengths = ends - starts
     size = len(content)
     covered = int(lengths.sum()) >= size > int(lengths[:-1].sum())
     if covered and data[:size].tobytes() == content:  # the common case: nothing but the content was read
         offset = np.cumsum(lengths) - lengths
-        return _result(content, offset, starts, np.minimum(lengths, size - offset), starts[:0], ends[:0], data)
+        return _result(
+            content, offset, starts, np.minimum(lengths, size - offset), starts[:0], ends[:0], data
+        )
     return _search(content, starts, ends, data)
 
 
@@ -70,11 +79,14 @@ def _search(content: bytes, starts: Int, ends: Int, data: Bytes) -> Found:
             done += -(-length // UNIT) * UNIT
     columns = np.array(rows, np.int64).reshape(-1, 3)
     away = np.array(other, np.int64).reshape(-1, 2)
-    return _result(content, columns[:, 0], columns[:, 1], columns[:, 2], away[:, 0], away[:, 1], data, (starts, ends))
+    return _result(
+        content, columns[:, 0], columns[:, 1], columns[:, 2], away[:, 0], away[:, 1], data, (starts, ends)
+    )
 
 
 def _next(content: bytes, at: int, piece: bytes) -> tuple[int, int]:
-    """(offset, length) of the longest start of `piece` in the content from `at` on, in whole units; length 0 where it isn't there.
+    """(offset, length) of the longest start of `piece` in the content from `at` on, in whole units; length 0
+    where it isn't there.
 
     What is skipped must be a hole, so zeroes are looked for at `at` alone.
     """
@@ -90,7 +102,8 @@ def _next(content: bytes, at: int, piece: bytes) -> tuple[int, int]:
 
 
 def _find(content: bytes, at: int, piece: bytes) -> int:
-    """The first unit of the content from `at` on where it goes on as `piece`, or ends while it does; -1 where there is none."""
+    """The first unit of the content from `at` on where it goes on as `piece`, or ends while it does; -1 where
+    there is none."""
     found = content.find(piece, at)
     while found >= 0 and found % UNIT:
         found = content.find(piece, found + 1)
@@ -105,7 +118,8 @@ def _find(content: bytes, at: int, piece: bytes) -> int:
 
 
 def _common(content: bytes, at: int, piece: bytes) -> int:
-    """How many bytes of the content from `at` on are the start of `piece`: whole units, or up to the content's end."""
+    """How many bytes of the content from `at` on are the start of `piece`: whole units, or up to the
+    content's end."""
     size = min(len(piece), len(content) - at)
     if content[at : at + size] == piece[:size]:
         return size
@@ -130,17 +144,26 @@ def _result(
     if len(left[0]) and read is not None:
         more, left = _packed(content, left, read, data)
         is_packed = np.append(is_packed, (more[1] % UNIT != 0) | (more[0] % UNIT != 0))
-        offset, place, length = (np.append(mine, new) for mine, new in zip((offset, place, length), more, strict=True))
+        offset, place, length = (
+            np.append(mine, new) for mine, new in zip((offset, place, length), more, strict=True)
+        )
     doubtful = np.array(
-        [zero[start // UNIT : -(-(start + n) // UNIT)].all() for start, n in zip(offset.tolist(), length.tolist(), strict=True)],
+        [
+            zero[start // UNIT : -(-(start + n) // UNIT)].all()
+            for start, n in zip(offset.tolist(), length.tolist(), strict=True)
+        ],
         bool,
     )
     unsure, zeroes = (EMPTY, EMPTY), (EMPTY, EMPTY)
     if doubtful.any() and (~known & zero).any():  # which of the zeroes are those that were read?
-        for start, n in zip((offset[doubtful] // UNIT).tolist(), (-(-length[doubtful] // UNIT)).tolist(), strict=True):
+        for start, n in zip(
+            (offset[doubtful] // UNIT).tolist(), (-(-length[doubtful] // UNIT)).tolist(), strict=True
+        ):
             known[start : start + n] = False
         unsure, zeroes = _ranges(~known & zero, size), union(place[doubtful], (place + length)[doubtful])
-        offset, place, length, is_packed = (column[~doubtful] for column in (offset, place, length, is_packed))
+        offset, place, length, is_packed = (
+            column[~doubtful] for column in (offset, place, length, is_packed)
+        )
     return Found(offset, place, length, is_packed, left, unsure, zeroes, union(low, high))
 
 

@@ -14,7 +14,8 @@ from virt_bmap.watch.serve import Source
 def verify(
     sources: Sequence[Source], keys: Keys, count: int | None, seed: int, tell: Tell
 ) -> tuple[list[tuple[str, Verdict]], dict[str, str]]:
-    """Compare `count` files (all where it is None) of each filesystem that has a reader: (device, verdict) of each, and the devices left out with the reason.
+    """Compare `count` files (all where it is None) of each filesystem that has a reader: (device, verdict) of
+    each, and the devices left out with the reason.
 
     Raises UsageError where nothing can be compared, MissingTool and ImageError where no appliance can be had.
     """
@@ -23,7 +24,9 @@ def verify(
         result = []
         for target in found.targets:
             if target.volume not in direct:
-                found.left[target.device] = f"{target.type} has no reader: there is no direct map to compare with"
+                found.left[target.device] = (
+                    f"{target.type} has no reader: there is no direct map to compare with"
+                )
                 continue
             try:
                 with mounted(found, target) as (listing, observer, _):

@@ -2,9 +2,10 @@
 
     1 541000 541400 d /dev/sda1 /lost+found
 
-Number of the disk, first byte, byte after the last (hexadecimal), kind, device, path. Ranges are split where owners change; a range has one
-line for each owner, the most specific first. Kinds that the original lacks have letters of their own (`listing.LETTERS`). What has no path is written in
-brackets: `[superblock]`, `[inode 12]`; a named stream of a file as `path:[stream]`. Names are escaped as `escape` says.
+Number of the disk, first byte, byte after the last (hexadecimal), kind, device, path. Ranges are split where
+owners change; a range has one line for each owner, the most specific first. Kinds that the original lacks
+have letters of their own (`listing.LETTERS`). What has no path is written in brackets: `[superblock]`,
+`[inode 12]`; a named stream of a file as `path:[stream]`. Names are escaped as `escape` says.
 """
 
 from typing import BinaryIO
@@ -37,7 +38,9 @@ def save(bmap: BlockMap, file: BinaryIO) -> int:
         owner, segment = owner[order], segment[order]
         first, words = _words(bmap, disk, owners)
         for at in range(0, len(owner), BATCH):
-            lines += _write(file, disk, bounds, owner[at : at + BATCH], segment[at : at + BATCH], first, words)
+            lines += _write(
+                file, disk, bounds, owner[at : at + BATCH], segment[at : at + BATCH], first, words
+            )
     return lines
 
 
@@ -60,18 +63,27 @@ def _word(device: str) -> str:
 
 
 def names(listed: pa.Table) -> pa.Array:
-    """The last column of the text map for rows of a listing: the escaped path, or what stands for one; empty for volumes."""
+    """The last column of the text map for rows of a listing: the escaped path, or what stands for one; empty
+    for volumes."""
     path = escape_all(listed.column("path").combine_chunks()).cast(pa.string())
     part = listed.column("part").combine_chunks()
-    part = pa.array([escape(word.encode()) for word in part.dictionary.to_pylist()], pa.string()).take(part.indices)
+    part = pa.array([escape(word.encode()) for word in part.dictionary.to_pylist()], pa.string()).take(
+        part.indices
+    )
     inode = listed.column("inode").combine_chunks().cast(pa.string())
     part = pc.binary_join_element_wise("[", part, "]", "")
-    content = pc.is_in(listed.column("kind").combine_chunks().cast(pa.string()), pa.array(["data", "unwritten"]))
+    content = pc.is_in(
+        listed.column("kind").combine_chunks().cast(pa.string()), pa.array(["data", "unwritten"])
+    )
     stream = pc.if_else(content, pc.binary_join_element_wise(path, part, ":"), pa.scalar(None, pa.string()))
-    return pc.coalesce(stream, path, part, pc.binary_join_element_wise("[inode ", inode, "]", ""), pa.scalar(""))
+    return pc.coalesce(
+        stream, path, part, pc.binary_join_element_wise("[inode ", inode, "]", ""), pa.scalar("")
+    )
 
 
-def _write(file: BinaryIO, disk: int, bounds: Int, owner: Int, segment: Int, first: Int, words: pa.Array) -> int:
+def _write(
+    file: BinaryIO, disk: int, bounds: Int, owner: Int, segment: Int, first: Int, words: pa.Array
+) -> int:
     row, step = expand(first[owner + 1] - first[owner])
     start, end = hexadecimal(bounds[segment[row]]), hexadecimal(bounds[segment[row] + 1])
     tail = words.take(pa.array(first[owner][row] + step))

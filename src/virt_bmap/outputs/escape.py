@@ -1,7 +1,8 @@
 """Names from a disk made safe to print, reversibly.
 
-A backslash becomes `\\\\`; control characters (C0, DEL, C1), line and paragraph separators, bidirectional overrides and bytes that are not UTF-8
-become `\\xNN` for each byte. Everything else stays as it is, so nearly every name is its own escape.
+A backslash becomes `\\\\`; control characters (C0, DEL, C1), line and paragraph separators, bidirectional
+overrides and bytes that are not UTF-8 become `\\xNN` for each byte. Everything else stays as it is, so nearly
+every name is its own escape.
 """
 
 import re
@@ -26,7 +27,9 @@ def _replace(match: re.Match[bytes]) -> bytes:
     found = match[0]
     if found == b"\\":
         return b"\\\\"
-    plain = len(found) > 1 and not re.fullmatch(rb"\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9\xaa-\xae]|\xe2\x81[\xa6-\xa9]", found)
+    plain = len(found) > 1 and not re.fullmatch(
+        rb"\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9\xaa-\xae]|\xe2\x81[\xa6-\xa9]", found
+    )
     return found if plain else b"".join(b"\\x%02x" % byte for byte in found)
 
 
@@ -36,7 +39,8 @@ def unescape(text: str) -> bytes:
 
 
 def escape_all(names: pa.Array) -> pa.Array:
-    """`escape` for a large_binary array, as large_string; names that need nothing, nearly all of them, pass in one sweep."""
+    """`escape` for a large_binary array, as large_string; names that need nothing, nearly all of them, pass
+    in one sweep."""
     if len(names) == 0:
         return pa.array([], pa.large_string())
     data = np.frombuffer(names.buffers()[2] or b"", np.uint8)
@@ -47,7 +51,8 @@ def escape_all(names: pa.Array) -> pa.Array:
     suspect = _suspects(names)
     rows = np.flatnonzero(suspect)
     fixed = pa.array(
-        [escape(name) if name is not None else None for name in names.take(pa.array(rows)).to_pylist()], pa.large_string()
+        [escape(name) if name is not None else None for name in names.take(pa.array(rows)).to_pylist()],
+        pa.large_string(),
     )
     clean = pc.if_else(pa.array(~suspect), names, pa.scalar(b"", pa.large_binary())).view(pa.large_string())
     return pc.replace_with_mask(clean, pa.array(suspect), fixed)

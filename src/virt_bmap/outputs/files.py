@@ -15,10 +15,12 @@ from virt_bmap.leftovers import hidden_file, hidden_folder
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` only when the block ends without an error; `-` is standard output.
+    """A binary file that takes the name `path` only when the block ends without an error; `-` is standard
+    output.
 
-    What a symbolic link leads to is replaced, not the link; the new file has the mode, and as far as we may the owner, of the one before. Devices, pipes and
-    the like are written directly. Raises OutputError where anything can't be written, and leaves no file behind then.
+    What a symbolic link leads to is replaced, not the link; the new file has the mode, and as far as we may
+    the owner, of the one before. Devices, pipes and the like are written directly. Raises OutputError where
+    anything can't be written, and leaves no file behind then.
     """
     if path == "-":
         yield sys.stdout.buffer
@@ -41,7 +43,8 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[str]:
-    """The name of an empty file that replaces `path` only when the block ends without an error, for other programs to write. Raises OutputError as `replacing` does."""
+    """The name of an empty file that replaces `path` only when the block ends without an error, for other
+    programs to write. Raises OutputError as `replacing` does."""
     with _words(path):
         target = _target(path)
         with hidden_folder(target) as folder:  # a lock on the file itself could be in the way of theirs
@@ -54,7 +57,10 @@ def new_file(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def growing(path: str) -> Iterator[TextIO]:
-    """A text file that grows for all to see: a live log can't wait for its end to get its name. `-` is standard output. Raises OutputError as `replacing` does."""
+    """A text file that grows for all to see: a live log can't wait for its end to get its name.
+
+    `-` is standard output. Raises OutputError as `replacing` does.
+    """
     if path == "-":
         yield sys.stdout
         return
@@ -77,7 +83,9 @@ def _device(path: str) -> Iterator[BinaryIO]:
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        raise OutputError(f"{path}: is in use: it is mounted, or another device lies on it; nothing is written to it") from error
+        raise OutputError(
+            f"{path}: is in use: it is mounted, or another device lies on it; nothing is written to it"
+        ) from error
     with open(file, "wb") as opened:
         yield opened
 
@@ -91,7 +99,8 @@ def _target(path: str) -> str:
 
 
 def dress_as(target: str, file: int) -> None:
-    """Give an open file the mode and the owner of the one that it is to replace, if there is one: what was private stays so."""
+    """Give an open file the mode and the owner of the one that it is to replace, if there is one: what was
+    private stays so."""
     with contextlib.suppress(FileNotFoundError):
         about = os.stat(target)
         with contextlib.suppress(PermissionError):

@@ -1,4 +1,5 @@
-"""Is a file that is there a result of ours? By its first bytes, and for Parquet by its last ones, where its metadata lie. Cheap, and never more than a guess on the safe side."""
+"""Is a file that is there a result of ours? By its first bytes, and for Parquet by its last ones, where its
+metadata lie. Cheap, and never more than a guess on the safe side."""
 
 import csv
 import json
@@ -56,7 +57,8 @@ def is_profile_output(path: str) -> bool:
 
 
 def is_result(columns: Columns) -> Callable[[str], bool]:
-    """A test for results with these columns: Parquet by its metadata, CSV by its header, JSON lines by the names in the first one."""
+    """A test for results with these columns: Parquet by its metadata, CSV by its header, JSON lines by the
+    names in the first one."""
 
     def ours(path: str) -> bool:
         return is_tables(path) or _names(_first_line(path)) in {tuple(names) for names in columns()}

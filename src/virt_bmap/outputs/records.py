@@ -1,4 +1,5 @@
-"""Rows of a listing as plain Python records, for JSON lines and for people: names escaped, kinds and flags as words, offsets in decimal."""
+"""Rows of a listing as plain Python records, for JSON lines and for people: names escaped, kinds and flags as
+words, offsets in decimal."""
 
 from typing import Any
 
@@ -12,10 +13,13 @@ from virt_bmap.outputs.escape import escape
 from virt_bmap.outputs.listing import LISTING, describe, specificity
 
 NAMES = (
-    "disk", "start", "end", "kind", "device", "path", "file_offset", "part", "inode", "volume_offset", "length", "role", "flags",
+    "disk", "start", "end", "kind", "device", "path", "file_offset", "part", "inode", "volume_offset",
+    "length", "role", "flags",
 )  # fmt: skip
 PLAIN = {"path": pa.string(), "flags": pa.list_(pa.string())}
-SCHEMA = pa.schema([LISTING.field(name).with_type(PLAIN.get(name, LISTING.field(name).type)) for name in NAMES])
+SCHEMA = pa.schema(
+    [LISTING.field(name).with_type(PLAIN.get(name, LISTING.field(name).type)) for name in NAMES]
+)
 """The columns of a listing as people and programs are given them: paths as escaped text, flags as words."""
 
 

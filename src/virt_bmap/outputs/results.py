@@ -1,7 +1,8 @@
 """Results of commands, written in one place: a table for people, JSON lines, CSV, Parquet.
 
-A result is an Arrow table. A field may say in its metadata what it `meaning`s, and `unit`: bytes and count get separators of thousands for people.
-Text that comes from a disk passes through `safe` first, so that no output carries control characters; lists and structs become JSON where a format has none.
+A result is an Arrow table. A field may say in its metadata what it `meaning`s, and `unit`: bytes and count
+get separators of thousands for people. Text that comes from a disk passes through `safe` first, so that no
+output carries control characters; lists and structs become JSON where a format has none.
 """
 
 import math
@@ -32,7 +33,8 @@ def field(name: str, kind: pa.DataType, meaning: str, unit: str = "", null: str 
 
 
 def safe(table: pa.Table) -> pa.Table:
-    """The table with every text, name and dictionary as escaped text, also inside lists and structs; all else as it is."""
+    """The table with every text, name and dictionary as escaped text, also inside lists and structs; all else
+    as it is."""
     for at, about in enumerate(table.schema):
         column = table.column(at)
         column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
@@ -54,7 +56,9 @@ def _safe(values: pa.Array) -> pa.Array:
         return pa.StructArray.from_arrays(inner, fields=mended, mask=values.is_null())
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         made = pa.ListArray if pa.types.is_list(kind) else pa.LargeListArray
-        return made.from_arrays(values.offsets, _safe(values.values), mask=values.is_null() if values.null_count else None)
+        return made.from_arrays(
+            values.offsets, _safe(values.values), mask=values.is_null() if values.null_count else None
+        )
     if _is_text(values.type) or pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
         return escape_all(values.cast(pa.large_binary()))
     return values
@@ -64,17 +68,22 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def check_name(path: str) -> None:
     """UsageError where `save` would not know what to write: asked before a long job is begun."""
     if not path.endswith(ENDINGS):
-        raise UsageError(f"{path}: the end of the name says what to write: {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+        raise UsageError(
+            f"{path}: the end of the name says what to write: {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+        )
 
 
 def save(table: pa.Table, path: str) -> None:
-    """Write all rows to a file, CSV, Parquet or JSON lines by the end of its name. The file appears whole or not at all."""
+    """Write all rows to a file, CSV, Parquet or JSON lines by the end of its name.
+
+    The file appears whole or not at all.
+    """
     check_name(path)
     with replacing(path) as file:
         if path.endswith(".parquet"):
@@ -96,18 +105,24 @@ def _flat(table: pa.Table) -> pa.Table:
     for at, about in enumerate(table.schema):
         if pa.types.is_nested(about.type):
             words = [None if value is None else _json(value) for value in table.column(at).to_pylist()]
-            table = table.set_column(at, about.with_type(pa.large_string()), pa.array(words, pa.large_string()))
+            table = table.set_column(
+                at, about.with_type(pa.large_string()), pa.array(words, pa.large_string())
+            )
         elif pa.types.is_dictionary(about.type):
-            table = table.set_column(at, about.with_type(about.type.value_type), table.column(at).cast(about.type.value_type))
+            table = table.set_column(
+                at, about.with_type(about.type.value_type), table.column(at).cast(about.type.value_type)
+            )
     return table
 
 
 FORMULA = "^['=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]"
-"""How text begins that a spreadsheet computes, the wide letters included, and with an apostrophe, which is put before it. Source: OWASP, CSV Injection."""
+"""How text begins that a spreadsheet computes, the wide letters included, and with an apostrophe, which is
+put before it. Source: OWASP, CSV Injection."""
 
 
 def _no_formulas(table: pa.Table) -> pa.Table:
-    """Text that a spreadsheet would take for a formula with an apostrophe before it; whoever drops the first apostrophe of a text has it back. Numbers stay numbers."""
+    """Text that a spreadsheet would take for a formula with an apostrophe before it; whoever drops the first
+    apostrophe of a text has it back. Numbers stay numbers."""
     import pyarrow.compute as pc
 
     for at, about in enumerate(table.schema):
@@ -140,32 +155,42 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ---- people -----------------------------------------------------------------------------------------------------------
+# ---- people ------------------------------------------------------------------------------------------------
 
 
 def show(table: pa.Table, out: TextIO, columns: Sequence[str] | None = None, limit: int | None = None) -> int:
-    """Write the first `limit` rows as a table, fitted to the terminal's width where `out` is one; how many rows were left out."""
+    """Write the first `limit` rows as a table, fitted to the terminal's width where `out` is one; how many
+    rows were left out."""
     from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     shown = _flat((table if columns is None else table.select(columns)).slice(0, limit))
-    cells = [[_cell(value, about) for value in shown.column(at).to_pylist()] for at, about in enumerate(shown.schema)]
+    cells = [
+        [_cell(value, about) for value in shown.column(at).to_pylist()]
+        for at, about in enumerate(shown.schema)
+    ]
     made = Table(box=None, pad_edge=False, header_style="bold")
     for about in shown.schema:
         right = pa.types.is_integer(about.type) or pa.types.is_floating(about.type)
         # a path is worth more room than a number, and must not be cut: the end of it is what tells
         made.add_column(
-            Text(printable(about.name.replace("_", " "))), justify="right" if right else "left", no_wrap=right, overflow="fold"
+            Text(printable(about.name.replace("_", " "))),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
         )
     for row in zip(*cells, strict=True):
         made.add_row(*map(Text, row))
     is_terminal = out.isatty()
     wide = sum(
-        2 + max(map(cell_len, [printable(about.name), *column])) for about, column in zip(shown.schema, cells, strict=True)
+        2 + max(map(cell_len, [printable(about.name), *column]))
+        for about, column in zip(shown.schema, cells, strict=True)
     )
-    console = Console(file=out, width=None if is_terminal else max(1, wide), highlight=False, emoji=False, markup=False)
+    console = Console(
+        file=out, width=None if is_terminal else max(1, wide), highlight=False, emoji=False, markup=False
+    )
     with console.capture() as text:
         console.print(made)
     out.writelines(f"{line.rstrip()}\n" for line in text.get().splitlines())

@@ -1,6 +1,7 @@
 """Traces to a profile: for every byte of every object, in which runs it was read, and when first.
 
-The ranges of all runs are cut at each other's ends, so that within a piece all bytes were touched by the same accesses; all else is arithmetic on pieces.
+The ranges of all runs are cut at each other's ends, so that within a piece all bytes were touched by the same
+accesses; all else is arithmetic on pieces.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,10 @@ NEVER = np.iinfo(np.int64).max
 
 
 class _Points(NamedTuple):
-    """Where ranges begin and end: sorted by disk and object, then by place. Piece i lies between points i and i + 1."""
+    """Where ranges begin and end: sorted by disk and object, then by place.
+
+    Piece i lies between points i and i + 1.
+    """
 
     disk: Int
     object: Int
@@ -26,7 +30,10 @@ class _Points(NamedTuple):
 
 
 def build(traces: Traces) -> Profile:
-    """The profile of these runs. What a run wrote before it read it was not needed from the disk, and is left out for that run."""
+    """The profile of these runs.
+
+    What a run wrote before it read it was not needed from the disk, and is left out for that run.
+    """
     points, bounds = _points(traces.runs)
     n = len(points.offset)
     runs, first, read, where = (np.zeros(n, np.int64) for _ in range(4))
@@ -39,7 +46,9 @@ def build(traces: Traces) -> Profile:
         where = np.where(needed, inside, where)
     length = np.diff(points.offset, append=0)
     return Profile(
-        _table(traces, points, length, runs, first, read * length, where), [_facts(run) for run in traces.runs], traces.sizes
+        _table(traces, points, length, runs, first, read * length, where),
+        [_facts(run) for run in traces.runs],
+        traces.sizes,
     )
 
 
@@ -56,13 +65,16 @@ def _points(runs: list[Run]) -> tuple[_Points, list[tuple[Int, Int]]]:
     rank[order] = np.cumsum(new) - 1
     low, high = rank[: len(start)], rank[len(start) :]
     ends = np.cumsum([len(run.access) for run in runs])
-    split = [(low[a:b], high[a:b]) for a, b in zip(np.append(0, ends[:-1]).tolist(), ends.tolist(), strict=True)]
+    split = [
+        (low[a:b], high[a:b]) for a, b in zip(np.append(0, ends[:-1]).tolist(), ends.tolist(), strict=True)
+    ]
     chosen = order[new]
     return _Points(keys[2][chosen], keys[1][chosen], place[chosen]), split
 
 
 def _touched(run: Run, low: Int, high: Int, points: _Points) -> tuple[np.ndarray, Int, Int, Int]:
-    """Of each piece in one run: was it read before it was written, when first (from the run's start), how often read, and where in the file it lies."""
+    """Of each piece in one run: was it read before it was written, when first (from the run's start), how
+    often read, and where in the file it lies."""
     n = len(points.offset)
     order = np.argsort(run.accesses.time_ns[run.access], kind="stable")
     row = first_covers(low[order], high[order], n)
@@ -75,25 +87,34 @@ def _touched(run: Run, low: Int, high: Int, points: _Points) -> tuple[np.ndarray
     if not len(order):
         return needed, row, np.cumsum(change)[:n], row
     time_ns = run.accesses.time_ns[access] - run.accesses.time_ns.min()
-    inside = np.where(run.file_offset[piece] >= 0, run.file_offset[piece] + points.offset - run.start[piece], -1)
+    inside = np.where(
+        run.file_offset[piece] >= 0, run.file_offset[piece] + points.offset - run.start[piece], -1
+    )
     return needed, time_ns, np.cumsum(change)[:n], inside
 
 
-def _table(traces: Traces, points: _Points, length: Int, runs: Int, first: Int, read: Int, where: Int) -> pa.Table:
+def _table(
+    traces: Traces, points: _Points, length: Int, runs: Int, first: Int, read: Int, where: Int
+) -> pa.Table:
     """The needed pieces as a table in order of first use, neighbours that were used alike made one."""
     keep = np.flatnonzero(runs > 0)
     disk, object, offset, length, runs, first, read, where = (
-        column[keep] for column in (points.disk, points.object, points.offset, length, runs, first, read, where)
+        column[keep]
+        for column in (points.disk, points.object, points.offset, length, runs, first, read, where)
     )
     alike = np.zeros(len(keep), bool)
     if len(keep):
         goes_on = where[1:] == where[:-1] + np.where(where[:-1] >= 0, length[:-1], 0)
         touching = offset[1:] == offset[:-1] + length[:-1]
-        alike[1:] = touching & goes_on & np.all([c[1:] == c[:-1] for c in (disk, object, runs, first)], axis=0)
+        alike[1:] = (
+            touching & goes_on & np.all([c[1:] == c[:-1] for c in (disk, object, runs, first)], axis=0)
+        )
     begin = np.flatnonzero(~alike)
     if len(begin):
         length, read = np.add.reduceat(length, begin), np.add.reduceat(read, begin)
-    disk, object, offset, runs, first, where = (column[begin] for column in (disk, object, offset, runs, first, where))
+    disk, object, offset, runs, first, where = (
+        column[begin] for column in (disk, object, offset, runs, first, where)
+    )
     order = np.lexsort((offset, disk, first))
     names = traces.objects.take(pa.array(object[order]))
     columns = {
@@ -107,7 +128,9 @@ def _table(traces: Traces, points: _Points, length: Int, runs: Int, first: Int, 
     }
     made = {name: tables.arrow(column[order], column[order] < 0) for name, column in columns.items()}
     arrays = [made[name] if name in made else names.column(name) for name in RANGES.names]
-    return pa.table([array.cast(kind) for array, kind in zip(arrays, RANGES.types, strict=True)], schema=RANGES)
+    return pa.table(
+        [array.cast(kind) for array, kind in zip(arrays, RANGES.types, strict=True)], schema=RANGES
+    )
 
 
 def _facts(run: Run) -> RunFacts:

@@ -17,11 +17,23 @@ from virt_bmap.profile.summary import disk_ranges, grouped
 CONTENT = ("data", "unwritten")
 
 
-def write(profile: Profile, what: str, file: BinaryIO, disk: int = 1, device: str | None = None, common: bool = False) -> int:
-    """Write a list of EXPORTS of one disk, or of the files of one device; how many files were left out. `common`: only what every run needed."""
+def write(
+    profile: Profile,
+    what: str,
+    file: BinaryIO,
+    disk: int = 1,
+    device: str | None = None,
+    common: bool = False,
+) -> int:
+    """Write a list of EXPORTS of one disk, or of the files of one device; how many files were left out.
+
+    `common`: only what every run needed.
+    """
     lines = EXPORTS[what](profile, disk, device, common)
     file.write(b"".join(lines))
-    return sum(b"\n" in path for path in _paths(profile, device, common)) if what in ("files", "prefetch") else 0
+    return (
+        sum(b"\n" in path for path in _paths(profile, device, common)) if what in ("files", "prefetch") else 0
+    )
 
 
 def _ranges(profile: Profile, disk: int, _device: str | None, common: bool) -> list[bytes]:
@@ -64,7 +76,9 @@ def _prefetch(profile: Profile, _disk: int, device: str | None, common: bool) ->
 def _chosen(profile: Profile, device: str | None, common: bool) -> Profile:
     """The content of files only."""
     rows = profile.ranges
-    keep = pc.and_(pc.is_in(rows.column("kind"), pa.array(CONTENT, pa.large_string())), rows.column("path").is_valid())
+    keep = pc.and_(
+        pc.is_in(rows.column("kind"), pa.array(CONTENT, pa.large_string())), rows.column("path").is_valid()
+    )
     if device is not None:
         keep = pc.and_(keep, pc.equal(rows.column("device"), device))
     if common:
@@ -75,5 +89,6 @@ def _chosen(profile: Profile, device: str | None, common: bool) -> Profile:
 EXPORTS: dict[str, Callable[[Profile, int, str | None, bool], list[bytes]]] = {
     "files": _files, "files0": _files0, "prefetch": _prefetch, "ranges": _ranges, "extentlist": _extentlist,
 }  # fmt: skip
-"""files: paths, one a line, for vmtouch -b; files0: the same ended by NUL, for vmtouch -0 -b; prefetch: offset, length and path for posix_fadvise(2) or
-readahead(2); ranges: offset,length on the disk; extentlist: sorted and merged, for nbdkit's filter of that name."""
+"""files: paths, one a line, for vmtouch -b; files0: the same ended by NUL, for vmtouch -0 -b; prefetch:
+offset, length and path for posix_fadvise(2) or readahead(2); ranges: offset,length on the disk;
+extentlist: sorted and merged, for nbdkit's filter of that name."""

@@ -1,6 +1,8 @@
-"""Warm a disk by a profile: read what a boot will need, in the order of its need, in few large requests with many in flight.
+"""Warm a disk by a profile: read what a boot will need, in the order of its need, in few large requests with
+many in flight.
 
-Reading is all it takes: it fills the page cache below a file or block device, the cache filter of an NBD server, or whatever else lies between.
+Reading is all it takes: it fills the page cache below a file or block device, the cache filter of an NBD
+server, or whatever else lies between.
 """
 
 import time
@@ -18,9 +20,13 @@ from virt_bmap.profile.summary import disk_ranges
 from virt_bmap.reader import Reader
 
 BATCH = 32 << 20
-"""Bytes that are asked for together. What a boot needs first is read first; within a batch the order is the disk's, and neighbours are merged."""
+"""Bytes that are asked for together.
+
+What a boot needs first is read first; within a batch the order is the disk's, and neighbours are merged.
+"""
 GAP = 256 << 10
-"""Bytes between two ranges that are read as well, to save a request: at 5 ms a request, any link of more than 50 MB/s gains by that."""
+"""Bytes between two ranges that are read as well, to save a request: at 5 ms a request, any link of more than
+50 MB/s gains by that."""
 PIECE = 1 << 20
 """Bytes of one request to a file or device."""
 THREADS = 16
@@ -28,7 +34,8 @@ THREADS = 16
 
 
 class Replayed(NamedTuple):
-    """What was read: bytes, of which `needed` were in the profile, in how many ranges, and the seconds that took."""
+    """What was read: bytes, of which `needed` were in the profile, in how many ranges, and the seconds that
+    took."""
 
     bytes: int
     needed: int
@@ -37,15 +44,20 @@ class Replayed(NamedTuple):
 
 
 def replay(profile: Profile, reader: Reader, disk: int = 1, common: bool = False) -> Replayed:
-    """Read from `reader` what a profile needs of disk number `disk`. MapError where the disk is another one."""
+    """Read from `reader` what a profile needs of disk number `disk`.
+
+    MapError where the disk is another one.
+    """
     if disk <= len(profile.sizes) and profile.sizes[disk - 1] != reader.size:
         raise MapError(
-            f"{reader.name}: has {reader.size:,} bytes, but the profile is of a disk of {profile.sizes[disk - 1]:,}: another disk's"
+            f"{reader.name}: has {reader.size:,} bytes, but the profile is of a disk of "
+            f"{profile.sizes[disk - 1]:,}: another disk's"
         )
     starts, ends = disk_ranges(profile, disk, common)
     if len(ends) and int(ends.max()) > reader.size:
         raise MapError(
-            f"{reader.name}: has {reader.size:,} bytes, but the profile has accesses up to byte {int(ends.max()):,}: another disk's"
+            f"{reader.name}: has {reader.size:,} bytes, but the profile has accesses up to byte "
+            f"{int(ends.max()):,}: another disk's"
         )
     began, batches = time.monotonic(), list(_batches(starts, ends))
     needed = union(starts, ends)
@@ -56,13 +68,21 @@ def replay(profile: Profile, reader: Reader, disk: int = 1, common: bool = False
             else:
                 reader.read_ranges(low, high - low)
     whole = sum(int((high - low).sum()) for low, high in batches)
-    return Replayed(whole, int((needed[1] - needed[0]).sum()), sum(len(low) for low, _ in batches), time.monotonic() - began)
+    return Replayed(
+        whole,
+        int((needed[1] - needed[0]).sum()),
+        sum(len(low) for low, _ in batches),
+        time.monotonic() - began,
+    )
 
 
 def _batches(starts: Int, ends: Int) -> Iterator[tuple[Int, Int]]:
-    """The ranges cut into batches in the order given, each sorted and merged; what an earlier batch has read is left out."""
+    """The ranges cut into batches in the order given, each sorted and merged; what an earlier batch has read
+    is left out."""
     read: tuple[Int, Int] = (np.zeros(0, np.int64), np.zeros(0, np.int64))
-    cut = np.searchsorted(np.cumsum(ends - starts), np.arange(BATCH, int((ends - starts).sum()) + BATCH, BATCH), "left")
+    cut = np.searchsorted(
+        np.cumsum(ends - starts), np.arange(BATCH, int((ends - starts).sum()) + BATCH, BATCH), "left"
+    )
     bounds = np.unique(np.concatenate([[0], cut + 1, [len(starts)]]))
     for low, high in zip(bounds[:-1].tolist(), np.minimum(bounds[1:], len(starts)).tolist(), strict=True):
         batch = subtract(*union(starts[low:high], ends[low:high], GAP), *read)

@@ -25,10 +25,12 @@ RANGES = pa.schema([
     field("path", pa.large_binary(), "path in the filesystem", null="has none"),
     field("part", pa.large_string(), "metadata structure or named stream", null="plain content"),
     field("inode", pa.int64(), "number of the inode", null="has none"),
-    field("file_offset", pa.int64(), "where in the file the range begins", null="means nothing, or is not known"),
+    field("file_offset", pa.int64(), "where in the file the range begins",
+        null="means nothing, or is not known"),
     field("size", pa.int64(), "bytes of the whole file", null="no file, or made without a map"),
     field("runs", pa.int32(), "in how many of the runs it was read before anything wrote it", "count"),
-    field("first_ns", pa.int64(), "when it was first read, from the first access of its run; the earliest of all runs"),
+    field("first_ns", pa.int64(), "when it was first read, from the first access of its run; the earliest "
+        "of all runs"),
     field("read", pa.int64(), "bytes read of it in all runs, each time they were", "bytes"),
 ])  # fmt: skip
 
@@ -43,7 +45,8 @@ class RunFacts(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """`ranges` has the schema RANGES, sorted by first use; `sizes` are those of the disks (empty: not known)."""
+    """`ranges` has the schema RANGES, sorted by first use; `sizes` are those of the disks (empty: not
+    known)."""
 
     ranges: pa.Table
     runs: list[RunFacts]
@@ -69,12 +72,17 @@ def is_profile(path: str) -> bool:
 
 
 def load(path: str) -> Profile:
-    """Read a profile back. Raises ImageError where it can't be read, MapError where it is not one, or is damaged."""
+    """Read a profile back. Raises ImageError where it can't be read, MapError where it is not one, or is
+    damaged."""
     with inputs.reading(path, "a profile"):
         file = inputs.open_file(path)
         about = inputs.metadata(file, KEY)
         if about.get("version") != VERSION:
-            what = f"a profile of version {about['version']!r}" if "version" in about else "a Parquet file, but no profile"
+            what = (
+                f"a profile of version {about['version']!r}"
+                if "version" in about
+                else "a Parquet file, but no profile"
+            )
             raise MapError(f"{path}: is {what}; virt-bmap profile TRACE... -o PROFILE makes one")
         table = inputs.fit(inputs.rows(file, RANGES.names), RANGES)
         profile = Profile(table, [_run_facts(run) for run in about["runs"]], inputs.sizes(about))
@@ -85,7 +93,12 @@ def load(path: str) -> Profile:
 def _run_facts(run: dict[str, Any]) -> RunFacts:
     found = RunFacts(**run)
     whole = all(type(value) is int and 0 <= value < 1 << 63 for value in (found.requests, found.read))
-    if not (isinstance(found.trace, str) and whole and isinstance(found.seconds, (int, float)) and 0 <= found.seconds < LONGEST):
+    if not (
+        isinstance(found.trace, str)
+        and whole
+        and isinstance(found.seconds, (int, float))
+        and 0 <= found.seconds < LONGEST
+    ):
         raise ValueError("its metadata say of a run what can't be")
     return found
 

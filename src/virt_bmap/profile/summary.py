@@ -29,7 +29,8 @@ FILES = pa.schema([
 
 
 class Grouped(NamedTuple):
-    """Rows of a profile by object: the object of each row, numbered in order of first use, and the first row of each object."""
+    """Rows of a profile by object: the object of each row, numbered in order of first use, and the first row
+    of each object."""
 
     object: Int
     first: Int
@@ -70,9 +71,11 @@ def files(profile: Profile) -> pa.Table:
     known = size > 0
     share = np.where(known, 100 * np.minimum(needed, size) / np.maximum(size, 1), 0)
     return pa.table([
-        pa.array(tables.integers(one, "first_ns") / 1e9), pa.array(needed), pa.array(added(length * (runs == len(profile.runs)))),
-        pa.array(added(profile.column("read"))), tables.arrow(size, size < 0), pa.array(share, mask=~known), pa.array(most),
-        pa.array(added(np.ones(len(length), np.int64))), one.column("kind"), _safe(one.column("device")), pa.array(names(one), pa.large_string()),
+        pa.array(tables.integers(one, "first_ns") / 1e9), pa.array(needed),
+        pa.array(added(length * (runs == len(profile.runs)))), pa.array(added(profile.column("read"))),
+        tables.arrow(size, size < 0), pa.array(share, mask=~known), pa.array(most),
+        pa.array(added(np.ones(len(length), np.int64))), one.column("kind"), _safe(one.column("device")),
+        pa.array(names(one), pa.large_string()),
     ], schema=FILES)  # fmt: skip
 
 
@@ -81,7 +84,8 @@ def _safe(column: pa.ChunkedArray) -> pa.Array:
 
 
 def disk_ranges(profile: Profile, disk: int, common: bool = False) -> tuple[Int, Int]:
-    """(starts, ends) of what was needed of a disk, in order of first use, unmerged; `common`: in every run."""
+    """(starts, ends) of what was needed of a disk, in order of first use, unmerged; `common`: in every
+    run."""
     keep = profile.column("disk") == disk
     if common:
         keep &= profile.column("runs") == len(profile.runs)
@@ -90,12 +94,18 @@ def disk_ranges(profile: Profile, disk: int, common: bool = False) -> tuple[Int,
 
 
 def totals(profile: Profile) -> list[dict[str, int]]:
-    """For each disk: bytes needed, each counted once, bytes needed by every run, and the disk's size (0: not known)."""
+    """For each disk: bytes needed, each counted once, bytes needed by every run, and the disk's size (0: not
+    known)."""
     result = []
     for disk in np.unique(profile.column("disk")).tolist():
         every, common = (union(*disk_ranges(profile, disk, only)) for only in (False, True))
         size = profile.sizes[disk - 1] if disk <= len(profile.sizes) else 0
         result.append(
-            {"disk": disk, "needed": int((every[1] - every[0]).sum()), "common": int((common[1] - common[0]).sum()), "size": size}
+            {
+                "disk": disk,
+                "needed": int((every[1] - every[0]).sum()),
+                "common": int((common[1] - common[0]).sum()),
+                "size": size,
+            }
         )
     return result

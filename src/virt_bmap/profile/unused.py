@@ -1,6 +1,7 @@
 """What no run touched, by directory: advice for slimming an image.
 
-Files are put together by the directory that a package would own: the first name of the path, or of /usr, /var and /opt the second.
+Files are put together by the directory that a package would own: the first name of the path, or of /usr, /var
+and /opt the second.
 """
 
 import numpy as np
@@ -28,7 +29,8 @@ UNUSED = pa.schema([
 
 
 def unused(bmap: BlockMap, profile: Profile, depth: int | None = None) -> pa.Table:
-    """By directory, `depth` names deep (default: as packages do), what no run of the profile read, most bytes first."""
+    """By directory, `depth` names deep (default: as packages do), what no run of the profile read, most bytes
+    first."""
     parts = []
     for volume in tables.integers(bmap.filesystems, "volume").tolist():
         parts.append(_of_volume(bmap, volume, profile, depth))
@@ -56,8 +58,9 @@ def _of_volume(bmap: BlockMap, volume: int, profile: Profile, depth: int | None)
 
     whole, never = added(size), added(np.where(seen, 0, size))
     return pa.table([
-        pa.array(added(np.ones(len(size), np.int64))), pa.array(added((~seen).astype(np.int64))), pa.array(whole), pa.array(never),
-        pa.array(100 * never / np.maximum(whole, 1)), pa.array([device] * count, pa.large_string()), escape_all(group.dictionary),
+        pa.array(added(np.ones(len(size), np.int64))), pa.array(added((~seen).astype(np.int64))),
+        pa.array(whole), pa.array(never), pa.array(100 * never / np.maximum(whole, 1)),
+        pa.array([device] * count, pa.large_string()), escape_all(group.dictionary),
     ], schema=UNUSED)  # fmt: skip
 
 
@@ -73,7 +76,9 @@ def _allocated(bmap: BlockMap, volume: int, inode: Int) -> Int:
     inside = at < len(owners)
     inside[inside] = owners[at[inside]] == inode[inside]
     return (
-        np.where(inside, total[np.minimum(at, max(0, len(owners) - 1))], -1) if len(owners) else np.full(len(inode), -1, np.int64)
+        np.where(inside, total[np.minimum(at, max(0, len(owners) - 1))], -1)
+        if len(owners)
+        else np.full(len(inode), -1, np.int64)
     )
 
 
@@ -81,7 +86,11 @@ def _directory(path: pa.Array, depth: int | None) -> pa.Array:
     """The directory that each file is counted in; / where it lies in none so deep."""
     name = r"/[^/]+"
     pattern = (
-        rf"^(?P<top>(?:/(?:{'|'.join(SHARED)})(?:/[^/]+)?|{name}))/" if depth is None else rf"^(?P<top>(?:{name}){{1,{depth}}})/"
+        rf"^(?P<top>(?:/(?:{'|'.join(SHARED)})(?:/[^/]+)?|{name}))/"
+        if depth is None
+        else rf"^(?P<top>(?:{name}){{1,{depth}}})/"
     )
     found = pc.extract_regex(path, f"(?s){pattern}")
-    return pc.coalesce(pc.if_else(found.is_valid(), found.field("top"), None), pa.scalar(b"/", pa.large_binary()))
+    return pc.coalesce(
+        pc.if_else(found.is_valid(), found.field("top"), None), pa.scalar(b"/", pa.large_binary())
+    )

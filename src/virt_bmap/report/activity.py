@@ -1,4 +1,5 @@
-"""What traces say, added up for drawing: over time, by place on the disk, by object, and the working set as it grows."""
+"""What traces say, added up for drawing: over time, by place on the disk, by object, and the working set as
+it grows."""
 
 from typing import Any
 
@@ -42,7 +43,8 @@ def _run(one: Traces, run: Run, labels: list[str], cells: dict[int, Cells]) -> d
     return {
         "name": run.name.rpartition("/")[2], "seconds": duration / 1e9, "requests": len(run.accesses),
         "read": int(run.accesses.length[reads].sum()), "written": int(run.accesses.length[writes].sum()),
-        "over_time": {"read": _binned(step[reads], run.accesses.length[reads]), "written": _binned(step[writes], run.accesses.length[writes]),
+        "over_time": {"read": _binned(step[reads], run.accesses.length[reads]),
+            "written": _binned(step[writes], run.accesses.length[writes]),
                       "requests": _binned(step, np.ones(len(step), np.int64))},
         "places": {str(disk): _places(run, disk, step, size) for disk, size in enumerate(one.sizes, 1)},
         "cells": {str(disk): _touched(run, time, found, disk) for disk, found in cells.items()},
@@ -59,7 +61,10 @@ def _binned(step: Int, weight: Int) -> list[int]:
 
 
 def _places(run: Run, disk: int, step: Int, size: int) -> dict[str, list[int]]:
-    """Bytes read and written by step of time and place, only where there are any. An access counts where it begins: few are longer than a place."""
+    """Bytes read and written by step of time and place, only where there are any.
+
+    An access counts where it begins: few are longer than a place.
+    """
     result: dict[str, list[int]] = {}
     for way, ops in (("read", (READ,)), ("written", WRITES)):
         mine = np.isin(run.accesses.op, ops) & (run.disk == disk)
@@ -72,8 +77,11 @@ def _places(run: Run, disk: int, step: Int, size: int) -> dict[str, list[int]]:
 
 
 def _touched(run: Run, time: Int, cells: Cells, disk: int) -> dict[str, list[int]]:
-    """Runs of cells that were read or written: first cell, cells, when first in milliseconds, and 1 read, 2 written, 3 both."""
-    mine = np.flatnonzero((run.disk == disk) & (run.accesses.length > 0) & np.isin(run.accesses.op, (READ, *WRITES)))
+    """Runs of cells that were read or written: first cell, cells, when first in milliseconds, and 1 read, 2
+    written, 3 both."""
+    mine = np.flatnonzero(
+        (run.disk == disk) & (run.accesses.length > 0) & np.isin(run.accesses.op, (READ, *WRITES))
+    )
     mine = mine[np.argsort(time[mine], kind="stable")]
     low, high = cells.of(run.accesses.offset[mine], (run.accesses.offset + run.accesses.length)[mine])
     count = len(cells.owner)
@@ -100,7 +108,8 @@ def _touched(run: Run, time: Int, cells: Cells, disk: int) -> dict[str, list[int
 
 
 def _lanes(run: Run, step: Int, labels: list[str]) -> dict[str, Any]:
-    """Bytes over time of the objects that most bytes were read of or written to, in order of their first use."""
+    """Bytes over time of the objects that most bytes were read of or written to, in order of their first
+    use."""
     length = run.end - run.start
     total = np.zeros(len(labels), np.int64)
     np.add.at(total, run.object, length)
@@ -125,7 +134,9 @@ def _growth(one: Traces, time: Int, run: Run) -> dict[str, list[float]]:
     at = np.linspace(0, int(time.max()), POINTS).astype(np.int64)
     needed = np.append(0, np.cumsum(length))[np.searchsorted(first, at, "right")]
     order = np.argsort(time[reads], kind="stable")
-    read = np.append(0, np.cumsum(run.accesses.length[reads][order]))[np.searchsorted(time[reads][order], at, "right")]
+    read = np.append(0, np.cumsum(run.accesses.length[reads][order]))[
+        np.searchsorted(time[reads][order], at, "right")
+    ]
     return {"seconds": (at / 1e9).tolist(), "needed": needed.tolist(), "read": read.tolist()}
 
 
@@ -147,7 +158,8 @@ def _objects(one: Traces, run: Run, time: Int, labels: list[str]) -> dict[str, A
 
     text = safe(objects.select(["device", "kind"]))
     return {
-        "all": len(found), "first": (first[shown] / 1e9).round(3).tolist(), "read": read[shown].tolist(), "written": written[shown].tolist(),
-        "requests": requests[shown].tolist(), "size": objects.column("size").to_pylist(), "kind": text.column("kind").to_pylist(),
+        "all": len(found), "first": (first[shown] / 1e9).round(3).tolist(), "read": read[shown].tolist(),
+        "written": written[shown].tolist(), "requests": requests[shown].tolist(),
+        "size": objects.column("size").to_pylist(), "kind": text.column("kind").to_pylist(),
         "device": text.column("device").to_pylist(), "name": [labels[number] for number in shown],
     }  # fmt: skip

@@ -1,7 +1,8 @@
 """The page: its parts put into one HTML file that asks nobody for anything.
 
-Names from a disk are hostile. They travel as data only, compressed and in base64, where no markup survives; the page puts them into text nodes, and into charts with
-`<` and `&` as entities. Should one get through all the same, the page's policy runs no script but its own, which are named by their hashes, and fetches nothing.
+Names from a disk are hostile. They travel as data only, compressed and in base64, where no markup survives;
+the page puts them into text nodes, and into charts with `<` and `&` as entities. Should one get through all
+the same, the page's policy runs no script but its own, which are named by their hashes, and fetches nothing.
 """
 
 import base64
@@ -24,14 +25,21 @@ SCRIPTS = ("start.js", "theme.js", "disk.js", "charts.js", "tables.js", "main.js
 
 
 def page(bmap: BlockMap, traces: Traces | None = None, title: str = "") -> bytes:
-    """The report on a map, and on traces of its disks, as HTML. Raises MissingTool without the plotting library."""
+    """The report on a map, and on traces of its disks, as HTML.
+
+    Raises MissingTool without the plotting library.
+    """
     scripts = [_plotly(), *(_part(name) for name in SCRIPTS)]
     data = json.dumps(collect(bmap, traces, title), ensure_ascii=False, separators=(",", ":")).encode()
     packed = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+    )
     text = _part("page.html")
     for mark, value in (
-        ("HASHES", hashes), ("STYLE", _part("page.css")), ("SCRIPTS", "\n".join(f"<script>{script}</script>" for script in scripts)), ("DATA", packed),
+        ("HASHES", hashes), ("STYLE", _part("page.css")),
+        ("SCRIPTS", "\n".join(f"<script>{script}</script>" for script in scripts)), ("DATA", packed),
     ):  # fmt: skip
         text = text.replace(f"{{{{{mark}}}}}", value, 1)
     return text.encode()
@@ -47,20 +55,25 @@ def collect(bmap: BlockMap, traces: Traces | None, title: str) -> dict[str, Any]
         cells[number] = disk.cells_of(pieces, volumes[volume]["size"])
         disks.append(_disk(resolver, number, volumes[volume], pieces, cells[number]))
     return {
-        "title": title, "kinds": [{"name": kind, "meaning": tables.KIND_MEANING[kind]} for kind in tables.KINDS], "disks": disks,
+        "title": title, "kinds": [{"name": kind,
+                "meaning": tables.KIND_MEANING[kind]} for kind in tables.KINDS], "disks": disks,
         "runs": activity.activity(traces, cells) if traces else [], "problems": _problems(bmap),
         "steps": {"times": activity.TIMES, "places": activity.PLACES},
     }  # fmt: skip
 
 
-def _disk(resolver: Resolver, number: int, volume: dict[str, Any], pieces: Any, cells: disk.Cells) -> dict[str, Any]:
+def _disk(
+    resolver: Resolver, number: int, volume: dict[str, Any], pieces: Any, cells: disk.Cells
+) -> dict[str, Any]:
     name = escape(volume["name"].encode())
     by_kind = space.kinds(resolver, pieces)
     found = files.layout(resolver, pieces)
     return {
-        "name": name, "size": volume["size"], "cells": disk.drawn(resolver, cells), "kinds": by_kind, "free_runs": space.free_runs(resolver, pieces),
-        "treemap": space.treemap(resolver.bmap, name, volume["size"], by_kind), "fragments": files.fragments(found),
-        "files": files.table(resolver, found, cells), **space.gains(resolver.bmap, number),
+        "name": name, "size": volume["size"], "cells": disk.drawn(resolver, cells), "kinds": by_kind,
+        "free_runs": space.free_runs(resolver, pieces),
+        "treemap": space.treemap(resolver.bmap, name, volume["size"], by_kind),
+        "fragments": files.fragments(found), "files": files.table(resolver, found, cells),
+        **space.gains(resolver.bmap, number),
     }  # fmt: skip
 
 
@@ -69,7 +82,11 @@ def _problems(bmap: BlockMap) -> list[dict[str, str]]:
     names = bmap.volumes.column("name").to_pylist()
     rows = [row for row in bmap.problems.slice(0, 1000).to_pylist() if row["severity"] != "note"]
     return [
-        {"severity": row["severity"], "device": escape(names[row["volume"]].encode()), "detail": escape(row["detail"].encode())}
+        {
+            "severity": row["severity"],
+            "device": escape(names[row["volume"]].encode()),
+            "detail": escape(row["detail"].encode()),
+        }
         for row in rows[:20]
     ]
 

@@ -27,7 +27,15 @@ def kinds(resolver: Resolver, pieces: Touched) -> list[dict[str, Any]]:
         of, what = divmod(key, len(tables.KINDS))
         mine = (volume == of) & (kind == what)
         low, high = union(pieces.start[mine], pieces.end[mine])
-        rows.append({"device": names[of], "volume": of, "kind": what, "bytes": int((high - low).sum()), "pieces": len(low)})
+        rows.append(
+            {
+                "device": names[of],
+                "volume": of,
+                "kind": what,
+                "bytes": int((high - low).sum()),
+                "pieces": len(low),
+            }
+        )
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
@@ -45,25 +53,37 @@ def free_runs(resolver: Resolver, pieces: Touched) -> dict[str, list[int]]:
 
 
 def gains(bmap: BlockMap, disk: int) -> dict[str, list[dict[str, Any]]]:
-    """What sparsify would give back of the disk, by volume, and what it would keep; and the volumes that it would leave alone, with the reason."""
+    """What sparsify would give back of the disk, by volume, and what it would keep; and the volumes that it
+    would leave alone, with the reason."""
     found, left = estimate(bmap, bmap.disks[disk - 1], None)
     names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
     return {
         "gains": [
-            {"device": names[gain.volume], "what": gain.what, "bytes": gain.size, "given_back": gain.given_back}
+            {
+                "device": names[gain.volume],
+                "what": gain.what,
+                "bytes": gain.size,
+                "given_back": gain.given_back,
+            }
             for gain in sorted(found, key=lambda gain: -gain.size)
         ],
         "left": [{"device": names[volume], "reason": reason} for volume, reason in left.items()],
     }
 
 
-# ---- the treemap ------------------------------------------------------------------------------------------------------
+# ---- the treemap -------------------------------------------------------------------------------------------
 
 
 def treemap(bmap: BlockMap, disk: str, size: int, by_kind: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rectangles: the disk, its volumes, in them kinds of space and, where names are known, directories and large files. Sizes are bytes on the disk;
-    a parent has at least those of its children."""
-    nodes: dict[str, list[Any]] = {"id": ["disk"], "parent": [""], "label": [disk], "bytes": [size], "kind": [-1]}
+    """Rectangles: the disk, its volumes, in them kinds of space and, where names are known, directories and
+    large files. Sizes are bytes on the disk; a parent has at least those of its children."""
+    nodes: dict[str, list[Any]] = {
+        "id": ["disk"],
+        "parent": [""],
+        "label": [disk],
+        "bytes": [size],
+        "kind": [-1],
+    }
 
     def add(id: str, parent: str, label: str, count: int, kind: int) -> None:
         for column, value in zip(nodes.values(), (id, parent, label, count, kind), strict=True):
@@ -73,11 +93,14 @@ def treemap(bmap: BlockMap, disk: str, size: int, by_kind: list[dict[str, Any]])
         mine = [row for row in by_kind if row["volume"] == volume]
         add(f"v{volume}", "disk", mine[0]["device"], sum(row["bytes"] for row in mine), -1)
         for row in mine:
-            add(f"v{volume}k{row['kind']}", f"v{volume}", tables.KINDS[row["kind"]], row["bytes"], row["kind"])
+            add(
+                f"v{volume}k{row['kind']}", f"v{volume}", tables.KINDS[row["kind"]], row["bytes"], row["kind"]
+            )
             if row["kind"] == tables.DATA:
                 _directories(bmap, volume, row["bytes"], add)
     nodes["bytes"][0] = max(
-        size, sum(count for parent, count in zip(nodes["parent"], nodes["bytes"], strict=True) if parent == "disk")
+        size,
+        sum(count for parent, count in zip(nodes["parent"], nodes["bytes"], strict=True) if parent == "disk"),
     )
     return nodes
 
@@ -103,20 +126,24 @@ def _directories(bmap: BlockMap, volume: int, limit: int, add: Any) -> None:
     at = np.searchsorted(known, inode[chosen])
     words = escape_all(paths.take(pa.array(np.minimum(at, len(known) - 1)))).to_pylist()
     base = f"v{volume}k{tables.DATA}"
-    for node, up, count, path in zip(chosen.tolist(), parent[chosen].tolist(), total[chosen].tolist(), words, strict=True):
+    for node, up, count, path in zip(
+        chosen.tolist(), parent[chosen].tolist(), total[chosen].tolist(), words, strict=True
+    ):
         if node:
             add(f"{base}n{node}", f"{base}n{up}" if up else base, path.rpartition("/")[2], count, tables.DATA)
 
 
 def _tree(names: pa.Table, inodes: pa.Table, root: int) -> tuple[Int, Int, Int]:
-    """The tree of names as rows: for each the row of its directory, its inode, and its level (-1: not reached). Row 0 is the root; an inode counts where it
-    is named first."""
+    """The tree of names as rows: for each the row of its directory, its inode, and its level (-1: not
+    reached). Row 0 is the root; an inode counts where it is named first."""
     inode, first = np.unique(tables.integers(names, "inode"), return_index=True)
     keep = inode != root
     inode = np.append(root, inode[keep])
     above = np.append(root, tables.integers(names, "parent")[first[keep]])
     parent = positions(inode, above)
-    is_directory = np.isin(inode, tables.integers(inodes, "inode")[tables.codes(inodes, "type") == tables.T_DIRECTORY])
+    is_directory = np.isin(
+        inode, tables.integers(inodes, "inode")[tables.codes(inodes, "type") == tables.T_DIRECTORY]
+    )
     order = np.argsort(parent, kind="stable")
     bounds = np.searchsorted(parent[order], np.arange(len(inode) + 1))
     level = np.full(len(inode), -1, np.int64)

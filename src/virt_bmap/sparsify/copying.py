@@ -1,4 +1,5 @@
-"""A new image that holds what is owned, and nothing else: raw files are written here, other formats through QEMU."""
+"""A new image that holds what is owned, and nothing else: raw files are written here, other formats through
+QEMU."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +20,8 @@ FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
 """What a copy can be: all that QEMU writes to at any place."""
 COMPRESSED = ("qcow2",)
 CLUSTER = 64 << 10
-"""What QEMU's formats allocate at once or in multiples of (qcow2, vmdk); zeroes in smaller pieces would save nothing, and a compressed cluster is written only once."""
+"""What QEMU's formats allocate at once or in multiples of (qcow2, vmdk); zeroes in smaller pieces would save
+nothing, and a compressed cluster is written only once."""
 
 
 class FreshImage(NamedTuple):
@@ -45,7 +47,8 @@ def copy(
 ) -> Missing:
     """Write the disk to `path`, an empty file, without what is `free`; what is missing from it (see `dump`).
 
-    `tell` is called with the number of bytes that are done. Raises OutputError, MissingTool, and ImageError where the disk can't be read whole unless `partial`.
+    `tell` is called with the number of bytes that are done. Raises OutputError, MissingTool, and ImageError
+    where the disk can't be read whole unless `partial`.
     """
     if format == "raw":
         with open(path, "r+b") as file:
@@ -62,4 +65,6 @@ def _create(path: str, format: str, size: int) -> None:
     done = children.run([program, "create", "-q", "-f", format, os.path.abspath(path), str(size)])
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip().splitlines()
-        raise OutputError(f"{path}: can't be written: {words[0] if words else f'qemu-img ended with {done.returncode}'}")
+        raise OutputError(
+            f"{path}: can't be written: {words[0] if words else f'qemu-img ended with {done.returncode}'}"
+        )

@@ -1,6 +1,8 @@
-"""What sparsify would give back of a disk image, without writing anything, and what it would keep though nobody owns it; and which of it takes space now.
+"""What sparsify would give back of a disk image, without writing anything, and what it would keep though
+nobody owns it; and which of it takes space now.
 
-Sources: lseek(2) on SEEK_DATA and SEEK_HOLE; fallocate(2) on FALLOC_FL_PUNCH_HOLE, which frees whole blocks only.
+Sources: lseek(2) on SEEK_DATA and SEEK_HOLE; fallocate(2) on FALLOC_FL_PUNCH_HOLE, which frees whole blocks
+only.
 """
 
 import os
@@ -15,7 +17,8 @@ from virt_bmap.sparsify.plan import SWAP, kinds_of, whole_blocks
 
 
 class Gain(NamedTuple):
-    """`size` bytes of one kind on one volume, of which `held` take space on the host; None where that is not known. `given_back`: by sparsify."""
+    """`size` bytes of one kind on one volume, of which `held` take space on the host; None where that is not
+    known. `given_back`: by sparsify."""
 
     volume: int
     what: str
@@ -32,7 +35,10 @@ class Host(NamedTuple):
 
 
 def host_of(path: str) -> Host | None:
-    """What of a file takes space on this host; None for what is no regular file. Raises ImageError where it can't be read."""
+    """What of a file takes space on this host; None for what is no regular file.
+
+    Raises ImageError where it can't be read.
+    """
     try:
         with open(path, "rb") as file:
             about = os.fstat(file.fileno())
@@ -43,8 +49,11 @@ def host_of(path: str) -> Host | None:
         raise ImageError(f"{path}: can't be read: {error.strerror}") from error
 
 
-def estimate(bmap: BlockMap, disk: int, host: Host | None, swap: bool = False) -> tuple[list[Gain], dict[int, str]]:
-    """What the volume `disk`, a whole disk, would give back, what it would keep, and the volumes that are left alone, with the reason. `swap`: as for `plan`."""
+def estimate(
+    bmap: BlockMap, disk: int, host: Host | None, swap: bool = False
+) -> tuple[list[Gain], dict[int, str]]:
+    """What the volume `disk`, a whole disk, would give back, what it would keep, and the volumes that are
+    left alone, with the reason. `swap`: as for `plan`."""
     gains: list[Gain] = []
     left: dict[int, str] = {}
     unbelieved, systems = doubts(bmap), set(bmap.filesystems.column("volume").to_pylist())
@@ -55,5 +64,13 @@ def estimate(bmap: BlockMap, disk: int, host: Host | None, swap: bool = False) -
             if len(ranges[0]):
                 size = int((ranges[1] - ranges[0]).sum())
                 held = None if host is None else overlap(whole_blocks(ranges, host.block), host.data)
-                gains.append(Gain(volume, "slack" if what == "gap" and volume in systems else what, size, held, given_back))
+                gains.append(
+                    Gain(
+                        volume,
+                        "slack" if what == "gap" and volume in systems else what,
+                        size,
+                        held,
+                        given_back,
+                    )
+                )
     return sorted(gains, key=lambda gain: (not gain.given_back, gain.volume, gain.what)), left

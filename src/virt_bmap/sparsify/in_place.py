@@ -1,6 +1,7 @@
 """Giving space back without a copy: holes punched into raw files and block devices, trims for qcow2.
 
-Only free bytes change, one range after the other, so that an image is valid at every moment, whenever this ends.
+Only free bytes change, one range after the other, so that an image is valid at every moment, whenever this
+ends.
 """
 
 import contextlib
@@ -35,18 +36,23 @@ class Disk(Protocol):
     def reader(self) -> Reader: ...
 
     def give_back(self, free: Ranges, tell: Callable[[int], None]) -> None:
-        """Free these sorted ranges; `tell` is called with the number of bytes that are done. Raises OutputError."""
+        """Free these sorted ranges; `tell` is called with the number of bytes that are done.
+
+        Raises OutputError.
+        """
 
 
 @contextlib.contextmanager
 def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
     """An image for reading and giving back, kept from others until the block ends.
 
-    Raises UsageError where it is of a kind that can't give space back, ImageError where somebody uses it, OutputError where it can't be written.
+    Raises UsageError where it is of a kind that can't give space back, ImageError where somebody uses it,
+    OutputError where it can't be written.
     """
     if magic.is_uri(image):
         raise UsageError(
-            f"{image}: who uses an NBD export can't be seen from here; sparsify the image where it lies, or make a copy: sparsify {image} OUT"
+            f"{image}: who uses an NBD export can't be seen from here; sparsify the image where it "
+            f"lies, or make a copy: sparsify {image} OUT"
         )
     plain = RawReader(image)
     try:
@@ -54,7 +60,9 @@ def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
     finally:
         plain.close()
     if found not in ("raw", "qcow2"):
-        raise UsageError(f"{image}: a {found} image can't give space back in place; make a copy: sparsify {image} OUT")
+        raise UsageError(
+            f"{image}: a {found} image can't give space back in place; make a copy: sparsify {image} OUT"
+        )
     if found == "raw":
         disk = PunchedFile(image)
         try:
@@ -68,7 +76,10 @@ def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
 
 
 class PunchedFile:
-    """A raw file or block device. A device is opened exclusively: neither mounted nor below another device."""
+    """A raw file or block device.
+
+    A device is opened exclusively: neither mounted nor below another device.
+    """
 
     def __init__(self, path: str) -> None:
         self.name = path
@@ -92,11 +103,14 @@ class PunchedFile:
                 done += end - start
                 tell(
                     done
-                )  # no fsync: a power cut brings free space back at worst, and to wait for the host's journal would take longest
+                    # no fsync: a power cut brings free space back at worst, and to wait for the host's
+                    # journal would take longest
+                )
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 raise OutputError(
-                    f"{self.name}: can't be changed in place: what it lies on can't punch holes; make a copy: sparsify {self.name} OUT"
+                    f"{self.name}: can't be changed in place: what it lies on can't punch holes; "
+                    f"make a copy: sparsify {self.name} OUT"
                 ) from error
             raise OutputError(f"{self.name}: can't be changed: {error.strerror}") from error
 

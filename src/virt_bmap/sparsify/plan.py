@@ -1,4 +1,5 @@
-"""What of a disk may be given back: what its allocators and the map both call free, and nothing of a filesystem about which they disagree."""
+"""What of a disk may be given back: what its allocators and the map both call free, and nothing of a
+filesystem about which they disagree."""
 
 from collections.abc import Callable, Collection
 
@@ -11,14 +12,22 @@ SWAP = "swap"
 
 
 def plan(bmap: BlockMap, disk: int, swap: bool = False) -> Space:
-    """What of the volume `disk` may be given back, in its bytes, and which volumes are left alone, with the reason. `swap`: the content of swap space, too."""
+    """What of the volume `disk` may be given back, in its bytes, and which volumes are left alone, with the
+    reason. `swap`: the content of swap space, too."""
     kinds = kinds_of(bmap, ("free", SWAP) if swap else ("free",))
     return free_space(bmap, disk, kinds)
 
 
 def kinds_of(bmap: BlockMap, what: Collection[str]) -> Callable[[int], tuple[int, ...]]:
-    """Which kinds of extents of a volume are meant: of "free", "gap" (slack behind filesystems, too), "unreferenced" and "swap", those that are asked for."""
-    systems = dict(zip(bmap.filesystems.column("volume").to_pylist(), bmap.filesystems.column("type").to_pylist(), strict=True))
+    """Which kinds of extents of a volume are meant: of "free", "gap" (slack behind filesystems, too),
+    "unreferenced" and "swap", those that are asked for."""
+    systems = dict(
+        zip(
+            bmap.filesystems.column("volume").to_pylist(),
+            bmap.filesystems.column("type").to_pylist(),
+            strict=True,
+        )
+    )
     always = tuple(kind for kind in tables.IDLE if tables.KINDS[kind] in what)
 
     def kinds(volume: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Apple partition maps: disks of PowerPC Macs, and disk images made for them.
 
-Sources: Inside Macintosh: Devices, chapter 3 (driver descriptor record, partition map entries); Linux block/partitions/mac.c for numbering: every entry is a
-slot, the map's own one too; libblkid/src/partitions/mac.c.
+Sources: Inside Macintosh: Devices, chapter 3 (driver descriptor record, partition map entries); Linux
+block/partitions/mac.c for numbering: every entry is a slot, the map's own one too;
+libblkid/src/partitions/mac.c.
 """
 
 from collections.abc import Sequence
@@ -9,13 +10,27 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Checks, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import (
+    Assembly,
+    Checks,
+    Docs,
+    Member,
+    Problem,
+    Structure,
+    Structures,
+    VolumeFormat,
+    extent_rows,
+)
 from virt_bmap.layout import record, records, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, is_cd, overlaps
 
 NAME = "mac"
-FEATURES = ("blocks of 512, 1024, 2048 and 4096 bytes", "drivers and the map itself named", "hybrid CD images left to ISO 9660")
+FEATURES = (
+    "blocks of 512, 1024, 2048 and 4096 bytes",
+    "drivers and the map itself named",
+    "hybrid CD images left to ISO 9660",
+)
 REFUSED = ()
 ORACLES = ("parted", "mmls of The Sleuth Kit")
 CHECKS = Checks(
@@ -57,7 +72,8 @@ def probe(reader: Reader) -> bool:
 
 
 def _block_size(reader: Reader) -> int | None:
-    """Bytes of a block: as the driver descriptor says, if an entry lies there; some disks have no descriptor, or one that says something else."""
+    """Bytes of a block: as the driver descriptor says, if an entry lies there; some disks have no descriptor,
+    or one that says something else."""
     descriptor = record(reader.read_clipped(0, SECTOR), DRIVER_DESCRIPTOR)
     said = int(descriptor["sbBlkSize"]) if descriptor["sbSig"] == b"ER" else SECTOR
     sizes = sorted(BLOCKS, key=lambda size: size != said)
@@ -78,8 +94,14 @@ def assemble(members: Sequence[Member]) -> Assembly:
     wrong = np.flatnonzero(entries["pmSig"] != b"PM")
     if len(wrong):
         count = int(wrong[0])
-        problems.append(Problem(
-            "apm-entry", f"there is no partition map entry at byte {(count + 1) * size:#x}, though the map says that it has {promised}", (count + 1) * size))  # fmt: skip
+        problems.append(
+            Problem(
+                "apm-entry",
+                f"there is no partition map entry at byte {(count + 1) * size:#x}, though the map "
+                f"says that it has {promised}",
+                (count + 1) * size,
+            )
+        )
     for number, entry in enumerate(entries[:count], 1):
         _add(assembly, disk, number, entry, size)
     own = extent_rows(assembly, disk)
@@ -93,7 +115,9 @@ def _add(assembly: Assembly, disk: Member, number: int, entry: np.void, size: in
     kind = entry["pmParType"].rstrip()
     if not entry["pmPartBlkCnt"] or kind in FREE:
         return
-    unread = "partition map" if kind == b"Apple_partition_map" else "driver" if kind.startswith(DRIVERS) else None
+    unread = (
+        "partition map" if kind == b"Apple_partition_map" else "driver" if kind.startswith(DRIVERS) else None
+    )
     add_partition(
         assembly, disk, number, int(entry["pmPyPartStart"]) * size, int(entry["pmPartBlkCnt"]) * size,
         label=_text(entry["pmPartName"]) or None, detail=_text(kind), contents=unread is None, unread=unread,

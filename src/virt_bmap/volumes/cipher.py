@@ -1,6 +1,8 @@
-"""dm-crypt's ciphers over many sectors at once: everything is built from AES on single blocks, called once for a whole batch.
+"""dm-crypt's ciphers over many sectors at once: everything is built from AES on single blocks, called once
+for a whole batch.
 
-Used by all formats of encrypted volumes. Sources: kernel drivers/md/dm-crypt.c (initial vectors), crypto/xts.c; IEEE 1619 (XTS).
+Used by all formats of encrypted volumes. Sources: kernel drivers/md/dm-crypt.c (initial vectors),
+crypto/xts.c; IEEE 1619 (XTS).
 """
 
 import hashlib
@@ -17,9 +19,11 @@ from virt_bmap.lost import Lost
 from virt_bmap.reader import Reader, scatter
 
 IV_SECTOR = 512
-"""Sectors are numbered in units of this size, also where larger ones are encrypted as one (LUKS has no `iv_large_sectors`, BitLocker has)."""
+"""Sectors are numbered in units of this size, also where larger ones are encrypted as one (LUKS has no
+`iv_large_sectors`, BitLocker has)."""
 AES_BLOCK = 16
-MODES = ("ecb", "cbc-null", "cbc-plain", "cbc-plain64", "cbc-plain64be", "cbc-essiv:sha256", "cbc-essiv:sha512", "cbc-essiv:sha1", "cbc-eboiv",
+MODES = ("ecb", "cbc-null", "cbc-plain", "cbc-plain64", "cbc-plain64be", "cbc-essiv:sha256",
+    "cbc-essiv:sha512", "cbc-essiv:sha1", "cbc-eboiv",
          "xts-plain", "xts-plain64", "xts-plain64be", "xts-essiv:sha256")  # fmt: skip
 
 
@@ -37,7 +41,8 @@ def aes(key: bytes, data: Bytes, encrypt: bool = False) -> Bytes:
 
 
 class Decrypts(Protocol):
-    """What turns whole sectors of `size` bytes into plain text; `numbers[i]` is the i-th sector's number in units of 512 bytes."""
+    """What turns whole sectors of `size` bytes into plain text; `numbers[i]` is the i-th sector's number in
+    units of 512 bytes."""
 
     @property
     def size(self) -> int: ...
@@ -47,7 +52,8 @@ class Decrypts(Protocol):
 
 @dataclass(frozen=True)
 class Sectors:
-    """A cipher by its dm-crypt name ("aes-xts-plain64") with its key, for sectors of `size` bytes; `large_iv` counts whole sectors for initial vectors."""
+    """A cipher by its dm-crypt name ("aes-xts-plain64") with its key, for sectors of `size` bytes; `large_iv`
+    counts whole sectors for initial vectors."""
 
     name: str
     key: bytes
@@ -57,7 +63,9 @@ class Sectors:
     def __post_init__(self) -> None:
         cipher, _, mode = self.name.partition("-")
         if cipher != "aes" or mode not in MODES:
-            raise Unsupported(f"the cipher {self.name!r} is not read; AES in the modes {', '.join(MODES)} is", code="cipher")
+            raise Unsupported(
+                f"the cipher {self.name!r} is not read; AES in the modes {', '.join(MODES)} is", code="cipher"
+            )
         if len(self.key) not in ((32, 64) if mode.startswith("xts") else (16, 24, 32)):
             raise Unsupported(f"{self.name} with a key of {len(self.key)} bytes is not read", code="cipher")
 
@@ -71,8 +79,12 @@ class Sectors:
         if mode == "cbc":
             return self._cbc(data, self._vectors(vector, numbers, self.key))
         half = len(self.key) // 2
-        tweaks = aes(self.key[half:], self._vectors(vector, numbers, self.key[:half]).reshape(-1), encrypt=True)
-        whitening = _powers(tweaks.view("<u8").reshape(-1, 2), self.size // AES_BLOCK).reshape(-1).view(np.uint8)
+        tweaks = aes(
+            self.key[half:], self._vectors(vector, numbers, self.key[:half]).reshape(-1), encrypt=True
+        )
+        whitening = (
+            _powers(tweaks.view("<u8").reshape(-1, 2), self.size // AES_BLOCK).reshape(-1).view(np.uint8)
+        )
         plain: Bytes = aes(self.key[:half], data ^ whitening) ^ whitening
         return plain
 
@@ -143,11 +155,14 @@ class DecryptedReader(Reader):
         size = self._cipher.size
         low, high = starts // size * size, np.minimum(-(-ends // size) * size, self.size)
         gone = self._base.lost(*union(low, high))
-        return gone._replace(starts=gone.starts // size * size, ends=-(-gone.ends // size) * size).within(starts, ends)[1]
+        return gone._replace(starts=gone.starts // size * size, ends=-(-gone.ends // size) * size).within(
+            starts, ends
+        )[1]
 
 
 class Window(NamedTuple):
-    """Bytes [start, end) of a volume and the reader, of the same offsets, that has them; None: they read as zeroes."""
+    """Bytes [start, end) of a volume and the reader, of the same offsets, that has them; None: they read as
+    zeroes."""
 
     start: int
     end: int
@@ -155,7 +170,8 @@ class Window(NamedTuple):
 
 
 class WindowsReader(Reader):
-    """A volume of which every part is read in its own way: with a cipher, with another, plain, or not at all."""
+    """A volume of which every part is read in its own way: with a cipher, with another, plain, or not at
+    all."""
 
     def __init__(self, base: Reader, windows: Sequence[Window]) -> None:
         super().__init__(base.size, base.name)
@@ -166,7 +182,8 @@ class WindowsReader(Reader):
         result = np.zeros(int(lengths.sum()), np.uint8)
         place = np.cumsum(lengths) - lengths
         for window in self._windows:
-            low, high = np.clip(offsets, window.start, window.end), np.clip(offsets + lengths, window.start, window.end)
+            low = np.clip(offsets, window.start, window.end)
+            high = np.clip(offsets + lengths, window.start, window.end)
             mine = np.flatnonzero(high > low)
             if window.reader and len(mine):
                 data = window.reader.read_ranges(low[mine], (high - low)[mine])

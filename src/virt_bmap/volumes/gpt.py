@@ -1,6 +1,7 @@
 """GUID partition tables: both headers and entry arrays, their checksums, sectors of 512 and 4096 bytes.
 
-Sources: UEFI specification 2.10, section 5.3; Linux block/partitions/efi.c (a GPT counts only behind a protective or hybrid MBR).
+Sources: UEFI specification 2.10, section 5.3; Linux block/partitions/efi.c (a GPT counts only behind a
+protective or hybrid MBR).
 """
 
 import uuid
@@ -12,7 +13,17 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Int
-from virt_bmap.contract import Assembly, Checks, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import (
+    Assembly,
+    Checks,
+    Docs,
+    Member,
+    Problem,
+    Structure,
+    Structures,
+    VolumeFormat,
+    extent_rows,
+)
 from virt_bmap.errors import Corrupt
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
@@ -38,18 +49,25 @@ CHECKS = Checks(
 
 SECTORS = (512, 4096)
 MAX_ENTRIES = 16384
-"""Entries that are read: 128 is usual, and 16,384 of 128 bytes are 2 MiB, more than the gap before any first partition."""
+"""Entries that are read: 128 is usual, and 16,384 of 128 bytes are 2 MiB, more than the gap before any first
+partition."""
 TYPES = {
     "c12a7328-f81f-11d2-ba4b-00a0c93ec93b": "EFI System", "21686148-6449-6e6f-744e-656564454649": "BIOS boot",
-    "0fc63daf-8483-4772-8e79-3d69d8477de4": "Linux filesystem", "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f": "Linux swap",
-    "e6d6d379-f507-44c2-a23c-238f2a3df928": "Linux LVM", "a19d880f-05fc-4d3b-a006-743f0f84911e": "Linux RAID",
-    "4f68bce3-e8cd-4db1-96e7-fbcaf984b709": "Linux root (x86-64)", "bc13c2ff-59e6-4262-a352-b275fd6f7172": "Linux extended boot",
+    "0fc63daf-8483-4772-8e79-3d69d8477de4": "Linux filesystem",
+    "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f": "Linux swap", "e6d6d379-f507-44c2-a23c-238f2a3df928": "Linux LVM",
+    "a19d880f-05fc-4d3b-a006-743f0f84911e": "Linux RAID",
+    "4f68bce3-e8cd-4db1-96e7-fbcaf984b709": "Linux root (x86-64)",
+    "bc13c2ff-59e6-4262-a352-b275fd6f7172": "Linux extended boot",
     "933ac7e1-2eb4-4f13-b844-0e14e2aef915": "Linux home", "ca7d7ccb-63ed-4c53-861c-1742536059cc": "LUKS",
-    "e3c9e316-0b5c-4db8-817d-f92df00215ae": "Microsoft reserved", "ebd0a0a2-b9e5-4433-87c0-68b6b72699c7": "Microsoft basic data",
-    "de94bba4-06d1-4d40-a16a-bfd50179d6ac": "Windows recovery", "5808c8aa-7e8f-42e0-85d2-e1e90434cfb3": "LDM metadata",
-    "af9b60a0-1431-4f62-bc68-3311714a69ad": "LDM data", "48465300-0000-11aa-aa11-00306543ecac": "Apple HFS/HFS+",
+    "e3c9e316-0b5c-4db8-817d-f92df00215ae": "Microsoft reserved",
+    "ebd0a0a2-b9e5-4433-87c0-68b6b72699c7": "Microsoft basic data",
+    "de94bba4-06d1-4d40-a16a-bfd50179d6ac": "Windows recovery",
+    "5808c8aa-7e8f-42e0-85d2-e1e90434cfb3": "LDM metadata",
+    "af9b60a0-1431-4f62-bc68-3311714a69ad": "LDM data",
+    "48465300-0000-11aa-aa11-00306543ecac": "Apple HFS/HFS+",
     "7c3457ef-0000-11aa-aa11-00306543ecac": "Apple APFS", "6a898cc3-1dd2-11b2-99a6-080020736631": "ZFS",
-    "fe3a2a5d-4f32-41a7-b725-accc3285a309": "ChromeOS kernel", "3cb8e202-3b7e-47dd-8a3c-7ff2a13cfcec": "ChromeOS root",
+    "fe3a2a5d-4f32-41a7-b725-accc3285a309": "ChromeOS kernel",
+    "3cb8e202-3b7e-47dd-8a3c-7ff2a13cfcec": "ChromeOS root",
 }  # fmt: skip
 VERITY = {
     "root verity": (
@@ -97,7 +115,8 @@ VERITY = {
         "3f324816-667b-46ae-86ee-9b0c0c6c11b4", "4ede75e2-6ccc-4cc8-b9c7-70334b087510",
     ),
 }  # fmt: skip
-"""Partitions that hold the hashes of another one, or a signature of these, for each architecture: the Discoverable Partitions Specification."""
+"""Partitions that hold the hashes of another one, or a signature of these, for each architecture: the
+Discoverable Partitions Specification."""
 CHROMEOS_ROOT = "3cb8e202-3b7e-47dd-8a3c-7ff2a13cfcec"
 """Its kernel's command line has the root of a hash tree that lies behind the filesystem."""
 TYPES |= {kind: f"Linux {words}" for words, kinds in VERITY.items() for kind in kinds}
@@ -143,7 +162,8 @@ class Table(NamedTuple):
 
 
 def probe(reader: Reader) -> bool:
-    """A protective entry in the MBR and a header at one end of the disk; a CD image that is partitioned as well stays a CD image."""
+    """A protective entry in the MBR and a header at one end of the disk; a CD image that is partitioned as
+    well stays a CD image."""
     sector = reader.read_clipped(0, SECTOR)
     if sector[mbr.SIGNATURE :] != b"\x55\xaa" or mbr.PROTECTIVE not in mbr.entries(sector)["os_type"]:
         return False
@@ -155,7 +175,9 @@ def probe(reader: Reader) -> bool:
         if table:
             used = table.entries[_used(table)]
             return not mbr.isohybrid(
-                reader, used["starting_lba"] * np.uint64(size), (used["ending_lba"] + np.uint64(1)) * np.uint64(size)
+                reader,
+                used["starting_lba"] * np.uint64(size),
+                (used["ending_lba"] + np.uint64(1)) * np.uint64(size),
             )
     return True
 
@@ -187,19 +209,27 @@ def assemble(members: Sequence[Member]) -> Assembly:
     return assembly
 
 
-def _add(assembly: Assembly, disk: Member, table: Table, entry: np.void, number: int, problems: list[Problem]) -> None:
+def _add(
+    assembly: Assembly, disk: Member, table: Table, entry: np.void, number: int, problems: list[Problem]
+) -> None:
     first, last = int(entry["starting_lba"]), int(entry["ending_lba"])
     if last < first or last >= 1 << 54:
         at = table.entries_at + (number - 1) * 128
         problems.append(
-            Problem("partition-range", f"GPT entry {number} at byte {at:#x} ends at sector {last}, before its start {first}", at)
+            Problem(
+                "partition-range",
+                f"GPT entry {number} at byte {at:#x} ends at sector {last}, before its start {first}",
+                at,
+            )
         )
         return
     kind = _guid(entry["partition_type_guid"])
     name = entry["partition_name"].tobytes().decode("utf-16-le", "replace").split("\0")[0]
     add_partition(
-        assembly, disk, number, first * table.sector, (last + 1 - first) * table.sector, uuid=_guid(entry["unique_partition_guid"]),
-        label=name or None, detail=TYPES.get(kind, f"type {kind}"), unread="BIOS boot" if TYPES.get(kind) == "BIOS boot" else None,
+        assembly, disk, number, first * table.sector, (last + 1 - first) * table.sector,
+        uuid=_guid(entry["unique_partition_guid"]), label=name or None,
+        detail=TYPES.get(kind, f"type {kind}"),
+        unread="BIOS boot" if TYPES.get(kind) == "BIOS boot" else None,
         traits=TRAITS.get(kind, VOUCHING if name.startswith(VBMETA) else 0),
     )  # fmt: skip
 
@@ -215,7 +245,8 @@ def _guid(raw: np.void) -> str:
 
 
 def _both(reader: Reader, problems: list[Problem]) -> tuple[Table, Table | None]:
-    """The table to use and the valid backup beside it; what is wrong with the other one goes to `problems`."""
+    """The table to use and the valid backup beside it; what is wrong with the other one goes to
+    `problems`."""
     primary, why = None, "no signature"
     for size in SECTORS:
         primary, why_here = _read_table(reader, size, size)
@@ -263,7 +294,11 @@ def _both(reader: Reader, problems: list[Problem]) -> tuple[Table, Table | None]
             )
         )
         return backup, None
-    raise Corrupt(f"{reader.name}: neither GPT header is valid: the primary: {why}; the backup: {why_backup}", 512, "gpt")
+    raise Corrupt(
+        f"{reader.name}: neither GPT header is valid: the primary: {why}; the backup: {why_backup}",
+        512,
+        "gpt",
+    )
 
 
 def _read_table(reader: Reader, sector: int, at: int) -> tuple[Table | None, str]:
@@ -274,21 +309,36 @@ def _read_table(reader: Reader, sector: int, at: int) -> tuple[Table | None, str
     header = record(data, HEADER)
     if header["signature"] != b"EFI PART":
         return None, "no signature"
-    size, count, each = (int(header[name]) for name in ("header_size", "number_of_partition_entries", "size_of_partition_entry"))
+    size, count, each = (
+        int(header[name])
+        for name in ("header_size", "number_of_partition_entries", "size_of_partition_entry")
+    )
     if not HEADER.itemsize <= size <= sector:
         return None, f"its size is {size} bytes"
     if zlib.crc32(data[:16] + bytes(4) + data[20:size]) != header["header_crc32"]:
         return None, "its checksum is wrong"
     entries_at = int(header["partition_entry_lba"]) * sector
-    if each < 128 or each % 8 or each > 4096 or count > MAX_ENTRIES or entries_at + count * each > reader.size:
+    if (
+        each < 128
+        or each % 8
+        or each > 4096
+        or count > MAX_ENTRIES
+        or entries_at + count * each > reader.size
+    ):
         return None, f"its entry array ({count} entries of {each} bytes at byte {entries_at:#x}) does not fit"
     array = reader.read(entries_at, count * each)
     if zlib.crc32(array) != header["partition_entry_array_crc32"]:
         return None, "the checksum of its entries is wrong"
     rows = np.frombuffer(array, np.uint8).reshape(count, each)
     used = -(-count * each // sector) * sector
-    alternate = int(widen(header["alternate_lba"], "alternate_lba") * sector) if int(header["alternate_lba"]) < 1 << 50 else -1
-    return Table(sector, at, entries_at, used, _guid(header["disk_guid"]), alternate, records(rows, ENTRY)), ""
+    alternate = (
+        int(widen(header["alternate_lba"], "alternate_lba") * sector)
+        if int(header["alternate_lba"]) < 1 << 50
+        else -1
+    )
+    return Table(
+        sector, at, entries_at, used, _guid(header["disk_guid"]), alternate, records(rows, ENTRY)
+    ), ""
 
 
 def _structures() -> Structures:

@@ -1,7 +1,9 @@
-"""Partitions beside a CD image: a hybrid image on a stick is an ISO 9660 or UDF volume, and has a partition table as well.
+"""Partitions beside a CD image: a hybrid image on a stick is an ISO 9660 or UDF volume, and has a partition
+table as well.
 
-The disk is the filesystem, as blkid and libguestfs have it, and the kernel shows partitions all the same. Those that share bytes with what the filesystem
-holds show it again: its tree, its boot images. The others were added (persistent storage), and are volumes like any other.
+The disk is the filesystem, as blkid and libguestfs have it, and the kernel shows partitions all the same.
+Those that share bytes with what the filesystem holds show it again: its tree, its boot images. The others
+were added (persistent storage), and are volumes like any other.
 
 Sources: as in `mbr` and `gpt`; man page xorrisofs(1) (-append_partition, -partition_offset).
 """
@@ -18,7 +20,8 @@ from virt_bmap.volumes.partitions import SECTOR, overlaps
 
 
 class Hybrid:
-    """The table of a disk of which a filesystem owns the ranges `owned`, as the survey sees a volume module."""
+    """The table of a disk of which a filesystem owns the ranges `owned`, as the survey sees a volume
+    module."""
 
     name, allocator, checks = "partition table", None, None
 
@@ -29,12 +32,18 @@ class Hybrid:
         """The partitions that the filesystem has nothing in, and what of the table lies outside of it."""
         (disk,) = members
         found = _table(disk)
-        kept = Assembly(children=[child for child in found.children if self._is_apart(child.rows[0].parent_offset, child.size)])
+        kept = Assembly(
+            children=[
+                child for child in found.children if self._is_apart(child.rows[0].parent_offset, child.size)
+            ]
+        )
         kept.problems[disk.number] = overlaps(kept)
         rows = kept.extents[disk.number] = ExtentRows()
         for row in found.extents.get(disk.number, ExtentRows()).table(disk.number).to_pylist():
             if self._is_apart(row["volume_offset"], row["length"]):
-                rows.add(tables.KINDS.index(row["kind"]), row["volume_offset"], row["length"], part=row["part"])
+                rows.add(
+                    tables.KINDS.index(row["kind"]), row["volume_offset"], row["length"], part=row["part"]
+                )
         return kept
 
     def _is_apart(self, start: int, length: int) -> bool:
@@ -42,7 +51,8 @@ class Hybrid:
 
 
 def _table(disk: Member) -> Assembly:
-    """The disk's partitions, by the GPT where the MBR says that there is one; none where the table can't be used."""
+    """The disk's partitions, by the GPT where the MBR says that there is one; none where the table can't be
+    used."""
     protective = mbr.PROTECTIVE in mbr.entries(disk.reader.read(0, SECTOR))["os_type"]
     try:
         return gpt.assemble([disk]) if protective else mbr.assemble([disk])

@@ -45,7 +45,8 @@ def inverse(factor: int) -> int:
 
 
 class Stripes(NamedTuple):
-    """An array of RAID4, 5 or 6: its layout, the bytes of a chunk and of the whole, and for each member reader and first byte; None: missing."""
+    """An array of RAID4, 5 or 6: its layout, the bytes of a chunk and of the whole, and for each member
+    reader and first byte; None: missing."""
 
     layout: Parity
     chunk: int
@@ -63,7 +64,9 @@ class RebuiltReader(Reader):
         self._stripes = stripes
         pattern = stripes.layout.pattern()
         gone = [Place(at, 0) if member is None else None for at, member in enumerate(stripes.members)]
-        lost: list[Row] = [row for row in rows(pattern, stripes.chunk, stripes.size, gone) if row.role != "parity"]
+        lost: list[Row] = [
+            row for row in rows(pattern, stripes.chunk, stripes.size, gone) if row.role != "parity"
+        ]
         self._lost = Rows.of(0, lost)
         period = np.array([row.parent_offset // stripes.chunk for row in lost], np.int64)
         self._row_of = period % len(stripes.layout.p)
@@ -89,7 +92,8 @@ class RebuiltReader(Reader):
         )
 
     def lost(self, starts: Int, ends: Int) -> Lost:
-        """What lies on members that are missing is computed, where parity and the other members' parts of its row are there."""
+        """What lies on members that are missing is computed, where parity and the other members' parts of its
+        row are there."""
         gone = self._base.lost(starts, ends)
         pieces = self._lost.down(starts, ends)
         good = np.zeros(len(pieces.row), bool)
@@ -99,17 +103,22 @@ class RebuiltReader(Reader):
         for reader, first in (member for member in self._stripes.members if member):
             if not reader.whole:
                 low = pieces.target + first
-                good[reader.lost(*union(low, low + pieces.length)).within(low, low + pieces.length)[0]] = False
+                good[reader.lost(*union(low, low + pieces.length)).within(low, low + pieces.length)[0]] = (
+                    False
+                )
         return gone.without(pieces.source[good], (pieces.source + pieces.length)[good])
 
     def _computable(self, row: int) -> bool:
         """Can all that is missing in rows of chunks of this kind be computed?"""
         layout, members = self._stripes.layout, self._stripes.members
-        there = sum(members[place] is not None for place in (int(layout.p[row]), int(layout.q[row])) if place >= 0)
+        there = sum(
+            members[place] is not None for place in (int(layout.p[row]), int(layout.q[row])) if place >= 0
+        )
         return sum(members[place] is None for place in layout.data[row].tolist()) <= there
 
     def _compute(self, member: int, row: int, starts: Int, lengths: Int) -> Bytes:
-        """What the missing member holds at these ranges, which lie in rows of chunks of one kind; zeroes where too much is missing."""
+        """What the missing member holds at these ranges, which lie in rows of chunks of one kind; zeroes
+        where too much is missing."""
         layout = self._stripes.layout
         p, q = int(layout.p[row]), int(layout.q[row])
         powers = layout.power[row]

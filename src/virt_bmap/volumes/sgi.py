@@ -1,6 +1,7 @@
 """SGI volume headers: disks of IRIX machines.
 
-Sources: Linux block/partitions/sgi.c (checksum, slots 1 to 16); IRIX sys/dvh.h (types of partitions, the volume directory).
+Sources: Linux block/partitions/sgi.c (checksum, slots 1 to 16); IRIX sys/dvh.h (types of partitions, the
+volume directory).
 """
 
 from collections.abc import Sequence
@@ -8,13 +9,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Checks, Docs, Member, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import (
+    Assembly,
+    Checks,
+    Docs,
+    Member,
+    Structure,
+    Structures,
+    VolumeFormat,
+    extent_rows,
+)
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, overlaps
 
 NAME = "sgi"
-FEATURES = ("up to sixteen partitions", "files of the volume directory", "the partition that is the whole volume left out")
+FEATURES = (
+    "up to sixteen partitions",
+    "files of the volume directory",
+    "the partition that is the whole volume left out",
+)
 REFUSED = ()
 ORACLES = ("sfdisk --dump",)
 CHECKS = Checks(
@@ -25,8 +39,9 @@ CHECKS = Checks(
 
 HEADER_TYPE, WHOLE_VOLUME = 0, 6
 TYPES = {
-    0: "SGI volhdr", 1: "SGI trkrepl", 2: "SGI secrepl", 3: "SGI raw", 4: "SGI bsd", 5: "SGI sysv", 7: "SGI efs", 8: "SGI lvol", 9: "SGI rlvol", 10: "SGI xfs",
-    11: "SGI xfslog", 12: "SGI xlv", 13: "SGI xvm", 0x82: "Linux swap", 0x83: "Linux native", 0x8E: "Linux LVM", 0xFD: "Linux RAID",
+    0: "SGI volhdr", 1: "SGI trkrepl", 2: "SGI secrepl", 3: "SGI raw", 4: "SGI bsd", 5: "SGI sysv",
+    7: "SGI efs", 8: "SGI lvol", 9: "SGI rlvol", 10: "SGI xfs", 11: "SGI xfslog", 12: "SGI xlv",
+    13: "SGI xvm", 0x82: "Linux swap", 0x83: "Linux native", 0x8E: "Linux LVM", 0xFD: "Linux RAID",
 }  # fmt: skip
 MAGIC = 0x0BE5A941
 
@@ -52,7 +67,10 @@ def probe(reader: Reader) -> bool:
 
 
 def assemble(members: Sequence[Member]) -> Assembly:
-    """One member: the disk. The partition that the header lies in is no volume of its own: its files are named one by one."""
+    """One member: the disk.
+
+    The partition that the header lies in is no volume of its own: its files are named one by one.
+    """
     (disk,) = members
     assembly = Assembly()
     assembly.types[disk.number] = NAME
@@ -62,12 +80,22 @@ def assemble(members: Sequence[Member]) -> Assembly:
     for file in np.frombuffer(sector, FILE, FILES, FILES_AT):
         start, length = int(file["vd_lbn"]) * SECTOR, int(file["vd_nbytes"])
         if start > 0 and length > 0 and start + length <= disk.reader.size:
-            own.add(tables.BOOT, start, length, part=f"volume directory: {file['vd_name'].decode('ascii', 'replace')}")
+            own.add(
+                tables.BOOT,
+                start,
+                length,
+                part=f"volume directory: {file['vd_name'].decode('ascii', 'replace')}",
+            )
     for number, entry in enumerate(np.frombuffer(sector, PARTITION, PARTITIONS, PARTITIONS_AT), 1):
         kind, length = int(entry["pt_type"]), int(entry["pt_nblks"]) * SECTOR
         if length and kind not in (HEADER_TYPE, WHOLE_VOLUME):
             add_partition(
-                assembly, disk, number, int(entry["pt_firstlbn"]) * SECTOR, length, detail=TYPES.get(kind, f"type {kind:#x}")
+                assembly,
+                disk,
+                number,
+                int(entry["pt_firstlbn"]) * SECTOR,
+                length,
+                detail=TYPES.get(kind, f"type {kind:#x}"),
             )
     assembly.problems.setdefault(disk.number, []).extend(overlaps(assembly))
     return assembly

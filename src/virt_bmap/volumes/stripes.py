@@ -1,9 +1,10 @@
 """Striped layouts as mapping rows: one period of the pattern, repeated `count` times, never unrolled.
 
-A layout is a `Pattern`: which chunk of the volume lies in which chunk of which member, for one period. RAID0 has a period of one
-row of chunks; a rotating RAID5 over n disks one of n rows.
+A layout is a `Pattern`: which chunk of the volume lies in which chunk of which member, for one period. RAID0
+has a period of one row of chunks; a rotating RAID5 over n disks one of n rows.
 
-Sources: kernel drivers/md/raid5.c (raid5_compute_sector, raid6_d0, raid6_idx_to_slot), raid10.c (__raid10_find_phys, setup_geo).
+Sources: kernel drivers/md/raid5.c (raid5_compute_sector, raid6_d0, raid6_idx_to_slot), raid10.c
+(__raid10_find_phys, setup_geo).
 """
 
 import math
@@ -17,13 +18,17 @@ from virt_bmap.errors import Unsupported
 from virt_bmap.mapping import COPY, DATA, PARITY, Row
 
 MAX_MEMBERS = 384
-"""Members of one array. md's superblock has room for 1920, raid6 stops at 253, and nobody was seen with more than 60."""
+"""Members of one array. md's superblock has room for 1920, raid6 stops at 253, and nobody was seen with more
+than 60."""
 
 LEFT_ASYMMETRIC, RIGHT_ASYMMETRIC, LEFT_SYMMETRIC, RIGHT_SYMMETRIC, PARITY_0, PARITY_N = range(6)
 ROTATING_ZERO_RESTART, ROTATING_N_RESTART, ROTATING_N_CONTINUE = 8, 9, 10
 """Layouts of DDF: they differ from the others in where Q lies and in how the disks are numbered for it."""
 Q_LAST = 16
-"""Added to a RAID5 layout: the same over all disks but the last, which holds Q. PARITY_N has no such form: it is the same."""
+"""Added to a RAID5 layout: the same over all disks but the last, which holds Q.
+
+PARITY_N has no such form: it is the same.
+"""
 
 
 class Place(NamedTuple):
@@ -36,8 +41,9 @@ class Place(NamedTuple):
 class Pattern(NamedTuple):
     """One period: `volume_chunks` chunks of the volume take `member_chunks` chunks on each member.
 
-    Columns, one row for each place of a chunk: chunk of the volume, member, chunk of that member; `parity` says that what lies there was
-    computed from the chunk. Of several places without parity the first one that is present is the data, the others are copies.
+    Columns, one row for each place of a chunk: chunk of the volume, member, chunk of that member; `parity`
+    says that what lies there was computed from the chunk. Of several places without parity the first one that
+    is present is the data, the others are copies.
     """
 
     volume_chunks: int
@@ -51,8 +57,9 @@ class Pattern(NamedTuple):
 class Parity(NamedTuple):
     """The rows of chunks of one period of RAID4, 5 or 6 over n members.
 
-    `data[row, i]` is the member with the row's i-th data chunk, `p[row]` and `q[row]` are those with parity (q: -1 where there is none),
-    `power[row, member]` is the power of the generator by which the member's chunk is multiplied in Q.
+    `data[row, i]` is the member with the row's i-th data chunk, `p[row]` and `q[row]` are those with parity
+    (q: -1 where there is none), `power[row, member]` is the power of the generator by which the member's
+    chunk is multiplied in Q.
     """
 
     data: Int
@@ -63,15 +70,21 @@ class Parity(NamedTuple):
     def pattern(self) -> Pattern:
         """Data chunks where they lie, and each parity chunk once for every data chunk of its row."""
         rows, width = self.data.shape
-        row, number = np.repeat(np.arange(rows, dtype=np.int64), width), np.arange(rows * width, dtype=np.int64)
+        row = np.repeat(np.arange(rows, dtype=np.int64), width)
+        number = np.arange(rows * width, dtype=np.int64)
         members = [self.data.reshape(-1), self.p[row]] + ([self.q[row]] if self.q[0] >= 0 else [])
         times = len(members)
         parity = np.repeat(np.arange(times) > 0, len(row))
-        return Pattern(rows * width, rows, np.tile(number, times), np.concatenate(members), np.tile(row, times), parity)
+        return Pattern(
+            rows * width, rows, np.tile(number, times), np.concatenate(members), np.tile(row, times), parity
+        )
 
 
-def rows(pattern: Pattern, chunk: int, size: int, members: Sequence[Place | None], start: int = 0) -> list[Row]:
-    """The mapping rows of `size` bytes of a volume from its byte `start`, in chunks of `chunk` bytes; members that are None give none."""
+def rows(
+    pattern: Pattern, chunk: int, size: int, members: Sequence[Place | None], start: int = 0
+) -> list[Row]:
+    """The mapping rows of `size` bytes of a volume from its byte `start`, in chunks of `chunk` bytes; members
+    that are None give none."""
     present = np.array([member is not None for member in members], bool)
     keep = np.flatnonzero(present[pattern.member])
     whole, rest = divmod(size, chunk)
@@ -92,20 +105,27 @@ def rows(pattern: Pattern, chunk: int, size: int, members: Sequence[Place | None
             result.append(Row(volume, where.parent, parent, chunk, role=role))
         if rest and whole % pattern.volume_chunks == number:  # the last chunk is cut short
             period = whole // pattern.volume_chunks
-            result.append(Row(volume + period * step, where.parent, parent + period * parent_step, rest, role=role))
+            result.append(
+                Row(volume + period * step, where.parent, parent + period * parent_step, rest, role=role)
+            )
     return result
 
 
 def mirrored(size: int, members: Sequence[Place | None], start: int = 0) -> list[Row]:
     """All bytes on every member; the first that is present is the data, the others are copies."""
     present = [member for member in members if member]
-    return [Row(start, place.parent, place.offset, size, role=COPY if at else DATA) for at, place in enumerate(present)]
+    return [
+        Row(start, place.parent, place.offset, size, role=COPY if at else DATA)
+        for at, place in enumerate(present)
+    ]
 
 
 def striped(members: int, first: int = 0) -> Pattern:
     """RAID0: chunk after chunk over all members, from member `first` on."""
     each = np.arange(members, dtype=np.int64)
-    return Pattern(members, 1, each, (each + first) % members, np.zeros(members, np.int64), np.zeros(members, bool))
+    return Pattern(
+        members, 1, each, (each + first) % members, np.zeros(members, np.int64), np.zeros(members, bool)
+    )
 
 
 def parity(level: int, layout: int, members: int) -> Parity:
@@ -122,9 +142,15 @@ def parity(level: int, layout: int, members: int) -> Parity:
         p, q, first = _raid6(layout, row, members)
     else:
         p = _raid5(layout, row, members)
-        q, first = np.full(period, -1, np.int64), np.where(np.isin(layout, (LEFT_SYMMETRIC, RIGHT_SYMMETRIC)), p + 1, 0)
+        q = np.full(period, -1, np.int64)
+        first = np.where(np.isin(layout, (LEFT_SYMMETRIC, RIGHT_SYMMETRIC)), p + 1, 0)
     data = _data(first, p, q, members)
-    return Parity(data, p, q, _power(p, q, members, layout in (ROTATING_ZERO_RESTART, ROTATING_N_RESTART, ROTATING_N_CONTINUE)))
+    return Parity(
+        data,
+        p,
+        q,
+        _power(p, q, members, layout in (ROTATING_ZERO_RESTART, ROTATING_N_RESTART, ROTATING_N_CONTINUE)),
+    )
 
 
 def _raid5(layout: int, row: Int, members: int) -> Int:
@@ -170,7 +196,8 @@ def _data(first: Int, p: Int, q: Int, members: int) -> Int:
 
 
 def _power(p: Int, q: Int, members: int, ddf: bool) -> Int:
-    """(rows, members): data chunks count from the member behind Q; DDF counts from member 0 and counts P and Q, too."""
+    """(rows, members): data chunks count from the member behind Q; DDF counts from member 0 and counts P and
+    Q, too."""
     each = np.arange(members, dtype=np.int64)
     if ddf:
         return np.tile(each, (len(p), 1))
@@ -223,7 +250,8 @@ class Raid10(NamedTuple):
         return Pattern(period, height, joined[0], joined[1], joined[2], np.zeros(len(joined[0]), bool))
 
     def _next(self, member: Int, members: int) -> Int:
-        """The member with the next far copy: `near` members on, within its set; the last set takes in what is left over."""
+        """The member with the next far copy: `near` members on, within its set; the last set takes in what is
+        left over."""
         last = (members // self.far_set - 1) * self.far_set
         last_size = self.far_set + members % self.far_set
         moved = member + self.near
@@ -233,7 +261,8 @@ class Raid10(NamedTuple):
 
 
 def bounded(found: list[Row], sizes: dict[int, int]) -> tuple[list[Row], int]:
-    """The rows cut at the end of their parents, whose sizes are given, and how many bytes of data were cut off."""
+    """The rows cut at the end of their parents, whose sizes are given, and how many bytes of data were cut
+    off."""
     result, lost = [], 0
     for row in found:
         size = sizes[row.parent]
@@ -244,11 +273,23 @@ def bounded(found: list[Row], sizes: dict[int, int]) -> tuple[list[Row], int]:
             continue
         gone = (row.count - fit) * row.run
         if fit:
-            result.append(Row(row.volume_offset, row.parent, row.parent_offset, row.run, fit,
-                              row.volume_step if fit > 1 else 0, row.parent_step if fit > 1 else 0, row.role))  # fmt: skip
+            result.append(
+                Row(
+                    row.volume_offset,
+                    row.parent,
+                    row.parent_offset,
+                    row.run,
+                    fit,
+                    row.volume_step if fit > 1 else 0,
+                    row.parent_step if fit > 1 else 0,
+                    row.role,
+                )
+            )
         tail = size - (row.parent_offset + fit * row.parent_step)
         if 0 < tail < row.run:
             gone -= tail
-            result.append(Row(row.volume_offset + fit * row.volume_step, row.parent, size - tail, tail, role=row.role))
+            result.append(
+                Row(row.volume_offset + fit * row.volume_step, row.parent, size - tail, tail, role=row.role)
+            )
         lost += gone if row.role == DATA else 0
     return result, lost

@@ -1,6 +1,7 @@
 """Sun disk labels: SPARC machines, and what fdisk and parted write for them.
 
-Sources: Linux block/partitions/sun.c (checksum, when the VTOC counts, slots 1 to 8); Solaris sys/dklabel.h and sys/vtoc.h.
+Sources: Linux block/partitions/sun.c (checksum, when the VTOC counts, slots 1 to 8); Solaris sys/dklabel.h
+and sys/vtoc.h.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.contract import Assembly, Checks, Docs, Member, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import (
+    Assembly,
+    Checks,
+    Docs,
+    Member,
+    Structure,
+    Structures,
+    VolumeFormat,
+    extent_rows,
+)
 from virt_bmap.layout import record, struct
 from virt_bmap.reader import Reader
 from virt_bmap.volumes.partitions import SECTOR, add_partition, overlaps
@@ -26,8 +36,9 @@ CHECKS = Checks(
 SANITY = 0x600DDEEE
 WHOLE_DISK = 5
 TAGS = {
-    1: "Boot", 2: "SunOS root", 3: "SunOS swap", 4: "SunOS usr", 6: "SunOS stand", 7: "SunOS var", 8: "SunOS home", 9: "SunOS alt sectors", 10: "SunOS cachefs",
-    11: "SunOS reserved", 0x82: "Linux swap", 0x83: "Linux native", 0x8E: "Linux LVM", 0xFD: "Linux raid autodetect",
+    1: "Boot", 2: "SunOS root", 3: "SunOS swap", 4: "SunOS usr", 6: "SunOS stand", 7: "SunOS var",
+    8: "SunOS home", 9: "SunOS alt sectors", 10: "SunOS cachefs", 11: "SunOS reserved", 0x82: "Linux swap",
+    0x83: "Linux native", 0x8E: "Linux LVM", 0xFD: "Linux raid autodetect",
 }  # fmt: skip
 
 LABEL = struct(SECTOR, [
@@ -51,11 +62,14 @@ MAGIC = 0xDABE
 def probe(reader: Reader) -> bool:
     """A label whose words add up to zero without carry."""
     sector = reader.read_clipped(0, SECTOR)
-    return bool(record(sector, LABEL)["dkl_magic"] == MAGIC) and not np.bitwise_xor.reduce(np.frombuffer(sector, ">u2"))
+    return bool(record(sector, LABEL)["dkl_magic"] == MAGIC) and not np.bitwise_xor.reduce(
+        np.frombuffer(sector, ">u2")
+    )
 
 
 def _slices(label: np.void) -> list[tuple[int, int, int, int]]:
-    """(number, tag, start, length) of the slices in use, in bytes; tag 0 where there is no VTOC that counts."""
+    """(number, tag, start, length) of the slices in use, in bytes; tag 0 where there is no VTOC that
+    counts."""
     valid = label["v_sanity"] == SANITY and label["v_version"] == 1 and label["v_nparts"] <= 8
     old = not (label["v_sanity"] or label["v_version"] or label["v_nparts"])
     cylinder = int(label["dkl_nhead"]) * int(label["dkl_nsect"]) * SECTOR

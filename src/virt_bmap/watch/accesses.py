@@ -18,7 +18,10 @@ from virt_bmap.arrays import Bool, Bytes, Int
 from virt_bmap.columns import take
 
 LONGEST_LINE = 64 << 10
-"""Bytes kept while waiting for a line's end. Real lines have some 90; only export names, up to 4096 bytes, make longer ones."""
+"""Bytes kept while waiting for a line's end.
+
+Real lines have some 90; only export names, up to 4096 bytes, make longer ones.
+"""
 LONGEST_NUMBER = 20
 """Digits of the largest 64-bit number."""
 _PAD = 64
@@ -27,7 +30,10 @@ _PAD = 64
 
 @dataclass(frozen=True)
 class Accesses:
-    """Requests in the order in which they were logged, as columns of one length. `op` holds codes of tables.OPS."""
+    """Requests in the order in which they were logged, as columns of one length.
+
+    `op` holds codes of tables.OPS.
+    """
 
     time_ns: Int
     connection: Int
@@ -45,8 +51,8 @@ class Accesses:
     def table(self, disk: int) -> pa.Table:
         """As the table `accesses`."""
         return tables.make(
-            "accesses", disk=disk, time_ns=self.time_ns, connection=self.connection, op=self.op.astype(np.int8),
-            offset=self.offset, length=self.length,
+            "accesses", disk=disk, time_ns=self.time_ns, connection=self.connection,
+            op=self.op.astype(np.int8), offset=self.offset, length=self.length,
         )  # fmt: skip
 
 
@@ -76,9 +82,9 @@ _DIGIT[ord("a") : ord("f") + 1] = np.arange(10, 16)
 class LogParser:
     """Turns the log of one nbdkit process into Accesses, in pieces as they come.
 
-    `failed` counts requests that the server answered with an error, `unread` lines that are not as documented, and `lost` requests
-    whose line never came: ids count up from 1 in each connection. Connections that ask for the export `own` are the watcher's, not
-    the guest's, and are left out.
+    `failed` counts requests that the server answered with an error, `unread` lines that are not as
+    documented, and `lost` requests whose line never came: ids count up from 1 in each connection. Connections
+    that ask for the export `own` are the watcher's, not the guest's, and are left out.
     """
 
     def __init__(self, own: str | None = None) -> None:
@@ -114,7 +120,9 @@ class LogParser:
         connected = tokens.has(4) & (buffer[tokens.start(2)] == ord("c"))
         if self._own or self._own_connections:
             connected &= ~self._is_own(buffer, tokens, np.flatnonzero(connected & (word == _CONNECT)))
-        self.open_connections += int((connected & (word == _CONNECT)).sum()) - int((connected & (word == _DISCONNECT)).sum())
+        self.open_connections += int((connected & (word == _CONNECT)).sum()) - int(
+            (connected & (word == _DISCONNECT)).sum()
+        )
         done = connected & ((word & 0xFFFFFF) == _DOTS) & tokens.has(6)
         self.failed += int((buffer[tokens.start(5) + len("return=")][done] == ord("-")).sum())
 
@@ -134,9 +142,12 @@ class LogParser:
         return found.take(good & (op >= 0))  # block status queries (Extents) move no bytes
 
     def _is_own(self, buffer: Bytes, tokens: "_Tokens", connects: Int) -> Bool:
-        """Which lines are of the watcher's own connections, the new ones among `connects` (line numbers) included."""
+        """Which lines are of the watcher's own connections, the new ones among `connects` (line numbers)
+        included."""
         new = tokens.take(connects)
-        for start, connection in zip(new.start(4).tolist(), new.number(2, "connection=").tolist(), strict=True):
+        for start, connection in zip(
+            new.start(4).tolist(), new.number(2, "connection=").tolist(), strict=True
+        ):
             if self._own and buffer[start : start + len(self._own)].tobytes() == self._own:
                 self._own_connections.add(connection)
         return np.isin(tokens.number(2, "connection="), list(self._own_connections))
@@ -151,18 +162,28 @@ class LogParser:
 
 
 class _Tokens:
-    """The words of each line, by position: word 0 is the date, 1 the time. A word that a line lacks starts at the line's end."""
+    """The words of each line, by position: word 0 is the date, 1 the time.
+
+    A word that a line lacks starts at the line's end.
+    """
 
     def __init__(self, buffer: Bytes, size: int) -> None:
         self.buffer = buffer
-        self.gaps = np.flatnonzero((buffer[:size] == ord(" ")) | (buffer[:size] == ord("\n"))).astype(np.int64)
+        self.gaps = np.flatnonzero((buffer[:size] == ord(" ")) | (buffer[:size] == ord("\n"))).astype(
+            np.int64
+        )
         self.last = np.flatnonzero(buffer[self.gaps] == ord("\n")).astype(np.int64)
         self.first = np.append(0, self.last[:-1] + 1)
 
     def take(self, keep: Int) -> "_Tokens":
         """Some of the lines."""
         result = object.__new__(_Tokens)
-        result.buffer, result.gaps, result.last, result.first = self.buffer, self.gaps, self.last[keep], self.first[keep]
+        result.buffer, result.gaps, result.last, result.first = (
+            self.buffer,
+            self.gaps,
+            self.last[keep],
+            self.first[keep],
+        )
         return result
 
     def has(self, count: int) -> Bool:
@@ -177,7 +198,8 @@ class _Tokens:
         return np.where(self.has(nth + 1), start, self.gaps[self.last])
 
     def number(self, nth: int, prefix: str, base: int = 10) -> Int:
-        """The number behind `prefix` (whose last letter is checked) in word `nth`; -1 where there is none, or one beyond 2**63."""
+        """The number behind `prefix` (whose last letter is checked) in word `nth`; -1 where there is none, or
+        one beyond 2**63."""
         start = self.start(nth) + len(prefix)
         width = self.gaps[np.minimum(self.first + nth, self.last)] - start
         valid = self.has(nth + 1) & (width > 0) & (width <= LONGEST_NUMBER)
@@ -198,7 +220,8 @@ def _four_bytes(buffer: Bytes, start: Int) -> np.ndarray:
 
 
 def _times(buffer: Bytes, start: Int) -> Int:
-    """`YYYY-MM-DD HH:MM:SS.uuuuuu` at each position as nanoseconds since 1970; -1 where it is something else."""
+    """`YYYY-MM-DD HH:MM:SS.uuuuuu` at each position as nanoseconds since 1970; -1 where it is something
+    else."""
     digit = _DIGIT[buffer[start[:, None] + np.arange(26)]].astype(np.int64)
     places = [*range(4), 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, *range(20, 26)]
     valid = (digit[:, places] < 10).all(axis=1)

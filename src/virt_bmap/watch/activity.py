@@ -1,7 +1,8 @@
-"""What goes on at the moment, for a screen: rates, the places of the disks that are touched, and the objects touched most or last.
+"""What goes on at the moment, for a screen: rates, the places of the disks that are touched, and the objects
+touched most or last.
 
-A sink: the watch adds to it from its thread, a screen looks at it from its own, a few times a second. An object keeps its number and its sums as long as
-its name lasts, whichever map gave that name.
+A sink: the watch adds to it from its thread, a screen looks at it from its own, a few times a second. An
+object keeps its number and its sums as long as its name lasts, whichever map gave that name.
 """
 
 import threading
@@ -50,7 +51,8 @@ class Row(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """A disk from its first byte to its last in BINS places: requests since the last look, and whether a place was ever touched."""
+    """A disk from its first byte to its last in BINS places: requests since the last look, and whether a
+    place was ever touched."""
 
     name: str
     size: int
@@ -79,7 +81,8 @@ class Activity:
         self._lock = threading.Lock()
         volumes = resolver.bmap.volumes
         self._disks = [
-            (volumes.column("name")[disk].as_py(), volumes.column("size")[disk].as_py()) for disk in resolver.bmap.disks
+            (volumes.column("name")[disk].as_py(), volumes.column("size")[disk].as_py())
+            for disk in resolver.bmap.disks
         ]
         shape = len(self._disks), BINS
         self._now = np.zeros((2, *shape), np.int64)
@@ -88,14 +91,15 @@ class Activity:
         self._begin_ns = self._end_ns = 0
         self._ids: dict[tuple[str, str, str], int] = {}
         self._columns = np.zeros((4, 1024), np.int64)
-        """Bytes read, bytes written, requests, time of the last one: for each object that was ever touched."""
+        """Bytes read, bytes written, requests, time of the last one: for each object that was ever
+        touched."""
         self._use(resolver)
 
     def _use(self, resolver: Resolver) -> None:
         self._resolver = resolver
         self._id_of = np.full(resolver.named + resolver.bmap.volumes.num_rows, -1, np.int64)
 
-    # ---- as a sink --------------------------------------------------------------------------------------------------
+    # ---- as a sink -----------------------------------------------------------------------------------------
 
     def renew(self, resolver: Resolver) -> None:
         """Objects are those of a newer map from now on."""
@@ -112,7 +116,8 @@ class Activity:
             size = self._disks[disk - 1][1]
             for way, ops in enumerate((_READING, _WRITING)):
                 mine = ops[accesses.op] & (accesses.length > 0)
-                first = np.minimum(accesses.offset[mine] * BINS // size, BINS - 1)  # a disk has less than 2**51 bytes
+                # a disk has less than 2**51 bytes
+                first = np.minimum(accesses.offset[mine] * BINS // size, BINS - 1)
                 last = np.minimum((accesses.offset + accesses.length)[mine] * BINS // size, BINS - 1)
                 edges = np.bincount(first, minlength=BINS + 1) - np.bincount(last + 1, minlength=BINS + 1)
                 covered = np.cumsum(edges)[:BINS]
@@ -133,7 +138,11 @@ class Activity:
         new = np.unique(touched.object[self._id_of[touched.object] < 0])
         for number, label in self._resolver.labels(new).items() if len(new) else ():
             if self._id_of[number] < 0:
-                kept = label if len(self._ids) < MOST_OBJECTS or label in self._ids else (label[0], label[1], OTHERS)
+                kept = (
+                    label
+                    if len(self._ids) < MOST_OBJECTS or label in self._ids
+                    else (label[0], label[1], OTHERS)
+                )
                 self._id_of[number] = self._ids.setdefault(kept, len(self._ids))
         while len(self._ids) > self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
@@ -144,19 +153,22 @@ class Activity:
         np.add.at(self._columns[2], ids, 1)
         np.maximum.at(self._columns[3], ids, accesses.time_ns[touched.access])
 
-    # ---- for a screen -----------------------------------------------------------------------------------------------
+    # ---- for a screen --------------------------------------------------------------------------------------
 
     def look(self) -> View:
         """The state now; what the strips call recent is what came since the last look."""
         with self._lock:
             recent, self._now = self._now, np.zeros_like(self._now)
-            strips = [Strip(name, size, recent[0, n], recent[1, n], self._ever[0, n].copy(), self._ever[1, n].copy())
+            strips = [Strip(name, size, recent[0, n], recent[1, n], self._ever[0, n].copy(),
+                    self._ever[1, n].copy())
                       for n, (name, size) in enumerate(self._disks)]  # fmt: skip
-            return View(self._begin_ns, self._end_ns, self._requests.copy(), self._bytes.copy(), len(self._ids),
+            return View(self._begin_ns, self._end_ns, self._requests.copy(), self._bytes.copy(),
+                len(self._ids),
                         self._resolver.number, strips)  # fmt: skip
 
     def rows(self, count: int, sort: str = "bytes", words: str = "", since_ns: int = 0) -> list[Row]:
-        """The first `count` objects by one of SORTS whose device and name contain `words` (in any case) and that were touched after `since_ns`."""
+        """The first `count` objects by one of SORTS whose device and name contain `words` (in any case) and
+        that were touched after `since_ns`."""
         with self._lock:
             labels = list(self._ids)
             columns = self._columns[:, : len(labels)].copy()
@@ -181,5 +193,7 @@ class Activity:
         """All objects, most bytes first, as a table of the schema RESULT."""
         rows = self.rows(len(self._ids))
         names = {"kind": "letter"}
-        return pa.Table.from_arrays([pa.array([getattr(row, names.get(about.name, about.name)) for row in rows], about.type) for about in RESULT],
+        return pa.Table.from_arrays([pa.array([getattr(row,
+                            names.get(about.name, about.name)) for row in rows],
+                            about.type) for about in RESULT],
                                     schema=RESULT)  # fmt: skip

@@ -1,4 +1,5 @@
-"""`bmaplogger`: an nbdkit server for one raw disk that prints which files are read and written, as the original of 2014 did.
+"""`bmaplogger`: an nbdkit server for one raw disk that prints which files are read and written, as the
+original of 2014 did.
 
     bmaplogger [nbdkit options] file=disk.img [bmap=MAP] [logfile=LOG] [--run COMMAND]
 
@@ -56,7 +57,8 @@ options:
 """
 PARAMETERS = ("file", "bmap", "logfile", "force", "format", "inline")
 PIPE_SIZE = 1 << 20
-"""Bytes of the pipe: some 26,000 accesses; the most that /proc/sys/fs/pipe-max-size allows ordinary users by default."""
+"""Bytes of the pipe: some 26,000 accesses; the most that /proc/sys/fs/pipe-max-size allows ordinary users by
+default."""
 KEEPS_DISK = re.compile(r"(^| )(-r|--read-?only|--filter[= ]cow)( |$)")
 """Options of nbdkit with which no write reaches the disk."""
 DRAIN_TICK = 0.01
@@ -154,7 +156,8 @@ def _logged(given: dict[str, str], options: Sequence[str]) -> int:
     disk = source(given["file"], given.get("format"))
     if disk.format != "raw":
         raise UsageError(
-            f"{disk.image}: looks like {disk.format}; use virt-bmap watch for it, or say format=raw if it is a raw disk"
+            f"{disk.image}: looks like {disk.format}; use virt-bmap watch for it, or say format=raw "
+            "if it is a raw disk"
         )
     resolver = Resolver(saved(given["bmap"], [disk]) if "bmap" in given else mapped([disk]))
     with contextlib.ExitStack() as stack:
@@ -178,7 +181,10 @@ def _logged(given: dict[str, str], options: Sequence[str]) -> int:
     ):
         say(f"bmaplogger: {words}", file=sys.stderr)
     if dropped:
-        say(f"bmaplogger: {dropped} accesses were dropped: naming them took longer than the guest", file=sys.stderr)
+        say(
+            f"bmaplogger: {dropped} accesses were dropped: naming them took longer than the guest",
+            file=sys.stderr,
+        )
     if printer.dropped:
         say(f"bmaplogger: {printer.dropped} lines could not be written to the log", file=sys.stderr)
     return status
@@ -186,7 +192,8 @@ def _logged(given: dict[str, str], options: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _log_file(path: str) -> Iterator[TextIO]:
-    """The log. That it can't be opened is an error; that it can't be written later must not become the guest's problem."""
+    """The log. That it can't be opened is an error; that it can't be written later must not become the
+    guest's problem."""
     with contextlib.ExitStack() as stack:
         yield stack.enter_context(growing(path))
         with contextlib.suppress(OutputError):  # the printer has counted what was lost
@@ -212,14 +219,16 @@ def _serve(image: str, options: Sequence[str], guard: Guard, lines: LineLog) -> 
     os.set_blocking(read, False)
     with contextlib.suppress(OSError):
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-    command = [_nbdkit(), "--foreground", *_private(options), "python", plugin.__file__, f"file={os.path.abspath(image)}",
+    command = [_nbdkit(), "--foreground", *_private(options), "python", plugin.__file__,
+        f"file={os.path.abspath(image)}",
                f"accesses={write}", *options]  # fmt: skip
     with contextlib.ExitStack() as stack:
         handed = [write]
         if not KEEPS_DISK.search(" ".join(options)):
             handed.append(in_use.claim(image))
             stack.callback(os.close, handed[-1])
-        # whoever kills us is not to take the guest's disk away: nbdkit then ends with its last client (plugin.py)
+        # whoever kills us is not to take the guest's disk away: nbdkit then ends with its last client
+        # (plugin.py)
         words = [sys.executable, "-I", "-S", between.__file__, *command]
         child = stack.enter_context(children.running(words, subprocess.Popen, pass_fds=handed))
         os.close(write)
@@ -229,7 +238,8 @@ def _serve(image: str, options: Sequence[str], guard: Guard, lines: LineLog) -> 
 def _follow(child: "subprocess.Popen[bytes]", read: int, guard: Guard, lines: LineLog) -> tuple[int, int]:
     """Log what comes until nbdkit ends."""
     before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # the terminal sends it to nbdkit as well
+        # the terminal sends it to nbdkit as well
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number)),
     }
     drain = Drain(read)
@@ -255,8 +265,12 @@ def _follow(child: "subprocess.Popen[bytes]", read: int, guard: Guard, lines: Li
 
 
 def _private(options: Sequence[str]) -> list[str]:
-    """With a command to run and no address asked for: a private socket instead of nbdkit's TCP port, which anyone could connect to."""
-    asked = any(re.match(r"(-[Upi]|--unix|--port|--ipaddr|--ip-addr|--vsock|--single|-s$)", option) for option in options)
+    """With a command to run and no address asked for: a private socket instead of nbdkit's TCP port, which
+    anyone could connect to."""
+    asked = any(
+        re.match(r"(-[Upi]|--unix|--port|--ipaddr|--ip-addr|--vsock|--single|-s$)", option)
+        for option in options
+    )
     return ["--unix", "-"] if any(option.startswith("--run") for option in options) and not asked else []
 
 
@@ -271,7 +285,10 @@ def _log(records: np.ndarray, guard: Guard) -> None:
 def _nbdkit() -> str:
     """The path of an nbdkit that has the Python plugin."""
     program = programs.find("nbdkit")
-    missing = "nbdkit with its Python plugin is needed, and is not installed (apt-get install nbdkit nbdkit-plugin-python)"
+    missing = (
+        "nbdkit with its Python plugin is needed, and is not installed (apt-get install nbdkit "
+        "nbdkit-plugin-python)"
+    )
     if not program or subprocess.run([program, "--dump-plugin", "python"], capture_output=True).returncode:
         raise MissingTool(missing)
     return program

@@ -1,4 +1,6 @@
-"""Parts of the screen as text: the strip of a disk and lists of objects, cut to a width. No terminal is needed to make them.
+"""Parts of the screen as text: the strip of a disk and lists of objects, cut to a width.
+
+No terminal is needed to make them.
 
 All names that come here are escaped; they are never read as markup.
 """
@@ -21,7 +23,13 @@ NARROW = 64
 UNTOUCHED, TOUCHED, READS, WRITES, BOTH = " ", "·", "▀", "▄", "█"
 SHAPES = (UNTOUCHED, TOUCHED, READS, WRITES, BOTH)
 READ_COLOURS, WRITE_COLOURS = ("green", "bright_green"), ("red", "bright_red")
-COLOURS = (("bright_black",) * 2, ("bright_black",) * 2, READ_COLOURS, WRITE_COLOURS, ("yellow", "bright_yellow"))
+COLOURS = (
+    ("bright_black",) * 2,
+    ("bright_black",) * 2,
+    READ_COLOURS,
+    WRITE_COLOURS,
+    ("yellow", "bright_yellow"),
+)
 """Of each shape, dim and bright."""
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -39,7 +47,10 @@ class Light:
 
 
 def strip_lines(strip: Strip, light: Light, width: int, height: int) -> Text:
-    """The disk, first byte first, in `height` lines of `width` cells. Small disks and large alike fill them all."""
+    """The disk, first byte first, in `height` lines of `width` cells.
+
+    Small disks and large alike fill them all.
+    """
     cells = max(1, width * height)
     reads, writes = _spread(light.reads, cells), _spread(light.writes, cells)
     touched = _spread(np.maximum(strip.was_read, strip.was_written), cells) > 0
@@ -48,24 +59,29 @@ def strip_lines(strip: Strip, light: Light, width: int, height: int) -> Text:
     shape = np.where(lit.any(axis=0), 1 + lit[0] + 2 * lit[1], touched)
     look = 2 * shape + both
     text = Text(no_wrap=True, end="")
-    for low in range(0, cells, width):  # neighbours of one look are one piece: the terminal's time goes by pieces
+    # neighbours of one look are one piece: the terminal's time goes by pieces
+    for low in range(0, cells, width):
         row = look[low : low + width]
         first = np.flatnonzero(np.append(True, row[1:] != row[:-1]))
         text.append("\n" if low else "")
-        for number, count in zip(row[first].tolist(), np.diff(np.append(first, len(row))).tolist(), strict=True):
+        for number, count in zip(
+            row[first].tolist(), np.diff(np.append(first, len(row))).tolist(), strict=True
+        ):
             text.append(SHAPES[number >> 1] * count, COLOURS[number >> 1][number & 1])
     return text
 
 
 def _spread(values: np.ndarray, cells: int) -> np.ndarray:
-    """The largest value in each of `cells` equal parts; cells that are smaller than a place show the place they lie in."""
+    """The largest value in each of `cells` equal parts; cells that are smaller than a place show the place
+    they lie in."""
     edges: Int = np.arange(cells + 1) * len(values) // cells
     starts = np.minimum(edges[:-1], len(values) - 1)
     return np.asarray(np.maximum.reduceat(values, starts))
 
 
 def rows_lines(rows: list[Row], sort: str, width: int) -> Text:
-    """One line for each object: what it is sorted by (or read, written and accesses where there is room), and its name, whose end matters most."""
+    """One line for each object: what it is sorted by (or read, written and accesses where there is room), and
+    its name, whose end matters most."""
     text = Text(no_wrap=True, end="")
     for number, row in enumerate(rows):
         numbers = [_amount(row.read), _amount(row.written), f"{row.accesses:,}"]
@@ -84,7 +100,10 @@ def spark(values: list[float], width: int) -> str:
     """The last `width` values as bars, the highest of them as high as the line."""
     shown = values[-width:] if width > 0 else []
     highest = max(shown, default=0.0)
-    bars = [BARS[min(len(BARS) - 1, -int(-value * (len(BARS) - 1) // highest))] if value > 0 else BARS[0] for value in shown]
+    bars = [
+        BARS[min(len(BARS) - 1, -int(-value * (len(BARS) - 1) // highest))] if value > 0 else BARS[0]
+        for value in shown
+    ]
     return "".join(bars).rjust(max(0, width))
 
 

@@ -1,8 +1,10 @@
-"""The live log: `read f /dev/sda1 /Boot/BCD`, one line for consecutive accesses to one object, as the original printed.
+"""The live log: `read f /dev/sda1 /Boot/BCD`, one line for consecutive accesses to one object, as the
+original printed.
 
-Behind a tab, which no escaped name contains, follow the ranges of the file that were touched (of the disk, behind an `@`, for what has no
-file offsets). A line is written when another object is touched, or when the guest pauses. Behind another tab stands what is special about it: a
-name from a map that is older than the metadata, or a line that comes late.
+Behind a tab, which no escaped name contains, follow the ranges of the file that were touched (of the disk,
+behind an `@`, for what has no file offsets). A line is written when another object is touched, or when the
+guest pauses. Behind another tab stands what is special about it: a name from a map that is older than the
+metadata, or a line that comes late.
 """
 
 from collections.abc import Callable
@@ -21,12 +23,15 @@ SILENT = ("flush", "cache")
 """Operations that touch no object's bytes, or only might."""
 _SILENT = [tables.OPS.index(name) for name in SILENT]
 OLDER_MAP, LATE = "older map", "late"
-"""older map: metadata was written between the reading of the map that gave this name and the access; late: the access was earlier, and only a newer map knew
-whose bytes these were."""
+"""older map: metadata was written between the reading of the map that gave this name and the access; late:
+the access was earlier, and only a newer map knew whose bytes these were."""
 
 
 class LineLog:
-    """Puts accesses of one disk into lines for `write`. `inline` names also what lies inside the blocks of another object."""
+    """Puts accesses of one disk into lines for `write`.
+
+    `inline` names also what lies inside the blocks of another object.
+    """
 
     def __init__(self, resolver: Resolver, write: Callable[[list[str]], None], inline: bool = False) -> None:
         self.resolver = resolver
@@ -59,7 +64,8 @@ class LineLog:
         self._open = [touched.take(np.arange(first[-1], len(key)))]
 
     def late(self, accesses: Accesses, touched: Touched) -> None:
-        """Write the lines of pieces that come again, but not of those that the log has had already under this name."""
+        """Write the lines of pieces that come again, but not of those that the log has had already under this
+        name."""
         self.flush()
         shown = ~np.isin(touched.state, TOLD) & ~np.isin(accesses.op[touched.access], _SILENT)
         touched = touched.take(shown if self.inline else shown & ~touched.inline)
@@ -77,7 +83,9 @@ class LineLog:
         """Write the line that is still open, at a pause or at the end."""
         if self._open:
             joined = stack(Touched, self._open)
-            self._write_runs(joined, np.full(len(joined), self._key), np.zeros(1, np.int64), np.full(1, len(joined)))
+            self._write_runs(
+                joined, np.full(len(joined), self._key), np.zeros(1, np.int64), np.full(1, len(joined))
+            )
         self._key, self._open = -1, []
 
     def _write_runs(self, touched: Touched, key: Int, first: Int, last: Int, mark: str = "") -> None:
@@ -92,15 +100,23 @@ class LineLog:
         origins = np.where(has_file[first - first[0]], "", "@").tolist()
         older = np.add.reduceat(np.isin(shown.state, DOUBTFUL), first - first[0], dtype=np.int64) > 0
         marks = np.where(older, f"\t{OLDER_MAP}", f"\t{mark}" if mark else "").tolist()
-        line, low, high = union_by(np.repeat(np.arange(len(first)), last - first), low, low + shown.end - shown.start)
+        line, low, high = union_by(
+            np.repeat(np.arange(len(first)), last - first), low, low + shown.end - shown.start
+        )
         bounds = np.searchsorted(line, np.arange(len(first) + 1)).tolist()
         starts, ends = low.tolist(), high.tolist()
         heads = zip((key[first] % len(tables.OPS)).tolist(), objects.tolist(), origins, marks, strict=True)
         lines = []
         for (op, number, origin, special), begin, end in zip(heads, bounds[:-1], bounds[1:], strict=True):
             letter, device, name = labels[number]
-            where = f"{starts[begin]:#x}-{ends[begin]:#x}" if end - begin == 1 else _ranges(starts[begin:end], ends[begin:end])
-            lines.append(f"{tables.OPS[op]} {letter} {device}{' ' if name else ''}{name}\t{origin}{where}{special}\n")
+            where = (
+                f"{starts[begin]:#x}-{ends[begin]:#x}"
+                if end - begin == 1
+                else _ranges(starts[begin:end], ends[begin:end])
+            )
+            lines.append(
+                f"{tables.OPS[op]} {letter} {device}{' ' if name else ''}{name}\t{origin}{where}{special}\n"
+            )
         self.write(lines)
 
 

@@ -1,10 +1,11 @@
 """Which map names which access, while the guest changes its filesystems.
 
-A map is good for an access when no metadata was written between its reading and the access: metadata writes are recognised as they pass, by what
-the map in force says of the bytes, and a new map is asked for. Accesses behind such a write wait for the new map in their order, a short while at most; then
-they get the name that is known, marked, and come again when a map is there that judges them (`verdict.py`). Writes to bytes that are nobody's (filesystems write
-content before the metadata that says whose it is), and reads of them, don't hold up the others: they are held until a map knows their owner, or until no journal
-commits that late.
+A map is good for an access when no metadata was written between its reading and the access: metadata writes
+are recognised as they pass, by what the map in force says of the bytes, and a new map is asked for. Accesses
+behind such a write wait for the new map in their order, a short while at most; then they get the name that is
+known, marked, and come again when a map is there that judges them (`verdict.py`). Writes to bytes that are
+nobody's (filesystems write content before the metadata that says whose it is), and reads of them, don't hold
+up the others: they are held until a map knows their owner, or until no journal commits that late.
 """
 
 import time
@@ -23,7 +24,19 @@ from virt_bmap.watch.accesses import Accesses
 from virt_bmap.watch.refresh import Refreshed, Refresher
 from virt_bmap.watch.resolve import CONFIRMED, GUESSED, HELD, KNOWN, OLDER, UNCONFIRMED, Resolver, Touched
 from virt_bmap.watch.sinks import Sinks
-from virt_bmap.watch.verdict import FILLING, MS, NO_WRITES, NOTHING, SETTLE, WRITING, Asked, Writes, clean, judge, together
+from virt_bmap.watch.verdict import (
+    FILLING,
+    MS,
+    NO_WRITES,
+    NOTHING,
+    SETTLE,
+    WRITING,
+    Asked,
+    Writes,
+    clean,
+    judge,
+    together,
+)
 
 QUIET = 20 * MS
 """ns without metadata writes after which a new map is begun: they come in bursts."""
@@ -34,7 +47,8 @@ LATE = 20 * MS
 PATIENCE = 2000 * MS
 """ns that accesses wait for a new map; then the map in force names them, and they are marked."""
 CLAIM = 36_000 * MS
-"""ns that writes to nobody's bytes wait for their owner, and guesses for a better map. ext4 commits every 5 s; XFS flushes its log every 30 s (xfs_sync_work)."""
+"""ns that writes to nobody's bytes wait for their owner, and guesses for a better map. ext4 commits every 5
+s; XFS flushes its log every 30 s (xfs_sync_work)."""
 RETRY, LONGEST_RETRY = 1000 * MS, 30_000 * MS
 """ns until it is tried again where a map could not be read; doubled each time."""
 MOST_WAITING = 1 << 18
@@ -43,16 +57,19 @@ MOST_WRITES = 1 << 20
 """Writes of a disk that are remembered: 32 MiB."""
 MOST_CHANGES = 1 << 20
 RESOLUTION = 10 * MS
-"""Where there are more metadata writes than MOST_CHANGES, they are remembered this exactly: a guest that writes nothing else fills no memory."""
+"""Where there are more metadata writes than MOST_CHANGES, they are remembered this exactly: a guest that
+writes nothing else fills no memory."""
 
 # by kind; the last element is for -1, a volume of which nothing is known
 _NAMELESS = np.isin(
-    np.arange(len(tables.KINDS) + 1), (tables.GAP, tables.CONTENT, tables.UNKNOWN, tables.UNREFERENCED, len(tables.KINDS))
+    np.arange(len(tables.KINDS) + 1),
+    (tables.GAP, tables.CONTENT, tables.UNKNOWN, tables.UNREFERENCED, len(tables.KINDS)),
 )
 
 
 class Naming:
-    """Names accesses and hands them to the sinks, with the newest map that can be had without keeping anyone waiting."""
+    """Names accesses and hands them to the sinks, with the newest map that can be had without keeping anyone
+    waiting."""
 
     def __init__(self, resolver: Resolver, sinks: Sinks, refresher: Refresher | None = None) -> None:
         self.resolver = resolver
@@ -62,7 +79,8 @@ class Naming:
         self.failure = ""
         self._refresher = refresher
         self._changes = EMPTY
-        """Times of metadata writes, in order: those that the map in force may not know, and as far back as anyone waits."""
+        """Times of metadata writes, in order: those that the map in force may not know, and as far back as
+        anyone waits."""
         self._asked_ns = 0
         self._rest_until = 0
         self._retry = RETRY
@@ -78,7 +96,10 @@ class Naming:
         self._signatures: dict[int, Intervals] = {}
 
     def again(self) -> "Naming":
-        """One that starts anew after this one failed. What waited is lost; and what was written meanwhile nobody knows, so a new map is due."""
+        """One that starts anew after this one failed.
+
+        What waited is lost; and what was written meanwhile nobody knows, so a new map is due.
+        """
         other = Naming(self.resolver, self.sinks, self._refresher)
         other.failures, other.failure = self.failures, self.failure
         other._seen = dict(self._seen)
@@ -105,20 +126,31 @@ class Naming:
         self._release(time.time_ns())
 
     def seen(self, disk: int, time_ns: int) -> None:
-        """All that happened on this disk before `time_ns` was added. Who says so once, says it always: maps wait until they can be judged."""
+        """All that happened on this disk before `time_ns` was added.
+
+        Who says so once, says it always: maps wait until they can be judged.
+        """
         self._seen[disk] = time_ns
 
     def wake(self) -> list[int]:
         """File descriptors that select should wait for beside the clock: a map that is being read."""
-        return [self._refresher.fileno()] if self._refresher and self._refresher.busy and not self._found else []
+        return (
+            [self._refresher.fileno()] if self._refresher and self._refresher.busy and not self._found else []
+        )
 
     def tick(self) -> None:
-        """Take a map that is done, let go what has waited long enough, ask for a map that is due. To be called often."""
+        """Take a map that is done, let go what has waited long enough, ask for a map that is due.
+
+        To be called often.
+        """
         now = time.time_ns()
         if not self._refresher:
             return
         self._found = self._found or self._refresher.result()
-        if self._found and min(self._seen.values(), default=self._found.ended_ns + LATE) >= self._found.ended_ns + LATE:
+        if (
+            self._found
+            and min(self._seen.values(), default=self._found.ended_ns + LATE) >= self._found.ended_ns + LATE
+        ):
             found, self._found = self._found, None
             self._take(found, now)
         self._release(now)
@@ -133,7 +165,7 @@ class Naming:
         self._release(np.iinfo(np.int64).max)
         self._expire(np.iinfo(np.int64).max)
 
-    # ---- metadata writes ----------------------------------------------------------------------------------------------
+    # ---- metadata writes -----------------------------------------------------------------------------------
 
     def _resolved(self, disk: int, number: Int, accesses: Accesses) -> Asked:
         """The accesses under the map in force."""
@@ -157,7 +189,8 @@ class Naming:
             self._changes = np.sort(np.concatenate([first, first + RESOLUTION - 1]))
 
     def _changing(self, disk: int, accesses: Accesses, touched: Touched) -> Bool:
-        """Which pieces are writes that may change the map: to metadata, or where a disk or volume that nobody knows yet would have its signature."""
+        """Which pieces are writes that may change the map: to metadata, or where a disk or volume that nobody
+        knows yet would have its signature."""
         writing = WRITING[accesses.op[touched.access]]
         if not writing.any():
             return writing
@@ -187,22 +220,28 @@ class Naming:
         """Let go of writes and changes that no map to come is asked about."""
         changes = self._unknown()
         since = int(changes[0]) if len(changes) else np.iinfo(np.int64).max
-        for asked in (*(asked for _, asked in self._waiting), *(asked for parts in self._open.values() for asked in parts)):
+        for asked in (
+            *(asked for _, asked in self._waiting),
+            *(asked for parts in self._open.values() for asked in parts),
+        ):
             since = min(since, int(asked.accesses.time_ns.min()))
             if asked.before is not None and asked.before is not self.resolver:
                 since = min(since, asked.before.begun_ns)
-        self._changes = self._changes[np.searchsorted(self._changes, min(since, self.resolver.begun_ns) - SETTLE) :]
+        self._changes = self._changes[
+            np.searchsorted(self._changes, min(since, self.resolver.begun_ns) - SETTLE) :
+        ]
         for disk, parts in self._writes.items():
             kept = [part for part in parts if int(part.time_ns[-1]) >= since]
             while sum(len(part.number) for part in kept) > MOST_WRITES:
                 kept = kept[1:]
             self._writes[disk] = kept
 
-    # ---- a new map ----------------------------------------------------------------------------------------------------
+    # ---- a new map -----------------------------------------------------------------------------------------
 
     def _take(self, found: Refreshed, now: int) -> None:
         """Put a new map in force, unless it is none or lost what is still being written."""
-        self._rest_until = now + int(found.seconds * 1e9)  # half of the time at most: the guest needs the machine, too
+        # half of the time at most: the guest needs the machine, too
+        self._rest_until = now + int(found.seconds * 1e9)
         error = found.error
         if found.resolver and (self._changes > found.begun_ns).any():
             error = lost(self.resolver.bmap, found.resolver.bmap)
@@ -220,7 +259,8 @@ class Naming:
         self._forget()
 
     def _judge_waiting(self) -> None:
-        """Hand on, in order, what happened before the new map was read; what happened later has it as the map in force, or is still to be judged."""
+        """Hand on, in order, what happened before the new map was read; what happened later has it as the map
+        in force, or is still to be judged."""
         while self._waiting:
             disk, asked = self._waiting[0]
             later = np.flatnonzero(asked.accesses.time_ns > self.resolver.begun_ns)
@@ -231,17 +271,25 @@ class Naming:
                 self._waiting[0] = disk, asked.take(np.arange(count, len(asked)))
                 break
             self._waiting.popleft()
-        self._waiting = deque((disk, part) for disk, asked in self._waiting for part in self._renewed(disk, asked))
+        self._waiting = deque(
+            (disk, part) for disk, asked in self._waiting for part in self._renewed(disk, asked)
+        )
 
     def _renewed(self, disk: int, asked: Asked) -> list[Asked]:
-        """What happened behind the reading of the new map has that as the map before; what happened meanwhile keeps its own."""
+        """What happened behind the reading of the new map has that as the map before; what happened meanwhile
+        keeps its own."""
         meanwhile = np.flatnonzero(asked.accesses.time_ns < self.resolver.ended_ns)
         count = int(meanwhile[-1]) + 1 if len(meanwhile) else 0
         rest = asked.take(np.arange(count, len(asked)))
-        return [part for part in (asked.take(np.arange(count)), self._resolved(disk, rest.number, rest.accesses)) if len(part)]
+        return [
+            part
+            for part in (asked.take(np.arange(count)), self._resolved(disk, rest.number, rest.accesses))
+            if len(part)
+        ]
 
     def _judge_open(self) -> None:
-        """Tell whose the open pieces are that happened before the new map was read; some have to wait for another one."""
+        """Tell whose the open pieces are that happened before the new map was read; some have to wait for
+        another one."""
         for disk, parts in self._open.items():
             self._open[disk] = []
             for asked in together(parts):
@@ -250,18 +298,27 @@ class Naming:
                 self._leave(disk, asked.take(~due))
 
     def _judged(self, disk: int, asked: Asked, hand_on: Callable[[int, Asked, Touched], None]) -> None:
-        """Hand on what the new map says of these, keep what has to wait, and tell, behind it, what only the map before knows."""
+        """Hand on what the new map says of these, keep what has to wait, and tell, behind it, what only the
+        map before knows."""
         if not len(asked):
             return
         verdict = judge(asked, disk, self.resolver, self._changes, self._written(disk))
         after, before = verdict.after, verdict.before
         state = np.where(
-            asked.guessed[after.access] & verdict.agrees, np.where(after.state == KNOWN, CONFIRMED, UNCONFIRMED), after.state
+            asked.guessed[after.access] & verdict.agrees,
+            np.where(after.state == KNOWN, CONFIRMED, UNCONFIRMED),
+            after.state,
         )
         state[verdict.waits] = HELD
-        # of the objects of the map before the new one knows nothing: what they own is, for the moment, of the disk
+        # of the objects of the map before the new one knows nothing: what they own is, for the moment, of the
+        # disk
         whole = np.full(len(before), self.resolver.named + self.resolver.bmap.disks[disk - 1])
-        early = replace(before, object=whole, file_offset=np.full(len(before), -1), state=np.full(len(before), HELD, np.uint8))
+        early = replace(
+            before,
+            object=whole,
+            file_offset=np.full(len(before), -1),
+            state=np.full(len(before), HELD, np.uint8),
+        )
         given = stack(Touched, [replace(after, state=state.astype(np.uint8)), early])
         hand_on(disk, asked, given.take(np.lexsort((given.inline, given.start, given.access))))
         if verdict.waits.any():
@@ -279,7 +336,7 @@ class Naming:
             self._writes[disk] = parts = [stack(Writes, parts)]
         return parts[0] if parts else NO_WRITES
 
-    # ---- accesses in their order ----------------------------------------------------------------------------------------
+    # ---- accesses in their order ---------------------------------------------------------------------------
 
     def _release(self, now: int) -> None:
         """Hand on, in order, what the map in force is good for and what has waited long enough."""
@@ -301,7 +358,10 @@ class Naming:
             self._waiting.popleft()
 
     def _let_go(self, disk: int, asked: Asked, good: Bool, alive: bool) -> None:
-        """Give accesses to the sinks by the map in force; where it is not good, as guesses. Hold what nobody owns."""
+        """Give accesses to the sinks by the map in force; where it is not good, as guesses.
+
+        Hold what nobody owns.
+        """
         touched = asked.said
         if asked.before is not self.resolver:
             touched = self.resolver.touched(disk, asked.accesses.offset, asked.accesses.length)
@@ -322,7 +382,7 @@ class Naming:
     def _give(self, disk: int, asked: Asked, touched: Touched) -> None:
         self.sinks.add(disk, asked.accesses, touched)
 
-    # ---- pieces that come again -------------------------------------------------------------------------------------------
+    # ---- pieces that come again ----------------------------------------------------------------------------
 
     def _keep(self, disk: int, asked: Asked, touched: Touched, guessed: bool) -> None:
         """These come again; guesses are to be compared with what the map before them said."""
@@ -343,7 +403,8 @@ class Naming:
             self.sinks.late(disk, asked.number[row], pieces, touched)
 
     def _expire(self, before: int) -> None:
-        """Hand on open pieces that are older than `before`, and the oldest where there are too many: no map to come is asked about them."""
+        """Hand on open pieces that are older than `before`, and the oldest where there are too many: no map
+        to come is asked about them."""
         for disk, parts in self._open.items():
             self._open[disk] = []
             count = sum(len(asked) for asked in parts)
@@ -366,7 +427,9 @@ class Naming:
 def _pieces(asked: Asked, touched: Touched) -> tuple[Int, Accesses, Touched]:
     """The bytes touched, as accesses of just these bytes: (the row of each, they, what they touched)."""
     origin = asked.accesses.offset  # a request has less than 2**32 bytes
-    row, start, end = union_by(touched.access, touched.start - origin[touched.access], touched.end - origin[touched.access])
+    row, start, end = union_by(
+        touched.access, touched.start - origin[touched.access], touched.end - origin[touched.access]
+    )
     key = touched.access * (1 << 33) + touched.start - origin[touched.access]
     piece = np.searchsorted(row * (1 << 33) + start, key, "right") - 1
     pieces = replace(asked.accesses.take(row), offset=start + origin[row], length=end - start)
@@ -387,7 +450,12 @@ def signatures(bmap: BlockMap, disk: int) -> Intervals:
 
 def lost(older: BlockMap, newer: BlockMap) -> str:
     """What a newer map lacks of the filesystems of an older one, in words; empty where it lacks none."""
-    before, after = ({bmap.volumes.column("name")[number].as_py() for number in tables.integers(bmap.filesystems, "volume").tolist()}
-                     for bmap in (older, newer))  # fmt: skip
+    before, after = (
+        {
+            bmap.volumes.column("name")[number].as_py()
+            for number in tables.integers(bmap.filesystems, "volume").tolist()
+        }
+        for bmap in (older, newer)
+    )
     missing = sorted(before - after)
     return f"no filesystem was found on {', '.join(missing)}, which is being written" if missing else ""

@@ -10,7 +10,8 @@ MORE_THAN_OTHERS = 500
 
 
 def first() -> None:
-    """From here on this process, and those that it starts, go before the guest and its disk do: names can be done without."""
+    """From here on this process, and those that it starts, go before the guest and its disk do: names can be
+    done without."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+") as file:
         if int(file.read()) < MORE_THAN_OTHERS:
             file.seek(0)

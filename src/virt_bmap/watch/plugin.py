@@ -1,8 +1,9 @@
-"""The half of bmaplogger that runs inside nbdkit: serves a raw file and tells another process of every access.
+"""The half of bmaplogger that runs inside nbdkit: serves a raw file and tells another process of every
+access.
 
-nbdkit embeds the distribution's own Python, whatever the user's is, so this file imports nothing beyond the standard library and
-must work on Python 3.9 and later. Telling never waits and never fails a request: a record that does not fit into the pipe is counted instead, and the
-count travels with the next one that does.
+nbdkit embeds the distribution's own Python, whatever the user's is, so this file imports nothing beyond the
+standard library and must work on Python 3.9 and later. Telling never waits and never fails a request: a
+record that does not fit into the pipe is counted instead, and the count travels with the next one that does.
 
 Sources: nbdkit-python-plugin(3), API version 2; nbdkit-plugin(3).
 """
@@ -21,9 +22,15 @@ except ImportError:  # not inside nbdkit: only RECORD is wanted
 API_VERSION = 2
 
 RECORD = struct.Struct("<qqqqiB3x")
-"""time in ns since 1970, offset, length, records dropped so far, connection, operation. Far below PIPE_BUF: written whole or not at all."""
+"""time in ns since 1970, offset, length, records dropped so far, connection, operation.
+
+Far below PIPE_BUF: written whole or not at all.
+"""
 READ, WRITE, FLUSH = 0, 1, 4
-"""Operations, as positions in tables.OPS. A client's zeroes arrive as writes: nbdkit does that for plugins that can't zero."""
+"""Operations, as positions in tables.OPS.
+
+A client's zeroes arrive as writes: nbdkit does that for plugins that can't zero.
+"""
 END = 255
 """Operation of the last record, which only brings the final count."""
 LAST_CHANCE = 1.0
@@ -114,7 +121,8 @@ def open(readonly: bool) -> Connection:
 
 
 def close(connection: Connection) -> None:
-    """The client has gone. Where the process that started us has, too, the last client was the last thing to stay for."""
+    """The client has gone. Where the process that started us has, too, the last client was the last thing to
+    stay for."""
     global _open
     os.close(connection.fd)
     with _counting:

@@ -1,7 +1,9 @@
-"""The map read again while the guest runs, by another process, from the server that the guest's own disk comes from.
+"""The map read again while the guest runs, by another process, from the server that the guest's own disk
+comes from.
 
-What the guest wrote is seen there even where it never reaches the image, and journals are replayed in memory as for any map. The process is asked by
-a line on its standard input, answers with a line of JSON, and hands the map over in a file in memory: Arrow's tables as they are.
+What the guest wrote is seen there even where it never reaches the image, and journals are replayed in memory
+as for any map. The process is asked by a line on its standard input, answers with a line of JSON, and hands
+the map over in a file in memory: Arrow's tables as they are.
 """
 
 import contextlib
@@ -53,8 +55,8 @@ class Refreshed(NamedTuple):
 class Refresher:
     """The other process, as the watch sees it. One map at a time.
 
-    It is started early, beside the first map: what it imports is to cost the guest nothing. Where it ends, which it should not, the next map that is asked for
-    starts it again.
+    It is started early, beside the first map: what it imports is to cost the guest nothing. Where it ends,
+    which it should not, the next map that is asked for starts it again.
     """
 
     def __init__(self, keys: Keys) -> None:
@@ -83,11 +85,15 @@ class Refresher:
         os.set_blocking(self._from.fileno(), False)
 
     def serve(self, folder: str, uris: Sequence[str]) -> None:
-        """Say which disks are to be read, and where maps may lie on their way. Returns when the process is ready."""
+        """Say which disks are to be read, and where maps may lie on their way.
+
+        Returns when the process is ready.
+        """
         self._disks = folder, list(uris)
         self._tell(pickle.dumps((*self._disks, self._keys)))
         if select.select([self._from], [], [], START)[0]:
-            os.read(self._from.fileno(), len(READY))  # nothing: it ended, which will be noticed when a map is wanted
+            # nothing: it ended, which will be noticed when a map is wanted
+            os.read(self._from.fileno(), len(READY))
 
     def fileno(self) -> int:
         """For select: readable when there is a result."""
@@ -129,7 +135,9 @@ class Refresher:
         bmap = load(answer["file"])
         os.unlink(answer["file"])  # the tables stay mapped
         return Refreshed(
-            answer["begun_ns"], answer["seconds"], Resolver(bmap, self._number, answer["begun_ns"], answer["ended_ns"])
+            answer["begun_ns"],
+            answer["seconds"],
+            Resolver(bmap, self._number, answer["begun_ns"], answer["ended_ns"]),
         )
 
     def _died(self, words: str) -> Refreshed:
@@ -166,7 +174,7 @@ class Refresher:
         self._stack.close()
 
 
-# ---- the other process ------------------------------------------------------------------------------------------------
+# ---- the other process -------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -192,7 +200,13 @@ def _answer(file: str, uris: Sequence[str], keys: Keys) -> dict[str, Any]:
         error = f"{file}: {problem.strerror or problem}"
     except MemoryError:
         error = "not enough memory for it"
-    return {"file": file, "begun_ns": begun, "ended_ns": ended, "seconds": time.monotonic() - started, "error": error}
+    return {
+        "file": file,
+        "begun_ns": begun,
+        "ended_ns": ended,
+        "seconds": time.monotonic() - started,
+        "error": error,
+    }
 
 
 def save(bmap: BlockMap, file: str) -> None:

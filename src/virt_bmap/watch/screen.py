@@ -1,6 +1,8 @@
-"""`watch --tui`: the disks as strips that light up where they are touched, what is touched now and what was touched most, and the command's own output.
+"""`watch --tui`: the disks as strips that light up where they are touched, what is touched now and what was
+touched most, and the command's own output.
 
-Textual owns the terminal and the main thread; the watch runs beside it. The command gets no terminal: what it prints goes to a pane, made harmless.
+Textual owns the terminal and the main thread; the watch runs beside it. The command gets no terminal: what it
+prints goes to a pane, made harmless.
 """
 
 import asyncio
@@ -30,13 +32,23 @@ from virt_bmap.outputs.amounts import human
 from virt_bmap.outputs.escape import escape
 from virt_bmap.printable import one_line
 from virt_bmap.watch.activity import SORTS, Activity, View
-from virt_bmap.watch.cells import READ_COLOURS, WRITE_COLOURS, Light, heading, rows_lines, shortened, spark, strip_lines
+from virt_bmap.watch.cells import (
+    READ_COLOURS,
+    WRITE_COLOURS,
+    Light,
+    heading,
+    rows_lines,
+    shortened,
+    spark,
+    strip_lines,
+)
 from virt_bmap.watch.session import Outcome, Runner, started, step_aside
 
 LOOK = 0.25
 """Seconds between two looks."""
 SHARE = 0.03
-"""Of a processor, that the screen may take: where drawing is dear, looks are fewer, but still one in LONGEST seconds."""
+"""Of a processor, that the screen may take: where drawing is dear, looks are fewer, but still one in LONGEST
+seconds."""
 LONGEST = 1.0
 LONG_AGO = (float("-inf"), 0.0)
 RECENT = 3_000_000_000
@@ -64,7 +76,8 @@ def plain(line: bytes) -> str:
 
 
 class Output:
-    """The command, started without a terminal, and the lines that it prints, kept from a thread of its own: a full pipe would stall it."""
+    """The command, started without a terminal, and the lines that it prints, kept from a thread of its own: a
+    full pipe would stall it."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=OUTPUT)
@@ -73,7 +86,9 @@ class Output:
         self.child: subprocess.Popen[bytes] | None = None
 
     @contextlib.contextmanager
-    def run(self, arguments: Sequence[str], environment: Mapping[str, str]) -> "Iterator[subprocess.Popen[bytes]]":
+    def run(
+        self, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> "Iterator[subprocess.Popen[bytes]]":
         """A Runner for `session.watch`."""
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.child = started(arguments, environment, **streams, process_group=0)
@@ -104,7 +119,11 @@ class Output:
 
 
 class Terminal:
-    """What Textual writes to. Its writing thread would end where a write fails, and the screen then wait for it for ever: a terminal that goes away must not take the watch with it."""
+    """What Textual writes to.
+
+    Its writing thread would end where a write fails, and the screen then wait for it for ever: a terminal
+    that goes away must not take the watch with it.
+    """
 
     def __init__(self, file: Any) -> None:
         self._file, self.gone = file, False
@@ -139,10 +158,11 @@ class LastingDriver(LinuxDriver):
 
 
 class Watching(App[None]):
-    """The screen. `go` runs the watch, with the command started by the Runner it is given, until that ends."""
+    """The screen. `go` runs the watch, with the command started by the Runner it is given, until that
+    ends."""
 
     ENABLE_COMMAND_PALETTE = False
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012 - as Textual declares it
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]
     CSS = """
     #status { height: 1; text-style: bold; }
     #strips { height: auto; border: round $primary; }
@@ -214,7 +234,7 @@ class Watching(App[None]):
             step_aside()
         self.set_interval(LOOK, self.look)
 
-    # ---- a look -----------------------------------------------------------------------------------------------------
+    # ---- a look --------------------------------------------------------------------------------------------
 
     def look(self) -> None:
         """Show what has changed. A screen that fails goes, and the watch goes on without it."""
@@ -242,7 +262,8 @@ class Watching(App[None]):
         self.query_one("#status", Static).update(self._status(view))
 
     def _is_dear(self) -> bool:
-        """Has the screen had its share of the processor since it was drawn last? Never once the command has ended."""
+        """Has the screen had its share of the processor since it was drawn last? Never once the command has
+        ended."""
         now, spent = time.monotonic(), time.thread_time()
         if self.outcome is None and now - self._drawn[0] < min(LONGEST, (spent - self._drawn[1]) / SHARE):
             return True
@@ -266,7 +287,8 @@ class Watching(App[None]):
         width = self.size.width
         text = Text(no_wrap=True, end="")
         for word, rate, history, colour in (
-            ("read", reading, self._history[0], READ_COLOURS[0]), ("written", writing, self._history[1], WRITE_COLOURS[0]),
+            ("read", reading, self._history[0], READ_COLOURS[0]),
+            ("written", writing, self._history[1], WRITE_COLOURS[0]),
         ):  # fmt: skip
             front = f"{word:<7} {human(int(rate)):>10}/s "
             text.append(f"{front}", "dim")
@@ -304,7 +326,9 @@ class Watching(App[None]):
             light.fade(strip)
             text.append("\n" if number else "")
             text.append(strip_lines(strip, light, width, height))
-        part.border_title = shortened(", ".join(f"{strip.name} {human(strip.size)}" for strip in view.strips), max(1, width - 4))
+        part.border_title = shortened(
+            ", ".join(f"{strip.name} {human(strip.size)}" for strip in view.strips), max(1, width - 4)
+        )
         part.update(text)
 
     def _show_lists(self) -> None:
@@ -330,7 +354,7 @@ class Watching(App[None]):
                 pane.write(Text(line))
             self._shown = self.output.count
 
-    # ---- keys -------------------------------------------------------------------------------------------------------
+    # ---- keys ----------------------------------------------------------------------------------------------
 
     def action_pause(self) -> None:
         """Stop the picture; the guest and the watch go on."""
@@ -399,12 +423,16 @@ class Watching(App[None]):
             self._leaving = False
 
     def finish(self) -> Outcome:
-        """After the screen: wait for the watch, and hand on how it ended. Only who left the screen on purpose ends the command, too."""
+        """After the screen: wait for the watch, and hand on how it ended.
+
+        Only who left the screen on purpose ends the command, too.
+        """
         if self._leaving:
             self.output.end()
         elif self._thread.is_alive():
             print(
-                f"virt-bmap: the screen failed{f': {self.failure}' if self.failure else ''}; the watch goes on without it",
+                f"virt-bmap: the screen failed{f': {self.failure}' if self.failure else ''}; the "
+                "watch goes on without it",
                 file=sys.stderr,
             )
         if self._thread.ident is None:  # it never got so far

@@ -1,15 +1,17 @@
-"""A disk served at C speed with its accesses logged: nbdkit with the log filter, on a Unix socket in a private folder.
+"""A disk served at C speed with its accesses logged: nbdkit with the log filter, on a Unix socket in a
+private folder.
 
     client -> nbdkit: log filter -> cow filter (unless writing) -> file plugin                 raw files and block devices
                                                                 -> nbd plugin -> qemu-nbd      qcow2, vmdk, ...
                                                                 -> nbd plugin -> the server    NBD URIs
 
-The log goes to a file in memory, not through a pipe: nbdkit writes each line before it serves the request, so a full pipe would
-stall the guest. The file is followed, and what has been read is punched out of it, so that it stays as small as the backlog.
+The log goes to a file in memory, not through a pipe: nbdkit writes each line before it serves the request, so
+a full pipe would stall the guest. The file is followed, and what has been read is punched out of it, so that
+it stays as small as the backlog.
 
-Who serves a guest must not take its disk away, whatever happens here: a lasting server is nobody's child to be ended. It ends by itself when its last client
-leaves (nbdkit-exitlast-filter). The watch is a client as long as it lives, so that others may come and go; and a caretaker looks after what is left when it is
-killed.
+Who serves a guest must not take its disk away, whatever happens here: a lasting server is nobody's child to
+be ended. It ends by itself when its last client leaves (nbdkit-exitlast-filter). The watch is a client as
+long as it lives, so that others may come and go; and a caretaker looks after what is left when it is killed.
 """
 
 import contextlib
@@ -33,7 +35,10 @@ from virt_bmap.watch import between, caretaker
 START_TIMEOUT = 30.0
 """Seconds that a server gets to open its disk and listen."""
 BACKLOG = 256 << 20
-"""Bytes of log that may wait: some 3 million requests. What lies further back is dropped, and counted through the gap in the ids."""
+"""Bytes of log that may wait: some 3 million requests.
+
+What lies further back is dropped, and counted through the gap in the ids.
+"""
 PIECE = 4 << 20
 LAST_CLIENT = 5.0
 """Seconds that a server gets to see that its last client has left."""
@@ -75,7 +80,8 @@ class Served(NamedTuple):
         return f"nbd:unix:{self.socket}"
 
     def export(self, name: str) -> str:
-        """The URI with the name of an export: there is only one disk behind all names, but the log tells them apart."""
+        """The URI with the name of an export: there is only one disk behind all names, but the log tells them
+        apart."""
         return f"nbd+unix:///{name}?socket={self.socket}"
 
     def words(self) -> str:
@@ -95,11 +101,15 @@ def private_folder() -> Iterator[str]:
 
 @contextlib.contextmanager
 def lasting_folder() -> Iterator[leftovers.Shared]:
-    """A private folder for a lasting server, with a caretaker. It is removed when the block ends, or, where that was left, when the server has ended."""
+    """A private folder for a lasting server, with a caretaker.
+
+    It is removed when the block ends, or, where that was left, when the server has ended.
+    """
     memory = "/dev/shm"
     with leftovers.shared_folder(memory if os.access(memory, os.W_OK) else None) as folder:
         words = [sys.executable, "-I", "-S", caretaker.__file__, folder.name, str(folder.lock)]
-        with children.running(words, subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[folder.lock],
+        with children.running(words, subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            pass_fds=[folder.lock],
                               process_group=0) as process:  # fmt: skip
             left = False
 
@@ -127,7 +137,10 @@ def _let_go(process: "subprocess.Popen[bytes]") -> None:
 
 @contextlib.contextmanager
 def lasting(source: Source, folder: leftovers.Shared, write: bool, export: str) -> Iterator[Served]:
-    """Serve a disk until its last client has left; the block is one client, of the export `export`. Raises as `serve` does."""
+    """Serve a disk until its last client has left; the block is one client, of the export `export`.
+
+    Raises as `serve` does.
+    """
     with contextlib.ExitStack() as stack:
         served = stack.enter_context(serve(source, folder.name, write, lasts=True))
         link = stack.enter_context(contextlib.closing(NbdReader(served.export(export))))
@@ -144,20 +157,27 @@ def lasting(source: Source, folder: leftovers.Shared, write: bool, export: str) 
 
 
 @contextlib.contextmanager
-def serve(source: Source, folder: str, write: bool, in_order: bool = False, lasts: bool = False) -> Iterator[Served]:
-    """Serve a disk until the block ends. `in_order`: each connection's requests are served, and logged, one after the other as they come. `lasts`: the
-    server ends with its last client, and not with us.
+def serve(
+    source: Source, folder: str, write: bool, in_order: bool = False, lasts: bool = False
+) -> Iterator[Served]:
+    """Serve a disk until the block ends.
+
+    `in_order`: each connection's requests are served, and logged, one after the other as they come. `lasts`:
+    the server ends with its last client, and not with us.
 
     Raises MissingTool, and ImageError with the server's words.
     """
-    program = programs.required("nbdkit", f"{source.image}: serving it", "apt-get install nbdkit, or dnf install nbdkit")
+    program = programs.required(
+        "nbdkit", f"{source.image}: serving it", "apt-get install nbdkit, or dnf install nbdkit"
+    )
     below: list[subprocess.Popen[bytes]] = []
     claims: list[int] = []
     with contextlib.ExitStack() as stack:
         if write and not magic.is_uri(source.image):  # qemu-nbd locks what it opens by itself
             in_use.refuse(source.image)
             if source.format == "raw":
-                claims.append(in_use.claim(source.image))  # the server has it, too, and for as long as it lasts
+                # the server has it, too, and for as long as it lasts
+                claims.append(in_use.claim(source.image))
                 stack.callback(os.close, claims[-1])
         if magic.is_uri(source.image):
             plugin = ["nbd", f"uri={source.image}", "shared=true"]
@@ -169,9 +189,14 @@ def serve(source: Source, folder: str, write: bool, in_order: bool = False, last
             plugin = ["nbd", f"socket={lower}", "shared=true"]
         socket, log, messages = f"{folder}/nbd", f"{folder}/log", f"{folder}/nbdkit.err"
         threads = ["--threads", "1"] if in_order else []
-        filters = [*(["--filter=exitlast"] if lasts else []), "--filter=log", *([] if write else ["--filter=cow"])]
+        filters = [
+            *(["--filter=exitlast"] if lasts else []),
+            "--filter=log",
+            *([] if write else ["--filter=cow"]),
+        ]
         block = COW_BLOCK if source.size <= COW_LARGE else COW_BLOCK_LARGE
-        command = [program, "--foreground", *([] if lasts else ["--exit-with-parent"]), *threads, "--unix", socket,
+        command = [program, "--foreground", *([] if lasts else ["--exit-with-parent"]), *threads, "--unix",
+            socket,
                    "--pidfile", f"{folder}/pid", *filters, *plugin, f"logfile={log}",
                    *([] if write else [f"cow-block-size={block}"])]  # fmt: skip
         # the log's times have no zone
@@ -184,14 +209,23 @@ def serve(source: Source, folder: str, write: bool, in_order: bool = False, last
 
 
 @contextlib.contextmanager
-def _qemu_nbd(source: Source, folder: str, write: bool, lasts: bool) -> "Iterator[tuple[str, subprocess.Popen[bytes]]]":
-    """(socket, process) of a qemu-nbd that serves an image in one of QEMU's formats. It ends with its last connection: ours, and nbdkit's one."""
+def _qemu_nbd(
+    source: Source, folder: str, write: bool, lasts: bool
+) -> "Iterator[tuple[str, subprocess.Popen[bytes]]]":
+    """(socket, process) of a qemu-nbd that serves an image in one of QEMU's formats.
+
+    It ends with its last connection: ours, and nbdkit's one.
+    """
     with (
         contextlib.closing(RawReader(source.image)) as image,
-        contextlib.closing(Graph(image, source.format, source.references, write, source.force_share)) as graph,
+        contextlib.closing(
+            Graph(image, source.format, source.references, write, source.force_share)
+        ) as graph,
     ):
         options = ["--shared=0", *([] if write else ["--read-only"])]
-        reader, server = served_by(NbdReader, f"{source.image}: serving it", graph, options, f"{folder}/qemu", lasts)
+        reader, server = served_by(
+            NbdReader, f"{source.image}: serving it", graph, options, f"{folder}/qemu", lasts
+        )
     with contextlib.closing(reader):
         yield f"{folder}/qemu", server.process
 
@@ -200,7 +234,10 @@ def _qemu_nbd(source: Source, folder: str, write: bool, lasts: bool) -> "Iterato
 def _running(
     command: list[str], messages: str, env: dict[str, str] | None, lasts: bool, handed: Sequence[int] = ()
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """A server that is ended with the block. Signals of the terminal pass it by: the guest gets them, and needs its disk until it ends."""
+    """A server that is ended with the block.
+
+    Signals of the terminal pass it by: the guest gets them, and needs its disk until it ends.
+    """
     nothing = subprocess.DEVNULL
     words = [sys.executable, "-I", "-S", between.__file__, *command] if lasts else command
     with (

@@ -1,7 +1,8 @@
 """One watched run of a command: servers up, the command with their names, accesses followed until it ends.
 
-Naming may fail: a fault of ours, no memory, a map that can't be had. The guest must not notice. So every failure ends here (`Guard`), naming starts anew or
-is given up with a word, and the log of the servers is followed on in any case.
+Naming may fail: a fault of ours, no memory, a map that can't be had. The guest must not notice. So every
+failure ends here (`Guard`), naming starts anew or is given up with a word, and the log of the servers is
+followed on in any case.
 """
 
 import contextlib
@@ -36,21 +37,26 @@ TICK = 0.05
 """Seconds between two looks at the log, at least."""
 LONGEST_TICK = 0.3
 SHARE = 0.03
-"""Of a processor, that naming may take before its looks become fewer, up to LONGEST_TICK: large batches cost half of what small ones do."""
+"""Of a processor, that naming may take before its looks become fewer, up to LONGEST_TICK: large batches cost
+half of what small ones do."""
 PAUSE = 0.5
 """Seconds without any access after which the line that is still open is written."""
 BATCH = 1 << 15
-"""Requests that are resolved at a time: bounds the memory that a batch takes, as one may touch many objects."""
+"""Requests that are resolved at a time: bounds the memory that a batch takes, as one may touch many
+objects."""
 QUEUE = 1 << 10
 """Blocks of lines that may wait for a slow terminal."""
 NICENESS = 5
-"""Of the threads that name accesses and draw the screen: where the guest and its disk want every core, they go first, and names and picture come a little later."""
+"""Of the threads that name accesses and draw the screen: where the guest and its disk want every core, they
+go first, and names and picture come a little later."""
 MOST_FAILURES = 3
 """Failures of naming after which it is not started again."""
 LAST_MAP = 60.0
 """Seconds that the last map may take, which names what the command wrote just before it ended."""
 
-Runner = Callable[[Sequence[str], Mapping[str, str]], contextlib.AbstractContextManager["subprocess.Popen[bytes]"]]
+Runner = Callable[
+    [Sequence[str], Mapping[str, str]], contextlib.AbstractContextManager["subprocess.Popen[bytes]"]
+]
 """Starts a command, given as its words and environment, and looks after it until the block ends."""
 
 
@@ -93,19 +99,23 @@ class _Disk:
 
 
 def watch(
-    resolver: Resolver, sources: Sequence[Source], command: Sequence[str], sinks: "Sequence[Sink] | Mapping[str, Sink]",
-    *, write: bool = False, idle: Callable[[], None] = lambda: None, refresher: Refresher | None = None, run: "Runner | None" = None,
+    resolver: Resolver, sources: Sequence[Source], command: Sequence[str],
+    sinks: "Sequence[Sink] | Mapping[str, Sink]", *, write: bool = False,
+    idle: Callable[[], None] = lambda: None, refresher: Refresher | None = None, run: "Runner | None" = None,
 ) -> Outcome:  # fmt: skip
     """Serve the disks, run the command, and give its accesses with what they touched to every sink.
 
-    `idle` is called when nothing has happened for a while. `refresher` reads the map again where the command writes metadata;
-    None: nobody does. `run` starts the command, on our own terminal unless told. Blocks until the command has ended and all was named.
+    `idle` is called when nothing has happened for a while. `refresher` reads the map again where the command
+    writes metadata; None: nobody does. `run` starts the command, on our own terminal unless told. Blocks
+    until the command has ended and all was named.
     """
     if not shutil.which(command[0]):
         raise UsageError(f"{command[0]}: no such command")
     with contextlib.ExitStack() as stack:
         own = f"virt-bmap-{secrets.token_hex(8)}"
-        disks = [stack.enter_context(_disk(number, source, write, own)) for number, source in enumerate(sources, 1)]
+        disks = [
+            stack.enter_context(_disk(number, source, write, own)) for number, source in enumerate(sources, 1)
+        ]
         if refresher:
             refresher.serve(disks[0].folder, [disk.served.export(own) for disk in disks])
         guard = Guard(Naming(resolver, Sinks(sinks), refresher))
@@ -158,7 +168,11 @@ class Guard:
         if self.given_up:
             return
         self._failures += 1
-        self._words = "not enough memory" if isinstance(error, MemoryError) else one_line(f"{type(error).__name__}: {error}")
+        self._words = (
+            "not enough memory"
+            if isinstance(error, MemoryError)
+            else one_line(f"{type(error).__name__}: {error}")
+        )
         self._naming = self._naming.again()
 
     def add(self, disk: int, accesses: Accesses) -> None:
@@ -191,7 +205,9 @@ class Guard:
     @property
     def words(self) -> str | None:
         """What went wrong, if anything did."""
-        return f"{self._words} ({'given up' if self.given_up else 'started again'})" if self._failures else None
+        return (
+            f"{self._words} ({'given up' if self.given_up else 'started again'})" if self._failures else None
+        )
 
 
 @contextlib.contextmanager
@@ -206,7 +222,8 @@ def _disk(number: int, source: Source, write: bool, own: str) -> Iterator[_Disk]
 
 
 def step_aside() -> None:
-    """From here on this thread, and no other, takes what processor time is left over, and interrupts nobody when it wakes."""
+    """From here on this thread, and no other, takes what processor time is left over, and interrupts nobody
+    when it wakes."""
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
@@ -228,7 +245,8 @@ def _follow(disks: list[_Disk], guard: Guard, idle: Callable[[], None], ended: i
 
 
 def _linger(disks: list[_Disk], guard: Guard, idle: Callable[[], None]) -> None:
-    """A command may put the guest into the background and end: follow it until its last connection closes, or SIGINT comes."""
+    """A command may put the guest into the background and end: follow it until its last connection closes, or
+    SIGINT comes."""
     while any(disk.is_used() for disk in disks):
         busy = sum(_step(disk, guard) for disk in disks)
         guard.tick()
@@ -275,7 +293,9 @@ def _step(disk: _Disk, guard: Guard) -> bool:
 
 
 @contextlib.contextmanager
-def _child(command: Sequence[str], served: Sequence[Served], run: Runner) -> "Iterator[tuple[subprocess.Popen[bytes], int]]":
+def _child(
+    command: Sequence[str], served: Sequence[Served], run: Runner
+) -> "Iterator[tuple[subprocess.Popen[bytes], int]]":
     """The running command, with a file descriptor that can be read once it has ended."""
     words = _words(served)
     with run([substituted(part, words) for part in command], {**os.environ, **words}) as child:
@@ -290,7 +310,9 @@ def _child(command: Sequence[str], served: Sequence[Served], run: Runner) -> "It
 
 
 @contextlib.contextmanager
-def foreground(arguments: Sequence[str], environment: Mapping[str, str]) -> "Iterator[subprocess.Popen[bytes]]":
+def foreground(
+    arguments: Sequence[str], environment: Mapping[str, str]
+) -> "Iterator[subprocess.Popen[bytes]]":
     """The command on our own terminal. Signals that we get are passed on to it."""
     child = started(arguments, environment)
     before = {number: signal.signal(number, lambda number, _: forwarded(number, child)) for number in SIGNALS}
@@ -301,7 +323,9 @@ def foreground(arguments: Sequence[str], environment: Mapping[str, str]) -> "Ite
             signal.signal(number, handler)
 
 
-def started(arguments: Sequence[str], environment: Mapping[str, str], **streams: Any) -> "subprocess.Popen[bytes]":
+def started(
+    arguments: Sequence[str], environment: Mapping[str, str], **streams: Any
+) -> "subprocess.Popen[bytes]":
     """The running command; UsageError where it can't be run."""
     try:
         return subprocess.Popen(arguments, env=environment, **streams)
@@ -310,7 +334,8 @@ def started(arguments: Sequence[str], environment: Mapping[str, str], **streams:
 
 
 def _words(served: Sequence[Served]) -> dict[str, str]:
-    """What the command is told, as variables and in its arguments: uri, nbd and unixsocket of the first disk, uri2, ... of the others."""
+    """What the command is told, as variables and in its arguments: uri, nbd and unixsocket of the first disk,
+    uri2, ... of the others."""
     words: dict[str, str] = {}
     for number, disk in enumerate(served, 1):
         end = "" if number == 1 else str(number)
@@ -319,13 +344,15 @@ def _words(served: Sequence[Served]) -> dict[str, str]:
 
 
 def substituted(argument: str, words: Mapping[str, str]) -> str:
-    """The argument with $NAME and ${NAME} replaced for these names only; any other dollar sign is the command's own business."""
+    """The argument with $NAME and ${NAME} replaced for these names only; any other dollar sign is the
+    command's own business."""
     name = r"\$(?:(\w+)|\{(\w+)\})"
     return re.sub(name, lambda match: words.get(match[1] or match[2], match[0]), argument)
 
 
 class Printer:
-    """Prints blocks of lines from a thread of its own: a terminal that does not keep up, or is stopped, must not stop the watching.
+    """Prints blocks of lines from a thread of its own: a terminal that does not keep up, or is stopped, must
+    not stop the watching.
 
     `dropped` counts lines that were not printed because too many waited.
     """

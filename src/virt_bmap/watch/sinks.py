@@ -1,7 +1,8 @@
 """What takes the named accesses: the live log, the summary, the trace, the screen.
 
-Accesses come in the order in which they happened, each once. Pieces that are open (HELD or GUESSED, see `resolve.py`) come again by `late`, once another map
-knows whose they are or nobody expects that any more; parts of them may come apart, but no byte comes twice. Object numbers are those of the resolver that was
+Accesses come in the order in which they happened, each once. Pieces that are open (HELD or GUESSED, see
+`resolve.py`) come again by `late`, once another map knows whose they are or nobody expects that any more;
+parts of them may come apart, but no byte comes twice. Object numbers are those of the resolver that was
 announced last, which may be an older one again for a moment.
 """
 
@@ -66,7 +67,8 @@ class EachDisk:
 
 
 class Sinks:
-    """Several sinks, each with the words that name it; one that fails is left out from then on, and `broken` says why: the guest and the others go on."""
+    """Several sinks, each with the words that name it; one that fails is left out from then on, and `broken`
+    says why: the guest and the others go on."""
 
     def __init__(self, sinks: "Sequence[Sink] | Mapping[str, Sink]") -> None:
         self._sinks: list[tuple[str, Sink]] = (
@@ -96,4 +98,6 @@ class Sinks:
                 do(sink)
             except Exception as error:  # whatever it is, it must not reach the guest
                 self._sinks.remove((name, sink))
-                self.broken[name] = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+                self.broken[name] = (
+                    getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+                )

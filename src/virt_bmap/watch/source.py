@@ -14,7 +14,9 @@ from virt_bmap.watch.serve import Source
 PARQUET_MAGIC = b"PAR1"
 
 
-def source(image: str, format: str | None = None, references: bool = False, force_share: bool = False) -> Source:
+def source(
+    image: str, format: str | None = None, references: bool = False, force_share: bool = False
+) -> Source:
     """A disk to serve. Its format is found once, here, so that what is served is what was mapped."""
     if magic.is_uri(image):
         reader = open_image(image)
@@ -35,7 +37,12 @@ def source(image: str, format: str | None = None, references: bool = False, forc
 def mapped(sources: Sequence[Source]) -> BlockMap:
     """Map the disks now."""
     readers = [
-        open_image(disk.image, None if magic.is_uri(disk.image) else disk.format, disk.references, force_share=disk.force_share)
+        open_image(
+            disk.image,
+            None if magic.is_uri(disk.image) else disk.format,
+            disk.references,
+            force_share=disk.force_share,
+        )
         for disk in sources
     ]
     try:
@@ -46,11 +53,15 @@ def mapped(sources: Sequence[Source]) -> BlockMap:
 
 
 def saved(path: str, sources: Sequence[Source]) -> BlockMap:
-    """A saved map of these disks, Parquet or text. Raises MapError where it is not one, or is of other disks."""
+    """A saved map of these disks, Parquet or text.
+
+    Raises MapError where it is not one, or is of other disks.
+    """
     found = maps.load(path)
     if found.on_files:
         raise MapError(
-            f"{path}: counts in bytes of image files, but a guest's accesses count in bytes of its disks: map them without --host-offsets"
+            f"{path}: counts in bytes of image files, but a guest's accesses count in bytes of its "
+            "disks: map them without --host-offsets"
         )
     if len(found.disks) != len(sources):
         raise MapError(f"{path}: is a map of {len(found.disks)} disks, but {len(sources)} are watched")
@@ -59,7 +70,10 @@ def saved(path: str, sources: Sequence[Source]) -> BlockMap:
     for number, disk in zip(found.disks, sources, strict=True):
         # the last line of a text map of the original may end before the disk does
         if sizes[number] > disk.size or (not is_text and sizes[number] != disk.size):
-            raise MapError(f"{path}: is the map of a disk of {sizes[number]} bytes, but {os.fspath(disk.image)} has {disk.size}")
+            raise MapError(
+                f"{path}: is the map of a disk of {sizes[number]} bytes, but {os.fspath(disk.image)} "
+                f"has {disk.size}"
+            )
     return found
 
 

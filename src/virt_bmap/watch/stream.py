@@ -1,8 +1,9 @@
 """A trace while it grows: an Arrow stream, which can be read as far as it goes when its end never came.
 
-It lies beside the trace under its name with `.part` behind it, is brought to the disk at least every minute, and goes when the trace is there. What a watch
-that was killed left is read as a trace is; the next watch of that name keeps it under another one. Words are plain text here, so that each batch
-stands for itself; a batch's own metadata names the maps that have come since the one before.
+It lies beside the trace under its name with `.part` behind it, is brought to the disk at least every minute,
+and goes when the trace is there. What a watch that was killed left is read as a trace is; the next watch of
+that name keeps it under another one. Words are plain text here, so that each batch stands for itself; a
+batch's own metadata names the maps that have come since the one before.
 
 Sources: Arrow columnar format, "IPC Streaming Format".
 """
@@ -58,7 +59,9 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
         return pa.StructArray.from_arrays(columns, fields=list(kind))
     if pa.types.is_dictionary(kind):
         found = array.dictionary_encode()
-        return pa.DictionaryArray.from_arrays(found.indices.cast(kind.index_type), found.dictionary.cast(kind.value_type))
+        return pa.DictionaryArray.from_arrays(
+            found.indices.cast(kind.index_type), found.dictionary.cast(kind.value_type)
+        )
     return array.cast(kind)
 
 
@@ -67,34 +70,48 @@ def convert(table: pa.Table, schema: pa.Schema) -> pa.Table:
     columns = []
     for field in schema:
         column = table.column(field.name).combine_chunks()
-        columns.append(converted(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column, field.type))
+        columns.append(
+            converted(column.chunk(0) if isinstance(column, pa.ChunkedArray) else column, field.type)
+        )
     return pa.Table.from_arrays(columns, schema=schema)
 
 
 class Part:
-    """The stream that a watch writes. Without a name of its own (the trace goes to a pipe or a device) it is a file that nobody sees."""
+    """The stream that a watch writes.
+
+    Without a name of its own (the trace goes to a pipe or a device) it is a file that nobody sees.
+    """
 
     def __init__(self, target: str, schema: pa.Schema, about: dict[str, Any]) -> None:
-        """Raises OutputError where it can't be made. `moved` then says under which name an older one was kept."""
+        """Raises OutputError where it can't be made.
+
+        `moved` then says under which name an older one was kept.
+        """
         self.moved = ""
         if os.path.isdir(target):
             raise OutputError(f"{target}: can't be written: is a directory")
         self.path = (
-            "" if target == "-" or (os.path.exists(target) and not os.path.isfile(target)) else os.path.realpath(target) + ENDING
+            ""
+            if target == "-" or (os.path.exists(target) and not os.path.isfile(target))
+            else os.path.realpath(target) + ENDING
         )
         try:
             self._file: BinaryIO = self._made() if self.path else tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         except OSError as error:
             raise OutputError(f"{target}: can't be written: {error.strerror or error}") from error
         self._schema = plain_schema(schema).with_metadata({KEY: json.dumps(about)})
-        self._stream = pa.ipc.new_stream(self._file, self._schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
+        self._stream = pa.ipc.new_stream(
+            self._file, self._schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+        )
         self._whole = 0
         """Bytes that are whole messages on the disk."""
 
     def _made(self) -> BinaryIO:
         while True:
             with contextlib.suppress(FileExistsError):
-                file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "r+b")  # noqa: SIM115
+                file = open(
+                    os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "r+b"
+                )
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return file
             self._move()
@@ -114,13 +131,17 @@ class Part:
             os.rename(self.path, self.moved)
 
     def write(self, table: pa.Table, maps: list[dict[str, int]]) -> None:
-        """Add rows, and bring all to the disk. Raises OSError; the file then ends with the last whole batch."""
+        """Add rows, and bring all to the disk.
+
+        Raises OSError; the file then ends with the last whole batch.
+        """
         try:
             batch = convert(table, plain_schema(self._schema)).combine_chunks().to_batches()
             metadata = {MAPS_KEY: json.dumps(maps)} if maps else None
             for number, rows in enumerate(batch or [pa.RecordBatch.from_pylist([], self._schema)]):
                 self._stream.write_batch(
-                    rows.replace_schema_metadata(self._schema.metadata), custom_metadata=None if number else metadata
+                    rows.replace_schema_metadata(self._schema.metadata),
+                    custom_metadata=None if number else metadata,
                 )
             self._file.flush()
             os.fdatasync(self._file.fileno())

@@ -1,7 +1,9 @@
-"""What a guest did, added up: for each object the bytes read and written and the first access, and the share of the disk touched.
+"""What a guest did, added up: for each object the bytes read and written and the first access, and the share
+of the disk touched.
 
-Objects of different maps are one where device, kind and name are the same: a file that was renamed has a row for each name it was used under. Memory
-follows the objects that are told apart, of which there are MOST_OBJECTS, and not the time watched.
+Objects of different maps are one where device, kind and name are the same: a file that was renamed has a row
+for each name it was used under. Memory follows the objects that are told apart, of which there are
+MOST_OBJECTS, and not the time watched.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,10 @@ from virt_bmap.watch.resolve import OPEN, Resolver, Touched
 PENDING = 1 << 18
 """Ranges, and rows of objects, that are kept before they are merged with what was touched before."""
 MOST_OBJECTS = 1 << 18
-"""Objects that keep a row of their own: those with the most bytes, where there are more. A guest that makes new files for days fills no memory."""
+"""Objects that keep a row of their own: those with the most bytes, where there are more.
+
+A guest that makes new files for days fills no memory.
+"""
 OTHERS = "[others]"
 OBJECT_TABLES = 64
 """Tables of objects, one of each map, that are kept before they are added up; fewer where they are large."""
@@ -36,7 +41,8 @@ OBJECTS = pa.schema([
     pa.field("first_ns", pa.int64(), False, {"meaning": "time of the first access, since 1970 UTC"}),
     pa.field("accesses", pa.int64(), False, {"meaning": "requests that touched it"}),
     pa.field("read", pa.int64(), False, {"meaning": "bytes read, each time they were"}),
-    pa.field("written", pa.int64(), False, {"meaning": "bytes written, trimmed or zeroed, each time they were"}),
+    pa.field("written", pa.int64(), False,
+        {"meaning": "bytes written, trimmed or zeroed, each time they were"}),
 ])  # fmt: skip
 
 
@@ -68,7 +74,8 @@ class _Touch:
 
 
 class _Sums(NamedTuple):
-    """What became of objects of one map: the time of the first access, how many there were, bytes read and written."""
+    """What became of objects of one map: the time of the first access, how many there were, bytes read and
+    written."""
 
     object: Int
     first: Int
@@ -138,7 +145,9 @@ class Summary:
         first = np.flatnonzero(np.append(True, np.diff(parts.object[order]) != 0)[: len(order)])
         if len(order):
             sums = (np.add.reduceat(column[order], first) for column in parts[2:])
-            self._sums = _Sums(parts.object[order][first], np.minimum.reduceat(parts.first[order], first), *sums)
+            self._sums = _Sums(
+                parts.object[order][first], np.minimum.reduceat(parts.first[order], first), *sums
+            )
         self._parts = []
 
     def share(self) -> dict[str, int]:
@@ -147,7 +156,8 @@ class Summary:
         return {name: touch.bytes() for name, touch in self._touch.items()} | {"size": size}
 
     def objects(self) -> pa.Table:
-        """Every object that was touched, in the order of its first access, as a table of the schema OBJECTS."""
+        """Every object that was touched, in the order of its first access, as a table of the schema
+        OBJECTS."""
         return _together([*self._older, self._objects()]) if self._older else self._objects()
 
     def _objects(self) -> pa.Table:
@@ -162,7 +172,8 @@ class Summary:
         size = self._sizes(found)
         return pa.Table.from_arrays([
             pa.array(np.full(len(found), self.disk, np.int32)),
-            pa.array([tables.KINDS[k] if k >= 0 else volumes[v] for k, v in zip(kind.tolist(), volume.tolist(), strict=True)], pa.string()),
+            pa.array([tables.KINDS[k] if k >= 0 else volumes[v] for k,
+                    v in zip(kind.tolist(), volume.tolist(), strict=True)], pa.string()),
             pa.array([labels[number][1] for number in found.tolist()], pa.string()),
             pa.array([labels[number][2] for number in found.tolist()], pa.string()),
             pa.array(size, mask=size < 0),
@@ -182,7 +193,8 @@ class Summary:
 
 
 def _bounded(objects: pa.Table) -> pa.Table:
-    """The same table where that is short; else the objects with the most bytes, and one row of each disk, kind and device for the others."""
+    """The same table where that is short; else the objects with the most bytes, and one row of each disk,
+    kind and device for the others."""
     if objects.num_rows <= 2 * MOST_OBJECTS:
         return objects
     weight = tables.integers(objects, "read") + tables.integers(objects, "written")
@@ -194,13 +206,27 @@ def _bounded(objects: pa.Table) -> pa.Table:
     size = pc.if_else(pa.array(others), pa.scalar(None, pa.int64()), objects.column("size").combine_chunks())
     at = OBJECTS.get_field_index
     return _together(
-        [objects.set_column(at("name"), OBJECTS.field("name"), named).set_column(at("size"), OBJECTS.field("size"), size)]
+        [
+            objects.set_column(at("name"), OBJECTS.field("name"), named).set_column(
+                at("size"), OBJECTS.field("size"), size
+            )
+        ]
     )
 
 
 def _together(parts: list[pa.Table]) -> pa.Table:
-    """Tables of the schema OBJECTS added up, in the order of the first access; sizes are those that are known last."""
+    """Tables of the schema OBJECTS added up, in the order of the first access; sizes are those that are known
+    last."""
     joined = pa.concat_tables(parts).group_by(["disk", "kind", "device", "name"], use_threads=False)
-    sums = joined.aggregate([("size", "last"), ("first_ns", "min"), ("accesses", "sum"), ("read", "sum"), ("written", "sum")])
-    columns = {name.rpartition("_")[0] if name not in OBJECTS.names else name: sums.column(name) for name in sums.column_names}
-    return pa.Table.from_arrays([columns[name] for name in OBJECTS.names], OBJECTS.names).cast(OBJECTS).sort_by("first_ns")
+    sums = joined.aggregate(
+        [("size", "last"), ("first_ns", "min"), ("accesses", "sum"), ("read", "sum"), ("written", "sum")]
+    )
+    columns = {
+        name.rpartition("_")[0] if name not in OBJECTS.names else name: sums.column(name)
+        for name in sums.column_names
+    }
+    return (
+        pa.Table.from_arrays([columns[name] for name in OBJECTS.names], OBJECTS.names)
+        .cast(OBJECTS)
+        .sort_by("first_ns")
+    )

@@ -1,9 +1,10 @@
 """The trace: the table `accesses` with the objects that each request touched, written as it grows.
 
-One row for each request. The metadata of the file says of which disks it is. The column `objects` is a list: `SELECT o.path, sum(o.length) FROM (SELECT unnest(objects) AS o FROM 'trace.parquet') GROUP BY 1`.
+One row for each request. The metadata of the file says of which disks it is. The column `objects` is a list:
+`SELECT o.path, sum(o.length) FROM (SELECT unnest(objects) AS o FROM 'trace.parquet') GROUP BY 1`.
 
-Requests wait here, a minute at most, until all their names are certain or no better ones are to be had. A watch then writes them as a stream that outlives it
-(`stream.py`), and makes Parquet of that in the end.
+Requests wait here, a minute at most, until all their names are certain or no better ones are to be had. A
+watch then writes them as a stream that outlives it (`stream.py`), and makes Parquet of that in the end.
 """
 
 import json
@@ -36,16 +37,24 @@ EVERY = 10.0
 
 OBJECT = pa.struct([
     pa.field("device", pa.dictionary(pa.int32(), pa.string()), False, {"meaning": "the volume's name"}),
-    pa.field("kind", pa.dictionary(pa.int8(), pa.string()), False, {"meaning": "kind of extent, or of volume where the map knows no more"}),
-    pa.field("path", pa.large_binary(), True, {"meaning": "path in the filesystem, the first of several names; null: has none"}),
-    pa.field("part", pa.dictionary(pa.int16(), pa.string()), True, {"meaning": "metadata structure or named stream; null: plain content"}),
+    pa.field("kind", pa.dictionary(pa.int8(), pa.string()), False,
+        {"meaning": "kind of extent, or of volume where the map knows no more"}),
+    pa.field("path", pa.large_binary(), True, {"meaning": "path in the filesystem, the first of several "
+        "names; null: has none"}),
+    pa.field("part", pa.dictionary(pa.int16(), pa.string()), True,
+        {"meaning": "metadata structure or named stream; null: plain content"}),
     pa.field("inode", pa.int64(), True, {"meaning": "number of the inode; null: has none"}),
     pa.field("offset", pa.int64(), False, {"meaning": "first byte touched, on the disk"}),
     pa.field("length", pa.int64(), False, {"meaning": "bytes of the object that were touched"}),
-    pa.field("file_offset", pa.int64(), True, {"meaning": "where in the file they begin; null: means nothing, or is not known"}),
-    pa.field("inline", pa.bool_(), False, {"meaning": "lies inside another object's block, and is touched whenever that is"}),
-    pa.field("map", pa.int32(), False, {"meaning": "number of the map that gave the name: 0 for the one from the start, then those read while the guest ran"}),
-    pa.field("older", pa.bool_(), False, {"meaning": "metadata was written between the reading of that map and the request, and nothing shows that the name is right all the same"}),
+    pa.field("file_offset", pa.int64(), True, {"meaning": "where in the file they begin; null: means "
+        "nothing, or is not known"}),
+    pa.field("inline", pa.bool_(), False, {"meaning": "lies inside another object's block, and is touched "
+        "whenever that is"}),
+    pa.field("map", pa.int32(), False, {"meaning": "number of the map that gave the name: 0 for the one "
+        "from the start, then those read while the guest ran"}),
+    pa.field("older", pa.bool_(), False, {"meaning": "metadata was written between the reading of that "
+        "map and the request, and nothing shows that the "
+        "name is right all the same"}),
 ])  # fmt: skip
 SCHEMA = tables.SCHEMAS["accesses"].append(
     pa.field(
@@ -53,7 +62,8 @@ SCHEMA = tables.SCHEMAS["accesses"].append(
         pa.list_(OBJECT),
         False,
         {
-            "meaning": "what the request touched, by place: device, kind, path, part and inode as in the map; offset and length on the disk; "
+            "meaning": "what the request touched, by place: device, kind, path, part and inode as in the "
+            "map; offset and length on the disk; "
             "file_offset where in the file; inline: lies inside another object's block",
         },
     )
@@ -62,7 +72,8 @@ SCHEMA = tables.SCHEMAS["accesses"].append(
 
 @dataclass
 class _Batch:
-    """Requests of one disk that are not written yet, and the pieces that they touched: each with the number of its request in the batch."""
+    """Requests of one disk that are not written yet, and the pieces that they touched: each with the number
+    of its request in the batch."""
 
     disk: int
     number: int
@@ -92,12 +103,18 @@ class _Batch:
             rows = np.flatnonzero(self.open)
             at = (
                 np.searchsorted(
-                    key[order], self.request[rows] * (1 << 33) + self.start[rows] - origin[self.request[rows]], "right"
+                    key[order],
+                    self.request[rows] * (1 << 33) + self.start[rows] - origin[self.request[rows]],
+                    "right",
                 )
                 - 1
             )
             at = order[np.maximum(at, 0)]
-            again = (request[at] == self.request[rows]) & (start[at] <= self.start[rows]) & (self.start[rows] < end[at])
+            again = (
+                (request[at] == self.request[rows])
+                & (start[at] <= self.start[rows])
+                & (self.start[rows] < end[at])
+            )
             self._keep(rows[again])
             self.told = []
 
@@ -108,8 +125,15 @@ class _Batch:
         self.start = np.concatenate([self.start, *(start for _, start in late)])
         self.open = np.append(self.open, np.zeros(len(self.request) - len(self.open), bool))
         rows = np.delete(np.arange(len(self.request)), gone)
-        self.objects = [pa.chunked_array(self.objects).unify_dictionaries().combine_chunks().take(pa.array(rows))]
-        self.request, self.start, self.open, self.late = self.request[rows], self.start[rows], self.open[rows], []
+        self.objects = [
+            pa.chunked_array(self.objects).unify_dictionaries().combine_chunks().take(pa.array(rows))
+        ]
+        self.request, self.start, self.open, self.late = (
+            self.request[rows],
+            self.start[rows],
+            self.open[rows],
+            [],
+        )
 
     def table(self) -> pa.Table:
         """Its rows."""
@@ -129,7 +153,10 @@ class Writer(Protocol):
 
 
 class Trace:
-    """Gathers rows and hands them to a writer, or to a Parquet file that is already open. Without a resolver their objects stay empty: nobody knows them yet."""
+    """Gathers rows and hands them to a writer, or to a Parquet file that is already open.
+
+    Without a resolver their objects stay empty: nobody knows them yet.
+    """
 
     def __init__(self, resolver: Resolver | None, to: "BinaryIO | Writer", often: bool = False) -> None:
         """`often`: not only whole row groups are written, but every few seconds what is ready."""
@@ -159,15 +186,20 @@ class Trace:
         self._added[disk] = number + len(accesses)
         if self.resolver is None or touched is None:
             none = np.zeros(0, np.int64)
-            self._waiting.append(_Batch(disk, number, accesses, none, none, none.astype(bool), [pa.array([], OBJECT)]))
+            self._waiting.append(
+                _Batch(disk, number, accesses, none, none, none.astype(bool), [pa.array([], OBJECT)])
+            )
         else:
             open, objects = np.isin(touched.state, OPEN), _objects(self.resolver, touched)
-            self._waiting.append(_Batch(disk, number, accesses, touched.access, touched.start, open, [objects]))
+            self._waiting.append(
+                _Batch(disk, number, accesses, touched.access, touched.start, open, [objects])
+            )
         if sum(len(batch.accesses) for batch in self._waiting) >= ROW_GROUP:
             self._flush(int(accesses.time_ns[-1]) - CLAIM - MARGIN, ROW_GROUP)
 
     def late(self, disk: int, number: Int, accesses: Accesses, touched: Touched) -> None:
-        """Names for pieces that were open: they take the place of what was known before, unless that is written already."""
+        """Names for pieces that were open: they take the place of what was known before, unless that is
+        written already."""
         if self.resolver is None:
             return
         of_piece = number[touched.access]
@@ -177,7 +209,13 @@ class Trace:
                 batch.late.append((of_piece[mine] - batch.number, touched.start[mine]))
                 batch.objects.append(_objects(self.resolver, touched.take(mine)))
                 told = (number >= batch.number) & (number < batch.number + len(batch.accesses))
-                batch.told.append((number[told] - batch.number, accesses.offset[told], (accesses.offset + accesses.length)[told]))
+                batch.told.append(
+                    (
+                        number[told] - batch.number,
+                        accesses.offset[told],
+                        (accesses.offset + accesses.length)[told],
+                    )
+                )
 
     def beat(self) -> None:
         """To be called often: writes what is ready when its time has come."""
@@ -186,7 +224,8 @@ class Trace:
             self._written = time.monotonic()
 
     def _flush(self, before: int, least: int) -> None:
-        """Write what is complete, where that is at least so much: nothing of it is open, or it was before `before`."""
+        """Write what is complete, where that is at least so much: nothing of it is open, or it was before
+        `before`."""
         kept = sum(len(batch.accesses) for batch in self._waiting)
         ready, count = 0, 0
         for batch in self._waiting:
@@ -221,7 +260,9 @@ class Parquet:
     """A trace's file."""
 
     def __init__(self, file: BinaryIO, about: dict[str, Any]) -> None:
-        self._writer = pq.ParquetWriter(file, SCHEMA.with_metadata({KEY: json.dumps(about)}), compression="zstd")
+        self._writer = pq.ParquetWriter(
+            file, SCHEMA.with_metadata({KEY: json.dumps(about)}), compression="zstd"
+        )
         self._maps: list[dict[str, int]] = []
 
     def write(self, table: pa.Table, maps: list[dict[str, int]]) -> None:
@@ -259,7 +300,9 @@ def _objects(resolver: Resolver, touched: Touched) -> pa.StructArray:
     number, volumes = touched.object, resolver.bmap.volumes
     kind = resolver.kind_of(number)
     words = [*tables.KINDS, *dict.fromkeys(volumes.column("kind").to_pylist())]
-    of_volume = np.array([words.index(word, len(tables.KINDS)) for word in volumes.column("kind").to_pylist()], np.int64)
+    of_volume = np.array(
+        [words.index(word, len(tables.KINDS)) for word in volumes.column("kind").to_pylist()], np.int64
+    )
     volume = resolver.volume_of(number)
     columns = [
         _dictionary(volume.astype(np.int32), volumes.column("name").to_pylist()),

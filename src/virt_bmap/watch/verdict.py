@@ -3,10 +3,12 @@
 What a map says of an access is certain where
 - no metadata was written between the access and the end of the map's reading; or
 - the map from before the access says the same: same object, same place in it; or
-- nobody wrote to the bytes from then on until the map was read, and their owner has written them: then they are still what the access read or wrote. (So it
-  is for reads the other way round, too: what nobody wrote to since the map before was right still belonged to whom that map says.)
+- nobody wrote to the bytes from then on until the map was read, and their owner has written them: then they
+  are still what the access read or wrote. (So it is for reads the other way round, too: what nobody wrote to
+  since the map before was right still belonged to whom that map says.)
 
-A write to bytes that are nobody's, or of an owner who has not written them yet as far as the map knows, may get its owner by a later map.
+A write to bytes that are nobody's, or of an owner who has not written them yet as far as the map knows, may
+get its owner by a later map.
 
     time  ----- map before ------- m ---- access ---- m ---- w ---- map after ---->      m: metadata is written, w: the same bytes are
 """
@@ -25,21 +27,28 @@ from virt_bmap.watch.resolve import KNOWN, OLDER, Resolver, Touched, identify
 
 MS = 1_000_000
 SETTLE = 150 * MS
-"""ns that a write may be under way: it is logged before it is served. What was written less than this before a map was begun may not be in it."""
+"""ns that a write may be under way: it is logged before it is served.
+
+What was written less than this before a map was begun may not be in it.
+"""
 MOST = 1 << 21
 """Parts of accesses that are looked at together: some 300 MiB."""
 
 _OPS = np.arange(len(tables.OPS))
-WRITING, FILLING = (np.isin(_OPS, [tables.OPS.index(op) for op in ops]) for ops in (("write", "trim", "zero"), ("write", "zero")))
+WRITING, FILLING = (
+    np.isin(_OPS, [tables.OPS.index(op) for op in ops])
+    for ops in (("write", "trim", "zero"), ("write", "zero"))
+)
 TRIM = tables.OPS.index("trim")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Accesses, or parts of some, of one disk that wait for a map: each with the number of its access on this disk.
+    """Accesses, or parts of some, of one disk that wait for a map: each with the number of its access on this
+    disk.
 
-    `before` is a map that was read wholly before them, and `said` what they touch by it; None: there is none to ask. `guessed` marks what was handed on
-    with a name already.
+    `before` is a map that was read wholly before them, and `said` what they touch by it; None: there is none
+    to ask. `guessed` marks what was handed on with a name already.
     """
 
     number: Int
@@ -58,7 +67,11 @@ class Asked:
         new[rows] = np.arange(len(rows))
         said = self.said.take(new[self.said.access] >= 0)
         return Asked(
-            self.number[rows], self.accesses.take(rows), self.guessed[rows], self.before, replace(said, access=new[said.access])
+            self.number[rows],
+            self.accesses.take(rows),
+            self.guessed[rows],
+            self.before,
+            replace(said, access=new[said.access]),
         )
 
 
@@ -76,8 +89,10 @@ NOTHING = Touched(EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY.astype(bool), EMPTY.a
 
 
 class Verdict(NamedTuple):
-    """What became of the rows of an Asked: by the map after and by the map before, with their states. `waits` marks pieces of the former whose owner is
-    still to come; `agrees` those of which the map before says the same."""
+    """What became of the rows of an Asked: by the map after and by the map before, with their states.
+
+    `waits` marks pieces of the former whose owner is still to come; `agrees` those of which the map before
+    says the same."""
 
     after: Touched
     waits: Bool
@@ -86,24 +101,28 @@ class Verdict(NamedTuple):
 
 
 def clean(changes: Int, resolver: Resolver, time_ns: Int) -> Bool:
-    """For each time: was no metadata written between it and the reading of the map? `changes` are the times of such writes, in order."""
+    """For each time: was no metadata written between it and the reading of the map? `changes` are the times
+    of such writes, in order."""
     low = np.minimum(time_ns, resolver.begun_ns - SETTLE)
     after = time_ns < resolver.ended_ns
     high = np.where(after, resolver.ended_ns, time_ns)
     # a write is not its own past
     count = np.searchsorted(changes, high, "right") - np.searchsorted(changes, low, "left")
-    count -= np.where(after, 0, np.searchsorted(changes, high, "right") - np.searchsorted(changes, high, "left"))
+    count -= np.where(
+        after, 0, np.searchsorted(changes, high, "right") - np.searchsorted(changes, high, "left")
+    )
     found: Bool = count <= 0
     return found
 
 
 def judge(asked: Asked, disk: int, resolver: Resolver, changes: Int, writes: Writes) -> Verdict:
-    """What a map that was read after these accesses (its reading began when they had happened) says of them, and what of it is certain."""
+    """What a map that was read after these accesses (its reading began when they had happened) says of them,
+    and what of it is certain."""
     found = resolver.touched(disk, asked.accesses.offset, asked.accesses.length)
     writes = take(writes, writes.time_ns <= resolver.ended_ns)
     points = np.unique(np.concatenate([
-        found.start, found.end, asked.said.start, asked.said.end, asked.accesses.offset, asked.accesses.offset + asked.accesses.length,
-        *_around(writes, asked.accesses),
+        found.start, found.end, asked.said.start, asked.said.end, asked.accesses.offset,
+        asked.accesses.offset + asked.accesses.length, *_around(writes, asked.accesses),
     ]))  # fmt: skip
     parts = int((np.searchsorted(points, found.end) - np.searchsorted(points, found.start)).sum())
     if parts > MOST and len(asked) > 1:
@@ -122,7 +141,9 @@ def _around(writes: Writes, accesses: Accesses) -> tuple[Int, Int]:
     return writes.start[near], writes.end[near]
 
 
-def _judged(asked: Asked, found: Touched, resolver: Resolver, changes: Int, writes: Writes, points: Int) -> Verdict:
+def _judged(
+    asked: Asked, found: Touched, resolver: Resolver, changes: Int, writes: Writes, points: Int
+) -> Verdict:
     op, number = asked.accesses.op, asked.number
     slots = len(points)
     low, high = np.searchsorted(points, writes.start), np.searchsorted(points, writes.end)
@@ -133,7 +154,9 @@ def _judged(asked: Asked, found: Touched, resolver: Resolver, changes: Int, writ
     nobodys = resolver.nobodys(found.object)[new.piece]
     trim, fills = op[new.row] == TRIM, FILLING[op[new.row]]
     fills |= ~trim & (last[new.slot] >= 0)  # or it reads what was written just now
-    written = np.where(trim, resolver.kind_of(found.object)[new.piece] == tables.FREE, _written(resolver, found)[new.piece])
+    written = np.where(
+        trim, resolver.kind_of(found.object)[new.piece] == tables.FREE, _written(resolver, found)[new.piece]
+    )
     untouched = last[new.slot] <= number[new.row]
     agrees = _agree(found, new, resolver, asked, old)
     quiet = clean(changes, resolver, asked.accesses.time_ns)[new.row]
@@ -141,9 +164,13 @@ def _judged(asked: Asked, found: Touched, resolver: Resolver, changes: Int, writ
     waits = fills & (nobodys | (~certain & (resolver.kind_of(found.object)[new.piece] == tables.UNWRITTEN)))
 
     # the map before, where the one after is not certain of any owner
-    keep_new, keep_old, state_old = _choose(asked, new, old, certain | waits, nobodys, changes, writes, (low, high), slots)
+    keep_new, keep_old, state_old = _choose(
+        asked, new, old, certain | waits, nobodys, changes, writes, (low, high), slots
+    )
     state = np.where(certain, KNOWN, OLDER).astype(np.uint8)
-    after, after_piece = _merged(found, new.take(keep_new), state[keep_new], (waits * 2 + agrees)[keep_new], points)
+    after, after_piece = _merged(
+        found, new.take(keep_new), state[keep_new], (waits * 2 + agrees)[keep_new], points
+    )
     before, _ = _merged(asked.said, old.take(keep_old), state_old[keep_old], state_old[keep_old], points)
     return Verdict(after, after_piece >= 2, after_piece % 2 == 1, before)
 
@@ -157,7 +184,8 @@ def _written(resolver: Resolver, touched: Touched) -> Bool:
 
 
 class _Atoms(NamedTuple):
-    """Pieces cut at points: atom i is what piece `piece` has of slot `slot`, for row `row` of the accesses."""
+    """Pieces cut at points: atom i is what piece `piece` has of slot `slot`, for row `row` of the
+    accesses."""
 
     row: Int
     slot: Int
@@ -178,7 +206,9 @@ def _agree(found: Touched, new: _Atoms, resolver: Resolver, asked: Asked, old: _
     if asked.before is None or not len(old.row) or not len(new.row):
         return np.zeros(len(new.row), bool)
     objects = [np.unique(touched.object) for touched in (found, asked.said)]
-    names = pa.concat_tables([which.identities(some) for which, some in zip((resolver, asked.before), objects, strict=True)])
+    names = pa.concat_tables(
+        [which.identities(some) for which, some in zip((resolver, asked.before), objects, strict=True)]
+    )
     identity, _ = identify(names)
     count = len(objects[0])
     mine = identity[:count][np.searchsorted(objects[0], found.object)][new.piece]
@@ -186,7 +216,9 @@ def _agree(found: Touched, new: _Atoms, resolver: Resolver, asked: Asked, old: _
     keys = []
     for touched, atoms, object in ((found, new, mine), (asked.said, old, theirs)):
         # where the object begins, counted from the disk's byte 0: equal where the place in it is
-        origin = np.where(touched.file_offset >= 0, touched.file_offset - touched.start, np.iinfo(np.int64).min)
+        origin = np.where(
+            touched.file_offset >= 0, touched.file_offset - touched.start, np.iinfo(np.int64).min
+        )
         keys.append((atoms.row, atoms.slot, object, origin[atoms.piece]))
     both = [np.concatenate(columns) for columns in zip(*keys, strict=True)]
     order = np.lexsort(both)
@@ -203,12 +235,14 @@ def _agree(found: Touched, new: _Atoms, resolver: Resolver, asked: Asked, old: _
 
 
 def _choose(
-    asked: Asked, new: _Atoms, old: _Atoms, settled: Bool, nobodys: Bool, changes: Int, writes: Writes, covered: tuple[Int, Int], slots: int
+    asked: Asked, new: _Atoms, old: _Atoms, settled: Bool, nobodys: Bool, changes: Int, writes: Writes,
+    covered: tuple[Int, Int], slots: int
 ) -> tuple[Bool, Bool, np.ndarray]:  # fmt: skip
     """Which atoms of either map are kept, and the state of those of the map before.
 
-    It is asked where no owner by the map after is certain: it knows for certain whose bytes were read when nobody had written to them since it was right;
-    and it is the better guess where the other one knows nobody.
+    It is asked where no owner by the map after is certain: it knows for certain whose bytes were read when
+    nobody had written to them since it was right; and it is the better guess where the other one knows
+    nobody.
     """
     none = np.zeros(len(old.row), bool)
     if asked.before is None or not len(old.row):
@@ -219,17 +253,26 @@ def _choose(
     empty = np.isin(old_key, key[nobodys])
     since = np.searchsorted(changes, asked.before.begun_ns - SETTLE)
     rows = writes.time_ns >= changes[since] if since < len(changes) else np.zeros(len(writes.time_ns), bool)
-    first = np.append(writes.number[rows], np.iinfo(np.int64).max)[first_covers(covered[0][rows], covered[1][rows], slots)]
+    first = np.append(writes.number[rows], np.iinfo(np.int64).max)[
+        first_covers(covered[0][rows], covered[1][rows], slots)
+    ]
     reads = ~WRITING[asked.accesses.op[old.row]]
     theirs = asked.before.nobodys(asked.said.object)[old.piece]
     since_then = asked.accesses.time_ns[old.row] >= asked.before.ended_ns
-    known = since_then & reads & _written(asked.before, asked.said)[old.piece] & (first[old.slot] >= asked.number[old.row])
+    known = (
+        since_then
+        & reads
+        & _written(asked.before, asked.said)[old.piece]
+        & (first[old.slot] >= asked.number[old.row])
+    )
     keep = ~certain & (known | (empty & ~theirs))
     keep = np.isin(old_key, old_key[keep]) & ~certain
     return ~np.isin(key, old_key[keep]), keep, np.where(known, KNOWN, OLDER).astype(np.uint8)
 
 
-def _merged(touched: Touched, atoms: _Atoms, state: np.ndarray, mark: np.ndarray, points: Int) -> tuple[Touched, np.ndarray]:
+def _merged(
+    touched: Touched, atoms: _Atoms, state: np.ndarray, mark: np.ndarray, points: Int
+) -> tuple[Touched, np.ndarray]:
     """Atoms as pieces again, neighbours of one piece, state and mark together; and the mark of each."""
     if not len(atoms.row):
         return NOTHING, EMPTY
@@ -241,7 +284,9 @@ def _merged(touched: Touched, atoms: _Atoms, state: np.ndarray, mark: np.ndarray
     start, end = points[atoms.slot[first]], points[atoms.slot[last] + 1]
     inside = touched.file_offset[piece]
     inside = np.where(inside >= 0, inside + start - touched.start[piece], -1)
-    joined = Touched(atoms.row[first], touched.object[piece], start, end, inside, touched.inline[piece], state[first])
+    joined = Touched(
+        atoms.row[first], touched.object[piece], start, end, inside, touched.inline[piece], state[first]
+    )
     order = np.lexsort((joined.inline, joined.start, joined.access))
     return joined.take(order), mark[first][order].astype(np.int64)
 
@@ -249,11 +294,17 @@ def _merged(touched: Touched, atoms: _Atoms, state: np.ndarray, mark: np.ndarray
 def _joined(halves: list[Verdict], count: int) -> Verdict:
     shift = [0, count]
     after, before = (
-        stack(Touched, [replace(touched, access=touched.access + by) for touched, by in zip(parts, shift, strict=True)])
+        stack(
+            Touched,
+            [replace(touched, access=touched.access + by) for touched, by in zip(parts, shift, strict=True)],
+        )
         for parts in ([half.after for half in halves], [half.before for half in halves])
     )
     return Verdict(
-        after, np.concatenate([half.waits for half in halves]), np.concatenate([half.agrees for half in halves]), before
+        after,
+        np.concatenate([half.waits for half in halves]),
+        np.concatenate([half.agrees for half in halves]),
+        before,
     )
 
 
@@ -263,7 +314,16 @@ def together(parts: list[Asked]) -> list[Asked]:
     for before in {id(asked.before): asked.before for asked in parts}.values():
         mine = [asked for asked in parts if asked.before is before]
         base = np.cumsum([0, *(len(asked) for asked in mine)])
-        said = [replace(asked.said, access=asked.said.access + by) for asked, by in zip(mine, base, strict=False)]
-        result.append(Asked(np.concatenate([asked.number for asked in mine]), stack(Accesses, [asked.accesses for asked in mine]),
-                            np.concatenate([asked.guessed for asked in mine]), before, stack(Touched, said)))  # fmt: skip
+        said = [
+            replace(asked.said, access=asked.said.access + by) for asked, by in zip(mine, base, strict=False)
+        ]
+        result.append(
+            Asked(
+                np.concatenate([asked.number for asked in mine]),
+                stack(Accesses, [asked.accesses for asked in mine]),
+                np.concatenate([asked.guessed for asked in mine]),
+                before,
+                stack(Touched, said),
+            )
+        )
     return result

@@ -1,9 +1,12 @@
-"""Checksums put right again. A damaged structure whose checksum is wrong is refused at the door; these let the damage in.
+"""Checksums put right again.
 
-Each format's module finds its sealed structures in an undamaged image: a range of bytes, and a function that computes the checksum of what now lies there and
-writes it where it belongs. A unit is believed only where sealing the undamaged image changes nothing, so none of this has to trust the readers under test,
-or its own idea of where structures lie. After damage, what it touched is sealed, and what the sealing touched, until nothing changes: a table first, then the
-header with the table's checksum, then the header's own.
+A damaged structure whose checksum is wrong is refused at the door; these let the damage in.
+
+Each format's module finds its sealed structures in an undamaged image: a range of bytes, and a function that
+computes the checksum of what now lies there and writes it where it belongs. A unit is believed only where
+sealing the undamaged image changes nothing, so none of this has to trust the readers under test, or its own
+idea of where structures lie. After damage, what it touched is sealed, and what the sealing touched, until
+nothing changes: a table first, then the header with the table's checksum, then the header's own.
 """
 
 from collections.abc import Iterator
@@ -15,8 +18,9 @@ from ..disk import Disk
 from .unit import Unit, Volume
 
 MODULES = {
-    "ext": "ext", "xfs": "xfs", "btrfs": "btrfs", "ntfs": "records", "exfat": "exfat", "udf": "udf", "iso9660": "udf", "erofs": "small", "f2fs": "f2fs",
-    "gpt": "gpt", "LVM2_member": "lvm", "linux_raid_member": "md", "crypto_LUKS": "small", "BitLocker": "small", "sgi": "small", "sun": "small",
+    "ext": "ext", "xfs": "xfs", "btrfs": "btrfs", "ntfs": "records", "exfat": "exfat", "udf": "udf",
+    "iso9660": "udf", "erofs": "small", "f2fs": "f2fs", "gpt": "gpt", "LVM2_member": "lvm",
+    "linux_raid_member": "md", "crypto_LUKS": "small", "BitLocker": "small", "sgi": "small", "sun": "small",
     "vpc": "images", "vhdx": "images",
 }  # fmt: skip
 """By what a map says that a volume is; ext2, ext3 and ext4 are ext."""
@@ -29,7 +33,11 @@ def find(disks: list[Disk], volumes: list[Volume]) -> list[Unit]:
     for volume in volumes:
         name = MODULES.get(volume.type, MODULES.get(volume.type.rstrip("234"), ""))
         if name:
-            found += [unit for unit in import_module(f".{name}", __name__).units(disks, volume) if _is_right(disks, unit)]
+            found += [
+                unit
+                for unit in import_module(f".{name}", __name__).units(disks, volume)
+                if _is_right(disks, unit)
+            ]
     return found
 
 
@@ -50,7 +58,8 @@ class Sealer:
         self.units = sorted(units, key=lambda unit: unit.end - unit.start)
         self._disks = disks
         self._on, self._start, self._end = (
-            np.array([getattr(unit, name) for unit in self.units], np.int64) for name in ("disk", "start", "end")
+            np.array([getattr(unit, name) for unit in self.units], np.int64)
+            for name in ("disk", "start", "end")
         )
 
     def seal(self) -> None:

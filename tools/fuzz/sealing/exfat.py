@@ -1,4 +1,5 @@
-"""exFAT: the boot region's checksum in its own sector, one in each file's entry set, one over the up-case table. Source: exFAT specification 3.4, 6.3.3, 7.2.2."""
+"""exFAT: the boot region's checksum in its own sector, one in each file's entry set, one over the up-case
+table. Source: exFAT specification 3.4, 6.3.3, 7.2.2."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,10 +18,14 @@ def units(disks: list[Disk], volume: Volume) -> Iterator[Unit]:
     for at in (volume.base, volume.base + 12 * sector):
         yield Unit(volume.disk, at, at + 11 * sector, partial(_seal_boot, at, sector))
     heap = volume.base + le32(boot, 88) * sector
-    entries = np.frombuffer(image.read(heap, (volume.base + volume.size - heap) // 32 * 32), np.uint8).reshape(-1, 32)
+    entries = np.frombuffer(
+        image.read(heap, (volume.base + volume.size - heap) // 32 * 32), np.uint8
+    ).reshape(-1, 32)
     for row in np.flatnonzero(entries[:, 0] == 0x85).tolist():
         size = 32 * (1 + int(entries[row, 1]))
-        yield Unit(volume.disk, heap + 32 * row, heap + 32 * row + size, partial(_seal_set, heap + 32 * row, size))
+        yield Unit(
+            volume.disk, heap + 32 * row, heap + 32 * row + size, partial(_seal_set, heap + 32 * row, size)
+        )
     for row in np.flatnonzero(entries[:, 0] == 0x82).tolist():
         entry = entries[row].tobytes()
         start, size = heap + (le32(entry, 20) - 2) * (sector << boot[109]), le64(entry, 24)

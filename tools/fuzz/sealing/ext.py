@@ -1,7 +1,8 @@
-"""ext4: superblock, group descriptors, bitmaps, inodes, and the blocks of files and directories; jbd2's journal.
+"""ext4: superblock, group descriptors, bitmaps, inodes, and the blocks of files and directories; jbd2's
+journal.
 
-Sources: fs/ext4/super.c ext4_group_desc_csum; bitmap.c; inode.c ext4_inode_csum; namei.c ext4_dirblock_csum, ext4_dx_csum; extents.c; xattr.c; mmp.c; orphan.c;
-fs/jbd2/commit.c, recovery.c.
+Sources: fs/ext4/super.c ext4_group_desc_csum; bitmap.c; inode.c ext4_inode_csum; namei.c ext4_dirblock_csum,
+ext4_dx_csum; extents.c; xattr.c; mmp.c; orphan.c; fs/jbd2/commit.c, recovery.c.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,10 @@ ORPHANS = 0x0B10CA04
 
 
 class _Geometry(NamedTuple):
-    """What the undamaged superblock says. `start` is the volume's, `seed` what all checksums of its metadata begin with."""
+    """What the undamaged superblock says.
+
+    `start` is the volume's, `seed` what all checksums of its metadata begin with.
+    """
 
     start: int
     block: int
@@ -42,8 +46,9 @@ def units(disks: list[Disk], volume: Volume) -> Iterator[Unit]:
     ro, incompat = le32(head, 0x64), le32(head, 0x60)
     block = 1024 << le32(head, 0x18)
     geometry = _Geometry(
-        base, block, -(-(le32(head, 4) - le32(head, 0x14)) // le32(head, 0x20)), le16(head, 0xFE) if incompat & BIT64 else 32,
-        base + (1024 // block + 1) * block, le16(head, 0x58) or 128, le32(head, 0x28), le32(head, 0x24),
+        base, block, -(-(le32(head, 4) - le32(head, 0x14)) // le32(head, 0x20)),
+        le16(head, 0xFE) if incompat & BIT64 else 32, base + (1024 // block + 1) * block,
+        le16(head, 0x58) or 128, le32(head, 0x28), le32(head, 0x24),
         le32(head, 0x270) if incompat & CSUM_SEED else crc32c(head[0x68:0x78]), head[0x68:0x78],
     )  # fmt: skip
     if ro & METADATA_CSUM:
@@ -64,8 +69,10 @@ def units(disks: list[Disk], volume: Volume) -> Iterator[Unit]:
 
 
 def _descriptors(g: _Geometry, meta: bool) -> Iterator[tuple[int, int]]:
-    """(group, where its descriptor lies). With meta_bg each block of them lies in the first of its groups, behind a copy of the superblock where there is one:
-    both places are tried.
+    """(group, where its descriptor lies).
+
+    With meta_bg each block of them lies in the first of its groups, behind a copy of the superblock where
+    there is one: both places are tried.
     """
     each = g.block // g.descriptor
     for group in range(g.groups):
@@ -92,14 +99,24 @@ def _group_crc16(g: _Geometry, group: int, data: bytes) -> int:
 def _bitmaps(disk: int, image: Disk, g: _Geometry, at: int) -> Iterator[Unit]:
     """A bitmap's checksum lies in its group's descriptor, in two halves where that is long enough."""
     data = image.read(at, g.descriptor)
-    for where, high, low_sum, high_sum, bits in ((0, 0x20, 0x18, 0x38, g.blocks), (4, 0x24, 0x1A, 0x3A, g.inodes)):
+    for where, high, low_sum, high_sum, bits in (
+        (0, 0x20, 0x18, 0x38, g.blocks),
+        (4, 0x24, 0x1A, 0x3A, g.inodes),
+    ):
         number = le32(data, where) + (le32(data, high) << 32 if g.descriptor >= 64 else 0)
         start = g.start + number * g.block
         yield Unit(
             disk,
             start,
             start + bits // 8,
-            partial(_seal_bitmap, start, bits // 8, at + low_sum, at + high_sum if g.descriptor >= 64 else 0, g.seed),
+            partial(
+                _seal_bitmap,
+                start,
+                bits // 8,
+                at + low_sum,
+                at + high_sum if g.descriptor >= 64 else 0,
+                g.seed,
+            ),
         )
 
 
@@ -115,7 +132,12 @@ def _inodes(disk: int, image: Disk, g: _Geometry, group: int, at: int) -> Iterat
     table = g.start + (le32(data, 8) + (le32(data, 0x28) << 32 if g.descriptor >= 64 else 0)) * g.block
     for number in range(g.inodes):
         start = table + number * g.inode
-        yield Unit(disk, start, start + g.inode, partial(_seal_inode, start, g.inode, group * g.inodes + number + 1, g.seed))
+        yield Unit(
+            disk,
+            start,
+            start + g.inode,
+            partial(_seal_inode, start, g.inode, group * g.inodes + number + 1, g.seed),
+        )
 
 
 def _seal_inode(start: int, size: int, number: int, seed: int, image: Disk) -> None:
@@ -137,10 +159,17 @@ def _of_inode(seed: int, number: int, generation: bytes) -> int:
 
 
 def _blocks(volume: Volume, image: Disk, g: _Geometry) -> Iterator[Unit]:
-    """What the undamaged map calls directories, extent trees, attributes and the file of orphans, a block at a time."""
+    """What the undamaged map calls directories, extent trees, attributes and the file of orphans, a block at
+    a time."""
     _, extents = volume.bmap.slice_of("extents", volume.number)
     _, inodes = volume.bmap.slice_of("inodes", volume.number)
-    record = dict(zip(tables.integers(inodes, "inode").tolist(), tables.integers(inodes, "record_offset").tolist(), strict=True))
+    record = dict(
+        zip(
+            tables.integers(inodes, "inode").tolist(),
+            tables.integers(inodes, "record_offset").tolist(),
+            strict=True,
+        )
+    )
     seals = {
         tables.DIRECTORY: _seal_directory,
         tables.TREE: _seal_extents,
@@ -156,9 +185,15 @@ def _blocks(volume: Volume, image: Disk, g: _Geometry) -> Iterator[Unit]:
     for inode, at, length, flags, kind in rows:
         if kind in seals and record.get(inode, -1) >= 0 and not flags & tables.INLINE and length <= 1 << 20:
             for start in range(volume.base + at, volume.base + at + length, g.block):
-                if seals[kind] is not _seal_orphans or le32(image.read(start, g.block), g.block - 8) == ORPHANS:
+                if (
+                    seals[kind] is not _seal_orphans
+                    or le32(image.read(start, g.block), g.block - 8) == ORPHANS
+                ):
                     yield Unit(
-                        volume.disk, start, start + g.block, partial(seals[kind], start, g, inode, volume.base + record[inode])
+                        volume.disk,
+                        start,
+                        start + g.block,
+                        partial(seals[kind], start, g, inode, volume.base + record[inode]),
                     )
 
 
@@ -167,7 +202,8 @@ def _generation(image: Disk, record: int) -> bytes:
 
 
 def _seal_directory(start: int, g: _Geometry, inode: int, record: int, image: Disk) -> None:
-    """A leaf ends with a false entry of 12 bytes; a node of the hash tree has its tail behind its last possible entry."""
+    """A leaf ends with a false entry of 12 bytes; a node of the hash tree has its tail behind its last
+    possible entry."""
     data, seed = image.read(start, g.block), _of_inode(g.seed, inode, _generation(image, record))
     if data[-8:-4] == b"\x0c\0\0\xde":
         image.write(start + g.block - 4, crc32c(data[:-12], seed).to_bytes(4, "little"))
@@ -185,7 +221,10 @@ def _seal_extents(start: int, g: _Geometry, inode: int, record: int, image: Disk
     data = image.read(start, g.block)
     tail = 12 + 12 * le16(data, 4)
     if data[:2] == b"\x0a\xf3" and tail + 4 <= g.block:
-        image.write(start + tail, crc32c(data[:tail], _of_inode(g.seed, inode, _generation(image, record))).to_bytes(4, "little"))
+        image.write(
+            start + tail,
+            crc32c(data[:tail], _of_inode(g.seed, inode, _generation(image, record))).to_bytes(4, "little"),
+        )
 
 
 def _seal_xattr(start: int, g: _Geometry, _inode: int, _record: int, image: Disk) -> None:
@@ -201,10 +240,12 @@ def _seal_orphans(start: int, g: _Geometry, inode: int, record: int, image: Disk
     if le32(data, g.block - 8) == ORPHANS:
         seed = _of_inode(g.seed, inode, _generation(image, record))
         number = (start - g.start) // g.block
-        image.write(start + g.block - 4, crc32c(number.to_bytes(8, "little") + data[:-8], seed).to_bytes(4, "little"))
+        image.write(
+            start + g.block - 4, crc32c(number.to_bytes(8, "little") + data[:-8], seed).to_bytes(4, "little")
+        )
 
 
-# ---- the journal --------------------------------------------------------------------------------------------------------
+# ---- the journal -------------------------------------------------------------------------------------------
 
 
 def _journal(volume: Volume, image: Disk, block: int) -> Iterator[Unit]:
@@ -236,7 +277,9 @@ def _tagged(disk: int, data: bytes, at: int, block: int, end: int, seed: int) ->
     tag, where = 12, at + block
     while tag + 16 <= block - 4 and where < end:
         flags = be32(data, tag + 4)
-        yield Unit(disk, where, where + block, partial(_seal_logged, where, block, at + tag + 12, data[8:12], seed))
+        yield Unit(
+            disk, where, where + block, partial(_seal_logged, where, block, at + tag + 12, data[8:12], seed)
+        )
         tag += 16 if flags & SAME_UUID else 32
         where += block
         if flags & LAST_TAG:

@@ -1,4 +1,7 @@
-"""F2FS: superblocks, checkpoints, inodes. Sources: fs/f2fs/f2fs.h f2fs_chksum, checkpoint.c f2fs_checkpoint_chksum, inode.c f2fs_inode_chksum."""
+"""F2FS: superblocks, checkpoints, inodes.
+
+Sources: fs/f2fs/f2fs.h f2fs_chksum, checkpoint.c f2fs_checkpoint_chksum, inode.c f2fs_inode_chksum.
+"""
 
 import zlib
 from collections.abc import Iterator
@@ -48,11 +51,16 @@ def _seal_checkpoint(start: int, image: Disk) -> None:
     at = le32(data, 164)
     if 192 <= at <= BLOCK - 4:
         value = _crc(data[:at])
-        image.write(start + at, (_crc(data[at + 4 :], value) if at < BLOCK - 4 else value).to_bytes(4, "little"))
+        image.write(
+            start + at, (_crc(data[at + 4 :], value) if at < BLOCK - 4 else value).to_bytes(4, "little")
+        )
 
 
 def _seal_inode(start: int, seed: int, image: Disk) -> None:
     data = image.read(start, BLOCK)
     ino, generation = data[BLOCK - 24 : BLOCK - 20], data[296:300]
     value = _crc(generation, _crc(ino, seed))
-    image.write(start + CHECKSUM_AT, _crc(data[:CHECKSUM_AT] + bytes(4) + data[CHECKSUM_AT + 4 :], value).to_bytes(4, "little"))
+    image.write(
+        start + CHECKSUM_AT,
+        _crc(data[:CHECKSUM_AT] + bytes(4) + data[CHECKSUM_AT + 4 :], value).to_bytes(4, "little"),
+    )

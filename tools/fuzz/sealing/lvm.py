@@ -1,6 +1,7 @@
 """LVM's labels and text metadata, and the metadata of thin pools.
 
-Sources: LVM2 lib/format_text/layout.h, lib/misc/crc.c; drivers/md/dm-thin-metadata.c and persistent-data/*.c (CSUM_XOR constants).
+Sources: LVM2 lib/format_text/layout.h, lib/misc/crc.c; drivers/md/dm-thin-metadata.c and persistent-data/*.c
+(CSUM_XOR constants).
 """
 
 import zlib

@@ -1,4 +1,7 @@
-"""md superblocks of versions 0.90 and 1. Sources: include/uapi/linux/raid/md_p.h; drivers/md/md.c calc_sb_csum, calc_sb_1_csum."""
+"""md superblocks of versions 0.90 and 1.
+
+Sources: include/uapi/linux/raid/md_p.h; drivers/md/md.c calc_sb_csum, calc_sb_1_csum.
+"""
 
 from collections.abc import Iterator
 
@@ -21,7 +24,10 @@ def _folded(total: int) -> int:
 
 
 def _sum_1(data: bytes) -> int:
-    return _folded(sum(le32(data, at) for at in range(0, len(data) - 3, 4)) + (le16(data, len(data) - 2) if len(data) % 4 else 0))
+    return _folded(
+        sum(le32(data, at) for at in range(0, len(data) - 3, 4))
+        + (le16(data, len(data) - 2) if len(data) % 4 else 0)
+    )
 
 
 def _sum_90(data: bytes) -> int:

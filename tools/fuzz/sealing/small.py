@@ -1,6 +1,7 @@
 """Formats with a checksum or two: EROFS, LUKS2, BitLocker, the labels of Sun's and SGI's machines.
 
-Sources: fs/erofs/super.c erofs_superblock_csum_verify; LUKS2 On-Disk Format Specification 2.1; libbde's documentation of the FVE metadata; block/partitions/sun.c, sgi.c.
+Sources: fs/erofs/super.c erofs_superblock_csum_verify; LUKS2 On-Disk Format Specification 2.1; libbde's
+documentation of the FVE metadata; block/partitions/sun.c, sgi.c.
 """
 
 import hashlib
@@ -14,7 +15,9 @@ from .unit import Unit, Volume, be32, be64, crc32c, le16, own
 
 def units(disks: list[Disk], volume: Volume) -> Iterator[Unit]:
     """The units of one volume."""
-    found = {"erofs": _erofs, "crypto_LUKS": _luks2, "BitLocker": _bitlocker, "sgi": _sgi, "sun": _sun}[volume.type]
+    found = {"erofs": _erofs, "crypto_LUKS": _luks2, "BitLocker": _bitlocker, "sgi": _sgi, "sun": _sun}[
+        volume.type
+    ]
     yield from found(disks[volume.disk], volume)
 
 
@@ -50,7 +53,15 @@ def _seal_bitlocker(start: int, size: int, image: Disk) -> None:
 
 
 def _sgi(image: Disk, volume: Volume) -> Iterator[Unit]:
-    yield own(volume.disk, volume.base, 512, 504, 4, lambda data: -sum(be32(data, at) for at in range(0, 512, 4)), "big")
+    yield own(
+        volume.disk,
+        volume.base,
+        512,
+        504,
+        4,
+        lambda data: -sum(be32(data, at) for at in range(0, 512, 4)),
+        "big",
+    )
 
 
 def _sun(image: Disk, volume: Volume) -> Iterator[Unit]:

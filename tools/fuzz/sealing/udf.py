@@ -1,4 +1,7 @@
-"""UDF: every descriptor has a tag with a CRC of what follows and a sum of the tag itself. Source: ECMA-167 3/7.2."""
+"""UDF: every descriptor has a tag with a CRC of what follows and a sum of the tag itself.
+
+Source: ECMA-167 3/7.2.
+"""
 
 import binascii
 from collections.abc import Iterator
@@ -13,7 +16,8 @@ TAGS = (*range(1, 10), *range(256, 267))
 
 
 def units(disks: list[Disk], volume: Volume) -> Iterator[Unit]:
-    """Everything that begins as a tag does, at a multiple of four bytes: names in directories begin anywhere."""
+    """Everything that begins as a tag does, at a multiple of four bytes: names in directories begin
+    anywhere."""
     image = disks[volume.disk]
     words = np.frombuffer(image.read(volume.base, volume.size // 4 * 4), "<u2").reshape(-1, 2)
     for row in np.flatnonzero(np.isin(words[:, 0], TAGS) & np.isin(words[:, 1], (2, 3))).tolist():

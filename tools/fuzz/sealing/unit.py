@@ -1,4 +1,5 @@
-"""What the modules of formats share: a sealed structure, the volume it lies in, and a CRC-32C of their own."""
+"""What the modules of formats share: a sealed structure, the volume it lies in, and a CRC-32C of their
+own."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from ..disk import Disk
 
 
 class Unit(NamedTuple):
-    """Bytes [start, end) of a disk that a checksum covers, or that hold one; `seal` writes the checksum of what lies there now."""
+    """Bytes [start, end) of a disk that a checksum covers, or that hold one; `seal` writes the checksum of
+    what lies there now."""
 
     disk: int
     start: int
@@ -67,8 +69,17 @@ def be64(data: bytes, at: int) -> int:
     return int.from_bytes(data[at : at + 8], "big")
 
 
-def own(disk: int, start: int, length: int, at: int, width: int, value: Callable[[bytes], int], order: str = "little") -> Unit:
-    """The plain case: a checksum inside the structure it covers, at byte `at` of it, taken as zero while `value` computes it."""
+def own(
+    disk: int,
+    start: int,
+    length: int,
+    at: int,
+    width: int,
+    value: Callable[[bytes], int],
+    order: str = "little",
+) -> Unit:
+    """The plain case: a checksum inside the structure it covers, at byte `at` of it, taken as zero while
+    `value` computes it."""
 
     def seal(image: Disk) -> None:
         data = bytearray(image.read(start, length))

@@ -1,4 +1,7 @@
-"""XFS version 5: each kind of block has its CRC-32C at its own place; and the log's records. Sources: fs/xfs/libxfs/xfs_format.h, xfs_da_format.h, xfs_log_format.h."""
+"""XFS version 5: each kind of block has its CRC-32C at its own place; and the log's records.
+
+Sources: fs/xfs/libxfs/xfs_format.h, xfs_da_format.h, xfs_log_format.h.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,8 +12,8 @@ from ..disk import Disk
 from .unit import ONES, Unit, Volume, be32, be64, crc32c, own
 
 PLACES = {
-    b"XFSB": 224, b"XAGF": 216, b"XAGI": 312, b"XAFL": 32, b"AB3B": 52, b"AB3C": 52, b"IAB3": 52, b"FIB3": 52, b"RMB3": 52, b"R3FC": 52, b"BMA3": 64,
-    b"XDB3": 4, b"XDD3": 4, b"XDF3": 4, b"XSLM": 12, b"XARM": 12,
+    b"XFSB": 224, b"XAGF": 216, b"XAGI": 312, b"XAFL": 32, b"AB3B": 52, b"AB3C": 52, b"IAB3": 52, b"FIB3": 52,
+    b"RMB3": 52, b"R3FC": 52, b"BMA3": 64, b"XDB3": 4, b"XDD3": 4, b"XDF3": 4, b"XSLM": 12, b"XARM": 12,
 }  # fmt: skip
 """The checksum's byte, by the magic at the block's start."""
 LATER = {b"\x3e\xbe": 12, b"\x3d\xf1": 12, b"\x3d\xff": 12, b"\x3b\xee": 12}
@@ -23,7 +26,9 @@ def units(disks: list[Disk], volume: Volume) -> Iterator[Unit]:
     """Blocks by their magic, each tried with every size that it can have; the log's records."""
     image = disks[volume.disk]
     head = image.read(volume.base, 512)
-    block, sector, inode = be32(head, 4), int.from_bytes(head[102:104], "big"), int.from_bytes(head[104:106], "big")
+    block = be32(head, 4)
+    sector = int.from_bytes(head[102:104], "big")
+    inode = int.from_bytes(head[104:106], "big")
     sizes = sorted({sector, block, block << head[192]})
     data = image.read(volume.base, volume.size // 512 * 512)
     rows = np.frombuffer(data, np.uint8).reshape(-1, 512)
@@ -51,7 +56,10 @@ def _log(image: Disk, volume: Volume, head: bytes, block: int) -> Iterator[Unit]
         if data[at : at + 4] == RECORD and (length := be32(data, at + 12)) and length <= 1 << 18:
             headers = max(1, -(-be32(data, at + 300) // 32768)) if be32(data, at + 8) == 2 else 1
             yield Unit(
-                volume.disk, base + at, base + at + headers * 512 + length, partial(_seal_record, base + at, headers, length)
+                volume.disk,
+                base + at,
+                base + at + headers * 512 + length,
+                partial(_seal_record, base + at, headers, length),
             )
 
 

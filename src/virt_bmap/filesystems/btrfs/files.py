@@ -1,4 +1,5 @@
-"""Inodes, names and file extents of all subvolumes: what leaves hold, once for every tree that a leaf belongs to."""
+"""Inodes, names and file extents of all subvolumes: what leaves hold, once for every tree that a leaf belongs
+to."""
 
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ STUB_MODE = 0o40755
 
 
 def number(tree_id: Int, objectid: Int) -> Int:
-    """The inode number in a map: unique over all trees, and the objectid itself in the top-level subvolume."""
+    """The inode number in a map: unique over all trees, and the objectid itself in the top-level
+    subvolume."""
     tree_bits = np.where(tree_id == ondisk.FS_TREE, 0, tree_id & ((1 << TREE_BITS) - 1))
     packed: Int = tree_bits << OBJECT_BITS | objectid & ((1 << OBJECT_BITS) - 1)
     return packed
@@ -44,7 +46,8 @@ class Links(NamedTuple):
         return rows if mine.all() else {name: values[mine] for name, values in rows.items()}
 
     def spread(self, rows: Columns) -> tuple[Int, Int]:
-        """(row, tree) for each tree with files that the row's leaf belongs to: subvolumes, root tree (caches), data relocation, logs."""
+        """(row, tree) for each tree with files that the row's leaf belongs to: subvolumes, root tree
+        (caches), data relocation, logs."""
         row, tree = self.forest.spread(rows["leaf"])
         fits = _fits(self.tree_id[tree], TREE_BITS) & _fits(rows["objectid"][row], OBJECT_BITS)
         keep = self.has_files[tree] & fits
@@ -57,8 +60,13 @@ class Links(NamedTuple):
 
     @property
     def has_files(self) -> np.ndarray:
-        """Which roots are trees with inodes. The log's own root tree stands for tree 0, which does not exist."""
-        found: np.ndarray = is_subvolume(self.tree_id) | np.isin(self.roots.id, (ondisk.ROOT_TREE, ondisk.DATA_RELOC_TREE))
+        """Which roots are trees with inodes.
+
+        The log's own root tree stands for tree 0, which does not exist.
+        """
+        found: np.ndarray = is_subvolume(self.tree_id) | np.isin(
+            self.roots.id, (ondisk.ROOT_TREE, ondisk.DATA_RELOC_TREE)
+        )
         return found
 
     @property
@@ -71,7 +79,7 @@ class Links(NamedTuple):
         return part
 
 
-# ---- inodes ---------------------------------------------------------------------------------------------------------
+# ---- inodes ------------------------------------------------------------------------------------------------
 
 
 class Inodes(NamedTuple):
@@ -90,9 +98,12 @@ class Inodes(NamedTuple):
 
 
 def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
-    """Every inode of every tree, and which of them only a log knows: they were created and fsynced after the last commit."""
+    """Every inode of every tree, and which of them only a log knows: they were created and fsynced after the
+    last commit."""
     beyond = ~_fits(rows["objectid"], OBJECT_BITS)
-    damage.note("inode-number", "inodes have an objectid beyond 2^40 and are left out", rows["record"][beyond])
+    damage.note(
+        "inode-number", "inodes have an objectid beyond 2^40 and are left out", rows["record"][beyond]
+    )
     far = links.roots.bytenr[links.has_files & ~_fits(links.tree_id, TREE_BITS)]
     damage.note("tree-number", "subvolumes have an id beyond 2^23 and are left out", np.maximum(far, -1))
     row, tree = links.spread(rows)
@@ -110,12 +121,14 @@ def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
     gone = ~special & ((nlink == 0) | (links.roots.refs[tree] == 0))
     flags = np.where(gone, tables.I_DELETED, 0)
     for bit, flag in (
-        (ondisk.INODE_COMPRESS, tables.I_COMPRESSED), (ondisk.INODE_IMMUTABLE, tables.I_IMMUTABLE), (ondisk.INODE_RO_VERITY, tables.I_VERITY),
+        (ondisk.INODE_COMPRESS, tables.I_COMPRESSED), (ondisk.INODE_IMMUTABLE, tables.I_IMMUTABLE),
+        (ondisk.INODE_RO_VERITY, tables.I_VERITY),
     ):  # fmt: skip
         flags |= np.where((column["flags"] & bit) != 0, flag, 0)
     kind = np.where(special, tables.T_METADATA, tables.type_of_mode(mode))
     return Inodes(
-        inode, kind, mode, column["uid"], column["gid"], np.maximum(column["size"], 0), nlink, column["mtime_ns"], flags, column["record"],
+        inode, kind, mode, column["uid"], column["gid"], np.maximum(column["size"], 0), nlink,
+        column["mtime_ns"], flags, column["record"],
     ), fresh  # fmt: skip
 
 
@@ -124,19 +137,24 @@ def inode_table(found: Inodes, stubs: Int) -> pa.Table:
     if len(stubs):
         n = len(stubs)
         extra: dict[str, int] = {
-            "type": tables.T_DIRECTORY, "mode": STUB_MODE, "uid": 0, "gid": 0, "size": 0, "nlink": 1, "mtime_ns": NO_TIME,
-            "flags": 0, "record_offset": -1,
+            "type": tables.T_DIRECTORY, "mode": STUB_MODE, "uid": 0, "gid": 0, "size": 0, "nlink": 1,
+            "mtime_ns": NO_TIME, "flags": 0, "record_offset": -1,
         }  # fmt: skip
         added = {"inode": stubs, **{name: np.full(n, value) for name, value in extra.items()}}
         found = Inodes(**{name: np.append(column, added[name]) for name, column in found._asdict().items()})
     return tables.make("inodes", volume=0, **found._asdict())
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 
 
-def names(rows: Columns, name_bytes: list[pa.Array], links: Links, fresh: Int, damage: Damage) -> tuple[pa.Table, Int]:
-    """The table `names`, and the inode numbers of directories that stand where a subvolume is not. A log names only what is `fresh`."""
+def names(
+    rows: Columns, name_bytes: list[pa.Array], links: Links, fresh: Int, damage: Damage
+) -> tuple[pa.Table, Int]:
+    """The table `names`, and the inode numbers of directories that stand where a subvolume is not.
+
+    A log names only what is `fresh`.
+    """
     row, tree = links.spread(rows)
     keep = (links.parts[tree] == 0) & (rows["ref"][row] == 0)
     if len(fresh):
@@ -149,23 +167,32 @@ def names(rows: Columns, name_bytes: list[pa.Array], links: Links, fresh: Int, d
     subvolume = rows["target_type"][row] == ondisk.ROOT_ITEM_KEY
     odd = ~subvolume & (rows["target_type"][row] != ondisk.INODE_ITEM_KEY)
     damage.note(
-        "name-target", "directory entries lead neither to an inode nor to a subvolume", np.full(int(odd.sum()), -1, np.int64)
+        "name-target",
+        "directory entries lead neither to an inode nor to a subvolume",
+        np.full(int(odd.sum()), -1, np.int64),
     )
     at = np.flatnonzero(subvolume)
     there = _mounted(links, tree_id[at], target[at], objectid[at])
     root = np.full(len(at), ondisk.FIRST_FREE, np.int64)
     child[at] = np.where(
-        there, number(target[at], root), number(tree_id[at], np.full(len(at), ondisk.EMPTY_SUBVOL_DIR, np.int64))
+        there,
+        number(target[at], root),
+        number(tree_id[at], np.full(len(at), ondisk.EMPTY_SUBVOL_DIR, np.int64)),
     )
     every = pa.chunked_array(name_bytes, pa.binary()).combine_chunks()
     if odd.any() or len(row) != len(every):
         every = every.take(pa.array(row[~odd]))
-    table = tables.make("names", volume=0, parent=number(tree_id, objectid)[~odd], inode=child[~odd], name=every)
+    table = tables.make(
+        "names", volume=0, parent=number(tree_id, objectid)[~odd], inode=child[~odd], name=every
+    )
     return table, np.unique(child[at[~there]])
 
 
 def _mounted(links: Links, parent: Int, child: Int, dirid: Int) -> np.ndarray:
-    """Which entries for subvolumes are backed by a ROOT_REF and a tree. A snapshot has the entry, but not the reference."""
+    """Which entries for subvolumes are backed by a ROOT_REF and a tree.
+
+    A snapshot has the entry, but not the reference.
+    """
     alive = links.roots.id[is_subvolume(links.roots.id) & (links.roots.refs > 0)]
     refs = np.stack([links.refs["parent"], links.refs["child"], links.refs["dirid"]], axis=1)
     asked = np.stack([parent, child, dirid], axis=1)
@@ -174,13 +201,14 @@ def _mounted(links: Links, parent: Int, child: Int, dirid: Int) -> np.ndarray:
     return backed
 
 
-# ---- file extents ---------------------------------------------------------------------------------------------------
+# ---- file extents ------------------------------------------------------------------------------------------
 
 
 def regular(rows: Columns, links: Links, fresh: Int) -> FileExtents:
     """Extents with blocks of their own, a row for every inode of every tree that refers to them.
 
-    What a log holds of inodes that are `fresh` is plain content, of others it is part "log": beside it lies what it is to replace.
+    What a log holds of inodes that are `fresh` is plain content, of others it is part "log": beside it lies
+    what it is to replace.
     """
     row, tree = links.spread(rows)
     column = {name: values[row] for name, values in rows.items()}
@@ -192,7 +220,9 @@ def regular(rows: Columns, links: Links, fresh: Int) -> FileExtents:
     base, whole = column["disk_bytenr"], column["disk_num_bytes"]
     unwritten = column["type"] == ondisk.FILE_EXTENT_PREALLOC
     kind = np.where(
-        (part == owners.CACHE) | (part == owners.RELOCATION), tables.METADATA, np.where(unwritten, tables.UNWRITTEN, tables.DATA)
+        (part == owners.CACHE) | (part == owners.RELOCATION),
+        tables.METADATA,
+        np.where(unwritten, tables.UNWRITTEN, tables.DATA),
     )
     return FileExtents(
         inode=inode, kind=kind, part=part, file_offset=column["file_offset"],
@@ -218,10 +248,13 @@ def add_inline(out: tables.ExtentRows, rows: Columns, links: Links, known: Inode
     inode, row = inode[keep], row[keep]
     column = {name: values[row] for name, values in rows.items()}
     at = positions(known.inode, inode)
-    symlink: np.ndarray = (at >= 0) & (known.type[np.maximum(at, 0)] == tables.T_SYMLINK) if len(known.inode) else at >= 0
+    symlink: np.ndarray = (
+        (at >= 0) & (known.type[np.maximum(at, 0)] == tables.T_SYMLINK) if len(known.inode) else at >= 0
+    )
     shared = np.where(links.forest.count[column["leaf"]] > 1, tables.SHARED, 0)
     length = np.where(column["compression"] == 0, column["length"], np.maximum(column["ram_bytes"], 0))
     out.add(
         np.where(symlink, tables.SYMLINK, tables.DATA), column["start"], column["length"], inode=inode,
-        file_offset=np.maximum(column["file_offset"], 0), file_length=length, flags=_flags(column) | shared | tables.INLINE,
+        file_offset=np.maximum(column["file_offset"], 0), file_length=length,
+        flags=_flags(column) | shared | tables.INLINE,
     )  # fmt: skip

@@ -1,9 +1,12 @@
-"""Whose free bytes of a btrfs were: trees are never changed in place, so those of the last transactions are still there until their blocks are used again.
+"""Whose free bytes of a btrfs were: trees are never changed in place, so those of the last transactions are
+still there until their blocks are used again.
 
-The superblock keeps the roots of the last four. Each is read as the superblock's own root is: a block must say of itself what its pointer says (address,
-generation, level, fsid), so that what was written over since is missing, and not mistaken. What such a tree says was so when that transaction was committed.
+The superblock keeps the roots of the last four. Each is read as the superblock's own root is: a block must
+say of itself what its pointer says (address, generation, level, fsid), so that what was written over since is
+missing, and not mistaken. What such a tree says was so when that transaction was committed.
 
-Sources: include/uapi/linux/btrfs_tree.h struct btrfs_root_backup; fs/btrfs/disk-io.c backup_super_roots() (v6.12).
+Sources: include/uapi/linux/btrfs_tree.h struct btrfs_root_backup; fs/btrfs/disk-io.c backup_super_roots()
+(v6.12).
 """
 
 from collections.abc import Iterator
@@ -35,10 +38,13 @@ def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Tabl
 
 
 def _older(superblock: np.void) -> Iterator[np.void]:
-    """The superblock as it was at the end of earlier transactions, the last one first: with their roots, and without a log."""
+    """The superblock as it was at the end of earlier transactions, the last one first: with their roots, and
+    without a log."""
     backups = records(superblock["super_roots"], ondisk.BACKUP)
     generation = backups["tree_root_gen"]
-    mine = backups[(generation < superblock["generation"]) & (generation > 0) & (backups["tree_root"] < INT64_MAX)]
+    mine = backups[
+        (generation < superblock["generation"]) & (generation > 0) & (backups["tree_root"] < INT64_MAX)
+    ]
     for backup in mine[np.argsort(mine["tree_root_gen"])[::-1]]:
         older = np.array([superblock], ondisk.SUPERBLOCK)
         older["root"], older["root_level"] = backup["tree_root"], backup["tree_root_level"]
@@ -52,7 +58,9 @@ def _of_transaction(reader: PoolReader, superblock: np.void, starts: Int, ends: 
     inodes, fresh = files.inodes(items.join(found.inodes), links, damage)
     names, stubs = files.names(items.join(found.names), found.name_bytes, links, fresh, damage)
     rows = tables.ExtentRows()
-    owners.add_files(rows, owners.sound(files.regular(items.join(found.regular), links, fresh), reader.pool, damage))
+    owners.add_files(
+        rows, owners.sound(files.regular(items.join(found.regular), links, fresh), reader.pool, damage)
+    )
     table = rows.table(0)
     table = table.take(pa.array(past.chosen(table, starts, ends)))
     sequence = np.full(len(table), int(superblock["generation"]), np.int64)

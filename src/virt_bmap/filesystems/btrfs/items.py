@@ -1,4 +1,6 @@
-"""Items of leaves to columns: inodes, names, file extents, extent items, roots. Rows carry the number of the leaf they lie in.
+"""Items of leaves to columns: inodes, names, file extents, extent items, roots.
+
+Rows carry the number of the leaf they lie in.
 
 Sources: include/uapi/linux/btrfs_tree.h; fs/btrfs/tree-checker.c (v6.12).
 """
@@ -34,7 +36,10 @@ class Tables:
     free_space: list[Columns] = field(default_factory=list)
 
     def add(self, leaves: Leaves, sectorsize: int, refs: bool) -> None:
-        """The items of one batch of leaves. `refs`: names are read from INODE_REFs, too; a log has them only there."""
+        """The items of one batch of leaves.
+
+        `refs`: names are read from INODE_REFs, too; a log has them only there.
+        """
         self.inodes.append(_inodes(leaves))
         for names, name_bytes in (_names(leaves), *([_inode_refs(leaves)] if refs else [])):
             self.names.append(names)
@@ -53,25 +58,31 @@ def join(parts: list[Columns]) -> Columns:
 
 
 def _columns(items: Items, records: np.ndarray, fields: Mapping[str, str]) -> Columns:
-    """`fields` (column: field name) of the records as int64; numbers from 2^63 on turn negative, which no check lets pass."""
+    """`fields` (column: field name) of the records as int64; numbers from 2^63 on turn negative, which no
+    check lets pass."""
     return {column: records[name].astype(np.int64) for column, name in fields.items()} | {"leaf": items.leaf}
 
 
-# ---- inodes and names -----------------------------------------------------------------------------------------------
+# ---- inodes and names --------------------------------------------------------------------------------------
 
 
 def _inodes(leaves: Leaves) -> Columns:
     items = leaves.of(ondisk.INODE_ITEM_KEY, ondisk.INODE_ITEM.itemsize)
     records = items.records(ondisk.INODE_ITEM)
-    columns = _columns(items, records, {name: name for name in ("size", "nlink", "uid", "gid", "mode", "flags")})
+    columns = _columns(
+        items, records, {name: name for name in ("size", "nlink", "uid", "gid", "mode", "flags")}
+    )
     seconds = records["mtime.sec"].astype(np.int64)
     known = (seconds > -MAX_SECONDS) & (seconds < MAX_SECONDS)
-    columns["mtime_ns"] = np.where(known, np.where(known, seconds, 0) * 1_000_000_000 + records["mtime.nsec"], NO_TIME)
+    columns["mtime_ns"] = np.where(
+        known, np.where(known, seconds, 0) * 1_000_000_000 + records["mtime.nsec"], NO_TIME
+    )
     return columns | {"objectid": items.objectid, "record": items.logical}
 
 
 def _names(leaves: Leaves) -> tuple[Columns, pa.Array]:
-    """Directory entries from DIR_INDEX items, which hold one name each (DIR_ITEM says the same by hash, and can hold several)."""
+    """Directory entries from DIR_INDEX items, which hold one name each (DIR_ITEM says the same by hash, and
+    can hold several)."""
     items = leaves.of(ondisk.DIR_INDEX_KEY, ondisk.DIR_ITEM.itemsize)
     records = items.records(ondisk.DIR_ITEM)
     length = records["name_len"].astype(np.int64)
@@ -85,7 +96,8 @@ def _names(leaves: Leaves) -> tuple[Columns, pa.Array]:
 
 
 def _inode_refs(leaves: Leaves) -> tuple[Columns, pa.Array]:
-    """The same of INODE_REF items, `ref` 1: each the first name (of one, but for hard links in one directory) of its inode in a directory."""
+    """The same of INODE_REF items, `ref` 1: each the first name (of one, but for hard links in one directory)
+    of its inode in a directory."""
     items = leaves.of(ondisk.INODE_REF_KEY, ondisk.INODE_REF.itemsize)
     length = items.records(ondisk.INODE_REF)["name_len"].astype(np.int64)
     whole = (
@@ -107,10 +119,12 @@ def binary(data: np.ndarray, starts: Int, lengths: Int) -> pa.Array:
     """data[starts[i]:+lengths[i]] as an Arrow binary array."""
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)  # one batch of leaves is far from 2 GiB
     values = gather(data, starts, lengths)
-    return pa.Array.from_buffers(pa.binary(), len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(values)])
+    return pa.Array.from_buffers(
+        pa.binary(), len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(values)]
+    )
 
 
-# ---- where files lie ------------------------------------------------------------------------------------------------
+# ---- where files lie ---------------------------------------------------------------------------------------
 
 
 def _file_extents(leaves: Leaves) -> tuple[Columns, Columns]:
@@ -120,7 +134,9 @@ def _file_extents(leaves: Leaves) -> tuple[Columns, Columns]:
     inline = kind == ondisk.FILE_EXTENT_INLINE
     regular = ~inline & (kind <= ondisk.FILE_EXTENT_PREALLOC) & (items.size >= ondisk.FILE_EXTENT.itemsize)
     leaves.damage.note(
-        "file-extent-type", "file extent items have an unknown type, or are too short", items.logical[~inline & ~regular]
+        "file-extent-type",
+        "file extent items have an unknown type, or are too short",
+        items.logical[~inline & ~regular],
     )
     return _regular(items.select(regular)), _inline(items.select(inline))
 
@@ -129,7 +145,16 @@ def _regular(items: Items) -> Columns:
     """Rows with the fields of btrfs_file_extent_item; holes (disk_bytenr 0) give none."""
     records = items.records(ondisk.FILE_EXTENT)
     fields = {
-        name: name for name in ("type", "compression", "encryption", "disk_bytenr", "disk_num_bytes", "offset", "num_bytes")
+        name: name
+        for name in (
+            "type",
+            "compression",
+            "encryption",
+            "disk_bytenr",
+            "disk_num_bytes",
+            "offset",
+            "num_bytes",
+        )
     }
     columns = _columns(items, records, fields) | {"objectid": items.objectid, "file_offset": items.offset}
     data = columns["disk_bytenr"] != 0
@@ -137,20 +162,32 @@ def _regular(items: Items) -> Columns:
 
 
 def _inline(items: Items) -> Columns:
-    """Rows of content inside tree blocks: `start` is the first byte in the volume, `length` how many there are, `ram_bytes` how many they hold."""
+    """Rows of content inside tree blocks: `start` is the first byte in the volume, `length` how many there
+    are, `ram_bytes` how many they hold."""
     records = items.records(ondisk.FILE_EXTENT_HEAD)
     columns = _columns(items, records, {name: name for name in ("compression", "encryption", "ram_bytes")})
-    start, length = items.logical + ondisk.FILE_EXTENT_HEAD.itemsize, items.size - ondisk.FILE_EXTENT_HEAD.itemsize
-    return columns | {"objectid": items.objectid, "file_offset": items.offset, "start": start, "length": length}
+    start = items.logical + ondisk.FILE_EXTENT_HEAD.itemsize
+    length = items.size - ondisk.FILE_EXTENT_HEAD.itemsize
+    return columns | {
+        "objectid": items.objectid,
+        "file_offset": items.offset,
+        "start": start,
+        "length": length,
+    }
 
 
-# ---- what the allocator says ----------------------------------------------------------------------------------------
+# ---- what the allocator says -------------------------------------------------------------------------------
 
 
 def _extent_items(leaves: Leaves) -> Columns:
     items = leaves.of(ondisk.EXTENT_ITEM_KEY, ondisk.EXTENT_ITEM.itemsize)
     flags = items.records(ondisk.EXTENT_ITEM)["flags"].astype(np.int64)
-    return {"leaf": items.leaf, "start": items.objectid, "length": items.offset, "data": flags & ondisk.EXTENT_FLAG_DATA}
+    return {
+        "leaf": items.leaf,
+        "start": items.objectid,
+        "length": items.offset,
+        "data": flags & ondisk.EXTENT_FLAG_DATA,
+    }
 
 
 def _metadata_items(leaves: Leaves) -> Columns:
@@ -188,7 +225,7 @@ def _free_space_bitmaps(leaves: Leaves, sectorsize: int) -> Columns:
     return {"leaf": items.leaf[item], "start": items.objectid[item] + begin, "length": np.maximum(length, 0)}
 
 
-# ---- the root tree --------------------------------------------------------------------------------------------------
+# ---- the root tree -----------------------------------------------------------------------------------------
 
 
 def roots_of(leaves: Leaves, wanted: set[int]) -> Roots:
@@ -200,11 +237,14 @@ def roots_of(leaves: Leaves, wanted: set[int]) -> Roots:
     drop_key = np.zeros(len(items), DROP_KEY)
     for name in drop_key.dtype.names or ():
         drop_key[name] = records[f"drop_progress.{name}"]
-    column = {name: records[name].astype(np.int64) for name in ("bytenr", "level", "generation", "refs", "drop_level")}
+    column = {
+        name: records[name].astype(np.int64)
+        for name in ("bytenr", "level", "generation", "refs", "drop_level")
+    }
     read = np.isin(items.objectid, list(wanted)) | is_subvolume(items.objectid)
     return Roots(
-        items.objectid, items.offset, column["bytenr"], column["level"], column["generation"], column["refs"], read,
-        drop_key, column["drop_level"],
+        items.objectid, items.offset, column["bytenr"], column["level"], column["generation"], column["refs"],
+        read, drop_key, column["drop_level"],
     )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
-"""Who owns the logical bytes of a btrfs: tree blocks, file extents, what is shared, what is left of overwritten extents, free space.
+"""Who owns the logical bytes of a btrfs: tree blocks, file extents, what is shared, what is left of
+overwritten extents, free space.
 
-Sources: fs/btrfs/{block-group,extent-tree,free-space-tree,file-item}.c (v6.12); "bookend extents" in the btrfs wiki's design notes.
+Sources: fs/btrfs/{block-group,extent-tree,free-space-tree,file-item}.c (v6.12); "bookend extents" in the
+btrfs wiki's design notes.
 """
 
 from typing import NamedTuple
@@ -8,7 +10,17 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap import tables
-from virt_bmap.arrays import Int, complement, covered_twice, expand, in_order, intersect, subtract, total, union
+from virt_bmap.arrays import (
+    Int,
+    complement,
+    covered_twice,
+    expand,
+    in_order,
+    intersect,
+    subtract,
+    total,
+    union,
+)
 from virt_bmap.columns import take
 from virt_bmap.filesystems.btrfs import ondisk
 from virt_bmap.filesystems.btrfs.items import Columns
@@ -18,9 +30,12 @@ from virt_bmap.tables import ExtentRows
 
 
 class FileExtents(NamedTuple):
-    """Extents of files, a row for each file that refers to them, as columns. `part` numbers PARTS, 0 for plain content.
+    """Extents of files, a row for each file that refers to them, as columns.
 
-    [start, start + length) are the bytes the file uses; `base` and `whole` are the extent as it was allocated.
+    `part` numbers PARTS, 0 for plain content.
+
+    [start, start + length) are the bytes the file uses; `base` and `whole` are the extent as it was
+    allocated.
     """
 
     inode: Int
@@ -42,7 +57,8 @@ class FileExtents(NamedTuple):
 
 
 PARTS = (None, "free space cache", "data relocation", "log")
-"""What file extents are that belong to no file of a subvolume; "log": written by fsync after the last commit."""
+"""What file extents are that belong to no file of a subvolume; "log": written by fsync after the last
+commit."""
 CACHE, RELOCATION, LOG = 1, 2, 3
 
 
@@ -74,14 +90,20 @@ def allocated(items: Columns, nodesize: int, pool: Pool, damage: Damage) -> Allo
     return Allocated(start, length, items["data"][order])
 
 
-def add_trees(out: ExtentRows, roots: Roots, forest: Forest, used: Allocated, nodesize: int, damage: Damage) -> tuple[Int, Int]:
-    """Rows of the tree blocks, those that lie together as one. Returns the ranges of log trees, which have no extent items."""
+def add_trees(
+    out: ExtentRows, roots: Roots, forest: Forest, used: Allocated, nodesize: int, damage: Damage
+) -> tuple[Int, Int]:
+    """Rows of the tree blocks, those that lie together as one.
+
+    Returns the ranges of log trees, which have no extent items.
+    """
     logs = np.zeros(0, np.int64), np.zeros(0, np.int64)
     parts = np.array([_tree_name(tree) for tree in roots.id.tolist()])[forest.tree]
     subvolumes = np.unique(forest.address[parts == ondisk.TREE_NAMES[ondisk.FS_TREE]])
     for part in np.unique(parts).tolist():
         address = np.unique(forest.address[parts == part])
-        if part == ondisk.TREE_NAMES[ondisk.TREE_RELOC]:  # a snapshot, in all but name, of the subvolume that is being moved
+        # a snapshot, in all but name, of the subvolume that is being moved
+        if part == ondisk.TREE_NAMES[ondisk.TREE_RELOC]:
             address = np.setdiff1d(address, subvolumes)
         starts, ends = union(address, address + nodesize)
         out.add(tables.METADATA, starts, ends - starts, part=part)
@@ -98,7 +120,7 @@ def _tree_name(tree: int) -> str:
     return ondisk.TREE_NAMES.get(tree, "fs tree" if tree >= ondisk.FIRST_FREE else f"tree {tree}")
 
 
-# ---- file extents ---------------------------------------------------------------------------------------------------
+# ---- file extents ------------------------------------------------------------------------------------------
 
 
 def sound(extents: FileExtents, pool: Pool, damage: Damage) -> FileExtents:
@@ -110,7 +132,9 @@ def sound(extents: FileExtents, pool: Pool, damage: Damage) -> FileExtents:
         & (extents.file_offset >= 0)
         & (extents.file_length > 0)
     )
-    fits &= compressed | ((extents.start >= extents.base) & (extents.length <= extents.whole - (extents.start - extents.base)))
+    fits &= compressed | (
+        (extents.start >= extents.base) & (extents.length <= extents.whole - (extents.start - extents.base))
+    )
     damage.note("file-extent", "file extents have impossible numbers", np.maximum(extents.base[~fits], -1))
     return extents if fits.all() else extents.select(fits)
 
@@ -161,34 +185,41 @@ def add_files(out: ExtentRows, extents: FileExtents) -> None:
     for number in np.unique(extents.part).tolist():
         mine = extents.select(extents.part == number) if extents.part.any() else extents
         out.add(
-            mine.kind, mine.start, mine.length, part=PARTS[number], inode=mine.inode, file_offset=mine.file_offset,
-            file_length=mine.file_length, flags=mine.flags,
+            mine.kind, mine.start, mine.length, part=PARTS[number], inode=mine.inode,
+            file_offset=mine.file_offset, file_length=mine.file_length, flags=mine.flags,
         )  # fmt: skip
 
 
 def add_bookends(out: ExtentRows, extents: FileExtents, used: Allocated) -> None:
-    """What of an allocated extent no file refers to any more since it was overwritten: it stays used as long as any part of it is.
+    """What of an allocated extent no file refers to any more since it was overwritten: it stays used as long
+    as any part of it is.
 
     Part "bookend", with the inode of one of the files that keep it.
     """
-    if len(extents.start) == 0 or total(extents.start, extents.start + extents.length) == int(used.length[used.data != 0].sum()):
+    if len(extents.start) == 0 or total(extents.start, extents.start + extents.length) == int(
+        used.length[used.data != 0].sum()
+    ):
         return
     keeper, first = np.unique(extents.base, return_index=True)
     whole = extents.whole[first]
     starts, ends = subtract(keeper, keeper + whole, extents.start, extents.start + extents.length)
-    _, begin, stop = _cut(starts, ends, keeper, np.ones(len(starts), bool))  # what lies together can belong to two extents
+    # what lies together can belong to two extents
+    _, begin, stop = _cut(starts, ends, keeper, np.ones(len(starts), bool))
     owner = first[np.maximum(np.searchsorted(keeper, begin, "right") - 1, 0)]
     kind = np.where(extents.part[owner] != 0, tables.METADATA, tables.DATA)
     out.add(kind, begin, stop - begin, part="bookend", inode=extents.inode[owner])
 
 
-# ---- free space -----------------------------------------------------------------------------------------------------
+# ---- free space --------------------------------------------------------------------------------------------
 
 
 def add_space(
     out: ExtentRows, pool: Pool, used: Allocated, logged: tuple[Int, Int], groups: Columns, damage: Damage
 ) -> tuple[Int, Int]:
-    """Rows of what is free, reserved for superblocks, or in no chunk. Returns what of the chunks has no extent item."""
+    """Rows of what is free, reserved for superblocks, or in no chunk.
+
+    Returns what of the chunks has no extent item.
+    """
     chunks = pool.chunks
     trusted = _trusted(pool, used, groups, damage)
     gaps = complement(chunks.starts, chunks.ends, 0, int(chunks.ends[-1]))
@@ -205,18 +236,23 @@ def add_space(
 def _trusted(pool: Pool, used: Allocated, groups: Columns, damage: Damage) -> np.ndarray:
     """Of which chunks all extent items were found: their block group says how many bytes it gave away.
 
-    In others nothing is called free: a part of the extent tree is lost, and what it said was used is not known.
+    In others nothing is called free: a part of the extent tree is lost, and what it said was used is not
+    known.
     """
     chunks = pool.chunks
     at = np.clip(np.searchsorted(chunks.starts, groups["start"]), 0, len(chunks.starts) - 1)
     fits = (chunks.starts[at] == groups["start"]) & (chunks.ends[at] - chunks.starts[at] == groups["length"])
     damage.note("block-group", "block groups are no chunk", np.maximum(groups["start"][~fits], -1))
-    damage.note("block-group-missing", "chunks have no block group", np.setdiff1d(chunks.starts, groups["start"]))
+    damage.note(
+        "block-group-missing", "chunks have no block group", np.setdiff1d(chunks.starts, groups["start"])
+    )
     found = np.zeros(len(chunks.starts), np.int64)
     np.add.at(found, np.searchsorted(chunks.starts, used.start, "right") - 1, used.length)
     exact = fits & (found[at] == groups["used"])
     damage.note(
-        "block-group-used", "block groups gave away more or less than there are extent items", groups["start"][fits & ~exact]
+        "block-group-used",
+        "block groups gave away more or less than there are extent items",
+        groups["start"][fits & ~exact],
     )
     trusted = np.zeros(len(chunks.starts), bool)
     trusted[at[exact]] = True
@@ -224,15 +260,25 @@ def _trusted(pool: Pool, used: Allocated, groups: Columns, damage: Damage) -> np
 
 
 def check_free_space(free: tuple[Int, Int], rows: Columns, pool: Pool, damage: Damage) -> None:
-    """The free space tree is the allocator's second account of the same; where it is valid, it must agree with the extent tree."""
+    """The free space tree is the allocator's second account of the same; where it is valid, it must agree
+    with the extent tree."""
     told = union(rows["start"], rows["start"] + np.clip(rows["length"], 0, ondisk.MAX_END))
-    outside = subtract(*told, pool.chunks.starts, pool.chunks.ends)[0]  # mkfs.btrfs forgets entries of chunks that it removes
-    damage.note("free-space-tree-chunk", "ranges of the free space tree lie in no chunk", np.maximum(outside, -1), "note")
+    # mkfs.btrfs forgets entries of chunks that it removes
+    outside = subtract(*told, pool.chunks.starts, pool.chunks.ends)[0]
+    damage.note(
+        "free-space-tree-chunk",
+        "ranges of the free space tree lie in no chunk",
+        np.maximum(outside, -1),
+        "note",
+    )
     told = intersect(*told, pool.chunks.starts, pool.chunks.ends)
     for only, other, ranges in (
         ("extent tree", "free space tree", subtract(*free, *told)),
         ("free space tree", "extent tree", subtract(*told, *free)),
     ):
         damage.note(
-            f"free-space-{only.split()[0]}", f"ranges are free by the {only}, but not by the {other}", ranges[0], "warning"
+            f"free-space-{only.split()[0]}",
+            f"ranges are free by the {only}, but not by the {other}",
+            ranges[0],
+            "warning",
         )

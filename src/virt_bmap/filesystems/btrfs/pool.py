@@ -29,7 +29,10 @@ class Ranges(NamedTuple):
 
 
 class Copies(Protocol):
-    """The logical bytes in every way in which they can be read: from a copy, or from parity. Bytes that have no such way are lost in that reader."""
+    """The logical bytes in every way in which they can be read: from a copy, or from parity.
+
+    Bytes that have no such way are lost in that reader.
+    """
 
     first: Reader
 
@@ -39,7 +42,8 @@ class Copies(Protocol):
 
 @dataclass(frozen=True)
 class Pool:
-    """What the volume module knows of a filesystem: its superblock, its chunks and which logical bytes superblocks take up."""
+    """What the volume module knows of a filesystem: its superblock, its chunks and which logical bytes
+    superblocks take up."""
 
     superblock: np.void
     chunks: Ranges
@@ -50,7 +54,10 @@ class Pool:
 
 
 class PoolReader(Reader):
-    """Logical bytes of one btrfs. Old mkfs.btrfs maps logical 0 to physical 0: a boot sector there must not be taken for a partition table."""
+    """Logical bytes of one btrfs.
+
+    Old mkfs.btrfs maps logical 0 to physical 0: a boot sector there must not be taken for a partition table.
+    """
 
     filesystem = "btrfs"
 
@@ -78,7 +85,8 @@ class Damage:
         self._found: dict[str, tuple[int, int, str, str]] = {}
 
     def note(self, code: str, what: str, offsets: Int, severity: str = "error") -> None:
-        """`what` is said of `offsets`, bytes of the volume (-1: not one place); nothing where there are none."""
+        """`what` is said of `offsets`, bytes of the volume (-1: not one place); nothing where there are
+        none."""
         if len(offsets):
             count, first, _, _ = self._found.get(code, (0, int(offsets[0]), "", ""))
             self._found[code] = count + len(offsets), first, what, severity
@@ -89,6 +97,11 @@ class Damage:
     def problems(self) -> list[Problem]:
         """All that was noted."""
         return [
-            Problem(code, f"{count} {what}" + (f", the first at byte {first:#x}" if first >= 0 else ""), max(first, -1), severity)
+            Problem(
+                code,
+                f"{count} {what}" + (f", the first at byte {first:#x}" if first >= 0 else ""),
+                max(first, -1),
+                severity,
+            )
             for code, (count, first, what, severity) in self._found.items()
         ]

@@ -1,7 +1,7 @@
 """btrfs B-trees: all trees together, one level a step, and the items of their leaves as arrays.
 
-Snapshots share blocks, so trees form one graph: a pair (tree, block) says which tree reaches which block, and a block is read once
-whatever the number of its trees.
+Snapshots share blocks, so trees form one graph: a pair (tree, block) says which tree reaches which block, and
+a block is read once whatever the number of its trees.
 
 Sources: fs/btrfs/ctree.h, fs/btrfs/tree-checker.c, walk_down_tree() in fs/btrfs/extent-tree.c (v6.12).
 """
@@ -22,8 +22,9 @@ from virt_bmap.reader import Reader
 BATCH = 16 << 20
 """Bytes of tree blocks that are in memory at once."""
 MAX_SHARED = 1 << 19
-"""Pairs (tree, block) of one level beyond the first for each block: fifty snapshots of a million files. A small hostile image could have
-a tree for every leaf and all leaves in every tree."""
+"""Pairs (tree, block) of one level beyond the first for each block: fifty snapshots of a million files.
+
+A small hostile image could have a tree for every leaf and all leaves in every tree."""
 
 
 class Source(NamedTuple):
@@ -40,14 +41,21 @@ class Source(NamedTuple):
     @staticmethod
     def of(superblock: np.void, reader: Reader, copies: Copies, chunks: Ranges) -> "Source":
         """By what the superblock says of its filesystem."""
-        nodesize, sectorsize, csum_type = (int(superblock[name]) for name in ("nodesize", "sectorsize", "csum_type"))
-        return Source(reader, copies, chunks, nodesize, sectorsize, ondisk.metadata_fsid(superblock), csum_type)
+        nodesize, sectorsize, csum_type = (
+            int(superblock[name]) for name in ("nodesize", "sectorsize", "csum_type")
+        )
+        return Source(
+            reader, copies, chunks, nodesize, sectorsize, ondisk.metadata_fsid(superblock), csum_type
+        )
 
 
 class Roots(NamedTuple):
-    """Trees to walk, as columns. `offset` tells trees of one id apart; `wanted`: leaves are to be read, not only named.
+    """Trees to walk, as columns.
 
-    `drop_*` are of a subvolume that is being deleted: what lies before this key, in blocks from `drop_level` up, is gone already.
+    `offset` tells trees of one id apart; `wanted`: leaves are to be read, not only named.
+
+    `drop_*` are of a subvolume that is being deleted: what lies before this key, in blocks from `drop_level`
+    up, is gone already.
     """
 
     id: Int
@@ -93,7 +101,8 @@ DROP_KEY = np.dtype([("objectid", "<u8"), ("type", "u1"), ("offset", "<u8")])
 class Forest:
     """What a walk reached: pairs (tree, block) of all levels, and the leaves whose items are wanted.
 
-    Trees are numbered as in the roots. Leaves are numbered by address; leaf i belongs to trees[first[i]:first[i] + count[i]].
+    Trees are numbered as in the roots. Leaves are numbered by address; leaf i belongs to
+    trees[first[i]:first[i] + count[i]].
     """
 
     tree: Int
@@ -144,15 +153,23 @@ def _once(tree: Int, address: Int, generation: Int, damage: Damage) -> tuple[Int
 
 
 def _bounded(address: Int, weight: Int, damage: Damage) -> np.ndarray:
-    """Of pairs sorted by address, all that are the first of their block, and of the others as many as MAX_SHARED allows."""
+    """Of pairs sorted by address, all that are the first of their block, and of the others as many as
+    MAX_SHARED allows."""
     again = np.zeros(len(address), bool)
     again[1:] = address[1:] == address[:-1]
     told: np.ndarray = ~again | (np.cumsum(np.where(again, weight, 0)) <= MAX_SHARED)
-    damage.note("shared-blocks", "tree blocks are shared by too many snapshots: not all are told", address[~told], "warning")
+    damage.note(
+        "shared-blocks",
+        "tree blocks are shared by too many snapshots: not all are told",
+        address[~told],
+        "warning",
+    )
     return told
 
 
-def _step(source: Source, roots: Roots, level: int, pairs: tuple[Int, Int, Int], damage: Damage) -> tuple[Int, Int, Int]:
+def _step(
+    source: Source, roots: Roots, level: int, pairs: tuple[Int, Int, Int], damage: Damage
+) -> tuple[Int, Int, Int]:
     """The pairs one level below: the pointers of these blocks, for each tree that the block belongs to."""
     tree, address, generation = pairs
     blocks, first, block = np.unique(address, return_index=True, return_inverse=True)
@@ -160,7 +177,11 @@ def _step(source: Source, roots: Roots, level: int, pairs: tuple[Int, Int, Int],
     for _, data, nritems in node_batches(source, blocks, generation[first], level, damage):
         room = (source.nodesize - HEADER_SIZE) // KEY_PTR_SIZE
         slots = np.ndarray(
-            (len(data), room), np.dtype(("V", KEY_PTR_SIZE)), data.data, HEADER_SIZE, (source.nodesize, KEY_PTR_SIZE)
+            (len(data), room),
+            np.dtype(("V", KEY_PTR_SIZE)),
+            data.data,
+            HEADER_SIZE,
+            (source.nodesize, KEY_PTR_SIZE),
         )
         found.append(slots[np.arange(room) < nritems[:, None]].view(ondisk.KEY_PTR))
         counts.append(nritems)
@@ -174,15 +195,20 @@ def _step(source: Source, roots: Roots, level: int, pairs: tuple[Int, Int, Int],
     return tree[pair], pointers["blockptr"][child], pointers["generation"][child]
 
 
-def _dropped(roots: Roots, level: int, tree: Int, pointers: np.ndarray, child: Int, last: np.ndarray) -> np.ndarray:
-    """Which children are gone from a subvolume that is being deleted: those whose next sibling is not beyond the progress key."""
+def _dropped(
+    roots: Roots, level: int, tree: Int, pointers: np.ndarray, child: Int, last: np.ndarray
+) -> np.ndarray:
+    """Which children are gone from a subvolume that is being deleted: those whose next sibling is not beyond
+    the progress key."""
     gone = np.zeros(len(child), bool)
     dropping = (roots.refs == 0) & (roots.drop_key["objectid"] > 0) & (level >= roots.drop_level)
     rows = np.flatnonzero(dropping[tree] & ~last)
     sibling, limit = pointers[child[rows] + 1], roots.drop_key[tree[rows]]
     before = np.zeros(len(rows), bool)
     for name in ("offset", "type", "objectid"):  # the most significant last
-        before = np.where(sibling[name] == limit[name], before if name != "offset" else True, sibling[name] < limit[name])
+        before = np.where(
+            sibling[name] == limit[name], before if name != "offset" else True, sibling[name] < limit[name]
+        )
     gone[rows] = before
     return gone
 
@@ -197,10 +223,14 @@ def _forest(roots: Roots, reached: list[tuple[Int, Int]], generation: Int) -> Fo
     )  # fmt: skip
 
 
-def node_batches(source: Source, address: Int, generation: Int, level: int, damage: Damage) -> Iterator[tuple[int, Bytes, Int]]:
-    """(number of the first block, blocks as (n, nodesize), items in each), a bounded number of blocks at a time.
+def node_batches(
+    source: Source, address: Int, generation: Int, level: int, damage: Damage
+) -> Iterator[tuple[int, Bytes, Int]]:
+    """(number of the first block, blocks as (n, nodesize), items in each), a bounded number of blocks at a
+    time.
 
-    A block that does not say of itself what its pointer said, or whose checksum is wrong, is taken from another copy; where none is right it has no items.
+    A block that does not say of itself what its pointer said, or whose checksum is wrong, is taken from
+    another copy; where none is right it has no items.
     """
     for rows, data in source.reader.batches(address, source.nodesize, BATCH):
         part = address[rows]
@@ -208,7 +238,8 @@ def node_batches(source: Source, address: Int, generation: Int, level: int, dama
         damage.note("tree-copy", "tree blocks had to be read from another copy", part[healed], "warning")
         damage.note(
             "tree-block",
-            "tree blocks are not what their pointers say (address, generation, level, fsid), or have a wrong checksum",
+            "tree blocks are not what their pointers say (address, generation, level, fsid), or have "
+            "a wrong checksum",
             part[bad],
         )
         nritems = _header(data)["nritems"].astype(np.int64)
@@ -239,10 +270,12 @@ def _header(data: Bytes) -> np.ndarray:
 def _sound(source: Source, data: Bytes, address: Int, generation: Int, level: int) -> np.ndarray:
     header, item = _header(data), KEY_PTR_SIZE if level else ITEM_SIZE
     sound: np.ndarray = (
-        (header["bytenr"] == address.astype(np.uint64)) & (header["generation"] == generation.astype(np.uint64))
-        & (header["level"] == level) & (header["fsid"] == source.fsid).all(axis=1)
+        (header["bytenr"] == address.astype(np.uint64))
+        & (header["generation"] == generation.astype(np.uint64))
+        & (header["level"] == level)
+        & (header["fsid"] == source.fsid).all(axis=1)
         & (header["nritems"] <= (source.nodesize - HEADER_SIZE) // item)
-    )  # fmt: skip
+    )
     data = data if sound.all() else data[sound]
     right = ondisk.checksums(data[:, ondisk.SUPER_CSUM_SIZE :], source.csum_type)
     sound[sound] = (data[:, : right.shape[1]] == right).all(axis=1)
@@ -251,7 +284,8 @@ def _sound(source: Source, data: Bytes, address: Int, generation: Int, level: in
 
 @dataclass(frozen=True)
 class Items:
-    """Items of one kind out of a batch of leaves, as columns: the key, `leaf` by number, and the item's bytes data[start:start + size].
+    """Items of one kind out of a batch of leaves, as columns: the key, `leaf` by number, and the item's bytes
+    data[start:start + size].
 
     `logical` is where these bytes lie in the volume.
     """
@@ -292,8 +326,9 @@ class Leaves(NamedTuple):
         items, local = self.items[rows], self.leaf[rows]
         at = items["data_offset"].astype(np.int64) + HEADER_SIZE
         found = Items(
-            self.data, local + self.base, np.ascontiguousarray(items["objectid"]), np.ascontiguousarray(items["offset"]),
-            at + local * (self.data.size // max(1, len(self.address))), items["data_size"].astype(np.int64), self.address[local] + at,
+            self.data, local + self.base, np.ascontiguousarray(items["objectid"]),
+            np.ascontiguousarray(items["offset"]), at + local * (self.data.size // max(1, len(self.address))),
+            items["data_size"].astype(np.int64), self.address[local] + at,
         )  # fmt: skip
         short = found.size < minimum
         if short.any():
@@ -311,7 +346,9 @@ def read_leaves(source: Source, forest: Forest, damage: Damage) -> Iterator[Leav
 def leaves_of(source: Source, data: Bytes, nritems: Int, address: Int, base: int, damage: Damage) -> Leaves:
     """The items of a batch of leaves, which are numbered from `base` on."""
     room = (source.nodesize - HEADER_SIZE) // ITEM_SIZE
-    slots = np.ndarray((len(data), room), np.dtype(("V", ITEM_SIZE)), data.data, HEADER_SIZE, (source.nodesize, ITEM_SIZE))
+    slots = np.ndarray(
+        (len(data), room), np.dtype(("V", ITEM_SIZE)), data.data, HEADER_SIZE, (source.nodesize, ITEM_SIZE)
+    )
     items = slots[np.arange(room) < nritems[:, None]].view(ondisk.ITEM)
     leaf = np.repeat(np.arange(len(data), dtype=np.int64), nritems)
     low, high = items["data_offset"].astype(np.int64), items["data_size"].astype(np.int64)

@@ -1,9 +1,13 @@
-"""The bytes of a btrfs's files as they were written: every block is checked as it is read, and another copy takes the place of one that is wrong.
+"""The bytes of a btrfs's files as they were written: every block is checked as it is read, and another copy
+takes the place of one that is wrong.
 
-Data has checksums in the checksum tree, for each sector; what fsync wrote since the last commit has them in log trees. Inline content and short links lie in leaves,
-which carry their own checksum, address and generation. Files without checksums (nodatacow, nodatasum) have none to go by: their best copy is what they are.
+Data has checksums in the checksum tree, for each sector; what fsync wrote since the last commit has them in
+log trees. Inline content and short links lie in leaves, which carry their own checksum, address and
+generation. Files without checksums (nodatacow, nodatasum) have none to go by: their best copy is what they
+are.
 
-Sources: fs/btrfs/file-item.c (btrfs_lookup_bio_sums), fs/btrfs/bio.c (btrfs_check_read_bio, btrfs_repair_done), fs/btrfs/tree-log.c log_csums() (v6.12).
+Sources: fs/btrfs/file-item.c (btrfs_lookup_bio_sums), fs/btrfs/bio.c (btrfs_check_read_bio,
+btrfs_repair_done), fs/btrfs/tree-log.c log_csums() (v6.12).
 """
 
 from functools import cached_property
@@ -25,7 +29,8 @@ BATCH = 16 << 20
 
 
 class Index(NamedTuple):
-    """The leaves of the checksum tree by the first address that each tells of; and the ranges [lost_starts[i], lost_ends[i]) of addresses whose nodes can't be read."""
+    """The leaves of the checksum tree by the first address that each tells of; and the ranges
+    [lost_starts[i], lost_ends[i]) of addresses whose nodes can't be read."""
 
     key: Int
     address: Int
@@ -44,16 +49,24 @@ class Checksums:
         self._logs = roots.select((roots.id == ondisk.TREE_LOG) & (roots.offset > 0))
 
     def of(self, sectors: Int) -> tuple[Bytes, np.ndarray, np.ndarray]:
-        """For sorted addresses of sectors: (the checksums, which sectors have one, which have one that can't be read)."""
+        """For sorted addresses of sectors: (the checksums, which sectors have one, which have one that can't
+        be read)."""
         found = np.zeros((len(sectors), self.size), np.uint8)
         known, unreadable = np.zeros(len(sectors), bool), np.zeros(len(sectors), bool)
         index = self._index
         first = np.searchsorted(index.key, sectors, "right") - 1
         leaves = np.unique(first[first >= 0])
         damage = Damage()
-        for rows, data, nritems in tree.node_batches(self.source, index.address[leaves], index.generation[leaves], 0, damage):
+        for rows, data, nritems in tree.node_batches(
+            self.source, index.address[leaves], index.generation[leaves], 0, damage
+        ):
             part = leaves[rows : rows + len(data)]
-            self._take(tree.leaves_of(self.source, data, nritems, index.address[part], 0, damage), sectors, found, known)
+            self._take(
+                tree.leaves_of(self.source, data, nritems, index.address[part], 0, damage),
+                sectors,
+                found,
+                known,
+            )
             for bad in part[nritems == 0].tolist():
                 unreadable |= first == bad
         for leaf in self._logged:
@@ -73,7 +86,9 @@ class Checksums:
         nth = (sectors - start[at]) // self.source.sectorsize
         mine = np.flatnonzero((at >= 0) & (nth < count[at]))
         place = items.start[order][at[mine]] + nth[mine] * self.size
-        found[mine] = gather(items.data, place, np.full(len(mine), self.size, np.int64)).reshape(-1, self.size)
+        found[mine] = gather(items.data, place, np.full(len(mine), self.size, np.int64)).reshape(
+            -1, self.size
+        )
         known[mine] = True
 
     @cached_property
@@ -85,7 +100,9 @@ class Checksums:
     @cached_property
     def _index(self) -> Index:
         """All nodes above the leaves: one in some hundred blocks of the tree."""
-        key, address, generation = (np.zeros(len(self._roots.id), np.int64), self._roots.bytenr, self._roots.generation)
+        key = np.zeros(len(self._roots.id), np.int64)
+        address = self._roots.bytenr
+        generation = self._roots.generation
         end = np.full(len(key), ondisk.MAX_END)
         lost_starts, lost_ends = EMPTY, EMPTY
         for level in range(int(self._roots.level.max(initial=0)), 0, -1):
@@ -98,13 +115,30 @@ class Checksums:
                 lost_starts, lost_ends = np.append(lost_starts, key[bad]), np.append(lost_ends, end[bad])
                 node, slot = expand(nritems)
                 room = (self.source.nodesize - HEADER_SIZE) // KEY_PTR_SIZE
-                every = np.ndarray((len(data), room), np.dtype(("V", KEY_PTR_SIZE)), data.data, HEADER_SIZE, (self.source.nodesize, KEY_PTR_SIZE))  # fmt: skip
+                every = np.ndarray(
+                    (len(data), room),
+                    np.dtype(("V", KEY_PTR_SIZE)),
+                    data.data,
+                    HEADER_SIZE,
+                    (self.source.nodesize, KEY_PTR_SIZE),
+                )
                 pointers = every[node, slot].view(ondisk.KEY_PTR).reshape(-1)
                 first = np.clip(pointers["offset"], 0, ondisk.MAX_END).astype(np.int64)
                 last = np.append(slot[1:] == 0, True)[: len(slot)]
                 upto = np.where(last, end[at + node], np.append(first[1:], 0)[: len(first)])
-                below.append((first, pointers["blockptr"].astype(np.int64), pointers["generation"].astype(np.int64), upto))
-            key, address, generation, end = (np.concatenate([EMPTY, *column]) for column in zip(*below, strict=True)) if below else (EMPTY,) * 4  # fmt: skip
+                below.append(
+                    (
+                        first,
+                        pointers["blockptr"].astype(np.int64),
+                        pointers["generation"].astype(np.int64),
+                        upto,
+                    )
+                )
+            key, address, generation, end = (
+                (np.concatenate([EMPTY, *column]) for column in zip(*below, strict=True))
+                if below
+                else (EMPTY,) * 4
+            )
         sound = self.source.chunks.contain(address, np.full(len(address), self.source.nodesize, np.int64))
         lost_starts, lost_ends = union(np.append(lost_starts, key[~sound]), np.append(lost_ends, end[~sound]))
         order = np.flatnonzero(sound)[np.argsort(key[sound], kind="stable")]
@@ -168,8 +202,11 @@ class VerifiedReader(Reader):
         step = max(1, BATCH // size)
         for low in range(0, len(leaves), step):
             mine = order[slice(*np.searchsorted(which[order], [low, low + step]).tolist())]
-            address, generation = self._leaf[leaves[low : low + step]], self._generation[leaves[low : low + step]]
-            blocks, _, bad = tree.mended(self._source, self._base.read_blocks(address, size), address, generation, 0)
+            address = self._leaf[leaves[low : low + step]]
+            generation = self._generation[leaves[low : low + step]]
+            blocks, _, bad = tree.mended(
+                self._source, self._base.read_blocks(address, size), address, generation, 0
+            )
             start = (which[mine] - low) * size + offsets[mine] - address[which[mine] - low]
             scatter(result, place[mine], lengths[mine], gather(blocks.reshape(-1), start, lengths[mine]))
             wrong = mine[np.isin(which[mine] - low, bad)]
@@ -190,7 +227,12 @@ class VerifiedReader(Reader):
             data = np.append(data, np.zeros((int((~keep).sum()), size), np.uint8), axis=0)
         base = np.cumsum(high - low) - (high - low)
         span = np.searchsorted(low, offsets // size, "right") - 1
-        scatter(result, place, lengths, gather(data.reshape(-1), base[span] * size + offsets - low[span] * size, lengths))
+        scatter(
+            result,
+            place,
+            lengths,
+            gather(data.reshape(-1), base[span] * size + offsets - low[span] * size, lengths),
+        )
         return parts
 
     def _right_sectors(self, sectors: Int) -> tuple[Bytes, Lost]:
@@ -208,7 +250,11 @@ class VerifiedReader(Reader):
         for copy in self._source.copies.others() if len(bad) else ():
             again = copy.read_blocks(sectors[bad], size)
             missing = np.zeros(len(bad), bool)
-            missing[copy.lost(*union(sectors[bad], sectors[bad] + size)).within(sectors[bad], sectors[bad] + size)[0]] = True
+            missing[
+                copy.lost(*union(sectors[bad], sectors[bad] + size)).within(
+                    sectors[bad], sectors[bad] + size
+                )[0]
+            ] = True
             good = ~missing & (~known[bad] | self._match(again, wanted[bad]))
             data[bad[good]] = again[good]
             why[bad[~missing & ~good]] = lost.CHECKSUM

@@ -1,12 +1,15 @@
 """EROFS: inodes, names and blocks as arrays, compressed files by their cluster indexes.
 
-What is read: the superblock, inodes of both sizes from the root directory on, flat, inline, chunk-based and compressed files (full and compact indexes,
-big physical clusters, inline tails, fragments in the packed inode, deduplicated clusters), attributes inline and shared. Physical clusters are COMPRESSED rows, one
-each; PLAIN ones hold the file's bytes as they are, though rotated, and are COMPRESSED rows too. Inodes, their attributes, indexes and inline tails
-share blocks, so these blocks are metadata ("inodes"), and what lies in them are INLINE rows of the inode. A fragment is shown in each file as the clusters
-of the packed inode that hold it. There is no allocator: a block without owner is unknown.
+What is read: the superblock, inodes of both sizes from the root directory on, flat, inline, chunk-based and
+compressed files (full and compact indexes, big physical clusters, inline tails, fragments in the packed
+inode, deduplicated clusters), attributes inline and shared. Physical clusters are COMPRESSED rows, one each;
+PLAIN ones hold the file's bytes as they are, though rotated, and are COMPRESSED rows too. Inodes, their
+attributes, indexes and inline tails share blocks, so these blocks are metadata ("inodes"), and what lies in
+them are INLINE rows of the inode. A fragment is shown in each file as the clusters of the packed inode that
+hold it. There is no allocator: a block without owner is unknown.
 
-Sources: Linux fs/erofs (erofs_fs.h, super.c, inode.c, data.c, dir.c, xattr.c, zmap.c); Documentation/filesystems/erofs.rst.
+Sources: Linux fs/erofs (erofs_fs.h, super.c, inode.c, data.c, dir.c, xattr.c, zmap.c);
+Documentation/filesystems/erofs.rst.
 """
 
 import itertools
@@ -51,10 +54,16 @@ from virt_bmap.tables import ExtentRows
 
 NAME = "erofs"
 FEATURES = (
-    "compact and extended inodes", "flat, inline and chunk-based files", "compressed files with full and compact indexes", "big physical clusters",
-    "inline tails (ztailpacking)", "fragments in the packed inode", "deduplicated clusters and chunks (as shared)", "inline and shared xattrs",
+    "compact and extended inodes", "flat, inline and chunk-based files",
+    "compressed files with full and compact indexes", "big physical clusters", "inline tails (ztailpacking)",
+    "fragments in the packed inode", ("deduplicated clusters and chunks (as "
+        "shared)"), "inline and shared xattrs",
 )  # fmt: skip
-REFUSED = ("48-bit block addresses", "metadata compression (metabox)", "data on further devices (named, not mapped)")
+REFUSED = (
+    "48-bit block addresses",
+    "metadata compression (metabox)",
+    "data on further devices (named, not mapped)",
+)
 ORACLES = ("kernel FIEMAP through a loop mount", "content through a loop mount", "dump.erofs")
 CHECKS = Checks(
     checksums=None,
@@ -72,15 +81,17 @@ CHECKS = Checks(
 SUPER_OFFSET = 1024
 MAGIC = 0xE0F5E1E2
 SUPERBLOCK = struct(128, [
-    (0, "magic", "<u4"), (8, "feature_compat", "<u4"), (12, "blkszbits", "u1"), (13, "sb_extslots", "u1"), (14, "root_nid", "<u2"),
-    (16, "inos", "<u8"), (24, "build_time", "<u8"), (32, "build_time_nsec", "<u4"), (36, "blocks", "<u4"), (40, "meta_blkaddr", "<u4"),
-    (44, "xattr_blkaddr", "<u4"), (48, "uuid", "V16"), (64, "volume_name", "V16"), (80, "feature_incompat", "<u4"),
-    (84, "available_compr_algs", "<u2"), (86, "extra_devices", "<u2"), (88, "devt_slotoff", "<u2"), (90, "dirblkbits", "u1"),
+    (0, "magic", "<u4"), (8, "feature_compat", "<u4"), (12, "blkszbits", "u1"), (13, "sb_extslots", "u1"),
+    (14, "root_nid", "<u2"), (16, "inos", "<u8"), (24, "build_time", "<u8"), (32, "build_time_nsec", "<u4"),
+    (36, "blocks", "<u4"), (40, "meta_blkaddr", "<u4"), (44, "xattr_blkaddr", "<u4"), (48, "uuid", "V16"),
+    (64, "volume_name", "V16"), (80, "feature_incompat", "<u4"), (84, "available_compr_algs", "<u2"),
+    (86, "extra_devices", "<u2"), (88, "devt_slotoff", "<u2"), (90, "dirblkbits", "u1"),
     (91, "xattr_prefix_count", "u1"), (92, "xattr_prefix_start", "<u4"), (96, "packed_nid", "<u8"),
 ])  # fmt: skip
 COMPR_CFGS, CHUNKED_FILE, DEVICE_TABLE, ZTAILPACKING, FRAGMENTS, XATTR_PREFIXES = 2, 4, 8, 0x10, 0x20, 0x40
 KNOWN_INCOMPAT = 0x7F
-INCOMPAT = {1: "zero_padding", 2: "compr_cfgs/big_pcluster", 4: "chunked_file", 8: "device_table/compr_head2", 16: "ztailpacking",
+INCOMPAT = {1: "zero_padding", 2: "compr_cfgs/big_pcluster", 4: "chunked_file", 8: "device_table/compr_head2",
+    16: "ztailpacking",
             32: "fragments/dedupe", 64: "xattr_prefixes", 128: "48bit", 256: "metabox"}  # fmt: skip
 COMPAT = {1: "sb_chksum", 2: "mtime", 4: "xattr_filter"}
 CHUNK_BLKBITS, CHUNK_INDEXES = 0x1F, 0x20
@@ -98,16 +109,27 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     superblock = read_superblock(reader)
     problems: list[Problem] = []
     bits = int(superblock["blkszbits"])
-    volume = Volume(reader, 1 << bits, int(superblock["meta_blkaddr"]) << bits,
-                    min(int(superblock["build_time"]), 2**33) * 1_000_000_000 + int(superblock["build_time_nsec"]))  # fmt: skip
+    volume = Volume(
+        reader,
+        1 << bits,
+        int(superblock["meta_blkaddr"]) << bits,
+        min(int(superblock["build_time"]), 2**33) * 1_000_000_000 + int(superblock["build_time_nsec"]),
+    )
     root, packed = int(superblock["root_nid"]), min(int(superblock["packed_nid"]), 2**56)
     has_packed = packed > 0 and bool(int(superblock["feature_incompat"]) & FRAGMENTS)
     tree = walk(volume, ints([root, packed] if has_packed else [root]), problems)
     if not (tree.column["mode"][tree.column["nid"] == root] >> 12 == 0o4).any():
         raise Corrupt(
-            f"{reader.name}: root_nid at byte {SUPER_OFFSET + 14} is {root}, where no directory lies", SUPER_OFFSET + 14
+            f"{reader.name}: root_nid at byte {SUPER_OFFSET + 14} is {root}, where no directory lies",
+            SUPER_OFFSET + 14,
         )
-    found = _Found(volume, min(int(superblock["blocks"]) << bits, reader.size), packed if has_packed else -1, tree, problems)
+    found = _Found(
+        volume,
+        min(int(superblock["blocks"]) << bits, reader.size),
+        packed if has_packed else -1,
+        tree,
+        problems,
+    )
     found.flat()
     found.chunks(int(superblock["extra_devices"]))
     found.compressed()
@@ -126,12 +148,24 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     label = superblock["volume_name"].tobytes().split(b"\0")[0].decode("utf-8", "replace")
     uuid = superblock["uuid"].tobytes().hex()
     return Filesystem(
-        type=NAME, size=found.size, block_size=1 << bits, root=root, state="damaged" if any(p.severity == "error" for p in problems) else "clean",
-        reader=reader, inodes=_inodes(tree, packed if has_packed else -1), names=_names(tree), extents=rows.table(0),
-        uuid=f"{uuid[:8]}-{uuid[8:12]}-{uuid[12:16]}-{uuid[16:20]}-{uuid[20:]}" if uuid.strip("0") else None, label=label or None,
-        features=" ".join([name for mask, name in COMPAT.items() if int(superblock["feature_compat"]) & mask]
-                          + [name for mask, name in INCOMPAT.items() if int(superblock["feature_incompat"]) & mask]) or None, problems=problems,
-    )  # fmt: skip
+        type=NAME,
+        size=found.size,
+        block_size=1 << bits,
+        root=root,
+        state="damaged" if any(p.severity == "error" for p in problems) else "clean",
+        reader=reader,
+        inodes=_inodes(tree, packed if has_packed else -1),
+        names=_names(tree),
+        extents=rows.table(0),
+        uuid=f"{uuid[:8]}-{uuid[8:12]}-{uuid[12:16]}-{uuid[16:20]}-{uuid[20:]}" if uuid.strip("0") else None,
+        label=label or None,
+        features=" ".join(
+            [name for mask, name in COMPAT.items() if int(superblock["feature_compat"]) & mask]
+            + [name for mask, name in INCOMPAT.items() if int(superblock["feature_incompat"]) & mask]
+        )
+        or None,
+        problems=problems,
+    )
 
 
 def read_superblock(reader: Reader) -> np.void:
@@ -142,7 +176,8 @@ def read_superblock(reader: Reader) -> np.void:
         words = " ".join(INCOMPAT.get(1 << bit, f"{1 << bit:#x}") for bit in range(32) if unknown >> bit & 1)
         raise Unsupported(f"{reader.name}: EROFS with features that are not read: {words}", SUPER_OFFSET + 80)
     if not 9 <= int(found["blkszbits"]) <= 16 or found["dirblkbits"]:
-        raise Corrupt(f"{reader.name}: blkszbits at byte {SUPER_OFFSET + 12} is {int(found['blkszbits'])} and dirblkbits {int(found['dirblkbits'])}, not "
+        raise Corrupt(f"{reader.name}: blkszbits at byte {SUPER_OFFSET + 12} is {int(found['blkszbits'])} "
+            f"and dirblkbits {int(found['dirblkbits'])}, not "
                       "9 to 16 and 0", SUPER_OFFSET + 12)  # fmt: skip
     return found
 
@@ -172,8 +207,9 @@ def _fixed(reader: Reader, superblock: np.void, packed: bool) -> list[tuple[str,
 
 @dataclass
 class _Found:
-    """Collects extents: `data` are rows with blocks of their own, `inner` lie in blocks of inodes. Each row: kind, inode, file offset, bytes of the file,
-    volume offset, bytes there, flags."""
+    """Collects extents: `data` are rows with blocks of their own, `inner` lie in blocks of inodes.
+
+    Each row: kind, inode, file offset, bytes of the file, volume offset, bytes there, flags."""
 
     volume: Volume
     size: int
@@ -207,7 +243,9 @@ class _Found:
         if bad.any():
             self.problems.append(Problem(code, f"{int(bad.sum())} {words}", int(at[bad][0])))
 
-    def _add(self, inner: bool, rows: Int, file_offset: Int, held: Int, start: Int, length: Int, flags: Int) -> None:
+    def _add(
+        self, inner: bool, rows: Int, file_offset: Int, held: Int, start: Int, length: Int, flags: Int
+    ) -> None:
         """Rows of the inodes at positions `rows`, but those that leave the volume."""
         inside = (start >= 0) & (length > 0) & (start <= self.size - length)
         self._problem(~inside & (length > 0), start, "outside", "pieces of files lie outside the volume")
@@ -226,7 +264,15 @@ class _Found:
         some = whole > 0
         self._add(False, rows[some], zero[some], whole[some], start[some], length[some], zero[some])
         some = tail > 0
-        self._add(True, rows[some], whole[some], tail[some], column["body"][some], tail[some], zero[some] + tables.INLINE)
+        self._add(
+            True,
+            rows[some],
+            whole[some],
+            tail[some],
+            column["body"][some],
+            tail[some],
+            zero[some] + tables.INLINE,
+        )
 
     def chunks(self, devices: int) -> None:
         """Files in chunks of equal size, each anywhere, or nowhere for a hole."""
@@ -238,7 +284,9 @@ class _Found:
         count = (size - 1 >> bits) + 1
         body = -(-body // unit) * unit
         good = self._affordable(body, count * unit)
-        rows, bits, unit, count, body, size = (values[good] for values in (rows, bits, unit, count, body, size))
+        rows, bits, unit, count, body, size = (
+            values[good] for values in (rows, bits, unit, count, body, size)
+        )
         self._inner_tree(rows, body, count * unit)
         foreign = 0
         for part in _batches(count * unit):
@@ -257,16 +305,26 @@ class _Found:
             held = np.minimum(np.int64(1) << bits[part][row], size[part][row] - file_offset)
             length = -(-held // self.volume.block_size) * self.volume.block_size
             self._add(
-                False, rows[part][row], file_offset, held, block * self.volume.block_size, length, np.zeros(len(row), np.int64)
+                False,
+                rows[part][row],
+                file_offset,
+                held,
+                block * self.volume.block_size,
+                length,
+                np.zeros(len(row), np.int64),
             )
         if foreign:
-            self.problems.append(Problem("other-device", f"{foreign} chunks of files lie on another device", severity="note"))
+            self.problems.append(
+                Problem("other-device", f"{foreign} chunks of files lie on another device", severity="note")
+            )
 
     def _affordable(self, at: Int, length: Int) -> np.ndarray:
         """Which indexes lie inside the volume, as long as all together are not longer than it."""
         good = (length >= 0) & (length <= self.size) & (at <= self.size - np.minimum(length, self.size))
         good &= np.cumsum(np.where(good, length, 0)) <= self.size
-        self._problem(~good, at, "index", "indexes of files lie outside the volume, or claim more than it has")
+        self._problem(
+            ~good, at, "index", "indexes of files lie outside the volume, or claim more than it has"
+        )
         return good
 
     def _inner_tree(self, rows: Int, at: Int, length: Int) -> None:
@@ -284,7 +342,9 @@ class _Found:
         good = self._affordable(header, np.full(len(rows), MAP_HEADER, np.int64))
         rows, header = rows[good], header[good]
         head = (
-            pieces(self.volume.reader, header, np.full(len(rows), MAP_HEADER, np.int64)).reshape(-1, MAP_HEADER).astype(np.int64)
+            pieces(self.volume.reader, header, np.full(len(rows), MAP_HEADER, np.int64))
+            .reshape(-1, MAP_HEADER)
+            .astype(np.int64)
         )
         low = head[:, 0] | head[:, 1] << 8 | head[:, 2] << 16 | head[:, 3] << 24
         high = head[:, 4] | head[:, 5] << 8 | head[:, 6] << 16 | (head[:, 7] & 0x7F) << 24
@@ -294,7 +354,13 @@ class _Found:
         fragments = [(rows[whole], np.zeros(int(whole.sum()), np.int64), (low | high << 32)[whole])]
         compact = self.tree.column["layout"][rows] == COMPRESSED_COMPACT
         bits = (head[:, 7] & 7) + self.volume.block_size.bit_length() - 1
-        files = Files(header[~whole], size[~whole], compact[~whole], (head[:, 4] | head[:, 5] << 8)[~whole], bits[~whole])
+        files = Files(
+            header[~whole],
+            size[~whole],
+            compact[~whole],
+            (head[:, 4] | head[:, 5] << 8)[~whole],
+            bits[~whole],
+        )
         rows, low = rows[~whole], low[~whole]
         length = files.index_end() - files.header
         good = self._affordable(files.header, length)
@@ -308,23 +374,30 @@ class _Found:
             clusters, broken = physical_clusters(some, data, base, self.volume.block_size)
             if broken:
                 self.problems.append(
-                    Problem("cluster", f"{broken} entries of cluster indexes contradict themselves", int(some.header[0]))
+                    Problem(
+                        "cluster",
+                        f"{broken} entries of cluster indexes contradict themselves",
+                        int(some.header[0]),
+                    )
                 )
             fragments.append(self._clusters(rows[part], low[part], some, clusters))
         self.fragment = tuple(np.concatenate([piece[i] for piece in fragments]) for i in range(3))  # type: ignore[assignment]
 
     def _clusters(self, rows: Int, low: Int, files: Files, found: Clusters) -> tuple[Int, Int, Int]:
-        """Rows of physical clusters; returns (inode row, file offset, offset in the packed inode) of those that lie there."""
+        """Rows of physical clusters; returns (inode row, file offset, offset in the packed inode) of those
+        that lie there."""
         advise = files.advise[found.file]
         inline = found.last & ((advise & ADVISE_INLINE_PCLUSTER) != 0)
         fragment = found.last & ~inline & ((advise & ADVISE_FRAGMENT_PCLUSTER) != 0)
         own = ~inline & ~fragment
         row = rows[found.file]
         flags = np.full(len(row), tables.COMPRESSED, np.int64)
-        self._add(False, row[own], found.file_offset[own], found.file_length[own], (found.block * self.volume.block_size)[own], found.length[own],
+        self._add(False, row[own], found.file_offset[own], found.file_length[own],
+            (found.block * self.volume.block_size)[own], found.length[own],
                   flags[own])  # fmt: skip
         idata = (low >> 16)[found.file]
-        self._add(True, row[inline], found.file_offset[inline], found.file_length[inline], files.index_end()[found.file][inline], idata[inline],
+        self._add(True, row[inline], found.file_offset[inline], found.file_length[inline],
+            files.index_end()[found.file][inline], idata[inline],
                   flags[inline] + tables.INLINE)  # fmt: skip
         place = low[found.file] | np.where(files.compact[found.file], 0, found.block << 32)
         return row[fragment], found.file_offset[fragment], place[fragment]
@@ -336,7 +409,15 @@ class _Found:
         at, size = column["xattr_at"][rows], column["xattr_size"][rows]
         none = np.full(len(rows), -1, np.int64)
         self.inner.append(
-            (np.full(len(rows), tables.XATTR, np.int64), column["nid"][rows], none, none, at, size, none * 0 + tables.INLINE)
+            (
+                np.full(len(rows), tables.XATTR, np.int64),
+                column["nid"][rows],
+                none,
+                none,
+                at,
+                size,
+                none * 0 + tables.INLINE,
+            )
         )
         head = pieces(self.volume.reader, at, np.full(len(rows), 12, np.int64)).reshape(-1, 12)
         count = np.minimum(head[:, 4].astype(np.int64), (size - 12) // 4)
@@ -346,10 +427,17 @@ class _Found:
         inside = place <= self.size - 4
         self._problem(~inside, place, "xattr", "shared attributes lie outside the volume")
         row, place = row[inside], place[inside]
-        entry = pieces(self.volume.reader, place, np.full(len(place), 4, np.int64)).reshape(-1, 4).astype(np.int64)
-        length = np.minimum(-(-(4 + entry[:, 0] + (entry[:, 2] | entry[:, 3] << 8)) // 4) * 4, self.size - place)
+        entry = (
+            pieces(self.volume.reader, place, np.full(len(place), 4, np.int64))
+            .reshape(-1, 4)
+            .astype(np.int64)
+        )
+        length = np.minimum(
+            -(-(4 + entry[:, 0] + (entry[:, 2] | entry[:, 3] << 8)) // 4) * 4, self.size - place
+        )
         none = np.full(len(row), -1, np.int64)
-        kind, flags = np.full(len(row), tables.XATTR, np.int64), np.full(len(row), tables.INLINE | tables.SHARED, np.int64)
+        kind = np.full(len(row), tables.XATTR, np.int64)
+        flags = np.full(len(row), tables.INLINE | tables.SHARED, np.int64)
         self.inner.append((kind, column["nid"][rows][row], none, none, place, length, flags))
         self.blocks_used.append((place, place + length))
 
@@ -362,7 +450,9 @@ class _Found:
             rows.add(tables.METADATA, start, max(0, end - start), part=part)
             taken.append((start, max(start, end)))
         low = np.concatenate([pair[0] for pair in self.blocks_used]) // block * block
-        high = np.minimum(-(-np.concatenate([pair[1] for pair in self.blocks_used]) // block) * block, self.size)
+        high = np.minimum(
+            -(-np.concatenate([pair[1] for pair in self.blocks_used]) // block) * block, self.size
+        )
         # the rest of the superblock's own block holds the first inodes, or nothing
         low = np.append(low, SUPER_OFFSET // block * block)
         high = np.append(high, min(-(-(SUPER_OFFSET + SUPERBLOCK.itemsize) // block) * block, self.size))
@@ -375,7 +465,9 @@ class _Found:
         """Rows of all that was collected, with what is shared marked."""
         kind, inode, file_offset, held, start, length, flags = _columns(self.data)
         if claimed := overlap((start, start + length), self.taken):
-            self.problems.append(Problem("overlap", f"{claimed[0]} bytes of file content are metadata as well", claimed[1]))
+            self.problems.append(
+                Problem("overlap", f"{claimed[0]} bytes of file content are metadata as well", claimed[1])
+            )
         cut = cut_shared(start, start + length)
         shared = np.zeros(len(start), bool)
         np.logical_or.at(shared, cut.row, cut.shared)
@@ -383,17 +475,23 @@ class _Found:
         whole = (flags & tables.COMPRESSED) != 0
         marked = flags + tables.SHARED * shared
         for mine, part in ((whole & ~packed_clusters, None), (whole & packed_clusters, "packed inode")):
-            rows.add(kind[mine], start[mine], length[mine], part=part, inode=inode[mine], file_offset=file_offset[mine], file_length=held[mine],
+            rows.add(kind[mine], start[mine], length[mine], part=part, inode=inode[mine],
+                file_offset=file_offset[mine], file_length=held[mine],
                      flags=marked[mine])  # fmt: skip
         row, low = cut.row, cut.start
         at, size = file_offset[row] + low - start[row], cut.end - low
-        for mine, part in ((~whole[row] & ~packed_clusters[row], None), (~whole[row] & packed_clusters[row], "packed inode")):
-            rows.add(kind[row][mine], low[mine], size[mine], part=part, inode=inode[row][mine], file_offset=at[mine],
+        for mine, part in (
+            (~whole[row] & ~packed_clusters[row], None),
+            (~whole[row] & packed_clusters[row], "packed inode"),
+        ):
+            rows.add(kind[row][mine], low[mine], size[mine], part=part, inode=inode[row][mine],
+                file_offset=at[mine],
                      flags=tables.SHARED * cut.shared[mine])  # fmt: skip
         self._fragments(rows, packed_clusters, (inode, file_offset, held, start, length, flags))
         kind, inode, file_offset, held, start, length, flags = _columns(self.inner)
         for mine, part in ((kind != tables.METADATA, None), (kind == tables.METADATA, "packed inode")):
-            rows.add(kind[mine], start[mine], length[mine], inode=inode[mine], file_offset=file_offset[mine], file_length=held[mine],
+            rows.add(kind[mine], start[mine], length[mine], inode=inode[mine], file_offset=file_offset[mine],
+                file_length=held[mine],
                      flags=flags[mine], part=part)  # fmt: skip
 
     def _fragments(self, rows: ExtentRows, of_packed: np.ndarray, columns: tuple[Int, ...]) -> None:
@@ -403,7 +501,9 @@ class _Found:
             return
         _, offset, held, start, length, flags = (values[of_packed] for values in columns)
         order = np.argsort(offset, kind="stable")
-        offset, held, start, length, flags = (values[order] for values in (offset, held, start, length, flags))
+        offset, held, start, length, flags = (
+            values[order] for values in (offset, held, start, length, flags)
+        )
         size = self.tree.column["size"][owner] - at
         first = np.searchsorted(offset + held, place, "right")
         last = np.searchsorted(offset, place + size, "left")
@@ -414,8 +514,15 @@ class _Found:
         high = np.minimum((place + size)[row], (offset + held)[cluster])
         packed = (flags[cluster] & tables.COMPRESSED) != 0
         where = np.where(packed, start[cluster], start[cluster] + low - offset[cluster])
-        rows.add(tables.DATA, where, np.where(packed, length[cluster], high - low), inode=self.tree.column["nid"][owner][row],
-                 file_offset=at[row] + low - place[row], file_length=high - low, flags=flags[cluster] | tables.INLINE | tables.SHARED)  # fmt: skip
+        rows.add(
+            tables.DATA,
+            where,
+            np.where(packed, length[cluster], high - low),
+            inode=self.tree.column["nid"][owner][row],
+            file_offset=at[row] + low - place[row],
+            file_length=high - low,
+            flags=flags[cluster] | tables.INLINE | tables.SHARED,
+        )
 
 
 def _columns(batches: list[tuple[Int, ...]]) -> tuple[Int, ...]:
@@ -441,16 +548,21 @@ def _inodes(tree: Tree, packed: int) -> pa.Table:
     compressed = np.isin(column["layout"], (COMPRESSED_FULL, COMPRESSED_COMPACT))
     return tables.make(
         "inodes", volume=np.zeros(len(kind), np.int64), inode=column["nid"],
-        type=np.where(column["nid"] == packed, tables.T_METADATA, kind).astype(np.uint8), mode=column["mode"], uid=column["uid"], gid=column["gid"],
-        size=column["size"], nlink=column["nlink"], mtime_ns=column["mtime_ns"], flags=compressed * np.int64(tables.I_COMPRESSED),
+        type=np.where(column["nid"] == packed, tables.T_METADATA, kind).astype(np.uint8), mode=column["mode"],
+        uid=column["uid"], gid=column["gid"], size=column["size"], nlink=column["nlink"],
+        mtime_ns=column["mtime_ns"], flags=compressed * np.int64(tables.I_COMPRESSED),
         record_offset=column["at"],
     )  # fmt: skip
 
 
 def _names(tree: Tree) -> pa.Table:
     offsets = np.append(0, np.cumsum(tree.name_length)).astype(np.int32)
-    names = pa.Array.from_buffers(pa.binary(), len(tree.name_length), [None, pa.py_buffer(offsets), pa.py_buffer(tree.name)])
-    return tables.make("names", volume=np.zeros(len(names), np.int64), parent=tree.parent, inode=tree.child, name=names)
+    names = pa.Array.from_buffers(
+        pa.binary(), len(tree.name_length), [None, pa.py_buffer(offsets), pa.py_buffer(tree.name)]
+    )
+    return tables.make(
+        "names", volume=np.zeros(len(names), np.int64), parent=tree.parent, inode=tree.child, name=names
+    )
 
 
 def _structures() -> Structures:

@@ -1,7 +1,10 @@
-"""Compressed files: the index of logical clusters, full or compact, as extents of physical clusters. Nothing is decompressed.
+"""Compressed files: the index of logical clusters, full or compact, as extents of physical clusters.
 
-Every logical cluster (a block, usually) of a file has an entry: HEAD and PLAIN say where a physical cluster begins in the file and on disk, NONHEAD
-that the one before goes on. Compact entries pack two in 8 bytes or sixteen in 32, with one block address for the pack.
+Nothing is decompressed.
+
+Every logical cluster (a block, usually) of a file has an entry: HEAD and PLAIN say where a physical cluster
+begins in the file and on disk, NONHEAD that the one before goes on. Compact entries pack two in 8 bytes or
+sixteen in 32, with one block address for the pack.
 
 Sources: Linux fs/erofs/zmap.c and erofs_fs.h (field and flag names); Documentation/filesystems/erofs.rst.
 """
@@ -24,9 +27,11 @@ LOW_BITS = 12
 
 
 class Files(NamedTuple):
-    """Compressed files with their indexes, one row each: `header` is where the map header lies, `size` the file's, all in bytes.
+    """Compressed files with their indexes, one row each: `header` is where the map header lies, `size` the
+    file's, all in bytes.
 
-    `compact` says which of the two indexes it is, `advise` and `bits` (log2 of a logical cluster) come from the map header.
+    `compact` says which of the two indexes it is, `advise` and `bits` (log2 of a logical cluster) come from
+    the map header.
     """
 
     header: Int
@@ -49,26 +54,31 @@ class Files(NamedTuple):
         return np.where((self.advise & ADVISE_COMPACTED_2B) != 0, np.maximum(left, 0) // 16 * 16, 0)
 
     def packs(self, file: Int, nth: Int) -> tuple[Int, Int, Int]:
-        """(start, size, number within) of the pack that holds the nth entry of a compact index; packs are aligned to their size on the disk."""
+        """(start, size, number within) of the pack that holds the nth entry of a compact index; packs are
+        aligned to their size on the disk."""
         initial, packed = self.initial()[file], self.packed()[file]
         two = (nth >= initial) & (nth < initial + packed)
         rest = 4 * initial + 2 * packed + 4 * (nth - initial - packed)
         disk = (
-            self.header[file] + MAP_HEADER + np.select([nth < initial, two], [4 * nth, 4 * initial + 2 * (nth - initial)], rest)
+            self.header[file]
+            + MAP_HEADER
+            + np.select([nth < initial, two], [4 * nth, 4 * initial + 2 * (nth - initial)], rest)
         )
         size = np.where(two, 32, 8)
         return disk // size * size, size, disk % size // np.where(two, 2, 4)
 
     def index_end(self) -> Int:
-        """Where the index ends, in bytes of the volume, and the inline tail of a file begins: packs are whole."""
+        """Where the index ends, in bytes of the volume, and the inline tail of a file begins: packs are
+        whole."""
         count = self.clusters()
         pack, size, _ = self.packs(np.arange(len(count), dtype=np.int64), np.maximum(count - 1, 0))
         return np.where(self.compact, pack + size, self.header + 2 * MAP_HEADER + 8 * count)
 
 
 class Clusters(NamedTuple):
-    """Physical clusters: of which file, where in it and how much of it, where on the disk and how long there; `plain` ones are not compressed and
-    `last` ones hold the end of their file, which may lie elsewhere (inline or in the packed inode)."""
+    """Physical clusters: of which file, where in it and how much of it, where on the disk and how long there;
+    `plain` ones are not compressed and `last` ones hold the end of their file, which may lie elsewhere
+    (inline or in the packed inode)."""
 
     file: Int
     file_offset: Int
@@ -80,10 +90,13 @@ class Clusters(NamedTuple):
 
 
 def physical_clusters(files: Files, data: Bytes, base: Int, block_size: int) -> tuple[Clusters, int]:
-    """The clusters of all files, whose map headers and indexes are data[base:], and how many entries make no sense."""
+    """The clusters of all files, whose map headers and indexes are data[base:], and how many entries make no
+    sense."""
     file, nth = expand(files.clusters())
     first = np.append(True, file[1:] != file[:-1])[: len(file)]
-    kind, low, block = np.zeros(len(file), np.int64), np.zeros(len(file), np.int64), np.zeros(len(file), np.int64)
+    kind = np.zeros(len(file), np.int64)
+    low = np.zeros(len(file), np.int64)
+    block = np.zeros(len(file), np.int64)
     count = np.full(len(file), -1, np.int64)
     compact = files.compact[file]
     for rows, decode in ((np.flatnonzero(~compact), _full), (np.flatnonzero(compact), _compact)):
@@ -92,15 +105,20 @@ def physical_clusters(files: Files, data: Bytes, base: Int, block_size: int) -> 
     head = kind != NONHEAD
     start = (nth << bits) + low
     bad = head & (low >= np.int64(1) << bits)
-    begins = np.flatnonzero(head & ~bad & (start < files.size[file]))  # mkfs ends an index with a head at the end of the file
+    # mkfs ends an index with a head at the end of the file
+    begins = np.flatnonzero(head & ~bad & (start < files.size[file]))
     owner = file[begins]
     last = np.append(owner[1:] != owner[:-1], True)[: len(owner)]
     end = np.where(last, files.size[owner], np.append(start[begins][1:], 0)[: len(begins)])
-    big = (files.advise[owner] & np.where(kind[begins] == HEAD2, ADVISE_BIG_PCLUSTER_2, ADVISE_BIG_PCLUSTER_1)) != 0
+    big = (
+        files.advise[owner] & np.where(kind[begins] == HEAD2, ADVISE_BIG_PCLUSTER_2, ADVISE_BIG_PCLUSTER_1)
+    ) != 0
     after = np.minimum(begins + 1, max(len(file) - 1, 0))
     same = (begins + 1 < len(file)) & (file[after] == owner) & (kind[after] == NONHEAD)
     counted = np.where(
-        same & (count[after] >= 0), count[after], np.int64(1) << (files.bits[owner] - int(block_size).bit_length() + 1)
+        same & (count[after] >= 0),
+        count[after],
+        np.int64(1) << (files.bits[owner] - int(block_size).bit_length() + 1),
     )
     plain = kind[begins] == PLAIN
     length = np.where(big & ~plain, counted * block_size, np.int64(1) << files.bits[owner])
@@ -122,11 +140,17 @@ def _full(files: Files, data: Bytes, base: Int, file: Int, nth: Int) -> tuple[In
     at = base[file] + 2 * MAP_HEADER + 8 * nth
     advise, low, block = _u(data, at, 2), _u(data, at + 2, 2), _u(data, at + 4, 4)
     delta = block & 0xFFFF
-    return advise & 3, low, block, np.where(((advise & 3) == NONHEAD) & ((delta & D0_CBLKCNT) != 0), delta & (D0_CBLKCNT - 1), -1)
+    return (
+        advise & 3,
+        low,
+        block,
+        np.where(((advise & 3) == NONHEAD) & ((delta & D0_CBLKCNT) != 0), delta & (D0_CBLKCNT - 1), -1),
+    )
 
 
 def _compact(files: Files, data: Bytes, base: Int, file: Int, nth: Int) -> tuple[Int, Int, Int, Int]:
-    """The same of packed entries; block addresses are the pack's plus the clusters that begin before in the pack."""
+    """The same of packed entries; block addresses are the pack's plus the clusters that begin before in the
+    pack."""
     pack, size, item = files.packs(file, nth)
     bit = item * np.where(size == 32, 14, 16)
     at = pack - files.header[file] + base[file]
@@ -138,7 +162,9 @@ def _compact(files: Files, data: Bytes, base: Int, file: Int, nth: Int) -> tuple
     count = np.where(counted, low & (D0_CBLKCNT - 1), -1)
     new = np.append(True, (pack[1:] != pack[:-1]) | (file[1:] != file[:-1]))[: len(pack)]
     next_counted = np.append(counted[1:] & ~new[1:], False)[: len(counted)]
-    weight = np.where(big, np.where(counted, count, (kind != NONHEAD) & ~next_counted), kind != NONHEAD).astype(np.int64)
+    weight = np.where(
+        big, np.where(counted, count, (kind != NONHEAD) & ~next_counted), kind != NONHEAD
+    ).astype(np.int64)
     before = np.cumsum(weight) - weight
     group = np.cumsum(new) - 1
     before -= before[new][group] if len(group) else before

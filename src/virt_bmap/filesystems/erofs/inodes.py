@@ -1,4 +1,6 @@
-"""Inodes and directories, level by level from the root. An inode lies at 32 bytes times its number, so a level is one read.
+"""Inodes and directories, level by level from the root.
+
+An inode lies at 32 bytes times its number, so a level is one read.
 
 Sources: Linux fs/erofs/erofs_fs.h (structures), inode.c, dir.c, namei.c.
 """
@@ -25,18 +27,35 @@ HOLE = 0xFFFFFFFF
 
 INODE = struct(64, [
     (0, "i_format", "<u2"), (2, "i_xattr_icount", "<u2"), (4, "i_mode", "<u2"), (16, "i_u", "<u4"),
-    (6, "compact_nlink", "<u2"), (8, "compact_size", "<u4"), (24, "compact_uid", "<u2"), (26, "compact_gid", "<u2"),
-    (8, "i_size", "<u8"), (24, "i_uid", "<u4"), (28, "i_gid", "<u4"), (32, "i_mtime", "<u8"), (40, "i_mtime_nsec", "<u4"), (44, "i_nlink", "<u4"),
+    (6, "compact_nlink", "<u2"), (8, "compact_size", "<u4"), (24, "compact_uid", "<u2"),
+    (26, "compact_gid", "<u2"), (8, "i_size", "<u8"), (24, "i_uid", "<u4"), (28, "i_gid", "<u4"),
+    (32, "i_mtime", "<u8"), (40, "i_mtime_nsec", "<u4"), (44, "i_nlink", "<u4"),
 ])  # fmt: skip
 """Both inodes over each other: the compact one has 32 bytes and fields of its own, the extended one 64."""
 DIRENT = struct(12, [(0, "nid", "<u8"), (8, "nameoff", "<u2"), (10, "file_type", "u1")])
-COLUMNS = ("nid", "at", "layout", "mode", "uid", "gid", "size", "nlink", "mtime_ns", "union", "xattr_at", "xattr_size", "body")
+COLUMNS = (
+    "nid",
+    "at",
+    "layout",
+    "mode",
+    "uid",
+    "gid",
+    "size",
+    "nlink",
+    "mtime_ns",
+    "union",
+    "xattr_at",
+    "xattr_size",
+    "body",
+)
 
 
 @dataclass
 class Tree:
-    """All inodes in the columns COLUMNS, and all names. `at` is where the inode lies, `xattr_at` and `body` where its attributes and what follows
-    them (index, chunks or inline tail) do, in bytes of the volume."""
+    """All inodes in the columns COLUMNS, and all names.
+
+    `at` is where the inode lies, `xattr_at` and `body` where its attributes and what follows them (index,
+    chunks or inline tail) do, in bytes of the volume."""
 
     column: dict[str, Int] = field(default_factory=lambda: dict.fromkeys(COLUMNS, EMPTY))
     parent: Int = field(default_factory=lambda: EMPTY)
@@ -55,10 +74,13 @@ class Volume(NamedTuple):
 
 
 def pieces(reader: Reader, at: Int, length: Int) -> Bytes:
-    """The ranges one after the other; what lies near each other is read in one go, what is beyond the end is zero."""
+    """The ranges one after the other; what lies near each other is read in one go, what is beyond the end is
+    zero."""
     low, high = np.clip(at, 0, reader.size), np.clip(at + length, 0, reader.size)
     starts, ends = union(low, high, NEAR)
-    data = np.append(reader.read_ranges(starts, ends - starts), np.zeros(int(length.max(initial=0)), np.uint8))
+    data = np.append(
+        reader.read_ranges(starts, ends - starts), np.zeros(int(length.max(initial=0)), np.uint8)
+    )
     base = np.cumsum(ends - starts) - (ends - starts)
     row = np.clip(np.searchsorted(starts, low, "right") - 1, 0, max(len(starts) - 1, 0))
     where = base[row] + low - starts[row] if len(starts) else np.zeros(len(at), np.int64)
@@ -105,7 +127,11 @@ def walk(volume: Volume, roots: Int, problems: list[Problem]) -> Tree:
         problems.append(Problem("too-deep", f"more than {MAX_LEVELS} levels of directories"))
     if lost:
         problems.append(
-            Problem("metadata", f"{lost} inodes, directories or directory blocks contradict themselves or lie outside the volume")
+            Problem(
+                "metadata",
+                f"{lost} inodes, directories or directory blocks contradict themselves or lie "
+                "outside the volume",
+            )
         )
     return _join(found, names)
 
@@ -126,26 +152,32 @@ def read_inodes(volume: Volume, nid: Int) -> dict[str, Int]:
     raw = records(pieces(volume.reader, at, np.full(len(at), 64, np.int64)).reshape(-1, 64), INODE)
     form = widen(raw["i_format"], "i_format")
     extended = (form & 1) != 0
-    size = np.where(extended, np.minimum(raw["i_size"], np.uint64(2**62)).astype(np.int64), raw["compact_size"])
+    size = np.where(
+        extended, np.minimum(raw["i_size"], np.uint64(2**62)).astype(np.int64), raw["compact_size"]
+    )
     own = np.where(extended, 64, 32)
     count = widen(raw["i_xattr_icount"], "i_xattr_icount")
     xattr_size = np.where(count > 0, 12 + 4 * (count - 1), 0)
     inside = (nid < 2**56) & (at >= 0) & (at + own + xattr_size <= volume.reader.size) & (form < 32)
-    seconds = np.minimum(raw["i_mtime"], np.uint64(2**33)).astype(np.int64) * 1_000_000_000 + raw["i_mtime_nsec"].astype(np.int64)
+    seconds = np.minimum(raw["i_mtime"], np.uint64(2**33)).astype(np.int64) * 1_000_000_000 + raw[
+        "i_mtime_nsec"
+    ].astype(np.int64)
 
     def either(long: str, short: str) -> Int:
         return np.where(extended, raw[long], raw[short]).astype(np.int64)
 
     return {
-        "nid": nid, "at": at, "layout": np.where(inside, form >> 1 & 7, 255), "mode": widen(raw["i_mode"], "i_mode"),
-        "uid": either("i_uid", "compact_uid"), "gid": either("i_gid", "compact_gid"), "size": size, "nlink": either("i_nlink", "compact_nlink"),
-        "mtime_ns": np.where(extended, seconds, volume.build_time_ns), "union": widen(raw["i_u"], "i_u"), "xattr_at": at + own,
-        "xattr_size": xattr_size, "body": at + own + xattr_size,
+        "nid": nid, "at": at, "layout": np.where(inside, form >> 1 & 7, 255),
+        "mode": widen(raw["i_mode"], "i_mode"), "uid": either("i_uid", "compact_uid"),
+        "gid": either("i_gid", "compact_gid"), "size": size, "nlink": either("i_nlink", "compact_nlink"),
+        "mtime_ns": np.where(extended, seconds, volume.build_time_ns), "union": widen(raw["i_u"], "i_u"),
+        "xattr_at": at + own, "xattr_size": xattr_size, "body": at + own + xattr_size,
     }  # fmt: skip
 
 
 def flat_ranges(column: dict[str, Int], block_size: int) -> tuple[Int, Int, Int]:
-    """(start, whole bytes there, bytes of the inline tail) of files in one piece: the tail of FLAT_INLINE lies behind the inode."""
+    """(start, whole bytes there, bytes of the inline tail) of files in one piece: the tail of FLAT_INLINE
+    lies behind the inode."""
     inline = column["layout"] == FLAT_INLINE
     tail = np.where(inline, np.where(column["size"] > 0, (column["size"] - 1) % block_size + 1, 0), 0)
     whole = column["size"] - tail
@@ -153,7 +185,8 @@ def flat_ranges(column: dict[str, Int], block_size: int) -> tuple[Int, Int, Int]
 
 
 def read_directories(volume: Volume, own: dict[str, Int]) -> tuple[Int, Int, Bytes, Int, int]:
-    """(parent, nid, names, their lengths, how many blocks are broken) of all entries but '.' and '..' of flat directories."""
+    """(parent, nid, names, their lengths, how many blocks are broken) of all entries but '.' and '..' of flat
+    directories."""
     size = volume.block_size
     start, whole, tail = flat_ranges(own, size)
     flat = (own["layout"] == FLAT_PLAIN) | (own["layout"] == FLAT_INLINE)

@@ -1,15 +1,17 @@
 """exFAT: boot regions, FAT, allocation bitmap, entry sets.
 
-Read are both boot regions' places, the main one's checksum, the active FAT and allocation bitmap once from end to end, and the directories,
-breadth first. The bitmap decides what is free. A file's clusters follow each other when its entry says so (NoFatChain), otherwise
-they are chained in the FAT, of which only entries of allocated clusters count: drivers leave old links in freed ones. What lies
-beyond a file's ValidDataLength was never written.
+Read are both boot regions' places, the main one's checksum, the active FAT and allocation bitmap once from
+end to end, and the directories, breadth first. The bitmap decides what is free. A file's clusters follow each
+other when its entry says so (NoFatChain), otherwise they are chained in the FAT, of which only entries of
+allocated clusters count: drivers leave old links in freed ones. What lies beyond a file's ValidDataLength was
+never written.
 
 Clusters that vendor extensions allocate (entries 0xE1) have no owner here: they are `unknown`.
 
 Inode numbers: byte offset of the file's directory entry / 32; the root is 0.
 
-Sources: Microsoft exFAT file system specification (2019); kernel fs/exfat/{super,balloc,dir,namei}.c; exfatprogs fsck/fsck.c.
+Sources: Microsoft exFAT file system specification (2019); kernel fs/exfat/{super,balloc,dir,namei}.c;
+exfatprogs fsck/fsck.c.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,16 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import Bytes, Int, expand, intersect, ints, subtract
-from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, History, Problem, Structure, Structures
+from virt_bmap.contract import (
+    Checks,
+    Docs,
+    Filesystem,
+    FilesystemFormat,
+    History,
+    Problem,
+    Structure,
+    Structures,
+)
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.bitmaps import bitmap_runs
 from virt_bmap.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
@@ -35,12 +46,18 @@ from virt_bmap.reader import Reader
 NAME = "exfat"
 INODE = "byte offset of the file's directory entry / 32; the root is 0"
 FEATURES = (
-    "main and backup boot region, with checksum", "files in one piece (NoFatChain) and chained in the FAT", "allocation bitmap",
-    "TexFAT's second FAT and bitmap", "up-case table", "valid data length", "entry sets with checksum", "vendor extensions, skipped",
-    "volume label, serial number", "bad clusters", "dirty and failure marks",
+    "main and backup boot region, with checksum", "files in one piece (NoFatChain) and chained in the FAT",
+    "allocation bitmap", "TexFAT's second FAT and bitmap", "up-case table", "valid data length",
+    "entry sets with checksum", "vendor extensions, skipped", "volume label, serial number", "bad clusters",
+    "dirty and failure marks",
 )  # fmt: skip
 REFUSED = ("revisions other than 1.x",)
-ORACLES = ("istat and fls of The Sleuth Kit", "fsck.exfat and dump.exfat of exfatprogs", "the allocation bitmap", "exfat-fuse")
+ORACLES = (
+    "istat and fls of The Sleuth Kit",
+    "fsck.exfat and dump.exfat of exfatprogs",
+    "the allocation bitmap",
+    "exfat-fuse",
+)
 CHECKS = Checks(
     checksums="main boot region; entry sets",
     rules=(
@@ -148,8 +165,9 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.cluster_size, root=ROOT,
         state="errors" if marks[0] else "not cleanly unmounted" if marks[1] else "clean",
-        uuid=f"{geometry.serial >> 16:04X}-{geometry.serial & 0xFFFF:04X}", label=special.label, reader=reader, inodes=inode_table(tree),
-        names=tree.names(), extents=clipped(rows.table(0), reader.size), problems=problems,
+        uuid=f"{geometry.serial >> 16:04X}-{geometry.serial & 0xFFFF:04X}", label=special.label,
+        reader=reader, inodes=inode_table(tree), names=tree.names(),
+        extents=clipped(rows.table(0), reader.size), problems=problems,
     )  # fmt: skip
 
 
@@ -160,23 +178,32 @@ def read_geometry(reader: Reader) -> tuple[Geometry, list[Problem]]:
     where = f"{reader.name}: exFAT boot sector"
     if int(boot["FileSystemRevision"]) >> 8 != 1:
         raise Unsupported(
-            f"{where}: revision {boot['FileSystemRevision'] >> 8}.{boot['FileSystemRevision'] & 255}, known is 1.x", 104
+            f"{where}: revision "
+            f"{boot['FileSystemRevision'] >> 8}.{boot['FileSystemRevision'] & 255}, known is 1.x",
+            104,
         )
     if not 9 <= shift <= 12 or shift + per_cluster > MAX_CLUSTER_SHIFT:
         raise Corrupt(
-            f"{where}: sectors of 2^{shift} bytes and clusters of 2^{shift + per_cluster}, not 2^9 to 2^12 and up to 2^25", 108
+            f"{where}: sectors of 2^{shift} bytes and clusters of 2^{shift + per_cluster}, not 2^9 "
+            "to 2^12 and up to 2^25",
+            108,
         )
     fats, clusters = int(boot["NumberOfFats"]), int(boot["ClusterCount"])
     if fats not in (1, 2):
         raise Corrupt(f"{where}: NumberOfFats is {fats}, not 1 or 2", 110)
-    sectors, fat, fat_length, heap = (int(boot[name]) for name in ("VolumeLength", "FatOffset", "FatLength", "ClusterHeapOffset"))
+    sectors, fat, fat_length, heap = (
+        int(boot[name]) for name in ("VolumeLength", "FatOffset", "FatLength", "ClusterHeapOffset")
+    )
     if not 2 * BOOT_SECTORS <= fat <= fat + fats * fat_length <= heap < sectors < 1 << 50:
         raise Corrupt(
-            f"{where}: FAT at sector {fat} (+{fat_length} x {fats}), clusters at {heap}, end at {sectors}: not in this order", 72
+            f"{where}: FAT at sector {fat} (+{fat_length} x {fats}), clusters at {heap}, end at "
+            f"{sectors}: not in this order",
+            72,
         )
     size = 1 << shift
     if reader.size < heap * size:
-        raise Corrupt(f"{reader.name}: ends at byte {reader.size:#x}, before the first cluster at {heap * size:#x}: it is truncated",
+        raise Corrupt(f"{reader.name}: ends at byte {reader.size:#x}, before the first cluster at "
+            f"{heap * size:#x}: it is truncated",
                       reader.size, "truncated")  # fmt: skip
     problems = _boot_problems(reader, size)
     room = min((sectors - heap) >> per_cluster, fat_length * size // 4 - 2)
@@ -186,9 +213,11 @@ def read_geometry(reader: Reader) -> tuple[Geometry, list[Problem]]:
         what = f"the volume ends at byte {reader.size:#x}, but its filesystem claims {sectors * size:#x}"
         problems.append(Problem("truncated", what, reader.size))
     geometry = Geometry(
-        sector_size=size, cluster_size=size << per_cluster, size=sectors * size, fat=fat * size, fat_size=fat_length * size, fats=fats,
-        active=int(boot["VolumeFlags"]) & ACTIVE_FAT if fats == 2 else 0, heap=heap * size, clusters=min(clusters, room),
-        root_cluster=int(boot["FirstClusterOfRootDirectory"]), serial=int(boot["VolumeSerialNumber"]), flags=int(boot["VolumeFlags"]),
+        sector_size=size, cluster_size=size << per_cluster, size=sectors * size, fat=fat * size,
+        fat_size=fat_length * size, fats=fats,
+        active=int(boot["VolumeFlags"]) & ACTIVE_FAT if fats == 2 else 0, heap=heap * size,
+        clusters=min(clusters, room), root_cluster=int(boot["FirstClusterOfRootDirectory"]),
+        serial=int(boot["VolumeSerialNumber"]), flags=int(boot["VolumeFlags"]),
     )  # fmt: skip
     return geometry, problems
 
@@ -204,7 +233,11 @@ def _boot_problems(reader: Reader, sector_size: int) -> list[Problem]:
     if data[last:] == checksum.to_bytes(4, "little") * (sector_size // 4):
         return []
     return [
-        Problem("boot-checksum", f"the last sector of the main boot region does not repeat its checksum, {checksum:#x}", last)
+        Problem(
+            "boot-checksum",
+            f"the last sector of the main boot region does not repeat its checksum, {checksum:#x}",
+            last,
+        )
     ]
 
 
@@ -225,14 +258,20 @@ def fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int | int]:
 
 
 def ranges_of(heap: Heap, inode: int, first: Int, size: int = 0) -> Ranges:
-    """Where a structure of the volume lies: chained in the FAT or, where the chain is none, in one piece of `size` bytes."""
+    """Where a structure of the volume lies: chained in the FAT or, where the chain is none, in one piece of
+    `size` bytes."""
     found = heap.chains.follow(first)
     cluster, count, before = found.cluster, found.count, found.before
     if size and (found.fate[0] != WHOLE or found.length[0] < heap.needed(ints(size))[0]):
         inside = 2 <= first[0] < heap.clusters + 2
         count = np.minimum(heap.needed(ints(size)), heap.clusters + 2 - first) if inside else ints(0)
         cluster, before = first, ints(0)
-    return Ranges(np.full(len(cluster), inode), heap.offset(cluster), count * heap.cluster_size, before * heap.cluster_size)
+    return Ranges(
+        np.full(len(cluster), inode),
+        heap.offset(cluster),
+        count * heap.cluster_size,
+        before * heap.cluster_size,
+    )
 
 
 class Special(NamedTuple):
@@ -245,10 +284,13 @@ class Special(NamedTuple):
 
 
 def read_special(reader: Reader, root: Ranges, geometry: Geometry) -> Special:
-    """The entries of the root directory that describe the volume; Corrupt where the allocation bitmap is missing."""
+    """The entries of the root directory that describe the volume; Corrupt where the allocation bitmap is
+    missing."""
     if len(root.start) == 0:
         raise Corrupt(
-            f"{reader.name}: the root directory of exFAT begins at cluster {geometry.root_cluster}, which is not in use", 96
+            f"{reader.name}: the root directory of exFAT begins at cluster {geometry.root_cluster}, "
+            "which is not in use",
+            96,
         )
     length = np.clip(np.minimum(reader.size - root.start, MAX_DIRECTORY - root.offset), 0, root.length)
     raw = reader.read_ranges(root.start, length // ENTRY * ENTRY).reshape(-1, ENTRY)
@@ -256,15 +298,24 @@ def read_special(reader: Reader, root: Ranges, geometry: Geometry) -> Special:
 
     def placed(kind: int) -> list[tuple[int, int, int]]:
         entry = records(raw[raw[:, 0] == kind][:16], STREAM_ENTRY)
-        return [(int(e["GeneralSecondaryFlags"]) & 1, int(e["FirstCluster"]), int(e["DataLength"])) for e in entry]
+        return [
+            (int(e["GeneralSecondaryFlags"]) & 1, int(e["FirstCluster"]), int(e["DataLength"])) for e in entry
+        ]
 
     bitmaps, upcase = placed(ALLOCATION_BITMAP), placed(UP_CASE_TABLE)
     mine = [(cluster, size) for which, cluster, size in bitmaps if which == geometry.active]
     wanted = -(-geometry.clusters // 8)
     if not mine or mine[0][1] < wanted or not 2 <= mine[0][0] < geometry.clusters + 2:
-        raise Corrupt(f"{reader.name}: the root directory of exFAT names no allocation bitmap of {wanted} bytes", geometry.heap)
+        raise Corrupt(
+            f"{reader.name}: the root directory of exFAT names no allocation bitmap of {wanted} bytes",
+            geometry.heap,
+        )
     labels = raw[raw[:, 0] == VOLUME_LABEL]
-    label = labels[0, 2 : 2 + 2 * min(11, int(labels[0, 1]))].tobytes().decode("utf-16-le", "replace") if len(labels) else ""
+    label = (
+        labels[0, 2 : 2 + 2 * min(11, int(labels[0, 1]))].tobytes().decode("utf-16-le", "replace")
+        if len(labels)
+        else ""
+    )
     others = [(cluster, size) for which, cluster, size in bitmaps if which != geometry.active]
     return Special(mine[0], upcase[0][1:] if upcase else (0, 0), others, label.rstrip("\0") or None)
 
@@ -272,7 +323,8 @@ def read_special(reader: Reader, root: Ranges, geometry: Geometry) -> Special:
 def add_special(
     rows: tables.ExtentRows, reader: Reader, heap: Heap, special: Special, problems: list[Problem]
 ) -> tuple[Int, Int]:
-    """Rows for allocation bitmap, up-case table and free clusters; returns the clusters that the bitmap calls used."""
+    """Rows for allocation bitmap, up-case table and free clusters; returns the clusters that the bitmap calls
+    used."""
     limit = heap.clusters * heap.cluster_size
 
     def place(what: str, cluster: int, size: int) -> Ranges:
@@ -293,7 +345,8 @@ def add_special(
 
 
 def _free_clusters(reader: Reader, heap: Heap, ranges: Ranges) -> tuple[Int, Int]:
-    """(starts, ends) of free clusters, from the bitmap at `ranges`; what of it can't be read calls nothing free."""
+    """(starts, ends) of free clusters, from the bitmap at `ranges`; what of it can't be read calls nothing
+    free."""
     length = np.clip(reader.size - ranges.start, 0, ranges.length)
     known = np.append(True, length[:-1] == ranges.length[:-1]).cumprod().astype(bool)[: len(length)]
     starts, ends = bitmap_runs(reader, ranges.start[known], length[known], heap.clusters, False)
@@ -301,11 +354,16 @@ def _free_clusters(reader: Reader, heap: Heap, ranges: Ranges) -> tuple[Int, Int
 
 
 def _add_bad(rows: tables.ExtentRows, heap: Heap, runs: Runs, used: tuple[Int, Int]) -> list[Problem]:
-    """Bad clusters, which the FAT marks. Where the bitmap calls them free, they are: drivers ask only the bitmap."""
+    """Bad clusters, which the FAT marks.
+
+    Where the bitmap calls them free, they are: drivers ask only the bitmap.
+    """
     start, end = intersect(*runs.bad, *used)
     rows.add(tables.METADATA, heap.offset(start), (end - start) * heap.cluster_size, part="bad clusters")
     free = heap.offset(subtract(*runs.bad, *used)[0])
-    return list_problems([("bad-but-free", "runs of clusters that the FAT calls bad are free in the bitmap", free)], "note")
+    return list_problems(
+        [("bad-but-free", "runs of clusters that the FAT calls bad are free in the bitmap", free)], "note"
+    )
 
 
 def _add_regions(rows: tables.ExtentRows, geometry: Geometry) -> None:
@@ -316,7 +374,12 @@ def _add_regions(rows: tables.ExtentRows, geometry: Geometry) -> None:
     rows.add(tables.METADATA, region, region, part="backup boot region")
     rows.add(tables.METADATA, 2 * region, geometry.fat - 2 * region, part="FAT alignment")
     for number in range(geometry.fats):
-        rows.add(tables.METADATA, geometry.fat + number * geometry.fat_size, geometry.fat_size, part=f"FAT {number + 1}")
+        rows.add(
+            tables.METADATA,
+            geometry.fat + number * geometry.fat_size,
+            geometry.fat_size,
+            part=f"FAT {number + 1}",
+        )
     rows.add(tables.METADATA, fats_end, geometry.heap - fats_end, part="cluster heap alignment")
     rows.add(tables.GAP, end, geometry.size - end, part="excess space")
 
@@ -344,15 +407,19 @@ class Parser:
         mtime = local + entry["LastModified10msIncrement"].astype(np.int64) * 10**7
         size = _lengths(stream["DataLength"])
         return Entries(
-            inode=number[first], parent=owner[first], directory=entry["FileAttributes"] & ATTRIBUTE_DIRECTORY != 0,
-            cluster=stream["FirstCluster"].astype(np.int64), size=size, valid=np.minimum(size, _lengths(stream["ValidDataLength"])),
+            inode=number[first], parent=owner[first],
+            directory=entry["FileAttributes"] & ATTRIBUTE_DIRECTORY != 0,
+            cluster=stream["FirstCluster"].astype(np.int64), size=size,
+            valid=np.minimum(size, _lengths(stream["ValidDataLength"])),
             contiguous=stream["GeneralSecondaryFlags"] & NO_FAT_CHAIN != 0,
-            mtime_ns=mtime - np.where(entry["LastModifiedUtcOffset"] & UTC_OFFSET_VALID, zone, 0), name=_names(raw, first),
+            mtime_ns=mtime - np.where(entry["LastModifiedUtcOffset"] & UTC_OFFSET_VALID, zone, 0),
+            name=_names(raw, first),
         )  # fmt: skip
 
     def problems(self) -> list[Problem]:
         """What is wrong with entry sets."""
-        return list_problems([("entry-set", "entry sets of files are incomplete: not read", np.concatenate(self.broken))]) + list_problems([
+        return list_problems([("entry-set", "entry sets of files are incomplete: not read",
+                    np.concatenate(self.broken))]) + list_problems([
             ("set-checksum", "entry sets of files have a wrong checksum", np.concatenate(self.checksums)),
             ("valid-length", "files have more valid data than data", np.concatenate(self.lengths)),
         ], "warning")  # fmt: skip
@@ -364,7 +431,8 @@ def _lengths(values: np.ndarray) -> Int:
 
 
 def _is_whole(raw: Bytes, kind: Bytes, owner: Int, first: Int) -> np.ndarray:
-    """Which entry sets, by their file entries `first`, have all members: a stream, the names it counts, in one directory."""
+    """Which entry sets, by their file entries `first`, have all members: a stream, the names it counts, in
+    one directory."""
     last = first + raw[first, 1]
     at = np.minimum(first + 1, len(raw) - 1)
     slots = -(-raw[at, 3].astype(np.int64) // NAME_UNITS)
@@ -372,7 +440,8 @@ def _is_whole(raw: Bytes, kind: Bytes, owner: Int, first: Int) -> np.ndarray:
     end = np.minimum(first + 2 + slots, len(raw))
     whole: np.ndarray = (
         (last < len(raw)) & (owner[np.minimum(last, len(raw) - 1)] == owner[first]) & (kind[at] == STREAM)
-        & (slots > 0) & (raw[first, 1] >= 1 + slots) & (names[end] - names[np.minimum(first + 2, len(raw))] == slots)
+        & (slots > 0) & (raw[first,
+                1] >= 1 + slots) & (names[end] - names[np.minimum(first + 2, len(raw))] == slots)
     )  # fmt: skip
     return whole
 
@@ -386,7 +455,8 @@ def _names(raw: Bytes, first: Int) -> Ragged:
 
 
 def _checksums(raw: Bytes, first: Int, count: np.ndarray) -> np.ndarray:
-    """The checksum of each entry set, all sets a byte at a time: 96 steps for short names, 608 for the longest."""
+    """The checksum of each entry set, all sets a byte at a time: 96 steps for short names, 608 for the
+    longest."""
     order = np.argsort(-count.astype(np.int64), kind="stable")
     length = (count[order].astype(np.int64) + 1) * ENTRY
     flat, start = raw.reshape(-1), first[order] * ENTRY

@@ -1,14 +1,16 @@
 """ext2, ext3 and ext4.
 
-Read are: the superblock; all group descriptors; the bitmaps that were ever written; of the inode tables the blocks with an inode in use;
-extent tree nodes and indirect blocks, a level at a time; all directory blocks; and the journal where a mount would replay it. Not read are
-the content of files, links and attributes. The allocator is the block bitmap.
+Read are: the superblock; all group descriptors; the bitmaps that were ever written; of the inode tables the
+blocks with an inode in use; extent tree nodes and indirect blocks, a level at a time; all directory blocks;
+and the journal where a mount would replay it. Not read are the content of files, links and attributes. The
+allocator is the block bitmap.
 
-The order of a map: `superblock` and `groups` say where everything lies, `inodes` makes columns of the tables, `blocks` follows the trees,
-`directories` and `inline` find names, `owned` turns all this into rows and checks it. `journal` lays over the reader what recovery would
-write, before anything else is read.
+The order of a map: `superblock` and `groups` say where everything lies, `inodes` makes columns of the tables,
+`blocks` follows the trees, `directories` and `inline` find names, `owned` turns all this into rows and checks
+it. `journal` lays over the reader what recovery would write, before anything else is read.
 
-Sources: kernel Documentation/filesystems/ext4/ and fs/ext4, fs/jbd2 (v6.12); e2fsprogs lib/ext2fs (1.47); each module names its own.
+Sources: kernel Documentation/filesystems/ext4/ and fs/ext4, fs/jbd2 (v6.12); e2fsprogs lib/ext2fs (1.47);
+each module names its own.
 """
 
 from collections.abc import Sequence
@@ -17,12 +19,28 @@ import numpy as np
 
 from virt_bmap import tables
 from virt_bmap.arrays import EMPTY, Int, expand
-from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, History, Proof, Structure, Structures
+from virt_bmap.contract import (
+    Checks,
+    Docs,
+    Filesystem,
+    FilesystemFormat,
+    History,
+    Proof,
+    Structure,
+    Structures,
+)
 from virt_bmap.filesystems.ext import blocks, directories, groups, inline, inodes, journal, owned
 from virt_bmap.filesystems.ext.blocks import Runs
 from virt_bmap.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.filesystems.ext.inodes import Inodes
-from virt_bmap.filesystems.ext.superblock import STATE_CLEAN, STATE_ERRORS, Superblock, check_size, probe, read_superblock
+from virt_bmap.filesystems.ext.superblock import (
+    STATE_CLEAN,
+    STATE_ERRORS,
+    Superblock,
+    check_size,
+    probe,
+    read_superblock,
+)
 from virt_bmap.reader import Reader
 from virt_bmap.tables import ExtentRows
 
@@ -32,20 +50,38 @@ NAME = "ext"
 FEATURES = (
     "ext2 rev 0 to ext4, blocks of 1 to 64 KiB, inodes of 128 bytes to a block, Hurd's translators",
     "extent trees, block pointers with three levels of indirection, sparse files, unwritten extents",
-    "flex_bg, meta_bg, sparse_super, sparse_super2, 64bit, bigalloc with the slack of its clusters, uninitialised groups and tables",
-    "plain, hashed (htree, large_dir), casefolded and encrypted directories (names as ciphertext), with or without file types",
+    (
+        "flex_bg, meta_bg, sparse_super, sparse_super2, 64bit, bigalloc with the slack of its clusters, "
+        "uninitialised groups and tables"
+    ),
+    (
+        "plain, hashed (htree, large_dir), casefolded and encrypted directories (names as ciphertext), "
+        "with or without file types"
+    ),
     "inline data with its overflow, inline directories, short and long symbolic links",
     "attribute blocks, shared ones with all owners, attributes in inodes of their own (ea_inode)",
-    "journal in an inode or on another disk, replayed in memory: revokes, escapes, 64bit, checksums v1 to v3, asynchronous commits",
-    "resize inode, reserved descriptors, quota (hidden and plain), orphan files, project ids, mmp, bad blocks, verity, Android's shared blocks",
-    "backups of the superblock and of descriptors where the primary ones are damaged; checksums of both verified",
+    (
+        "journal in an inode or on another disk, replayed in memory: revokes, escapes, 64bit, checksums "
+        "v1 to v3, asynchronous commits"
+    ),
+    (
+        "resize inode, reserved descriptors, quota (hidden and plain), orphan files, project ids, mmp, "
+        "bad blocks, verity, Android's shared blocks"
+    ),
+    (
+        "backups of the superblock and of descriptors where the primary ones are damaged; checksums of "
+        "both verified"
+    ),
     "files deleted while open, times from 1901 to 2262 in nanoseconds",
 )
 REFUSED = (
     "features that the superblock calls incompatible and that no released kernel knows",
     "compression (e2compr)",
     "fast commits: not replayed, and named where there are any that a mount would replay",
-    "a journal on another disk that is not among the disks: the state before recovery is mapped, and a problem says so",
+    (
+        "a journal on another disk that is not among the disks: the state before recovery is mapped, and "
+        "a problem says so"
+    ),
 )
 ORACLES = (
     "kernel FIEMAP of every file and directory through a loop mount",
@@ -57,13 +93,20 @@ ORACLES = (
 )
 CHECKS = Checks(
     checksums=(
-        "metadata_csum: superblock, descriptors, bitmaps, inodes, extent tree nodes, directory blocks, hash tree nodes, attribute blocks, mmp, orphan file, "
+        "metadata_csum: superblock, descriptors, bitmaps, inodes, extent tree nodes, directory "
+        "blocks, hash tree nodes, attribute blocks, mmp, orphan file, "
         "the journal's superblock; what is replayed of the journal; uninit_bg: descriptors"
     ),
     rules=(
-        "extent tree nodes: magic, counts, depth, order, overlaps, agreement with the parent's key, place in the volume, each node once",
+        (
+            "extent tree nodes: magic, counts, depth, order, overlaps, agreement with the parent's key, "
+            "place in the volume, each node once"
+        ),
         "block pointers: place in the volume, each block once",
-        "directory entries: lengths, names, inode numbers; names lead to used inodes, inodes with links have names",
+        (
+            "directory entries: lengths, names, inode numbers; names lead to used inodes, inodes with "
+            "links have names"
+        ),
         "hash trees: limits and counts, order of hashes, depth, place of children",
         "superblock and descriptors: geometry, places, features known",
         "journal: sequence and order of its blocks, revocations",
@@ -108,9 +151,10 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     extents = rows.table(0)
     owned.check_overlaps(extents, problems)
     return Filesystem(
-        type=superblock.type, size=superblock.blocks * superblock.block_size, block_size=superblock.block_size, root=inodes.ROOT,
-        state=_state(superblock, problems), reader=reader, inodes=inodes.table(superblock, nodes, types), names=tree, extents=extents,
-        uuid=superblock.uuid, label=superblock.label, features=superblock.feature_words, problems=problems,
+        type=superblock.type, size=superblock.blocks * superblock.block_size,
+        block_size=superblock.block_size, root=inodes.ROOT, state=_state(superblock, problems), reader=reader,
+        inodes=inodes.table(superblock, nodes, types), names=tree, extents=extents, uuid=superblock.uuid,
+        label=superblock.label, features=superblock.feature_words, problems=problems,
     )  # fmt: skip
 
 
@@ -124,7 +168,8 @@ def _state(superblock: Superblock, problems: Problems) -> str:
         return "errors"
     if not state & STATE_CLEAN:
         return "not clean"
-    # an unmount leaves no orphans: these are files that were deleted while open, on a filesystem that is still mounted (ext4_freeze)
+    # an unmount leaves no orphans: these are files that were deleted while open, on a filesystem that is
+    # still mounted (ext4_freeze)
     orphans = superblock.number("s_last_orphan") or superblock.has("orphan_present")
     return "frozen" if orphans else "clean"
 
@@ -144,7 +189,8 @@ def _block_map(
 def _directory_blocks(
     superblock: Superblock, nodes: Inodes, types: np.ndarray, runs: Runs, problems: Problems
 ) -> tuple[Int, Int]:
-    """(directory's inode number, block) of every block that holds names, each block once: damage can't make this long."""
+    """(directory's inode number, block) of every block that holds names, each block once: damage can't make
+    this long."""
     mine = runs.take(np.flatnonzero((types[runs.owner] == tables.T_DIRECTORY) & ~runs.unwritten))
     room = -(-nodes.size[mine.owner] // superblock.block_size)
     order = np.argsort(mine.start, kind="stable")
@@ -152,7 +198,13 @@ def _directory_blocks(
     end = start + np.clip(room - mine.logical, 0, mine.count)[order]
     reach = np.append(0, np.maximum.accumulate(end)[:-1]) if len(end) else end
     twice = (start < reach) & (end > start)
-    complain_where(problems, "directory-twice", "pieces of directories overlap others", twice, start * superblock.block_size)
+    complain_where(
+        problems,
+        "directory-twice",
+        "pieces of directories overlap others",
+        twice,
+        start * superblock.block_size,
+    )
     start = np.maximum(start, reach)
     row, step = expand(np.maximum(end - start, 0))
     return nodes.number[owner[row]], start[row] + step

@@ -1,8 +1,10 @@
 """Where inodes' blocks lie: extent trees and indirect blocks, a level of all trees at a time.
 
-A node that breaks the rules of __ext4_ext_check makes a kernel refuse the whole file; here it is a problem, and its extents are mapped as far as they go.
+A node that breaks the rules of __ext4_ext_check makes a kernel refuse the whole file; here it is a problem,
+and its extents are mapped as far as they go.
 
-Sources: kernel Documentation/filesystems/ext4/{ifork,blockmap}.rst; fs/ext4/ext4_extents.h, fs/ext4/extents.c, fs/ext4/indirect.c.
+Sources: kernel Documentation/filesystems/ext4/{ifork,blockmap}.rst; fs/ext4/ext4_extents.h,
+fs/ext4/extents.c, fs/ext4/indirect.c.
 """
 
 from collections.abc import Iterator
@@ -52,18 +54,22 @@ AT_ONCE = 32768
 
 @dataclass
 class Found:
-    """What the trees say, in batches: columns owner (row of the inodes), logical, start, count (blocks), unwritten."""
+    """What the trees say, in batches: columns owner (row of the inodes), logical, start, count (blocks),
+    unwritten."""
 
     runs: list[tuple[Int, Int, Int, Int, Bool]] = field(default_factory=list)
     nodes: list[tuple[Int, Int]] = field(default_factory=list)
 
     def add(self, owner: Int, logical: Int, start: Int, count: Int, unwritten: Bool | None = None) -> None:
-        self.runs.append((owner, logical, start, count, np.zeros(len(owner), bool) if unwritten is None else unwritten))
+        self.runs.append(
+            (owner, logical, start, count, np.zeros(len(owner), bool) if unwritten is None else unwritten)
+        )
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of blocks: `count` blocks from `start` hold the file's blocks from `logical`; `owner` is a row of the inodes."""
+    """Runs of blocks: `count` blocks from `start` hold the file's blocks from `logical`; `owner` is a row of
+    the inodes."""
 
     owner: Int
     logical: Int
@@ -73,26 +79,42 @@ class Runs:
 
     def take(self, keep: np.ndarray) -> "Runs":
         """The rows that a boolean or index array asks for."""
-        return Runs(self.owner[keep], self.logical[keep], self.start[keep], self.count[keep], self.unwritten[keep])
+        return Runs(
+            self.owner[keep], self.logical[keep], self.start[keep], self.count[keep], self.unwritten[keep]
+        )
 
 
 def read_blocks_of(
-    reader: Reader, superblock: Superblock, block: Bytes, extents: Int, pointers: Int, offsets: Int, problems: Problems
+    reader: Reader,
+    superblock: Superblock,
+    block: Bytes,
+    extents: Int,
+    pointers: Int,
+    offsets: Int,
+    problems: Problems,
 ) -> tuple[Runs, tuple[Int, Int]]:
     """All runs of inodes, and their tree nodes as (owner, block).
 
-    `block` holds all inodes' i_block, (n, 60) bytes; `extents` are the rows that are extent trees, `pointers` those that are block
-    pointers; `offsets` are where the inodes' records lie, for messages. Runs that reach out of the volume are cut, with a problem.
+    `block` holds all inodes' i_block, (n, 60) bytes; `extents` are the rows that are extent trees, `pointers`
+    those that are block pointers; `offsets` are where the inodes' records lie, for messages. Runs that reach
+    out of the volume are cut, with a problem.
     """
     found = Found()
     seen = EMPTY
     if len(extents):
         seen = _extent_trees(reader, superblock, block, extents, offsets, found, problems)
     if len(pointers):
-        _indirect(reader, superblock, pointers, block[pointers].view("<u4").astype(np.int64), seen, found, problems)
-    columns = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*found.runs, strict=True)]
+        _indirect(
+            reader, superblock, pointers, block[pointers].view("<u4").astype(np.int64), seen, found, problems
+        )
+    columns = [
+        np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*found.runs, strict=True)
+    ]
     nodes = [np.concatenate(parts) for parts in zip(*found.nodes, strict=True)] or [EMPTY, EMPTY]
-    return _inside(superblock, Runs(*columns or [EMPTY] * 4 + [EMPTY > 0]), offsets, problems), (nodes[0], nodes[1])
+    return _inside(superblock, Runs(*columns or [EMPTY] * 4 + [EMPTY > 0]), offsets, problems), (
+        nodes[0],
+        nodes[1],
+    )
 
 
 def _inside(superblock: Superblock, runs: Runs, offsets: Int, problems: Problems) -> Runs:
@@ -106,7 +128,8 @@ def _inside(superblock: Superblock, runs: Runs, offsets: Int, problems: Problems
 
 
 def _nodes(superblock: Superblock, block: Int, seen: Int, problems: Problems) -> tuple[Bool, Int]:
-    """Which of these tree nodes may be read (in the volume, and for the first time), and all nodes seen until now, sorted."""
+    """Which of these tree nodes may be read (in the volume, and for the first time), and all nodes seen until
+    now, sorted."""
     fits, offsets = superblock.inside(block, 1), block * superblock.block_size
     complain(problems, "outside", "tree nodes lie outside the volume", offsets[~fits])
     order = np.argsort(block, kind="stable")
@@ -126,13 +149,20 @@ def _batches(reader: Reader, superblock: Superblock, block: Int) -> Iterator[tup
         yield order[part], data
 
 
-# ---- extent trees ---------------------------------------------------------------------------------------------------
+# ---- extent trees ------------------------------------------------------------------------------------------
 
 
 def _extent_trees(
-    reader: Reader, superblock: Superblock, block_of: Bytes, owner: Int, offsets: Int, found: Found, problems: Problems
+    reader: Reader,
+    superblock: Superblock,
+    block_of: Bytes,
+    owner: Int,
+    offsets: Int,
+    found: Found,
+    problems: Problems,
 ) -> Int:
-    """Walk the extent trees of these owners from their roots in i_block, `block_of`; returns all nodes that were read."""
+    """Walk the extent trees of these owners from their roots in i_block, `block_of`; returns all nodes that
+    were read."""
     size = superblock.block_size
     children = [(EMPTY, EMPTY, EMPTY, EMPTY)]
     for at in range(0, len(owner), AT_ONCE):
@@ -141,7 +171,16 @@ def _extent_trees(
         together = int(some[-1] - some[0]) == len(some) - 1
         data = block_of[some[0] : some[-1] + 1] if together else block_of[some]
         children.append(
-            _node(superblock, data, some, data.view("<u2")[:, 3].astype(np.int64), None, offsets[some], found, problems)
+            _node(
+                superblock,
+                data,
+                some,
+                data.view("<u2")[:, 3].astype(np.int64),
+                None,
+                offsets[some],
+                found,
+                problems,
+            )
         )
     owner, block, expected, key = joined(children, 4)
     seen = EMPTY
@@ -171,16 +210,24 @@ def _node(
     found: Found,
     problems: Problems,
 ) -> tuple[Int, Int, Int, Int]:
-    """Take n nodes apart, (n, node size) bytes: extents go to `found`, what is returned are children (owner, block, depth, key).
+    """Take n nodes apart, (n, node size) bytes: extents go to `found`, what is returned are children (owner,
+    block, depth, key).
 
-    `expected` is each node's depth, `key` the first block of the file that its parent says is below it; a root has none.
+    `expected` is each node's depth, `key` the first block of the file that its parent says is below it; a
+    root has none.
     """
     room = data.shape[1] // 12 - 1
     items = np.ascontiguousarray(data[:, : (room + 1) * 12]).view(ITEM)
     header = items[:, 0].view(HEADER)
     entries, depth = header["eh_entries"].astype(np.int64), header["eh_depth"].astype(np.int64)
     most = header["eh_max"]
-    good = (header["eh_magic"] == EXTENT_MAGIC) & (entries <= most) & (most <= room) & (depth == expected) & (depth <= MAX_DEPTH)
+    good = (
+        (header["eh_magic"] == EXTENT_MAGIC)
+        & (entries <= most)
+        & (most <= room)
+        & (depth == expected)
+        & (depth <= MAX_DEPTH)
+    )
     good &= (most > 0) & ((entries > 0) | (depth == 0))
     if not good.all():
         # an inode without any block may have no header at all
@@ -205,7 +252,8 @@ def _node(
 
 def _check_order(row: Int, logical: Int, end: Int, key: Int | None, offsets: Int, problems: Problems) -> None:
     """In each node `row` entries must not overlap and must grow, from the key that the parent gives."""
-    if key is None and (not len(row) or len(row) == int(row[-1]) + 1):  # one entry in each root, as nearly always
+    # one entry in each root, as nearly always
+    if key is None and (not len(row) or len(row) == int(row[-1]) + 1):
         return
     bad = (row[1:] == row[:-1]) & (logical[1:] < end[:-1])
     if bad.any():
@@ -218,11 +266,14 @@ def _check_order(row: Int, logical: Int, end: Int, key: Int | None, offsets: Int
     if key is not None and len(row):
         first = np.append(True, row[1:] != row[:-1])
         at = row[first][logical[first] != key[row[first]]]
-        complain(problems, "extent-key", "extent tree nodes do not begin where their parent says", offsets[at])
+        complain(
+            problems, "extent-key", "extent tree nodes do not begin where their parent says", offsets[at]
+        )
 
 
 def _entries(nodes: NDArray[np.void], dtype: np.dtype[np.void], counts: Int) -> tuple[Int, NDArray[np.void]]:
-    """(node, entry) for the first `counts` entries of each node, (n, 1 + entries) ITEMs; the header takes the place of one."""
+    """(node, entry) for the first `counts` entries of each node, (n, 1 + entries) ITEMs; the header takes the
+    place of one."""
     if len(counts) and counts.max() <= 1:  # nearly all files are empty or in one piece
         row, first = np.flatnonzero(counts), nodes[:, 1]
         found = first if len(row) == len(nodes) else first[row]
@@ -232,11 +283,17 @@ def _entries(nodes: NDArray[np.void], dtype: np.dtype[np.void], counts: Int) -> 
     return row, found.view(dtype)
 
 
-# ---- block pointers -------------------------------------------------------------------------------------------------
+# ---- block pointers ----------------------------------------------------------------------------------------
 
 
 def _indirect(
-    reader: Reader, superblock: Superblock, owner: Int, pointers: Int, seen: Int, found: Found, problems: Problems
+    reader: Reader,
+    superblock: Superblock,
+    owner: Int,
+    pointers: Int,
+    seen: Int,
+    found: Found,
+    problems: Problems,
 ) -> None:
     """Follow block pointers, (n, 15), of ext2 and ext3."""
     per_block = superblock.block_size // 4
@@ -244,7 +301,10 @@ def _indirect(
     parts = [_joined(owner[row], column.astype(np.int64), pointers[row, column])]
     row, level = np.nonzero(pointers[:, DIRECT:])
     first = DIRECT + np.cumsum([0, per_block, per_block**2])
-    node, block, height, logical = owner[row], pointers[row, DIRECT + level], level.astype(np.int64) + 1, first[level]
+    node = owner[row]
+    block = pointers[row, DIRECT + level]
+    height = level.astype(np.int64) + 1
+    logical = first[level]
     for _ in range(LEVELS):
         if not len(block):
             break
@@ -265,7 +325,8 @@ def _indirect(
 
 
 def _joined(owner: Int, logical: Int, start: Int, count: Int | None = None) -> tuple[Int, Int, Int, Int]:
-    """Runs (single blocks if no `count` is given) by owner and place in the file; those that go on where another ends made one."""
+    """Runs (single blocks if no `count` is given) by owner and place in the file; those that go on where
+    another ends made one."""
     if not len(owner):
         return owner, logical, start, start
     count = np.ones(len(owner), np.int64) if count is None else count

@@ -1,7 +1,8 @@
 """Block groups: descriptors, the metadata at fixed places, and what the bitmaps call used.
 
-Sources: kernel Documentation/filesystems/ext4/{blockgroup,group_descr,bitmaps}.rst; fs/ext4/balloc.c (ext4_bg_has_super,
-ext4_init_block_bitmap); e2fsprogs lib/ext2fs/alloc_sb.c and closefs.c (ext2fs_super_and_bgd_loc2).
+Sources: kernel Documentation/filesystems/ext4/{blockgroup,group_descr,bitmaps}.rst; fs/ext4/balloc.c
+(ext4_bg_has_super, ext4_init_block_bitmap); e2fsprogs lib/ext2fs/alloc_sb.c and closefs.c
+(ext2fs_super_and_bgd_loc2).
 """
 
 from collections.abc import Iterator
@@ -32,12 +33,14 @@ DESCRIPTOR_64_FIELDS = [
     (0x28, "bg_inode_table_hi", "<u4"),
     (0x32, "bg_itable_unused_hi", "<u2"),
 ]  # fmt: skip
-DESCRIPTOR, DESCRIPTOR_64 = struct(32, DESCRIPTOR_FIELDS), struct(64, DESCRIPTOR_FIELDS + DESCRIPTOR_64_FIELDS)
+DESCRIPTOR = struct(32, DESCRIPTOR_FIELDS)
+DESCRIPTOR_64 = struct(64, DESCRIPTOR_FIELDS + DESCRIPTOR_64_FIELDS)
 CHECKSUM_AT = 0x1E
 INODE_UNINIT, BLOCK_UNINIT = 1, 2
 
 UNKNOWN = -(1 << 62)
-"""Stands for the place of a table that no descriptor gives: less than any offset that is added makes up for."""
+"""Stands for the place of a table that no descriptor gives: less than any offset that is added makes up
+for."""
 BATCH = 8 << 20
 """Bytes of bitmaps read at a time: enough for half a terabyte in blocks of 4 KiB, and small when unpacked."""
 
@@ -57,7 +60,7 @@ class Groups(NamedTuple):
     table_blocks: int
 
 
-# ---- where descriptors and superblocks lie --------------------------------------------------------------------------
+# ---- where descriptors and superblocks lie -----------------------------------------------------------------
 
 
 def has_super(superblock: Superblock) -> Bool:
@@ -73,7 +76,8 @@ def has_super(superblock: Superblock) -> Bool:
 
 
 def first_block(superblock: Superblock, group: Int) -> Int:
-    """Where the superblock's copy of a group would lie; block 1 for the very first where blocks have 1 KiB."""
+    """Where the superblock's copy of a group would lie; block 1 for the very first where blocks have 1
+    KiB."""
     block: Int = superblock.first_data_block + group * superblock.blocks_per_group
     return np.where(block == 0, 1, block) if superblock.block_size == 1024 else block
 
@@ -92,7 +96,8 @@ class DescriptorPlaces:
 
 
 def descriptor_places(superblock: Superblock) -> DescriptorPlaces:
-    """Both layouts: all descriptors behind each superblock, and (meta_bg) one block in the 1st, 2nd and last group of many."""
+    """Both layouts: all descriptors behind each superblock, and (meta_bg) one block in the 1st, 2nd and last
+    group of many."""
     group = np.arange(superblock.groups, dtype=np.int64)
     per_block = superblock.block_size // superblock.desc_size
     total = -(-superblock.groups // per_block)
@@ -107,7 +112,9 @@ def descriptor_places(superblock: Superblock) -> DescriptorPlaces:
     rank = np.arange(low, dtype=np.int64)
     copies = group[old & (group > 0)]
     primary = np.concatenate([base[0] + 1 + rank, (base + supers)[new & (place == 0)]])
-    second = np.concatenate([base[copies[0]] + 1 + rank if len(copies) else primary[:low], (base + supers)[new & (place == 1)]])
+    second = np.concatenate(
+        [base[copies[0]] + 1 + rank if len(copies) else primary[:low], (base + supers)[new & (place == 1)]]
+    )
     second = np.concatenate([second, primary[len(second) :]])
     return DescriptorPlaces(
         start=np.concatenate([base[old] + 1, (base + supers)[new]]),
@@ -125,18 +132,24 @@ def read_groups(reader: Reader, superblock: Superblock, problems: Problems) -> G
     groups, bad = _parse(superblock, found)
     if bad.any() and not np.array_equal(places.second, places.primary):
         copy = _descriptors(reader, superblock, places.second).copy()
-        if superblock.has("uninit_bg", "metadata_csum"):  # copies are not kept up to date: their hints may be too good
+        # copies are not kept up to date: their hints may be too good
+        if superblock.has("uninit_bg", "metadata_csum"):
             for hint in ("bg_flags", "bg_itable_unused_lo", "bg_itable_unused_hi"):
                 if hint in (copy.dtype.names or ()):
                     copy[hint] = 0
         _, still_bad = _parse(superblock, copy)
         take = bad & ~still_bad
         complain(
-            problems, "group-descriptor", f"group descriptors are damaged, {int(take.sum())} are read from a copy", where[bad]
+            problems,
+            "group-descriptor",
+            f"group descriptors are damaged, {int(take.sum())} are read from a copy",
+            where[bad],
         )
         groups, bad = _parse(superblock, np.where(take, copy, found))
     elif bad.any():
-        complain(problems, "group-descriptor", "group descriptors are damaged, and there is no copy", where[bad])
+        complain(
+            problems, "group-descriptor", "group descriptors are damaged, and there is no copy", where[bad]
+        )
     _check_checksums(superblock, found, where, problems)
     return groups
 
@@ -178,14 +191,17 @@ def _parse(superblock: Superblock, raw: np.ndarray) -> tuple[Groups, Bool]:
         bad |= ~fits
     inodes_unused = (flags & INODE_UNINIT) != 0
     return Groups(
-        block_bitmap=places["bg_block_bitmap"], inode_bitmap=places["bg_inode_bitmap"], inode_table=places["bg_inode_table"],
-        blocks_unused=(flags & BLOCK_UNINIT) != 0, inodes_unused=inodes_unused,
-        table_used=np.where(inodes_unused, 0, per_group - np.clip(unused, 0, per_group)), table_blocks=table_blocks,
+        block_bitmap=places["bg_block_bitmap"], inode_bitmap=places["bg_inode_bitmap"],
+        inode_table=places["bg_inode_table"], blocks_unused=(flags & BLOCK_UNINIT) != 0,
+        inodes_unused=inodes_unused,
+        table_used=np.where(inodes_unused, 0, per_group - np.clip(unused, 0, per_group)),
+        table_blocks=table_blocks,
     ), bad  # fmt: skip
 
 
 def _check_checksums(superblock: Superblock, raw: np.ndarray, where: Int, problems: Problems) -> None:
-    """Compare bg_checksum: CRC-32C with metadata_csum, CRC-16 with uninit_bg (which ext4 ignores where both are set)."""
+    """Compare bg_checksum: CRC-32C with metadata_csum, CRC-16 with uninit_bg (which ext4 ignores where both
+    are set)."""
     if not superblock.has("metadata_csum", "uninit_bg") or not len(raw):
         return
     size = superblock.desc_size
@@ -197,13 +213,18 @@ def _check_checksums(superblock: Superblock, raw: np.ndarray, where: Int, proble
         is_ = crc32c(np.concatenate([number, blank], axis=1), superblock.checksum_seed) & 0xFFFF
     else:
         uuid = np.frombuffer(superblock.record["s_uuid"].tobytes(), np.uint8)
-        parts = [np.broadcast_to(uuid, (len(raw), 16)), number, data[:, :CHECKSUM_AT], data[:, CHECKSUM_AT + 2 :]]
+        parts = [
+            np.broadcast_to(uuid, (len(raw), 16)),
+            number,
+            data[:, :CHECKSUM_AT],
+            data[:, CHECKSUM_AT + 2 :],
+        ]
         is_ = crc16(np.concatenate(parts, axis=1)).astype(np.uint32)
     wrong = is_ != raw["bg_checksum"]
     complain_where(problems, "checksum", "group descriptors have a wrong checksum", wrong, where)
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 
 def add_metadata(rows: ExtentRows, superblock: Superblock, groups: Groups) -> tuple[Int, Int]:
@@ -226,7 +247,8 @@ def add_metadata(rows: ExtentRows, superblock: Superblock, groups: Groups) -> tu
     start, count = reserved_descriptors(superblock)
     add("reserved group descriptors", start, count)
     for part, place, unused in (
-        ("block bitmap", groups.block_bitmap, groups.blocks_unused), ("inode bitmap", groups.inode_bitmap, groups.inodes_unused),
+        ("block bitmap", groups.block_bitmap, groups.blocks_unused),
+        ("inode bitmap", groups.inode_bitmap, groups.inodes_unused),
     ):  # fmt: skip
         add(part, place[(place > 0) & ~unused], 1)
         add(f"{part} (uninitialised)", place[(place > 0) & unused], 1)
@@ -234,7 +256,10 @@ def add_metadata(rows: ExtentRows, superblock: Superblock, groups: Groups) -> tu
     used = -(-groups.table_used * superblock.inode_size // size)
     add("inode table", groups.inode_table[known], used[known])
     add("inode table (unused)", (groups.inode_table + used)[known], (groups.table_blocks - used)[known])
-    if superblock.has("mmp") and superblock.inside(mmp := np.array([superblock.number("s_mmp_block") & (1 << 62) - 1]), 1).all():
+    if (
+        superblock.has("mmp")
+        and superblock.inside(mmp := np.array([superblock.number("s_mmp_block") & (1 << 62) - 1]), 1).all()
+    ):
         add("mmp block", mmp, 1)
     high = 2 if size == 1024 else 1
     rows.add(METADATA, 1024, high * size - 1024, part="superblock")
@@ -243,7 +268,8 @@ def add_metadata(rows: ExtentRows, superblock: Superblock, groups: Groups) -> tu
 
 
 def reserved_descriptors(superblock: Superblock) -> tuple[Int, Int]:
-    """Blocks kept behind the descriptors for growing online, as (starts, counts); the resize inode lists them too."""
+    """Blocks kept behind the descriptors for growing online, as (starts, counts); the resize inode lists them
+    too."""
     reserved = superblock.number("s_reserved_gdt_blocks")
     if not reserved or superblock.has("meta_bg") or reserved > superblock.blocks_per_group:
         return EMPTY, EMPTY
@@ -269,13 +295,15 @@ def ones(words: Bytes) -> tuple[Int, Int]:
 
 
 def _cut_at_seams(first: Int, high: Int, width: int) -> tuple[Int, Int]:
-    """Cut runs at the seams between bitmaps of `width` bits: for each piece (its bitmap, the run it comes from)."""
+    """Cut runs at the seams between bitmaps of `width` bits: for each piece (its bitmap, the run it comes
+    from)."""
     run, step = expand((high - 1) // width - first + 1)
     return first[run] + step, run
 
 
 def _bitmaps(reader: Reader, superblock: Superblock, blocks: Int, bits: int) -> Iterator[tuple[Int, Bytes]]:
-    """Batches (positions in `blocks`, bitmaps of shape (n, whole words)): `bits` bits of each, the others zero."""
+    """Batches (positions in `blocks`, bitmaps of shape (n, whole words)): `bits` bits of each, the others
+    zero."""
     for part, data in reader.batches(blocks * superblock.block_size, superblock.block_size, BATCH):
         clean = np.zeros((len(data), -(-bits // 64) * 8), np.uint8)
         whole, rest = divmod(bits, 8)
@@ -302,11 +330,16 @@ def add_free(
         base = row * width
         origin = first + read[position][row] * per_group
         starts.append(origin + (np.maximum(low[nth], base) - base) * superblock.cluster)
-        ends.append(origin + np.minimum(np.minimum(high[nth], base + width) - base, bits) * superblock.cluster)  # no padding
+        # no padding
+        ends.append(
+            origin + np.minimum(np.minimum(high[nth], base + width) - base, bits) * superblock.cluster
+        )
     end = superblock.readable
     low, high = union(np.concatenate(starts), np.minimum(np.concatenate(ends), end))
     if len(unread):
-        low, high = subtract(low, high, *whole_clusters(superblock, *subtract(*metadata, *_initialised(superblock, groups))))
+        low, high = subtract(
+            low, high, *whole_clusters(superblock, *subtract(*metadata, *_initialised(superblock, groups)))
+        )
     rows.add(FREE, low * superblock.block_size, (high - low) * superblock.block_size)
     return low, high
 
@@ -349,9 +382,14 @@ def used_inodes(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
 def record_offsets(superblock: Superblock, groups: Groups, numbers: Int) -> Int:
     """Where the records of these inodes lie, in bytes; negative where the group's table is unknown."""
     per_group, size = superblock.inodes_per_group, superblock.inode_size
-    # offset = table + (number - 1 - group * per_group) * size, with what belongs to the group joined beforehand
+    # offset = table + (number - 1 - group * per_group) * size, with what belongs to the group joined
+    # beforehand
     number = np.arange(len(groups.inode_table) + 1, dtype=np.int64)
-    base = np.where(np.append(groups.inode_table, -1) > 0, np.append(groups.inode_table, 0) * superblock.block_size, UNKNOWN)
+    base = np.where(
+        np.append(groups.inode_table, -1) > 0,
+        np.append(groups.inode_table, 0) * superblock.block_size,
+        UNKNOWN,
+    )
     base -= (number * per_group + 1) * size
     offset = base[np.minimum((numbers - 1) // per_group, len(groups.inode_table))]
     offset += numbers * size

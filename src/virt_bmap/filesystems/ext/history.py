@@ -1,11 +1,15 @@
-"""What an ext filesystem still remembers: which block a block in its journal is a copy of, and whose a free block was.
+"""What an ext filesystem still remembers: which block a block in its journal is a copy of, and whose a free
+block was.
 
-Transactions stay in the log until the ring comes round, also those that were checkpointed long ago: here all of them are looked at, where recovery stops at the first
-that is not due. ext4 clears the run list of an inode that it deletes, so an older copy of the inode's block, logged while the file was alive, is what tells its blocks.
-Without extents (ext2, ext3) an inode that was deleted may keep its pointers, too: old kernels and libext2fs (fuse2fs, debugfs) leave them. Names come from directory
-entries, living and dead: an entry stays behind in the room of the one before it.
+Transactions stay in the log until the ring comes round, also those that were checkpointed long ago: here all
+of them are looked at, where recovery stops at the first that is not due. ext4 clears the run list of an inode
+that it deletes, so an older copy of the inode's block, logged while the file was alive, is what tells its
+blocks. Without extents (ext2, ext3) an inode that was deleted may keep its pointers, too: old kernels and
+libext2fs (fuse2fs, debugfs) leave them. Names come from directory entries, living and dead: an entry stays
+behind in the room of the one before it.
 
-Sources: Linux fs/jbd2/recovery.c, include/linux/jbd2.h, fs/ext4/namei.c ext4_generic_delete_entry(); e2fsprogs debugfs/debugfs.c kill_file_by_inode().
+Sources: Linux fs/jbd2/recovery.c, include/linux/jbd2.h, fs/ext4/namei.c ext4_generic_delete_entry();
+e2fsprogs debugfs/debugfs.c kill_file_by_inode().
 """
 
 from typing import NamedTuple
@@ -41,7 +45,8 @@ NAME_AT = 8
 
 
 class Copies(NamedTuple):
-    """Blocks in the log: where each lies and belongs, in bytes of the volume, and in which transaction it was written."""
+    """Blocks in the log: where each lies and belongs, in bytes of the volume, and in which transaction it was
+    written."""
 
     place: Int
     target: Int
@@ -49,7 +54,8 @@ class Copies(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """Records of inodes as they once were: `number` of each, the transaction (`sequence`, -1: none) that wrote it, and its bytes, (n, inode_size)."""
+    """Records of inodes as they once were: `number` of each, the transaction (`sequence`, -1: none) that
+    wrote it, and its bytes, (n, inode_size)."""
 
     number: Int
     sequence: Int
@@ -57,18 +63,24 @@ class Remembered(NamedTuple):
 
 
 def copy_of(reader: Reader, offset: int) -> tuple[int, int] | None:
-    """(where it belongs, transaction) of a byte in the journal, both in bytes of the volume; None where it is no copy of a block."""
+    """(where it belongs, transaction) of a byte in the journal, both in bytes of the volume; None where it is
+    no copy of a block."""
     superblock = read_superblock(reader, [])
     log = _log(reader, superblock)
     if log is None:
         return None
     copies = _copies(log)
     found = np.flatnonzero(copies.place == offset - offset % log.block_size)
-    return (int(copies.target[found[0]]) + offset % log.block_size, int(copies.sequence[found[0]])) if len(found) else None
+    return (
+        (int(copies.target[found[0]]) + offset % log.block_size, int(copies.sequence[found[0]]))
+        if len(found)
+        else None
+    )
 
 
 def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Table:
-    """Whose the bytes [starts[i], ends[i]) were, as far as the journal and records of deleted inodes remember."""
+    """Whose the bytes [starts[i], ends[i]) were, as far as the journal and records of deleted inodes
+    remember."""
     superblock = read_superblock(reader, [])
     groups = read_groups(reader, superblock, [])
     log = _log(reader, superblock)
@@ -78,14 +90,22 @@ def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Tabl
         known["journal"] = _logged(reader, superblock, groups, copies)
     if not superblock.has("extent"):
         known["record of the deleted inode"] = _deleted(reader, superblock, groups)
-    table = tables.concat("former", [_holding(reader, superblock, which, starts, ends, who) for who, which in known.items()])
-    places = np.concatenate([copies.place if copies else EMPTY, _directory_blocks(extents, superblock.block_size)])
-    return _named(table, _names(reader, superblock.block_size, places, np.unique(tables.integers(table, "inode"))))
+    table = tables.concat(
+        "former", [_holding(reader, superblock, which, starts, ends, who) for who, which in known.items()]
+    )
+    places = np.concatenate(
+        [copies.place if copies else EMPTY, _directory_blocks(extents, superblock.block_size)]
+    )
+    return _named(
+        table, _names(reader, superblock.block_size, places, np.unique(tables.integers(table, "inode")))
+    )
 
 
 def _directory_blocks(extents: pa.Table, size: int) -> Int:
     """Where all blocks lie that hold names now."""
-    mine = (tables.codes(extents, "kind") == tables.DIRECTORY) & (tables.integers(extents, "flags") & tables.INLINE == 0)
+    mine = (tables.codes(extents, "kind") == tables.DIRECTORY) & (
+        tables.integers(extents, "flags") & tables.INLINE == 0
+    )
     start, length = tables.integers(extents, "volume_offset")[mine], tables.integers(extents, "length")[mine]
     row, step = expand(length // size)
     places: Int = start[row] + step * size
@@ -94,27 +114,48 @@ def _directory_blocks(extents: pa.Table, size: int) -> Int:
 
 def _log(reader: Reader, superblock: Superblock) -> Log | None:
     """The journal, where it is in the filesystem itself."""
-    return _internal(reader, superblock, []) if superblock.has("has_journal") and superblock.number("s_journal_inum") else None
+    return (
+        _internal(reader, superblock, [])
+        if superblock.has("has_journal") and superblock.number("s_journal_inum")
+        else None
+    )
 
 
 def _copies(log: Log) -> Copies:
-    """All logged blocks that descriptors in the ring tell of; where two claim a place, the later one wrote it."""
+    """All logged blocks that descriptors in the ring tell of; where two claim a place, the later one wrote
+    it."""
     first, length = log.number("s_first"), log.last - log.number("s_first")
     step = max(1, BATCH // log.block_size)
     parts = [
-        Headers(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, log.block_size), np.uint8))
+        Headers(
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int64),
+            np.zeros((0, log.block_size), np.uint8),
+        )
     ]
     for begin in range(0, length, step):
         at = np.arange(begin, min(begin + step, length), dtype=np.int64)
         data = log.reader.read_blocks(log.place[first + at], log.block_size)
         header = np.ascontiguousarray(data[:, : HEADER.itemsize]).view(HEADER)[:, 0]
-        mine = np.flatnonzero((header["h_magic"] == JOURNAL_MAGIC) & np.isin(header["h_blocktype"], (DESCRIPTOR, COMMIT, REVOKE)))
+        mine = np.flatnonzero(
+            (header["h_magic"] == JOURNAL_MAGIC)
+            & np.isin(header["h_blocktype"], (DESCRIPTOR, COMMIT, REVOKE))
+        )
         parts.append(
             Headers(
-                at[mine], header["h_blocktype"][mine].astype(np.int64), header["h_sequence"][mine].astype(np.int64), data[mine]
+                at[mine],
+                header["h_blocktype"][mine].astype(np.int64),
+                header["h_sequence"][mine].astype(np.int64),
+                data[mine],
             )
         )
-    headers = Headers(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("at", "kind", "sequence", "data")))
+    headers = Headers(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("at", "kind", "sequence", "data")
+        )
+    )
     (row, target, _, _, nth), _ = _tags(log, headers)
     place, sequence = (headers.at[row] + 1 + nth) % max(1, length), headers.sequence[row]
     order = np.lexsort((-sequence, place))
@@ -129,8 +170,14 @@ def _logged(reader: Reader, superblock: Superblock, groups: Groups, copies: Copi
     start = groups.inode_table * size
     order = np.argsort(start, kind="stable")
     at = order[np.maximum(np.searchsorted(start[order], copies.target, "right") - 1, 0)]
-    inside = (start[at] > 0) & (copies.target >= start[at]) & (copies.target < start[at] + groups.table_blocks * size)
-    first = (at * superblock.inodes_per_group + (copies.target - start[at]) // superblock.inode_size + 1)[inside]
+    inside = (
+        (start[at] > 0)
+        & (copies.target >= start[at])
+        & (copies.target < start[at] + groups.table_blocks * size)
+    )
+    first = (at * superblock.inodes_per_group + (copies.target - start[at]) // superblock.inode_size + 1)[
+        inside
+    ]
     raw = reader.read_blocks(copies.place[inside], size).reshape(-1, superblock.inode_size)
     columns = inodes.columns_of(superblock, raw)
     alive = np.flatnonzero((columns["mode"] != 0) & (columns["nlink"] > 0))
@@ -139,8 +186,10 @@ def _logged(reader: Reader, superblock: Superblock, groups: Groups, copies: Copi
 
 
 def _deleted(reader: Reader, superblock: Superblock, groups: Groups) -> Remembered:
-    """The records of inodes that no bitmap calls used, but that still say what they were and point at something."""
-    numbers, found = _unused(reader, superblock, groups), [(EMPTY, np.zeros((0, superblock.inode_size), np.uint8))]
+    """The records of inodes that no bitmap calls used, but that still say what they were and point at
+    something."""
+    numbers = _unused(reader, superblock, groups)
+    found = [(EMPTY, np.zeros((0, superblock.inode_size), np.uint8))]
     offsets = record_offsets(superblock, groups, numbers)
     inside = (offsets >= 0) & (offsets <= reader.size - superblock.inode_size)
     numbers, offsets = numbers[inside], offsets[inside]
@@ -167,8 +216,11 @@ def _unused(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
     return numbers
 
 
-def _holding(reader: Reader, superblock: Superblock, known: Remembered, starts: Int, ends: Int, said_by: str) -> pa.Table:
-    """The table `former`, without names, of the runs of these records that touch the ranges; of several that say the same the latest."""
+def _holding(
+    reader: Reader, superblock: Superblock, known: Remembered, starts: Int, ends: Int, said_by: str
+) -> pa.Table:
+    """The table `former`, without names, of the runs of these records that touch the ranges; of several that
+    say the same the latest."""
     size, columns = superblock.block_size, inodes.columns_of(superblock, known.raw)
     with_blocks = columns["flags"] & inodes.INLINE_DATA_FL == 0
     by_extents = columns["flags"] & inodes.EXTENTS_FL != 0
@@ -185,8 +237,9 @@ def _holding(reader: Reader, superblock: Superblock, known: Remembered, starts: 
     new = np.append(True, (keys[:, 1:] != keys[:, :-1]).any(axis=0))[: len(row)]
     here, row = here[new][:MAX_NAMED], row[new][:MAX_NAMED]
     return tables.make(
-        "former", volume_offset=runs.start[here] * size, length=runs.count[here] * size, inode=known.number[row], names=_no_names(len(row)),
-        part=None, file_offset=runs.logical[here] * size, size=columns["size"][row], mtime_ns=columns["mtime_ns"][row], said_by=said_by,
+        "former", volume_offset=runs.start[here] * size, length=runs.count[here] * size,
+        inode=known.number[row], names=_no_names(len(row)), part=None, file_offset=runs.logical[here] * size,
+        size=columns["size"][row], mtime_ns=columns["mtime_ns"][row], said_by=said_by,
         sequence=known.sequence[row], doubt=None,
     )  # fmt: skip
 
@@ -215,10 +268,12 @@ def _names(reader: Reader, size: int, places: Int, numbers: Int) -> dict[int, tu
         length = data[row, at + 4] | data[row, at + 5].astype(np.int64) << 8
         named = data[row, at + 6].astype(np.int64)
         good = (length % 4 == 0) & (named > 0) & (NAME_AT + named <= length) & (length <= size - at)
-        for block, begins, count in list(zip(row[good].tolist(), at[good].tolist(), named[good].tolist(), strict=True))[
-            :MAX_ENTRIES
-        ]:
+        for block, begins, count in list(
+            zip(row[good].tolist(), at[good].tolist(), named[good].tolist(), strict=True)
+        )[:MAX_ENTRIES]:
             name = data[block, begins + NAME_AT : begins + NAME_AT + count].tobytes()
             if not {0, ord("/")} & set(name):
                 found[int(words[block, begins // 4])][name] = None
-    return {number: tuple(name for name in names if name not in (b".", b"..")) for number, names in found.items()}
+    return {
+        number: tuple(name for name in names if name not in (b".", b"..")) for number, names in found.items()
+    }

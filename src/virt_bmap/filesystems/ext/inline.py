@@ -1,8 +1,10 @@
 """What lies inside other structures: short symbolic links, and the content of small files and directories.
 
-Inline data begins in i_block and goes on in the value of the attribute `system.data`, behind the record's fixed fields.
+Inline data begins in i_block and goes on in the value of the attribute `system.data`, behind the record's
+fixed fields.
 
-Sources: kernel Documentation/filesystems/ext4/{inlinedata,attributes}.rst; fs/ext4/{symlink,inline,xattr}.c, fs/ext4/xattr.h.
+Sources: kernel Documentation/filesystems/ext4/{inlinedata,attributes}.rst; fs/ext4/{symlink,inline,xattr}.c,
+fs/ext4/xattr.h.
 """
 
 import numpy as np
@@ -44,9 +46,14 @@ DIRECTORY_HEADER = 4
 def fast_symlinks(superblock: Superblock, nodes: Inodes, types: np.ndarray) -> Bool:
     """Symbolic links whose target lies in i_block.
 
-    Old kernels wrote some short targets to a block: these have one block pointer, and blocks beyond that of their attributes.
+    Old kernels wrote some short targets to a block: these have one block pointer, and blocks beyond that of
+    their attributes.
     """
-    fast: Bool = (types == tables.T_SYMLINK) & (nodes.size < I_BLOCK_SIZE) & (nodes.flags & (EXTENTS_FL | INLINE_DATA_FL) == 0)
+    fast: Bool = (
+        (types == tables.T_SYMLINK)
+        & (nodes.size < I_BLOCK_SIZE)
+        & (nodes.flags & (EXTENTS_FL | INLINE_DATA_FL) == 0)
+    )
     at = np.flatnonzero(fast)
     sectors, acl, block = nodes.sectors[at], nodes.acl[at], nodes.block[at]
     beyond = sectors - np.where(acl != 0, superblock.block_size * superblock.cluster // 512, 0)
@@ -63,17 +70,31 @@ def add_symlinks(rows: ExtentRows, superblock: Superblock, nodes: Inodes, types:
 
 
 def add_data(
-    rows: ExtentRows, superblock: Superblock, nodes: Inodes, types: np.ndarray, bodies: Bodies, problems: Problems
+    rows: ExtentRows,
+    superblock: Superblock,
+    nodes: Inodes,
+    types: np.ndarray,
+    bodies: Bodies,
+    problems: Problems,
 ) -> list[Names]:
     """Rows for inline data; returns the names in inline directories."""
     if not len(bodies.number) or not len(nodes.number):
         return []
     at = np.minimum(np.searchsorted(nodes.number, bodies.number), len(nodes.number) - 1)
-    kept = with_types(types[at], tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK) & (nodes.number[at] == bodies.number)
+    kept = with_types(types[at], tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK) & (
+        nodes.number[at] == bodies.number
+    )
     at, data = at[kept], bodies.data[kept]
     value, length = _system_data(data, nodes.offset[at], problems)
-    offset, number, size, is_dir = nodes.offset[at], nodes.number[at], nodes.size[at], types[at] == tables.T_DIRECTORY
-    kind_of = {tables.T_FILE: tables.DATA, tables.T_DIRECTORY: tables.DIRECTORY, tables.T_SYMLINK: tables.SYMLINK}
+    offset = nodes.offset[at]
+    number = nodes.number[at]
+    size = nodes.size[at]
+    is_dir = types[at] == tables.T_DIRECTORY
+    kind_of = {
+        tables.T_FILE: tables.DATA,
+        tables.T_DIRECTORY: tables.DIRECTORY,
+        tables.T_SYMLINK: tables.SYMLINK,
+    }
     kind = np.array([kind_of.get(code, 0) for code in range(len(tables.TYPES))], np.int8)[types[at]]
     first = np.where(is_dir, I_BLOCK_SIZE, np.minimum(size, I_BLOCK_SIZE))
     rest = np.where(is_dir, length, np.clip(size - I_BLOCK_SIZE, 0, length))
@@ -82,11 +103,14 @@ def add_data(
     zero = np.zeros(len(at), np.int64)
     rows.add(kind, offset + I_BLOCK, first, inode=number, file_offset=zero, flags=tables.INLINE)
     rows.add(kind, offset + value, rest, inode=number, file_offset=zero + I_BLOCK_SIZE, flags=tables.INLINE)
-    return _names(superblock, number[is_dir], data[is_dir], offset[is_dir], value[is_dir], length[is_dir], problems)
+    return _names(
+        superblock, number[is_dir], data[is_dir], offset[is_dir], value[is_dir], length[is_dir], problems
+    )
 
 
 def _system_data(data: np.ndarray, offsets: Int, problems: Problems) -> tuple[Int, Int]:
-    """(offset in the record, length) of the value of `system.data` in n records, (n, inode size) bytes; (0, 0) where there is none.
+    """(offset in the record, length) of the value of `system.data` in n records, (n, inode size) bytes; (0,
+    0) where there is none.
 
     One cursor a record, all stepped at once over the attributes' entries.
     """
@@ -108,7 +132,9 @@ def _system_data(data: np.ndarray, offsets: Int, problems: Problems) -> tuple[In
         place = (row * width + at)[:, None] + np.arange(XATTR_ENTRY.itemsize)
         entry = flat[place].view(XATTR_ENTRY)[:, 0]
         name = np.minimum(at + XATTR_ENTRY.itemsize, width - 4) // 4
-        mine = (entry["e_name_index"] == SYSTEM) & (entry["e_name_len"] == 4) & (words[row, name] == DATA_NAME)
+        mine = (
+            (entry["e_name_index"] == SYSTEM) & (entry["e_name_len"] == 4) & (words[row, name] == DATA_NAME)
+        )
         value[row[mine]] = first[mine] + entry["e_value_offs"][mine].astype(np.int64)
         length[row[mine]] = entry["e_value_size"][mine].astype(np.int64)
         at = at + XATTR_ENTRY.itemsize + (entry["e_name_len"].astype(np.int64) + 3 & ~3)
@@ -119,15 +145,30 @@ def _system_data(data: np.ndarray, offsets: Int, problems: Problems) -> tuple[In
 
 
 def _names(
-    superblock: Superblock, number: Int, data: np.ndarray, offset: Int, value: Int, length: Int, problems: Problems
+    superblock: Superblock,
+    number: Int,
+    data: np.ndarray,
+    offset: Int,
+    value: Int,
+    length: Int,
+    problems: Problems,
 ) -> list[Names]:
     base = np.arange(len(number), dtype=np.int64) * superblock.inode_size
     head = I_BLOCK + DIRECTORY_HEADER
-    start = np.stack([base + head, base + np.where(length > 0, value, superblock.inode_size)], axis=1).reshape(-1)
+    start = np.stack(
+        [base + head, base + np.where(length > 0, value, superblock.inode_size)], axis=1
+    ).reshape(-1)
     end = start + np.stack([np.full(len(number), I_BLOCK + I_BLOCK_SIZE - head), length], axis=1).reshape(-1)
     place = (np.repeat(offset - base, 2) + start).astype(np.int64)
     return [
         directories.parse(
-            data.reshape(-1), start, end, np.repeat(number, 2), place, superblock.block_size, superblock.inodes, problems
+            data.reshape(-1),
+            start,
+            end,
+            np.repeat(number, 2),
+            place,
+            superblock.block_size,
+            superblock.inodes,
+            problems,
         )
     ]

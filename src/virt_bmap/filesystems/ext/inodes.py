@@ -1,6 +1,7 @@
 """The inode tables as columns: only records that a bitmap calls used are looked at, only their blocks read.
 
-Sources: kernel Documentation/filesystems/ext4/{inodes,special_inodes}.rst; fs/ext4/inode.c (ext4_iget), fs/ext4/ext4.h.
+Sources: kernel Documentation/filesystems/ext4/{inodes,special_inodes}.rst; fs/ext4/inode.c (ext4_iget),
+fs/ext4/ext4.h.
 """
 
 from functools import cache
@@ -45,7 +46,8 @@ INODE_EXTRA_FIELDS: list[Field] = [
 ]  # fmt: skip
 INODE = struct(0xA0, [
     *INODE_FIELDS, *INODE_EXTRA_FIELDS,
-    (0x84, "i_ctime_extra", "<u4"), (0x8C, "i_atime_extra", "<u4"), (0x90, "i_crtime", "<i4"), (0x9C, "i_projid", "<u4"),
+    (0x84, "i_ctime_extra", "<u4"), (0x8C, "i_atime_extra", "<u4"), (0x90, "i_crtime", "<i4"),
+    (0x9C, "i_projid", "<u4"),
 ])  # fmt: skip
 """All fields, for people; what is read takes the size that the superblock gives."""
 I_BLOCK = 0x28
@@ -56,27 +58,30 @@ EXTENTS_FL, EA_INODE_FL, INLINE_DATA_FL = 0x80000, 0x200000, 0x10000000
 
 BAD_BLOCKS, ROOT, BOOT_LOADER, UNDELETE, RESIZE, JOURNAL, EXCLUDE, REPLICA = 1, 2, 5, 6, 7, 8, 9, 10
 RESERVED = {
-    BAD_BLOCKS: "bad blocks", 3: "user quota", 4: "group quota", BOOT_LOADER: "boot loader", UNDELETE: "undelete directory",
-    RESIZE: "resize inode", JOURNAL: "journal", EXCLUDE: "exclude bitmap", REPLICA: "replica",
+    BAD_BLOCKS: "bad blocks", 3: "user quota", 4: "group quota", BOOT_LOADER: "boot loader",
+    UNDELETE: "undelete directory", RESIZE: "resize inode", JOURNAL: "journal", EXCLUDE: "exclude bitmap",
+    REPLICA: "replica",
 }  # fmt: skip
 
 PLAIN = {
-    "mode": "i_mode", "uid": "i_uid", "gid": "i_gid", "size": "i_size_lo", "nlink": "i_links_count", "flags": "i_flags",
-    "mtime_ns": "i_mtime", "sectors": "i_blocks_lo", "acl": "i_file_acl_lo",
+    "mode": "i_mode", "uid": "i_uid", "gid": "i_gid", "size": "i_size_lo", "nlink": "i_links_count",
+    "flags": "i_flags", "mtime_ns": "i_mtime", "sectors": "i_blocks_lo", "acl": "i_file_acl_lo",
 }  # fmt: skip
 """Columns and the fields that they begin with."""
 COLUMNS = {
-    "mode": "u2", "uid": "i8", "gid": "i8", "size": "i8", "nlink": "i8", "flags": "u4", "mtime_ns": "i8", "sectors": "u4",
-    "acl": "i8", "translator": "u4", "block": f"{I_BLOCK_SIZE}u1",
+    "mode": "u2", "uid": "i8", "gid": "i8", "size": "i8", "nlink": "i8", "flags": "u4", "mtime_ns": "i8",
+    "sectors": "u4", "acl": "i8", "translator": "u4", "block": f"{I_BLOCK_SIZE}u1",
 }  # fmt: skip
 """The columns that come from records: as wide as the tables have them, or else as the disk."""
 BATCH = 8 << 20
 """Bytes of inode tables read at a time: 32,768 records of the usual size, and few waits for a slow disk."""
 COPIED = 2 << 20
-"""The same where reading is only a copy: few enough to stay in the processor's own cache while field after field is read."""
+"""The same where reading is only a copy: few enough to stay in the processor's own cache while field after
+field is read."""
 MAX_SIZE = 1 << 62
 LATEST = (1 << 63) // 1_000_000_000 - 2
-"""Seconds in the year 2262: the last that a count of nanoseconds since 1970 holds. ext4 goes on until 2446."""
+"""Seconds in the year 2262: the last that a count of nanoseconds since 1970 holds. ext4 goes on until
+2446."""
 
 
 class Inodes(NamedTuple):
@@ -139,7 +144,13 @@ def read_inodes(
             bodies.append(data[found])
     columns = _without_empty(superblock, columns)
     huge = (columns["size"] < 0) | (columns["size"] > MAX_SIZE)
-    complain_where(problems, "inode-size", "inodes say that they are larger than any file can be", huge, columns["offset"])
+    complain_where(
+        problems,
+        "inode-size",
+        "inodes say that they are larger than any file can be",
+        huge,
+        columns["offset"],
+    )
     columns["size"][huge] = 0
     return Inodes(**columns), Bodies(np.concatenate(inline), np.concatenate(bodies))
 
@@ -161,13 +172,18 @@ def _record(size: int) -> np.dtype[np.void]:
 
 
 def _take_apart(superblock: Superblock, data: Bytes, columns: dict[str, np.ndarray]) -> None:
-    """Fill the columns in place, each field read once: high halves that are all zero, as nearly always, cost a look."""
+    """Fill the columns in place, each field read once: high halves that are all zero, as nearly always, cost
+    a look."""
     extra = superblock.inode_size >= 0x8C
     raw = records(data, _record(superblock.inode_size))
     hurd = superblock.number("s_creator_os") == HURD
     for name, field in PLAIN.items():
         columns[name][...] = raw[field]
-    for name, high, shift in (("uid", "l_i_uid_high", 16), ("gid", "l_i_gid_high", 16), ("acl", "l_i_file_acl_high", 32)):
+    for name, high, shift in (
+        ("uid", "l_i_uid_high", 16),
+        ("gid", "l_i_gid_high", 16),
+        ("acl", "l_i_file_acl_high", 32),
+    ):
         if not (hurd and name == "acl") and raw[high].any():
             columns[name] |= raw[high].astype(np.int64) << shift
     if raw["i_size_high"].any():
@@ -177,7 +193,11 @@ def _take_apart(superblock: Superblock, data: Bytes, columns: dict[str, np.ndarr
     columns["block"].view(f"V{I_BLOCK_SIZE}")[:, 0] = raw["i_block"]
     columns["translator"][...] = raw["h_i_translator"] if hurd else 0
     mtime = columns["mtime_ns"]
-    more = np.where(raw["i_extra_isize"] >= 0x8C - 0x80, raw["i_mtime_extra"], 0) if extra else np.zeros(1, np.uint32)
+    more = (
+        np.where(raw["i_extra_isize"] >= 0x8C - 0x80, raw["i_mtime_extra"], 0)
+        if extra
+        else np.zeros(1, np.uint32)
+    )
     if (more & 3).any():
         mtime += (more & 3).astype(np.int64) << 32
         np.minimum(mtime, LATEST, out=mtime)
@@ -186,10 +206,13 @@ def _take_apart(superblock: Superblock, data: Bytes, columns: dict[str, np.ndarr
 
 
 def _without_empty(superblock: Superblock, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the reserved numbers whose records nobody uses; they come first, so nothing else needs to be moved."""
+    """Without the reserved numbers whose records nobody uses; they come first, so nothing else needs to be
+    moved."""
     count = int(np.searchsorted(columns["number"], superblock.first_inode))
     head = {name: values[:count] for name, values in columns.items()}
-    used = (head["mode"] != 0) | (head["size"] != 0) | (head["sectors"] != 0) | (head["block"] != 0).any(axis=1)
+    used = (
+        (head["mode"] != 0) | (head["size"] != 0) | (head["sectors"] != 0) | (head["block"] != 0).any(axis=1)
+    )
     keep = np.flatnonzero(used | (head["number"] == ROOT))
     gone = count - len(keep)
     for name, values in head.items():
@@ -200,7 +223,11 @@ def _without_empty(superblock: Superblock, columns: dict[str, np.ndarray]) -> di
 
 def metadata_names(superblock: Superblock) -> dict[int, str]:
     """Inode number to name of the files that serve the filesystem itself."""
-    names = {number: name for number, name in RESERVED.items() if number < superblock.first_inode and number not in (3, 4)}
+    names = {
+        number: name
+        for number, name in RESERVED.items()
+        if number < superblock.first_inode and number not in (3, 4)
+    }
     if superblock.has("has_journal") and (journal := superblock.number("s_journal_inum")):
         names[journal] = "journal"
     for feature, field, name in (
@@ -236,9 +263,14 @@ def table(superblock: Superblock, inodes: Inodes, types: np.ndarray) -> pa.Table
     """The table `inodes`."""
     own = types != tables.T_METADATA
     flags = np.where((inodes.nlink == 0) & own, np.int32(tables.I_DELETED), np.int32(0))
-    for bit, meaning in ((ENCRYPT_FL, tables.I_ENCRYPTED), (IMMUTABLE_FL, tables.I_IMMUTABLE), (VERITY_FL, tables.I_VERITY)):
+    for bit, meaning in (
+        (ENCRYPT_FL, tables.I_ENCRYPTED),
+        (IMMUTABLE_FL, tables.I_IMMUTABLE),
+        (VERITY_FL, tables.I_VERITY),
+    ):
         flags[inodes.flags & bit != 0] |= meaning
     return tables.make(
-        "inodes", volume=0, inode=inodes.number, type=types, mode=inodes.mode, uid=inodes.uid, gid=inodes.gid, size=inodes.size,
-        nlink=inodes.nlink, mtime_ns=inodes.mtime_ns, flags=flags, record_offset=inodes.offset,
+        "inodes", volume=0, inode=inodes.number, type=types, mode=inodes.mode, uid=inodes.uid, gid=inodes.gid,
+        size=inodes.size, nlink=inodes.nlink, mtime_ns=inodes.mtime_ns, flags=flags,
+        record_offset=inodes.offset,
     )  # fmt: skip

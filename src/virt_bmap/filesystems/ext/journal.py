@@ -1,10 +1,13 @@
-"""The journal (jbd2), replayed in memory: what a mount would write to the disk first, laid over the reader as a patch.
+"""The journal (jbd2), replayed in memory: what a mount would write to the disk first, laid over the reader as
+a patch.
 
-The log is a ring of blocks. A transaction is one or more descriptor blocks, each followed by the blocks that it names, revoke
-blocks, and a commit block. Blocks of data that begin with the journal's magic are escaped, so that whatever has the magic is one of
-its own: all of them are found at once, and then only their order has to be proven.
+The log is a ring of blocks. A transaction is one or more descriptor blocks, each followed by the blocks that
+it names, revoke blocks, and a commit block. Blocks of data that begin with the journal's magic are escaped,
+so that whatever has the magic is one of its own: all of them are found at once, and then only their order has
+to be proven.
 
-Sources: kernel Documentation/filesystems/ext4/journal.rst; include/linux/jbd2.h; fs/jbd2/recovery.c (v6.12); fs/ext4/fast_commit.h.
+Sources: kernel Documentation/filesystems/ext4/journal.rst; include/linux/jbd2.h; fs/jbd2/recovery.c (v6.12);
+fs/ext4/fast_commit.h.
 """
 
 import zlib
@@ -97,8 +100,11 @@ class Headers(NamedTuple):
         return Headers(self.at[keep], self.kind[keep], self.sequence[keep], self.data[keep])
 
 
-def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], problems: Problems) -> tuple[Reader, Superblock]:
-    """The volume as it is after recovery, and its superblock then; both unchanged where no recovery is needed."""
+def replay(
+    reader: Reader, superblock: Superblock, others: Sequence[Reader], problems: Problems
+) -> tuple[Reader, Superblock]:
+    """The volume as it is after recovery, and its superblock then; both unchanged where no recovery is
+    needed."""
     if not superblock.has("needs_recovery") or not superblock.has("has_journal"):
         return reader, superblock
     log = (
@@ -114,7 +120,10 @@ def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], pro
         at = error.offset if log.reader is reader and error.offset is not None else -1
         problems.append(
             Problem(
-                "journal", f"needs recovery, but {error}, so that a mount refuses it: the map shows the state before recovery", at
+                "journal",
+                f"needs recovery, but {error}, so that a mount refuses it: the map shows the state "
+                "before recovery",
+                at,
             )
         )
         return reader, superblock
@@ -122,7 +131,8 @@ def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], pro
     if not len(patch.offsets):
         return reader, superblock
     note = (
-        f"needs recovery: {len(patch.offsets)} blocks from the journal were replayed in memory, as a mount would do on the disk"
+        f"needs recovery: {len(patch.offsets)} blocks from the journal were replayed in memory, as a "
+        "mount would do on the disk"
     )
     problems.append(Problem("journal-replayed", note, -1, "note"))
     patched = PatchedReader(reader, patch)
@@ -130,7 +140,8 @@ def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], pro
 
 
 def _internal(reader: Reader, superblock: Superblock, problems: Problems) -> Log | None:
-    """The journal in an inode of the filesystem; its blocks as the superblock remembers them where the inode is damaged."""
+    """The journal in an inode of the filesystem; its blocks as the superblock remembers them where the inode
+    is damaged."""
     ignored: Problems = []
     groups = read_groups(reader, superblock, ignored)
     number = np.array([superblock.number("s_journal_inum")], np.int64)
@@ -146,11 +157,17 @@ def _internal(reader: Reader, superblock: Superblock, problems: Problems) -> Log
         runs, _ = blocks.read_blocks_of(reader, superblock, block, trees[0], trees[1], one, ignored)
         runs = runs.take(np.argsort(runs.logical, kind="stable"))
         whole = (
-            0 < int(runs.count.sum()) <= superblock.readable and (runs.logical == np.append(0, np.cumsum(runs.count)[:-1])).all()
+            0 < int(runs.count.sum()) <= superblock.readable
+            and (runs.logical == np.append(0, np.cumsum(runs.count)[:-1])).all()
         )
         if whole and (log := _opened(reader, superblock, _unrolled(superblock, runs))):
             return log
-    problems.append(Problem("journal", "needs recovery, but its journal can't be read: the map shows the state before recovery"))
+    problems.append(
+        Problem(
+            "journal",
+            "needs recovery, but its journal can't be read: the map shows the state before recovery",
+        )
+    )
     return None
 
 
@@ -174,14 +191,17 @@ def _external(superblock: Superblock, others: Sequence[Reader], problems: Proble
     uuid = wanted.hex()
     problems.append(
         Problem(
-            "journal", f"needs recovery, but its journal (a device with UUID {uuid}) is not among the disks", severity="warning"
+            "journal",
+            f"needs recovery, but its journal (a device with UUID {uuid}) is not among the disks",
+            severity="warning",
         )
     )
     return None
 
 
 def _opened(reader: Reader, superblock: Superblock, place: Int, shift: int = 0) -> Log | None:
-    """The journal whose superblock lies at place[0], if it has one; `shift`: the number of that block in the journal's own count."""
+    """The journal whose superblock lies at place[0], if it has one; `shift`: the number of that block in the
+    journal's own count."""
     if not len(place):
         return None
     found = record(reader.read(int(place[0]), JOURNAL_SUPER.itemsize), JOURNAL_SUPER)
@@ -193,7 +213,7 @@ def _opened(reader: Reader, superblock: Superblock, place: Int, shift: int = 0) 
     return log if 0 < log.number("s_first") < len(place) and log.number("s_start") < len(place) else None
 
 
-# ---- from the log to a patch ----------------------------------------------------------------------------------------
+# ---- from the log to a patch -------------------------------------------------------------------------------
 
 
 def _patch(log: Log, superblock: Superblock, problems: Problems) -> Patch:
@@ -219,7 +239,9 @@ def _patch(log: Log, superblock: Superblock, problems: Problems) -> Patch:
     newest = np.append(target[keep][1:] != target[keep][:-1], True)[: len(keep)]
     keep = keep[newest]
     inside = target[keep] < superblock.readable
-    complain(problems, "journal", "blocks in the journal belong outside the volume", target[keep][~inside] * size)
+    complain(
+        problems, "journal", "blocks in the journal belong outside the volume", target[keep][~inside] * size
+    )
     keep = keep[inside]
     data = log.reader.read_blocks(_ring(log, at[keep]), size)
     wrong = _wrong_checksums(log, data, sequence[keep], checksum[keep])
@@ -236,7 +258,8 @@ def _ring(log: Log, at: Int) -> Int:
 
 
 def _walk(log: Log) -> tuple[Headers, tuple[Int, Int, Int, Int, Int]]:
-    """The blocks of all committed transactions, and their tags (target block, flags, place in the log, sequence, checksum)."""
+    """The blocks of all committed transactions, and their tags (target block, flags, place in the log,
+    sequence, checksum)."""
     length = log.last - log.number("s_first")
     step = max(1, BATCH // log.block_size)
     parts: list[Headers] = []
@@ -245,9 +268,15 @@ def _walk(log: Log) -> tuple[Headers, tuple[Int, Int, Int, Int, Int]]:
         data = log.reader.read_blocks(_ring(log, at), log.block_size)
         header = np.ascontiguousarray(data[:, :12]).view(HEADER)[:, 0]
         mine = np.flatnonzero(header["h_magic"] == JOURNAL_MAGIC)
-        kind, sequence = header["h_blocktype"][mine].astype(np.int64), header["h_sequence"][mine].astype(np.int64)
+        kind = header["h_blocktype"][mine].astype(np.int64)
+        sequence = header["h_sequence"][mine].astype(np.int64)
         parts.append(Headers(at[mine], kind, sequence, data[mine]))
-        found = Headers(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("at", "kind", "sequence", "data")))
+        found = Headers(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("at", "kind", "sequence", "data")
+            )
+        )
         tags, count = _tags(log, found)
         chain = _chain(log, found, count)
         if chain < len(found.at) or begin + step >= length:
@@ -265,7 +294,8 @@ def _walk(log: Log) -> tuple[Headers, tuple[Int, Int, Int, Int, Int]]:
 
 
 def _chain(log: Log, headers: Headers, tags: Int) -> int:
-    """How many of the journal's own blocks follow each other as recovery expects: place, sequence, kind, checksum."""
+    """How many of the journal's own blocks follow each other as recovery expects: place, sequence, kind,
+    checksum."""
     if not len(headers.at):
         return 0
     next_at = headers.at + 1 + tags
@@ -280,9 +310,11 @@ def _chain(log: Log, headers: Headers, tags: Int) -> int:
 
 
 def _good_transactions(log: Log, headers: Headers, tags: Int, commits: Int) -> int:
-    """How many transactions have the CRC-32 that their commit block gives: of descriptors and logged blocks, most significant bit first.
+    """How many transactions have the CRC-32 that their commit block gives: of descriptors and logged blocks,
+    most significant bit first.
 
-    With asynchronous commits it is all that tells a whole transaction from one of which only the commit block was written.
+    With asynchronous commits it is all that tells a whole transaction from one of which only the commit block
+    was written.
     """
     flip = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)[:, ::-1], axis=1)[:, 0]
     begin = 0
@@ -296,13 +328,18 @@ def _good_transactions(log: Log, headers: Headers, tags: Int, commits: Int) -> i
         row, step = expand(1 + tags[mine])
         data = log.reader.read_blocks(_ring(log, headers.at[mine][row] + step), log.block_size)
         crc = (zlib.crc32(flip[data].tobytes()) ^ 0xFFFFFFFF).to_bytes(4, "little")
-        if (kind, size, said) != (CRC32_TYPE, 4, int.from_bytes(flip[np.frombuffer(crc, np.uint8)].tobytes(), "big")):
+        if (kind, size, said) != (
+            CRC32_TYPE,
+            4,
+            int.from_bytes(flip[np.frombuffer(crc, np.uint8)].tobytes(), "big"),
+        ):
             return number
     return len(commits)
 
 
 def _wrong_headers(log: Log, headers: Headers) -> Bool:
-    """Which descriptor, revoke and commit blocks have a wrong checksum: in the last four bytes, or in h_chksum of a commit."""
+    """Which descriptor, revoke and commit blocks have a wrong checksum: in the last four bytes, or in
+    h_chksum of a commit."""
     data = headers.data.copy()
     at = np.where(headers.kind == COMMIT, CHECKSUM_AT, log.block_size - 4)
     place = at[:, None] + np.arange(4)
@@ -324,7 +361,8 @@ def _wrong_checksums(log: Log, data: Bytes, sequence: Int, said: Int) -> Bool:
 
 
 def _tags(log: Log, headers: Headers) -> tuple[tuple[Int, Int, Int, Int, Int], Int]:
-    """Tags of all descriptor blocks as (row of headers, target, flags, checksum, number within the block), and their count per header."""
+    """Tags of all descriptor blocks as (row of headers, target, flags, checksum, number within the block),
+    and their count per header."""
     size = _tag_size(log)
     end = log.block_size - (4 if log.features & (CSUM_V2 | CSUM_V3) else 0)
     row: Int = np.flatnonzero(headers.kind == DESCRIPTOR)
@@ -349,7 +387,9 @@ def _tags(log: Log, headers: Headers) -> tuple[tuple[Int, Int, Int, Int, Int], I
         at = (at + size + np.where(flags & SAME_UUID, 0, 16))[more]
         row, nth = row[more], nth + 1
     tags = joined(found, 5)
-    return (tags[0], tags[1], tags[2], tags[3], tags[4]), np.bincount(tags[0], minlength=len(headers.at)).astype(np.int64)
+    return (tags[0], tags[1], tags[2], tags[3], tags[4]), np.bincount(
+        tags[0], minlength=len(headers.at)
+    ).astype(np.int64)
 
 
 def _tag_size(log: Log) -> int:
@@ -373,7 +413,9 @@ def _revoked(log: Log, headers: Headers) -> tuple[Int, Int]:
     used = _big(mine.data, 12, 4)
     if (used > limit).any():  # scan_revoke_records(): -EINVAL, and nothing is recovered
         raise Corrupt(
-            "a revoke block of the journal has an impossible count", int(_ring(log, mine.at[used > limit])[0]), "journal"
+            "a revoke block of the journal has an impossible count",
+            int(_ring(log, mine.at[used > limit])[0]),
+            "journal",
         )
     used = np.maximum(used, 16)
     row, step = expand((used - 16) // width)
@@ -394,6 +436,7 @@ def _check_fast_commits(log: Log, problems: Problems) -> None:
     tag, tid = int(head[:2].view("<u2")[0]), int(head[8:12].view("<u4")[0])
     if tag == FC_TAG_HEAD and tid == expected:
         problems.append(Problem(
-            "fast-commit", "the journal holds fast commits, which are not replayed: the newest changes are missing from the map",
+            "fast-commit", "the journal holds fast commits, which are not replayed: the newest changes "
+                "are missing from the map",
             first, "warning",
         ))  # fmt: skip

@@ -1,9 +1,11 @@
-"""What `check` asks of ext beyond what a map needs: every checksum of metadata_csum, and the order in hash trees.
+"""What `check` asks of ext beyond what a map needs: every checksum of metadata_csum, and the order in hash
+trees.
 
 A second pass over the metadata whose places the tables give; the state after recovery, as the map shows it.
 
-Sources: kernel Documentation/filesystems/ext4/checksums.rst; fs/ext4 (v6.12): inode.c ext4_inode_csum, bitmap.c, extents.c ext4_extent_block_csum,
-namei.c ext4_dirblock_csum, ext4_dx_csum, dx_probe, xattr.c ext4_xattr_block_csum, mmp.c, orphan.c; fs/jbd2/journal.c jbd2_superblock_csum.
+Sources: kernel Documentation/filesystems/ext4/checksums.rst; fs/ext4 (v6.12): inode.c ext4_inode_csum,
+bitmap.c, extents.c ext4_extent_block_csum, namei.c ext4_dirblock_csum, ext4_dx_csum, dx_probe, xattr.c
+ext4_xattr_block_csum, mmp.c, orphan.c; fs/jbd2/journal.c jbd2_superblock_csum.
 """
 
 import numpy as np
@@ -20,14 +22,17 @@ from virt_bmap.filesystems.proving import Compared, Places, blocks, check_names,
 from virt_bmap.layout import record, records, struct
 from virt_bmap.reader import Reader
 
-INODE = struct(128, [(0x20, "i_flags", "<u4"), (0x64, "i_generation", "<u4"), (0x7C, "l_i_checksum_lo", "<u2")])
+INODE = struct(
+    128, [(0x20, "i_flags", "<u4"), (0x64, "i_generation", "<u4"), (0x7C, "l_i_checksum_lo", "<u2")]
+)
 EXTRA_ISIZE, CHECKSUM_HI = 0x80, 0x82
 INDEX_FL = 0x1000
 DX_INFO_LENGTH, DX_ENTRY, DX_TAIL = 8, 8, 8
 DX_MAX_INDIRECT = 3
 XATTR_MAGIC, XATTR_CHECKSUM = 0xEA020000, 0x10
 DIRECTORY_TAIL = np.frombuffer(b"\0\0\0\0\x0c\0\0\xde", np.uint8)
-"""struct ext4_dir_entry_tail: an entry of 12 bytes without inode or name, of file type 0xde, whose last four bytes are the checksum."""
+"""struct ext4_dir_entry_tail: an entry of 12 bytes without inode or name, of file type 0xde, whose last four
+bytes are the checksum."""
 MMP_CHECKSUM = 0x3FC
 ORPHAN_MAGIC = 0x0B10CA04
 JOURNAL_CHECKSUM = 0xFC
@@ -37,7 +42,10 @@ class _Inodes:
     """The inodes of the map by number, with what checksums of their blocks begin with."""
 
     def __init__(self, found: Filesystem) -> None:
-        self.number, self.place = tables.integers(found.inodes, "inode"), tables.integers(found.inodes, "record_offset")
+        self.number, self.place = (
+            tables.integers(found.inodes, "inode"),
+            tables.integers(found.inodes, "record_offset"),
+        )
         self.size = tables.integers(found.inodes, "size")
         self.flags = np.zeros(len(self.number), np.uint32)
         self.seed = np.zeros(len(self.number), np.uint32)
@@ -54,7 +62,8 @@ def prove(found: Filesystem) -> list[Proof]:
     compared, places, inodes = Compared(), Places(found, superblock.block_size), _Inodes(found)
     checked = superblock.has("metadata_csum")
     if checked:
-        compared.compare("superblocks", np.ones(1, bool), np.zeros(1, np.int64))  # its reader has said so if it is wrong
+        # its reader has said so if it is wrong
+        compared.compare("superblocks", np.ones(1, bool), np.zeros(1, np.int64))
         _bitmaps(reader, superblock, compared)
     _inodes(reader, superblock, inodes, compared)
     _directories(reader, superblock, places, inodes, compared)
@@ -72,13 +81,20 @@ def prove(found: Filesystem) -> list[Proof]:
 
 
 def _bitmaps(reader: Reader, superblock: Superblock, compared: Compared) -> None:
-    """Bitmaps of groups that have any; their checksums stand in the descriptors, which are compared by their reader."""
+    """Bitmaps of groups that have any; their checksums stand in the descriptors, which are compared by their
+    reader."""
     raw = groups.raw_descriptors(reader, superblock)
     found = groups.read_groups(reader, superblock, [])
     compared.compare("group descriptors", np.ones(len(raw), bool), np.zeros(len(raw), np.int64))
     flat = np.ascontiguousarray(raw).view(np.uint8).reshape(len(raw), -1)
     for kind, at, unused, blocks_, bits in (
-        ("block bitmaps", 0x18, found.blocks_unused, found.block_bitmap, superblock.blocks_per_group // superblock.cluster),
+        (
+            "block bitmaps",
+            0x18,
+            found.blocks_unused,
+            found.block_bitmap,
+            superblock.blocks_per_group // superblock.cluster,
+        ),
         ("inode bitmaps", 0x1A, found.inodes_unused, found.inode_bitmap, superblock.inodes_per_group),
     ):
         some = np.flatnonzero((blocks_ > 0) & ~unused)
@@ -115,7 +131,9 @@ def _inodes(reader: Reader, superblock: Superblock, inodes: _Inodes, compared: C
         compared.compare("inodes", good | ~data.any(axis=1), inodes.place[part])
 
 
-def _trees(reader: Reader, superblock: Superblock, places: Places, inodes: _Inodes, compared: Compared) -> None:
+def _trees(
+    reader: Reader, superblock: Superblock, places: Places, inodes: _Inodes, compared: Compared
+) -> None:
     """Extent tree nodes: the checksum follows the last entry that has room, eh_max of them."""
     offset, owner, _ = places.of_kind(tables.TREE)
     row = inodes.rows(owner)
@@ -129,7 +147,9 @@ def _trees(reader: Reader, superblock: Superblock, places: Places, inodes: _Inod
         compared.compare("extent tree nodes", good & known, offset[part])
 
 
-def _directories(reader: Reader, superblock: Superblock, places: Places, inodes: _Inodes, compared: Compared) -> None:
+def _directories(
+    reader: Reader, superblock: Superblock, places: Places, inodes: _Inodes, compared: Compared
+) -> None:
     """Directory blocks: nodes of hash trees and blocks of names."""
     size = superblock.block_size
     offset, owner, place = places.of_kind(tables.DIRECTORY)
@@ -150,13 +170,24 @@ def _directories(reader: Reader, superblock: Superblock, places: Places, inodes:
             leaf = np.flatnonzero(~index)
             names = data[leaf]
             good = crc32c(names[:, :-12], inodes.seed[row[part][leaf]]) == _number(names, size - 4, 4)
-            compared.compare("directory blocks", good & (names[:, -12:-4] == DIRECTORY_TAIL).all(axis=1), offset[part][leaf])
+            compared.compare(
+                "directory blocks",
+                good & (names[:, -12:-4] == DIRECTORY_TAIL).all(axis=1),
+                offset[part][leaf],
+            )
 
 
 def _hash_nodes(
-    superblock: Superblock, data: Bytes, root: Bool, inodes: _Inodes, row: Int, offset: Int, compared: Compared
+    superblock: Superblock,
+    data: Bytes,
+    root: Bool,
+    inodes: _Inodes,
+    row: Int,
+    offset: Int,
+    compared: Compared,
 ) -> None:
-    """Nodes of hash trees: limit, count, the order of hashes, where they lead, and the checksum behind the last entry that has room."""
+    """Nodes of hash trees: limit, count, the order of hashes, where they lead, and the checksum behind the
+    last entry that has room."""
     size, checked = superblock.block_size, superblock.has("metadata_csum")
     begin = np.where(root, 0x20, 8)
     info_length, reserved, depth = data[:, 0x1D], _number(data, 0x18, 4), data[:, 0x1E].astype(np.int64)
@@ -169,20 +200,29 @@ def _hash_nodes(
     step = np.arange(most)
     where = np.minimum(begin[at, None] + step * DX_ENTRY, size - 8) // 4
     words = data[at].view("<u4")
-    hashes, block = np.take_along_axis(words, where, axis=1), np.take_along_axis(words, where + 1, axis=1) & 0x0FFFFFFF
+    hashes = np.take_along_axis(words, where, axis=1)
+    block = np.take_along_axis(words, where + 1, axis=1) & 0x0FFFFFFF
     used = step < count[at, None]
     hashes[:, 0] = 0  # limit and count lie where the first entry would have its hash
     good[at] &= ~((hashes[:, 1:] < hashes[:, :-1]) & used[:, 1:]).any(axis=1)
     blocks_ = -(-inodes.size[row[at]] // size)
     good[at] &= ~((block >= blocks_[:, None]) & used).any(axis=1)
-    compared.check("hash tree nodes", good, offset, "hash-tree", "have impossible counts, hashes out of order or lead nowhere")
+    compared.check(
+        "hash tree nodes",
+        good,
+        offset,
+        "hash-tree",
+        "have impossible counts, hashes out of order or lead nowhere",
+    )
     if not checked:
         return
     fits = np.flatnonzero(begin + limit * DX_ENTRY + DX_TAIL <= size)
     data, begin, row, limit = data[fits], begin[fits], row[fits], limit[fits]
     count = np.minimum(count[fits], (size - begin) // DX_ENTRY)
     words = data.reshape(-1).view("<u4").astype(np.uint32)
-    is_ = crc32c_each(words, np.arange(len(data)) * (size // 4), (begin + count * DX_ENTRY) // 4, inodes.seed[row])
+    is_ = crc32c_each(
+        words, np.arange(len(data)) * (size // 4), (begin + count * DX_ENTRY) // 4, inodes.seed[row]
+    )
     tail = begin + limit * DX_ENTRY
     reserved = _at(data, tail, 4)
     is_ = crc32c(np.concatenate([_bytes(reserved), np.zeros((len(data), 4), np.uint8)], axis=1), is_)
@@ -192,7 +232,8 @@ def _hash_nodes(
 
 
 def _attributes(reader: Reader, superblock: Superblock, places: Places, compared: Compared) -> None:
-    """Attribute blocks, which begin with their magic; not the content of attributes in inodes of their own."""
+    """Attribute blocks, which begin with their magic; not the content of attributes in inodes of their
+    own."""
     offset, _, place = places.of_kind(tables.XATTR, None)
     offset = np.unique(offset[place < 0])
     for part, data in blocks(reader, offset, superblock.block_size):
@@ -201,7 +242,9 @@ def _attributes(reader: Reader, superblock: Superblock, places: Places, compared
         compared.compare("attribute blocks", good & (_number(data, 0, 4) == XATTR_MAGIC), offset[part])
 
 
-def _others(reader: Reader, superblock: Superblock, places: Places, inodes: _Inodes, compared: Compared) -> None:
+def _others(
+    reader: Reader, superblock: Superblock, places: Places, inodes: _Inodes, compared: Compared
+) -> None:
     """The mmp block, the blocks of the orphan file, the journal's superblock."""
     size = superblock.block_size
     offset, _, _ = places.of_kind(tables.METADATA, "mmp block")
@@ -213,7 +256,9 @@ def _others(reader: Reader, superblock: Superblock, places: Places, inodes: _Ino
     for part, data in blocks(reader, offset, size):
         seed = crc32c(_bytes((offset[part] // size).astype("<u8")), inodes.seed[row[part]])
         good = crc32c(data[:, :-8], seed) == _number(data, size - 4, 4)
-        compared.compare("orphan file blocks", good & (_number(data, size - 8, 4) == ORPHAN_MAGIC), offset[part])
+        compared.compare(
+            "orphan file blocks", good & (_number(data, size - 8, 4) == ORPHAN_MAGIC), offset[part]
+        )
     offset, _, place = places.of_kind(tables.METADATA, "journal")
     first = offset[place == 0]
     if len(first) == 1:

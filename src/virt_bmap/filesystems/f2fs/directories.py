@@ -1,10 +1,11 @@
 """Names: blocks of directories and names inside inodes, one cursor for each, all cursors stepped at once.
 
-A directory's blocks are buckets of hash tables, one table a level; whoever wants all names needs no hash. A bitmap says which slots are in use; a name takes as
-many slots as it needs, and the entry is that of its first one.
+A directory's blocks are buckets of hash tables, one table a level; whoever wants all names needs no hash. A
+bitmap says which slots are in use; a name takes as many slots as it needs, and the entry is that of its first
+one.
 
-Sources: Linux fs/f2fs/dir.c (make_dentry_ptr_block, f2fs_fill_dentries), f2fs.h (make_dentry_ptr_inline), include/linux/f2fs_fs.h;
-Documentation/filesystems/f2fs.rst ("Directory Structure").
+Sources: Linux fs/f2fs/dir.c (make_dentry_ptr_block, f2fs_fill_dentries), f2fs.h (make_dentry_ptr_inline),
+include/linux/f2fs_fs.h; Documentation/filesystems/f2fs.rst ("Directory Structure").
 """
 
 from typing import NamedTuple
@@ -20,7 +21,9 @@ from virt_bmap.filesystems.f2fs.ondisk import BLOCK, Volume
 from virt_bmap.filesystems.ragged import Ragged
 from virt_bmap.layout import struct
 
-DENTRY = struct(11, [(0, "hash_code", "<u4"), (4, "ino", "<u4"), (8, "name_len", "<u2"), (10, "file_type", "u1")])
+DENTRY = struct(
+    11, [(0, "hash_code", "<u4"), (4, "ino", "<u4"), (8, "name_len", "<u2"), (10, "file_type", "u1")]
+)
 SLOT, NAME_LEN = 8, 255
 SLOTS = 214
 """Slots of a block."""
@@ -37,13 +40,15 @@ class Names(NamedTuple):
 
 
 def slots_in(room: Int) -> tuple[Int, Int]:
-    """(slots, bytes in front of the entries) of an area of `room` bytes: what is left over lies between bitmap and entries."""
+    """(slots, bytes in front of the entries) of an area of `room` bytes: what is left over lies between
+    bitmap and entries."""
     slots = room * 8 // ((DENTRY.itemsize + SLOT) * 8 + 1)
     return slots, room - slots * (DENTRY.itemsize + SLOT)
 
 
 class Directories:
-    """Collects names: `inline` as inodes are read, the rest when it is known where directories have their blocks."""
+    """Collects names: `inline` as inodes are read, the rest when it is known where directories have their
+    blocks."""
 
     def __init__(self, damage: Damage) -> None:
         self._damage = damage
@@ -59,13 +64,22 @@ class Directories:
         owner, block = _blocks(inodes, runs)
         for low in range(0, len(block), AT_ONCE):
             place = block[low : low + AT_ONCE] * BLOCK
-            data, base = volume.reader.read_blocks(place, BLOCK), np.arange(len(place), dtype=np.int64) * BLOCK
-            self._add(data, base, np.full(len(place), BLOCK), inodes.number[owner[low : low + AT_ONCE]], place)
+            data = volume.reader.read_blocks(place, BLOCK)
+            base = np.arange(len(place), dtype=np.int64) * BLOCK
+            self._add(
+                data, base, np.full(len(place), BLOCK), inodes.number[owner[low : low + AT_ONCE]], place
+            )
         if not self._parts:
             return tables.empty("names")
-        parent, inode = (np.concatenate([getattr(part, name) for part in self._parts]) for name in ("parent", "inode"))
+        parent, inode = (
+            np.concatenate([getattr(part, name) for part in self._parts]) for name in ("parent", "inode")
+        )
         return tables.make(
-            "names", volume=0, parent=parent, inode=inode, name=Ragged.concat([part.name for part in self._parts]).arrow()
+            "names",
+            volume=0,
+            parent=parent,
+            inode=inode,
+            name=Ragged.concat([part.name for part in self._parts]).arrow(),
         )
 
     def _add(self, data: Bytes, base: Int, room: Int, parent: Int, place: Int) -> None:
@@ -91,7 +105,8 @@ def _parse(data: Bytes, base: Int, room: Int, parent: Int, place: Int, damage: D
     used = data[base[area] + (slot >> 3)] >> (slot & 7).astype(np.uint8) & 1
     end = np.cumsum(slots)
     at_used = np.where(used, np.arange(len(used)), len(used))
-    upcoming = np.append(np.minimum.accumulate(at_used[::-1])[::-1], len(used))  # the first used slot from each on
+    # the first used slot from each on
+    upcoming = np.append(np.minimum.accumulate(at_used[::-1])[::-1], len(used))
     found, broken = [EMPTY], [EMPTY]
     which, cursor = np.arange(len(base)), upcoming[np.minimum(end - slots, len(used))]
     while True:
@@ -107,7 +122,9 @@ def _parse(data: Bytes, base: Int, room: Int, parent: Int, place: Int, damage: D
         found.append(cursor[good & (length > 0)])
         which, cursor = which[good], upcoming[after[good]]
     bad = np.concatenate(broken)
-    damage.check(np.zeros(len(bad), bool), "directory-entry", "directory blocks have names that leave them", bad)
+    damage.check(
+        np.zeros(len(bad), bool), "directory-entry", "directory blocks have names that leave them", bad
+    )
     at = np.sort(np.concatenate(found))
     area, slot = area[at], slot[at]
     head = entries[area] + slot * DENTRY.itemsize
@@ -115,4 +132,6 @@ def _parse(data: Bytes, base: Int, room: Int, parent: Int, place: Int, damage: D
     begin, length = text[area] + slot * SLOT, raw["name_len"].astype(np.int64)
     dots = (data[begin] == 0x2E) & ((length == 1) | ((length == 2) & (data[begin + 1] == 0x2E)))
     keep = np.flatnonzero(~dots)
-    return Names(parent[area[keep]], raw["ino"][keep].astype(np.int64), Ragged.cut(data, begin[keep], length[keep]))
+    return Names(
+        parent[area[keep]], raw["ino"][keep].astype(np.int64), Ragged.cut(data, begin[keep], length[keep])
+    )

@@ -1,10 +1,11 @@
 """Rolling forward in memory: files as they are after the recovery that the next mount would do.
 
-A synced inode takes the place of the older one, but for its tree: that stays as the checkpoint knows it, and each synced direct node takes its place in there.
-What the newer nodes replace is free afterwards. New inodes get the name that they bear.
+A synced inode takes the place of the older one, but for its tree: that stays as the checkpoint knows it, and
+each synced direct node takes its place in there. What the newer nodes replace is free afterwards. New inodes
+get the name that they bear.
 
-Sources: Linux fs/f2fs/recovery.c (recover_inode, recover_dentry, do_recover_data), node.c (f2fs_recover_inode_page, f2fs_recover_xattr_data), inline.c
-(f2fs_recover_inline_data).
+Sources: Linux fs/f2fs/recovery.c (recover_inode, recover_dentry, do_recover_data), node.c
+(f2fs_recover_inode_page, f2fs_recover_xattr_data), inline.c (f2fs_recover_inline_data).
 """
 
 from collections.abc import Callable
@@ -36,13 +37,17 @@ class Forward(NamedTuple):
     ends: Int
 
 
-def read(volume: Volume, nat: Nat, newer: Newer, inline_names: Callable[[Inodes, Bytes], None], damage: Damage) -> Forward:
+def read(
+    volume: Volume, nat: Nat, newer: Newer, inline_names: Callable[[Inodes, Bytes], None], damage: Damage
+) -> Forward:
     """Everything that the NAT and the newer nodes lead to."""
     merged = nat.with_inodes(newer.inodes.ino, newer.inodes.block)
     found = nodes.read_inodes(volume, merged, inline_names, damage)
     was = take(nat, np.isin(nat.nid, newer.inodes.ino) & (nat.nid == nat.ino))
     former = nodes.read_inodes(volume, was, lambda inodes, data: None, Damage())
-    fresh, back = (positions(found.inodes.number, number) for number in (newer.inodes.ino, former.inodes.number))
+    fresh, back = (
+        positions(found.inodes.number, number) for number in (newer.inodes.ino, former.inodes.number)
+    )
     _keep_trees(found, former, fresh, back)
     given_up = _keep_attributes(found, former, nat, newer, fresh, back)
     owner = positions(found.inodes.number, newer.direct.ino)
@@ -65,12 +70,14 @@ def read(volume: Volume, nat: Nat, newer: Newer, inline_names: Callable[[Inodes,
 
 
 def _keep_trees(found: Found, former: Found, fresh: Int, back: Int) -> None:
-    """Pointers to nodes are those of the former inodes, unless content is inside the new ones; what nobody follows stays with the former."""
+    """Pointers to nodes are those of the former inodes, unless content is inside the new ones; what nobody
+    follows stays with the former."""
     pointers = former.pointers
     stays = (back >= 0) & ~np.append(found.inodes.is_inline, True)[back]
     kept = take(pointers, stays[pointers.owner])
     found.pointers = stack(
-        Pointers, [take(found.pointers, ~np.isin(found.pointers.owner, fresh)), kept._replace(owner=back[kept.owner])]
+        Pointers,
+        [take(found.pointers, ~np.isin(found.pointers.owner, fresh)), kept._replace(owner=back[kept.owner])],
     )
     former.pointers = take(pointers, ~stays[pointers.owner])
 
@@ -92,18 +99,26 @@ def _keep_attributes(found: Found, former: Found, nat: Nat, newer: Newer, fresh:
 
 def _blocks(old: list[Found], more: Int) -> tuple[Int, Int]:
     """(starts, ends) of all blocks of these."""
-    starts = [more, *(part.block for found in old for part in found.trees), *(run.start for found in old for run in found.runs)]
-    counts = [np.ones(len(more), np.int64), *(np.ones(len(part.block), np.int64) for found in old for part in found.trees),
+    starts = [
+        more,
+        *(part.block for found in old for part in found.trees),
+        *(run.start for found in old for run in found.runs),
+    ]
+    counts = [np.ones(len(more), np.int64),
+        *(np.ones(len(part.block), np.int64) for found in old for part in found.trees),
               *(run.count for found in old for run in found.runs)]  # fmt: skip
     first = np.concatenate(starts)
     return union(first, first + np.concatenate(counts))
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 
 
 def add_names(volume: Volume, newer: Newer, inodes: Inodes, names: pa.Table) -> tuple[pa.Table, Int]:
-    """The table `names` with those that new inodes bear; a file that had the name before loses it. Also returned: inodes, once for each name that they lost."""
+    """The table `names` with those that new inodes bear; a file that had the name before loses it.
+
+    Also returned: inodes, once for each name that they lost.
+    """
     import pyarrow.compute as pc  # takes longer to import than most maps take, and is needed only here
 
     raw = records(volume.reader.read_blocks(newer.named.block * BLOCK, BLOCK), NODE)
@@ -122,7 +137,9 @@ def add_names(volume: Volume, newer: Newer, inodes: Inodes, names: pa.Table) -> 
 
     def keys(table: pa.Table) -> pa.Array:
         where = table.column("parent").cast(pa.string()).cast(pa.binary())
-        return pc.binary_join_element_wise(where, table.column("name"), pa.scalar(b"/", pa.binary())).combine_chunks()
+        return pc.binary_join_element_wise(
+            where, table.column("name"), pa.scalar(b"/", pa.binary())
+        ).combine_chunks()
 
     if not len(rows):
         return names, EMPTY

@@ -1,10 +1,12 @@
 """Inodes and the trees of direct and indirect nodes below them.
 
-Every inode has a block of its own, which the NAT names; that block holds the first addresses of the file's blocks, or inline data, and node numbers of further
-nodes: two direct, two indirect, one doubly indirect. A level of all files' trees is one batch of reads.
+Every inode has a block of its own, which the NAT names; that block holds the first addresses of the file's
+blocks, or inline data, and node numbers of further nodes: two direct, two indirect, one doubly indirect. A
+level of all files' trees is one batch of reads.
 
-Sources: Linux fs/f2fs/inode.c (do_read_inode, sanity_check_inode, f2fs_inode_chksum), node.c (get_node_path), f2fs.h (addrs_per_page, get_inline_xattr_addrs),
-compress.c; include/linux/f2fs_fs.h; Documentation/filesystems/f2fs.rst ("Compression implementation").
+Sources: Linux fs/f2fs/inode.c (do_read_inode, sanity_check_inode, f2fs_inode_chksum), node.c (get_node_path),
+f2fs.h (addrs_per_page, get_inline_xattr_addrs), compress.c; include/linux/f2fs_fs.h;
+Documentation/filesystems/f2fs.rst ("Compression implementation").
 """
 
 from collections.abc import Callable
@@ -37,7 +39,8 @@ ADVISE_ENCRYPT, ADVISE_VERITY = 0x4, 0x40
 XATTR_MAGIC = 0xF2F52011
 COMPR_FL, IMMUTABLE_FL = 0x4, 0x10
 DEFAULT_INLINE_XATTR, INLINE_RESERVED = 50, 1
-"""Words for inline attributes where the filesystem does not let inodes choose, and those left free in front of inline data."""
+"""Words for inline attributes where the filesystem does not let inodes choose, and those left free in front
+of inline data."""
 MAX_EXTRA = 36
 COMPRESS_FIELDS, CHECKSUM_FIELD = 36, 12
 """Bytes of extra attributes that an inode has if it has the compression's, and the checksum."""
@@ -51,7 +54,8 @@ AT_ONCE = 2048
 
 
 class Inodes(NamedTuple):
-    """Inodes in use as columns, by number; `extra` and `xattrs` in words of 4 bytes, `cluster` in blocks, 0 for files that are not compressed."""
+    """Inodes in use as columns, by number; `extra` and `xattrs` in words of 4 bytes, `cluster` in blocks, 0
+    for files that are not compressed."""
 
     number: Int
     block: Int
@@ -79,7 +83,9 @@ class Inodes(NamedTuple):
     @property
     def is_inline(self) -> Bool:
         """Which have their content, or names, inside the inode's block."""
-        found: Bool = np.where(self.form == S_IFDIR, self.inline & INLINE_DENTRY, self.inline & INLINE_DATA) != 0
+        found: Bool = (
+            np.where(self.form == S_IFDIR, self.inline & INLINE_DENTRY, self.inline & INLINE_DATA) != 0
+        )
         return found
 
     @property
@@ -114,9 +120,12 @@ def _aligned(count: Int, cluster: Int) -> Int:
 
 @dataclass(frozen=True)
 class Runs:
-    """Blocks that follow each other in file and volume. `owner` is the row of the inode; `logical`, `start`, `count` and `span` are in blocks.
+    """Blocks that follow each other in file and volume.
 
-    `span` blocks of the file lie in `count`: fewer in a compressed cluster, each of whose runs stands for all of it.
+    `owner` is the row of the inode; `logical`, `start`, `count` and `span` are in blocks.
+
+    `span` blocks of the file lie in `count`: fewer in a compressed cluster, each of whose runs stands for all
+    of it.
     """
 
     owner: Int
@@ -127,7 +136,8 @@ class Runs:
 
 
 class Pointers(NamedTuple):
-    """Numbers of nodes that files refer to: `first` is the first file block below, `depth` 0 for direct nodes."""
+    """Numbers of nodes that files refer to: `first` is the first file block below, `depth` 0 for direct
+    nodes."""
 
     owner: Int
     nid: Int
@@ -171,8 +181,13 @@ def read(volume: Volume, nat: Nat, inline_names: Callable[[Inodes, Bytes], None]
     return found
 
 
-def read_inodes(volume: Volume, nat: Nat, inline_names: Callable[[Inodes, Bytes], None], damage: Damage) -> Found:
-    """All inodes by the NAT, with the addresses in their own blocks. `inline_names` gets directories that have their names in these, and the blocks."""
+def read_inodes(
+    volume: Volume, nat: Nat, inline_names: Callable[[Inodes, Bytes], None], damage: Damage
+) -> Found:
+    """All inodes by the NAT, with the addresses in their own blocks.
+
+    `inline_names` gets directories that have their names in these, and the blocks.
+    """
     rows = np.flatnonzero(nat.ino == nat.nid)
     columns, found = [], Found(stack(Inodes, []), stack(Pointers, []), np.append(nat.ino == nat.nid, False))
     pointers, before = [], 0
@@ -210,7 +225,9 @@ def _columns(volume: Volume, number: Int, block: Int, data: Bytes, damage: Damag
     if "flexible_inline_xattr" in volume.features:
         wanted = np.where(has_extra, raw["i_inline_xattr_size"], 0)
     xattrs = wanted.astype(np.int64)
-    good = (isize <= MAX_EXTRA) & (isize % 4 == 0) & (isize // 4 + xattrs + INLINE_RESERVED <= ADDRS_PER_INODE)
+    good = (
+        (isize <= MAX_EXTRA) & (isize % 4 == 0) & (isize // 4 + xattrs + INLINE_RESERVED <= ADDRS_PER_INODE)
+    )
     size = np.minimum(raw["i_size"], np.uint64(MAX_SIZE + 1)).astype(np.int64)
     packed = (
         (raw["i_flags"] & COMPR_FL != 0)
@@ -225,19 +242,26 @@ def _columns(volume: Volume, number: Int, block: Int, data: Bytes, damage: Damag
         _check_checksums(volume, data, raw, isize >= CHECKSUM_FIELD, place, damage)
     extra, xattrs = np.where(good, isize // 4, 0), np.where(good, xattrs, 0)
     begin = I_ADDR + 4 * (ADDRS_PER_INODE - np.where(xattrs > 0, xattrs, 1))
-    head = np.ascontiguousarray(data[np.arange(len(data))[:, None], begin[:, None] + np.arange(4)]).view("<u4")[:, 0]
+    head = np.ascontiguousarray(data[np.arange(len(data))[:, None], begin[:, None] + np.arange(4)]).view(
+        "<u4"
+    )[:, 0]
     seconds = np.clip(raw["i_mtime"], -LATEST, LATEST).astype(np.int64)
     return Inodes(
-        number=number, block=block, mode=mode, uid=widen(raw["i_uid"], "i_uid"), gid=widen(raw["i_gid"], "i_gid"),
-        size=np.where(size <= MAX_SIZE, size, 0), nlink=widen(raw["i_links"], "i_links"),
-        mtime_ns=seconds * 1_000_000_000 + np.minimum(raw["i_mtime_nsec"], 999_999_999).astype(np.int64), flags=widen(raw["i_flags"], "i_flags"),
-        advise=widen(raw["i_advise"], "i_advise"), inline=inline, extra=extra, xattrs=xattrs,
-        cluster=np.where(packed & good, np.int64(1) << np.minimum(log, MAX_CLUSTER_LOG), 0), xattr_nid=widen(raw["i_xattr_nid"], "i_xattr_nid"),
+        number=number, block=block, mode=mode, uid=widen(raw["i_uid"], "i_uid"),
+        gid=widen(raw["i_gid"], "i_gid"), size=np.where(size <= MAX_SIZE, size, 0),
+        nlink=widen(raw["i_links"], "i_links"),
+        mtime_ns=seconds * 1_000_000_000 + np.minimum(raw["i_mtime_nsec"], 999_999_999).astype(np.int64),
+        flags=widen(raw["i_flags"], "i_flags"), advise=widen(raw["i_advise"], "i_advise"), inline=inline,
+        extra=extra, xattrs=xattrs,
+        cluster=np.where(packed & good, np.int64(1) << np.minimum(log, MAX_CLUSTER_LOG), 0),
+        xattr_nid=widen(raw["i_xattr_nid"], "i_xattr_nid"),
         has_xattrs=((inline & INLINE_XATTR != 0) & (xattrs > 0) & (head == XATTR_MAGIC)).astype(np.int64),
     )  # fmt: skip
 
 
-def _check_checksums(volume: Volume, data: Bytes, raw: np.ndarray, have: Bool, place: Int, damage: Damage) -> None:
+def _check_checksums(
+    volume: Volume, data: Bytes, raw: np.ndarray, have: Bool, place: Int, damage: Damage
+) -> None:
     rows = np.flatnonzero(have)
     uuid = np.frombuffer(volume.record["uuid"].tobytes(), np.uint8)[None]
     seed = crc32(uuid, ALL_ONES).repeat(len(rows))
@@ -246,15 +270,22 @@ def _check_checksums(volume: Volume, data: Bytes, raw: np.ndarray, have: Bool, p
     whole = data[rows]
     whole[:, I_ADDR + 8 : I_ADDR + 12] = 0
     damage.check(
-        crc32(whole, seed) == raw["i_inode_checksum"][rows], "inode-checksum", "inodes have a wrong checksum", place[rows]
+        crc32(whole, seed) == raw["i_inode_checksum"][rows],
+        "inode-checksum",
+        "inodes have a wrong checksum",
+        place[rows],
     )
 
 
-def _addresses(volume: Volume, inodes: Inodes, raw: np.ndarray, before: int, found: Found, damage: Damage) -> Pointers:
+def _addresses(
+    volume: Volume, inodes: Inodes, raw: np.ndarray, before: int, found: Found, damage: Damage
+) -> Pointers:
     """Runs of the addresses in inodes go to `found`; returns the nodes that they refer to."""
     rows = np.flatnonzero(np.isin(inodes.form, (S_IFDIR, S_IFREG, S_IFLNK)) & ~inodes.is_inline)
     some, raw = take(inodes, rows), raw[rows]
-    runs, promised = _runs(volume, raw["i_addr"], some, some.extra, some.addresses, some.block * BLOCK, damage)
+    runs, promised = _runs(
+        volume, raw["i_addr"], some, some.extra, some.addresses, some.block * BLOCK, damage
+    )
     found.runs.append(Runs(before + rows[runs.owner], runs.logical, runs.start, runs.count, runs.span))
     found.promised += promised
     row, column = np.nonzero(raw["i_nid"])
@@ -283,7 +314,8 @@ def _runs(
 ) -> tuple[Runs, int]:
     """Runs of a table (n, k) of addresses of blocks of `owners`, of which `room[i]` behind `skip[i]` count.
 
-    Their owner is the row of the table, `logical` counts from its first address. Also returned is how many addresses promise blocks.
+    Their owner is the row of the table, `logical` counts from its first address. Also returned is how many
+    addresses promise blocks.
     """
     cluster = owners.cluster
     row, column = np.nonzero(table)
@@ -297,7 +329,10 @@ def _runs(
     promise = value >= COMPRESS_ADDR
     counted = (value == NEW_ADDR) | ((value == COMPRESS_ADDR) & ~owners.released[row])
     good = damage.check(
-        promise | volume.inside(value), "outside", "blocks of files lie outside the main area, or the volume", place[row]
+        promise | volume.inside(value),
+        "outside",
+        "blocks of files lie outside the main area, or the volume",
+        place[row],
     )
     damage.check(
         (value != COMPRESS_ADDR) | (packed & (slot == head)),
@@ -308,15 +343,24 @@ def _runs(
     keep = np.flatnonzero(good & ~promise)
     row, slot, value, packed, head, size = (values[keep] for values in (row, slot, value, packed, head, size))
     logical = np.where(packed, head, slot)
-    new = np.append(True, (row[1:] != row[:-1]) | (value[1:] != value[:-1] + 1) | (packed[1:] != packed[:-1])
-                    | np.where(packed[1:], head[1:] != head[:-1], slot[1:] != slot[:-1] + 1))[: len(row)]  # fmt: skip
+    new = np.append(
+        True,
+        (row[1:] != row[:-1])
+        | (value[1:] != value[:-1] + 1)
+        | (packed[1:] != packed[:-1])
+        | np.where(packed[1:], head[1:] != head[:-1], slot[1:] != slot[:-1] + 1),
+    )[: len(row)]
     first = np.flatnonzero(new)
     count = np.diff(np.append(first, len(row)))
-    return Runs(row[first], logical[first], value[first], count, np.where(packed[first], size[first], count)), int(counted.sum())
+    return Runs(
+        row[first], logical[first], value[first], count, np.where(packed[first], size[first], count)
+    ), int(counted.sum())
 
 
 def follow(volume: Volume, nat: Nat, found: Found, damage: Damage, replaced: Int = EMPTY) -> Pointers:
-    """Read the trees below all inodes, level by level; nodes and runs are added to `found`. A node serves one file, once.
+    """Read the trees below all inodes, level by level; nodes and runs are added to `found`.
+
+    A node serves one file, once.
 
     Pointers to direct nodes whose `slots` are among `replaced` are not followed but returned.
     """
@@ -330,7 +374,16 @@ def follow(volume: Volume, nat: Nat, found: Found, damage: Damage, replaced: Int
             part = slice(low, low + BATCH // BLOCK)
             data = volume.reader.read_blocks(nat.block[at[part]] * BLOCK, BLOCK)
             good = _sound(data, nat, at[part], damage)
-            below.append(add_level(volume, found, take(take(level, part), good), data[good], nat.block[at[part]][good], damage))
+            below.append(
+                add_level(
+                    volume,
+                    found,
+                    take(take(level, part), good),
+                    data[good],
+                    nat.block[at[part]][good],
+                    damage,
+                )
+            )
         level = stack(Pointers, below)
     return stack(Pointers, dropped)
 
@@ -344,21 +397,27 @@ def add_attributes(nat: Nat, found: Found, damage: Damage) -> None:
 
 
 def claim(nat: Nat, found: Found, level: Pointers, damage: Damage) -> tuple[Pointers, Int]:
-    """The pointers to nodes that belong to the inode and that no other pointer had before, in the order of their blocks, with rows of the NAT."""
+    """The pointers to nodes that belong to the inode and that no other pointer had before, in the order of
+    their blocks, with rows of the NAT."""
     at, inodes, taken = nat.find(level.nid), found.inodes, found.taken
     place = inodes.block[level.owner] * BLOCK
     good = (at >= 0) & (np.append(nat.ino, -1)[at] == inodes.number[level.owner]) & ~taken[at]
     first = np.zeros(len(at), bool)
     first[np.unique(at, return_index=True)[1]] = True
-    good = damage.check(good & first, "node-reference", "references to nodes lead to none, or to one of another inode", place)
+    good = damage.check(
+        good & first, "node-reference", "references to nodes lead to none, or to one of another inode", place
+    )
     keep = np.flatnonzero(good)
     keep = keep[np.argsort(nat.block[at[keep]], kind="stable")]
     taken[at[keep]] = True
     return take(level, keep), at[keep]
 
 
-def add_level(volume: Volume, found: Found, level: Pointers, data: Bytes, block: Int, damage: Damage) -> Pointers:
-    """The nodes in these blocks, and the runs of direct ones, are added to `found`; returns what indirect nodes refer to."""
+def add_level(
+    volume: Volume, found: Found, level: Pointers, data: Bytes, block: Int, damage: Damage
+) -> Pointers:
+    """The nodes in these blocks, and the runs of direct ones, are added to `found`; returns what indirect
+    nodes refer to."""
     found.trees.append(Trees(level.owner, block, level.depth))
     table = records(data, NODE_BLOCK)["addr"]
     per_node = found.inodes.addresses_per_node[level.owner]
@@ -368,11 +427,19 @@ def add_level(volume: Volume, found: Found, level: Pointers, data: Bytes, block:
         owners = take(found.inodes, level.owner[rows])
         runs, promised = _runs(volume, table[rows], owners, none, per_node[rows], block[rows] * BLOCK, damage)
         found.runs.append(
-            Runs(level.owner[rows[runs.owner]], level.first[rows[runs.owner]] + runs.logical, runs.start, runs.count, runs.span)
+            Runs(
+                level.owner[rows[runs.owner]],
+                level.first[rows[runs.owner]] + runs.logical,
+                runs.start,
+                runs.count,
+                runs.span,
+            )
         )
         found.promised += promised
     row, column = np.nonzero(table[above])
     row = above[row]
     depth = level.depth[row] - 1
     span = per_node[row] * np.where(depth > 0, NIDS_PER_BLOCK, 1)
-    return Pointers(level.owner[row], widen(table[row, column], "nid"), level.first[row] + column * span, depth)
+    return Pointers(
+        level.owner[row], widen(table[row, column], "nid"), level.first[row] + column * span, depth
+    )

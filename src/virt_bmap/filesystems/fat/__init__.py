@@ -1,12 +1,13 @@
 """FAT12, FAT16 and FAT32 with long names: boot sector, file allocation table, directories.
 
-Read are the boot sector, FSInfo, the active FAT once from end to end, and the directories, breadth first. FAT decides what is
-free; a cluster that no file owns is lost and becomes `unknown`. The width of FAT entries is told as the kernel and fsck.fat do: FAT32
-where BPB_FATSz16 is 0, otherwise by the number of clusters. Short names are shown in code page 437, the kernel's default; the
-disk does not say which one was used. Times are local times of an unknown zone, taken as UTC.
+Read are the boot sector, FSInfo, the active FAT once from end to end, and the directories, breadth first. FAT
+decides what is free; a cluster that no file owns is lost and becomes `unknown`. The width of FAT entries is
+told as the kernel and fsck.fat do: FAT32 where BPB_FATSz16 is 0, otherwise by the number of clusters. Short
+names are shown in code page 437, the kernel's default; the disk does not say which one was used. Times are
+local times of an unknown zone, taken as UTC.
 
-Not recognised, and so named as one unknown piece: volumes of DOS 1.x without parameters in their boot sector, and those whose sector
-count has 64 bits.
+Not recognised, and so named as one unknown piece: volumes of DOS 1.x without parameters in their boot sector,
+and those whose sector count has 64 bits.
 
 Inode numbers: byte offset of the directory entry / 32; the root is 0.
 
@@ -46,13 +47,20 @@ __all__ = ["FEATURES", "NAME", "ORACLES", "REFUSED", "looks_like_fat", "probe", 
 NAME = "vfat"
 INODE = "byte offset of the directory entry / 32; the root is 0"
 FEATURES = (
-    "FAT12, FAT16, FAT32, also FAT32 with few clusters", "sectors of 512 to 4096 bytes, clusters of any power of two",
-    "long names, checked by their checksum", "short names in code page 437, with Windows NT's lower-case flags",
-    "one or more FATs, mirrored or with one active", "FSInfo, backup boot sector", "bad clusters", "Atari's boot sectors",
-    "volume labels in the root directory", "dirty and error marks",
+    "FAT12, FAT16, FAT32, also FAT32 with few clusters", ("sectors of 512 to 4096 bytes, clusters of any "
+        "power of two"),
+    "long names, checked by their checksum", ("short names in code page 437, with Windows NT's lower-case "
+        "flags"),
+    "one or more FATs, mirrored or with one active", "FSInfo, backup boot sector", "bad clusters",
+    "Atari's boot sectors", "volume labels in the root directory", "dirty and error marks",
 )  # fmt: skip
 REFUSED: tuple[str, ...] = ()
-ORACLES = ("istat and fls of The Sleuth Kit", "mshowfat and mcopy of mtools", "fsck.fat of dosfstools", "the FAT itself")
+ORACLES = (
+    "istat and fls of The Sleuth Kit",
+    "mshowfat and mcopy of mtools",
+    "fsck.fat of dosfstools",
+    "the FAT itself",
+)
 CHECKS = Checks(
     checksums=None,
     rules=(
@@ -67,7 +75,9 @@ CHECKS = Checks(
     ),
 )
 
-FSINFO = struct(512, [(0, "FSI_LeadSig", "<u4"), (484, "FSI_StrucSig", "<u4"), (488, "FSI_Free_Count", "<u4")])
+FSINFO = struct(
+    512, [(0, "FSI_LeadSig", "<u4"), (484, "FSI_StrucSig", "<u4"), (488, "FSI_Free_Count", "<u4")]
+)
 FSINFO_SIGNATURES = 0x41615252, 0x61417272
 UNKNOWN_COUNT = 0xFFFFFFFF
 MAX_DIRECTORY = 65536 * ENTRY
@@ -92,9 +102,11 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     problems += add_owned(rows, heap, tree) + _other_problems(reader, geometry, runs, parser)
     serial = geometry.serial
     return Filesystem(
-        type=NAME, size=geometry.size, block_size=geometry.cluster_size, root=ROOT, state=_state(reader, geometry),
-        uuid=None if serial is None else f"{serial >> 16:04X}-{serial & 0xFFFF:04X}", label=_label(parser.labels),
-        features=f"FAT{geometry.bits}", reader=reader, inodes=inode_table(tree), names=tree.names(), extents=clipped(rows.table(0), reader.size), problems=problems,
+        type=NAME, size=geometry.size, block_size=geometry.cluster_size, root=ROOT,
+        state=_state(reader, geometry),
+        uuid=None if serial is None else f"{serial >> 16:04X}-{serial & 0xFFFF:04X}",
+        label=_label(parser.labels), features=f"FAT{geometry.bits}", reader=reader, inodes=inode_table(tree),
+        names=tree.names(), extents=clipped(rows.table(0), reader.size), problems=problems,
     )  # fmt: skip
 
 
@@ -103,14 +115,19 @@ def read_tables(reader: Reader) -> tuple[Geometry, Runs, Heap]:
     geometry = read_geometry(reader.read_clipped(0, BOOT_SECTOR.itemsize), reader.name)
     _check_size(reader, geometry)
     runs = read_runs(_fat_entries(reader, geometry))
-    return geometry, runs, Heap(geometry.data_start, geometry.cluster_size, geometry.clusters, chains_of(runs))
+    return (
+        geometry,
+        runs,
+        Heap(geometry.data_start, geometry.cluster_size, geometry.clusters, chains_of(runs)),
+    )
 
 
 def _check_size(reader: Reader, geometry: Geometry) -> None:
     """The FATs must be there; what is missing behind them is only a problem."""
     if reader.size < geometry.data_start:
         raise Corrupt(
-            f"{reader.name}: ends at byte {reader.size:#x}, inside the FATs or the root directory, which reach to "
+            f"{reader.name}: ends at byte {reader.size:#x}, inside the FATs or the root directory, "
+                "which reach to "
             f"{geometry.data_start:#x}: it is truncated", reader.size, "truncated",
         )  # fmt: skip
 
@@ -138,7 +155,8 @@ def _decoded(raw: np.ndarray, bits: int, count: int, end: int) -> Int:
         entries = np.stack([low, high], axis=1).reshape(-1)[:count]
     else:
         entries = raw.view(f"<u{bits // 8}").astype(np.int64)
-    highest = 0xFFF if bits == 12 else 0xFFFF if bits == 16 else 0x0FFFFFFF  # the upper four bits of FAT32 are reserved
+    # the upper four bits of FAT32 are reserved
+    highest = 0xFFF if bits == 12 else 0xFFFF if bits == 16 else 0x0FFFFFFF
     if bits == 32:
         entries &= highest
     odd = np.flatnonzero((entries >= end) | (entries == 1))
@@ -147,8 +165,11 @@ def _decoded(raw: np.ndarray, bits: int, count: int, end: int) -> Int:
     return entries
 
 
-def read_directories(reader: Reader, geometry: Geometry, heap: Heap, parser: Parse) -> tuple[Tree, list[Problem]]:
-    """The tree below the root, which has an area of its own in FAT12 and FAT16, and a chain of clusters in FAT32."""
+def read_directories(
+    reader: Reader, geometry: Geometry, heap: Heap, parser: Parse
+) -> tuple[Tree, list[Problem]]:
+    """The tree below the root, which has an area of its own in FAT12 and FAT16, and a chain of clusters in
+    FAT32."""
     problems = []
     if geometry.bits == 32:
         chain = heap.chains.follow(ints(geometry.root_cluster))
@@ -158,7 +179,11 @@ def read_directories(reader: Reader, geometry: Geometry, heap: Heap, parser: Par
         )  # fmt: skip
         if chain.fate[0] != WHOLE:
             problems.append(
-                Problem("root", f"the root directory's chain, from cluster {geometry.root_cluster}, has no proper end", 44)
+                Problem(
+                    "root",
+                    f"the root directory's chain, from cluster {geometry.root_cluster}, has no proper end",
+                    44,
+                )
             )
     else:
         size = geometry.data_start - geometry.root_start
@@ -172,27 +197,43 @@ def _add_system(rows: tables.ExtentRows, geometry: Geometry) -> None:
     sector = geometry.sector_size
     named = {"backup FSInfo": geometry.backup + sector if geometry.backup and geometry.fsinfo else 0,
              "backup boot sector": geometry.backup, "FSInfo": geometry.fsinfo}  # fmt: skip
-    at = {offset: part for part, offset in named.items() if 0 < offset < geometry.reserved} | {0: "boot sector"}
+    at = {offset: part for part, offset in named.items() if 0 < offset < geometry.reserved} | {
+        0: "boot sector"
+    }
     for offset, part in at.items():
         rows.add(tables.METADATA, offset, sector, part=part)
     starts = ints(list(at))
     left = complement(starts, starts + sector, 0, geometry.reserved)
     rows.add(tables.METADATA, left[0], left[1] - left[0], part="reserved sectors")
     for number in range(geometry.fats):
-        rows.add(tables.METADATA, geometry.reserved + number * geometry.fat_size, geometry.fat_size, part=f"FAT {number + 1}")
+        rows.add(
+            tables.METADATA,
+            geometry.reserved + number * geometry.fat_size,
+            geometry.fat_size,
+            part=f"FAT {number + 1}",
+        )
     if geometry.bits == 32:  # has none, but the kernel leaves room for it where the boot sector says so
-        rows.add(tables.METADATA, geometry.root_start, geometry.data_start - geometry.root_start, part="root directory")
+        rows.add(
+            tables.METADATA,
+            geometry.root_start,
+            geometry.data_start - geometry.root_start,
+            part="root directory",
+        )
     rows.add(tables.GAP, geometry.data_end, geometry.size - geometry.data_end, part="slack")
 
 
 def _add_clusters(rows: tables.ExtentRows, heap: Heap, runs: Runs) -> None:
     """What the FAT calls free or bad."""
-    for kind, part, (start, end) in ((tables.FREE, None, runs.free), (tables.METADATA, "bad clusters", runs.bad)):
+    for kind, part, (start, end) in (
+        (tables.FREE, None, runs.free),
+        (tables.METADATA, "bad clusters", runs.bad),
+    ):
         rows.add(kind, heap.offset(start), (end - start) * heap.cluster_size, part=part)
 
 
 def _state(reader: Reader, geometry: Geometry) -> str:
-    """What the marks in FAT entry 1 (Windows) and in the boot sector (Linux) say; FAT12 has the latter only."""
+    """What the marks in FAT entry 1 (Windows) and in the boot sector (Linux) say; FAT12 has the latter
+    only."""
     dirty, errors = bool(geometry.state & 1), bool(geometry.state & 2)
     if geometry.bits > 12:
         width = geometry.bits // 8
@@ -204,7 +245,8 @@ def _state(reader: Reader, geometry: Geometry) -> str:
 
 
 def _label(labels: list[bytes]) -> str | None:
-    """The volume label in the root directory, as blkid has it; the boot sector's copy is often out of date."""
+    """The volume label in the root directory, as blkid has it; the boot sector's copy is often out of
+    date."""
     return labels[0].replace(b"\x05", b"\xe5").rstrip(b" \0").decode("cp437") or None if labels else None
 
 
@@ -220,7 +262,9 @@ def _other_problems(reader: Reader, geometry: Geometry, runs: Runs, parser: Pars
             )
         )
     if parser.orphans:
-        problems.append(Problem("lfn-orphans", f"{parser.orphans} entries of long names belong to no file", -1, "note"))
+        problems.append(
+            Problem("lfn-orphans", f"{parser.orphans} entries of long names belong to no file", -1, "note")
+        )
     if geometry.fsinfo:
         info = record(reader.read(geometry.fsinfo, FSINFO.itemsize), FSINFO)
         start, end = runs.free
@@ -228,7 +272,11 @@ def _other_problems(reader: Reader, geometry: Geometry, runs: Runs, parser: Pars
         if (info["FSI_LeadSig"], info["FSI_StrucSig"]) != FSINFO_SIGNATURES:
             problems.append(Problem("fsinfo", "the FSInfo sector has no signature", geometry.fsinfo, "note"))
         elif said not in (free, UNKNOWN_COUNT):
-            problems.append(Problem("fsinfo", f"FSInfo says {said} clusters are free, the FAT {free}", geometry.fsinfo, "note"))
+            problems.append(
+                Problem(
+                    "fsinfo", f"FSInfo says {said} clusters are free, the FAT {free}", geometry.fsinfo, "note"
+                )
+            )
     return problems
 
 
@@ -263,11 +311,14 @@ def _prove(found: Filesystem) -> list[Proof]:
         for at, end in zip(begin.tolist(), np.minimum(begin + FAT_BATCH, high[row]).tolist(), strict=True):
             size = ints(end - at)
             differs = np.flatnonzero(
-                found.reader.read_ranges(ints(place + at), size) != found.reader.read_ranges(ints(other + at), size)
+                found.reader.read_ranges(ints(place + at), size)
+                != found.reader.read_ranges(ints(other + at), size)
             )
             if len(differs):
                 where = other + at + int(differs[0])
-                text = f"FAT {copy + 1} is no copy of FAT {active + 1}, which is used, from byte {where:#x} on"
+                text = (
+                    f"FAT {copy + 1} is no copy of FAT {active + 1}, which is used, from byte {where:#x} on"
+                )
                 found.problems.append(Problem("fat-copy", text, where, "warning"))
                 break
     return [Proof("checksums", NOT_LOOKED_AT, "the format has none")]

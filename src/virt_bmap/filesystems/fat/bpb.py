@@ -49,7 +49,8 @@ EXTENDED = (0x28, 0x29)
 
 
 class Geometry(NamedTuple):
-    """Where the areas of the volume lie, in bytes; cluster c (from 2) begins at data_start + (c - 2) * cluster_size."""
+    """Where the areas of the volume lie, in bytes; cluster c (from 2) begins at data_start + (c - 2) *
+    cluster_size."""
 
     bits: int
     sector_size: int
@@ -79,16 +80,18 @@ class Geometry(NamedTuple):
 
 
 def looks_like_fat(sector: bytes) -> bool:
-    """Does a volume's first sector (512 bytes) hold a FAT boot sector rather than a partition table or anything else?
+    """Does a volume's first sector (512 bytes) hold a FAT boot sector rather than a partition table or
+    anything else?
 
-    The tests of libblkid's superblocks/vfat.c. A usable partition table in the same sector wins, unless its partition is the
-    volume itself, as `mkfs.fat --mbr` writes it.
+    The tests of libblkid's superblocks/vfat.c. A usable partition table in the same sector wins, unless its
+    partition is the volume itself, as `mkfs.fat --mbr` writes it.
     """
     if len(sector) < BOOT_SECTOR.itemsize:
         return False
     boot = record(sector, BOOT_SECTOR)
     kinds = boot["BS_FilSysType"].tobytes(), boot["BS_FilSysType_32"].tobytes()
-    if kinds[0] in (b"JFS     ", b"HPFS    ") or sector[3:11] == b"-FVE-FS-":  # these keep a FAT-like header for old systems
+    # these keep a FAT-like header for old systems
+    if kinds[0] in (b"JFS     ", b"HPFS    ") or sector[3:11] == b"-FVE-FS-":
         return False
     named = kinds[0].startswith((b"FAT", b"MSDOS")) or kinds[1].startswith((b"FAT32", b"MSWIN"))
     jumps = sector[0] in (0xEB, 0xE9, 0x60)  # 0x60 is the 68000's, on Atari disks
@@ -121,24 +124,31 @@ def _has_partitions(sector: bytes) -> bool:
 
 
 def read_geometry(sector: bytes, name: str) -> Geometry:
-    """The areas that a boot sector describes; Corrupt where they contradict each other as no driver accepts."""
+    """The areas that a boot sector describes; Corrupt where they contradict each other as no driver
+    accepts."""
     boot = record(sector, BOOT_SECTOR)
     sector_size = int(boot["BPB_BytsPerSec"])
-    wide = int(boot["BPB_FATSz16"]) == 0  # as the kernel and fsck.fat tell FAT32, whatever its number of clusters
+    # as the kernel and fsck.fat tell FAT32, whatever its number of clusters
+    wide = int(boot["BPB_FATSz16"]) == 0
     fat_sectors = int(boot["BPB_FATSz32"] if wide else boot["BPB_FATSz16"])
     sectors = int(boot["BPB_TotSec16"]) or int(boot["BPB_TotSec32"])
-    reserved, fats, root_entries = int(boot["BPB_RsvdSecCnt"]), int(boot["BPB_NumFATs"]), int(boot["BPB_RootEntCnt"])
+    reserved = int(boot["BPB_RsvdSecCnt"])
+    fats = int(boot["BPB_NumFATs"])
+    root_entries = int(boot["BPB_RootEntCnt"])
     root_sector = reserved + fats * fat_sectors
     data_sector = root_sector - (-root_entries * ENTRY // sector_size)
     if data_sector >= sectors:
         raise Corrupt(
-            f"{name}: the FAT boot sector says that the volume has {sectors} sectors, but its FATs and root directory "
+            f"{name}: the FAT boot sector says that the volume has {sectors} sectors, but its FATs "
+                "and root directory "
             f"take {data_sector}", 0,
         )  # fmt: skip
     clusters = (sectors - data_sector) // int(boot["BPB_SecPerClus"])
     bits = 32 if wide else 16 if clusters > MAX_CLUSTERS[12] else 12
     if clusters > MAX_CLUSTERS[bits]:
-        raise Corrupt(f"{name}: the FAT boot sector makes {clusters} clusters, more than FAT{bits} can number", 13)
+        raise Corrupt(
+            f"{name}: the FAT boot sector makes {clusters} clusters, more than FAT{bits} can number", 13
+        )
     flags = int(boot["BPB_ExtFlags"]) if wide else 0
     active = flags & 15 if flags & 0x80 else 0
     if active >= fats:
@@ -151,8 +161,9 @@ def read_geometry(sector: bytes, name: str) -> Geometry:
         root_start=root_sector * sector_size, root_entries=root_entries, data_start=data_sector * sector_size,
         clusters=min(clusters, fat_sectors * sector_size * 8 // bits - 2), size=sectors * sector_size,
         active_fat=active, mirrored=not flags & 0x80, root_cluster=int(boot["BPB_RootClus"]) if wide else 0,
-        fsinfo=_sector_of(boot, "BPB_FSInfo", wide, reserved), backup=_sector_of(boot, "BPB_BkBootSec", wide, reserved),
-        state=int(boot[f"BS_Reserved1{suffix}"]), serial=int(boot[f"BS_VolID{suffix}"]) if signature in EXTENDED else None,
+        fsinfo=_sector_of(boot, "BPB_FSInfo", wide, reserved),
+        backup=_sector_of(boot, "BPB_BkBootSec", wide, reserved), state=int(boot[f"BS_Reserved1{suffix}"]),
+        serial=int(boot[f"BS_VolID{suffix}"]) if signature in EXTENDED else None,
     )  # fmt: skip
 
 

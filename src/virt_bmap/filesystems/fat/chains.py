@@ -1,10 +1,12 @@
-"""A file allocation table as runs of clusters, and every chain in it followed at once; FAT and exFAT share it.
+"""A file allocation table as runs of clusters, and every chain in it followed at once; FAT and exFAT share
+it.
 
-The table is read in batches and kept only as runs: clusters each linked to the one behind it. The runs of one chain are then put
-side by side by list ranking (pointer doubling), so that following is slicing: n files with f fragments in all cost n + f steps
-of array work, however the fragments are spread.
+The table is read in batches and kept only as runs: clusters each linked to the one behind it. The runs of one
+chain are then put side by side by list ranking (pointer doubling), so that following is slicing: n files with
+f fragments in all cost n + f steps of array work, however the fragments are spread.
 
-On a damaged table links meet or go round. Runs are split where links meet; from there on, chains are followed piece by piece.
+On a damaged table links meet or go round. Runs are split where links meet; from there on, chains are followed
+piece by piece.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,20 +18,29 @@ import numpy as np
 from virt_bmap.arrays import EMPTY, Int, Intervals, expand
 
 FREE, END, BAD, BROKEN, EDGE = 0, -1, -2, -3, -4
-"""What an entry says where it is no link: free, last of its chain, bad cluster, a number no cluster has. EDGE: no entry at all."""
+"""What an entry says where it is no link: free, last of its chain, bad cluster, a number no cluster has.
+
+EDGE: no entry at all.
+"""
 
 WHOLE, NOTHING, CUT, LOOP, TANGLED = range(5)
-"""How a chain ended: well; it starts at no allocated cluster; at a link to none; in itself; not followed to the end."""
+"""How a chain ended: well; it starts at no allocated cluster; at a link to none; in itself; not followed to
+the end."""
 
 MAX_MEETINGS = 512
-"""Places where one chain meets others that are passed. Sound FATs have none; exFAT leaves links behind in clusters it frees."""
+"""Places where one chain meets others that are passed.
+
+Sound FATs have none; exFAT leaves links behind in clusters it frees.
+"""
 ROWS_A_RUN = 4
-"""Rows that all chains together may have for each run of the table: chains that share their runs by the thousand must end."""
+"""Rows that all chains together may have for each run of the table: chains that share their runs by the
+thousand must end."""
 
 
 @dataclass(frozen=True)
 class Followed:
-    """The runs of chains, by chain (`query`) and in order: clusters [cluster, cluster + count), `before` of the chain come before.
+    """The runs of chains, by chain (`query`) and in order: clusters [cluster, cluster + count), `before` of
+    the chain come before.
 
     For each query `length` is its clusters in all, and `fate` how it ended.
     """
@@ -46,8 +57,9 @@ class Followed:
 class Chains:
     """Runs of linked clusters [start, end), sorted, and how they follow each other.
 
-    Runs that follow each other and are met by no other chain lie side by side in `order`; `place` is its inverse. For each place,
-    `stop` is where its chain ends there, and `onward` the run that the chain's last one leads to (negative: what its entry says).
+    Runs that follow each other and are met by no other chain lie side by side in `order`; `place` is its
+    inverse. For each place, `stop` is where its chain ends there, and `onward` the run that the chain's last
+    one leads to (negative: what its entry says).
     """
 
     start: Int
@@ -84,7 +96,11 @@ class Chains:
             seen = np.append(seen, query * len(self.start) + self.stop[at] - 1)
             more = np.flatnonzero(onward >= 0)
             query, run = query[more], onward[more]
-            again = np.isin(query * len(self.start) + self.stop[self.place[run]] - 1, seen) if len(more) else np.zeros(0, bool)
+            again = (
+                np.isin(query * len(self.start) + self.stop[self.place[run]] - 1, seen)
+                if len(more)
+                else np.zeros(0, bool)
+            )
             fate[query[again]] = LOOP
             seen = seen[np.isin(seen // len(self.start), query)]
             query, run, skip = query[~again], run[~again], np.zeros(int((~again).sum()), np.int64)
@@ -115,7 +131,8 @@ def _followed(parts: list[tuple[Int, Int, Int]], fate: Int) -> Followed:
 
 
 class Runs(NamedTuple):
-    """Runs of clusters [start, end), sorted, each linked to the next, with the entry of the last one; free and bad clusters."""
+    """Runs of clusters [start, end), sorted, each linked to the next, with the entry of the last one; free
+    and bad clusters."""
 
     start: Int
     end: Int
@@ -145,7 +162,10 @@ def chains_of(runs: Runs) -> Chains:
 
 
 def read_runs(batches: Iterable[Int | int]) -> Runs:
-    """The runs of a table whose entries come in batches, from cluster 2: links, FREE, END, BAD or BROKEN. A number is so many entries that are FREE."""
+    """The runs of a table whose entries come in batches, from cluster 2: links, FREE, END, BAD or BROKEN.
+
+    A number is so many entries that are FREE.
+    """
     edges: list[list[Int]] = [[EMPTY] for _ in range(7)]
     cluster, held = 1, np.array([EDGE], np.int64)
     for found_next in _with_edge(batches):
@@ -154,7 +174,8 @@ def read_runs(batches: Iterable[Int | int]) -> Runs:
         values = np.concatenate([held, batch])
         here, after = values[:-1], values[1:]
         linked = here == np.arange(cluster + 1, cluster + 1 + len(batch))
-        starts = (after != FREE) & (after != BAD) & (after != EDGE)  # in use, and below: not reached from the one before
+        # in use, and below: not reached from the one before
+        starts = (after != FREE) & (after != BAD) & (after != EDGE)
         ends = (here != FREE) & (here != BAD) & (here != EDGE) & ~(linked & starts)
         starts &= ~linked
         last = np.flatnonzero(ends)
@@ -187,9 +208,11 @@ def _split(start: Int, end: Int, link: Int) -> tuple[Int, Int, Int]:
 
 
 def _rank(successor: Int) -> tuple[Int, Int]:
-    """(order, chain): the runs sorted by chain and by their place in it, and for each the first run of its chain.
+    """(order, chain): the runs sorted by chain and by their place in it, and for each the first run of its
+    chain.
 
-    A chain begins where no run leads, or more than one. Pointer doubling: each run learns of the one 1, 2, 4, ... runs before it.
+    A chain begins where no run leads, or more than one. Pointer doubling: each run learns of the one 1, 2, 4,
+    ... runs before it.
     """
     n = len(successor)
     links = np.flatnonzero(successor >= 0)
@@ -207,7 +230,8 @@ def _rank(successor: Int) -> tuple[Int, Int]:
 
 
 def _climb(before: Int) -> tuple[Int, Int, Int]:
-    """(head, rank) of each run by the links `before` (-1: none), and the runs that go round and so have no head."""
+    """(head, rank) of each run by the links `before` (-1: none), and the runs that go round and so have no
+    head."""
     n = len(before)
     is_head = before < 0
     head = np.where(is_head, np.arange(n), before)

@@ -28,7 +28,8 @@ DOTS = np.frombuffer(b".          ..         ", np.uint8).reshape(2, 11)
 
 @dataclass
 class Parser:
-    """Makes entries of raw ones; on the way it notes the volume labels in the root and counts slots of no entry."""
+    """Makes entries of raw ones; on the way it notes the volume labels in the root and counts slots of no
+    entry."""
 
     bits: int
     labels: list[bytes] = field(default_factory=list)
@@ -50,12 +51,13 @@ class Parser:
 
 
 def described(raw: Bytes, owner: Int, number: Int, files: Int, names: Ragged, bits: int) -> Entries:
-    """What the entries at the positions `files` say; the FAT, entries of `bits`, says which clusters follow their first one."""
+    """What the entries at the positions `files` say; the FAT, entries of `bits`, says which clusters follow
+    their first one."""
     entry = records(raw[files], DIRECTORY_ENTRY)
     size = entry["DIR_FileSize"].astype(np.int64)
     return Entries(
-        inode=number[files], parent=owner[files], directory=entry["DIR_Attr"] & ATTR_DIRECTORY != 0, cluster=first_cluster(entry, bits),
-        size=size, valid=size, contiguous=np.zeros(len(files), bool),
+        inode=number[files], parent=owner[files], directory=entry["DIR_Attr"] & ATTR_DIRECTORY != 0,
+        cluster=first_cluster(entry, bits), size=size, valid=size, contiguous=np.zeros(len(files), bool),
         mtime_ns=timestamps(entry["DIR_WrtDate"], entry["DIR_WrtTime"]), name=names,
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Which clusters files and directories own, for FAT and exFAT alike: chains in the FAT, or simply one after the other."""
+"""Which clusters files and directories own, for FAT and exFAT alike: chains in the FAT, or simply one after
+the other."""
 
 from dataclasses import dataclass, field
 
@@ -22,12 +23,16 @@ FINDINGS = {
     "chain-tangled": "chains of clusters meet others too often: not followed to the end",
     "chain-short": "files have fewer clusters than their size needs",
 }
-"""Errors, by code; each counts entries. A chain that is longer than needed loses nothing, and is a warning."""
+"""Errors, by code; each counts entries.
+
+A chain that is longer than needed loses nothing, and is a warning.
+"""
 
 
 @dataclass
 class Heap:
-    """The clusters of a volume: cluster c, from 2 to clusters + 1, begins at byte start + (c - 2) * cluster_size."""
+    """The clusters of a volume: cluster c, from 2 to clusters + 1, begins at byte start + (c - 2) *
+    cluster_size."""
 
     start: int
     cluster_size: int
@@ -68,8 +73,9 @@ class Heap:
         none = (entries.cluster == 0) & (entries.directory | (entries.size > 0))
         short = (fate == WHOLE) & exists & ~entries.directory & (length < self.needed(entries.size))
         found = {
-            "no-clusters": none, "bad-first-cluster": ~exists & (entries.cluster != 0), "free-first-cluster": fate == NOTHING,
-            "chain-cut": fate == CUT, "chain-loop": fate == LOOP, "chain-tangled": fate == TANGLED, "chain-short": short,
+            "no-clusters": none, "bad-first-cluster": ~exists & (entries.cluster != 0),
+            "free-first-cluster": fate == NOTHING, "chain-cut": fate == CUT, "chain-loop": fate == LOOP,
+            "chain-tangled": fate == TANGLED, "chain-short": short,
             "chain-long": exists & ~entries.directory & (length > self.needed(entries.size)),
         }  # fmt: skip
         for code, which in found.items():
@@ -89,7 +95,9 @@ class Heap:
         found = {code: np.concatenate(parts) for code, parts in self.findings.items()}
         long = found.pop("chain-long", EMPTY)
         errors = list_problems([(code, FINDINGS[code], at) for code, at in found.items()])
-        return errors + list_problems([("chain-long", "files have more clusters than their size needs", long)], "warning")
+        return errors + list_problems(
+            [("chain-long", "files have more clusters than their size needs", long)], "warning"
+        )
 
 
 def add_owned(rows: tables.ExtentRows, heap: Heap, tree: Tree) -> list[Problem]:
@@ -98,19 +106,25 @@ def add_owned(rows: tables.ExtentRows, heap: Heap, tree: Tree) -> list[Problem]:
     rows.add(tables.DIRECTORY, ranges.start, ranges.length, inode=ranges.inode, file_offset=ranges.offset)
     files = tree.entries.take(~tree.entries.directory)
     found = heap.follow(files)
-    start, length, offset = heap.offset(found.cluster), found.count * heap.cluster_size, found.before * heap.cluster_size
+    start = heap.offset(found.cluster)
+    length = found.count * heap.cluster_size
+    offset = found.before * heap.cluster_size
     owner = files.inode[found.query]
     written = np.clip(heap.needed(files.valid)[found.query] * heap.cluster_size - offset, 0, length)
     for kind, from_, size in ((tables.DATA, 0, written), (tables.UNWRITTEN, written, length - written)):
         some = slice(None) if size.all() else np.flatnonzero(size)
-        rows.add(kind, (start + from_)[some], size[some], inode=owner[some], file_offset=(offset + from_)[some])
+        rows.add(
+            kind, (start + from_)[some], size[some], inode=owner[some], file_offset=(offset + from_)[some]
+        )
     problems = heap.problems()
     starts = np.concatenate([start, ranges.start])
     ends = np.concatenate([start + length, ranges.start + ranges.length])
     order = np.argsort(starts, kind="stable")
     if (starts[order][1:] < np.maximum.accumulate(ends[order])[:-1]).any():
         twice = covered_twice(starts, ends)
-        problems += list_problems([("cross-linked", "ranges of clusters belong to more than one file", twice[0])])
+        problems += list_problems(
+            [("cross-linked", "ranges of clusters belong to more than one file", twice[0])]
+        )
     return problems
 
 
@@ -125,8 +139,9 @@ def inode_table(tree: Tree) -> pa.Table:
     inner = entries.parent[entries.directory]
     links[directory] = 2 + _by_inode(inode[directory], inner, np.ones(len(inner), np.int64))
     return tables.make(
-        "inodes", volume=0, inode=inode, type=np.where(directory, tables.T_DIRECTORY, tables.T_FILE), size=size, nlink=links,
-        mtime_ns=np.append(NO_TIME, entries.mtime_ns), flags=0, record_offset=np.append(-1, entries.inode * ENTRY),
+        "inodes", volume=0, inode=inode, type=np.where(directory, tables.T_DIRECTORY, tables.T_FILE),
+        size=size, nlink=links, mtime_ns=np.append(NO_TIME, entries.mtime_ns), flags=0,
+        record_offset=np.append(-1, entries.inode * ENTRY),
     )  # fmt: skip
 
 
@@ -140,7 +155,8 @@ def _by_inode(inode: Int, keys: Int, values: Int) -> Int:
 
 
 def clipped(extents: pa.Table, size: int) -> pa.Table:
-    """The extents as far as they lie in the first `size` bytes: a volume can be shorter than its filesystem says."""
+    """The extents as far as they lie in the first `size` bytes: a volume can be shorter than its filesystem
+    says."""
     start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
     inside = np.clip(size - start, 0, length)
     if (inside == length).all():

@@ -1,11 +1,14 @@
-"""Whose free clusters of a FAT were: deleted directory entries keep first cluster, size, time and all of the name but one letter.
+"""Whose free clusters of a FAT were: deleted directory entries keep first cluster, size, time and all of the
+name but one letter.
 
-Deleting overwrites the first byte of an entry, and of the slots of its long name, with 0xE5, and frees the chain in the FAT. That the clusters of a file followed each
-other is what every undelete tool assumes, and so is said as an assumption of all but the first. A deleted directory is looked into as far as its first cluster
-goes, where that is free and still begins with the directory's own entry `.`. Windows, which clears the upper half of the first cluster's number on FAT32,
-leaves too little: said, too.
+Deleting overwrites the first byte of an entry, and of the slots of its long name, with 0xE5, and frees the
+chain in the FAT. That the clusters of a file followed each other is what every undelete tool assumes, and so
+is said as an assumption of all but the first. A deleted directory is looked into as far as its first cluster
+goes, where that is free and still begins with the directory's own entry `.`. Windows, which clears the upper
+half of the first cluster's number on FAT32, leaves too little: said, too.
 
-Sources: Microsoft FAT specification (fatgen103), DIR_Name[0]; kernel fs/fat/dir.c __fat_remove_entries(); fs/fat/namei_vfat.c (slots, checksum).
+Sources: Microsoft FAT specification (fatgen103), DIR_Name[0]; kernel fs/fat/dir.c __fat_remove_entries();
+fs/fat/namei_vfat.c (slots, checksum).
 """
 
 import numpy as np
@@ -63,11 +66,16 @@ def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Tabl
     half = (found.cluster <= 0xFFFF)[keep] & (geometry.bits == 32) & (geometry.clusters > 0xFFFF)
     doubts = np.where(half, 2, (found.count > 1)[keep])
     doubt = [DOUBTS[code] for code in doubts.tolist()]
-    return past.former(inode_table(tree), tree.names(), ROOT, rows.table(0), said_by="deleted directory entry", doubt=doubt)
+    return past.former(
+        inode_table(tree), tree.names(), ROOT, rows.table(0), said_by="deleted directory entry", doubt=doubt
+    )
 
 
 class DeadParser:
-    """Makes entries of living and of dead ones; `dead` are the inodes of the latter. Dead files and directories count as contiguous, directories as one cluster."""
+    """Makes entries of living and of dead ones; `dead` are the inodes of the latter.
+
+    Dead files and directories count as contiguous, directories as one cluster.
+    """
 
     def __init__(self, living: Parser, heap: Heap, free: tuple[Int, Int]) -> None:
         self.living, self.heap, self.free = living, heap, free
@@ -79,19 +87,33 @@ class DeadParser:
         found = self.living(raw[alive], owner[alive], number[alive])
         good = before_end(raw, owner) & self._are_directories(raw, owner, number, gone)
         kind = raw[:, 11] & ATTR_LONG_NAME_MASK
-        dead = good & ((raw[:, 0] == DELETED) | gone) & (kind != ATTR_LONG_NAME) & (raw[:, 11] & ATTR_VOLUME_ID == 0)
-        dead &= (raw[:, 11] & ~np.uint8(KNOWN_ATTRIBUTES) == 0) & ~FORBIDDEN[raw[:, 1:11]].any(axis=1) & ~_dotted(raw)
+        dead = (
+            good
+            & ((raw[:, 0] == DELETED) | gone)
+            & (kind != ATTR_LONG_NAME)
+            & (raw[:, 11] & ATTR_VOLUME_ID == 0)
+        )
+        dead &= (
+            (raw[:, 11] & ~np.uint8(KNOWN_ATTRIBUTES) == 0)
+            & ~FORBIDDEN[raw[:, 1:11]].any(axis=1)
+            & ~_dotted(raw)
+        )
         rows = np.flatnonzero(dead)
-        entries = self._free_only(described(raw, owner, number, rows, _names(raw, owner, rows), self.living.bits))
+        entries = self._free_only(
+            described(raw, owner, number, rows, _names(raw, owner, rows), self.living.bits)
+        )
         self.dead = np.append(self.dead, entries.inode)
         self.gone = np.append(self.gone, entries.inode[entries.directory])
         return join_entries([found, entries])
 
     def _are_directories(self, raw: Bytes, owner: Int, number: Int, gone: Bool) -> Bool:
-        """Which entries lie in living directories or in dead ones whose cluster still begins with an entry `.` that means this cluster."""
+        """Which entries lie in living directories or in dead ones whose cluster still begins with an entry
+        `.` that means this cluster."""
         if not gone.any():
             return ~gone
-        first = np.maximum.accumulate(np.where(np.append(True, owner[1:] != owner[:-1])[: len(owner)], np.arange(len(owner)), 0))
+        first = np.maximum.accumulate(
+            np.where(np.append(True, owner[1:] != owner[:-1])[: len(owner)], np.arange(len(owner)), 0)
+        )
         entry = records(raw[first], DIRECTORY_ENTRY)
         cluster = first_cluster(entry, self.living.bits)
         own = (raw[first, :11] == DOTS[0]).all(axis=1) & (entry["DIR_Attr"] & ATTR_DIRECTORY != 0)
@@ -115,7 +137,8 @@ def _dotted(raw: Bytes) -> Bool:
 
 
 def _names(raw: Bytes, owner: Int, rows: Int) -> Ragged:
-    """The long names of dead entries where their slots are there, else the short ones, without their first letter where that was overwritten."""
+    """The long names of dead entries where their slots are there, else the short ones, without their first
+    letter where that was overwritten."""
     short = raw[rows].copy()
     lost = short[:, 0] == DELETED
     short[lost, 0] = LOST_LETTER
@@ -130,17 +153,27 @@ def _names(raw: Bytes, owner: Int, rows: Int) -> Ragged:
 
 
 def _slots(raw: Bytes, owner: Int, rows: Int) -> Int:
-    """How many slots of a long name stand right before each dead entry; 0 where their checksum is of no name that the entry can have had.
+    """How many slots of a long name stand right before each dead entry; 0 where their checksum is of no name
+    that the entry can have had.
 
-    The numbers of dead slots are overwritten, but the nearest is the first, and the last one ends in zeroes and 0xFF or is followed by something else. Exactly one
-    first letter gives the short name the checksum: if that is none that a name can have, they are another's.
+    The numbers of dead slots are overwritten, but the nearest is the first, and the last one ends in zeroes
+    and 0xFF or is followed by something else. Exactly one first letter gives the short name the checksum: if
+    that is none that a name can have, they are another's.
     """
     count, going = np.zeros(len(rows), np.int64), np.ones(len(rows), bool)
     carried = raw[np.maximum(rows - 1, 0), 13]
     for step in range(1, MAX_SLOTS + 1):
         at = np.maximum(rows - step, 0)
-        going &= (rows >= step) & (owner[at] == owner[rows]) & (raw[at, 11] & ATTR_LONG_NAME_MASK == ATTR_LONG_NAME)
-        going &= (raw[at, 13] == carried) & (raw[at, 0] != END_MARK) & ((raw[at, 0] == DELETED) | (raw[rows, 0] != DELETED))
+        going &= (
+            (rows >= step)
+            & (owner[at] == owner[rows])
+            & (raw[at, 11] & ATTR_LONG_NAME_MASK == ATTR_LONG_NAME)
+        )
+        going &= (
+            (raw[at, 13] == carried)
+            & (raw[at, 0] != END_MARK)
+            & ((raw[at, 0] == DELETED) | (raw[rows, 0] != DELETED))
+        )
         if not going.any():
             break
         count[going] = step

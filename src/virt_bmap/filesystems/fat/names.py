@@ -1,4 +1,5 @@
-"""Names and times of FAT and exFAT directory entries: UTF-16 and code page 437 to UTF-8, long names put together."""
+"""Names and times of FAT and exFAT directory entries: UTF-16 and code page 437 to UTF-8, long names put
+together."""
 
 import numpy as np
 
@@ -18,13 +19,16 @@ NO_TIME = np.iinfo(np.int64).min
 
 CP437 = np.array([ord(bytes([byte]).decode("cp437")) for byte in range(256)], "<u2")
 """Short names to UTF-16. The disk does not name its code page; 437 is the kernel's default."""
-CP437_LOWER = np.array([ord(lower) if len(lower := chr(unit).lower()) == 1 else unit for unit in CP437.tolist()], "<u2")
+CP437_LOWER = np.array(
+    [ord(lower) if len(lower := chr(unit).lower()) == 1 else unit for unit in CP437.tolist()], "<u2"
+)
 
 
 def utf8(units: np.ndarray, lengths: Int) -> Ragged:
     """Names in UTF-16, one after the other, of `lengths` units, in UTF-8.
 
-    Unpaired surrogates stay as three bytes each, as Python's surrogatepass does; a unit 0 inside a name becomes U+FFFD.
+    Unpaired surrogates stay as three bytes each, as Python's surrogatepass does; a unit 0 inside a name
+    becomes U+FFFD.
     """
     units = np.where(units == 0, np.uint16(0xFFFD), units) if not units.all() else units
     if len(units) == 0 or units.max() < 0x80:
@@ -41,10 +45,12 @@ def utf8(units: np.ndarray, lengths: Int) -> Ragged:
 
 
 def entry_names(raw: Bytes, owner: Int, slots: Int, files: Int) -> tuple[Ragged, int]:
-    """Names of the entries `files`; these and `slots` (entries of long names) are sorted positions in raw (n, 32).
+    """Names of the entries `files`; these and `slots` (entries of long names) are sorted positions in raw (n,
+    32).
 
-    `owner` is the directory of each entry. A long name counts when all its slots stand right before the entry and carry its
-    checksum, as in fs/fat/dir.c; otherwise the short name does. Also returns how many slots belong to no entry.
+    `owner` is the directory of each entry. A long name counts when all its slots stand right before the entry
+    and carry its checksum, as in fs/fat/dir.c; otherwise the short name does. Also returns how many slots
+    belong to no entry.
     """
     count, orphans = _slot_counts(raw, owner, files, slots)
     with_long = np.flatnonzero(count)
@@ -59,7 +65,8 @@ def entry_names(raw: Bytes, owner: Int, slots: Int, files: Int) -> tuple[Ragged,
 
 
 def _slot_counts(raw: Bytes, owner: Int, files: Int, slots: Int) -> tuple[Int, int]:
-    """For each file how many slots its long name has, 0 where it has no valid one; and how many slots are nobody's."""
+    """For each file how many slots its long name has, 0 where it has no valid one; and how many slots are
+    nobody's."""
     sequence = (raw[slots, 0] & 0x3F).astype(np.int64)
     target = slots + sequence
     file_at = np.full(len(raw) + 1, -1, np.int64)
@@ -71,7 +78,8 @@ def _slot_counts(raw: Bytes, owner: Int, files: Int, slots: Int) -> tuple[Int, i
     slots, sequence, file = slots[good], sequence[good], file[good]
     count = np.zeros(len(files), np.int64)
     last = raw[slots, 0] & LAST_SLOT != 0
-    count[file[last]] = sequence[last]  # where there are several, the last written is the nearest, which counts
+    # where there are several, the last written is the nearest, which counts
+    count[file[last]] = sequence[last]
     used = sequence <= count[file]
     found = np.bincount(file[used], minlength=len(files))
     complete = (found == count) & (count > 0)
@@ -87,7 +95,8 @@ def _checksum(short: Bytes) -> Bytes:
 
 
 def long_names(raw: Bytes, files: Int, count: Int) -> tuple[Ragged, Int]:
-    """Long names that have `count` slots right before `files`, and their lengths in units; they end before a unit 0."""
+    """Long names that have `count` slots right before `files`, and their lengths in units; they end before a
+    unit 0."""
     row, step = expand(count)
     slots = items(raw.reshape(-1), ENTRY)[(files[row] - 1 - step) * ENTRY].view(LFN_ENTRY)
     text = np.empty(len(slots), TEXT)
@@ -99,11 +108,14 @@ def long_names(raw: Bytes, files: Int, count: Int) -> tuple[Ragged, Int]:
     at = zero // UNITS
     lengths[row[at]] = step[at] * UNITS + zero % UNITS  # descending: the first zero of a name is written last
     starts = (np.cumsum(count) - count) * TEXT.itemsize
-    return utf8(pieces(text.view(np.uint8), starts, (2 * lengths).astype(np.uint16)).view("<u2"), lengths), lengths
+    return utf8(
+        pieces(text.view(np.uint8), starts, (2 * lengths).astype(np.uint16)).view("<u2"), lengths
+    ), lengths
 
 
 def short_names(raw: Bytes) -> tuple[np.ndarray, Int]:
-    """(units, lengths) of 8.3 names; byte 12 says (since Windows NT) that base or extension is to be shown in lower case."""
+    """(units, lengths) of 8.3 names; byte 12 says (since Windows NT) that base or extension is to be shown in
+    lower case."""
     name = raw[:, :11].copy()
     name[name[:, 0] == 0x05, 0] = 0xE5
     lower = np.repeat((raw[:, 12:13] & (0x08, 0x10)) != 0, (8, 3), axis=1)
@@ -121,9 +133,14 @@ def _trimmed(part: Bytes) -> Bool:
 
 
 def timestamps(date: np.ndarray, time: np.ndarray) -> Int:
-    """FAT date and time (uint16 each) as nanoseconds since 1970; a local time of unknown zone, taken as UTC. NO_TIME for date 0."""
+    """FAT date and time (uint16 each) as nanoseconds since 1970; a local time of unknown zone, taken as UTC.
+
+    NO_TIME for date 0.
+    """
     date, time = date.astype(np.int64), time.astype(np.int64)
     month = (1980 - 1970 + (date >> 9)) * 12 + np.clip(date >> 5 & 15, 1, 12) - 1
-    days = month.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) + np.maximum(date & 31, 1) - 1
+    days = (
+        month.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) + np.maximum(date & 31, 1) - 1
+    )
     seconds = days * 86400 + (time >> 11) * 3600 + (time >> 5 & 63) * 60 + (time & 31) * 2
     return np.where(date == 0, NO_TIME, seconds * 10**9)

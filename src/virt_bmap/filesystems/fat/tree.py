@@ -1,7 +1,7 @@
 """The directory tree of FAT or exFAT, a level a step: all directories of one level are read in one batch.
 
-Neither format has inode numbers. An entry's inode is the number of its 32-byte record on the volume (byte offset / 32), and
-the root's, which has no entry, is 0: there the boot sector lies.
+Neither format has inode numbers. An entry's inode is the number of its 32-byte record on the volume (byte
+offset / 32), and the root's, which has no entry, is 0: there the boot sector lies.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +20,13 @@ from virt_bmap.reader import Reader
 
 ROOT = 0
 MAX_DEPTH = 1024
-"""Levels of directories that are read: as many as get a path (`virt_bmap.paths`, whose import would take a tenth of the time of a map)."""
+"""Levels of directories that are read: as many as get a path (`virt_bmap.paths`, whose import would take a
+tenth of the time of a map)."""
 BATCH = 16 << 20
 """Bytes of directories that are read together."""
 PIECE = 2 << 20
-"""Bytes of them that are looked at together, in whole directories: their arrays take some ten times as much, and stay in the cache."""
+"""Bytes of them that are looked at together, in whole directories: their arrays take some ten times as much,
+and stay in the cache."""
 
 
 class Entries(NamedTuple):
@@ -43,7 +45,8 @@ class Entries(NamedTuple):
     name: Ragged
 
     def take(self, keep: np.ndarray) -> "Entries":
-        """The rows that a boolean array asks for, without their names: who looks for clusters has no use for them."""
+        """The rows that a boolean array asks for, without their names: who looks for clusters has no use for
+        them."""
         return Entries._make([*(column[keep] for column in self[:-1]), NO_NAMES])
 
 
@@ -53,7 +56,8 @@ NONE = Entries(EMPTY, EMPTY, NO, EMPTY, EMPTY, EMPTY, NO, EMPTY, NO_NAMES)
 
 
 class Ranges(NamedTuple):
-    """Where directories lie, sorted by directory and place in it: `length` bytes of `inode` from byte `offset` of it."""
+    """Where directories lie, sorted by directory and place in it: `length` bytes of `inode` from byte
+    `offset` of it."""
 
     inode: Int
     start: Int
@@ -75,16 +79,24 @@ class Tree(NamedTuple):
     def names(self) -> pa.Table:
         """The table `names`."""
         return tables.make(
-            "names", volume=0, parent=self.entries.parent, inode=self.entries.inode, name=self.entries.name.arrow()
+            "names",
+            volume=0,
+            parent=self.entries.parent,
+            inode=self.entries.inode,
+            name=self.entries.name.arrow(),
         )
 
 
 Parse = Callable[[Bytes, Int, Int], Entries]
-"""raw entries (n, 32), the inode of the directory of each, the number of each on the volume -> what they describe"""
+"""raw entries (n, 32), the inode of the directory of each, the number of each on the volume -> what they
+describe"""
 
 
-def read_tree(reader: Reader, root: Ranges, locate: Callable[[Entries], Ranges], parse: Parse, largest: int) -> Tree:
-    """Read all directories from the root's ranges on; `locate` says where directories lie, `largest` how many bytes one may have."""
+def read_tree(
+    reader: Reader, root: Ranges, locate: Callable[[Entries], Ranges], parse: Parse, largest: int
+) -> Tree:
+    """Read all directories from the root's ranges on; `locate` says where directories lie, `largest` how many
+    bytes one may have."""
     entries = [NONE]
     ranges: list[Ranges] = []
     shared, oversize = [EMPTY], [EMPTY]
@@ -103,7 +115,8 @@ def read_tree(reader: Reader, root: Ranges, locate: Callable[[Entries], Ranges],
         entries += found
         level = join_ranges([locate(part.take(part.directory)) for part in found])
     problems = list_problems([
-        ("directory-loop", "directories lie on clusters of another directory: not read twice", np.concatenate(shared) * ENTRY),
+        ("directory-loop", "directories lie on clusters of another directory: not read twice",
+            np.concatenate(shared) * ENTRY),
         ("directory-size", f"parts of directories lie beyond the limit of {largest} bytes: not read",
          np.concatenate(oversize) * ENTRY),
         ("too-deep", f"directories lie more than {MAX_DEPTH} levels deep: not read", level.inode * ENTRY),
@@ -113,7 +126,11 @@ def read_tree(reader: Reader, root: Ranges, locate: Callable[[Entries], Ranges],
 
 def _read_level(reader: Reader, level: Ranges, parse: Parse, largest: int) -> list[Entries]:
     """The entries of one level, in bounded batches of whole directories."""
-    length = np.clip(np.minimum(largest - level.offset, reader.size - level.start), 0, level.length) // ENTRY * ENTRY
+    length = (
+        np.clip(np.minimum(largest - level.offset, reader.size - level.start), 0, level.length)
+        // ENTRY
+        * ENTRY
+    )
     total = np.cumsum(length)
     same = np.append(False, level.inode[1:] == level.inode[:-1])
     first = np.maximum.accumulate(np.where(same, 0, np.arange(len(same))))
@@ -160,5 +177,6 @@ def join_entries(parts: Sequence[Entries]) -> Entries:
 
 
 def list_problems(found: Sequence[tuple[str, str, Int]], severity: str = "error") -> list[Problem]:
-    """One problem for each kind of damage (code, what it is, offsets in bytes) that has at least one offset."""
+    """One problem for each kind of damage (code, what it is, offsets in bytes) that has at least one
+    offset."""
     return [Problem(code, f"{len(at)} {what}", int(at[0]), severity) for code, what, at in found if len(at)]

@@ -1,6 +1,7 @@
 """Volume descriptors, path tables and El Torito boot catalogs: what lies at known places.
 
-Sources: ECMA-119 (4th edition) chapter 8; Joliet 1.0; "El Torito" Bootable CD-ROM Format 1.0; Linux fs/isofs/inode.c (order of descriptors).
+Sources: ECMA-119 (4th edition) chapter 8; Joliet 1.0; "El Torito" Bootable CD-ROM Format 1.0; Linux
+fs/isofs/inode.c (order of descriptors).
 """
 
 from dataclasses import dataclass, field
@@ -58,7 +59,8 @@ PLATFORMS = {0: "x86", 1: "PowerPC", 2: "Mac", 0xEF: "EFI"}
 
 
 class Tree(NamedTuple):
-    """One directory tree of the volume: offset and size in bytes of its root, and where its path tables lie."""
+    """One directory tree of the volume: offset and size in bytes of its root, and where its path tables
+    lie."""
 
     name: str
     root: int
@@ -88,7 +90,8 @@ class BootImage(NamedTuple):
 
 
 def read_descriptors(reader: Reader) -> Descriptors:
-    """All descriptors from sector 16 up to the terminator, those of a UDF bridge behind it included in `end`."""
+    """All descriptors from sector 16 up to the terminator, those of a UDF bridge behind it included in
+    `end`."""
     count = max(0, min(MAX_DESCRIPTORS, (reader.size - FIRST_DESCRIPTOR) // SECTOR))
     sectors = reader.read_blocks(FIRST_DESCRIPTOR + SECTOR * np.arange(count, dtype=np.int64), SECTOR)
     table = records(sectors, VOLUME)
@@ -98,21 +101,29 @@ def read_descriptors(reader: Reader) -> Descriptors:
     last = min(last, int(ends[0]) + 1) if len(ends) else last
     primary = [row for row in table[:last] if row["type"] == PRIMARY]
     if not primary:
-        raise Corrupt(f"{reader.name}: no primary volume descriptor among the {last} descriptors from byte 0x8000 on, so there is no root "
+        raise Corrupt(f"{reader.name}: no primary volume descriptor among the {last} descriptors from "
+            "byte 0x8000 on, so there is no root "
                       "directory to start from", FIRST_DESCRIPTOR)  # fmt: skip
     main = primary[0]
     block_size = int(main["logical_block_size"])
     if block_size not in (512, 1024, 2048, 4096):
-        raise Corrupt(f"{reader.name}: logical_block_size at byte {FIRST_DESCRIPTOR + 128:#x} is {block_size}, not 512, 1024, 2048 or 4096",
+        raise Corrupt(f"{reader.name}: logical_block_size at byte {FIRST_DESCRIPTOR + 128:#x} is "
+            f"{block_size}, not 512, 1024, 2048 or 4096",
                       FIRST_DESCRIPTOR + 128)  # fmt: skip
     supplementary = [row for row in table[:last] if row["type"] == SUPPLEMENTARY]
     trees = [_tree("ISO 9660", main, block_size)]
-    trees += [_tree("Joliet" if is_joliet(row) else "ISO 9660:1999", row, block_size) for row in supplementary]
-    catalogs = [int.from_bytes(sector[0x47:0x4B].tobytes(), "little") * SECTOR
-                for sector, row in zip(sectors[:last], table[:last], strict=True)
-                if row["type"] == BOOT_RECORD and sector[7 : 7 + len(EL_TORITO)].tobytes() == EL_TORITO]  # fmt: skip
+    trees += [
+        _tree("Joliet" if is_joliet(row) else "ISO 9660:1999", row, block_size) for row in supplementary
+    ]
+    catalogs = [
+        int.from_bytes(sector[0x47:0x4B].tobytes(), "little") * SECTOR
+        for sector, row in zip(sectors[:last], table[:last], strict=True)
+        if row["type"] == BOOT_RECORD and sector[7 : 7 + len(EL_TORITO)].tobytes() == EL_TORITO
+    ]
     end = last
-    while end < count and (sectors[end, 1:6].tobytes() in RECOGNITION or sectors[end, :3].tobytes() == b"MKI"):
+    while end < count and (
+        sectors[end, 1:6].tobytes() in RECOGNITION or sectors[end, :3].tobytes() == b"MKI"
+    ):
         end += 1
     joliet = next((row for row in supplementary if is_joliet(row)), None)
     return Descriptors(
@@ -130,13 +141,18 @@ def _tree(name: str, descriptor: np.void, block_size: int) -> Tree:
     root = descriptor["root_directory_record"].tobytes()
     extent = int.from_bytes(root[2:6], "little") + root[1]
     size = int(descriptor["path_table_size"])
-    places = [int(descriptor[column]) for column in VOLUME.names or () if "path_table" in column and not column.endswith("size")]
+    places = [
+        int(descriptor[column])
+        for column in VOLUME.names or ()
+        if "path_table" in column and not column.endswith("size")
+    ]
     return Tree(name, extent * block_size, int.from_bytes(root[10:14], "little"),
                 [(place * block_size, size) for place in places if place])  # fmt: skip
 
 
 def _label(primary: np.void, joliet: np.void | None) -> str | None:
-    """As blkid: Joliet's 16 characters where there are any, and the rest of the primary one where they are only its beginning."""
+    """As blkid: Joliet's 16 characters where there are any, and the rest of the primary one where they are
+    only its beginning."""
     plain: str = primary["volume_identifier"].tobytes().decode("ascii", "replace").split("\0")[0]
     if joliet is None:
         return plain.rstrip() or None
@@ -158,15 +174,25 @@ def _uuid(primary: np.void) -> str | None:
 
 
 def read_boot_catalog(reader: Reader, catalog: int, problems: list[Problem]) -> tuple[int, list[BootImage]]:
-    """The catalog's length in bytes (0: not readable) and the images it names, at most one sector of entries."""
+    """The catalog's length in bytes (0: not readable) and the images it names, at most one sector of
+    entries."""
     if catalog > reader.size - SECTOR:
-        problems.append(Problem("boot-catalog", f"the El Torito boot catalog at {catalog:#x} lies outside the volume", catalog))
+        problems.append(
+            Problem(
+                "boot-catalog", f"the El Torito boot catalog at {catalog:#x} lies outside the volume", catalog
+            )
+        )
         return 0, []
     data = reader.read(catalog, SECTOR)
     words = np.frombuffer(data[:32], "<u2").astype(np.int64)
     if data[0] != 1 or data[30:32] != b"\x55\xaa" or int(words.sum()) & 0xFFFF:
         problems.append(
-            Problem("boot-catalog", f"the El Torito validation entry at {catalog:#x} is not valid", catalog, "warning")
+            Problem(
+                "boot-catalog",
+                f"the El Torito validation entry at {catalog:#x} is not valid",
+                catalog,
+                "warning",
+            )
         )
         return SECTOR, []
     images: list[BootImage] = []
@@ -196,7 +222,11 @@ def _boot_image(reader: Reader, entry: np.void, platform: str) -> BootImage | No
     elif media == 4:
         first = reader.read(offset, 512)[446:462]
         length = (int.from_bytes(first[8:12], "little") + int.from_bytes(first[12:16], "little")) * 512
-    return BootImage(offset, min(max(length, 512), reader.size - offset), f"El Torito {platform} boot image, {MEDIA[media]}")
+    return BootImage(
+        offset,
+        min(max(length, 512), reader.size - offset),
+        f"El Torito {platform} boot image, {MEDIA[media]}",
+    )
 
 
 def sorted_ranges(ranges: list[tuple[int, int]]) -> tuple[Int, Int]:

@@ -1,6 +1,7 @@
 """Directory trees read level by level: every record of every directory as columns.
 
-Sources: ECMA-119 9.1 (directory records) and 6.8.1.1 (no record crosses a sector); RRIP 1.12 4.1.5 (relocated directories).
+Sources: ECMA-119 9.1 (directory records) and 6.8.1.1 (no record crosses a sector); RRIP 1.12 4.1.5 (relocated
+directories).
 """
 
 from dataclasses import dataclass, field
@@ -34,17 +35,19 @@ RECORD = struct(33, [
 ])  # fmt: skip
 HIDDEN, DIRECTORY, ASSOCIATED, MULTI_EXTENT = 1, 2, 4, 0x80
 INT_COLUMNS = (
-    "parent", "offset", "extent", "xar", "size", "flags", "unit", "gap", "mtime_ns", "mode", "nlink", "uid", "gid", "real_size", "link_size",
-    "name_length",
+    "parent", "offset", "extent", "xar", "size", "flags", "unit", "gap", "mtime_ns", "mode", "nlink", "uid",
+    "gid", "real_size", "link_size", "name_length",
 )  # fmt: skip
 
 
 @dataclass
 class Walk:
-    """One tree: its records as columns (`column["parent"]`...), one row for each record but '.' and '..', in disk order in each directory.
+    """One tree: its records as columns (`column["parent"]`...), one row for each record but '.' and '..', in
+    disk order in each directory.
 
-    Offsets and sizes in bytes. `parent` is the offset of the directory's content, which is also its inode; `name` holds all names joined.
-    `directories` are (offset, length) as read; `areas` continuation areas; `links` (record offset, volume offset, length) of link targets.
+    Offsets and sizes in bytes. `parent` is the offset of the directory's content, which is also its inode;
+    `name` holds all names joined. `directories` are (offset, length) as read; `areas` continuation areas;
+    `links` (record offset, volume offset, length) of link targets.
     """
 
     column: dict[str, Int] = field(default_factory=dict)
@@ -57,7 +60,10 @@ class Walk:
 
 
 def walk(reader: Reader, block_size: int, tree: Tree, problems: list[Problem]) -> Walk:
-    """Read a whole tree, breadth first. Directories that lie outside the volume or are reached twice are problems, not entered."""
+    """Read a whole tree, breadth first.
+
+    Directories that lie outside the volume or are reached twice are problems, not entered.
+    """
     state = _State(reader, block_size, tree, problems)
     skip = state.system_use_skip()
     level, level_size = ints(tree.root), ints(tree.root_size)
@@ -87,7 +93,8 @@ class _State:
         self.root: dict[str, int] = {}
 
     def system_use_skip(self) -> int | None:
-        """SP in the root's '.' record: how many bytes stand before the entries of other records; None without Rock Ridge."""
+        """SP in the root's '.' record: how many bytes stand before the entries of other records; None without
+        Rock Ridge."""
         if self.tree.name == "Joliet" or self.tree.root > self.reader.size - SECTOR:
             return None
         first = self.reader.read(self.tree.root, 255)
@@ -119,7 +126,9 @@ class _State:
     def orphans(self) -> tuple[Int, Int]:
         """Relocated directories that no CL entry led to."""
         waiting, self.waiting = self.waiting, []
-        return np.concatenate([EMPTY, *(pair[0] for pair in waiting)]), np.concatenate([EMPTY, *(pair[1] for pair in waiting)])
+        return np.concatenate([EMPTY, *(pair[0] for pair in waiting)]), np.concatenate(
+            [EMPTY, *(pair[1] for pair in waiting)]
+        )
 
     def _complain(self, rows: np.ndarray, offsets: Int, code: str, words: str) -> None:
         if rows.any():
@@ -138,25 +147,43 @@ class _State:
         data = self.reader.read_ranges(level, size)
         base = np.cumsum(size) - size
         at, directory, bad = _records_of(data, base, size)
-        raw = records(data[at[:, None] + np.arange(RECORD.itemsize)], RECORD) if len(at) else np.zeros(0, RECORD)
+        raw = (
+            records(data[at[:, None] + np.arange(RECORD.itemsize)], RECORD)
+            if len(at)
+            else np.zeros(0, RECORD)
+        )
         identifier = raw["file_identifier_length"].astype(np.int64)
         length = raw["length"].astype(np.int64)
         fits = 33 + identifier <= length
         if bad or not fits.all():
             self.problems.append(
-                Problem("directory-record", f"{bad + int((~fits).sum())} directory records do not fit", int(level[0]))
+                Problem(
+                    "directory-record",
+                    f"{bad + int((~fits).sum())} directory records do not fit",
+                    int(level[0]),
+                )
             )
-        at, directory, raw, identifier, length = at[fits], directory[fits], raw[fits], identifier[fits], length[fits]
+        at = at[fits]
+        directory = directory[fits]
+        raw = raw[fits]
+        identifier = identifier[fits]
+        length = length[fits]
         offset = level[directory] + at - base[directory]
         dot = (identifier == 1) & (data[at + 33] <= 1) if len(at) else np.zeros(0, bool)
         if skip is not None:
             first = at + 33 + identifier + 1 - identifier % 2
             first = first + np.where(offset == self.tree.root, 0, skip)
             found = susp.collect(
-                self.reader, self.block_size, data, offset - at + first, np.minimum(first, at + length), at + length
+                self.reader,
+                self.block_size,
+                data,
+                offset - at + first,
+                np.minimum(first, at + length),
+                at + length,
             )
             if found.damaged:
-                self.problems.append(Problem("system-use", f"{found.damaged} system use entries are cut off or lie elsewhere", int(level[0]),
+                self.problems.append(Problem("system-use", f"{found.damaged} system use entries are cut "
+                    "off or lie elsewhere", int(level[0]),
                                              "warning"))  # fmt: skip
             self.areas.append(found.areas)
             rock = susp.rock_ridge(found.entries, len(at))
@@ -179,21 +206,26 @@ class _State:
     ) -> tuple[Int, Int]:
         """Store the columns of a batch; returns its subdirectories."""
         none = np.full(len(at), -1, np.int64)
-        extent = (widen(raw["location_of_extent"], "extent") + raw["extended_attribute_length"]) * self.block_size
+        extent = (
+            widen(raw["location_of_extent"], "extent") + raw["extended_attribute_length"]
+        ) * self.block_size
         column = {
-            "parent": parent, "offset": offset, "extent": extent, "xar": raw["extended_attribute_length"].astype(np.int64) * self.block_size,
+            "parent": parent, "offset": offset, "extent": extent,
+            "xar": raw["extended_attribute_length"].astype(np.int64) * self.block_size,
             "size": widen(raw["data_length"], "data_length"), "flags": widen(raw["file_flags"], "flags"),
             "unit": raw["file_unit_size"].astype(np.int64) * self.block_size,
             "gap": raw["interleave_gap_size"].astype(np.int64) * self.block_size,
-            "mtime_ns": susp.short_stamps(raw["recording_date"]), "mode": none, "nlink": none, "uid": none, "gid": none,
-            "real_size": none, "link_size": none, "name_length": identifier,
+            "mtime_ns": susp.short_stamps(raw["recording_date"]), "mode": none, "nlink": none, "uid": none,
+            "gid": none, "real_size": none, "link_size": none, "name_length": identifier,
         }  # fmt: skip
         name_data, name_at = data, at + 33
         moved = np.zeros(len(at), bool)
         if rock:
             for name in ("mode", "nlink", "uid", "gid", "real_size", "link_size"):
                 column[name] = getattr(rock, name)
-            column["mtime_ns"] = np.where(rock.mtime_ns == np.iinfo(np.int64).min, column["mtime_ns"], rock.mtime_ns)
+            column["mtime_ns"] = np.where(
+                rock.mtime_ns == np.iinfo(np.int64).min, column["mtime_ns"], rock.mtime_ns
+            )
             plain = rock.name_length == 0
             column["name_length"] = np.where(plain, identifier, rock.name_length)
             name_data = np.concatenate([data, rock.name])
@@ -213,7 +245,8 @@ class _State:
         return column["extent"][below], column["size"][below]
 
     def _relocate(self, column: dict[str, Int], rock: susp.RockRidge) -> None:
-        """CL: a record that looks like an empty file stands for a directory elsewhere, whose '.' record knows its size."""
+        """CL: a record that looks like an empty file stands for a directory elsewhere, whose '.' record knows
+        its size."""
         rows = np.flatnonzero(rock.child >= 0)
         place = rock.child[rows] * self.block_size
         inside = place <= self.reader.size - 34
@@ -232,14 +265,17 @@ class _State:
 
         return Walk(
             {name: join(parts) for name, parts in self.columns.items()},
-            np.concatenate([np.zeros(0, np.uint8), *self.names]), np.concatenate([np.zeros(0, bool), *self.moved]),
-            (self.seen, self.seen_size), (join([area[0] for area in self.areas]), join([area[1] for area in self.areas])),
-            (join([link[0] for link in self.links]), join([link[1] for link in self.links]), join([link[2] for link in self.links])), self.root,
+            np.concatenate([np.zeros(0, np.uint8), *self.names]),
+            np.concatenate([np.zeros(0, bool), *self.moved]), (self.seen, self.seen_size),
+            (join([area[0] for area in self.areas]), join([area[1] for area in self.areas])),
+            (join([link[0] for link in self.links]), join([link[1] for link in self.links]),
+                join([link[2] for link in self.links])), self.root,
         )  # fmt: skip
 
 
 def _records_of(data: Bytes, base: Int, size: Int) -> tuple[Int, Int, int]:
-    """(position, directory) of every record, in order, with one cursor for each sector; and how many sectors end in damage."""
+    """(position, directory) of every record, in order, with one cursor for each sector; and how many sectors
+    end in damage."""
     directory, nth = expand(-(-size // SECTOR))
     cursor = base[directory] + nth * SECTOR
     end = np.minimum(cursor + SECTOR, (base + size)[directory])

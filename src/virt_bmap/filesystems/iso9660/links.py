@@ -17,7 +17,11 @@ def target(data: bytes, size: int) -> bytes | None:
         part, at = data[at + 5 : at + length], at + length
         while part:
             flags, text = part[0], part[2 : 2 + part[1]] if len(part) > 1 else b""
-            if flags & ~(CONTINUE | CURRENT | PARENT | ROOT) or len(part) < 2 + len(text) or len(text) < part[1]:
+            if (
+                flags & ~(CONTINUE | CURRENT | PARENT | ROOT)
+                or len(part) < 2 + len(text)
+                or len(text) < part[1]
+            ):
                 return None
             words = {0: text, CURRENT: b".", PARENT: b"..", ROOT: b"/"}.get(flags & ~CONTINUE)
             if words is None:

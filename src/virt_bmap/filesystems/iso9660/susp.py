@@ -1,7 +1,8 @@
 """SUSP and Rock Ridge: the system use fields of directory records, continued or not, as columns.
 
-Sources: SUSP 1.12 and RRIP 1.12 (entry layouts by their field names); Linux fs/isofs/rock.c for what is taken in practice (a continuation
-inside one block, the length of a symbolic link); the zisofs ZF entry from fs/isofs/rock.h.
+Sources: SUSP 1.12 and RRIP 1.12 (entry layouts by their field names); Linux fs/isofs/rock.c for what is taken
+in practice (a continuation inside one block, the length of a symbolic link); the zisofs ZF entry from
+fs/isofs/rock.h.
 """
 
 from typing import NamedTuple
@@ -12,9 +13,13 @@ from virt_bmap.arrays import EMPTY, Bytes, Int, gather, ints
 from virt_bmap.reader import Reader
 
 MAX_ROUNDS = 32
-"""Continuation areas that are followed from one record, each a further read. A name of 255 and a link of 4095 bytes need three."""
+"""Continuation areas that are followed from one record, each a further read.
+
+A name of 255 and a link of 4095 bytes need three.
+"""
 MAX_CONTINUED = 64 << 20
-"""Bytes of continuation areas kept for one batch of records: honest ones have some hundred bytes for each record."""
+"""Bytes of continuation areas kept for one batch of records: honest ones have some hundred bytes for each
+record."""
 SECTOR = 2048
 
 _FLAG_CONTINUE, _FLAG_CURRENT, _FLAG_PARENT, _FLAG_ROOT = 1, 2, 4, 8
@@ -26,7 +31,8 @@ def signature(text: bytes) -> int:
 
 
 class Entries(NamedTuple):
-    """System use entries in the order in which a reader meets them, grouped by record: entry i is `flat[at[i]:at[i] + length[i]]`."""
+    """System use entries in the order in which a reader meets them, grouped by record: entry i is
+    `flat[at[i]:at[i] + length[i]]`."""
 
     record: Int
     sig: Int
@@ -51,7 +57,8 @@ class Entries(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """The entries of a batch of records, where their continuation areas lie, and how many entries and areas were damaged."""
+    """The entries of a batch of records, where their continuation areas lie, and how many entries and areas
+    were damaged."""
 
     entries: Entries
     areas: tuple[Int, Int]
@@ -59,7 +66,8 @@ class Collected(NamedTuple):
 
 
 def collect(reader: Reader, block_size: int, data: Bytes, offset: Int, starts: Int, ends: Int) -> Collected:
-    """All entries of records whose system use fields are data[starts:ends] and lie at `offset` of the volume, continuations included."""
+    """All entries of records whose system use fields are data[starts:ends] and lie at `offset` of the volume,
+    continuations included."""
     record = np.arange(len(starts), dtype=np.int64)
     parts: list[Entries] = []
     areas: list[tuple[Int, Int]] = []
@@ -93,7 +101,11 @@ def _step(data: Bytes, record: Int, offset: Int, starts: Int, ends: Int) -> tupl
         keep = cursor + 4 <= ends[owner]
         cursor, owner = cursor[keep], owner[keep]
         length = data[cursor + 2].astype(np.int64) if len(cursor) else EMPTY
-        stop = (data[cursor] == 0) | ((data[cursor] == ord("S")) & (data[cursor + 1] == ord("T"))) if len(cursor) else EMPTY
+        stop = (
+            (data[cursor] == 0) | ((data[cursor] == ord("S")) & (data[cursor + 1] == ord("T")))
+            if len(cursor)
+            else EMPTY
+        )
         wrong = (length < 4) | (cursor + length > ends[owner])
         damaged += int((wrong & ~stop.astype(bool)).sum())
         keep = ~wrong & ~stop.astype(bool)
@@ -107,7 +119,9 @@ def _step(data: Bytes, record: Int, offset: Int, starts: Int, ends: Int) -> tupl
     length = data[at + 2].astype(np.int64) if len(at) else EMPTY
     sig = data[at].astype(np.int64) | data[at + 1].astype(np.int64) << 8 if len(at) else EMPTY
     flat = gather(data, at, length) if len(at) else np.zeros(0, np.uint8)
-    return Entries(record[mine], sig, np.cumsum(length) - length, length, offset[mine] + at - starts[mine], flat), damaged
+    return Entries(
+        record[mine], sig, np.cumsum(length) - length, length, offset[mine] + at - starts[mine], flat
+    ), damaged
 
 
 def _join(parts: list[Entries]) -> Entries:
@@ -115,15 +129,19 @@ def _join(parts: list[Entries]) -> Entries:
     record = np.concatenate([part.record for part in parts])
     order = np.argsort(record, kind="stable")
     at = np.concatenate([part.at + base[i] for i, part in enumerate(parts)])
-    column = {name: np.concatenate([getattr(part, name) for part in parts])[order] for name in ("sig", "length", "offset")}
+    column = {
+        name: np.concatenate([getattr(part, name) for part in parts])[order]
+        for name in ("sig", "length", "offset")
+    }
     return Entries(record[order], at=at[order], flat=np.concatenate([part.flat for part in parts]), **column)
 
 
 class RockRidge(NamedTuple):
     """What Rock Ridge says of each of n records; -1 (mtime_ns: INT64_MIN) where it says nothing.
 
-    `name` is all names one after the other, `name_length` 0 where there is none. `child` is the block of a relocated directory, `moved` marks the
-    entry under which it really lies. `real_size` is the size of a file that zisofs compressed. Links: see `links`.
+    `name` is all names one after the other, `name_length` 0 where there is none. `child` is the block of a
+    relocated directory, `moved` marks the entry under which it really lies. `real_size` is the size of a file
+    that zisofs compressed. Links: see `links`.
     """
 
     mode: Int
@@ -152,8 +170,9 @@ def rock_ridge(entries: Entries, records: int) -> RockRidge:
     moved = np.zeros(records, bool)
     moved[entries.record[entries.of(b"RE", 4)]] = True
     return RockRidge(
-        column(b"PX", 36, 4), column(b"PX", 36, 12), column(b"PX", 36, 20), column(b"PX", 36, 28), _modified(entries, records),
-        name, name_length, column(b"CL", 12, 4), moved, column(b"ZF", 16, 8), _link_sizes(entries, records),
+        column(b"PX", 36, 4), column(b"PX", 36, 12), column(b"PX", 36, 20), column(b"PX", 36, 28),
+        _modified(entries, records), name, name_length, column(b"CL", 12, 4), moved, column(b"ZF", 16, 8),
+        _link_sizes(entries, records),
     )  # fmt: skip
 
 
@@ -183,7 +202,8 @@ def _modified(entries: Entries, records: int) -> Int:
 
 
 def _link_sizes(entries: Entries, records: int) -> Int:
-    """Length in bytes of the target of a symbolic link, -1 where there is none: components and the slashes between them."""
+    """Length in bytes of the target of a symbolic link, -1 where there is none: components and the slashes
+    between them."""
     result = np.full(records, -1, np.int64)
     rows = entries.of(b"SL", 5)
     result[entries.record[rows]] = 0
@@ -195,7 +215,8 @@ def _link_sizes(entries: Entries, records: int) -> Int:
         if not len(cursor):
             break
         flags, length = entries.flat[cursor].astype(np.int64), entries.flat[cursor + 1].astype(np.int64)
-        text = np.select([(flags & _FLAG_CURRENT) != 0, (flags & _FLAG_PARENT) != 0, (flags & _FLAG_ROOT) != 0], [1, 2, 1],
+        text = np.select([(flags & _FLAG_CURRENT) != 0, (flags & _FLAG_PARENT) != 0,
+                (flags & _FLAG_ROOT) != 0], [1, 2, 1],
                          np.minimum(length, end - cursor - 2))  # fmt: skip
         found.append((cursor, entries.record[owner], text + ((flags & (_FLAG_CONTINUE | _FLAG_ROOT)) == 0)))
         cursor = cursor + 2 + length
@@ -219,17 +240,24 @@ def links(entries: Entries) -> tuple[Int, Int, Int]:
 def short_stamps(stamps: Bytes) -> Int:
     """ECMA-119 9.1.5: (n, 7) bytes to nanoseconds since 1970 UTC, INT64_MIN where they are no date."""
     year, month, day, hour, minute, second = (stamps[:, i].astype(np.int64) for i in range(6))
-    return _nanoseconds(year + 1900, month, day, hour, minute, second, stamps[:, 6].astype(np.int8).astype(np.int64))
+    return _nanoseconds(
+        year + 1900, month, day, hour, minute, second, stamps[:, 6].astype(np.int8).astype(np.int64)
+    )
 
 
 def long_stamps(stamps: Bytes) -> Int:
-    """ECMA-119 8.4.26.1: (n, 17) bytes, digits and an offset, to nanoseconds since 1970 UTC, INT64_MIN where they are no date."""
+    """ECMA-119 8.4.26.1: (n, 17) bytes, digits and an offset, to nanoseconds since 1970 UTC, INT64_MIN where
+    they are no date."""
     digits = stamps[:, :16].astype(np.int64) - ord("0")
     fine = ((digits >= 0) & (digits <= 9)).all(axis=1)
     pair = digits[:, 0::2] * 10 + digits[:, 1::2]
     zone = stamps[:, 16].astype(np.int8).astype(np.int64)
-    result = _nanoseconds(pair[:, 0] * 100 + pair[:, 1], pair[:, 2], pair[:, 3], pair[:, 4], pair[:, 5], pair[:, 6], zone)
-    result = np.where(result == np.iinfo(np.int64).min, result, result + np.clip(pair[:, 7], 0, 99) * 10_000_000)
+    result = _nanoseconds(
+        pair[:, 0] * 100 + pair[:, 1], pair[:, 2], pair[:, 3], pair[:, 4], pair[:, 5], pair[:, 6], zone
+    )
+    result = np.where(
+        result == np.iinfo(np.int64).min, result, result + np.clip(pair[:, 7], 0, 99) * 10_000_000
+    )
     return np.where(fine, result, np.iinfo(np.int64).min)
 
 

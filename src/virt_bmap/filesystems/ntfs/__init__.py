@@ -1,13 +1,17 @@
-"""NTFS, from NT 4 to Windows 11: every record of the $MFT in a few large reads, names from the records themselves.
+"""NTFS, from NT 4 to Windows 11: every record of the $MFT in a few large reads, names from the records
+themselves.
 
-Read are the boot sector (or its copy), the $MFT with all its attributes, the bitmap, and a few bytes of $LogFile and
-hiberfil.sys. Directory indexes are never opened: each record carries its names with a reference to the directory. The journal is
-not replayed: the map shows the volume as it lies there, and `state` says when it was not left in order.
+Read are the boot sector (or its copy), the $MFT with all its attributes, the bitmap, and a few bytes of
+$LogFile and hiberfil.sys. Directory indexes are never opened: each record carries its names with a reference
+to the directory. The journal is not replayed: the map shows the volume as it lies there, and `state` says
+when it was not left in order.
 
-Bytes of a resident value that an update sequence moved are mapped to where they lie. A compression unit in several pieces gives
-rows of one file_offset, in order. Deleted records become inodes (and names, where the directory is known) without extents.
+Bytes of a resident value that an update sequence moved are mapped to where they lie. A compression unit in
+several pieces gives rows of one file_offset, in order. Deleted records become inodes (and names, where the
+directory is known) without extents.
 
-Sources: ntfs-3g 2022.10.3 (include/ntfs-3g/layout.h, libntfs-3g); kernel fs/ntfs3 (v6.12); [MS-FSCC] for reparse points.
+Sources: ntfs-3g 2022.10.3 (include/ntfs-3g/layout.h, libntfs-3g); kernel fs/ntfs3 (v6.12); [MS-FSCC] for
+reparse points.
 """
 
 from collections.abc import Sequence
@@ -46,7 +50,11 @@ FEATURES = (
     "deleted records, without their clusters",
     "dirty, unclean and hibernated volumes",
 )
-REFUSED = ("records larger than 4096 bytes", "clusters larger than 2 MiB", "replay of $LogFile: `state` says that it is needed")
+REFUSED = (
+    "records larger than 4096 bytes",
+    "clusters larger than 2 MiB",
+    "replay of $LogFile: `state` says that it is needed",
+)
 ORACLES = ("ntfs-3g (mount, ntfsinfo, ntfscluster)", "The Sleuth Kit (fls, istat)", "$Bitmap")
 CHECKS = Checks(
     checksums="update sequences of records and index blocks (torn writes)",
@@ -78,7 +86,12 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     check_records(reader, mft, contents, problems)
     tags = reparse_tags(reader, len(mft), contents)
     moved = np.flatnonzero(tags == ntfs.REPARSE_DEDUP)
-    problems.add("dedup", "files have their content in the chunk store of deduplication", record_offset(mft, moved), "note")
+    problems.add(
+        "dedup",
+        "files have their content in the chunk store of deduplication",
+        record_offset(mft, moved),
+        "note",
+    )
     types = inode_types(mft, tree, tags, interix_starts(reader, mft, contents))
     sizes, flags = sizes_and_flags(mft, tree, contents, tags)
     root = ntfs.ROOT if mft.records.directory[ntfs.ROOT : ntfs.ROOT + 1].any() else -1
@@ -90,9 +103,9 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     condition, features = state(reader, mft, contents, problems, asleep)
     return Filesystem(
         type="ntfs", size=size, block_size=geometry.cluster_size, root=root, state=condition,
-        reader=reader, inodes=inode_table(mft, tree, types, sizes, flags), names=name_table(tree), extents=rows.table(0),
-        uuid=f"{geometry.serial:016X}", label=label(mft), features=features or None, problems=problems,
-        traits=tables.SLEEPING if asleep else 0,
+        reader=reader, inodes=inode_table(mft, tree, types, sizes, flags), names=name_table(tree),
+        extents=rows.table(0), uuid=f"{geometry.serial:016X}", label=label(mft), features=features or None,
+        problems=problems, traits=tables.SLEEPING if asleep else 0,
     )  # fmt: skip
 
 

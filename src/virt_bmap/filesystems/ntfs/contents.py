@@ -1,4 +1,5 @@
-"""Attributes joined: whose they are, their pieces under the head that has sizes and flags, and where their clusters lie."""
+"""Attributes joined: whose they are, their pieces under the head that has sizes and flags, and where their
+clusters lie."""
 
 from dataclasses import dataclass
 
@@ -16,13 +17,16 @@ from virt_bmap.filesystems.ntfs.runs import HOLE, Runs, Stream, decode
 from virt_bmap.reader import Reader
 
 INTX_HEAD, MAX_LINK = 8, 2 * 4096
-"""Bytes of the magic of an Interix link, and of the longest target behind it: PATH_MAX characters (ntfs-3g libntfs-3g/dir.c ntfs_interix_types)."""
+"""Bytes of the magic of an Interix link, and of the longest target behind it: PATH_MAX characters (ntfs-3g
+libntfs-3g/dir.c ntfs_interix_types)."""
 
 
 @dataclass
 class Contents:
-    """The attributes of inodes in use, and their runs (`runs.row` counts attributes). For each attribute: its inode, the row of its first
-    piece (its own where that is lost), and its name as a number in `texts`; 0 is no name. `reach`: the VCN behind the last, by head."""
+    """The attributes of inodes in use, and their runs (`runs.row` counts attributes).
+
+    For each attribute: its inode, the row of its first piece (its own where that is lost), and its name as a
+    number in `texts`; 0 is no name. `reach`: the VCN behind the last, by head."""
 
     attributes: Attributes
     owner: Int
@@ -46,7 +50,8 @@ class Contents:
         return Stream.of(self.runs.take(mine[self.runs.row]), self.cluster_size, reader.size), size
 
     def read(self, reader: Reader, owner: int, kind: int, most: int) -> bytes:
-        """The first bytes of an unnamed attribute with run lists, at most `most`, and no more than lie together from its start."""
+        """The first bytes of an unnamed attribute with run lists, at most `most`, and no more than lie
+        together from its start."""
         stream, size = self.stream(reader, owner, kind)
         return read_stream(reader, stream, 0, min(stream.contiguous(0), size, most)).tobytes()
 
@@ -56,26 +61,52 @@ def read_contents(mft: Mft, geometry: Geometry, problems: Problems) -> Contents:
     owner, good = owner_of(mft.records, mft.attributes.record)
     stale = mft.records.in_use[mft.attributes.record] & ~good
     numbers = np.flatnonzero(np.bincount(mft.attributes.record[stale]))
-    problems.add("stale-extension", "extension records belong to a file that is gone", record_offset(mft, numbers), "warning")
+    problems.add(
+        "stale-extension",
+        "extension records belong to a file that is gone",
+        record_offset(mft, numbers),
+        "warning",
+    )
     rows = np.flatnonzero(good)
-    found, owner = (mft.attributes.take(rows), owner[rows]) if len(rows) < len(good) else (mft.attributes, owner)
+    found, owner = (
+        (mft.attributes.take(rows), owner[rows]) if len(rows) < len(good) else (mft.attributes, owner)
+    )
     name, texts = found.name.distinct()
     head, lost = _heads(found, owner, name)
-    problems.add("lost-piece", "attributes have lost their first piece", record_offset(mft, found.record[lost]))
+    problems.add(
+        "lost-piece", "attributes have lost their first piece", record_offset(mft, found.record[lost])
+    )
     listed = np.flatnonzero(found.value < 0)
     decoded = decode(
-        found.pairs.data, found.pairs.lengths[listed], found.lowest_vcn[listed], geometry.clusters, geometry.cluster_size
+        found.pairs.data,
+        found.pairs.lengths[listed],
+        found.lowest_vcn[listed],
+        geometry.clusters,
+        geometry.cluster_size,
     )
     short = decoded.bad | (~decoded.outside & (decoded.reach != found.highest_vcn[listed] + 1))
     problems.add(
-        "run-list", "run lists break off or end elsewhere than they should", record_offset(mft, found.record[listed[short]])
+        "run-list",
+        "run lists break off or end elsewhere than they should",
+        record_offset(mft, found.record[listed[short]]),
     )
-    problems.add("outside", "run lists lead out of the volume", record_offset(mft, found.record[listed[decoded.outside]]))
+    problems.add(
+        "outside",
+        "run lists lead out of the volume",
+        record_offset(mft, found.record[listed[decoded.outside]]),
+    )
     runs = decoded.runs
     reach = np.zeros(len(found), np.int64)
     np.maximum.at(reach, head[listed], decoded.reach)
     return Contents(
-        found, owner, head, name, texts, Runs(listed[runs.row], runs.vcn, runs.lcn, runs.count), reach, geometry.cluster_size
+        found,
+        owner,
+        head,
+        name,
+        texts,
+        Runs(listed[runs.row], runs.vcn, runs.lcn, runs.count),
+        reach,
+        geometry.cluster_size,
     )
 
 
@@ -102,7 +133,9 @@ def reparse_tags(reader: Reader, count: int, contents: Contents) -> Int:
     point = contents.attributes.type == ntfs.REPARSE_POINT
     resident = np.flatnonzero(point & (contents.attributes.value >= 0))
     tags[contents.owner[resident]] = contents.attributes.start[resident] & 0xFFFFFFFF
-    runs = contents.runs.take(point[contents.runs.row] & (contents.runs.vcn == 0) & (contents.runs.lcn != HOLE))
+    runs = contents.runs.take(
+        point[contents.runs.row] & (contents.runs.vcn == 0) & (contents.runs.lcn != HOLE)
+    )
     place = runs.lcn * contents.cluster_size
     inside = place <= reader.size - 4
     data = reader.read_blocks(place[inside], 4)
@@ -111,26 +144,34 @@ def reparse_tags(reader: Reader, count: int, contents: Contents) -> Int:
 
 
 def interix_starts(reader: Reader, mft: Mft, contents: Contents) -> Int:
-    """The first eight bytes, as a number, of each record's content where it is a system file small enough for a link, else 0."""
+    """The first eight bytes, as a number, of each record's content where it is a system file small enough for
+    a link, else 0."""
     starts, found = np.zeros(len(mft), np.int64), contents.attributes
     plain = (found.type == ntfs.DATA) & (contents.name == 0)
     plain &= mft.records.file_attributes[contents.owner] & ntfs.FILE_ATTR_SYSTEM != 0
     mine = np.flatnonzero(plain & (found.value >= 0))
     starts[contents.owner[mine]] = found.start[mine]
     runs, size = contents.runs, contents.cluster_size
-    wanted = plain & (found.value < 0) & (found.data_size > INTX_HEAD) & (found.data_size <= INTX_HEAD + MAX_LINK)
+    wanted = (
+        plain & (found.value < 0) & (found.data_size > INTX_HEAD) & (found.data_size <= INTX_HEAD + MAX_LINK)
+    )
     first = np.flatnonzero(wanted[runs.row] & (runs.vcn == 0) & (runs.lcn != HOLE))
     first = first[(runs.lcn[first] >= 0) & (runs.lcn[first] * size <= reader.size - INTX_HEAD)]
-    starts[contents.owner[runs.row[first]]] = reader.read_blocks(runs.lcn[first] * size, INTX_HEAD).view("<i8")[:, 0]
+    starts[contents.owner[runs.row[first]]] = reader.read_blocks(runs.lcn[first] * size, INTX_HEAD).view(
+        "<i8"
+    )[:, 0]
     return starts
 
 
 def sizes_and_flags(mft: Mft, tree: Tree, contents: Contents, tags: Int) -> tuple[Int, Int]:
-    """(bytes, mask of tables.INODE_FLAGS) of each record: of the plain content of a file, of the index of a directory."""
+    """(bytes, mask of tables.INODE_FLAGS) of each record: of the plain content of a file, of the index of a
+    directory."""
     sizes, flags = np.zeros(len(mft), np.int64), np.zeros(len(mft), np.int64)
     found = mft.attributes
     unnamed = found.name.lengths == 0
-    of_deleted = np.flatnonzero((found.type == ntfs.DATA) & (found.lowest_vcn == 0) & unnamed & tree.deleted[found.record])
+    of_deleted = np.flatnonzero(
+        (found.type == ntfs.DATA) & (found.lowest_vcn == 0) & unnamed & tree.deleted[found.record]
+    )
     sizes[found.record[of_deleted]] = found.data_size[of_deleted]
     found, first = contents.attributes, contents.attributes.lowest_vcn == 0
     for kind in (ntfs.INDEX_ROOT, ntfs.INDEX_ALLOCATION):

@@ -1,10 +1,14 @@
-"""Whose free clusters of an NTFS were: a record that is not in use any more still holds names, sizes and run lists.
+"""Whose free clusters of an NTFS were: a record that is not in use any more still holds names, sizes and run
+lists.
 
-Deleting clears IN_USE, frees the clusters in $Bitmap, and counts the record's sequence number up by one. So the table is read as if all its records were in use,
-those of deleted files with the sequence number that they had: names lead to the directories that are meant, deleted ones too, and a directory whose record has been
-used again since is none. Of several records that claim a cluster the one with the latest log sequence number (Windows writes it, ntfs-3g does not) was the last.
+Deleting clears IN_USE, frees the clusters in $Bitmap, and counts the record's sequence number up by one. So
+the table is read as if all its records were in use, those of deleted files with the sequence number that they
+had: names lead to the directories that are meant, deleted ones too, and a directory whose record has been
+used again since is none. Of several records that claim a cluster the one with the latest log sequence number
+(Windows writes it, ntfs-3g does not) was the last.
 
-Sources: ntfs-3g libntfs-3g/mft.c ntfs_mft_record_free(), ntfsprogs/ntfsundelete.c; kernel fs/ntfs3/fsntfs.c ntfs_mark_rec_free().
+Sources: ntfs-3g libntfs-3g/mft.c ntfs_mft_record_free(), ntfsprogs/ntfsundelete.c; kernel fs/ntfs3/fsntfs.c
+ntfs_mark_rec_free().
 """
 
 from dataclasses import replace
@@ -33,7 +37,8 @@ def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Tabl
     found = table.take(pa.array(past.chosen(table, starts, ends, (owner >= 0) & dead[owner])))
     return past.former(
         inodes, _names(tree, mft), ntfs.ROOT, found,
-        said_by="record of the deleted file", sequence=_log_sequence(reader, mft, tables.integers(found, "inode")),
+        said_by="record of the deleted file",
+        sequence=_log_sequence(reader, mft, tables.integers(found, "inode")),
     )  # fmt: skip
 
 
@@ -45,7 +50,8 @@ def contents(reader: Reader) -> pa.Table:
 
 
 def _as_if_alive(reader: Reader) -> tuple[Mft, Tree, Bool, pa.Table, pa.Table]:
-    """The $MFT with all its records in use, its names, which records are dead, and the tables `inodes` and `extents` of them all."""
+    """The $MFT with all its records in use, its names, which records are dead, and the tables `inodes` and
+    `extents` of them all."""
     problems = Problems()
     geometry = read_boot(reader, problems)
     mft = read_mft(reader, geometry, problems)
@@ -72,12 +78,22 @@ def _names(tree: Tree, mft: Mft) -> pa.Table:
     bare = np.flatnonzero(~np.isin(mft.names.record, tree.inode))
     parent = np.append(tree.parent, np.full(len(bare), (1 << 48), np.int64))
     names = tree.name.concat([tree.name, mft.names.name.take(bare)])
-    return tables.make("names", volume=0, parent=parent, inode=np.append(tree.inode, mft.names.record[bare]), name=names.arrow())
+    return tables.make(
+        "names",
+        volume=0,
+        parent=parent,
+        inode=np.append(tree.inode, mft.names.record[bare]),
+        name=names.arrow(),
+    )
 
 
 def _log_sequence(reader: Reader, mft: Mft, numbers: Int) -> Int:
     """The log sequence number of each record; -1 where it has none."""
     some, back = np.unique(numbers, return_inverse=True)
-    heads = reader.read_blocks(record_offset(mft, some), ntfs.MFT_RECORD.itemsize).view(ntfs.MFT_RECORD).reshape(-1)
+    heads = (
+        reader.read_blocks(record_offset(mft, some), ntfs.MFT_RECORD.itemsize)
+        .view(ntfs.MFT_RECORD)
+        .reshape(-1)
+    )
     lsn = np.minimum(heads["lsn"], np.uint64(2**63 - 1)).astype(np.int64)
     return np.where(lsn > 0, lsn, -1)[back]

@@ -1,7 +1,8 @@
 """From records to files: which record belongs to which, what each file is, and the names that lead to it.
 
-A reference holds a record number and the sequence number that the record had. One that has been used again since has another,
-so that neither a stale extension record nor a name in a directory that is gone can claim what is not theirs.
+A reference holds a record number and the sequence number that the record had. One that has been used again
+since has another, so that neither a stale extension record nor a name in a directory that is gone can claim
+what is not theirs.
 """
 
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from virt_bmap.filesystems.ragged import Ragged
 MAX_EXTEND_DEPTH = 8
 """Levels of directories below $Extend; Windows makes three ($RmMetadata/$TxfLog/...)."""
 TYPE_OF_TAG = {
-    ntfs.REPARSE_SYMLINK: tables.T_SYMLINK, ntfs.REPARSE_MOUNT_POINT: tables.T_SYMLINK, ntfs.REPARSE_LX_SYMLINK: tables.T_SYMLINK,
-    ntfs.REPARSE_AF_UNIX: tables.T_SOCKET, ntfs.REPARSE_LX_FIFO: tables.T_FIFO, ntfs.REPARSE_LX_CHR: tables.T_CHAR,
+    ntfs.REPARSE_SYMLINK: tables.T_SYMLINK, ntfs.REPARSE_MOUNT_POINT: tables.T_SYMLINK,
+    ntfs.REPARSE_LX_SYMLINK: tables.T_SYMLINK, ntfs.REPARSE_AF_UNIX: tables.T_SOCKET,
+    ntfs.REPARSE_LX_FIFO: tables.T_FIFO, ntfs.REPARSE_LX_CHR: tables.T_CHAR,
     ntfs.REPARSE_LX_BLK: tables.T_BLOCK,
 }  # fmt: skip
 TYPE_OF_START = {
-    ntfs.INTX_SYMBOLIC_LINK: tables.T_SYMLINK, ntfs.INTX_CHARACTER_DEVICE: tables.T_CHAR, ntfs.INTX_BLOCK_DEVICE: tables.T_BLOCK,
+    ntfs.INTX_SYMBOLIC_LINK: tables.T_SYMLINK, ntfs.INTX_CHARACTER_DEVICE: tables.T_CHAR,
+    ntfs.INTX_BLOCK_DEVICE: tables.T_BLOCK,
 }  # fmt: skip
 
 
@@ -41,7 +44,8 @@ def owner_of(records: Records, number: Int) -> tuple[Int, Bool]:
 
 
 def is_current(records: Records, reference: Int, number: Int) -> Bool:
-    """Whether references still mean the record `number` that they lead to; sequence number 0 is not checked by anyone."""
+    """Whether references still mean the record `number` that they lead to; sequence number 0 is not checked
+    by anyone."""
     sequence = (reference >> 48) & 0xFFFF
     current: Bool = (sequence == 0) | (sequence == records.sequence[number])
     return current
@@ -49,7 +53,10 @@ def is_current(records: Records, reference: Int, number: Int) -> Bool:
 
 @dataclass
 class Tree:
-    """Names whose directory is known, and for each record (dense) how many names lead to it. `live` and `deleted` say which are inodes."""
+    """Names whose directory is known, and for each record (dense) how many names lead to it.
+
+    `live` and `deleted` say which are inodes.
+    """
 
     parent: Int
     inode: Int
@@ -73,7 +80,11 @@ def read_tree(mft: Mft, problems: Problems) -> Tree:
     deleted[owner[gone]] = True
     parent, reached = _directories(records, names, gone)
     lost = good & ~reached
-    problems.add("orphan", "names lie in a directory that is gone or was never one", record_offset(mft, names.record[lost]))
+    problems.add(
+        "orphan",
+        "names lie in a directory that is gone or was never one",
+        record_offset(mft, names.record[lost]),
+    )
     keep = np.flatnonzero((good | gone) & reached & ~((owner == ntfs.ROOT) & (parent == ntfs.ROOT)))
     links = np.bincount(owner[good | gone], minlength=count)
     name = names.name.take(keep) if len(keep) < len(owner) else names.name
@@ -83,14 +94,19 @@ def read_tree(mft: Mft, problems: Problems) -> Tree:
 
 
 def _directories(records: Records, names: Names, gone: Bool) -> tuple[Int, Bool]:
-    """(the directory of each name, whether it is still that one). A deleted file may lie in a deleted directory, whose number went up by one."""
+    """(the directory of each name, whether it is still that one).
+
+    A deleted file may lie in a deleted directory, whose number went up by one.
+    """
     number = names.parent & ntfs.REFERENCE
     inside = number < len(records.base)
     number = np.where(inside, number, 0)
     same = is_current(records, names.parent, number)
     before = records.sequence[number] == ((names.parent >> 48) + 1) & 0xFFFF
     there = inside & records.directory[number] & (records.base[number] == 0)
-    return number, there & ((records.in_use[number] & same) | (gone & ~records.in_use[number] & (same | before)))
+    return number, there & (
+        (records.in_use[number] & same) | (gone & ~records.in_use[number] & (same | before))
+    )
 
 
 def _own(parent: Int, inode: Int, name: Ragged, live: Bool) -> tuple[Bool, Bool]:
@@ -119,7 +135,8 @@ def record_offset(mft: Mft, number: Int) -> Int:
 
 
 def inode_types(mft: Mft, tree: Tree, tags: Int, starts: Int) -> np.ndarray:
-    """The code of tables.TYPES of every record; `tags` are reparse tags, `starts` the content of system files, 0 where there is none."""
+    """The code of tables.TYPES of every record; `tags` are reparse tags, `starts` the content of system
+    files, 0 where there is none."""
     types = np.full(len(mft), tables.T_FILE, np.int8)
     types[mft.records.directory] = tables.T_DIRECTORY
     for values, meaning in ((tags, TYPE_OF_TAG), (starts, TYPE_OF_START)):
@@ -134,9 +151,9 @@ def inode_table(mft: Mft, tree: Tree, types: np.ndarray, sizes: Int, flags: Int)
     number = np.flatnonzero(tree.live | tree.deleted)
     dead = tree.deleted | tree.in_trash
     return tables.make(
-        "inodes", volume=0, inode=number, type=types[number], mode=-1, uid=-1, gid=-1, size=sizes[number], nlink=tree.links[number],
-        mtime_ns=mft.records.mtime_ns[number], flags=(flags | np.where(dead, tables.I_DELETED, 0))[number],
-        record_offset=record_offset(mft, number),
+        "inodes", volume=0, inode=number, type=types[number], mode=-1, uid=-1, gid=-1, size=sizes[number],
+        nlink=tree.links[number], mtime_ns=mft.records.mtime_ns[number],
+        flags=(flags | np.where(dead, tables.I_DELETED, 0))[number], record_offset=record_offset(mft, number),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The $MFT: found, read in batches, and followed wherever its own run list leads.
 
-Its later pieces lie in extension records that the pieces before them reach (or Windows could not start either), so the table is read from its
-start while what was read says where it goes on. Its attribute list says nothing else and is not needed.
+Its later pieces lie in extension records that the pieces before them reach (or Windows could not start
+either), so the table is read from its start while what was read says where it goes on. Its attribute list
+says nothing else and is not needed.
 """
 
 from collections.abc import Iterator
@@ -39,7 +40,10 @@ PIECE = 4 << 20
 
 @dataclass
 class Mft:
-    """All records, what they hold, and where in the volume the table itself lies. `system` are the first records, made whole."""
+    """All records, what they hold, and where in the volume the table itself lies.
+
+    `system` are the first records, made whole.
+    """
 
     stream: Stream
     records: Records
@@ -59,7 +63,11 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
     if mirror is not None and not begins(own) and begins(copy := own_list(parse(mirror[:size], 0, size))):
         replaced, own = mirror[:size], copy  # whole as a record, but its run list is lost
         problems.append(
-            Problem("mft-record", "record 0 of the $MFT says not where it lies; its copy in $MFTMirr was read", geometry.mft)
+            Problem(
+                "mft-record",
+                "record 0 of the $MFT says not where it lies; its copy in $MFTMirr was read",
+                geometry.mft,
+            )
         )
     pieces = [decoded(own, geometry)]
     length = int(own.initialized_size[own.lowest_vcn == 0].max(initial=0))
@@ -81,15 +89,21 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
             at = start + len(data)
     if not batches:
         raise Corrupt(
-            f"record 0 of the $MFT at byte {geometry.mft:#x} has no $DATA that begins at VCN 0 and holds a record", geometry.mft
+            f"record 0 of the $MFT at byte {geometry.mft:#x} has no $DATA that begins at VCN 0 and "
+            "holds a record",
+            geometry.mft,
         )
     if at < length - size:
         problems.append(
-            Problem("mft-cut", f"the $MFT is known for {at} of its {length} bytes: what lies behind is not read", geometry.mft)
+            Problem(
+                "mft-cut",
+                f"the $MFT is known for {at} of its {length} bytes: what lies behind is not read",
+                geometry.mft,
+            )
         )
     return Mft(
-        stream, concat([b.records for b in batches]), concat([b.attributes for b in batches]), concat([b.names for b in batches]),
-        system,
+        stream, concat([b.records for b in batches]), concat([b.attributes for b in batches]),
+        concat([b.names for b in batches]), system,
     )  # fmt: skip
 
 
@@ -108,7 +122,10 @@ def _read(reader: Reader, stream: Stream, span: tuple[int, int]) -> tuple[int, B
 
 
 def read_stream(reader: Reader, stream: Stream, start: int, end: int) -> Bytes:
-    """Bytes [start, end) of a stream; zeroes where it has holes. Pieces are asked for in the order in which they lie in the volume."""
+    """Bytes [start, end) of a stream; zeroes where it has holes.
+
+    Pieces are asked for in the order in which they lie in the volume.
+    """
     _, at, places, lengths = stream.place(ints(start), ints(end - start))
     order = np.argsort(places, kind="stable")
     data = reader.read_ranges(places[order], lengths[order])
@@ -129,11 +146,17 @@ def first_records(reader: Reader, geometry: Geometry, problems: list[Problem]) -
     data = reader.read_blocks(places, size)
     if not inside:
         problems.append(
-            Problem("mft-mirror", f"mftmirr_lcn leads to byte {geometry.mirror:#x}, outside the volume", 0x38, "warning")
+            Problem(
+                "mft-mirror",
+                f"mftmirr_lcn leads to byte {geometry.mirror:#x}, outside the volume",
+                0x38,
+                "warning",
+            )
         )
     first = repair(data[0], data[1] if inside else None, geometry, [])
     if not whole(first, geometry.record_size)[0]:
-        raise Corrupt(f"the first record of the $MFT at byte {geometry.mft:#x} has the signature {first[:4].tobytes()!r} or an update sequence "
+        raise Corrupt(f"the first record of the $MFT at byte {geometry.mft:#x} has the signature "
+            f"{first[:4].tobytes()!r} or an update sequence "
                       "that does not fit, and so has its copy in $MFTMirr", geometry.mft)  # fmt: skip
     return first, data[1] if inside else None
 
@@ -153,12 +176,21 @@ def repair(data: Bytes, mirror: Bytes | None, geometry: Geometry, problems: list
         data[: count * size].reshape(count, size)[lost] = copies[lost]
         words = ", ".join(map(str, lost.tolist()))
         problems.append(
-            Problem("mft-record", f"records {words} of the $MFT are damaged; their copies in $MFTMirr were read", geometry.mft)
+            Problem(
+                "mft-record",
+                f"records {words} of the $MFT are damaged; their copies in $MFTMirr were read",
+                geometry.mft,
+            )
         )
     if len(differs):
         words = ", ".join(map(str, differs.tolist()))
         problems.append(
-            Problem("mft-mirror", f"$MFTMirr says something else than the $MFT in records {words}", geometry.mirror, "warning")
+            Problem(
+                "mft-mirror",
+                f"$MFTMirr says something else than the $MFT in records {words}",
+                geometry.mirror,
+                "warning",
+            )
         )
     return data
 
@@ -185,12 +217,15 @@ def resident_value(buffer: Buffer, number: int, kind: int) -> bytes:
     header = buffer.window(at, ntfs.ATTR_HEADER)
     for place in np.flatnonzero((header["type"] == kind) & (header["non_resident"] == 0))[:1]:
         start = int(at[place]) + int(header["value_offset"][place])
-        return buffer.bytes[start : min(start + int(header["value_length"][place]), (number + 1) * buffer.size)].tobytes()
+        return buffer.bytes[
+            start : min(start + int(header["value_length"][place]), (number + 1) * buffer.size)
+        ].tobytes()
     return b""
 
 
 def own_list(batch: Batch) -> Attributes:
-    """The pieces of the $MFT's own unnamed $DATA that this batch holds, in record 0 or in its extension records."""
+    """The pieces of the $MFT's own unnamed $DATA that this batch holds, in record 0 or in its extension
+    records."""
     found, record = batch.attributes, batch.records
     rows = np.flatnonzero((found.type == ntfs.DATA) & (found.value < 0) & (found.name.lengths == 0))
     number = found.record[rows]
@@ -206,10 +241,17 @@ def begins(own: Attributes) -> bool:
 
 def decoded(found: Attributes, geometry: Geometry) -> Runs:
     """The runs of these attributes, up to the first fault of each."""
-    return decode(found.pairs.data, found.pairs.lengths, found.lowest_vcn, geometry.clusters, geometry.cluster_size).runs
+    return decode(
+        found.pairs.data, found.pairs.lengths, found.lowest_vcn, geometry.clusters, geometry.cluster_size
+    ).runs
 
 
 def stream_of(pieces: list[Runs], geometry: Geometry, size: int) -> Stream:
     """All pieces as one stream."""
-    joined = Runs(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("row", "vcn", "lcn", "count")))
+    joined = Runs(
+        *(
+            np.concatenate([getattr(piece, name) for piece in pieces])
+            for name in ("row", "vcn", "lcn", "count")
+        )
+    )
     return Stream.of(joined, geometry.cluster_size, size)

@@ -1,7 +1,8 @@
 """Attributes to extents: which bytes of the volume each one owns, and what they are called.
 
-Clusters behind the end of what was ever written (initialized_size) are `unwritten`. A compressed attribute is kept in units of 16 clusters: one
-that has all its clusters is stored as it is, one that has fewer is compressed, one without any is a hole.
+Clusters behind the end of what was ever written (initialized_size) are `unwritten`. A compressed attribute is
+kept in units of 16 clusters: one that has all its clusters is stored as it is, one that has fewer is
+compressed, one without any is a hole.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from virt_bmap.filesystems.ntfs.runs import HOLE
 from virt_bmap.tables import ExtentRows
 
 MAX_PARTS = 1024
-"""Different names of streams and metadata in one map; a volume with more of them has the rest under one name."""
+"""Different names of streams and metadata in one map; a volume with more of them has the rest under one
+name."""
 MAX_UNIT = 16
 """log2 of the clusters in a compression unit; Windows uses 4."""
 INDEX_NAME = b"$I30"
@@ -30,7 +32,8 @@ INDEX_NAME = b"$I30"
 
 @dataclass
 class Claims:
-    """Rows of the table `extents` to be, one for each piece; `attribute` is the row of Contents it comes from."""
+    """Rows of the table `extents` to be, one for each piece; `attribute` is the row of Contents it comes
+    from."""
 
     attribute: Int
     kind: Int
@@ -45,7 +48,15 @@ class Claims:
         return take(self, keep)
 
 
-def claim(mft: Mft, tree: Tree, contents: Contents, types: np.ndarray, size: int, rows: ExtentRows, problems: Problems) -> None:
+def claim(
+    mft: Mft,
+    tree: Tree,
+    contents: Contents,
+    types: np.ndarray,
+    size: int,
+    rows: ExtentRows,
+    problems: Problems,
+) -> None:
     """Add to `rows` what every attribute owns, on a volume of `size` bytes."""
     kinds = kinds_of(mft, tree, contents, types)
     found = [clusters(contents, kinds), residents(mft, contents, kinds)]
@@ -60,14 +71,19 @@ def claim(mft: Mft, tree: Tree, contents: Contents, types: np.ndarray, size: int
     if unnamed > 0:
         problems.append(
             Problem(
-                "many-names", f"{unnamed} names of streams are more than a map keeps apart: their part is 'stream'", -1, "note"
+                "many-names",
+                f"{unnamed} names of streams are more than a map keeps apart: their part is 'stream'",
+                -1,
+                "note",
             )
         )
     number = np.minimum(number, MAX_PARTS)
     order = np.argsort(number[claims.attribute], kind="stable")
     claims = claims.take(order)
     bounds = np.searchsorted(number[claims.attribute], np.arange(min(len(parts), MAX_PARTS + 1) + 1))
-    for part, low, high in zip([None, *parts[1:MAX_PARTS], "stream"], bounds[:-1].tolist(), bounds[1:].tolist(), strict=False):
+    for part, low, high in zip(
+        [None, *parts[1:MAX_PARTS], "stream"], bounds[:-1].tolist(), bounds[1:].tolist(), strict=False
+    ):
         mine = claims.take(slice(low, high))  # type: ignore[arg-type]
         rows.add(
             mine.kind, mine.volume_offset, mine.length, part=part, inode=contents.owner[mine.attribute],
@@ -75,7 +91,7 @@ def claim(mft: Mft, tree: Tree, contents: Contents, types: np.ndarray, size: int
         )  # fmt: skip
 
 
-# ---- what they are --------------------------------------------------------------------------------------------------
+# ---- what they are -----------------------------------------------------------------------------------------
 
 
 def kinds_of(mft: Mft, tree: Tree, contents: Contents, types: np.ndarray) -> Int:
@@ -95,13 +111,16 @@ def kinds_of(mft: Mft, tree: Tree, contents: Contents, types: np.ndarray) -> Int
 
 def _of_directory(mft: Mft, contents: Contents) -> Bool:
     number = contents.texts.index(INDEX_NAME) if INDEX_NAME in contents.texts else -1
-    index = np.isin(contents.attributes.type, (ntfs.INDEX_ROOT, ntfs.INDEX_ALLOCATION, ntfs.BITMAP)) & (contents.name == number)
+    index = np.isin(contents.attributes.type, (ntfs.INDEX_ROOT, ntfs.INDEX_ALLOCATION, ntfs.BITMAP)) & (
+        contents.name == number
+    )
     result: Bool = index & mft.records.directory[contents.owner]
     return result
 
 
 def parts_of(tree: Tree, contents: Contents, kinds: Int) -> tuple[Int, list[str]]:
-    """(a number for each attribute, the parts that the numbers stand for); number 0 is plain content, which has none."""
+    """(a number for each attribute, the parts that the numbers stand for); number 0 is plain content, which
+    has none."""
     kind, name = contents.attributes.type, contents.name
     own = tree.metadata[contents.owner]
     plain = ~own & (kind == ntfs.DATA) & (name == 0)
@@ -111,7 +130,8 @@ def parts_of(tree: Tree, contents: Contents, kinds: Int) -> tuple[Int, list[str]
     distinct, number = np.unique(key, axis=1, return_inverse=True)
     names = _names_of(tree, distinct[0])
     words = [
-        _part(names.get(owner, ""), kind, contents.texts[name]) for owner, kind, name in distinct[:, : MAX_PARTS + 1].T.tolist()
+        _part(names.get(owner, ""), kind, contents.texts[name])
+        for owner, kind, name in distinct[:, : MAX_PARTS + 1].T.tolist()
     ]
     result = np.zeros(len(kind), np.int64)
     result[special] = number.reshape(-1) + 1
@@ -127,7 +147,8 @@ def _names_of(tree: Tree, wanted: Int) -> dict[int, str]:
 
 
 def _part(owner: str, kind: int, name: bytes) -> str:
-    """`stream:NAME` of a file, `$Secure:$SDS` or `$MFT:$BITMAP` of the filesystem's own, else the attribute's name."""
+    """`stream:NAME` of a file, `$Secure:$SDS` or `$MFT:$BITMAP` of the filesystem's own, else the attribute's
+    name."""
     stream = kind in (ntfs.DATA, ntfs.INDEX_ROOT, ntfs.INDEX_ALLOCATION)
     word = "" if stream else ntfs.ATTR_NAMES.get(kind, f"attribute {kind:#x}")
     start = owner or ("stream" if kind == ntfs.DATA else "index" if stream else "")
@@ -138,7 +159,7 @@ def _text(name: bytes) -> str:
     return name.decode(errors="backslashreplace")
 
 
-# ---- where they are -------------------------------------------------------------------------------------------------
+# ---- where they are ----------------------------------------------------------------------------------------
 
 
 def clusters(contents: Contents, kinds: Int) -> Claims:
@@ -151,10 +172,12 @@ def clusters(contents: Contents, kinds: Int) -> Claims:
     size = contents.cluster_size
     plain = runs.take(~packed)
     kind = kinds[plain.row]
-    with_place = np.isin(attributes.type[plain.row], (ntfs.DATA, ntfs.INDEX_ALLOCATION)) & (kind != tables.SYMLINK)
+    with_place = np.isin(attributes.type[plain.row], (ntfs.DATA, ntfs.INDEX_ALLOCATION)) & (
+        kind != tables.SYMLINK
+    )
     result = Claims(
-        plain.row, kind, np.where(with_place, plain.vcn * size, -1), plain.count * size, plain.lcn * size, plain.count * size,
-        np.zeros(len(kind), np.int64),
+        plain.row, kind, np.where(with_place, plain.vcn * size, -1), plain.count * size, plain.lcn * size,
+        plain.count * size, np.zeros(len(kind), np.int64),
     )  # fmt: skip
     result = written(contents, result)
     if not packed.any():
@@ -187,14 +210,18 @@ def written(contents: Contents, claims: Claims) -> Claims:
 
 
 def compressed(contents: Contents, kinds: Int, packed: Int, heads: Int) -> Claims:
-    """What compressed attributes own. Pieces of one compressed unit share its file_offset and file_length, in the order of the rows."""
+    """What compressed attributes own.
+
+    Pieces of one compressed unit share its file_offset and file_length, in the order of the rows.
+    """
     runs = contents.runs.take(contents.runs.lcn != HOLE)
     runs, head = runs.take(packed), heads[packed]
     unit = np.left_shift(1, contents.attributes.compression_unit[head])
     end = runs.vcn + runs.count
     first = np.minimum(-(-runs.vcn // unit) * unit, end)
     last = np.maximum(end // unit * unit, first)
-    low, high = np.stack([runs.vcn, first, last], axis=1).reshape(-1), np.stack([first, last, end], axis=1).reshape(-1)
+    low = np.stack([runs.vcn, first, last], axis=1).reshape(-1)
+    high = np.stack([first, last, end], axis=1).reshape(-1)
     row, keep = np.repeat(np.arange(len(head)), 3), high > low
     row, low, high = row[keep], low[keep], high[keep]
     lcn, unit, head, attribute = runs.lcn[row] + low - runs.vcn[row], unit[row], head[row], runs.row[row]
@@ -206,23 +233,27 @@ def compressed(contents: Contents, kinds: Int, packed: Int, heads: Int) -> Claim
     raw = have >= whole
     size = contents.cluster_size
     return Claims(
-        attribute, kinds[attribute], np.where(raw, low, start) * size, np.where(raw, high - low, unit) * size, lcn * size,
-        (high - low) * size, np.where(raw, 0, tables.COMPRESSED),
+        attribute, kinds[attribute], np.where(raw, low, start) * size, np.where(raw, high - low, unit) * size,
+        lcn * size, (high - low) * size, np.where(raw, 0, tables.COMPRESSED),
     )  # fmt: skip
 
 
 def residents(mft: Mft, contents: Contents, kinds: Int) -> Claims:
-    """Where resident values lie: in their record, but for the last two bytes of every 512, which are kept in its update sequence array."""
+    """Where resident values lie: in their record, but for the last two bytes of every 512, which are kept in
+    its update sequence array."""
     attributes, size = contents.attributes, mft.system.size
     mine = np.flatnonzero((attributes.value >= 0) & (attributes.data_size > 0))
     start, number = attributes.value[mine].astype(np.int64), attributes.record[mine]
     end = np.minimum(start + attributes.data_size[mine], size)
     in_stride = start % ntfs.STRIDE + end - start <= ntfs.STRIDE - 2
     cut = np.flatnonzero(~in_stride)
-    row, offset, place, length = _without_tails(start[cut], end[cut], mft.records.usa_ofs[number[cut]].astype(np.int64), size)
+    row, offset, place, length = _without_tails(
+        start[cut], end[cut], mft.records.usa_ofs[number[cut]].astype(np.int64), size
+    )
     whole = np.flatnonzero(in_stride)
     row, offset = np.append(whole, cut[row]), np.append(np.zeros(len(whole), np.int64), offset)
-    place, length = np.append(start[whole], place) + number[row] * size, np.append((end - start)[whole], length)
+    place = np.append(start[whole], place) + number[row] * size
+    length = np.append((end - start)[whole], length)
     query, inside, volume_offset, length = mft.stream.place(place, length)
     attribute = mine[row[query]]
     offset = offset[query] + inside - place[query]
@@ -234,7 +265,8 @@ def residents(mft: Mft, contents: Contents, kinds: Int) -> Claims:
 
 
 def _without_tails(start: Int, end: Int, usa: Int, size: int) -> tuple[Int, Int, Int, Int]:
-    """(row, offset in it, place in its record, length) of what values [start, end) of records are in, whose update sequence array is at `usa`."""
+    """(row, offset in it, place in its record, length) of what values [start, end) of records are in, whose
+    update sequence array is at `usa`."""
     found = []
     for tail in range(ntfs.STRIDE - 2, size, ntfs.STRIDE):
         moved = usa + 2 + tail // ntfs.STRIDE * 2 - tail

@@ -1,6 +1,8 @@
-"""MFT records, a batch at a time: update sequences undone, attributes found, and what they say put into columns.
+"""MFT records, a batch at a time: update sequences undone, attributes found, and what they say put into
+columns.
 
-Sources: ntfs-3g libntfs-3g/mst.c (update sequences), attrib.c ntfs_external_attr_find(), mft.c ntfs_mft_record_check().
+Sources: ntfs-3g libntfs-3g/mst.c (update sequences), attrib.c ntfs_external_attr_find(), mft.c
+ntfs_mft_record_check().
 """
 
 from collections.abc import Sequence
@@ -20,14 +22,18 @@ from virt_bmap.layout import records, struct
 FILETIME_OF_1970, FILETIME_MAX = 116444736000000000, 116444736000000000 + (2**63 - 1) // 100
 NO_TIME = np.iinfo(np.int64).min
 KEPT_RESIDENT = (ntfs.DATA, ntfs.INDEX_ROOT, ntfs.REPARSE_POINT, ntfs.EA, ntfs.LOGGED_UTILITY_STREAM)
-"""Attributes whose value is told apart from the record it lies in; the others are part of what the record itself is."""
+"""Attributes whose value is told apart from the record it lies in; the others are part of what the record
+itself is."""
 IS_KEPT = np.isin(np.arange(max(KEPT_RESIDENT) + 2), KEPT_RESIDENT)
 
 
 @dataclass
 class Records:
-    """One row for each record of the $MFT, by number. `usable`: a whole record, in use or not; `torn`: its update sequence does not fit;
-    `damaged`: an attribute breaks the rules, and what follows it in the record is lost. `base` is the raw reference to the base record."""
+    """One row for each record of the $MFT, by number.
+
+    `usable`: a whole record, in use or not; `torn`: its update sequence does not fit; `damaged`: an attribute
+    breaks the rules, and what follows it in the record is lost. `base` is the raw reference to the base
+    record."""
 
     usable: Bool
     torn: Bool
@@ -43,10 +49,13 @@ class Records:
 
 @dataclass
 class Attributes:
-    """One row for each attribute that owns bytes. `data_size` and `initialized_size` are 0 where another piece of it has them.
+    """One row for each attribute that owns bytes.
 
-    `value`: where a resident value begins in its record, -1 for others. `start` is the number in the first eight bytes of a resident value,
-    0 where it has fewer. `pairs` are the run lists, which resident attributes don't have.
+    `data_size` and `initialized_size` are 0 where another piece of it has them.
+
+    `value`: where a resident value begins in its record, -1 for others. `start` is the number in the first
+    eight bytes of a resident value, 0 where it has fewer. `pairs` are the run lists, which resident
+    attributes don't have.
     """
 
     record: Int
@@ -68,7 +77,9 @@ class Attributes:
     def take(self, rows: Int) -> "Attributes":
         """Some of the attributes, with their run lists."""
         columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        taken: dict[str, Any] = {name: c.take(rows) if isinstance(c, Ragged) else c[rows] for name, c in columns.items()}
+        taken: dict[str, Any] = {
+            name: c.take(rows) if isinstance(c, Ragged) else c[rows] for name, c in columns.items()
+        }
         return Attributes(**taken)
 
 
@@ -106,7 +117,8 @@ def concat(parts: Sequence[Columns]) -> Columns:
 
 
 class Buffer:
-    """A copy of records that may be changed, with room behind them so that a header can be looked at anywhere."""
+    """A copy of records that may be changed, with room behind them so that a header can be looked at
+    anywhere."""
 
     def __init__(self, data: Bytes, size: int, held: Bytes | None = None) -> None:
         room = len(data) + 128
@@ -122,7 +134,10 @@ class Buffer:
         return self.bytes[: self.count * self.size].reshape(self.count, self.size)
 
     def window(self, at: Int, dtype: np.dtype[np.void]) -> NDArray[np.void]:
-        """One structure at each place, which may be anywhere. As opaque items they are copied whole: twice as fast as byte by byte."""
+        """One structure at each place, which may be anywhere.
+
+        As opaque items they are copied whole: twice as fast as byte by byte.
+        """
         found: NDArray[np.void] = items(self.bytes, dtype.itemsize)[at].view(dtype)
         return found
 
@@ -160,21 +175,30 @@ def parse(data: Bytes, first: int, size: int, held: Bytes | None = None) -> Batc
         Records(
             usable=whole, torn=torn, damaged=broken, in_use=whole & (flags & ntfs.IN_USE != 0),
             directory=whole & (flags & ntfs.IS_DIRECTORY != 0), sequence=heads["sequence_number"].copy(),
-            base=heads["base_mft_record"].astype(np.int64), mtime_ns=mtime, file_attributes=file_attributes, usa_ofs=heads["usa_ofs"].copy(),
+            base=heads["base_mft_record"].astype(np.int64), mtime_ns=mtime, file_attributes=file_attributes,
+            usa_ofs=heads["usa_ofs"].copy(),
         ),
         found, names,
     )  # fmt: skip
 
 
 def undo_update_sequence(buffer: Buffer, heads: NDArray[np.void]) -> tuple[Bool, Bool]:
-    """Put back the last two bytes of every 512. Returns (whole, torn): records that are good, and those whose sequence does not fit.
+    """Put back the last two bytes of every 512.
+
+    Returns (whole, torn): records that are good, and those whose sequence does not fit.
 
     A record without the word FILE is neither: it was never used, or its place was overwritten.
     """
     strides = buffer.size // ntfs.STRIDE
     is_file = heads["magic"] == ntfs.MAGIC_FILE
     start, count = heads["usa_ofs"].astype(np.int64), heads["usa_count"]
-    whole = is_file & (count == strides + 1) & (start % 2 == 0) & (start >= 0x28) & (start + 2 * (strides + 1) <= ntfs.STRIDE - 2)
+    whole = (
+        is_file
+        & (count == strides + 1)
+        & (start % 2 == 0)
+        & (start >= 0x28)
+        & (start + 2 * (strides + 1) <= ntfs.STRIDE - 2)
+    )
     words = buffer.bytes.view("<u2")
     row = np.flatnonzero(whole)
     base = row * (buffer.size // 2)
@@ -228,7 +252,9 @@ def _names(buffer: Buffer, row: Int, at: Int, length: NDArray[np.uint32], broken
     """$FILE_NAME values of the records `row`, at `at` of the buffer and `length` bytes long."""
     value = buffer.window(at, ntfs.FILE_NAME_VALUE)
     units = value["file_name_length"]
-    good = (length >= ntfs.FILE_NAME_VALUE.itemsize + 2 * units.astype(np.uint32)) & (units > 0) & (at % 2 == 0)
+    good = (
+        (length >= ntfs.FILE_NAME_VALUE.itemsize + 2 * units.astype(np.uint32)) & (units > 0) & (at % 2 == 0)
+    )
     broken[row[~good]] = True
     keep = np.flatnonzero(good & (value["file_name_type"] != ntfs.NAME_DOS))
     return Names(
@@ -242,10 +268,13 @@ START = struct(8, [(0, "start", "<i8")])
 
 
 def _attributes(buffer: Buffer, row: Int, at: Int, broken: Bool) -> Attributes:
-    """Attributes of the records `row`, at `at` of the buffer; those that make no sense are left out and their record is `broken`."""
+    """Attributes of the records `row`, at `at` of the buffer; those that make no sense are left out and their
+    record is `broken`."""
     header = buffer.window(at, ntfs.ATTR_HEADER)
     units, name_at, length = header["name_length"], header["name_offset"], header["length"].astype(np.int64)
-    good = (units == 0) | ((name_at.astype(np.int64) + 2 * units.astype(np.int64) <= length) & (name_at % 2 == 0))
+    good = (units == 0) | (
+        (name_at.astype(np.int64) + 2 * units.astype(np.int64) <= length) & (name_at % 2 == 0)
+    )
     listed = np.flatnonzero(header["non_resident"])
     wide = buffer.window(at[listed], ntfs.ATTR_RECORD)
     sized = (wide["lowest_vcn"] == 0) & (length[listed] >= ntfs.NON_RESIDENT_HEADER)
@@ -268,11 +297,14 @@ def _attributes(buffer: Buffer, row: Int, at: Int, broken: Bool) -> Attributes:
     has_start = (header["non_resident"] == 0) & (value_length >= START.itemsize)
     pairs_length = (length[listed] - pairs_at).astype(np.uint16)
     return Attributes(
-        record=row, type=header["type"].copy(), flags=header["flags"].copy(), lowest_vcn=joined(0, wide["lowest_vcn"]),
-        highest_vcn=joined(-1, wide["highest_vcn"]), compression_unit=joined(0, wide["compression_unit"], np.uint8),
-        data_size=joined(value_length, sizes["data_size"]), initialized_size=joined(value_length, sizes["initialized_size"]),
+        record=row, type=header["type"].copy(), flags=header["flags"].copy(),
+        lowest_vcn=joined(0, wide["lowest_vcn"]), highest_vcn=joined(-1, wide["highest_vcn"]),
+        compression_unit=joined(0, wide["compression_unit"], np.uint8),
+        data_size=joined(value_length, sizes["data_size"]),
+        initialized_size=joined(value_length, sizes["initialized_size"]),
         value=joined(value % buffer.size, -1, np.int16),
         start=np.where(has_start, buffer.window(np.where(has_start, value, 0), START)["start"], 0),
         name=buffer.text(at + name_at, units),
-        pairs=Ragged(pieces(buffer.bytes, at[listed] + pairs_at, pairs_length), joined(0, pairs_length, np.uint16)),
+        pairs=Ragged(pieces(buffer.bytes, at[listed] + pairs_at, pairs_length),
+            joined(0, pairs_length, np.uint16)),
     )  # fmt: skip

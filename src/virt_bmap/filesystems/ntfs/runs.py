@@ -1,7 +1,8 @@
 """Run lists (mapping pairs): where the clusters of an attribute lie.
 
-A run list is a string of pairs (length, distance from the run before); a first byte says how many bytes each takes, 0 ends the list, and a
-distance of no bytes is a hole. Sources: ntfs-3g libntfs-3g/runlist.c ntfs_mapping_pairs_decompress(); kernel fs/ntfs3/run.c run_unpack().
+A run list is a string of pairs (length, distance from the run before); a first byte says how many bytes each
+takes, 0 ends the list, and a distance of no bytes is a hole. Sources: ntfs-3g libntfs-3g/runlist.c
+ntfs_mapping_pairs_decompress(); kernel fs/ntfs3/run.c run_unpack().
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ MAX_BYTES = 1 << 62
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs in the order of their lists: `count` clusters of list `row` from `vcn` on lie at cluster `lcn` of the volume, or are a HOLE."""
+    """Runs in the order of their lists: `count` clusters of list `row` from `vcn` on lie at cluster `lcn` of
+    the volume, or are a HOLE."""
 
     row: Int
     vcn: Int
@@ -32,8 +34,8 @@ class Runs:
 
 
 class Decoded(NamedTuple):
-    """What run lists say. For each list: `reach` is the VCN behind its last run; `bad` where it breaks off or makes no sense, `outside`
-    where a run leaves the volume. A list is read up to its first fault."""
+    """What run lists say. For each list: `reach` is the VCN behind its last run; `bad` where it breaks off or
+    makes no sense, `outside` where a run leaves the volume. A list is read up to its first fault."""
 
     runs: Runs
     reach: Int
@@ -41,8 +43,11 @@ class Decoded(NamedTuple):
     outside: Bool
 
 
-def decode(data: Bytes, lengths: NDArray[np.integer], lowest_vcn: Int, clusters: int, cluster_size: int) -> Decoded:
-    """Decode lists that lie one after the other in `data`, list i in `lengths[i]` bytes and starting at `lowest_vcn[i]`.
+def decode(
+    data: Bytes, lengths: NDArray[np.integer], lowest_vcn: Int, clusters: int, cluster_size: int
+) -> Decoded:
+    """Decode lists that lie one after the other in `data`, list i in `lengths[i]` bytes and starting at
+    `lowest_vcn[i]`.
 
     One cursor for each list, all stepped together: as many steps as the longest list has runs.
     """
@@ -87,7 +92,9 @@ def _join(parts: list[Runs]) -> Runs:
     """The runs of all steps, by list and VCN."""
     if not parts:
         return Runs(EMPTY, EMPTY, EMPTY, EMPTY)
-    joined = Runs(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "vcn", "lcn", "count")))
+    joined = Runs(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "vcn", "lcn", "count"))
+    )
     return joined if len(parts) == 1 else joined.take(np.argsort(joined.row, kind="stable"))
 
 
@@ -100,8 +107,9 @@ class Stream(NamedTuple):
 
     @staticmethod
     def of(runs: Runs, cluster_size: int, size: int) -> "Stream":
-        """The stream that runs of one attribute make on a volume of `size` bytes: holes, repeated VCNs and what lies behind the
-        volume's end left out. It is never longer than the volume, whatever the runs say."""
+        """The stream that runs of one attribute make on a volume of `size` bytes: holes, repeated VCNs and
+        what lies behind the volume's end left out. It is never longer than the volume, whatever the runs
+        say."""
         runs = runs.take(runs.lcn != HOLE)
         runs = runs.take(np.argsort(runs.vcn, kind="stable"))
         reach = np.maximum.accumulate(runs.vcn + runs.count)
@@ -112,7 +120,8 @@ class Stream(NamedTuple):
         return Stream(start[keep], volume[keep], length[keep])
 
     def contiguous(self, start: int) -> int:
-        """Up to which byte the stream is known without a gap from `start` on; `start` itself where it lies in none."""
+        """Up to which byte the stream is known without a gap from `start` on; `start` itself where it lies in
+        none."""
         ends = self.start + self.length
         first = int(np.searchsorted(ends, start, "right"))
         if first == len(ends) or self.start[first] > start:
@@ -126,11 +135,13 @@ class Stream(NamedTuple):
         return bool((np.diff(places) > 0).all())
 
     def place(self, starts: Int, lengths: Int) -> tuple[Int, Int, Int, Int]:
-        """(query, stream offset, volume offset, length) of the pieces in which ranges of the stream lie; what lies in holes is left out."""
+        """(query, stream offset, volume offset, length) of the pieces in which ranges of the stream lie; what
+        lies in holes is left out."""
         ends = self.start + self.length
         first = np.searchsorted(ends, starts, "right")
         piece = np.minimum(first, len(ends) - 1)
-        if len(ends) and bool(((self.start[piece] <= starts) & (starts + lengths <= ends[piece])).all()):  # none is cut
+        # none is cut
+        if len(ends) and bool(((self.start[piece] <= starts) & (starts + lengths <= ends[piece])).all()):
             return np.arange(len(starts)), starts, self.volume[piece] + starts - self.start[piece], lengths
         last = np.searchsorted(self.start, starts + lengths, "left")
         query, step = expand(np.maximum(0, last - first))

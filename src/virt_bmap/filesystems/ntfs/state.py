@@ -1,6 +1,8 @@
-"""What the volume says about itself: name, version, whether it was left in order; and which clusters its allocator calls free.
+"""What the volume says about itself: name, version, whether it was left in order; and which clusters its
+allocator calls free.
 
-Sources: ntfs-3g libntfs-3g/logfile.c ntfs_is_logfile_clean(), volume.c ntfs_volume_check_hiberfile(), ntfs_volume_get_free_space().
+Sources: ntfs-3g libntfs-3g/logfile.c ntfs_is_logfile_clean(), volume.c ntfs_volume_check_hiberfile(),
+ntfs_volume_get_free_space().
 """
 
 import numpy as np
@@ -54,7 +56,8 @@ def hibernated(reader: Reader, tree: Tree, contents: Contents) -> bool:
 
 
 def log_is_clean(pages: bytes) -> bool:
-    """Was the journal closed? `pages` are its two restart pages, of which the later one counts; an empty log is clean."""
+    """Was the journal closed? `pages` are its two restart pages, of which the later one counts; an empty log
+    is clean."""
     areas = []
     for start in (0, ntfs.RESTART_PAGE_SIZE):
         page = pages[start : start + ntfs.RESTART_PAGE_SIZE]
@@ -66,10 +69,12 @@ def log_is_clean(pages: bytes) -> bool:
     if not areas:
         return not pages or pages[:4] != b"RCRD"
     last = max(areas, key=lambda area: int(area["current_lsn"]))
-    return bool(last["client_in_use_list"] == ntfs.LOGFILE_NO_CLIENT or last["flags"] & ntfs.RESTART_VOLUME_IS_CLEAN)
+    return bool(
+        last["client_in_use_list"] == ntfs.LOGFILE_NO_CLIENT or last["flags"] & ntfs.RESTART_VOLUME_IS_CLEAN
+    )
 
 
-# ---- bitmaps --------------------------------------------------------------------------------------------------------
+# ---- bitmaps -----------------------------------------------------------------------------------------------
 
 
 def free_space(reader: Reader, geometry: Geometry, contents: Contents, problems: Problems) -> tuple[Int, Int]:
@@ -87,7 +92,8 @@ def free_space(reader: Reader, geometry: Geometry, contents: Contents, problems:
 
 
 def check_records(reader: Reader, mft: Mft, contents: Contents, problems: Problems) -> None:
-    """Report records that break the rules, or that the $MFT's own bitmap calls used although they can't be read."""
+    """Report records that break the rules, or that the $MFT's own bitmap calls used although they can't be
+    read."""
     records, size = mft.records, mft.system.size
     numbers = np.arange(len(mft))
     problems.add(
@@ -102,7 +108,9 @@ def check_records(reader: Reader, mft: Mft, contents: Contents, problems: Proble
     used[: len(bits)] = bits
     lost = numbers[(used | records.torn) & ~records.usable]
     problems.add(
-        "mft-record", f"records of {size} bytes are in use but have no signature or a wrong update sequence", _places(mft, lost)
+        "mft-record",
+        f"records of {size} bytes are in use but have no signature or a wrong update sequence",
+        _places(mft, lost),
     )
 
 

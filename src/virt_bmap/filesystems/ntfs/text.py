@@ -12,7 +12,8 @@ Units = NDArray[np.uint16]
 def utf8(units: Units, lengths: NDArray[np.integer]) -> Ragged:
     """Names that lie one after the other in `units` (UTF-16), name i of `lengths[i]` units, in UTF-8.
 
-    NTFS lets any 16-bit unit into a name: a surrogate without its partner becomes three bytes (WTF-8), so that no two names fall together.
+    NTFS lets any 16-bit unit into a name: a surrogate without its partner becomes three bytes (WTF-8), so
+    that no two names fall together.
     """
     if len(units) == 0 or int(units.max()) < 0x80:
         return Ragged(units.astype(np.uint8), lengths.astype(np.uint16))

@@ -1,12 +1,15 @@
 """squashfs 4.0: inodes, names and blocks as arrays, with every compressor.
 
-What is read: the superblock, the compressor's options, the inode, directory, fragment, export, id and xattr tables, and from the inodes where each block of
-a file lies. Blocks are COMPRESSED rows, one each, with the file's bytes that they hold; a compressed fragment is a row of every file whose tail it packs,
-SHARED. Tables are metadata of the filesystem; names of directories, targets of links and attributes lie inside their metadata blocks as INLINE
-rows, COMPRESSED where the metadata block is, which then is shown whole. `record_offset` is the metadata block that holds the inode.
-There is no allocator: what lies before `bytes_used` and has no owner is unknown.
+What is read: the superblock, the compressor's options, the inode, directory, fragment, export, id and xattr
+tables, and from the inodes where each block of a file lies. Blocks are COMPRESSED rows, one each, with the
+file's bytes that they hold; a compressed fragment is a row of every file whose tail it packs, SHARED. Tables
+are metadata of the filesystem; names of directories, targets of links and attributes lie inside their
+metadata blocks as INLINE rows, COMPRESSED where the metadata block is, which then is shown whole.
+`record_offset` is the metadata block that holds the inode. There is no allocator: what lies before
+`bytes_used` and has no owner is unknown.
 
-Sources: Linux fs/squashfs (squashfs_fs.h, super.c, inode.c, dir.c, block.c); Documentation/filesystems/squashfs.rst.
+Sources: Linux fs/squashfs (squashfs_fs.h, super.c, inode.c, dir.c, block.c);
+Documentation/filesystems/squashfs.rst.
 """
 
 from collections.abc import Sequence
@@ -20,7 +23,14 @@ from virt_bmap.arrays import Bytes, Int, expand, ints
 from virt_bmap.contract import Checks, Docs, Filesystem, FilesystemFormat, Problem, Structure, Structures
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.filesystems.sharing import cut_shared, overlap
-from virt_bmap.filesystems.squashfs.compression import COMPRESSIONS, METADATA_SIZE, UNCOMPRESSED, Table, decompressor, read_blocks
+from virt_bmap.filesystems.squashfs.compression import (
+    COMPRESSIONS,
+    METADATA_SIZE,
+    UNCOMPRESSED,
+    Table,
+    decompressor,
+    read_blocks,
+)
 from virt_bmap.filesystems.squashfs.inodes import DIR, INVALID, REG, SYMLINK, Tree, walk
 from virt_bmap.layout import record, records, struct, widen
 from virt_bmap.reader import Reader
@@ -28,8 +38,9 @@ from virt_bmap.tables import ExtentRows
 
 NAME = "squashfs"
 FEATURES = (
-    "version 4.0 with gzip, lzma, lzo, xz, lz4 and zstd", "basic and extended inodes", "fragments, shared by the files they pack", "sparse blocks",
-    "duplicate files (as shared)", "directory indexes", "fragment, export, id and xattr tables", "compressor options",
+    "version 4.0 with gzip, lzma, lzo, xz, lz4 and zstd", "basic and extended inodes",
+    "fragments, shared by the files they pack", "sparse blocks", "duplicate files (as shared)",
+    "directory indexes", "fragment, export, id and xattr tables", "compressor options",
 )  # fmt: skip
 REFUSED = ("versions 1 to 3", "big-endian images")
 ORACLES = ("unsquashfs", "content through a loop mount", "content read back by the map")
@@ -44,16 +55,18 @@ CHECKS = Checks(
 )
 
 SUPERBLOCK = struct(96, [
-    (0, "s_magic", "S4"), (4, "inodes", "<u4"), (8, "mkfs_time", "<u4"), (12, "block_size", "<u4"), (16, "fragments", "<u4"),
-    (20, "compression", "<u2"), (22, "block_log", "<u2"), (24, "flags", "<u2"), (26, "no_ids", "<u2"), (28, "s_major", "<u2"),
-    (30, "s_minor", "<u2"), (32, "root_inode", "<u8"), (40, "bytes_used", "<u8"), (48, "id_table_start", "<u8"),
-    (56, "xattr_id_table_start", "<u8"), (64, "inode_table_start", "<u8"), (72, "directory_table_start", "<u8"),
+    (0, "s_magic", "S4"), (4, "inodes", "<u4"), (8, "mkfs_time", "<u4"), (12, "block_size", "<u4"),
+    (16, "fragments", "<u4"), (20, "compression", "<u2"), (22, "block_log", "<u2"), (24, "flags", "<u2"),
+    (26, "no_ids", "<u2"), (28, "s_major", "<u2"), (30, "s_minor", "<u2"), (32, "root_inode", "<u8"),
+    (40, "bytes_used", "<u8"), (48, "id_table_start", "<u8"), (56, "xattr_id_table_start", "<u8"),
+    (64, "inode_table_start", "<u8"), (72, "directory_table_start", "<u8"),
     (80, "fragment_table_start", "<u8"), (88, "lookup_table_start", "<u8"),
 ])  # fmt: skip
 FRAGMENT = struct(16, [(0, "start_block", "<u8"), (8, "size", "<u4")])
 XATTR_ID = struct(16, [(0, "xattr", "<u8"), (8, "count", "<u4"), (12, "size", "<u4")])
 COMPRESSOR_OPTIONS = 0x400
-FLAGS = {0x001: "noI", 0x002: "noD", 0x008: "noF", 0x010: "no-fragments", 0x020: "always-use-fragments", 0x040: "duplicates",
+FLAGS = {0x001: "noI", 0x002: "noD", 0x008: "noF", 0x010: "no-fragments", 0x020: "always-use-fragments",
+    0x040: "duplicates",
          0x080: "exportable", 0x100: "noX", 0x200: "no-xattrs", 0x400: "compressor-options"}  # fmt: skip
 STORED = 1 << 24
 """Set in a block's size where it is stored as it is."""
@@ -75,21 +88,30 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     problems: list[Problem] = []
     rows = ExtentRows()
     found = _read_tables(reader, superblock, rows, problems)
-    tree = walk(found.inodes, found.directories, _place(superblock, "inode_table_start"), int(superblock["root_inode"]),
+    tree = walk(found.inodes, found.directories, _place(superblock, "inode_table_start"),
+        int(superblock["root_inode"]),
                 int(superblock["block_size"]), problems)  # fmt: skip
     root = _root(found.inodes, superblock, tree, reader)
     starts, ends = _content(rows, reader, superblock, found, tree, problems)
     if claimed := overlap((starts, ends), (found.regions[:, 0], found.regions[:, 1])):
-        problems.append(Problem("overlap", f"{claimed[0]} bytes of file content are metadata as well", claimed[1]))
+        problems.append(
+            Problem("overlap", f"{claimed[0]} bytes of file content are metadata as well", claimed[1])
+        )
     _inside_tables(rows, found, tree)
     size = int(superblock["bytes_used"])
     if size > reader.size:
-        problems.append(Problem("truncated", f"the image has {reader.size} of the {size} bytes that it claims", reader.size))
+        problems.append(
+            Problem(
+                "truncated", f"the image has {reader.size} of the {size} bytes that it claims", reader.size
+            )
+        )
     return Filesystem(
         type=NAME, size=min(size, reader.size), block_size=int(superblock["block_size"]), root=root,
-        state="damaged" if problems else "clean", reader=reader, inodes=_inodes(found, tree), names=_names(tree), extents=rows.table(0),
+        state="damaged" if problems else "clean", reader=reader, inodes=_inodes(found, tree),
+        names=_names(tree), extents=rows.table(0),
         features=" ".join([COMPRESSIONS[int(superblock["compression"])],
-                           *(name for bit, name in FLAGS.items() if int(superblock["flags"]) & bit)]), problems=problems,
+                           *(name for bit, name in FLAGS.items() if int(superblock["flags"]) & bit)]),
+                           problems=problems,
     )  # fmt: skip
 
 
@@ -99,17 +121,24 @@ def read_superblock(reader: Reader) -> np.void:
     found = record(data, SUPERBLOCK)
     if found["s_magic"] == b"sqsh":
         raise Unsupported(
-            f"{reader.name}: a big-endian squashfs {int.from_bytes(data[28:30], 'big')}.x image, only little-endian 4.0 is read",
+            f"{reader.name}: a big-endian squashfs {int.from_bytes(data[28:30], 'big')}.x image, "
+            "only little-endian 4.0 is read",
             0,
         )
     version = int(found["s_major"])
     if version != 4 or found["s_minor"]:
-        raise Unsupported(f"{reader.name}: squashfs version {version}.{int(found['s_minor'])}, only 4.0 is read", 28)
+        raise Unsupported(
+            f"{reader.name}: squashfs version {version}.{int(found['s_minor'])}, only 4.0 is read", 28
+        )
     if int(found["block_log"]) not in BLOCK_LOGS or int(found["block_size"]) != 1 << int(found["block_log"]):
-        raise Corrupt(f"{reader.name}: block_size at byte 12 is {int(found['block_size'])} and block_log {int(found['block_log'])}, not a power "
+        raise Corrupt(f"{reader.name}: block_size at byte 12 is {int(found['block_size'])} and block_log "
+            f"{int(found['block_log'])}, not a power "
                       "of two from 4 KiB to 1 MiB", 12)  # fmt: skip
     if int(found["bytes_used"]) > 2**62:
-        raise Corrupt(f"{reader.name}: bytes_used at byte 40 is {int(found['bytes_used']):#x}, more than any disk holds", 40)
+        raise Corrupt(
+            f"{reader.name}: bytes_used at byte 40 is {int(found['bytes_used']):#x}, more than any disk holds",
+            40,
+        )
     return found
 
 
@@ -134,7 +163,9 @@ class _Tables:
 class _TableReader:
     """Reads tables, names the bytes they take, and writes down what is wrong with them."""
 
-    def __init__(self, reader: Reader, superblock: np.void, rows: ExtentRows, problems: list[Problem]) -> None:
+    def __init__(
+        self, reader: Reader, superblock: np.void, rows: ExtentRows, problems: list[Problem]
+    ) -> None:
         self.reader, self.superblock, self.rows, self.problems = reader, superblock, rows, problems
         self.unpack = decompressor(int(superblock["compression"]))
         self.end = min(int(superblock["bytes_used"]), reader.size)
@@ -144,7 +175,10 @@ class _TableReader:
         """Name the bytes [start, stop) and read them; nothing where they do not lie inside the image."""
         if not 0 <= start < stop <= self.end or stop - start > MAX_TABLE:
             if start != stop:
-                words = f"the {part} from {start:#x} to {stop:#x} is not inside the image or not before the next table"
+                words = (
+                    f"the {part} from {start:#x} to {stop:#x} is not inside the image or not before "
+                    "the next table"
+                )
                 self.problems.append(Problem("table", words, start))
             return np.zeros(0, np.uint8)
         self.rows.add(tables.METADATA, start, stop - start, part=part)
@@ -155,19 +189,23 @@ class _TableReader:
         """The metadata blocks that fill [start, stop)."""
         table, broken = read_blocks(self.region(part, start, stop), start, self.unpack, part)
         if broken:
-            self.problems.append(Problem("metadata-block", f"{broken} metadata blocks of the {part} can't be read", start))
+            self.problems.append(
+                Problem("metadata-block", f"{broken} metadata blocks of the {part} can't be read", start)
+            )
         return table
 
     def indexed(self, part: str, column: str, count: int, size: int, header: int = 0) -> tuple[Table, int]:
-        """A table of `count` records of `size` bytes, whose metadata blocks are found through pointers `header` bytes behind the superblock's
-        `column`; and where the first of them lies."""
+        """A table of `count` records of `size` bytes, whose metadata blocks are found through pointers
+        `header` bytes behind the superblock's `column`; and where the first of them lies."""
         index = _place(self.superblock, column)
         none = read_blocks(np.zeros(0, np.uint8), 0, self.unpack, part)[0]
         if index >= self.end or count == 0:
             return none, min(index, self.end)
         pointers = -(-count * size // METADATA_SIZE)
         if pointers * 8 > self.end - index - header:
-            self.problems.append(Problem("table", f"the {part} at {index:#x} has more pointers than fit the image", index))
+            self.problems.append(
+                Problem("table", f"the {part} at {index:#x} has more pointers than fit the image", index)
+            )
             return none, index
         where = widen(np.frombuffer(self.reader.read(index + header, 8 * pointers), "<u8"), part)
         first = min(int(where.min()), index)
@@ -175,7 +213,9 @@ class _TableReader:
         self.region(part, index, index + header + 8 * pointers)
         if not np.isin(where, table.disk).all():
             self.problems.append(
-                Problem("table", f"the {part}'s pointers at {index:#x} do not lead to its metadata blocks", index)
+                Problem(
+                    "table", f"the {part}'s pointers at {index:#x} do not lead to its metadata blocks", index
+                )
             )
         return table, first
 
@@ -193,7 +233,10 @@ class _TableReader:
 
 
 def _read_tables(reader: Reader, superblock: np.void, rows: ExtentRows, problems: list[Problem]) -> _Tables:
-    """Read every table and add its rows. Tables lie one behind the other; each ends where the next one begins."""
+    """Read every table and add its rows.
+
+    Tables lie one behind the other; each ends where the next one begins.
+    """
     source = _TableReader(reader, superblock, rows, problems)
     source.region("superblock", 0, SUPERBLOCK.itemsize)
     if int(superblock["flags"]) & COMPRESSOR_OPTIONS:
@@ -208,19 +251,27 @@ def _read_tables(reader: Reader, superblock: np.void, rows: ExtentRows, problems
     )
     directory_start = _place(superblock, "directory_table_start")
     inodes = source.blocks("inode table", _place(superblock, "inode_table_start"), directory_start)
-    directories = source.blocks("directory table", directory_start, min(xattr_start, id_start, export_start, fragment_start))
+    directories = source.blocks(
+        "directory table", directory_start, min(xattr_start, id_start, export_start, fragment_start)
+    )
     return _Tables(
         inodes, directories, records(fragments.data[: fragments.length], FRAGMENT),
-        widen(np.frombuffer(ids.data[: ids.length // 4 * 4], "<u4"), "id"), xattr_ids, xattrs, np.array(source.regions, np.int64).reshape(-1, 2),
+        widen(np.frombuffer(ids.data[: ids.length // 4 * 4], "<u4"), "id"), xattr_ids, xattrs,
+        np.array(source.regions, np.int64).reshape(-1, 2),
     )  # fmt: skip
 
 
 def _root(inodes: Table, superblock: np.void, tree: Tree, reader: Reader) -> int:
     reference = int(superblock["root_inode"])
-    at = inodes.position(ints(_place(superblock, "inode_table_start") + (reference >> 16)), ints(reference & 0xFFFF))[0]
+    at = inodes.position(
+        ints(_place(superblock, "inode_table_start") + (reference >> 16)), ints(reference & 0xFFFF)
+    )[0]
     row = np.flatnonzero(tree.column["at"] == at)
     if at < 0 or not len(row) or tree.column["type"][row[0]] != DIR:
-        raise Corrupt(f"{reader.name}: root_inode at byte 32 is {reference:#x}, where the inode table has no directory", 32)
+        raise Corrupt(
+            f"{reader.name}: root_inode at byte 32 is {reference:#x}, where the inode table has no directory",
+            32,
+        )
     return int(tree.column["inode"][row[0]])
 
 
@@ -234,16 +285,21 @@ def _inodes(found: _Tables, tree: Tree) -> pa.Table:
         return owners[np.where(column[name] < len(found.ids), column[name], -1)]
 
     return tables.make(
-        "inodes", volume=np.zeros(len(column["inode"]), np.int64), inode=column["inode"], type=tables.type_of_mode(column["mode"]),
-        mode=column["mode"], uid=owner("uid"), gid=owner("gid"), size=column["size"], nlink=column["nlink"],
-        mtime_ns=column["mtime"] * 1_000_000_000, flags=np.zeros(len(column["inode"]), np.int64), record_offset=found.inodes.disk[block] + within,
+        "inodes", volume=np.zeros(len(column["inode"]), np.int64), inode=column["inode"],
+        type=tables.type_of_mode(column["mode"]), mode=column["mode"], uid=owner("uid"), gid=owner("gid"),
+        size=column["size"], nlink=column["nlink"], mtime_ns=column["mtime"] * 1_000_000_000,
+        flags=np.zeros(len(column["inode"]), np.int64), record_offset=found.inodes.disk[block] + within,
     )  # fmt: skip
 
 
 def _names(tree: Tree) -> pa.Table:
     offsets = np.append(0, np.cumsum(tree.name_length)).astype(np.int32)
-    names = pa.Array.from_buffers(pa.binary(), len(tree.name_length), [None, pa.py_buffer(offsets), pa.py_buffer(tree.name)])
-    return tables.make("names", volume=np.zeros(len(names), np.int64), parent=tree.parent, inode=tree.child, name=names)
+    names = pa.Array.from_buffers(
+        pa.binary(), len(tree.name_length), [None, pa.py_buffer(offsets), pa.py_buffer(tree.name)]
+    )
+    return tables.make(
+        "names", volume=np.zeros(len(names), np.int64), parent=tree.parent, inode=tree.child, name=names
+    )
 
 
 def _content(
@@ -251,23 +307,34 @@ def _content(
 ) -> tuple[Int, Int]:
     """Rows of all blocks and fragments; returns their ranges."""
     block_size = int(superblock["block_size"])
-    parts = [_block_rows(found.inodes, tree, block_size, problems), _fragment_rows(found.fragments, tree, block_size, problems)]
+    parts = [
+        _block_rows(found.inodes, tree, block_size, problems),
+        _fragment_rows(found.fragments, tree, block_size, problems),
+    ]
     inode, at, size, start, length, packed = (np.concatenate([part[i] for part in parts]) for i in range(6))
     inside = (start >= 0) & (start <= min(int(superblock["bytes_used"]), reader.size) - length)
     if not inside.all():
         problems.append(
-            Problem("outside", f"{int((~inside).sum())} blocks of files lie outside the image", int(start[~inside][0]))
+            Problem(
+                "outside",
+                f"{int((~inside).sum())} blocks of files lie outside the image",
+                int(start[~inside][0]),
+            )
         )
-    inode, at, size, start, length, packed = (values[inside] for values in (inode, at, size, start, length, packed))
+    inode, at, size, start, length, packed = (
+        values[inside] for values in (inode, at, size, start, length, packed)
+    )
     pieces = cut_shared(start, start + length)
     shared = np.zeros(len(start), bool)
     np.logical_or.at(shared, pieces.row, pieces.shared)
     whole = packed.astype(bool)
-    rows.add(tables.DATA, start[whole], length[whole], inode=inode[whole], file_offset=at[whole], file_length=size[whole],
+    rows.add(tables.DATA, start[whole], length[whole], inode=inode[whole], file_offset=at[whole],
+        file_length=size[whole],
              flags=tables.COMPRESSED + tables.SHARED * shared[whole])  # fmt: skip
     plain = ~whole[pieces.row]
     row, low = pieces.row[plain], pieces.start[plain]
-    rows.add(tables.DATA, low, pieces.end[plain] - low, inode=inode[row], file_offset=at[row] + low - start[row],
+    rows.add(tables.DATA, low, pieces.end[plain] - low, inode=inode[row],
+        file_offset=at[row] + low - start[row],
              flags=tables.SHARED * pieces.shared[plain])  # fmt: skip
     return start, start + length
 
@@ -287,14 +354,21 @@ def _block_rows(table: Table, tree: Tree, block_size: int, problems: list[Proble
         np.cumsum(np.where(fits, count, 0)) <= table.length // 4
     )  # lists do not overlap, so together they are shorter than the table
     if not fits.all():
-        problems.append(Problem("block-list", f"{int((~fits).sum())} files claim more blocks than the inode table has room for"))
+        problems.append(
+            Problem(
+                "block-list",
+                f"{int((~fits).sum())} files claim more blocks than the inode table has room for",
+            )
+        )
     file, count = file[fits], count[fits]
     row, nth = expand(count)
     word = _words(table, column["list_at"][file][row] + 4 * nth)
     length = word & (STORED - 1)
     before = np.cumsum(length) - length
     first = (
-        before[np.minimum(np.cumsum(count) - count, max(len(before) - 1, 0))] if len(before) else np.zeros(len(file), np.int64)
+        before[np.minimum(np.cumsum(count) - count, max(len(before) - 1, 0))]
+        if len(before)
+        else np.zeros(len(file), np.int64)
     )
     start = column["start"][file][row] + before - first[row]
     at = nth * block_size
@@ -302,7 +376,8 @@ def _block_rows(table: Table, tree: Tree, block_size: int, problems: list[Proble
     there = length > 0
     stored = (word & STORED) != 0
     # a stored last block is as long as what it holds; a file's row never claims more
-    return (column["inode"][file][row][there], at[there], np.where(stored, length, held)[there], start[there], length[there],
+    return (column["inode"][file][row][there], at[there], np.where(stored, length, held)[there], start[there],
+        length[there],
             (~stored)[there].astype(np.int64))  # fmt: skip
 
 
@@ -318,15 +393,19 @@ def _fragment_rows(fragments: np.ndarray, tree: Tree, block_size: int, problems:
     file = np.flatnonzero((column["type"] == REG) & (column["fragment"] != INVALID) & (column["size"] > 0))
     known = column["fragment"][file] < len(fragments)
     if not known.all():
-        problems.append(Problem("fragment", f"{int((~known).sum())} files refer to fragments that do not exist"))
+        problems.append(
+            Problem("fragment", f"{int((~known).sum())} files refer to fragments that do not exist")
+        )
     file = file[known]
     fragment = fragments[column["fragment"][file]]
-    start, word = widen(np.minimum(fragment["start_block"], np.uint64(2**62)), "start_block"), widen(fragment["size"], "size")
+    start = widen(np.minimum(fragment["start_block"], np.uint64(2**62)), "start_block")
+    word = widen(fragment["size"], "size")
     stored, length = (word & STORED) != 0, word & (STORED - 1)
     tail = column["size"][file] % block_size
     file, start, stored, length, tail = (values[tail > 0] for values in (file, start, stored, length, tail))
     offset = column["offset"][file]
-    return (column["inode"][file], column["size"][file] - tail, tail, np.where(stored, start + offset, start), np.where(stored, tail, length),
+    return (column["inode"][file], column["size"][file] - tail, tail, np.where(stored, start + offset, start),
+        np.where(stored, tail, length),
             (~stored).astype(np.int64))  # fmt: skip
 
 
@@ -348,9 +427,20 @@ def _inside_tables(rows: ExtentRows, found: _Tables, tree: Tree) -> None:
         )
 
     add(tables.DIRECTORY, found.directories, *tree.listing)
-    link = (column["type"] == SYMLINK) & (column["size"] > 0) & (column["list_at"] + column["size"] <= found.inodes.length)
+    link = (
+        (column["type"] == SYMLINK)
+        & (column["size"] > 0)
+        & (column["list_at"] + column["size"] <= found.inodes.length)
+    )
     link &= np.cumsum(np.where(link, column["size"], 0)) <= found.inodes.length
-    add(tables.SYMLINK, found.inodes, column["inode"][link], column["list_at"][link], column["size"][link], content=True)
+    add(
+        tables.SYMLINK,
+        found.inodes,
+        column["inode"][link],
+        column["list_at"][link],
+        column["size"][link],
+        content=True,
+    )
     has = np.flatnonzero(column["xattr"] < len(found.xattr_ids))
     named = found.xattr_ids[column["xattr"][has]]
     place, size = widen(np.minimum(named["xattr"], np.uint64(2**62)), "xattr"), widen(named["size"], "size")

@@ -1,7 +1,7 @@
 """Metadata blocks: at most 8 KiB each, found by walking their headers, decompressed one by one.
 
-Sources: Linux fs/squashfs/block.c, squashfs_fs.h (compression ids, header of a metadata block), and the six *_wrapper.c; Linux
-Documentation/staging/lzo.rst for the LZO1X stream.
+Sources: Linux fs/squashfs/block.c, squashfs_fs.h (compression ids, header of a metadata block), and the six
+*_wrapper.c; Linux Documentation/staging/lzo.rst for the LZO1X stream.
 """
 
 import lzma
@@ -20,15 +20,17 @@ UNCOMPRESSED = 0x8000
 GZIP, LZMA, LZO, XZ, LZ4, ZSTD = range(1, 7)
 COMPRESSIONS = {GZIP: "gzip", LZMA: "lzma", LZO: "lzo", XZ: "xz", LZ4: "lz4", ZSTD: "zstd"}
 MEMORY_LIMIT = 64 << 20
-"""For LZMA and XZ: their dictionaries are at most as large as a block, 1 MiB; a hostile stream may ask for 4 GiB."""
+"""For LZMA and XZ: their dictionaries are at most as large as a block, 1 MiB; a hostile stream may ask for 4
+GiB."""
 MAX_RATIO = 64
 """Honest tables shrink some tenfold; more than this, beyond the first 16 MiB, is a bomb."""
 FREE_BYTES = 16 << 20
 
 
 class Table(NamedTuple):
-    """A run of metadata blocks: where each begins on disk (bytes of the volume), how long it is there with its header, and where its content begins
-    in `data`, which ends in 64 zero bytes so that fixed-size windows never leave it; `length` is without them."""
+    """A run of metadata blocks: where each begins on disk (bytes of the volume), how long it is there with
+    its header, and where its content begins in `data`, which ends in 64 zero bytes so that fixed-size
+    windows never leave it; `length` is without them."""
 
     disk: Int
     disk_length: Int
@@ -38,7 +40,8 @@ class Table(NamedTuple):
     length: int
 
     def position(self, block: Int, offset: Int) -> Int:
-        """Where (block, offset) references lead in `data`; `block` in bytes of the volume. -1: there is no such block or offset."""
+        """Where (block, offset) references lead in `data`; `block` in bytes of the volume. -1: there is no
+        such block or offset."""
         if not len(self.disk):
             return np.full(len(block), -1, np.int64)
         row = np.clip(np.searchsorted(self.disk, block), 0, len(self.disk) - 1)
@@ -47,7 +50,8 @@ class Table(NamedTuple):
         return np.where(good, at, -1)
 
     def on_disk(self, at: Int, length: Int) -> tuple[Int, Int, Int, np.ndarray]:
-        """(row, volume offset, length, compressed) of what holds data[at:at+length]: whole blocks where compressed, else the very bytes."""
+        """(row, volume offset, length, compressed) of what holds data[at:at+length]: whole blocks where
+        compressed, else the very bytes."""
         if not len(self.start):
             return ints([]), ints([]), ints([]), np.zeros(0, bool)
         first = np.searchsorted(self.start, at, "right") - 1
@@ -63,10 +67,22 @@ class Table(NamedTuple):
 
 
 def decompressor(compression: int) -> Callable[[bytes], bytes]:
-    """A function from the stored to the original bytes, at most METADATA_SIZE of them. It raises ValueError on a broken stream."""
-    functions: dict[int, Callable[[bytes], bytes]] = {GZIP: _gzip, LZMA: _lzma, LZO: lzo, XZ: _xz, LZ4: _lz4, ZSTD: _zstd}
+    """A function from the stored to the original bytes, at most METADATA_SIZE of them.
+
+    It raises ValueError on a broken stream.
+    """
+    functions: dict[int, Callable[[bytes], bytes]] = {
+        GZIP: _gzip,
+        LZMA: _lzma,
+        LZO: lzo,
+        XZ: _xz,
+        LZ4: _lz4,
+        ZSTD: _zstd,
+    }
     if compression not in functions:
-        raise Unsupported(f"compression {compression} of the superblock is none of {', '.join(COMPRESSIONS.values())}", 20)
+        raise Unsupported(
+            f"compression {compression} of the superblock is none of {', '.join(COMPRESSIONS.values())}", 20
+        )
     return functions[compression]
 
 
@@ -205,7 +221,8 @@ def _lzo_length(data: bytes, at: int, count: int, mask: int) -> tuple[int, int]:
 
 
 def read_blocks(raw: Bytes, disk: int, unpack: Callable[[bytes], bytes], what: str) -> tuple[Table, int]:
-    """The metadata blocks that fill `raw`, which lies at `disk` of the volume, and how many of them are broken (read as nothing)."""
+    """The metadata blocks that fill `raw`, which lies at `disk` of the volume, and how many of them are
+    broken (read as nothing)."""
     data = raw.tobytes()
     starts: list[tuple[int, int, bool]] = []
     at = 0
@@ -228,10 +245,13 @@ def read_blocks(raw: Bytes, disk: int, unpack: Callable[[bytes], bytes], what: s
             parts.append(b"")
         left -= len(parts[-1])
         if left < 0:
-            raise Corrupt(f"the {what} at byte {disk:#x} grows more than {MAX_RATIO}-fold when it is decompressed", disk)
+            raise Corrupt(
+                f"the {what} at byte {disk:#x} grows more than {MAX_RATIO}-fold when it is decompressed", disk
+            )
     lengths = ints([len(part) for part in parts])
     joined = np.frombuffer(b"".join([*parts, bytes(64)]), np.uint8)
     return Table(
         ints([disk + start for start, _, _ in starts]), ints([2 + length for _, length, _ in starts]),
-        np.array([packed for _, _, packed in starts], bool), np.cumsum(lengths) - lengths, joined, int(lengths.sum()),
+        np.array([packed for _, _, packed in starts], bool), np.cumsum(lengths) - lengths, joined,
+        int(lengths.sum()),
     ), broken  # fmt: skip

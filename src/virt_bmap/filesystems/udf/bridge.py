@@ -1,6 +1,8 @@
-"""Discs that are ISO 9660 volumes as well: which of the two trees is mapped, and what becomes of the other one.
+"""Discs that are ISO 9660 volumes as well: which of the two trees is mapped, and what becomes of the other
+one.
 
-The tree that owns more bytes of files; ISO 9660 where both own the same, since Rock Ridge says more of a file. What the other one alone owns is named.
+The tree that owns more bytes of files; ISO 9660 where both own the same, since Rock Ridge says more of a
+file. What the other one alone owns is named.
 """
 
 from collections.abc import Sequence
@@ -38,7 +40,10 @@ def _content(found: Filesystem) -> int:
 
 
 def beside(found: Filesystem, other: Filesystem) -> Filesystem:
-    """The filesystem, with what the other one alone owns named instead of left unreferenced. Neither's allocator speaks for both: what is left is not free."""
+    """The filesystem, with what the other one alone owns named instead of left unreferenced.
+
+    Neither's allocator speaks for both: what is left is not free.
+    """
     words = f"of the {'UDF' if other.type == udf.NAME else 'ISO 9660'} volume beside it"
     kind, start, length = (
         tables.codes(other.extents, "kind"),
@@ -61,12 +66,16 @@ def beside(found: Filesystem, other: Filesystem) -> Filesystem:
         ("files", kind == tables.DATA),
     ):
         begin, end = subtract(*union(start[plain & which], (start + length)[plain & which]), *taken)
-        rows.add(tables.CONTENT if name == "files" else tables.METADATA, begin, end - begin, part=f"{name} {words}")
+        rows.add(
+            tables.CONTENT if name == "files" else tables.METADATA, begin, end - begin, part=f"{name} {words}"
+        )
         taken = union(np.append(taken[0], begin), np.append(taken[1], end))
     begin, end = np.append(low[loose], start[others]), np.append(high[loose], (start + length)[others])
     begin, end = subtract(*union(begin, end), *taken)
     rows.add(tables.UNREFERENCED, begin, end - begin)
     found.size = max(found.size, other.size)
     found.extents = tables.concat("extents", [mine.filter(pa.array(~loose)), rows.table(0)])
-    found.features = " ".join(filter(None, [found.features, "udf-bridge" if other.type == udf.NAME else "iso9660-bridge"]))
+    found.features = " ".join(
+        filter(None, [found.features, "udf-bridge" if other.type == udf.NAME else "iso9660-bridge"])
+    )
     return found

@@ -1,7 +1,8 @@
 """Directories: file identifier descriptors of any length, one after the other over the borders of blocks.
 
-Each says how long it is, so that nobody can tell where the thousandth begins without having looked at those before. All places at which one could begin are looked
-at together instead; the ones that are reached from a directory's first byte are found by pointers that double their reach in each step.
+Each says how long it is, so that nobody can tell where the thousandth begins without having looked at those
+before. All places at which one could begin are looked at together instead; the ones that are reached from a
+directory's first byte are found by pointers that double their reach in each step.
 
 Sources: ECMA-167 4/14.4 (file identifier descriptors); OSTA UDF 2.60, 2.3.4 and 2.1.1 (names).
 """
@@ -20,14 +21,16 @@ IDENTIFIER = 257
 DELETED, PARENT = 4, 8
 ALIGN = 4
 FID = struct(38, [
-    (0, "TagIdentifier", "<u2"), (18, "FileCharacteristics", "u1"), (19, "IdentifierLength", "u1"), (20, "ICBLength", "<u4"), (24, "ICBBlock", "<u4"),
-    (28, "ICBPartition", "<u2"), (36, "ImplementationUseLength", "<u2"),
+    (0, "TagIdentifier", "<u2"), (18, "FileCharacteristics", "u1"), (19, "IdentifierLength", "u1"),
+    (20, "ICBLength", "<u4"), (24, "ICBBlock", "<u4"), (28, "ICBPartition", "<u2"),
+    (36, "ImplementationUseLength", "<u2"),
 ])  # fmt: skip
 
 
 @dataclass
 class Names:
-    """One row for each name: the directory's inode, where the ICB is that it leads to, and the name in UTF-8."""
+    """One row for each name: the directory's inode, where the ICB is that it leads to, and the name in
+    UTF-8."""
 
     parent: Int
     partition: Int
@@ -36,10 +39,15 @@ class Names:
 
 
 def parse(data: Bytes, parent: Int, base: Int, size: Int, problems: list[Problem]) -> Names:
-    """The names in directories whose content is data[base[i]:base[i] + size[i]]; `base` are multiples of four. Deleted ones, and the parent's, are left out."""
+    """The names in directories whose content is data[base[i]:base[i] + size[i]]; `base` are multiples of
+    four. Deleted ones, and the parent's, are left out."""
     directory, nth = expand(np.maximum(size - FID.itemsize, -1) // ALIGN + 1)
     at = base[directory] + nth * ALIGN
-    begins = np.flatnonzero((data[at] == IDENTIFIER & 0xFF) & (data[at + 1] == IDENTIFIER >> 8)) if len(at) else EMPTY
+    begins = (
+        np.flatnonzero((data[at] == IDENTIFIER & 0xFF) & (data[at + 1] == IDENTIFIER >> 8))
+        if len(at)
+        else EMPTY
+    )
     at, directory = at[begins], directory[begins]
     head = data[at[:, None] + np.arange(FID.itemsize)] if len(at) else np.zeros((0, FID.itemsize), np.uint8)
     sums = head[:, :16].astype(np.int64)
@@ -55,9 +63,15 @@ def parse(data: Bytes, parent: Int, base: Int, size: Int, problems: list[Problem
     if lost.any() or first.any():
         places = np.append(parent[directory[lost]], parent[first])
         problems.append(
-            Problem("directory", f"{len(places)} directories break off: what follows is no file identifier", int(places[0]))
+            Problem(
+                "directory",
+                f"{len(places)} directories break off: what follows is no file identifier",
+                int(places[0]),
+            )
         )
-    keep = np.flatnonzero(reached & (found["FileCharacteristics"] & (DELETED | PARENT) == 0) & (found["IdentifierLength"] > 0))
+    keep = np.flatnonzero(
+        reached & (found["FileCharacteristics"] & (DELETED | PARENT) == 0) & (found["IdentifierLength"] > 0)
+    )
     at, found = at[keep], found[keep]
     start = at + FID.itemsize + found["ImplementationUseLength"]
     return Names(
@@ -70,7 +84,9 @@ def _reached(at: Int, after: Int, end: Int, base: Int) -> np.ndarray:
     """Which of the places are met when one goes from each of `base` to what comes after, and on."""
     count = len(at)
     where = np.minimum(np.searchsorted(at, after), max(count - 1, 0))
-    follow = np.append(np.where((at[where] == after) & (after < end), where, count) if count else EMPTY, count)
+    follow = np.append(
+        np.where((at[where] == after) & (after < end), where, count) if count else EMPTY, count
+    )
     reached = np.append(np.isin(at, base), False)
     while (follow[:count] < count).any():
         reached[follow[np.flatnonzero(reached)]] = True
@@ -80,7 +96,8 @@ def _reached(at: Int, after: Int, end: Int, base: Int) -> np.ndarray:
 
 
 def _utf8(names: Ragged) -> Ragged:
-    """Compressed Unicode, whose first byte says how many bits a character has, as UTF-8; what is no character becomes U+FFFD, `/` and NUL too."""
+    """Compressed Unicode, whose first byte says how many bits a character has, as UTF-8; what is no character
+    becomes U+FFFD, `/` and NUL too."""
     starts, lengths = names.starts, names.lengths.astype(np.int64)
     wide = names.data[starts] == 16 if len(names) else np.zeros(0, bool)
     units = np.where(wide, (lengths - 1) // 2, lengths - 1)
@@ -97,11 +114,17 @@ def _utf8(names: Ragged) -> Ragged:
     )
     text[(text == 0) | (text == 0x2F)] = 0xFFFD
     separated = np.insert(text.astype(">u2"), np.cumsum(units)[:-1], 0) if len(units) else text.astype(">u2")
-    strings = pa.array(separated.tobytes().decode("utf-16-be", "replace").split("\0") if len(units) else [], pa.string())
+    strings = pa.array(
+        separated.tobytes().decode("utf-16-be", "replace").split("\0") if len(units) else [], pa.string()
+    )
     offsets = (
         np.frombuffer(strings.buffers()[1], np.int32)[: len(strings) + 1].astype(np.int64)
         if len(strings)
         else np.zeros(1, np.int64)
     )
-    body = np.frombuffer(strings.buffers()[2], np.uint8) if len(strings) and strings.buffers()[2] else np.zeros(0, np.uint8)
+    body = (
+        np.frombuffer(strings.buffers()[2], np.uint8)
+        if len(strings) and strings.buffers()[2]
+        else np.zeros(0, np.uint8)
+    )
     return Ragged(body[: offsets[-1]], np.diff(offsets).astype(np.uint16))

@@ -1,7 +1,8 @@
 """File entries as columns, and the extents that their allocation descriptors make.
 
-Sources: ECMA-167 4/14.6 (ICB tags), 4/14.9 and 4/14.17 (file entries, extended ones), 4/14.5 (continuation of allocation descriptors), 4/14.14 (the descriptors),
-1/7.3 (timestamps); OSTA UDF 2.60, 2.3.6; Linux fs/udf/inode.c (v6.12).
+Sources: ECMA-167 4/14.6 (ICB tags), 4/14.9 and 4/14.17 (file entries, extended ones), 4/14.5 (continuation of
+allocation descriptors), 4/14.14 (the descriptors), 1/7.3 (timestamps); OSTA UDF 2.60, 2.3.6; Linux
+fs/udf/inode.c (v6.12).
 """
 
 from collections.abc import Iterator
@@ -29,24 +30,42 @@ MAX_CONTINUED = 65536
 NO_TIME = np.iinfo(np.int64).min
 
 COMMON = struct(56, [
-    (0, "TagIdentifier", "<u2"), (20, "StrategyType", "<u2"), (27, "FileType", "u1"), (34, "Flags", "<u2"), (36, "Uid", "<u4"), (40, "Gid", "<u4"),
-    (44, "Permissions", "<u4"), (48, "FileLinkCount", "<u2"),
+    (0, "TagIdentifier", "<u2"), (20, "StrategyType", "<u2"), (27, "FileType", "u1"), (34, "Flags", "<u2"),
+    (36, "Uid", "<u4"), (40, "Gid", "<u4"), (44, "Permissions", "<u4"), (48, "FileLinkCount", "<u2"),
 ])  # fmt: skip
-FILE_ENTRY = struct(176, [(56, "InformationLength", "<u8"), (84, "ModificationTime", "V12"), (112, "AttributeICB", "<u4"), (116, "AttributeBlock", "<u4"), (120, "AttributePartition", "<u2"), (168, "EALength", "<u4"), (172, "ADLength", "<u4")])  # fmt: skip
+FILE_ENTRY = struct(
+    176,
+    [
+        (56, "InformationLength", "<u8"),
+        (84, "ModificationTime", "V12"),
+        (112, "AttributeICB", "<u4"),
+        (116, "AttributeBlock", "<u4"),
+        (120, "AttributePartition", "<u2"),
+        (168, "EALength", "<u4"),
+        (172, "ADLength", "<u4"),
+    ],
+)
 EXTENDED_ENTRY = struct(216, [
-    (56, "InformationLength", "<u8"), (92, "ModificationTime", "V12"), (136, "AttributeICB", "<u4"), (140, "AttributeBlock", "<u4"), (144, "AttributePartition", "<u2"), (152, "StreamICB", "<u4"), (156, "StreamBlock", "<u4"), (160, "StreamPartition", "<u2"), (208, "EALength", "<u4"), (212, "ADLength", "<u4"),
+    (56, "InformationLength", "<u8"), (92, "ModificationTime", "V12"), (136, "AttributeICB", "<u4"),
+    (140, "AttributeBlock", "<u4"), (144, "AttributePartition", "<u2"), (152, "StreamICB", "<u4"),
+    (156, "StreamBlock", "<u4"), (160, "StreamPartition", "<u2"), (208, "EALength", "<u4"),
+    (212, "ADLength", "<u4"),
 ])  # fmt: skip
 CONTINUATION = struct(24, [(0, "TagIdentifier", "<u2"), (20, "ADLength", "<u4")])
 UNALLOCATED_ENTRY = struct(40, [(0, "TagIdentifier", "<u2"), (34, "Flags", "<u2"), (36, "ADLength", "<u4")])
 TIMESTAMP = struct(12, [
-    (0, "TypeAndTimezone", "<u2"), (2, "Year", "<i2"), (4, "Month", "u1"), (5, "Day", "u1"), (6, "Hour", "u1"), (7, "Minute", "u1"), (8, "Second", "u1"),
-    (9, "Centiseconds", "u1"), (10, "HundredsOfMicroseconds", "u1"), (11, "Microseconds", "u1"),
+    (0, "TypeAndTimezone", "<u2"), (2, "Year", "<i2"), (4, "Month", "u1"), (5, "Day", "u1"),
+    (6, "Hour", "u1"), (7, "Minute", "u1"), (8, "Second", "u1"), (9, "Centiseconds", "u1"),
+    (10, "HundredsOfMicroseconds", "u1"), (11, "Microseconds", "u1"),
 ])  # fmt: skip
 
 
 @dataclass
 class Entries:
-    """One row for each file entry that is whole. `inode` is the byte of the volume at which its ICB lies, `partition` the reference that it was reached by."""
+    """One row for each file entry that is whole.
+
+    `inode` is the byte of the volume at which its ICB lies, `partition` the reference that it was reached by.
+    """
 
     inode: Int
     partition: Int
@@ -61,7 +80,10 @@ class Entries:
 
 @dataclass
 class Extents:
-    """What the entries are made of, by entry and offset. `owner` is a position in the entries. `start` is a byte of the volume; embedded content lies in the ICB."""
+    """What the entries are made of, by entry and offset.
+
+    `owner` is a position in the entries. `start` is a byte of the volume; embedded content lies in the ICB.
+    """
 
     owner: Int
     file_offset: Int
@@ -73,8 +95,8 @@ class Extents:
 
 @dataclass
 class Found:
-    """A batch of ICBs: entries, extents, the blocks with further allocation descriptors as (start, inode), and the ICBs of stream directories and of
-    extended attributes as (inode, partition, block)."""
+    """A batch of ICBs: entries, extents, the blocks with further allocation descriptors as (start, inode),
+    and the ICBs of stream directories and of extended attributes as (inode, partition, block)."""
 
     entries: Entries
     extents: Extents
@@ -82,10 +104,14 @@ class Found:
     beside: tuple[Int, Int, Int]
 
 
-def read_entries(reader: Reader, volume: Volume, partition: Int, block: Int, problems: list[Problem]) -> Iterator[Found]:
+def read_entries(
+    reader: Reader, volume: Volume, partition: Int, block: Int, problems: list[Problem]
+) -> Iterator[Found]:
     """The entries at these blocks of partitions, each block once, in bounded batches."""
     place = volume.places(partition, block)
-    _complain(problems, "icb-outside", "ICBs lie outside their partition", place < 0, block * volume.block_size)
+    _complain(
+        problems, "icb-outside", "ICBs lie outside their partition", place < 0, block * volume.block_size
+    )
     partition, place = partition[place >= 0], place[place >= 0]
     place, first = np.unique(place, return_index=True)
     partition = partition[first]
@@ -101,9 +127,15 @@ def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, problems:
     good = tagged(data) & (extended | (common["TagIdentifier"] == FILE))
     _complain(problems, "file-entry", "blocks that should hold a file entry do not", ~good, place)
     other = good & (common["StrategyType"] != STRATEGY)
-    _complain(problems, "strategy", "ICBs have a strategy other than 4: what they hold is not read", other, place)
+    _complain(
+        problems, "strategy", "ICBs have a strategy other than 4: what they hold is not read", other, place
+    )
     rows = np.flatnonzero(good & ~other)
-    data, common, extended, partition, place = data[rows], common[rows], extended[rows], partition[rows], place[rows]
+    data = data[rows]
+    common = common[rows]
+    extended = extended[rows]
+    partition = partition[rows]
+    place = place[rows]
     plain, wide = records(data, FILE_ENTRY), records(data, EXTENDED_ENTRY)
 
     def field(name: str) -> np.ndarray:
@@ -114,8 +146,14 @@ def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, problems:
         (wide["StreamICB"] * extended, wide["StreamPartition"], wide["StreamBlock"]),
     ]
     there = [np.flatnonzero(length & 0x3FFFFFFF) for length, _, _ in other]
-    beside = tuple(np.concatenate(column) for column in ([place[rows] for rows in there], [one[1][rows].astype(np.int64) for one, rows in zip(other, there, strict=True)],
-                                                         [one[2][rows].astype(np.int64) for one, rows in zip(other, there, strict=True)]))  # fmt: skip
+    beside = tuple(
+        np.concatenate(column)
+        for column in (
+            [place[rows] for rows in there],
+            [one[1][rows].astype(np.int64) for one, rows in zip(other, there, strict=True)],
+            [one[2][rows].astype(np.int64) for one, rows in zip(other, there, strict=True)],
+        )
+    )
     head, attributes, length = (
         np.where(extended, 216, 176),
         field("EALength").astype(np.int64),
@@ -142,17 +180,25 @@ def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, problems:
     )
     upper = np.zeros(256, np.int64)
     upper[list(MODES)] = list(MODES.values())
-    stamps = np.where(extended, wide["ModificationTime"], plain["ModificationTime"]).view(np.uint8).reshape(-1, 12)
+    stamps = (
+        np.where(extended, wide["ModificationTime"], plain["ModificationTime"]).view(np.uint8).reshape(-1, 12)
+    )
     entries = Entries(
-        place, partition, kind, np.where(huge, 0, size).astype(np.int64), mode | upper[kind] << 12, _identity(common["Uid"]), _identity(common["Gid"]),
-        common["FileLinkCount"].astype(np.int64), times(stamps),
+        place, partition, kind, np.where(huge, 0, size).astype(np.int64), mode | upper[kind] << 12,
+        _identity(common["Uid"]), _identity(common["Gid"]), common["FileLinkCount"].astype(np.int64),
+        times(stamps),
     )  # fmt: skip
     start = np.arange(len(rows)) * volume.block_size + head + attributes
     lists = _Lists(np.arange(len(rows)), flags & 7, partition, data.reshape(-1), start, length)
     extents, continued = _extents(reader, volume, lists, place, problems)
     embedded = np.flatnonzero((flags & 7 == EMBEDDED) & (length > 0))
     inside = Extents(
-        embedded, embedded * 0, place[embedded] + (head + attributes)[embedded], length[embedded], embedded * 0, embedded * 0 + 1
+        embedded,
+        embedded * 0,
+        place[embedded] + (head + attributes)[embedded],
+        length[embedded],
+        embedded * 0,
+        embedded * 0 + 1,
     )
     return Found(entries, stack(Extents, [extents, inside]), continued, (beside[0], beside[1], beside[2]))
 
@@ -189,19 +235,29 @@ def times(stamps: Bytes) -> Int:
     zone = one["TypeAndTimezone"].astype(np.int64) & 0xFFF
     zone = np.where(zone >= 0x800, zone - 0x1000, zone)
     zone = np.where((zone == -2047) | (np.abs(zone) > 1440), 0, zone)
-    seconds = days * 86400 + one["Hour"].astype(np.int64) * 3600 + (one["Minute"].astype(np.int64) - zone) * 60 + one["Second"]
+    seconds = (
+        days * 86400
+        + one["Hour"].astype(np.int64) * 3600
+        + (one["Minute"].astype(np.int64) - zone) * 60
+        + one["Second"]
+    )
     micro = (
-        one["Centiseconds"].astype(np.int64) * 10000 + one["HundredsOfMicroseconds"].astype(np.int64) * 100 + one["Microseconds"]
+        one["Centiseconds"].astype(np.int64) * 10000
+        + one["HundredsOfMicroseconds"].astype(np.int64) * 100
+        + one["Microseconds"]
     )
     return np.where(good, seconds * 1_000_000_000 + micro * 1000, NO_TIME)
 
 
-# ---- allocation descriptors -----------------------------------------------------------------------------------------
+# ---- allocation descriptors --------------------------------------------------------------------------------
 
 
 @dataclass
 class _Lists:
-    """Lists of allocation descriptors, each `length` bytes from `start` of `data` on. `kind` is SHORT, LONG or WIDE; short ones mean their own `partition`."""
+    """Lists of allocation descriptors, each `length` bytes from `start` of `data` on.
+
+    `kind` is SHORT, LONG or WIDE; short ones mean their own `partition`.
+    """
 
     owner: Int
     kind: Int
@@ -241,9 +297,13 @@ def _extents(
         data = reader.read_blocks(at, volume.block_size)
         head = records(data, CONTINUATION)
         good = (
-            tagged(data) & (head["TagIdentifier"] == ALLOCATION) & (head["ADLength"] <= volume.block_size - CONTINUATION.itemsize)
+            tagged(data)
+            & (head["TagIdentifier"] == ALLOCATION)
+            & (head["ADLength"] <= volume.block_size - CONTINUATION.itemsize)
         )
-        _complain(problems, "descriptors", "blocks with further allocation descriptors are damaged", ~good, at)
+        _complain(
+            problems, "descriptors", "blocks with further allocation descriptors are damaged", ~good, at
+        )
         holders.append(mine)
         lists = _Lists(
             mine,
@@ -271,12 +331,20 @@ def _extents(
         place[owners[real]],
     )
     rows = real[row]
-    extents = Extents(owners[rows], offset[rows] + inside, start, size, (kinds_of[rows] == ALLOCATED).astype(np.int64), rows * 0)
+    extents = Extents(
+        owners[rows],
+        offset[rows] + inside,
+        start,
+        size,
+        (kinds_of[rows] == ALLOCATED).astype(np.int64),
+        rows * 0,
+    )
     return extents, (seen, place[np.concatenate(holders)])
 
 
 def _descriptors(lists: _Lists) -> tuple[Int, Int, Int, Int, Int]:
-    """(owner, partition, block, bytes, what it is) of each descriptor, up to the first one without length, or one that says where the list goes on."""
+    """(owner, partition, block, bytes, what it is) of each descriptor, up to the first one without length, or
+    one that says where the list goes on."""
     size = AD_SIZE[np.minimum(lists.kind, EMBEDDED)]
     count = np.where(lists.kind < EMBEDDED, lists.length // size, 0)
     row, step = expand(count)
@@ -302,7 +370,12 @@ def unallocated(reader: Reader, volume: Volume, partition: int, place: int) -> t
     length = np.minimum(head["ADLength"].astype(np.int64), volume.block_size - UNALLOCATED_ENTRY.itemsize)
     length = np.where(tagged(data) & (head["TagIdentifier"] == UNALLOCATED), length, 0)
     lists = _Lists(
-        ints(0), head["Flags"].astype(np.int64) & 7, ints(partition), data.reshape(-1), ints(UNALLOCATED_ENTRY.itemsize), length
+        ints(0),
+        head["Flags"].astype(np.int64) & 7,
+        ints(partition),
+        data.reshape(-1),
+        ints(UNALLOCATED_ENTRY.itemsize),
+        length,
     )
     _, partitions, block, size, _ = _descriptors(lists)
     _, _, start, count = pieces(volume, partitions, block, size)
@@ -310,14 +383,17 @@ def unallocated(reader: Reader, volume: Volume, partition: int, place: int) -> t
 
 
 def pieces(volume: Volume, partition: Int, block: Int, length: Int) -> tuple[Int, Int, Int, Int]:
-    """(row, offset in the extent, byte of the volume, bytes) of the extents of partitions, in whole blocks, by row; what lies nowhere is left out."""
+    """(row, offset in the extent, byte of the volume, bytes) of the extents of partitions, in whole blocks,
+    by row; what lies nowhere is left out."""
     size = volume.block_size
     parts: list[tuple[Int, Int, Int, Int]] = [(EMPTY, EMPTY, EMPTY, EMPTY)]
     for number, found in enumerate(volume.partitions):
         mine = np.flatnonzero(partition == number)
         low, high = block[mine], block[mine] + -(-length[mine] // size)
         first, start, count = (
-            found.runs if found.runs else (np.zeros(1, np.int64), np.array([found.start]), np.array([found.length]))
+            found.runs
+            if found.runs
+            else (np.zeros(1, np.int64), np.array([found.start]), np.array([found.length]))
         )
         begin = np.searchsorted(first + count, low, "right")
         row, step = expand(np.maximum(np.searchsorted(first, high, "left") - begin, 0))
@@ -325,7 +401,14 @@ def pieces(volume: Volume, partition: Int, block: Int, length: Int) -> tuple[Int
         left, right = np.maximum(low[row], first[run]), np.minimum(high[row], (first + count)[run])
         keep = right > left
         row, run, left, right = row[keep], run[keep], left[keep], right[keep]
-        parts.append((mine[row], (left - low[row]) * size, start[run] + (left - first[run]) * size, (right - left) * size))
+        parts.append(
+            (
+                mine[row],
+                (left - low[row]) * size,
+                start[run] + (left - first[run]) * size,
+                (right - left) * size,
+            )
+        )
     row, inside, place, total = joined(parts, 4)
     order = np.lexsort((inside, row))
     return row[order], inside[order], place[order], total[order]
@@ -336,7 +419,11 @@ def whole(length: Int, size: int) -> Int:
     return -(-length // size) * size
 
 
-def _complain(problems: list[Problem], code: str, words: str, rows: np.ndarray, places: Int, severity: str = "error") -> None:
+def _complain(
+    problems: list[Problem], code: str, words: str, rows: np.ndarray, places: Int, severity: str = "error"
+) -> None:
     if rows.any():
         first = int(places[rows][0])
-        problems.append(Problem(code, f"{int(rows.sum())} {words}, the first at byte {first:#x}", first, severity))
+        problems.append(
+            Problem(code, f"{int(rows.sum())} {words}, the first at byte {first:#x}", first, severity)
+        )

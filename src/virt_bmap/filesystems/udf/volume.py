@@ -1,7 +1,9 @@
-"""From the anchors to the partitions: where the volume descriptors lie, what they say, and where a block of a partition is.
+"""From the anchors to the partitions: where the volume descriptors lie, what they say, and where a block of a
+partition is.
 
-Sources: ECMA-167 (3rd edition) 2/8 and 2/9 (volume recognition), 3/7.2 (tags), 3/8.4 (anchors, sequences), 3/10 (volume descriptors), 4/14.1 (file set),
-4/14.3 (partition header); OSTA UDF 2.60, 2.2.4 to 2.2.13 (partition maps).
+Sources: ECMA-167 (3rd edition) 2/8 and 2/9 (volume recognition), 3/7.2 (tags), 3/8.4 (anchors, sequences),
+3/10 (volume descriptors), 4/14.1 (file set), 4/14.3 (partition header); OSTA UDF 2.60, 2.2.4 to 2.2.13
+(partition maps).
 """
 
 import binascii
@@ -24,17 +26,19 @@ ANCHOR_AT = 256
 BLOCK_SIZES = (2048, 512, 4096, 1024, 8192, 16384)
 """In the order of how common they are; the anchor at block 256 tells which it is."""
 MAX_DESCRIPTORS, MAX_PIECES, MAX_PARTITIONS = 256, 8, 64
-"""Descriptors of a piece of a sequence, pieces that it goes on in, and partitions that are looked at; real volumes have a tenth of that."""
+"""Descriptors of a piece of a sequence, pieces that it goes on in, and partitions that are looked at; real
+volumes have a tenth of that."""
 
 PRIMARY, ANCHOR, POINTER, PARTITION, LOGICAL, UNALLOCATED, TERMINATING, INTEGRITY = 1, 2, 3, 5, 6, 7, 8, 9
 FILE_SET, ALLOCATION, BITMAP = 256, 258, 264
 
 TAG = struct(16, [
-    (0, "TagIdentifier", "<u2"), (2, "DescriptorVersion", "<u2"), (4, "TagChecksum", "u1"), (8, "DescriptorCRC", "<u2"),
-    (10, "DescriptorCRCLength", "<u2"), (12, "TagLocation", "<u4"),
+    (0, "TagIdentifier", "<u2"), (2, "DescriptorVersion", "<u2"), (4, "TagChecksum", "u1"),
+    (8, "DescriptorCRC", "<u2"), (10, "DescriptorCRCLength", "<u2"), (12, "TagLocation", "<u4"),
 ])  # fmt: skip
 ANCHOR_POINTER = struct(32, [
-    (16, "MainLength", "<u4"), (20, "MainLocation", "<u4"), (24, "ReserveLength", "<u4"), (28, "ReserveLocation", "<u4"),
+    (16, "MainLength", "<u4"), (20, "MainLocation", "<u4"), (24, "ReserveLength", "<u4"),
+    (28, "ReserveLocation", "<u4"),
 ])  # fmt: skip
 PRIMARY_VOLUME = struct(
     512, [(16, "SequenceNumber", "<u4"), (24, "VolumeIdentifier", "V32"), (72, "VolumeSetIdentifier", "V128")]
@@ -42,25 +46,27 @@ PRIMARY_VOLUME = struct(
 VOLUME_POINTER = struct(512, [(20, "NextLength", "<u4"), (24, "NextLocation", "<u4")])
 PARTITION_DESCRIPTOR = struct(512, [
     (16, "SequenceNumber", "<u4"), (22, "PartitionNumber", "<u2"), (56, "UnallocatedSpaceTable", "<u4", (2,)),
-    (64, "UnallocatedSpaceBitmap", "<u4", (2,)), (88, "FreedSpaceBitmap", "<u4", (2,)), (184, "AccessType", "<u4"), (188, "PartitionStartingLocation", "<u4"),
-    (192, "PartitionLength", "<u4"),
+    (64, "UnallocatedSpaceBitmap", "<u4", (2,)), (88, "FreedSpaceBitmap", "<u4", (2,)),
+    (184, "AccessType", "<u4"), (188, "PartitionStartingLocation", "<u4"), (192, "PartitionLength", "<u4"),
 ])  # fmt: skip
 LOGICAL_VOLUME = struct(440, [
-    (16, "SequenceNumber", "<u4"), (84, "LogicalVolumeIdentifier", "V128"), (212, "LogicalBlockSize", "<u4"), (240, "UDFRevision", "<u2"),
-    (248, "FileSetLength", "<u4"), (252, "FileSetBlock", "<u4"), (256, "FileSetPartition", "<u2"), (264, "MapTableLength", "<u4"),
-    (268, "NumberOfPartitionMaps", "<u4"), (432, "IntegrityLength", "<u4"), (436, "IntegrityLocation", "<u4"),
+    (16, "SequenceNumber", "<u4"), (84, "LogicalVolumeIdentifier", "V128"), (212, "LogicalBlockSize", "<u4"),
+    (240, "UDFRevision", "<u2"), (248, "FileSetLength", "<u4"), (252, "FileSetBlock", "<u4"),
+    (256, "FileSetPartition", "<u2"), (264, "MapTableLength", "<u4"), (268, "NumberOfPartitionMaps", "<u4"),
+    (432, "IntegrityLength", "<u4"), (436, "IntegrityLocation", "<u4"),
 ])  # fmt: skip
 SPARABLE_MAP = struct(64, [
-    (38, "PartitionNumber", "<u2"), (40, "PacketLength", "<u2"), (42, "NumberOfSparingTables", "u1"), (44, "SizeOfEachSparingTable", "<u4"),
-    (48, "LocationsOfSparingTables", "<u4", (4,)),
+    (38, "PartitionNumber", "<u2"), (40, "PacketLength", "<u2"), (42, "NumberOfSparingTables", "u1"),
+    (44, "SizeOfEachSparingTable", "<u4"), (48, "LocationsOfSparingTables", "<u4", (4,)),
 ])  # fmt: skip
 METADATA_MAP = struct(64, [
-    (38, "PartitionNumber", "<u2"), (40, "MetadataFileLocation", "<u4"), (44, "MetadataMirrorFileLocation", "<u4"),
-    (48, "MetadataBitmapFileLocation", "<u4"),
+    (38, "PartitionNumber", "<u2"), (40, "MetadataFileLocation", "<u4"),
+    (44, "MetadataMirrorFileLocation", "<u4"), (48, "MetadataBitmapFileLocation", "<u4"),
 ])  # fmt: skip
 FILE_SET_DESCRIPTOR = struct(512, [
-    (400, "RootLength", "<u4"), (404, "RootBlock", "<u4"), (408, "RootPartition", "<u2"), (448, "NextLength", "<u4"),
-    (464, "StreamLength", "<u4"), (468, "StreamBlock", "<u4"), (472, "StreamPartition", "<u2"),
+    (400, "RootLength", "<u4"), (404, "RootBlock", "<u4"), (408, "RootPartition", "<u2"),
+    (448, "NextLength", "<u4"), (464, "StreamLength", "<u4"), (468, "StreamBlock", "<u4"),
+    (472, "StreamPartition", "<u2"),
 ])  # fmt: skip
 INTEGRITY_DESCRIPTOR = struct(80, [
     (28, "IntegrityType", "<u4"), (32, "NextLength", "<u4"), (36, "NextLocation", "<u4"),
@@ -69,19 +75,22 @@ BITMAP_HEADER = struct(24, [(0, "TagIdentifier", "<u2"), (20, "NumberOfBytes", "
 SPARING_TABLE = struct(56, [(48, "ReallocationTableLength", "<u2")])
 CLOSED = 1
 REWRITABLE = (3, 4)
-"""Access types (3/10.5.7) of partitions in which a block that is free may be written: rewritable, overwritable."""
+"""Access types (3/10.5.7) of partitions in which a block that is free may be written: rewritable,
+overwritable."""
 NONE = 0xFFFFFFFF
 
 
 @dataclass
 class Partition:
-    """What a partition reference means: blocks [0, length) that begin at byte `start` of the volume, or (`runs`) lie inside another partition's file."""
+    """What a partition reference means: blocks [0, length) that begin at byte `start` of the volume, or
+    (`runs`) lie inside another partition's file."""
 
     start: int
     length: int
     number: int
     runs: tuple[Int, Int, Int] | None = None
-    """Of a metadata partition: (first block in it, first byte in the volume, blocks) of each run, by block."""
+    """Of a metadata partition: (first block in it, first byte in the volume, blocks) of each run, by
+    block."""
     metadata_map: np.void | None = None
     below: "Partition | None" = None
     """The partition in which a metadata partition's file lies."""
@@ -147,15 +156,22 @@ def is_tag(data: bytes, identifier: int, location: int | None = None) -> bool:
     if tag["TagIdentifier"] != identifier or (location is not None and tag["TagLocation"] != location):
         return False
     covered = data[TAG.itemsize : TAG.itemsize + int(tag["DescriptorCRCLength"])]
-    return bool((sum(data[:16]) - data[4]) & 0xFF == tag["TagChecksum"] and binascii.crc_hqx(covered, 0) == tag["DescriptorCRC"])
+    return bool(
+        (sum(data[:16]) - data[4]) & 0xFF == tag["TagChecksum"]
+        and binascii.crc_hqx(covered, 0) == tag["DescriptorCRC"]
+    )
 
 
 def read_volume(reader: Reader, problems: list[Problem]) -> Volume:
-    """The logical volume. Raises Corrupt where no anchor or no whole sequence is found, Unsupported for what is not read."""
+    """The logical volume. Raises Corrupt where no anchor or no whole sequence is found, Unsupported for what
+    is not read."""
     size, anchors = anchors_of(reader)
     areas = [("anchor", at, at + size) for at, _ in anchors]
     found: dict[int, list[bytes]] = {}
-    for words, length, location in (("main", "MainLength", "MainLocation"), ("reserve", "ReserveLength", "ReserveLocation")):
+    for words, length, location in (
+        ("main", "MainLength", "MainLocation"),
+        ("reserve", "ReserveLength", "ReserveLocation"),
+    ):
         for _, anchor in anchors:
             start = int(anchor[location])
             sequence = _sequence(reader, size, start, int(anchor[length]), areas, words)
@@ -164,27 +180,40 @@ def read_volume(reader: Reader, problems: list[Problem]) -> Volume:
         found = found or (sequence if LOGICAL in sequence else {})
         if LOGICAL not in sequence:
             problems.append(
-                Problem("sequence", f"the {words} volume descriptor sequence holds no whole logical volume descriptor", start)
+                Problem(
+                    "sequence",
+                    f"the {words} volume descriptor sequence holds no whole logical volume descriptor",
+                    start,
+                )
             )
     if LOGICAL not in found or PARTITION not in found:
-        raise Corrupt(f"{reader.name}: no volume descriptor sequence holds a logical volume and a partition", anchors[0][0])
-    logical = max((record(data, LOGICAL_VOLUME) for data in found[LOGICAL]), key=lambda one: int(one["SequenceNumber"]))
+        raise Corrupt(
+            f"{reader.name}: no volume descriptor sequence holds a logical volume and a partition",
+            anchors[0][0],
+        )
+    logical = max(
+        (record(data, LOGICAL_VOLUME) for data in found[LOGICAL]), key=lambda one: int(one["SequenceNumber"])
+    )
     tail = next(data for data in found[LOGICAL] if record(data, LOGICAL_VOLUME) == logical)
     if int(logical["LogicalBlockSize"]) != size:
         raise Unsupported(
-            f"{reader.name}: logical blocks of {int(logical['LogicalBlockSize'])} bytes in sectors of {size} are not read"
+            f"{reader.name}: logical blocks of {int(logical['LogicalBlockSize'])} bytes in sectors "
+            f"of {size} are not read"
         )
     newest: dict[int, np.void] = {}
     for one in sorted(
-        (record(data, PARTITION_DESCRIPTOR) for data in found[PARTITION]), key=lambda one: int(one["SequenceNumber"])
+        (record(data, PARTITION_DESCRIPTOR) for data in found[PARTITION]),
+        key=lambda one: int(one["SequenceNumber"]),
     ):
         newest[int(one["PartitionNumber"])] = one
     primary = [record(data, PRIMARY_VOLUME) for data in found.get(PRIMARY, [])]
     volume = Volume(
-        block_size=size, revision=int(logical["UDFRevision"]), label=text(logical["LogicalVolumeIdentifier"].tobytes()),
+        block_size=size, revision=int(logical["UDFRevision"]),
+        label=text(logical["LogicalVolumeIdentifier"].tobytes()),
         uuid=_uuid(primary[0]["VolumeSetIdentifier"].tobytes()) if primary else None,
         partitions=_partitions(reader, size, logical, tail[LOGICAL_VOLUME.itemsize :], newest, areas),
-        descriptors=list(newest.values()), file_set=(int(logical["FileSetPartition"]), int(logical["FileSetBlock"])), areas=areas,
+        descriptors=list(newest.values()),
+        file_set=(int(logical["FileSetPartition"]), int(logical["FileSetBlock"])), areas=areas,
     )  # fmt: skip
     volume.closed = _integrity(reader, size, logical, areas)
     return volume
@@ -202,12 +231,14 @@ def anchors_of(reader: Reader) -> tuple[int, list[tuple[int, np.void]]]:
         if found:
             return size, found
     raise Corrupt(
-        f"{reader.name}: no anchor volume descriptor pointer is whole, neither at block 256 nor at the end", ANCHOR_AT * SECTOR
+        f"{reader.name}: no anchor volume descriptor pointer is whole, neither at block 256 nor at the end",
+        ANCHOR_AT * SECTOR,
     )
 
 
 def _extent(reader: Reader, size: int, location: int, length: int) -> list[tuple[int, bytes]]:
-    """(block number, block) of an extent of descriptors, read at once; what lies behind the end of the volume, or is too much, is left out."""
+    """(block number, block) of an extent of descriptors, read at once; what lies behind the end of the
+    volume, or is too much, is left out."""
     count = max(0, min(-(-length // size), MAX_DESCRIPTORS, reader.size // size - location))
     data = reader.read(location * size, count * size) if count else b""
     return [(location + at, data[at * size : (at + 1) * size]) for at in range(count)]
@@ -220,7 +251,9 @@ def _sequence(
     found: dict[int, list[bytes]] = {}
     for _ in range(MAX_PIECES):
         blocks = _extent(reader, size, location, length)
-        areas.append((f"{words} volume descriptor sequence", location * size, (location + len(blocks)) * size))
+        areas.append(
+            (f"{words} volume descriptor sequence", location * size, (location + len(blocks)) * size)
+        )
         following = None
         for at, data in blocks:
             kind = int(record(data, TAG)["TagIdentifier"])
@@ -236,7 +269,12 @@ def _sequence(
 
 
 def _partitions(
-    reader: Reader, size: int, logical: np.void, maps: bytes, known: dict[int, np.void], areas: list[tuple[str, int, int]]
+    reader: Reader,
+    size: int,
+    logical: np.void,
+    maps: bytes,
+    known: dict[int, np.void],
+    areas: list[tuple[str, int, int]],
 ) -> list[Partition]:
     """The partition maps, in the order in which references count them."""
     result, at = [], 0
@@ -249,7 +287,11 @@ def _partitions(
         if kind == 1:
             result.append(_plain(reader, size, int.from_bytes(one[4:6], "little"), known))
             continue
-        name = one[5:28].rstrip(b"\0").decode("ascii", "replace") if kind == 2 and len(one) == 64 else f"type {kind}"
+        name = (
+            one[5:28].rstrip(b"\0").decode("ascii", "replace")
+            if kind == 2 and len(one) == 64
+            else f"type {kind}"
+        )
         if name == "*UDF Sparable Partition":
             spared = record(one, SPARABLE_MAP)
             result.append(_plain(reader, size, int(spared["PartitionNumber"]), known))
@@ -267,24 +309,36 @@ def _partitions(
 
 def _plain(reader: Reader, size: int, number: int, known: dict[int, np.void]) -> Partition:
     if number not in known:
-        raise Corrupt(f"{reader.name}: no partition descriptor has number {number}, which the logical volume wants")
-    start, length = int(known[number]["PartitionStartingLocation"]) * size, int(known[number]["PartitionLength"])
+        raise Corrupt(
+            f"{reader.name}: no partition descriptor has number {number}, which the logical volume wants"
+        )
+    start = int(known[number]["PartitionStartingLocation"]) * size
+    length = int(known[number]["PartitionLength"])
     if start > reader.size:
-        raise Corrupt(f"{reader.name}: partition {number} begins at byte {start:#x}, behind the end at {reader.size:#x}", start)
+        raise Corrupt(
+            f"{reader.name}: partition {number} begins at byte {start:#x}, behind the end at {reader.size:#x}",
+            start,
+        )
     return Partition(start, min(length, (reader.size - start) // size), number)
 
 
 def _sparing_tables(reader: Reader, size: int, spared: np.void, areas: list[tuple[str, int, int]]) -> None:
-    """Note where they lie. Unsupported where packets were moved: then content lies elsewhere than extents say."""
+    """Note where they lie. Unsupported where packets were moved: then content lies elsewhere than extents
+    say."""
     for location in spared["LocationsOfSparingTables"][: int(spared["NumberOfSparingTables"])].tolist():
         start = location * size
         data = reader.read_clipped(start, SPARING_TABLE.itemsize)
         length = min(int(spared["SizeOfEachSparingTable"]), 1 << 20, max(0, reader.size - start))
-        entries = min(int(record(data, SPARING_TABLE)["ReallocationTableLength"]), max(0, length - SPARING_TABLE.itemsize) // 8)
+        entries = min(
+            int(record(data, SPARING_TABLE)["ReallocationTableLength"]),
+            max(0, length - SPARING_TABLE.itemsize) // 8,
+        )
         moved = np.frombuffer(reader.read_clipped(start + SPARING_TABLE.itemsize, entries * 8), "<u4")[::2]
         if (moved < 0xFFFFFFF0).any():
             raise Unsupported(
-                f"{reader.name}: {int((moved < 0xFFFFFFF0).sum())} packets were moved by sparing, which is not read", start
+                f"{reader.name}: {int((moved < 0xFFFFFFF0).sum())} packets were moved by sparing, "
+                "which is not read",
+                start,
             )
         areas.append(("sparing table", start, start + -(-length // size) * size))
 
@@ -322,33 +376,49 @@ def characters(data: bytes) -> str:
 
 
 def _uuid(dstring: bytes) -> str | None:
-    """As libblkid makes it of the volume set identifier: sixteen hexadecimal digits, or as many as there are in place of its first characters (superblocks/udf.c)."""
+    """As libblkid makes it of the volume set identifier: sixteen hexadecimal digits, or as many as there are
+    in place of its first characters (superblocks/udf.c)."""
     word = text(dstring).encode()[:16]
     if len(word) < 8:
         return None
     digits = len(word) - len(word.lstrip(b"0123456789abcdefABCDEF"))
     if digits < 8:
         return word[:8].hex()
-    return word.lower().decode() if digits == 16 else word[:8].lower().decode() + word[8:12].ljust(4, b"\0").hex()
+    return (
+        word.lower().decode()
+        if digits == 16
+        else word[:8].lower().decode() + word[8:12].ljust(4, b"\0").hex()
+    )
 
 
 def free_blocks(reader: Reader, start: int, length: int, blocks: int) -> tuple[Int, Int] | None:
-    """(starts, ends) in blocks of what a space bitmap descriptor of `length` bytes at `start` calls free among the first `blocks`; None where there is none."""
+    """(starts, ends) in blocks of what a space bitmap descriptor of `length` bytes at `start` calls free
+    among the first `blocks`; None where there is none."""
     head = reader.read_clipped(start, BITMAP_HEADER.itemsize)
     found = record(head, BITMAP_HEADER)
     if length < BITMAP_HEADER.itemsize or found["TagIdentifier"] != BITMAP:
         return None
     start += BITMAP_HEADER.itemsize
-    count = min(int(found["NumberOfBytes"]), length - BITMAP_HEADER.itemsize, -(-blocks // 8), max(0, reader.size - start))
+    count = min(
+        int(found["NumberOfBytes"]),
+        length - BITMAP_HEADER.itemsize,
+        -(-blocks // 8),
+        max(0, reader.size - start),
+    )
     return bitmap_runs(reader, ints(start), ints(count), blocks, True)
 
 
 def read_file_set(reader: Reader, volume: Volume) -> tuple[int, np.void]:
-    """(its place, the file set descriptor, which names the root directory and the system's streams). Raises Corrupt."""
+    """(its place, the file set descriptor, which names the root directory and the system's streams).
+
+    Raises Corrupt.
+    """
     place = int(volume.places(ints(volume.file_set[0]), ints(volume.file_set[1]))[0])
     data = reader.read_clipped(place, volume.block_size) if place >= 0 else b""
     if not is_tag(data, FILE_SET, volume.file_set[1]):
         raise Corrupt(
-            f"{reader.name}: no whole file set descriptor at block {volume.file_set[1]} of partition {volume.file_set[0]}", place
+            f"{reader.name}: no whole file set descriptor at block {volume.file_set[1]} of partition "
+            f"{volume.file_set[0]}",
+            place,
         )
     return place, record(data, FILE_SET_DESCRIPTOR)

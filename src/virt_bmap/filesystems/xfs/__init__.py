@@ -1,14 +1,16 @@
 """XFS, versions 4 and 5.
 
-Read are: the headers of all allocation groups; their B-trees of free space, inodes and reference counts with the records, those by size,
-of free inodes and of owners (rmapbt) down to the places of their leaves; all inode chunks with an inode in use; the B-trees of
-forks; all directory blocks that hold names; of the log what it takes to find head and tail, and what lies between them if the volume was not
-unmounted.
+Read are: the headers of all allocation groups; their B-trees of free space, inodes and reference counts with
+the records, those by size, of free inodes and of owners (rmapbt) down to the places of their leaves; all
+inode chunks with an inode in use; the B-trees of forks; all directory blocks that hold names; of the log what
+it takes to find head and tail, and what lies between them if the volume was not unmounted.
 
-The allocator is the B-tree of free extents (bnobt) with the AGFL. Attributes are mapped by place, their names are not read.
+The allocator is the B-tree of free extents (bnobt) with the AGFL. Attributes are mapped by place, their names
+are not read.
 
-Sources: fs/xfs/libxfs (Linux 6.12): xfs_format.h, xfs_da_format.h, xfs_log_format.h, xfs_bmap_btree.c, xfs_dir2_data.c, xfs_dir2_sf.c,
-xfs_symlink_remote.c; fs/xfs/xfs_log_recover.c; "XFS Algorithms & Data Structures", 3rd edition.
+Sources: fs/xfs/libxfs (Linux 6.12): xfs_format.h, xfs_da_format.h, xfs_log_format.h, xfs_bmap_btree.c,
+xfs_dir2_data.c, xfs_dir2_sf.c, xfs_symlink_remote.c; fs/xfs/xfs_log_recover.c; "XFS Algorithms & Data
+Structures", 3rd edition.
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,10 @@ FEATURES = (
     "versions 4 and 5, blocks of 512 bytes to 64 KiB, inodes of 256 bytes to 2 KiB, larger directory blocks",
     "short, block, leaf, node and B-tree directories, with or without file types, ASCII case-insensitive too",
     "extents in inodes and in B-trees, unwritten extents, attribute forks with remote values",
-    "reverse-map and reference-count B-trees: shared (reflinked) extents with all owners, copy-on-write staging",
+    (
+        "reverse-map and reference-count B-trees: shared (reflinked) extents with all owners, "
+        "copy-on-write staging"
+    ),
     "sparse inode chunks, large extent counters, big timestamps",
     "orphans: files deleted while open",
     "quota inodes, bitmap and summary of a real-time device",
@@ -58,10 +63,14 @@ ORACLES = (
     "truth tables of images from other projects",
 )
 CHECKS = Checks(
-    checksums="version 5: superblocks, AG headers, B-tree blocks, inodes, directory and attribute blocks, symbolic links, quotas, log records",
+    checksums="version 5: superblocks, AG headers, B-tree blocks, inodes, directory and attribute blocks, "
+    "symbolic links, quotas, log records",
     rules=(
         "superblock and AG headers: geometry, group numbers, lengths, features known",
-        "B-trees: magic, levels, counts, order and overlaps of records, keys against children, each block once",
+        (
+            "B-trees: magic, levels, counts, order and overlaps of records, keys against children, each "
+            "block once"
+        ),
         "inodes: numbers, forks, extents in order and inside the volume",
         "directories: blocks, entries, names that lead to inodes in use",
         "free lists and orphans: places, who is on them",
@@ -84,19 +93,27 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     geometry = read_geometry(reader)
     damage, rows = Damage(), tables.ExtentRows()
     if geometry.size > reader.size:
-        damage.add("truncated", f"filesystem of {geometry.size} bytes on a volume of {reader.size}", reader.size)
+        damage.add(
+            "truncated", f"filesystem of {geometry.size} bytes on a volume of {reader.size}", reader.size
+        )
     reader, state = _recovered(reader, geometry, others, damage)
     if state in ("needs recovery", "frozen"):
         geometry = read_geometry(reader)  # the superblock may be in the log, too
     log = np.array([geometry.logstart])
     if geometry.logstart and geometry.holds(log, np.array([geometry.logblocks])).all():
-        rows.add(tables.METADATA, geometry.block_offset(log), geometry.logblocks * geometry.block_size, part="log")
+        rows.add(
+            tables.METADATA, geometry.block_offset(log), geometry.logblocks * geometry.block_size, part="log"
+        )
     groups = read_groups(reader, geometry, damage, rows)
     contents = read_inodes(reader, geometry, damage, groups, rows)
     inodes = contents.inodes
     grown = tree_extents(reader, geometry, damage, contents.roots, inodes.number, rows)
-    extents = usable(geometry, damage, stack(Extents, [contents.extents, grown]), inodes.realtime, inodes.record)
-    in_blocks = read_directories(reader, geometry, damage, take(extents, _of(extents, inodes, tables.T_DIRECTORY)), inodes.number)
+    extents = usable(
+        geometry, damage, stack(Extents, [contents.extents, grown]), inodes.realtime, inodes.record
+    )
+    in_blocks = read_directories(
+        reader, geometry, damage, take(extents, _of(extents, inodes, tables.T_DIRECTORY)), inodes.number
+    )
     _fork_rows(geometry, damage, inodes, extents, groups.shared, rows)
     names = stack_names([contents.names, in_blocks])
     _check_names(geometry, damage, names, inodes, groups.unlinked)
@@ -106,11 +123,14 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         type=NAME, size=geometry.size, block_size=geometry.block_size, root=geometry.rootino, state=state,
         reader=reader, inodes=_inodes_table(inodes), extents=table,
         names=tables.make("names", volume=0, parent=names.parent, inode=names.inode, name=names.name.arrow()),
-        uuid=uuid_text(geometry.uuid), label=geometry.label or None, features=" ".join(geometry.features), problems=damage.problems(),
+        uuid=uuid_text(geometry.uuid), label=geometry.label or None, features=" ".join(geometry.features),
+        problems=damage.problems(),
     )  # fmt: skip
 
 
-def _recovered(reader: Reader, geometry: Geometry, others: Sequence[Reader], damage: Damage) -> tuple[Reader, str]:
+def _recovered(
+    reader: Reader, geometry: Geometry, others: Sequence[Reader], damage: Damage
+) -> tuple[Reader, str]:
     """The volume as it is once its log is replayed, and its state."""
     try:
         log = find_log(reader, geometry, others)
@@ -119,7 +139,9 @@ def _recovered(reader: Reader, geometry: Geometry, others: Sequence[Reader], dam
         return reader, "damaged"
     if log is None:
         damage.add(
-            "external-log", "log lies outside, on none of these disks: it may hold changes that are not in place", severity="note"
+            "external-log",
+            "log lies outside, on none of these disks: it may hold changes that are not in place",
+            severity="note",
         )
         return reader, "unknown"
     if log.clean:
@@ -129,15 +151,24 @@ def _recovered(reader: Reader, geometry: Geometry, others: Sequence[Reader], dam
     try:
         done = replay(reader, geometry, log)
     except FormatError as error:
-        damage.add("log", f"log with {log.active} bytes of changes was not replayed: {error}", severity="warning")
+        damage.add(
+            "log", f"log with {log.active} bytes of changes was not replayed: {error}", severity="warning"
+        )
         return reader, "needs recovery"
-    if done.superblock_only:  # xfs_fs_freeze empties the log, then logs the superblock so that orphans are freed after a crash
+    # xfs_fs_freeze empties the log, then logs the superblock so that orphans are freed after a crash
+    if done.superblock_only:
         return done.reader, "frozen"
     damage.add(
-        "replayed", "changes of the log are applied in memory, the image itself is unchanged", count=done.items, severity="note"
+        "replayed",
+        "changes of the log are applied in memory, the image itself is unchanged",
+        count=done.items,
+        severity="note",
     )
     if done.unfinished:
-        text = "operations of the log were begun and not ended; a kernel would complete them, what they free is still shown as it was"
+        text = (
+            "operations of the log were begun and not ended; a kernel would complete them, what they "
+            "free is still shown as it was"
+        )
         damage.add("unfinished", text, count=done.unfinished, severity="warning")
     return done.reader, "needs recovery"
 
@@ -149,7 +180,12 @@ def _of(extents: Extents, inodes: Inodes, kind: int) -> Bool:
 
 
 def _fork_rows(
-    geometry: Geometry, damage: Damage, inodes: Inodes, extents: Extents, shared: tuple[Int, Int], rows: tables.ExtentRows
+    geometry: Geometry,
+    damage: Damage,
+    inodes: Inodes,
+    extents: Extents,
+    shared: tuple[Int, Int],
+    rows: tables.ExtentRows,
 ) -> None:
     """Rows for all extents of all forks; those of files are cut where sharing begins and ends."""
     number = inodes.number[extents.owner]
@@ -164,7 +200,11 @@ def _fork_rows(
     directory = _of(extents, inodes, tables.T_DIRECTORY)
     named = directory & (place < disk.DIR2_LEAF_OFFSET)
     rows.add(tables.DIRECTORY, start[named], length[named], inode=number[named], file_offset=place[named])
-    add(directory & (place >= disk.DIR2_LEAF_OFFSET) & (place < disk.DIR2_FREE_OFFSET), tables.DIRECTORY, "leaf")
+    add(
+        directory & (place >= disk.DIR2_LEAF_OFFSET) & (place < disk.DIR2_FREE_OFFSET),
+        tables.DIRECTORY,
+        "leaf",
+    )
     add(directory & (place >= disk.DIR2_FREE_OFFSET), tables.DIRECTORY, "free index")
     hidden = _of(extents, inodes, tables.T_METADATA)
     for inode, name in geometry.hidden.items():
@@ -178,7 +218,8 @@ def _fork_rows(
 
 
 def _symlink_rows(geometry: Geometry, extents: Extents, inodes: Inodes, rows: tables.ExtentRows) -> None:
-    """Targets of symlinks that do not fit into the inode; in version 5 each extent begins with struct xfs_dsymlink_hdr."""
+    """Targets of symlinks that do not fit into the inode; in version 5 each extent begins with struct
+    xfs_dsymlink_hdr."""
     header = disk.SYMLINK_HEADER if geometry.crc else 0
     extents = take(extents, np.argsort(extents.owner, kind="stable"))
     number = inodes.number[extents.owner]
@@ -191,13 +232,15 @@ def _symlink_rows(geometry: Geometry, extents: Extents, inodes: Inodes, rows: ta
 
 def _inodes_table(inodes: Inodes) -> pa.Table:
     return tables.make(
-        "inodes", volume=0, inode=inodes.number, type=inodes.type, mode=inodes.mode, uid=inodes.uid, gid=inodes.gid, size=inodes.size,
-        nlink=inodes.nlink, mtime_ns=inodes.mtime_ns, flags=inodes.flags, record_offset=inodes.record,
+        "inodes", volume=0, inode=inodes.number, type=inodes.type, mode=inodes.mode, uid=inodes.uid,
+        gid=inodes.gid, size=inodes.size, nlink=inodes.nlink, mtime_ns=inodes.mtime_ns, flags=inodes.flags,
+        record_offset=inodes.record,
     )  # fmt: skip
 
 
 def _check_names(geometry: Geometry, damage: Damage, names: Names, inodes: Inodes, heads: Int) -> None:
-    """Names without inode, inodes without name, and orphans that no list of orphans (AGI, di_next_unlinked) leads to."""
+    """Names without inode, inodes without name, and orphans that no list of orphans (AGI, di_next_unlinked)
+    leads to."""
     known = len(inodes.number)
     if known == 0:
         damage.add("empty", "root directory is missing: no inode could be read")
@@ -216,7 +259,13 @@ def _check_names(geometry: Geometry, damage: Damage, names: Names, inodes: Inode
     orphans = inodes.number[deleted]
     group = orphans >> geometry.agi_bits << geometry.agi_bits
     listed = np.isin(orphans, np.concatenate([heads, group | inodes.next_unlinked[deleted]]))
-    damage.check(listed, "lost-orphan", "inodes without links are on no list of orphans", inodes.record[deleted], "warning")
+    damage.check(
+        listed,
+        "lost-orphan",
+        "inodes without links are on no list of orphans",
+        inodes.record[deleted],
+        "warning",
+    )
     if astray := int((~np.isin(heads, orphans)).sum()):
         damage.add("orphan-list", "lists of orphans begin with an inode that is none", count=astray)
 

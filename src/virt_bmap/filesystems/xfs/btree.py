@@ -1,7 +1,8 @@
 """B-trees, many at once: one batch of reads for each level of all of them.
 
-Short trees hold an allocation group's records, their pointers are agbno; long trees hold a fork's extents, their pointers are
-fsblock. A walk takes nodes of any number of trees and levels, and needs as many rounds as the highest of them has levels.
+Short trees hold an allocation group's records, their pointers are agbno; long trees hold a fork's extents,
+their pointers are fsblock. A walk takes nodes of any number of trees and levels, and needs as many rounds as
+the highest of them has levels.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,10 @@ BATCH = 16 << 20
 
 
 class Shape(NamedTuple):
-    """How the blocks of one kind of tree look. Sizes in bytes; `leaves` False: the leaves' places are wanted, not their records."""
+    """How the blocks of one kind of tree look.
+
+    Sizes in bytes; `leaves` False: the leaves' places are wanted, not their records.
+    """
 
     name: str
     magic: tuple[bytes, bytes]
@@ -41,7 +45,8 @@ class Shape(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """Blocks of trees: what they belong to (an index of the caller's), where they lie (fsblock), their level (0: leaf)."""
+    """Blocks of trees: what they belong to (an index of the caller's), where they lie (fsblock), their level
+    (0: leaf)."""
 
     owner: Int
     block: Int
@@ -49,7 +54,8 @@ class Nodes(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """All `nodes` of the trees, and their leaves' records: `rows` (n, record size) with the `owner` of each."""
+    """All `nodes` of the trees, and their leaves' records: `rows` (n, record size) with the `owner` of
+    each."""
 
     nodes: Nodes
     owner: Int
@@ -90,21 +96,33 @@ def _usable(geometry: Geometry, damage: Damage, shape: Shape, nodes: Nodes, know
     """Those nodes that lie on the volume, at a level that can be, and were not met before."""
     if len(nodes.block) == 0:
         return nodes
-    good = geometry.holds(nodes.block, np.ones(len(nodes.block), np.int64)) & (nodes.level >= 0) & (nodes.level < MAX_LEVELS)
+    good = (
+        geometry.holds(nodes.block, np.ones(len(nodes.block), np.int64))
+        & (nodes.level >= 0)
+        & (nodes.level < MAX_LEVELS)
+    )
     if not good.all():
-        damage.add("tree-pointer", f"pointers of a {shape.name} lead outside the volume, the first to block {nodes.block[~good][0]:#x}",
+        damage.add("tree-pointer", f"pointers of a {shape.name} lead outside the volume, the first to "
+            f"block {nodes.block[~good][0]:#x}",
                    count=int((~good).sum()))  # fmt: skip
         nodes = take(nodes, good)
     _, first = np.unique(nodes.block, return_index=True)
     again = np.ones(len(nodes.block), bool)
     again[first] = False
     again |= np.isin(nodes.block, known)
-    damage.check(~again, "tree-loop", f"blocks of a {shape.name} are linked twice", geometry.block_offset(nodes.block))
+    damage.check(
+        ~again, "tree-loop", f"blocks of a {shape.name} are linked twice", geometry.block_offset(nodes.block)
+    )
     return take(nodes, ~again)
 
 
-def _checked(geometry: Geometry, damage: Damage, shape: Shape, nodes: Nodes, blocks: Bytes) -> tuple[Nodes, Bytes, Int]:
-    """Drop blocks whose header contradicts what led to them. The last result: how many records or pointers each holds."""
+def _checked(
+    geometry: Geometry, damage: Damage, shape: Shape, nodes: Nodes, blocks: Bytes
+) -> tuple[Nodes, Bytes, Int]:
+    """Drop blocks whose header contradicts what led to them.
+
+    The last result: how many records or pointers each holds.
+    """
     head = records(blocks, disk.BTREE_BLOCK)
     counts = head["bb_numrecs"].astype(np.int64)
     room = geometry.block_size - shape.header(geometry.crc)
@@ -151,12 +169,16 @@ def _children(geometry: Geometry, shape: Shape, nodes: Nodes, blocks: Bytes, cou
 def narrow(pointers: np.ndarray) -> Int:
     """Pointers as int64; -1, which no check lets pass, for those that do not fit."""
     wide = pointers.astype(np.uint64)
-    return np.where(wide < np.uint64(1 << 62), wide, np.uint64(0)).astype(np.int64) - (wide >= np.uint64(1 << 62))
+    return np.where(wide < np.uint64(1 << 62), wide, np.uint64(0)).astype(np.int64) - (
+        wide >= np.uint64(1 << 62)
+    )
 
 
 def fits(geometry: Geometry, starts: Int, counts: Int, agno: Int) -> Bool:
     """Do records [start, +count) in agbno lie in their group, behind its first block?"""
     good: Bool = (
-        (starts > 0) & (starts < geometry.agblocks) & geometry.holds((agno << geometry.agblklog) | np.maximum(starts, 0), counts)
+        (starts > 0)
+        & (starts < geometry.agblocks)
+        & geometry.holds((agno << geometry.agblklog) | np.maximum(starts, 0), counts)
     )
     return good

@@ -1,7 +1,8 @@
 """Directories: names, out of short directories (in the inode) and out of directory blocks.
 
-The blocks of a directory lie in an address space of their own: names below 32 GiB, their hash index behind, then an index of free
-space. Only the names are read. A directory block can be larger than a filesystem block, and then lie in several places.
+The blocks of a directory lie in an address space of their own: names below 32 GiB, their hash index behind,
+then an index of free space. Only the names are read. A directory block can be larger than a filesystem block,
+and then lie in several places.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,11 +45,15 @@ def stack_names(parts: Sequence[Names]) -> Names:
     return Names(parent, inode, Ragged.concat([part.name for part in parts]))
 
 
-def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype: bool, damage: Damage) -> Names:
-    """Names of directories that lie in `data[start:end]` of their inodes; `place`: byte of the volume for messages.
+def short_form(
+    data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype: bool, damage: Damage
+) -> Names:
+    """Names of directories that lie in `data[start:end]` of their inodes; `place`: byte of the volume for
+    messages.
 
-    struct xfs_dir2_sf_hdr: count, i8count, number of the parent in 4 or 8 bytes; then for each name its length, an offset
-    (2 bytes), the name, its type where there is one, and the inode's number in 4 or 8 bytes.
+    struct xfs_dir2_sf_hdr: count, i8count, number of the parent in 4 or 8 bytes; then for each name its
+    length, an offset (2 bytes), the name, its type where there is one, and the inode's number in 4 or 8
+    bytes.
     """
     wide = (end - start >= 6) & (data[np.minimum(start + 1, len(data) - 1)] > 0)
     size = np.where(wide, 8, 4)
@@ -63,7 +68,9 @@ def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype
             break
         length = data[np.minimum(at, len(data) - 1)].astype(np.int64)
         after = at + 3 + length + ftype + size[row]
-        good = damage.check((after <= end[row]) & (length > 0), "short-directory", "short directories are cut off", place[row])
+        good = damage.check(
+            (after <= end[row]) & (length > 0), "short-directory", "short directories are cut off", place[row]
+        )
         found.append((row[good], at[good]))
         row, at, left = row[good], after[good], left[good]
     if not found:
@@ -76,7 +83,12 @@ def short_form(data: Bytes, start: Int, end: Int, parent: Int, place: Int, ftype
     inode = _big_endian(data, number_at, 4)
     eight = np.flatnonzero(size[row] == 8)
     inode[eight] = _big_endian(data, number_at[eight], 8)
-    good = damage.check((inode > 0) & (inode < MAX_INODE), "name-inode", "names lead to inode numbers that can't be", place[row])
+    good = damage.check(
+        (inode > 0) & (inode < MAX_INODE),
+        "name-inode",
+        "names lead to inode numbers that can't be",
+        place[row],
+    )
     row, at, length = row[good], at[good], length[good]
     return Names(parent[row], inode[good], Ragged.cut(data, at + 3, length))
 
@@ -87,8 +99,13 @@ def _big_endian(data: Bytes, at: Int, size: int) -> Int:
     return raw.view(f">u{size}")[:, 0].astype(np.int64)
 
 
-def read_directories(reader: Reader, geometry: Geometry, damage: Damage, extents: Extents, number: Int) -> Names:
-    """Names out of directory blocks. `extents` are those of directories, each one's in order; `number`: inode of each owner."""
+def read_directories(
+    reader: Reader, geometry: Geometry, damage: Damage, extents: Extents, number: Int
+) -> Names:
+    """Names out of directory blocks.
+
+    `extents` are those of directories, each one's in order; `number`: inode of each owner.
+    """
     names = [
         _names(geometry, damage, number[owner], place, blocks)
         for owner, place, blocks in _blocks(reader, geometry, damage, _leading(geometry, damage, extents))
@@ -97,18 +114,26 @@ def read_directories(reader: Reader, geometry: Geometry, damage: Damage, extents
 
 
 def _leading(geometry: Geometry, damage: Damage, extents: Extents) -> Extents:
-    """The extents that hold names, without those that overlap others: so there are never more blocks than the volume has."""
+    """The extents that hold names, without those that overlap others: so there are never more blocks than the
+    volume has."""
     extents = take(extents, extents.file_block < disk.DIR2_LEAF_OFFSET // geometry.block_size)
     order = np.argsort(extents.block, kind="stable")
     start = extents.block[order]
     reach = np.maximum.accumulate(start + extents.count[order])
     again = np.zeros(len(order), bool)
     again[order[1:]] = start[1:] < reach[:-1]
-    damage.check(~again, "directory-overlap", "extents of directories overlap others", geometry.block_offset(extents.block))
+    damage.check(
+        ~again,
+        "directory-overlap",
+        "extents of directories overlap others",
+        geometry.block_offset(extents.block),
+    )
     return take(extents, ~again) if again.any() else extents
 
 
-def _blocks(reader: Reader, geometry: Geometry, damage: Damage, extents: Extents) -> Iterator[tuple[Int, Int, Bytes]]:
+def _blocks(
+    reader: Reader, geometry: Geometry, damage: Damage, extents: Extents
+) -> Iterator[tuple[Int, Int, Bytes]]:
     """Batches of whole directory blocks: owner, place of the first byte, bytes (n, directory block size)."""
     each = geometry.dirblock_size // geometry.block_size
     ends = np.cumsum(extents.count)
@@ -119,7 +144,9 @@ def _blocks(reader: Reader, geometry: Geometry, damage: Damage, extents: Extents
         at = np.arange(first, min(first + step, total))
         row = np.searchsorted(ends, at, "right")
         inside = at - (ends - extents.count)[row]
-        owner, file_block, block = extents.owner[row], extents.file_block[row] + inside, extents.block[row] + inside
+        owner = extents.owner[row]
+        file_block = extents.file_block[row] + inside
+        block = extents.block[row] + inside
         new = np.flatnonzero(np.append(True, (np.diff(owner) != 0) | (np.diff(file_block // each) != 0)))
         if at[-1] < total - 1 and new[-1] > 0:  # the last one may go on in the next batch
             owner, file_block, block = owner[: new[-1]], file_block[: new[-1]], block[: new[-1]]
@@ -139,7 +166,9 @@ def _whole(damage: Damage, new: Int, file_block: Int, each: int, place: Int) -> 
     count = np.diff(np.append(new, len(file_block)))
     row, step = expand(count)
     fits = np.logical_and.reduceat(file_block % each == step, new)
-    good = damage.check(fits & (count == each), "directory-block", "directory blocks are incomplete", place[new])
+    good = damage.check(
+        fits & (count == each), "directory-block", "directory blocks are incomplete", place[new]
+    )
     keep = np.flatnonzero(good[row])
     return new[good], keep
 
@@ -166,7 +195,9 @@ def _names(geometry: Geometry, damage: Damage, parent: Int, place: Int, blocks: 
         step = np.where(unused, high & 0xFFFF, (length + overhead) & -ALIGN)
         good = (step >= ALIGN) & (step % ALIGN == 0) & (at + step <= end) & (unused | (length > 0))
         if not good.all():
-            damage.check(good, "directory-entry", "directory blocks hold entries that do not fit", place[at // size])
+            damage.check(
+                good, "directory-entry", "directory blocks hold entries that do not fit", place[at // size]
+            )
             at, end, step, unused = at[good], end[good], step[good], unused[good]
         found.append(at[~unused])
         at = at + step
@@ -175,12 +206,15 @@ def _names(geometry: Geometry, damage: Damage, parent: Int, place: Int, blocks: 
 
 
 def _entries(damage: Damage, flat: Bytes, words: np.ndarray, at: Int, parent: Int, place: Int) -> Names:
-    """struct xfs_dir2_data_entry at `at`: inode's number (8 bytes), length of the name, name; without "." and ".."."""
+    """struct xfs_dir2_data_entry at `at`: inode's number (8 bytes), length of the name, name; without "." and
+    ".."."""
     length = flat[at + 8].astype(np.int64)
     first, second = flat[at + 9], flat[at + 10]
     dots = (first == DOT) & ((length == 1) | ((length == 2) & (second == DOT)))
     inode = words[at >> 3].astype(np.int64)
-    good = damage.check((inode > 0) & (inode < MAX_INODE), "name-inode", "names lead to inode numbers that can't be", place)
+    good = damage.check(
+        (inode > 0) & (inode < MAX_INODE), "name-inode", "names lead to inode numbers that can't be", place
+    )
     keep = good & ~dots
     at, length = at[keep], length[keep]
     return Names(parent[keep], inode[keep], Ragged.cut(flat, at + 9, length))
@@ -195,5 +229,7 @@ def _spans(geometry: Geometry, damage: Damage, place: Int, blocks: Bytes) -> tup
         mine = magic == kind
         begin[mine] = header
         end[mine] = geometry.dirblock_size - 8 * (1 + tail[mine]) if whole else geometry.dirblock_size
-    good = damage.check(end > begin, "directory-block", "directory blocks have a wrong magic number or tail", place)
+    good = damage.check(
+        end > begin, "directory-block", "directory blocks have a wrong magic number or tail", place
+    )
     return np.where(good, begin, 0), np.where(good, end, 0)

@@ -1,6 +1,7 @@
 """XFS on disk: records with the names and offsets of the kernel's own headers. All numbers are big endian.
 
-Sources: fs/xfs/libxfs/xfs_format.h and xfs_da_format.h (Linux 6.12); "XFS Algorithms & Data Structures", 3rd edition.
+Sources: fs/xfs/libxfs/xfs_format.h and xfs_da_format.h (Linux 6.12); "XFS Algorithms & Data Structures", 3rd
+edition.
 """
 
 from virt_bmap.layout import struct
@@ -48,8 +49,9 @@ VERSION2_FEATURES = {0x0002: "lazy-count", 0x0008: "attr2", 0x0080: "projid32bit
 # version 5 masks, in mkfs.xfs' words
 RO_COMPAT = {0x1: "finobt", 0x2: "rmapbt", 0x4: "reflink", 0x8: "inobtcount"}
 INCOMPAT = {
-    0x001: "ftype", 0x002: "sparse", 0x004: "metauuid", 0x008: "bigtime", 0x010: "needsrepair", 0x020: "nrext64",
-    0x040: "exchange", 0x080: "parent", 0x100: "metadir", 0x200: "zoned", 0x400: "zone_gaps",
+    0x001: "ftype", 0x002: "sparse", 0x004: "metauuid", 0x008: "bigtime", 0x010: "needsrepair",
+    0x020: "nrext64", 0x040: "exchange", 0x080: "parent", 0x100: "metadir", 0x200: "zoned",
+    0x400: "zone_gaps",
 }  # fmt: skip
 
 AGF = struct(0xE0, [
@@ -94,7 +96,9 @@ LONG_HEADER, LONG_CRC_HEADER = 24, 72
 
 ALLOC_REC = struct(8, [(0, "ar_startblock", ">u4"), (4, "ar_blockcount", ">u4")])
 INOBT_REC = struct(16, [(0, "ir_startino", ">u4"), (4, "ir_holemask", ">u2"), (8, "ir_free", ">u8")])
-REFCOUNT_REC = struct(12, [(0, "rc_startblock", ">u4"), (4, "rc_blockcount", ">u4"), (8, "rc_refcount", ">u4")])
+REFCOUNT_REC = struct(
+    12, [(0, "rc_startblock", ">u4"), (4, "rc_blockcount", ">u4"), (8, "rc_refcount", ">u4")]
+)
 REFC_COWFLAG = 1 << 31
 """Set in rc_startblock of records that describe copy-on-write staging extents."""
 
@@ -138,7 +142,8 @@ MAX_BMBT_BLOCKS = (1 << 21) - 1
 
 DIR2_LEAF_OFFSET = 1 << 35
 DIR2_FREE_OFFSET = 1 << 36
-"""Bytes in the directory's own address space: names below the first, hash index up to the second, free-space index behind."""
+"""Bytes in the directory's own address space: names below the first, hash index up to the second, free-space
+index behind."""
 DIR2_MAGICS = {b"XD2B": (16, True), b"XD2D": (16, False), b"XDB3": (64, True), b"XDD3": (64, False)}
 """Magic: (header size, with a block tail: the whole directory in one block)."""
 DIR2_FREE_TAG = 0xFFFF

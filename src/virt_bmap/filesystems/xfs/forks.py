@@ -1,4 +1,6 @@
-"""Forks: where the blocks of an inode lie. The data fork holds content, the attribute fork extended attributes.
+"""Forks: where the blocks of an inode lie.
+
+The data fork holds content, the attribute fork extended attributes.
 
 Both keep their extents either in the inode itself or in a B-tree whose root lies in the inode.
 """
@@ -23,7 +25,8 @@ BMBT = Shape("bmbt", (b"BMAP", b"BMA3"), 8, disk.BMBT_REC_SIZE, long=True)
 
 @dataclass(frozen=True)
 class Extents:
-    """Extents in blocks. `owner` is the inode's row in the table of inodes; `block` is an fsblock; `unwritten` is 0 or 1."""
+    """Extents in blocks. `owner` is the inode's row in the table of inodes; `block` is an fsblock;
+    `unwritten` is 0 or 1."""
 
     owner: Int
     fork: Int
@@ -55,37 +58,54 @@ def decode(owner: Int, fork: Int, high: np.ndarray, low: np.ndarray) -> Extents:
 def tree_extents(
     reader: Reader, geometry: Geometry, damage: Damage, roots: Roots, number: Int, rows: tables.ExtentRows
 ) -> Extents:
-    """The extents that fork B-trees list; their blocks become `rows`. `number` are the inode numbers of all owners."""
+    """The extents that fork B-trees list; their blocks become `rows`.
+
+    `number` are the inode numbers of all owners.
+    """
     owner = roots.owner * 2 + roots.fork
     walked = walk(reader, geometry, damage, BMBT, Nodes(owner, roots.block, roots.level))
     nodes = walked.nodes
-    rows.add(tables.TREE, geometry.block_offset(nodes.block), geometry.block_size, inode=number[nodes.owner >> 1])
+    rows.add(
+        tables.TREE, geometry.block_offset(nodes.block), geometry.block_size, inode=number[nodes.owner >> 1]
+    )
     words = walked.rows.view(">u8").astype(np.uint64)
     return decode(walked.owner >> 1, walked.owner & 1, words[:, 0], words[:, 1])
 
 
 def usable(geometry: Geometry, damage: Damage, extents: Extents, elsewhere: Int, record: Int) -> Extents:
-    """The extents that can be: on this volume, not on the real-time device (`elsewhere`, by inode), file offsets that fit.
+    """The extents that can be: on this volume, not on the real-time device (`elsewhere`, by inode), file
+    offsets that fit.
 
     `record` are the places of the inodes, for messages.
     """
     away = (elsewhere[extents.owner] != 0) & (extents.fork == DATA_FORK)
     if away.any():
         blocks = int(extents.count[away].sum())
-        damage.add("realtime", f"blocks of files lie on the real-time device, which is not part of this volume ({len(np.unique(extents.owner[away]))} files)",
+        damage.add("realtime", "blocks of files lie on the real-time device, which is not part of this "
+            f"volume ({len(np.unique(extents.owner[away]))} files)",
                    count=blocks, severity="note")  # fmt: skip
         extents = take(extents, ~away)
     most = (np.iinfo(np.int64).max // geometry.block_size) - disk.MAX_BMBT_BLOCKS
     good = geometry.holds(extents.block, extents.count) & (extents.file_block < most)
-    damage.check(good, "extent", "extents of inodes lie outside the volume or are empty", record[extents.owner])
+    damage.check(
+        good, "extent", "extents of inodes lie outside the volume or are empty", record[extents.owner]
+    )
     same = (extents.owner[1:] == extents.owner[:-1]) & (extents.fork[1:] == extents.fork[:-1])
-    apart = np.append(True, ~same | (extents.file_block[1:] >= extents.file_block[:-1] + extents.count[:-1]))[: len(good)]
-    damage.check(apart, "extent-order", "extents of inodes are out of order or overlap in the file", record[extents.owner])
+    apart = np.append(True, ~same | (extents.file_block[1:] >= extents.file_block[:-1] + extents.count[:-1]))[
+        : len(good)
+    ]
+    damage.check(
+        apart,
+        "extent-order",
+        "extents of inodes are out of order or overlap in the file",
+        record[extents.owner],
+    )
     return extents if good.all() else take(extents, good)
 
 
 def split(extents: tuple[Int, Int], shared: tuple[Int, Int], damage: Damage) -> tuple[Int, Int, Int, Int]:
-    """Cut byte ranges (start, length) where sharing begins or ends: (row, start, length, shared or not) of the pieces."""
+    """Cut byte ranges (start, length) where sharing begins or ends: (row, start, length, shared or not) of
+    the pieces."""
     start, length = extents
     if len(shared[0]) == 0:
         return np.arange(len(start)), start, length, np.zeros(len(start), np.int64)
@@ -102,5 +122,7 @@ def split(extents: tuple[Int, Int], shared: tuple[Int, Int], damage: Damage) -> 
     at = low[row] + step
     piece_start = np.where(step == 0, start[row], points[np.clip(at - 1, 0, len(points) - 1)])
     piece_end = np.where(step == cuts[row], end[row], points[np.clip(at, 0, len(points) - 1)])
-    inside = np.searchsorted(shared[0], piece_start, "right") > np.searchsorted(shared[1], piece_start, "right")
+    inside = np.searchsorted(shared[0], piece_start, "right") > np.searchsorted(
+        shared[1], piece_start, "right"
+    )
     return row, piece_start, piece_end - piece_start, np.where(inside, tables.SHARED, 0)

@@ -1,7 +1,8 @@
 """The superblock, checked, and the arithmetic of addresses that follows from it.
 
-XFS counts blocks in three ways: agbno, from the start of an allocation group; fsblock, with the group's number in the bits above
-`agblklog`; and plainly, from the start of the volume. Everything here leaves as bytes from the start of the volume.
+XFS counts blocks in three ways: agbno, from the start of an allocation group; fsblock, with the group's
+number in the bits above `agblklog`; and plainly, from the start of the volume. Everything here leaves as
+bytes from the start of the volume.
 """
 
 import uuid
@@ -26,7 +27,8 @@ UNREAD = {"metadir", "zoned", "zone_gaps"}
 
 
 class Geometry(NamedTuple):
-    """Sizes in bytes unless the name says blocks; `limit` is the end of what can be read: of the filesystem or of a cut off volume."""
+    """Sizes in bytes unless the name says blocks; `limit` is the end of what can be read: of the filesystem
+    or of a cut off volume."""
 
     version: int
     block_size: int
@@ -89,7 +91,9 @@ class Geometry(NamedTuple):
         known = (fsblock >= 0) & (agno < self.groups) & (count > 0)
         agno = np.where(known, agno, 0)
         inside = agbno + count <= self.group_blocks(agno)
-        result: Bool = known & inside & (self.group_offset(agno) + (agbno + count) * self.block_size <= self.limit)
+        result: Bool = (
+            known & inside & (self.group_offset(agno) + (agbno + count) * self.block_size <= self.limit)
+        )
         return result
 
     def inode_offset(self, inode: Int) -> Int:
@@ -105,21 +109,27 @@ def read_geometry(reader: Reader) -> Geometry:
     if not 1 <= version <= 5:
         raise Unsupported(f"XFS version {version} at byte 0x64: only versions 1 to 5 are known", 0x64)
     if (version >= 4 and not int(sb["sb_versionnum"]) & disk.VERSION_DIRV2BIT) or version < 4:
-        raise Unsupported("XFS with directories of version 1 (IRIX before 6.5): their names are not read", 0x64)
+        raise Unsupported(
+            "XFS with directories of version 1 (IRIX before 6.5): their names are not read", 0x64
+        )
     _check_sizes(sb)
     features = _features(sb, version)
     if unread := [name for name in features if name in UNREAD or name.startswith("incompat-")]:
-        raise Unsupported(f"XFS with {', '.join(unread)} (sb_features_incompat at byte 0xd8) is not read yet", 0xD8)
+        raise Unsupported(
+            f"XFS with {', '.join(unread)} (sb_features_incompat at byte 0xd8) is not read yet", 0xD8
+        )
     block, agblocks, dblocks = int(sb["sb_blocksize"]), int(sb["sb_agblocks"]), int(sb["sb_dblocks"])
     limit = min(dblocks * block, reader.size)
     return Geometry(
-        version=version, block_size=block, sector_size=int(sb["sb_sectsize"]), inode_size=int(sb["sb_inodesize"]),
-        dirblock_size=block << int(sb["sb_dirblklog"]), agblocks=agblocks, agblklog=int(sb["sb_agblklog"]),
-        inopblog=int(sb["sb_inopblog"]), dblocks=dblocks, agcount=int(sb["sb_agcount"]),
-        groups=min(int(sb["sb_agcount"]), -(-limit // (agblocks * block))), limit=limit, rootino=_inode(sb["sb_rootino"]),
-        features=features, uuid=sb["sb_uuid"].tobytes(), meta_uuid=sb["sb_meta_uuid" if "metauuid" in features else "sb_uuid"].tobytes(),
+        version=version, block_size=block, sector_size=int(sb["sb_sectsize"]),
+        inode_size=int(sb["sb_inodesize"]), dirblock_size=block << int(sb["sb_dirblklog"]), agblocks=agblocks,
+        agblklog=int(sb["sb_agblklog"]), inopblog=int(sb["sb_inopblog"]), dblocks=dblocks,
+        agcount=int(sb["sb_agcount"]), groups=min(int(sb["sb_agcount"]), -(-limit // (agblocks * block))),
+        limit=limit, rootino=_inode(sb["sb_rootino"]), features=features, uuid=sb["sb_uuid"].tobytes(),
+        meta_uuid=sb["sb_meta_uuid" if "metauuid" in features else "sb_uuid"].tobytes(),
         label=bytes(sb["sb_fname"]).split(b"\0")[0].decode(errors="replace"), hidden=_hidden(sb, version),
-        rblocks=int(sb["sb_rblocks"]), logstart=int(sb["sb_logstart"]), logblocks=int(sb["sb_logblocks"]), logsunit=int(sb["sb_logsunit"]),
+        rblocks=int(sb["sb_rblocks"]), logstart=int(sb["sb_logstart"]), logblocks=int(sb["sb_logblocks"]),
+        logsunit=int(sb["sb_logsunit"]),
     )  # fmt: skip
 
 
@@ -133,14 +143,21 @@ def _check_sizes(sb: np.void) -> None:
 
     def need(name: str, offset: int, good: bool, rule: str) -> None:
         if not good:
-            raise Corrupt(f"XFS superblock: {name} at byte {offset:#x} is {int(sb[name])}, it should be {rule}", offset)
+            raise Corrupt(
+                f"XFS superblock: {name} at byte {offset:#x} is {int(sb[name])}, it should be {rule}", offset
+            )
 
     def power(value: int, low: int, high: int) -> bool:
         return low <= value <= high and value & (value - 1) == 0
 
     block, inode = int(sb["sb_blocksize"]), int(sb["sb_inodesize"])
     agblocks, dblocks = int(sb["sb_agblocks"]), int(sb["sb_dblocks"])
-    need("sb_blocksize", 0x04, power(block, MIN_BLOCK, MAX_BLOCK), f"a power of two from {MIN_BLOCK} to {MAX_BLOCK}")
+    need(
+        "sb_blocksize",
+        0x04,
+        power(block, MIN_BLOCK, MAX_BLOCK),
+        f"a power of two from {MIN_BLOCK} to {MAX_BLOCK}",
+    )
     need("sb_blocklog", 0x78, 1 << int(sb["sb_blocklog"]) == block, f"log2 of the block size {block}")
     need(
         "sb_sectsize",
@@ -148,14 +165,32 @@ def _check_sizes(sb: np.void) -> None:
         power(int(sb["sb_sectsize"]), MIN_SECTOR, MAX_SECTOR),
         f"a power of two from {MIN_SECTOR} to {MAX_SECTOR}",
     )
-    need("sb_inodesize", 0x68, power(inode, MIN_INODE, min(MAX_INODE, block)), f"a power of two from {MIN_INODE} to {MAX_INODE}")
-    need("sb_inopblog", 0x7B, inode << int(sb["sb_inopblog"]) == block, f"log2 of {block // inode} inodes a block")
+    need(
+        "sb_inodesize",
+        0x68,
+        power(inode, MIN_INODE, min(MAX_INODE, block)),
+        f"a power of two from {MIN_INODE} to {MAX_INODE}",
+    )
+    need(
+        "sb_inopblog",
+        0x7B,
+        inode << int(sb["sb_inopblog"]) == block,
+        f"log2 of {block // inode} inodes a block",
+    )
     need("sb_agblocks", 0x54, agblocks * block >= MIN_AG_BYTES, f"at least {MIN_AG_BYTES // block} blocks")
     log = int(sb["sb_agblklog"])
-    need("sb_agblklog", 0x7C, log < 32 and (1 << log) >= agblocks > (1 << log) // 2, f"log2 of {agblocks} rounded up")
+    need(
+        "sb_agblklog",
+        0x7C,
+        log < 32 and (1 << log) >= agblocks > (1 << log) // 2,
+        f"log2 of {agblocks} rounded up",
+    )
     groups = -(-dblocks // agblocks)
     need(
-        "sb_agcount", 0x58, int(sb["sb_agcount"]) == groups and groups > 0, f"{groups}: {dblocks} blocks in groups of {agblocks}"
+        "sb_agcount",
+        0x58,
+        int(sb["sb_agcount"]) == groups and groups > 0,
+        f"{groups}: {dblocks} blocks in groups of {agblocks}",
     )
     need("sb_dblocks", 0x08, dblocks * block < 1 << 62, "less than 2^62 bytes")
     need(

@@ -1,8 +1,9 @@
-"""Inodes: the chunks that the inode B-trees name, read a batch at a time, and what the records themselves hold.
+"""Inodes: the chunks that the inode B-trees name, read a batch at a time, and what the records themselves
+hold.
 
-A chunk is 64 inodes; a sparse chunk lacks some groups of four. Only groups of four with an inode in use are read. What the records
-hold inline (short directories, symlink targets, attributes, extent lists, roots of B-trees) is taken out while the batch is in
-memory: on a disk full of small files that is nearly everything.
+A chunk is 64 inodes; a sparse chunk lacks some groups of four. Only groups of four with an inode in use are
+read. What the records hold inline (short directories, symlink targets, attributes, extent lists, roots of
+B-trees) is taken out while the batch is in memory: on a disk full of small files that is nearly everything.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ GROUPS = disk.INODES_PER_CHUNK // GROUP
 
 
 class Inodes(NamedTuple):
-    """Inodes in use; `record` is the byte where each one's record lies, `realtime` 1 where its content is on the other device."""
+    """Inodes in use; `record` is the byte where each one's record lies, `realtime` 1 where its content is on
+    the other device."""
 
     number: Int
     record: Int
@@ -54,7 +56,8 @@ class Contents(NamedTuple):
 
 
 class _Fork(NamedTuple):
-    """One fork of each inode of a batch: its format and number of extents, and the bytes [start, end) it may take in the batch."""
+    """One fork of each inode of a batch: its format and number of extents, and the bytes [start, end) it may
+    take in the batch."""
 
     which: int
     format: Int
@@ -64,7 +67,10 @@ class _Fork(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Records in memory: `flat` bytes, in which the record of each of `inodes` begins at `base`. Owners count from `known`."""
+    """Records in memory: `flat` bytes, in which the record of each of `inodes` begins at `base`.
+
+    Owners count from `known`.
+    """
 
     geometry: Geometry
     damage: Damage
@@ -75,7 +81,9 @@ class _Batch(NamedTuple):
     known: int
 
 
-def read_inodes(reader: Reader, geometry: Geometry, damage: Damage, groups: Groups, rows: tables.ExtentRows) -> Contents:
+def read_inodes(
+    reader: Reader, geometry: Geometry, damage: Damage, groups: Groups, rows: tables.ExtentRows
+) -> Contents:
     """All inodes in use, and what their records hold; chunks and inline contents become `rows`."""
     parts: list[Contents] = []
     known = 0
@@ -90,19 +98,27 @@ def read_inodes(reader: Reader, geometry: Geometry, damage: Damage, groups: Grou
 
 
 def _chunks(geometry: Geometry, damage: Damage, groups: Groups, rows: tables.ExtentRows) -> tuple[Int, Bool]:
-    """Groups of four inodes of which at least one is in use: number of the first, and which of the four are (n, 4)."""
+    """Groups of four inodes of which at least one is in use: number of the first, and which of the four are
+    (n, 4)."""
     agno, found = groups.chunks_agno, groups.chunks
     first = found["ir_startino"].astype(np.int64)
     low, high = first * geometry.inode_size, (first + disk.INODES_PER_CHUNK) * geometry.inode_size
     room = geometry.group_blocks(agno) * geometry.block_size
     number = (agno << geometry.agi_bits) | first
     place = geometry.group_offset(agno)
-    good = (low >= 4 * geometry.sector_size) & (high <= room) & (place + high <= geometry.limit) & (first % GROUP == 0)
+    good = (
+        (low >= 4 * geometry.sector_size)
+        & (high <= room)
+        & (place + high <= geometry.limit)
+        & (first % GROUP == 0)
+    )
     damage.check(good, "inode-chunk", "inode chunks lie outside their allocation group", place)
     order = np.argsort(np.where(good, number, -1), kind="stable")[np.count_nonzero(~good) :]
     again = np.zeros(len(order), bool)
     again[1:] = np.diff(number[order]) < disk.INODES_PER_CHUNK
-    damage.check(~again, "inode-chunk-overlap", "inode chunks overlap others", geometry.inode_offset(number[order]))
+    damage.check(
+        ~again, "inode-chunk-overlap", "inode chunks overlap others", geometry.inode_offset(number[order])
+    )
     order = order[~again]
     hole = np.zeros((len(order), GROUPS), bool)
     if geometry.has("sparse"):
@@ -112,27 +128,44 @@ def _chunks(geometry: Geometry, damage: Damage, groups: Groups, rows: tables.Ext
     begin, end = union(offset, offset + GROUP * geometry.inode_size)
     rows.add(tables.METADATA, begin, end - begin, part="inode chunk")
     free = found["ir_free"][order].astype("<u8").view(np.uint8).reshape(-1, 8)
-    used = (np.unpackbits(free, axis=1, bitorder="little") == 0).reshape(-1, GROUPS, GROUP) & ~hole[:, :, None]
+    used = (np.unpackbits(free, axis=1, bitorder="little") == 0).reshape(-1, GROUPS, GROUP) & ~hole[
+        :, :, None
+    ]
     some = used.any(axis=2)
     return start[some], used[some]
 
 
 def _batches(reader: Reader, geometry: Geometry, start: Int, used: Bool) -> Iterator[tuple[Bytes, Int, Bool]]:
-    """Inode records in bounded batches: bytes (n, inode size), the inode number and whether it is in use, for each."""
+    """Inode records in bounded batches: bytes (n, inode size), the inode number and whether it is in use, for
+    each."""
     for part, data in reader.batches(geometry.inode_offset(start), GROUP * geometry.inode_size, BATCH):
         number = (start[part, None] + np.arange(GROUP)).reshape(-1)
         yield data.reshape(-1, geometry.inode_size), number, used[part].reshape(-1)
 
 
 def _contents(
-    geometry: Geometry, damage: Damage, data: Bytes, number: Int, used: Bool, known: int, rows: tables.ExtentRows
+    geometry: Geometry,
+    damage: Damage,
+    data: Bytes,
+    number: Int,
+    used: Bool,
+    known: int,
+    rows: tables.ExtentRows,
 ) -> Contents:
-    """What a batch of records holds. The owners in the result count from `known`, the inodes found in earlier batches."""
+    """What a batch of records holds.
+
+    The owners in the result count from `known`, the inodes found in earlier batches.
+    """
     dtype = disk.DINODE3 if geometry.crc else disk.DINODE
     row = np.flatnonzero(used)
     core = records(data[row, : dtype.itemsize], dtype)
     good = (core["di_magic"] == disk.DINODE_MAGIC) & (core["di_mode"] != 0)
-    damage.check(good, "inode", "inodes that are in use have a wrong magic number or mode 0", geometry.inode_offset(number[row]))
+    damage.check(
+        good,
+        "inode",
+        "inodes that are in use have a wrong magic number or mode 0",
+        geometry.inode_offset(number[row]),
+    )
     if not good.all():
         row, core = row[good], core[good]
     inodes = _inodes(geometry, damage, core, number[row])
@@ -140,8 +173,8 @@ def _contents(
     forks = data_fork, attr_fork = _forks(batch, core)
     _attributes_inline(batch, attr_fork)
     return Contents(
-        inodes, stack(Extents, [_extents(batch, fork) for fork in forks]), stack(Roots, [_roots(batch, fork) for fork in forks]),
-        _data_inline(batch, data_fork),
+        inodes, stack(Extents, [_extents(batch, fork) for fork in forks]),
+        stack(Roots, [_roots(batch, fork) for fork in forks]), _data_inline(batch, data_fork),
     )  # fmt: skip
 
 
@@ -159,41 +192,53 @@ def _inodes(geometry: Geometry, damage: Damage, core: np.ndarray, number: Int) -
     size = core["di_size"].astype(np.int64)
     damage.check(size >= 0, "inode-size", "inodes have a size of more than 2^63 bytes", place)
     return Inodes(
-        number, place, kind, mode, core["di_uid"].astype(np.int64), core["di_gid"].astype(np.int64), np.maximum(size, 0), nlink, _mtime_ns(geometry, core),
-        flags, core["di_next_unlinked"].astype(np.int64), (core["di_flags"] & disk.DIFLAG_REALTIME).astype(np.int64),
+        number, place, kind, mode, core["di_uid"].astype(np.int64), core["di_gid"].astype(np.int64),
+        np.maximum(size, 0), nlink, _mtime_ns(geometry, core), flags,
+        core["di_next_unlinked"].astype(np.int64), (core["di_flags"] & disk.DIFLAG_REALTIME).astype(np.int64),
     )  # fmt: skip
 
 
 def _mtime_ns(geometry: Geometry, core: np.ndarray) -> Int:
-    """di_mtime as nanoseconds since 1970: two signed 32-bit numbers, or with bigtime nanoseconds since December 1901."""
+    """di_mtime as nanoseconds since 1970: two signed 32-bit numbers, or with bigtime nanoseconds since
+    December 1901."""
     stamp = core["di_mtime"].astype(np.uint64)
     signed = stamp.view(np.int64)
     mtime: Int = (signed >> 32) * 1_000_000_000 + (signed & 0xFFFFFFFF)
     if geometry.has("bigtime"):
         last = np.uint64(np.iinfo(np.int64).max)  # bigtime reaches to 2486, the table to 2262
         epoch = np.uint64(disk.BIGTIME_EPOCH_NS)
-        big = (np.minimum(stamp, last + epoch) - epoch).view(np.int64)  # what lies before 1970 wraps to negative, as it should
+        # what lies before 1970 wraps to negative, as it should
+        big = (np.minimum(stamp, last + epoch) - epoch).view(np.int64)
         mtime = np.where((core["di_flags2"] & disk.DIFLAG2_BIGTIME) != 0, big, mtime)
     return mtime
 
 
 def _forks(batch: _Batch, core: np.ndarray) -> tuple[_Fork, _Fork]:
-    """Where the two forks of each record lie. di_forkoff, in units of 8 bytes, divides the literal area; 0: all is data fork."""
+    """Where the two forks of each record lie. di_forkoff, in units of 8 bytes, divides the literal area; 0:
+    all is data fork."""
     inodes, damage, size = batch.inodes, batch.damage, batch.geometry.inode_size
     literal = core.dtype.itemsize
     forkoff = core["di_forkoff"].astype(np.int64) * 8
-    good = damage.check(literal + forkoff < size, "fork-offset", "inodes have a di_forkoff outside the inode", inodes.record)
+    good = damage.check(
+        literal + forkoff < size, "fork-offset", "inodes have a di_forkoff outside the inode", inodes.record
+    )
     low, high = batch.base + literal, batch.base + size
     middle = np.where(good & (forkoff > 0), low + forkoff, high)
     data_format, attr_format = core["di_format"].astype(np.int64), core["di_aformat"].astype(np.int64)
-    # device nodes keep their number where others have extents; of the rest only directories and symlinks fit into the inode
+    # device nodes keep their number where others have extents; of the rest only directories and symlinks fit
+    # into the inode
     owns = np.isin(inodes.type, (tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK, tables.T_METADATA))
     fits = np.isin(inodes.type, (tables.T_DIRECTORY, tables.T_SYMLINK)) & (data_format == disk.FMT_LOCAL)
     fits |= (data_format == disk.FMT_EXTENTS) | (data_format == disk.FMT_BTREE)
-    damage.check(fits | ~owns, "fork-format", "inodes have a data fork of a format that can't be", inodes.record)
+    damage.check(
+        fits | ~owns, "fork-format", "inodes have a data fork of a format that can't be", inodes.record
+    )
     known = (attr_format >= disk.FMT_LOCAL) & (attr_format <= disk.FMT_BTREE)
     damage.check(
-        (middle == high) | known, "attribute-format", "inodes have an attribute fork of a format that can't be", inodes.record
+        (middle == high) | known,
+        "attribute-format",
+        "inodes have an attribute fork of a format that can't be",
+        inodes.record,
     )
     nextents, anextents = _extent_counts(batch.geometry, core)
     return (
@@ -217,14 +262,20 @@ def _data_inline(batch: _Batch, fork: _Fork) -> Names:
     inodes, damage = batch.inodes, batch.damage
     local = np.flatnonzero(fork.format == disk.FMT_LOCAL)
     fits = inodes.size[local] <= (fork.end - fork.start)[local]
-    local = local[damage.check(fits, "inline-size", "inodes are larger than their inline data", inodes.record[local])]
+    local = local[
+        damage.check(fits, "inline-size", "inodes are larger than their inline data", inodes.record[local])
+    ]
     directory = inodes.type[local] == tables.T_DIRECTORY
     for kind, mine, at in ((tables.DIRECTORY, local[directory], -1), (tables.SYMLINK, local[~directory], 0)):
         where = (inodes.record + fork.start - batch.base)[mine]
-        batch.rows.add(kind, where, inodes.size[mine], inode=inodes.number[mine], file_offset=at, flags=tables.INLINE)
+        batch.rows.add(
+            kind, where, inodes.size[mine], inode=inodes.number[mine], file_offset=at, flags=tables.INLINE
+        )
     mine = local[directory]
     start, end = fork.start[mine], fork.start[mine] + inodes.size[mine]
-    return short_form(batch.flat, start, end, inodes.number[mine], inodes.record[mine], batch.geometry.has("ftype"), damage)
+    return short_form(
+        batch.flat, start, end, inodes.number[mine], inodes.record[mine], batch.geometry.has("ftype"), damage
+    )
 
 
 def _attributes_inline(batch: _Batch, fork: _Fork) -> None:
@@ -234,7 +285,9 @@ def _attributes_inline(batch: _Batch, fork: _Fork) -> None:
     start = fork.start[local]
     size = flat[start].astype(np.int64) << 8 | flat[start + 1]
     fits = size <= (fork.end - fork.start)[local]
-    batch.damage.check(fits, "inline-attributes", "inline attributes are larger than their fork", inodes.record[local])
+    batch.damage.check(
+        fits, "inline-attributes", "inline attributes are larger than their fork", inodes.record[local]
+    )
     some = fits & (flat[start + 2] > 0)
     mine, size = local[some], size[some]
     where = (inodes.record + fork.start - batch.base)[mine]
@@ -247,14 +300,18 @@ def _extents(batch: _Batch, fork: _Fork) -> Extents:
     mine = np.flatnonzero((fork.format == disk.FMT_EXTENTS) & (fork.nextents > 0))
     start, count = fork.start[mine], fork.nextents[mine]
     room = (fork.end[mine] - start) // disk.BMBT_REC_SIZE
-    batch.damage.check(count <= room, "extent-count", "inodes claim more extents than they have room for", place[mine])
+    batch.damage.check(
+        count <= room, "extent-count", "inodes claim more extents than they have room for", place[mine]
+    )
     row, step = expand(np.minimum(count, room))
     # the literal area begins on a multiple of 4, not always of 8: the words are seen from where it begins
     shift = int(start[0] % 8) if len(start) else 0
     words = flat[shift : shift + (len(flat) - shift) // 8 * 8].view(">u8")
     at = (start[row] - shift) // 8 + 2 * step
     owner = batch.known + mine[row]
-    return decode(owner, np.full(len(owner), fork.which), words[at].astype(np.uint64), words[at + 1].astype(np.uint64))
+    return decode(
+        owner, np.full(len(owner), fork.which), words[at].astype(np.uint64), words[at + 1].astype(np.uint64)
+    )
 
 
 def _roots(batch: _Batch, fork: _Fork) -> Roots:

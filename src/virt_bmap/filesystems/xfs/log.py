@@ -1,11 +1,13 @@
 """The log: where it lies, where its head and tail are, and whether the volume needs recovery.
 
-The log is a ring of 512-byte blocks. The first word of every block is the number of the round ("cycle") in which it was written, but in a
-record's first block, where it is a magic number and the cycle follows. So the head is where the cycle number drops, which a search
-finds in a few reads of some hundred blocks. The last record before the head says where the tail is; if that record is nothing but an unmount
-mark, nothing needs to be recovered.
+The log is a ring of 512-byte blocks. The first word of every block is the number of the round ("cycle") in
+which it was written, but in a record's first block, where it is a magic number and the cycle follows. So the
+head is where the cycle number drops, which a search finds in a few reads of some hundred blocks. The last
+record before the head says where the tail is; if that record is nothing but an unmount mark, nothing needs to
+be recovered.
 
-Sources: fs/xfs/xfs_log_recover.c (xlog_find_head, xlog_find_tail), fs/xfs/libxfs/xfs_log_format.h (Linux 6.12).
+Sources: fs/xfs/xfs_log_recover.c (xlog_find_head, xlog_find_tail), fs/xfs/libxfs/xfs_log_format.h (Linux
+6.12).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +29,8 @@ CYCLE_DATA = 64
 FANOUT = 256
 """Blocks read in one round of the search: the largest log, 2 GiB, takes three rounds."""
 MAX_IN_FLIGHT = 8 * 256 * 1024 // BLOCK
-"""XLOG_TOTAL_REC_SHIFT: eight buffers of 256 KiB may be written at a time, in any order, so holes can only lie so far behind the head."""
+"""XLOG_TOTAL_REC_SHIFT: eight buffers of 256 KiB may be written at a time, in any order, so holes can only
+lie so far behind the head."""
 UNMOUNT_TRANS = 0x20
 
 RECORD = struct(0x148, [
@@ -49,7 +52,9 @@ OP_FLAGS = 9
 
 
 class Log(NamedTuple):
-    """A log of `blocks` blocks at `offset` of `reader`. Work between `tail` and `head` (block numbers in the ring) is not in place yet.
+    """A log of `blocks` blocks at `offset` of `reader`.
+
+    Work between `tail` and `head` (block numbers in the ring) is not in place yet.
 
     `clean`: nothing needs to be recovered.
     """
@@ -72,18 +77,27 @@ class Log(NamedTuple):
 
 
 def find_log(reader: Reader, geometry: Geometry, others: Sequence[Reader]) -> Log | None:
-    """The log with its head and tail; None where it is external and none of `others` is it. Corrupt where it makes no sense."""
+    """The log with its head and tail; None where it is external and none of `others` is it.
+
+    Corrupt where it makes no sense.
+    """
     if geometry.logstart:
         start = np.array([geometry.logstart])
         if not geometry.holds(start, np.array([geometry.logblocks])).all():
             raise Corrupt(
-                f"XFS superblock: sb_logstart at byte 0x30 is {geometry.logstart}, {geometry.logblocks} blocks from there are not on the volume",
+                f"XFS superblock: sb_logstart at byte 0x30 is {geometry.logstart}, "
+                f"{geometry.logblocks} blocks from there are not on the volume",
                 0x30,
             )
-        return _measure(reader, int(geometry.block_offset(start)[0]), geometry.logblocks * geometry.block_size // BLOCK)
+        return _measure(
+            reader, int(geometry.block_offset(start)[0]), geometry.logblocks * geometry.block_size // BLOCK
+        )
     for other in others:
         head = record(other.read_clipped(0, BLOCK), RECORD)
-        if head["h_magicno"] == HEADER_MAGIC and head["h_fs_uuid"].tobytes() in (geometry.uuid, geometry.meta_uuid):
+        if head["h_magicno"] == HEADER_MAGIC and head["h_fs_uuid"].tobytes() in (
+            geometry.uuid,
+            geometry.meta_uuid,
+        ):
             return _measure(other, 0, min(geometry.logblocks * geometry.block_size, other.size) // BLOCK)
     return None
 
@@ -128,7 +142,8 @@ def _search(cycles: Callable[[Int], Int], behind: Callable[[Int], Bool], blocks:
 
 
 def _last_record(reader: Reader, offset: int, blocks: int, data: Bytes, window: Int) -> Log:
-    """Head and tail by the last whole record in `data`, the blocks numbered `window` (negative: before the ring's start)."""
+    """Head and tail by the last whole record in `data`, the blocks numbered `window` (negative: before the
+    ring's start)."""
     heads = records(data, RECORD)
     found = np.flatnonzero(heads["h_magicno"] == HEADER_MAGIC)
     end = int(window[-1]) + 1 if len(window) else 0
@@ -141,12 +156,17 @@ def _last_record(reader: Reader, offset: int, blocks: int, data: Bytes, window: 
             continue
         tail = int(head["h_tail_lsn"]) & 0xFFFFFFFF
         if tail >= blocks:
-            raise Corrupt(f"XFS log: h_tail_lsn at byte {offset + start % blocks * BLOCK:#x} names block {tail} of {blocks}",
+            raise Corrupt(f"XFS log: h_tail_lsn at byte {offset + start % blocks * BLOCK:#x} names block "
+                f"{tail} of {blocks}",
                           offset + start % blocks * BLOCK)  # fmt: skip
         body = at + header_blocks(head)
-        mark = int(head["h_num_logops"]) == 1 and body < len(data) and int(data[body, OP_FLAGS]) & UNMOUNT_TRANS
+        mark = (
+            int(head["h_num_logops"]) == 1 and body < len(data) and int(data[body, OP_FLAGS]) & UNMOUNT_TRANS
+        )
         return Log(reader, offset, blocks, end % blocks, tail, bool(mark))
-    raise Corrupt(f"XFS log at byte {offset:#x}: no whole record in front of its head, block {end % blocks}", offset)
+    raise Corrupt(
+        f"XFS log at byte {offset:#x}: no whole record in front of its head, block {end % blocks}", offset
+    )
 
 
 def header_blocks(head: np.void) -> int:

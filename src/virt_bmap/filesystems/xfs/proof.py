@@ -1,9 +1,12 @@
-"""What `check` asks of XFS beyond what a map needs: the checksums and places that version 5 keeps in all metadata, and the order in B-trees and hash indexes.
+"""What `check` asks of XFS beyond what a map needs: the checksums and places that version 5 keeps in all
+metadata, and the order in B-trees and hash indexes.
 
-A second pass over the metadata whose places the tables give; the state after the log's replay, as the map shows it.
+A second pass over the metadata whose places the tables give; the state after the log's replay, as the map
+shows it.
 
-Sources: fs/xfs/libxfs (Linux 6.12): xfs_format.h, xfs_da_format.h (headers and where their checksums lie), xfs_cksum.h, xfs_btree.c (siblings,
-xfs_btree_check_block), xfs_{alloc,ialloc,rmap,refcount,bmap}_btree.c (keys), xfs_dir2_leaf.c, xfs_da_btree.c, xfs_attr_leaf.c, xfs_dquot_buf.c.
+Sources: fs/xfs/libxfs (Linux 6.12): xfs_format.h, xfs_da_format.h (headers and where their checksums lie),
+xfs_cksum.h, xfs_btree.c (siblings, xfs_btree_check_block), xfs_{alloc,ialloc,rmap,refcount,bmap}_btree.c
+(keys), xfs_dir2_leaf.c, xfs_da_btree.c, xfs_attr_leaf.c, xfs_dquot_buf.c.
 """
 
 from typing import NamedTuple
@@ -26,7 +29,8 @@ SECTOR = 512
 
 
 class Stamp(NamedTuple):
-    """Where a kind of block has its checksum, its place, the filesystem's UUID, and the inode that it belongs to; -1: nowhere."""
+    """Where a kind of block has its checksum, its place, the filesystem's UUID, and the inode that it belongs
+    to; -1: nowhere."""
 
     crc: int
     place: int = -1
@@ -37,7 +41,12 @@ class Stamp(NamedTuple):
 SHORT_BLOCK, LONG_BLOCK = Stamp(52, 16, 32), Stamp(64, 24, 40, 56)
 DIR_BLOCK, DA_BLOCK = Stamp(4, 8, 24, 40), Stamp(12, 16, 32, 48)
 REMOTE, SYMLINK = Stamp(12, 40, 16, 32), Stamp(12, 40, 16, 32)
-HEADERS = {"superblock": Stamp(0xE0), "AGF": Stamp(0xD8, uuid=0x40), "AGI": Stamp(0x138, uuid=0x128), "AGFL": Stamp(32, uuid=8)}
+HEADERS = {
+    "superblock": Stamp(0xE0),
+    "AGF": Stamp(0xD8, uuid=0x40),
+    "AGI": Stamp(0x138, uuid=0x128),
+    "AGFL": Stamp(32, uuid=8),
+}
 INODE = Stamp(0x64, uuid=0xA0)
 DQUOT_SIZE, DQUOT = 136, Stamp(108, uuid=120)
 
@@ -48,7 +57,8 @@ REMOTE_MAGIC, SYMLINK_MAGIC = b"XARM", b"XSLM"
 
 
 class Order(NamedTuple):
-    """The keys of a kind of tree: sizes of records and keys, and where (offset, bytes) their parts lie, the weightiest first."""
+    """The keys of a kind of tree: sizes of records and keys, and where (offset, bytes) their parts lie, the
+    weightiest first."""
 
     magic: tuple[bytes, bytes]
     record: int
@@ -70,7 +80,8 @@ TREES = {
 }
 BMBT = Order((b"BMAP", b"BMA3"), 16, 8, ((0, 8),), ((0, 8),), long=True)
 LENGTHS = {"bnobt": 4, "refcountbt": 4, "inobt": -1, "finobt": -1}
-"""Where records have the length of what they describe (-1: always 64 inodes), where that must not overlap the next one."""
+"""Where records have the length of what they describe (-1: always 64 inodes), where that must not overlap the
+next one."""
 MAX_SYMLINK = 65536
 """XFS_SYMLINK_MAXLEN is 1024: no extent of a link is longer than the largest block."""
 NO_RECORDS = np.zeros((0, 3), np.int64)
@@ -113,7 +124,8 @@ class _Look(NamedTuple):
         """Compare what version 5 writes into every block: checksum, place, UUID, owner."""
         if not self.geometry.crc or not len(data):
             return
-        if isinstance(self.reader, PatchedReader):  # what comes from the log gets its checksum when it is written
+        # what comes from the log gets its checksum when it is written
+        if isinstance(self.reader, PatchedReader):
             kept = np.flatnonzero(~self.reader.replaced(offset, data.shape[1]))
             self._checksums(kind, stamp, data[kept], offset[kept])
         else:
@@ -122,7 +134,9 @@ class _Look(NamedTuple):
         if stamp.place >= 0:
             at_home &= big(data, stamp.place, 8) == (offset // SECTOR).astype(np.uint64)
         if stamp.uuid >= 0:
-            at_home &= (data[:, stamp.uuid : stamp.uuid + 16] == np.frombuffer(self.geometry.meta_uuid, np.uint8)).all(axis=1)
+            at_home &= (
+                data[:, stamp.uuid : stamp.uuid + 16] == np.frombuffer(self.geometry.meta_uuid, np.uint8)
+            ).all(axis=1)
         if stamp.owner >= 0 and owner is not None:
             at_home &= big(data, stamp.owner, 8) == owner.astype(np.uint64)
         self.compared.check(kind, at_home, offset, "misplaced", "say that they belong elsewhere")
@@ -158,11 +172,12 @@ def _inodes(look: _Look, found: Filesystem) -> None:
             look.stamped("inodes", INODE, data, offset[part])
 
 
-# ---- B-trees ----------------------------------------------------------------------------------------------------------
+# ---- B-trees -----------------------------------------------------------------------------------------------
 
 
 def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) -> Int:
-    """All blocks of one kind of tree: stamps, counts, the order of their keys, and that children begin with the key that leads to them.
+    """All blocks of one kind of tree: stamps, counts, the order of their keys, and that children begin with
+    the key that leads to them.
 
     Returns (group, start, length) of the records of trees of free space.
     """
@@ -186,10 +201,16 @@ def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) 
         level, count = big(data, 4, 2).astype(np.int64), big(data, 6, 2).astype(np.int64)
         room = data.shape[1] - header
         most = np.where(level == 0, room // order.record, room // (order.key + width))
-        good = (data[:, :4] == np.frombuffer(order.magic[crc], np.uint8)).all(axis=1) & (count > 0) & (count <= most)
+        good = (
+            (data[:, :4] == np.frombuffer(order.magic[crc], np.uint8)).all(axis=1)
+            & (count > 0)
+            & (count <= most)
+        )
         # a group's tree can be empty: then its root is a leaf without records
         empty = (count == 0) & (level == 0) & (not order.long)
-        damage.check(good | empty, "tree-node", f"blocks of a {name} have a wrong magic number or count", place)
+        damage.check(
+            good | empty, "tree-node", f"blocks of a {name} have a wrong magic number or count", place
+        )
         mine = np.full((len(data), len(order.in_key)), np.iinfo(np.uint64).max, np.uint64)
         for leaf in (True, False):
             at = np.flatnonzero(good & ((level == 0) == leaf))
@@ -202,29 +223,42 @@ def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) 
             values = _keys(table, order.in_record if leaf else order.in_key, name)
             if leaf and name in ("bnobt", "cntbt"):
                 group = place[at[row]] // (look.geometry.agblocks * look.geometry.block_size)
-                found.append(np.column_stack([group, big(table, 0, 4).astype(np.int64), big(table, 4, 4).astype(np.int64)]))
+                found.append(
+                    np.column_stack(
+                        [group, big(table, 0, 4).astype(np.int64), big(table, 4, 4).astype(np.int64)]
+                    )
+                )
             same = row[1:] == row[:-1]
-            grows = _less(values[:-1], values[1:]) | (_same(values[:-1], values[1:]) if name == "rmapbt" else False)
+            grows = _less(values[:-1], values[1:]) | (
+                _same(values[:-1], values[1:]) if name == "rmapbt" else False
+            )
             if leaf and name in LENGTHS:
                 length = np.uint64(64) if LENGTHS[name] < 0 else big(table, LENGTHS[name], 4)[:-1]
                 grows &= values[:-1, 0] + length <= values[1:, 0]
             bad = np.unique(at[row[1:][same & ~grows]])
             if len(bad):
                 damage.add(
-                    "tree-order", f"blocks of a {name} have records out of order or overlapping", int(place[bad].min()), len(bad)
+                    "tree-order",
+                    f"blocks of a {name} have records out of order or overlapping",
+                    int(place[bad].min()),
+                    len(bad),
                 )
             begins = np.append(True, ~same)[: len(row)]
             mine[at] = values[begins]
             if not leaf:
                 base = header + entries * order.key
                 pointer = (
-                    np.ascontiguousarray(data[at, base : base + entries * width]).view(f">u{width}")[row, step].astype(np.int64)
+                    np.ascontiguousarray(data[at, base : base + entries * width])
+                    .view(f">u{width}")[row, step]
+                    .astype(np.int64)
                 )
                 keys.append(values)
                 children.append(_addresses(look, pointer, place[at[row]], order.long))
         first.append(mine)
         for kept, where in ((lefts, 8), (rights, 8 + width)):
-            sibling = np.ascontiguousarray(data[:, where : where + width]).view(f">i{width}")[:, 0].astype(np.int64)
+            sibling = (
+                np.ascontiguousarray(data[:, where : where + width]).view(f">i{width}")[:, 0].astype(np.int64)
+            )
             kept.append(np.where(sibling == -1, -1, _addresses(look, sibling, place, order.long)))
     _children(damage, name, offset, np.concatenate(first), np.concatenate(keys), np.concatenate(children))
     _siblings(damage, name, offset, np.concatenate(lefts), np.concatenate(rights))
@@ -242,7 +276,11 @@ def _addresses(look: _Look, pointer: Int, place: Int, long: bool) -> Int:
 
 def _keys(table: Bytes, parts: tuple[tuple[int, int], ...], name: str) -> np.ndarray:
     """Keys of records (n, size) as (n, parts)."""
-    found = np.stack([big(table, at, size) for at, size in parts], axis=1) if len(table) else np.zeros((0, len(parts)), np.uint64)
+    found = (
+        np.stack([big(table, at, size) for at, size in parts], axis=1)
+        if len(table)
+        else np.zeros((0, len(parts)), np.uint64)
+    )
     if name == "rmapbt":
         found[:, 2] &= FLAGLESS
     if name == "bmbt" and table.shape[1] == disk.BMBT_REC_SIZE:
@@ -263,7 +301,9 @@ def _same(one: np.ndarray, other: np.ndarray) -> Bool:
     return equal
 
 
-def _children(damage: Damage, name: str, offset: Int, first: np.ndarray, keys: np.ndarray, children: Int) -> None:
+def _children(
+    damage: Damage, name: str, offset: Int, first: np.ndarray, keys: np.ndarray, children: Int
+) -> None:
     """Children that do not begin with the key that their parent has for them."""
     if not len(offset) or not len(children):
         return
@@ -271,7 +311,10 @@ def _children(damage: Damage, name: str, offset: Int, first: np.ndarray, keys: n
     at = order[np.minimum(np.searchsorted(offset[order], children), len(offset) - 1)]
     known = offset[at] == children  # what leads elsewhere was complained of by its reader
     damage.check(
-        _same(first[at], keys) | ~known, "tree-key", f"blocks of a {name} do not begin where their parent says", children
+        _same(first[at], keys) | ~known,
+        "tree-key",
+        f"blocks of a {name} do not begin where their parent says",
+        children,
     )
 
 
@@ -286,7 +329,7 @@ def _siblings(damage: Damage, name: str, offset: Int, lefts: Int, rights: Int) -
         damage.check(good, "tree-sibling", f"blocks of a {name} have siblings that do not know them", offset)
 
 
-# ---- directories, attributes, links, quotas ---------------------------------------------------------------------------
+# ---- directories, attributes, links, quotas ----------------------------------------------------------------
 
 
 def _directories(look: _Look) -> None:
@@ -299,7 +342,9 @@ def _directories(look: _Look) -> None:
             place, who = offset[batch], owner[batch]
             if named:
                 known = np.isin(np.ascontiguousarray(data[:, :4]).view("S4")[:, 0], list(disk.DIR2_MAGICS))
-                look.damage.check(known, "directory-block", "blocks of directories have a wrong magic number", place)
+                look.damage.check(
+                    known, "directory-block", "blocks of directories have a wrong magic number", place
+                )
                 look.stamped("directory blocks", DIR_BLOCK, data, place, who)
                 _tails(look, data, place)
             elif part == "free index":
@@ -319,7 +364,9 @@ def _tails(look: _Look, data: Bytes, place: Int) -> None:
     size = data.shape[1]
     count = big(data, size - 8, 4).astype(np.int64)
     room = (size - 8 - 64) // 8
-    good = look.damage.check(count <= room, "hash-index", "hash indexes of directories have impossible counts", place)
+    good = look.damage.check(
+        count <= room, "hash-index", "hash indexes of directories have impossible counts", place
+    )
     data, place, count = data[good], place[good], count[good]
     begin = size - 8 - 8 * count
     _ascending(look, "hash indexes of directories", data, place, begin, count)
@@ -330,7 +377,11 @@ def _hashes(look: _Look, what: str, data: Bytes, place: Int, magics: tuple[int, 
     crc, size = look.geometry.crc, data.shape[1]
     magic = big(data, 8, 2).astype(np.int64)
     if not crc:
-        magic = np.array([OLD.get(value, 0) for value in range(0x10000)], np.int64)[magic] if len(magic) else magic
+        magic = (
+            np.array([OLD.get(value, 0) for value in range(0x10000)], np.int64)[magic]
+            if len(magic)
+            else magic
+        )
     at_count = 56 if crc else 12
     count = big(data, at_count, 2).astype(np.int64)
     begin = np.where(magic == ATTR_LEAF, 80 if crc else 32, 64 if crc else 16)
@@ -358,7 +409,9 @@ def _attributes(look: _Look) -> None:
         if look.geometry.crc:
             look.stamped("remote attribute blocks", REMOTE, data[remote], place[remote], who[remote])
         else:  # values of version 4 have no header, and may look like anything
-            remote |= ~np.isin(big(data, 8, 2), [magic for magic in OLD if OLD[magic] in (DA_NODE, ATTR_LEAF)])
+            remote |= ~np.isin(
+                big(data, 8, 2), [magic for magic in OLD if OLD[magic] in (DA_NODE, ATTR_LEAF)]
+            )
         look.stamped("attribute blocks", DA_BLOCK, data[~remote], place[~remote], who[~remote])
         _hashes(look, "attribute blocks", data[~remote], place[~remote], (DA_NODE, ATTR_LEAF))
 
@@ -368,7 +421,9 @@ def _symlinks(look: _Look) -> None:
     if not look.geometry.crc:
         return
     start, length, owner = look.places.ranges(tables.SYMLINK, "symlink header", whole=True)
-    fits = look.damage.check(length <= MAX_SYMLINK, "symlink-header", "symbolic links are longer than any can be", start)
+    fits = look.damage.check(
+        length <= MAX_SYMLINK, "symlink-header", "symbolic links are longer than any can be", start
+    )
     start, length, owner = start[fits], length[fits], owner[fits]
     for size in np.unique(length).tolist():
         mine = np.flatnonzero(length == size)
@@ -377,7 +432,9 @@ def _symlinks(look: _Look) -> None:
             look.stamped("symbolic links", SYMLINK, data, place, owner[mine][batch])
             good = (data[:, :4] == np.frombuffer(SYMLINK_MAGIC, np.uint8)).all(axis=1)
             good &= big(data, 8, 4) + np.uint64(disk.SYMLINK_HEADER) <= np.uint64(size)
-            look.damage.check(good, "symlink-header", "headers of symbolic links have a wrong magic number or length", place)
+            look.damage.check(
+                good, "symlink-header", "headers of symbolic links have a wrong magic number or length", place
+            )
 
 
 def _quotas(look: _Look) -> None:

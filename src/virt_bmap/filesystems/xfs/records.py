@@ -1,8 +1,10 @@
-"""The records of the log from its tail to its head, as they were before they were cut into blocks and stamped; none of them damaged.
+"""The records of the log from its tail to its head, as they were before they were cut into blocks and
+stamped; none of them damaged.
 
 The checksums of all records are computed together: a busy log has thousands of small ones.
 
-Sources: fs/xfs/xfs_log_recover.c (xlog_recover_process), xfs_log.c (xlog_cksum), libxfs/xfs_log_format.h (Linux 6.12).
+Sources: fs/xfs/xfs_log_recover.c (xlog_recover_process), xfs_log.c (xlog_cksum), libxfs/xfs_log_format.h
+(Linux 6.12).
 """
 
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ EXTENDED_SIZE = 260
 
 
 def records(log: Log) -> Iterator[tuple[int, int, bytes]]:
-    """(lsn, number of operations, body) of each record from the tail to the head, the first words of its blocks put back in place."""
+    """(lsn, number of operations, body) of each record from the tail to the head, the first words of its
+    blocks put back in place."""
     count = log.active // BLOCK
     data = log.reader.read_blocks(log.offset + (log.tail + np.arange(count)) % log.blocks * BLOCK, BLOCK)
     found = list(_heads(log, data))
@@ -34,7 +37,9 @@ def records(log: Log) -> Iterator[tuple[int, int, bytes]]:
         raise Corrupt(f"XFS log: the record at byte {place:#x} does not match its checksum", place, "log")
     for at, body, end in found:
         head, place = layout.record(data[at].tobytes(), RECORD), log.place(at)
-        kept = np.concatenate([head["h_cycle_data"].view(np.uint8), data[at + 1 : body, 4 : 4 + 4 * CYCLE_DATA].reshape(-1)])
+        kept = np.concatenate(
+            [head["h_cycle_data"].view(np.uint8), data[at + 1 : body, 4 : 4 + 4 * CYCLE_DATA].reshape(-1)]
+        )
         blocks = data[body:end].copy()
         stamps = np.ascontiguousarray(blocks[:, :4]).view(">u4")[:, 0]
         words = kept.reshape(-1, 4)
@@ -54,13 +59,18 @@ def _heads(log: Log, data: Bytes) -> Iterator[tuple[int, int, int]]:
         fits = end <= len(data) and end - body <= CYCLE_DATA * (body - at)
         if head["h_magicno"] != HEADER_MAGIC or not fits or head["h_fmt"] != 1:
             place = log.place(at)
-            raise Corrupt(f"XFS log: the record at byte {place:#x} has a wrong magic number, format or length", place, "log")
+            raise Corrupt(
+                f"XFS log: the record at byte {place:#x} has a wrong magic number, format or length",
+                place,
+                "log",
+            )
         yield at, body, end
         at = end
 
 
 def _sound(data: Bytes, found: Int) -> Bool:
-    """Which records match their h_crc? It covers a record as it lies on the disk; mkfs.xfs and xfs_repair leave it 0."""
+    """Which records match their h_crc? It covers a record as it lies on the disk; mkfs.xfs and xfs_repair
+    leave it 0."""
     first, body = found[:, 0], found[:, 1]
     heads = data[first]
     wanted = heads[:, CRC_AT : CRC_AT + 4].copy().view("<u4")[:, 0]
@@ -72,7 +82,9 @@ def _sound(data: Bytes, found: Int) -> Bool:
     for size in RECORD_SIZES:
         state = crc32c(heads[:, :size])
         for further in range(1, int(used.max(initial=0))):
-            state = crc32c_each(words, (first + further) * WORDS, np.where(further < used, EXTENDED_SIZE // 4, 0), state)
+            state = crc32c_each(
+                words, (first + further) * WORDS, np.where(further < used, EXTENDED_SIZE // 4, 0), state
+            )
         state = crc32c_each(words, body * WORDS, np.where(length % 4 == 0, length // 4, 0), state)
         sound |= state ^ ALL_ONES == wanted
         if sound.all():

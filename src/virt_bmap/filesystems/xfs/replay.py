@@ -1,15 +1,18 @@
 """Replay of the log in memory, as the kernel does it when it mounts a volume that was not unmounted.
 
-The log is a sequence of records, cut into operations; operations of one transaction make up items (a changed buffer, a changed inode, ...),
-and what was committed is applied in order of the commits. Version 5 stamps metadata with the place in the log where it was last changed, so
-that what is newer on the disk is left alone. Nothing is written: the result is a reader with some sectors replaced.
+The log is a sequence of records, cut into operations; operations of one transaction make up items (a changed
+buffer, a changed inode, ...), and what was committed is applied in order of the commits. Version 5 stamps
+metadata with the place in the log where it was last changed, so that what is newer on the disk is left alone.
+Nothing is written: the result is a reader with some sectors replaced.
 
-Not done are the kernel's last two steps, which make new changes: finishing operations whose intent is logged but not their end, and
-freeing orphans. The first are counted; the second stay visible as deleted inodes, consistently.
+Not done are the kernel's last two steps, which make new changes: finishing operations whose intent is logged
+but not their end, and freeing orphans. The first are counted; the second stay visible as deleted inodes,
+consistently.
 
 The loop runs once for each item of the log; its length is bounded by MAX_ACTIVE.
 
-Sources: fs/xfs/xfs_log_recover.c, xfs_buf_item_recover.c, xfs_inode_item_recover.c, xfs_icreate_item.c, libxfs/xfs_log_format.h (Linux 6.12).
+Sources: fs/xfs/xfs_log_recover.c, xfs_buf_item_recover.c, xfs_inode_item_recover.c, xfs_icreate_item.c,
+libxfs/xfs_log_format.h (Linux 6.12).
 """
 
 import struct
@@ -38,9 +41,15 @@ MAX_PATCH = 256 << 20
 START, COMMIT, CONTINUE, WAS_CONT, END, UNMOUNT = 1, 2, 4, 8, 16, 32
 TRAN_MAGIC = 0x5452414E
 
-LI_IUNLINK, LI_INODE, LI_BUF, LI_DQUOT, LI_QUOTAOFF, LI_ICREATE = 0x1238, 0x123B, 0x123C, 0x123D, 0x123E, 0x123F
+LI_IUNLINK = 0x1238
+LI_INODE = 0x123B
+LI_BUF = 0x123C
+LI_DQUOT = 0x123D
+LI_QUOTAOFF = 0x123E
+LI_ICREATE = 0x123F
 INTENTS = (0x1236, 0x1240, 0x1242, 0x1244, 0x1246, 0x1248, 0x124A, 0x124C, 0x124E)
-"""EFI, RUI, CUI, BUI, ATTRI, XMI and those of real-time groups; the number after each says that it is done."""
+"""EFI, RUI, CUI, BUI, ATTRI, XMI and those of real-time groups; the number after each says that it is
+done."""
 
 BLF_INODE_BUF, BLF_CANCEL = 1, 2
 BLF_CHUNK = 128
@@ -48,23 +57,62 @@ ILOG_CORE, ILOG_DATA, ILOG_DBROOT, ILOG_ATTR, ILOG_ABROOT = 0x001, 0x006, 0x008,
 ILOG_DFORK, ILOG_AFORK = 0x00E, 0x1C0
 
 LSN_AND_UUID = {
-    b"AB3B": (24, 32), b"AB3C": (24, 32), b"IAB3": (24, 32), b"FIB3": (24, 32), b"RMB3": (24, 32), b"R3FC": (24, 32),
-    b"BMA3": (32, 40), b"XAGF": (208, 64), b"XAFL": (24, 8), b"XAGI": (320, 296), b"XSLM": (48, 16),
-    b"XDB3": (16, 24), b"XDD3": (16, 24), b"XDF3": (16, 24), b"XFSB": (240, 32),
+    b"AB3B": (24, 32), b"AB3C": (24, 32), b"IAB3": (24, 32), b"FIB3": (24, 32), b"RMB3": (24, 32),
+    b"R3FC": (24, 32), b"BMA3": (32, 40), b"XAGF": (208, 64), b"XAFL": (24, 8), b"XAGI": (320, 296),
+    b"XSLM": (48, 16), b"XDB3": (16, 24), b"XDD3": (16, 24), b"XDF3": (16, 24), b"XFSB": (240, 32),
 }  # fmt: skip
-"""By magic number: where a buffer keeps the place in the log of its last change, and the filesystem's UUID."""
+"""By magic number: where a buffer keeps the place in the log of its last change, and the filesystem's
+UUID."""
 DA_MAGICS, DA_LSN_AND_UUID = (b"\x3d\xf1", b"\x3d\xff", b"\x3b\xee", b"\x3e\xbe"), (24, 32)
 """Leaves and nodes of directories and attributes have theirs at byte 8."""
 
-CORE_SIZES = (2, 2, 1, 1, 2, 4, 4, 4, 2, 2, 8, 8, 8, 8, 8, 8, 4, 4, 2, 1, 1, 4, 2, 2, 4, 4, 4, 8, 8, 8, 4, 12, 8, 8, 16)
-"""Sizes of the fields of struct xfs_log_dinode, which is struct xfs_dinode in the order of bytes of the machine that wrote it."""
+CORE_SIZES = (
+    2,
+    2,
+    1,
+    1,
+    2,
+    4,
+    4,
+    4,
+    2,
+    2,
+    8,
+    8,
+    8,
+    8,
+    8,
+    8,
+    4,
+    4,
+    2,
+    1,
+    1,
+    4,
+    2,
+    2,
+    4,
+    4,
+    4,
+    8,
+    8,
+    8,
+    4,
+    12,
+    8,
+    8,
+    16,
+)
+"""Sizes of the fields of struct xfs_log_dinode, which is struct xfs_dinode in the order of bytes of the
+machine that wrote it."""
 BYTES_NOT_SWAPPED = (12, 16)
 NEXT_UNLINKED = 0x60
 STAMPS = (0x20, 0x28, 0x30, 0x90)
 
 
 def _swap_order(legacy_stamps: bool) -> list[int]:
-    """For each byte of struct xfs_dinode the byte of struct xfs_log_dinode, written by a little-endian machine, that it comes from."""
+    """For each byte of struct xfs_dinode the byte of struct xfs_log_dinode, written by a little-endian
+    machine, that it comes from."""
     order: list[int] = []
     for size in CORE_SIZES:
         at = len(order)
@@ -95,11 +143,13 @@ class Item(NamedTuple):
 
 
 Cancelled = Counter[tuple[int, int]]
-"""How often a buffer (first sector, sectors) is still to be thrown away in the log; (first sector, 0) counts those of all sizes."""
+"""How often a buffer (first sector, sectors) is still to be thrown away in the log; (first sector, 0) counts
+those of all sizes."""
 
 
 class Replayed(NamedTuple):
-    """A reader that shows the volume as it is after recovery; `unfinished` operations a kernel would then still finish.
+    """A reader that shows the volume as it is after recovery; `unfinished` operations a kernel would then
+    still finish.
 
     `superblock_only`: all else was in place already.
     """
@@ -111,9 +161,14 @@ class Replayed(NamedTuple):
 
 
 def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
-    """The volume with its log applied. Unsupported where that can't be done exactly, Corrupt where the log makes no sense."""
+    """The volume with its log applied.
+
+    Unsupported where that can't be done exactly, Corrupt where the log makes no sense.
+    """
     if not geometry.crc:
-        raise Unsupported("the log of XFS version 4 is not replayed: its metadata does not say what is newer, log or disk")
+        raise Unsupported(
+            "the log of XFS version 4 is not replayed: its metadata does not say what is newer, log or disk"
+        )
     if log.active > MAX_ACTIVE:
         raise Unsupported(f"the log has {log.active} bytes to replay, at most {MAX_ACTIVE} are")
     items = [item for transaction in _committed(log) for item in _in_order(_items(transaction))]
@@ -132,13 +187,19 @@ def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
             _replay_inode(memory, geometry, item, cancelled)
         elif item.kind == LI_ICREATE:
             _replay_icreate(memory, geometry, item, cancelled)
-    begun = Counter((item.kind, _unpack("<Q", item.regions[0], 8)[0]) for item in items if item.kind in INTENTS)
-    begun.subtract((item.kind - 1, _unpack("<Q", item.regions[0], 8)[0]) for item in items if item.kind - 1 in INTENTS)
+    begun = Counter(
+        (item.kind, _unpack("<Q", item.regions[0], 8)[0]) for item in items if item.kind in INTENTS
+    )
+    begun.subtract(
+        (item.kind - 1, _unpack("<Q", item.regions[0], 8)[0]) for item in items if item.kind - 1 in INTENTS
+    )
     superblock_only = all(item.kind == LI_BUF and _buffer(item)[0] == 0 for item in items)
-    return Replayed(memory.reader(), len(items), sum(count for count in begun.values() if count > 0), superblock_only)
+    return Replayed(
+        memory.reader(), len(items), sum(count for count in begun.values() if count > 0), superblock_only
+    )
 
 
-# ---- operations, transactions, items -------------------------------------------------------------------------
+# ---- operations, transactions, items -----------------------------------------------------------------------
 
 
 def _unpack(form: str, data: bytes, at: int = 0) -> tuple[int, ...]:
@@ -157,7 +218,10 @@ def _committed(log: Log) -> Iterator[Transaction]:
             tid, length, _, flags = _unpack(">IIBB", body, at)
             region = body[at + 12 : at + 12 + length]
             if len(region) < length:
-                raise Corrupt(f"XFS log: an operation in the record with LSN {lsn:#x} is longer than the record", code="log")
+                raise Corrupt(
+                    f"XFS log: an operation in the record with LSN {lsn:#x} is longer than the record",
+                    code="log",
+                )
             at += 12 + length
             if flags & START:
                 open_[tid] = Transaction(lsn)
@@ -182,14 +246,18 @@ def _items(transaction: Transaction) -> list[Item]:
     while at < len(regions):
         kind, size = _unpack("<HH", regions[at])
         if not 0 < size <= len(regions) - at:
-            raise Corrupt(f"XFS log: an item of type {kind:#x} at LSN {transaction.lsn:#x} has {size} regions", code="log")
+            raise Corrupt(
+                f"XFS log: an item of type {kind:#x} at LSN {transaction.lsn:#x} has {size} regions",
+                code="log",
+            )
         items.append(Item(kind, transaction.lsn, regions[at : at + size]))
         at += size
     return items
 
 
 def _in_order(items: list[Item]) -> list[Item]:
-    """As xlog_recover_reorder_trans: buffers and new inode chunks, other items, buffers of inodes, cancelled buffers."""
+    """As xlog_recover_reorder_trans: buffers and new inode chunks, other items, buffers of inodes, cancelled
+    buffers."""
 
     def rank(item: Item) -> int:
         if item.kind == LI_ICREATE:
@@ -213,7 +281,7 @@ def _cancels(item: Item) -> list[tuple[int, int]]:
     return [(sector, count), (sector, 0)]
 
 
-# ---- the sectors that change ------------------------------------------------------------------------------------------
+# ---- the sectors that change -------------------------------------------------------------------------------
 
 
 class _Memory:
@@ -223,7 +291,9 @@ class _Memory:
         ranges = [_range(geometry, item) for item in items if item.kind in (LI_BUF, LI_INODE, LI_ICREATE)]
         for low, size in ranges:
             if not 0 <= low <= geometry.limit - size or size < 0:
-                raise Corrupt(f"XFS log: an item changes bytes {low:#x}+{size:#x}, outside the volume", code="log")
+                raise Corrupt(
+                    f"XFS log: an item changes bytes {low:#x}+{size:#x}, outside the volume", code="log"
+                )
         start, length = ints([low for low, _ in ranges]), ints([size for _, size in ranges])
         first, last = start // BLOCK * BLOCK, -(-(start + length) // BLOCK) * BLOCK
         self._starts, ends = union(first, last)
@@ -248,7 +318,10 @@ class _Memory:
     def put(self, offset: int, data: bytes, limit: int) -> None:
         """Change bytes of the volume; `limit` is the end of the buffer or inode that they must lie in."""
         if offset + len(data) > limit:
-            raise Corrupt(f"XFS log: an item writes {len(data)} bytes at {offset:#x}, behind the end of its buffer", code="log")
+            raise Corrupt(
+                f"XFS log: an item writes {len(data)} bytes at {offset:#x}, behind the end of its buffer",
+                code="log",
+            )
         at = self.at(offset)
         self.data[at : at + len(data)] = data
 
@@ -272,7 +345,7 @@ def _range(geometry: Geometry, item: Item) -> tuple[int, int]:
     return (group * geometry.agblocks + block) * geometry.block_size, length * geometry.block_size
 
 
-# ---- items ------------------------------------------------------------------------------------------------------------
+# ---- items -------------------------------------------------------------------------------------------------
 
 
 def _replay_buffer(memory: _Memory, geometry: Geometry, item: Item, cancelled: Cancelled) -> None:
@@ -295,7 +368,8 @@ def _replay_buffer(memory: _Memory, geometry: Geometry, item: Item, cancelled: C
 
 
 def _lsn(head: bytes, geometry: Geometry) -> int:
-    """Where in the log this buffer, as it is on the disk, was changed last; -1 where it is older than anything or does not say."""
+    """Where in the log this buffer, as it is on the disk, was changed last; -1 where it is older than
+    anything or does not say."""
     where = DA_LSN_AND_UUID if head[8:10] in DA_MAGICS else LSN_AND_UUID.get(head[:4])
     if where is None:
         return -1
@@ -307,7 +381,8 @@ def _lsn(head: bytes, geometry: Geometry) -> int:
 
 
 def _pieces(item: Item) -> Iterator[tuple[int, bytes]]:
-    """(offset in the buffer, bytes) of what was logged: one region for each run of bits of the map, a bit for 128 bytes."""
+    """(offset in the buffer, bytes) of what was logged: one region for each run of bits of the map, a bit for
+    128 bytes."""
     (words,) = _unpack("<I", item.regions[0], 16)
     bits = int.from_bytes(item.regions[0][20 : 20 + 4 * words], "little")
     at = 0
@@ -326,7 +401,9 @@ def _pieces(item: Item) -> Iterator[tuple[int, bytes]]:
 def _unlinked(memory: _Memory, geometry: Geometry, start: int, at: int, piece: bytes, end: int) -> None:
     """Of a buffer of inodes only the links between orphans are taken: what else changed is in inode items."""
     size = geometry.inode_size
-    for field_at in range((at - NEXT_UNLINKED + size - 1) // size * size + NEXT_UNLINKED, at + len(piece) - 3, size):
+    for field_at in range(
+        (at - NEXT_UNLINKED + size - 1) // size * size + NEXT_UNLINKED, at + len(piece) - 3, size
+    ):
         if field_at >= at:
             memory.put(start + field_at, piece[field_at - at : field_at - at + 4], end)
 
@@ -352,19 +429,28 @@ def _replay_inode(memory: _Memory, geometry: Geometry, item: Item, cancelled: Ca
     literal, forkoff = start + disk.DINODE3.itemsize, swapped[0x52] * 8
     middle = literal + forkoff if forkoff else start + size
     regions = iter(item.regions[2:])
-    for which, root, low, high in ((ILOG_DFORK, ILOG_DBROOT, literal, middle), (ILOG_AFORK, ILOG_ABROOT, middle, start + size)):
+    for which, root, low, high in (
+        (ILOG_DFORK, ILOG_DBROOT, literal, middle),
+        (ILOG_AFORK, ILOG_ABROOT, middle, start + size),
+    ):
         if fields & which:
             region = next(regions, b"")
-            memory.put(low, _root(region, high - low) if fields & root else region[: max(0, high - low)], high)
+            memory.put(
+                low, _root(region, high - low) if fields & root else region[: max(0, high - low)], high
+            )
 
 
 def _root(block: bytes, room: int) -> bytes:
-    """The root of a fork's B-tree: logged as a whole block with its header, kept in the inode without (xfs_bmbt_to_bmdr)."""
+    """The root of a fork's B-tree: logged as a whole block with its header, kept in the inode without
+    (xfs_bmbt_to_bmdr)."""
     level, count = _unpack(">HH", block, 4)
     header = disk.LONG_CRC_HEADER
     most, fit = (len(block) - header) // 16, (room - 4) // 16
     if count > most or count > fit:
-        raise Corrupt(f"XFS log: the root of a bmbt holds {count} records, there is room for {min(most, fit)}", code="log")
+        raise Corrupt(
+            f"XFS log: the root of a bmbt holds {count} records, there is room for {min(most, fit)}",
+            code="log",
+        )
     keys = block[header : header + 8 * count].ljust(8 * fit, b"\0")
     pointers = block[header + 8 * most : header + 8 * most + 8 * count].ljust(8 * fit, b"\0")
     return struct.pack(">HH", level, count) + keys + pointers

@@ -1,4 +1,7 @@
-"""One module for each image format whose own layer is read; `LAYERS` is the only list of them. The contract is described in `virt_bmap.images.layer`."""
+"""One module for each image format whose own layer is read; `LAYERS` is the only list of them.
+
+The contract is described in `virt_bmap.images.layer`.
+"""
 
 import importlib
 from types import ModuleType

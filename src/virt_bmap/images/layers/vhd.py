@@ -1,6 +1,7 @@
 """VHD (QEMU's vpc): fixed, dynamic and differencing.
 
-Sources: Microsoft "Virtual Hard Disk Image Format Specification" 1.0; QEMU block/vpc.c for how large a disk is.
+Sources: Microsoft "Virtual Hard Disk Image Format Specification" 1.0; QEMU block/vpc.c for how large a disk
+is.
 """
 
 from collections.abc import Sequence
@@ -31,16 +32,22 @@ CHECKS = Checks(
 )
 
 FOOTER = struct(512, [
-    (0, "cookie", "S8"), (12, "file_format_version", ">u4"), (16, "data_offset", ">u8"), (28, "creator_application", "V4"),
-    (48, "current_size", ">u8"), (56, "cylinder", ">u2"), (58, "heads", "u1"), (59, "sectors", "u1"), (60, "disk_type", ">u4"),
-    (64, "checksum", ">u4"),
+    (0, "cookie", "S8"), (12, "file_format_version", ">u4"), (16, "data_offset", ">u8"),
+    (28, "creator_application", "V4"), (48, "current_size", ">u8"), (56, "cylinder", ">u2"),
+    (58, "heads", "u1"), (59, "sectors", "u1"), (60, "disk_type", ">u4"), (64, "checksum", ">u4"),
 ])  # fmt: skip
 HEADER = struct(1024, [
-    (0, "cookie", "S8"), (16, "table_offset", ">u8"), (28, "max_table_entries", ">u4"), (32, "block_size", ">u4"),
-    (36, "checksum", ">u4"), (576, "parent_locator_entries", "V192"),
+    (0, "cookie", "S8"), (16, "table_offset", ">u8"), (28, "max_table_entries", ">u4"),
+    (32, "block_size", ">u4"), (36, "checksum", ">u4"), (576, "parent_locator_entries", "V192"),
 ])  # fmt: skip
 LOCATOR = struct(
-    24, [(0, "platform_code", "S4"), (4, "data_space", ">u4"), (8, "data_length", ">u4"), (16, "data_offset", ">u8")]
+    24,
+    [
+        (0, "platform_code", "S4"),
+        (4, "data_space", ">u4"),
+        (8, "data_length", ">u4"),
+        (16, "data_offset", ">u8"),
+    ],
 )
 SECTOR = 512
 TYPES = {2: "fixed", 3: "dynamic", 4: "differencing"}
@@ -73,7 +80,12 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
     draft = Draft([image], foot.size)
     if foot.wrong:
         draft.problems.append(
-            Problem("checksum", "the checksum of the footer or of the dynamic disk header does not hold", foot.header, "warning")
+            Problem(
+                "checksum",
+                "the checksum of the footer or of the dynamic disk header does not hold",
+                foot.header,
+                "warning",
+            )
         )
     end = image.size - SECTOR
     if image.read(end, 8) == b"conectix":
@@ -91,19 +103,25 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
 
 
 def read_footer(image: Reader) -> Footer:
-    """The footer at the end, or its copy at the start; sizes as QEMU takes them. Raises Corrupt or Unsupported."""
+    """The footer at the end, or its copy at the start; sizes as QEMU takes them.
+
+    Raises Corrupt or Unsupported.
+    """
     if image.size < SECTOR:
         raise Corrupt(f"{image.name}: is too short for a VHD: {image.size} bytes", 0)
     places = [at for at in (0, image.size - SECTOR) if image.read(at, 8) == b"conectix"]
     if not places:
-        raise Corrupt(f"{image.name}: has a VHD footer neither at its start nor at its end", image.size - SECTOR)
+        raise Corrupt(
+            f"{image.name}: has a VHD footer neither at its start nor at its end", image.size - SECTOR
+        )
     sector = image.read(places[0], SECTOR)
     raw = record(sector, FOOTER)
     wrong = checksum(sector, 64) != int(raw["checksum"])
     kind = TYPES.get(int(raw["disk_type"]))
     if kind is None or (kind != "fixed" and places[0] != 0):
         raise Unsupported(
-            f"{image.name}: its VHD footer at byte {places[0]:#x} says type {int(raw['disk_type'])}; fixed, dynamic and differencing are known",
+            f"{image.name}: its VHD footer at byte {places[0]:#x} says type {int(raw['disk_type'])}; "
+            "fixed, dynamic and differencing are known",
             places[0] + 60,
         )
     sectors = int(raw["cylinder"]) * int(raw["heads"]) * int(raw["sectors"])
@@ -116,16 +134,27 @@ def read_footer(image: Reader) -> Footer:
         return Footer(kind, size, 0, wrong=wrong)
     at = int(raw["data_offset"])
     if at + HEADER.itemsize > image.size:
-        raise Corrupt(f"{image.name}: its dynamic disk header at byte {at:#x} lies behind the end of the file", 16)
+        raise Corrupt(
+            f"{image.name}: its dynamic disk header at byte {at:#x} lies behind the end of the file", 16
+        )
     head = record(image.read(at, HEADER.itemsize), HEADER)
     table, entries, block = (int(head[name]) for name in ("table_offset", "max_table_entries", "block_size"))
-    if bytes(head["cookie"]) != b"cxsparse" or block == 0 or block % SECTOR or table + entries * 4 > image.size:
+    if (
+        bytes(head["cookie"]) != b"cxsparse"
+        or block == 0
+        or block % SECTOR
+        or table + entries * 4 > image.size
+    ):
         raise Corrupt(
-            f"{image.name}: its dynamic disk header at byte {at:#x} is damaged: {entries:,} blocks of {block:,} bytes, table at byte {table:#x}",
+            f"{image.name}: its dynamic disk header at byte {at:#x} is damaged: {entries:,} blocks "
+            f"of {block:,} bytes, table at byte {table:#x}",
             at,
         )
     if entries * block < size:
-        raise Corrupt(f"{image.name}: its {entries:,} blocks of {block:,} bytes are less than the disk's {size:,}", at + 28)
+        raise Corrupt(
+            f"{image.name}: its {entries:,} blocks of {block:,} bytes are less than the disk's {size:,}",
+            at + 28,
+        )
     wrong |= checksum(image.read(at, HEADER.itemsize), 36) != int(head["checksum"])
     return Footer(kind, size, at, table, entries, block, wrong)
 
@@ -136,7 +165,10 @@ def checksum(data: bytes, at: int) -> int:
 
 
 def place_blocks(image: Reader, draft: Draft, foot: Footer) -> None:
-    """Each block is a bitmap of its sectors and the sectors. Only in differencing images the bitmap decides (QEMU reads whole blocks of dynamic ones, too)."""
+    """Each block is a bitmap of its sectors and the sectors.
+
+    Only in differencing images the bitmap decides (QEMU reads whole blocks of dynamic ones, too).
+    """
     number, entry = used_entries(image, foot.table, foot.entries, ">u4", UNUSED)
     bitmap = -(-(foot.block // SECTOR // 8) // SECTOR) * SECTOR
     host = entry * SECTOR
@@ -149,8 +181,17 @@ def place_blocks(image: Reader, draft: Draft, foot: Footer) -> None:
             _place_sectors(image, draft, foot, number[at : at + BATCH], host[at : at + BATCH], bitmap)
     else:
         draft.place(number * foot.block, host + bitmap, np.full(len(number), foot.block))
-    known = [(0, SECTOR), (foot.header, HEADER.itemsize), (foot.table, foot.entries * 4), (image.size - SECTOR, SECTOR)]
-    known += [(offset, space) for _, offset, _, space in _locators(image, foot)] if foot.kind == "differencing" else []
+    known = [
+        (0, SECTOR),
+        (foot.header, HEADER.itemsize),
+        (foot.table, foot.entries * 4),
+        (image.size - SECTOR, SECTOR),
+    ]
+    known += (
+        [(offset, space) for _, offset, _, space in _locators(image, foot)]
+        if foot.kind == "differencing"
+        else []
+    )
     start = np.concatenate([host, ints([low for low, _ in known])])
     length = np.concatenate([np.full(len(host), bitmap + foot.block), ints([size for _, size in known])])
     low, high = complement(start, start + length, 0, image.size)
@@ -158,7 +199,8 @@ def place_blocks(image: Reader, draft: Draft, foot: Footer) -> None:
 
 
 def _place_sectors(image: Reader, draft: Draft, foot: Footer, number: Int, host: Int, bitmap: int) -> None:
-    """The runs of sectors that a differencing image has itself; the parent's others stay unused in the block."""
+    """The runs of sectors that a differencing image has itself; the parent's others stay unused in the
+    block."""
     flags = np.unpackbits(image.read_blocks(host, bitmap), axis=1)[:, : foot.block // SECTOR].astype(bool)
     for mine, used in ((flags, True), (~flags, False)):
         start, end = runs(mine.reshape(-1))
@@ -178,7 +220,7 @@ def split(start: Int, end: Int, unit: int) -> tuple[Int, Int]:
     return np.maximum(start[row], bound), np.minimum(end[row], bound + unit)
 
 
-# ---- the parent -----------------------------------------------------------------------------------------------------
+# ---- the parent --------------------------------------------------------------------------------------------
 
 
 def _locators(image: Reader, foot: Footer) -> list[tuple[bytes, int, int, int]]:
@@ -208,16 +250,23 @@ def own_locators(image: Reader, draft: Draft, foot: Footer) -> None:
 
 
 def parent(image: Reader) -> str | None:
-    """The name of a differencing image's parent: the relative one if there is one. Raises Corrupt or Unsupported."""
+    """The name of a differencing image's parent: the relative one if there is one.
+
+    Raises Corrupt or Unsupported.
+    """
     foot = read_footer(image)
     if foot.kind != "differencing":
         return None
-    names = {platform: image.read(offset, min(length, MAX_LOCATOR)).decode("utf-16-le", "replace").rstrip("\0")
-             for platform, offset, length, _ in _locators(image, foot) if platform in (b"W2ru", b"W2ku")}  # fmt: skip
+    names = {
+        platform: image.read(offset, min(length, MAX_LOCATOR)).decode("utf-16-le", "replace").rstrip("\0")
+        for platform, offset, length, _ in _locators(image, foot)
+        if platform in (b"W2ru", b"W2ku")
+    }
     name = names.get(b"W2ru") or names.get(b"W2ku")
     if not name:
         raise Unsupported(
-            f"{image.name}: is a differencing VHD that names its parent neither by a relative nor by an absolute path",
+            f"{image.name}: is a differencing VHD that names its parent neither by a relative nor by "
+            "an absolute path",
             foot.header,
         )
     return name.replace("\\", "/")

@@ -41,9 +41,10 @@ CHECKS = Checks(
 )
 
 HEADER = struct(512, [
-    (0, "magicNumber", "S4"), (4, "version", "<u4"), (8, "flags", "<u4"), (12, "capacity", "<u8"), (20, "grainSize", "<u8"),
-    (28, "descriptorOffset", "<u8"), (36, "descriptorSize", "<u8"), (44, "numGTEsPerGT", "<u4"), (48, "rgdOffset", "<u8"),
-    (56, "gdOffset", "<u8"), (64, "overHead", "<u8"), (72, "uncleanShutdown", "u1"), (77, "compressAlgorithm", "<u2"),
+    (0, "magicNumber", "S4"), (4, "version", "<u4"), (8, "flags", "<u4"), (12, "capacity", "<u8"),
+    (20, "grainSize", "<u8"), (28, "descriptorOffset", "<u8"), (36, "descriptorSize", "<u8"),
+    (44, "numGTEsPerGT", "<u4"), (48, "rgdOffset", "<u8"), (56, "gdOffset", "<u8"), (64, "overHead", "<u8"),
+    (72, "uncleanShutdown", "u1"), (77, "compressAlgorithm", "<u2"),
 ])  # fmt: skip
 REDUNDANT, ZERO_GRAINS, COMPRESSED, MARKERS = 1 << 1, 1 << 2, 1 << 16, 1 << 17
 AT_END = (1 << 64) - 1
@@ -60,7 +61,8 @@ BATCH = 8192
 
 
 class Sparse(NamedTuple):
-    """One sparse extent: its header's fields as numbers; `file` is a position in the draft, `base` its first byte on the disk, `size` its bytes there."""
+    """One sparse extent: its header's fields as numbers; `file` is a position in the draft, `base` its first
+    byte on the disk, `size` its bytes there."""
 
     file: int
     base: int
@@ -74,7 +76,8 @@ class Sparse(NamedTuple):
 
 
 def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
-    """The layer of a VMDK: a file that holds everything, or a descriptor with its extents (`others`, in the order in which they are named)."""
+    """The layer of a VMDK: a file that holds everything, or a descriptor with its extents (`others`, in the
+    order in which they are named)."""
     found, separate = descriptor.find(image)
     if found is None and image.read_clipped(0, 4) == b"COWD":
         raise Unsupported(f"{image.name}: is a COWD (vmfsSparse) extent, which is not read", 0)
@@ -87,7 +90,10 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
 
 
 def _facts(found: Descriptor | None, head: dict[str, int] | None) -> dict[str, object]:
-    return {"subformat": found.create_type if found else None, "dirty": bool(head and head["uncleanShutdown"])}
+    return {
+        "subformat": found.create_type if found else None,
+        "dirty": bool(head and head["uncleanShutdown"]),
+    }
 
 
 def _several(image: Reader, others: Sequence[Reader], found: Descriptor) -> Layer:
@@ -96,7 +102,8 @@ def _several(image: Reader, others: Sequence[Reader], found: Descriptor) -> Laye
     size = sum(extent.sectors for extent in found.extents) * SECTOR
     if not found.extents or size > MAX_CAPACITY * SECTOR:
         raise Corrupt(
-            f"{image.name}: its descriptor at byte {found.start:#x} gives {len(found.extents)} extents with {size:,} bytes",
+            f"{image.name}: its descriptor at byte {found.start:#x} gives {len(found.extents)} "
+            f"extents with {size:,} bytes",
             found.start,
         )
     draft = Draft(files, size)
@@ -109,7 +116,8 @@ def _several(image: Reader, others: Sequence[Reader], found: Descriptor) -> Laye
             draft.zero(ints(base), ints(length))
         elif reader is None or extent.type not in (*FLAT, "SPARSE"):
             raise Unsupported(
-                f"{image.name}: has an extent of type {extent.type}, which is not read; FLAT, VMFS, SPARSE and ZERO are",
+                f"{image.name}: has an extent of type {extent.type}, which is not read; FLAT, VMFS, "
+                "SPARSE and ZERO are",
                 found.start,
             )
         elif extent.type == "SPARSE":
@@ -121,7 +129,10 @@ def _several(image: Reader, others: Sequence[Reader], found: Descriptor) -> Laye
 
 
 def read_header(image: Reader, at: int = 0) -> dict[str, int]:
-    """The sparse extent header, or the footer that stands for it in a stream; checked. Raises Corrupt or Unsupported."""
+    """The sparse extent header, or the footer that stands for it in a stream; checked.
+
+    Raises Corrupt or Unsupported.
+    """
     raw = record(image.read_clipped(at, HEADER.itemsize), HEADER)
     if bytes(raw["magicNumber"]) != b"KDMV":
         what = (
@@ -141,7 +152,8 @@ def read_header(image: Reader, at: int = 0) -> dict[str, int]:
         or head["capacity"] > MAX_CAPACITY
     ):
         raise Corrupt(
-            f"{image.name}: its VMDK header at byte {at:#x} says {head['capacity']:,} sectors, {grain:,} a grain and {entries:,} grains a table",
+            f"{image.name}: its VMDK header at byte {at:#x} says {head['capacity']:,} sectors, "
+            f"{grain:,} a grain and {entries:,} grains a table",
             at + 12,
         )
     if head["gdOffset"] == AT_END and at == 0:
@@ -150,12 +162,17 @@ def read_header(image: Reader, at: int = 0) -> dict[str, int]:
 
 
 def own_sparse(draft: Draft, image: Reader, file: int, base: int, size: int) -> int:
-    """One sparse extent: who owns its file, and where the disk's bytes [base, +size) lie in it. The bytes of a grain."""
+    """One sparse extent: who owns its file, and where the disk's bytes [base, +size) lie in it.
+
+    The bytes of a grain.
+    """
     head = read_header(image)
     stream = bool(head["flags"] & MARKERS)
     sparse = Sparse(
-        file, base, min(size, head["capacity"] * SECTOR), head["flags"], head["grainSize"] * SECTOR, head["numGTEsPerGT"], head["gdOffset"] * SECTOR,
-        head["rgdOffset"] * SECTOR if head["flags"] & REDUNDANT else 0, (head["descriptorOffset"] * SECTOR, head["descriptorSize"] * SECTOR),
+        file, base, min(size, head["capacity"] * SECTOR), head["flags"], head["grainSize"] * SECTOR,
+        head["numGTEsPerGT"], head["gdOffset"] * SECTOR,
+        head["rgdOffset"] * SECTOR if head["flags"] & REDUNDANT else 0,
+        (head["descriptorOffset"] * SECTOR, head["descriptorSize"] * SECTOR),
     )  # fmt: skip
     draft.own("header", 0, SECTOR, file=file)
     own_descriptor(draft, image, sparse)
@@ -199,7 +216,8 @@ def own_tables(draft: Draft, image: Reader, sparse: Sparse, directory: int, word
     count = -(-sparse.size // (sparse.grain * sparse.entries))
     if directory + count * 4 > image.size:
         raise Corrupt(
-            f"{image.name}: its {word}grain directory of {count * 4:,} bytes at byte {directory:#x} does not fit into the file",
+            f"{image.name}: its {word}grain directory of {count * 4:,} bytes at byte {directory:#x} "
+            "does not fit into the file",
             56,
         )
     draft.own(f"{word}grain directory", directory, count * 4, file=sparse.file)
@@ -207,14 +225,18 @@ def own_tables(draft: Draft, image: Reader, sparse: Sparse, directory: int, word
     at, size = sector * SECTOR, sparse.entries * 4
     wrong = at + size > image.size
     draft.complain(
-        "grain-directory", f"entries of the {word}grain directory lead behind the end of the file", directory + number[wrong] * 4
+        "grain-directory",
+        f"entries of the {word}grain directory lead behind the end of the file",
+        directory + number[wrong] * 4,
     )
     number, at = number[~wrong], at[~wrong]
     _, first = np.unique(at, return_index=True)
     again = np.ones(len(at), bool)
     again[first] = False
     draft.complain(
-        "grain-directory", f"entries of the {word}grain directory lead to a table that another has", directory + number[again] * 4
+        "grain-directory",
+        f"entries of the {word}grain directory lead to a table that another has",
+        directory + number[again] * 4,
     )
     number, at = number[~again], at[~again]
     draft.own(f"{word}grain table", at, size, file=sparse.file)
@@ -241,7 +263,8 @@ def place_grains(draft: Draft, image: Reader, sparse: Sparse, number: Int, table
 
 
 def _grains(image: Reader, sparse: Sparse, number: Int, table: Int) -> Iterator[tuple[Int, Int, Int]]:
-    """(first byte in the extent, sector, offset of the entry) of the grains that have a place, in batches of tables."""
+    """(first byte in the extent, sector, offset of the entry) of the grains that have a place, in batches of
+    tables."""
     for at in range(0, len(table), BATCH):
         raw = image.read_blocks(table[at : at + BATCH], sparse.entries * 4)
         entry = widen(np.frombuffer(raw.tobytes(), "<u4"), "grain table entry")
@@ -251,10 +274,13 @@ def _grains(image: Reader, sparse: Sparse, number: Int, table: Int) -> Iterator[
 
 
 def _stored(image: Reader, sparse: Sparse, host: Int) -> Int:
-    """Bytes that compressed grains take, up to the next sector: their markers say it; without markers it is a grain."""
+    """Bytes that compressed grains take, up to the next sector: their markers say it; without markers it is a
+    grain."""
     if not sparse.flags & MARKERS or len(host) == 0:
         return np.full(len(host), sparse.grain, np.int64)
     inside = np.minimum(host, image.size - GRAIN_MARKER.itemsize)
-    size = widen(records(image.read_blocks(inside, GRAIN_MARKER.itemsize), GRAIN_MARKER)["size"], "size of a grain")
+    size = widen(
+        records(image.read_blocks(inside, GRAIN_MARKER.itemsize), GRAIN_MARKER)["size"], "size of a grain"
+    )
     stored: Int = -(-(GRAIN_MARKER.itemsize + size) // SECTOR) * SECTOR
     return np.minimum(stored, 2 * sparse.grain)

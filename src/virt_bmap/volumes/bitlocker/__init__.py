@@ -1,9 +1,11 @@
 """BitLocker: an encrypted Windows volume, opened when a password, recovery password or startup key is given.
 
-Without one the metadata is named and the rest is one piece, `encrypted`. With one the volume /dev/mapper/bitlk-GUID appears and is looked into. A volume on
-which protection is suspended has its key in clear, and opens by itself.
+Without one the metadata is named and the rest is one piece, `encrypted`. With one the volume
+/dev/mapper/bitlk-GUID appears and is looked into. A volume on which protection is suspended has its key in
+clear, and opens by itself.
 
-Sources: libbde documentation "BitLocker Drive Encryption (BDE) format"; cryptsetup lib/bitlk/bitlk.c (which bytes read as zeroes).
+Sources: libbde documentation "BitLocker Drive Encryption (BDE) format"; cryptsetup lib/bitlk/bitlk.c (which
+bytes read as zeroes).
 """
 
 from collections.abc import Sequence
@@ -60,7 +62,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
             header.problems.append(
                 Problem(
                     "no-key",
-                    f"none of the given keys opens it ({_holders(header)}; FVE metadata at byte {header.metadata[0]:#x})",
+                    f"none of the given keys opens it ({_holders(header)}; FVE metadata at byte "
+                    f"{header.metadata[0]:#x})",
                     header.metadata[0],
                     "warning",
                 )
@@ -72,13 +75,18 @@ def assemble(members: Sequence[Member]) -> Assembly:
 
 
 def _holders(header: Header) -> str:
-    holders = ", ".join(PROTECTIONS.get(key.protection, f"protection {key.protection:#x}") for key in header.keys)
+    holders = ", ".join(
+        PROTECTIONS.get(key.protection, f"protection {key.protection:#x}") for key in header.keys
+    )
     return f"key held by {holders or 'nobody'}"
 
 
 def _zones(header: Header) -> list[tuple[int, int]]:
-    """[start, end) of what the volume does not show: the copies of the metadata and the place where its header is kept."""
-    return [(at, at + FVE_SIZE) for at in header.metadata] + [(header.header_offset, header.header_offset + header.header_size)]
+    """[start, end) of what the volume does not show: the copies of the metadata and the place where its
+    header is kept."""
+    return [(at, at + FVE_SIZE) for at in header.metadata] + [
+        (header.header_offset, header.header_offset + header.header_size)
+    ]
 
 
 def _add_metadata(assembly: Assembly, member: Member, header: Header) -> None:
@@ -97,18 +105,29 @@ def _rest(header: Header, end: int) -> list[tuple[int, int]]:
 
 def _name_ciphertext(assembly: Assembly, member: Member, header: Header) -> None:
     rows = extent_rows(assembly, member)
-    rows.add(CONTENT, header.header_offset, header.header_size, part="encrypted volume header", flags=ENCRYPTED)
+    rows.add(
+        CONTENT, header.header_offset, header.header_size, part="encrypted volume header", flags=ENCRYPTED
+    )
     for start, end in _rest(header, member.reader.size):
         if start < header.encrypted:
             rows.add(CONTENT, start, min(end, header.encrypted) - start, part="encrypted", flags=ENCRYPTED)
         if end > header.encrypted:
-            rows.add(CONTENT, max(start, header.encrypted), end - max(start, header.encrypted), part="not encrypted yet")
+            rows.add(
+                CONTENT,
+                max(start, header.encrypted),
+                end - max(start, header.encrypted),
+                part="not encrypted yet",
+            )
 
 
 def _cipher(header: Header, key: bytes) -> Decrypts:
     """What decrypts the volume. Raises Corrupt where the key is shorter than its cipher needs."""
     if len(key) < (64 if header.cipher == "aes-cbc-elephant" else header.key_size):
-        raise Corrupt(f"the volume key has {len(key)} bytes, too few for {header.cipher}", header.metadata[0], "fve-metadata")
+        raise Corrupt(
+            f"the volume key has {len(key)} bytes, too few for {header.cipher}",
+            header.metadata[0],
+            "fve-metadata",
+        )
     if header.cipher == "aes-cbc-elephant":
         return Elephant(key, header.key_size, header.sector)
     return Sectors(header.cipher, key[: header.key_size], header.sector, large_iv=True)
@@ -119,10 +138,14 @@ def _add_volume(assembly: Assembly, member: Member, header: Header, cipher: Decr
     size = member.reader.size // header.sector * header.sector
     rows = [Row(0, member.number, header.header_offset, header.header_size)]
     rows += [Row(start, member.number, start, end - start) for start, end in _rest(header, size)]
-    detail = header.cipher if header.encrypted == size else f"{header.cipher}, encrypted up to byte {header.encrypted:#x}"
+    detail = (
+        header.cipher
+        if header.encrypted == size
+        else f"{header.cipher}, encrypted up to byte {header.encrypted:#x}"
+    )
     assembly.children.append(Child(
-        "crypt", f"/dev/mapper/bitlk-{header.guid}", size, rows, header.guid, detail=detail, open=partial(_reader, header=header, cipher=cipher),
-        holes=[(0, size)],
+        "crypt", f"/dev/mapper/bitlk-{header.guid}", size, rows, header.guid, detail=detail,
+        open=partial(_reader, header=header, cipher=cipher), holes=[(0, size)],
     ))  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """AES-CBC with the Elephant diffuser, the cipher of BitLocker up to Windows 7, over many sectors at once.
 
-Sources: N. Ferguson, "AES-CBC + Elephant diffuser" (2006); kernel drivers/md/dm-crypt.c (crypt_iv_elephant, diffuser_a_decrypt, diffuser_b_decrypt).
+Sources: N. Ferguson, "AES-CBC + Elephant diffuser" (2006); kernel drivers/md/dm-crypt.c (crypt_iv_elephant,
+diffuser_a_decrypt, diffuser_b_decrypt).
 """
 
 from typing import NamedTuple
@@ -18,7 +19,8 @@ B_ROTATIONS, B_CYCLES = (0, 10, 0, 25), 3
 
 
 class Elephant(NamedTuple):
-    """The cipher with its 64 bytes of keys, of which each key takes `key_size`, for sectors of `size` bytes."""
+    """The cipher with its 64 bytes of keys, of which each key takes `key_size`, for sectors of `size`
+    bytes."""
 
     keys: bytes
     key_size: int
@@ -38,16 +40,20 @@ class Elephant(NamedTuple):
         return result
 
     def _sector_keys(self, numbers: Int) -> Bytes:
-        """(sectors, 32): each sector's offset, and the same with its last byte 0x80, through AES with the second key."""
+        """(sectors, 32): each sector's offset, and the same with its last byte 0x80, through AES with the
+        second key."""
         offsets = np.zeros((len(numbers), 2, 2), "<u8")
         offsets[:, :, 0] = (numbers * IV_SECTOR)[:, None]
         plain = offsets.view(np.uint8)
         plain[:, 1, -1] = 0x80
-        return aes(self.keys[TWEAK_KEY : TWEAK_KEY + self.key_size], plain.reshape(-1), encrypt=True).reshape(-1, 2 * AES_BLOCK)
+        return aes(self.keys[TWEAK_KEY : TWEAK_KEY + self.key_size], plain.reshape(-1), encrypt=True).reshape(
+            -1, 2 * AES_BLOCK
+        )
 
 
 def _diffuse(words: NDArray[np.uint32], near: int, far: int, rotations: tuple[int, ...], cycles: int) -> None:
-    """Undo a diffuser in place: to each word is added the one `near` places on XOR the one `far` places on, rotated left."""
+    """Undo a diffuser in place: to each word is added the one `near` places on XOR the one `far` places on,
+    rotated left."""
     count = len(words)
     for at in list(range(count)) * cycles:
         other, turn = words[(at + far) % count], rotations[at % 4]

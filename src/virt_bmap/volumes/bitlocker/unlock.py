@@ -1,6 +1,8 @@
-"""From a password, recovery password or startup key to the volume's key: stretch it, open a volume master key, and with that the volume key.
+"""From a password, recovery password or startup key to the volume's key: stretch it, open a volume master
+key, and with that the volume key.
 
-Sources: libbde documentation "BitLocker Drive Encryption (BDE) format", sections "Keys" and "AES-CCM"; cryptsetup lib/bitlk/bitlk.c.
+Sources: libbde documentation "BitLocker Drive Encryption (BDE) format", sections "Keys" and "AES-CCM";
+cryptsetup lib/bitlk/bitlk.c.
 """
 
 import hashlib
@@ -36,12 +38,20 @@ EXTERNAL_KEY_HEADER = 24
 """Bytes of an external key before its own entries: a GUID and a time."""
 BEK = struct(
     48,
-    [(0, "metadata_size", "<u4"), (4, "version", "<u4"), (8, "metadata_header_size", "<u4"), (12, "metadata_size_copy", "<u4")],
+    [
+        (0, "metadata_size", "<u4"),
+        (4, "version", "<u4"),
+        (8, "metadata_header_size", "<u4"),
+        (12, "metadata_size_copy", "<u4"),
+    ],
 )
 
 
 def volume_key(header: Header, secrets: list[bytes]) -> bytes | None:
-    """The volume's key: by a clear key on the volume itself, or by the first of the secrets that fits. None where none does."""
+    """The volume's key: by a clear key on the volume itself, or by the first of the secrets that fits.
+
+    None where none does.
+    """
     if header.volume_key is None:
         return None
     for master in header.keys:
@@ -69,7 +79,9 @@ def _keys(master: MasterKey, secrets: list[bytes]) -> Iterator[bytes]:
             if master.protection == RECOVERY_PASSWORD
             else None
         )
-        salts = [entry.data[METHOD : METHOD + 16] for entry in master.entries if entry.value == VALUE_STRETCH_KEY]
+        salts = [
+            entry.data[METHOD : METHOD + 16] for entry in master.entries if entry.value == VALUE_STRETCH_KEY
+        ]
         if password:
             yield from (_stretch(password, salt) for salt in salts)
 

@@ -1,11 +1,13 @@
 """btrfs devices: one or many become a pool, whose address space is btrfs's logical one.
 
-Read are the superblock (with its mirrors) of every device, the system chunks that it holds, and the chunk tree. Every chunk becomes strided
-rows: single, DUP and RAID1/1C3/1C4 (copies), RAID0 and RAID10 (stripes), RAID5 and RAID6 (rotating stripes, with parity rows). A missing or
-damaged copy is replaced by another copy, or computed from parity (`copies`); a device that missed transactions comes last. What lies in no chunk is free, but for
-the first MiB, which no chunk may use, and the superblocks.
+Read are the superblock (with its mirrors) of every device, the system chunks that it holds, and the chunk
+tree. Every chunk becomes strided rows: single, DUP and RAID1/1C3/1C4 (copies), RAID0 and RAID10 (stripes),
+RAID5 and RAID6 (rotating stripes, with parity rows). A missing or damaged copy is replaced by another copy,
+or computed from parity (`copies`); a device that missed transactions comes last. What lies in no chunk is
+free, but for the first MiB, which no chunk may use, and the superblocks.
 
-Sources: fs/btrfs/volumes.c (btrfs_map_block, btrfs_rmap_block), exclude_super_stripes() in fs/btrfs/block-group.c, tree-checker.c (v6.12).
+Sources: fs/btrfs/volumes.c (btrfs_map_block, btrfs_rmap_block), exclude_super_stripes() in
+fs/btrfs/block-group.c, tree-checker.c (v6.12).
 """
 
 from collections.abc import Sequence
@@ -20,17 +22,32 @@ from virt_bmap.filesystems.btrfs import ondisk, tree
 from virt_bmap.filesystems.btrfs.ondisk import STRIPE_LEN
 from virt_bmap.filesystems.btrfs.pool import Damage, Pool, PoolReader, Ranges
 from virt_bmap.reader import Reader
-from virt_bmap.volumes.btrfs.chunks import TYPES, Chunk, chunk_tree, end_of, ranges, system_chunks, without_overlaps
+from virt_bmap.volumes.btrfs.chunks import (
+    TYPES,
+    Chunk,
+    chunk_tree,
+    end_of,
+    ranges,
+    system_chunks,
+    without_overlaps,
+)
 from virt_bmap.volumes.btrfs.copies import Copies, Device, Devices, layout
 
 NAME = "btrfs"
 FEATURES = (
-    "one or several devices", "single, DUP, RAID0, RAID1, RAID1C3, RAID1C4, RAID10, RAID5 and RAID6 chunks", "superblock mirrors",
-    "missing devices, while a copy or parity is left", "devices that missed transactions (what they hold comes last)", "seed devices",
+    "one or several devices", "single, DUP, RAID0, RAID1, RAID1C3, RAID1C4, RAID10, RAID5 and RAID6 chunks",
+    "superblock mirrors", "missing devices, while a copy or parity is left",
+    ("devices that missed transactions (what they hold "
+        "comes last)"), "seed devices",
     "crc32c, xxhash64, sha256 and blake2b checksums of superblocks, tree blocks and data",
 )  # fmt: skip
 REFUSED = ("zoned devices", "RAID stripe tree", "extent tree v2", "remap tree")
-ORACLES = ("btrfs inspect-internal dump-tree", "equal copies", "parity computed anew", "content through a loop mount")
+ORACLES = (
+    "btrfs inspect-internal dump-tree",
+    "equal copies",
+    "parity computed anew",
+    "content through a loop mount",
+)
 CHECKS = Checks(
     checksums="superblocks",
     rules=(
@@ -105,11 +122,15 @@ def _groups(assembly: Assembly, devices: list[Device]) -> list[list[Device]]:
 
 
 def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -> set[int]:
-    """The pool of the devices of one filesystem, and of its seeds. Returns the numbers of the members it lies on."""
+    """The pool of the devices of one filesystem, and of its seeds.
+
+    Returns the numbers of the members it lies on.
+    """
     newest = max(group, key=lambda device: device.generation)
     superblock = newest.superblock
     known = {device.uuid: device for device in [*devices, *group]}
-    # a device of this filesystem that is behind by more than the transaction in which all others may have been cut off
+    # a device of this filesystem that is behind by more than the transaction in which all others may have
+    # been cut off
     stale = frozenset(device.uuid for device in group if device.generation + 1 < newest.generation)
     there = Devices(known, stale)
     damage = Damage()
@@ -126,35 +147,52 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
         what = f"devices of the filesystem are missing; {unreachable} strips have no other copy"
         damage.note("missing-device", what, np.full(lost, -1, np.int64), "error" if unreachable else "note")
     reserved = union(*_super_stripes(chunks))
-    pool = Pool(superblock, ranges(chunks), Ranges(*reserved), Copies(chunks, there, size, newest.member.name), damage.problems())
+    pool = Pool(
+        superblock,
+        ranges(chunks),
+        Ranges(*reserved),
+        Copies(chunks, there, size, newest.member.name),
+        damage.problems(),
+    )
     first = min(group, key=lambda device: device.member.number).member
     assembly.children.append(Child(
         "pool", first.name, size, rows, ondisk.uuid_text(superblock["fsid"]), None, _detail(chunks),
         lambda base: PoolReader(base, pool),
     ))  # fmt: skip
     for device in present.values():
-        _device_extents(assembly, device, chunks, sizes.get(device.uuid, int(device.superblock["dev_item.total_bytes"])))
-        assembly.details[device.member.number] = f"device {int(device.superblock['dev_item.devid'])} of {len(wanted)}"
+        _device_extents(
+            assembly, device, chunks, sizes.get(device.uuid, int(device.superblock["dev_item.total_bytes"]))
+        )
+        assembly.details[device.member.number] = (
+            f"device {int(device.superblock['dev_item.devid'])} of {len(wanted)}"
+        )
         assembly.uuids[device.member.number] = ondisk.uuid_text(device.superblock["dev_item.uuid"])
         if device.generation < newest.generation and device in group:
-            text = f"{device.member.name} was last written in transaction {device.generation}, the newest in {newest.generation}"
-            _problem(assembly, device.member, Problem("stale-device", text, ondisk.SUPER_OFFSETS[0], "warning"))
+            text = (
+                f"{device.member.name} was last written in transaction {device.generation}, the newest "
+                f"in {newest.generation}"
+            )
+            _problem(
+                assembly, device.member, Problem("stale-device", text, ondisk.SUPER_OFFSETS[0], "warning")
+            )
     return {device.member.number for device in present.values()}
 
 
 def _detail(chunks: list[Chunk]) -> str:
     """The profiles in use, as in "data RAID0, metadata RAID1"."""
     found = dict.fromkeys(
-        f"{'+'.join(name for bit, name in TYPES.items() if chunk.type & bit)} {chunk.profile.name}" for chunk in chunks
+        f"{'+'.join(name for bit, name in TYPES.items() if chunk.type & bit)} {chunk.profile.name}"
+        for chunk in chunks
     )
     return ", ".join(sorted(found))
 
 
-# ---- what is no chunk -----------------------------------------------------------------------------------------------
+# ---- what is no chunk --------------------------------------------------------------------------------------
 
 
 def _super_stripes(chunks: list[Chunk]) -> tuple[Int, Int]:
-    """The logical ranges that no extent may use since a superblock shows through there (exclude_super_stripes, btrfs_rmap_block)."""
+    """The logical ranges that no extent may use since a superblock shows through there
+    (exclude_super_stripes, btrfs_rmap_block)."""
     found: list[tuple[int, int]] = []
     for chunk in chunks:
         end = chunk.start + chunk.length
@@ -164,7 +202,9 @@ def _super_stripes(chunks: list[Chunk]) -> tuple[Int, Int]:
             for place in ondisk.SUPER_OFFSETS:
                 if offset <= place < offset + chunk.device_length:
                     row, inside = divmod(place - offset, STRIPE_LEN)
-                    strip = row if chunk.profile.parity else row * chunk.lanes + number // chunk.profile.copies
+                    strip = (
+                        row if chunk.profile.parity else row * chunk.lanes + number // chunk.profile.copies
+                    )
                     span = STRIPE_LEN * (chunk.lanes if chunk.profile.parity else 1)
                     start = chunk.start + strip * span + inside
                     found.append((start, min(end, start + span)))
@@ -175,12 +215,18 @@ def _device_extents(assembly: Assembly, device: Device, chunks: list[Chunk], tot
     """Name what of a device lies in no chunk, and its superblocks."""
     size = min(max(total, 0), device.member.reader.size)
     stripes = [
-        (offset, offset + chunk.device_length) for chunk in chunks for uuid, offset in chunk.stripes if uuid == device.uuid
+        (offset, offset + chunk.device_length)
+        for chunk in chunks
+        for uuid, offset in chunk.stripes
+        if uuid == device.uuid
     ]
     taken = np.array(stripes, np.int64).reshape(-1, 2)
     twice = covered_twice(taken[:, 0], taken[:, 1])
     if (beyond := int((taken[:, 1] > device.member.reader.size).sum())) > 0:
-        text = f"{beyond} chunks reach beyond the end of {device.member.name} ({device.member.reader.size:#x}): it is truncated"
+        text = (
+            f"{beyond} chunks reach beyond the end of {device.member.name} "
+            f"({device.member.reader.size:#x}): it is truncated"
+        )
         _problem(assembly, device.member, Problem("truncated", text, device.member.reader.size))
     if len(twice[0]):
         text = f"{len(twice[0])} ranges belong to more than one chunk"
@@ -192,10 +238,18 @@ def _device_extents(assembly: Assembly, device: Device, chunks: list[Chunk], tot
     known = np.append(taken[:, 0], supers), np.append(taken[:, 1], super_ends)
     boot = subtract(ints(0), ints(min(ondisk.RESERVED, size)), *known)
     out.add(tables.BOOT, boot[0], boot[1] - boot[0], part="reserved for boot loaders")
-    free = complement(np.append(known[0], 0), np.append(known[1], ondisk.RESERVED), 0, max(size, ondisk.RESERVED))
+    free = complement(
+        np.append(known[0], 0), np.append(known[1], ondisk.RESERVED), 0, max(size, ondisk.RESERVED)
+    )
     out.add(tables.FREE, free[0], np.minimum(free[1], size) - free[0])
 
 
 FORMAT = VolumeFormat(
-    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, allocator="the device extents of the chunks", spans=True
+    NAME,
+    probe,
+    assemble,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    allocator="the device extents of the chunks",
+    spans=True,
 )

@@ -1,6 +1,7 @@
 """Chunks: which logical bytes lie on which stripes of which devices, and the pattern in which they do.
 
-Sources: fs/btrfs/volumes.c (btrfs_map_block, map_blocks_*, btrfs_chunk_item), tree-checker.c btrfs_check_chunk_valid() (v6.12).
+Sources: fs/btrfs/volumes.c (btrfs_map_block, map_blocks_*, btrfs_chunk_item), tree-checker.c
+btrfs_check_chunk_valid() (v6.12).
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from virt_bmap.filesystems.btrfs.pool import Damage, Ranges
 
 
 class Profile(NamedTuple):
-    """How the stripes of a chunk relate: `copies` of each strip, `parity` strips in each row; `striped`: any number of them."""
+    """How the stripes of a chunk relate: `copies` of each strip, `parity` strips in each row; `striped`: any
+    number of them."""
 
     name: str
     copies: int = 1
@@ -25,9 +27,10 @@ class Profile(NamedTuple):
 
 
 PROFILES = {
-    0: Profile("single"), 1 << 3: Profile("RAID0", striped=True), 1 << 4: Profile("RAID1", 2), 1 << 5: Profile("DUP", 2),
-    1 << 6: Profile("RAID10", 2, striped=True), 1 << 7: Profile("RAID5", 1, 1, True), 1 << 8: Profile("RAID6", 1, 2, True),
-    1 << 9: Profile("RAID1C3", 3), 1 << 10: Profile("RAID1C4", 4),
+    0: Profile("single"), 1 << 3: Profile("RAID0", striped=True), 1 << 4: Profile("RAID1", 2),
+    1 << 5: Profile("DUP", 2), 1 << 6: Profile("RAID10", 2, striped=True),
+    1 << 7: Profile("RAID5", 1, 1, True), 1 << 8: Profile("RAID6", 1, 2, True), 1 << 9: Profile("RAID1C3", 3),
+    1 << 10: Profile("RAID1C4", 4),
 }  # fmt: skip
 PROFILE_MASK = sum(PROFILES)
 TYPES = {1: "data", 2: "system", 4: "metadata"}
@@ -57,7 +60,10 @@ class Chunk(NamedTuple):
 
 
 def system_chunks(superblock: np.void) -> Iterator[Chunk]:
-    """The chunks of sys_chunk_array: pairs of key and chunk item, enough to read the chunk tree. Raises Corrupt."""
+    """The chunks of sys_chunk_array: pairs of key and chunk item, enough to read the chunk tree.
+
+    Raises Corrupt.
+    """
     raw = superblock["sys_chunk_array"]
     end, at = min(int(superblock["sys_chunk_array_size"]), len(raw)), 0
     while at + ondisk.DISK_KEY.itemsize + ondisk.CHUNK_HEAD + ondisk.STRIPE_SIZE <= end:
@@ -73,10 +79,14 @@ def system_chunks(superblock: np.void) -> Iterator[Chunk]:
             raise Corrupt(f"btrfs superblock: sys_chunk_array: {damage.problems()[0].detail}", None, "chunk")
         at += size
     if at < end or at == 0:
-        raise Corrupt(f"btrfs superblock: sys_chunk_array holds no chunk at byte {at:#x} of {end:#x}", None, "chunk")
+        raise Corrupt(
+            f"btrfs superblock: sys_chunk_array holds no chunk at byte {at:#x} of {end:#x}", None, "chunk"
+        )
 
 
-def chunk_tree(source: tree.Source, superblock: np.void, damage: Damage) -> tuple[list[Chunk], dict[bytes, int]]:
+def chunk_tree(
+    source: tree.Source, superblock: np.void, damage: Damage
+) -> tuple[list[Chunk], dict[bytes, int]]:
     """All chunks by logical address, and the size of each device by its uuid."""
     level, generation = int(superblock["chunk_root_level"]), int(superblock["chunk_root_generation"])
     roots = tree.Roots.single(ondisk.CHUNK_TREE, int(superblock["chunk_root"]), level, generation)
@@ -92,12 +102,17 @@ def chunk_tree(source: tree.Source, superblock: np.void, damage: Damage) -> tupl
 
 
 def chunk_items(data: np.ndarray, start: Int, at: Int, size: Int, damage: Damage) -> Iterator[Chunk]:
-    """Chunk items at `at` of `data`, logical addresses in `start`; those that make no sense are damage (btrfs_check_chunk_valid)."""
+    """Chunk items at `at` of `data`, logical addresses in `start`; those that make no sense are damage
+    (btrfs_check_chunk_valid)."""
     head = ondisk.records_at(data, at, ondisk.CHUNK)
     count, length = head["num_stripes"].astype(np.int64), head["length"]
     fits = (count > 0) & (size >= ondisk.CHUNK_HEAD + count * ondisk.STRIPE_SIZE)
     fits &= (
-        (start >= 0) & (length > 0) & (start < ondisk.MAX_END) & (length < ondisk.MAX_END) & (head["stripe_len"] == STRIPE_LEN)
+        (start >= 0)
+        & (length > 0)
+        & (start < ondisk.MAX_END)
+        & (length < ondisk.MAX_END)
+        & (head["stripe_len"] == STRIPE_LEN)
     )
     damage.note("chunk", "chunk items have an impossible length, stripe_len or num_stripes", start[~fits])
     start, at, head, count, length = start[fits], at[fits], head[fits], count[fits], length[fits]
@@ -151,13 +166,15 @@ def end_of(chunks: list[Chunk]) -> int:
     return max((chunk.start + chunk.length for chunk in chunks), default=0)
 
 
-# ---- the pattern of a chunk -----------------------------------------------------------------------------------------
+# ---- the pattern of a chunk --------------------------------------------------------------------------------
 
 
 class Lane(NamedTuple):
-    """Strips that lie together on a device: every `period`th strip of the chunk from `first` on, every `rows`th row from `row` on.
+    """Strips that lie together on a device: every `period`th strip of the chunk from `first` on, every
+    `rows`th row from `row` on.
 
-    `data` are the stripes (by number) that hold them, `parity` those that hold their rows' P and Q; `others` hold the rows' other strips.
+    `data` are the stripes (by number) that hold them, `parity` those that hold their rows' P and Q; `others`
+    hold the rows' other strips.
     """
 
     first: int
@@ -170,7 +187,8 @@ class Lane(NamedTuple):
 
 
 def lanes_of(chunk: Chunk) -> Iterator[Lane]:
-    """The repeating pattern of a chunk (btrfs_map_block: map_blocks_raid0, raid1, dup, raid10, raid56_read, single)."""
+    """The repeating pattern of a chunk (btrfs_map_block: map_blocks_raid0, raid1, dup, raid10, raid56_read,
+    single)."""
     n, lanes, copies = len(chunk.stripes), chunk.lanes, chunk.profile.copies
     if not chunk.profile.parity:
         for k in range(lanes):

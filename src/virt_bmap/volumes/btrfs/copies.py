@@ -1,9 +1,12 @@
-"""Where the bytes of chunks lie, as rows of the map, and in which ways they can be read: each copy, and what parity gives.
+"""Where the bytes of chunks lie, as rows of the map, and in which ways they can be read: each copy, and what
+parity gives.
 
-The ways of a strip are put in order: copies on devices that took part in every transaction, what their parity gives, then what lies on devices that missed writes
-(as md leaves out members whose count of events is behind). Nobody has to guess which is right: tree blocks and data carry checksums.
+The ways of a strip are put in order: copies on devices that took part in every transaction, what their parity
+gives, then what lies on devices that missed writes (as md leaves out members whose count of events is
+behind). Nobody has to guess which is right: tree blocks and data carry checksums.
 
-Sources: fs/btrfs/volumes.c (btrfs_map_block), fs/btrfs/raid56.c (rmw_rbio, recover_vertical: P is the sum of a row's strips, Q their sum weighted by powers of the generator).
+Sources: fs/btrfs/volumes.c (btrfs_map_block), fs/btrfs/raid56.c (rmw_rbio, recover_vertical: P is the sum of
+a row's strips, Q their sum weighted by powers of the generator).
 """
 
 from collections.abc import Iterator, Sequence, Set
@@ -46,7 +49,8 @@ class Devices(NamedTuple):
 
 
 class Rebuild(NamedTuple):
-    """A strip from parity: by P, by Q, or by both with the strip `without` (a data strip's number in its row) taken as lost, too; -1: not this."""
+    """A strip from parity: by P, by Q, or by both with the strip `without` (a data strip's number in its row)
+    taken as lost, too; -1: not this."""
 
     p: bool
     q: bool
@@ -77,10 +81,12 @@ def _ways(chunk: Chunk, lane: Lane, present: Set[bytes]) -> Iterator[Way]:
     if not absent:
         yield from [BY_P] * p + [BY_Q] * q
     if p and q and len(absent) <= 1:
-        yield from (Rebuild(True, True, other) for other in absent or [(own + i) % count for i in range(1, count)])
+        yield from (
+            Rebuild(True, True, other) for other in absent or [(own + i) % count for i in range(1, count)]
+        )
 
 
-# ---- rows of the map ------------------------------------------------------------------------------------------------
+# ---- rows of the map ---------------------------------------------------------------------------------------
 
 
 def layout(chunks: list[Chunk], devices: Devices) -> tuple[list[Row], int]:
@@ -93,14 +99,17 @@ def layout(chunks: list[Chunk], devices: Devices) -> tuple[list[Row], int]:
             unreachable += not possible
             stripes = [way for way in possible if isinstance(way, int)]
             for nth, stripe in enumerate(stripes):
-                rows += (replace(row, role=COPY) if nth else row for row in strips(chunk, lane, stripe, devices))
+                rows += (
+                    replace(row, role=COPY) if nth else row for row in strips(chunk, lane, stripe, devices)
+                )
             for stripe in lane.parity:
                 rows += (replace(row, role=PARITY) for row in strips(chunk, lane, stripe, devices))
     return rows, unreachable
 
 
 def strips(chunk: Chunk, lane: Lane, stripe: int, devices: Devices) -> Iterator[Row]:
-    """Rows that place a lane's strips on one stripe, as far as the device reaches; none where it is missing."""
+    """Rows that place a lane's strips on one stripe, as far as the device reaches; none where it is
+    missing."""
     uuid, offset = chunk.stripes[stripe]
     if uuid not in devices.known:
         return
@@ -123,11 +132,12 @@ def strips(chunk: Chunk, lane: Lane, stripe: int, devices: Devices) -> Iterator[
         yield Row(chunk.start + full * STRIPE_LEN, member.number, place + nth * step, run)
 
 
-# ---- readers --------------------------------------------------------------------------------------------------------
+# ---- readers -----------------------------------------------------------------------------------------------
 
 
 class Copies:
-    """The logical address space as its best ways give it (`first`), and as each further way gives it, made when they are asked for."""
+    """The logical address space as its best ways give it (`first`), and as each further way gives it, made
+    when they are asked for."""
 
     def __init__(self, chunks: list[Chunk], devices: Devices, size: int, name: str) -> None:
         self._chunks, self._devices, self.size, self.name = chunks, devices, size, name
@@ -144,7 +154,11 @@ class Copies:
 
     @cached_property
     def _ways(self) -> list[tuple[Chunk, Lane, list[Way]]]:
-        return [(chunk, lane, ways(chunk, lane, self._devices)) for chunk in self._chunks for lane in lanes_of(chunk)]
+        return [
+            (chunk, lane, ways(chunk, lane, self._devices))
+            for chunk in self._chunks
+            for lane in lanes_of(chunk)
+        ]
 
     def _reader(self, nth: int) -> Reader:
         plain: list[Row] = []
@@ -162,13 +176,20 @@ class Copies:
             computed += rows
             recipes += [(way.p, way.q, way.without, own, chunk.lanes)] * len(rows)
         reader = self._mapped(plain)
-        return RebuildingReader(reader, Rows.of(0, computed), np.array(recipes, np.int64), self._row) if computed else reader
+        return (
+            RebuildingReader(reader, Rows.of(0, computed), np.array(recipes, np.int64), self._row)
+            if computed
+            else reader
+        )
 
     def _mapped(self, rows: list[Row]) -> Reader:
         columns = Rows.of(0, rows)
         readers = {device.member.number: device.member.reader for device in self._devices.known.values()}
         return MappedReader(
-            self.size, self.name, {number: readers[number] for number in np.unique(columns.parent).tolist()}, columns
+            self.size,
+            self.name,
+            {number: readers[number] for number in np.unique(columns.parent).tolist()},
+            columns,
         )
 
     @cached_property
@@ -184,7 +205,9 @@ class Copies:
                     parity[number] += strips(chunk, lane, stripe, self._devices)
                 for i, stripe in enumerate(lane.others, 1):
                     data[(own + i) % count] += strips(chunk, lane, stripe, self._devices)
-        return StripesOfRow(self._mapped(parity[0]), self._mapped(parity[1]), [self._mapped(rows) for rows in data])
+        return StripesOfRow(
+            self._mapped(parity[0]), self._mapped(parity[1]), [self._mapped(rows) for rows in data]
+        )
 
 
 def _places(chunk: Chunk, lane: Lane) -> Iterator[Row]:
@@ -199,7 +222,8 @@ def _places(chunk: Chunk, lane: Lane) -> Iterator[Row]:
 
 
 class StripesOfRow(NamedTuple):
-    """At the address of a strip: P and Q of its row, and its data strips by their number, but for the strip itself."""
+    """At the address of a strip: P and Q of its row, and its data strips by their number, but for the strip
+    itself."""
 
     p: Reader
     q: Reader
@@ -207,7 +231,8 @@ class StripesOfRow(NamedTuple):
 
 
 class RebuildingReader(Reader):
-    """`plain`, but for the places of `where`, whose bytes are computed as the rows of `recipes` say: (by P, by Q, without, own number, data strips of the row)."""
+    """`plain`, but for the places of `where`, whose bytes are computed as the rows of `recipes` say: (by P,
+    by Q, without, own number, data strips of the row)."""
 
     def __init__(self, plain: Reader, where: Rows, recipes: Int, row: StripesOfRow) -> None:
         super().__init__(plain.size, plain.name)

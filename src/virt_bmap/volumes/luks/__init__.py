@@ -1,7 +1,7 @@
 """LUKS 1 and 2: an encrypted volume, opened when a key is given.
 
-Without a key the header and the key slots are named and the rest is one piece, `encrypted`. With one, the volume /dev/mapper/luks-UUID
-appears and is looked into.
+Without a key the header and the key slots are named and the rest is one piece, `encrypted`. With one, the
+volume /dev/mapper/luks-UUID appears and is looked into.
 
 Sources: cryptsetup docs/on-disk-format-luks1 and -luks2; kernel drivers/md/dm-crypt.c.
 """
@@ -18,7 +18,14 @@ from virt_bmap.mapping import Row
 from virt_bmap.reader import BytesReader, Reader
 from virt_bmap.tables import CONTENT, ENCRYPTED, FREE, METADATA
 from virt_bmap.volumes.cipher import IV_SECTOR, DecryptedReader, Sectors, Window, WindowsReader
-from virt_bmap.volumes.luks.header import LUKS_MAGIC, SECONDARY_MAGIC, SECONDARY_OFFSETS, Header, Segment, read_header
+from virt_bmap.volumes.luks.header import (
+    LUKS_MAGIC,
+    SECONDARY_MAGIC,
+    SECONDARY_OFFSETS,
+    Header,
+    Segment,
+    read_header,
+)
 from virt_bmap.volumes.luks.unlock import volume_keys
 
 NAME = "crypto_LUKS"
@@ -36,7 +43,10 @@ REFUSED = (
 )
 ORACLES = (
     "images that cryptsetup encrypted itself, in place",
-    "payloads encrypted a sector at a time by the modes of the package cryptography, with the key that cryptsetup tells",
+    (
+        "payloads encrypted a sector at a time by the modes of the package cryptography, with the key "
+        "that cryptsetup tells"
+    ),
     "cryptsetup luksDump",
 )
 CHECKS = Checks(
@@ -49,7 +59,8 @@ CHECKS = Checks(
 def probe(reader: Reader) -> bool:
     """The magic of the first header, or of a second one where the first is overwritten."""
     return reader.read_clipped(0, 6) == LUKS_MAGIC or (
-        not any(reader.read_clipped(0, 6)) and any(reader.read_clipped(at, 6) == SECONDARY_MAGIC for at in SECONDARY_OFFSETS[:4])
+        not any(reader.read_clipped(0, 6))
+        and any(reader.read_clipped(at, 6) == SECONDARY_MAGIC for at in SECONDARY_OFFSETS[:4])
     )
 
 
@@ -67,7 +78,9 @@ def assemble(members: Sequence[Member]) -> Assembly:
     assembly.labels |= {member.number: header.label} if header.label else {}
     assembly.problems[member.number] = header.problems
     ciphers = dict.fromkeys(segment.cipher or "not encrypted" for segment in header.segments)
-    assembly.details[member.number] = f"LUKS{header.version}, {', '.join(ciphers)}, {len(header.slots)} key slots"
+    assembly.details[member.number] = (
+        f"LUKS{header.version}, {', '.join(ciphers)}, {len(header.slots)} key slots"
+    )
     if detached is None:
         _add_areas(assembly, member, header)
     else:
@@ -75,7 +88,13 @@ def assemble(members: Sequence[Member]) -> Assembly:
     if header.segments:
         secrets = member.keys.for_volume(member.name, header.uuid)
         keys, refused = volume_keys(source, header, secrets) if secrets else ({}, [])
-        _open(assembly, member, header, keys, ("; ".join(refused) or "none of the given keys opens it") if secrets else "")
+        _open(
+            assembly,
+            member,
+            header,
+            keys,
+            ("; ".join(refused) or "none of the given keys opens it") if secrets else "",
+        )
     return assembly
 
 
@@ -83,7 +102,8 @@ def _add_areas(assembly: Assembly, member: Member, header: Header) -> None:
     """Rows of the headers and key slots; what is reserved for slots and not in use is free."""
     rows = extent_rows(assembly, member)
     size = member.reader.size
-    starts, ends = ints([start for _, start, _ in header.areas]), ints([start + length for _, start, length in header.areas])
+    starts = ints([start for _, start, _ in header.areas])
+    ends = ints([start + length for _, start, length in header.areas])
     for part, start, length in header.areas:
         rows.add(METADATA, start, max(0, min(length, size - start)), part=part)
     payload = min((segment.offset for segment in header.segments), default=size)
@@ -93,7 +113,8 @@ def _add_areas(assembly: Assembly, member: Member, header: Header) -> None:
 
 
 def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, bytes], failed: str) -> None:
-    """Add the opened volume; without its keys the ciphertext is one piece, and `failed` says why none of those tried fits."""
+    """Add the opened volume; without its keys the ciphertext is one piece, and `failed` says why none of
+    those tried fits."""
     problems = assembly.problems[member.number]
     try:
         parts = [(segment, _cipher(segment, keys)) for segment in header.segments]
@@ -104,14 +125,22 @@ def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, by
         if failed:
             slot = min((slot.offset for slot in header.slots), default=-1)
             where = (
-                f" ({len(header.slots)} key slots, the first at byte {slot:#x})" if header.slots else " (there is no key slot)"
+                f" ({len(header.slots)} key slots, the first at byte {slot:#x})"
+                if header.slots
+                else " (there is no key slot)"
             )
             problems.append(Problem("no-key", failed + where, slot, "warning"))
         for segment in header.segments:
             flags = ENCRYPTED if segment.cipher else 0
-            extent_rows(assembly, member).add(CONTENT, segment.offset, segment.size, part="encrypted", flags=flags)
+            extent_rows(assembly, member).add(
+                CONTENT, segment.offset, segment.size, part="encrypted", flags=flags
+            )
         return
-    rows = [Row(segment.start, member.number, segment.offset, segment.size) for segment in header.segments if segment.size]
+    rows = [
+        Row(segment.start, member.number, segment.offset, segment.size)
+        for segment in header.segments
+        if segment.size
+    ]
     size = sum(segment.size for segment in header.segments)
     assembly.children.append(Child(
         "crypt", f"/dev/mapper/luks-{header.uuid}", size, rows, header.uuid, header.label or None,
@@ -128,11 +157,13 @@ def _cipher(segment: Segment, keys: dict[str, bytes]) -> Sectors | None:
 
 
 def _reader(base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> Reader:
-    """One cipher over all, or, in the middle of a reencryption, several segments, each with a cipher of its own or none."""
+    """One cipher over all, or, in the middle of a reencryption, several segments, each with a cipher of its
+    own or none."""
     (segment, cipher), *more = parts
     if not more and cipher:
         return DecryptedReader(base, cipher, segment.tweak)
-    # a cipher numbers sectors from its segment's start: with the start taken off the tweak, one reader over all serves it
+    # a cipher numbers sectors from its segment's start: with the start taken off the tweak, one reader over
+    # all serves it
     return WindowsReader(base, [
         Window(segment.start, segment.start + segment.size,
                DecryptedReader(base, cipher, segment.tweak - segment.start // IV_SECTOR) if cipher else base)
@@ -141,5 +172,10 @@ def _reader(base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> Reader
 
 
 FORMAT = VolumeFormat(
-    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, allocator="the header's list of key slot areas"
+    NAME,
+    probe,
+    assemble,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    allocator="the header's list of key slot areas",
 )

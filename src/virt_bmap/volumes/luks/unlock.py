@@ -23,7 +23,10 @@ MAX_TIME = 64
 
 
 def volume_keys(reader: Reader, header: Header, secrets: list[bytes]) -> tuple[dict[str, bytes], list[str]]:
-    """(segment -> volume key, why slots could not be tried). A secret is tried on every slot until one fits."""
+    """(segment -> volume key, why slots could not be tried).
+
+    A secret is tried on every slot until one fits.
+    """
     keys: dict[str, bytes] = {}
     refused: list[str] = []
     for secret in secrets:
@@ -42,7 +45,9 @@ def volume_keys(reader: Reader, header: Header, secrets: list[bytes]) -> tuple[d
 
 
 def _fits(digest: Digest, key: bytes) -> bool:
-    return bool(digest.value) and hmac.compare_digest(derive(digest.kdf, key, len(digest.value)), digest.value)
+    return bool(digest.value) and hmac.compare_digest(
+        derive(digest.kdf, key, len(digest.value)), digest.value
+    )
 
 
 def _slot_key(reader: Reader, slot: Slot, secret: bytes) -> bytes:
@@ -50,7 +55,10 @@ def _slot_key(reader: Reader, slot: Slot, secret: bytes) -> bytes:
     cipher = Sectors(slot.encryption, derive(slot.kdf, secret, slot.area_key_size), SECTOR)
     size = -(-slot.key_size * slot.stripes // SECTOR) * SECTOR
     if size > slot.size:
-        raise Unsupported(f"{slot.stripes} stripes of {slot.key_size} bytes do not fit in its {slot.size} bytes", code="key-slot")
+        raise Unsupported(
+            f"{slot.stripes} stripes of {slot.key_size} bytes do not fit in its {slot.size} bytes",
+            code="key-slot",
+        )
     data = np.frombuffer(reader.read(slot.offset, size), np.uint8)
     split = cipher.decrypt(data, np.arange(size // SECTOR, dtype=np.int64)).tobytes()
     return merge(split[: slot.key_size * slot.stripes], slot.key_size, slot.af_hash)
@@ -87,13 +95,17 @@ def derive(kdf: Kdf, secret: bytes, length: int) -> bytes:
     """The key of `length` bytes that the function makes of a secret."""
     if kdf.type == "pbkdf2":
         if not 0 < kdf.iterations <= MAX_ITERATIONS:
-            raise Unsupported(f"{kdf.iterations} iterations of PBKDF2 are more than {MAX_ITERATIONS}", code="kdf")
+            raise Unsupported(
+                f"{kdf.iterations} iterations of PBKDF2 are more than {MAX_ITERATIONS}", code="kdf"
+            )
         _digest(kdf.hash, b"")
         return hashlib.pbkdf2_hmac(kdf.hash, secret, kdf.salt, kdf.iterations, length)
     if kdf.type not in ("argon2i", "argon2id"):
         raise Unsupported(f"the key derivation {kdf.type!r} is not read", code="kdf")
     if not 0 < kdf.memory <= MAX_MEMORY or not 0 < kdf.time <= MAX_TIME or not 0 < kdf.cpus <= 64:
-        raise Unsupported(f"Argon2 with {kdf.memory} KiB and {kdf.time} passes is more than cryptsetup allows", code="kdf")
+        raise Unsupported(
+            f"Argon2 with {kdf.memory} KiB and {kdf.time} passes is more than cryptsetup allows", code="kdf"
+        )
     try:
         from cryptography.hazmat.primitives.kdf import argon2
     except ImportError as error:
@@ -103,7 +115,7 @@ def derive(kdf: Kdf, secret: bytes, length: int) -> bytes:
     function = getattr(argon2, {"argon2i": "Argon2i", "argon2id": "Argon2id"}[kdf.type], None)
     if function is None:
         raise Unsupported(f"this version of the Python package cryptography has no {kdf.type}", code="kdf")
-    made: bytes = function(salt=kdf.salt, length=length, iterations=kdf.time, lanes=kdf.cpus, memory_cost=kdf.memory).derive(
-        secret
-    )
+    made: bytes = function(
+        salt=kdf.salt, length=length, iterations=kdf.time, lanes=kdf.cpus, memory_cost=kdf.memory
+    ).derive(secret)
     return made

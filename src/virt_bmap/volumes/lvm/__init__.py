@@ -1,15 +1,27 @@
 """LVM2: physical volumes to logical volumes.
 
-Read: the label in the first four sectors, all metadata areas (the newest text with a right checksum wins), the text itself, and what
-device-mapper keeps inside volumes: thin pools, snapshot stores, caches, RAID superblocks. Volumes are called /dev/VG/LV, as libguestfs calls
-them; inner ones keep their names (/dev/VG/pool_tdata) and say that they are part of another.
+Read: the label in the first four sectors, all metadata areas (the newest text with a right checksum wins),
+the text itself, and what device-mapper keeps inside volumes: thin pools, snapshot stores, caches, RAID
+superblocks. Volumes are called /dev/VG/LV, as libguestfs calls them; inner ones keep their names
+(/dev/VG/pool_tdata) and say that they are part of another.
 
-Sources: lvm2 (sourceware.org/git/lvm2.git) lib/format_text, lib/metadata; man pages lvmraid, lvmthin, lvmcache.
+Sources: lvm2 (sourceware.org/git/lvm2.git) lib/format_text, lib/metadata; man pages lvmraid, lvmthin,
+lvmcache.
 """
 
 from collections.abc import Sequence
 
-from virt_bmap.contract import Assembly, Checks, Docs, Member, Problem, Structure, Structures, VolumeFormat, extent_rows
+from virt_bmap.contract import (
+    Assembly,
+    Checks,
+    Docs,
+    Member,
+    Problem,
+    Structure,
+    Structures,
+    VolumeFormat,
+    extent_rows,
+)
 from virt_bmap.errors import Corrupt
 from virt_bmap.reader import Reader
 from virt_bmap.tables import BOOT, CONTENT, METADATA, UNREFERENCED
@@ -64,15 +76,24 @@ def assemble(members: Sequence[Member]) -> Assembly:
     claimed: set[str] = set()
     names = [name for _, name in newest]
     for text, name in newest:
-        listed = {section.text("id") for section in text.sections[name].section("physical_volumes").sections.values()}
+        listed = {
+            section.text("id")
+            for section in text.sections[name].section("physical_volumes").sections.values()
+        }
         mine = [pv for pv in pvs if pv.uuid in listed - claimed]
         claimed |= listed
         _stale(mine, text, name, assembly)
         if names.count(name) > 1:
             for pv in mine[:1]:
-                detail = (f"there are {names.count(name)} volume groups called {name}, so their volumes have the same device names; this one, with the metadata "
-                          f"at byte {pv.text_at:#x} of {pv.member.name}, has the id {text.sections[name].text('id')}")  # fmt: skip
-                assembly.problems[pv.member.number].append(Problem("duplicate-name", detail, pv.text_at, "warning"))
+                detail = (
+                    f"there are {names.count(name)} volume groups called {name}, so their volumes "
+                    "have the same device names; this one, with the metadata "
+                    f"at byte {pv.text_at:#x} of {pv.member.name}, has the id "
+                    f"{text.sections[name].text('id')}"
+                )
+                assembly.problems[pv.member.number].append(
+                    Problem("duplicate-name", detail, pv.text_at, "warning")
+                )
         try:
             read_group(new_group(text, name, mine, assembly))
         except Corrupt as error:
@@ -88,12 +109,18 @@ def _physical(members: Sequence[Member], assembly: Assembly) -> list[Pv]:
         try:
             pv = read_pv(member)
         except Corrupt as error:
-            _whole(assembly, member, Problem(error.code, str(error), -1 if error.offset is None else error.offset))
+            _whole(
+                assembly,
+                member,
+                Problem(error.code, str(error), -1 if error.offset is None else error.offset),
+            )
             continue
         if pv.uuid in pvs:
             first = pvs[pv.uuid].member.name
             _whole(
-                assembly, member, Problem("duplicate", f"{first} is the same physical volume {pv.uuid}: this copy is not used")
+                assembly,
+                member,
+                Problem("duplicate", f"{first} is the same physical volume {pv.uuid}: this copy is not used"),
             )
             continue
         pvs[pv.uuid] = pv
@@ -132,10 +159,19 @@ def _stale(pvs: list[Pv], newest: Section, name: str, assembly: Assembly) -> Non
     for pv in pvs:
         assembly.labels[pv.member.number] = name
         for copy in pv.copies:
-            older = [part.number("seqno", 0) for part in copy.sections.values() if part.text("id") == group.text("id")]
+            older = [
+                part.number("seqno", 0)
+                for part in copy.sections.values()
+                if part.text("id") == group.text("id")
+            ]
             if older and older[0] < group.number("seqno", 0):
-                detail = f"a metadata area holds the group's state {older[0]}, the newest is {group.number('seqno', 0)}"
-                assembly.problems.setdefault(pv.member.number, []).append(Problem("stale-metadata", detail, -1, "warning"))
+                detail = (
+                    f"a metadata area holds the group's state {older[0]}, the newest is "
+                    f"{group.number('seqno', 0)}"
+                )
+                assembly.problems.setdefault(pv.member.number, []).append(
+                    Problem("stale-metadata", detail, -1, "warning")
+                )
 
 
 def _unread(pvs: list[Pv], code: str, detail: str, assembly: Assembly) -> None:
@@ -146,20 +182,32 @@ def _unread(pvs: list[Pv], code: str, detail: str, assembly: Assembly) -> None:
 
 
 def _orphans(pvs: list[Pv], assembly: Assembly) -> None:
-    """Physical volumes that no group's text names: in no group, as far as their label knows, or of a group whose metadata lies on other disks."""
+    """Physical volumes that no group's text names: in no group, as far as their label knows, or of a group
+    whose metadata lies on other disks."""
     for pv in pvs:
         if pv.empty or not pv.used:
             _add_data_area(pv, assembly, UNREFERENCED)
             continue
-        _unread([pv], "incomplete", "its volume group's metadata lies on disks that were not given, or can't be read", assembly)
+        _unread(
+            [pv],
+            "incomplete",
+            "its volume group's metadata lies on disks that were not given, or can't be read",
+            assembly,
+        )
 
 
 def _add_data_area(pv: Pv, assembly: Assembly, kind: int) -> None:
     size = pv.member.reader.size
     for offset, length in pv.data:
         # length 0: up to the end, where a second metadata area may lie
-        end = offset + length if length else min([start for start, _ in pv.areas if start > offset], default=size)
-        extent_rows(assembly, pv.member).add(kind, min(offset, size), max(0, min(end, size) - offset), part=NAME)
+        end = (
+            offset + length
+            if length
+            else min([start for start, _ in pv.areas if start > offset], default=size)
+        )
+        extent_rows(assembly, pv.member).add(
+            kind, min(offset, size), max(0, min(end, size) - offset), part=NAME
+        )
 
 
 def _structures() -> Structures:
@@ -177,7 +225,8 @@ FORMAT = VolumeFormat(
     assemble,
     Docs(FEATURES, REFUSED, ORACLES),
     CHECKS,
-    allocator="the group's metadata, the space maps of thin pools, the tables of snapshot stores and write caches",
+    allocator="the group's metadata, the space maps of thin pools, the tables of snapshot stores and "
+    "write caches",
     spans=True,
     structures=_structures,
 )

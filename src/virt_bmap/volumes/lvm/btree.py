@@ -1,9 +1,12 @@
-"""The trees and space maps of device-mapper's "persistent data" library, in which thin pools and caches keep their metadata.
+"""The trees and space maps of device-mapper's "persistent data" library, in which thin pools and caches keep
+their metadata.
 
-A tree is read a level at a time, all trees of one kind together. Blocks are 4096 bytes; each says its own number, which is checked as its checksum is. A
-block whose checksum is wrong is a problem; a kernel refuses the whole pool.
+A tree is read a level at a time, all trees of one kind together. Blocks are 4096 bytes; each says its own
+number, which is checked as its checksum is. A block whose checksum is wrong is a problem; a kernel refuses
+the whole pool.
 
-Sources: kernel drivers/md/persistent-data/ dm-block-manager.c (dm_bm_checksum), dm-btree-internal.h, dm-btree-spine.c, dm-space-map-common.h, dm-array.c.
+Sources: kernel drivers/md/persistent-data/ dm-block-manager.c (dm_bm_checksum), dm-btree-internal.h,
+dm-btree-spine.c, dm-space-map-common.h, dm-array.c.
 """
 
 from collections.abc import Callable
@@ -25,14 +28,17 @@ MAX_DEPTH = 16
 MAX_BATCH = 4096
 """Blocks read at once: 16 MiB, a million entries."""
 MAX_NODES = 1 << 23
-"""(tree, node) pairs followed: metadata devices end at 16 GiB, 4 million blocks, of which snapshots may share many."""
+"""(tree, node) pairs followed: metadata devices end at 16 GiB, 4 million blocks, of which snapshots may share
+many."""
 ENTRIES_PER_BITMAP = (BLOCK - 16) * 4
 
 NODE = struct(32, [
-    (0x04, "flags", "<u4"), (0x08, "blocknr", "<u8"), (0x10, "nr_entries", "<u4"), (0x14, "max_entries", "<u4"), (0x18, "value_size", "<u4"),
+    (0x04, "flags", "<u4"), (0x08, "blocknr", "<u8"), (0x10, "nr_entries", "<u4"),
+    (0x14, "max_entries", "<u4"), (0x18, "value_size", "<u4"),
 ])  # fmt: skip
 SPACE_MAP_ROOT = struct(32, [
-    (0x00, "nr_blocks", "<u8"), (0x08, "nr_allocated", "<u8"), (0x10, "bitmap_root", "<u8"), (0x18, "ref_count_root", "<u8"),
+    (0x00, "nr_blocks", "<u8"), (0x08, "nr_allocated", "<u8"), (0x10, "bitmap_root", "<u8"),
+    (0x18, "ref_count_root", "<u8"),
 ])  # fmt: skip
 INDEX_ENTRY = struct(16, [(0x00, "blocknr", "<u8")])
 MAX_METADATA_BITMAPS = 255
@@ -48,12 +54,15 @@ def sound(data: np.ndarray, salt: int) -> np.ndarray:
     """Which blocks, (n, 4096), begin with the checksum of what follows."""
     if not len(data):
         return np.zeros(0, bool)
-    good: np.ndarray = crc32c(data[:, 4:]) ^ np.uint32(salt) == np.ascontiguousarray(data[:, :4]).view("<u4")[:, 0]
+    good: np.ndarray = (
+        crc32c(data[:, 4:]) ^ np.uint32(salt) == np.ascontiguousarray(data[:, :4]).view("<u4")[:, 0]
+    )
     return good
 
 
 class Entries(NamedTuple):
-    """Leaf entries of some trees: `tree` is the position of the root asked for; `values` has shape (n, value_size) in bytes."""
+    """Leaf entries of some trees: `tree` is the position of the root asked for; `values` has shape (n,
+    value_size) in bytes."""
 
     tree: Int
     keys: Int
@@ -109,8 +118,12 @@ class Store:
         self.damage("lie outside its metadata device or on its superblock", blocks[~inside])
         return inside
 
-    def walk(self, part: str, roots: Int, value_size: int, pack: Callable[[Entries], Entries] | None = None) -> Entries:
-        """All leaf entries of the trees with these roots, in no certain order. Nodes that many trees share are read once a level.
+    def walk(
+        self, part: str, roots: Int, value_size: int, pack: Callable[[Entries], Entries] | None = None
+    ) -> Entries:
+        """All leaf entries of the trees with these roots, in no certain order.
+
+        Nodes that many trees share are read once a level.
 
         `pack`, where given, makes the entries of each batch fewer before the next is read.
         """
@@ -145,8 +158,11 @@ class Store:
         self.damage(f"lie deeper than {MAX_DEPTH} levels", block)
         return _join(found)
 
-    def _nodes(self, part: str, blocks: Int, tree: Int, which: Int, value_size: int) -> tuple[Entries, Entries]:
-        """The entries of internal nodes and of leaves among `blocks`; `which` gives for each visit by a `tree` the node."""
+    def _nodes(
+        self, part: str, blocks: Int, tree: Int, which: Int, value_size: int
+    ) -> tuple[Entries, Entries]:
+        """The entries of internal nodes and of leaves among `blocks`; `which` gives for each visit by a
+        `tree` the node."""
         data = self.read(blocks, NODE_SALT)
         head = np.ascontiguousarray(data[:, : NODE.itemsize]).view(NODE)[:, 0]
         count, limit, size = (widen(head[name], name) for name in ("nr_entries", "max_entries", "value_size"))
@@ -168,13 +184,16 @@ class Store:
             if length == 8:
                 values = words[node, 4 + limit[node] + step].view(np.uint8).reshape(-1, 8)
             else:
-                values = _columns(data, node * BLOCK + NODE.itemsize + limit[node] * 8 + step * length, length)
+                values = _columns(
+                    data, node * BLOCK + NODE.itemsize + limit[node] * 8 + step * length, length
+                )
             fits = keys >> np.uint64(63) == 0
             results.append(Entries(tree[visit][row][fits], keys[fits].astype(np.int64), values[fits]))
         return results[0], results[1]
 
     def array(self, part: str, root: int, size: int, value_size: int = 8) -> np.ndarray:
-        """The values of a dm-array, `size` of them at most, as bytes (n, value_size); what can't be read is zeroes."""
+        """The values of a dm-array, `size` of them at most, as bytes (n, value_size); what can't be read is
+        zeroes."""
         entries = self.walk(part, ints(root), 8)
         blocks, keys = entries.numbers(), entries.keys
         each = (BLOCK - ARRAY_BLOCK.itemsize) // value_size
@@ -189,7 +208,9 @@ class Store:
             good = (head["blocknr"] == batch) & (head["value_size"] == value_size) & (count <= each)
             self.damage(f"are no blocks of {part}", batch[~good])
             self.take(part, batch[good])
-            rows = data[good, ARRAY_BLOCK.itemsize : ARRAY_BLOCK.itemsize + each * value_size].reshape(-1, each, value_size)
+            rows = data[good, ARRAY_BLOCK.itemsize : ARRAY_BLOCK.itemsize + each * value_size].reshape(
+                -1, each, value_size
+            )
             rows = np.where((np.arange(each) < count[good][:, None])[:, :, None], rows, 0)
             result.reshape(-1, each, value_size)[at[good]] = rows
         return result[:size]
@@ -197,7 +218,9 @@ class Store:
     def free_data(self, root: np.void) -> tuple[int, np.ndarray]:
         """(blocks, which are free) of the space map of a data device; its bitmaps are listed by a tree."""
         total = int(widen(root["nr_blocks"], "nr_blocks"))
-        entries = self.walk("space map", widen(root["bitmap_root"], "bitmap_root").reshape(1), INDEX_ENTRY.itemsize)
+        entries = self.walk(
+            "space map", widen(root["bitmap_root"], "bitmap_root").reshape(1), INDEX_ENTRY.itemsize
+        )
         order = np.argsort(entries.keys, kind="stable")
         free = self._bitmaps(entries.numbers()[order], entries.keys[order], total)
         self.walk("space map", widen(root["ref_count_root"], "ref_count_root").reshape(1), 4)
@@ -211,19 +234,30 @@ class Store:
             return np.zeros(0, bool)
         self.take("space map", index)
         count = min(-(-total // ENTRIES_PER_BITMAP), MAX_METADATA_BITMAPS)
-        entries = np.frombuffer(self.read(index, INDEX_SALT)[0, 16 : 16 + count * INDEX_ENTRY.itemsize].tobytes(), INDEX_ENTRY)
-        free = self._bitmaps(widen(entries["blocknr"], "bitmap block"), np.arange(count, dtype=np.int64), total)
+        entries = np.frombuffer(
+            self.read(index, INDEX_SALT)[0, 16 : 16 + count * INDEX_ENTRY.itemsize].tobytes(), INDEX_ENTRY
+        )
+        free = self._bitmaps(
+            widen(entries["blocknr"], "bitmap block"), np.arange(count, dtype=np.int64), total
+        )
         self.walk("space map", widen(root["ref_count_root"], "ref_count_root").reshape(1), 4)
         return free
 
     def _bitmaps(self, blocks: Int, keys: Int, total: int) -> np.ndarray:
-        """Two bits a block, both zero where it is free. `keys` are numbers of bitmaps; what can't be read counts as in use."""
+        """Two bits a block, both zero where it is free.
+
+        `keys` are numbers of bitmaps; what can't be read counts as in use.
+        """
         keep = self.inside(blocks) & (keys < -(-total // ENTRIES_PER_BITMAP))
         blocks, keys = blocks[keep], keys[keep]
         self.take("space map", blocks)
         if total > len(blocks) * ENTRIES_PER_BITMAP:
             self.damage("of the space map are missing; what they describe counts as in use", ints([0]))
-            total = int(keys.max() + 1) * ENTRIES_PER_BITMAP if len(keys) and keys.max() < 2 * len(keys) + 8 else 0
+            total = (
+                int(keys.max() + 1) * ENTRIES_PER_BITMAP
+                if len(keys) and keys.max() < 2 * len(keys) + 8
+                else 0
+            )
         free = np.zeros(-(-total // ENTRIES_PER_BITMAP) * ENTRIES_PER_BITMAP, bool)
         keep = keys < len(free) // ENTRIES_PER_BITMAP
         blocks, keys = blocks[keep], keys[keep]
@@ -244,4 +278,6 @@ def _columns(data: np.ndarray, starts: Int, length: int) -> np.ndarray:
 
 def _join(parts: list[Entries]) -> Entries:
     parts = [part for part in parts if len(part.keys)] or parts[:1]
-    return Entries(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("tree", "keys", "values")))
+    return Entries(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("tree", "keys", "values"))
+    )

@@ -1,7 +1,8 @@
-"""A volume group: its physical volumes, and its logical volumes in an order in which each comes after those that it is made of.
+"""A volume group: its physical volumes, and its logical volumes in an order in which each comes after those
+that it is made of.
 
-Logical volumes lie on physical volumes or on other logical volumes (a RAID on its images, a thin volume on its pool). The inner
-ones become volumes of the map, too, but nobody looks for a filesystem in them.
+Logical volumes lie on physical volumes or on other logical volumes (a RAID on its images, a thin volume on
+its pool). The inner ones become volumes of the map, too, but nobody looks for a filesystem in them.
 
 Sources: lvm2 lib/format_text/import_vsn1.c (the text's sections), lib/metadata/metadata-exported.h.
 """
@@ -30,8 +31,10 @@ MAX_BYTES = 1 << 58
 
 
 PHYSICAL_OR_LOGICAL = ("stripes", "mirrors")
-"""Keys of a segment that list physical or logical volumes; a name of both is the physical volume's (_read_segments in import_vsn1.c)."""
-LOGICAL = ("raids", "raid0_lvs", "mirror_log", "origin", "external_origin", "thin_pool", "pool", "metadata", "cow_store",
+"""Keys of a segment that list physical or logical volumes; a name of both is the physical volume's
+(_read_segments in import_vsn1.c)."""
+LOGICAL = ("raids", "raid0_lvs", "mirror_log", "origin", "external_origin", "thin_pool", "pool", "metadata",
+    "cow_store",
            "merging_store", "cache_pool", "data", "writecache", "meta_dev", "vdo_pool")  # fmt: skip
 """Keys of a segment that name logical volumes."""
 
@@ -45,7 +48,10 @@ MAX_VOLUMES = 1 << 16
 
 
 class Space(NamedTuple):
-    """A place that segments can name: a physical or logical volume. `place` is its extent 0, `size` what there is, in bytes."""
+    """A place that segments can name: a physical or logical volume.
+
+    `place` is its extent 0, `size` what there is, in bytes.
+    """
 
     place: Place
     size: int
@@ -53,7 +59,8 @@ class Space(NamedTuple):
 
 @dataclass
 class Group:
-    """One volume group while it is put together; `logical` grows as logical volumes are placed, None stands for a missing one."""
+    """One volume group while it is put together; `logical` grows as logical volumes are placed, None stands
+    for a missing one."""
 
     name: str
     uuid: str
@@ -64,7 +71,8 @@ class Group:
     physical: dict[str, Space | None] = field(default_factory=dict)
     logical: dict[str, Space | None] = field(default_factory=dict)
     missing: dict[tuple[bool, str], str] = field(default_factory=dict)
-    """(logical?, name) of every volume that is not there, and the id of the disk for want of which it is not."""
+    """(logical?, name) of every volume that is not there, and the id of the disk for want of which it is
+    not."""
     pools: dict[str, tuple[Pool, int]] = field(default_factory=dict)
     """Thin pools that were read, with the reference of their data volume."""
     snapshots: dict[str, str] = field(default_factory=dict)
@@ -81,7 +89,10 @@ class Group:
     def bytes(self, extents: int) -> int:
         """So many extents in bytes. Raises Corrupt where that is more than any volume has."""
         if not 0 <= extents * self.extent_size <= MAX_BYTES:
-            raise Corrupt(f"{extents} extents of {self.extent_size} bytes are more than any volume has", code="too-large")
+            raise Corrupt(
+                f"{extents} extents of {self.extent_size} bytes are more than any volume has",
+                code="too-large",
+            )
         return extents * self.extent_size
 
     @property
@@ -90,7 +101,10 @@ class Group:
         return self.text.section("logical_volumes").sections
 
     def find(self, key: str, name: str) -> tuple[bool, str]:
-        """Whether a name that `key` lists is a logical volume's, and the name. Raises Corrupt where it is nobody's."""
+        """Whether a name that `key` lists is a logical volume's, and the name.
+
+        Raises Corrupt where it is nobody's.
+        """
         if key in PHYSICAL_OR_LOGICAL and name in self.physical:
             return False, name
         if name not in self.logical:
@@ -104,7 +118,9 @@ class Group:
 
     def absent(self, segment: Section) -> list[str]:
         """The ids of the missing disks that a segment needs."""
-        named = (self.find(key, name) for key in (*PHYSICAL_OR_LOGICAL, *LOGICAL) for name in segment.words(key))
+        named = (
+            self.find(key, name) for key in (*PHYSICAL_OR_LOGICAL, *LOGICAL) for name in segment.words(key)
+        )
         return [self.missing[found] for found in named if found in self.missing]
 
     def problem(self, where: int, problem: Problem) -> None:
@@ -126,12 +142,17 @@ class Group:
 
 
 def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Group:
-    """The group with its physical volumes placed. Raises Corrupt where the text lacks what every group has."""
+    """The group with its physical volumes placed.
+
+    Raises Corrupt where the text lacks what every group has.
+    """
     group_text = text.sections[name]
     extent_size = group_text.number("extent_size", low=1, high=MAX_EXTENT_SIZE) * SECTOR
     group = Group(name, group_text.text("id"), group_text, extent_size, assembly, pvs)
     if len(group.volumes) > MAX_VOLUMES:
-        raise Corrupt(f"it lists {len(group.volumes)} logical volumes, more than {MAX_VOLUMES}", code="too-many")
+        raise Corrupt(
+            f"it lists {len(group.volumes)} logical volumes, more than {MAX_VOLUMES}", code="too-many"
+        )
     by_uuid = {pv.uuid: pv for pv in pvs}
     for label, section in group_text.section("physical_volumes").sections.items():
         uuid = section.text("id")
@@ -147,12 +168,14 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
         group.physical[label] = Space(Place(number, start), reader.size - start)
         if (end := start + group.bytes(section.number("pe_count", high=MAX_EXTENTS))) > reader.size:
             group.problem(number, Problem(
-                "truncated", f"its extents end at byte {end:#x}, but it ends at {reader.size:#x}", reader.size, "error",
+                "truncated", f"its extents end at byte {end:#x}, but it ends at {reader.size:#x}",
+                reader.size, "error",
             ))  # fmt: skip
     for section in group.volumes.values():
         for segment in segments_of(section):
             if segment.text("type") == "snapshot":
-                store, origin = segment.text("cow_store") or segment.text("merging_store"), segment.text("origin")
+                store = segment.text("cow_store") or segment.text("merging_store")
+                origin = segment.text("origin")
                 if store in group.volumes and origin in group.volumes:
                     group.snapshots[store] = origin
                     group.merging |= {origin: store} if segment.text("merging_store") else {}
@@ -161,7 +184,8 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
 
 def span(group: Group, segment: Section) -> tuple[int, int]:
     """(first byte, bytes) of the logical volume that the segment describes."""
-    start, count = segment.number("start_extent", high=MAX_EXTENTS), segment.number("extent_count", high=MAX_EXTENTS)
+    start = segment.number("start_extent", high=MAX_EXTENTS)
+    count = segment.number("extent_count", high=MAX_EXTENTS)
     return group.bytes(start), group.bytes(count)
 
 
@@ -205,7 +229,8 @@ def in_order(group: Group) -> list[str]:
 
 
 def add_free(group: Group, kind: int) -> None:
-    """The physical extents that no logical volume takes: free, unless there are logical volumes of which it is not known what they take."""
+    """The physical extents that no logical volume takes: free, unless there are logical volumes of which it
+    is not known what they take."""
     for label, section in group.text.section("physical_volumes").sections.items():
         space = group.physical[label]
         if space is None:
@@ -213,7 +238,8 @@ def add_free(group: Group, kind: int) -> None:
         number = space.place.parent
         mine = [(start, size) for member, start, size in group.extents if member == number]
         starts = ints([start for start, _ in mine])
-        low, high = space.place.offset, space.place.offset + group.bytes(section.number("pe_count", high=MAX_EXTENTS))
+        low = space.place.offset
+        high = space.place.offset + group.bytes(section.number("pe_count", high=MAX_EXTENTS))
         size = group.sizes[number]
         left = complement(starts, starts + ints([size for _, size in mine]), min(low, size), min(high, size))
         group.assembly.extents.setdefault(number, ExtentRows()).add(kind, left[0], left[1] - left[0])

@@ -1,6 +1,7 @@
 """Physical volumes: the label, where the metadata areas lie, and the newest text in them.
 
-Sources: lvm2 lib/label/label.h, lib/format_text/layout.h (structures), lib/misc/crc.c (a CRC-32 with a start value of its own).
+Sources: lvm2 lib/label/label.h, lib/format_text/layout.h (structures), lib/misc/crc.c (a CRC-32 with a start
+value of its own).
 """
 
 import zlib
@@ -27,25 +28,34 @@ RAW_LOCN_IGNORED = 1
 MAX_AREAS = 16
 """Data, metadata and boot loader areas in one header; LVM writes at most two of a kind."""
 MAX_TEXT = 16 << 20
-"""Bytes of metadata text. LVM's areas are 1 MiB unless asked otherwise; ten thousand volumes need some MiB."""
+"""Bytes of metadata text.
+
+LVM's areas are 1 MiB unless asked otherwise; ten thousand volumes need some MiB.
+"""
 
 LABEL_HEADER = struct(32, [
-    (0x00, "id", "S8"), (0x08, "sector_xl", "<u8"), (0x10, "crc_xl", "<u4"), (0x14, "offset_xl", "<u4"), (0x18, "type", "S8"),
+    (0x00, "id", "S8"), (0x08, "sector_xl", "<u8"), (0x10, "crc_xl", "<u4"), (0x14, "offset_xl", "<u4"),
+    (0x18, "type", "S8"),
 ])  # fmt: skip
 PV_HEADER = struct(40, [(0x00, "pv_uuid", "S32"), (0x20, "device_size_xl", "<u8")])
 DISK_LOCN = struct(16, [(0x00, "offset", "<u8"), (0x08, "size", "<u8")])
 PV_HEADER_EXTENSION = struct(8, [(0x00, "version", "<u4"), (0x04, "flags", "<u4")])
 MDA_HEADER = struct(40, [
-    (0x00, "checksum_xl", "<u4"), (0x04, "magic", "V16"), (0x14, "version", "<u4"), (0x18, "start", "<u8"), (0x20, "size", "<u8"),
+    (0x00, "checksum_xl", "<u4"), (0x04, "magic", "V16"), (0x14, "version", "<u4"), (0x18, "start", "<u8"),
+    (0x20, "size", "<u8"),
 ])  # fmt: skip
-RAW_LOCN = struct(24, [(0x00, "offset", "<u8"), (0x08, "size", "<u8"), (0x10, "checksum", "<u4"), (0x14, "flags", "<u4")])
+RAW_LOCN = struct(
+    24, [(0x00, "offset", "<u8"), (0x08, "size", "<u8"), (0x10, "checksum", "<u4"), (0x14, "flags", "<u4")]
+)
 
 
 @dataclass
 class Pv:
-    """One physical volume: areas are (offset, size) in bytes; `copies` holds the parsed text of each metadata area that has one.
+    """One physical volume: areas are (offset, size) in bytes; `copies` holds the parsed text of each metadata
+    area that has one.
 
-    `used`: a group claims it, as far as its label knows; `empty`: it has metadata areas, all of them readable, without any text.
+    `used`: a group claims it, as far as its label knows; `empty`: it has metadata areas, all of them
+    readable, without any text.
     """
 
     member: Member
@@ -76,17 +86,26 @@ def find_label(reader: Reader) -> int:
 
 
 def read_pv(member: Member) -> Pv:
-    """The label and all metadata areas of one physical volume. Raises Corrupt where the label can't be used."""
+    """The label and all metadata areas of one physical volume.
+
+    Raises Corrupt where the label can't be used.
+    """
     at = find_label(member.reader)
     sector = member.reader.read_clipped(at, SECTOR)
     label = record(sector, LABEL_HEADER)
     start = int(label["offset_xl"])
     if not LABEL_HEADER.itemsize <= start <= SECTOR - PV_HEADER.itemsize:
-        raise Corrupt(f"the LVM label at byte {at:#x} places its header at {start}, outside its sector", at, "label")
+        raise Corrupt(
+            f"the LVM label at byte {at:#x} places its header at {start}, outside its sector", at, "label"
+        )
     header = record(sector, PV_HEADER, start)
     pv = Pv(member, dashed(bytes(header["pv_uuid"])), at, True, [], [], [])
     if _crc(sector[0x14:]) != int(label["crc_xl"]):
-        pv.problems.append(Problem("label-checksum", f"the checksum of the LVM label at byte {at:#x} is wrong", at, "warning"))
+        pv.problems.append(
+            Problem(
+                "label-checksum", f"the checksum of the LVM label at byte {at:#x} is wrong", at, "warning"
+            )
+        )
     at = start + PV_HEADER.itemsize
     pv.data, at = _areas(sector, at)
     pv.areas, at = _areas(sector, at)
@@ -134,7 +153,9 @@ def _areas(sector: bytes, at: int) -> tuple[list[tuple[int, int]], int]:
 def _inside(pv: Pv, what: str, offset: int, size: int) -> bool:
     inside = size > 0 and offset + size <= pv.member.reader.size
     if not inside:
-        pv.problems.append(Problem("outside", f"the {what} at {offset:#x}+{size:#x} lies outside the physical volume"))
+        pv.problems.append(
+            Problem("outside", f"the {what} at {offset:#x}+{size:#x} lies outside the physical volume")
+        )
     return inside
 
 
@@ -147,20 +168,32 @@ def _read_text(pv: Pv, offset: int, size: int) -> str:
     header = record(head, MDA_HEADER)
     if header["magic"].tobytes() != MDA_MAGIC:
         raise Corrupt(
-            f"the LVM metadata area at byte {offset:#x} has the magic {header['magic'].tobytes()!r} instead of {MDA_MAGIC!r}"
+            f"the LVM metadata area at byte {offset:#x} has the magic {header['magic'].tobytes()!r} "
+            f"instead of {MDA_MAGIC!r}"
         )
     if _crc(head[4:]) != int(header["checksum_xl"]):
         pv.problems.append(
-            Problem("metadata-area", f"the checksum of the LVM metadata header at {offset:#x} is wrong", offset, "warning")
+            Problem(
+                "metadata-area",
+                f"the checksum of the LVM metadata header at {offset:#x} is wrong",
+                offset,
+                "warning",
+            )
         )
     ring = record(head, RAW_LOCN, MDA_HEADER.itemsize)
     start, length = int(ring["offset"]), int(ring["size"])
     if start == 0 or length == 0 or ring["flags"] & RAW_LOCN_IGNORED:
         return ""
     if not MDA_HEADER_SIZE <= start < size or length > min(size - MDA_HEADER_SIZE, MAX_TEXT):
-        raise Corrupt(f"the LVM metadata area at byte {offset:#x} places its text at {start:#x}+{length:#x}, outside itself")
-    first = min(length, size - start)  # the area is a ring: what does not fit at its end goes on behind the header
-    text = reader.read_ranges(np.array([offset + start, offset + MDA_HEADER_SIZE]), np.array([first, length - first])).tobytes()
+        raise Corrupt(
+            f"the LVM metadata area at byte {offset:#x} places its text at {start:#x}+{length:#x}, "
+            "outside itself"
+        )
+    # the area is a ring: what does not fit at its end goes on behind the header
+    first = min(length, size - start)
+    text = reader.read_ranges(
+        np.array([offset + start, offset + MDA_HEADER_SIZE]), np.array([first, length - first])
+    ).tobytes()
     if _crc(text) != int(ring["checksum"]):
         raise Corrupt(f"the checksum of the LVM metadata text at byte {offset + start:#x} is wrong")
     return text.rstrip(b"\0").decode(errors="backslashreplace")

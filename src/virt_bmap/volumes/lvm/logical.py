@@ -1,7 +1,9 @@
-"""Logical volumes, one after the other: which kind each is, where its bytes lie, and what it is called in the map.
+"""Logical volumes, one after the other: which kind each is, where its bytes lie, and what it is called in the
+map.
 
-Inner volumes keep their names (`/dev/VG/pool_tdata`); the store of a snapshot gets `-cow` behind the snapshot's name, as
-device-mapper calls it. A thin pool or cache pool is no volume of its own: its data and metadata volumes are.
+Inner volumes keep their names (`/dev/VG/pool_tdata`); the store of a snapshot gets `-cow` behind the
+snapshot's name, as device-mapper calls it. A thin pool or cache pool is no volume of its own: its data and
+metadata volumes are.
 """
 
 import re
@@ -56,19 +58,29 @@ def _name_unread(group: Group) -> None:
     used = {
         parent
         for child in children
-        for parent in (np.unique(child.many.parent).tolist() if child.many else {row.parent for row in child.rows})
+        for parent in (
+            np.unique(child.many.parent).tolist() if child.many else {row.parent for row in child.rows}
+        )
     }
     for reference in group.sizes:
-        if reference < 0 and reference not in used and reference not in extents and not children[-1 - reference].contents:
+        if (
+            reference < 0
+            and reference not in used
+            and reference not in extents
+            and not children[-1 - reference].contents
+        ):
             spare = children[-1 - reference].name.endswith("_pmspare")
             rows = extents.setdefault(reference, ExtentRows())
-            rows.add(CONTENT, 0, group.sizes[reference], part="spare pool metadata" if spare else "inner volume")
+            rows.add(
+                CONTENT, 0, group.sizes[reference], part="spare pool metadata" if spare else "inner volume"
+            )
 
 
 def _read_volume(group: Group, name: str) -> None:
     segments = segments_of(group.volumes[name])
     kind = _kind(segments[0]) if segments else ""
-    builder = {"thin-pool": _thin_pool, "thin": _thin, "snapshot": _nothing, "cache-pool": _nothing, "cache": _cache,
+    builder = {"thin-pool": _thin_pool, "thin": _thin, "snapshot": _nothing, "cache-pool": _nothing,
+        "cache": _cache,
                "writecache": _writecache, "integrity": _integrity}.get(kind)  # fmt: skip
     if builder and len(segments) == 1:
         builder(group, name, segments[0])
@@ -113,31 +125,41 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
     rows, lost = bounded(rows, group.sizes)
     reference = _add(
         group, name,
-        Child("lv", f"/dev/{group.name}/{shown}", size, rows, detail=", ".join(dict.fromkeys(kinds)), open=opener, holes=zeroes),
+        Child("lv", f"/dev/{group.name}/{shown}", size, rows, detail=", ".join(dict.fromkeys(kinds)),
+            open=opener, holes=zeroes),
     )  # fmt: skip
     if lost:
-        group.problem(reference, Problem("truncated", f"{lost} of its bytes lie behind the end of their disks"))
+        group.problem(
+            reference, Problem("truncated", f"{lost} of its bytes lie behind the end of their disks")
+        )
     if absent:
         _say_missing(group, name, reference, size, rows, absent)
     if store := group.merging.get(name):
-        detail = f"the snapshot {store} is being merged into it; what is not merged yet is shown in the snapshot only"
+        detail = (
+            f"the snapshot {store} is being merged into it; what is not merged yet is shown in the "
+            "snapshot only"
+        )
         group.problem(reference, Problem("merging", detail, -1, "warning"))
     return reference
 
 
 def _claim(group: Group, name: str, rows: list[Row]) -> None:
-    """Corrupt where a run of extents begins where another volume's does: one filesystem would be read again for each volume that the text can name."""
+    """Corrupt where a run of extents begins where another volume's does: one filesystem would be read again
+    for each volume that the text can name."""
     places = [(row.parent, row.parent_offset) for row in rows if row.parent >= 0]
     for place in places:
         if (other := group.begun.get(place, name)) != name:
             raise Corrupt(
-                f"its extents at byte {place[1]:#x} of the physical volume are those of {other}", place[1], "two-owners"
+                f"its extents at byte {place[1]:#x} of the physical volume are those of {other}",
+                place[1],
+                "two-owners",
             )
     group.begun.update(dict.fromkeys(places, name))
 
 
 def _add(group: Group, name: str, child: Child, inner: bool | None = None) -> int:
-    """Add the child as the volume of that name; whether it is an inner one LVM says itself, unless the caller does."""
+    """Add the child as the volume of that name; whether it is an inner one LVM says itself, unless the caller
+    does."""
     section = group.volumes[name]
     child.uuid = section.text("id") or None
     if inner or (inner is None and "VISIBLE" not in section.words("status")):
@@ -147,15 +169,23 @@ def _add(group: Group, name: str, child: Child, inner: bool | None = None) -> in
     return reference
 
 
-def _say_missing(group: Group, name: str, reference: int, size: int, rows: list[Row], absent: list[str]) -> None:
+def _say_missing(
+    group: Group, name: str, reference: int, size: int, rows: list[Row], absent: list[str]
+) -> None:
     here = sum(row.run * row.count for row in rows if row.role == DATA)
     rebuilt = group.assembly.children[-1 - reference].open is not None
     words = "what is not there is computed from parity" if rebuilt else f"{here} of {size} bytes are there"
     ids = ", ".join(dict.fromkeys(absent))
     # whether the loss of an image matters says the volume that is made of it
     severity = "note" if here == size or rebuilt or IMAGE.search(name) else "error"
-    says = f", says the metadata at byte {group.pvs[0].text_at:#x} of {group.pvs[0].member.name}" if group.pvs else ""
-    group.problem(reference, Problem("missing-member", f"physical volume {ids} is missing{says}: {words}", -1, severity))
+    says = (
+        f", says the metadata at byte {group.pvs[0].text_at:#x} of {group.pvs[0].member.name}"
+        if group.pvs
+        else ""
+    )
+    group.problem(
+        reference, Problem("missing-member", f"physical volume {ids} is missing{says}: {words}", -1, severity)
+    )
     if not rows:
         group.logical[name] = None
         group.missing[True, name] = ids
@@ -175,7 +205,7 @@ def _space(group: Group, segment: Section, key: str) -> Space:
     return space
 
 
-# ---- thin -----------------------------------------------------------------------------------------------------------
+# ---- thin --------------------------------------------------------------------------------------------------
 
 
 def _thin_pool(group: Group, name: str, segment: Section) -> None:
@@ -191,30 +221,48 @@ def _thin_pool(group: Group, name: str, segment: Section) -> None:
     if (wanted := segment.number("transaction_id", 0)) != pool.transaction:
         detail = f"LVM expects transaction {wanted}, the pool's metadata is at {pool.transaction}"
         group.problem(metadata.place.parent, Problem("transaction", detail, -1, "warning"))
-    known = [part.number("device_id", 0) for section in group.volumes.values() for part in segments_of(section)
+    known = [part.number("device_id",
+            0) for section in group.volumes.values() for part in segments_of(section)
              if part.text("thin_pool") == name]  # fmt: skip
     if others := np.setdiff1d(pool.devices, known).tolist():
-        detail = f"thin devices {', '.join(map(str, others[:10]))} are in the pool, but LVM knows no volume for them"
+        detail = (
+            f"thin devices {', '.join(map(str, others[:10]))} are in the pool, but LVM knows no "
+            "volume for them"
+        )
         group.problem(metadata.place.parent, Problem("thin-device", detail, -1, "note"))
 
 
 def _thin(group: Group, name: str, segment: Section) -> None:
     """A thin volume: blocks of the pool, and where there is none the external origin or nothing."""
     if segment.text("thin_pool") not in group.pools:
-        raise Corrupt(f"its thin pool {segment.text('thin_pool')!r} is missing or can't be read", code="missing-member")
+        raise Corrupt(
+            f"its thin pool {segment.text('thin_pool')!r} is missing or can't be read", code="missing-member"
+        )
     pool, data = group.pools[segment.text("thin_pool")]
     _, size = span(group, segment)
     device = segment.number("device_id", high=MAX_DEVICE)
     rows = pool.rows(device, size, data)
     if origin := group.logical.get(segment.text("external_origin")):
-        starts, ends = complement(rows.on_volume.offset, rows.on_volume.offset + rows.run, 0, min(size, origin.size))
+        starts, ends = complement(
+            rows.on_volume.offset, rows.on_volume.offset + rows.run, 0, min(size, origin.size)
+        )
         rows = _together(rows, columns(starts, origin.place.parent, starts, ends - starts))
-    child = Child("lv", f"/dev/{group.name}/{name}", size, [], detail=f"thin, {int(rows.run.sum())} bytes mapped", many=rows)
+    child = Child(
+        "lv",
+        f"/dev/{group.name}/{name}",
+        size,
+        [],
+        detail=f"thin, {int(rows.run.sum())} bytes mapped",
+        many=rows,
+    )
     if device in pool.devices and not any(problem.severity == "error" for problem in pool.problems):
         child.holes = [(0, size)]  # else nobody knows which blocks were never written
     reference = _add(group, name, child)
     if device not in pool.devices:
-        group.problem(reference, Problem("thin-device", f"thin device {device} is not in the pool's metadata", -1, "error"))
+        group.problem(
+            reference,
+            Problem("thin-device", f"thin device {device} is not in the pool's metadata", -1, "error"),
+        )
 
 
 def _together(*parts: Rows) -> Rows:
@@ -222,14 +270,18 @@ def _together(*parts: Rows) -> Rows:
     volume_offset, parent_offset, run, parent, role = (
         np.concatenate(column)
         for column in zip(
-            *((part.on_volume.offset, part.on_parent.offset, part.run, part.parent, part.role) for part in parts), strict=True
+            *(
+                (part.on_volume.offset, part.on_parent.offset, part.run, part.parent, part.role)
+                for part in parts
+            ),
+            strict=True,
         )
     )
     rows = columns(volume_offset, 0, parent_offset, run)
     return Rows(rows.volume, parent, role, rows.run, rows.count, rows.on_volume, rows.on_parent)
 
 
-# ---- snapshots and caches -------------------------------------------------------------------------------------------
+# ---- snapshots and caches ----------------------------------------------------------------------------------
 
 
 def _snapshot(group: Group, name: str, segments: list[Section]) -> None:
@@ -238,21 +290,29 @@ def _snapshot(group: Group, name: str, segments: list[Section]) -> None:
     group.assembly.children[-1 - store].contents = False
     origin = group.logical.get(group.snapshots[name])
     if origin is None:
-        raise Corrupt(f"its origin {group.snapshots[name]!r} is missing or can't be read", code="missing-member")
+        raise Corrupt(
+            f"its origin {group.snapshots[name]!r} is missing or can't be read", code="missing-member"
+        )
     found = read_exceptions(group.readers[store], origin.size)
     group.assembly.extents[store] = found.extents
     start = found.old * found.chunk
     run = np.minimum(found.count * found.chunk, origin.size - start)
     starts, ends = complement(start, start + run, 0, origin.size)
     rows = _together(
-        columns(start, store, found.new * found.chunk, run), columns(starts, origin.place.parent, starts, ends - starts)
+        columns(start, store, found.new * found.chunk, run),
+        columns(starts, origin.place.parent, starts, ends - starts),
     )
     detail = f"snapshot of {group.snapshots[name]}, {int(found.count.sum())} chunks of its own"
     reference = _add(
-        group, name, Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows), inner=False
+        group,
+        name,
+        Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows),
+        inner=False,
     )
     if found.outside:
-        group.problem(reference, Problem("snapshot", f"{found.outside} exceptions lie outside the origin or the store"))
+        group.problem(
+            reference, Problem("snapshot", f"{found.outside} exceptions lie outside the origin or the store")
+        )
 
 
 def _cache(group: Group, name: str, segment: Section) -> None:
@@ -261,7 +321,8 @@ def _cache(group: Group, name: str, segment: Section) -> None:
     pool = segment.text("cache_pool")
     if "metadata_len" in segment.values:  # one volume for both: sectors of metadata, then of data
         fast = _space(group, segment, "cache_pool")
-        places = [(fast.place.parent, segment.number(f"{part}_start", high=MAX_SECTORS) * SECTOR, segment.number(f"{part}_len", high=MAX_SECTORS) * SECTOR)
+        places = [(fast.place.parent, segment.number(f"{part}_start", high=MAX_SECTORS) * SECTOR,
+                segment.number(f"{part}_len", high=MAX_SECTORS) * SECTOR)
                   for part in ("metadata", "data")]  # fmt: skip
     else:
         (inner,) = segments_of(group.volumes.get(pool, Section())) or [Section()]
@@ -293,13 +354,19 @@ def _integrity(group: Group, name: str, segment: Section) -> None:
     if beside := group.logical.get(segment.text("meta_dev")):
         group.assembly.extents[beside.place.parent] = _all_metadata(beside.size, "integrity checksums")
     size = min(span(group, segment)[1], origin.size)
-    _add(group, name, Child("lv", f"/dev/{group.name}/{name}", size, [Row(0, origin.place.parent, 0, size)], detail="integrity",
+    _add(group, name, Child("lv", f"/dev/{group.name}/{name}", size, [Row(0, origin.place.parent, 0, size)],
+            detail="integrity",
                             traits=CHECKSUMMED))  # fmt: skip
 
 
-def _add_cached(group: Group, name: str, kind: str, origin: Space, found: Cached, data: int, first: int) -> None:
-    """The rows: blocks that are only in the cache, copies that it holds, and the origin for all that is not in it alone."""
-    keep = (found.origin < -(-origin.size // found.size)) & (found.place + first <= group.sizes[data] - found.size)
+def _add_cached(
+    group: Group, name: str, kind: str, origin: Space, found: Cached, data: int, first: int
+) -> None:
+    """The rows: blocks that are only in the cache, copies that it holds, and the origin for all that is not
+    in it alone."""
+    keep = (found.origin < -(-origin.size // found.size)) & (
+        found.place + first <= group.sizes[data] - found.size
+    )
     start = found.origin[keep] * found.size
     run = np.minimum(found.size, origin.size - start)
     held = columns(start, data, first + found.place[keep], run)
@@ -309,6 +376,8 @@ def _add_cached(group: Group, name: str, kind: str, origin: Space, found: Cached
     starts, ends = complement(start[dirty], start[dirty] + run[dirty], 0, origin.size)
     rows = _together(held, columns(starts, origin.place.parent, starts, ends - starts))
     detail = f"{kind}, {len(start)} blocks cached, {int(dirty.sum())} of them newer than the origin"
-    reference = _add(group, name, Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows))
+    reference = _add(
+        group, name, Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows)
+    )
     for problem in found.problems:
         group.problem(reference, problem)

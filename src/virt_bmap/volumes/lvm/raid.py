@@ -1,6 +1,7 @@
 """RAID volumes: dm-raid is md with its superblock in a volume of its own beside each image.
 
-Sources: kernel drivers/md/dm-raid.c (raid_types, struct dm_raid_superblock); lvm2 lib/raid/raid.c; man page lvmraid(7).
+Sources: kernel drivers/md/dm-raid.c (raid_types, struct dm_raid_superblock); lvm2 lib/raid/raid.c; man page
+lvmraid(7).
 """
 
 from functools import partial
@@ -23,9 +24,9 @@ MAGIC = 0x64526D44
 SUPPORTS_V190 = 1
 RESHAPE_ACTIVE = 1
 SUPERBLOCK = struct(512, [
-    (0x00, "magic", "<u4"), (0x04, "compat_features", "<u4"), (0x08, "num_devices", "<u4"), (0x0C, "array_position", "<u4"), (0x10, "events", "<u8"),
-    (0x18, "failed_devices", "<u8"), (0x20, "disk_recovery_offset", "<u8"),
-    (0x3C, "flags", "<u4"), (0x60, "data_offset", "<u8"),
+    (0x00, "magic", "<u4"), (0x04, "compat_features", "<u4"), (0x08, "num_devices", "<u4"),
+    (0x0C, "array_position", "<u4"), (0x10, "events", "<u8"), (0x18, "failed_devices", "<u8"),
+    (0x20, "disk_recovery_offset", "<u8"), (0x3C, "flags", "<u4"), (0x60, "data_offset", "<u8"),
 ])  # fmt: skip
 
 MAX_SKIP = 1 << 40
@@ -33,12 +34,15 @@ MAX_SKIP = 1 << 40
 
 PARITY_TYPES = {
     "raid4": (5, stripes.PARITY_0),
-    "raid5": (5, stripes.LEFT_SYMMETRIC), "raid5_ls": (5, stripes.LEFT_SYMMETRIC), "raid5_la": (5, stripes.LEFT_ASYMMETRIC),
-    "raid5_ra": (5, stripes.RIGHT_ASYMMETRIC), "raid5_rs": (5, stripes.RIGHT_SYMMETRIC), "raid5_n": (5, stripes.PARITY_N),
+    "raid5": (5, stripes.LEFT_SYMMETRIC), "raid5_ls": (5, stripes.LEFT_SYMMETRIC),
+    "raid5_la": (5, stripes.LEFT_ASYMMETRIC), "raid5_ra": (5, stripes.RIGHT_ASYMMETRIC),
+    "raid5_rs": (5, stripes.RIGHT_SYMMETRIC), "raid5_n": (5, stripes.PARITY_N),
     "raid6": (6, stripes.ROTATING_ZERO_RESTART), "raid6_zr": (6, stripes.ROTATING_ZERO_RESTART),
-    "raid6_nr": (6, stripes.ROTATING_N_RESTART), "raid6_nc": (6, stripes.ROTATING_N_CONTINUE), "raid6_n_6": (6, stripes.PARITY_N),
-    "raid6_ls_6": (6, stripes.Q_LAST + stripes.LEFT_SYMMETRIC), "raid6_la_6": (6, stripes.Q_LAST + stripes.LEFT_ASYMMETRIC),
-    "raid6_ra_6": (6, stripes.Q_LAST + stripes.RIGHT_ASYMMETRIC), "raid6_rs_6": (6, stripes.Q_LAST + stripes.RIGHT_SYMMETRIC),
+    "raid6_nr": (6, stripes.ROTATING_N_RESTART), "raid6_nc": (6, stripes.ROTATING_N_CONTINUE),
+    "raid6_n_6": (6, stripes.PARITY_N), "raid6_ls_6": (6, stripes.Q_LAST + stripes.LEFT_SYMMETRIC),
+    "raid6_la_6": (6, stripes.Q_LAST + stripes.LEFT_ASYMMETRIC),
+    "raid6_ra_6": (6, stripes.Q_LAST + stripes.RIGHT_ASYMMETRIC),
+    "raid6_rs_6": (6, stripes.Q_LAST + stripes.RIGHT_SYMMETRIC),
 }  # fmt: skip
 """Segment type -> md's level and layout. dm-raid's raid4 has its parity first, unlike md's own."""
 MIRRORED_TYPES = ("raid1",)
@@ -48,7 +52,10 @@ TYPES = (*PARITY_TYPES, *MIRRORED_TYPES, *STRIPED_TYPES, *NEAR_TYPES)
 
 
 def raid(group: Group, segment: Section) -> tuple[int, list[Row], Opener | None]:
-    """(bytes, mapping rows, what computes the bytes of missing images) of a RAID segment. The last is None where none is missing."""
+    """(bytes, mapping rows, what computes the bytes of missing images) of a RAID segment.
+
+    The last is None where none is missing.
+    """
     start, size = span(group, segment)
     kind = segment.text("type").partition("+")[0]
     images, metadata = _parts(segment, kind)
@@ -56,7 +63,9 @@ def raid(group: Group, segment: Section) -> tuple[int, list[Row], Opener | None]
     heads = _superblocks(group, metadata)
     for at in _failed(group, images, heads):
         spaces[at] = None
-    if any(head["compat_features"] & SUPPORTS_V190 and head["flags"] & RESHAPE_ACTIVE for head in heads.values()):
+    if any(
+        head["compat_features"] & SUPPORTS_V190 and head["flags"] & RESHAPE_ACTIVE for head in heads.values()
+    ):
         raise Unsupported("the RAID volume is in the middle of a reshape", code="reshape")
     skip = _skipped(heads)
     places = [Place(space.place.parent, space.place.offset + skip) if space else None for space in spaces]
@@ -90,7 +99,9 @@ def _skipped(heads: dict[int, np.void]) -> int:
         if head["compat_features"] & SUPPORTS_V190
     }
     if len(found) > 1:
-        raise Corrupt(f"the RAID superblocks disagree on where data begins: {sorted(found)}", code="superblock")
+        raise Corrupt(
+            f"the RAID superblocks disagree on where data begins: {sorted(found)}", code="superblock"
+        )
     skip = found.pop() if found else 0
     if skip > MAX_SKIP:
         raise Corrupt(f"a RAID superblock says that data begins at byte {skip:#x}", code="superblock")
@@ -120,14 +131,17 @@ def _superblocks(group: Group, metadata: list[str]) -> dict[int, np.void]:
         parts = ExtentRows()
         parts.add(METADATA, 0, space.size, part="RAID metadata")
         group.assembly.extents[reference] = parts
-        head = record(group.readers[reference].read_clipped(space.place.offset, SUPERBLOCK.itemsize), SUPERBLOCK)
+        head = record(
+            group.readers[reference].read_clipped(space.place.offset, SUPERBLOCK.itemsize), SUPERBLOCK
+        )
         if head["magic"] == MAGIC and head["array_position"] == at:
             heads[at] = head
     return heads
 
 
 def _failed(group: Group, images: list[str], heads: dict[int, np.void]) -> list[int]:
-    """The images that the newest superblock calls failed, or that say of themselves that they are not rebuilt yet."""
+    """The images that the newest superblock calls failed, or that say of themselves that they are not rebuilt
+    yet."""
     if not heads:
         return []
     newest = max(heads.values(), key=lambda head: int(head["events"]))
@@ -142,6 +156,8 @@ def _failed(group: Group, images: list[str], heads: dict[int, np.void]) -> list[
         rebuilding = own is not None and int(own["disk_recovery_offset"]) * SECTOR < space.size
         if failed or stale or rebuilding:
             why = "has failed" if failed else "is out of date" if stale else "is not rebuilt yet"
-            group.problem(space.place.parent, Problem("faulty", f"RAID image {name} {why}: it is not used", -1, "note"))
+            group.problem(
+                space.place.parent, Problem("faulty", f"RAID image {name} {why}: it is not used", -1, "note")
+            )
             gone.append(at)
     return gone

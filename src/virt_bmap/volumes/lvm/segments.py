@@ -1,6 +1,8 @@
-"""Segments of logical volumes as mapping rows: one function for each shape, a table that says which type has which.
+"""Segments of logical volumes as mapping rows: one function for each shape, a table that says which type has
+which.
 
-Sources: lvm2 lib/striped/striped.c, lib/mirror/mirrored.c, lib/raid/raid.c (keys of the text); kernel drivers/md/dm-raid.c.
+Sources: lvm2 lib/striped/striped.c, lib/mirror/mirrored.c, lib/raid/raid.c (keys of the text); kernel
+drivers/md/dm-raid.c.
 """
 
 from collections.abc import Callable
@@ -57,9 +59,12 @@ def striped(group: Group, segment: Section) -> list[Row]:
 
 
 def mirror(group: Group, segment: Section) -> list[Row]:
-    """The old mirror target, which pvmove uses, too: every area holds all bytes; reads come from the first that is there."""
+    """The old mirror target, which pvmove uses, too: every area holds all bytes; reads come from the first
+    that is there."""
     start, size = span(group, segment)
-    return stripes.mirrored(size, [_take(group, area, size) for area in areas(group, segment, "mirrors")], start)
+    return stripes.mirrored(
+        size, [_take(group, area, size) for area in areas(group, segment, "mirrors")], start
+    )
 
 
 def nothing(group: Group, segment: Section) -> list[Row]:
@@ -68,5 +73,6 @@ def nothing(group: Group, segment: Section) -> list[Row]:
 
 
 SHAPES: dict[str, Callable[[Group, Section], list[Row]]] = {
-    "striped": striped, "linear": striped, "mirror": mirror, "zero": nothing, "error": nothing, "free": nothing,
+    "striped": striped, "linear": striped, "mirror": mirror, "zero": nothing, "error": nothing,
+    "free": nothing,
 }  # fmt: skip

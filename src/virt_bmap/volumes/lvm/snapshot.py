@@ -1,4 +1,5 @@
-"""Snapshots of the old kind: what was overwritten in the origin, or written to the snapshot, lies in a copy-on-write store.
+"""Snapshots of the old kind: what was overwritten in the origin, or written to the snapshot, lies in a
+copy-on-write store.
 
 Sources: kernel drivers/md/dm-snap-persistent.c (struct disk_header, struct disk_exception, area_location).
 """
@@ -22,13 +23,17 @@ MAX_CHUNK = 1 << 30
 HEADER_CHUNKS = 1
 BATCH = 32 << 20
 """Bytes of exception areas read at once; each area must be full before the next is looked at."""
-HEADER = struct(16, [(0x00, "magic", "<u4"), (0x04, "valid", "<u4"), (0x08, "version", "<u4"), (0x0C, "chunk_size", "<u4")])
+HEADER = struct(
+    16,
+    [(0x00, "magic", "<u4"), (0x04, "valid", "<u4"), (0x08, "version", "<u4"), (0x0C, "chunk_size", "<u4")],
+)
 EXCEPTION = struct(16, [(0x00, "old_chunk", "<u8"), (0x08, "new_chunk", "<u8")])
 
 
 @dataclass(frozen=True)
 class Exceptions:
-    """`count` chunks of the origin from `old` on were put in chunks of the store from `new` on, sorted by `old`; `chunk` is in bytes."""
+    """`count` chunks of the origin from `old` on were put in chunks of the store from `new` on, sorted by
+    `old`; `chunk` is in bytes."""
 
     chunk: int
     old: Int
@@ -42,9 +47,15 @@ def read_exceptions(reader: Reader, origin_size: int) -> Exceptions:
     """All exceptions of a store. Raises Corrupt where it is none, or was given up because it was full."""
     head = record(reader.read_clipped(0, HEADER.itemsize), HEADER)
     if head["magic"] != MAGIC or head["version"] != VERSION:
-        raise Corrupt(f"the snapshot's store begins with {int(head['magic']):#x} instead of {MAGIC:#x}", 0, "snapshot")
+        raise Corrupt(
+            f"the snapshot's store begins with {int(head['magic']):#x} instead of {MAGIC:#x}", 0, "snapshot"
+        )
     if not head["valid"]:
-        raise Corrupt("the snapshot is invalid: its store was full, so that the kernel gave it up", 4, "snapshot-invalid")
+        raise Corrupt(
+            "the snapshot is invalid: its store was full, so that the kernel gave it up",
+            4,
+            "snapshot-invalid",
+        )
     chunk = int(head["chunk_size"]) * SECTOR
     if not SECTOR <= chunk <= MAX_CHUNK or chunk & (chunk - 1):
         raise Corrupt(f"the snapshot's store has chunks of {chunk} bytes", 0xC, "snapshot")
@@ -80,6 +91,8 @@ def _extents(chunk: int, chunks: int, areas: Int, new: Int, count: Int) -> Exten
     rows.add(METADATA, 0, chunk, part="snapshot header")
     rows.add(METADATA, areas * chunk, np.full(len(areas), chunk, np.int64), part="snapshot exceptions")
     used = np.concatenate([areas, new])
-    starts, ends = complement(used, used + np.concatenate([np.ones(len(areas), np.int64), count]), HEADER_CHUNKS, chunks)
+    starts, ends = complement(
+        used, used + np.concatenate([np.ones(len(areas), np.int64), count]), HEADER_CHUNKS, chunks
+    )
     rows.add(FREE, starts * chunk, (ends - starts) * chunk)
     return rows

@@ -1,4 +1,5 @@
-"""The text that LVM keeps its metadata in: `section { key = value ... }`, values are numbers, strings or lists of them.
+"""The text that LVM keeps its metadata in: `section { key = value ... }`, values are numbers, strings or
+lists of them.
 
 Sources: lvm2 libdm/libdm-config.c (grammar); lib/format_text/ (what it is used for).
 """
@@ -14,7 +15,8 @@ MAX_DEPTH = 16
 """Sections within sections. LVM's own metadata has five: group, logical_volumes, volume, segment, list."""
 
 TOKEN = re.compile(
-    r'\s+|#[^\n]*|(?P<string>"(?:[^"\\]|\\.)*")|(?P<mark>[{}\[\]=,])|(?P<word>[^\s"{}\[\]=,#]+)|(?P<bad>.)', re.DOTALL
+    r'\s+|#[^\n]*|(?P<string>"(?:[^"\\]|\\.)*")|(?P<mark>[{}\[\]=,])|(?P<word>[^\s"{}\[\]=,#]+)|(?P<bad>.)',
+    re.DOTALL,
 )
 
 Value = int | str | list[int | str]
@@ -55,7 +57,10 @@ class Section:
 
 
 def parse(text: str) -> Section:
-    """The whole text as one section. Raises Corrupt, naming the line, where it does not follow the grammar."""
+    """The whole text as one section.
+
+    Raises Corrupt, naming the line, where it does not follow the grammar.
+    """
     top = Section()
     stack = [top]
     tokens = _tokens(text)
@@ -70,12 +75,18 @@ def parse(text: str) -> Section:
         _, kind, mark = next(tokens, (line, "mark", "the end"))
         if kind == "mark" and mark == "{":
             if len(stack) >= MAX_DEPTH:
-                raise Corrupt(f"LVM metadata, line {line}: more than {MAX_DEPTH} sections within each other", code="text")
+                raise Corrupt(
+                    f"LVM metadata, line {line}: more than {MAX_DEPTH} sections within each other",
+                    code="text",
+                )
             stack.append(stack[-1].sections.setdefault(word, Section()))
         elif kind == "mark" and mark == "=":
             stack[-1].values[word] = _value(tokens, line)
         else:
-            raise Corrupt(f"LVM metadata, line {line}: {mark!r} after {word!r}, where '=' or '{{' should be", code="text")
+            raise Corrupt(
+                f"LVM metadata, line {line}: {mark!r} after {word!r}, where '=' or '{{' should be",
+                code="text",
+            )
     if len(stack) > 1:
         raise Corrupt(f"LVM metadata ends inside {len(stack) - 1} open sections", code="text")
     return top

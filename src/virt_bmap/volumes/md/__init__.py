@@ -1,8 +1,9 @@
 """Linux software RAID (md): members to arrays.
 
-Read: superblocks 0.90 (both byte orders), 1.0, 1.1 and 1.2; of several members the one with the most events is believed. Arrays are called
-/dev/md127, /dev/md126, ... in the order in which their members are found. The appliance of libguestfs gives the same numbers, but which of several
-arrays gets which depends there on the order of probing: the name that an array gives itself is its label, and tells for sure.
+Read: superblocks 0.90 (both byte orders), 1.0, 1.1 and 1.2; of several members the one with the most events
+is believed. Arrays are called /dev/md127, /dev/md126, ... in the order in which their members are found. The
+appliance of libguestfs gives the same numbers, but which of several arrays gets which depends there on the
+order of probing: the name that an array gives itself is its label, and tells for sure.
 
 Sources: kernel drivers/md/, include/uapi/linux/raid/md_p.h; mdadm's super0.c, super1.c and man page md(4).
 """
@@ -41,7 +42,11 @@ FEATURES = (
     "out-of-date, faulty, spare and doubled members named",
     "bitmap, bad block log, partial parity log, journal device",
 )
-REFUSED = ("arrays in the middle of a reshape", "multipath and containers", "IMSM and DDF metadata (named only)")
+REFUSED = (
+    "arrays in the middle of a reshape",
+    "multipath and containers",
+    "IMSM and DDF metadata (named only)",
+)
 ORACLES = (
     "arrays that the kernel made and filled in the appliance of libguestfs",
     "a byte by byte reference of the kernel's formulas",
@@ -71,11 +76,16 @@ def assemble(members: Sequence[Member]) -> Assembly:
             _refuse(assembly, member, error)
             continue
         groups.setdefault((found.version, found.uuid), []).append(found)
-        assembly.uuids[member.number], assembly.details[member.number] = found.uuid, f"superblock {found.version}"
+        assembly.uuids[member.number], assembly.details[member.number] = (
+            found.uuid,
+            f"superblock {found.version}",
+        )
     first = _first_minor(members)
     for minor, group in enumerate(groups.values()):
         strangers = [other.member.name for found in groups.values() if found is not group for other in found]
-        _add_array(assembly, group, f"/dev/md{first - minor if minor <= first else FIRST_MINOR + minor}", strangers)
+        _add_array(
+            assembly, group, f"/dev/md{first - minor if minor <= first else FIRST_MINOR + minor}", strangers
+        )
     return assembly
 
 
@@ -86,7 +96,10 @@ def _first_minor(members: Sequence[Member]) -> int:
 
 
 def _add_array(assembly: Assembly, members: list[Superblock], name: str, strangers: list[str]) -> None:
-    """One array, and the rows of its members' own metadata. `strangers` are members of other arrays, for messages."""
+    """One array, and the rows of its members' own metadata.
+
+    `strangers` are members of other arrays, for messages.
+    """
     try:
         array = gather(members)
         size, rows, parity = place(array)
@@ -99,7 +112,8 @@ def _add_array(assembly: Assembly, members: list[Superblock], name: str, strange
     rows, cut = bounded(rows, {one.member.number: one.member.reader.size for one in array.present})
     child = Child(
         "md", name, size, rows, head.uuid, head.name.rpartition(":")[2] or None, _state(array),
-        open=partial(RebuiltReader, stripes=parity) if parity and degraded else None, traits=JOURNALED if JOURNAL in head.roles else 0,
+        open=partial(RebuiltReader, stripes=parity) if parity and degraded else None,
+        traits=JOURNALED if JOURNAL in head.roles else 0,
     )  # fmt: skip
     _describe(assembly, array, cut, strangers)
     assembly.children.append(child)
@@ -128,7 +142,10 @@ def _describe(assembly: Assembly, array: Array, cut: int, strangers: list[str]) 
         beyond = lost(array)
         words = "its bytes are lost" if beyond else REDUNDANCY.get(array.head.level, "there are copies")
         head = array.head
-        detail = f"members in slots {', '.join(map(str, missing))} are missing, says the superblock at byte {head.offset:#x} of {head.member.name}: {words}"
+        detail = (
+            f"members in slots {', '.join(map(str, missing))} are missing, says the superblock at "
+            f"byte {head.offset:#x} of {head.member.name}: {words}"
+        )
         detail += f"; {', '.join(strangers)} belong to other arrays" if strangers else ""
         problems.append(Problem("missing-member", detail, -1, "error" if beyond else "note"))
     if cut:
@@ -151,4 +168,6 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = VolumeFormat(NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, spans=True, structures=_structures)
+FORMAT = VolumeFormat(
+    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, spans=True, structures=_structures
+)

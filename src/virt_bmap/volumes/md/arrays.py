@@ -1,6 +1,7 @@
 """One array: which of its members are in use, how large it is, and where its bytes lie on them.
 
-Sources: kernel drivers/md/md.c (analyze_sbs), raid0.c (create_strip_zones, map_sector), md-linear.c, raid1.c, raid5.c, raid10.c.
+Sources: kernel drivers/md/md.c (analyze_sbs), raid0.c (create_strip_zones, map_sector), md-linear.c, raid1.c,
+raid5.c, raid10.c.
 """
 
 from dataclasses import dataclass
@@ -14,15 +15,25 @@ from virt_bmap.volumes.rebuild import Stripes
 from virt_bmap.volumes.stripes import Place, Raid10
 
 LINEAR, RAID0, RAID1, RAID4, RAID5, RAID6, RAID10 = -1, 0, 1, 4, 5, 6, 10
-NAMES = {LINEAR: "linear", RAID0: "raid0", RAID1: "raid1", RAID4: "raid4", RAID5: "raid5", RAID6: "raid6", RAID10: "raid10"}
+NAMES = {
+    LINEAR: "linear",
+    RAID0: "raid0",
+    RAID1: "raid1",
+    RAID4: "raid4",
+    RAID5: "raid5",
+    RAID6: "raid6",
+    RAID10: "raid10",
+}
 OTHERS = {-4: "multipath", -5: "faulty", -100: "container"}
 ORIGINAL_LAYOUT, ALTERNATE_LAYOUT = 1, 2
-"""Of a RAID0 whose members differ in size: how the second and later zones are numbered (kernel commit c84a1372df92, Linux 5.4)."""
+"""Of a RAID0 whose members differ in size: how the second and later zones are numbered (kernel commit
+c84a1372df92, Linux 5.4)."""
 
 
 @dataclass
 class Array:
-    """An array as its freshest superblock describes it; `slots[i]` is the member in slot i, None where it is missing or out of date."""
+    """An array as its freshest superblock describes it; `slots[i]` is the member in slot i, None where it is
+    missing or out of date."""
 
     head: Superblock
     members: list[Superblock]
@@ -38,7 +49,9 @@ def gather(members: list[Superblock]) -> Array:
     """Sort the members of one array into slots; what is not used says why in its problems."""
     fresh = max(members, key=lambda member: (member.events, member.role < SPARE))
     if fresh.raid_disks > stripes.MAX_MEMBERS:
-        raise Unsupported(f"an array of {fresh.raid_disks} members is not read, the limit is {stripes.MAX_MEMBERS}")
+        raise Unsupported(
+            f"an array of {fresh.raid_disks} members is not read, the limit is {stripes.MAX_MEMBERS}"
+        )
     array = Array(fresh, members, [None] * fresh.raid_disks)
     for member in sorted(members, key=lambda one: (one.replacement, one.recovered is not None)):
         role = fresh.roles[member.number] if member.number < len(fresh.roles) else SPARE
@@ -46,7 +59,10 @@ def gather(members: list[Superblock]) -> Array:
             member.metadata.append(("md journal", member.data_offset, member.data_size or member.size))
         elif member.events + 1 < fresh.events:
             _unused(
-                member, "stale", f"it has seen {member.events} events, the array {fresh.events}: it dropped out and is not used"
+                member,
+                "stale",
+                f"it has seen {member.events} events, the array {fresh.events}: it dropped out and "
+                "is not used",
             )
         elif role == FAULTY or (role != SPARE and role >= fresh.raid_disks):
             _unused(member, "faulty", "the array calls it faulty: it is not used")
@@ -57,9 +73,16 @@ def gather(members: list[Superblock]) -> Array:
             assert first is not None
             code = "replacement" if member.replacement else "duplicate"
             severity = "note" if member.replacement else "warning"
-            _unused(member, code, f"slot {role} is held by {first.member.name}, too: this copy is not used", severity)
+            _unused(
+                member,
+                code,
+                f"slot {role} is held by {first.member.name}, too: this copy is not used",
+                severity,
+            )
         elif member.recovered is not None and member.recovered < fresh.size:
-            _unused(member, "rebuilding", f"only its first {member.recovered} bytes are rebuilt: it is not used")
+            _unused(
+                member, "rebuilding", f"only its first {member.recovered} bytes are rebuilt: it is not used"
+            )
         else:
             array.slots[role] = member
     return array
@@ -77,10 +100,15 @@ def place(array: Array) -> tuple[int, list[Row], Stripes | None]:
         raise Unsupported(f"an md array of level {OTHERS.get(head.level, head.level)} is not read")
     if head.reshaping:
         raise Unsupported(
-            "the array is being reshaped: its bytes lie partly in the old and partly in the new layout", code="reshape"
+            "the array is being reshaped: its bytes lie partly in the old and partly in the new layout",
+            code="reshape",
         )
     if head.level not in (LINEAR, RAID1) and (head.chunk < SECTOR or head.chunk % SECTOR):
-        raise Corrupt(f"the md superblock at byte {head.offset:#x} has a chunk of {head.chunk} bytes", head.offset, "superblock")
+        raise Corrupt(
+            f"the md superblock at byte {head.offset:#x} has a chunk of {head.chunk} bytes",
+            head.offset,
+            "superblock",
+        )
     if head.level in (LINEAR, RAID0):
         size, rows = (_linear if head.level == LINEAR else _raid0)(array)
         return size, rows, None
@@ -95,7 +123,9 @@ def place(array: Array) -> tuple[int, list[Row], Stripes | None]:
         return size, stripes.rows(layout.pattern(each, disks), chunk, size, spots), None
     parity = stripes.parity(head.level, head.layout, disks)
     size = each * chunk * parity.data.shape[1]
-    found = Stripes(parity, chunk, size, [(one.member.reader, one.data_offset) if one else None for one in array.slots])
+    found = Stripes(
+        parity, chunk, size, [(one.member.reader, one.data_offset) if one else None for one in array.slots]
+    )
     return size, stripes.rows(parity.pattern(), chunk, size, spots), found
 
 
@@ -104,11 +134,16 @@ def lost(array: Array) -> int:
     empty = sum(one is None for one in array.slots)
     if array.head.level == RAID10:
         return 0 if empty == 0 else max(0, empty - (Raid10.of(array.head.layout, len(array.slots)).near - 1))
-    return max(0, empty - {RAID1: len(array.slots) - 1, RAID4: 1, RAID5: 1, RAID6: 2}.get(array.head.level, 0))
+    return max(
+        0, empty - {RAID1: len(array.slots) - 1, RAID4: 1, RAID5: 1, RAID6: 2}.get(array.head.level, 0)
+    )
 
 
 def _sizes(array: Array) -> list[int]:
-    """What each member gives, in whole chunks. A missing member of an array that needs all is taken to be like the first."""
+    """What each member gives, in whole chunks.
+
+    A missing member of an array that needs all is taken to be like the first.
+    """
     known = [(one.data_size or one.size) if one else -1 for one in array.slots]
     first = next((size for size in known if size >= 0), 0)
     chunk = max(array.head.chunk, 1)
@@ -125,7 +160,8 @@ def _linear(array: Array) -> tuple[int, list[Row]]:
 
 
 def _raid0(array: Array) -> tuple[int, list[Row]]:
-    """Zones: all members up to the size of the smallest, then those that go on up to the next smallest, and so forth."""
+    """Zones: all members up to the size of the smallest, then those that go on up to the next smallest, and
+    so forth."""
     sizes, chunk = _sizes(array), array.head.chunk
     layout = array.head.layout if array.head.raid0_layout else ORIGINAL_LAYOUT
     at, low, rows = 0, 0, []

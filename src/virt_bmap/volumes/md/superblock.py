@@ -1,6 +1,7 @@
 """The superblock of one member of an md array, versions 0.90, 1.0, 1.1 and 1.2, as one shape.
 
-Sources: kernel include/uapi/linux/raid/md_p.h, drivers/md/md.c (super_90_load, super_1_load, calc_sb_1_csum), md-bitmap.h.
+Sources: kernel include/uapi/linux/raid/md_p.h, drivers/md/md.c (super_90_load, super_1_load, calc_sb_1_csum),
+md-bitmap.h.
 """
 
 from dataclasses import dataclass, field
@@ -28,12 +29,14 @@ HAS_JOURNAL, PPL, MULTIPLE_PPLS, RAID0_LAYOUT = 512, 1024, 2048, 4096
 BITMAP_MAGIC = 0x6D746962
 
 SUPERBLOCK_1 = struct(256, [
-    (0x00, "magic", "<u4"), (0x04, "major_version", "<u4"), (0x08, "feature_map", "<u4"), (0x10, "set_uuid", "V16"),
-    (0x20, "set_name", "V32"), (0x48, "level", "<i4"), (0x4C, "layout", "<u4"), (0x50, "size", "<u8"), (0x58, "chunksize", "<u4"),
-    (0x5C, "raid_disks", "<u4"), (0x60, "bitmap_offset", "<i4"), (0x60, "ppl_offset", "<i2"), (0x62, "ppl_size", "<u2"),
-    (0x64, "new_level", "<i4"), (0x68, "reshape_position", "<u8"), (0x80, "data_offset", "<u8"), (0x88, "data_size", "<u8"),
-    (0x90, "super_offset", "<u8"), (0x98, "recovery_offset", "<u8"), (0xA0, "dev_number", "<u4"), (0xBA, "bblog_size", "<u2"),
-    (0xBC, "bblog_offset", "<i4"), (0xC8, "events", "<u8"), (0xD0, "resync_offset", "<u8"), (0xD8, "sb_csum", "<u4"),
+    (0x00, "magic", "<u4"), (0x04, "major_version", "<u4"), (0x08, "feature_map", "<u4"),
+    (0x10, "set_uuid", "V16"), (0x20, "set_name", "V32"), (0x48, "level", "<i4"), (0x4C, "layout", "<u4"),
+    (0x50, "size", "<u8"), (0x58, "chunksize", "<u4"), (0x5C, "raid_disks", "<u4"),
+    (0x60, "bitmap_offset", "<i4"), (0x60, "ppl_offset", "<i2"), (0x62, "ppl_size", "<u2"),
+    (0x64, "new_level", "<i4"), (0x68, "reshape_position", "<u8"), (0x80, "data_offset", "<u8"),
+    (0x88, "data_size", "<u8"), (0x90, "super_offset", "<u8"), (0x98, "recovery_offset", "<u8"),
+    (0xA0, "dev_number", "<u4"), (0xBA, "bblog_size", "<u2"), (0xBC, "bblog_offset", "<i4"),
+    (0xC8, "events", "<u8"), (0xD0, "resync_offset", "<u8"), (0xD8, "sb_csum", "<u4"),
     (0xDC, "max_dev", "<u4"),
 ])  # fmt: skip
 
@@ -42,26 +45,31 @@ def _superblock_0(order: str) -> np.dtype[np.void]:
     word = f"{order}u4"
     events = ("events_lo", "events_hi") if order == "<" else ("events_hi", "events_lo")
     return struct(MD_SB_BYTES, [
-        (0x00, "md_magic", word), (0x04, "major_version", word), (0x08, "minor_version", word), (0x14, "set_uuid0", word),
-        (0x1C, "level", f"{order}i4"), (0x20, "size", word), (0x28, "raid_disks", word), (0x2C, "md_minor", word),
-        (0x34, "set_uuid1", word), (0x38, "set_uuid2", word), (0x3C, "set_uuid3", word), (0x84, "state", word),
-        (0x98, "sb_csum", word), (0x9C, events[0], word), (0xA0, events[1], word), (0xB0, "reshape_position", f"{order}u8"),
-        (0x100, "layout", word), (0x104, "chunk_size", word), (0x200, "disks", word, (27, 32)), (0xF80, "this_disk", word, (32,)),
+        (0x00, "md_magic", word), (0x04, "major_version", word), (0x08, "minor_version", word),
+        (0x14, "set_uuid0", word), (0x1C, "level", f"{order}i4"), (0x20, "size", word),
+        (0x28, "raid_disks", word), (0x2C, "md_minor", word), (0x34, "set_uuid1", word),
+        (0x38, "set_uuid2", word), (0x3C, "set_uuid3", word), (0x84, "state", word), (0x98, "sb_csum", word),
+        (0x9C, events[0], word), (0xA0, events[1], word), (0xB0, "reshape_position", f"{order}u8"),
+        (0x100, "layout", word), (0x104, "chunk_size", word), (0x200, "disks", word, (27, 32)),
+        (0xF80, "this_disk", word, (32,)),
     ])  # fmt: skip
 
 
 SUPERBLOCK_0 = {order: _superblock_0(order) for order in "<>"}
 BITMAP = struct(256, [
-    (0x00, "magic", "<u4"), (0x28, "sync_size", "<u8"), (0x34, "chunksize", "<u4"), (0x40, "sectors_reserved", "<u4"),
-    (0x44, "nodes", "<u4"),
+    (0x00, "magic", "<u4"), (0x28, "sync_size", "<u8"), (0x34, "chunksize", "<u4"),
+    (0x40, "sectors_reserved", "<u4"), (0x44, "nodes", "<u4"),
 ])  # fmt: skip
 
 
 @dataclass
 class Superblock:
-    """What one member says. Bytes, but `events`; `role` is the member's slot in the array, or SPARE, FAULTY, JOURNAL.
+    """What one member says.
 
-    `size` is what the array uses of each member, `data_size` what the member has; `metadata` are (part, first byte, bytes).
+    Bytes, but `events`; `role` is the member's slot in the array, or SPARE, FAULTY, JOURNAL.
+
+    `size` is what the array uses of each member, `data_size` what the member has; `metadata` are (part, first
+    byte, bytes).
     """
 
     member: Member
@@ -101,30 +109,41 @@ def places(size: int) -> list[tuple[str, int]]:
 
 
 def find(reader: Reader) -> tuple[str, int] | None:
-    """(version, byte) of the superblock; None where there is none, or where it belongs to the last partition."""
+    """(version, byte) of the superblock; None where there is none, or where it belongs to the last
+    partition."""
     for version, offset in places(reader.size):
         head = reader.read_clipped(offset, SUPERBLOCK_1.itemsize)
         if version == "0.90":
-            if any(record(head + bytes(MD_SB_BYTES), kind)["md_magic"] == MD_SB_MAGIC for kind in SUPERBLOCK_0.values()) and (
-                not _in_a_partition(reader, offset)
-            ):
+            if any(
+                record(head + bytes(MD_SB_BYTES), kind)["md_magic"] == MD_SB_MAGIC
+                for kind in SUPERBLOCK_0.values()
+            ) and (not _in_a_partition(reader, offset)):
                 return version, offset
             continue
         found = record(head, SUPERBLOCK_1)
-        if found["magic"] == MD_SB_MAGIC and found["major_version"] == 1 and int(found["super_offset"]) * SECTOR == offset:
+        if (
+            found["magic"] == MD_SB_MAGIC
+            and found["major_version"] == 1
+            and int(found["super_offset"]) * SECTOR == offset
+        ):
             return version, offset
     return None
 
 
 def _in_a_partition(reader: Reader, offset: int) -> bool:
-    """Version 0.90 does not say where its device begins: at the end of a disk it can be the last partition's."""
+    """Version 0.90 does not say where its device begins: at the end of a disk it can be the last
+    partition's."""
     for module in (gpt, mbr):
         if module.probe(reader):
             try:
                 children = module.assemble([Member(0, "", reader)]).children
             except Corrupt:
                 return False
-            return any(row.parent_offset <= offset < row.parent_offset + row.run for child in children for row in child.rows)
+            return any(
+                row.parent_offset <= offset < row.parent_offset + row.run
+                for child in children
+                for row in child.rows
+            )
     return False
 
 
@@ -139,10 +158,14 @@ def read(member: Member) -> Superblock:
         if start < 0 or start + length > member.reader.size:
             result.metadata.remove((part, start, length))
             result.problems.append(
-                Problem("outside", f"the {part} at {start:#x}+{length:#x} lies outside the member", -1, "warning")
+                Problem(
+                    "outside", f"the {part} at {start:#x}+{length:#x} lies outside the member", -1, "warning"
+                )
             )
     if not 1 <= result.raid_disks <= MAX_ROLES:
-        raise Corrupt(f"the md superblock at byte {offset:#x} says raid_disks {result.raid_disks}", offset, "superblock")
+        raise Corrupt(
+            f"the md superblock at byte {offset:#x} says raid_disks {result.raid_disks}", offset, "superblock"
+        )
     return result
 
 
@@ -150,7 +173,11 @@ def _read_1(member: Member, version: str, offset: int) -> Superblock:
     head = record(member.reader.read(offset, SUPERBLOCK_1.itemsize), SUPERBLOCK_1)
     roles = int(head["max_dev"])
     if roles > MAX_ROLES:
-        raise Corrupt(f"the md superblock at byte {offset:#x} has max_dev {roles}, more than {MAX_ROLES}", offset, "superblock")
+        raise Corrupt(
+            f"the md superblock at byte {offset:#x} has max_dev {roles}, more than {MAX_ROLES}",
+            offset,
+            "superblock",
+        )
     data = member.reader.read(offset, SUPERBLOCK_1.itemsize + 2 * roles)
     role_of = np.frombuffer(data, "<u2", offset=SUPERBLOCK_1.itemsize).tolist()
     features, number = int(head["feature_map"]), int(head["dev_number"])
@@ -158,28 +185,40 @@ def _read_1(member: Member, version: str, offset: int) -> Superblock:
         value = int(head[name])
         if name != "resync_offset" and value > MAX_SECTORS:
             raise Corrupt(
-                f"the md superblock at byte {offset:#x} says {name} {value:#x}, more than any disk has", offset, "superblock"
+                f"the md superblock at byte {offset:#x} says {name} {value:#x}, more than any disk has",
+                offset,
+                "superblock",
             )
     result = Superblock(
         member, version, offset, _uuid(head["set_uuid"].tobytes()),
         head["set_name"].tobytes().rstrip(b"\0").decode(errors="backslashreplace"),
-        int(head["level"]), int(head["layout"]), int(head["chunksize"]) * SECTOR, int(head["raid_disks"]), int(head["size"]) * SECTOR,
-        int(head["data_offset"]) * SECTOR, int(head["data_size"]) * SECTOR, int(head["events"]),
-        role_of[number] if number < roles else SPARE, number, role_of, int(head["resync_offset"]) >= int(head["size"]),
-        bool(features & RESHAPE_ACTIVE), int(head["recovery_offset"]) * SECTOR if features & RECOVERY_OFFSET else None,
+        int(head["level"]), int(head["layout"]), int(head["chunksize"]) * SECTOR, int(head["raid_disks"]),
+        int(head["size"]) * SECTOR, int(head["data_offset"]) * SECTOR, int(head["data_size"]) * SECTOR,
+        int(head["events"]), role_of[number] if number < roles else SPARE, number, role_of,
+        int(head["resync_offset"]) >= int(head["size"]), bool(features & RESHAPE_ACTIVE),
+        int(head["recovery_offset"]) * SECTOR if features & RECOVERY_OFFSET else None,
         bool(features & REPLACEMENT), raid0_layout=bool(features & RAID0_LAYOUT),
         metadata=[("md superblock", offset, -(-len(data) // SECTOR) * SECTOR)],
     )  # fmt: skip
     if _checksum_1(data) != int(head["sb_csum"]):
         result.problems.append(
-            Problem("checksum", f"the checksum of the md superblock at byte {offset:#x} is wrong", offset, "warning")
+            Problem(
+                "checksum",
+                f"the checksum of the md superblock at byte {offset:#x} is wrong",
+                offset,
+                "warning",
+            )
         )
     if features & BITMAP_OFFSET:
         start = offset + int(head["bitmap_offset"]) * SECTOR
         result.metadata.append(("md bitmap", start, _bitmap_bytes(member.reader, start)))
     if features & (PPL | MULTIPLE_PPLS):
         result.metadata.append(
-            ("md partial parity log", offset + int(head["ppl_offset"]) * SECTOR, int(head["ppl_size"]) * SECTOR)
+            (
+                "md partial parity log",
+                offset + int(head["ppl_offset"]) * SECTOR,
+                int(head["ppl_size"]) * SECTOR,
+            )
         )
     if features & BAD_BLOCKS or head["bblog_size"]:
         start, length = offset + int(head["bblog_offset"]) * SECTOR, int(head["bblog_size"]) * SECTOR
@@ -190,28 +229,42 @@ def _read_1(member: Member, version: str, offset: int) -> Superblock:
 
 def _read_0(member: Member, offset: int) -> Superblock:
     data = member.reader.read(offset, MD_SB_BYTES)
-    order = next(order for order, kind in SUPERBLOCK_0.items() if record(data, kind)["md_magic"] == MD_SB_MAGIC)
+    order = next(
+        order for order, kind in SUPERBLOCK_0.items() if record(data, kind)["md_magic"] == MD_SB_MAGIC
+    )
     head = record(data, SUPERBLOCK_0[order])
     disks = head["disks"]
-    roles = [int(disk[3]) if int(disk[4]) >> MD_DISK_SYNC & 1 and not int(disk[4]) & 1 else SPARE for disk in disks]
+    roles = [
+        int(disk[3]) if int(disk[4]) >> MD_DISK_SYNC & 1 and not int(disk[4]) & 1 else SPARE for disk in disks
+    ]
     number = int(head["this_disk"][0])
-    words = b"".join(int(head[name]).to_bytes(4, "big") for name in ("set_uuid0", "set_uuid1", "set_uuid2", "set_uuid3"))
+    words = b"".join(
+        int(head[name]).to_bytes(4, "big") for name in ("set_uuid0", "set_uuid1", "set_uuid2", "set_uuid3")
+    )
     state = int(head["state"])
     result = Superblock(
-        member, "0.90", offset, _uuid(words), "", int(head["level"]), int(head["layout"]), int(head["chunk_size"]),
-        int(head["raid_disks"]), int(head["size"]) * 1024, 0, offset, (int(head["events_hi"]) << 32) + int(head["events_lo"]),
+        member, "0.90", offset, _uuid(words), "", int(head["level"]), int(head["layout"]),
+        int(head["chunk_size"]), int(head["raid_disks"]), int(head["size"]) * 1024, 0, offset,
+        (int(head["events_hi"]) << 32) + int(head["events_lo"]),
         roles[number] if number < len(roles) else SPARE, number, roles, bool(state >> MD_SB_CLEAN & 1),
-        int(head["minor_version"]) > 90 and int(head["reshape_position"]) != 0xFFFFFFFFFFFFFFFF, minor=int(head["md_minor"]),
-        metadata=[("md superblock", offset, MD_SB_BYTES)],
+        int(head["minor_version"]) > 90 and int(head["reshape_position"]) != 0xFFFFFFFFFFFFFFFF,
+        minor=int(head["md_minor"]), metadata=[("md superblock", offset, MD_SB_BYTES)],
     )  # fmt: skip
     if state >> MD_SB_BITMAP_PRESENT & 1:
         start = offset + MD_SB_BYTES
-        result.metadata.append(("md bitmap", start, min(_bitmap_bytes(member.reader, start), MD_RESERVED_BYTES - MD_SB_BYTES)))
+        result.metadata.append(
+            ("md bitmap", start, min(_bitmap_bytes(member.reader, start), MD_RESERVED_BYTES - MD_SB_BYTES))
+        )
     words_of = np.frombuffer(data, f"{order}u4").astype(np.uint64)
     total = int(words_of.sum()) - int(head["sb_csum"])
     if (total & 0xFFFFFFFF) + (total >> 32) & 0xFFFFFFFF != int(head["sb_csum"]):
         result.problems.append(
-            Problem("checksum", f"the checksum of the md superblock at byte {offset:#x} is wrong", offset, "warning")
+            Problem(
+                "checksum",
+                f"the checksum of the md superblock at byte {offset:#x} is wrong",
+                offset,
+                "warning",
+            )
         )
     return result
 
@@ -235,7 +288,9 @@ def _bitmap_bytes(reader: Reader, start: int) -> int:
     bits = -(-int(head["sync_size"]) * SECTOR // int(head["chunksize"]))
     used = BITMAP.itemsize + -(-bits // 8)
     # a cluster keeps one bitmap a node, each from a block of its own
-    used = max(1, int(head["nodes"])) * (-(-used // MD_SB_BYTES) * MD_SB_BYTES if head["nodes"] else -(-used // SECTOR) * SECTOR)
+    used = max(1, int(head["nodes"])) * (
+        -(-used // MD_SB_BYTES) * MD_SB_BYTES if head["nodes"] else -(-used // SECTOR) * SECTOR
+    )
     return max(used, int(head["sectors_reserved"]) * SECTOR)
 
 

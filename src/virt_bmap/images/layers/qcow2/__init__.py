@@ -1,4 +1,5 @@
-"""qcow2: L1, L2 and refcounts as arrays; every byte of the image file has an owner, and the owners are compared with the refcounts.
+"""qcow2: L1, L2 and refcounts as arrays; every byte of the image file has an owner, and the owners are
+compared with the refcounts.
 
 Sources: QEMU docs/interop/qcow2.rst (v8.2).
 """
@@ -15,7 +16,15 @@ from virt_bmap.contract import Checks, Problem
 from virt_bmap.images.layer import IN_DATA, IN_ZERO, Draft, Layer
 from virt_bmap.images.layer import PACKED as IN_PACKED
 from virt_bmap.images.layers.qcow2 import clusters, header, refcounts
-from virt_bmap.images.layers.qcow2.clusters import IN_PLACE, NOWHERE, PACKED, RESERVED, ZERO_IN_PLACE, L2Tables, Pieces
+from virt_bmap.images.layers.qcow2.clusters import (
+    IN_PLACE,
+    NOWHERE,
+    PACKED,
+    RESERVED,
+    ZERO_IN_PLACE,
+    L2Tables,
+    Pieces,
+)
 from virt_bmap.images.layers.qcow2.header import Header
 from virt_bmap.images.layers.qcow2.refcounts import References
 from virt_bmap.layout import INT64_MAX
@@ -67,7 +76,9 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
         references.add(held.host, held.stored, l2.uses[held.table])
     own_free_clusters(image, draft, head, references)
     facts = describe(head)
-    return draft.finish(NAME, head.cluster, facts, f"it is encrypted ({facts['encryption']})" if head.crypt else None)
+    return draft.finish(
+        NAME, head.cluster, facts, f"it is encrypted ({facts['encryption']})" if head.crypt else None
+    )
 
 
 def own_header(draft: Draft, head: Header, references: References) -> None:
@@ -87,7 +98,9 @@ def own_header(draft: Draft, head: Header, references: References) -> None:
         _own_table(draft, head, references, "LUKS header", *head.crypto)
 
 
-def _own_table(draft: Draft, head: Header, references: References, part: str, offset: Any, length: Any) -> None:
+def _own_table(
+    draft: Draft, head: Header, references: References, part: str, offset: Any, length: Any
+) -> None:
     """Tables that begin at clusters; what is left of the last cluster is slack."""
     offset, length = ints(offset), ints(length)
     some = length > 0
@@ -117,7 +130,9 @@ def own_snapshot_and_bitmap_tables(image: Reader, draft: Draft, head: Header, re
         place = (words & np.uint64(clusters.OFFSET_MASK)).astype(np.int64)
         place = place[place != 0]
         wrong = (place % head.cluster != 0) | (place >= image.size)
-        draft.complain("bitmap-table", "entries of bitmap tables lead outside the file or between clusters", place[wrong])
+        draft.complain(
+            "bitmap-table", "entries of bitmap tables lead outside the file or between clusters", place[wrong]
+        )
         place = place[~wrong]
         draft.own("bitmap data", place, head.cluster)
         references.add(place, np.full(len(place), head.cluster))
@@ -141,7 +156,8 @@ def read_clusters(image: Reader, head: Header, l2: L2Tables, draft: Draft) -> tu
 
 
 def _packed_cut(found: Pieces) -> Pieces:
-    """Compressed clusters cut where the next one begins: their length is stored in sectors only, and they are packed without gaps."""
+    """Compressed clusters cut where the next one begins: their length is stored in sectors only, and they are
+    packed without gaps."""
     packed = np.flatnonzero(found.kind == PACKED)
     if len(packed) == 0:
         return found
@@ -153,7 +169,8 @@ def _packed_cut(found: Pieces) -> Pieces:
 
 
 def place_current(draft: Draft, head: Header, known: Pieces) -> None:
-    """Where the disk lies now, and what of the clusters is kept without being in use; behind the disk's end lies the VM state."""
+    """Where the disk lies now, and what of the clusters is kept without being in use; behind the disk's end
+    lies the VM state."""
     state = known.guest >= -(-head.size // head.cluster) * head.cluster
     draft.own("VM state", known.host[state & (known.host >= 0)], known.stored[state & (known.host >= 0)])
     known = known.take(~state)
@@ -163,12 +180,15 @@ def place_current(draft: Draft, head: Header, known: Pieces) -> None:
     kept = (known.kind == RESERVED) & (head.backing[0] != 0)  # without a backing file they read as zeroes
     draft.own("subclusters not in use", known.host[kept], known.length[kept], tables.UNWRITTEN, file)
     mine = known.take(~nowhere & ~kept)
-    role = np.select([mine.kind == IN_PLACE, np.isin(mine.kind, (ZERO_IN_PLACE, RESERVED))], [IN_DATA, IN_ZERO], IN_PACKED)
+    role = np.select(
+        [mine.kind == IN_PLACE, np.isin(mine.kind, (ZERO_IN_PLACE, RESERVED))], [IN_DATA, IN_ZERO], IN_PACKED
+    )
     draft.place(mine.guest, mine.host, mine.length, role, file, mine.stored)
 
 
 def own_snapshot_data(draft: Draft, head: Header, l2: L2Tables, known: Pieces, held: Pieces) -> None:
-    """Clusters that the current state does not hold, by the snapshot that does; where several do, that is said."""
+    """Clusters that the current state does not hold, by the snapshot that does; where several do, that is
+    said."""
     current = l2.first[held.table] == 0
     theirs = held.take(~current)
     if len(theirs.host) == 0:
@@ -181,34 +201,60 @@ def own_snapshot_data(draft: Draft, head: Header, l2: L2Tables, known: Pieces, h
         _own_by_snapshot(draft, head, what, theirs.take(some), first[some], last[some], mine)
 
 
-def _own_by_snapshot(draft: Draft, head: Header, what: str, theirs: Pieces, first: Int, last: Int, mine: Pieces) -> None:
-    """Ranges held by snapshots but not by the current state. All numbers of a range are equal where n * sum of squares is the square of the sum."""
+def _own_by_snapshot(
+    draft: Draft, head: Header, what: str, theirs: Pieces, first: Int, last: Int, mine: Pieces
+) -> None:
+    """Ranges held by snapshots but not by the current state.
+
+    All numbers of a range are equal where n * sum of squares is the square of the sum.
+    """
     start, end = theirs.host, theirs.host + theirs.stored
     points = np.unique(np.concatenate([start, end, mine.host, mine.host + mine.stored]))
     count = weigh(points, start, end)
     number = weigh(points, start, end, first) // np.maximum(count, 1)
-    alone = (weigh(points, start, end, first * first) == count * number * number) & (weigh(points, start, end, last - first) == 0)
+    alone = (weigh(points, start, end, first * first) == count * number * number) & (
+        weigh(points, start, end, last - first) == 0
+    )
     only = (count > 0) & (weigh(points, mine.host, mine.host + mine.stored) == 0)
     label = np.where(alone, number, SEVERAL)
     for who in np.unique(label[only]).tolist():
         some = only & (label == who)
         name = "several snapshots" if who == SEVERAL else f"snapshot {who}"
         draft.own(
-            f"{what} of {name}", points[:-1][some], (points[1:] - points[:-1])[some], tables.CONTENT, 1 if head.external else 0
+            f"{what} of {name}",
+            points[:-1][some],
+            (points[1:] - points[:-1])[some],
+            tables.CONTENT,
+            1 if head.external else 0,
         )
 
 
 def own_free_clusters(image: Reader, draft: Draft, head: Header, references: References) -> None:
-    """Refcount structures, and what they say against what refers to the clusters. Of a dirty image they say nothing."""
+    """Refcount structures, and what they say against what refers to the clusters.
+
+    Of a dirty image they say nothing.
+    """
     at, block = refcounts.read_blocks(image, head, draft)
-    _own_table(draft, head, references, "refcount table", head.refcount_offset, head.refcount_clusters << head.cluster_bits)
+    _own_table(
+        draft,
+        head,
+        references,
+        "refcount table",
+        head.refcount_offset,
+        head.refcount_clusters << head.cluster_bits,
+    )
     draft.own("refcount block", block, head.cluster)
     references.add(block, np.full(len(block), head.cluster))
     found = refcounts.compare(references, refcounts.read_counts(image, head, at, block), image.size)
     draft.own("free cluster", found.free[0], found.free[1] - found.free[0], tables.FREE)
     if head.incompatible & header.DIRTY:
         draft.problems.append(
-            Problem("dirty", "the image was not closed: its refcounts are out of date until qemu-img check -r all", 72, "note")
+            Problem(
+                "dirty",
+                "the image was not closed: its refcounts are out of date until qemu-img check -r all",
+                72,
+                "note",
+            )
         )
         draft.own("leaked cluster", found.leaked[0], found.leaked[1] - found.leaked[0], tables.GAP)
         return
@@ -217,11 +263,24 @@ def own_free_clusters(image: Reader, draft: Draft, head: Header, references: Ref
         (
             "leaked",
             found.leaked,
-            "ranges of clusters are counted as used, but nothing refers to them (qemu-img check -r leaks frees them)",
+            (
+                "ranges of clusters are counted as used, but nothing refers to them (qemu-img check -r "
+                "leaks frees them)"
+            ),
             "warning",
         ),
-        ("refcount-low", found.low, "ranges of clusters have a refcount below the number of references to them", "error"),
-        ("refcount-high", found.high, "ranges of clusters have a refcount above the number of references to them", "warning"),
+        (
+            "refcount-low",
+            found.low,
+            "ranges of clusters have a refcount below the number of references to them",
+            "error",
+        ),
+        (
+            "refcount-high",
+            found.high,
+            "ranges of clusters have a refcount above the number of references to them",
+            "warning",
+        ),
     ):
         draft.complain(code, what, ranges[0], severity)
 
@@ -229,11 +288,14 @@ def own_free_clusters(image: Reader, draft: Draft, head: Header, references: Ref
 def describe(head: Header) -> dict[str, Any]:
     """What the header says, for people and JSON; bytes, and dates in seconds since 1970."""
     return {
-        "version": head.version, "cluster_size": head.cluster, "features": head.features, "refcount_bits": head.refcount_bits,
-        "compression": head.compression, "encryption": header.CRYPT.get(head.crypt, f"method {head.crypt}"),
+        "version": head.version, "cluster_size": head.cluster, "features": head.features,
+        "refcount_bits": head.refcount_bits, "compression": head.compression,
+        "encryption": header.CRYPT.get(head.crypt, f"method {head.crypt}"),
         "dirty": bool(head.incompatible & header.DIRTY), "corrupt": bool(head.incompatible & header.CORRUPT),
-        "snapshots": [{"number": number, "id": s.id, "name": s.name, "date": s.date, "size": s.size, "vm_state": s.vm_state}
+        "snapshots": [{"number": number, "id": s.id, "name": s.name, "date": s.date, "size": s.size,
+                "vm_state": s.vm_state}
                       for number, s in enumerate(head.snapshots, 1)],
-        "bitmaps": [{"name": b.name, "granularity": b.granularity, "in_use": bool(b.flags & header.IN_USE), "enabled": bool(b.flags & header.AUTO)}
+        "bitmaps": [{"name": b.name, "granularity": b.granularity, "in_use": bool(b.flags & header.IN_USE),
+                "enabled": bool(b.flags & header.AUTO)}
                     for b in head.bitmaps],
     }  # fmt: skip

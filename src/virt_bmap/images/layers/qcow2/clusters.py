@@ -1,6 +1,7 @@
 """L1 and L2 tables: which host cluster holds which guest cluster, in the current state and in the snapshots.
 
-Sources: QEMU docs/interop/qcow2.rst (v8.2) section "Cluster mapping" with "Extended L2 Entries"; block/qcow2.h (qcow2_get_subcluster_type).
+Sources: QEMU docs/interop/qcow2.rst (v8.2) section "Cluster mapping" with "Extended L2 Entries";
+block/qcow2.h (qcow2_get_subcluster_type).
 """
 
 from collections.abc import Iterator
@@ -19,16 +20,21 @@ COPIED, COMPRESSED, ALL_ZEROS = 1 << 63, 1 << 62, 1
 SUBCLUSTERS = 32
 SECTOR = 512
 BATCH = 16 << 20
-"""Bytes of L2 tables that are looked into at a time: memory follows this and the runs found, not the size of the image."""
+"""Bytes of L2 tables that are looked into at a time: memory follows this and the runs found, not the size of
+the image."""
 
 IN_PLACE, ZERO_IN_PLACE, NOWHERE, PACKED, RESERVED = range(5)
-"""Guest data at its cluster; a cluster kept for zeroes; zeroes without a cluster; compressed; a subcluster that is kept but not in use."""
+"""Guest data at its cluster; a cluster kept for zeroes; zeroes without a cluster; compressed; a subcluster
+that is kept but not in use."""
 
 
 class L2Tables(NamedTuple):
-    """The distinct L2 tables, by file offset. `guest` is the first byte that each describes; `uses` how many L1 entries lead to it.
+    """The distinct L2 tables, by file offset.
 
-    `first` and `last` are the lowest and highest number of who uses it: 0 the current state, from 1 on the snapshots.
+    `guest` is the first byte that each describes; `uses` how many L1 entries lead to it.
+
+    `first` and `last` are the lowest and highest number of who uses it: 0 the current state, from 1 on the
+    snapshots.
     """
 
     offset: Int
@@ -39,7 +45,8 @@ class L2Tables(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """Runs of guest bytes [guest, +length) of one kind, at `host` (-1: nowhere) in `stored` bytes; `table` is a position in L2Tables."""
+    """Runs of guest bytes [guest, +length) of one kind, at `host` (-1: nowhere) in `stored` bytes; `table` is
+    a position in L2Tables."""
 
     guest: Int
     host: Int
@@ -54,7 +61,10 @@ class Pieces(NamedTuple):
 
 def read_l2_tables(image: Reader, header: Header, draft: Draft) -> L2Tables:
     """All L1 tables in one batch, and the L2 tables that they lead to."""
-    tables = [(header.l1_offset, header.l1_size), *((snapshot.l1_offset, snapshot.l1_size) for snapshot in header.snapshots)]
+    tables = [
+        (header.l1_offset, header.l1_size),
+        *((snapshot.l1_offset, snapshot.l1_size) for snapshot in header.snapshots),
+    ]
     sizes = np.array([size for _, size in tables], np.int64)
     raw = image.read_ranges(np.array([offset for offset, _ in tables], np.int64), sizes * 8)
     who, nth = expand(sizes)
@@ -71,13 +81,18 @@ def read_l2_tables(image: Reader, header: Header, draft: Draft) -> L2Tables:
     np.minimum.at(first, inverse, who)
     np.maximum.at(last, inverse, who)
     again = (who == who[start][inverse]) & (np.arange(len(who)) != start[inverse])
-    draft.complain("l2-twice", "L1 entries lead to an L2 table that the same L1 table already has", where[again])
+    draft.complain(
+        "l2-twice", "L1 entries lead to an L2 table that the same L1 table already has", where[again]
+    )
     guest = nth[start] * header.l2_entries * header.cluster
-    return L2Tables(distinct, guest, np.bincount(inverse, minlength=len(distinct)).astype(np.int64), first, last)
+    return L2Tables(
+        distinct, guest, np.bincount(inverse, minlength=len(distinct)).astype(np.int64), first, last
+    )
 
 
 def pieces(image: Reader, header: Header, tables: L2Tables, draft: Draft) -> Iterator[tuple[Pieces, Pieces]]:
-    """For each batch of L2 tables: (what guest bytes are where, which host clusters are held). They differ where subclusters are in use."""
+    """For each batch of L2 tables: (what guest bytes are where, which host clusters are held). They differ
+    where subclusters are in use."""
     step = max(1, BATCH // header.cluster)
     for at in range(0, len(tables.offset), step):
         batch = slice(at, at + step)
@@ -120,7 +135,9 @@ def _wrong(image: Reader, header: Header, found: Pieces, place: Int, draft: Draf
     between = plain & (found.host >= 0) & (found.host % header.cluster != 0)
     draft.complain("l2-entry", "L2 entries lead between clusters", place[between])
     if header.external:
-        draft.complain("l2-entry", "L2 entries are compressed, which an external data file can't hold", place[~plain])
+        draft.complain(
+            "l2-entry", "L2 entries are compressed, which an external data file can't hold", place[~plain]
+        )
         return _any(between, ~plain)
     behind = found.host >= image.size
     draft.complain("l2-entry", "L2 entries lead behind the end of the file", place[behind])
@@ -134,7 +151,8 @@ def _any(*flags: Bool) -> Bool:
 
 
 def _subclusters(header: Header, found: Pieces, bitmap: np.ndarray) -> Pieces:
-    """Each cluster that is not compressed as its 32 subclusters; what falls through to the backing file is left out."""
+    """Each cluster that is not compressed as its 32 subclusters; what falls through to the backing file is
+    left out."""
     packed = found.kind == PACKED
     split = found.take(~packed)
     row, nth = expand(np.full(len(split.guest), SUBCLUSTERS, np.int64))
@@ -153,14 +171,23 @@ def _subclusters(header: Header, found: Pieces, bitmap: np.ndarray) -> Pieces:
 
 
 def _runs(found: Pieces) -> Pieces:
-    """Neighbours of one table and kind that continue each other on both sides, made one; compressed clusters stay alone."""
+    """Neighbours of one table and kind that continue each other on both sides, made one; compressed clusters
+    stay alone."""
     if len(found.guest) == 0:
         return Pieces(EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
     end = found.guest + found.length
-    follows = (found.host[1:] == found.host[:-1] + found.length[:-1]) | ((found.host[1:] < 0) & (found.host[:-1] < 0))
-    same = (found.kind[1:] == found.kind[:-1]) & (found.table[1:] == found.table[:-1]) & (found.kind[1:] != PACKED)
+    follows = (found.host[1:] == found.host[:-1] + found.length[:-1]) | (
+        (found.host[1:] < 0) & (found.host[:-1] < 0)
+    )
+    same = (
+        (found.kind[1:] == found.kind[:-1])
+        & (found.table[1:] == found.table[:-1])
+        & (found.kind[1:] != PACKED)
+    )
     first = np.flatnonzero(np.append(True, ~((found.guest[1:] == end[:-1]) & follows & same)))
     last = np.append(first[1:], len(end)) - 1
     one = found.take(first)
     length = end[last] - one.guest
-    return Pieces(one.guest, one.host, length, np.where(one.kind == PACKED, one.stored, length), one.kind, one.table)
+    return Pieces(
+        one.guest, one.host, length, np.where(one.kind == PACKED, one.stored, length), one.kind, one.table
+    )

@@ -1,8 +1,10 @@
 """The allocator of a qcow2 image: what it says of each cluster, and what really refers to it.
 
-Both are kept as runs over the file, not as one number for each cluster: a sparse file can claim any number of clusters.
+Both are kept as runs over the file, not as one number for each cluster: a sparse file can claim any number of
+clusters.
 
-Sources: QEMU docs/interop/qcow2.rst (v8.2) section "Host cluster management"; block/qcow2-refcount.c (get_refcount_ro0 to ro6, check_refcounts_l1).
+Sources: QEMU docs/interop/qcow2.rst (v8.2) section "Host cluster management"; block/qcow2-refcount.c
+(get_refcount_ro0 to ro6, check_refcounts_l1).
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +42,8 @@ class References:
 
 
 class Verdict(NamedTuple):
-    """Ranges of the file: free (count 0, no reference), leaked (counted, no reference), too low and too high a count."""
+    """Ranges of the file: free (count 0, no reference), leaked (counted, no reference), too low and too high
+    a count."""
 
     free: Ranges
     leaked: Ranges
@@ -49,19 +52,26 @@ class Verdict(NamedTuple):
 
 
 def read_blocks(image: Reader, header: Header, draft: Draft) -> tuple[Int, Int]:
-    """(position in the refcount table, offset) of each refcount block that can be read and that speaks of bytes in the file."""
+    """(position in the refcount table, offset) of each refcount block that can be read and that speaks of
+    bytes in the file."""
     raw = image.read(header.refcount_offset, header.refcount_clusters << header.cluster_bits)
     offset = (np.frombuffer(raw, ">u8") & np.uint64(OFFSET_MASK)).astype(np.int64)
     at = np.flatnonzero(offset)
     offset = offset[at]
     place = header.refcount_offset + at * 8
     wrong = (offset % header.cluster != 0) | (offset < 0) | (offset + header.cluster > image.size)
-    draft.complain("refcount-table", "entries of the refcount table lead outside the file or between clusters", place[wrong])
+    draft.complain(
+        "refcount-table",
+        "entries of the refcount table lead outside the file or between clusters",
+        place[wrong],
+    )
     at, offset, place = at[~wrong], offset[~wrong], place[~wrong]
     _, first = np.unique(offset, return_index=True)
     again = np.ones(len(at), bool)
     again[first] = False
-    draft.complain("refcount-table", "entries of the refcount table lead to a block that another has", place[again])
+    draft.complain(
+        "refcount-table", "entries of the refcount table lead to a block that another has", place[again]
+    )
     return at[~again], offset[~again]
 
 
@@ -88,7 +98,8 @@ def read_counts(image: Reader, header: Header, at: Int, offset: Int) -> tuple[In
 
 
 def decode(blocks: np.ndarray, bits: int) -> Int:
-    """The refcounts of whole blocks in order: big-endian, or less than a byte each from the lowest bits up."""
+    """The refcounts of whole blocks in order: big-endian, or less than a byte each from the lowest bits
+    up."""
     raw = np.ascontiguousarray(blocks).reshape(-1)
     if bits < 8:
         split = np.unpackbits(raw, bitorder="little").reshape(-1, bits).astype(np.int64)
@@ -103,7 +114,9 @@ def compare(references: References, counted: tuple[Int, Int, Int], size: int) ->
     start, end, times = references.all()
     low, high, count = counted
     # a count is of one run, a reference of many: sums of both, piece by piece
-    points = np.unique(np.concatenate([start, end, low, high, [0, -(-size // references.cluster) * references.cluster]]))
+    points = np.unique(
+        np.concatenate([start, end, low, high, [0, -(-size // references.cluster) * references.cluster]])
+    )
     need = weigh(points, start, end, times)
     have = weigh(points, low, high, count)
     left, right = np.minimum(points[:-1], size), np.minimum(points[1:], size)
@@ -112,5 +125,8 @@ def compare(references: References, counted: tuple[Int, Int, Int], size: int) ->
         return union(left[flags], right[flags])
 
     return Verdict(
-        where((need == 0) & (have == 0)), where((need == 0) & (have > 0)), where(need > have), where((need > 0) & (have > need))
+        where((need == 0) & (have == 0)),
+        where((need == 0) & (have > 0)),
+        where(need > have),
+        where((need > 0) & (have > need)),
     )

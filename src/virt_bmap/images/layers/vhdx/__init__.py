@@ -13,7 +13,15 @@ from virt_bmap.contract import Checks, Problem
 from virt_bmap.errors import Corrupt, Unsupported
 from virt_bmap.images.layer import IN_DATA, IN_ZERO, Draft, Layer, used_entries
 from virt_bmap.images.layers.vhd import split
-from virt_bmap.images.layers.vhdx.metadata import AREA, HEADERS, MIB, REGION_TABLES, Metadata, damaged, read_metadata
+from virt_bmap.images.layers.vhdx.metadata import (
+    AREA,
+    HEADERS,
+    MIB,
+    REGION_TABLES,
+    Metadata,
+    damaged,
+    read_metadata,
+)
 from virt_bmap.reader import Reader
 
 NAME = "vhdx"
@@ -63,10 +71,19 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
             )
         )
     if about.log_in_use:
-        draft.problems.append(Problem("log", "the log has changes that were not carried out: the map may be out of date until the image is opened for writing",
+        draft.problems.append(Problem("log", "the log has changes that were not carried out: the map may "
+            "be out of date until the image is opened for writing",
                                       about.log[0], "warning"))  # fmt: skip
-    return draft.finish(NAME, about.block, {"version": 1, "subformat": "differencing" if about.differencing else "dynamic or fixed",
-                                            "sector_size": about.sector, "dirty": about.log_in_use})  # fmt: skip
+    return draft.finish(
+        NAME,
+        about.block,
+        {
+            "version": 1,
+            "subformat": "differencing" if about.differencing else "dynamic or fixed",
+            "sector_size": about.sector,
+            "dirty": about.log_in_use,
+        },
+    )
 
 
 def parent(image: Reader) -> str | None:
@@ -74,7 +91,8 @@ def parent(image: Reader) -> str | None:
     about = read_metadata(image)
     if about.differencing and not about.parent:
         raise Unsupported(
-            f"{image.name}: is a differencing VHDX that names its parent neither by a relative nor by an absolute path",
+            f"{image.name}: is a differencing VHDX that names its parent neither by a relative nor "
+            "by an absolute path",
             about.metadata[0],
         )
     return about.parent
@@ -92,13 +110,15 @@ def own_regions(draft: Draft, about: Metadata) -> None:
 
 
 def read_bat(image: Reader, about: Metadata, chunk: int) -> tuple[Int, Int, Int, Int]:
-    """(number, entry) of the payload blocks that are not in the state 0, and of the sector bitmap blocks: behind each `chunk` payload entries there is one."""
+    """(number, entry) of the payload blocks that are not in the state 0, and of the sector bitmap blocks:
+    behind each `chunk` payload entries there is one."""
     blocks = -(-about.size // about.block)
     chunks = -(-blocks // chunk)
     need = chunks * (chunk + 1) if about.differencing else blocks + max(0, blocks - 1) // chunk
     if need * 8 > about.bat[1]:
         raise Corrupt(
-            f"{image.name}: its block allocation table at byte {about.bat[0]:#x} has {about.bat[1]:,} bytes, but {blocks:,} blocks need {need * 8:,}",
+            f"{image.name}: its block allocation table at byte {about.bat[0]:#x} has "
+            f"{about.bat[1]:,} bytes, but {blocks:,} blocks need {need * 8:,}",
             about.bat[0],
         )
     number, entry = used_entries(image, about.bat[0], need, "<u8", NOT_PRESENT)
@@ -108,7 +128,14 @@ def read_bat(image: Reader, about: Metadata, chunk: int) -> tuple[Int, Int, Int,
 
 
 def place_blocks(
-    image: Reader, draft: Draft, about: Metadata, number: Int, payload: Int, chunks: Int, bitmap: Int, chunk: int
+    image: Reader,
+    draft: Draft,
+    about: Metadata,
+    number: Int,
+    payload: Int,
+    chunks: Int,
+    bitmap: Int,
+    chunk: int,
 ) -> None:
     """Payload blocks by their state; in differencing images some have only part of their sectors."""
     state, host = payload & 7, payload >> 20 << 20
@@ -119,7 +146,10 @@ def place_blocks(
     there &= ~wrong
     whole = there & (state != PARTIALLY_PRESENT)
     draft.place(
-        number[whole] * about.block, host[whole], np.full(int(whole.sum()), about.block), np.where(kept[whole], IN_ZERO, IN_DATA)
+        number[whole] * about.block,
+        host[whole],
+        np.full(int(whole.sum()), about.block),
+        np.where(kept[whole], IN_ZERO, IN_DATA),
     )
     nowhere = np.isin(state, (UNDEFINED, ZERO, UNMAPPED, UNMAPPED_V095)) & ~there
     draft.zero(number[nowhere] * about.block, np.full(int(nowhere.sum()), about.block))
@@ -131,7 +161,9 @@ def place_blocks(
     _place_sectors(image, draft, about, number[partly], host[partly], chunk, chunks, place)
     taken = [(0, MIB), about.log, about.metadata, about.bat]
     start = np.concatenate([host[there], place, ints([at for at, _ in taken])])
-    length = np.concatenate([np.full(int(there.sum()), about.block), np.full(len(place), MIB), ints([size for _, size in taken])])
+    length = np.concatenate(
+        [np.full(int(there.sum()), about.block), np.full(len(place), MIB), ints([size for _, size in taken])]
+    )
     low, high = complement(start, start + length, 0, image.size)
     draft.own(None, low, high - low, tables.UNREFERENCED)
 
@@ -139,7 +171,8 @@ def place_blocks(
 def _place_sectors(
     image: Reader, draft: Draft, about: Metadata, number: Int, host: Int, chunk: int, chunks: Int, place: Int
 ) -> None:
-    """The runs of sectors that partly present blocks have; a chunk's bitmap has one bit for each of its sectors, lowest first."""
+    """The runs of sectors that partly present blocks have; a chunk's bitmap has one bit for each of its
+    sectors, lowest first."""
     sectors = about.block // about.sector
     known = np.isin(number // chunk, chunks)
     draft.complain("bitmap", "blocks are partly present, but have no sector bitmap", host[~known])
