@@ -23,13 +23,13 @@ import virt_bmap
 
 READ = """
 import importlib, sys, time
-from virt_bmap.images.raw import RawReader
+from virt_bmap.open.raw import RawReader
 asked = []
 class Noting(RawReader):
     def _fetch(self, offsets, lengths):
         asked.append((offsets, lengths))
         return super()._fetch(offsets, lengths)
-module = importlib.import_module("virt_bmap.filesystems." + sys.argv[1])
+module = importlib.import_module("virt_bmap.formats.filesystems." + sys.argv[1])
 reader = Noting(sys.argv[2])
 start = time.perf_counter()
 found = module.read(reader)
@@ -38,7 +38,8 @@ start = time.perf_counter()
 for offsets, lengths in list(asked):
     RawReader._fetch(reader, offsets, lengths)
 bare = time.perf_counter() - start
-print(alone, bare, len(asked), sum(int(lengths.sum()) for _, lengths in asked), found.inodes.num_rows, found.extents.num_rows)
+read = sum(int(lengths.sum()) for _, lengths in asked)
+print(alone, bare, len(asked), read, found.inodes.num_rows, found.extents.num_rows)
 """
 """The reader alone, and what it read once more without looking at it."""
 
@@ -50,7 +51,7 @@ class Match:
     about: str
     """The script's docstring."""
     reader: str
-    """The module of virt_bmap.filesystems; '' where its `read` can't be called by itself."""
+    """The module of virt_bmap.formats.filesystems; '' where its `read` can't be called by itself."""
     build: Callable[[Path, int], Path]
     """(cache folder, files) -> the image, made once."""
     peer: Sequence[str]

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import total
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.images import open_image
-from virt_bmap.survey import survey
+from virt_bmap.core.arrays import total
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open import open_image
+from virt_bmap.survey.survey import survey
 
 THREADS = 256
 """Requests that nbdkit holds at a time; a real link holds any number."""

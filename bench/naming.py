@@ -21,7 +21,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
-import kernel_guest
+import kernel_guest  # noqa: E402
 
 BIN = Path(sys.executable).parent
 MAKE = {"ext4": ["mke2fs", "-q", "-t", "ext4"], "xfs": ["mkfs.xfs", "-q"]}

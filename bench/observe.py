@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from virt_bmap import maps
 from virt_bmap.observe.journal import Journal
 from virt_bmap.observe.session import observed_map, session
-from virt_bmap.watch.source import source
+from virt_bmap.serve.source import source
+from virt_bmap.survey import maps
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from fair import seconds
 
-from virt_bmap.arrays import Int, ints, union
-from virt_bmap.mapping import DATA, ROLES
-from virt_bmap.maps import open_volumes
+from virt_bmap.core.arrays import Int, ints, union
+from virt_bmap.core.mapping import DATA, ROLES
+from virt_bmap.survey.maps import open_volumes
 
 TIB, MIB = 1 << 40, 1 << 20
 DISKS = 4

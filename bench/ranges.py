@@ -18,7 +18,7 @@ import fair
 from ext import build
 
 import virt_bmap
-from virt_bmap import hits
+from virt_bmap.ask import hits
 
 FILES, RANGES, SECTOR, BLOCK = 200_000, 10_000, 512, 4096
 SAMPLED = 5

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.outputs import parquet
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.saved import parquet
 
 GOAL = 10 << 20
 PIECES = 4

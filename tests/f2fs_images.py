@@ -8,7 +8,10 @@ from pathlib import Path
 from appliance import Step, made
 from support import Extent, join
 
-FEATURES = "extra_attr,inode_checksum,sb_checksum,compression,flexible_inline_xattr,inode_crtime,quota,project_quota,verity,encrypt,casefold,lost_found"
+FEATURES = (
+    "extra_attr,inode_checksum,sb_checksum,compression,flexible_inline_xattr,inode_crtime,quota,project_quota,"
+    "verity,encrypt,casefold,lost_found"
+)
 
 FILL = """
 cd /mnt/d; mkdir plain many frag packed folded attrs links

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from virt_bmap.images.nbd import NbdReader
+from virt_bmap.open.nbd import NbdReader
 
 PAGE = 4096
 

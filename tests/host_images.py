@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from support import assert_proven, mutations, need, run
-from virt_bmap import tables
-from virt_bmap.arrays import complement
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.check import check
-from virt_bmap.errors import BmapError
-from virt_bmap.images.host import Host
-from virt_bmap.mapping import ROLES
-from virt_bmap.maps import map_disks
-from virt_bmap.reader import MappedReader
-from virt_bmap.sparsify.estimate import host_of
+from virt_bmap.act.sparsify.estimate import host_of
+from virt_bmap.ask.check import check
+from virt_bmap.core.arrays import complement
+from virt_bmap.core.errors import BmapError
+from virt_bmap.core.mapping import ROLES
+from virt_bmap.core.reader import MappedReader
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open.host import Host
+from virt_bmap.survey.maps import map_disks
 
 DATA, ZERO, COMPRESSED = (ROLES.index(role) for role in ("data", "zero", "compressed"))
 

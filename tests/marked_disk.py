@@ -2,7 +2,9 @@
 
 (In nbdkit's own Python: standard library only.)
 
-    nbdkit python marked_disk.py file=DISK log=LOG        a line for each: time in ns, operation, offset, length, and OFFSET:FILE:INDEX of each marked block
+    nbdkit python marked_disk.py file=DISK log=LOG
+
+a line for each: time in ns, operation, offset, length, and OFFSET:FILE:INDEX of each marked block
 
 It stands beneath a watched disk, so that what the watch says of a request can be compared with what was
 really in it.

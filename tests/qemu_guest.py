@@ -11,7 +11,7 @@ from typing import Any
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
 
-import build
+import build  # noqa: E402
 
 _loader = SourceFileLoader("demo_run", str(DEMO / "run"))
 demo: Any = module_from_spec(spec_from_loader("demo_run", _loader))  # type: ignore[arg-type]
@@ -28,7 +28,8 @@ mkdir /data; mount -t {kind} /dev/vda /data
 n=0
 while [ $n -lt {count} ]; do
     mkdir -p /data/d$((n % 9))
-    yes "this is file $n" | head -c $((2000 + n % 7 * 3000)) | dd of=/data/d$((n % 9))/f$n bs=64k conv=fsync 2>/dev/null
+    yes "this is file $n" | head -c $((2000 + n % 7 * 3000)) | dd of=/data/d$((n % 9))/f$n bs=64k \
+conv=fsync 2>/dev/null
     n=$((n + 1))
 done
 umount /data

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import bitlocker_images
 import btrfs_images
 import ext_images
 import fat_images
@@ -497,15 +498,18 @@ def lvm(folder: Path) -> list[Path]:
 
 
 THIN_POOL = """
-my-vg {{ id = "aaaaaa-aaaa-aaaa-aaaa-aaaa-aaaa-aaaaaa" seqno = 5 format = "lvm2" status = ["RESIZEABLE", "READ", "WRITE"] flags = []
+my-vg {{ id = "aaaaaa-aaaa-aaaa-aaaa-aaaa-aaaa-aaaaaa" seqno = 5 format = "lvm2" status = ["RESIZEABLE", \
+"READ", "WRITE"] flags = []
 extent_size = 512 max_lv = 0 max_pv = 0 metadata_copies = 0
-physical_volumes {{ pv0 {{ id = "{pv}" device = "/dev/sda" status = ["ALLOCATABLE"] flags = [] dev_size = 32768 pe_start = 2048 pe_count = 60 }} }}
+physical_volumes {{ pv0 {{ id = "{pv}" device = "/dev/sda" status = ["ALLOCATABLE"] flags = [] dev_size = \
+32768 pe_start = 2048 pe_count = 60 }} }}
 logical_volumes {{
 {volumes}
 }} }}
 """
 LINEAR = """{name} {{ id = "{id}" status = ["READ", "WRITE"{visible}] flags = [] segment_count = 1
-segment1 {{ start_extent = 0 extent_count = {count} type = "striped" stripe_count = 1 stripes = ["pv0", {at}] }} }}"""
+segment1 {{ start_extent = 0 extent_count = {count} type = "striped" stripe_count = 1 stripes = ["pv0", \
+{at}] }} }}"""
 
 
 def thin(folder: Path) -> list[Path]:
@@ -677,13 +681,10 @@ def luks(version: str, folder: Path) -> list[Path]:
 
 def bitlocker(folder: Path) -> list[Path]:
     """A volume whose protection is suspended, encrypted by hand: nothing on Linux makes one."""
-    from test_bitlocker import MIB as SIZE
-    from test_bitlocker import by_hand
-
     need("mkntfs", "ntfs-3g")
-    plain = ntfs_images.make(folder / "plain.img", 16 * SIZE >> 20, 4096, 512).image
+    plain = ntfs_images.make(folder / "plain.img", 16, 4096, 512).image
     image = folder / "disk.img"
-    image.write_bytes(by_hand(plain.read_bytes()).tobytes())
+    image.write_bytes(bitlocker_images.by_hand(plain.read_bytes()).tobytes())
     return [image]
 
 

@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from virt_bmap import tables
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.check import check
-from virt_bmap.contract import Asks
-from virt_bmap.errors import FormatError
-from virt_bmap.images.raw import RawReader
-from virt_bmap.mapping import COPY, PARITY, ROLES, Rows
-from virt_bmap.reader import Reader
-from virt_bmap.survey import survey
+from virt_bmap.ask.check import check
+from virt_bmap.core.errors import FormatError
+from virt_bmap.core.mapping import COPY, PARITY, ROLES, Rows
+from virt_bmap.core.reader import Reader
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.contract import Asks
+from virt_bmap.open.raw import RawReader
+from virt_bmap.survey.survey import survey
 
 
 def run(

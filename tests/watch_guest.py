@@ -191,7 +191,8 @@ class Guest:
         subprocess.run(["fstrim", self.top], check=True)
 
     def new_name(self) -> str:
-        return f"{self.chooser.choice(self.folders)}/{self.chooser.choice(['f', 'data ', 'log-', 'x.tmp.'])}{self.chooser.randrange(10**8)}"
+        stem = self.chooser.choice(["f", "data ", "log-", "x.tmp."])
+        return f"{self.chooser.choice(self.folders)}/{stem}{self.chooser.randrange(10**8)}"
 
     def any(self) -> int:
         return self.chooser.choice(list(self.names))

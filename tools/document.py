@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from virt_bmap import foreign, formats, tables
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.contract import Checks, Docs
-from virt_bmap.images import layers, magic
-from virt_bmap.outputs.listing import LETTERS
-from virt_bmap.profile.saved import RANGES
-from virt_bmap.watch import trace
+from virt_bmap.accesses import trace
+from virt_bmap.accesses.profile.saved import RANGES
+from virt_bmap.formats import foreign
+from virt_bmap.formats import images as layers
+from virt_bmap.formats import registry as formats
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.contract import Checks, Docs
+from virt_bmap.model.listing import LETTERS
+from virt_bmap.open import magic
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -29,7 +32,7 @@ def data_model() -> str:
             "A block map is seven tables; a trace of a guest is one more. All offsets, lengths and sizes "
             "are bytes; ranges are half open. The page is made from"
         ),
-        "`src/virt_bmap/tables.py` by `tools/document.py`.",
+        "`src/virt_bmap/model/tables.py` by `tools/document.py`.",
         "",
         (
             "A **volume** is a number that the map gives to each disk, partition, logical volume, array "
@@ -171,7 +174,7 @@ def formats_page() -> str:
     for title, found in (("Volumes", formats.VOLUMES), ("Filesystems", formats.FILESYSTEMS)):
         lines += ["", f"## {title}"]
         for package, format in {listed.package: listed.load() for listed in found}.items():
-            lines += described(format.name, f"virt_bmap.{package}", format.docs, format.allocator)
+            lines += described(format.name, f"virt_bmap.formats.{package}", format.docs, format.allocator)
     lines += [
         "",
         "## Image formats",
@@ -214,7 +217,7 @@ def verification() -> str:
     ]  # fmt: skip
     for listed in {listed.package: listed for listed in (*formats.VOLUMES, *formats.FILESYSTEMS)}.values():
         format = listed.load()
-        lines += asked_of(format.name, f"virt_bmap.{listed.package}", format.checks, format.allocator)
+        lines += asked_of(format.name, f"virt_bmap.formats.{listed.package}", format.checks, format.allocator)
     for module in map(layers.load, layers.LAYERS):
         lines += asked_of(module.NAME, module.__name__, module.CHECKS, module.ALLOCATOR)
     return head + "\n".join(lines) + "\n"

@@ -5,9 +5,9 @@
     bmap = virt_bmap.map_disks(["disk.img"])            # or virt_bmap.load("map.parquet")
     owners = bmap.owners(1, [0x541000], [0x541400])     # who owns these bytes of disk 1?
     virt_bmap.describe(bmap, 1, owners).to_pandas()     # with names
-    bmap.inodes, bmap.names, bmap.extents               # Arrow tables: pandas, Polars and DuckDB take them as they are
+    bmap.inodes, bmap.names, bmap.extents               # Arrow tables: pandas, Polars and DuckDB take them
 
-The tables are described in `virt_bmap.tables`, the errors in `virt_bmap.errors`.
+The tables are described in `virt_bmap.model.tables`, the errors in `virt_bmap.core.errors`.
 """
 
 TYPE_CHECKING = (
@@ -18,22 +18,22 @@ TYPE_CHECKING = (
 if TYPE_CHECKING:
     from typing import Any
 
-    from virt_bmap.blockmap import BlockMap
-    from virt_bmap.check import check as check_map
-    from virt_bmap.errors import BmapError
-    from virt_bmap.maps import load, map_disks
-    from virt_bmap.outputs.listing import describe
+    from virt_bmap.ask.check import check as check_map
+    from virt_bmap.core.errors import BmapError
+    from virt_bmap.model.blockmap import BlockMap
+    from virt_bmap.model.listing import describe
+    from virt_bmap.survey.maps import load, map_disks
 
 __all__ = ["BlockMap", "BmapError", "check_map", "describe", "load", "map_disks"]
 __version__ = "2.0.0.dev0"
 
 _HOME = {
-    "BlockMap": ("blockmap", "BlockMap"),
-    "BmapError": ("errors", "BmapError"),
-    "check_map": ("check", "check"),
-    "describe": ("outputs.listing", "describe"),
-    "load": ("maps", "load"),
-    "map_disks": ("maps", "map_disks"),
+    "BlockMap": ("model.blockmap", "BlockMap"),
+    "BmapError": ("core.errors", "BmapError"),
+    "check_map": ("ask.check", "check"),
+    "describe": ("model.listing", "describe"),
+    "load": ("survey.maps", "load"),
+    "map_disks": ("survey.maps", "map_disks"),
 }
 
 

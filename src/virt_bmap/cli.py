@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-from virt_bmap import __version__, leftovers, notices, protection, signals
+from virt_bmap import __version__
 from virt_bmap.commands import COMMANDS
-from virt_bmap.errors import BmapError, UsageError, is_strict, unexpected
-from virt_bmap.printable import one_line, say
+from virt_bmap.core.errors import BmapError, UsageError, is_strict, unexpected
+from virt_bmap.core.printable import one_line, say
+from virt_bmap.host import leftovers, notices, protection, signals
 from virt_bmap.startup import import_libraries
 
 

@@ -126,7 +126,8 @@ def import_everything() -> None:
 
     for module in pkgutil.walk_packages(virt_bmap.__path__, "virt_bmap."):
         if not module.name.endswith("__main__") and not any(
-            part in module.name for part in (".watch", ".observe", ".freeze", ".make")
+            part in module.name
+            for part in (".watch", ".observe", ".freeze", ".make", ".serve", ".bmaplogger")
         ):
             importlib.import_module(module.name)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from virt_bmap.errors import BmapError
+from virt_bmap.core.errors import BmapError
 
 from .consumers import command
 from .disk import Patch

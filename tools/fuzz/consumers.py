@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from virt_bmap import cli, tables
-from virt_bmap.blockmap import BlockMap
+from virt_bmap import cli
+from virt_bmap.act.extract import extract
+from virt_bmap.ask.content import Files, spread
+from virt_bmap.ask.explain import explain, fields_at, history_at
+from virt_bmap.ask.hits import hits
+from virt_bmap.ask.records import owner_records
 from virt_bmap.commands import locate as locate_command
 from virt_bmap.commands.lookup import line
-from virt_bmap.content import Files, spread
-from virt_bmap.errors import BmapError
-from virt_bmap.explain import explain, fields_at, history_at
-from virt_bmap.extract import extract
-from virt_bmap.hits import hits
-from virt_bmap.outputs import bmap as text_map
-from virt_bmap.outputs import parquet
-from virt_bmap.outputs.records import owner_records
-from virt_bmap.reader import Reader
+from virt_bmap.core.errors import BmapError
+from virt_bmap.core.reader import Reader
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.saved import bmap as text_map
+from virt_bmap.saved import parquet
 
 from .invariants import Broken, assert_answered
 
@@ -251,7 +252,7 @@ def many_ranges(use: Use) -> None:
 
 
 def nested(use: Use) -> None:
-    from virt_bmap.nested import Nested
+    from virt_bmap.survey.nested import Nested
 
     with use.image.opened(Nested(frozenset(), True)):
         pass
@@ -321,7 +322,7 @@ def diff_command(use: Use) -> None:
 
 
 def report_command(use: Use) -> None:
-    from virt_bmap.report.page import page
+    from virt_bmap.show.report.page import page
 
     page(use.bmap, None, "a disk")
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.blockmap import BlockMap
+from virt_bmap.model.blockmap import BlockMap
 
 from .damage import Class
 from .disk import Disk

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from virt_bmap import maps, tables
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.check import check
-from virt_bmap.errors import BmapError
-from virt_bmap.images.host import open_host
-from virt_bmap.keys import NO_KEYS
-from virt_bmap.mapping import DATA, ROLES
-from virt_bmap.nested import NOTHING, Nested
-from virt_bmap.reader import Reader
-from virt_bmap.survey import survey_host
+from virt_bmap.ask.check import check
+from virt_bmap.core.errors import BmapError
+from virt_bmap.core.keys import NO_KEYS
+from virt_bmap.core.mapping import DATA, ROLES
+from virt_bmap.core.reader import Reader
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open.host import open_host
+from virt_bmap.survey import maps
+from virt_bmap.survey.nested import NOTHING, Nested
+from virt_bmap.survey.survey import survey_host
 
 from . import consumers, growth
 from .damage import HOW_MANY, Class, Damage

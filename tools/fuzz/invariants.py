@@ -3,9 +3,9 @@ rows inside what they are in."""
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.check import Report
+from virt_bmap.ask.check import Report
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
 
 NEVER = ("untiled", "outside", "inline-outside")
 """What `check` must not say of any map that was just made: the map is wrong, not the disk."""

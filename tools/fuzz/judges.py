@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from virt_bmap.arrays import ints
-from virt_bmap.check import check
-from virt_bmap.contract import Asks
-from virt_bmap.errors import BmapError
-from virt_bmap.images import open_disks
-from virt_bmap.survey import survey
+from virt_bmap.ask.check import check
+from virt_bmap.core.arrays import ints
+from virt_bmap.core.errors import BmapError
+from virt_bmap.model.contract import Asks
+from virt_bmap.open import open_disks
+from virt_bmap.survey.survey import survey
 
 from .damage import Damage
 from .images import Image

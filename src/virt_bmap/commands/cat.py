@@ -4,8 +4,6 @@ import argparse
 import os
 import sys
 
-from virt_bmap import maps, tables
-from virt_bmap.arrays import ints
 from virt_bmap.commands.common import (
     Progress,
     add_disk_options,
@@ -17,10 +15,13 @@ from virt_bmap.commands.common import (
 )
 from virt_bmap.commands.extract import warn_of_doubts
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
-from virt_bmap.lost import Missing
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import say
+from virt_bmap.core.arrays import ints
+from virt_bmap.core.errors import Corrupt, ImageError, Unsupported, UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.lost import Missing
+from virt_bmap.core.printable import say
+from virt_bmap.model import tables
+from virt_bmap.survey import maps
 
 HELP = "write the content of a file to standard output"
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap.content import Files, spread
+    from virt_bmap.ask.content import Files, spread
 
     wanted = 2 if args.add else 3
     if len(args.arguments) != wanted:

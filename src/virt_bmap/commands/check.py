@@ -15,14 +15,14 @@ from virt_bmap.commands.common import (
 )
 from virt_bmap.commands.map import refuse_unknown
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.contract import CONTRADICTED, NOT_LOOKED_AT, PROVEN, Asks
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import say
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
+from virt_bmap.model.contract import CONTRADICTED, NOT_LOOKED_AT, PROVEN, Asks
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from virt_bmap.check import Report, Verdict
+    from virt_bmap.ask.check import Report, Verdict
 
 COLUMNS = ("device", "subject", "result", "code", "start", "end", "detail")
 HELP = "prove that every byte has an owner, and that owners, allocators and checksums agree"
@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap.check import check
+    from virt_bmap.ask.check import check
 
     bmap = map_or_disks(args, args.disk, asks=Asks.PROOFS)
     refuse_unknown(bmap, [*args.add, *args.disk])
     report = check(bmap)
     names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
     if args.output is not None:
-        from virt_bmap.outputs import results
+        from virt_bmap.saved import results
 
         results.save(_table(report, names), args.output)
     elif args.json:
@@ -78,7 +78,7 @@ def _table(report: "Report", names: list[str]) -> "pa.Table":
     """The verdicts as a result."""
     import pyarrow as pa
 
-    from virt_bmap.outputs.results import field
+    from virt_bmap.saved.results import field
 
     schema = pa.schema([
         field("device", pa.string(), "the volume, as libguestfs names it"),

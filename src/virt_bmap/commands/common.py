@@ -10,18 +10,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from virt_bmap import keys, maps, nested
-from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.paths import INPUT, Input, Output
-from virt_bmap.contract import NOTHING_MORE, Asks
-from virt_bmap.errors import UsageError
-from virt_bmap.images import FORMATS
-from virt_bmap.keys import Keys
-from virt_bmap.nested import Nested
-from virt_bmap.outputs import ours
-from virt_bmap.outputs.amounts import human as human
-from virt_bmap.printable import say, to_json
-from virt_bmap.reader import Reader
+from virt_bmap.core import keys
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.keys import Keys
+from virt_bmap.core.printable import say, to_json
+from virt_bmap.core.reader import Reader
+from virt_bmap.host import ours
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.contract import NOTHING_MORE, Asks
+from virt_bmap.open import FORMATS
+from virt_bmap.survey import maps, nested
+from virt_bmap.survey.nested import Nested
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -290,7 +291,7 @@ class ResultFile(Output):
     """A file for a table; refused before the disk is read, where its ending says nothing."""
 
     def __call__(self, path: str) -> str:
-        from virt_bmap.outputs import results
+        from virt_bmap.saved import results
 
         results.check_name(path)
         return super().__call__(path)
@@ -314,7 +315,7 @@ def emit(
 ) -> int:
     """Write a result, its names safe already, as `add_result_options` asks; for people `columns` and at most
     `limit` rows. How many were left out."""
-    from virt_bmap.outputs import results
+    from virt_bmap.saved import results
 
     if args.output is not None:
         results.save(table, args.output)
@@ -335,7 +336,7 @@ def emit_records(
     if args.output is not None:
         import pyarrow as pa
 
-        from virt_bmap.outputs import results
+        from virt_bmap.saved import results
 
         results.save(pa.Table.from_pylist(rows, schema=schema), args.output)
     elif args.json:

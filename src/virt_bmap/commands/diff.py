@@ -14,17 +14,17 @@ from virt_bmap.commands.common import (
     add_trust_options,
     elapsed,
     emit,
-    human,
     keys_of,
     plural,
 )
 from virt_bmap.commands.dump import bar
 from virt_bmap.commands.lookup import read_list
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.errors import UsageError
-from virt_bmap.images import FORMATS
-from virt_bmap.outputs.results import check_name
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.printable import say
+from virt_bmap.open import FORMATS
+from virt_bmap.saved.results import check_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -163,8 +163,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _question(args: argparse.Namespace) -> "Question":
     """What is asked for; what makes no sense is refused before any disk is read."""
+    from virt_bmap.accesses.ranges import parse
     from virt_bmap.diff import Question
-    from virt_bmap.ranges import parse
 
     if args.output is not None:
         check_name(args.output)
@@ -209,7 +209,7 @@ def _rows(answer: "Answer", by: str, depth: int | None) -> "pa.Table":
 def _print(args: argparse.Namespace, answer: "Answer", rows: "pa.Table") -> None:
     """For people: the rows, all bytes by what happened, and what that means."""
     from virt_bmap.diff import report
-    from virt_bmap.outputs.results import show
+    from virt_bmap.saved.results import show
 
     limit = args.limit or None
     left = show(report.shown(rows) if args.by == "file" else rows, sys.stdout, limit=limit)

@@ -8,28 +8,29 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from virt_bmap import maps, protection
-from virt_bmap.arrays import EMPTY, total
-from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import (
     Progress,
     add_disk_options,
     add_nested_option,
     add_partial_option,
-    human,
     keys_of,
     nested_of,
     opening,
 )
-from virt_bmap.contract import NOTHING_MORE, Asks
-from virt_bmap.errors import OutputError, UsageError
-from virt_bmap.images import magic
-from virt_bmap.outputs.escape import escape
-from virt_bmap.outputs.files import replacing
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.arrays import EMPTY, total
+from virt_bmap.core.errors import OutputError, UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
+from virt_bmap.host import protection
+from virt_bmap.host.files import replacing
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.contract import NOTHING_MORE, Asks
+from virt_bmap.open import magic
+from virt_bmap.survey import maps
 
 if TYPE_CHECKING:
-    from virt_bmap.dump import Target
+    from virt_bmap.act.dump import Target
 
 HELP = "copy a volume (partition, logical volume, array, opened LUKS, disk) to a file or NBD export"
 
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap.dump import dump
-    from virt_bmap.space import free_space
+    from virt_bmap.act.dump import dump
+    from virt_bmap.ask.space import free_space
 
     wanted = 2 if args.add else 3
     if len(args.arguments) != wanted:
@@ -113,10 +114,10 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def target(out: str, size: int) -> "Iterator[Target]":
     """What the copy of `size` bytes is written to. Raises OutputError where it can't be written."""
-    from virt_bmap.dump import SparseFile, Stream
+    from virt_bmap.act.dump import SparseFile, Stream
 
     if magic.is_uri(out):
-        from virt_bmap.images.nbd_writer import NbdWriter
+        from virt_bmap.open.nbd_writer import NbdWriter
 
         export = NbdWriter(out)
         try:

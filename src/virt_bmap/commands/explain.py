@@ -4,15 +4,13 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from virt_bmap import maps
-from virt_bmap.blockmap import BlockMap
+from virt_bmap.ask.explain import explain, fields_at, history_at, kinds_of, meant_at
 from virt_bmap.commands.common import (
     Progress,
     add_disk_options,
     add_host_option,
     add_nested_option,
     disks_of,
-    human,
     keys_of,
     load,
     nested_of,
@@ -21,12 +19,14 @@ from virt_bmap.commands.common import (
 )
 from virt_bmap.commands.lookup import line, parse_range
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.errors import Corrupt, ImageError, Unsupported, UsageError
-from virt_bmap.explain import explain, fields_at, history_at, kinds_of, meant_at
-from virt_bmap.images import magic
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import say, to_json
-from virt_bmap.reader import Reader
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import Corrupt, ImageError, Unsupported, UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say, to_json
+from virt_bmap.core.reader import Reader
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open import magic
+from virt_bmap.survey import maps
 
 HELP = "say all that is known of one byte of a disk: every layer, the owner, and the bytes there"
 
@@ -97,8 +97,8 @@ def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: in
 
 def _of_files(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
     """The answer for a byte of an image file."""
-    from virt_bmap.images.host import open_host
-    from virt_bmap.survey import survey_host
+    from virt_bmap.open.host import open_host
+    from virt_bmap.survey.survey import survey_host
 
     with open_host(images, **opening(args)) as host:
         with Progress() as progress:
@@ -112,7 +112,7 @@ def _host(image: str, args: argparse.Namespace, offset: int) -> Found | None:
     where the format's layer is not read."""
     if magic.is_uri(image):
         return None
-    from virt_bmap.images.host import open_host
+    from virt_bmap.open.host import open_host
 
     try:
         with open_host([image], **opening(args)) as host:

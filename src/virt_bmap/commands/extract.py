@@ -5,14 +5,11 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from virt_bmap import maps, tables
-from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import (
     Progress,
     add_disk_options,
     add_nested_option,
     add_partial_option,
-    human,
     keys_of,
     nested_of,
     opening,
@@ -20,13 +17,17 @@ from virt_bmap.commands.common import (
 )
 from virt_bmap.commands.dump import bar, doubts
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.errors import OutputError, UsageError
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import OutputError, UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.survey import maps
 
 if TYPE_CHECKING:
-    from virt_bmap.content import Files
-    from virt_bmap.extract import Report
+    from virt_bmap.act.extract import Report
+    from virt_bmap.ask.content import Files
 
 HELP = "copy files and trees to a folder, with modes, times, links and holes"
 
@@ -56,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap.content import Files
-    from virt_bmap.extract import extract
+    from virt_bmap.act.extract import extract
+    from virt_bmap.ask.content import Files
 
     needed = 2 if args.add else 3
     if len(args.arguments) < needed:

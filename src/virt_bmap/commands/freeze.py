@@ -5,9 +5,9 @@ import math
 import shutil
 import sys
 
-from virt_bmap.errors import UsageError
-from virt_bmap.freeze import LIMIT, Guest, Host, Target
-from virt_bmap.printable import one_line, say
+from virt_bmap.act.freeze import LIMIT, Guest, Host, Target
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.printable import one_line, say
 
 HELP = "run a command, such as a copy of a disk, while filesystems are frozen"
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap import freeze
+    from virt_bmap.act import freeze
 
     target = _target(args)
     if not (math.isfinite(args.timeout) and args.timeout > 0):
@@ -73,7 +73,7 @@ def _target(args: argparse.Namespace) -> Target:
         raise UsageError(
             "--mountpoint names filesystems inside a guest and goes with --agent; on this host it is --mount"
         )
-    from virt_bmap.freeze.mounts import refuse_own_output
+    from virt_bmap.act.freeze.mounts import refuse_own_output
 
     refuse_own_output(args.mount)
     return Host(tuple(args.mount))

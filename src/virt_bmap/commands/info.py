@@ -6,24 +6,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import maps, tables
-from virt_bmap.arrays import union
-from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import (
     add_disk_options,
     add_nested_option,
     add_result_options,
     emit_records,
-    human,
     map_or_disks,
     opening,
     plural,
 )
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.errors import Corrupt, Unsupported
-from virt_bmap.images import magic
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.arrays import union
+from virt_bmap.core.errors import Corrupt, Unsupported
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open import magic
+from virt_bmap.survey import maps
 
 HELP = "show the tree of disks, volumes and filesystems with sizes, types, labels, UUIDs and states"
 
@@ -100,7 +101,7 @@ def image_facts(image: str, args: argparse.Namespace) -> dict[str, Any] | None:
     formats whose layer is not read."""
     if magic.is_uri(image):
         return None
-    from virt_bmap.images.host import describe, open_host
+    from virt_bmap.open.host import describe, open_host
 
     try:
         with open_host([image], **opening(args)) as host:

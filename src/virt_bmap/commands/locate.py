@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
-from virt_bmap.arrays import complement
-from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import (
     add_disk_options,
     add_host_option,
@@ -19,10 +16,13 @@ from virt_bmap.commands.common import (
     map_or_disks,
 )
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.errors import UsageError
-from virt_bmap.outputs.escape import escape
-from virt_bmap.outputs.listing import LISTING
-from virt_bmap.outputs.results import field
+from virt_bmap.core.arrays import complement
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.listing import LISTING
+from virt_bmap.saved.results import field
 
 HELP = "list where the bytes of a file lie, in file order, with holes and unwritten parts"
 SCHEMA = pa.schema([

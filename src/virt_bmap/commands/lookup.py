@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from virt_bmap.blockmap import BlockMap
+from virt_bmap.accesses.ranges import Ranges, parse
+from virt_bmap.ask.records import SCHEMA, owner_records
 from virt_bmap.commands.common import (
     add_disk_options,
     add_host_option,
@@ -19,11 +20,10 @@ from virt_bmap.commands.common import (
     plural,
 )
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.errors import ImageError, UsageError
-from virt_bmap.outputs.escape import escape
-from virt_bmap.outputs.records import SCHEMA, owner_records
-from virt_bmap.printable import say
-from virt_bmap.ranges import Ranges, parse
+from virt_bmap.core.errors import ImageError, UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
+from virt_bmap.model.blockmap import BlockMap
 
 HELP = "name every owner of byte ranges of a disk, the most specific first"
 
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _columns() -> list[list[str]]:
-    from virt_bmap.hits import OBJECTS
+    from virt_bmap.ask.hits import OBJECTS
 
     return [SCHEMA.names, OBJECTS.names]
 
@@ -128,7 +128,8 @@ def line(row: dict[str, Any]) -> str:
         f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])]
     )
     return (
-        f"{row['disk']} {row['start']:x} {row['end']:x} {row['kind']} {row['device']} {name}{part}{offset}".rstrip()
+        f"{row['disk']} {row['start']:x} {row['end']:x} {row['kind']} {row['device']} "
+        f"{name}{part}{offset}".rstrip()
         + words
     )
 
@@ -141,7 +142,7 @@ SHOWN = 4
 
 def _many(args: argparse.Namespace) -> int:
     """What the ranges of a file hit, by object."""
-    from virt_bmap.hits import OBJECTS, hits
+    from virt_bmap.ask.hits import OBJECTS, hits
 
     if args.range or (args.add and args.map):
         raise UsageError(

@@ -4,9 +4,10 @@ import argparse
 import os
 import time
 
-from virt_bmap.commands.common import elapsed, human
+from virt_bmap.commands.common import elapsed
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.printable import say
 
 HELP = (
     "make a prepared disk image: partitions, filesystems, logical volumes, arrays, LUKS, filled with a tree"
@@ -14,7 +15,7 @@ HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from virt_bmap.make.spec import KINDS, usage
+    from virt_bmap.act.make.spec import KINDS, usage
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "SPEC is one of:\n" + "\n".join(
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap.make import make
+    from virt_bmap.act.make import make
 
     begin = time.monotonic()
     how = make(args.spec, args.out, args.tree, args.key_file, args.force)

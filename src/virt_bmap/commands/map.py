@@ -4,8 +4,6 @@ import argparse
 import sys
 import time
 
-from virt_bmap import tables
-from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import (
     add_disk_options,
     add_force_option,
@@ -17,11 +15,13 @@ from virt_bmap.commands.common import (
     plural,
 )
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.errors import ImageError, UsageError
-from virt_bmap.outputs.escape import escape
-from virt_bmap.outputs.files import replacing
-from virt_bmap.outputs.ours import is_map
-from virt_bmap.printable import say
+from virt_bmap.core.errors import ImageError, UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
+from virt_bmap.host.files import replacing
+from virt_bmap.host.ours import is_map
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
 
 HELP = "write the block map of disks: which file owns every byte?"
 
@@ -88,11 +88,11 @@ def write(bmap: BlockMap, output: str, images: list[str]) -> None:
     """The map as text, or as tables where the name says so."""
     with replacing(output) as file:
         if output.endswith(".parquet"):
-            from virt_bmap.outputs import parquet
+            from virt_bmap.saved import parquet
 
             parquet.save(bmap, file, images)
         else:
-            from virt_bmap.outputs import bmap as text
+            from virt_bmap.saved import bmap as text
 
             text.save(bmap, file)
 

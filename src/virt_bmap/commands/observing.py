@@ -6,12 +6,12 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import keys_of, opening, plural, stages
-from virt_bmap.errors import UsageError
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import say
-from virt_bmap.watch.source import source
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.serve.source import source
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """Types of arguments that name files: they say what is read and what is written, so that the one is never
-overwritten by the other (`protection.py`).
+overwritten by the other (`host/protection.py`).
 
 Every argument that takes a file has one of these types; a test goes over all parsers. Where one argument is
 of several kinds, its command says them itself.
@@ -7,7 +7,7 @@ of several kinds, its command says them itself.
 
 from collections.abc import Callable
 
-from virt_bmap import protection
+from virt_bmap.host import protection
 
 
 class Input:

@@ -5,27 +5,28 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from virt_bmap import maps
-from virt_bmap.commands.common import add_force_option, human, plural, print_json
+from virt_bmap.commands.common import add_force_option, plural, print_json
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.errors import UsageError
-from virt_bmap.outputs import ours
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
+from virt_bmap.host import ours
+from virt_bmap.survey import maps
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from virt_bmap.blockmap import BlockMap
-    from virt_bmap.profile.saved import Profile
+    from virt_bmap.accesses.profile.saved import Profile
+    from virt_bmap.model.blockmap import BlockMap
 
 HELP = "what a guest needs: files and byte ranges in order of first use, from one or more traces"
 EXPORTS = ("files", "files0", "prefetch", "ranges", "extentlist")
 
 
 def _is_ours(path: str) -> bool:
-    from virt_bmap.profile.compare import COMPARED
-    from virt_bmap.profile.unused import UNUSED
+    from virt_bmap.accesses.profile.compare import COMPARED
+    from virt_bmap.accesses.profile.unused import UNUSED
 
     return ours.is_profile_output(path) or ours.is_result(lambda: [COMPARED.names, UNUSED.names])(path)
 
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     bmap = maps.load(args.map) if args.map else None
-    from virt_bmap.profile import saved
+    from virt_bmap.accesses.profile import saved
 
     if args.compare or (len(args.trace) == 2 and all(map(saved.is_profile, args.trace))):
         return _compare(args, bmap)
@@ -99,11 +100,11 @@ def run(args: argparse.Namespace) -> int:
         return _export(args, profile)
     if args.never_read:
         assert bmap
-        from virt_bmap.profile.unused import unused
+        from virt_bmap.accesses.profile.unused import unused
 
         return _result(args, unused(bmap, profile, args.depth), "directory", "directories")
     if args.output:
-        from virt_bmap.outputs.files import replacing
+        from virt_bmap.host.files import replacing
 
         with replacing(args.output) as file:
             saved.save(profile, file)
@@ -122,15 +123,15 @@ def _check(args: argparse.Namespace) -> None:
     if args.depth is not None and not (args.never_read and 1 <= args.depth <= 100):
         raise UsageError("--depth N belongs to --never-read and is at least 1")
     if (args.compare or args.never_read) and args.output:
-        from virt_bmap.outputs.results import check_name
+        from virt_bmap.saved.results import check_name
 
         check_name(args.output)
 
 
 def _profile(given: list[str], bmap: "BlockMap | None") -> "Profile":
     """A saved profile, or the one of these traces."""
-    from virt_bmap import traces
-    from virt_bmap.profile import build, saved
+    from virt_bmap.accesses import traces
+    from virt_bmap.accesses.profile import build, saved
 
     if any(map(saved.is_profile, given)):
         if len(given) > 1:
@@ -142,15 +143,15 @@ def _profile(given: list[str], bmap: "BlockMap | None") -> "Profile":
 
 
 def _compare(args: argparse.Namespace, bmap: "BlockMap | None") -> int:
-    from virt_bmap.profile.compare import compare
+    from virt_bmap.accesses.profile.compare import compare
 
     before, after = (_profile([name], bmap) for name in args.trace)
     return _result(args, compare(before, after), "change", None)
 
 
 def _export(args: argparse.Namespace, profile: "Profile") -> int:
-    from virt_bmap.outputs.files import replacing
-    from virt_bmap.profile.exports import write
+    from virt_bmap.accesses.profile.exports import write
+    from virt_bmap.host.files import replacing
 
     with replacing(args.output or "-") as file:
         left = write(profile, args.export, file, args.disk, args.device, args.common)
@@ -165,7 +166,7 @@ def _export(args: argparse.Namespace, profile: "Profile") -> int:
 
 def _result(args: argparse.Namespace, table: "pa.Table", word: str, words: str | None) -> int:
     """A table to where the options say."""
-    from virt_bmap.outputs.results import json_lines, save, show
+    from virt_bmap.saved.results import json_lines, save, show
 
     if args.output:
         save(table, args.output)
@@ -182,7 +183,7 @@ def _result(args: argparse.Namespace, table: "pa.Table", word: str, words: str |
 
 def _show(args: argparse.Namespace, profile: "Profile") -> None:
     """The profile for people: what all runs took together, and the files."""
-    from virt_bmap.profile.summary import files, totals
+    from virt_bmap.accesses.profile.summary import files, totals
 
     found = files(profile)
     if args.json:

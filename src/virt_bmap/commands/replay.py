@@ -3,16 +3,12 @@
 import argparse
 import sys
 
-from virt_bmap.commands.common import (
-    add_trust_options,
-    human,
-    opening,
-    plural,
-)
+from virt_bmap.commands.common import add_trust_options, opening, plural
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.errors import UsageError
-from virt_bmap.images import FORMATS, open_image
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.printable import say
+from virt_bmap.open import FORMATS, open_image
 
 HELP = "warm a disk or NBD source: read ahead what a profile says will be needed"
 
@@ -39,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap.profile.replay import replay
-    from virt_bmap.profile.saved import load
+    from virt_bmap.accesses.profile.replay import replay
+    from virt_bmap.accesses.profile.saved import load
 
     if args.disk < 1:
         raise UsageError(f"--disk counts from 1; given: {args.disk}")

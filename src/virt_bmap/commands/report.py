@@ -4,12 +4,13 @@ import argparse
 import os
 import sys
 
-from virt_bmap.commands.common import add_disk_options, add_force_option, human, map_or_disks, plural
+from virt_bmap.commands.common import add_disk_options, add_force_option, map_or_disks, plural
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.contract import Asks
-from virt_bmap.errors import UsageError
-from virt_bmap.outputs.ours import is_page
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.printable import say
+from virt_bmap.host.ours import is_page
+from virt_bmap.model.contract import Asks
 
 HELP = "draw a map, and traces of its disks, as one HTML page that needs no network"
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap.outputs.files import replacing
+    from virt_bmap.host.files import replacing
 
     if not args.output:
         raise UsageError("report needs -o PAGE, the file to write")
@@ -39,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     given, names = ([], [args.map, *args.trace]) if args.add else ([args.map], args.trace)
     names = [name for name in names if name is not None]
     title = args.title or os.path.basename(args.add[0] if args.add else args.map)
-    from virt_bmap.report.page import page
-    from virt_bmap.traces import load, read
+    from virt_bmap.accesses.traces import load, read
+    from virt_bmap.show.report.page import page
 
     for name in names:
         read(name)  # before a disk is mapped: a slip should cost no time

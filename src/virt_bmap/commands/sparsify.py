@@ -8,26 +8,26 @@ import stat
 import sys
 from typing import Any
 
-from virt_bmap import maps
-from virt_bmap.blockmap import BlockMap
 from virt_bmap.commands.common import (
     Progress,
     add_disk_options,
     add_partial_option,
     disks_of,
-    human,
     keys_of,
     opening,
     print_json,
     refuse_shared,
 )
 from virt_bmap.commands.dump import bar, refuse_target, warn
-from virt_bmap.contract import Asks
-from virt_bmap.errors import ImageError, UsageError
-from virt_bmap.images import magic
-from virt_bmap.images.raw import RawReader
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import ImageError, UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.contract import Asks
+from virt_bmap.open import magic
+from virt_bmap.open.raw import RawReader
+from virt_bmap.survey import maps
 
 HELP = "give the free space of a disk image back to its host"
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
@@ -81,9 +81,9 @@ def _left(bmap: BlockMap, left: dict[int, str]) -> None:
 
 
 def _copy(args: argparse.Namespace) -> int:
-    from virt_bmap.outputs.files import new_file
-    from virt_bmap.sparsify.copying import copy
-    from virt_bmap.sparsify.plan import plan
+    from virt_bmap.act.sparsify.copying import copy
+    from virt_bmap.act.sparsify.plan import plan
+    from virt_bmap.host.files import new_file
 
     if len(args.disk) != 2:
         raise UsageError("sparsify needs a disk and OUT, the file to write; or --in-place to change the "
@@ -118,7 +118,7 @@ def _copy(args: argparse.Namespace) -> int:
 
 
 def _sizes(image: str, out: str) -> dict[str, Any]:
-    from virt_bmap.sparsify.in_place import held
+    from virt_bmap.act.sparsify.in_place import held
 
     return {"host_before": None if magic.is_uri(image) else held(image), "host_after": held(out)}
 
@@ -153,7 +153,7 @@ def _format_of_copy(args: argparse.Namespace, image: str) -> str:
 
 def _refuse_writers(images: list[str]) -> None:
     """ImageError where somebody may change an image while it is copied."""
-    from virt_bmap.in_use import writer_of
+    from virt_bmap.host.in_use import writer_of
 
     for image in images:
         if not magic.is_uri(image) and (reason := writer_of(image)):
@@ -164,9 +164,9 @@ def _refuse_writers(images: list[str]) -> None:
 
 
 def _in_place(args: argparse.Namespace) -> int:
-    from virt_bmap.sparsify.in_place import held, opened
-    from virt_bmap.sparsify.plan import plan
-    from virt_bmap.survey import survey
+    from virt_bmap.act.sparsify.in_place import held, opened
+    from virt_bmap.act.sparsify.plan import plan
+    from virt_bmap.survey.survey import survey
 
     refuse_shared(args, "--in-place")
     images = disks_of(args, args.disk)
@@ -212,7 +212,7 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def _estimate(args: argparse.Namespace) -> int:
-    from virt_bmap.sparsify.estimate import estimate, host_of
+    from virt_bmap.act.sparsify.estimate import estimate, host_of
 
     images = disks_of(args, args.disk)
     rows: list[dict[str, Any]] = []

@@ -3,15 +3,17 @@
 import argparse
 import sys
 
-from virt_bmap import sql
 from virt_bmap.commands.common import add_result_options, emit
 from virt_bmap.commands.paths import INPUT, Input
-from virt_bmap.errors import ImageError, UsageError
+from virt_bmap.core.errors import ImageError, UsageError
+from virt_bmap.show import sql
 
 HELP = "ask saved maps, traces and results in SQL (DuckDB)"
 LISTED = """
-    select case when table_schema = 'main' then '' else table_schema || '.' end || table_name as "table", column_name as "column", lower(data_type) as type
-    from information_schema.columns where table_name not like '% as given' order by table_schema, table_name, ordinal_position
+    select case when table_schema = 'main' then '' else table_schema || '.' end || table_name as "table",
+           column_name as "column", lower(data_type) as type
+    from information_schema.columns where table_name not like '% as given'
+    order by table_schema, table_name, ordinal_position
 """
 
 

@@ -3,13 +3,13 @@
 import argparse
 import sys
 
-from virt_bmap import maps
+from virt_bmap.accesses.logs import NAMES
 from virt_bmap.commands.common import add_force_option, plural
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.errors import ImageError, UsageError
-from virt_bmap.logs import NAMES
-from virt_bmap.outputs.ours import is_tables
-from virt_bmap.printable import say
+from virt_bmap.core.errors import ImageError, UsageError
+from virt_bmap.core.printable import say
+from virt_bmap.host.ours import is_tables
+from virt_bmap.survey import maps
 
 HELP = "make a trace of a log by nbdkit, QEMU, blkparse, fio or biosnoop, or of what a killed watch left"
 
@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virt_bmap.logs import parse
-    from virt_bmap.outputs.files import replacing
-    from virt_bmap.traces import save_log
+    from virt_bmap.accesses.logs import parse
+    from virt_bmap.accesses.traces import save_log
+    from virt_bmap.host.files import replacing
 
     if not args.output:
         raise UsageError(f"trace {args.action} needs -o TRACE, the file to write")
@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recover(path: str, output: str) -> int:
-    from virt_bmap.outputs.files import replacing
-    from virt_bmap.traces import recover
+    from virt_bmap.accesses.traces import recover
+    from virt_bmap.host.files import replacing
 
     _content(path, 1)
     with replacing(output) as file:

@@ -3,21 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from virt_bmap.commands.common import (
-    add_disk_options,
-    disks_of,
-    human,
-    keys_of,
-    opening,
-    plural,
-    print_json,
-    stages,
-)
+from virt_bmap.commands.common import add_disk_options, disks_of, keys_of, opening, plural, print_json, stages
 from virt_bmap.commands.observing import say_left
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.errors import UsageError
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import say
 
 if TYPE_CHECKING:
     from virt_bmap.observe.judge import Disagreement, Verdict
@@ -60,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Launch, mount, read, compare. 1 where the two disagree."""
     from virt_bmap.observe.verify import verify
-    from virt_bmap.watch.source import source
+    from virt_bmap.serve.source import source
 
     if args.sample is not None and args.sample < 1:
         raise UsageError(f"--sample {args.sample}: must be 1 or more")

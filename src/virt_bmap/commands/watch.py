@@ -9,11 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from virt_bmap import tables
 from virt_bmap.commands.common import (
     add_disk_options,
     add_force_option,
-    human,
     keys_of,
     map_disks,
     opening,
@@ -21,13 +19,15 @@ from virt_bmap.commands.common import (
     refuse_shared,
 )
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.errors import OutputError
-from virt_bmap.outputs import ours
-from virt_bmap.outputs.files import growing
-from virt_bmap.printable import one_line, say
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import OutputError
+from virt_bmap.core.printable import one_line, say
+from virt_bmap.host import ours
+from virt_bmap.host.files import growing
+from virt_bmap.model import tables
 
 if TYPE_CHECKING:
-    from virt_bmap.watch.resolve import Resolver
+    from virt_bmap.accesses.resolve import Resolver
     from virt_bmap.watch.session import Outcome, Runner
     from virt_bmap.watch.sinks import Sink
     from virt_bmap.watch.summary import Summary
@@ -107,12 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Map, serve, run, follow, sum up. Returns the exit status of the command."""
+    from virt_bmap.accesses.resolve import Resolver
+    from virt_bmap.serve.source import saved, source
     from virt_bmap.watch.lines import LineLog
     from virt_bmap.watch.refresh import Refresher
-    from virt_bmap.watch.resolve import Resolver
     from virt_bmap.watch.session import Printer, watch
     from virt_bmap.watch.sinks import EachDisk
-    from virt_bmap.watch.source import saved, source
     from virt_bmap.watch.summary import Summary
 
     if args.write:
@@ -167,7 +167,7 @@ class _Saving:
 
     def __init__(self, path: str, resolver: "Resolver") -> None:
         """Raises OutputError where it can't be begun."""
-        from virt_bmap.watch.trace import SCHEMA, Part, Trace, about
+        from virt_bmap.accesses.trace import SCHEMA, Part, Trace, about
 
         self._path, self._about = path, about(resolver)
         self._part = Part(path, SCHEMA, self._about)
@@ -187,8 +187,8 @@ class _Saving:
 
         What goes wrong is said, and is no reason to fail: the command has run.
         """
-        from virt_bmap.outputs.files import replacing
-        from virt_bmap.watch.trace import save
+        from virt_bmap.accesses.trace import save
+        from virt_bmap.host.files import replacing
 
         broken = outcome.broken.pop("the trace", "")
         self._keep = True

@@ -2,7 +2,8 @@
 
     sides       both sides, opened: images, backing chains, saved maps
     identity    are they of one disk?
-    delta       what changed, as ranges: two images compared, an overlay's clusters, a dirty bitmap, a list of changed blocks
+    delta       what changed, as ranges: two images compared, an overlay's clusters, a dirty bitmap, a list of
+                changed blocks
     compare     the reading and comparing that this takes
     tiles       each byte of these ranges with one owner, in each of the two maps
     objects     the files of both maps, matched: what happened to them by the maps alone
@@ -20,16 +21,16 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from virt_bmap.blockmap import BlockMap
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.reader import Reader
 from virt_bmap.diff import delta as deltas
 from virt_bmap.diff import report
 from virt_bmap.diff.changes import Attribution
 from virt_bmap.diff.delta import Delta
 from virt_bmap.diff.objects import match
 from virt_bmap.diff.sides import Plan, Question, Side, Telling, open_sides
-from virt_bmap.errors import UsageError
-from virt_bmap.images.status import StatusReader
-from virt_bmap.reader import Reader
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open.status import StatusReader
 
 __all__ = ["Answer", "Question", "Telling", "attribute", "diff"]
 

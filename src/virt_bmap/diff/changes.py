@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from virt_bmap import formats, tables
-from virt_bmap.arrays import Bool, Int, joined
+from virt_bmap.core.arrays import Bool, Int, joined
 from virt_bmap.diff import objects as matched
 from virt_bmap.diff.delta import Delta
 from virt_bmap.diff.files import Pieces, fate
 from virt_bmap.diff.objects import Objects
 from virt_bmap.diff.segments import Content, Readers, Segments, View, Words, segments
+from virt_bmap.formats import registry as formats
+from virt_bmap.model import tables
 
 MEANING = {
     "added": "a new file, and all of its bytes",

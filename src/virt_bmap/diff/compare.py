@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.arrays import Bool, Bytes, Int, expand, ints, union
-from virt_bmap.mapping import Row, Rows
-from virt_bmap.reader import MappedReader, Reader
+from virt_bmap.core.arrays import Bool, Bytes, Int, expand, ints, union
+from virt_bmap.core.mapping import Row, Rows
+from virt_bmap.core.reader import MappedReader, Reader
 
 BATCH = 8 << 20
 """Bytes read at once from each side: enough for any disk's streaming speed, and no strain on memory."""

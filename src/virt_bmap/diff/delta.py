@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Int, intersect, ints, subtract, union
+from virt_bmap.core.arrays import EMPTY, Int, intersect, ints, subtract, union
+from virt_bmap.core.reader import Reader
 from virt_bmap.diff.compare import SECTOR, differing, padded
-from virt_bmap.images.status import DEPTH, DIRTY, STATE_DIRTY, StatusReader
-from virt_bmap.reader import Reader
+from virt_bmap.open.status import DEPTH, DIRTY, STATE_DIRTY, StatusReader
 
 Ranges = tuple[Int, Int]
 CLUSTER = 64 << 10

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import Int, Intervals
-from virt_bmap.columns import take
+from virt_bmap.core.arrays import Int, Intervals
+from virt_bmap.core.columns import take
 from virt_bmap.diff.objects import Objects, Side, dense
+from virt_bmap.model import tables
 
 
 class Pieces(NamedTuple):

@@ -1,9 +1,9 @@
 """Do two maps describe one disk at two times? Its volumes and filesystems have UUIDs, which survive
 everything but being made anew."""
 
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.errors import MapError
-from virt_bmap.space import inside
+from virt_bmap.ask.space import inside
+from virt_bmap.core.errors import MapError
+from virt_bmap.model.blockmap import BlockMap
 
 
 def uuids(bmap: BlockMap, disk: int) -> set[str]:

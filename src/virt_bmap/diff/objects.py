@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import formats, tables
-from virt_bmap.arrays import Bool, Int
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.paths import positions
+from virt_bmap.core.arrays import Bool, Int
+from virt_bmap.formats import registry as formats
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.paths import positions
 
 EVENTS = ("none", "added", "replaced", "deleted", "renamed", "truncated", "grown", "entries", "attributes")
 NONE, ADDED, REPLACED, DELETED, RENAMED, TRUNCATED, GROWN, ENTRIES, ATTRIBUTES = range(len(EVENTS))

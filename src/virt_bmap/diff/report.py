@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from virt_bmap import tables
-from virt_bmap.arrays import Int
+from virt_bmap.core.arrays import Int
 from virt_bmap.diff import objects as matched
 from virt_bmap.diff.changes import CHANGES, FREE, MOVED, UNCHANGED, Attribution
-from virt_bmap.outputs.results import field, safe
+from virt_bmap.model import tables
+from virt_bmap.saved.results import field, safe
 
 TEXT, I64 = pa.large_string(), pa.int64()
 SCHEMA = pa.schema([

@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Bool, Int, union
+from virt_bmap.ask.explain import record_size
+from virt_bmap.core.arrays import EMPTY, Bool, Int, union
+from virt_bmap.core.reader import Reader
 from virt_bmap.diff import objects as matched
 from virt_bmap.diff.compare import SECTOR, compare
 from virt_bmap.diff.delta import Delta
 from virt_bmap.diff.objects import CONTENT, Objects, Side
 from virt_bmap.diff.tiles import Records, Tiles, tiles, touched
-from virt_bmap.explain import record_size
-from virt_bmap.reader import Reader
+from virt_bmap.model import tables
 
 Readers = tuple[list[Reader], list[Reader]]
 """The readers of the volumes of the old and of the new map, by their numbers."""

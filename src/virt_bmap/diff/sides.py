@@ -5,18 +5,18 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from virt_bmap import maps
-from virt_bmap.blockmap import BlockMap
+from virt_bmap.accesses.ranges import Ranges
+from virt_bmap.core.errors import ImageError, MapError, UsageError
+from virt_bmap.core.keys import NO_KEYS, Keys
+from virt_bmap.core.reader import Reader
 from virt_bmap.diff import identity
 from virt_bmap.diff.delta import CLUSTER
-from virt_bmap.errors import ImageError, MapError, UsageError
-from virt_bmap.images import open_image
-from virt_bmap.images.magic import is_uri
-from virt_bmap.images.status import DEPTH, DIRTY
-from virt_bmap.keys import NO_KEYS, Keys
-from virt_bmap.ranges import Ranges
-from virt_bmap.reader import Reader
-from virt_bmap.survey import survey_open
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open import open_image
+from virt_bmap.open.magic import is_uri
+from virt_bmap.open.status import DEPTH, DIRTY
+from virt_bmap.survey import maps
+from virt_bmap.survey.survey import survey_open
 
 
 class Question(NamedTuple):
@@ -93,7 +93,7 @@ def plan(question: Question) -> Plan:
         if question.old is None:
             raise UsageError(f"{question.new}: is one map; name two, or a map and a disk")
         return asked
-    from virt_bmap.images.references import backing_chain
+    from virt_bmap.open.references import backing_chain
 
     chain = backing_chain(question.new, question.formats[1], question.references)
     if question.old is None:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import Bool, Int, Intervals, first_covers, union
-from virt_bmap.blockmap import BlockMap, Owners
-from virt_bmap.columns import take
+from virt_bmap.core.arrays import Bool, Int, Intervals, first_covers, union
+from virt_bmap.core.columns import take
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap, Owners
 
 
 class Tiles(NamedTuple):

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.outputs.escape import escape
+from virt_bmap.core.escape import escape
+from virt_bmap.model.blockmap import BlockMap
 
 INSTALL = "apt-get install python3-guestfs linux-image-amd64, or dnf install python3-libguestfs"
 MOUNTABLE = (

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from virt_bmap import children, kvm, programs
-from virt_bmap.errors import ImageError, MissingTool
+from virt_bmap.core.errors import ImageError, MissingTool
+from virt_bmap.host import children, kvm, programs
 from virt_bmap.observe.advice import INSTALL
 
 GUEST = Path(__file__).with_name("guest.py")

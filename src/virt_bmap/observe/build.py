@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
-from virt_bmap.arrays import Int, complement, covered_twice, subtract, union
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.hits import grouped_union
+from virt_bmap.ask.hits import grouped_union
+from virt_bmap.core.arrays import Int, complement, covered_twice, subtract, union
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.observe.engine import Observed, joined, merged
 from virt_bmap.observe.files import Listing
-from virt_bmap.survey import on_volume
+from virt_bmap.survey.survey import on_volume
 
 Ranges = tuple[Int, Int]
 

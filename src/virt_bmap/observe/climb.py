@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import Int, joined
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.mapping import PARITY, ROLES
+from virt_bmap.core.arrays import Int, joined
+from virt_bmap.core.mapping import PARITY, ROLES
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.observe.disks import Reads
 
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int
-from virt_bmap.errors import ImageError
-from virt_bmap.watch.accesses import LogParser
-from virt_bmap.watch.serve import Follower, Served, Source, private_folder, serve
+from virt_bmap.accesses.accesses import LogParser
+from virt_bmap.core.arrays import EMPTY, Int
+from virt_bmap.core.errors import ImageError
+from virt_bmap.model import tables
+from virt_bmap.serve.serve import Follower, Served, Source, private_folder, serve
 
 READ = tables.OPS.index("read")
 

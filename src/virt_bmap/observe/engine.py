@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import Int, union
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.hits import grouped_union
+from virt_bmap.ask.hits import grouped_union
+from virt_bmap.core.arrays import Int, union
+from virt_bmap.core.reader import Reader
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.observe import trace
 from virt_bmap.observe.appliance import Appliance, CallFailed
 from virt_bmap.observe.climb import climb
 from virt_bmap.observe.disks import Disks
 from virt_bmap.observe.files import Entry
-from virt_bmap.reader import Reader
 
 PIECE = 1 << 20
 """Bytes of a file read by one call: libguestfs sends 4 MiB at most in one message."""

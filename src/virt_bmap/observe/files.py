@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from virt_bmap import tables
-from virt_bmap.arrays import ints
-from virt_bmap.errors import ImageError
+from virt_bmap.core.arrays import ints
+from virt_bmap.core.errors import ImageError
+from virt_bmap.model import tables
 from virt_bmap.observe.appliance import Appliance, CallFailed
 
 MAX_FILES = 1 << 24

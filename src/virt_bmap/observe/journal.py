@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from virt_bmap.errors import MapError, OutputError
-from virt_bmap.images import magic
+from virt_bmap.core.errors import MapError, OutputError
 from virt_bmap.observe.engine import Observed
-from virt_bmap.watch.serve import Source
+from virt_bmap.open import magic
+from virt_bmap.serve.serve import Source
 
 VERSION = 1
 SUFFIX = ".observed"

@@ -4,13 +4,15 @@ Compared are the bytes of regular files, by their offset in the file and in the 
 reason that is no one's fault, or is a disagreement:
 
 agreed         the kernel read these bytes of the file from where the map says
-inline         the map has them inside an inode or a tree node, which the kernel had in memory, or read as metadata
+inline         the map has them inside an inode or a tree node, which the kernel had in memory, or read as
+               metadata
 compressed     stored in another form: what was read for them and where the map has them overlap
 unwritten      allocated and never written: reads as zeroes, from memory
-zeroes         read as zeroes from where the map says, beside holes that are zero, too: which is which can't be told
+zeroes         read as zeroes from where the map says, beside holes that are zero, too: which is which can't
+               be told
 hole           neither has a place for them
 other content  read on the way: what it is by the direct map (metadata, tree, directory, readahead of other
-files, ...)
+               files, ...)
 
 Disagreements: `elsewhere`, read from another place than the map has; `unread`, in the map but not read;
 `unmapped`, read but not in the map; `free`, read on the way, although the map calls it free and it shares no
@@ -24,9 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int, Intervals, intersect, subtract, union
-from virt_bmap.blockmap import BlockMap
+from virt_bmap.core.arrays import EMPTY, Int, Intervals, intersect, subtract, union
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.observe.engine import PAGE, Observed, joined, merged
 from virt_bmap.observe.files import Listing
 

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import union
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.errors import BmapError, UsageError
-from virt_bmap.images import open_disks
-from virt_bmap.keys import NO_KEYS, Keys
-from virt_bmap.leftovers import private_folder
+from virt_bmap.core.arrays import union
+from virt_bmap.core.errors import BmapError, UsageError
+from virt_bmap.core.keys import NO_KEYS, Keys
+from virt_bmap.core.reader import Reader
+from virt_bmap.host.leftovers import private_folder
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.observe import build, engine
 from virt_bmap.observe.appliance import Appliance, CallFailed, launched
 from virt_bmap.observe.climb import climb
@@ -20,9 +20,9 @@ from virt_bmap.observe.disks import Disks, watched
 from virt_bmap.observe.engine import Observed, Observer, Target
 from virt_bmap.observe.files import Entry, Listing, listed
 from virt_bmap.observe.journal import Journal
-from virt_bmap.reader import Reader
-from virt_bmap.survey import survey_open
-from virt_bmap.watch.serve import Source
+from virt_bmap.open import open_disks
+from virt_bmap.serve.serve import Source
+from virt_bmap.survey.survey import survey_open
 
 DIRECTORY_BATCH = 256
 """Directories whose blocks are read between two times of forgetting what was read."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.arrays import EMPTY, Bool, Bytes, Int, ints, runs, union
+from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, ints, runs, union
 
 UNIT = 512
 """Bytes: the smallest piece that a kernel reads, and that filesystems place files in."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from virt_bmap import tables
-from virt_bmap.errors import UsageError
-from virt_bmap.keys import Keys
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.keys import Keys
+from virt_bmap.model import tables
 from virt_bmap.observe.appliance import CallFailed
 from virt_bmap.observe.judge import Judge, Verdict
 from virt_bmap.observe.session import Session, Tell, mounted, observe_files, sample, session
-from virt_bmap.watch.serve import Source
+from virt_bmap.serve.serve import Source
 
 
 def verify(

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
-from virt_bmap.arrays import Bool, Int
-from virt_bmap.outputs.results import field
-from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import OPEN, Resolver, Touched
+from virt_bmap.accesses.accesses import Accesses
+from virt_bmap.accesses.resolve import OPEN, Resolver, Touched
+from virt_bmap.core.arrays import Bool, Int
+from virt_bmap.model import tables
+from virt_bmap.saved.results import field
 
 BINS = 4096
 """Places of a disk that are told apart: more than a terminal has cells for."""

@@ -9,8 +9,8 @@ import numpy as np
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from virt_bmap.arrays import Int
-from virt_bmap.outputs.amounts import human
+from virt_bmap.core.amounts import human
+from virt_bmap.core.arrays import Int
 from virt_bmap.watch.activity import BINS, Row, Strip
 
 FADING = 0.75

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import Int, union_by
-from virt_bmap.columns import stack
-from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import DOUBTFUL, HELD, TOLD, Resolver, Touched
+from virt_bmap.accesses.accesses import Accesses
+from virt_bmap.accesses.resolve import DOUBTFUL, HELD, TOLD, Resolver, Touched
+from virt_bmap.core.arrays import Int, union_by
+from virt_bmap.core.columns import stack
+from virt_bmap.model import tables
 
 MOST_RANGES = 4
 """Ranges shown on one line. A line for a person; the trace has them all."""

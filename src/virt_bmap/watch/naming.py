@@ -15,14 +15,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Bool, Int, Intervals, ints, touching, union_by
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.columns import stack
-from virt_bmap.reader import HEAD, TAIL
-from virt_bmap.watch.accesses import Accesses
+from virt_bmap.accesses.accesses import Accesses
+from virt_bmap.accesses.resolve import CONFIRMED, GUESSED, HELD, KNOWN, OLDER, UNCONFIRMED, Resolver, Touched
+from virt_bmap.accesses.trace import CLAIM
+from virt_bmap.core.arrays import EMPTY, Bool, Int, Intervals, ints, touching, union_by
+from virt_bmap.core.columns import stack
+from virt_bmap.core.reader import HEAD, TAIL
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.watch.refresh import Refreshed, Refresher
-from virt_bmap.watch.resolve import CONFIRMED, GUESSED, HELD, KNOWN, OLDER, UNCONFIRMED, Resolver, Touched
 from virt_bmap.watch.sinks import Sinks
 from virt_bmap.watch.verdict import (
     FILLING,
@@ -46,9 +47,6 @@ LATE = 20 * MS
 """ns that a line of the log may take to be written."""
 PATIENCE = 2000 * MS
 """ns that accesses wait for a new map; then the map in force names them, and they are marked."""
-CLAIM = 36_000 * MS
-"""ns that writes to nobody's bytes wait for their owner, and guesses for a better map. ext4 commits every 5
-s; XFS flushes its log every 30 s (xfs_sync_work)."""
 RETRY, LONGEST_RETRY = 1000 * MS, 30_000 * MS
 """ns until it is tried again where a map could not be read; doubled each time."""
 MOST_WAITING = 1 << 18

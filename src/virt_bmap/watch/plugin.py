@@ -75,7 +75,8 @@ def tell(connection: int, operation: int, offset: int, length: int) -> None:
     global _alone, _dropped
     try:
         os.write(_pipe, RECORD.pack(time.time_ns(), offset, length, _dropped, connection, operation))
-    except Exception as error:  # full, or nobody reads any more; whatever it is, it would be an error of the disk to the guest
+    except Exception as error:
+        # full, or nobody reads any more; whatever it is, it would be an error of the disk to the guest
         _alone = _alone or isinstance(error, BrokenPipeError)
         with _counting:
             _dropped += 1

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from virt_bmap import children, programs
-from virt_bmap.blockmap import BlockMap
-from virt_bmap.errors import BmapError
-from virt_bmap.keys import Keys
-from virt_bmap.maps import map_disks
+from virt_bmap.accesses.resolve import Resolver
+from virt_bmap.core.errors import BmapError
+from virt_bmap.core.keys import Keys
+from virt_bmap.host import children, programs
+from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.survey.maps import map_disks
 from virt_bmap.watch import oom
-from virt_bmap.watch.resolve import Resolver
 
 NICENESS = 10
 """The guest and its disk go first."""

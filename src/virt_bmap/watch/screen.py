@@ -25,12 +25,12 @@ from textual.containers import Container
 from textual.drivers.linux_driver import LinuxDriver
 from textual.widgets import Footer, Input, RichLog, Static
 
-from virt_bmap import tables
-from virt_bmap.errors import BmapError
-from virt_bmap.outputs import results
-from virt_bmap.outputs.amounts import human
-from virt_bmap.outputs.escape import escape
-from virt_bmap.printable import one_line
+from virt_bmap.core.amounts import human
+from virt_bmap.core.errors import BmapError
+from virt_bmap.core.escape import escape
+from virt_bmap.core.printable import one_line
+from virt_bmap.model import tables
+from virt_bmap.saved import results
 from virt_bmap.watch.activity import SORTS, Activity, View
 from virt_bmap.watch.cells import (
     READ_COLOURS,
@@ -162,7 +162,7 @@ class Watching(App[None]):
     ends."""
 
     ENABLE_COMMAND_PALETTE = False
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012 - as Textual declares it
     CSS = """
     #status { height: 1; text-style: bold; }
     #strips { height: auto; border: round $primary; }

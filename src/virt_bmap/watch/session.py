@@ -22,15 +22,15 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from virt_bmap.errors import UsageError
-from virt_bmap.printable import one_line
-from virt_bmap.signals import SIGNALS, forwarded
+from virt_bmap.accesses.accesses import Accesses, LogParser
+from virt_bmap.accesses.resolve import BATCH, Resolver
+from virt_bmap.core.errors import UsageError
+from virt_bmap.core.printable import one_line
+from virt_bmap.host.signals import SIGNALS, forwarded
+from virt_bmap.serve.serve import Follower, Served, Source, lasting, lasting_folder
 from virt_bmap.watch import oom
-from virt_bmap.watch.accesses import Accesses, LogParser
 from virt_bmap.watch.naming import Naming
 from virt_bmap.watch.refresh import Refresher
-from virt_bmap.watch.resolve import Resolver
-from virt_bmap.watch.serve import Follower, Served, Source, lasting, lasting_folder
 from virt_bmap.watch.sinks import Sink, Sinks
 
 TICK = 0.05
@@ -41,9 +41,6 @@ SHARE = 0.03
 half of what small ones do."""
 PAUSE = 0.5
 """Seconds without any access after which the line that is still open is written."""
-BATCH = 1 << 15
-"""Requests that are resolved at a time: bounds the memory that a batch takes, as one may touch many
-objects."""
 QUEUE = 1 << 10
 """Blocks of lines that may wait for a slow terminal."""
 NICENESS = 5

@@ -9,10 +9,10 @@ announced last, which may be an older one again for a moment.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from virt_bmap.arrays import Int
-from virt_bmap.printable import one_line
-from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import Resolver, Touched
+from virt_bmap.accesses.accesses import Accesses
+from virt_bmap.accesses.resolve import Resolver, Touched
+from virt_bmap.core.arrays import Int
+from virt_bmap.core.printable import one_line
 
 
 class Sink(Protocol):

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Int, total, union
-from virt_bmap.columns import stack, take
-from virt_bmap.paths import positions
-from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import OPEN, Resolver, Touched
+from virt_bmap.accesses.accesses import Accesses
+from virt_bmap.accesses.resolve import OPEN, Resolver, Touched
+from virt_bmap.core.arrays import EMPTY, Int, total, union
+from virt_bmap.core.columns import stack, take
+from virt_bmap.model import tables
+from virt_bmap.model.paths import positions
 
 PENDING = 1 << 18
 """Ranges, and rows of objects, that are kept before they are merged with what was touched before."""

@@ -10,7 +10,8 @@ What a map says of an access is certain where
 A write to bytes that are nobody's, or of an owner who has not written them yet as far as the map knows, may
 get its owner by a later map.
 
-    time  ----- map before ------- m ---- access ---- m ---- w ---- map after ---->      m: metadata is written, w: the same bytes are
+    time  ----- map before ------- m ---- access ---- m ---- w ---- map after ---->
+    m: metadata is written, w: the same bytes are
 """
 
 from dataclasses import dataclass, replace
@@ -19,11 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap import tables
-from virt_bmap.arrays import EMPTY, Bool, Int, expand, first_covers
-from virt_bmap.columns import stack, take
-from virt_bmap.watch.accesses import Accesses
-from virt_bmap.watch.resolve import KNOWN, OLDER, Resolver, Touched, identify
+from virt_bmap.accesses.accesses import Accesses
+from virt_bmap.accesses.resolve import KNOWN, OLDER, Resolver, Touched, identify
+from virt_bmap.core.arrays import EMPTY, Bool, Int, expand, first_covers
+from virt_bmap.core.columns import stack, take
+from virt_bmap.model import tables
 
 MS = 1_000_000
 SETTLE = 150 * MS

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
-from virt_bmap import tables
+from virt_bmap.model import tables
 
 from ..disk import Disk
 from .unit import Unit, Volume, be32, crc32c, le16, le32, own

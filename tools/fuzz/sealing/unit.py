@@ -4,7 +4,7 @@ own."""
 from collections.abc import Callable
 from typing import NamedTuple
 
-from virt_bmap.blockmap import BlockMap
+from virt_bmap.model.blockmap import BlockMap
 
 from ..disk import Disk
 

@@ -1,0 +1,1 @@
+"""What makes something of a disk: copies, files, smaller images, new disks, a guest that holds still."""

@@ -1,0 +1,509 @@
+"""Random access to the bytes of a disk or volume, always asked for in batches.
+
+A `Reader` has a size and reads many ranges in one call; the batch is sorted, exact neighbours are merged, and
+what is left goes to the backend as one request, which may keep all of it in flight. A format that walks a
+tree asks for a whole level at once.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import numpy as np
+
+from virt_bmap.core import lost
+from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, Intervals, gather, ints, subtract, total, union
+from virt_bmap.core.errors import Corrupt, ImageError
+from virt_bmap.core.lost import NOTHING, Lost
+from virt_bmap.core.mapping import DATA, ROLES, Rows, Side
+from virt_bmap.core.threads import ahead
+
+HEAD = 128 << 10
+"""Bytes at the start of every volume that are read once and kept: all magic numbers but md's and GPT's copies
+lie there."""
+TAIL = 128 << 10
+"""Likewise at the end: the backup GPT's header, md 0.90 (up to 128 KiB from the end) and 1.0."""
+UNIT = 4096
+"""What is given up where reading fails: the sector of most disks, and a page of the others."""
+MAX_FAILED = 1024
+"""Reads of one batch that may fail before the rest of what fails is given up whole: each can take a disk
+seconds."""
+
+
+HOLE = 64 << 10
+"""Holes that are shorter are read with what lies around them: each piece costs as much as some thousand
+bytes."""
+CLAIM_FREE, CLAIM_STORED = 64 << 20, 4
+"""Bytes of tables that a volume may make us hold at once: this many, and so many times what is really stored
+of it. What claims more lies in holes, or over itself."""
+
+
+class Reader:
+    """Bytes [0, size) of something. Subclasses provide `_fetch`. Several threads may read."""
+
+    in_turn = True
+    """Must `_fetch` end in one thread before it begins in another?"""
+    near = False
+    """Is reading no more than a copy, from memory or a kernel's cache?"""
+    filesystem: str | None = None
+    """The filesystem module that reads this, where that is known without probing."""
+    in_use: str | None = None
+    """Who may be changing it while it is read, in a few words."""
+
+    def __init__(self, size: int, name: str) -> None:
+        self.size = size
+        self.name = name
+        """For messages: which disk, or which volume of which disk."""
+        self.rounds = 0
+        """How often a batch was waited for, and how many bytes were asked for: what a slow link charges."""
+        self.requested = 0
+        self.below: Sequence[Reader] = ()
+        """The readers whose bytes these are, where they are not its own."""
+        self._ends: tuple[Bytes, Bytes, int] | None = None
+        self._turn: AbstractContextManager[object] = threading.RLock() if self.in_turn else nullcontext()
+
+    @property
+    def raw(self) -> "Reader":
+        """The same bytes as they lie on the volume, without a journal replayed."""
+        return self
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        """The ranges one after the other.
+
+        They are sorted, not empty, inside the volume and never touch or overlap.
+        """
+        raise NotImplementedError
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`.
+
+        Raises Corrupt where the range leaves the volume, ImageError where reading fails.
+        """
+        kept = self._kept(offset, offset + length) if 0 <= offset <= offset + length <= self.size else None
+        return (self.read_ranges(ints(offset), ints(length)) if kept is None else kept).tobytes()
+
+    def read_clipped(self, offset: int, length: int) -> bytes:
+        """Like `read`, but what lies beyond the end reads as zeroes: for probing small volumes."""
+        inside = max(0, min(length, self.size - offset))
+        return (self.read(offset, inside) if inside else b"").ljust(length, b"\0")
+
+    def read_blocks(self, offsets: Int, size: int) -> Bytes:
+        """Blocks of equal size: an array of shape (len(offsets), size)."""
+        return self.read_ranges(offsets, np.full(len(offsets), size, np.int64)).reshape(len(offsets), size)
+
+    def batches(self, offsets: Int, size: int, most: int, copied: int = 0) -> Iterator[tuple[slice, Bytes]]:
+        """(which of the offsets, their blocks) as `read_blocks` gives them, in batches of up to `most` bytes;
+        the next one is read while this one is looked at.
+
+        Who is done with a batch nearly as soon as it is read gives `copied`: so many bytes at a time, one
+        batch after the other, where reading is no more than a copy. They are looked at while the processor's
+        own cache holds them, which is worth more than a second thread.
+        """
+        alone = self.near and copied > 0
+        step = max(1, (copied if alone else most) // size)
+        parts = [slice(at, at + step) for at in range(0, len(offsets), step)]
+        read = partial(self._blocks_of, offsets, size)
+        return zip(parts, map(read, parts) if alone else ahead(read, parts), strict=True)
+
+    def _blocks_of(self, offsets: Int, size: int, part: slice) -> Bytes:
+        return self.read_blocks(offsets[part], size)
+
+    def read_ranges(self, offsets: Int, lengths: Int) -> Bytes:
+        """Any ranges, in any order, one after the other in one flat uint8 array; each byte of the disk is
+        asked for once.
+
+        Raises Corrupt where a range leaves the volume: readers check numbers from the disk first if they want
+        rows in `problems` instead.
+        """
+        offsets, lengths = ints(offsets), ints(lengths)
+        self._check_inside(offsets, lengths)
+        ends = offsets + lengths
+        if len(offsets) == 1:
+            kept = self._kept(int(offsets[0]), int(ends[0]))
+            if kept is not None:
+                return kept
+        in_order = bool((offsets[1:] >= ends[:-1]).all())
+        if len(offsets) and in_order and (lengths > 0).all():
+            return self._counted(*_join(offsets, ends))
+        order = np.argsort(offsets, kind="stable")
+        order = order[lengths[order] > 0]
+        starts, reach = offsets[order], np.maximum.accumulate(ends[order])
+        if len(order) == 0:
+            return np.zeros(0, np.uint8)
+        new = np.append(True, starts[1:] > reach[:-1])
+        first = np.flatnonzero(new)
+        piece_start, piece_end = starts[first], reach[np.append(first[1:], len(order)) - 1]
+        data = self._counted(piece_start, piece_end - piece_start)
+        base = np.cumsum(piece_end - piece_start) - (piece_end - piece_start)
+        where = np.zeros(len(offsets), np.int64)
+        piece = np.cumsum(new) - 1
+        where[order] = base[piece] + starts - piece_start[piece]
+        if len(lengths) and (lengths == lengths[0]).all() and (where % lengths[0] == 0).all():
+            size = int(lengths[0])
+            if len(data) % size == 0:
+                return data.reshape(-1, size)[where // size].reshape(-1)
+        return gather(data, where, lengths)
+
+    def _check_inside(self, offsets: Int, lengths: Int) -> None:
+        outside = (offsets < 0) | (lengths < 0) | (offsets > self.size - lengths)
+        if outside.any():
+            bad = int(np.flatnonzero(outside)[0])
+            raise Corrupt(
+                f"{self.name}: bytes {offsets[bad]:#x}+{lengths[bad]:#x} lie outside the volume, "
+                    "which ends at "
+                f"{self.size:#x}: it is truncated, or its metadata is damaged",
+                int(offsets[bad]), "outside",
+            )  # fmt: skip
+
+    def _counted(self, offsets: Int, lengths: Int) -> Bytes:
+        total = int(lengths.sum())
+        self.afford(total, "what is read together")
+        with self._turn:
+            self.rounds += 1
+            self.requested += total
+            return self._fetch(offsets, lengths)
+
+    def _kept(self, start: int, end: int) -> Bytes | None:
+        """The bytes from the head or tail, which are fetched together once; None where they reach further."""
+        head, tail = min(HEAD, self.size), max(0, self.size - TAIL)
+        if end > head and start < tail:
+            return None
+        if self._ends is None:
+            tail = max(tail, head)
+            offsets, lengths = ints([0, tail]), ints([head, self.size - tail])
+            both = self._counted(*_join(offsets[lengths > 0], (offsets + lengths)[lengths > 0]))
+            self._ends = both[:head], both[head:], tail
+        first, last, at = self._ends
+        if end <= head:
+            return first[start:end]
+        if start >= at:
+            return last[start - at : end - at]
+        return None
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        """What of these ranges, sorted and apart, can't be had and reads as zeroes, or as the best that there
+        is: nothing, where `whole`."""
+        return NOTHING
+
+    @property
+    def whole(self) -> bool:
+        """Is there nothing, as far as can be told without reading, that `lost` could ever tell?"""
+        return True
+
+    def read_known(self, offsets: Int, lengths: Int) -> tuple[Bytes, Lost]:
+        """Ranges as `read_ranges` gives them, with what of them can't be had, which is zeroes then: missing,
+        wrong in every copy, unreadable, behind the end."""
+        offsets, lengths = ints(offsets), ints(lengths)
+        inside = np.clip(self.size - offsets, 0, lengths)
+        parts = [Lost.of(union(np.maximum(offsets, self.size), offsets + lengths), lost.BEHIND)]
+        try:
+            data, failed = self.read_ranges(offsets, inside), (EMPTY, EMPTY)
+        except (ImageError, Corrupt):
+            data, failed = self._salvaged(offsets, inside)
+        parts.append(Lost.of(failed, lost.UNREADABLE))
+        if not self.whole:
+            parts.append(self.lost(*union(offsets, offsets + inside)).without(*failed))
+        if (inside < lengths).any():
+            whole = np.zeros(int(lengths.sum()), np.uint8)
+            scatter(whole, np.cumsum(lengths) - lengths, inside, data)
+            data = whole
+        found = Lost.join(parts)
+        if len(found.starts):
+            data = data if data.flags.writeable else data.copy()
+            query, row = found.within(offsets, offsets + lengths)
+            place = (np.cumsum(lengths) - lengths)[query] + row.starts - offsets[query]
+            scatter(
+                data, place, row.ends - row.starts, np.zeros(int((row.ends - row.starts).sum()), np.uint8)
+            )
+        return data, found
+
+    def _salvaged(self, offsets: Int, lengths: Int) -> tuple[Bytes, tuple[Int, Int]]:
+        """(bytes, ranges that reading fails for): what fails is read again in halves, down to pieces of UNIT,
+        while there were fewer than MAX_FAILED failures."""
+        data, failed = np.zeros(int(lengths.sum()), np.uint8), 0
+        bad: list[tuple[Int, Int]] = [(EMPTY, EMPTY)]
+        todo = [(offsets, lengths, np.cumsum(lengths) - lengths)]
+        while todo:
+            low, length, place = todo.pop()
+            try:
+                scatter(data, place, length, self.read_ranges(low, length))
+                continue
+            except (ImageError, Corrupt):
+                failed += 1
+            if failed >= MAX_FAILED or (len(low) == 1 and length[0] <= UNIT):
+                bad.append((low, low + length))
+                continue
+            if len(low) == 1:  # at a border of a unit
+                cut = max(
+                    (int(low[0]) + int(length[0]) // 2) // UNIT * UNIT - int(low[0]),
+                    min(UNIT, int(length[0]) - 1),
+                )
+                low, length = ints([low[0], low[0] + cut]), ints([cut, length[0] - cut])
+                place = ints([place[0], place[0] + cut])
+            half = len(low) // 2
+            todo += [(low[part], length[part], place[part]) for part in (slice(half, None), slice(half))]
+        return data, union(
+            np.concatenate([pair[0] for pair in bad]), np.concatenate([pair[1] for pair in bad])
+        )
+
+    def forget_ends(self) -> None:
+        """Give back the memory of the head and tail; who asks for them again waits again."""
+        self._ends = None
+
+    def stored(self) -> tuple[Int, Int]:
+        """(starts, ends) of what may hold anything but zeroes, sorted and merged, as far as that can be told
+        without reading."""
+        return ints(0), ints(self.size)
+
+    @cached_property
+    def bottom(self) -> frozenset["Reader"]:
+        """The readers at the bottom of all layers, each once however often the layers lead to it."""
+        return (
+            frozenset(bottom for reader in self.below for bottom in reader.bottom)
+            if self.below
+            else frozenset([self])
+        )
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """At most so many bytes are stored of this: those of all that lies below, if it has no own.
+
+        Layers that show one byte a thousand times have it once.
+        """
+        if self.below:
+            return min(self.size, sum(reader.stored_bytes for reader in self.bottom))
+        starts, ends = self.stored()
+        return int((ends - starts).sum())
+
+    def afford(self, claimed: int, what: str) -> None:
+        """Corrupt where `what` claims so many bytes of tables, to be held together, and nothing like that is
+        stored.
+
+        Every number of a disk that sets the size of an array passes here first, unless what was read has as
+        many records. What is stored is asked only where much is claimed: a file's holes cost a call each.
+        """
+        if claimed > CLAIM_FREE and claimed > CLAIM_FREE + CLAIM_STORED * self.stored_bytes:
+            raise Corrupt(
+                f"{self.name}: {what} would take {claimed:,} bytes, but only {self.stored_bytes:,} "
+                    "are stored: they lie in holes, or over each other",
+                None, "holes",
+            )  # fmt: skip
+
+    def spans(self, starts: Int, lengths: Int) -> tuple[Int, Int]:
+        """(starts, ends) of what may hold anything but zeroes of the stream that these ranges make one after
+        the other; gaps are at least HOLE long.
+
+        What is stored is asked only where the ranges are long together.
+        """
+        self._check_inside(starts, lengths)
+        place, count = np.cumsum(lengths) - lengths, int(lengths.sum())
+        if count <= CLAIM_FREE:
+            return union(ints(0), ints(count))
+        stored = Intervals(*self.stored())
+        row, part = stored.overlaps(starts, starts + lengths)
+        low = np.maximum(starts[row], stored.starts[part])
+        high = np.minimum((starts + lengths)[row], stored.ends[part])
+        self.afford(int((high - low).sum()), "what is read of a table")
+        move = (place - starts)[row]
+        return union((low + move) // UNIT * UNIT, np.minimum(count, -(-(high + move) // UNIT) * UNIT), HOLE)
+
+    def held(self, starts: Int, lengths: Int, most: int) -> Iterator[tuple[int, Bytes]]:
+        """(place in the stream that these ranges make, bytes) of what may hold anything but zeroes, in order,
+        up to `most` bytes each. What is left out is zeroes.
+
+        For tables and bitmaps whose size a number of the disk says, where zeroes say little: holes cost
+        nothing.
+        """
+        place = np.cumsum(lengths) - lengths
+        for low, high in zip(*(side.tolist() for side in self.spans(starts, lengths)), strict=True):
+            for at in range(low, high, most):
+                end = min(at + most, high)
+                mine = slice(
+                    int(np.searchsorted(place + lengths, at, "right")), int(np.searchsorted(place, end))
+                )
+                begin, stop = np.maximum(place[mine], at), np.minimum((place + lengths)[mine], end)
+                yield at, self.read_ranges(starts[mine] + begin - place[mine], stop - begin)
+
+    def close(self) -> None:
+        """Give back what the reader holds open. Reading afterwards is an error."""
+
+
+def _join(starts: Int, ends: Int) -> tuple[Int, Int]:
+    """(offsets, lengths) of sorted ranges that do not overlap, with those that touch made one."""
+    if len(starts) > 1:
+        new = np.append(True, starts[1:] != ends[:-1])
+        first = np.flatnonzero(new)
+        starts, ends = starts[first], ends[np.append(first[1:], len(starts)) - 1]
+    return starts, ends - starts
+
+
+class BytesReader(Reader):
+    """Bytes in memory."""
+
+    in_turn = False
+    near = True
+
+    def __init__(self, data: Bytes, name: str) -> None:
+        super().__init__(len(data), name)
+        self._data = data
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        return gather(self._data, offsets, lengths)
+
+
+class MappedReader(Reader):
+    """A volume whose bytes lie in other readers, by mapping rows.
+
+    Bytes that no `data` row covers read as zeroes: in `holes` they are, elsewhere they are lost.
+    """
+
+    in_turn = False
+
+    def __init__(
+        self,
+        size: int,
+        name: str,
+        parents: dict[int, Reader],
+        rows: Rows,
+        holes: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(size, name)
+        self._holes = ints([start for start, _ in holes]), ints([end for _, end in holes])
+        self._whole: bool | None = None
+        self._parents = parents
+        self._rows = rows.select(rows.role == ROLES.index(DATA))
+        self.near = all(parent.near for parent in parents.values())
+        self.below = list(parents.values())
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        pieces = self._rows.down(offsets, offsets + lengths)
+        base = np.cumsum(lengths) - lengths
+        place = base[pieces.query] + pieces.source - offsets[pieces.query]
+        whole = len(self._parents) == 1 and int(pieces.length.sum()) == int(lengths.sum())
+        if whole and (place[1:] >= place[:-1]).all():
+            (parent,) = self._parents.values()
+            return parent.read_ranges(pieces.target, pieces.length)
+        result = np.zeros(int(lengths.sum()), np.uint8)
+        owner = self._rows.parent[pieces.row]
+        for volume, parent in self._parents.items():
+            mine = np.flatnonzero(owner == volume)
+            data = parent.read_ranges(pieces.target[mine], pieces.length[mine])
+            scatter(result, place[mine], pieces.length[mine], data)
+        return result
+
+    @property
+    def whole(self) -> bool:
+        if self._whole is None:
+            start, run, count = self._rows.on_volume.offset, self._rows.run, self._rows.count
+            placed = total(start, start + run) if (count == 1).all() else int((run * count).sum())
+            self._whole = placed + total(*self._holes) >= self.size and all(
+                parent.whole for parent in self._parents.values()
+            )
+        return self._whole
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        pieces = self._rows.down(starts, ends)
+        left = subtract(
+            starts,
+            ends,
+            np.append(pieces.source, self._holes[0]),
+            np.append(pieces.source + pieces.length, self._holes[1]),
+        )
+        parts = [Lost.of(left, lost.MISSING)]
+        owner = self._rows.parent[pieces.row]
+        for volume, parent in self._parents.items():
+            mine = np.flatnonzero(owner == volume)
+            if parent.whole or not len(mine):
+                continue
+            target, length = pieces.target[mine], pieces.length[mine]
+            piece, gone = parent.lost(*union(target, target + length)).within(target, target + length)
+            back = pieces.source[mine][piece] - target[piece]
+            parts.append(gone._replace(starts=gone.starts + back, ends=gone.ends + back))
+        return Lost.join(parts)
+
+    def stored(self) -> tuple[Int, Int]:
+        parts = [np.zeros((2, 0), np.int64)]
+        for volume, parent in self._parents.items():
+            pieces = self._rows.select(self._rows.parent == volume).up(*parent.stored())
+            parts.append(np.stack([pieces.target, pieces.target + pieces.length]))
+        return union(*np.concatenate(parts, axis=1))
+
+
+def scatter(result: Bytes, starts: Int, lengths: Int, data: Bytes) -> None:
+    """The opposite of `gather`: write the pieces of `data`, one after the other, to
+    result[starts[i]:+lengths[i]]."""
+    base = np.cumsum(lengths) - lengths
+    if len(lengths) and int(lengths.sum()) // len(lengths) >= 512:
+        for start, length, at in zip(starts.tolist(), lengths.tolist(), base.tolist(), strict=True):
+            result[start : start + length] = data[at : at + length]
+        return
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    result[(starts - base)[row] + np.arange(len(data))] = data
+
+
+class Patch(NamedTuple):
+    """Blocks of `size` bytes that replace what lies at `offsets` (sorted, multiples of `size`); `blocks` is
+    (n, size)."""
+
+    offsets: Int
+    blocks: Bytes
+
+
+class PatchedReader(Reader):
+    """A reader over another with some of its blocks replaced: a journal replayed in memory, never into the
+    image."""
+
+    in_turn = False
+
+    def __init__(self, base: Reader, patch: Patch) -> None:
+        super().__init__(base.size, base.name)
+        self._base = base
+        self._patch = patch
+        self.near = base.near
+        self.below = [base]
+
+    @property
+    def raw(self) -> Reader:
+        return self._base.raw
+
+    @property
+    def whole(self) -> bool:
+        return self._base.whole
+
+    def replaced(self, offsets: Int, size: int) -> Bool:
+        """Which of the ranges [offset, +size) are not, or not wholly, as they are on the disk."""
+        low = np.searchsorted(self._patch.offsets, offsets - self._patch.blocks.shape[1], "right")
+        high = np.searchsorted(self._patch.offsets, offsets + size)
+        touched: Bool = low < high
+        return touched
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        size = self._patch.blocks.shape[1]
+        return self._base.lost(starts, ends).without(self._patch.offsets, self._patch.offsets + size)
+
+    def stored(self) -> tuple[Int, Int]:
+        there, size = self._base.stored(), self._patch.blocks.shape[1]
+        return union(
+            np.append(there[0], self._patch.offsets), np.append(there[1], self._patch.offsets + size)
+        )
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        data = self._base.read_ranges(offsets, lengths)
+        if not data.flags.writeable:
+            data = data.copy()
+        n, size = self._patch.blocks.shape
+        none = np.zeros(n, np.int64)
+        rows = Rows(
+            volume=none, parent=none, role=none, run=np.full(n, size, np.int64), count=np.ones(n, np.int64),
+            on_volume=Side(self._patch.offsets, none),
+            on_parent=Side(np.arange(n, dtype=np.int64) * size, none),
+        )  # fmt: skip
+        pieces = rows.down(offsets, offsets + lengths)
+        base = np.cumsum(lengths) - lengths
+        place = base[pieces.query] + pieces.source - offsets[pieces.query]
+        scatter(
+            data, place, pieces.length, gather(self._patch.blocks.reshape(-1), pieces.target, pieces.length)
+        )
+        return data

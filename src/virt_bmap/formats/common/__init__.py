@@ -1,0 +1,1 @@
+"""What several formats share, and nothing that names one of them."""

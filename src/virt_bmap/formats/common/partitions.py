@@ -1,0 +1,67 @@
+"""What all partition tables have in common: names of partitions, their place on the disk, and what is wrong
+between them."""
+
+from itertools import pairwise
+from typing import Any
+
+from virt_bmap.core.mapping import Row
+from virt_bmap.core.reader import Reader
+from virt_bmap.model.contract import Assembly, Child, Member, Problem
+
+SECTOR = 512
+
+
+def partition_name(disk: str, number: int) -> str:
+    """/dev/sda1; a p in between where the disk's own name ends in a digit."""
+    return f"{disk}{'p' if disk[-1].isdigit() else ''}{number}"
+
+
+def add_partition(
+    assembly: Assembly, disk: Member, number: int, start: int, length: int, **about: Any
+) -> None:
+    """Add partition `number` at bytes [start, start + length) of the disk, `about` it as in Child; what lies
+    beyond the disk's end is cut off and said."""
+    name, problems = partition_name(disk.name, number), assembly.problems.setdefault(disk.number, [])
+    end = start + length
+    if start >= disk.reader.size:
+        problems.append(
+            Problem(
+                "partition-outside",
+                f"{name} begins at byte {start:#x}, but the disk ends at {disk.reader.size:#x}: the "
+                "image is truncated, or the table is wrong",
+            )
+        )
+        return
+    if end > disk.reader.size:
+        problems.append(
+            Problem(
+                "partition-truncated",
+                f"{name} ends at byte {end:#x}, but the disk ends at {disk.reader.size:#x}: the "
+                "image is truncated, or the table is wrong",
+            )
+        )
+        length = disk.reader.size - start
+    row = Row(volume_offset=0, parent=disk.number, parent_offset=start, run=length)
+    assembly.children.append(Child("partition", name, length, [row], **about))
+
+
+def overlaps(assembly: Assembly) -> list[Problem]:
+    """A problem for each partition that begins inside the one before it on the disk."""
+    spans = sorted(
+        (child.rows[0].parent_offset, child.rows[0].parent_offset + child.size, child.name)
+        for child in assembly.children
+    )
+    return [
+        Problem(
+            "partitions-overlap",
+            f"{name} begins at byte {start:#x}, inside {before}, which ends at {end:#x}",
+            start,
+        )
+        for (_, end, before), (start, _, name) in pairwise(spans)
+        if start < end
+    ]
+
+
+def is_cd(reader: Reader) -> bool:
+    """Does ISO 9660 begin where it does on CDs?"""
+    return reader.read_clipped(0x8001, 5) == b"CD001"

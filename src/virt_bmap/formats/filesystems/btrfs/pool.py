@@ -1,0 +1,107 @@
+"""The logical address space of a btrfs, as the volume module hands it to the filesystem module."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from virt_bmap.core.arrays import Bytes, Int
+from virt_bmap.core.lost import Lost
+from virt_bmap.core.reader import Reader
+from virt_bmap.model.contract import Problem
+
+
+class Ranges(NamedTuple):
+    """Sorted ranges that do not overlap, in bytes."""
+
+    starts: Int
+    ends: Int
+
+    def contain(self, starts: Int, lengths: Int) -> np.ndarray:
+        """Which of the ranges [starts, +lengths) lie wholly inside one of these."""
+        if len(self.starts) == 0:
+            return np.zeros(len(starts), bool)
+        at = np.searchsorted(self.starts, starts, "right") - 1
+        room = self.ends[np.maximum(at, 0)] - starts
+        inside: np.ndarray = (at >= 0) & (lengths >= 0) & (lengths <= room)
+        return inside
+
+
+class Copies(Protocol):
+    """The logical bytes in every way in which they can be read: from a copy, or from parity.
+
+    Bytes that have no such way are lost in that reader.
+    """
+
+    first: Reader
+
+    def others(self) -> Iterator[Reader]:
+        """The second way, the third, ..."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the volume module knows of a filesystem: its superblock, its chunks and which logical bytes
+    superblocks take up."""
+
+    superblock: np.void
+    chunks: Ranges
+    reserved: Ranges
+    copies: Copies
+    problems: list[Problem] = field(default_factory=list)
+    """What was wrong in the chunk tree; offsets are logical."""
+
+
+class PoolReader(Reader):
+    """Logical bytes of one btrfs.
+
+    Old mkfs.btrfs maps logical 0 to physical 0: a boot sector there must not be taken for a partition table.
+    """
+
+    filesystem = "btrfs"
+
+    def __init__(self, base: Reader, pool: Pool) -> None:
+        super().__init__(base.size, base.name)
+        self.below = [base]
+        self.pool = pool
+        self.near = pool.copies.first.near
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        return self.pool.copies.first.read_ranges(offsets, lengths)
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        return self.pool.copies.first.lost(starts, ends)
+
+
+class Damage:
+    """Counts what is wrong, one problem for each kind with its first place."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, int, str, str]] = {}
+
+    def note(self, code: str, what: str, offsets: Int, severity: str = "error") -> None:
+        """`what` is said of `offsets`, bytes of the volume (-1: not one place); nothing where there are
+        none."""
+        if len(offsets):
+            count, first, _, _ = self._found.get(code, (0, int(offsets[0]), "", ""))
+            self._found[code] = count + len(offsets), first, what, severity
+
+    def __bool__(self) -> bool:
+        return any(severity == "error" for _, _, _, severity in self._found.values())
+
+    def problems(self) -> list[Problem]:
+        """All that was noted."""
+        return [
+            Problem(
+                code,
+                f"{count} {what}" + (f", the first at byte {first:#x}" if first >= 0 else ""),
+                max(first, -1),
+                severity,
+            )
+            for code, (count, first, what, severity) in self._found.items()
+        ]

@@ -1,0 +1,203 @@
+"""Rows for what inodes own, and what must hold between owners, names and the allocator.
+
+Sources: kernel Documentation/filesystems/ext4/{attributes,bigalloc,verity,special_inodes}.rst;
+fs/ext4/verity.c; e2fsprogs lib/ext2fs/res_gdt.c (resize inode).
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap.core.arrays import Bool, Int, Intervals, covered_twice, in_order, subtract, union
+from virt_bmap.formats.filesystems.ext.blocks import Runs
+from virt_bmap.formats.filesystems.ext.damage import Problems, complain, complain_where
+from virt_bmap.formats.filesystems.ext.groups import whole_clusters
+from virt_bmap.formats.filesystems.ext.inodes import (
+    EA_INODE_FL,
+    ENCRYPT_FL,
+    RESIZE,
+    ROOT,
+    VERITY_FL,
+    Inodes,
+    metadata_names,
+)
+from virt_bmap.formats.filesystems.ext.superblock import Superblock
+from virt_bmap.model import tables
+from virt_bmap.model.contract import Problem
+from virt_bmap.model.tables import ExtentRows
+
+VERITY_ALIGNMENT = 65536
+"""The Merkle tree of a verity file begins at the next multiple of this behind its end (fs/ext4/verity.c)."""
+DENSE = 8
+"""Numbers of inodes for each that is in use, up to which a table of all is quicker than a search, and not
+larger than what is known of them."""
+DIND = 13
+"""The place in i_block of the doubly indirect block, the only one that the resize inode has."""
+
+
+def add_content(
+    rows: ExtentRows, superblock: Superblock, nodes: Inodes, types: np.ndarray, runs: Runs
+) -> None:
+    """Rows for the blocks that hold what files, directories, links and the filesystem's own files consist
+    of."""
+    size = superblock.block_size
+    kind_of = np.full(len(tables.TYPES), tables.METADATA, np.int8)
+    kind_of[[tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK]] = (
+        tables.DATA,
+        tables.DIRECTORY,
+        tables.SYMLINK,
+    )
+    kind = kind_of[types]
+    kind[nodes.flags & EA_INODE_FL != 0] = tables.XATTR
+    special = kind == tables.METADATA
+    if special.any():
+        of_special = runs.take(special[runs.owner])
+        runs = runs.take(~special[runs.owner])
+        for number, part in metadata_names(superblock).items():
+            some = of_special.take(nodes.number[of_special.owner] == number)
+            rows.add(tables.METADATA, some.start * size, some.count * size, part=part,
+                inode=nodes.number[some.owner],
+                     file_offset=some.logical * size)  # fmt: skip
+    if (nodes.flags & VERITY_FL != 0).any():
+        runs, trees = _verity(superblock, nodes, runs)
+        rows.add(
+            tables.METADATA,
+            trees.start * size,
+            trees.count * size,
+            part="verity tree",
+            inode=nodes.number[trees.owner],
+        )
+    shared: Int | int = 0
+    if superblock.has("shared_blocks"):
+        runs, shared = _shared(runs)
+    encrypted = nodes.flags & ENCRYPT_FL != 0
+    flags = np.where(encrypted[runs.owner], tables.ENCRYPTED, 0) | shared if encrypted.any() else shared
+    rows.add(np.where(runs.unwritten, np.int8(tables.UNWRITTEN), kind[runs.owner]), runs.start * size,
+        runs.count * size,
+             inode=nodes.number[runs.owner], file_offset=runs.logical * size, flags=flags)  # fmt: skip
+
+
+def _verity(superblock: Superblock, nodes: Inodes, runs: Runs) -> tuple[Runs, Runs]:
+    """Cut the runs of verity files where their Merkle trees begin: (content, trees)."""
+    border = -(-nodes.size[runs.owner] // VERITY_ALIGNMENT) * (VERITY_ALIGNMENT // superblock.block_size)
+    before = np.where(
+        nodes.flags[runs.owner] & VERITY_FL != 0, np.clip(border - runs.logical, 0, runs.count), runs.count
+    )
+    content = Runs(runs.owner, runs.logical, runs.start, before, runs.unwritten)
+    trees = Runs(runs.owner, runs.logical + before, runs.start + before, runs.count - before, runs.unwritten)
+    return content.take(before > 0), trees.take(trees.count > 0)
+
+
+def _shared(runs: Runs) -> tuple[Runs, Int]:
+    """Cut the runs where blocks begin or cease to have several owners; returns them and the flag for each
+    (Android's dedup)."""
+    twice = covered_twice(runs.start, runs.start + runs.count)
+    run, inside = Intervals(*twice).overlaps(runs.start, runs.start + runs.count)
+    low = np.maximum(runs.start[run], twice[0][inside])
+    high = np.minimum((runs.start + runs.count)[run], twice[1][inside])
+    points = np.concatenate([runs.start, low, high])
+    of = np.concatenate([np.arange(len(runs.start)), run, run])
+    order = np.lexsort((points, of))
+    points, of = points[order], of[order]
+    ends = np.append(points[1:], 0)
+    ends = np.where(np.append(of[1:] != of[:-1], True), (runs.start + runs.count)[of], ends)
+    keep = ends > points
+    points, ends, of = points[keep], ends[keep], of[keep]
+    cut = Runs(
+        runs.owner[of], runs.logical[of] + points - runs.start[of], points, ends - points, runs.unwritten[of]
+    )
+    hit = np.zeros(len(points), np.int64)
+    hit[Intervals(*twice).overlaps(points, ends)[0]] = tables.SHARED
+    return cut, hit
+
+
+def add_trees_and_attributes(
+    rows: ExtentRows, superblock: Superblock, nodes: Inodes, trees: tuple[Int, Int], problems: Problems
+) -> tuple[Int, Int]:
+    """Rows for tree nodes, attribute blocks, Hurd's translators; returns these blocks as (starts, ends)."""
+    size = superblock.block_size
+    rows.add(
+        tables.TREE, trees[1] * size, np.full(len(trees[1]), size, np.int64), inode=nodes.number[trees[0]]
+    )
+    taken = [trees[1]]
+    for part, block in ((None, nodes.acl), ("translator", nodes.translator)):
+        owner = np.flatnonzero(block)
+        place = block[owner]
+        fits = superblock.inside(place, 1)
+        complain_where(
+            problems, "outside", "attribute blocks lie outside the volume", ~fits, nodes.offset[owner]
+        )
+        owner, place = owner[fits], place[fits]
+        _, which, count = np.unique(place, return_inverse=True, return_counts=True)
+        shared = np.where(count[which] > 1, tables.SHARED, 0)
+        rows.add(
+            tables.XATTR,
+            place * size,
+            np.full(len(place), size, np.int64),
+            part=part,
+            inode=nodes.number[owner],
+            flags=shared,
+        )
+        taken.append(place)
+    resize = np.flatnonzero(nodes.number == RESIZE)
+    top = nodes.block[resize].view("<u4")[:, DIND].astype(np.int64)
+    top = top[superblock.inside(top, 1)]
+    rows.add(tables.TREE, top * size, np.full(len(top), size, np.int64), inode=RESIZE)
+    starts = np.concatenate([*taken, top])
+    return starts, starts + 1
+
+
+def add_cluster_slack(
+    rows: ExtentRows, superblock: Superblock, free: tuple[Int, Int], owned: list[tuple[Int, Int]]
+) -> None:
+    """Rows for the blocks of a cluster (bigalloc) that nobody needs, while others of the cluster are in
+    use."""
+    low, high = union(np.concatenate([a for a, _ in owned]), np.concatenate([b for _, b in owned]))
+    clusters = union(*whole_clusters(superblock, low, high))
+    start, end = subtract(
+        *subtract(clusters[0], np.minimum(clusters[1], superblock.readable), low, high), *free
+    )
+    rows.add(
+        tables.GAP, start * superblock.block_size, (end - start) * superblock.block_size, part="cluster slack"
+    )
+
+
+def check_links(nodes: Inodes, types: np.ndarray, names: pa.Table, problems: Problems) -> None:
+    """There must be a root; every name must lead to a used inode, every inode with links must have a name."""
+    if not (types[nodes.number == ROOT] == tables.T_DIRECTORY).any():
+        problems.append(
+            Problem(
+                "root", f"inode {ROOT}, the root directory, is not in use or no directory: nothing has a path"
+            )
+        )
+    if not len(nodes.number):
+        return
+    found, named = _each_other(tables.integers(names, "inode"), nodes.number)
+    complain(
+        problems, "unused-inode", "names lead to inodes that are not in use", np.full(int((~found).sum()), -1)
+    )
+    alone = ~named & (nodes.nlink > 0) & (types != tables.T_METADATA) & (nodes.number != ROOT)
+    complain_where(problems, "nameless", "inodes have links, but no name", alone, nodes.offset, "warning")
+
+
+def _each_other(target: Int, number: Int) -> tuple[Bool, Bool]:
+    """Which targets are among the numbers, which are sorted, and which numbers among the targets."""
+    last = int(number[-1])
+    if last > DENSE * (len(target) + len(number)):
+        return np.isin(target, number), np.isin(number, target)
+    used, named = np.zeros(last + 2, bool), np.zeros(last + 2, bool)
+    used[number] = True
+    clipped = np.minimum(target, last + 1)
+    named[clipped] = True
+    return used[clipped], named[number]
+
+
+def check_overlaps(extents: pa.Table, problems: Problems) -> None:
+    """Look for bytes with two owners that do not share on purpose."""
+    own = tables.integers(extents, "flags") & (tables.INLINE | tables.SHARED) == 0
+    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
+    if not own.all():
+        start, length = start[own], length[own]
+    end = start + length
+    # where nothing overlaps, the n-th range to begin is also the n-th to end
+    if (in_order(start)[1:] < in_order(end)[:-1]).any():
+        complain(problems, "two-owners", "ranges have two owners", covered_twice(start, end)[0])

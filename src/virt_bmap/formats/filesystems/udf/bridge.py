@@ -1,0 +1,81 @@
+"""Discs that are ISO 9660 volumes as well: which of the two trees is mapped, and what becomes of the other
+one.
+
+The tree that owns more bytes of files; ISO 9660 where both own the same, since Rock Ridge says more of a
+file. What the other one alone owns is named.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap.core.arrays import subtract, total, union
+from virt_bmap.core.errors import FormatError
+from virt_bmap.core.reader import Reader
+from virt_bmap.formats.filesystems import iso9660, udf
+from virt_bmap.model import tables
+from virt_bmap.model.contract import Filesystem, Problem
+
+NOBODYS = (tables.FREE, tables.UNREFERENCED)
+
+
+def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+    """The one of the two volumes that holds more. Raises what ISO 9660's reader does."""
+    try:
+        found = udf.read_alone(reader)
+    except FormatError as error:
+        other = iso9660.read(reader, others)
+        other.problems.append(Problem("udf", f"the UDF volume beside it is not read: {error}", -1, "warning"))
+        return other
+    other = iso9660.read(reader, others)
+    return beside(found, other) if _content(found) > _content(other) else beside(other, found)
+
+
+def _content(found: Filesystem) -> int:
+    """Bytes of files."""
+    mine = tables.codes(found.extents, "kind") == tables.DATA
+    start = tables.integers(found.extents, "volume_offset")[mine]
+    return total(start, start + tables.integers(found.extents, "length")[mine])
+
+
+def beside(found: Filesystem, other: Filesystem) -> Filesystem:
+    """The filesystem, with what the other one alone owns named instead of left unreferenced.
+
+    Neither's allocator speaks for both: what is left is not free.
+    """
+    words = f"of the {'UDF' if other.type == udf.NAME else 'ISO 9660'} volume beside it"
+    kind, start, length = (
+        tables.codes(other.extents, "kind"),
+        tables.integers(other.extents, "volume_offset"),
+        tables.integers(other.extents, "length"),
+    )
+    plain = (tables.integers(other.extents, "flags") & tables.INLINE == 0) & ~np.isin(kind, NOBODYS)
+    mine, inline = found.extents, tables.integers(found.extents, "flags") & tables.INLINE > 0
+    own, low, high = (
+        tables.codes(mine, "kind"),
+        tables.integers(mine, "volume_offset"),
+        tables.integers(mine, "volume_offset") + tables.integers(mine, "length"),
+    )
+    loose, others = np.isin(own, NOBODYS) & ~inline, np.isin(kind, NOBODYS)
+    used = union(low[~loose & ~inline], high[~loose & ~inline])
+    rows, taken = tables.ExtentRows(), used
+    for name, which in (
+        ("structures", ~np.isin(kind, (tables.DATA, tables.DIRECTORY))),
+        ("directories", kind == tables.DIRECTORY),
+        ("files", kind == tables.DATA),
+    ):
+        begin, end = subtract(*union(start[plain & which], (start + length)[plain & which]), *taken)
+        rows.add(
+            tables.CONTENT if name == "files" else tables.METADATA, begin, end - begin, part=f"{name} {words}"
+        )
+        taken = union(np.append(taken[0], begin), np.append(taken[1], end))
+    begin, end = np.append(low[loose], start[others]), np.append(high[loose], (start + length)[others])
+    begin, end = subtract(*union(begin, end), *taken)
+    rows.add(tables.UNREFERENCED, begin, end - begin)
+    found.size = max(found.size, other.size)
+    found.extents = tables.concat("extents", [mine.filter(pa.array(~loose)), rows.table(0)])
+    found.features = " ".join(
+        filter(None, [found.features, "udf-bridge" if other.type == udf.NAME else "iso9660-bridge"])
+    )
+    return found

@@ -1,0 +1,141 @@
+"""Disks of which clusters are stored compressed, read here: each cluster that is asked for is inflated by
+itself.
+
+Sources: QEMU docs/interop/qcow2.rst (v8.2), "Compressed Clusters Descriptor" and "Compression type"; VMware
+"Virtual Disk Format 5.0", "Stream-Optimized Compressed Sparse Extents" (a grain's marker stands before its
+data).
+"""
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap.core.arrays import Bytes, Int, union
+from virt_bmap.core.errors import Corrupt
+from virt_bmap.core.lost import Lost
+from virt_bmap.core.mapping import Rows
+from virt_bmap.core.reader import Reader
+from virt_bmap.formats.images.layer import Layer
+
+KEPT = 16 << 20
+"""Bytes of clusters that are kept: the next level of a tree often lies in the same one."""
+GRAIN_MARKER = 12
+
+
+class Codec(NamedTuple):
+    """How the compressed clusters of one file become `cluster` bytes.
+
+    `inflate` gets what is stored and that number, and raises ValueError.
+    """
+
+    cluster: int
+    inflate: Callable[[bytes, int], bytes]
+
+
+def codec(layer: Layer) -> Codec:
+    """For the compressed clusters of an image."""
+    functions = {
+        "qcow2": {"zlib": _raw_deflate, "zstd": _zstd}.get(layer.facts.get("compression", ""), _unknown),
+        "vmdk": _grain,
+    }
+    return Codec(layer.cluster, functions.get(layer.format, _unknown))
+
+
+def _raw_deflate(data: bytes, size: int, window: int = -12) -> bytes:
+    try:
+        return zlib.decompressobj(window).decompress(data, size)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+
+
+def _grain(data: bytes, size: int) -> bytes:
+    return _raw_deflate(data[GRAIN_MARKER:], size, zlib.MAX_WBITS)
+
+
+def _zstd(data: bytes, size: int) -> bytes:
+    try:
+        with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
+            return bytes(stream.read(size))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from None
+
+
+def _unknown(data: bytes, size: int) -> bytes:
+    raise ValueError("its compression is not known")
+
+
+class InflatingReader(Reader):
+    """A disk whose plain clusters `plain` reads (the others as zeroes), and whose compressed ones lie by
+    `rows` in `files`, which have `codecs`."""
+
+    def __init__(self, plain: Reader, rows: Rows, files: Sequence[Reader], codecs: dict[int, Codec]) -> None:
+        super().__init__(plain.size, plain.name)
+        self.below = [plain, *files]
+        self._plain, self._rows, self._files, self._codecs = plain, rows, files, codecs
+        self._clusters: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        data = np.array(self._plain.read_ranges(offsets, lengths))
+        pieces = self._rows.down(offsets, offsets + lengths)
+        place = (np.cumsum(lengths) - lengths)[pieces.query] + pieces.source - offsets[pieces.query]
+        order = np.argsort(pieces.row, kind="stable")
+        for at, row, source, length in zip(
+            *(column[order].tolist() for column in (place, pieces.row, pieces.source, pieces.length)),
+            strict=True,
+        ):
+            cluster = self._cluster(row)
+            skip = source % self._codecs[int(self._rows.parent[row])].cluster
+            data[at : at + length] = np.frombuffer(cluster, np.uint8, length, skip)
+        return data
+
+    @property
+    def whole(self) -> bool:
+        return self._plain.whole and all(file.whole for file in self._files)
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        """A compressed cluster is lost with any byte of it."""
+        parts = [self._plain.lost(starts, ends)]
+        pieces = self._rows.down(starts, ends)
+        low = pieces.target
+        for file in np.unique(self._rows.parent[pieces.row]).tolist():
+            mine = np.flatnonzero(self._rows.parent[pieces.row] == file)
+            piece, gone = (
+                self._files[file]
+                .lost(*union(low[mine], (low + pieces.target_length)[mine]))
+                .within(low[mine], (low + pieces.target_length)[mine])
+            )
+            source = pieces.source[mine][piece]
+            parts.append(gone._replace(starts=source, ends=source + pieces.length[mine][piece]))
+        return Lost.join(parts)
+
+    def _cluster(self, row: int) -> bytes:
+        """The whole cluster, of which the row may show a part."""
+        file = int(self._rows.parent[row])
+        at = int(self._rows.on_parent.offset[row])
+        stored = int(self._rows.in_parent[row])
+        key = file, at
+        if key in self._clusters:
+            self._clusters.move_to_end(key)
+            return self._clusters[key]
+        codec = self._codecs[file]
+        why = "it ends early"
+        try:
+            found = codec.inflate(self._files[file].read(at, stored), codec.cluster)
+        except ValueError as error:
+            found, why = b"", str(error)
+        start = int(self._rows.on_volume.offset[row]) // codec.cluster * codec.cluster
+        if len(found) < min(codec.cluster, self.size - start):
+            raise Corrupt(
+                f"{self.name}: the compressed cluster at byte {at:#x} of {self._files[file].name} "
+                f"can't be inflated: {why}",
+                start,
+                "compressed",
+            )
+        self._clusters[key] = found
+        while len(self._clusters) * codec.cluster > KEPT and len(self._clusters) > 1:
+            self._clusters.popitem(last=False)
+        return found

@@ -1,0 +1,266 @@
+"""What an image format's reader gives back: where the guest's bytes lie in the files of an image, and who
+owns the rest of these files.
+
+A module of `formats/images/` has
+
+    NAME                             QEMU's name of the format: "qcow2"
+    read(image, others) -> Layer     `others`: readers of the external data file or extents that the header
+                                     names, in its order
+
+`Draft` is what they collect it in. Only metadata is read, as arrays; content never is. Raises Corrupt or
+Unsupported where nothing can be said; what is wrong but leaves the rest readable is a Problem.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, covered_twice, ints, joined, union
+from virt_bmap.core.layout import widen
+from virt_bmap.core.mapping import COMPRESSED, DATA, ROLES, ZERO, Rows, Side
+from virt_bmap.core.reader import Reader
+from virt_bmap.model import tables
+from virt_bmap.model.contract import Problem
+from virt_bmap.model.tables import ExtentRows
+
+Ranges = tuple[Int, Int]
+IN_DATA, IN_ZERO, PACKED = ROLES.index(DATA), ROLES.index(ZERO), ROLES.index(COMPRESSED)
+
+
+@dataclass
+class Layer:
+    """One image: `size` bytes that the guest sees, in clusters (grains, blocks) of `cluster` bytes.
+
+    The rows' `parent` counts `files`: 0 is the image file itself. They are sorted by volume_offset. `zeros`
+    are ranges that lie nowhere and read as zeroes even where a backing file has data; what neither they nor
+    rows cover is the backing file's. `extents` has one entry for each file. `facts` is for people and JSON.
+    `unreadable` says why the guest's bytes can't be read though it is known where they lie.
+    """
+
+    format: str
+    files: Sequence[Reader]
+    size: int
+    cluster: int
+    rows: Rows
+    zeros: Ranges
+    extents: list[ExtentRows]
+    problems: list[Problem]
+    facts: dict[str, Any]
+    unreadable: str | None = None
+
+    @property
+    def allocated(self) -> Ranges:
+        """The guest's ranges that the backing file has no say in, sorted and merged."""
+        ends = self.rows.on_volume.offset + self.rows.run
+        return union(
+            np.concatenate([self.rows.on_volume.offset, self.zeros[0]]), np.concatenate([ends, self.zeros[1]])
+        )
+
+
+@dataclass
+class Draft:
+    """Collects a Layer. All offsets and lengths are bytes; arrays of one length, or numbers."""
+
+    files: Sequence[Reader]
+    size: int
+    extents: list[ExtentRows] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    _pieces: list[tuple[Int, ...]] = field(default_factory=list)
+    _zeros: list[Ranges] = field(default_factory=list)
+    _owned: list[tuple[Int, Int, Int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.extents = [ExtentRows() for _ in self.files]
+
+    def place(
+        self,
+        guest: Int,
+        host: Int,
+        length: Int,
+        role: Any = IN_DATA,
+        file: int = 0,
+        stored: Int | None = None,
+    ) -> None:
+        """The guest's bytes [guest, +length) lie at `host` of a file; `stored` bytes there where role is
+        compressed."""
+        n = len(guest)
+        self._pieces.append(
+            (guest, host, length, length if stored is None else stored, _column(role, n), _column(file, n))
+        )
+
+    def zero(self, guest: Int, length: Int) -> None:
+        """The guest's bytes read as zeroes and lie nowhere."""
+        self._zeros.append((guest, guest + length))
+
+    def own(
+        self,
+        part: str | None,
+        start: Any,
+        length: Any,
+        kind: int = tables.METADATA,
+        file: int = 0,
+        flags: int = 0,
+    ) -> None:
+        """Bytes of a file that hold something else than the guest's current data; what leaves the file is cut
+        off."""
+        start, length = ints(start), ints(length)
+        end = np.minimum(start + length, self.files[file].size)
+        keep = (start >= 0) & (end > start)
+        if keep.any():
+            self._owned.append((start[keep], end[keep], np.full(int(keep.sum()), file)))
+            self.extents[file].add(kind, start[keep], (end - start)[keep], part=part, flags=flags)
+
+    def complain(self, code: str, what: str, offsets: Int, severity: str = "error") -> None:
+        """One problem for all these bytes of the image file, if there are any; `what` follows the count."""
+        if len(offsets):
+            first = int(offsets.min())
+            self.problems.append(
+                Problem(code, f"{len(offsets):,} {what}, the first at byte {first:#x}", first, severity)
+            )
+
+    def finish(
+        self, format: str, cluster: int, facts: dict[str, Any], unreadable: str | None = None
+    ) -> Layer:
+        """The layer: rows cut at the ends of disk and files, sorted, and neighbours joined."""
+        columns = joined(self._pieces, 6)
+        columns = self._inside_files(self._inside_disk(columns))
+        self._complain_of_overlaps(columns)
+        order = np.argsort(columns[0], kind="stable")
+        rows = _rows(*_joined([column[order] for column in columns]))
+        low, high = (np.concatenate([EMPTY, *(pair[side] for pair in self._zeros)]) for side in (0, 1))
+        zeros = union(low, high)
+        zeros = np.minimum(zeros[0], self.size), np.minimum(zeros[1], self.size)
+        return Layer(
+            format,
+            self.files,
+            self.size,
+            cluster,
+            rows,
+            zeros,
+            self.extents,
+            self.problems,
+            facts,
+            unreadable,
+        )
+
+    def _inside_disk(self, columns: list[Int]) -> list[Int]:
+        """Rows cut at the end of the disk; the rest of the last cluster is slack."""
+        guest, host, length, stored, role, file = columns
+        kept = np.clip(self.size - guest, 0, length)
+        plain = role != PACKED
+        cut = plain & (kept < length)
+        for number in range(len(self.files)):
+            mine = cut & (file == number)
+            self.own("slack", (host + kept)[mine], (length - kept)[mine], tables.GAP, number)
+        keep = kept > 0
+        return [column[keep] for column in (guest, host, kept, np.where(plain, kept, stored), role, file)]
+
+    def _inside_files(self, columns: list[Int]) -> list[Int]:
+        """Rows cut at the ends of their files, behind which zeroes are read."""
+        guest, host, length, stored, role, file = columns
+        ends = np.array([reader.size for reader in self.files], np.int64)[file]
+        left = np.clip(ends - host, 0, stored)
+        plain = role != PACKED
+        kept = np.where(plain, left, np.where(left > 0, length, 0))
+        self.complain(
+            "behind-end", "runs of data lie behind the end of the file", host[(left == 0) & (role != IN_ZERO)]
+        )
+        self.zero(guest + kept, length - kept)
+        keep = kept > 0
+        return [column[keep] for column in (guest, host, kept, np.where(plain, kept, left), role, file)]
+
+    def _complain_of_overlaps(self, columns: list[Int]) -> None:
+        """What metadata and data, or two pieces of data, claim together."""
+        _, host, _, stored, _, file = columns
+        for number, reader in enumerate(self.files):
+            mine = file == number
+            owned = [(start[at == number], end[at == number]) for start, end, at in self._owned]
+            starts = np.concatenate([host[mine], *(start for start, _ in owned)])
+            ends = np.concatenate([(host + stored)[mine], *(end for _, end in owned)])
+            twice = covered_twice(starts, ends)
+            if number == 0:
+                self.complain("two-owners", "ranges have two owners", twice[0])
+            elif len(twice[0]):
+                self.problems.append(
+                    Problem(
+                        "two-owners",
+                        f"{len(twice[0]):,} ranges of {reader.name} have two owners, the first at "
+                        f"byte {int(twice[0][0]):#x}",
+                    )
+                )
+
+
+BATCH = 16 << 20
+"""Bytes of a table that are looked into at a time."""
+ROW = 64
+"""Bytes that an entry in use takes as a row of a layer."""
+
+
+def used_entries(image: Reader, offset: int, count: int, kind: str, unused: int) -> tuple[Int, Int]:
+    """(number, value) of the entries of a table that are not `unused`; `kind` is their NumPy type.
+
+    A table can be large and empty: memory follows what is used.
+    """
+    size, total = np.dtype(kind).itemsize, 0
+    numbers, values = [EMPTY], [EMPTY]
+    for at, raw in _table(image, offset, count * size, skip_holes=unused == 0):
+        entry = raw.view(kind)
+        used = np.flatnonzero(entry != unused)
+        total += len(used)
+        image.afford(total * ROW, f"the rows of {total:,} table entries")  # in a hole each leads to block 0
+        numbers.append(used + at // size)
+        values.append(widen(entry[used], "table entry"))
+    return np.concatenate(numbers), np.concatenate(values)
+
+
+def _table(image: Reader, offset: int, length: int, skip_holes: bool) -> Iterator[tuple[int, Bytes]]:
+    """(place in the table, bytes) in batches."""
+    if skip_holes:
+        yield from image.held(ints(offset), ints(length), BATCH)
+        return
+    image.afford(length, "a table")
+    for at in range(0, length, BATCH):
+        yield at, image.read_ranges(ints(offset + at), ints(min(BATCH, length - at)))
+
+
+def _column(value: Any, n: int) -> Int:
+    return value if isinstance(value, np.ndarray) else np.full(n, value, np.int64)
+
+
+def _joined(columns: list[Int]) -> list[Int]:
+    """Neighbours that continue each other on both sides made one; compressed runs stay what they are."""
+    guest, host, length, stored, role, file = columns
+    if len(guest) == 0:
+        return columns
+    first = np.flatnonzero(np.append(True, ~continues(guest, host, length, role, file)))
+    last = np.append(first[1:], len(guest)) - 1
+    run = guest[last] + length[last] - guest[first]
+    return [
+        guest[first],
+        host[first],
+        run,
+        np.where(role[first] == PACKED, stored[first], run),
+        role[first],
+        file[first],
+    ]
+
+
+def continues(guest: Int, host: Int, length: Int, role: Int, *same: Int) -> Bool:
+    """For each row but the first: does it continue the one before on both sides? `same` are columns that must
+    be equal."""
+    found: Bool = (
+        (guest[1:] == (guest + length)[:-1])
+        & (host[1:] == (host + length)[:-1])
+        & (role[1:] == role[:-1])
+        & (role[1:] != PACKED)
+    )
+    for column in same:
+        found &= column[1:] == column[:-1]
+    return found
+
+
+def _rows(guest: Int, host: Int, run: Int, stored: Int, role: Int, file: Int) -> Rows:
+    none, one = np.zeros(len(guest), np.int64), np.ones(len(guest), np.int64)
+    return Rows(none, file, role, run, one, Side(guest, none), Side(host, none), stored)

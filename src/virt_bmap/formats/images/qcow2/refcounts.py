@@ -1,0 +1,132 @@
+"""The allocator of a qcow2 image: what it says of each cluster, and what really refers to it.
+
+Both are kept as runs over the file, not as one number for each cluster: a sparse file can claim any number of
+clusters.
+
+Sources: QEMU docs/interop/qcow2.rst (v8.2) section "Host cluster management"; block/qcow2-refcount.c
+(get_refcount_ro0 to ro6, check_refcounts_l1).
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from virt_bmap.core.arrays import EMPTY, Int, expand, joined, union, weigh
+from virt_bmap.core.reader import Reader
+from virt_bmap.formats.images.layer import Draft, Ranges
+from virt_bmap.formats.images.qcow2.header import Header
+
+OFFSET_MASK = 0xFFFFFFFFFFFFFE00
+BATCH = 16 << 20
+"""Bytes of refcount blocks that are looked into at a time."""
+
+
+@dataclass
+class References:
+    """What refers to clusters: ranges of the file in bytes, rounded out to clusters, with how often."""
+
+    cluster: int
+    _parts: list[tuple[Int, Int, Int]] = field(default_factory=list)
+
+    def add(self, start: Int, length: Int, times: Int | int = 1) -> None:
+        """Each cluster that [start, +length) touches, `times` more."""
+        low = start // self.cluster * self.cluster
+        high = -(-(start + length) // self.cluster) * self.cluster
+        self._parts.append((low, high, np.broadcast_to(np.asarray(times, np.int64), low.shape)))
+
+    def all(self) -> tuple[Int, Int, Int]:
+        """(start, end, times) of all."""
+        start, end, times = joined(self._parts, 3)
+        return start, end, times
+
+
+class Verdict(NamedTuple):
+    """Ranges of the file: free (count 0, no reference), leaked (counted, no reference), too low and too high
+    a count."""
+
+    free: Ranges
+    leaked: Ranges
+    low: Ranges
+    high: Ranges
+
+
+def read_blocks(image: Reader, header: Header, draft: Draft) -> tuple[Int, Int]:
+    """(position in the refcount table, offset) of each refcount block that can be read and that speaks of
+    bytes in the file."""
+    raw = image.read(header.refcount_offset, header.refcount_clusters << header.cluster_bits)
+    offset = (np.frombuffer(raw, ">u8") & np.uint64(OFFSET_MASK)).astype(np.int64)
+    at = np.flatnonzero(offset)
+    offset = offset[at]
+    place = header.refcount_offset + at * 8
+    wrong = (offset % header.cluster != 0) | (offset < 0) | (offset + header.cluster > image.size)
+    draft.complain(
+        "refcount-table",
+        "entries of the refcount table lead outside the file or between clusters",
+        place[wrong],
+    )
+    at, offset, place = at[~wrong], offset[~wrong], place[~wrong]
+    _, first = np.unique(offset, return_index=True)
+    again = np.ones(len(at), bool)
+    again[first] = False
+    draft.complain(
+        "refcount-table", "entries of the refcount table lead to a block that another has", place[again]
+    )
+    return at[~again], offset[~again]
+
+
+def read_counts(image: Reader, header: Header, at: Int, offset: Int) -> tuple[Int, Int, Int]:
+    """(start, end, count) of the runs of clusters with one refcount above 0; bytes of the file."""
+    entries = header.cluster * 8 // header.refcount_bits
+    inside = at * entries * header.cluster < image.size
+    at, offset = at[inside], offset[inside]
+    step = max(1, BATCH // (header.cluster * max(1, 64 // header.refcount_bits)))
+    starts, ends, counts = [EMPTY], [EMPTY], [EMPTY]
+    for low in range(0, len(at), step):
+        value = decode(image.read_blocks(offset[low : low + step], header.cluster), header.refcount_bits)
+        row, nth = expand(np.full(len(at[low : low + step]), entries, np.int64))
+        number = at[low : low + step][row] * entries + nth
+        first = np.flatnonzero(np.append(True, (value[1:] != value[:-1]) | (number[1:] != number[:-1] + 1)))
+        last = np.append(first[1:], len(value)) - 1
+        some = value[first] != 0
+        starts.append(number[first][some] * header.cluster)
+        ends.append((number[last][some] + 1) * header.cluster)
+        counts.append(value[first][some])
+    start, end, count = (np.concatenate(column) for column in (starts, ends, counts))
+    order = np.argsort(start, kind="stable")
+    return start[order], end[order], count[order]
+
+
+def decode(blocks: np.ndarray, bits: int) -> Int:
+    """The refcounts of whole blocks in order: big-endian, or less than a byte each from the lowest bits
+    up."""
+    raw = np.ascontiguousarray(blocks).reshape(-1)
+    if bits < 8:
+        split = np.unpackbits(raw, bitorder="little").reshape(-1, bits).astype(np.int64)
+        narrow: Int = (split << np.arange(bits)).sum(axis=1)
+        return narrow
+    wide = raw.view(f">u{bits // 8}").astype(np.uint64)
+    return np.minimum(wide, np.uint64(1 << 62)).astype(np.int64)
+
+
+def compare(references: References, counted: tuple[Int, Int, Int], size: int) -> Verdict:
+    """What the allocator says against what there is, over the `size` bytes of the file."""
+    start, end, times = references.all()
+    low, high, count = counted
+    # a count is of one run, a reference of many: sums of both, piece by piece
+    points = np.unique(
+        np.concatenate([start, end, low, high, [0, -(-size // references.cluster) * references.cluster]])
+    )
+    need = weigh(points, start, end, times)
+    have = weigh(points, low, high, count)
+    left, right = np.minimum(points[:-1], size), np.minimum(points[1:], size)
+
+    def where(flags: np.ndarray) -> Ranges:
+        return union(left[flags], right[flags])
+
+    return Verdict(
+        where((need == 0) & (have == 0)),
+        where((need == 0) & (have > 0)),
+        where(need > have),
+        where((need > 0) & (have > need)),
+    )

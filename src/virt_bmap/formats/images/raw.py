@@ -1,0 +1,29 @@
+"""Raw images: the file is the disk.
+
+Sources: none needed.
+"""
+
+from collections.abc import Sequence
+
+from virt_bmap.core.arrays import ints
+from virt_bmap.core.reader import Reader
+from virt_bmap.formats.images.layer import Draft, Layer
+from virt_bmap.model.contract import Checks
+
+NAME = "raw"
+ALLOCATOR = None
+FEATURES = ("files and block devices, NBD exports",)
+REFUSED = ()
+ORACLES = ("qemu-img map",)
+CHECKS = Checks(
+    checksums=None,
+    rules=("the file: its size",),
+    unchecked=(),
+)
+
+
+def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
+    """One row: every byte is where it is."""
+    draft = Draft([image], image.size)
+    draft.place(ints(0), ints(0), ints(image.size))
+    return draft.finish(NAME, 1, {})

@@ -1,0 +1,255 @@
+"""btrfs devices: one or many become a pool, whose address space is btrfs's logical one.
+
+Read are the superblock (with its mirrors) of every device, the system chunks that it holds, and the chunk
+tree. Every chunk becomes strided rows: single, DUP and RAID1/1C3/1C4 (copies), RAID0 and RAID10 (stripes),
+RAID5 and RAID6 (rotating stripes, with parity rows). A missing or damaged copy is replaced by another copy,
+or computed from parity (`copies`); a device that missed transactions comes last. What lies in no chunk is
+free, but for the first MiB, which no chunk may use, and the superblocks.
+
+Sources: fs/btrfs/volumes.c (btrfs_map_block, btrfs_rmap_block), exclude_super_stripes() in
+fs/btrfs/block-group.c, tree-checker.c (v6.12).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from virt_bmap.core.arrays import Int, complement, covered_twice, ints, subtract, union
+from virt_bmap.core.errors import Corrupt, FormatError
+from virt_bmap.core.reader import Reader
+from virt_bmap.formats.filesystems.btrfs import ondisk, tree
+from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
+from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool, PoolReader, Ranges
+from virt_bmap.formats.volumes.btrfs.chunks import (
+    TYPES,
+    Chunk,
+    chunk_tree,
+    end_of,
+    ranges,
+    system_chunks,
+    without_overlaps,
+)
+from virt_bmap.formats.volumes.btrfs.copies import Copies, Device, Devices, layout
+from virt_bmap.model import tables
+from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat, extent_rows
+
+NAME = "btrfs"
+FEATURES = (
+    "one or several devices", "single, DUP, RAID0, RAID1, RAID1C3, RAID1C4, RAID10, RAID5 and RAID6 chunks",
+    "superblock mirrors", "missing devices, while a copy or parity is left",
+    ("devices that missed transactions (what they hold "
+        "comes last)"), "seed devices",
+    "crc32c, xxhash64, sha256 and blake2b checksums of superblocks, tree blocks and data",
+)  # fmt: skip
+REFUSED = ("zoned devices", "RAID stripe tree", "extent tree v2", "remap tree")
+ORACLES = (
+    "btrfs inspect-internal dump-tree",
+    "equal copies",
+    "parity computed anew",
+    "content through a loop mount",
+)
+CHECKS = Checks(
+    checksums="superblocks",
+    rules=(
+        "superblock: geometry, features and flags known",
+        "chunks: lengths, profiles, overlaps, places on devices",
+    ),
+    unchecked=("device extents",),
+)
+
+
+def probe(reader: Reader) -> bool:
+    """The superblock's magic and its own address; a pool is a filesystem, not a device again."""
+    if isinstance(reader, PoolReader):
+        return False
+    head = reader.read_clipped(ondisk.SUPER_OFFSETS[0] + 0x30, 24)
+    return head[16:] == ondisk.MAGIC and int.from_bytes(head[:8], "little") == ondisk.SUPER_OFFSETS[0]
+
+
+def assemble(members: Sequence[Member]) -> Assembly:
+    """A pool for each filesystem whose devices are among the members."""
+    assembly = Assembly()
+    devices: list[Device] = []
+    for member in members:
+        try:
+            superblock, complaints = ondisk.read_superblock(member.reader)
+        except FormatError as error:
+            _refuse(assembly, member, error)
+            continue
+        for complaint in complaints:
+            _problem(assembly, member, Problem("superblock", complaint, ondisk.SUPER_OFFSETS[0]))
+        devices.append(Device(member, superblock))
+    used: set[int] = set()
+    for group in _groups(assembly, devices):
+        if all(device.member.number in used for device in group):
+            continue  # the seed of a pool that has grown onto other devices
+        try:
+            used |= _make_pool(assembly, group, devices)
+        except FormatError as error:
+            for device in group:
+                _refuse(assembly, device.member, error)
+    return assembly
+
+
+def _problem(assembly: Assembly, member: Member, problem: Problem) -> None:
+    assembly.problems.setdefault(member.number, []).append(problem)
+
+
+def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
+    severity = "error" if isinstance(error, Corrupt) else "warning"
+    offset = -1 if error.offset is None else error.offset
+    _problem(assembly, member, Problem(error.code, str(error), offset, severity))
+    extent_rows(assembly, member).add(tables.CONTENT, 0, member.reader.size, part=NAME)
+
+
+def _groups(assembly: Assembly, devices: list[Device]) -> list[list[Device]]:
+    """Devices by filesystem, seeds last; of two with one device uuid (a copied image) the newer counts."""
+    newest: dict[tuple[bytes, bytes], Device] = {}
+    for device in sorted(devices, key=lambda device: (-device.generation, device.member.number)):
+        fsid = bytes(device.superblock["fsid"])
+        first = newest.setdefault((fsid, device.uuid), device)
+        if first is not device:
+            text = f"{device.member.name} is a copy of {first.member.name}: same btrfs device uuid"
+            _refuse(assembly, device.member, Corrupt(text, None, "duplicate-device"))
+    groups: dict[bytes, list[Device]] = {}
+    for (fsid, _), device in newest.items():
+        groups.setdefault(fsid, []).append(device)
+
+    def seeding(group: list[Device]) -> bool:
+        return bool(int(group[0].superblock["flags"]) & ondisk.SUPER_FLAG_SEEDING)
+
+    return sorted(groups.values(), key=lambda group: (seeding(group), group[0].member.number))
+
+
+def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -> set[int]:
+    """The pool of the devices of one filesystem, and of its seeds.
+
+    Returns the numbers of the members it lies on.
+    """
+    newest = max(group, key=lambda device: device.generation)
+    superblock = newest.superblock
+    known = {device.uuid: device for device in [*devices, *group]}
+    # a device of this filesystem that is behind by more than the transaction in which all others may have
+    # been cut off
+    stale = frozenset(device.uuid for device in group if device.generation + 1 < newest.generation)
+    there = Devices(known, stale)
+    damage = Damage()
+    system = list(system_chunks(superblock))
+    copies = Copies(system, there, end_of(system), newest.member.name)
+    source = tree.Source.of(superblock, copies.first, copies, ranges(system))
+    chunks, sizes = chunk_tree(source, superblock, damage)
+    chunks = without_overlaps(chunks or system, damage)
+    rows, unreachable = layout(chunks, there)
+    size = end_of(chunks)
+    wanted = {uuid for chunk in chunks for uuid, _ in chunk.stripes} | set(sizes)
+    present = {uuid: device for uuid, device in known.items() if device in group or uuid in wanted}
+    if lost := len(wanted - set(known)):
+        what = f"devices of the filesystem are missing; {unreachable} strips have no other copy"
+        damage.note("missing-device", what, np.full(lost, -1, np.int64), "error" if unreachable else "note")
+    reserved = union(*_super_stripes(chunks))
+    pool = Pool(
+        superblock,
+        ranges(chunks),
+        Ranges(*reserved),
+        Copies(chunks, there, size, newest.member.name),
+        damage.problems(),
+    )
+    first = min(group, key=lambda device: device.member.number).member
+    assembly.children.append(Child(
+        "pool", first.name, size, rows, ondisk.uuid_text(superblock["fsid"]), None, _detail(chunks),
+        lambda base: PoolReader(base, pool),
+    ))  # fmt: skip
+    for device in present.values():
+        _device_extents(
+            assembly, device, chunks, sizes.get(device.uuid, int(device.superblock["dev_item.total_bytes"]))
+        )
+        assembly.details[device.member.number] = (
+            f"device {int(device.superblock['dev_item.devid'])} of {len(wanted)}"
+        )
+        assembly.uuids[device.member.number] = ondisk.uuid_text(device.superblock["dev_item.uuid"])
+        if device.generation < newest.generation and device in group:
+            text = (
+                f"{device.member.name} was last written in transaction {device.generation}, the newest "
+                f"in {newest.generation}"
+            )
+            _problem(
+                assembly, device.member, Problem("stale-device", text, ondisk.SUPER_OFFSETS[0], "warning")
+            )
+    return {device.member.number for device in present.values()}
+
+
+def _detail(chunks: list[Chunk]) -> str:
+    """The profiles in use, as in "data RAID0, metadata RAID1"."""
+    found = dict.fromkeys(
+        f"{'+'.join(name for bit, name in TYPES.items() if chunk.type & bit)} {chunk.profile.name}"
+        for chunk in chunks
+    )
+    return ", ".join(sorted(found))
+
+
+# ---- what is no chunk --------------------------------------------------------------------------------------
+
+
+def _super_stripes(chunks: list[Chunk]) -> tuple[Int, Int]:
+    """The logical ranges that no extent may use since a superblock shows through there
+    (exclude_super_stripes, btrfs_rmap_block)."""
+    found: list[tuple[int, int]] = []
+    for chunk in chunks:
+        end = chunk.start + chunk.length
+        if chunk.start < ondisk.SUPER_OFFSETS[0]:
+            found.append((chunk.start, min(end, ondisk.SUPER_OFFSETS[0])))
+        for number, (_, offset) in enumerate(chunk.stripes):
+            for place in ondisk.SUPER_OFFSETS:
+                if offset <= place < offset + chunk.device_length:
+                    row, inside = divmod(place - offset, STRIPE_LEN)
+                    strip = (
+                        row if chunk.profile.parity else row * chunk.lanes + number // chunk.profile.copies
+                    )
+                    span = STRIPE_LEN * (chunk.lanes if chunk.profile.parity else 1)
+                    start = chunk.start + strip * span + inside
+                    found.append((start, min(end, start + span)))
+    return ints([start for start, _ in found] or np.zeros(0)), ints([end for _, end in found] or np.zeros(0))
+
+
+def _device_extents(assembly: Assembly, device: Device, chunks: list[Chunk], total: int) -> None:
+    """Name what of a device lies in no chunk, and its superblocks."""
+    size = min(max(total, 0), device.member.reader.size)
+    stripes = [
+        (offset, offset + chunk.device_length)
+        for chunk in chunks
+        for uuid, offset in chunk.stripes
+        if uuid == device.uuid
+    ]
+    taken = np.array(stripes, np.int64).reshape(-1, 2)
+    twice = covered_twice(taken[:, 0], taken[:, 1])
+    if (beyond := int((taken[:, 1] > device.member.reader.size).sum())) > 0:
+        text = (
+            f"{beyond} chunks reach beyond the end of {device.member.name} "
+            f"({device.member.reader.size:#x}): it is truncated"
+        )
+        _problem(assembly, device.member, Problem("truncated", text, device.member.reader.size))
+    if len(twice[0]):
+        text = f"{len(twice[0])} ranges belong to more than one chunk"
+        _problem(assembly, device.member, Problem("chunk-overlap", text, int(twice[0][0])))
+    supers = ints([offset for offset in ondisk.SUPER_OFFSETS if offset + ondisk.SUPER_SIZE <= size])
+    super_ends = supers + ondisk.SUPER_SIZE
+    out = extent_rows(assembly, device.member)
+    out.add(tables.METADATA, supers, super_ends - supers, part="superblock")
+    known = np.append(taken[:, 0], supers), np.append(taken[:, 1], super_ends)
+    boot = subtract(ints(0), ints(min(ondisk.RESERVED, size)), *known)
+    out.add(tables.BOOT, boot[0], boot[1] - boot[0], part="reserved for boot loaders")
+    free = complement(
+        np.append(known[0], 0), np.append(known[1], ondisk.RESERVED), 0, max(size, ondisk.RESERVED)
+    )
+    out.add(tables.FREE, free[0], np.minimum(free[1], size) - free[0])
+
+
+FORMAT = VolumeFormat(
+    NAME,
+    probe,
+    assemble,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    allocator="the device extents of the chunks",
+    spans=True,
+)

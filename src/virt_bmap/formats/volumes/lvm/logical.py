@@ -1,0 +1,383 @@
+"""Logical volumes, one after the other: which kind each is, where its bytes lie, and what it is called in the
+map.
+
+Inner volumes keep their names (`/dev/VG/pool_tdata`); the store of a snapshot gets `-cow` behind the
+snapshot's name, as device-mapper calls it. A thin pool or cache pool is no volume of its own: its data and
+metadata volumes are.
+"""
+
+import re
+
+import numpy as np
+
+from virt_bmap.core.arrays import complement
+from virt_bmap.core.errors import Corrupt, FormatError, Unsupported
+from virt_bmap.core.mapping import COPY, DATA, ROLES, Row, Rows
+from virt_bmap.formats.common.stripes import Place, bounded
+from virt_bmap.formats.volumes.lvm.cache import Cached, read_cache, read_writecache
+from virt_bmap.formats.volumes.lvm.group import Group, Opener, Space, add_free, in_order, segments_of, span
+from virt_bmap.formats.volumes.lvm.label import SECTOR
+from virt_bmap.formats.volumes.lvm.raid import TYPES as RAID_TYPES
+from virt_bmap.formats.volumes.lvm.raid import raid
+from virt_bmap.formats.volumes.lvm.segments import SHAPES
+from virt_bmap.formats.volumes.lvm.snapshot import read_exceptions
+from virt_bmap.formats.volumes.lvm.text import Section
+from virt_bmap.formats.volumes.lvm.thin import columns, read_pool
+from virt_bmap.model.contract import Child, Problem
+from virt_bmap.model.tables import CHECKSUMMED, CONTENT, FREE, METADATA, UNREFERENCED, ExtentRows
+
+MAX_SECTORS = 1 << 40
+"""Of a cache volume, in which metadata and data have places of their own."""
+IMAGE = re.compile(r"_(rimage|rmeta|mimage|mlog)(_\d+)?$")
+"""Names that LVM keeps for the parts of RAID volumes and mirrors (lvm(8), "Valid names")."""
+MAX_DEVICE = 1 << 24
+"""Thin devices are numbered in 24 bits (MAX_DEV_ID in dm-thin.c)."""
+
+
+def read_group(group: Group) -> None:
+    """Place every logical volume of the group. Raises Corrupt where their order can't be found."""
+    unread = False
+    for name in in_order(group):
+        try:
+            _read_volume(group, name)
+        except FormatError as error:
+            unread = True
+            group.logical.setdefault(name, None)
+            group.missing[True, name] = f"of {name}"
+            severity = "warning" if isinstance(error, Unsupported) else "error"
+            for pv in group.pvs[:1]:
+                detail = f"logical volume {group.name}/{name}: {error}"
+                group.problem(pv.member.number, Problem(error.code, detail, pv.text_at, severity))
+    _name_unread(group)
+    add_free(group, UNREFERENCED if unread else FREE)
+
+
+def _name_unread(group: Group) -> None:
+    """An inner volume that no other lies on, because what it serves is not read: one piece, not a gap."""
+    children, extents = group.assembly.children, group.assembly.extents
+    used = {
+        parent
+        for child in children
+        for parent in (
+            np.unique(child.many.parent).tolist() if child.many else {row.parent for row in child.rows}
+        )
+    }
+    for reference in group.sizes:
+        if (
+            reference < 0
+            and reference not in used
+            and reference not in extents
+            and not children[-1 - reference].contents
+        ):
+            spare = children[-1 - reference].name.endswith("_pmspare")
+            rows = extents.setdefault(reference, ExtentRows())
+            rows.add(
+                CONTENT, 0, group.sizes[reference], part="spare pool metadata" if spare else "inner volume"
+            )
+
+
+def _read_volume(group: Group, name: str) -> None:
+    segments = segments_of(group.volumes[name])
+    kind = _kind(segments[0]) if segments else ""
+    builder = {"thin-pool": _thin_pool, "thin": _thin, "snapshot": _nothing, "cache-pool": _nothing,
+        "cache": _cache,
+               "writecache": _writecache, "integrity": _integrity}.get(kind)  # fmt: skip
+    if builder and len(segments) == 1:
+        builder(group, name, segments[0])
+    elif name in group.snapshots:
+        _snapshot(group, name, segments)
+    else:
+        _plain(group, name, name, segments)
+
+
+def _kind(segment: Section) -> str:
+    """The type without the options behind a plus sign (striped+caw, thin+...)."""
+    return segment.text("type").partition("+")[0]
+
+
+def _nothing(group: Group, name: str, segment: Section) -> None:
+    """No bytes of its own."""
+    group.logical[name] = None
+
+
+def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
+    """A volume whose segments name their places in the text."""
+    rows: list[Row] = []
+    size, kinds, absent, zeroes = 0, [], [], []
+    opener: Opener | None = None
+    for segment in segments:
+        kind = _kind(segment)
+        start, length = span(group, segment)
+        if kind in RAID_TYPES:
+            length, more, opener = raid(group, segment)
+            rows += more
+        elif kind in SHAPES:
+            rows += SHAPES[kind](group, segment)
+            zeroes += [(start, start + length)] if kind == "zero" else []
+        else:
+            raise Unsupported(f"segments of type {kind!r} are not read", code="segment-type")
+        size = max(size, start + length)
+        if log := group.logical.get(segment.text("mirror_log")):
+            group.assembly.extents[log.place.parent] = _all_metadata(log.size, "mirror log")
+        kinds.append("linear" if kind == "striped" and segment.number("stripe_count", 1) == 1 else kind)
+        absent += group.absent(segment)
+    _claim(group, name, rows)
+    rows, lost = bounded(rows, group.sizes)
+    reference = _add(
+        group, name,
+        Child("lv", f"/dev/{group.name}/{shown}", size, rows, detail=", ".join(dict.fromkeys(kinds)),
+            open=opener, holes=zeroes),
+    )  # fmt: skip
+    if lost:
+        group.problem(
+            reference, Problem("truncated", f"{lost} of its bytes lie behind the end of their disks")
+        )
+    if absent:
+        _say_missing(group, name, reference, size, rows, absent)
+    if store := group.merging.get(name):
+        detail = (
+            f"the snapshot {store} is being merged into it; what is not merged yet is shown in the "
+            "snapshot only"
+        )
+        group.problem(reference, Problem("merging", detail, -1, "warning"))
+    return reference
+
+
+def _claim(group: Group, name: str, rows: list[Row]) -> None:
+    """Corrupt where a run of extents begins where another volume's does: one filesystem would be read again
+    for each volume that the text can name."""
+    places = [(row.parent, row.parent_offset) for row in rows if row.parent >= 0]
+    for place in places:
+        if (other := group.begun.get(place, name)) != name:
+            raise Corrupt(
+                f"its extents at byte {place[1]:#x} of the physical volume are those of {other}",
+                place[1],
+                "two-owners",
+            )
+    group.begun.update(dict.fromkeys(places, name))
+
+
+def _add(group: Group, name: str, child: Child, inner: bool | None = None) -> int:
+    """Add the child as the volume of that name; whether it is an inner one LVM says itself, unless the caller
+    does."""
+    section = group.volumes[name]
+    child.uuid = section.text("id") or None
+    if inner or (inner is None and "VISIBLE" not in section.words("status")):
+        child.contents, child.detail = False, f"{child.detail}; part of another volume"
+    reference = group.add(child)
+    group.logical[name] = Space(Place(reference, 0), child.size)
+    return reference
+
+
+def _say_missing(
+    group: Group, name: str, reference: int, size: int, rows: list[Row], absent: list[str]
+) -> None:
+    here = sum(row.run * row.count for row in rows if row.role == DATA)
+    rebuilt = group.assembly.children[-1 - reference].open is not None
+    words = "what is not there is computed from parity" if rebuilt else f"{here} of {size} bytes are there"
+    ids = ", ".join(dict.fromkeys(absent))
+    # whether the loss of an image matters says the volume that is made of it
+    severity = "note" if here == size or rebuilt or IMAGE.search(name) else "error"
+    says = (
+        f", says the metadata at byte {group.pvs[0].text_at:#x} of {group.pvs[0].member.name}"
+        if group.pvs
+        else ""
+    )
+    group.problem(
+        reference, Problem("missing-member", f"physical volume {ids} is missing{says}: {words}", -1, severity)
+    )
+    if not rows:
+        group.logical[name] = None
+        group.missing[True, name] = ids
+
+
+def _all_metadata(size: int, part: str) -> ExtentRows:
+    rows = ExtentRows()
+    rows.add(METADATA, 0, size, part=part)
+    return rows
+
+
+def _space(group: Group, segment: Section, key: str) -> Space:
+    """The volume that a key names; Corrupt where it is not there."""
+    space = group.space(key, segment.text(key))
+    if space is None:
+        raise Corrupt(f"its {key} {segment.text(key)!r} is missing or can't be read", code="missing-member")
+    return space
+
+
+# ---- thin --------------------------------------------------------------------------------------------------
+
+
+def _thin_pool(group: Group, name: str, segment: Section) -> None:
+    """A pool: read its metadata once, for all its thin volumes."""
+    group.logical[name] = None
+    data, metadata = _space(group, segment, "pool"), _space(group, segment, "metadata")
+    pool = read_pool(group.readers[metadata.place.parent], data.size)
+    group.pools[name] = pool, data.place.parent
+    extents = group.assembly.extents
+    extents[data.place.parent], extents[metadata.place.parent] = pool.data, pool.metadata
+    for problem in pool.problems:
+        group.problem(metadata.place.parent, problem)
+    if (wanted := segment.number("transaction_id", 0)) != pool.transaction:
+        detail = f"LVM expects transaction {wanted}, the pool's metadata is at {pool.transaction}"
+        group.problem(metadata.place.parent, Problem("transaction", detail, -1, "warning"))
+    known = [part.number("device_id",
+            0) for section in group.volumes.values() for part in segments_of(section)
+             if part.text("thin_pool") == name]  # fmt: skip
+    if others := np.setdiff1d(pool.devices, known).tolist():
+        detail = (
+            f"thin devices {', '.join(map(str, others[:10]))} are in the pool, but LVM knows no "
+            "volume for them"
+        )
+        group.problem(metadata.place.parent, Problem("thin-device", detail, -1, "note"))
+
+
+def _thin(group: Group, name: str, segment: Section) -> None:
+    """A thin volume: blocks of the pool, and where there is none the external origin or nothing."""
+    if segment.text("thin_pool") not in group.pools:
+        raise Corrupt(
+            f"its thin pool {segment.text('thin_pool')!r} is missing or can't be read", code="missing-member"
+        )
+    pool, data = group.pools[segment.text("thin_pool")]
+    _, size = span(group, segment)
+    device = segment.number("device_id", high=MAX_DEVICE)
+    rows = pool.rows(device, size, data)
+    if origin := group.logical.get(segment.text("external_origin")):
+        starts, ends = complement(
+            rows.on_volume.offset, rows.on_volume.offset + rows.run, 0, min(size, origin.size)
+        )
+        rows = _together(rows, columns(starts, origin.place.parent, starts, ends - starts))
+    child = Child(
+        "lv",
+        f"/dev/{group.name}/{name}",
+        size,
+        [],
+        detail=f"thin, {int(rows.run.sum())} bytes mapped",
+        many=rows,
+    )
+    if device in pool.devices and not any(problem.severity == "error" for problem in pool.problems):
+        child.holes = [(0, size)]  # else nobody knows which blocks were never written
+    reference = _add(group, name, child)
+    if device not in pool.devices:
+        group.problem(
+            reference,
+            Problem("thin-device", f"thin device {device} is not in the pool's metadata", -1, "error"),
+        )
+
+
+def _together(*parts: Rows) -> Rows:
+    """Rows of one run each, of several sources, as one."""
+    volume_offset, parent_offset, run, parent, role = (
+        np.concatenate(column)
+        for column in zip(
+            *(
+                (part.on_volume.offset, part.on_parent.offset, part.run, part.parent, part.role)
+                for part in parts
+            ),
+            strict=True,
+        )
+    )
+    rows = columns(volume_offset, 0, parent_offset, run)
+    return Rows(rows.volume, parent, role, rows.run, rows.count, rows.on_volume, rows.on_parent)
+
+
+# ---- snapshots and caches ----------------------------------------------------------------------------------
+
+
+def _snapshot(group: Group, name: str, segments: list[Section]) -> None:
+    """A snapshot of the old kind: chunks of its store, all else from the origin."""
+    store = _plain(group, name, f"{name}-cow", segments)
+    group.assembly.children[-1 - store].contents = False
+    origin = group.logical.get(group.snapshots[name])
+    if origin is None:
+        raise Corrupt(
+            f"its origin {group.snapshots[name]!r} is missing or can't be read", code="missing-member"
+        )
+    found = read_exceptions(group.readers[store], origin.size)
+    group.assembly.extents[store] = found.extents
+    start = found.old * found.chunk
+    run = np.minimum(found.count * found.chunk, origin.size - start)
+    starts, ends = complement(start, start + run, 0, origin.size)
+    rows = _together(
+        columns(start, store, found.new * found.chunk, run),
+        columns(starts, origin.place.parent, starts, ends - starts),
+    )
+    detail = f"snapshot of {group.snapshots[name]}, {int(found.count.sum())} chunks of its own"
+    reference = _add(
+        group,
+        name,
+        Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows),
+        inner=False,
+    )
+    if found.outside:
+        group.problem(
+            reference, Problem("snapshot", f"{found.outside} exceptions lie outside the origin or the store")
+        )
+
+
+def _cache(group: Group, name: str, segment: Section) -> None:
+    """A cached volume: its origin, but for blocks that are newer in the cache."""
+    origin = _space(group, segment, "origin")
+    pool = segment.text("cache_pool")
+    if "metadata_len" in segment.values:  # one volume for both: sectors of metadata, then of data
+        fast = _space(group, segment, "cache_pool")
+        places = [(fast.place.parent, segment.number(f"{part}_start", high=MAX_SECTORS) * SECTOR,
+                segment.number(f"{part}_len", high=MAX_SECTORS) * SECTOR)
+                  for part in ("metadata", "data")]  # fmt: skip
+    else:
+        (inner,) = segments_of(group.volumes.get(pool, Section())) or [Section()]
+        parts = [_space(group, inner, "metadata"), _space(group, inner, "data")]
+        places = [(space.place.parent, 0, space.size) for space in parts]
+    (metadata, start, length), (data, first, size) = places
+    reader = columns(np.zeros(1, np.int64), metadata, np.array([start]), np.array([length]))
+    inside = (
+        group.add(Child("lv", f"/dev/{group.name}/{pool}", length, [], contents=False, many=reader))
+        if start or metadata == data
+        else metadata
+    )
+    found = read_cache(group.readers[inside], size)
+    group.assembly.extents[inside] = _all_metadata(group.sizes[inside], "cache metadata")
+    _add_cached(group, name, "cache", origin, found, data, first)
+
+
+def _writecache(group: Group, name: str, segment: Section) -> None:
+    """A volume with a write cache, which holds what the origin has not been given yet."""
+    origin, fast = _space(group, segment, "origin"), _space(group, segment, "writecache")
+    found, extents = read_writecache(group.readers[fast.place.parent])
+    group.assembly.extents[fast.place.parent] = extents
+    _add_cached(group, name, "writecache", origin, found, fast.place.parent, 0)
+
+
+def _integrity(group: Group, name: str, segment: Section) -> None:
+    """A volume with checksums: its bytes lie in its origin, the checksums in a volume beside it."""
+    origin = _space(group, segment, "origin")
+    if beside := group.logical.get(segment.text("meta_dev")):
+        group.assembly.extents[beside.place.parent] = _all_metadata(beside.size, "integrity checksums")
+    size = min(span(group, segment)[1], origin.size)
+    _add(group, name, Child("lv", f"/dev/{group.name}/{name}", size, [Row(0, origin.place.parent, 0, size)],
+            detail="integrity",
+                            traits=CHECKSUMMED))  # fmt: skip
+
+
+def _add_cached(
+    group: Group, name: str, kind: str, origin: Space, found: Cached, data: int, first: int
+) -> None:
+    """The rows: blocks that are only in the cache, copies that it holds, and the origin for all that is not
+    in it alone."""
+    keep = (found.origin < -(-origin.size // found.size)) & (
+        found.place + first <= group.sizes[data] - found.size
+    )
+    start = found.origin[keep] * found.size
+    run = np.minimum(found.size, origin.size - start)
+    held = columns(start, data, first + found.place[keep], run)
+    dirty = found.dirty[keep]
+    role = np.where(dirty, ROLES.index(DATA), ROLES.index(COPY))
+    held = Rows(held.volume, held.parent, role, held.run, held.count, held.on_volume, held.on_parent)
+    starts, ends = complement(start[dirty], start[dirty] + run[dirty], 0, origin.size)
+    rows = _together(held, columns(starts, origin.place.parent, starts, ends - starts))
+    detail = f"{kind}, {len(start)} blocks cached, {int(dirty.sum())} of them newer than the origin"
+    reference = _add(
+        group, name, Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows)
+    )
+    for problem in found.problems:
+        group.problem(reference, problem)

@@ -1,0 +1,173 @@
+"""Linux software RAID (md): members to arrays.
+
+Read: superblocks 0.90 (both byte orders), 1.0, 1.1 and 1.2; of several members the one with the most events
+is believed. Arrays are called /dev/md127, /dev/md126, ... in the order in which their members are found. The
+appliance of libguestfs gives the same numbers, but which of several arrays gets which depends there on the
+order of probing: the name that an array gives itself is its label, and tells for sure.
+
+Sources: kernel drivers/md/, include/uapi/linux/raid/md_p.h; mdadm's super0.c, super1.c and man page md(4).
+"""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+
+from virt_bmap.core.errors import FormatError, Unsupported
+from virt_bmap.core.reader import Reader
+from virt_bmap.formats.common.rebuild import RebuiltReader
+from virt_bmap.formats.common.stripes import bounded
+from virt_bmap.formats.volumes.md.arrays import NAMES, RAID4, RAID5, RAID6, Array, gather, lost, place
+from virt_bmap.formats.volumes.md.superblock import JOURNAL, Superblock, find, read
+from virt_bmap.model.contract import (
+    Assembly,
+    Checks,
+    Child,
+    Docs,
+    Member,
+    Problem,
+    Structure,
+    Structures,
+    VolumeFormat,
+    child_reference,
+    extent_rows,
+)
+from virt_bmap.model.tables import CONTENT, JOURNALED, METADATA
+
+NAME = "linux_raid_member"
+FEATURES = (
+    "superblocks 0.90 (both byte orders), 1.0, 1.1, 1.2",
+    "linear, RAID0 (both layouts of unequal members), RAID1, RAID4",
+    "RAID5 and RAID6 with all layouts of md and DDF, RAID10 near, far, offset",
+    "missing members: copies, or bytes computed from parity",
+    "out-of-date, faulty, spare and doubled members named",
+    "bitmap, bad block log, partial parity log, journal device",
+)
+REFUSED = (
+    "arrays in the middle of a reshape",
+    "multipath and containers",
+    "IMSM and DDF metadata (named only)",
+)
+ORACLES = (
+    "arrays that the kernel made and filled in the appliance of libguestfs",
+    "a byte by byte reference of the kernel's formulas",
+)
+CHECKS = Checks(
+    checksums="superblocks",
+    rules=("superblock: geometry, roles, event counts",),
+    unchecked=("whether copies and parity agree; the write-intent bitmap",),
+)
+FIRST_MINOR = 127
+REDUNDANCY = dict.fromkeys((RAID4, RAID5, RAID6), "they are computed from parity")
+
+
+def probe(reader: Reader) -> bool:
+    """A superblock at one of its four places."""
+    return find(reader) is not None
+
+
+def assemble(members: Sequence[Member]) -> Assembly:
+    """All arrays of these members."""
+    assembly = Assembly()
+    groups: dict[tuple[str, str], list[Superblock]] = {}
+    for member in members:
+        try:
+            found = read(member)
+        except FormatError as error:
+            _refuse(assembly, member, error)
+            continue
+        groups.setdefault((found.version, found.uuid), []).append(found)
+        assembly.uuids[member.number], assembly.details[member.number] = (
+            found.uuid,
+            f"superblock {found.version}",
+        )
+    first = _first_minor(members)
+    for minor, group in enumerate(groups.values()):
+        strangers = [other.member.name for found in groups.values() if found is not group for other in found]
+        _add_array(
+            assembly, group, f"/dev/md{first - minor if minor <= first else FIRST_MINOR + minor}", strangers
+        )
+    return assembly
+
+
+def _first_minor(members: Sequence[Member]) -> int:
+    """127, or one less than the arrays that these members lie on."""
+    below = [int(found[1]) for member in members if (found := re.match(r"/dev/md(\d+)", member.name))]
+    return max(0, min(below, default=FIRST_MINOR + 1) - 1)
+
+
+def _add_array(assembly: Assembly, members: list[Superblock], name: str, strangers: list[str]) -> None:
+    """One array, and the rows of its members' own metadata.
+
+    `strangers` are members of other arrays, for messages.
+    """
+    try:
+        array = gather(members)
+        size, rows, parity = place(array)
+    except FormatError as error:
+        for one in members:
+            _refuse(assembly, one.member, error)
+        return
+    head = array.head
+    degraded = parity is not None and not all(array.slots)
+    rows, cut = bounded(rows, {one.member.number: one.member.reader.size for one in array.present})
+    child = Child(
+        "md", name, size, rows, head.uuid, head.name.rpartition(":")[2] or None, _state(array),
+        open=partial(RebuiltReader, stripes=parity) if parity and degraded else None,
+        traits=JOURNALED if JOURNAL in head.roles else 0,
+    )  # fmt: skip
+    _describe(assembly, array, cut, strangers)
+    assembly.children.append(child)
+
+
+def _state(array: Array) -> str:
+    """Level, members and state in a few words."""
+    head = array.head
+    words = [NAMES[head.level], f"{len(array.present)} of {len(array.slots)} members"]
+    words += [] if head.clean else ["not in sync"]
+    return ", ".join(words)
+
+
+def _describe(assembly: Assembly, array: Array, cut: int, strangers: list[str]) -> None:
+    """Rows and problems of the members, and what is wrong with the array as a whole."""
+    for one in array.members:
+        rows, size = extent_rows(assembly, one.member), one.member.reader.size
+        for part, start, length in one.metadata:
+            rows.add(METADATA, start, max(0, min(length, size - start)), part=part)
+        if one not in array.present and one.metadata[-1][0] != "md journal":
+            start = one.data_offset
+            rows.add(CONTENT, start, max(0, min(one.data_size or one.size, size - start)), part=NAME)
+        assembly.problems.setdefault(one.member.number, []).extend(one.problems)
+    problems = assembly.problems.setdefault(child_reference(assembly), [])
+    if missing := [slot for slot, one in enumerate(array.slots) if one is None]:
+        beyond = lost(array)
+        words = "its bytes are lost" if beyond else REDUNDANCY.get(array.head.level, "there are copies")
+        head = array.head
+        detail = (
+            f"members in slots {', '.join(map(str, missing))} are missing, says the superblock at "
+            f"byte {head.offset:#x} of {head.member.name}: {words}"
+        )
+        detail += f"; {', '.join(strangers)} belong to other arrays" if strangers else ""
+        problems.append(Problem("missing-member", detail, -1, "error" if beyond else "note"))
+    if cut:
+        problems.append(Problem("truncated", f"{cut} of its bytes lie behind the end of their disks"))
+
+
+def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
+    severity = "warning" if isinstance(error, Unsupported) else "error"
+    offset = -1 if error.offset is None else error.offset
+    assembly.problems.setdefault(member.number, []).append(Problem(error.code, str(error), offset, severity))
+    extent_rows(assembly, member).add(CONTENT, 0, member.reader.size, part=NAME)
+
+
+def _structures() -> Structures:
+    from virt_bmap.formats.volumes.md.superblock import BITMAP, SUPERBLOCK_1
+
+    return {
+        "md superblock": Structure(SUPERBLOCK_1),
+        "md bitmap": Structure(BITMAP),
+    }
+
+
+FORMAT = VolumeFormat(
+    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, spans=True, structures=_structures
+)

@@ -1,0 +1,297 @@
+"""What a format says of itself, and what it gives back: the shapes that the packages of formats share with
+everybody else.
+
+Each package below `formats/filesystems/` and `formats/volumes/` has one declaration,
+
+    FORMAT = FilesystemFormat(...)      or      FORMAT = VolumeFormat(...)
+
+and is listed in `formats/registry.py`. `read` and `assemble` raise Corrupt or Unsupported where nothing can
+be read; what is wrong but leaves the rest readable is a Problem. What consumers (explain, diff, history, ...)
+want to know of a format they ask its declaration.
+"""
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap.core.arrays import Int
+from virt_bmap.core.keys import NO_KEYS, Keys
+from virt_bmap.core.mapping import Row, Rows
+from virt_bmap.core.reader import Reader
+from virt_bmap.model.tables import ExtentRows
+
+
+class Problem(NamedTuple):
+    """Damage or contradiction that leaves the rest readable.
+
+    `offset` is in bytes of the volume; -1: not one place.
+    """
+
+    code: str
+    detail: str
+    offset: int = -1
+    severity: str = "error"
+
+
+class Asks(enum.Flag):
+    """What a survey is asked beside the map, since it takes more reading than a map does."""
+
+    PROOFS = enum.auto()
+    """Do checksums of metadata hold, are nodes in order? For `check`."""
+    SLEEP = enum.auto()
+    """Does a file hold the memory of a machine that sleeps? For whoever changes free bytes, or leaves them
+    out."""
+
+
+NOTHING_MORE = Asks(0)
+
+PROVEN, CONTRADICTED, NOT_LOOKED_AT = "proven", "contradicted", "not looked at"
+"""What can become of a question."""
+SUBJECTS = ("owners", "allocator", "structure", "checksums", "journal", "content", "files")
+"""What `check` asks: has every byte one owner? Does the allocator agree? Do the nodes keep the format's own
+rules? Do checksums of metadata hold? Was the journal replayed? Is something in there that was not looked
+into (encrypted, foreign)? Do files hold what they held?"""
+
+
+class Proof(NamedTuple):
+    """What a reader itself says of one of SUBJECTS: what was looked at, or why not.
+
+    Contradictions are Problems.
+    """
+
+    subject: str
+    result: str
+    detail: str
+
+
+@dataclass
+class Filesystem:
+    """All that a reader found on one volume, as tables of `model/tables.py` whose `volume` column holds 0
+    until survey sets it.
+
+    `extents` has a row for every byte of [0, size) that has an owner or that the allocator calls free. The
+    reader does not fill what is left: survey adds `unknown` rows (`unreferenced` ones where the format has no
+    allocator) and a problem for what no row covers, and a gap from `size` to the volume's end.
+
+    `reader` gives the bytes that the rows speak of: the volume's own, or those with the journal replayed.
+    Whoever reads content from now on reads these.
+    """
+
+    type: str
+    size: int
+    block_size: int
+    root: int
+    state: str
+    inodes: pa.Table
+    names: pa.Table
+    extents: pa.Table
+    reader: Reader
+    uuid: str | None = None
+    label: str | None = None
+    features: str | None = None
+    problems: list[Problem] = field(default_factory=list)
+    traits: int = 0
+
+
+class Member(NamedTuple):
+    """A volume as an assembling module sees it.
+
+    `name` is its device name, `number` its id for mapping rows' `parent`, `keys` what the user gave.
+    """
+
+    number: int
+    name: str
+    reader: Reader
+    keys: Keys = NO_KEYS
+
+
+@dataclass
+class Child:
+    """A new volume. `rows` place its bytes in its parents; `open`, where given, wraps the reader that follows
+    the rows (decryption).
+
+    `name` is the whole device name. `contents` False: not looked into (an extended partition, a hidden
+    sub-volume). `unread` names the bytes that no reader claims: "BIOS boot". `many` gives further rows as
+    columns, for volumes with too many rows for objects (thin). `holes` are where bytes that no row places
+    read as zeroes since nothing was ever put there (thin volumes, image files); all others of that kind are
+    lost. that no reader claims: "BIOS boot". `many` gives further rows as columns, for volumes with too many
+    rows for objects (thin). `traits`: what its bytes are tied to, as in tables.TRAITS.
+    """
+
+    kind: str
+    name: str
+    size: int
+    rows: list[Row]
+    uuid: str | None = None
+    label: str | None = None
+    detail: str | None = None
+    open: Callable[[Reader], Reader] | None = None
+    contents: bool = True
+    many: Rows | None = None
+    unread: str | None = None
+    holes: list[tuple[int, int]] = field(default_factory=list)
+    traits: int = 0
+
+
+@dataclass
+class Assembly:
+    """What a volume module makes of its members.
+
+    `extents[number]` holds the rows of the member's own metadata and of what its allocator calls free; with
+    the bytes that children's rows take they tile the member, and what is left over survey calls `gap`.
+    `types` renames what a member is (gpt, "LVM2_member", ...). `extents` and `problems` may also name
+    children, by `child_reference`.
+    """
+
+    children: list[Child] = field(default_factory=list)
+    extents: dict[int, ExtentRows] = field(default_factory=dict)
+    problems: dict[int, list[Problem]] = field(default_factory=dict)
+    types: dict[int, str] = field(default_factory=dict)
+    details: dict[int, str] = field(default_factory=dict)
+    labels: dict[int, str] = field(default_factory=dict)
+    uuids: dict[int, str] = field(default_factory=dict)
+
+
+def child_reference(assembly: Assembly) -> int:
+    """The number (below 0) by which rows, extents and problems name the child that is appended next."""
+    return -1 - len(assembly.children)
+
+
+def extent_rows(assembly: Assembly, member: Member) -> ExtentRows:
+    """The rows of this member's own metadata, made on first use."""
+    return assembly.extents.setdefault(member.number, ExtentRows())
+
+
+# ---- what a format says of itself --------------------------------------------------------------------------
+
+
+class Docs(NamedTuple):
+    """Short phrases, from which docs/formats.md is made: what is read, what is refused or only named, and
+    what the reader was checked with."""
+
+    features: tuple[str, ...]
+    refused: tuple[str, ...]
+    oracles: tuple[str, ...]
+
+
+class Checks(NamedTuple):
+    """Short phrases on what is proven of a volume of a format, from which docs/verification.md is made.
+
+    `checksums` are those of metadata that are verified (None: the format has none); `rules` name a structure
+    and, behind a colon, what of it is a problem where it is broken; `unchecked` is never looked at.
+    """
+
+    checksums: str | None
+    rules: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
+
+
+class Structure(NamedTuple):
+    """A record type that lies at the start of a part of a volume, and whether others follow the first one to
+    the part's end."""
+
+    dtype: np.dtype[np.void]
+    many: bool = False
+
+
+Structures = Mapping[str, Structure]
+"""By the part of the volume that an extent is; or `record`, an inode's own; or `directory`.
+
+A word of the filesystem's features may follow: `record, crc`.
+"""
+
+
+def no_structures() -> Structures:
+    """A format whose fields are not explained."""
+    return {}
+
+
+class History(NamedTuple):
+    """What a format's metadata still says of the past.
+
+    `former(reader, extents, starts, ends)` gives the table `former`: owners that are gone, of bytes that
+    touch the ranges; `extents` are those of the map. `copy_of(reader, offset)` tells where a journal's byte
+    belongs and in which transaction it was written, None where it is no copy. `contents(reader)` gives the
+    table `extents` of deleted files that the map still names, as if they were not deleted.
+    """
+
+    former: Callable[[Reader, pa.Table, Int, Int], pa.Table]
+    copy_of: Callable[[Reader, int], tuple[int, int] | None] | None = None
+    contents: Callable[[Reader], pa.Table] | None = None
+
+
+class FilesystemFormat(NamedTuple):
+    """A filesystem. `probe` goes by magic only and never raises on content.
+
+    `read(reader, others)` may use `others`, readers of volumes that nobody claimed (external journals).
+
+    `allocator` names what of the format says which bytes are free, None where nothing does. Only an
+    allocator's word makes bytes FREE, which may be given away; what merely nothing refers to is UNREFERENCED,
+    and survey takes FREE for that where a format has no allocator.
+
+    `structures` and `history` are called, and import what they need, only when somebody asks.
+    `fixed_records`: inodes' own records all have one size, so that `record_offset`s tell it. `journals`: the
+    parts of a map that are journals. `inode`: what numbers stand for, where the format has none.
+    `target(data, size)`: the path in the bytes of a symbolic link whose inode has this size, None where it is
+    none; formats that keep the plain path have no such function.
+
+    `checks` says what is proven; `prove(found)` asks what a map does not need, only for `check`: what is
+    wrong it adds to the problems.
+    """
+
+    name: str
+    probe: Callable[[Reader], bool]
+    read: Callable[[Reader, Sequence[Reader]], Filesystem]
+    docs: Docs
+    checks: Checks
+    allocator: str | None = None
+    prove: Callable[[Filesystem], list[Proof]] | None = None
+    structures: Callable[[], Structures] = no_structures
+    history: Callable[[], History] | None = None
+    journals: tuple[str, ...] = ()
+    fixed_records: bool = False
+    reuses_numbers: bool = True
+    inode: str = ""
+    target: Callable[[bytes, int], bytes | None] | None = None
+
+
+class Assembler(Protocol):
+    """Whatever makes volumes of others."""
+
+    @property
+    def name(self) -> str:
+        """For problems: who says so."""
+
+    @property
+    def allocator(self) -> str | None:
+        """Whose word it is that bytes are free; see FilesystemFormat."""
+
+    @property
+    def checks(self) -> Checks | None:
+        """What is proven of its members; None where each says so itself."""
+
+    def assemble(self, members: Sequence[Member], /) -> Assembly:
+        """The volumes that lie in these."""
+
+
+class VolumeFormat(NamedTuple):
+    """A partition table, volume manager, array or encryption.
+
+    `name` is the type of its members in blkid's words.
+
+    `assemble` gets one member; where the format `spans` volumes, all that were found so far. `allocator` as
+    in FilesystemFormat.
+    """
+
+    name: str
+    probe: Callable[[Reader], bool]
+    assemble: Callable[[Sequence[Member]], Assembly]
+    docs: Docs
+    checks: Checks
+    spans: bool = False
+    allocator: str | None = None
+    structures: Callable[[], Structures] = no_structures

@@ -1,0 +1,87 @@
+"""One file for each way to open a disk image; `open_image` chooses by magic, or by the format that the caller
+names.
+
+Safe by default. A guest can write any magic into the first bytes of its raw disk, and an image can name any
+file of the host as its backing or data file. So the format is found by magic and said aloud, and a file that
+a header refers to is opened only when the caller asks for it (`references=True`), with a format that the
+header states: never guessed. A guest's own qcow2 header can at worst make the map wrong; it can't make us
+read another file.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+from virt_bmap.core.errors import ImageError
+from virt_bmap.core.reader import Reader
+from virt_bmap.open import magic, raw
+
+FORMATS = ("raw", *magic.FORMATS)
+"""What `--format` takes."""
+PACKED = 16
+"""Bytes of a guest's disk that one of an image's file may stand for, where it is compressed: of metadata,
+which is what counts here, less."""
+BY_LAYERS = ("vpc", "vhdx")
+"""Formats whose differencing images QEMU does not open; the readers of their layers do."""
+
+
+def open_image(
+    image: str,
+    format: str | None = None,
+    references: bool = False,
+    status: Sequence[str] | None = None,
+    force_share: bool = False,
+) -> Reader:
+    """Open a path or NBD URI for reading.
+
+    `format` is one of FORMATS, or None to go by magic. `references` allows an image to consist of further
+    files (backing files, external data files, VMDK extents). `status`, where given, asks NBD servers
+    (qemu-nbd included) for these metadata contexts, and for allocation where they tell it. `force_share`
+    opens an image in one of QEMU's formats even while QEMU has it open for writing: what is read is then of
+    no one moment. Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
+    """
+    if magic.is_uri(image):
+        if status is not None:
+            from virt_bmap.open.status import StatusReader
+
+            return StatusReader(image, wanted=status)
+        from virt_bmap.open import nbd
+
+        return nbd.NbdReader(image)
+    plain = raw.RawReader(image)
+    found = format or magic.recognise(plain) or "raw"
+    if found == "raw":
+        if status:
+            plain.close()
+            raise ImageError(f"{image}: is a raw disk, which has no {status[0].removeprefix('qemu:')}")
+        return plain
+    from virt_bmap.open import host, qemu
+    from virt_bmap.open.references import references_of
+
+    try:
+        if found in BY_LAYERS and references_of(plain, found).backing:
+            return host.open_by_layers(image, found, references)
+        reader = qemu.open_with_qemu(plain, found, references, status, force_share)
+        reader.in_use = plain.in_use
+        if not references:  # QEMU reads nothing but this file
+            reader.stored_bytes = min(reader.size, PACKED * os.fstat(plain.fileno()).st_blocks * 512)
+        return reader
+    finally:
+        plain.close()
+
+
+@contextlib.contextmanager
+def open_disks(
+    images: Sequence[str],
+    format: str | None = None,
+    references: bool = False,
+    status: Sequence[str] | None = None,
+    force_share: bool = False,
+) -> Iterator[list[Reader]]:
+    """The disks of one machine, in order, opened as `open_image` does; closed at the end of the block."""
+    with contextlib.ExitStack() as stack:
+        disks = []
+        for image in images:
+            disks.append(open_image(image, format, references, status, force_share))
+            stack.callback(disks[-1].close)
+        yield disks

@@ -1,0 +1,215 @@
+"""Images that QEMU opens (qcow2, vmdk, vhd, vhdx, vdi, ...), through a `qemu-nbd` that ends when we do,
+however we end.
+
+It is told what to open by a `graph.Graph`, follows no name by itself, and works behind a wall
+(`host/confine.py`): should an image get the better of all that, no other file and no network can be had.
+
+qemu-nbd is given a socket to which we are connected already (systemd's socket activation). So there is no
+moment at which it could be left behind, waiting for somebody and holding the image's lock.
+
+Sources: sd_listen_fds(3); QEMU util/systemd.c, qemu-nbd.c (v7.2).
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from virt_bmap.core.errors import ImageError
+from virt_bmap.core.reader import Reader
+from virt_bmap.host import children, confine, leftovers, programs, signals
+from virt_bmap.open.graph import Graph
+from virt_bmap.open.nbd import TIMEOUT, NbdReader
+from virt_bmap.open.raw import RawReader
+from virt_bmap.open.status import DEPTH, DIRTY, StatusReader
+
+LISTENER = 'exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+"""For sh: what was standard input becomes the first socket that systemd's protocol passes on, and the process
+number is the program's own."""
+LAST_WORDS, WRITTEN = 5.0, 60.0
+"""Seconds that qemu-nbd gets to end: after reading, and after writing, when it may have much to finish."""
+PACKAGES = "apt-get install qemu-utils, or dnf install qemu-img"
+LOCKED = re.compile(r"Failed to get .* lock|Is another process using the image")
+IN_USE = {
+    True: "shut that down first",
+    False: "-U (--force-share) reads it all the same, and what is read is then of no one moment",
+}
+"""What to do about a lock, by whether the image is to be written."""
+Client = TypeVar("Client", bound=NbdReader)
+
+
+def open_with_qemu(
+    image: RawReader,
+    format: str,
+    references: bool,
+    status: Sequence[str] | None = None,
+    force_share: bool = False,
+) -> Reader:
+    """Serve the image with qemu-nbd and read it from there; parameters as for `images.open_image`.
+
+    Raises ImageError, and MissingTool without qemu-nbd.
+    """
+    with contextlib.closing(Graph(image, format, references, force_share=force_share)) as graph:
+        options = ["--read-only", *_status_options(status or ())]
+        client = NbdReader if status is None else functools.partial(StatusReader, wanted=status)
+        return connected(client, f"{image.name}: a {format} image", graph, options)
+
+
+def _status_options(contexts: Sequence[str]) -> list[str]:
+    """What makes qemu-nbd tell these contexts."""
+    bitmaps = [f"--bitmap={context.removeprefix(DIRTY)}" for context in contexts if context.startswith(DIRTY)]
+    return bitmaps + ["--allocation-depth"] * (DEPTH in contexts)
+
+
+def connected(
+    client: Callable[[str, str, socket.socket], Client], why: str, graph: Graph, options: Sequence[str]
+) -> Client:
+    """A client of a qemu-nbd that has opened these nodes, which ends when the client is closed; `why` it is
+    needed is for people.
+
+    Raises MissingTool, and ImageError with QEMU's own words.
+    """
+    return served_by(client, why, graph, options)[0]
+
+
+def served_by(
+    client: Callable[[str, str, socket.socket], Client], why: str, graph: Graph, options: Sequence[str],
+    path: str | None = None, lasts: bool = False,
+) -> "tuple[Client, Server]":  # fmt: skip
+    """Likewise, with the server.
+
+    Others may connect to it at `path`, too; where it `lasts`, it does not end with us while they are
+    connected.
+    """
+    program = programs.required("qemu-nbd", why, PACKAGES)
+    # who starts it behind the wall waits for it, so that the kernel can end it with us
+    mortal = [] if lasts else children.mortal()
+    try:
+        return _connected(client, Server(program, mortal, options, graph, path, confine.popen, lasts), graph)
+    except (ImageError, OSError):
+        if confine.bears(program):  # or it is not the image's fault
+            raise
+    return _connected(client, Server(program, [], options, graph, path, confine.popen_outside, lasts), graph)
+
+
+def _connected(
+    client: Callable[[str, str, socket.socket], Client], server: "Server", graph: Graph
+) -> "tuple[Client, Server]":
+    try:
+        made = client(graph.name, graph.name, server.link)
+    except BaseException as error:
+        refusal = server.refusal() if isinstance(error, ImageError) else None
+        server.close()
+        if refusal:
+            raise ImageError(refusal) from error
+        raise
+    if graph.write:  # which may take as long as it takes
+        server.link.settimeout(None)
+    made.server, made.warning = server, server.words()
+    return made, server
+
+
+class Server:
+    """A qemu-nbd. It ends with `link`, our connection."""
+
+    def __init__(
+        self,
+        program: str,
+        mortal: list[str],
+        options: Sequence[str],
+        graph: Graph,
+        path: str | None,
+        popen: confine.Popen,
+        lasts: bool,
+    ) -> None:
+        self._graph = graph
+        self._patience = WRITTEN if graph.write else LAST_WORDS
+        self._nodes = f"json:{json.dumps(graph.node)}"
+        self.failure = ""
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
+        self.link = socket.socket(socket.AF_UNIX)
+        self._noted = contextlib.ExitStack()
+        try:
+            with signals.held():
+                self.process = self._started(program, mortal, options, path, popen)
+                if not lasts:
+                    self._noted.enter_context(
+                        leftovers.undoing(lambda: children.stop(self.process, self._patience))
+                    )
+        except BaseException:
+            self._noted.close()
+            self.link.close()
+            self._messages.close()
+            raise
+
+    def _started(
+        self, program: str, mortal: list[str], options: Sequence[str], path: str | None, popen: confine.Popen
+    ) -> "subprocess.Popen[bytes]":
+        words = [*mortal, "/bin/sh", "-c", LISTENER, "sh", program, *options, self._nodes]
+        with leftovers.private_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
+            place = path or os.path.join(folder, "nbd")
+            with contextlib.suppress(FileNotFoundError):  # of a first try
+                os.unlink(place)
+            listener.bind(place)
+            listener.listen()
+            self.link.settimeout(TIMEOUT)
+            self.link.connect(place)
+            # signals of the terminal are for us
+            return popen(program, words, self._graph.read, self._graph.write, stdin=listener,
+                stdout=self._messages,
+                         stderr=self._messages, process_group=0, env=programs.environment())  # fmt: skip
+
+    def words(self) -> str:
+        """The first thing that it said, if it said anything."""
+        lines = os.pread(self._messages.fileno(), 65536, 0).decode(errors="replace").strip().splitlines()
+        said = (
+            re.sub(r"^qemu(-nbd)?: ", "", lines[0]).replace(f"Failed to blk_new_open '{self._nodes}': ", "")
+            if lines
+            else ""
+        )
+        return self._graph.in_words(said)
+
+    def refusal(self) -> str | None:
+        """Why it does not serve the image; None where that is not its fault."""
+        status, words = self._ended(), self.words()
+        if status <= 0 or not words:
+            return None
+        if LOCKED.search(words):
+            return (
+                f"{self._graph.name}: is in use: QEMU holds its lock (a running guest or another "
+                f"tool); {IN_USE[bool(self._graph.write)]}"
+            )
+        return (
+            f"{self._graph.name}: qemu-nbd can't open it as "
+            f"{self._graph.format}{' for writing' if self._graph.write else ''}: {words}"
+        )
+
+    def _ended(self) -> int:
+        """Its exit status. It ends with our connection, but not if that had not been agreed on yet; where it
+        failed to open the image, it had ended before that broke."""
+        self.link.close()
+        self.process.terminate()
+        try:
+            return self.process.wait(self._patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+    def close(self) -> None:
+        """End it; what it has begun it finishes."""
+        if self._messages.closed:
+            return
+        status = self._ended()
+        if status == -signal.SIGKILL:
+            self.failure = f"qemu-nbd did not finish within {self._patience:.0f} seconds"
+        elif status:
+            self.failure = self.words() or f"qemu-nbd ended with {status}"
+        self._noted.close()
+        self._messages.close()

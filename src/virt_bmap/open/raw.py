@@ -1,0 +1,132 @@
+"""Raw files and block devices, read with pread.
+
+Not mapped into memory: a file that shrinks while it is read would kill the process with SIGBUS instead of
+giving an error.
+"""
+
+import errno
+import os
+import stat
+
+import numpy as np
+
+from virt_bmap.core.arrays import Bytes, Int, ints
+from virt_bmap.core.errors import ImageError
+from virt_bmap.core.reader import Reader
+from virt_bmap.host import in_use, notices, protection
+
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+}
+"""What is no disk. To open it could wait for ever (a FIFO), or act: a watchdog starts, a tape is wound
+back."""
+
+
+def open_disk(path: str, wanted: str = "a disk image") -> int:
+    """The descriptor of a file or block device, open for reading.
+
+    Anything else is looked at, and not opened. Raises ImageError; `wanted` is what it was to be.
+    """
+    try:
+        seen = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            about = os.fstat(seen)
+            if not (stat.S_ISREG(about.st_mode) or stat.S_ISBLK(about.st_mode)):
+                raise ImageError(
+                    f"{path}: is "
+                    f"{KINDS.get(stat.S_IFMT(about.st_mode), 'neither a file nor a block device')}, "
+                    f"not {wanted}"
+                )
+            again = f"/proc/self/fd/{seen}"
+            found = os.open(
+                again if os.path.exists(again) else path,
+                os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY,
+            )
+        finally:
+            os.close(seen)
+    except OSError as error:
+        raise ImageError(f"{path}: can't be opened: {error.strerror}") from error
+    except ValueError as error:
+        raise ImageError(f"{path!r}: can't be opened: there is a NUL in the name") from error
+    return found
+
+
+class RawReader(Reader):
+    """A raw file or block device, opened read-only."""
+
+    in_turn = False
+
+    def __init__(self, path: str) -> None:
+        self._fd = open_disk(path)
+        try:
+            mode = os.fstat(self._fd).st_mode
+            size = os.lseek(self._fd, 0, os.SEEK_END)
+            if size == 0:
+                raise ImageError(f"{path}: is empty (0 bytes), not a disk image")
+        except BaseException:
+            os.close(self._fd)
+            raise
+        super().__init__(size, path)
+        protection.reads_open(self._fd, path)
+        self.in_use = in_use.writer_of_open(self._fd)
+        if self.in_use:
+            notices.say(f"{path}: is in use: {self.in_use}; what is read of it is the state of no one moment")
+        self.near = stat.S_ISREG(mode)  # most files are in the kernel's cache, most devices are not
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        data = np.empty(int(lengths.sum()), np.uint8)
+        view, at = memoryview(data.data), 0
+        for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
+            end = at + length
+            while at < end:
+                here = offset + length - (end - at)
+                try:
+                    got = os.preadv(self._fd, [view[at:end]], here)
+                except OSError as error:
+                    raise ImageError(
+                        f"{self.name}: can't be read at byte {here:#x}: {error.strerror}"
+                    ) from error
+                if got == 0:
+                    raise ImageError(
+                        f"{self.name}: ends at byte {here:#x} although it was {self.size:#x} bytes "
+                        "long when it was "
+                        "opened: it shrank while it was read"
+                    )
+                at += got
+        return data
+
+    def stored(self) -> tuple[Int, Int]:
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            return super().stored()
+        try:
+            return data_ranges(self._fd, self.size)
+        except OSError as error:
+            raise ImageError(f"{self.name}: can't be read: {error.strerror}") from error
+
+    def fileno(self) -> int:
+        """The open file's descriptor."""
+        return self._fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def data_ranges(file: int, size: int) -> tuple[Int, Int]:
+    """(starts, ends) of what of an open file is no hole, by lseek(2) with SEEK_DATA and SEEK_HOLE.
+
+    Raises OSError.
+    """
+    starts, ends, at = [], [], 0
+    while at < size:
+        try:
+            starts.append(os.lseek(file, at, os.SEEK_DATA))
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # no data behind `at`
+                raise
+            break
+        at = min(size, os.lseek(file, starts[-1], os.SEEK_HOLE))
+        ends.append(at)
+    return ints(starts).astype(np.int64), ints(ends).astype(np.int64)

@@ -1,0 +1,1 @@
+"""A disk served to a guest by nbdkit, with its log, for as long as anyone reads it."""

@@ -1,0 +1,1 @@
+"""A map as a person looks at it: reports and SQL."""

@@ -1,0 +1,581 @@
+"""From disks to a block map: disk -> volumes -> filesystems, the only recursion in the project.
+
+Every volume is looked at once. A volume format turns it (with others) into more volumes, a filesystem format
+into tables; a volume that spans several members waits until no other volume is left to look at, so that all
+its members are known.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from virt_bmap.core.arrays import Int, complement, subtract, union
+from virt_bmap.core.errors import (
+    BmapError,
+    Corrupt,
+    FormatError,
+    Unsupported,
+    UsageError,
+    is_strict,
+    unexpected,
+)
+from virt_bmap.core.keys import NO_KEYS, Keys
+from virt_bmap.core.layout import INT64_MAX
+from virt_bmap.core.mapping import Groups, Rows
+from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.formats import foreign
+from virt_bmap.formats import registry as formats
+from virt_bmap.model import tables
+from virt_bmap.model.blockmap import FILE, BlockMap
+from virt_bmap.model.contract import (
+    NOT_LOOKED_AT,
+    NOTHING_MORE,
+    PROVEN,
+    Asks,
+    Assembler,
+    Assembly,
+    Checks,
+    Child,
+    Filesystem,
+    FilesystemFormat,
+    Member,
+    Problem,
+    Proof,
+    VolumeFormat,
+)
+from virt_bmap.survey.nested import MAX_LEVELS, NOTHING, Nested, Progress
+from virt_bmap.survey.sleeping import asleep_in
+
+if TYPE_CHECKING:
+    from virt_bmap.open.host import Host
+
+MAX_DEPTH = 16
+"""Layers on top of each other.
+
+Real stacks have five (disk, partition, md, LUKS, LVM); a hostile one must end.
+"""
+MAX_VOLUMES = 16384
+"""Volumes of all disks together.
+
+A group of ten thousand logical volumes is real; a table that shows itself again and again must end.
+"""
+
+
+@dataclass
+class _Volume:
+    """A volume, and what became known of it so far."""
+
+    number: int
+    kind: str
+    name: str
+    reader: Reader
+    depth: int
+    disk: int | None
+    size: int
+    type: str | None = None
+    label: str | None = None
+    uuid: str | None = None
+    detail: str | None = None
+    unread: str = "unrecognised"
+    traits: int = 0
+    is_counted: bool = True
+    rows: Rows | None = None
+    extents: list[pa.Table] = field(default_factory=list)
+    problems: list[tuple[str, Problem]] = field(default_factory=list)
+    proofs: list[Proof] = field(default_factory=list)
+    filesystem: Filesystem | None = None
+
+
+def survey(
+    disks: Sequence[Reader],
+    progress: Callable[[str], None] = lambda _: None,
+    keys: Keys = NO_KEYS,
+    nested: Nested = NOTHING,
+    asks: Asks = NOTHING_MORE,
+) -> BlockMap:
+    """The block map of these disks of one machine, which become /dev/sda, /dev/sdb, ...
+
+    `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes;
+    `nested` says which files are disks, too; `asks` is what is wanted beside the map. Raises ImageError where
+    a disk can't be read; what is wrong *on* a disk becomes rows of `problems`.
+    """
+    return _Survey(disks, progress, keys, nested, asks).run()
+
+
+def survey_host(
+    host: "Host",
+    progress: Callable[[str], None] = lambda _: None,
+    keys: Keys = NO_KEYS,
+    nested: Nested = NOTHING,
+    asks: Asks = NOTHING_MORE,
+) -> tuple[BlockMap, list[Reader]]:
+    """The block map of the disks in these image files, in bytes of the files: these become disk 1, 2, ...,
+    and the guest's disks volumes in them. And the reader of each volume, by its number."""
+    work = _Survey([], progress, keys, nested, asks)
+    work.start_on(host)
+    return work.run(), [volume.reader for volume in work.volumes]
+
+
+def survey_open(
+    disks: Sequence[Reader],
+    progress: Callable[[str], None] = lambda _: None,
+    keys: Keys = NO_KEYS,
+    nested: Nested = NOTHING,
+    asks: Asks = NOTHING_MORE,
+) -> tuple[BlockMap, list[Reader]]:
+    """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, journals
+    replayed, as the map's rows mean the bytes.
+
+    `Reader.raw` of one are the bytes as they lie on the disk. They read while the disks are open.
+    """
+    work = _Survey(disks, progress, keys, nested, asks)
+    return work.run(), [volume.reader for volume in work.volumes]
+
+
+class _Survey:
+    def __init__(
+        self,
+        disks: Sequence[Reader],
+        progress: Callable[[str], None],
+        keys: Keys,
+        nested: Nested,
+        asks: Asks = NOTHING_MORE,
+    ) -> None:
+        self.nested, self.images = nested, Progress()
+        self.asks = asks
+        self.volumes: list[_Volume] = []
+        self.progress = progress
+        self.keys = keys
+        for number, reader in enumerate(disks, 1):
+            disk = self._add("disk", tables.disk_name(number), reader, 0, number)
+            if reader.in_use:
+                words = f"was in use while it was read: {reader.in_use}; the map is of no one moment"
+                self._problem(disk, "survey", Problem("in-use", words, severity="note"))
+        self.todo = list(self.volumes)
+        self.waiting: dict[str, tuple[VolumeFormat, list[_Volume]]] = {}
+        """Members of what spans volumes, by the format's name; complete when no volume is left to look at."""
+        self.unclaimed: list[_Volume] = []
+        self.found: list[tuple[_Volume, FilesystemFormat]] = []
+
+    def start_on(self, host: "Host") -> None:
+        """Start with files of the host instead of disks; the disks are what lies in them."""
+        files = [
+            self._add(FILE, path, reader, 0, number)
+            for number, (path, reader) in enumerate(zip(host.paths, host.files, strict=True), 1)
+        ]
+        self._assemble(host, files)
+
+    def run(self) -> BlockMap:
+        done = 0
+        for level in range(MAX_LEVELS + 1):
+            while self.todo or self.waiting:
+                while self.todo:
+                    self._look_at(self.todo.pop(0))
+                if self.waiting:
+                    self._assemble(*self.waiting.pop(min(self.waiting, key=formats.rank)))
+            fresh, done = self.found[done:], len(self.found)
+            for volume, format in fresh:
+                self._read(volume, format)
+            if level < MAX_LEVELS:
+                for volume, _ in fresh:
+                    self._look_beside(volume)
+                    if self.nested:
+                        self._open_images(volume)
+        if absent := sorted(self.nested.paths - self.images.paths):
+            raise UsageError(
+                f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk"
+            )
+        rows = Rows.concat([volume.rows for volume in self.volumes if volume.rows is not None])
+        inside = Groups(rows, rows.parent)
+        self._note_covered()
+        for volume in self.volumes:
+            self._tile(volume, inside.of(volume.number))
+        return self._tables()
+
+    def _note_covered(self) -> None:
+        """The traits that volumes have by what lies beside them."""
+        slack = any(volume.filesystem and volume.filesystem.size < volume.size for volume in self.volumes)
+        if not slack and not any(volume.traits & tables.VOUCHING for volume in self.volumes):
+            return
+        from virt_bmap.survey.vouching import Seen, covered  # with hashlib: seldom needed
+
+        seen = [
+            Seen(
+                volume.number,
+                volume.name,
+                volume.type,
+                volume.traits,
+                volume.reader,
+                volume.filesystem.size if volume.filesystem else -1,
+                volume.rows is None,
+            )
+            for volume in self.volumes
+        ]
+        for found in list(covered(seen)):
+            volume = self.volumes[found.number]
+            volume.traits |= found.trait
+            self._problem(volume, "vouching", Problem(tables.VOUCHED, found.detail, -1, "note"))
+
+    def _look_beside(self, parent: _Volume) -> None:
+        """Partitions beside a filesystem that has the whole disk, as further volumes to look at."""
+        if parent.filesystem and formats.is_hybrid(parent.reader.raw):
+            from virt_bmap.formats.volumes.hybrid import Hybrid
+
+            start, end, kind = _spans(parent.extents)
+            mine = ~np.isin(kind, tables.IDLE)
+            self._assemble(Hybrid(union(start[mine], end[mine])), [parent])
+
+    def _open_images(self, parent: _Volume) -> None:
+        """Files of a filesystem that are disks themselves, as further volumes to look at."""
+        if parent.filesystem:
+            # with pyarrow.compute and all image formats: seldom needed
+            from virt_bmap.survey.nested.inner import Inner
+
+            self._assemble(Inner(parent.filesystem, self.nested, self.images), [parent])
+
+    def _add(self, kind: str, name: str, reader: Reader, depth: int, disk: int | None) -> _Volume:
+        volume = _Volume(len(self.volumes), kind, name, reader, depth, disk, reader.size)
+        self.volumes.append(volume)
+        return volume
+
+    def _look_at(self, volume: _Volume) -> None:
+        """Find out what the volume holds, and send it where that is read.
+
+        Not even its first bytes may be readable: a compressed cluster can be damaged.
+        """
+        self.progress(volume.name)
+        with self._refusing([volume], "survey"):
+            self._send(volume)
+
+    def _send(self, volume: _Volume) -> None:
+        format = formats.volume_on(volume.reader, has_header=self.keys.header_of(volume.name) is not None)
+        again = format.name if format and self._shows_again(volume, format) else None
+        if format and not again:
+            volume.type = format.name
+            if volume.depth >= MAX_DEPTH:
+                self._problem(volume, "survey", Problem("too-deep", f"more than {MAX_DEPTH} layers", 0))
+                self._whole(volume, format.name)
+            elif format.spans:
+                self.waiting.setdefault(format.name, (format, []))[1].append(volume)
+            else:
+                self._assemble(format, [volume])
+        elif system := formats.filesystem_on(volume.reader):
+            volume.type = system.name
+            self.found.append((volume, system))
+        elif (name := foreign.recognise(volume.reader)) and name != again:
+            volume.type, volume.traits = name, volume.traits | foreign.TRAITS.get(name, 0)
+            self.unclaimed.append(volume)  # an external journal ("jbd") is of use to its filesystem
+            self._whole(volume, name)
+        else:
+            self.unclaimed.append(volume)
+            self._whole(volume, volume.unread)
+
+    def _shows_again(self, volume: _Volume, format: VolumeFormat) -> bool:
+        """A partition that begins with the disk's first byte, as the first of Sun's does, shows the disk's
+        own table once more."""
+        rows = volume.rows
+        if rows is None or volume.kind != "partition" or rows.on_parent.offset[0] != 0:
+            return False
+        return bool(self.volumes[int(rows.parent[0])].type == format.name)
+
+    def _assemble(self, by: Assembler, members: list[_Volume]) -> None:
+        """Let a volume format make volumes of its members; where it refuses, they are one piece each, with
+        the reason."""
+        with self._refusing(members, by.name):
+            self._add_assembly(
+                by.assemble([Member(v.number, v.name, v.reader, self.keys) for v in members]), by, members
+            )
+
+    def _add_assembly(self, assembly: Assembly, by: Assembler, members: list[_Volume]) -> None:
+        by_number = {volume.number: volume for volume in members}
+        base = len(self.volumes)
+        left = max(0, MAX_VOLUMES - base)
+        for child in assembly.children[:left]:
+            self._add_child(child, base)
+        if len(assembly.children) > left:
+            problem = Problem(
+                "too-many-volumes",
+                f"{len(assembly.children)} volumes lie in it; of all disks together {MAX_VOLUMES} "
+                "are looked at",
+            )
+            self._problem(members[0], by.name, problem)
+        by_number |= {-1 - at: volume for at, volume in enumerate(self.volumes[base:])}
+        for number, volume in by_number.items():
+            volume.type = assembly.types.get(number, volume.type)
+            volume.detail = assembly.details.get(number, volume.detail)
+            volume.label = assembly.labels.get(number, volume.label)
+            volume.uuid = assembly.uuids.get(number, volume.uuid)
+            if rows := assembly.extents.get(number):
+                self._add_extents(volume, by.name, _believed(rows.table(volume.number), by.allocator))
+            for problem in assembly.problems.get(number, ()):
+                self._problem(volume, by.name, problem)
+        if by.checks:
+            for volume in members:
+                volume.proofs += said_of_all(by.checks)
+
+    def _add_child(self, child: Child, base: int) -> None:
+        """A new volume. Parents below 0 are earlier children of the same assembly, the first of which is
+        volume `base`."""
+        number = len(self.volumes)
+        rows = child.many or Rows.of(number, child.rows)
+        rows = rows.placed(number, np.where(rows.parent < 0, base - 1 - rows.parent, rows.parent))
+        parents = {parent: self.volumes[parent].reader for parent in sorted(set(rows.parent.tolist()))}
+        disks = {self.volumes[parent].disk for parent in parents}
+        image = ", ".join(dict.fromkeys(reader.name.rpartition(" of ")[2] for reader in parents.values()))
+        reader: Reader = MappedReader(child.size, f"{child.name} of {image}", parents, rows, child.holes)
+        if child.open:
+            reader = child.open(reader)
+        depth = 1 + max((self.volumes[parent].depth for parent in parents), default=0)
+        volume = self._add(child.kind, child.name, reader, depth, disks.pop() if len(disks) == 1 else None)
+        volume.size, volume.rows = child.size, rows
+        volume.uuid, volume.label, volume.detail = child.uuid, child.label, child.detail
+        volume.unread, volume.traits = child.unread or volume.unread, child.traits
+        if child.contents:
+            self.todo.append(volume)
+        elif child.unread:
+            self._whole(volume, child.unread)
+
+    def _read(self, volume: _Volume, format: FilesystemFormat) -> None:
+        """Let a filesystem's reader read its volume."""
+        self.progress(volume.name)
+        with self._refusing([volume], format.name):
+            found: Filesystem = format.read(volume.reader, [other.reader for other in self.unclaimed])
+            volume.proofs += said_of_all(format.checks)
+            if not format.allocator:
+                volume.proofs.append(
+                    Proof("allocator", NOT_LOOKED_AT, "the format has none: free is what nothing refers to")
+                )
+            if format.prove:
+                self._prove(volume, format.prove, found)
+            self._add_extents(
+                volume, found.type, on_volume(_believed(found.extents, format.allocator), volume.number)
+            )
+            volume.filesystem = found
+            volume.reader = found.reader
+            volume.type, volume.traits = found.type, volume.traits | found.traits
+            volume.is_counted = format.allocator is not None
+            for problem in found.problems:
+                self._problem(volume, found.type, problem)
+            if Asks.SLEEP in self.asks and (file := asleep_in(found)):
+                volume.traits |= tables.SLEEPING
+                detail = f"{file} holds the memory of a machine that sleeps"
+                self._problem(volume, found.type, Problem(tables.ASLEEP, detail, -1, "note"))
+
+    @contextlib.contextmanager
+    def _refusing(self, volumes: list[_Volume], name: str) -> Iterator[None]:
+        """What a format refuses stays one piece, with the reason.
+
+        So does what no format of ours may fail at, but did: the rest of the map is not lost with it.
+        """
+        count = len(self.volumes)
+        try:
+            yield
+        except FormatError as error:
+            self._undo(volumes, count, name, error)
+        except BmapError:
+            raise
+        except Exception as error:
+            if is_strict():
+                raise
+            self._undo(volumes, count, name, Corrupt(unexpected(error), code="unexpected"))
+
+    def _undo(self, volumes: list[_Volume], count: int, name: str, error: FormatError) -> None:
+        """Without the volumes that were made since there were `count`."""
+        del self.volumes[count:]
+        self.todo = [volume for volume in self.todo if volume.number < count]
+        for volume in volumes:
+            self._refused(volume, volume.type or name, error)
+
+    def _add_extents(self, volume: _Volume, source: str, extents: pa.Table) -> None:
+        """Rows of a format, as far as they lie in the volume: what damage names behind its end is not
+        there."""
+        kept, outside = _inside(extents, volume.size)
+        volume.extents.append(kept)
+        if outside:
+            self._problem(
+                volume,
+                source,
+                Problem("outside", f"{outside:,} extents lie outside the volume, or end there: cut off"),
+            )
+
+    def _prove(self, volume: _Volume, prove: Callable[[Filesystem], list[Proof]], found: Filesystem) -> None:
+        """Ask what the map did not need, if that is wanted. What can't even be read for it is damage, too."""
+        if Asks.PROOFS not in self.asks:
+            volume.proofs.append(Proof("checksums", NOT_LOOKED_AT, "not asked when the map was made"))
+            return
+        try:
+            volume.proofs += prove(found)
+        except FormatError as error:
+            offset = -1 if error.offset is None else error.offset
+            found.problems.append(Problem(error.code, f"its metadata can't be proven: {error}", offset))
+        except BmapError:
+            raise
+        except Exception as error:
+            if is_strict():
+                raise
+            found.problems.append(Problem("unexpected", unexpected(error)))
+        if found.state in tables.CONSISTENT and any(
+            problem.severity == "error" for problem in found.problems
+        ):
+            found.state = "damaged"
+
+    def _refused(self, volume: _Volume, name: str, error: FormatError) -> None:
+        severity = "warning" if isinstance(error, Unsupported) else "error"
+        offset = -1 if error.offset is None else error.offset
+        self._problem(volume, name, Problem(error.code, str(error), offset, severity))
+        self._whole(volume, name)
+
+    def _problem(self, volume: _Volume, source: str, problem: Problem) -> None:
+        if problem.offset > INT64_MAX:  # a number that the disk names, but no byte has
+            problem = problem._replace(offset=-1)
+        volume.problems.append((source, problem))
+
+    def _whole(self, volume: _Volume, name: str) -> None:
+        """The volume is one piece that is named but not looked into."""
+        rows = tables.ExtentRows()
+        rows.add(tables.CONTENT, 0, volume.size, part=name)
+        volume.extents = [rows.table(volume.number)]
+        volume.reader.forget_ends()
+
+    def _tile(self, volume: _Volume, inside: Rows) -> None:
+        """Give an owner to what nobody named, so that the rows and the children, which lie `inside`, together
+        cover the volume."""
+        found = volume.filesystem
+        size = min(found.size, volume.size) if found else volume.size
+        # strided runs on one parent fill their span together: each member's runs follow each other
+        known = _loosened(volume, (inside.on_parent.offset, inside.parent_end))
+        left, behind = complement(*known, 0, size), complement(*known, size, volume.size)
+        rows = tables.ExtentRows()
+        if found and len(left[0]):
+            missing = f"{int((left[1] - left[0]).sum())} bytes in {len(left[0])} ranges"
+            code, detail = ("unowned",
+                f"{missing} are allocated, but nothing refers to them") if volume.is_counted else (
+                "unreferenced", f"nothing refers to {missing}")  # fmt: skip
+            self._problem(volume, found.type, Problem(code, detail, int(left[0][0]), "warning"))
+        kind = tables.GAP if not found else tables.UNKNOWN if volume.is_counted else tables.UNREFERENCED
+        rows.add(kind, left[0], left[1] - left[0])
+        rows.add(tables.GAP, behind[0], behind[1] - behind[0], part="slack")
+        volume.extents.append(rows.table(volume.number))
+
+    def _tables(self) -> BlockMap:
+        found = [volume for volume in self.volumes if volume.filesystem]
+        systems = [(volume, volume.filesystem) for volume in found if volume.filesystem]
+        mapped = [volume.rows for volume in self.volumes if volume.rows is not None]
+        column = _columns(self.volumes)
+        problems = [
+            (volume.number, source, problem) for volume in self.volumes for source, problem in volume.problems
+        ]
+        return BlockMap(
+            volumes=tables.make(
+                "volumes", volume=column("number"), disk=column("disk"), kind=column("kind"),
+                name=column("name"), size=column("size"), type=column("type"), label=column("label"),
+                uuid=column("uuid"), detail=column("detail"), traits=column("traits"),
+            ),
+            mappings=tables.mappings(mapped),
+            filesystems=tables.make(
+                "filesystems", volume=[volume.number for volume, _ in systems],
+                **{name: [getattr(system, name) for _, system in systems]
+                   for name in ("type", "uuid", "label", "block_size", "size", "state", "features")},
+                root=[None if system.root < 0 else system.root for _, system in systems],
+            ),
+            inodes=tables.concat("inodes",
+                [on_volume(system.inodes, volume.number) for volume, system in systems]),
+            names=tables.concat("names",
+                [on_volume(system.names, volume.number) for volume, system in systems]),
+            extents=tables.concat("extents", [table for volume in self.volumes for table in volume.extents]),
+            problems=tables.make(
+                "problems", severity=[problem.severity for _, _, problem in problems],
+                format=[source for _, source, _ in problems], volume=[number for number, _, _ in problems],
+                volume_offset=[None if problem.offset < 0 else problem.offset for _, _, problem in problems],
+                code=[problem.code for _, _, problem in problems],
+                detail=[problem.detail for _, _, problem in problems],
+            ),
+            proofs=[(volume.number, proof) for volume in self.volumes for proof in volume.proofs],
+        )  # fmt: skip
+
+
+def said_of_all(checks: Checks) -> list[Proof]:
+    """What holds of every volume of a format that was read, where nothing contradicts it."""
+    structure = Proof("structure", PROVEN, ", ".join(words.partition(":")[0] for words in checks.rules))
+    if checks.checksums is None:
+        return [structure, Proof("checksums", NOT_LOOKED_AT, "the format has none")]
+    return [structure, Proof("checksums", PROVEN, checks.checksums)]
+
+
+def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
+    return lambda name: [getattr(row, name) for row in rows]
+
+
+def _loosened(volume: _Volume, children: tuple[Int, Int]) -> tuple[Int, Int]:
+    """The ranges of a volume that have an owner.
+
+    What was found to be unreferenced gives way to all that turned up since: the volume's extents are changed.
+    """
+    start, end, kind = _spans(volume.extents)
+    claimed = kind != tables.UNREFERENCED
+    known = np.append(start[claimed], children[0]), np.append(end[claimed], children[1])
+    if claimed.all():
+        return known
+    low, high = subtract(start[~claimed], end[~claimed], *known)
+    rows = tables.ExtentRows()
+    rows.add(tables.UNREFERENCED, low, high - low)
+    volume.extents = [
+        table.filter(pa.array(tables.codes(table, "kind") != tables.UNREFERENCED)) for table in volume.extents
+    ]
+    volume.extents.append(rows.table(volume.number))
+    return np.append(known[0], low), np.append(known[1], high)
+
+
+def _spans(extents: list[pa.Table]) -> tuple[Int, Int, Int]:
+    """(starts, ends, kinds) of the extents of a volume, but of those that lie in others: they own no bytes by
+    themselves."""
+    none = np.zeros(0, np.int64)
+    start, length, flags = (
+        np.concatenate([none, *(tables.integers(table, name) for table in extents)])
+        for name in ("volume_offset", "length", "flags")
+    )
+    kind = np.concatenate([none, *(tables.codes(table, "kind") for table in extents)])
+    own = flags & tables.INLINE == 0
+    return start[own], (start + length)[own], kind[own]
+
+
+def _inside(extents: pa.Table, size: int) -> tuple[pa.Table, int]:
+    """The rows that lie in a volume of this size, and how many did not: what reaches over its end is cut off
+    there, the rest is left out."""
+    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
+    good = (start >= 0) & (length > 0) & (length <= size - start)
+    if good.all():
+        return extents, 0
+    cut = np.where(start >= 0, np.minimum(length, size - start), 0)
+    for name in ("length", "file_length"):
+        at, values = extents.schema.get_field_index(name), tables.integers(extents, name)
+        # of packed content all of the file's bytes are gone or none
+        values = np.where(values == length, cut, values)
+        extents = extents.set_column(at, extents.schema.field(at), tables.arrow(values, values < 0))
+    return extents.filter(pa.array(cut > 0)), int(np.count_nonzero(~good))
+
+
+def _believed(extents: pa.Table, allocator: str | None) -> pa.Table:
+    """The rows of a format, in which nothing is called free where it has no allocator to say so."""
+    kind = tables.codes(extents, "kind")
+    if allocator or not (kind == tables.FREE).any():
+        return extents
+    kind = np.where(kind == tables.FREE, tables.UNREFERENCED, kind).astype(np.int8)
+    at = extents.schema.get_field_index("kind")
+    return extents.set_column(
+        at,
+        extents.schema.field(at),
+        pa.DictionaryArray.from_arrays(tables.arrow(kind), pa.array(tables.KINDS)),
+    )
+
+
+def on_volume(table: pa.Table, number: int) -> pa.Table:
+    """The table with its `volume` column set."""
+    field = table.schema.field("volume")
+    column = tables.arrow(np.full(table.num_rows, number, np.int32))
+    return table.set_column(table.schema.get_field_index("volume"), field, column)

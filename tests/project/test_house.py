@@ -1,0 +1,84 @@
+"""The house: imports fall downwards, from wing to wing, and every wing says what it holds."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import virt_bmap
+
+HOUSE = Path(virt_bmap.__file__).parent
+ORDER = (
+    "core", "host", "model", "formats", "open", "saved", "survey", "ask", "act", "accesses", "serve", "show",
+    "watch", "observe", "diff", "commands", "startup", "cli", "bmaplogger", "__main__",
+)  # fmt: skip
+"""A wing imports those before it. `__init__`, the public names, imports them when they are asked for."""
+UPWARD = {("cli", "__init__"), ("__main__", "__init__")}
+"""The version, which lies with the public names."""
+
+
+def wing(module: str) -> str:
+    """virt_bmap.core.arrays -> core; virt_bmap -> __init__"""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(HOUSE.rglob("*.py")):
+        parts = ["virt_bmap", *path.relative_to(HOUSE).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of ours that a module imports, wherever in it; not those for a type checker alone."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in known else node.module)
+    return {name for name in found if name.split(".")[0] == "virt_bmap"}
+
+
+def upward(known: dict[str, Path]) -> list[str]:
+    found = []
+    for module, path in known.items():
+        for other in imported(path, known):
+            ours, theirs = wing(module), wing(other)
+            if ours == theirs or (ours, theirs) in UPWARD or ours == "__init__":
+                continue
+            if theirs == "__init__" or ORDER.index(theirs) > ORDER.index(ours):
+                found.append(f"{module} imports {other}")
+    return sorted(found)
+
+
+def test_imports_fall_downwards() -> None:
+    assert upward(modules()) == []
+
+
+def test_an_import_upwards_is_seen(tmp_path: Path) -> None:
+    low = tmp_path / "low.py"
+    low.write_text("def late():\n    from virt_bmap.commands import common\n")
+    known = {**modules(), "virt_bmap.core.low": low}
+    assert upward(known) == ["virt_bmap.core.low imports virt_bmap.commands.common"]
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in HOUSE.rglob("__init__.py")), ids=str)
+def test_every_wing_and_room_says_what_it_holds(folder: Path) -> None:
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+
+
+def test_nothing_lies_outside_the_wings() -> None:
+    assert {wing(module) for module in modules()} - set(ORDER) == {"__init__"}
