@@ -218,7 +218,8 @@ def test_killed_while_copying(ext4: Path, tmp_path: Path) -> None:
     need("qemu-img", "qemu-utils"), need("qemu-nbd", "qemu-utils")
     before = hashlib.sha256(ext4.read_bytes()).digest()
     for options in ([], ["--convert", "qcow2"]):
-        code = "from virt_bmap import dump; count = [0]; copy = dump._copy\n" + dying("dump._copy", "copy", 3)
+        code = "from virt_bmap.act import dump; count = [0]; copy = dump._copy\n"
+        code += dying("dump._copy", "copy", 3)
         ended(code, ["sparsify", "-q", *options, str(ext4), str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
     assert hashlib.sha256(ext4.read_bytes()).digest() == before

@@ -14,7 +14,7 @@ from virt_bmap.host import children, leftovers, signals
 
 HOLD = """
 import sys, time
-from virt_bmap import leftovers
+from virt_bmap.host import leftovers
 with (
     leftovers.hidden_file(sys.argv[1]) as (file, _),
     leftovers.hidden_folder(sys.argv[2]) as folder,
@@ -155,7 +155,7 @@ def test_a_child_ends_with_its_block() -> None:
 
 def test_a_child_ends_with_a_killed_parent() -> None:
     code = (
-        "from virt_bmap import children\nwith children.running(['sleep', '60']) as p: print(p.pid, "
+        "from virt_bmap.host import children\nwith children.running(['sleep', '60']) as p: print(p.pid, "
         "flush=True); p.wait()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -167,3 +167,24 @@ def test_a_child_ends_with_a_killed_parent() -> None:
     while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_a_new_folder_that_another_process_reaps_is_made_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between mkdir and its lock a folder looks like a dead process's."""
+    made: list[str] = []
+    mkdir = os.mkdir
+
+    def reaped(name: str, mode: int) -> None:
+        mkdir(name, mode)
+        made.append(name)
+        if len(made) == 1:
+            os.rmdir(name)
+
+    monkeypatch.setattr(os, "mkdir", reaped)
+    with leftovers.private_folder(str(tmp_path)) as folder:
+        assert made == [folder, folder]
+    assert not os.listdir(tmp_path)
+    with pytest.raises(FileNotFoundError), leftovers.private_folder(str(tmp_path / "absent")):
+        pass

@@ -19,7 +19,7 @@ UPWARD = {("cli", "__init__"), ("__main__", "__init__")}
 
 def wing(module: str) -> str:
     """virt_bmap.core.arrays -> core; virt_bmap -> __init__"""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def modules() -> dict[str, Path]:

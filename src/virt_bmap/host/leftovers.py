@@ -109,7 +109,10 @@ def _beside(target: str) -> str:
 
 def _new_folder(name: str) -> int:
     os.mkdir(name, 0o700)
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:  # nobody had locked it yet, so another process took it for a dead one's
+        raise FileExistsError(name) from None
 
 
 def _taken(
