@@ -3,7 +3,7 @@ original of 2014 did.
 
     bmaplogger [nbdkit options] file=disk.img [bmap=MAP] [logfile=LOG] [--run COMMAND]
 
-This process starts nbdkit with `plugin.py`, takes the accesses from a pipe and names their objects.
+This process starts nbdkit with `watch/plugin.py`, takes the accesses from a pipe and names their objects.
 """
 
 import contextlib

@@ -3,7 +3,7 @@ named by the descriptor that QEMU inherits.
 
 QEMU follows no name, and guesses no format. What an image refers to was found here first (`references.py`)
 and opened here; of every image that has no backing file it is said that it has none. A VMDK's text, whose
-lines QEMU reads in its own way, is written anew (`descriptor.py`).
+lines QEMU reads in its own way, is written anew (`formats/images/descriptor.py`).
 
 Sources: QEMU qapi/block-core.json (BlockdevOptions), block/vmdk.c (vmdk_parse_extents, vmdk_open_vmdk4;
 v7.2), block/qcow2.c (qcow2_do_open).
