@@ -1,8 +1,8 @@
 """What takes the named accesses: the live log, the summary, the trace, the screen.
 
 Accesses come in the order in which they happened, each once. Pieces that are open (HELD or GUESSED, see
-`accesses/resolve.py`) come again by `late`, once another map knows whose they are or nobody expects that any more;
-parts of them may come apart, but no byte comes twice. Object numbers are those of the resolver that was
+`accesses/resolve.py`) come again by `late`, once another map knows whose they are or nobody expects that any
+more; parts of them may come apart, but no byte comes twice. Object numbers are those of the resolver that was
 announced last, which may be an older one again for a moment.
 """
 
