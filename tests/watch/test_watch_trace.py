@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from test_watch_serving import EVER, PATCHED, client, patched, tools  # noqa: F4
 from support import mapped, need, need_root, run
 from virt_bmap.accesses import traces
 from virt_bmap.accesses.accesses import Accesses
-from virt_bmap.accesses.resolve import Resolver
+from virt_bmap.accesses.resolve import HELD, Resolver
 from virt_bmap.accesses.trace import SCHEMA, Parquet, Part, Trace, about, save
 from virt_bmap.core.errors import MapError, OutputError
 
@@ -243,3 +244,49 @@ def test_a_trace_keeps_no_more_in_memory_than_its_last_minute(
         trace.beat()
         assert not trace._waiting
     part.close()
+
+
+def test_an_open_piece_that_comes_again_in_parts_is_whole_in_the_end(disk: SimpleNamespace) -> None:
+    """Random parts of open pieces come again, in any order, between looks at what is ready: each byte is in
+    the trace once, where it belongs."""
+    resolver, chooser = Resolver(disk.map), random.Random(6)
+    for _ in range(40):
+        accesses, touched = some(resolver, 20, chooser.randrange(10**6))
+        kept: list[pa.Table] = []
+        trace = Trace(
+            resolver, SimpleNamespace(write=lambda table, maps, kept=kept: kept.append(table), rows=None)
+        )  # type: ignore[arg-type]
+        trace.add(1, accesses, replace(touched, state=np.full(len(touched), HELD, np.uint8)))  # type: ignore[type-var]
+        parts = [
+            (number, at, 512)
+            for number, offset in enumerate(accesses.offset.tolist())
+            for at in range(offset, offset + 4096, 512)
+            if chooser.random() < 0.7
+        ]
+        chooser.shuffle(parts)
+        while parts:
+            number, offset, length = (np.array(column) for column in zip(*sorted(parts[-9:]), strict=True))
+            parts = parts[:-9]
+            pieces = replace(accesses.take(number), offset=offset, length=length)
+            trace.late(1, number, pieces, resolver.touched(1, offset, length))
+            trace._flush(0, 1)
+        trace.close()
+        rows = pa.concat_tables(kept).to_pylist()
+        wanted = resolver.touched(1, accesses.offset, accesses.length)
+        for number, row in enumerate(rows):
+            found = sorted(
+                (o["offset"], o["length"], o["path"], o["file_offset"])
+                for o in row["objects"]
+                if not o["inline"]
+            )
+            assert sum(length for _, length, _, _ in found) == 4096
+            mine = wanted.take((wanted.access == number) & ~wanted.inline)
+            paths = resolver.paths(mine.object).to_pylist()
+            for offset, length, path, inside in found:
+                at = int(np.searchsorted(mine.start, offset, "right")) - 1
+                begin = int(mine.file_offset[at])
+                assert offset + length <= mine.end[at]
+                assert (path, inside) == (
+                    paths[at],
+                    begin + offset - int(mine.start[at]) if begin >= 0 else None,
+                )

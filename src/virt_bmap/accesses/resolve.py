@@ -39,8 +39,15 @@ OPEN, DOUBTFUL, TOLD = (HELD, GUESSED), (OLDER, GUESSED, UNCONFIRMED), (CONFIRME
 NO_JOURNAL = ("btrfs",)
 """Filesystems whose metadata is in its place before anything refers to it."""
 
+MOVING = ("bnobt", "cntbt", "inobt", "finobt", "rmapbt", "refcountbt", "inode chunk")
+"""Of a filesystem's own metadata, what takes free blocks and gives them back (XFS).
+
+All else lies where mkfs put it.
+"""
+
 _KINDS = np.arange(len(tables.KINDS) + 1)  # the last element is for -1, a volume of which nothing is known
 _NOBODYS = np.isin(_KINDS, (tables.FREE, tables.UNKNOWN, tables.UNREFERENCED, tables.GAP))
+_FIXED = np.isin(_KINDS, (tables.METADATA, tables.BOOT))
 _METADATA = np.isin(
     _KINDS, (tables.DIRECTORY, tables.SYMLINK, tables.XATTR, tables.TREE, tables.METADATA, tables.BOOT)
 )
@@ -115,6 +122,9 @@ class Resolver:
         self._in_place = np.array(
             [types.get(number) in NO_JOURNAL for number in range(bmap.volumes.num_rows)], bool
         )
+        self._moving = [
+            number for number, part in enumerate(self._parts) if part in (*MOVING, tables.STAGING)
+        ]
         self._staging = (
             self._parts.index(tables.STAGING) if tables.STAGING in self._parts else len(self._parts)
         )
@@ -214,6 +224,11 @@ class Resolver:
     def metadata(self, objects: Int) -> Bool:
         """Which objects say where things lie, and what they are called."""
         found: Bool = _METADATA[self.kind_of(objects)] & (self._of(self._part, objects) != self._staging)
+        return found
+
+    def fixed(self, objects: Int) -> Bool:
+        """Which objects lie where they lay from the first, and always will."""
+        found: Bool = _FIXED[self.kind_of(objects)] & ~np.isin(self._of(self._part, objects), self._moving)
         return found
 
     def identities(self, objects: Int) -> pa.Table:

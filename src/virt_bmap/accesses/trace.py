@@ -15,12 +15,13 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from virt_bmap.accesses.accesses import Accesses
 from virt_bmap.accesses.resolve import DOUBTFUL, OPEN, Resolver, Touched
 from virt_bmap.accesses.stream import KEY, MAPS_KEY, Part, convert
-from virt_bmap.core.arrays import Bool, Int
+from virt_bmap.core.arrays import EMPTY, Bool, Int, Intervals, complement_by
 from virt_bmap.model import tables
 from virt_bmap.saved.parquet import sizes
 
@@ -82,68 +83,57 @@ class _Batch:
     accesses: Accesses
     request: Int
     start: Int
+    end: Int
     open: Bool
-    objects: list[pa.StructArray]
-    late: list[tuple[Int, Int]] = field(default_factory=list)
-    """(request, start) of pieces that came again, behind the others in `objects`."""
+    objects: pa.StructArray
+    late: list[tuple[Int, Int, Int, pa.StructArray]] = field(default_factory=list)
+    """(request, start, end, object) of pieces that came again."""
     told: list[tuple[Int, Int, Int]] = field(default_factory=list)
     """(request, start, end) of the bytes that they tell of."""
 
     def is_ready(self, before: int) -> bool:
         """Will nothing come again? Nothing that happened before `before` does."""
         if self.open.any() and int(self.accesses.time_ns[-1]) >= before:
-            self._drop()
+            self._settle()
         return not self.open.any() or int(self.accesses.time_ns[-1]) < before
 
-    def _drop(self) -> None:
-        """Open pieces give way to those that came again."""
-        if self.told:
-            request, start, end = (np.concatenate(column) for column in zip(*self.told, strict=True))
-            origin = self.accesses.offset  # a request has less than 2**32 bytes
-            key = request * (1 << 33) + start - origin[request]
-            order = np.argsort(key, kind="stable")
-            rows = np.flatnonzero(self.open)
-            at = (
-                np.searchsorted(
-                    key[order],
-                    self.request[rows] * (1 << 33) + self.start[rows] - origin[self.request[rows]],
-                    "right",
-                )
-                - 1
-            )
-            at = order[np.maximum(at, 0)]
-            again = (
-                (request[at] == self.request[rows])
-                & (start[at] <= self.start[rows])
-                & (self.start[rows] < end[at])
-            )
-            self._keep(rows[again])
-            self.told = []
-
-    def _keep(self, gone: Int) -> None:
-        """Take these rows out, and the late ones in."""
-        late = self.late or [(np.zeros(0, np.int64),) * 2]
-        self.request = np.concatenate([self.request, *(request for request, _ in late)])
-        self.start = np.concatenate([self.start, *(start for _, start in late)])
-        self.open = np.append(self.open, np.zeros(len(self.request) - len(self.open), bool))
-        rows = np.delete(np.arange(len(self.request)), gone)
-        self.objects = [
-            pa.chunked_array(self.objects).unify_dictionaries().combine_chunks().take(pa.array(rows))
-        ]
-        self.request, self.start, self.open, self.late = (
-            self.request[rows],
-            self.start[rows],
-            self.open[rows],
-            [],
+    def _settle(self) -> None:
+        """Open pieces give way to those that came again, as far as these reach: parts of one may come
+        apart."""
+        if not self.told:
+            return
+        closed, open = np.flatnonzero(~self.open), np.flatnonzero(self.open)
+        left, start, end = self._untold(open)
+        request, low, high, objects = zip(
+            (self.request[closed], self.start[closed], self.end[closed], self.objects.take(pa.array(closed))),
+            *self.late,
+            (self.request[open[left]], start, end, _cut(self.objects.take(pa.array(open[left])), start, end)),
+            strict=True,
         )
+        self.request, self.start, self.end = (np.concatenate(column) for column in (request, low, high))
+        self.objects = pa.chunked_array(objects).unify_dictionaries().combine_chunks()
+        self.open = np.arange(len(self.request)) >= len(self.request) - len(left)
+        self.late, self.told = [], []
+
+    def _untold(self, open: Int) -> tuple[Int, Int, Int]:
+        """(number in `open`, start, end) of what of these pieces has not come again."""
+        # all requests one after the other
+        place = np.cumsum(self.accesses.length) - self.accesses.length - self.accesses.offset
+        request, start, end = (np.concatenate(column) for column in zip(*self.told, strict=True))
+        told_start, told_end = start + place[request], end + place[request]
+        low, high = (side[open] + place[self.request[open]] for side in (self.start, self.end))
+        piece, by = Intervals(told_start, told_end).overlaps(low, high)
+        left, start, end = complement_by(
+            high - low, piece, told_start[by] - low[piece], told_end[by] - low[piece]
+        )
+        return left, start + self.start[open[left]], end + self.start[open[left]]
 
     def table(self) -> pa.Table:
         """Its rows."""
-        self._drop()
+        self._settle()
         order = np.lexsort((self.start, self.request))
-        objects = pa.chunked_array(self.objects).unify_dictionaries().combine_chunks().take(pa.array(order))
         bounds = np.searchsorted(self.request[order], np.arange(len(self.accesses) + 1)).astype(np.int32)
-        lists = pa.ListArray.from_arrays(pa.array(bounds), objects)
+        lists = pa.ListArray.from_arrays(pa.array(bounds), self.objects.take(pa.array(order)))
         return self.accesses.table(self.disk).append_column(SCHEMA.field("objects"), lists)
 
 
@@ -187,14 +177,13 @@ class Trace:
         number = self._added.get(disk, 0)
         self._added[disk] = number + len(accesses)
         if self.resolver is None or touched is None:
-            none = np.zeros(0, np.int64)
             self._waiting.append(
-                _Batch(disk, number, accesses, none, none, none.astype(bool), [pa.array([], OBJECT)])
+                _Batch(disk, number, accesses, EMPTY, EMPTY, EMPTY, EMPTY.astype(bool), pa.array([], OBJECT))
             )
         else:
             open, objects = np.isin(touched.state, OPEN), _objects(self.resolver, touched)
             self._waiting.append(
-                _Batch(disk, number, accesses, touched.access, touched.start, open, [objects])
+                _Batch(disk, number, accesses, touched.access, touched.start, touched.end, open, objects)
             )
         if sum(len(batch.accesses) for batch in self._waiting) >= ROW_GROUP:
             self._flush(int(accesses.time_ns[-1]) - CLAIM - MARGIN, ROW_GROUP)
@@ -208,8 +197,10 @@ class Trace:
         for batch in self._waiting:
             mine = (of_piece >= batch.number) & (of_piece < batch.number + len(batch.accesses))
             if batch.disk == disk and mine.any():
-                batch.late.append((of_piece[mine] - batch.number, touched.start[mine]))
-                batch.objects.append(_objects(self.resolver, touched.take(mine)))
+                again = touched.take(mine)
+                batch.late.append(
+                    (of_piece[mine] - batch.number, again.start, again.end, _objects(self.resolver, again))
+                )
                 told = (number >= batch.number) & (number < batch.number + len(batch.accesses))
                 batch.told.append(
                     (
@@ -320,6 +311,14 @@ def _objects(resolver: Resolver, touched: Touched) -> pa.StructArray:
         pa.array(np.isin(touched.state, DOUBTFUL)),
     ]
     return pa.StructArray.from_arrays(columns, fields=list(OBJECT))
+
+
+def _cut(objects: pa.StructArray, start: Int, end: Int) -> pa.StructArray:
+    """Parts of these objects: bytes [start[i], end[i]) of the disk are what is left of object i."""
+    columns = dict(zip((column.name for column in OBJECT), objects.flatten(), strict=True))
+    columns["file_offset"] = pc.add(columns["file_offset"], pc.subtract(pa.array(start), columns["offset"]))
+    columns |= {"offset": pa.array(start), "length": pa.array(end - start)}
+    return pa.StructArray.from_arrays(list(columns.values()), fields=list(OBJECT))
 
 
 def _nullable(values: Int) -> pa.Array:

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from virt_bmap.accesses.accesses import Accesses
 from virt_bmap.accesses.resolve import CONFIRMED, GUESSED, HELD, KNOWN, OLDER, UNCONFIRMED, Resolver, Touched
 from virt_bmap.accesses.trace import CLAIM
 from virt_bmap.core.arrays import EMPTY, Bool, Int, Intervals, ints, touching, union_by
-from virt_bmap.core.columns import stack
+from virt_bmap.core.columns import stack, take
 from virt_bmap.core.reader import HEAD, TAIL
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -57,6 +59,9 @@ MOST_CHANGES = 1 << 20
 RESOLUTION = 10 * MS
 """Where there are more metadata writes than MOST_CHANGES, they are remembered this exactly: a guest that
 writes nothing else fills no memory."""
+
+NOT_REPLAYED = ("journal", "fast-commit", "log")
+"""Codes of the problems that ext and XFS have where their journals are not replayed."""
 
 # by kind; the last element is for -1, a volume of which nothing is known
 _NAMELESS = np.isin(
@@ -178,18 +183,31 @@ class Naming:
         end = accesses.offset + accesses.length
         columns = (asked.number, accesses.time_ns, accesses.offset, end)
         self._writes.setdefault(disk, []).append(Writes(*(column[writing] for column in columns)))
-        times = np.unique(accesses.time_ns[asked.said.access[self._changing(disk, accesses, asked.said)]])
-        times = times[times > self.resolver.begun_ns - SETTLE]
-        if len(times):
-            self._changes = np.union1d(self._changes, times)
+        self._changed(accesses.time_ns[asked.said.access[self._changing(disk, writing, asked.said)]])
+
+    def _note_again(self, disk: int, since: int) -> None:
+        """Look at the writes since then once more, by the map that was just read: it may know places of
+        metadata that the one before it did not."""
+        writes = self._written(disk)
+        for first in range(int(np.searchsorted(writes.time_ns, since)), len(writes.number), MOST_WAITING):
+            some = take(writes, slice(first, first + MOST_WAITING))
+            touched = self.resolver.touched(disk, some.start, some.end - some.start)
+            self._changed(
+                some.time_ns[touched.access[self._changing(disk, np.ones(len(some.number), bool), touched)]]
+            )
+
+    def _changed(self, time_ns: Int) -> None:
+        """At these times metadata was written."""
+        if len(time_ns):
+            self._changes = np.union1d(self._changes, time_ns)
         if len(self._changes) > MOST_CHANGES:
             first = np.unique(self._changes // RESOLUTION) * RESOLUTION
             self._changes = np.sort(np.concatenate([first, first + RESOLUTION - 1]))
 
-    def _changing(self, disk: int, accesses: Accesses, touched: Touched) -> Bool:
-        """Which pieces are writes that may change the map: to metadata, or where a disk or volume that nobody
-        knows yet would have its signature."""
-        writing = WRITING[accesses.op[touched.access]]
+    def _changing(self, disk: int, writes: Bool, touched: Touched) -> Bool:
+        """Which pieces are of `writes` that may change the map: to metadata, or where a disk or volume that
+        nobody knows yet would have its signature."""
+        writing = writes[touched.access]
         if not writing.any():
             return writing
         changing: Bool = writing & self.resolver.metadata(touched.object)
@@ -243,14 +261,19 @@ class Naming:
         error = found.error
         if found.resolver and (self._changes > found.begun_ns).any():
             error = lost(self.resolver.bmap, found.resolver.bmap)
+        if found.resolver:
+            error = error or behind(found.resolver.bmap)
         if error or not found.resolver:
             self.failures += 1
             self.failure = error
             self._rest_until, self._retry = now + self._retry, min(2 * self._retry, LONGEST_RETRY)
             return
         self._retry = RETRY
+        since = self.resolver.begun_ns - SETTLE
         self.resolver = found.resolver
         self._signatures = {}
+        for disk in self._writes:
+            self._note_again(disk, since)
         self.sinks.renew(self.resolver)
         self._judge_waiting()
         self._judge_open()
@@ -364,13 +387,12 @@ class Naming:
         if asked.before is not self.resolver:
             touched = self.resolver.touched(disk, asked.accesses.offset, asked.accesses.length)
         state = np.where(good, KNOWN, GUESSED if alive else OLDER)[touched.access]
-        if alive:
-            nobodys = np.flatnonzero(self.resolver.nobodys(touched.object))
-            filled = FILLING[asked.accesses.op[touched.access[nobodys]]]
-            if not filled.all():  # what was written just now is read
-                writes = self._written(disk)
-                filled |= touching(touched.start[nobodys], touched.end[nobodys], writes.start, writes.end)
-            state[nobodys[filled]] = HELD
+        nobodys = np.flatnonzero(self.resolver.nobodys(touched.object))
+        filled = FILLING[asked.accesses.op[touched.access[nobodys]]]
+        if not filled.all():  # what was written just now is read
+            writes = self._written(disk)
+            filled |= touching(touched.start[nobodys], touched.end[nobodys], writes.start, writes.end)
+        state[nobodys[filled]] = HELD if alive else OLDER
         touched = replace(touched, state=state.astype(np.uint8))
         self._give(disk, asked, touched)
         for which, guessed in ((HELD, False), (GUESSED, True)):
@@ -418,8 +440,17 @@ class Naming:
         touched = self.resolver.touched(disk, asked.accesses.offset, asked.accesses.length)
         good = clean(self._changes, self.resolver, asked.accesses.time_ns)
         told = asked.guessed & (asked.before is self.resolver)
-        state = np.where(told, UNCONFIRMED, np.where(good, KNOWN, OLDER)).astype(np.uint8)
-        self._late(disk, asked, replace(touched, state=state[touched.access]))
+        # nobody's where no owner can come any more: all that was in memory then has been written since, and
+        # nothing was
+        long_ago = asked.accesses.time_ns < time.time_ns() - CLAIM
+        quiet = np.searchsorted(self._changes, asked.accesses.time_ns, "right") == len(self._changes)
+        open = (
+            self.resolver.nobodys(touched.object)
+            & (FILLING[asked.accesses.op] | ~asked.guessed)[touched.access]
+        )
+        sure = good[touched.access] & (~open | (long_ago & quiet)[touched.access])
+        state = np.where(told[touched.access], UNCONFIRMED, np.where(sure, KNOWN, OLDER)).astype(np.uint8)
+        self._late(disk, asked, replace(touched, state=state))
 
 
 def _pieces(asked: Asked, touched: Touched) -> tuple[Int, Accesses, Touched]:
@@ -444,6 +475,17 @@ def signatures(bmap: BlockMap, disk: int) -> Intervals:
         starts.append(found.start)
         ends.append(found.end)
     return Intervals(np.concatenate(starts), np.concatenate(ends))
+
+
+def behind(bmap: BlockMap) -> str:
+    """In words, why a map does not show what was written last: a journal that could not be replayed; empty
+    where it does."""
+    problems = bmap.problems
+    found = pc.and_(
+        pc.is_in(problems.column("code"), pa.array(NOT_REPLAYED)),
+        pc.not_equal(problems.column("severity").cast(pa.string()), "note"),
+    )
+    return next(iter(problems.filter(found).column("detail").to_pylist()), "")
 
 
 def lost(older: BlockMap, newer: BlockMap) -> str:

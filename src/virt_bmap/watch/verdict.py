@@ -2,13 +2,19 @@
 
 What a map says of an access is certain where
 - no metadata was written between the access and the end of the map's reading; or
-- the map from before the access says the same: same object, same place in it; or
+- the map from before the access says the same, same object and same place in it, and the bytes can't have
+  been another's in between: metadata that never moves; or no metadata was written between that map and the
+  access, or none between the access and the last time that the owner wrote them; or
 - nobody wrote to the bytes from then on until the map was read, and their owner has written them: then they
   are still what the access read or wrote. (So it is for reads the other way round, too: what nobody wrote to
   since the map before was right still belonged to whom that map says.)
 
+(Bytes are given back, and to another one, by metadata that is written before that one writes: so do ext4, XFS
+and btrfs.)
+
 A write to bytes that are nobody's, or of an owner who has not written them yet as far as the map knows, may
-get its owner by a later map.
+get its owner by a later map. That it was nobody's is certain only where no metadata is written for as long as
+a filesystem may keep an owner in memory: a file that is deleted before never gets into any map.
 
     time  ----- map before ------- m ---- access ---- m ---- w ---- map after ---->
     m: metadata is written, w: the same bytes are
@@ -148,7 +154,8 @@ def _judged(
     op, number = asked.accesses.op, asked.number
     slots = len(points)
     low, high = np.searchsorted(points, writes.start), np.searchsorted(points, writes.end)
-    last = np.append(writes.number[::-1], -1)[first_covers(low[::-1], high[::-1], slots)]
+    cover = first_covers(low[::-1], high[::-1], slots)
+    last, last_ns = (np.append(column[::-1], -1)[cover] for column in (writes.number, writes.time_ns))
     new, old = _atoms(found, points), _atoms(asked.said, points)
 
     # the map after: its pieces, cut at every point
@@ -160,8 +167,11 @@ def _judged(
     )
     untouched = last[new.slot] <= number[new.row]
     agrees = _agree(found, new, resolver, asked, old)
+    time_ns = asked.accesses.time_ns[new.row]
+    until = np.where(written, np.maximum(time_ns, last_ns[new.slot]), resolver.ended_ns)
+    kept = resolver.fixed(found.object)[new.piece] | _same_owner(changes, asked, time_ns, until)
     quiet = clean(changes, resolver, asked.accesses.time_ns)[new.row]
-    certain = quiet | agrees | (untouched & written)
+    certain = quiet | (agrees & kept) | (untouched & written)
     waits = fills & (nobodys | (~certain & (resolver.kind_of(found.object)[new.piece] == tables.UNWRITTEN)))
 
     # the map before, where the one after is not certain of any owner
@@ -181,6 +191,17 @@ def _written(resolver: Resolver, touched: Touched) -> Bool:
     found: Bool = resolver.written(touched.object) & (
         (resolver.kind_of(touched.object) != tables.DATA) | (touched.file_offset >= 0)
     )
+    return found
+
+
+def _same_owner(changes: Int, asked: Asked, time_ns: Int, until: Int) -> Bool:
+    """Whose bytes were the same one's at the map before and are again: were they so at these times? To be
+    another's in between takes metadata on either side."""
+    if asked.before is None:
+        return np.zeros(len(time_ns), bool)
+    before = np.searchsorted(changes, time_ns) - np.searchsorted(changes, asked.before.begun_ns - SETTLE)
+    after = np.searchsorted(changes, until, "right") - np.searchsorted(changes, time_ns, "right")
+    found: Bool = (before <= 0) | (after <= 0)
     return found
 
 

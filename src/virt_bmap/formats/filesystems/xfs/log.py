@@ -132,11 +132,18 @@ def _cycle(data: Bytes) -> Int:
 
 
 def _search(cycles: Callable[[Int], Int], behind: Callable[[Int], Bool], blocks: int) -> int:
-    """The first block for which `behind` holds; it does not for block 0 and does for the last."""
+    """The first block for which `behind` holds; it does not for block 0 and does for the last.
+
+    Where the log is written meanwhile, its head moves on.
+    """
     low, high = 0, blocks - 1
     while high - low > 1:
         at = np.unique(np.linspace(low + 1, high, min(FANOUT, high - low)).astype(np.int64))
-        hit = int(np.argmax(behind(cycles(at))))
+        found = behind(cycles(at))
+        if not found.any():  # not even for `high` any more
+            low, high = int(at[-1]), blocks - 1
+            continue
+        hit = int(np.argmax(found))
         low, high = int(at[hit - 1]) if hit else low, int(at[hit])
     return high
 
