@@ -154,7 +154,7 @@ def test_the_right_key_opens(devices: dict[int, Path], number: int) -> None:
     assert reader
     assert reader.size == MIB
     assert reader.read(0, MIB) == payload(number)
-    assert not assembly.problems[0]
+    assert not assembly.volumes[0].problems
     starts, lengths = ints([1000, 5, 700_001, 4096]), ints([3000, 1, 123, 8192])
     pieces = b"".join(
         payload(number)[start : start + length]
@@ -175,7 +175,7 @@ def test_without_the_key_every_byte_is_named(devices: dict[int, Path], number: i
 def test_a_wrong_key_is_said_so(devices: dict[int, Path]) -> None:
     assembly, reader = opened(RawReader(str(devices[0])), b"wrong")
     assert reader is None
-    assert [problem.code for problem in assembly.problems[0]] == ["no-key"]
+    assert [problem.code for problem in assembly.volumes[0].problems] == ["no-key"]
 
 
 def test_areas_are_those_of_luksdump(devices: dict[int, Path]) -> None:
@@ -194,7 +194,7 @@ def test_the_second_header_serves_when_the_first_is_damaged(devices: dict[int, P
     assembly, reader = opened(BytesReader(data), SECRET)
     assert reader
     assert reader.read(0, 4096) == payload(3)[:4096]
-    assert [problem.code for problem in assembly.problems[0]] == ["header-copy"]
+    assert [problem.code for problem in assembly.volumes[0].problems] == ["header-copy"]
     data[:4096] = 0
     assert luks.probe(BytesReader(data))
     assert opened(BytesReader(data), SECRET)[1]

@@ -177,12 +177,12 @@ def volumes_of(paths: list[Path]) -> tuple[Assembly, dict[str, Reader]]:
     readers: dict[int, Reader] = {at: RawReader(str(path)) for at, path in enumerate(paths)}
     assembly = lvm.assemble([Member(at, f"/dev/sd{chr(97 + at)}", reader) for at, reader in readers.items()])
     found = {}
-    for at, child in enumerate(assembly.children):
+    for child in assembly.children:
         rows = child.many or Rows.of(0, child.rows)
         reader: Reader = MappedReader(
             child.size, child.name, {up: readers[up] for up in np.unique(rows.parent).tolist()}, rows
         )
-        readers[-1 - at] = found[child.name.removeprefix("/dev/vg/")] = (
+        readers[child.number] = found[child.name.removeprefix("/dev/vg/")] = (
             child.open(reader) if child.open else reader
         )
     return assembly, found
@@ -251,15 +251,12 @@ def test_raid_with_missing_disks(kernel_volumes: Path) -> None:
         for volume in SETS["raid"]:
             if "raid0" not in volume:
                 assert digest(found[volume]) == expected[volume][1], (gone, volume)
-        errors = {assembly.children[-1 - number].name for number, found in assembly.problems.items()
-                  if number < 0 and any(problem.severity == "error" for problem in found)}  # fmt: skip
+        errors = {child.name for child in assembly.children
+                  if any(problem.severity == "error" for problem in child.problems)}  # fmt: skip
         assert all("raid0" in name for name in errors), "all others have a copy or parity of what is gone"
     for gone_two in combinations(range(len(disks)), 2):
         assembly, found = volumes_of([disk for at, disk in enumerate(disks) if at not in gone_two])
-        said = {
-            child.name: {problem.severity for problem in assembly.problems.get(-1 - at, ())}
-            for at, child in enumerate(assembly.children)
-        }
+        said = {child.name: {problem.severity for problem in child.problems} for child in assembly.children}
         for volume in SETS["raid"]:
             lost = digest(found[volume]) != expected[volume][1]
             assert lost == ("error" in said[f"/dev/vg/{volume}"]), (gone_two, volume)
@@ -294,7 +291,7 @@ def test_thin_mappings_are_those_of_thin_dump(kernel_volumes: Path, tmp_path: Pa
         for device, virtual, block, count in runs
         for step in range(count)
     } == expected
-    assert len(assembly.problems.get(-1, [])) == 0
+    assert not assembly.children[0].problems
 
 
 def test_blocks_that_snapshots_share_belong_to_each(kernel_volumes: Path) -> None:

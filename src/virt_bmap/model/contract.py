@@ -100,7 +100,8 @@ class Filesystem:
 class Member(NamedTuple):
     """A volume as an assembling module sees it.
 
-    `name` is its device name, `number` its id for mapping rows' `parent`, `keys` what the user gave.
+    `name` is its device name, `number` its place among the members, by which mapping rows name it as a
+    parent, `keys` what the user gave.
     """
 
     number: int
@@ -109,8 +110,26 @@ class Member(NamedTuple):
     keys: Keys = NO_KEYS
 
 
+@dataclass(kw_only=True)
+class About:
+    """What an assembly says of one of its volumes, a member or a child.
+
+    `number` is its place in the assembly, by which mapping rows name it as a parent. `extents` are the rows
+    of metadata that lie in it, and of what their allocator calls free; with the bytes that children's rows
+    take they tile a member, and what is left over survey calls `gap`. What is None stays as it was.
+    """
+
+    number: int = -1
+    type: str | None = None
+    label: str | None = None
+    uuid: str | None = None
+    detail: str | None = None
+    extents: ExtentRows = field(default_factory=ExtentRows)
+    problems: list[Problem] = field(default_factory=list)
+
+
 @dataclass
-class Child:
+class Child(About):
     """A new volume. `rows` place its bytes in its parents; `open`, where given, wraps the reader that follows
     the rows (decryption).
 
@@ -118,17 +137,13 @@ class Child:
     sub-volume). `unread` names the bytes that no reader claims: "BIOS boot". `many` gives further rows as
     columns, for volumes with too many rows for objects (thin). `holes` are where bytes that no row places
     read as zeroes since nothing was ever put there (thin volumes, image files); all others of that kind are
-    lost. that no reader claims: "BIOS boot". `many` gives further rows as columns, for volumes with too many
-    rows for objects (thin). `traits`: what its bytes are tied to, as in tables.TRAITS.
+    lost. `traits`: what its bytes are tied to, as in tables.TRAITS.
     """
 
     kind: str
     name: str
     size: int
     rows: list[Row]
-    uuid: str | None = None
-    label: str | None = None
-    detail: str | None = None
     open: Callable[[Reader], Reader] | None = None
     contents: bool = True
     many: Rows | None = None
@@ -137,33 +152,24 @@ class Child:
     traits: int = 0
 
 
-@dataclass
 class Assembly:
-    """What a volume module makes of its members.
+    """What a volume module makes of its members: `volumes` are these, then the children in an order in which
+    each comes after those that it lies in."""
 
-    `extents[number]` holds the rows of the member's own metadata and of what its allocator calls free; with
-    the bytes that children's rows take they tile the member, and what is left over survey calls `gap`.
-    `types` renames what a member is (gpt, "LVM2_member", ...). `extents` and `problems` may also name
-    children, by `child_reference`.
-    """
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.volumes = [About(number=at) for at in range(len(members))]
+        self.children: list[Child] = []
 
-    children: list[Child] = field(default_factory=list)
-    extents: dict[int, ExtentRows] = field(default_factory=dict)
-    problems: dict[int, list[Problem]] = field(default_factory=dict)
-    types: dict[int, str] = field(default_factory=dict)
-    details: dict[int, str] = field(default_factory=dict)
-    labels: dict[int, str] = field(default_factory=dict)
-    uuids: dict[int, str] = field(default_factory=dict)
+    def about(self, member: Member) -> About:
+        """What is said of a member."""
+        return self.volumes[member.number]
 
-
-def child_reference(assembly: Assembly) -> int:
-    """The number (below 0) by which rows, extents and problems name the child that is appended next."""
-    return -1 - len(assembly.children)
-
-
-def extent_rows(assembly: Assembly, member: Member) -> ExtentRows:
-    """The rows of this member's own metadata, made on first use."""
-    return assembly.extents.setdefault(member.number, ExtentRows())
+    def add(self, child: Child) -> Child:
+        """One more volume, of which more may be said later; its `number` is set here."""
+        child.number = len(self.volumes)
+        self.volumes.append(child)
+        self.children.append(child)
+        return child
 
 
 # ---- what a format says of itself --------------------------------------------------------------------------

@@ -390,6 +390,9 @@ class ExtentRows:
         if rows and (isinstance(length, np.ndarray) or length):
             self._batches.append((rows, columns))
 
+    def __bool__(self) -> bool:
+        return bool(self._batches)
+
     def table(self, volume: int) -> pa.Table:
         """The table `extents` of all that was added, in that order, without rows of length 0."""
         if not self._batches:

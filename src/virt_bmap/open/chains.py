@@ -17,7 +17,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.formats import images as layers
 from virt_bmap.formats.images.layer import Layer
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Assembly, Child
+from virt_bmap.model.contract import About, Child
 from virt_bmap.open.references import References
 
 HIDDEN = "hidden by an overlay"
@@ -128,31 +128,32 @@ class Chains:
 
     # ---- as a layer of the survey --------------------------------------------------------------------------
 
-    def own_files(self, result: Assembly, volumes: Sequence[int]) -> None:
+    def own_files(self, volumes: Sequence[About]) -> None:
         """Who owns the files of the disks: the formats' metadata, and data of backing files that no disk
-        shows. `volumes` has for each file its number there."""
+        shows. `volumes` are the files."""
         links = {int(link.files[0]): link for disk in self.disks for link in disk.chain}
         shown = [disk.rows for disk in self.disks]
         for number, link in links.items():
-            volume = volumes[number]
-            result.types[volume], result.details[volume] = link.layer.format, summary(link)
-            result.problems[volume] = list(link.layer.problems)
+            image = volumes[number]
+            image.type, image.detail = link.layer.format, summary(link)
+            image.problems += link.layer.problems
             for at, file in enumerate(link.files.tolist()):
-                rows = result.extents[volumes[file]] = link.layer.extents[at]
-                result.types.setdefault(volumes[file], f"{link.layer.format} data")
+                about = volumes[file]
+                about.type = about.type or f"{link.layer.format} data"
+                about.extents = link.layer.extents[at]
                 low, high = subtract(*parent_ranges([link.layer.rows], at), *parent_ranges(shown, file))
-                rows.add(tables.CONTENT, low, high - low, part=HIDDEN)
+                about.extents.add(tables.CONTENT, low, high - low, part=HIDDEN)
 
     def child(
         self,
         disk: ChainedDisk,
         kind: str,
         name: str,
-        volumes: Sequence[int],
+        volumes: Sequence[About],
         open: Callable[[Reader], Reader] | None = None,
     ) -> Child:
-        """The disk as a volume in its files, whose numbers in the survey are `volumes`."""
-        rows = disk.rows.placed(0, ints(volumes)[disk.rows.parent])
+        """The disk as a volume in its files, which are `volumes`."""
+        rows = disk.rows.placed(0, ints([about.number for about in volumes])[disk.rows.parent])
         return Child(kind, name, disk.size, [], many=rows, open=open, contents=disk.unreadable is None,
                      unread=f"encrypted {disk.format} image" if disk.unreadable else None,
                      holes=[(0, disk.size)])  # fmt: skip

@@ -94,13 +94,11 @@ class Host(Chains):
 
     def assemble(self, members: Sequence[Member]) -> Assembly:
         """The disks as volumes that lie in the files; `members` are the files."""
-        result = Assembly()
-        numbers = range(len(self.files))
-        self.own_files(result, numbers)
+        result = Assembly(members)
+        files = list(result.volumes)
+        self.own_files(files)
         for nth, disk in enumerate(self.disks, 1):
-            result.children.append(
-                self.child(disk, "disk", tables.disk_name(nth), numbers, self._opener(disk))
-            )
+            result.add(self.child(disk, "disk", tables.disk_name(nth), files, self._opener(disk)))
         return result
 
     def _opener(self, disk: ChainedDisk) -> Callable[[Reader], Reader] | None:

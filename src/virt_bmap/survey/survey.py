@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import Int, complement, subtract, union
+from virt_bmap.core.arrays import Int, complement, ints, subtract, union
 from virt_bmap.core.errors import (
     BmapError,
     Corrupt,
@@ -288,15 +288,17 @@ class _Survey:
         the reason."""
         with self._refusing(members, by.name):
             self._add_assembly(
-                by.assemble([Member(v.number, v.name, v.reader, self.keys) for v in members]), by, members
+                by.assemble([Member(at, v.name, v.reader, self.keys) for at, v in enumerate(members)]),
+                by,
+                members,
             )
 
     def _add_assembly(self, assembly: Assembly, by: Assembler, members: list[_Volume]) -> None:
-        by_number = {volume.number: volume for volume in members}
         base = len(self.volumes)
+        numbers = ints([volume.number for volume in members] + [*range(base, base + len(assembly.children))])
         left = max(0, MAX_VOLUMES - base)
         for child in assembly.children[:left]:
-            self._add_child(child, base)
+            self._add_child(child, numbers)
         if len(assembly.children) > left:
             problem = Problem(
                 "too-many-volumes",
@@ -304,26 +306,24 @@ class _Survey:
                 "are looked at",
             )
             self._problem(members[0], by.name, problem)
-        by_number |= {-1 - at: volume for at, volume in enumerate(self.volumes[base:])}
-        for number, volume in by_number.items():
-            volume.type = assembly.types.get(number, volume.type)
-            volume.detail = assembly.details.get(number, volume.detail)
-            volume.label = assembly.labels.get(number, volume.label)
-            volume.uuid = assembly.uuids.get(number, volume.uuid)
-            if rows := assembly.extents.get(number):
-                self._add_extents(volume, by.name, _believed(rows.table(volume.number), by.allocator))
-            for problem in assembly.problems.get(number, ()):
+        for about, volume in zip(assembly.volumes, members + self.volumes[base:], strict=False):
+            for name in ("type", "label", "uuid", "detail"):
+                if (said := getattr(about, name)) is not None:
+                    setattr(volume, name, said)
+            if about.extents:
+                extents = about.extents.table(volume.number)
+                self._add_extents(volume, by.name, _believed(extents, by.allocator))
+            for problem in about.problems:
                 self._problem(volume, by.name, problem)
         if by.checks:
             for volume in members:
                 volume.proofs += said_of_all(by.checks)
 
-    def _add_child(self, child: Child, base: int) -> None:
-        """A new volume. Parents below 0 are earlier children of the same assembly, the first of which is
-        volume `base`."""
+    def _add_child(self, child: Child, numbers: Int) -> None:
+        """A new volume; `numbers` are those that the volumes of its assembly have here."""
         number = len(self.volumes)
         rows = child.many or Rows.of(number, child.rows)
-        rows = rows.placed(number, np.where(rows.parent < 0, base - 1 - rows.parent, rows.parent))
+        rows = rows.placed(number, numbers[rows.parent])
         parents = {parent: self.volumes[parent].reader for parent in sorted(set(rows.parent.tolist()))}
         disks = {self.volumes[parent].disk for parent in parents}
         image = ", ".join(dict.fromkeys(reader.name.rpartition(" of ")[2] for reader in parents.values()))
@@ -333,7 +333,6 @@ class _Survey:
         depth = 1 + max((self.volumes[parent].depth for parent in parents), default=0)
         volume = self._add(child.kind, child.name, reader, depth, disks.pop() if len(disks) == 1 else None)
         volume.size, volume.rows = child.size, rows
-        volume.uuid, volume.label, volume.detail = child.uuid, child.label, child.detail
         volume.unread, volume.traits = child.unread or volume.unread, child.traits
         if child.contents:
             self.todo.append(volume)

@@ -21,7 +21,7 @@ def add_partition(
 ) -> None:
     """Add partition `number` at bytes [start, start + length) of the disk, `about` it as in Child; what lies
     beyond the disk's end is cut off and said."""
-    name, problems = partition_name(disk.name, number), assembly.problems.setdefault(disk.number, [])
+    name, problems = partition_name(disk.name, number), assembly.about(disk).problems
     end = start + length
     if start >= disk.reader.size:
         problems.append(
@@ -42,7 +42,7 @@ def add_partition(
         )
         length = disk.reader.size - start
     row = Row(volume_offset=0, parent=disk.number, parent_offset=start, run=length)
-    assembly.children.append(Child("partition", name, length, [row], **about))
+    assembly.add(Child("partition", name, length, [row], **about))
 
 
 def overlaps(assembly: Assembly) -> list[Problem]:

@@ -22,7 +22,6 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
     VolumeFormat,
-    extent_rows,
 )
 
 NAME = "mac"
@@ -83,9 +82,8 @@ def _block_size(reader: Reader) -> int | None:
 def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk."""
     (disk,) = members
-    assembly = Assembly()
-    problems = assembly.problems.setdefault(disk.number, [])
-    assembly.types[disk.number] = NAME
+    assembly = Assembly(members)
+    problems = assembly.about(disk).problems
     size = _block_size(disk.reader) or SECTOR
     promised = int(record(disk.reader.read_clipped(size, SECTOR), ENTRY)["pmMapBlkCnt"])
     count = max(1, min(promised, MAX_ENTRIES))
@@ -104,7 +102,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
         )
     for number, entry in enumerate(entries[:count], 1):
         _add(assembly, disk, number, entry, size)
-    own = extent_rows(assembly, disk)
+    own = assembly.about(disk).extents
     own.add(tables.METADATA, 0, SECTOR, part="driver descriptor")
     own.add(tables.METADATA, size, count * size, part="partition map")
     problems += overlaps(assembly)

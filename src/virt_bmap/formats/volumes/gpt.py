@@ -27,7 +27,6 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
     VolumeFormat,
-    extent_rows,
 )
 from virt_bmap.model.tables import VERIFIED, VOUCHING
 
@@ -185,10 +184,10 @@ def probe(reader: Reader) -> bool:
 def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk. Raises Corrupt where neither header is valid."""
     (disk,) = members
-    assembly = Assembly()
-    problems = assembly.problems.setdefault(disk.number, [])
+    assembly = Assembly(members)
+    about = assembly.about(disk)
+    own, problems = about.extents, about.problems
     table, backup = _both(disk.reader, problems)
-    own = extent_rows(assembly, disk)
     own.add(tables.BOOT, 0, mbr.ENTRIES, part="boot code")
     own.add(tables.METADATA, mbr.ENTRIES, SECTOR - mbr.ENTRIES, part="protective MBR")
     for found, words in ((table, "GPT"), (backup, "backup GPT")):
@@ -202,7 +201,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
                 min(found.entries_size, disk.reader.size - found.entries_at),
                 part=f"{words} entries",
             )
-    assembly.types[disk.number], assembly.uuids[disk.number] = NAME, table.disk_guid
+    about.uuid = table.disk_guid
     for index in _used(table).tolist():
         _add(assembly, disk, table, table.entries[index], index + 1, problems)
     problems += overlaps(assembly)

@@ -16,7 +16,6 @@ from virt_bmap.formats.common.partitions import SECTOR, overlaps
 from virt_bmap.formats.volumes import gpt, mbr
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Assembly, Member
-from virt_bmap.model.tables import ExtentRows
 
 
 class Hybrid:
@@ -31,17 +30,15 @@ class Hybrid:
     def assemble(self, members: Sequence[Member]) -> Assembly:
         """The partitions that the filesystem has nothing in, and what of the table lies outside of it."""
         (disk,) = members
-        found = _table(disk)
-        kept = Assembly(
-            children=[
-                child for child in found.children if self._is_apart(child.rows[0].parent_offset, child.size)
-            ]
-        )
-        kept.problems[disk.number] = overlaps(kept)
-        rows = kept.extents[disk.number] = ExtentRows()
-        for row in found.extents.get(disk.number, ExtentRows()).table(disk.number).to_pylist():
+        found, kept = _table(disk), Assembly(members)
+        for child in found.children:
+            if self._is_apart(child.rows[0].parent_offset, child.size):
+                kept.add(child)
+        about = kept.about(disk)
+        about.problems = overlaps(kept)
+        for row in found.about(disk).extents.table(0).to_pylist():
             if self._is_apart(row["volume_offset"], row["length"]):
-                rows.add(
+                about.extents.add(
                     tables.KINDS.index(row["kind"]), row["volume_offset"], row["length"], part=row["part"]
                 )
         return kept
@@ -57,4 +54,4 @@ def _table(disk: Member) -> Assembly:
     try:
         return gpt.assemble([disk]) if protective else mbr.assemble([disk])
     except FormatError:
-        return Assembly()
+        return Assembly([disk])

@@ -23,7 +23,6 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
     VolumeFormat,
-    extent_rows,
 )
 
 NAME = "dos"
@@ -112,14 +111,13 @@ def _boot_sector_of_fat(sector: bytes) -> bool:
 def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk. Its partitions are children, logical ones too."""
     (disk,) = members
-    assembly = Assembly()
-    own = extent_rows(assembly, disk)
+    assembly = Assembly(members)
+    about = assembly.about(disk)
+    own, problems = about.extents, about.problems
     own.add(tables.BOOT, 0, ENTRIES, part="boot code")
     own.add(tables.METADATA, ENTRIES, SECTOR - ENTRIES, part="partition table")
-    assembly.types[disk.number] = NAME
     signature = f"{int.from_bytes(disk.reader.read(440, 4), 'little'):08x}"
-    assembly.uuids[disk.number] = signature
-    problems = assembly.problems.setdefault(disk.number, [])
+    about.uuid = signature
     for slot, entry in enumerate(entries(disk.reader.read(0, SECTOR)), 1):
         kind, start = int(entry["os_type"]), int(entry["starting_lba"]) * SECTOR
         length = int(entry["size_in_lba"]) * SECTOR
@@ -149,7 +147,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
 def _logical(assembly: Assembly, disk: Member, base: int, length: int, signature: str) -> None:
     """Follow the chain of extended boot records; entry 1 is relative to this record, entry 2 to the extended
     partition."""
-    own, problems = extent_rows(assembly, disk), assembly.problems[disk.number]
+    own, problems = assembly.about(disk).extents, assembly.about(disk).problems
     at, number, seen = base, 5, set[int]()
     while at not in seen and len(seen) < MAX_LOGICAL:
         seen.add(at)

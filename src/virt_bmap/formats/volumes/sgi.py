@@ -20,7 +20,6 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
     VolumeFormat,
-    extent_rows,
 )
 
 NAME = "sgi"
@@ -72,10 +71,9 @@ def assemble(members: Sequence[Member]) -> Assembly:
     The partition that the header lies in is no volume of its own: its files are named one by one.
     """
     (disk,) = members
-    assembly = Assembly()
-    assembly.types[disk.number] = NAME
+    assembly = Assembly(members)
     sector = disk.reader.read(0, SECTOR)
-    own = extent_rows(assembly, disk)
+    own = assembly.about(disk).extents
     own.add(tables.METADATA, 0, SECTOR, part="volume header")
     for file in np.frombuffer(sector, FILE, FILES, FILES_AT):
         start, length = int(file["vd_lbn"]) * SECTOR, int(file["vd_nbytes"])
@@ -97,7 +95,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
                 length,
                 detail=TYPES.get(kind, f"type {kind:#x}"),
             )
-    assembly.problems.setdefault(disk.number, []).extend(overlaps(assembly))
+    assembly.about(disk).problems += overlaps(assembly)
     return assembly
 
 

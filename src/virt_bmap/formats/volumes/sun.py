@@ -20,7 +20,6 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
     VolumeFormat,
-    extent_rows,
 )
 
 NAME = "sun"
@@ -84,16 +83,16 @@ def _slices(label: np.void) -> list[tuple[int, int, int, int]]:
 def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk."""
     (disk,) = members
-    assembly = Assembly()
+    assembly = Assembly(members)
+    about = assembly.about(disk)
     label = record(disk.reader.read(0, SECTOR), LABEL)
-    assembly.types[disk.number] = NAME
     if volume := label["v_volume"].rstrip():
-        assembly.labels[disk.number] = volume.decode("latin-1")
-    extent_rows(assembly, disk).add(tables.METADATA, 0, SECTOR, part="disk label")
+        about.label = volume.decode("latin-1")
+    about.extents.add(tables.METADATA, 0, SECTOR, part="disk label")
     for number, tag, start, length in _slices(label):
         if tag != WHOLE_DISK:
             add_partition(assembly, disk, number, start, length, detail=TAGS.get(tag, f"tag {tag:#x}"))
-    assembly.problems.setdefault(disk.number, []).extend(overlaps(assembly))
+    about.problems += overlaps(assembly)
     return assembly
 
 

@@ -10,15 +10,13 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
-
 from virt_bmap.core.arrays import Bytes, Int
 from virt_bmap.core.errors import Corrupt, FormatError, ImageError, Unsupported
 from virt_bmap.core.reader import MappedReader, Reader
 from virt_bmap.formats import foreign
 from virt_bmap.formats.images.inflate import InflatingReader, codec
 from virt_bmap.formats.images.layer import PACKED
-from virt_bmap.model.contract import Assembly, Child, Filesystem, Member, Problem, child_reference
+from virt_bmap.model.contract import About, Assembly, Child, Filesystem, Member, Problem
 from virt_bmap.open import magic
 from virt_bmap.open.chains import ChainedDisk, Chains
 from virt_bmap.open.references import MAX_CHAIN, References, references_of
@@ -78,10 +76,10 @@ class Inner(Chains):
         What can't be opened is one piece, with the reason.
         """
         (self._member,) = members
-        result = Assembly()
+        result = Assembly(members)
         if self._found.root >= 0 and self._found.names.num_rows:
             self._names = Files(self._found)
-            raw = self._open_wanted(result.problems.setdefault(self._member.number, []))
+            raw = self._open_wanted(result.about(self._member).problems)
             self._add_children(result, raw)
         return result
 
@@ -185,50 +183,28 @@ class Inner(Chains):
     # ---- volumes -------------------------------------------------------------------------------------------
 
     def _add_children(self, result: Assembly, raw: list[int]) -> None:
-        volumes = np.zeros(len(self.files), np.int64)
+        none = About()
+        files = [none] * len(self.files)
         for number in sorted(self._used()):
-            volumes[number] = self._add_file(
-                result, number, name=f"{self._name(self._images[number])}:file", contents=False
-            )
-        self.own_files(result, volumes.tolist())
+            files[number] = result.add(self._file(number, f"{self._name(self._images[number])}:file", False))
+        self.own_files(files)
         for number in raw:
-            self._add_file(result, number)
+            result.add(self._file(number, self._name(self._images[number])))
         for number, problem in self._refused.items():
-            if volumes[number] == 0:
+            if files[number] is none:
                 what = foreign.recognise(self._contents[number]) or "disk image"
-                volumes[number] = self._add_file(result, number, contents=False, unread=what)
-                result.types[int(volumes[number])] = what
-            result.problems.setdefault(int(volumes[number]), []).append(problem)
+                child = self._file(number, self._name(self._images[number]), False)
+                child.type = child.unread = what
+                files[number] = result.add(child)
+            files[number].problems.append(problem)
         for disk in self.disks:
-            result.children.append(
-                self.child(disk, "image", disk.image, volumes.tolist(), self._opener(disk))
-            )
+            result.add(self.child(disk, "image", disk.image, files, self._opener(disk)))
 
-    def _add_file(
-        self,
-        result: Assembly,
-        number: int,
-        name: str | None = None,
-        contents: bool = True,
-        unread: str | None = None,
-    ) -> int:
-        """A volume that is a file of the filesystem; the reference by which others name it."""
-        image, reference = self._images[number], child_reference(result)
+    def _file(self, number: int, name: str, contents: bool = True) -> Child:
+        """A volume that is a file of the filesystem."""
+        image = self._images[number]
         rows = image.rows.placed(0, image.rows.parent + self._member.number)
-        holes = [(0, image.size)]
-        result.children.append(
-            Child(
-                "image",
-                name or self._name(image),
-                image.size,
-                [],
-                many=rows,
-                contents=contents,
-                unread=unread,
-                holes=holes,
-            )
-        )
-        return reference
+        return Child("image", name, image.size, [], many=rows, contents=contents, holes=[(0, image.size)])
 
     def _opener(self, disk: ChainedDisk) -> Callable[[Reader], Reader] | None:
         packed = disk.rows.role == PACKED

@@ -26,8 +26,8 @@ from virt_bmap.formats.common.cipher import (
 from virt_bmap.formats.volumes.bitlocker.elephant import Elephant
 from virt_bmap.formats.volumes.bitlocker.header import FVE_SIZE, PROTECTIONS, Header, identifier, read_header
 from virt_bmap.formats.volumes.bitlocker.unlock import volume_key
-from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat, extent_rows
-from virt_bmap.model.tables import CONTENT, ENCRYPTED, METADATA
+from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat
+from virt_bmap.model.tables import CONTENT, ENCRYPTED, METADATA, ExtentRows
 
 NAME = "BitLocker"
 FEATURES = (
@@ -54,12 +54,12 @@ def probe(reader: Reader) -> bool:
 def assemble(members: Sequence[Member]) -> Assembly:
     """The opened volume, where one of the member's keys fits."""
     (member,) = members
-    assembly = Assembly()
+    assembly = Assembly(members)
+    about = assembly.about(member)
     header = read_header(member.reader)
-    assembly.uuids[member.number] = header.guid
-    assembly.details[member.number] = f"{header.cipher}, {_holders(header)}"
-    assembly.problems[member.number] = header.problems
-    _add_metadata(assembly, member, header)
+    about.uuid, about.problems = header.guid, header.problems
+    about.detail = f"{header.cipher}, {_holders(header)}"
+    _add_metadata(about.extents, header)
     secrets = member.keys.for_volume(member.name, header.guid)
     key = None if header.refused else volume_key(header, secrets)
     if key is None:
@@ -75,7 +75,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
                     "warning",
                 )
             )
-        _name_ciphertext(assembly, member, header)
+        _name_ciphertext(about.extents, header, member.reader.size)
     else:
         _add_volume(assembly, member, header, _cipher(header, key))
     return assembly
@@ -96,8 +96,7 @@ def _zones(header: Header) -> list[tuple[int, int]]:
     ]
 
 
-def _add_metadata(assembly: Assembly, member: Member, header: Header) -> None:
-    rows = extent_rows(assembly, member)
+def _add_metadata(rows: ExtentRows, header: Header) -> None:
     rows.add(METADATA, 0, header.header_size, part="BitLocker volume header")
     for number, at in enumerate(header.metadata, 1):
         rows.add(METADATA, at, FVE_SIZE, part=f"FVE metadata {number}")
@@ -110,12 +109,11 @@ def _rest(header: Header, end: int) -> list[tuple[int, int]]:
     return list(zip(found[0].tolist(), found[1].tolist(), strict=True))
 
 
-def _name_ciphertext(assembly: Assembly, member: Member, header: Header) -> None:
-    rows = extent_rows(assembly, member)
+def _name_ciphertext(rows: ExtentRows, header: Header, size: int) -> None:
     rows.add(
         CONTENT, header.header_offset, header.header_size, part="encrypted volume header", flags=ENCRYPTED
     )
-    for start, end in _rest(header, member.reader.size):
+    for start, end in _rest(header, size):
         if start < header.encrypted:
             rows.add(CONTENT, start, min(end, header.encrypted) - start, part="encrypted", flags=ENCRYPTED)
         if end > header.encrypted:
@@ -150,8 +148,8 @@ def _add_volume(assembly: Assembly, member: Member, header: Header, cipher: Decr
         if header.encrypted == size
         else f"{header.cipher}, encrypted up to byte {header.encrypted:#x}"
     )
-    assembly.children.append(Child(
-        "crypt", f"/dev/mapper/bitlk-{header.guid}", size, rows, header.guid, detail=detail,
+    assembly.add(Child(
+        "crypt", f"/dev/mapper/bitlk-{header.guid}", size, rows, uuid=header.guid, detail=detail,
         open=partial(_reader, header=header, cipher=cipher), holes=[(0, size)],
     ))  # fmt: skip
 

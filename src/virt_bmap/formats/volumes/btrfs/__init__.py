@@ -31,7 +31,7 @@ from virt_bmap.formats.volumes.btrfs.chunks import (
 )
 from virt_bmap.formats.volumes.btrfs.copies import Copies, Device, Devices, layout
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat, extent_rows
+from virt_bmap.model.contract import About, Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat
 
 NAME = "btrfs"
 FEATURES = (
@@ -68,7 +68,7 @@ def probe(reader: Reader) -> bool:
 
 def assemble(members: Sequence[Member]) -> Assembly:
     """A pool for each filesystem whose devices are among the members."""
-    assembly = Assembly()
+    assembly = Assembly(members)
     devices: list[Device] = []
     for member in members:
         try:
@@ -77,7 +77,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
             _refuse(assembly, member, error)
             continue
         for complaint in complaints:
-            _problem(assembly, member, Problem("superblock", complaint, ondisk.SUPER_OFFSETS[0]))
+            problem = Problem("superblock", complaint, ondisk.SUPER_OFFSETS[0])
+            assembly.about(member).problems.append(problem)
         devices.append(Device(member, superblock))
     used: set[int] = set()
     for group in _groups(assembly, devices):
@@ -91,15 +92,12 @@ def assemble(members: Sequence[Member]) -> Assembly:
     return assembly
 
 
-def _problem(assembly: Assembly, member: Member, problem: Problem) -> None:
-    assembly.problems.setdefault(member.number, []).append(problem)
-
-
 def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
     severity = "error" if isinstance(error, Corrupt) else "warning"
     offset = -1 if error.offset is None else error.offset
-    _problem(assembly, member, Problem(error.code, str(error), offset, severity))
-    extent_rows(assembly, member).add(tables.CONTENT, 0, member.reader.size, part=NAME)
+    about = assembly.about(member)
+    about.problems.append(Problem(error.code, str(error), offset, severity))
+    about.extents.add(tables.CONTENT, 0, member.reader.size, part=NAME)
 
 
 def _groups(assembly: Assembly, devices: list[Device]) -> list[list[Device]]:
@@ -155,26 +153,23 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
         damage.problems(),
     )
     first = min(group, key=lambda device: device.member.number).member
-    assembly.children.append(Child(
-        "pool", first.name, size, rows, ondisk.uuid_text(superblock["fsid"]), None, _detail(chunks),
-        lambda base: PoolReader(base, pool),
+    assembly.add(Child(
+        "pool", first.name, size, rows, lambda base: PoolReader(base, pool),
+        uuid=ondisk.uuid_text(superblock["fsid"]), detail=_detail(chunks),
     ))  # fmt: skip
     for device in present.values():
+        about = assembly.about(device.member)
         _device_extents(
-            assembly, device, chunks, sizes.get(device.uuid, int(device.superblock["dev_item.total_bytes"]))
+            about, device, chunks, sizes.get(device.uuid, int(device.superblock["dev_item.total_bytes"]))
         )
-        assembly.details[device.member.number] = (
-            f"device {int(device.superblock['dev_item.devid'])} of {len(wanted)}"
-        )
-        assembly.uuids[device.member.number] = ondisk.uuid_text(device.superblock["dev_item.uuid"])
+        about.detail = f"device {int(device.superblock['dev_item.devid'])} of {len(wanted)}"
+        about.uuid = ondisk.uuid_text(device.superblock["dev_item.uuid"])
         if device.generation < newest.generation and device in group:
             text = (
                 f"{device.member.name} was last written in transaction {device.generation}, the newest "
                 f"in {newest.generation}"
             )
-            _problem(
-                assembly, device.member, Problem("stale-device", text, ondisk.SUPER_OFFSETS[0], "warning")
-            )
+            about.problems.append(Problem("stale-device", text, ondisk.SUPER_OFFSETS[0], "warning"))
     return {device.member.number for device in present.values()}
 
 
@@ -211,7 +206,7 @@ def _super_stripes(chunks: list[Chunk]) -> tuple[Int, Int]:
     return ints([start for start, _ in found] or np.zeros(0)), ints([end for _, end in found] or np.zeros(0))
 
 
-def _device_extents(assembly: Assembly, device: Device, chunks: list[Chunk], total: int) -> None:
+def _device_extents(about: About, device: Device, chunks: list[Chunk], total: int) -> None:
     """Name what of a device lies in no chunk, and its superblocks."""
     size = min(max(total, 0), device.member.reader.size)
     stripes = [
@@ -227,13 +222,13 @@ def _device_extents(assembly: Assembly, device: Device, chunks: list[Chunk], tot
             f"{beyond} chunks reach beyond the end of {device.member.name} "
             f"({device.member.reader.size:#x}): it is truncated"
         )
-        _problem(assembly, device.member, Problem("truncated", text, device.member.reader.size))
+        about.problems.append(Problem("truncated", text, device.member.reader.size))
     if len(twice[0]):
         text = f"{len(twice[0])} ranges belong to more than one chunk"
-        _problem(assembly, device.member, Problem("chunk-overlap", text, int(twice[0][0])))
+        about.problems.append(Problem("chunk-overlap", text, int(twice[0][0])))
     supers = ints([offset for offset in ondisk.SUPER_OFFSETS if offset + ondisk.SUPER_SIZE <= size])
     super_ends = supers + ondisk.SUPER_SIZE
-    out = extent_rows(assembly, device.member)
+    out = about.extents
     out.add(tables.METADATA, supers, super_ends - supers, part="superblock")
     known = np.append(taken[:, 0], supers), np.append(taken[:, 1], super_ends)
     boot = subtract(ints(0), ints(min(ondisk.RESERVED, size)), *known)

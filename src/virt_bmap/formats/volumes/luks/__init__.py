@@ -25,8 +25,8 @@ from virt_bmap.formats.volumes.luks.header import (
     read_header,
 )
 from virt_bmap.formats.volumes.luks.unlock import volume_keys
-from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat, extent_rows
-from virt_bmap.model.tables import CONTENT, ENCRYPTED, FREE, METADATA
+from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat
+from virt_bmap.model.tables import CONTENT, ENCRYPTED, FREE, METADATA, ExtentRows
 
 NAME = "crypto_LUKS"
 FEATURES = (
@@ -67,24 +67,21 @@ def probe(reader: Reader) -> bool:
 def assemble(members: Sequence[Member]) -> Assembly:
     """The opened volume, where one of the member's keys fits."""
     (member,) = members
-    assembly = Assembly()
+    assembly = Assembly(members)
+    about = assembly.about(member)
     detached = member.keys.header_of(member.name)
     if detached is None:
         source, header = member.reader, read_header(member.reader)
     else:
         source = BytesReader(np.frombuffer(detached, np.uint8), f"the detached header of {member.name}")
         header = read_header(source, member.reader.size)
-    assembly.uuids[member.number] = header.uuid
-    assembly.labels |= {member.number: header.label} if header.label else {}
-    assembly.problems[member.number] = header.problems
+    about.uuid, about.label, about.problems = header.uuid, header.label or None, header.problems
     ciphers = dict.fromkeys(segment.cipher or "not encrypted" for segment in header.segments)
-    assembly.details[member.number] = (
-        f"LUKS{header.version}, {', '.join(ciphers)}, {len(header.slots)} key slots"
-    )
+    about.detail = f"LUKS{header.version}, {', '.join(ciphers)}, {len(header.slots)} key slots"
     if detached is None:
-        _add_areas(assembly, member, header)
+        _add_areas(about.extents, member, header)
     else:
-        assembly.details[member.number] += ", detached header"
+        about.detail += ", detached header"
     if header.segments:
         secrets = member.keys.for_volume(member.name, header.uuid)
         keys, refused = volume_keys(source, header, secrets) if secrets else ({}, [])
@@ -98,9 +95,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
     return assembly
 
 
-def _add_areas(assembly: Assembly, member: Member, header: Header) -> None:
+def _add_areas(rows: ExtentRows, member: Member, header: Header) -> None:
     """Rows of the headers and key slots; what is reserved for slots and not in use is free."""
-    rows = extent_rows(assembly, member)
     size = member.reader.size
     starts = ints([start for _, start, _ in header.areas])
     ends = ints([start + length for _, start, length in header.areas])
@@ -115,11 +111,11 @@ def _add_areas(assembly: Assembly, member: Member, header: Header) -> None:
 def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, bytes], failed: str) -> None:
     """Add the opened volume; without its keys the ciphertext is one piece, and `failed` says why none of
     those tried fits."""
-    problems = assembly.problems[member.number]
+    about = assembly.about(member)
     try:
         parts = [(segment, _cipher(segment, keys)) for segment in header.segments]
     except Unsupported as error:
-        problems.append(Problem(error.code, str(error), -1, "warning"))
+        about.problems.append(Problem(error.code, str(error), -1, "warning"))
         parts = []
     if not parts or any(segment.cipher and cipher is None for segment, cipher in parts):
         if failed:
@@ -129,12 +125,10 @@ def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, by
                 if header.slots
                 else " (there is no key slot)"
             )
-            problems.append(Problem("no-key", failed + where, slot, "warning"))
+            about.problems.append(Problem("no-key", failed + where, slot, "warning"))
         for segment in header.segments:
             flags = ENCRYPTED if segment.cipher else 0
-            extent_rows(assembly, member).add(
-                CONTENT, segment.offset, segment.size, part="encrypted", flags=flags
-            )
+            about.extents.add(CONTENT, segment.offset, segment.size, part="encrypted", flags=flags)
         return
     rows = [
         Row(segment.start, member.number, segment.offset, segment.size)
@@ -142,8 +136,8 @@ def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, by
         if segment.size
     ]
     size = sum(segment.size for segment in header.segments)
-    assembly.children.append(Child(
-        "crypt", f"/dev/mapper/luks-{header.uuid}", size, rows, header.uuid, header.label or None,
+    assembly.add(Child(
+        "crypt", f"/dev/mapper/luks-{header.uuid}", size, rows, uuid=header.uuid, label=header.label or None,
         detail=", ".join(dict.fromkeys(segment.cipher or "not encrypted" for segment in header.segments)),
         open=partial(_reader, parts=parts),
     ))  # fmt: skip

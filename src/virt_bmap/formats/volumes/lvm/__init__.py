@@ -26,7 +26,6 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
     VolumeFormat,
-    extent_rows,
 )
 from virt_bmap.model.tables import BOOT, CONTENT, METADATA, UNREFERENCED
 
@@ -70,7 +69,7 @@ def probe(reader: Reader) -> bool:
 
 def assemble(members: Sequence[Member]) -> Assembly:
     """All groups of these physical volumes, and their logical volumes."""
-    assembly = Assembly()
+    assembly = Assembly(members)
     pvs = _physical(members, assembly)
     newest = _newest(pvs)
     claimed: set[str] = set()
@@ -91,9 +90,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
                     f"at byte {pv.text_at:#x} of {pv.member.name}, has the id "
                     f"{text.sections[name].text('id')}"
                 )
-                assembly.problems[pv.member.number].append(
-                    Problem("duplicate-name", detail, pv.text_at, "warning")
-                )
+                problem = Problem("duplicate-name", detail, pv.text_at, "warning")
+                assembly.about(pv.member).problems.append(problem)
         try:
             read_group(new_group(text, name, mine, assembly))
         except Corrupt as error:
@@ -124,9 +122,9 @@ def _physical(members: Sequence[Member], assembly: Assembly) -> list[Pv]:
             )
             continue
         pvs[pv.uuid] = pv
-        assembly.uuids[member.number] = pv.uuid
-        assembly.problems.setdefault(member.number, []).extend(pv.problems)
-        rows = extent_rows(assembly, member)
+        about = assembly.about(member)
+        about.uuid, rows = pv.uuid, about.extents
+        about.problems += pv.problems
         rows.add(METADATA, pv.label_offset, SECTOR, part="LVM label")
         for offset, size in pv.areas:
             rows.add(METADATA, offset, size, part="LVM metadata area")
@@ -137,8 +135,9 @@ def _physical(members: Sequence[Member], assembly: Assembly) -> list[Pv]:
 
 def _whole(assembly: Assembly, member: Member, problem: Problem) -> None:
     """A member that is not used: one piece, with the reason."""
-    extent_rows(assembly, member).add(CONTENT, 0, member.reader.size, part=NAME)
-    assembly.problems.setdefault(member.number, []).append(problem)
+    about = assembly.about(member)
+    about.extents.add(CONTENT, 0, member.reader.size, part=NAME)
+    about.problems.append(problem)
 
 
 def _newest(pvs: list[Pv]) -> list[tuple[Section, str]]:
@@ -157,7 +156,8 @@ def _stale(pvs: list[Pv], newest: Section, name: str, assembly: Assembly) -> Non
     """Say which metadata areas hold an older text than the group's newest."""
     group = newest.sections[name]
     for pv in pvs:
-        assembly.labels[pv.member.number] = name
+        about = assembly.about(pv.member)
+        about.label = name
         for copy in pv.copies:
             older = [
                 part.number("seqno", 0)
@@ -169,15 +169,13 @@ def _stale(pvs: list[Pv], newest: Section, name: str, assembly: Assembly) -> Non
                     f"a metadata area holds the group's state {older[0]}, the newest is "
                     f"{group.number('seqno', 0)}"
                 )
-                assembly.problems.setdefault(pv.member.number, []).append(
-                    Problem("stale-metadata", detail, -1, "warning")
-                )
+                about.problems.append(Problem("stale-metadata", detail, -1, "warning"))
 
 
 def _unread(pvs: list[Pv], code: str, detail: str, assembly: Assembly) -> None:
     """The data areas of a group that can't be read are one piece each."""
     for pv in pvs:
-        assembly.problems.setdefault(pv.member.number, []).append(Problem(code, detail, pv.text_at))
+        assembly.about(pv.member).problems.append(Problem(code, detail, pv.text_at))
         _add_data_area(pv, assembly, CONTENT)
 
 
@@ -205,9 +203,8 @@ def _add_data_area(pv: Pv, assembly: Assembly, kind: int) -> None:
             if length
             else min([start for start, _ in pv.areas if start > offset], default=size)
         )
-        extent_rows(assembly, pv.member).add(
-            kind, min(offset, size), max(0, min(end, size) - offset), part=NAME
-        )
+        rows = assembly.about(pv.member).extents
+        rows.add(kind, min(offset, size), max(0, min(end, size) - offset), part=NAME)
 
 
 def _structures() -> Structures:

@@ -19,8 +19,8 @@ from virt_bmap.formats.common.stripes import Place
 from virt_bmap.formats.volumes.lvm.label import SECTOR, Pv
 from virt_bmap.formats.volumes.lvm.text import Section
 from virt_bmap.formats.volumes.lvm.thin import Pool
-from virt_bmap.model.contract import Assembly, Child, Problem, child_reference
-from virt_bmap.model.tables import ExtentRows
+from virt_bmap.model.contract import Assembly, Child, Problem
+from virt_bmap.model.tables import METADATA, ExtentRows
 
 MAX_EXTENTS = 1 << 32
 """Extents of one volume (MAX_EXTENT_COUNT in lvm2's metadata.h)."""
@@ -74,7 +74,7 @@ class Group:
     """(logical?, name) of every volume that is not there, and the id of the disk for want of which it is
     not."""
     pools: dict[str, tuple[Pool, int]] = field(default_factory=dict)
-    """Thin pools that were read, with the reference of their data volume."""
+    """Thin pools that were read, with the number of their data volume."""
     snapshots: dict[str, str] = field(default_factory=dict)
     """Stores of snapshots of the old kind, and their origins."""
     merging: dict[str, str] = field(default_factory=dict)
@@ -124,21 +124,23 @@ class Group:
         return [self.missing[found] for found in named if found in self.missing]
 
     def problem(self, where: int, problem: Problem) -> None:
-        """A problem of a member or, by its reference, of a child."""
-        self.assembly.problems.setdefault(where, []).append(problem)
+        """A problem of a volume, by its number in the assembly."""
+        self.assembly.volumes[where].problems.append(problem)
 
-    def add(self, child: Child, parts: ExtentRows | None = None) -> int:
-        """One more volume; its reference, by which rows of further volumes name it."""
-        reference = child_reference(self.assembly)
+    def all_metadata(self, number: int, part: str) -> None:
+        """A volume holds nothing but one kind of metadata."""
+        rows = self.assembly.volumes[number].extents = ExtentRows()
+        rows.add(METADATA, 0, self.sizes[number], part=part)
+
+    def add(self, child: Child) -> int:
+        """One more volume; its number, by which rows of further volumes name it."""
         rows = child.many or Rows.of(0, child.rows)
         parents = {parent: self.readers[parent] for parent in dict.fromkeys(rows.parent.tolist())}
-        self.assembly.children.append(child)
+        number = self.assembly.add(child).number
         reader: Reader = MappedReader(child.size, child.name, parents, rows, child.holes)
-        self.readers[reference] = child.open(reader) if child.open else reader
-        self.sizes[reference] = child.size
-        if parts:
-            self.assembly.extents[reference] = parts
-        return reference
+        self.readers[number] = child.open(reader) if child.open else reader
+        self.sizes[number] = child.size
+        return number
 
 
 def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Group:
@@ -242,4 +244,4 @@ def add_free(group: Group, kind: int) -> None:
         high = space.place.offset + group.bytes(section.number("pe_count", high=MAX_EXTENTS))
         size = group.sizes[number]
         left = complement(starts, starts + ints([size for _, size in mine]), min(low, size), min(high, size))
-        group.assembly.extents.setdefault(number, ExtentRows()).add(kind, left[0], left[1] - left[0])
+        group.assembly.volumes[number].extents.add(kind, left[0], left[1] - left[0])

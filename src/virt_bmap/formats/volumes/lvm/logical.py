@@ -24,7 +24,7 @@ from virt_bmap.formats.volumes.lvm.snapshot import read_exceptions
 from virt_bmap.formats.volumes.lvm.text import Section
 from virt_bmap.formats.volumes.lvm.thin import columns, read_pool
 from virt_bmap.model.contract import Child, Problem
-from virt_bmap.model.tables import CHECKSUMMED, CONTENT, FREE, METADATA, UNREFERENCED, ExtentRows
+from virt_bmap.model.tables import CHECKSUMMED, CONTENT, FREE, UNREFERENCED
 
 MAX_SECTORS = 1 << 40
 """Of a cache volume, in which metadata and data have places of their own."""
@@ -54,26 +54,18 @@ def read_group(group: Group) -> None:
 
 def _name_unread(group: Group) -> None:
     """An inner volume that no other lies on, because what it serves is not read: one piece, not a gap."""
-    children, extents = group.assembly.children, group.assembly.extents
     used = {
         parent
-        for child in children
+        for child in group.assembly.children
         for parent in (
             np.unique(child.many.parent).tolist() if child.many else {row.parent for row in child.rows}
         )
     }
-    for reference in group.sizes:
-        if (
-            reference < 0
-            and reference not in used
-            and reference not in extents
-            and not children[-1 - reference].contents
-        ):
-            spare = children[-1 - reference].name.endswith("_pmspare")
-            rows = extents.setdefault(reference, ExtentRows())
-            rows.add(
-                CONTENT, 0, group.sizes[reference], part="spare pool metadata" if spare else "inner volume"
-            )
+    for child in group.assembly.children:
+        if child.number in group.sizes and not (child.contents or child.extents or child.number in used):
+            spare = child.name.endswith("_pmspare")
+            part = "spare pool metadata" if spare else "inner volume"
+            child.extents.add(CONTENT, 0, child.size, part=part)
 
 
 def _read_volume(group: Group, name: str) -> None:
@@ -100,7 +92,7 @@ def _nothing(group: Group, name: str, segment: Section) -> None:
     group.logical[name] = None
 
 
-def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
+def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Child:
     """A volume whose segments name their places in the text."""
     rows: list[Row] = []
     size, kinds, absent, zeroes = 0, [], [], []
@@ -118,35 +110,34 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> int:
             raise Unsupported(f"segments of type {kind!r} are not read", code="segment-type")
         size = max(size, start + length)
         if log := group.logical.get(segment.text("mirror_log")):
-            group.assembly.extents[log.place.parent] = _all_metadata(log.size, "mirror log")
+            group.all_metadata(log.place.parent, "mirror log")
         kinds.append("linear" if kind == "striped" and segment.number("stripe_count", 1) == 1 else kind)
         absent += group.absent(segment)
     _claim(group, name, rows)
     rows, lost = bounded(rows, group.sizes)
-    reference = _add(
+    child = _add(
         group, name,
         Child("lv", f"/dev/{group.name}/{shown}", size, rows, detail=", ".join(dict.fromkeys(kinds)),
             open=opener, holes=zeroes),
     )  # fmt: skip
     if lost:
-        group.problem(
-            reference, Problem("truncated", f"{lost} of its bytes lie behind the end of their disks")
-        )
+        child.problems.append(Problem("truncated", f"{lost} of its bytes lie behind the end of their disks"))
     if absent:
-        _say_missing(group, name, reference, size, rows, absent)
+        _say_missing(group, name, child, absent)
     if store := group.merging.get(name):
         detail = (
             f"the snapshot {store} is being merged into it; what is not merged yet is shown in the "
             "snapshot only"
         )
-        group.problem(reference, Problem("merging", detail, -1, "warning"))
-    return reference
+        child.problems.append(Problem("merging", detail, -1, "warning"))
+    return child
 
 
 def _claim(group: Group, name: str, rows: list[Row]) -> None:
     """Corrupt where a run of extents begins where another volume's does: one filesystem would be read again
     for each volume that the text can name."""
-    places = [(row.parent, row.parent_offset) for row in rows if row.parent >= 0]
+    physical = {pv.member.number for pv in group.pvs}
+    places = [(row.parent, row.parent_offset) for row in rows if row.parent in physical]
     for place in places:
         if (other := group.begun.get(place, name)) != name:
             raise Corrupt(
@@ -157,44 +148,38 @@ def _claim(group: Group, name: str, rows: list[Row]) -> None:
     group.begun.update(dict.fromkeys(places, name))
 
 
-def _add(group: Group, name: str, child: Child, inner: bool | None = None) -> int:
+def _add(group: Group, name: str, child: Child, inner: bool | None = None) -> Child:
     """Add the child as the volume of that name; whether it is an inner one LVM says itself, unless the caller
     does."""
     section = group.volumes[name]
     child.uuid = section.text("id") or None
     if inner or (inner is None and "VISIBLE" not in section.words("status")):
         child.contents, child.detail = False, f"{child.detail}; part of another volume"
-    reference = group.add(child)
-    group.logical[name] = Space(Place(reference, 0), child.size)
-    return reference
+    number = group.add(child)
+    group.logical[name] = Space(Place(number, 0), child.size)
+    return child
 
 
-def _say_missing(
-    group: Group, name: str, reference: int, size: int, rows: list[Row], absent: list[str]
-) -> None:
-    here = sum(row.run * row.count for row in rows if row.role == DATA)
-    rebuilt = group.assembly.children[-1 - reference].open is not None
-    words = "what is not there is computed from parity" if rebuilt else f"{here} of {size} bytes are there"
+def _say_missing(group: Group, name: str, child: Child, absent: list[str]) -> None:
+    here = sum(row.run * row.count for row in child.rows if row.role == DATA)
+    rebuilt = child.open is not None
+    words = (
+        "what is not there is computed from parity" if rebuilt else f"{here} of {child.size} bytes are there"
+    )
     ids = ", ".join(dict.fromkeys(absent))
     # whether the loss of an image matters says the volume that is made of it
-    severity = "note" if here == size or rebuilt or IMAGE.search(name) else "error"
+    severity = "note" if here == child.size or rebuilt or IMAGE.search(name) else "error"
     says = (
         f", says the metadata at byte {group.pvs[0].text_at:#x} of {group.pvs[0].member.name}"
         if group.pvs
         else ""
     )
-    group.problem(
-        reference, Problem("missing-member", f"physical volume {ids} is missing{says}: {words}", -1, severity)
+    child.problems.append(
+        Problem("missing-member", f"physical volume {ids} is missing{says}: {words}", -1, severity)
     )
-    if not rows:
+    if not child.rows:
         group.logical[name] = None
         group.missing[True, name] = ids
-
-
-def _all_metadata(size: int, part: str) -> ExtentRows:
-    rows = ExtentRows()
-    rows.add(METADATA, 0, size, part=part)
-    return rows
 
 
 def _space(group: Group, segment: Section, key: str) -> Space:
@@ -214,13 +199,13 @@ def _thin_pool(group: Group, name: str, segment: Section) -> None:
     data, metadata = _space(group, segment, "pool"), _space(group, segment, "metadata")
     pool = read_pool(group.readers[metadata.place.parent], data.size)
     group.pools[name] = pool, data.place.parent
-    extents = group.assembly.extents
-    extents[data.place.parent], extents[metadata.place.parent] = pool.data, pool.metadata
-    for problem in pool.problems:
-        group.problem(metadata.place.parent, problem)
+    group.assembly.volumes[data.place.parent].extents = pool.data
+    about = group.assembly.volumes[metadata.place.parent]
+    about.extents = pool.metadata
+    about.problems += pool.problems
     if (wanted := segment.number("transaction_id", 0)) != pool.transaction:
         detail = f"LVM expects transaction {wanted}, the pool's metadata is at {pool.transaction}"
-        group.problem(metadata.place.parent, Problem("transaction", detail, -1, "warning"))
+        about.problems.append(Problem("transaction", detail, -1, "warning"))
     known = [part.number("device_id",
             0) for section in group.volumes.values() for part in segments_of(section)
              if part.text("thin_pool") == name]  # fmt: skip
@@ -229,7 +214,7 @@ def _thin_pool(group: Group, name: str, segment: Section) -> None:
             f"thin devices {', '.join(map(str, others[:10]))} are in the pool, but LVM knows no "
             "volume for them"
         )
-        group.problem(metadata.place.parent, Problem("thin-device", detail, -1, "note"))
+        about.problems.append(Problem("thin-device", detail, -1, "note"))
 
 
 def _thin(group: Group, name: str, segment: Section) -> None:
@@ -257,12 +242,10 @@ def _thin(group: Group, name: str, segment: Section) -> None:
     )
     if device in pool.devices and not any(problem.severity == "error" for problem in pool.problems):
         child.holes = [(0, size)]  # else nobody knows which blocks were never written
-    reference = _add(group, name, child)
     if device not in pool.devices:
-        group.problem(
-            reference,
-            Problem("thin-device", f"thin device {device} is not in the pool's metadata", -1, "error"),
-        )
+        detail = f"thin device {device} is not in the pool's metadata"
+        child.problems.append(Problem("thin-device", detail, -1, "error"))
+    _add(group, name, child)
 
 
 def _together(*parts: Rows) -> Rows:
@@ -287,32 +270,27 @@ def _together(*parts: Rows) -> Rows:
 def _snapshot(group: Group, name: str, segments: list[Section]) -> None:
     """A snapshot of the old kind: chunks of its store, all else from the origin."""
     store = _plain(group, name, f"{name}-cow", segments)
-    group.assembly.children[-1 - store].contents = False
+    store.contents = False
     origin = group.logical.get(group.snapshots[name])
     if origin is None:
         raise Corrupt(
             f"its origin {group.snapshots[name]!r} is missing or can't be read", code="missing-member"
         )
-    found = read_exceptions(group.readers[store], origin.size)
-    group.assembly.extents[store] = found.extents
+    found = read_exceptions(group.readers[store.number], origin.size)
+    store.extents = found.extents
     start = found.old * found.chunk
     run = np.minimum(found.count * found.chunk, origin.size - start)
     starts, ends = complement(start, start + run, 0, origin.size)
     rows = _together(
-        columns(start, store, found.new * found.chunk, run),
+        columns(start, store.number, found.new * found.chunk, run),
         columns(starts, origin.place.parent, starts, ends - starts),
     )
     detail = f"snapshot of {group.snapshots[name]}, {int(found.count.sum())} chunks of its own"
-    reference = _add(
-        group,
-        name,
-        Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows),
-        inner=False,
-    )
+    child = Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows)
     if found.outside:
-        group.problem(
-            reference, Problem("snapshot", f"{found.outside} exceptions lie outside the origin or the store")
-        )
+        detail = f"{found.outside} exceptions lie outside the origin or the store"
+        child.problems.append(Problem("snapshot", detail))
+    _add(group, name, child, inner=False)
 
 
 def _cache(group: Group, name: str, segment: Section) -> None:
@@ -336,7 +314,7 @@ def _cache(group: Group, name: str, segment: Section) -> None:
         else metadata
     )
     found = read_cache(group.readers[inside], size)
-    group.assembly.extents[inside] = _all_metadata(group.sizes[inside], "cache metadata")
+    group.all_metadata(inside, "cache metadata")
     _add_cached(group, name, "cache", origin, found, data, first)
 
 
@@ -344,7 +322,7 @@ def _writecache(group: Group, name: str, segment: Section) -> None:
     """A volume with a write cache, which holds what the origin has not been given yet."""
     origin, fast = _space(group, segment, "origin"), _space(group, segment, "writecache")
     found, extents = read_writecache(group.readers[fast.place.parent])
-    group.assembly.extents[fast.place.parent] = extents
+    group.assembly.volumes[fast.place.parent].extents = extents
     _add_cached(group, name, "writecache", origin, found, fast.place.parent, 0)
 
 
@@ -352,7 +330,7 @@ def _integrity(group: Group, name: str, segment: Section) -> None:
     """A volume with checksums: its bytes lie in its origin, the checksums in a volume beside it."""
     origin = _space(group, segment, "origin")
     if beside := group.logical.get(segment.text("meta_dev")):
-        group.assembly.extents[beside.place.parent] = _all_metadata(beside.size, "integrity checksums")
+        group.all_metadata(beside.place.parent, "integrity checksums")
     size = min(span(group, segment)[1], origin.size)
     _add(group, name, Child("lv", f"/dev/{group.name}/{name}", size, [Row(0, origin.place.parent, 0, size)],
             detail="integrity",
@@ -376,8 +354,6 @@ def _add_cached(
     starts, ends = complement(start[dirty], start[dirty] + run[dirty], 0, origin.size)
     rows = _together(held, columns(starts, origin.place.parent, starts, ends - starts))
     detail = f"{kind}, {len(start)} blocks cached, {int(dirty.sum())} of them newer than the origin"
-    reference = _add(
-        group, name, Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows)
-    )
-    for problem in found.problems:
-        group.problem(reference, problem)
+    child = Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows)
+    child.problems += found.problems
+    _add(group, name, child)

@@ -18,7 +18,6 @@ from virt_bmap.formats.volumes.lvm.group import MAX_EXTENTS, Group, Opener, span
 from virt_bmap.formats.volumes.lvm.label import SECTOR
 from virt_bmap.formats.volumes.lvm.text import Section
 from virt_bmap.model.contract import Problem
-from virt_bmap.model.tables import METADATA, ExtentRows
 
 MAGIC = 0x64526D44
 SUPPORTS_V190 = 1
@@ -127,13 +126,9 @@ def _superblocks(group: Group, metadata: list[str]) -> dict[int, np.void]:
         space = group.space("raids", name)
         if space is None:
             continue
-        reference = space.place.parent
-        parts = ExtentRows()
-        parts.add(METADATA, 0, space.size, part="RAID metadata")
-        group.assembly.extents[reference] = parts
-        head = record(
-            group.readers[reference].read_clipped(space.place.offset, SUPERBLOCK.itemsize), SUPERBLOCK
-        )
+        number = space.place.parent
+        group.all_metadata(number, "RAID metadata")
+        head = record(group.readers[number].read_clipped(space.place.offset, SUPERBLOCK.itemsize), SUPERBLOCK)
         if head["magic"] == MAGIC and head["array_position"] == at:
             heads[at] = head
     return heads

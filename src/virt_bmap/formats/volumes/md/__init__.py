@@ -9,7 +9,7 @@ Sources: kernel drivers/md/, include/uapi/linux/raid/md_p.h; mdadm's super0.c, s
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from virt_bmap.core.errors import FormatError, Unsupported
@@ -28,8 +28,6 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
     VolumeFormat,
-    child_reference,
-    extent_rows,
 )
 from virt_bmap.model.tables import CONTENT, JOURNALED, METADATA
 
@@ -67,7 +65,7 @@ def probe(reader: Reader) -> bool:
 
 def assemble(members: Sequence[Member]) -> Assembly:
     """All arrays of these members."""
-    assembly = Assembly()
+    assembly = Assembly(members)
     groups: dict[tuple[str, str], list[Superblock]] = {}
     for member in members:
         try:
@@ -76,10 +74,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
             _refuse(assembly, member, error)
             continue
         groups.setdefault((found.version, found.uuid), []).append(found)
-        assembly.uuids[member.number], assembly.details[member.number] = (
-            found.uuid,
-            f"superblock {found.version}",
-        )
+        about = assembly.about(member)
+        about.uuid, about.detail = found.uuid, f"superblock {found.version}"
     first = _first_minor(members)
     for minor, group in enumerate(groups.values()):
         strangers = [other.member.name for found in groups.values() if found is not group for other in found]
@@ -110,13 +106,14 @@ def _add_array(assembly: Assembly, members: list[Superblock], name: str, strange
     head = array.head
     degraded = parity is not None and not all(array.slots)
     rows, cut = bounded(rows, {one.member.number: one.member.reader.size for one in array.present})
-    child = Child(
-        "md", name, size, rows, head.uuid, head.name.rpartition(":")[2] or None, _state(array),
+    child = assembly.add(Child(
+        "md", name, size, rows, uuid=head.uuid, label=head.name.rpartition(":")[2] or None,
+        detail=_state(array),
         open=partial(RebuiltReader, stripes=parity) if parity and degraded else None,
         traits=JOURNALED if JOURNAL in head.roles else 0,
-    )  # fmt: skip
-    _describe(assembly, array, cut, strangers)
-    assembly.children.append(child)
+    ))  # fmt: skip
+    _describe(assembly, array)
+    child.problems += _complaints(array, cut, strangers)
 
 
 def _state(array: Array) -> str:
@@ -127,17 +124,20 @@ def _state(array: Array) -> str:
     return ", ".join(words)
 
 
-def _describe(assembly: Assembly, array: Array, cut: int, strangers: list[str]) -> None:
-    """Rows and problems of the members, and what is wrong with the array as a whole."""
+def _describe(assembly: Assembly, array: Array) -> None:
+    """Rows and problems of the members."""
     for one in array.members:
-        rows, size = extent_rows(assembly, one.member), one.member.reader.size
+        about, size = assembly.about(one.member), one.member.reader.size
         for part, start, length in one.metadata:
-            rows.add(METADATA, start, max(0, min(length, size - start)), part=part)
+            about.extents.add(METADATA, start, max(0, min(length, size - start)), part=part)
         if one not in array.present and one.metadata[-1][0] != "md journal":
             start = one.data_offset
-            rows.add(CONTENT, start, max(0, min(one.data_size or one.size, size - start)), part=NAME)
-        assembly.problems.setdefault(one.member.number, []).extend(one.problems)
-    problems = assembly.problems.setdefault(child_reference(assembly), [])
+            about.extents.add(CONTENT, start, max(0, min(one.data_size or one.size, size - start)), part=NAME)
+        about.problems += one.problems
+
+
+def _complaints(array: Array, cut: int, strangers: list[str]) -> Iterator[Problem]:
+    """What is wrong with the array as a whole."""
     if missing := [slot for slot, one in enumerate(array.slots) if one is None]:
         beyond = lost(array)
         words = "its bytes are lost" if beyond else REDUNDANCY.get(array.head.level, "there are copies")
@@ -147,16 +147,17 @@ def _describe(assembly: Assembly, array: Array, cut: int, strangers: list[str]) 
             f"byte {head.offset:#x} of {head.member.name}: {words}"
         )
         detail += f"; {', '.join(strangers)} belong to other arrays" if strangers else ""
-        problems.append(Problem("missing-member", detail, -1, "error" if beyond else "note"))
+        yield Problem("missing-member", detail, -1, "error" if beyond else "note")
     if cut:
-        problems.append(Problem("truncated", f"{cut} of its bytes lie behind the end of their disks"))
+        yield Problem("truncated", f"{cut} of its bytes lie behind the end of their disks")
 
 
 def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
     severity = "warning" if isinstance(error, Unsupported) else "error"
     offset = -1 if error.offset is None else error.offset
-    assembly.problems.setdefault(member.number, []).append(Problem(error.code, str(error), offset, severity))
-    extent_rows(assembly, member).add(CONTENT, 0, member.reader.size, part=NAME)
+    about = assembly.about(member)
+    about.problems.append(Problem(error.code, str(error), offset, severity))
+    about.extents.add(CONTENT, 0, member.reader.size, part=NAME)
 
 
 def _structures() -> Structures:
