@@ -242,7 +242,7 @@ def chain(folder: Path, inner: Path, names: tuple[str, str], format: str | None 
     """base.qcow2 <- middle.qcow2 <- top.qcow2; bytes of the big file are changed in both overlays."""
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", inner, folder / "images/base.qcow2")
     for name, backing, place in (("middle", "base.qcow2", 0), ("top", "middle.qcow2", 1)):
-        path = overlay(folder / f"open/{name}.qcow2", backing)
+        path = overlay(folder / f"images/{name}.qcow2", backing)
         run("qemu-io", "-f", "qcow2", "-c", f"write -P {place + 1} {3 * MIB + place * 65536} 64k", path)
     for name, backing in zip(("middle", "top"), names, strict=True):
         run(
@@ -255,7 +255,7 @@ def chain(folder: Path, inner: Path, names: tuple[str, str], format: str | None 
             "-b",
             backing,
             *(["-F", format] if format else []),
-            folder / f"open/{name}.qcow2",
+            folder / f"images/{name}.qcow2",
         )
 
 
@@ -310,7 +310,7 @@ def test_a_base_without_stated_format_goes_by_its_magic(folder: Path, inner: Pat
     chain(folder, inner, ("base.qcow2", "middle.qcow2"))
     want = run_raw(folder / "images/top.qcow2")
     for name in ("middle", "top"):  # the header extension with the format becomes one that nobody knows
-        path = folder / f"open/{name}.qcow2"
+        path = folder / f"images/{name}.qcow2"
         path.write_bytes(path.read_bytes().replace(b"\xe2\x79\x2a\xca", b"\x01\x02\x03\x04", 1))
     bmap, readers = opened(outer(folder), "images/top.qcow2")
     assert readers[bmap.volume_named("/dev/sda:/images/top.qcow2")].read(0, 8 * MIB) == want
@@ -538,7 +538,7 @@ def test_a_disk_whose_first_cluster_is_damaged(formats: tuple[Path, Path]) -> No
 
 def test_limits_hold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
-        run("qemu-img", "create", "-q", "-f", "qcow2", folder / f"open/{number}.qcow2", "8M")
+        run("qemu-img", "create", "-q", "-f", "qcow2", folder / f"images/{number}.qcow2", "8M")
     disk = outer(folder)
     monkeypatch.setattr(nested.Progress, "__init__", lambda self: self.__dict__.update(paths=set(), left=2))
     bmap, _ = opened(disk, "all")
