@@ -30,8 +30,7 @@ def unexpected(error: Exception) -> str:
     import traceback  # seldom needed
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    folder, file = frame.filename.split(os.sep)[-2:]
-    where = f"{folder}/{file}:{frame.lineno}"
+    where = f"{'/'.join(frame.filename.split(os.sep)[-2:])}:{frame.lineno}"
     return (
         f"a fault of virt-bmap itself: {type(error).__name__} at {where}: {one_line(error)}; please "
         "report it (VIRT_BMAP_STRICT=1 in the environment tells more)"
