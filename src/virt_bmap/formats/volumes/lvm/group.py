@@ -9,6 +9,7 @@ Sources: lvm2 lib/format_text/import_vsn1.c (the text's sections), lib/metadata/
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from virt_bmap.core.arrays import complement, ints
@@ -94,6 +95,11 @@ class Group:
                 code="too-large",
             )
         return extents * self.extent_size
+
+    @cached_property
+    def disks(self) -> frozenset[int]:
+        """The numbers of the physical volumes."""
+        return frozenset(pv.member.number for pv in self.pvs)
 
     @property
     def volumes(self) -> dict[str, Section]:

@@ -136,8 +136,7 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
 def _claim(group: Group, name: str, rows: list[Row]) -> None:
     """Corrupt where a run of extents begins where another volume's does: one filesystem would be read again
     for each volume that the text can name."""
-    physical = {pv.member.number for pv in group.pvs}
-    places = [(row.parent, row.parent_offset) for row in rows if row.parent in physical]
+    places = [(row.parent, row.parent_offset) for row in rows if row.parent in group.disks]
     for place in places:
         if (other := group.begun.get(place, name)) != name:
             raise Corrupt(

@@ -41,7 +41,7 @@ def _take(group: Group, area: Area, size: int) -> Place | None:
     if space is None:
         return None
     place = Place(space.place.parent, space.place.offset + offset)
-    if place.parent >= 0:
+    if place.parent in group.disks:
         group.extents.append((place.parent, place.offset, size))
     return place
 
