@@ -15,7 +15,7 @@ from test_watch_refresh import READ, SUPERBLOCK, WRITE, disks, guest  # noqa: F4
 import watch_guest
 import watch_judge
 from support import need, need_root
-from virt_bmap.accesses.accesses import Accesses
+from virt_bmap.accesses.accesses import Accesses, LogParser
 from virt_bmap.accesses.resolve import CONFIRMED, GUESSED, KNOWN, OLDER, UNCONFIRMED, Resolver
 from virt_bmap.core.arrays import EMPTY
 from virt_bmap.core.columns import stack
@@ -26,6 +26,7 @@ from virt_bmap.watch.naming import Naming
 from virt_bmap.watch.refresh import Refreshed
 from virt_bmap.watch.sinks import EachDisk, Sinks
 from virt_bmap.watch.summary import Summary
+from virt_bmap.watch.under_way import UnderWay
 from virt_bmap.watch.verdict import NOTHING, Asked, Writes, clean, judge
 
 MS = 1_000_000
@@ -242,6 +243,63 @@ def test_a_map_without_its_journal_is_not_used(disks: SimpleNamespace, guest: Si
     guest.after(300)
     guest.give(stale, guest.clock.now)
     assert (guest.naming.resolver.number, guest.naming.failure) == (0, "was not replayed")
+
+
+def test_a_map_that_was_begun_while_metadata_was_under_way_is_of_no_one_moment(
+    disks: SimpleNamespace,
+    guest: SimpleNamespace,
+) -> None:
+    """On a slow disk a write is logged long before it is done."""
+    guest.access(WRITE, SUPERBLOCK)
+    guest.after(300)
+    begun = guest.clock.now
+    guest.after(300)
+    ended = Accesses(*(np.array([value]) for value in (guest.clock.now, 1, WRITE, *SUPERBLOCK)))
+    guest.naming.ended(1, ended)
+    guest.give(disks.maps[1], begun)
+    guest.access(READ, (disks.moved, 1024))
+    assert told(guest, "/new name") == []
+    guest.after(300)
+    guest.give(disks.maps[1], guest.clock.now)
+    assert told(guest, "/new name") == [KNOWN]
+
+
+def test_writes_are_under_way_until_the_log_says_that_they_ended() -> None:
+    chooser = random.Random(8)
+    parser, under_way = LogParser(), UnderWay()
+    lines, wanted, open = [], [], {}
+    stamp = "2026-11-23 06:19:{:02d}.{:06d} connection={} "
+    for step in range(4000):
+        ms = 10 * step
+        when = (ms // 1000, ms % 1000 * 1000)
+        connection, number = chooser.randrange(1, 4), step + 1
+        what = chooser.choice(["Read", "Write", "Trim", "Zero"])
+        lines.append(
+            stamp.format(*when, connection) + f"{what} id={number} offset=0x{step:x} count=0x200 ..."
+        )
+        if what != "Read":
+            open[connection, number] = (step, ms)
+        for key in [key for key in open if chooser.random() < 0.1]:
+            offset, begun = open.pop(key)
+            lines.append(stamp.format(*when, key[0]) + f"...Write id={key[1]} return=0")
+            if ms - begun > 150:
+                wanted.append((offset, ms))
+    data, found = "".join(f"{line}\n" for line in lines).encode(), []
+    base = None
+    while data:
+        size = chooser.randrange(1, 5000)
+        accesses = parser.feed(data[:size])
+        data = data[size:]
+        if len(accesses) and base is None:
+            base = int(accesses.time_ns[0])
+        late = under_way.feed(accesses, parser.numbers, parser.ended)
+        found += [
+            (at, (ns - base) // MS)
+            for at, ns in zip(late.offset.tolist(), late.time_ns.tolist(), strict=True)
+        ]
+    assert sorted(found) == sorted(wanted)
+    assert len(wanted) > 100
+    assert (under_way.oldest_ns - base) // MS == min(ms for _, ms in open.values())
 
 
 # ---- against brute force -----------------------------------------------------------------------------------

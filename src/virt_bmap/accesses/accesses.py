@@ -9,11 +9,12 @@ Sources: nbdkit-log-filter(1), "LOG FILE FORMAT"; nbdkit filters/log/log.c and o
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import Bool, Bytes, Int
+from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int
 from virt_bmap.core.columns import take
 from virt_bmap.model import tables
 
@@ -56,6 +57,14 @@ class Accesses:
         )  # fmt: skip
 
 
+class Ended(NamedTuple):
+    """Ends of writes, trims and zeroes, by connection and number."""
+
+    connection: Int
+    number: Int
+    time_ns: Int
+
+
 NONE = Accesses(*(np.zeros(0, np.int64) for _ in range(5)))
 
 # the first four letters of an action tell it
@@ -70,6 +79,7 @@ _ACTIONS = {
 }
 _WORDS = np.array([int.from_bytes(word, "little") for word in _ACTIONS], np.uint32)
 _CODES = np.array([tables.OPS.index(op) if op else -1 for op in _ACTIONS.values()], np.int64)
+_WRITES = _WORDS[[list(_ACTIONS).index(word) for word in (b"Writ", b"Trim", b"Zero")]]
 _FLUSH = tables.OPS.index("flush")
 _CONNECT, _DISCONNECT = (int.from_bytes(word, "little") for word in (b"Conn", b"Disc"))
 _DOTS = int.from_bytes(b"...\0", "little")
@@ -93,6 +103,9 @@ class LogParser:
         self.failed = 0
         self.unread = 0
         self.open_connections = 0
+        self.numbers = EMPTY
+        """Of the accesses that came last, each in its connection; and the ends of writes beside them."""
+        self.ended = Ended(EMPTY, EMPTY, EMPTY)
         self._rest = b""
         self._highest = np.zeros(0, np.int64)
         self._seen = 0
@@ -111,6 +124,7 @@ class LogParser:
             self._rest = b""
             self.unread += 1
         if end == 0:
+            self.numbers, self.ended = EMPTY, Ended(EMPTY, EMPTY, EMPTY)
             return NONE
         return self._parse(np.frombuffer(data[:end] + bytes(_PAD), np.uint8), end)
 
@@ -126,6 +140,7 @@ class LogParser:
         done = connected & ((word & 0xFFFFFF) == _DOTS) & tokens.has(6)
         self.failed += int((buffer[tokens.start(5) + len("return=")][done] == ord("-")).sum())
 
+        self.ended = _ended(buffer, tokens, np.flatnonzero(done))
         action = np.argmax(word[:, None] == _WORDS, axis=1)
         asked = np.flatnonzero(connected & (word == _WORDS[action]))
         op = _CODES[action[asked]]
@@ -138,8 +153,9 @@ class LogParser:
         good = (connection > 0) & (id_ >= 0) & (offset >= 0) & (length >= 0) & (time_ns >= 0) & lines.has(5)
         self.unread += int((~good).sum())
         self._count(connection[good], id_[good])
-        found = Accesses(time_ns, connection, op, offset, length)
-        return found.take(good & (op >= 0))  # block status queries (Extents) move no bytes
+        good &= op >= 0  # block status queries (Extents) move no bytes
+        self.numbers = id_[good]
+        return Accesses(time_ns, connection, op, offset, length).take(good)
 
     def _is_own(self, buffer: Bytes, tokens: "_Tokens", connects: Int) -> Bool:
         """Which lines are of the watcher's own connections, the new ones among `connects` (line numbers)
@@ -212,6 +228,13 @@ class _Tokens:
             inside &= valid
             value[inside] = value[inside] * base + digit[inside]
         return np.where(valid, value, -1)
+
+
+def _ended(buffer: Bytes, tokens: _Tokens, done: Int) -> Ended:
+    """What the lines `done` say of writes."""
+    action = _four_bytes(buffer, tokens.start(3)[done] + len("..."))
+    lines = tokens.take(done[np.isin(action, _WRITES)])
+    return Ended(lines.number(2, "connection="), lines.number(4, "id="), _times(buffer, lines.start(0)))
 
 
 def _four_bytes(buffer: Bytes, start: Int) -> np.ndarray:

@@ -128,11 +128,14 @@ class Naming:
         self._waiting.append((disk, asked))
         self._release(time.time_ns())
 
-    def seen(self, disk: int, time_ns: int) -> None:
-        """All that happened on this disk before `time_ns` was added.
+    def ended(self, disk: int, writes: Accesses) -> None:
+        """Writes that were added before, at the times of their ends: a map begun before may lack them."""
+        touched = self.resolver.touched(disk, writes.offset, writes.length)
+        self._changed(writes.time_ns[touched.access[self._changing(disk, WRITING[writes.op], touched)]])
 
-        Who says so once, says it always: maps wait until they can be judged.
-        """
+    def seen(self, disk: int, time_ns: int) -> None:
+        """All that was begun on this disk before `time_ns` was added, and its writes have ended. Who says so
+        once, says it always: maps wait until they can be judged."""
         self._seen[disk] = time_ns
 
     def wake(self) -> list[int]:

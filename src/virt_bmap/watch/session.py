@@ -32,6 +32,7 @@ from virt_bmap.watch import oom
 from virt_bmap.watch.naming import Naming
 from virt_bmap.watch.refresh import Refresher
 from virt_bmap.watch.sinks import Sink, Sinks
+from virt_bmap.watch.under_way import UnderWay
 
 TICK = 0.05
 """Seconds between two looks at the log, at least."""
@@ -86,6 +87,7 @@ class _Disk:
     served: Served
     follower: Follower
     parser: LogParser
+    under_way: UnderWay = field(default_factory=UnderWay)
     blind: bool = False
     """Parts of the log could not be read."""
 
@@ -277,13 +279,17 @@ def _step(disk: _Disk, guard: Guard) -> bool:
     try:
         data = disk.follower.read()
         accesses = disk.parser.feed(data)
+        late = disk.under_way.feed(accesses, disk.parser.numbers, disk.parser.ended)
     except Exception as error:
         disk.blind = True
         guard.fail(error)
         return False
     for at in range(0, len(accesses), BATCH):
         guard.add(disk.number, accesses.take(np.arange(at, min(at + BATCH, len(accesses)))))
+    if len(late):
+        guard.do(lambda naming: naming.ended(disk.number, late))
     seen = before if not data else int(accesses.time_ns[-1]) if len(accesses) else 0
+    seen = min(seen, disk.under_way.oldest_ns)
     if seen:
         guard.do(lambda naming: naming.seen(disk.number, seen))
     return bool(data)

@@ -34,10 +34,8 @@ from virt_bmap.model import tables
 
 MS = 1_000_000
 SETTLE = 150 * MS
-"""ns that a write may be under way: it is logged before it is served.
-
-What was written less than this before a map was begun may not be in it.
-"""
+"""ns that a write may be under way: it is logged before it is served. What was written less than this before
+a map was begun may not be in it; a write that takes longer counts again when it ends (`under_way.py`)."""
 MOST = 1 << 21
 """Parts of accesses that are looked at together: some 300 MiB."""
 
