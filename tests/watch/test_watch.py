@@ -23,6 +23,7 @@ import pytest
 from support import mapped, need, run
 from virt_bmap.accesses.accesses import Accesses, LogParser
 from virt_bmap.accesses.resolve import Resolver
+from virt_bmap.commands.watch import _report
 from virt_bmap.model import tables
 from virt_bmap.serve.serve import Follower
 from virt_bmap.watch.lines import LineLog
@@ -339,7 +340,7 @@ def test_summary_counts_like_brute_force(disk: SimpleNamespace) -> None:
     summary = Summary(resolver, 1)
     for batch in (accesses([(at, 4096), (at, 4096), (at + 2048, 4096)]), accesses([(0, 512)], "write")):
         summary.add(batch, resolver.touched(1, batch.offset, batch.length))
-    assert summary.share() == {"read": 6144, "written": 512, "size": len(disk.data)}
+    assert summary.share() == {"read": 6144, "written": 512, "trimmed": 0, "size": len(disk.data)}
     (row,) = [row for row in summary.objects().to_pylist() if row["name"] == "/boot/initrd"]
     assert (row["read"], row["written"], row["accesses"], row["size"], row["first_ns"]) == (
         12288,
@@ -348,6 +349,21 @@ def test_summary_counts_like_brute_force(disk: SimpleNamespace) -> None:
         700_001,
         1,
     )
+
+
+def test_trims_are_counted_apart_from_writes(disk: SimpleNamespace) -> None:
+    at = place(disk, "/boot/initrd")
+    resolver = Resolver(disk.map)
+    summary = Summary(resolver, 1)
+    for op, length in (("write", 512), ("zero", 1024), ("trim", 4096), ("trim", 4096)):
+        batch = accesses([(at, length)], op)
+        summary.add(batch, resolver.touched(1, batch.offset, batch.length))
+    assert summary.share() == {"read": 0, "written": 1024, "trimmed": 4096, "size": len(disk.data)}
+    (row,) = summary.objects().to_pylist()
+    assert (row["read"], row["written"], row["trimmed"], row["accesses"]) == (0, 1536, 8192, 4)
+    text = _report(summary, 5)
+    assert "2 trims (8.0 KiB)" in text
+    assert "4.0 KiB trimmed" in text
 
 
 def test_a_stopped_terminal_stops_nothing() -> None:

@@ -491,7 +491,7 @@ def served(disks: SimpleNamespace) -> Iterator[tuple[str, str]]:
         private_folder() as folder,
         serve(Source(str(disks.after), "raw", disks.size), folder, False) as server,
     ):
-        yield folder, server.export("virt-bmap-test")
+        yield folder, server.address.uri("virt-bmap-test")
 
 
 def wait(refresher: Refresher) -> Refreshed:

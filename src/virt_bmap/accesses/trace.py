@@ -308,7 +308,7 @@ def _objects(resolver: Resolver, touched: Touched) -> pa.StructArray:
         _nullable(touched.file_offset),
         pa.array(touched.inline),
         pa.array(np.full(len(number), resolver.number, np.int32)),
-        pa.array(np.isin(touched.state, DOUBTFUL)),
+        pa.array(np.isin(touched.state, (*DOUBTFUL, *OPEN))),  # until they come again, if they do
     ]
     return pa.StructArray.from_arrays(columns, fields=list(OBJECT))
 

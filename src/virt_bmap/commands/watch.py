@@ -25,6 +25,7 @@ from virt_bmap.core.printable import one_line, say
 from virt_bmap.host import ours
 from virt_bmap.host.files import growing
 from virt_bmap.model import tables
+from virt_bmap.serve.address import Address, port
 
 if TYPE_CHECKING:
     from virt_bmap.accesses.resolve import Resolver
@@ -56,6 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write",
         action="store_true",
         help="let writes reach the disk; otherwise they are thrown away at the end",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--socket",
+        metavar="PATH",
+        type=_at(lambda text: Address(os.path.abspath(text))),
+        help="serve the disk at this Unix socket instead of one in a private folder",
+    )
+    where.add_argument(
+        "--port",
+        metavar="[HOST:]PORT",
+        type=_at(port),
+        help="serve the disk at this TCP port, of 127.0.0.1 where no host is given",
     )
     parser.add_argument(
         "-o",
@@ -105,6 +119,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_disk_options(parser)
 
 
+def _at(parse: "Callable[[str], Address]") -> "Callable[[str], Address]":
+    """The type of an argument that says where the disk is to be served."""
+
+    def parsed(text: str) -> Address:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
 def run(args: argparse.Namespace) -> int:
     """Map, serve, run, follow, sum up. Returns the exit status of the command."""
     from virt_bmap.accesses.resolve import Resolver
@@ -141,9 +167,8 @@ def run(args: argparse.Namespace) -> int:
         def go(run: "Runner | None" = None) -> "Outcome":
             # nargs=PARSER leaves a further -- to the command, but Python before 3.13 the first one, too
             command = args.command[1:] if args.command[0] == "--" else args.command
-            return watch(
-                resolver, sources, command, sinks, write=args.write, idle=flush, refresher=refresher, run=run
-            )
+            return watch(resolver, sources, command, sinks, write=args.write, idle=flush,
+                         refresher=refresher, run=run, address=args.socket or args.port)  # fmt: skip
 
         try:
             outcome, last_words = _show(resolver, sinks, go) if tui else (go(), [])
@@ -288,11 +313,11 @@ def _report(summary: "Summary", top: int) -> str:
     access."""
     objects = summary.objects().to_pylist()
     files = [row for row in objects if row["kind"] in ("data", "unwritten")]
+    ways = summary.ways
     lines = [*_totals(summary, objects)]
-    by_bytes = sorted(files, key=lambda row: (-row["read"] - row["written"], row["first_ns"]))
+    by_bytes = sorted(files, key=lambda row: (-sum(row[way] for way in ways), row["first_ns"]))
     lines += _listed("Files by bytes", by_bytes, top, [
-        ("read", lambda row: human(row["read"]) if row["read"] else "-"),
-        ("written", lambda row: human(row["written"]) if row["written"] else "-"),
+        *((way, lambda row, way=way: human(row[way]) if row[way] else "-") for way in ways),
         ("size", lambda row: human(row["size"]) if row["size"] is not None else "-"),
     ])  # fmt: skip
     lines += _listed("Files by first access", files, top, [
@@ -304,21 +329,18 @@ def _report(summary: "Summary", top: int) -> str:
 
 def _totals(summary: "Summary", objects: list[dict[str, Any]]) -> list[str]:
     seconds = (summary.end_ns - summary.begin_ns) / 1e9
-    share = summary.share()
+    share, ways = summary.share(), summary.ways
     requests = [
         plural(count, op, "flushes" if op == "flush" else None) + (f" ({human(size)})" if size else "")
         for op, count, size in zip(tables.OPS, summary.requests.tolist(), summary.bytes.tolist(), strict=True)
         if count
     ]
-    of_disk = ", ".join(
-        f"{human(share[way])} {way} ({share[way] / share['size']:.1%})" for way in ("read", "written")
-    )
+    of_disk = ", ".join(f"{human(share[way])} {way} ({share[way] / share['size']:.1%})" for way in ways)
     kinds: dict[str, list[int]] = {}
     for row in objects:
-        seen = kinds.setdefault(row["kind"], [0, 0, 0])
-        seen[0] += 1
-        seen[1] += row["read"]
-        seen[2] += row["written"]
+        seen = kinds.setdefault(row["kind"], [0] * (1 + len(ways)))
+        for at, count in enumerate([1, *(row[way] for way in ways)]):
+            seen[at] += count
     device = summary.resolver.bmap.volumes.column("name")[
         summary.resolver.bmap.disks[summary.disk - 1]
     ].as_py()
@@ -327,9 +349,9 @@ def _totals(summary: "Summary", objects: list[dict[str, Any]]) -> list[str]:
         f"Of the disk's {human(share['size'])}, each byte counted once: {of_disk}",
     ]
     if kinds:
-        lines += ["", f"{'objects':>10} {'read':>12} {'written':>12}  kind"]
-    for kind, (count, read, written) in sorted(kinds.items(), key=lambda item: -item[1][1] - item[1][2]):
-        lines.append(f"{count:>10,} {human(read):>12} {human(written):>12}  {kind}")
+        lines += ["", f"{'objects':>10} {' '.join(f'{way:>12}' for way in ways)}  kind"]
+    for kind, (count, *sizes) in sorted(kinds.items(), key=lambda item: -sum(item[1][1:])):
+        lines.append(f"{count:>10,} {' '.join(f'{human(size):>12}' for size in sizes)}  {kind}")
     return lines
 
 

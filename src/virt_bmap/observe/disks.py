@@ -51,11 +51,11 @@ class Disks:
     @property
     def uris(self) -> list[str]:
         """For reading what the appliance sees, recovered journals included."""
-        return [disk.served.uri for disk in self._disks]
+        return [disk.served.address.uri() for disk in self._disks]
 
     @property
     def sockets(self) -> list[str]:
-        return [disk.served.socket for disk in self._disks]
+        return [disk.served.address.socket for disk in self._disks]
 
     def appliance_comes(self) -> None:
         """Connections made until now are ours: what they read is not noted."""

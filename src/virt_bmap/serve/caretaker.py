@@ -14,8 +14,13 @@ import os
 import select
 import shutil
 import signal
+import subprocess
 import sys
 
+MOUNT, VHOST = "mount", "vhost"
+"""Where in the folder the doors are (`doors.py`): a file below a mount, and a socket."""
+CONNECTED = "03"
+"""SS_CONNECTED, as /proc/net/unix has it."""
 TICK = 0.5
 """Seconds between two looks at the log: some ten megabytes of lines at most."""
 
@@ -37,8 +42,34 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody is to wait for more words
         while not select.select([server], [], [], TICK)[0]:
             _empty(f"{folder}/log")
+            close_doors(folder)
     if _is_there(folder, lock):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def close_doors(folder: str) -> None:
+    """End the doors that nobody uses: they are clients of the server, which would never end."""
+    for name in ("file", "vhost"):
+        try:
+            with open(f"{folder}/{name}.pid") as file:
+                number = int(file.read())
+        except (OSError, ValueError):
+            continue
+        if not in_use(folder, name):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{folder}/{name}.pid")
+                os.kill(number, signal.SIGTERM)
+
+
+def in_use(folder: str, door: str) -> bool:
+    """Has somebody the file open, or is connected to the socket? The file's mount is gone where not."""
+    if door == "file":
+        words = ["fusermount3", "-u", f"{folder}/{MOUNT}"]
+        said = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return b"busy" in said.stderr
+    with open("/proc/net/unix") as file:
+        rows = [line.split() for line in file]
+    return any(row[5:6] == [CONNECTED] and row[7:] == [f"{folder}/{VHOST}"] for row in rows)
 
 
 def _is_there(folder: str, lock: int) -> bool:

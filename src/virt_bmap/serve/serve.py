@@ -32,6 +32,7 @@ from virt_bmap.open.nbd import NbdReader
 from virt_bmap.open.qemu import served_by
 from virt_bmap.open.raw import RawReader
 from virt_bmap.serve import between, caretaker
+from virt_bmap.serve.address import Address
 
 START_TIMEOUT = 30.0
 """Seconds that a server gets to open its disk and listen."""
@@ -63,27 +64,12 @@ class Source(NamedTuple):
 class Served(NamedTuple):
     """A running server."""
 
-    socket: str
+    address: Address
     log: str
     process: "subprocess.Popen[bytes]"
     messages: str
     processes: "Sequence[subprocess.Popen[bytes]]"
     """It, and what it depends on."""
-
-    @property
-    def uri(self) -> str:
-        """What NBD clients are given."""
-        return f"nbd+unix:///?socket={self.socket}"
-
-    @property
-    def nbd(self) -> str:
-        """QEMU's older way to name it, as nbdkit's own $nbd."""
-        return f"nbd:unix:{self.socket}"
-
-    def export(self, name: str) -> str:
-        """The URI with the name of an export: there is only one disk behind all names, but the log tells them
-        apart."""
-        return f"nbd+unix:///{name}?socket={self.socket}"
 
     def words(self) -> str:
         """The last thing that the server said on its standard error."""
@@ -125,26 +111,28 @@ def lasting_folder() -> Iterator[leftovers.Shared]:
                 assert process.stdin
                 process.stdin.close()
                 if left:
-                    _let_go(process)
+                    let_go(process)
                 else:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(LAST_CLIENT)
 
 
-def _let_go(process: "subprocess.Popen[bytes]") -> None:
+def let_go(process: "subprocess.Popen[bytes]") -> None:
     """Let a program live on as nobody's child: nothing ends it when the block does."""
     process.returncode = 0  # as far as anyone here is concerned
 
 
 @contextlib.contextmanager
-def lasting(source: Source, folder: leftovers.Shared, write: bool, export: str) -> Iterator[Served]:
+def lasting(
+    source: Source, folder: leftovers.Shared, write: bool, export: str, address: Address | None = None
+) -> Iterator[Served]:
     """Serve a disk until its last client has left; the block is one client, of the export `export`.
 
     Raises as `serve` does.
     """
     with contextlib.ExitStack() as stack:
-        served = stack.enter_context(serve(source, folder.name, write, lasts=True))
-        link = stack.enter_context(contextlib.closing(NbdReader(served.export(export))))
+        served = stack.enter_context(serve(source, folder.name, write, lasts=True, address=address))
+        link = stack.enter_context(contextlib.closing(NbdReader(served.address.uri(export))))
         try:
             yield served
         finally:
@@ -154,14 +142,19 @@ def lasting(source: Source, folder: leftovers.Shared, write: bool, export: str) 
             if served.process.poll() is None:  # somebody has it open
                 folder.leave()
                 for process in served.processes:
-                    _let_go(process)
+                    let_go(process)
 
 
 @contextlib.contextmanager
 def serve(
-    source: Source, folder: str, write: bool, in_order: bool = False, lasts: bool = False
+    source: Source,
+    folder: str,
+    write: bool,
+    in_order: bool = False,
+    lasts: bool = False,
+    address: Address | None = None,
 ) -> Iterator[Served]:
-    """Serve a disk until the block ends.
+    """Serve a disk until the block ends, at `address`, or at a socket in the folder.
 
     `in_order`: each connection's requests are served, and logged, one after the other as they come. `lasts`:
     the server ends with its last client, and not with us.
@@ -188,7 +181,10 @@ def serve(
             lower, process = stack.enter_context(_qemu_nbd(source, folder, write, lasts))
             below.append(process)
             plugin = ["nbd", f"socket={lower}", "shared=true"]
-        socket, log, messages = f"{folder}/nbd", f"{folder}/log", f"{folder}/nbdkit.err"
+        log, messages = f"{folder}/log", f"{folder}/nbdkit.err"
+        if address:
+            address.make_free()
+        address = address or Address(f"{folder}/nbd")
         threads = ["--threads", "1"] if in_order else []
         filters = [
             *(["--filter=exitlast"] if lasts else []),
@@ -196,17 +192,29 @@ def serve(
             *([] if write else ["--filter=cow"]),
         ]
         block = COW_BLOCK if source.size <= COW_LARGE else COW_BLOCK_LARGE
-        command = [program, "--foreground", *([] if lasts else ["--exit-with-parent"]), *threads, "--unix",
-            socket,
-                   "--pidfile", f"{folder}/pid", *filters, *plugin, f"logfile={log}",
-                   *([] if write else [f"cow-block-size={block}"])]  # fmt: skip
+        command = [
+            *(
+                program,
+                "--foreground",
+                *([] if lasts else ["--exit-with-parent"]),
+                *threads,
+                *address.listening,
+            ),
+            *("--pidfile", f"{folder}/pid", *filters, *plugin, f"logfile={log}"),
+            *([] if write else [f"cow-block-size={block}"]),
+        ]
         # the log's times have no zone
         process = stack.enter_context(
             _running(command, messages, programs.environment({"TZ": "UTC0", "LC_ALL": "C"}), lasts, claims)
         )
-        served = Served(socket, log, process, messages, [process, *below])
+        served = Served(address, log, process, messages, [process, *below])
         _wait_for(f"{folder}/pid", served, source)
-        yield served
+        try:
+            yield served
+        finally:
+            if process.poll() is not None and address.socket:
+                with contextlib.suppress(OSError):
+                    os.unlink(address.socket)
 
 
 @contextlib.contextmanager

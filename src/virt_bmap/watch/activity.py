@@ -23,7 +23,7 @@ MOST_OBJECTS = 1 << 18
 """Objects that are told apart: a guest that makes new files for days fills no memory."""
 OTHERS = "[others]"
 SORTS = ("bytes", "read", "written", "accesses", "recent", "name")
-READ = tables.OPS.index("read")
+READ, TRIM = tables.OPS.index("read"), tables.OPS.index("trim")
 _READING, _WRITING = (np.isin(np.arange(len(tables.OPS)), [tables.OPS.index(op) for op in ops])
                       for ops in (("read",), ("write", "trim", "zero")))  # fmt: skip
 
@@ -32,7 +32,7 @@ RESULT = pa.schema([
     field("kind", pa.string(), "letter of the kind, as in the text map"),
     field("name", pa.string(), "path or name of the metadata, escaped; empty: the volume, or free space"),
     field("read", pa.int64(), "bytes read, each time they were", "bytes"),
-    field("written", pa.int64(), "bytes written, trimmed or zeroed, each time they were", "bytes"),
+    field("written", pa.int64(), "bytes written or zeroed, each time they were", "bytes"),
     field("accesses", pa.int64(), "requests that touched it", "count"),
     field("last_ns", pa.int64(), "time of the last access, since 1970 UTC"),
 ])  # fmt: skip
@@ -147,9 +147,9 @@ class Activity:
         while len(self._ids) > self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
         ids, length = self._id_of[touched.object], touched.end - touched.start
-        reading = accesses.op[touched.access] == READ
-        np.add.at(self._columns[0], ids, np.where(reading, length, 0))
-        np.add.at(self._columns[1], ids, np.where(reading, 0, length))
+        op = accesses.op[touched.access]
+        np.add.at(self._columns[0], ids, np.where(op == READ, length, 0))
+        np.add.at(self._columns[1], ids, np.where((op == READ) | (op == TRIM), 0, length))
         np.add.at(self._columns[2], ids, 1)
         np.maximum.at(self._columns[3], ids, accesses.time_ns[touched.access])
 

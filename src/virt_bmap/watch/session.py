@@ -27,6 +27,9 @@ from virt_bmap.accesses.resolve import BATCH, Resolver
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.printable import one_line
 from virt_bmap.host.signals import SIGNALS, forwarded
+from virt_bmap.serve.address import Address
+from virt_bmap.serve.caretaker import close_doors
+from virt_bmap.serve.doors import DOORS, opened
 from virt_bmap.serve.serve import Follower, Served, Source, lasting, lasting_folder
 from virt_bmap.watch import oom
 from virt_bmap.watch.naming import Naming
@@ -85,6 +88,7 @@ class _Disk:
     number: int
     folder: str
     served: Served
+    doors: dict[str, str]
     follower: Follower
     parser: LogParser
     under_way: UnderWay = field(default_factory=UnderWay)
@@ -101,25 +105,28 @@ def watch(
     resolver: Resolver, sources: Sequence[Source], command: Sequence[str],
     sinks: "Sequence[Sink] | Mapping[str, Sink]", *, write: bool = False,
     idle: Callable[[], None] = lambda: None, refresher: Refresher | None = None, run: "Runner | None" = None,
+    address: Address | None = None,
 ) -> Outcome:  # fmt: skip
     """Serve the disks, run the command, and give its accesses with what they touched to every sink.
 
-    `idle` is called when nothing has happened for a while. `refresher` reads the map again where the command
-    writes metadata; None: nobody does. `run` starts the command, on our own terminal unless told. Blocks
-    until the command has ended and all was named.
+    They are served at `address`, or at sockets in folders of their own. `idle` is called when nothing has
+    happened for a while. `refresher` reads the map again where the command writes metadata; None: nobody
+    does. `run` starts the command, on our own terminal unless told. Blocks until the command has ended and
+    all was named.
     """
     if not shutil.which(command[0]):
         raise UsageError(f"{command[0]}: no such command")
     with contextlib.ExitStack() as stack:
         own = f"virt-bmap-{secrets.token_hex(8)}"
         disks = [
-            stack.enter_context(_disk(number, source, write, own)) for number, source in enumerate(sources, 1)
+            stack.enter_context(_disk(number, source, write, own, address, _doors(command, number)))
+            for number, source in enumerate(sources, 1)
         ]
         if refresher:
-            refresher.serve(disks[0].folder, [disk.served.export(own) for disk in disks])
+            refresher.serve(disks[0].folder, [disk.served.address.uri(own) for disk in disks])
         guard = Guard(Naming(resolver, Sinks(sinks), refresher))
         outcome = Outcome()
-        with _child(command, [disk.served for disk in disks], run or foreground) as (child, ended):
+        with _child(command, disks, run or foreground) as (child, ended):
             oom.first()
             step_aside()
             _follow(disks, guard, idle, ended)
@@ -210,14 +217,24 @@ class Guard:
 
 
 @contextlib.contextmanager
-def _disk(number: int, source: Source, write: bool, own: str) -> Iterator[_Disk]:
+def _disk(
+    number: int, source: Source, write: bool, own: str, address: Address | None, doors: Sequence[str]
+) -> Iterator[_Disk]:
     """A disk that is served until the block ends, or, if that is later, its last client leaves."""
     with (
         lasting_folder() as folder,
         contextlib.closing(Follower(f"{folder.name}/log")) as follower,
-        lasting(source, folder, write, own) as served,
+        lasting(source, folder, write, own, address and address.numbered(number)) as served,
+        opened(doors, served, folder) as paths,
     ):
-        yield _Disk(number, folder.name, served, follower, LogParser(own))
+        yield _Disk(number, folder.name, served, paths, follower, LogParser(own))
+
+
+def _doors(command: Sequence[str], number: int) -> list[str]:
+    """Which doors to this disk the command asks for."""
+    end = "" if number == 1 else str(number)
+    named = {match[1] or match[2] for part in command for match in re.finditer(NAME, part)}
+    return [name for name in DOORS if f"{name}{end}" in named]
 
 
 def step_aside() -> None:
@@ -246,7 +263,12 @@ def _follow(disks: list[_Disk], guard: Guard, idle: Callable[[], None], ended: i
 def _linger(disks: list[_Disk], guard: Guard, idle: Callable[[], None]) -> None:
     """A command may put the guest into the background and end: follow it until its last connection closes, or
     SIGINT comes."""
+    closing = 0.0
     while any(disk.is_used() for disk in disks):
+        if time.monotonic() > closing:  # what nobody uses is a client all the same
+            closing = time.monotonic() + PAUSE
+            for disk in disks:
+                close_doors(disk.folder)
         busy = sum(_step(disk, guard) for disk in disks)
         guard.tick()
         if not busy:
@@ -297,10 +319,10 @@ def _step(disk: _Disk, guard: Guard) -> bool:
 
 @contextlib.contextmanager
 def _child(
-    command: Sequence[str], served: Sequence[Served], run: Runner
+    command: Sequence[str], disks: Sequence[_Disk], run: Runner
 ) -> "Iterator[tuple[subprocess.Popen[bytes], int]]":
     """The running command, with a file descriptor that can be read once it has ended."""
-    words = _words(served)
+    words = _words(disks)
     with run([substituted(part, words) for part in command], {**os.environ, **words}) as child:
         ended = os.pidfd_open(child.pid)
         try:
@@ -336,21 +358,26 @@ def started(
         raise UsageError(f"{arguments[0]}: can't be run: {error.strerror}") from error
 
 
-def _words(served: Sequence[Served]) -> dict[str, str]:
+def _words(disks: Sequence[_Disk]) -> dict[str, str]:
     """What the command is told, as variables and in its arguments: uri, nbd and unixsocket of the first disk,
-    uri2, ... of the others."""
+    with file and vhost where it asks for them; uri2, ... of the others."""
     words: dict[str, str] = {}
-    for number, disk in enumerate(served, 1):
-        end = "" if number == 1 else str(number)
-        words |= {f"uri{end}": disk.uri, f"nbd{end}": disk.nbd, f"unixsocket{end}": disk.socket}
+    for disk in disks:
+        end, address = "" if disk.number == 1 else str(disk.number), disk.served.address
+        words |= {f"uri{end}": address.uri(), f"nbd{end}": address.nbd}
+        words |= {f"unixsocket{end}": address.socket} if address.socket else {}
+        words |= {f"{name}{end}": path for name, path in disk.doors.items()}
     return words
+
+
+NAME = r"\$(?:(\w+)|\{(\w+)\})"
+"""A variable in an argument."""
 
 
 def substituted(argument: str, words: Mapping[str, str]) -> str:
     """The argument with $NAME and ${NAME} replaced for these names only; any other dollar sign is the
     command's own business."""
-    name = r"\$(?:(\w+)|\{(\w+)\})"
-    return re.sub(name, lambda match: words.get(match[1] or match[2], match[0]), argument)
+    return re.sub(NAME, lambda match: words.get(match[1] or match[2], match[0]), argument)
 
 
 class Printer:

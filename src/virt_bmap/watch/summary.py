@@ -1,5 +1,5 @@
-"""What a guest did, added up: for each object the bytes read and written and the first access, and the share
-of the disk touched.
+"""What a guest did, added up: for each object the bytes read, written and trimmed and the first access, and
+the share of the disk touched.
 
 Objects of different maps are one where device, kind and name are the same: a file that was renamed has a row
 for each name it was used under. Memory follows the objects that are told apart, of which there are
@@ -30,7 +30,9 @@ A guest that makes new files for days fills no memory.
 OTHERS = "[others]"
 OBJECT_TABLES = 64
 """Tables of objects, one of each map, that are kept before they are added up; fewer where they are large."""
-READ, WRITE = tables.OPS.index("read"), tables.OPS.index("write")
+WAYS = {"read": ("read",), "written": ("write", "zero"), "trimmed": ("trim",)}
+"""What a request does to bytes: a trim gives them back, and writes nothing."""
+_WAYS = [np.isin(np.arange(len(tables.OPS)), [tables.OPS.index(op) for op in ops]) for ops in WAYS.values()]
 
 OBJECTS = pa.schema([
     pa.field("disk", pa.int32(), False, {"meaning": "number of the disk, from 1"}),
@@ -41,8 +43,8 @@ OBJECTS = pa.schema([
     pa.field("first_ns", pa.int64(), False, {"meaning": "time of the first access, since 1970 UTC"}),
     pa.field("accesses", pa.int64(), False, {"meaning": "requests that touched it"}),
     pa.field("read", pa.int64(), False, {"meaning": "bytes read, each time they were"}),
-    pa.field("written", pa.int64(), False,
-        {"meaning": "bytes written, trimmed or zeroed, each time they were"}),
+    pa.field("written", pa.int64(), False, {"meaning": "bytes written or zeroed, each time they were"}),
+    pa.field("trimmed", pa.int64(), False, {"meaning": "bytes trimmed, each time they were"}),
 ])  # fmt: skip
 
 
@@ -74,14 +76,15 @@ class _Touch:
 
 
 class _Sums(NamedTuple):
-    """What became of objects of one map: the time of the first access, how many there were, bytes read and
-    written."""
+    """What became of objects of one map: the time of the first access, how many there were, bytes read,
+    written and trimmed."""
 
     object: Int
     first: Int
     accesses: Int
     read: Int
     written: Int
+    trimmed: Int
 
 
 class Summary:
@@ -92,7 +95,7 @@ class Summary:
         self._older: list[pa.Table] = []
         """Objects that were touched while older maps were in force."""
         self._use(resolver)
-        self._touch = {"read": _Touch(EMPTY, EMPTY, []), "written": _Touch(EMPTY, EMPTY, [])}
+        self._touch = {way: _Touch(EMPTY, EMPTY, []) for way in WAYS}
         self.requests = np.zeros(len(tables.OPS), np.int64)
         self.bytes = np.zeros(len(tables.OPS), np.int64)
         self.begin_ns = self.end_ns = 0
@@ -121,20 +124,18 @@ class Summary:
         self.end_ns = int(accesses.time_ns[-1])
         self.requests += np.bincount(accesses.op, minlength=len(tables.OPS))
         np.add.at(self.bytes, accesses.op, accesses.length)
-        reading = accesses.op == READ
-        writing = np.isin(accesses.op, [tables.OPS.index(op) for op in ("write", "trim", "zero")])
-        for name, which in (("read", reading), ("written", writing)):
-            self._touch[name].add(accesses.offset[which], (accesses.offset + accesses.length)[which])
+        for touch, ops in zip(self._touch.values(), _WAYS, strict=True):
+            which = ops[accesses.op]
+            touch.add(accesses.offset[which], (accesses.offset + accesses.length)[which])
         self.late(accesses, touched.take(~np.isin(touched.state, OPEN)))
 
     def late(self, accesses: Accesses, touched: Touched) -> None:
         """Count the objects of these pieces; their requests were counted before."""
-        moving = np.isin(accesses.op, [tables.OPS.index(op) for op in ("read", "write", "trim", "zero")])
+        moving = np.any(_WAYS, axis=0)[accesses.op]
         touched = touched.take(moving[touched.access] & ~touched.inline)
         op, length = accesses.op[touched.access], touched.end - touched.start
-        reading = op == READ
         self._parts.append(_Sums(touched.object, accesses.time_ns[touched.access], np.ones(len(op), np.int64),
-                                 np.where(reading, length, 0), np.where(reading, 0, length)))  # fmt: skip
+                                 *(np.where(ops[op], length, 0) for ops in _WAYS)))  # fmt: skip
         if sum(len(part.object) for part in self._parts) > max(PENDING, len(self._sums.object)):
             self._add_up()
 
@@ -150,8 +151,13 @@ class Summary:
             )
         self._parts = []
 
+    @property
+    def ways(self) -> list[str]:
+        """What was done to bytes, by WAYS: trims only where there were any."""
+        return [way for way in WAYS if way != "trimmed" or self.bytes[tables.OPS.index("trim")]]
+
     def share(self) -> dict[str, int]:
-        """Bytes of the disk that were read or written at least once, and its size."""
+        """Bytes of the disk that were read, written or trimmed at least once, and its size."""
         size = self.resolver.bmap.volumes.column("size")[self.resolver.bmap.disks[self.disk - 1]].as_py()
         return {name: touch.bytes() for name, touch in self._touch.items()} | {"size": size}
 
@@ -197,7 +203,7 @@ def _bounded(objects: pa.Table) -> pa.Table:
     kind and device for the others."""
     if objects.num_rows <= 2 * MOST_OBJECTS:
         return objects
-    weight = tables.integers(objects, "read") + tables.integers(objects, "written")
+    weight = sum(tables.integers(objects, way) for way in WAYS)
     few = np.argsort(weight, kind="stable")[:-MOST_OBJECTS]
     name = objects.column("name").combine_chunks()
     others = np.zeros(len(name), bool)
@@ -219,7 +225,7 @@ def _together(parts: list[pa.Table]) -> pa.Table:
     last."""
     joined = pa.concat_tables(parts).group_by(["disk", "kind", "device", "name"], use_threads=False)
     sums = joined.aggregate(
-        [("size", "last"), ("first_ns", "min"), ("accesses", "sum"), ("read", "sum"), ("written", "sum")]
+        [("size", "last"), ("first_ns", "min"), ("accesses", "sum"), *((way, "sum") for way in WAYS)]
     )
     columns = {
         name.rpartition("_")[0] if name not in OBJECTS.names else name: sums.column(name)

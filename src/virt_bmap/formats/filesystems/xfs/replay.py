@@ -28,7 +28,7 @@ from virt_bmap.core.arrays import Bytes, ints, union
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.reader import Patch, PatchedReader, Reader
 from virt_bmap.formats.filesystems.xfs import disk
-from virt_bmap.formats.filesystems.xfs.geometry import Geometry
+from virt_bmap.formats.filesystems.xfs.geometry import Geometry, read_geometry
 from virt_bmap.formats.filesystems.xfs.log import BLOCK, Log
 from virt_bmap.formats.filesystems.xfs.records import records
 
@@ -175,6 +175,7 @@ def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
     known = {LI_INODE, LI_BUF, LI_DQUOT, LI_QUOTAOFF, LI_ICREATE, *INTENTS, *(kind + 1 for kind in INTENTS)}
     if strange := {item.kind for item in items} - known:
         raise Unsupported(f"the log holds items of type {min(strange):#x}, which are not known")
+    geometry = _grown(reader, geometry, items)
     memory = _Memory(reader, geometry, items)
     cancelled: Cancelled = Counter()
     for item in items:
@@ -197,6 +198,16 @@ def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
     return Replayed(
         memory.reader(), len(items), sum(count for count in begun.values() if count > 0), superblock_only
     )
+
+
+def _grown(reader: Reader, geometry: Geometry, items: list[Item]) -> Geometry:
+    """The geometry by the superblock as the log leaves it: a filesystem that was just grown has groups of
+    which the one on the disk does not know."""
+    mine = [item for item in items if item.kind == LI_BUF and _buffer(item)[0] == 0]
+    memory = _Memory(reader, geometry, mine)
+    for item in mine:
+        _replay_buffer(memory, geometry, item, Counter())
+    return read_geometry(memory.reader()) if mine else geometry
 
 
 # ---- operations, transactions, items -----------------------------------------------------------------------
