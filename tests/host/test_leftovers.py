@@ -188,3 +188,36 @@ def test_a_new_folder_that_another_process_reaps_is_made_once_more(
     assert not os.listdir(tmp_path)
     with pytest.raises(FileNotFoundError), leftovers.private_folder(str(tmp_path / "absent")):
         pass
+
+
+def test_a_child_is_asked_again() -> None:
+    """As qemu-nbd does: a signal that comes before its main loop is lost."""
+    forgets = "n=0; trap 'n=$((n + 1)); [ $n -gt 1 ] && exit 7' TERM; echo; while :; do sleep 0.02; done"
+    with children.running(["sh", "-c", forgets], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert children.ended(process, 20) == 7
+
+
+def test_a_child_that_will_not_is_killed() -> None:
+    with children.running(["sh", "-c", "trap '' TERM; echo; sleep 60"], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert children.ended(process, 0.2) == -signal.SIGKILL
+
+
+def test_nothing_is_written_to_find_where_temporary_files_lie(tmp_path: Path) -> None:
+    """tempfile tries a folder by a file of a random name: what a SIGKILL left of it nobody would know."""
+    code = (
+        "import os, sys; seen = []; sys.addaudithook(lambda event, words: seen.append(str(words[0])) "
+        "if event in ('open', 'os.mkdir') else None)\n"
+        "from virt_bmap.host import leftovers\n"
+        "with leftovers.private_folder() as folder: pass\n"
+        "print(*(name for name in seen if name.startswith(os.environ['TMPDIR'])), sep='\\n')"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) == {f"{tmp_path}/virt-bmap-{os.geteuid()}"}
+    assert not os.listdir(tmp_path)

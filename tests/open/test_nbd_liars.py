@@ -15,6 +15,7 @@ import pytest
 
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import BmapError, ImageError, OutputError
+from virt_bmap.diff.compare import compare
 from virt_bmap.open import nbd
 from virt_bmap.open.nbd import NbdReader
 from virt_bmap.open.nbd_writer import NbdWriter
@@ -212,6 +213,24 @@ def test_blocks_are_what_the_protocol_allows(block: int, tmp_path: Path) -> None
         NbdReader(uri)
 
 
+@pytest.mark.parametrize("most", [0, 1, 511])
+def test_reads_are_as_long_as_the_protocol_wants_at_least(most: int, tmp_path: Path) -> None:
+    """A byte at a time is a request for each byte."""
+    with (
+        Liar(infos=[struct.pack(">HIII", 3, 1, 512, most)]).running(tmp_path) as uri,
+        pytest.raises(
+            ImageError, match=f"no more than {most} bytes at a time, which the protocol does not allow"
+        ),
+    ):
+        NbdReader(uri)
+
+
+def test_an_export_may_be_shorter_than_the_shortest_block(tmp_path: Path) -> None:
+    infos = [struct.pack(">HIII", 3, 1, 512, 100)]
+    with Liar(size=100, infos=infos).running(tmp_path) as uri, contextlib.closing(NbdReader(uri)) as reader:
+        assert reader.read(0, 100) == CONTENT[:100]
+
+
 def test_options_end(tmp_path: Path) -> None:
     with (
         Liar(infos=itertools.repeat(struct.pack(">H", 9) + bytes(1000))).running(tmp_path) as uri,
@@ -234,6 +253,7 @@ STATUSES: dict[str, tuple[int, Callable[[int, int, int], object]]] = {
         lambda c, at, n: (chunk(c, STATUS, struct.pack(">III", k, n, 0), 0) for k in itertools.count(1)),
     ),
     "a byte at a time": (1 << 40, extents(*[1] * (1 << 20))),
+    "a byte an answer": (1 << 40, extents(1)),
     "of an export that no disk is": (1 << 62, extents(1 << 30)),
 }
 
@@ -249,6 +269,16 @@ def test_statuses_that_lie_or_do_not_end(how: str, tmp_path: Path) -> None:
     ):
         reader.status(ALLOCATION)
     assert time.process_time() - began < 10
+
+
+def test_two_exports_of_exabytes_are_not_compared(tmp_path: Path) -> None:
+    """The batches alone would be 4 TiB of numbers."""
+    with (
+        Liar(size=1 << 62).running(tmp_path) as uri,
+        contextlib.closing(NbdReader(uri)) as reader,
+        pytest.raises(BmapError, match="batches of"),
+    ):
+        next(compare(reader, ints(0), reader, ints(0), ints(1 << 62)))
 
 
 def test_a_trickle_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

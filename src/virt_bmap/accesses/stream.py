@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from virt_bmap.core.errors import MapError, OutputError
+from virt_bmap.core.errors import ImageError, MapError, OutputError
+from virt_bmap.host import inputs, leftovers
 
 ENDING = ".part"
 KEY = b"virt-bmap-trace"
@@ -96,7 +97,7 @@ class Part:
             else os.path.realpath(target) + ENDING
         )
         try:
-            self._file: BinaryIO = self._made() if self.path else tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
+            self._file: BinaryIO = self._made() if self.path else self._unseen()
         except OSError as error:
             raise OutputError(f"{target}: can't be written: {error.strerror or error}") from error
         self._schema = plain_schema(schema).with_metadata({KEY: json.dumps(about)})
@@ -105,6 +106,10 @@ class Part:
         )
         self._whole = 0
         """Bytes that are whole messages on the disk."""
+
+    @staticmethod
+    def _unseen() -> BinaryIO:
+        return tempfile.TemporaryFile(dir=leftovers.temporary())
 
     def _made(self) -> BinaryIO:
         while True:
@@ -169,16 +174,16 @@ class Part:
 def is_stream(path: str) -> bool:
     """Does this file begin as an Arrow stream?"""
     try:
-        with open(path, "rb") as file:
+        with inputs.opened(path, "a trace") as file:
             return file.read(len(CONTINUATION)) == CONTINUATION
-    except OSError:
+    except (ImageError, OSError):
         return False
 
 
 def about(path: str, schema: pa.Schema) -> dict[str, Any]:
     """What a stream says of itself. Raises MapError where it is no trace."""
     try:
-        with open(path, "rb") as file, pa.ipc.open_stream(file) as stream:
+        with inputs.opened(path, "a trace") as file, pa.ipc.open_stream(file) as stream:
             found = stream.schema
     except (OSError, MemoryError, pa.ArrowException) as error:
         raise MapError(f"{path}: can't be read as a trace: {str(error).splitlines()[0]}") from error

@@ -91,11 +91,17 @@ def label(path: str | None, part: str | None, inode: int | None, kind: str) -> s
 
 
 def is_trace(path: str) -> bool:
-    """Is this a Parquet file with the columns of a trace?"""
-    try:
-        return {"offset", "op", "objects"} <= set(pq.read_schema(path).names)
-    except (OSError, pa.ArrowException):
-        return False
+    """Is this a Parquet file with the columns of a trace, or the stream of one that grows or was left?"""
+    return (
+        {"offset", "op", "objects"} <= inputs.columns_and_metadata(path)[0]
+        or stream.is_stream(path)
+        or _only_left(path)
+    )
+
+
+def _only_left(path: str) -> bool:
+    """Is there no trace of that name, but what a killed watch left of it?"""
+    return not os.path.exists(path) and stream.is_stream(path + stream.ENDING)
 
 
 def read(path: str) -> Saved:
@@ -103,10 +109,10 @@ def read(path: str) -> Saved:
 
     Raises ImageError where it can't be read, MapError where it is not one, is damaged, or has no access in
     it."""
-    part = path + stream.ENDING
-    if not os.path.exists(path) and stream.is_stream(part):
+    if _only_left(path):
         raise ImageError(
-            f"{path}: is not there ({part} is what a watch left that was killed, and can be read)"
+            f"{path}: is not there ({path + stream.ENDING} is what a watch left that was killed, and "
+            "can be read)"
         )
     with inputs.reading(path, "a trace"):
         rows, about = _of_stream(path) if stream.is_stream(path) else _of_parquet(path)
@@ -124,7 +130,7 @@ def read(path: str) -> Saved:
 
 def _of_stream(path: str) -> tuple[pa.Table, dict[str, Any]]:
     about = stream.about(path, SCHEMA)
-    with open(path, "rb") as file:
+    with inputs.opened(path, "a trace") as file:
         parts = [stream.convert(part, SCHEMA) for part, _ in stream.batches(file, SCHEMA)]
     rows = pa.concat_tables(parts or [SCHEMA.empty_table()])
     rows.validate(full=True)
@@ -132,7 +138,7 @@ def _of_stream(path: str) -> tuple[pa.Table, dict[str, Any]]:
 
 
 def _of_parquet(path: str) -> tuple[pa.Table, dict[str, Any]]:
-    file = inputs.open_file(path)
+    file = inputs.open_file(path, "a trace")
     names = set(file.schema_arrow.names)
     if missing := [name for name in SCHEMA.names if name not in names]:
         raise MapError(f"{path}: is a Parquet file, but no trace: it has no column {missing[0]!r}")
@@ -366,10 +372,10 @@ def recover(path: str, file: BinaryIO) -> int:
 
     Raises MapError where it is not such a stream.
     """
-    if not stream.is_stream(path):
-        raise MapError(f"{path}: is not the stream that a watch leaves of its trace when it is killed")
-    about = stream.about(path, SCHEMA)
-    with open(path, "rb") as left:
+    with inputs.opened(path, "a trace") as left:
+        if not stream.is_stream(path):
+            raise MapError(f"{path}: is not the stream that a watch leaves of its trace when it is killed")
+        about = stream.about(path, SCHEMA)
         return save(stream.batches(left, SCHEMA), about, file)
 
 

@@ -84,18 +84,17 @@ def _recover(path: str, output: str) -> int:
     from virt_bmap.accesses.traces import recover
     from virt_bmap.host.files import replacing
 
-    _content(path, 1)
     with replacing(output) as file:
         count = recover(path, file)
     say(f"{path}: {plural(count, 'access', 'accesses')}; {output}: written", file=sys.stderr)
     return 0
 
 
-def _content(path: str, most: int = -1) -> bytes:
+def _content(path: str) -> bytes:
     if path == "-":
         return sys.stdin.buffer.read()
     try:
         with open(path, "rb") as file:
-            return file.read(most)
+            return file.read()
     except OSError as error:
         raise ImageError(f"{path}: can't be read: {error.strerror}") from error

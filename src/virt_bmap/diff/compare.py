@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import Bool, Bytes, Int, expand, ints, union
+from virt_bmap.core.arrays import PIECES, Bool, Bytes, Int, bounded, expand, ints, union
 from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.core.reader import MappedReader, Reader
 
@@ -35,7 +35,9 @@ def compare(
 ) -> Iterator[Blocks]:
     """Compare pieces of equal length, each from its start in blocks of `block` bytes (the last may be
     shorter); the pieces in their order."""
-    piece, nth = expand(-(-lengths // BATCH))
+    batches = -(-lengths // BATCH)
+    bounded(int(batches.sum()), PIECES, f"batches of {BATCH:,} bytes")
+    piece, nth = expand(batches)
     skip = nth * BATCH
     length = np.minimum(lengths[piece] - skip, BATCH)
     batch = (np.cumsum(length) - 1) // BATCH

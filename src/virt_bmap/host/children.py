@@ -9,6 +9,7 @@ import functools
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from virt_bmap.host.leftovers import undoing
 
 PATIENCE = 10.0
 """Seconds that a program gets to end by itself after SIGTERM."""
+AGAIN = 0.5
+"""Seconds after which it is asked again."""
 
 
 @contextlib.contextmanager
@@ -55,17 +58,26 @@ def run(
 
 def stop(process: "subprocess.Popen[bytes]", patience: float = PATIENCE) -> None:
     """End a program that still runs, and close our ends of its pipes."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    ended(process, patience)
     for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None:
             with contextlib.suppress(OSError):  # what nobody has taken
                 stream.close()
+
+
+def ended(process: "subprocess.Popen[bytes]", patience: float) -> int:
+    """The exit status of a program that is asked to end, and killed where it does not in `patience` seconds.
+
+    It is asked again and again: qemu-nbd (7.2) forgets a SIGTERM that comes before its main loop begins.
+    """
+    until = time.monotonic() + patience
+    while process.poll() is None and (left := until - time.monotonic()) > 0:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(AGAIN, left))
+    if process.poll() is None:
+        process.kill()
+    return process.wait()
 
 
 def _mortal() -> list[str]:
@@ -76,12 +88,12 @@ def _mortal() -> list[str]:
     return [] if threading.current_thread() is not threading.main_thread() else mortal()
 
 
-def mortal() -> list[str]:
-    """For programs that are started by a thread which lives as long as they do: what the kernel is told, and
-    then a look whether we live still."""
+def mortal(number: str = "TERM") -> list[str]:
+    """For programs that are started by a thread which lives as long as they do: what the kernel is told, with
+    the signal that ends them, and then a look whether we live still."""
     program = _setpriv()
     return (
-        [program, "--pdeathsig", "TERM", "--", "/bin/sh", "-c", ORPHANS_END, str(os.getpid())]
+        [program, "--pdeathsig", number, "--", "/bin/sh", "-c", ORPHANS_END, str(os.getpid())]
         if program
         else []
     )

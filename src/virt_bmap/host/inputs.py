@@ -8,13 +8,15 @@ more values than a file of its size can honestly hold.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from virt_bmap.core.errors import ImageError, MapError
+from virt_bmap.host.looked_at import open_looked_at
 from virt_bmap.host.pages import Unpacked, unpacked
 
 LIMITS = Unpacked(1 << 25, 256 << 20, 512 << 20), Unpacked(128, 256, 256)
@@ -43,9 +45,20 @@ def reading(path: str, what: str) -> Iterator[None]:
         raise MapError(f"{path}: can't be read as {what}: {words}") from error
 
 
-def open_file(path: str) -> pq.ParquetFile:
-    """A Parquet file that unpacks to no more than its size allows. ValueError otherwise."""
-    with open(path, "rb") as file:
+def opened(path: str, what: str) -> BinaryIO:
+    """A saved file, open for reading.
+
+    Raises ImageError where it is not there, or would have to be waited for (a FIFO, a terminal).
+    """
+    return os.fdopen(open_looked_at(path, what), "rb")
+
+
+def open_file(path: str, what: str) -> pq.ParquetFile:
+    """A Parquet file that unpacks to no more than its size allows.
+
+    ValueError otherwise; `what` it was to be.
+    """
+    with opened(path, what) as file:
         data = file.read()
     found, size = unpacked(memoryview(data)), len(data)
     for what, count, free, each in zip(Unpacked._fields, found, *LIMITS, strict=True):
@@ -66,6 +79,16 @@ def rows(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table
     found = found if columns is None else found.select(columns)
     found.validate(full=True)
     return found
+
+
+def columns_and_metadata(path: str) -> tuple[set[str], dict[bytes, bytes]]:
+    """What a Parquet file says of itself: nothing where it is none, or can't be read."""
+    try:
+        with opened(path, "Parquet") as file:
+            schema = pq.read_schema(file)
+    except (ImageError, OSError, pa.ArrowException):
+        return set(), {}
+    return set(schema.names), schema.metadata or {}
 
 
 def metadata(file: pq.ParquetFile, key: bytes) -> dict[str, Any]:

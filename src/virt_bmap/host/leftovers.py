@@ -55,6 +55,17 @@ def undo_all() -> None:
 # ---- files and folders -------------------------------------------------------------------------------------
 
 
+def temporary() -> str:
+    """Where temporary files lie, as tempfile finds it, but that nothing is written to see whether it can be.
+
+    That file would have a random name, so that nobody ever removed what a SIGKILL left of it.
+    """
+    for folder in (*map(os.environ.get, ("TMPDIR", "TEMP", "TMP")), "/tmp", "/var/tmp"):
+        if folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return os.path.abspath(folder)
+    return tempfile.gettempdir()
+
+
 @contextlib.contextmanager
 def hidden_file(target: str) -> Iterator[tuple[str, int]]:
     """A new empty file beside `target`: (its name, a descriptor). It is removed when the block ends, unless
@@ -78,9 +89,7 @@ def private_folder(where: str | None = None) -> Iterator[str]:
     """A new folder that only this user can enter, for sockets and the like, in `where` or where temporary
     files lie; removed when the block ends."""
     with contextlib.ExitStack() as stack:
-        yield _taken(
-            stack, os.path.join(where or tempfile.gettempdir(), f"{MARK}-{os.geteuid()}"), _new_folder
-        )[0]
+        yield _taken(stack, os.path.join(where or temporary(), f"{MARK}-{os.geteuid()}"), _new_folder)[0]
 
 
 class Shared(NamedTuple):
@@ -97,7 +106,7 @@ def shared_folder(where: str | None = None) -> Iterator[Shared]:
     """As `private_folder`."""
     with contextlib.ExitStack() as stack:
         name, lock, removal = _taken(
-            stack, os.path.join(where or tempfile.gettempdir(), f"{MARK}-{os.geteuid()}"), _new_folder
+            stack, os.path.join(where or temporary(), f"{MARK}-{os.geteuid()}"), _new_folder
         )
         yield Shared(name, lock, removal.forget)
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from virt_bmap.core.errors import ImageError, UsageError
 from virt_bmap.formats.images import descriptor
+from virt_bmap.host.looked_at import open_looked_at
 from virt_bmap.open.magic import FORMATS
-from virt_bmap.open.raw import RawReader, open_disk
+from virt_bmap.open.raw import RawReader
 from virt_bmap.open.references import allowed_references
 
 FIRST_FREE = 4
@@ -102,7 +103,7 @@ class Graph:
         return {"driver": "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file", "filename": place}
 
     def _beside(self, path: str, write: bool) -> Node:
-        fd = open_disk(path)
+        fd = open_looked_at(path)
         try:
             return self._file(fd, path, write)
         finally:

@@ -44,6 +44,9 @@ WORDS = 200
 """Letters of a server's own words that a message repeats."""
 LARGEST_BLOCK = 1 << 16
 """The protocol's limit for the smallest block that a server takes."""
+LEAST_MAXIMUM = 512
+"""The protocol's limit for the longest read that a server takes, where the export is not shorter: its
+preferred block is as long at least."""
 
 NBDMAGIC, IHAVEOPT, OPTION_REPLY = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
 FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES = 1, 2
@@ -189,7 +192,7 @@ class NbdReader(Reader):
             raise ImageError(f"{self.name}: the server does not speak NBD's fixed newstyle protocol")
         self._send(struct.pack(">I", flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)))
         self._negotiate(export)
-        size = -1
+        size, largest = -1, REQUEST
         for kind, data in self._option(OPT_GO, string(export) + struct.pack(">HH", 1, INFO_BLOCK_SIZE)):
             if kind & REP_ERROR:
                 raise ImageError(f"{self.name}: the server refuses export {export!r}: {refusal(kind, data)}")
@@ -203,9 +206,14 @@ class NbdReader(Reader):
                         f"{self.name}: the server takes blocks of {self.minimum:,} bytes, which the "
                         "protocol does not allow"
                     )
-                self.maximum = max(self.minimum, min(REQUEST, largest) // self.minimum * self.minimum)
         if not 0 <= size < 1 << 63:
             raise ImageError(f"{self.name}: the server gives {size} bytes as the export's size")
+        if largest < min(LEAST_MAXIMUM, size):
+            raise ImageError(
+                f"{self.name}: the server gives no more than {largest:,} bytes at a time, which the "
+                "protocol does not allow"
+            )
+        self.maximum = max(self.minimum, min(REQUEST, largest) // self.minimum * self.minimum)
         return size
 
     def _negotiate(self, export: str) -> None:

@@ -90,7 +90,8 @@ def served_by(
     """
     program = programs.required("qemu-nbd", why, PACKAGES)
     # who starts it behind the wall waits for it, so that the kernel can end it with us
-    mortal = [] if lasts else children.mortal()
+    # by SIGKILL: it forgets a SIGTERM that comes early, and there is nobody left for whom it could finish
+    mortal = [] if lasts else children.mortal("KILL")
     try:
         return _connected(client, Server(program, mortal, options, graph, path, confine.popen, lasts), graph)
     except (ImageError, OSError):
@@ -133,7 +134,7 @@ class Server:
         self._patience = WRITTEN if graph.write else LAST_WORDS
         self._nodes = f"json:{json.dumps(graph.node)}"
         self.failure = ""
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
+        self._messages = tempfile.TemporaryFile(dir=leftovers.temporary())  # noqa: SIM115 - closed by close
         self.link = socket.socket(socket.AF_UNIX)
         self._noted = contextlib.ExitStack()
         try:
@@ -195,12 +196,7 @@ class Server:
         """Its exit status. It ends with our connection, but not if that had not been agreed on yet; where it
         failed to open the image, it had ended before that broke."""
         self.link.close()
-        self.process.terminate()
-        try:
-            return self.process.wait(self._patience)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
+        return children.ended(self.process, self._patience)
 
     def close(self) -> None:
         """End it; what it has begun it finishes."""

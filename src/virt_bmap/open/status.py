@@ -41,6 +41,11 @@ way at once."""
 MOST_SPANS, MOST_EXTENTS = 1 << 20, 1 << 24
 """Spans that are asked about (1 PiB), and extents that are kept: more than any image holds, and a server may
 name one for each byte."""
+MOST_ANSWERS = 1 << 18
+"""Answers beyond one for each span.
+
+Servers tell thousands of extents in one; one that tells a few bytes in each would be asked for ever.
+"""
 MAX_WORDS = 4096
 """Bytes of an error's own words."""
 MAX_CHUNK = 32 << 20
@@ -122,6 +127,10 @@ class StatusReader(NbdReader):
         parts: list[tuple[int, np.ndarray]] = []
         # a server may answer less than it was asked, so the rest is asked for in the next round
         while len(starts):
+            if len(parts) + len(starts) > spans + MOST_ANSWERS:
+                raise ImageError(
+                    f"{self.name}: the server tells {context} in more than {MOST_ANSWERS:,} answers"
+                )
             answers: dict[int, np.ndarray] = {}
             self._exchange(
                 CMD_BLOCK_STATUS,

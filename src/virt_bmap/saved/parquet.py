@@ -82,7 +82,7 @@ def load(path: str) -> BlockMap:
     from virt_bmap.host import inputs
 
     with inputs.reading(path, "a block map"):
-        file = inputs.open_file(path)
+        file = inputs.open_file(path, "a block map")
         if KEY not in (file.schema_arrow.metadata or {}):
             raise MapError(
                 f"{path}: is a Parquet file, but not a block map (its metadata has no {KEY.decode()!r})"

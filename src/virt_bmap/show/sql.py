@@ -18,12 +18,14 @@ import pyarrow as pa
 from virt_bmap.accesses import traces
 from virt_bmap.accesses.traces import is_trace
 from virt_bmap.core.errors import MapError, MissingTool, UsageError
-from virt_bmap.host import inputs
+from virt_bmap.host import inputs, signals
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.saved import parquet, results
 from virt_bmap.survey.maps import is_saved, load
 
+TABLE = "a table"
+"""What a file is to be."""
 FENCE = {
     "enable_external_access": "false", "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false", "python_enable_replacements": "false",
@@ -65,7 +67,9 @@ def connect(sources: Sequence[tuple[str, str]], query: str = "") -> Any:
     can't be read, MissingTool without DuckDB.
     """
     try:
-        import duckdb
+        # an exception while DuckDB makes its classes ends the process: C++ lets none through
+        with signals.held():
+            import duckdb
     except ImportError as error:
         raise MissingTool("sql needs DuckDB, which is not installed: pip install 'virt-bmap[sql]'") from error
     database = duckdb.connect(config=FENCE)
@@ -141,32 +145,32 @@ def _stem(path: str) -> str:
 
 def _is_other_parquet(path: str) -> bool:
     with _readable(path):
-        with open(path, "rb") as file:
+        with inputs.opened(path, TABLE) as file:
             if file.read(4) != b"PAR1":
                 return False
-        return parquet.KEY not in (inputs.open_file(path).schema_arrow.metadata or {})
+        return parquet.KEY not in (inputs.open_file(path, TABLE).schema_arrow.metadata or {})
 
 
 def _parquet(path: str) -> pa.Table:
     with _readable(path):
-        with open(path, "rb") as file:
+        with inputs.opened(path, TABLE) as file:
             if file.read(4) != b"PAR1":
                 raise MapError(
                     f"{path}: is neither a saved map, a trace, Parquet nor CSV; map a disk first: "
                     f"virt-bmap -o map.parquet {path}"
                 )
-        return inputs.rows(inputs.open_file(path))
+        return inputs.rows(inputs.open_file(path, TABLE))
 
 
 def _csv(path: str) -> pa.Table:
     from pyarrow import csv
 
-    with _readable(path):
-        return csv.read_csv(path)
+    with _readable(path), inputs.opened(path, TABLE) as file:
+        return csv.read_csv(file)
 
 
 def _readable(path: str) -> AbstractContextManager[None]:
-    return inputs.reading(path, "a table")
+    return inputs.reading(path, TABLE)
 
 
 def ask(database: Any, query: str) -> pa.Table:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from virt_bmap.core.errors import ImageError
 from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.reader import Reader
+from virt_bmap.host.looked_at import open_looked_at
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
 from virt_bmap.open import open_disks
-from virt_bmap.open.raw import open_disk
 from virt_bmap.survey.nested import NOTHING, Nested
 from virt_bmap.survey.survey import survey, survey_host, survey_open
 
@@ -70,7 +70,7 @@ def open_volumes(
 def is_saved(path: str) -> bool:
     """Is this file a saved map (Parquet or text) rather than a disk image?"""
     try:
-        with os.fdopen(open_disk(path), "rb") as file:
+        with os.fdopen(open_looked_at(path), "rb") as file:
             head = file.read(64)
     except (ImageError, OSError):
         return False
@@ -92,7 +92,7 @@ def load(path: str) -> BlockMap:
     from virt_bmap.saved import bmap_reader, parquet
 
     try:
-        with os.fdopen(open_disk(path, "a saved map"), "rb") as file:
+        with os.fdopen(open_looked_at(path, "a saved map"), "rb") as file:
             if file.read(4) == b"PAR1":
                 return parquet.load(path)
             file.seek(0)

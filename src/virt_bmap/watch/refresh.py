@@ -23,7 +23,7 @@ import pyarrow as pa
 from virt_bmap.accesses.resolve import Resolver
 from virt_bmap.core.errors import BmapError
 from virt_bmap.core.keys import Keys
-from virt_bmap.host import children, programs
+from virt_bmap.host import children, leftovers, programs
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.survey.maps import map_disks
 from virt_bmap.watch import oom
@@ -73,7 +73,7 @@ class Refresher:
 
     def _start(self) -> None:
         self._stack = contextlib.ExitStack()
-        self._errors = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - entered here
+        self._errors = self._stack.enter_context(tempfile.TemporaryFile(dir=leftovers.temporary()))  # noqa: SIM115 - entered here
         # in a process group of its own: what the terminal sends to the guest must not end it
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         words = programs.python("virt_bmap.watch.refresh")

@@ -66,17 +66,14 @@ def save(profile: Profile, file: BinaryIO) -> None:
 
 def is_profile(path: str) -> bool:
     """Is this file a profile?"""
-    try:
-        return KEY in (pq.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowException):
-        return False
+    return KEY in inputs.columns_and_metadata(path)[1]
 
 
 def load(path: str) -> Profile:
     """Read a profile back. Raises ImageError where it can't be read, MapError where it is not one, or is
     damaged."""
     with inputs.reading(path, "a profile"):
-        file = inputs.open_file(path)
+        file = inputs.open_file(path, "a profile")
         about = inputs.metadata(file, KEY)
         if about.get("version") != VERSION:
             what = (

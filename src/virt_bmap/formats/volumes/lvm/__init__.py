@@ -52,7 +52,7 @@ ORACLES = (
     "the pool's own space maps",
 )
 CHECKS = Checks(
-    checksums="label, metadata headers and text; blocks of thin metadata",
+    checksums="label, metadata headers and text; superblocks and blocks of thin and cache metadata",
     rules=(
         "label and metadata areas: places, the newest text",
         "metadata text: segments, sizes, overlaps",

@@ -46,7 +46,7 @@ ARRAY_BLOCK = struct(24, [(0x08, "nr_entries", "<u4"), (0x0C, "value_size", "<u4
 
 
 WRONG_CHECKSUM = "have a wrong checksum"
-NODE_SALT, INDEX_SALT, BITMAP_SALT, ARRAY_SALT = 121107, 160478, 240779, 595846
+NODE_SALT, INDEX_SALT, BITMAP_SALT, ARRAY_SALT = 121107, 160478, 240779, 595846735
 """What the checksum of each kind of block is combined with, so that none passes for another."""
 
 

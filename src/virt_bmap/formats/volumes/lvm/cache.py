@@ -13,12 +13,13 @@ from virt_bmap.core.arrays import Int, runs
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct, widen
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.volumes.lvm.btree import BLOCK, Store
+from virt_bmap.formats.volumes.lvm.btree import BLOCK, Store, sound
 from virt_bmap.formats.volumes.lvm.label import SECTOR
 from virt_bmap.model.contract import Problem
 from virt_bmap.model.tables import FREE, METADATA, ExtentRows
 
 MAGIC = 0o6142003
+SUPERBLOCK_SALT = 9031977
 VALID, DIRTY = 1, 2
 CLEAN_SHUTDOWN = 1
 SUPERBLOCK = struct(BLOCK, [
@@ -50,7 +51,8 @@ class Cached(NamedTuple):
 
 def read_cache(reader: Reader, data_size: int) -> Cached:
     """The blocks that a dm-cache holds, by its metadata. `place` counts from the start of its data."""
-    head = record(reader.read_clipped(0, BLOCK), SUPERBLOCK)
+    raw = reader.read_clipped(0, BLOCK)
+    head = record(raw, SUPERBLOCK)
     if int(head["magic"]) != MAGIC:
         raise Corrupt(
             f"the cache's superblock has the magic {int(head['magic'])} instead of {MAGIC}", 0, "superblock"
@@ -64,6 +66,8 @@ def read_cache(reader: Reader, data_size: int) -> Cached:
     held = np.flatnonzero(entry & VALID)
     origin = (entry[held] >> FLAG_BITS).astype(np.int64)
     problems = []
+    if not sound(np.frombuffer(raw, np.uint8)[None, :], SUPERBLOCK_SALT).all():
+        problems.append(Problem("superblock-checksum", "the cache's superblock has a wrong checksum", 0))
     # as the kernel does: dirty bits were not written, so that every block may be
     if not int(head["flags"]) & CLEAN_SHUTDOWN:
         dirty = np.ones(len(held), bool)

@@ -7,9 +7,9 @@ its pool). The inner ones become volumes of the map, too, but nobody looks for a
 Sources: lvm2 lib/format_text/import_vsn1.c (the text's sections), lib/metadata/metadata-exported.h.
 """
 
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 from virt_bmap.core.arrays import complement, ints
@@ -76,16 +76,17 @@ class Group:
     not."""
     pools: dict[str, tuple[Pool, int]] = field(default_factory=dict)
     """Thin pools that were read, with the number of their data volume."""
+    devices: dict[tuple[str, int], str] = field(default_factory=dict)
+    """Whose the device of that number in a thin pool is."""
     snapshots: dict[str, str] = field(default_factory=dict)
     """Stores of snapshots of the old kind, and their origins."""
     merging: dict[str, str] = field(default_factory=dict)
     """Origins into which a snapshot is being merged, and its store."""
     readers: dict[int, Reader] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
-    extents: list[tuple[int, int, int]] = field(default_factory=list)
-    """Allocated on physical volumes: (member, first byte, bytes)."""
-    begun: dict[tuple[int, int], str] = field(default_factory=dict)
-    """Which volume has a run that begins at this byte of this member."""
+    taken: dict[int, list[tuple[int, int, str]]] = field(default_factory=dict)
+    """What segments take of each physical and logical volume: (first byte, end, whose it is), sorted and
+    apart."""
 
     def bytes(self, extents: int) -> int:
         """So many extents in bytes. Raises Corrupt where that is more than any volume has."""
@@ -95,11 +96,6 @@ class Group:
                 code="too-large",
             )
         return extents * self.extent_size
-
-    @cached_property
-    def disks(self) -> frozenset[int]:
-        """The numbers of the physical volumes."""
-        return frozenset(pv.member.number for pv in self.pvs)
 
     @property
     def volumes(self) -> dict[str, Section]:
@@ -128,6 +124,25 @@ class Group:
             self.find(key, name) for key in (*PHYSICAL_OR_LOGICAL, *LOGICAL) for name in segment.words(key)
         )
         return [self.missing[found] for found in named if found in self.missing]
+
+    def take(self, owner: str, place: Place, size: int) -> None:
+        """Note that these bytes are a volume's.
+
+        Corrupt where any of them is taken: LVM gives an extent away once, and what many volumes show would be
+        read for each.
+        """
+        if size <= 0:
+            return
+        taken = self.taken.setdefault(place.parent, [])
+        at = bisect(taken, (place.offset,))
+        for start, end, other in taken[max(0, at - 1) : at + 1]:
+            if start < place.offset + size and place.offset < end:
+                detail = (
+                    f"its extents at byte {max(start, place.offset):#x} of "
+                    f"{self.readers[place.parent].name} are also those of {other}"
+                )
+                raise Corrupt(detail, max(start, place.offset), "two-owners")
+        taken.insert(at, (place.offset, place.offset + size, owner))
 
     def problem(self, where: int, problem: Problem) -> None:
         """A problem of a volume, by its number in the assembly."""
@@ -244,10 +259,9 @@ def add_free(group: Group, kind: int) -> None:
         if space is None:
             continue
         number = space.place.parent
-        mine = [(start, size) for member, start, size in group.extents if member == number]
-        starts = ints([start for start, _ in mine])
+        starts, ends = (ints([piece[side] for piece in group.taken.get(number, [])]) for side in (0, 1))
         low = space.place.offset
         high = space.place.offset + group.bytes(section.number("pe_count", high=MAX_EXTENTS))
         size = group.sizes[number]
-        left = complement(starts, starts + ints([size for _, size in mine]), min(low, size), min(high, size))
+        left = complement(starts, ends, min(low, size), min(high, size))
         group.assembly.volumes[number].extents.add(kind, left[0], left[1] - left[0])

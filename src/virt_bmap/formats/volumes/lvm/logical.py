@@ -101,10 +101,10 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
         kind = _kind(segment)
         start, length = span(group, segment)
         if kind in RAID_TYPES:
-            length, more, opener = raid(group, segment)
+            length, more, opener = raid(group, name, segment)
             rows += more
         elif kind in SHAPES:
-            rows += SHAPES[kind](group, segment)
+            rows += SHAPES[kind](group, name, segment)
             zeroes += [(start, start + length)] if kind == "zero" else []
         else:
             raise Unsupported(f"segments of type {kind!r} are not read", code="segment-type")
@@ -113,7 +113,6 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
             group.all_metadata(log.place.parent, "mirror log")
         kinds.append("linear" if kind == "striped" and segment.number("stripe_count", 1) == 1 else kind)
         absent += group.absent(segment)
-    _claim(group, name, rows)
     rows, lost = bounded(rows, group.sizes)
     child = _add(
         group, name,
@@ -131,20 +130,6 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
         )
         child.problems.append(Problem("merging", detail, -1, "warning"))
     return child
-
-
-def _claim(group: Group, name: str, rows: list[Row]) -> None:
-    """Corrupt where a run of extents begins where another volume's does: one filesystem would be read again
-    for each volume that the text can name."""
-    places = [(row.parent, row.parent_offset) for row in rows if row.parent in group.disks]
-    for place in places:
-        if (other := group.begun.get(place, name)) != name:
-            raise Corrupt(
-                f"its extents at byte {place[1]:#x} of the physical volume are those of {other}",
-                place[1],
-                "two-owners",
-            )
-    group.begun.update(dict.fromkeys(places, name))
 
 
 def _add(group: Group, name: str, child: Child, inner: bool | None = None) -> Child:
@@ -181,11 +166,12 @@ def _say_missing(group: Group, name: str, child: Child, absent: list[str]) -> No
         group.missing[True, name] = ids
 
 
-def _space(group: Group, segment: Section, key: str) -> Space:
-    """The volume that a key names; Corrupt where it is not there."""
+def _space(group: Group, owner: str, segment: Section, key: str) -> Space:
+    """The volume that a key names, the owner's from now on; Corrupt where it is not there."""
     space = group.space(key, segment.text(key))
     if space is None:
         raise Corrupt(f"its {key} {segment.text(key)!r} is missing or can't be read", code="missing-member")
+    group.take(owner, space.place, space.size)
     return space
 
 
@@ -195,7 +181,7 @@ def _space(group: Group, segment: Section, key: str) -> Space:
 def _thin_pool(group: Group, name: str, segment: Section) -> None:
     """A pool: read its metadata once, for all its thin volumes."""
     group.logical[name] = None
-    data, metadata = _space(group, segment, "pool"), _space(group, segment, "metadata")
+    data, metadata = _space(group, name, segment, "pool"), _space(group, name, segment, "metadata")
     pool = read_pool(group.readers[metadata.place.parent], data.size)
     group.pools[name] = pool, data.place.parent
     group.assembly.volumes[data.place.parent].extents = pool.data
@@ -225,6 +211,8 @@ def _thin(group: Group, name: str, segment: Section) -> None:
     pool, data = group.pools[segment.text("thin_pool")]
     _, size = span(group, segment)
     device = segment.number("device_id", high=MAX_DEVICE)
+    if (other := group.devices.setdefault((segment.text("thin_pool"), device), name)) != name:
+        raise Corrupt(f"its thin device {device} is that of {other}", code="two-owners")
     rows = pool.rows(device, size, data)
     if origin := group.logical.get(segment.text("external_origin")):
         starts, ends = complement(
@@ -294,16 +282,16 @@ def _snapshot(group: Group, name: str, segments: list[Section]) -> None:
 
 def _cache(group: Group, name: str, segment: Section) -> None:
     """A cached volume: its origin, but for blocks that are newer in the cache."""
-    origin = _space(group, segment, "origin")
+    origin = _space(group, name, segment, "origin")
     pool = segment.text("cache_pool")
     if "metadata_len" in segment.values:  # one volume for both: sectors of metadata, then of data
-        fast = _space(group, segment, "cache_pool")
+        fast = _space(group, name, segment, "cache_pool")
         places = [(fast.place.parent, segment.number(f"{part}_start", high=MAX_SECTORS) * SECTOR,
                 segment.number(f"{part}_len", high=MAX_SECTORS) * SECTOR)
                   for part in ("metadata", "data")]  # fmt: skip
     else:
         (inner,) = segments_of(group.volumes.get(pool, Section())) or [Section()]
-        parts = [_space(group, inner, "metadata"), _space(group, inner, "data")]
+        parts = [_space(group, name, inner, "metadata"), _space(group, name, inner, "data")]
         places = [(space.place.parent, 0, space.size) for space in parts]
     (metadata, start, length), (data, first, size) = places
     reader = columns(np.zeros(1, np.int64), metadata, np.array([start]), np.array([length]))
@@ -319,7 +307,7 @@ def _cache(group: Group, name: str, segment: Section) -> None:
 
 def _writecache(group: Group, name: str, segment: Section) -> None:
     """A volume with a write cache, which holds what the origin has not been given yet."""
-    origin, fast = _space(group, segment, "origin"), _space(group, segment, "writecache")
+    origin, fast = _space(group, name, segment, "origin"), _space(group, name, segment, "writecache")
     found, extents = read_writecache(group.readers[fast.place.parent])
     group.assembly.volumes[fast.place.parent].extents = extents
     _add_cached(group, name, "writecache", origin, found, fast.place.parent, 0)
@@ -327,7 +315,7 @@ def _writecache(group: Group, name: str, segment: Section) -> None:
 
 def _integrity(group: Group, name: str, segment: Section) -> None:
     """A volume with checksums: its bytes lie in its origin, the checksums in a volume beside it."""
-    origin = _space(group, segment, "origin")
+    origin = _space(group, name, segment, "origin")
     if beside := group.logical.get(segment.text("meta_dev")):
         group.all_metadata(beside.place.parent, "integrity checksums")
     size = min(span(group, segment)[1], origin.size)

@@ -50,7 +50,7 @@ NEAR_TYPES = ("raid10", "raid10_near")
 TYPES = (*PARITY_TYPES, *MIRRORED_TYPES, *STRIPED_TYPES, *NEAR_TYPES)
 
 
-def raid(group: Group, segment: Section) -> tuple[int, list[Row], Opener | None]:
+def raid(group: Group, owner: str, segment: Section) -> tuple[int, list[Row], Opener | None]:
     """(bytes, mapping rows, what computes the bytes of missing images) of a RAID segment.
 
     The last is None where none is missing.
@@ -59,6 +59,9 @@ def raid(group: Group, segment: Section) -> tuple[int, list[Row], Opener | None]
     kind = segment.text("type").partition("+")[0]
     images, metadata = _parts(segment, kind)
     spaces = [group.space("raids", name) for name in images]
+    for space in (*spaces, *(group.space("raids", name) for name in metadata)):
+        if space:
+            group.take(owner, space.place, space.size)
     heads = _superblocks(group, metadata)
     for at in _failed(group, images, heads):
         spaces[at] = None

@@ -35,44 +35,43 @@ def areas(group: Group, segment: Section, key: str) -> list[Area]:
     return found
 
 
-def _take(group: Group, area: Area, size: int) -> Place | None:
-    """The place of `size` bytes at an area; bytes on physical volumes are noted as allocated."""
+def _take(group: Group, owner: str, area: Area, size: int) -> Place | None:
+    """The place of `size` bytes at an area, which are the owner's from now on."""
     space, offset = area
     if space is None:
         return None
     place = Place(space.place.parent, space.place.offset + offset)
-    if place.parent in group.disks:
-        group.extents.append((place.parent, place.offset, size))
+    group.take(owner, place, size)
     return place
 
 
-def striped(group: Group, segment: Section) -> list[Row]:
+def striped(group: Group, owner: str, segment: Section) -> list[Row]:
     """Linear, or chunk after chunk over several areas."""
     start, size = span(group, segment)
     found = areas(group, segment, "stripes")
     if len(found) == 1:
-        place = _take(group, found[0], size)
+        place = _take(group, owner, found[0], size)
         return [Row(start, place.parent, place.offset, size)] if place else []
     chunk = segment.number("stripe_size", low=1, high=1 << 32) * SECTOR
-    places = [_take(group, area, size // len(found)) for area in found]
+    places = [_take(group, owner, area, size // len(found)) for area in found]
     return stripes.rows(stripes.striped(len(found)), chunk, size, places, start)
 
 
-def mirror(group: Group, segment: Section) -> list[Row]:
+def mirror(group: Group, owner: str, segment: Section) -> list[Row]:
     """The old mirror target, which pvmove uses, too: every area holds all bytes; reads come from the first
     that is there."""
     start, size = span(group, segment)
     return stripes.mirrored(
-        size, [_take(group, area, size) for area in areas(group, segment, "mirrors")], start
+        size, [_take(group, owner, area, size) for area in areas(group, segment, "mirrors")], start
     )
 
 
-def nothing(group: Group, segment: Section) -> list[Row]:
+def nothing(group: Group, owner: str, segment: Section) -> list[Row]:
     """Lies nowhere: reads as zeroes or as errors."""
     return []
 
 
-SHAPES: dict[str, Callable[[Group, Section], list[Row]]] = {
+SHAPES: dict[str, Callable[[Group, str, Section], list[Row]]] = {
     "striped": striped, "linear": striped, "mirror": mirror, "zero": nothing, "error": nothing,
     "free": nothing,
 }  # fmt: skip

@@ -1,0 +1,185 @@
+"""Extents and volumes that LVM's text gives away twice: LVM's own tools refuse such a group, and what a
+thousand volumes show is not read a thousand times."""
+
+import json
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import small_images
+from btrfs_images import loops
+from small_images import LINEAR, blank, write_lvm_text
+from support import mapped, need, run
+from virt_bmap.model.blockmap import BlockMap
+
+MIB, EXTENT, EXTENTS = 1 << 20, 256 << 10, 60
+GROUP = """
+my-vg {{ id = "aaaaaa-aaaa-aaaa-aaaa-aaaa-aaaa-aaaaaa" seqno = 5
+format = "lvm2" status = ["RESIZEABLE", "READ", "WRITE"] flags = []
+extent_size = 512 max_lv = 0 max_pv = 0 metadata_copies = 0
+physical_volumes {{ pv0 {{ id = "{pv}" device = "/dev/sda"
+status = ["ALLOCATABLE"] flags = [] dev_size = 32768 pe_start = 2048 pe_count = 60 }} }}
+logical_volumes {{
+{volumes}
+}} }}
+contents = "Text Format Volume Group"
+version = 1
+description = ""
+creation_host = "here"
+creation_time = 1
+"""
+
+
+class Disk:
+    """A physical volume that LVM made, and texts that are written into it."""
+
+    def __init__(self, folder: Path) -> None:
+        need("pvcreate", "lvm2")
+        self.image = blank(folder / "disk.img", 16 * MIB)
+        with loops([self.image]) as (device,):
+            run("pvcreate", *self.options(device)[:2], device)
+            run("vgcreate", *self.options(device), "-s", "256k", "my-vg", device)
+            said = json.loads(
+                run("pvs", *self.options(device), "--reportformat", "json", "-o", "pv_uuid", device)
+            )
+        self.pv = said["report"][0]["pv"][0]["pv_uuid"]
+
+    @staticmethod
+    def options(device: str) -> list[str]:
+        return ["--config", f'devices{{filter=["a|{device}$|","r|.*|"]}}', "--driverloaded", "n"]
+
+    def given(self, *volumes: str) -> BlockMap:
+        """The map of a group of these volumes."""
+        write_lvm_text(self.image, GROUP.format(pv=self.pv, volumes="\n".join(volumes)).encode())
+        return mapped(self.image)
+
+    def lvm_takes_it(self) -> bool:
+        with loops([self.image]) as (device,):
+            words = ["lvs", *self.options(device), "-o", "lv_name"]
+            return subprocess.run(words, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Disk:
+    return Disk(tmp_path_factory.mktemp("overlaps"))
+
+
+def id_of(name: str) -> str:
+    return "-".join((name.ljust(6, "0")[:6], *["bbbb"] * 5, "cccccc"))
+
+
+def linear(name: str, count: int, at: int, on: str = "pv0") -> str:
+    return LINEAR.replace('"pv0"', f'"{on}"').format(
+        name=name, id=id_of(name), visible=', "VISIBLE"', count=count, at=at
+    )
+
+
+def volume(name: str, *segments: str) -> str:
+    numbered = "\n".join(f"segment{number} {{ {segment} }}" for number, segment in enumerate(segments, 1))
+    return (
+        f'{name} {{ id = "{id_of(name)}" status = ["READ", "WRITE", "VISIBLE"] flags = [] '
+        f"segment_count = {len(segments)}\n{numbered} }}"
+    )
+
+
+def names(bmap: BlockMap) -> list[str]:
+    return [name.removeprefix("/dev/my-vg/") for name in bmap.volumes.column("name").to_pylist()[1:]]
+
+
+def refused(bmap: BlockMap) -> list[str]:
+    problems = bmap.problems.to_pylist()
+    return [
+        problem["detail"].split(":")[0].removeprefix("logical volume my-vg/")
+        for problem in problems
+        if problem["code"] == "two-owners"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("places", "sound"),
+    [
+        ([(0, 4), (4, 4)], True),
+        ([(0, 4), (0, 4)], False),
+        ([(0, 4), (2, 4)], False),
+        ([(2, 4), (0, 4)], False),
+        ([(0, 8), (3, 2)], False),
+        ([(3, 2), (0, 8)], False),
+    ],
+)
+def test_lvm_refuses_what_is_refused_here(disk: Disk, places: list[tuple[int, int]], sound: bool) -> None:
+    bmap = disk.given(*(linear(f"v{number}", count, at) for number, (at, count) in enumerate(places)))
+    assert disk.lvm_takes_it() == sound
+    assert names(bmap) == ["v0", "v1"][: 1 + sound]
+    assert refused(bmap) == [] if sound else ["v1"]
+
+
+def test_any_extents_by_brute_force(disk: Disk) -> None:
+    """A volume is there where none of its extents was given away before, one by one; what is left is free, or
+    nobody's."""
+    chance = random.Random(5)
+    for _ in range(60):
+        taken: set[int] = set()
+        texts, good = [], []
+        for number in range(chance.randint(1, 9)):
+            pieces = [
+                (chance.randrange(EXTENTS - 8), chance.randint(1, 8)) for _ in range(chance.randint(1, 3))
+            ]
+            start, segments, fits = 0, [], True
+            for at, count in pieces:
+                segments.append(
+                    f'start_extent = {start} extent_count = {count} type = "striped" stripe_count = '
+                    f'1 stripes = ["pv0", {at}]'
+                )
+                start += count
+                fits = fits and not taken & set(range(at, at + count))
+                if fits:
+                    taken |= set(range(at, at + count))
+            texts.append(volume(f"v{number}", *segments))
+            good += [f"v{number}"] if fits else []
+        bmap = disk.given(*texts)
+        assert names(bmap) == good
+        assert sorted(refused(bmap) + good) == sorted(f"v{number}" for number in range(len(texts)))
+
+
+INNER = linear("in", 4, 0)
+RAID = 'start_extent = 0 extent_count = 4 type = "raid1" device_count = 2 region_size = 1024 raids = [{}]'
+PARTS = [linear(f"p{number}", 4, 4 * number) for number in range(1, 7)]
+SHARED = {
+    "two over one": [INNER, linear("a", 4, 0, "in"), linear("b", 3, 1, "in")],
+    "twice in one": [INNER, volume("a", *(f'start_extent = {at} extent_count = 2 type = "striped" '
+        'stripe_count = 1 stripes = ["in", 1]' for at in (0, 2)))],
+    "stripes of one": [INNER, volume("a", 'start_extent = 0 extent_count = 4 type = "striped" '
+        'stripe_count = 2 stripe_size = 128 stripes = ["in", 0, "in", 1]')],
+    "images of two arrays": [*PARTS, volume("a", RAID.format('"p1", "p2", "p3", "p4"')),
+        volume("b", RAID.format('"p5", "p2", "p6", "p4"'))],
+    "an image twice": [*PARTS, volume("a", RAID.format('"p1", "p2", "p3", "p2"'))],
+    "the metadata of two images": [*PARTS, volume("a", RAID.format('"p1", "p2", "p1", "p4"'))],
+    "one origin of two with checksums": [
+        INNER, *PARTS[:2],
+        *(volume(name, 'start_extent = 0 extent_count = 4 type = "integrity" origin = "in" meta_dev = '
+            f'"{beside}"') for name, beside in (("a", "p1"), ("b", "p2"))),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SHARED)
+def test_a_volume_is_a_part_of_one_other_only(disk: Disk, how: str) -> None:
+    bmap = disk.given(*SHARED[how])
+    last = "b" if how in ("two over one", "images of two arrays", "one origin of two with checksums") else "a"
+    assert refused(bmap) == [last]
+    assert (["a"] if last == "b" else []) == [name for name in names(bmap) if name in "ab"]
+
+
+def test_a_thin_device_is_one_volume(tmp_path: Path) -> None:
+    (image,) = small_images.make("lvm-thin", tmp_path)
+    assert names(mapped(image))[-2:] == ["t1", "t2"]
+    data = image.read_bytes()
+    begin = 4096 + 512
+    text = data[begin : data.index(b"\0", begin)]
+    assert text.count(b"device_id = 2 ") == 1
+    write_lvm_text(image, text.replace(b"device_id = 2 ", b"device_id = 1 "))
+    bmap = mapped(image)
+    assert names(bmap)[-1] == "t1"
+    assert refused(bmap) == ["t2"]
