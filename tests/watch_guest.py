@@ -42,16 +42,38 @@ OPTIONS = {"ext4": "commit=2", "xfs": "defaults", "btrfs": "commit=2"}
 SCENARIOS = ("stress", "mail", "short", "clones", "reuse", "grow", "mkfs")
 FICLONE = 0x40049409
 KEEP_SIZE, PUNCH, ZERO_RANGE = 1, 3, 16
+ROOM, SPARE, PER_FOLDER = 4096, 30_000, 1000
+"""Bytes of the filesystem for each file that lies there before; inodes beside; files in a folder."""
 NO_FILE = 0
 """The number of what may be under any name."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def make(kind: str, disk: object, size: int) -> None:
-    """A filesystem at the beginning of a disk."""
+def make(kind: str, disk: object, size: int, files: int = 0) -> None:
+    """A filesystem at the beginning of a disk, with room for so many files beside the guest's."""
     words = [word.format(disk=disk, size=size >> 10) for word in MAKE[kind]]
+    if files and kind == "ext4":
+        words[1:1] = ["-N", str(files + SPARE)]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def fill(folder: Path, image: Path, files: int) -> None:
+    """Files that the guest leaves alone; every tenth has content."""
+    top = folder / "filled"
+    top.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, top], check=True)
+    try:
+        for first in range(0, files, PER_FOLDER):
+            where = f"{top}/other/{first // PER_FOLDER:05d}"
+            os.makedirs(where)
+            for number in range(first, min(files, first + PER_FOLDER)):
+                fd = os.open(f"{where}/{number:08d}", os.O_WRONLY | os.O_CREAT)
+                if number % 10 == 0:
+                    os.write(fd, bytes(2 * BLOCK))
+                os.close(fd)
+    finally:
+        subprocess.run(["umount", top], check=True)
 
 
 class Guest:

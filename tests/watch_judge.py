@@ -1,7 +1,8 @@
 """Is every name right that a watch gives without a mark? A guest whose blocks say whose they are, a disk that
 reads them, and what the trace calls them.
 
-    watch_judge.py [--kind ext4|xfs|btrfs]... [--seed N]... [--seconds S] [--scenario NAME]... [--keep FOLDER]
+    watch_judge.py [--kind ext4|xfs|btrfs]... [--seed N]... [--seconds S] [--scenario NAME]... [--files N]
+                   [--keep FOLDER]
 
 Needs root, FUSE and loop devices. What counts: every marked block of every request. It is right where the
 trace names a file that was called so at some time (or one that shares its blocks), wrong where it names
@@ -65,12 +66,13 @@ class Judged:
         )
 
 
-def watched(folder: Path, kind: str, seed: int, seconds: float, scenarios: list[str]) -> Path:
-    """Run the guest under a watch, on a disk that reads its marks: the trace."""
+def watched(folder: Path, kind: str, seed: int, seconds: float, scenarios: list[str], files: int = 0) -> Path:
+    """Run the guest under a watch, on a disk that reads its marks and has so many other files: the trace."""
     image, trace = folder / "disk.img", folder / "trace.parquet"
     with open(image, "wb") as file:
-        file.truncate(watch_guest.GROWN)
-    watch_guest.make(kind, image, watch_guest.SIZE)
+        file.truncate(watch_guest.GROWN + files * watch_guest.ROOM)
+    watch_guest.make(kind, image, watch_guest.SIZE + files * watch_guest.ROOM, files)
+    watch_guest.fill(folder, image, files)
     with beneath(image, folder) as uri:
         command = [
             BMAP,
@@ -93,7 +95,7 @@ def watched(folder: Path, kind: str, seed: int, seconds: float, scenarios: list[
             str(seconds),
             *scenarios,
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 900)
         assert done.returncode == 0, done.stderr
         print(done.stderr, end="", file=sys.stderr)
     return trace
@@ -280,6 +282,7 @@ def main() -> int:
     parser.add_argument("--seed", action="append", type=int)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--scenario", action="append", choices=watch_guest.SCENARIOS)
+    parser.add_argument("--files", type=int, default=0, help="so many files lie there before")
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="leave disks, logs and traces here")
     args = parser.parse_args()
     wrong = 0
@@ -292,7 +295,14 @@ def main() -> int:
                     folder.mkdir(parents=True)
                 found = judge(
                     folder,
-                    watched(folder, kind, seed, args.seconds, args.scenario or list(watch_guest.SCENARIOS)),
+                    watched(
+                        folder,
+                        kind,
+                        seed,
+                        args.seconds,
+                        args.scenario or list(watch_guest.SCENARIOS),
+                        args.files,
+                    ),
                 )
             print(f"{kind} seed {seed}: {found}", flush=True)
             for line in found.wrong[:10]:

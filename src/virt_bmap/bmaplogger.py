@@ -54,14 +54,19 @@ parameters:
 options:
   -h, --help      show this help
   -V, --version   show the version
-  OPTION          any other option is nbdkit's: -r (read-only), -U SOCKET, -p PORT, --run COMMAND,
-                  --filter=NAME, ...
+  -r              leave DISK as it is: what is written goes to a layer that is thrown away
+  OPTION          any other option is nbdkit's: -U SOCKET, -p PORT, --run COMMAND, --filter=NAME, ...
+
+With a link of the name nbdkit-bmaplogger-plugin in its plugin folder, nbdkit calls it by itself:
+nbdkit -r bmaplogger file=DISK bmap=MAP --run ' qemu-kvm -m 2048 -hda $nbd '
 """
 PARAMETERS = ("file", "bmap", "logfile", "force", "format", "inline")
 PIPE_SIZE = 1 << 20
 """Bytes of the pipe: some 26,000 accesses; the most that /proc/sys/fs/pipe-max-size allows ordinary users by
 default."""
-KEEPS_DISK = re.compile(r"(^| )(-r|--read-?only|--filter[= ]cow)( |$)")
+READ_ONLY = ("-r", "--readonly", "--read-only")
+"""QEMU refuses a hard disk that can't be written, so here it means a layer that is thrown away."""
+KEEPS_DISK = re.compile(r"(^| )--filter[= ]cow( |$)")
 """Options of nbdkit with which no write reaches the disk."""
 DRAIN_TICK = 0.01
 WAITING = 1 << 24
@@ -221,12 +226,22 @@ def _serve(image: str, options: Sequence[str], guard: Guard, lines: LineLog) -> 
     os.set_blocking(read, False)
     with contextlib.suppress(OSError):
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-    command = [_nbdkit(), "--foreground", *_private(options), "python", plugin.__file__,
-        f"file={os.path.abspath(image)}",
-               f"accesses={write}", *options]  # fmt: skip
+    layer = any(option in READ_ONLY for option in options)
+    if layer:
+        say("bmaplogger: -r: what is written is thrown away at the end", file=sys.stderr)
+    options = [option for option in options if option not in READ_ONLY]
+    command = [
+        *(_nbdkit(), "--foreground", *_private(options), "python", plugin.__file__),
+        *(
+            f"file={os.path.abspath(image)}",
+            f"accesses={write}",
+            *(["layer=true"] if layer else []),
+            *options,
+        ),
+    ]
     with contextlib.ExitStack() as stack:
         handed = [write]
-        if not KEEPS_DISK.search(" ".join(options)):
+        if not layer and not KEEPS_DISK.search(" ".join(options)):
             handed.append(in_use.claim(image))
             stack.callback(os.close, handed[-1])
         # whoever kills us is not to take the guest's disk away: nbdkit then ends with its last client

@@ -18,6 +18,7 @@ from virt_bmap.model import tables
 from virt_bmap.watch import plugin
 
 LOGGER = str(Path(sys.executable).parent / "bmaplogger")
+THROWN_AWAY = "bmaplogger: -r: what is written is thrown away at the end\n"
 BMAP = str(Path(sys.executable).parent / "virt-bmap")
 
 
@@ -73,9 +74,9 @@ def test_original_call_with_nbd_and_logfile(disk, tmp_path: Path) -> None:
     assert "read b /dev/sda [boot code]\t@0x0-0x1be" in log.read_text().splitlines()
 
 
-def test_read_only_refuses_writes(disk) -> None:
+def test_read_only_leaves_the_disk_as_it_is(disk) -> None:
     before = disk.image.read_bytes()
-    logger("-r", f"file={disk.image}", "--run", "qemu-io -f raw -c 'write 0 512' $uri > /dev/null 2>&1", ok=1)
+    logger("-r", f"file={disk.image}", "--run", "qemu-io -f raw -c 'write 0 512' $uri > /dev/null 2>&1")
     assert disk.image.read_bytes() == before
 
 
@@ -86,7 +87,7 @@ def test_several_connections_and_content(disk, tmp_path: Path) -> None:
         "-r", f"file={disk.image}", "--run", f"nbdcopy --connections=4 --requests=16 $uri {copy}"
     )
     assert copy.read_bytes() == disk.data
-    assert err == ""
+    assert err == THROWN_AWAY
     named = {line.split("\t")[0] for line in lines}
     assert {f"read f /dev/sda1 /many/{number}" for number in range(200)} <= named
 
@@ -138,7 +139,7 @@ def test_what_was_dropped_is_said(disk) -> None:
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "accesses were dropped" in done.stderr
-    assert 0 < int(done.stderr.split()[1]) <= 60000
+    assert 0 < int(done.stderr.removeprefix(THROWN_AWAY).split()[1]) <= 60000
 
 
 def test_a_log_on_a_full_disk_costs_only_the_log(disk) -> None:

@@ -25,6 +25,11 @@ LINE = (
 )
 
 
+HOLDING = np.zeros(len(tables.KINDS), np.int64)
+"""By kind: what holds others' bytes, from what never does (0) to what is in nobody's."""
+HOLDING[[tables.METADATA, tables.TREE]], HOLDING[tables.DIRECTORY] = 2, 1
+
+
 @dataclass
 class _Lines:
     """The lines of a map as columns; `device` is a position in `devices`, `kind` a word of LETTERS."""
@@ -195,6 +200,20 @@ def _extents(lines: _Lines, mine: Int, number: int, volume: _Volume, inode: Int)
         pa.string(),
     )
     return tables.make(
-        "extents", volume=number, inode=inode[at], kind=codes, volume_offset=start, length=length, flags=0,
+        "extents", volume=number, inode=inode[at], kind=codes, volume_offset=start, length=length,
+        flags=np.where(_inside(start, codes), tables.INLINE, 0),
         part=pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int16()), words),
     )  # fmt: skip
+
+
+def _inside(start: Int, kind: np.ndarray) -> np.ndarray:
+    """Which extents lie inside another one's block (a small file in its inode)? The map has a line for each
+    owner of the same bytes: what is not the filesystem's own lies inside what is, and what is no directory in
+    a directory."""
+    rank = HOLDING[kind]
+    order = np.lexsort((-rank, start))
+    first = np.append(True, np.diff(start[order]) != 0)[: len(order)]
+    most = np.empty(len(order), np.int64)
+    most[order] = rank[order][first][np.cumsum(first) - 1]
+    found: np.ndarray = (rank < most) & (most > 0)
+    return found

@@ -11,6 +11,7 @@ Sources: nbdkit-python-plugin(3), API version 2; nbdkit-plugin(3).
 import itertools
 import os
 import struct
+import tempfile
 import threading
 import time
 
@@ -36,7 +37,10 @@ END = 255
 LAST_CHANCE = 1.0
 """Seconds that the last record may wait for room in the pipe, once no guest is left that could be stalled."""
 
+LAYER_BLOCK = 4096
+
 _config: dict[str, str] = {}
+_layer: "Layer | None" = None
 _pipe = -1
 _connections = itertools.count(1)
 _open = 0
@@ -47,8 +51,49 @@ _dropped = 0
 _counting = threading.Lock()
 
 
+class Layer:
+    """What is written to a disk that is to stay as it is: whole blocks, in a file without a name."""
+
+    def __init__(self) -> None:
+        where = "/var/tmp"  # /tmp may be memory
+        self._file = tempfile.TemporaryFile(dir=where if os.access(where, os.W_OK) else None)  # noqa: SIM115
+        self._fd = self._file.fileno()
+        self._blocks: set[int] = set()
+        self._lock = threading.Lock()
+
+    def write(self, disk: int, data: memoryview, offset: int) -> None:
+        """Keep these bytes, with the rest of their first and last block as it is now."""
+        end = offset + len(data)
+        with self._lock:
+            for block in {offset // LAYER_BLOCK, (end - 1) // LAYER_BLOCK} - self._blocks:
+                os.pwrite(self._fd, os.pread(disk, LAYER_BLOCK, block * LAYER_BLOCK), block * LAYER_BLOCK)
+            put(self._fd, data, offset)
+            self._blocks.update(range(offset // LAYER_BLOCK, -(-end // LAYER_BLOCK)))
+
+    def lay_over(self, data: memoryview, offset: int) -> None:
+        """Replace what of these bytes of the disk was written."""
+        end = offset + len(data)
+        with self._lock:
+            for block in range(offset // LAYER_BLOCK, -(-end // LAYER_BLOCK)):
+                if block in self._blocks:
+                    low, high = max(offset, block * LAYER_BLOCK), min(end, (block + 1) * LAYER_BLOCK)
+                    os.preadv(self._fd, [data[low - offset : high - offset]], low)
+
+
+def put(fd: int, data: memoryview, offset: int) -> None:
+    """All of the bytes."""
+    while len(data):
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
 def config(key: str, value: str) -> None:
-    """file=PATH: the disk; accesses=FD: the pipe, inherited and not blocking."""
+    """file=PATH: the disk; accesses=FD: the pipe, inherited and not blocking; layer=true: writes are thrown
+    away at the end."""
+    global _layer
+    if key == "layer":
+        _layer = Layer()
+        return
     if key not in ("file", "accesses"):
         raise RuntimeError(f"bmaplogger: unknown parameter {key}={value}")
     _config[key] = value
@@ -102,7 +147,8 @@ class Connection:
 
     def __init__(self, readonly: bool) -> None:
         self.number = next(_connections)
-        self.fd = os.open(_config["file"], (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        mode = os.O_RDONLY if readonly or _layer else os.O_RDWR
+        self.fd = os.open(_config["file"], mode | os.O_CLOEXEC)
         self.readonly = readonly
         self.size = os.lseek(self.fd, 0, os.SEEK_END)
 
@@ -156,24 +202,27 @@ def can_multi_conn(_connection: Connection) -> bool:
 def pread(connection: Connection, buffer: bytearray, offset: int, _flags: int) -> None:
     """Fill the buffer from the disk."""
     tell(connection.number, READ, offset, len(buffer))
-    view = memoryview(buffer)
+    view, begin = memoryview(buffer), offset
     while len(view):
         got = os.preadv(connection.fd, [view], offset)
         if got == 0:
             raise OSError(f"the disk ends at byte {offset}: it shrank while it was served")
         view, offset = view[got:], offset + got
+    if _layer:
+        _layer.lay_over(memoryview(buffer), begin)
 
 
 def pwrite(connection: Connection, buffer: bytearray, offset: int, _flags: int) -> None:
     """Write the buffer to the disk."""
     tell(connection.number, WRITE, offset, len(buffer))
-    view = memoryview(buffer)
-    while len(view):
-        put = os.pwrite(connection.fd, view, offset)
-        view, offset = view[put:], offset + put
+    if _layer:
+        _layer.write(connection.fd, memoryview(buffer), offset)
+    else:
+        put(connection.fd, memoryview(buffer), offset)
 
 
 def flush(connection: Connection, _flags: int) -> None:
     """Let what was written reach the device."""
     tell(connection.number, FLUSH, 0, 0)
-    os.fdatasync(connection.fd)
+    if not _layer:
+        os.fdatasync(connection.fd)
