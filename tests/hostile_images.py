@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hostile_layers as layers
 from support import need, run
 
 IN_ACCESS, IN_MODIFY, IN_OPEN = 1, 2, 0x20
@@ -240,5 +241,20 @@ IMAGES = {
     "qed, backing file": Hostile(lambda _f, victim, _s: qed(str(victim))),
     "qed, backing file of any format": Hostile(lambda _f, _v, second: qed(str(second), raw=False)),
     "vhd, parent": Hostile(lambda folder, victim, _s: differencing_vhd(folder, str(victim))),
+    "vhdx, parent": Hostile(
+        lambda folder, victim, _s: bytes(layers.vhdx(layers.parent(str(victim)))(folder))
+    ),
+    "vdi, parent": Hostile(
+        lambda folder, victim, _s: bytes(layers.changed("vdi", layers.differing(str(victim)))(folder))
+    ),
+    "parallels, extension": Hostile(
+        lambda folder, victim, _s: bytes(layers.changed("parallels", layers.extended(str(victim)))(folder))
+    ),
+    "bochs, parent": Hostile(
+        lambda folder, victim, _s: bytes(layers.bochs(subtype=b"Undoable", named=bytes(victim))(folder))
+    ),
+    "dmg, names": Hostile(
+        lambda folder, victim, _s: bytes(layers.dmg(layers.ONE_CHUNK, named=str(victim))(folder))
+    ),
 }  # fmt: skip
 """By what they do."""

@@ -66,6 +66,14 @@ class Graph:
             os.close(fd)
         self.read, self.write = [], []
 
+    def stored(self) -> int:
+        """Bytes that the files take on their host; a block device counts whole."""
+        found = 0
+        for fd in {*self.read, *self.write}:
+            about = os.fstat(fd)
+            found += os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(about.st_mode) else about.st_blocks * 512
+        return found
+
     def give_back(self) -> None:
         """What the image frees is given back to the host."""
         self.node["discard"] = self.node["file"]["discard"] = "unmap"

@@ -23,20 +23,28 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from virt_bmap.core.errors import ImageError
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import CLAIM_STORED, Reader
 from virt_bmap.host import children, confine, leftovers, programs, signals
 from virt_bmap.open.graph import Graph
 from virt_bmap.open.nbd import TIMEOUT, NbdReader
 from virt_bmap.open.raw import RawReader
 from virt_bmap.open.status import DEPTH, DIRTY, StatusReader
 
-LISTENER = 'exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
-"""For sh: what was standard input becomes the first socket that systemd's protocol passes on, and the process
-number is the program's own."""
+LISTENER = 'ulimit -d "$0" 2>/dev/null; exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+"""For sh: a limit of memory in KiB, where there can be one; what was standard input becomes the first socket
+that systemd's protocol passes on, and the process number is the program's own."""
+MEMORY = 1 << 30
+"""Bytes that qemu-nbd may take for an image that is only read, beside CLAIM_STORED for each that is stored.
+
+Most formats have a table that QEMU holds whole, of up to 2 GiB: in a hole it costs no more than its length in
+a header. Threads and caches take some hundred MiB.
+"""
 LAST_WORDS, WRITTEN = 5.0, 60.0
 """Seconds that qemu-nbd gets to end: after reading, and after writing, when it may have much to finish."""
 PACKAGES = "apt-get install qemu-utils, or dnf install qemu-img"
 LOCKED = re.compile(r"Failed to get .* lock|Is another process using the image")
+MODULE = re.compile(r"module \S+ not found")
+"""A part of QEMU that is not installed, and often not needed: of dmg's two ways to pack, say."""
 IN_USE = {
     True: "shut that down first",
     False: "-U (--force-share) reads it all the same, and what is read is then of no one moment",
@@ -153,7 +161,8 @@ class Server:
     def _started(
         self, program: str, mortal: list[str], options: Sequence[str], path: str | None, popen: confine.Popen
     ) -> "subprocess.Popen[bytes]":
-        words = [*mortal, "/bin/sh", "-c", LISTENER, "sh", program, *options, self._nodes]
+        limit = "unlimited" if self._graph.write else str(MEMORY + CLAIM_STORED * self._graph.stored() >> 10)
+        words = [*mortal, "/bin/sh", "-c", LISTENER, limit, program, *options, self._nodes]
         with leftovers.private_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
             place = path or os.path.join(folder, "nbd")
             with contextlib.suppress(FileNotFoundError):  # of a first try
@@ -169,7 +178,8 @@ class Server:
 
     def words(self) -> str:
         """The first thing that it said, if it said anything."""
-        lines = os.pread(self._messages.fileno(), 65536, 0).decode(errors="replace").strip().splitlines()
+        text = os.pread(self._messages.fileno(), 65536, 0).decode(errors="replace").strip()
+        lines = [line for line in text.splitlines() if not MODULE.search(line)]
         said = (
             re.sub(r"^qemu(-nbd)?: ", "", lines[0]).replace(f"Failed to blk_new_open '{self._nodes}': ", "")
             if lines

@@ -161,7 +161,9 @@ def _parent_of_vhd(image: Reader, format: str) -> References:
 
     try:
         parent = layers.load(format).parent(image)  # type: ignore[union-attr]
-    except Corrupt:
+    except Corrupt as error:
+        if error.code == "holes":  # who reads it would have much to do
+            raise
         parent = None
     return References(backing=parent, backing_format=format if parent else None)
 

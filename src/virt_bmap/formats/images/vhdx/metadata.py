@@ -69,6 +69,9 @@ def read_metadata(image: Reader) -> Metadata:
             f"{image.name}: is VHDX of version {int(head['Version'])}; 1 is known", HEADERS[0] + 66
         )
     log = int(head["LogOffset"]), int(head["LogLength"])
+    log_in_use = any(head["LogGuid"].tobytes())
+    if log_in_use:
+        image.afford(log[1], "its log")
     regions = _regions(image)
     for wanted, name in ((BAT, "block allocation table"), (METADATA_REGION, "metadata region")):
         if wanted not in regions:
@@ -94,7 +97,7 @@ def read_metadata(image: Reader) -> Metadata:
             regions[METADATA_REGION][0],
         )
     differencing = bool(flags & HAS_PARENT)
-    return Metadata(1, log, any(head["LogGuid"].tobytes()), regions[BAT], regions[METADATA_REGION], size,
+    return Metadata(1, log, log_in_use, regions[BAT], regions[METADATA_REGION], size,
         block, sector, differencing,
                     _parent(image, items.get(PARENT)) if differencing else None)  # fmt: skip
 
