@@ -11,8 +11,8 @@ The tables are described in `virt_bmap.model.tables`, the errors in `virt_bmap.c
 """
 
 TYPE_CHECKING = (
-    # as typing's, which takes longer to import than all that the command line does before it is ready for
-    # signals
+    # as typing's, which takes longer to import than all that
+    # the command line does before it is ready for signals
     False
 )
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> "Any":
-    """The public names, imported when first used: the command line needs only some of them, and start-up
-    counts."""
+    """The public names, imported when first used: the command
+    line needs only some of them, and start-up counts."""
     import importlib
 
     if name not in _HOME:

@@ -25,6 +25,7 @@ import numpy as np
 from virt_bmap.accesses.accesses import Accesses
 from virt_bmap.accesses.resolve import BATCH, Resolver
 from virt_bmap.cli import program
+from virt_bmap.core.amounts import counted, plural
 from virt_bmap.core.errors import MissingTool, OutputError, UsageError
 from virt_bmap.core.printable import one_line, say
 from virt_bmap.host import children, in_use, notices, programs, protection
@@ -163,8 +164,8 @@ def _logged(given: dict[str, str], options: Sequence[str]) -> int:
     disk = source(given["file"], given.get("format"))
     if disk.format != "raw":
         raise UsageError(
-            f"{disk.image}: looks like {disk.format}; use virt-bmap watch for it, or say format=raw "
-            "if it is a raw disk"
+            f"{disk.image}: looks like {disk.format}; use virt-bmap "
+            "watch for it, or say format=raw if it is a raw disk"
         )
     resolver = Resolver(saved(given["bmap"], [disk]) if "bmap" in given else mapped([disk]))
     with contextlib.ExitStack() as stack:
@@ -189,11 +190,12 @@ def _logged(given: dict[str, str], options: Sequence[str]) -> int:
         say(f"bmaplogger: {words}", file=sys.stderr)
     if dropped:
         say(
-            f"bmaplogger: {dropped} accesses were dropped: naming them took longer than the guest",
+            f"bmaplogger: {counted(dropped, '[access was|accesses were] dropped')}: "
+            "the guest was faster than they could be named",
             file=sys.stderr,
         )
     if printer.dropped:
-        say(f"bmaplogger: {printer.dropped} lines could not be written to the log", file=sys.stderr)
+        say(f"bmaplogger: {plural(printer.dropped, 'line')} could not be written to the log", file=sys.stderr)
     return status
 
 
@@ -244,8 +246,8 @@ def _serve(image: str, options: Sequence[str], guard: Guard, lines: LineLog) -> 
         if not layer and not KEEPS_DISK.search(" ".join(options)):
             handed.append(in_use.claim(image))
             stack.callback(os.close, handed[-1])
-        # whoever kills us is not to take the guest's disk away: nbdkit then ends with its last client
-        # (plugin.py)
+        # whoever kills us is not to take the guest's disk away:
+        # nbdkit then ends with its last client (plugin.py)
         words = [sys.executable, "-I", "-S", between.__file__, *command]
         child = stack.enter_context(children.running(words, subprocess.Popen, pass_fds=handed))
         os.close(write)
@@ -303,8 +305,8 @@ def _nbdkit() -> str:
     """The path of an nbdkit that has the Python plugin."""
     program = programs.find("nbdkit")
     missing = (
-        "nbdkit with its Python plugin is needed, and is not installed (apt-get install nbdkit "
-        "nbdkit-plugin-python)"
+        "nbdkit with its Python plugin is needed, and is not "
+        "installed (apt-get install nbdkit nbdkit-plugin-python)"
     )
     if not program or subprocess.run([program, "--dump-plugin", "python"], capture_output=True).returncode:
         raise MissingTool(missing)

@@ -70,7 +70,7 @@ class _Unneeded:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """ModuleNotFoundError for pandas; anything else that is needed is left to the finders behind."""
+        """ModuleNotFoundError for pandas; anything else that is needed is left to the finders after it."""
         if fullname == "pandas":
             raise ModuleNotFoundError(fullname)
         if fullname not in DOCSTRINGS:
@@ -83,7 +83,7 @@ class _Unneeded:
 
 def _give_back() -> None:
     """Let what is free go back to the kernel: maps come and go for hours, and a hole in the heap would stay
-    as long as what lies behind it."""
+    as long as what lies after it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_ARENA_MAX, 1)

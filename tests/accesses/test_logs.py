@@ -185,7 +185,9 @@ def test_a_last_line_that_was_cut_off_is_no_fault() -> None:
 
 def test_of_several_devices_one_has_to_be_chosen() -> None:
     text = BIOSNOOP.replace(b"xvda1   R", b"xvdb    R")
-    with pytest.raises(UsageError, match=r"several devices: choose one of xvda1, xvdb with --device"):
+    with pytest.raises(
+        UsageError, match=r"accesses of several devices: choose one with --device: xvda1, xvdb"
+    ):
         parse(text, "log")
     assert rows(parse(text, "log", device="xvdb")) == [("read", 13092432 * 512, 512)]
     with pytest.raises(UsageError, match="no accesses of device sda; there are: xvda1, xvdb"):
@@ -194,11 +196,11 @@ def test_of_several_devices_one_has_to_be_chosen() -> None:
 
 @pytest.mark.parametrize(("text", "words"), [
     (b"", "is empty"),
-    (b"hello\nworld\n", "no log of accesses that is known here"),
+    (b"hello\nworld\n", "is not a log of accesses that is known here"),
     (b"0, 1, 0, 4096, 0\n", "without offsets: run fio with log_offset=1"),
     (b"fio version 9 iolog\n", "only versions 2 and 3"),
-    (b"fio version 3 iolog\n1 /a add\n", "has no access in it"),
-    (b"op,sector,bytes\nx\n", "has no access in it.*line 2 is 'x'"),
+    (b"fio version 3 iolog\n1 /a add\n", "holds no access"),
+    (b"op,sector,bytes\nx\n", "holds no access.*line 2 is 'x'"),
 ])  # fmt: skip
 def test_bad_logs_say_what_is_wrong(text: bytes, words: str) -> None:
     with pytest.raises(MapError, match=words):
@@ -251,7 +253,7 @@ def test_trace_import_names_what_was_touched(tmp_path: Path, capsys: pytest.Capt
     log.write_text(f"time_ms,op,offset,length\n5,read,0,1\n9,write,{9 << 20},1024\n")
     with pytest.raises(
         MapError,
-        match=r"log.csv: line 3: bytes 0x900000-0x900400 lie behind the end of disk 1, .* a log of "
+        match=r"log.csv: line 3: bytes 0x900000-0x900400 lie beyond the end of disk 1, .* a log of "
         r"another disk",
     ):
         cli(["trace", "import", str(log), "-o", f"{tmp_path}/u.parquet", "--map", f"{tmp_path}/map.parquet"])

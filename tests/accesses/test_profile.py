@@ -29,7 +29,7 @@ from virt_bmap.open import open_image
 
 SIZE = 1 << 20
 Access = tuple[str, int, int]
-"""(operation, first byte, bytes); the objects are files of 16 bytes, one behind the other, named by their
+"""(operation, first byte, bytes); the objects are files of 16 bytes, one after the other, named by their
 number."""
 FILE = 16
 
@@ -318,9 +318,9 @@ def test_bad_traces_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="No such file"):
         load([str(tmp_path / "missing")])
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other")
-    with pytest.raises(MapError, match="is a Parquet file, but no trace: it has no column 'disk'"):
+    with pytest.raises(MapError, match="is a Parquet file, but not a trace: it has no column 'disk'"):
         load([str(tmp_path / "other")])
-    with pytest.raises(MapError, match="a Parquet file, but no profile"):
+    with pytest.raises(MapError, match="a Parquet file, but not a profile"):
         saved.load(str(tmp_path / "other"))
     with pytest.raises(
         MapError, match=r"is a trace of a disk of 512 bytes, but .* of a disk of 1,048,576 bytes"
@@ -339,7 +339,8 @@ def test_a_disk_of_another_size_is_not_warmed(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(4096))
     profile = build(load([write_trace(tmp_path / "t", [("read", 0, 16)])]))
     with pytest.raises(
-        MapError, match=r"disk: has 4,096 bytes, but the profile is of a disk of 1,048,576: another disk's"
+        MapError,
+        match="disk: has 4,096 bytes, but the profile is of a disk of 1,048,576: it is another disk's",
     ):
         replay(profile, open_image(f"{tmp_path}/disk"))
 
@@ -369,7 +370,7 @@ def test_damaged_traces_and_profiles_end_in_words(tmp_path: Path) -> None:
 def test_numbers_that_no_disk_has_are_refused(tmp_path: Path) -> None:
     table = pq.read_table(write_trace(tmp_path / "t", [("read", 0, 16)]))
     for name, value, words in (
-        ("offset", (1 << 63) - 8, r"behind byte 2\*\*63"),
+        ("offset", (1 << 63) - 8, r"beyond byte 2\*\*63"),
         ("length", -1, "the value -1"),
         ("disk", 0, "the value 0"),
     ):

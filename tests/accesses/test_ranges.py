@@ -285,7 +285,7 @@ def test_qemu_img_map(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "list").write_bytes(run("qemu-img", "map", "--output=json", tmp_path / "over.qcow2"))
     assert pairs((tmp_path / "list").read_bytes()) == [(at // 4096 * 4096, (at + 5000 + 4095) // 4096 * 4096)]
     assert "/big" in [row["path"] for row in objects(disk, tmp_path / "list")]
-    assert "leaves out what is not data" in fails(
+    assert "leaves out everything but data" in fails(
         disk, "--ranges", "-", input=run("qemu-img", "map", disk).decode()
     )
 
@@ -444,28 +444,28 @@ def test_ranges_of_a_saved_map_and_another_disk(disk: Path, tmp_path: Path) -> N
 
 DDRESCUE = "# Mapfile. Created by GNU ddrescue version 1.27\n0x0 + 1\n"
 MALFORMED = {
-    "nonsense": ("hello world\n", "line 1: 'hello world' is of no known format; expected a ddrescue map"),
+    "nonsense": ("hello world\n", "line 1: 'hello world' is not of a known format; expected a ddrescue map"),
     "binary": ("\udcff\udcfe", "byte 0x0 is not text"),
     "ddrescue block": (DDRESCUE + "0x0 0x200 x\n", "line 3: '0x0 0x200 x' is not a block of a ddrescue map"),
     "ddrescue octal": (DDRESCUE + "09 0x200 -\n", "line 3: '09' is not a number as in C"),
     "ddrescue head": ("# Mapfile. Created by GNU ddrescue version 1.27\n0x0 0x200 +\n",
         "line 2: '0x0 0x200 +' is not the status line"),
-    "ddrescue empty": ("# Mapfile. Created by GNU ddrescue version 1.27\n", "without any line but comments"),
+    "ddrescue empty": ("# Mapfile. Created by GNU ddrescue version 1.27\n", "with nothing but comments"),
     "ddrescue huge": (DDRESCUE + "0x0 0x200 +\n0x7fffffffffffffff 0x200 -\n",
-        "line 4: the range ends behind byte 2**63"),
+        "line 4: the range ends beyond byte 2**63"),
     "pairs": ("1,2\n3;4\n", "line 2: '3;4' is not offset,length"),
     "negative": ("1,2\n-3,4\n", "line 2: '-3,4' is not offset,length"),
     "long": (f"1,2\n{'9' * 5000},4\n", "line 2: '9999"),
     "three": ("1,2\n3,4,5\n", "line 2: '3,4,5' is not offset,length"),
     "nbdinfo": ("0 5 0 data\n5 x 0 data\n", "line 2: '5 x 0 data' is not an extent of nbdinfo"),
     "numbers": ("1\n2 3\n", "line 2: '2 3' is not a block number"),
-    "unit": ("1\n2\n", "--block-size must say"),
+    "unit": ("1\n2\n", "say with --block-size"),
     "JSON": ('[{"start": 0,\n}]', "line 2: is not JSON"),
     "object": ("{}", "line 1: is a JSON object; expected the array"),
     "entry": ('[{"offset": 0, "length": 5, "type": 0}, {"offset": -1, "length": 5, "type": 0}]', "entry 2: "),
     "entry text": ('[{"start": 0, "length": "5", "depth": 0, "data": true}]', "entry 1: "),
     "deep": ("[" * 100_000, "line 1"),
-    "another disk": (f"{SIZE - 512},512\n{SIZE},512\n", ("line 2: bytes 0x2800000-0x2800200 lie behind the "
+    "another disk": (f"{SIZE - 512},512\n{SIZE},512\n", ("line 2: bytes 0x2800000-0x2800200 lie beyond the "
         "end of /dev/sda")),
 }  # fmt: skip
 
@@ -524,7 +524,7 @@ def test_logs_of_accesses(name):
     ]
     written = parse(LOGS[name].encode(), "log", op="write")
     assert written.starts.tolist() == [2 << 20]
-    with pytest.raises(MapError, match=f"line {found.at.max()}: .* behind the end of /dev/sda"):
+    with pytest.raises(MapError, match=f"line {found.at.max()}: .* beyond the end of /dev/sda"):
         found.inside(2 << 20, "/dev/sda")
     with pytest.raises(UsageError, match="--op is for a log of accesses, but list is offset,length lines"):
         parse(b"1,2\n", "list", op="read")

@@ -165,7 +165,7 @@ def test_filesystems_that_can_not_be_trusted_are_copied_whole(
         image.write_bytes(source.read_bytes())
         run("debugfs", "-w", "-R", request, image)
         dump("--force", "--skip-free", image, "/dev/sda", out)
-        assert "free space is copied, too" in capsys.readouterr().err, request
+        assert "free space is copied as well" in capsys.readouterr().err, request
         assert out.read_bytes() == image.read_bytes()
 
 
@@ -183,7 +183,7 @@ def test_what_another_volume_uses_is_not_free(tmp_path: Path) -> None:
     found = mapped(image)
     space = free_space(found, 0)
     assert not space.all()[0].size
-    assert space.left == {1: "it lies on what has a problem: /dev/sda, partitions-overlap"}
+    assert space.left == {1: "/dev/sda, on which it lies, has a problem: partitions-overlap"}
     low, high = free_space(replace(found, problems=found.problems.slice(0, 0)), 0).all()
     assert len(low)
     assert not ((low < 14 * MIB) & (high > 10 * MIB)).any()

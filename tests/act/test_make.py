@@ -283,8 +283,8 @@ def test_the_extension_says_the_format(ending: str, format: str, tmp_path: Path)
 @pytest.mark.parametrize(("spec", "words"), [
     ("fss", r"unknown SPEC 'fss'; there are: disk\[:size\], part\[:size\[:partition\]\], fs"),
     ("", "unknown SPEC ''"),
-    ("disk:1G:mbr", r"disk takes 1 parameters at most: disk\[:size\]"),
-    ("disk:much", "size 'much': is no size"),
+    ("disk:1G:mbr", r"disk takes at most 1 parameter: disk\[:size\]"),
+    ("disk:much", "size 'much': is not a size"),
     ("fs:ext5", "filesystem 'ext5': no filesystem of this name can be made; there are: ext2, "),
     ("part:1G:sun", "partition 'sun': no partition table of this name"),
     ("lv:VG/LV", "name 'VG/LV': a logical volume is named /dev/VG/LV"),

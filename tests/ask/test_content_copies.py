@@ -170,7 +170,7 @@ def test_what_is_wrong_in_every_copy_is_named(
     assert cat(images, "/big", "--partial") == 0
     out, err = capfdbinary.readouterr()
     assert out == BIG[: 5 * SECTOR] + bytes(SECTOR) + BIG[6 * SECTOR :]
-    assert b"zeroes stand for bytes 0x5000-0x6000" in err
+    assert b"zeroes were written for bytes 0x5000-0x6000" in err
     with (
         mounted_pool(images, tmp_path / "mnt", "ro") as where,
         pytest.raises(OSError, match="Input/output error"),
@@ -224,7 +224,7 @@ def test_too_many_devices_are_missing(tmp_path: Path, capfdbinary: pytest.Captur
     images = made(tmp_path, "-d raid0 -m raid1", 2)
     with pytest.raises(
         ImageError,
-        match=r"/big on /dev/sda: can't be read whole: bytes .* \(no member that is there holds them\)",
+        match=r"/big on /dev/sda: can't be read whole: bytes .* \(none of the members present holds them\)",
     ):
         cat(images[:1], "/big")
     capfdbinary.readouterr()

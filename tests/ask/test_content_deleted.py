@@ -103,7 +103,7 @@ def test_clusters_of_another_file_are_no_content(
     whole = {"/d/gone": GONE, "/d/sub/inner": GONE[:30_000], "/d/twice": GONE[:9000]}[named[0]]
     assert len(out) == len(whole)
     assert all(got in (0, true) for got, true in zip(out, whole, strict=True)), "zeroes, or what it was"
-    assert "zeroes stand for bytes 0x" in err
+    assert "zeroes were written for bytes 0x" in err
     assert cli.run(["extract", "-q", "-C", str(tmp_path), str(reused), "/dev/sda", named[0]]) == 1
     assert list(tmp_path.iterdir()) == []
     assert (

@@ -134,7 +134,7 @@ def test_a_byte_of_a_file(disk: Path) -> None:
 def test_slack_behind_the_end_of_a_file(disk: Path) -> None:
     block = int(debugfs(disk, "bmap /etc/passwd 10"))
     shown = words(disk, START + block * 1024 + 11_000 - 10 * 1024).stdout
-    assert "byte 0x2af8 (behind its end: slack)" in shown
+    assert "byte 0x2af8 (beyond its end: slack)" in shown
     assert "slack" not in words(disk, START + block * 1024 + 10_999 - 10 * 1024).stdout
 
 
@@ -206,7 +206,7 @@ def test_bad_words(disk: Path) -> None:
     assert "explain needs one OFFSET" in fails("-a", disk, "1", "2")
     assert "explain takes one byte" in fails(disk, "0-100")
     assert "is not a number of bytes" in fails(disk, "zzz")
-    assert "behind the end of disk 1" in fails(disk, 40 << 20)
+    assert "beyond the end of disk 1" in fails(disk, 40 << 20)
     assert "there is no disk 2" in fails(disk, "2:0")
     assert "No such file" in fails("nonexistent", "0")
 
@@ -230,7 +230,7 @@ def test_a_bad_sector_is_explained_all_the_same(disk: Path, tmp_path: Path) -> N
         done = words(f"nbd+unix:///?socket={path}", at)
         assert done.returncode == 0, done
         assert "data of /hard" in done.stdout
-        assert re.search(r"the bytes there: not shown, .*", done.stdout)
+        assert re.search(r"the bytes there are not shown: .*", done.stdout)
     finally:
         server.kill()
         server.wait()

@@ -258,7 +258,7 @@ def test_bad_words(disk, tmp_path):
         "locate", disk, "/dev/sdq", "/x"
     )
     assert "no file '/etc/shadow' on /dev/sda1" in fails("locate", disk, "/dev/sda1", "/etc/shadow")
-    assert "behind the end of disk 1" in fails("lookup", disk, "1T")
+    assert "beyond the end of disk 1" in fails("lookup", disk, "1T")
     assert "there is no disk 2" in fails("lookup", disk, "2:0")
     assert "is not a number of bytes" in fails("lookup", disk, "zzz")
     assert "the range is empty" in fails("lookup", disk, "100-50")

@@ -59,11 +59,11 @@ def test_cat(cut: Path) -> None:
     done = virt_bmap("cat", cut, "/dev/sda", f"/{name}")
     assert done.returncode == 1
     assert f"/{name} on /dev/sda: can't be read whole: bytes 0x".encode() in done.stderr
-    assert b"they lie behind the end of the disk or volume" in done.stderr
+    assert b"they lie beyond the end of the disk or volume" in done.stderr
     assert FILL.startswith(done.stdout)
     done = virt_bmap("cat", "--partial", cut, "/dev/sda", f"/{name}")
     assert done.returncode == 0
-    assert b"zeroes stand for bytes 0x" in done.stderr
+    assert b"zeroes were written for bytes 0x" in done.stderr
     out, true = np.frombuffer(done.stdout, np.uint8), np.frombuffer(FILL, np.uint8)
     assert len(out) == len(true)
     assert (out[out != true] == 0).all()
@@ -74,7 +74,7 @@ def test_extract(cut: Path, tmp_path: Path) -> None:
     name = lost_one(cut)
     done = virt_bmap("extract", "-C", tmp_path, cut, "/dev/sda", "/")
     assert done.returncode == 1
-    assert f"{name}: left out, --partial fills what is missing with zeroes: bytes 0x".encode() in done.stderr
+    assert f"{name}: left out (--partial fills what is missing with zeroes): bytes 0x".encode() in done.stderr
     assert not (tmp_path / name).exists()
     whole = {"big1": "big2", "big2": "big1"}[name]
     assert (tmp_path / whole).read_bytes() == FILL
@@ -82,7 +82,7 @@ def test_extract(cut: Path, tmp_path: Path) -> None:
     again.mkdir()
     done = virt_bmap("extract", "--partial", "-C", again, cut, "/dev/sda", "/")
     assert done.returncode == 0
-    assert f"{name}: zeroes stand for bytes 0x".encode() in done.stderr
+    assert f"{name}: zeroes were written for bytes 0x".encode() in done.stderr
     assert (again / name).read_bytes() == virt_bmap("cat", "--partial", cut, "/dev/sda", f"/{name}").stdout
 
 
@@ -109,11 +109,11 @@ def test_dump_of_a_volume_with_a_lost_member(group: Group, name: str, tmp_path: 
     done = virt_bmap("dump", group.disks[0], device, out)
     assert done.returncode == 1
     assert b"can't be read whole: bytes 0x" in done.stderr
-    assert b"no member that is there holds them" in done.stderr
+    assert b"none of the members present holds them" in done.stderr
     assert list(tmp_path.iterdir()) == []
     done = virt_bmap("dump", "--partial", group.disks[0], device, out)
     assert done.returncode == 0
-    assert f"{device}: zeroes stand for bytes 0x".encode() in done.stderr
+    assert f"{device}: zeroes were written for bytes 0x".encode() in done.stderr
     whole, here = expected(group, name, 0)
     assert 0 < here.sum() < len(whole)
     assert out.read_bytes() == np.where(here, np.frombuffer(whole, np.uint8), 0).astype(np.uint8).tobytes()
@@ -201,7 +201,7 @@ def test_sparsify_of_a_disk_that_fails(tmp_path: Path) -> None:
     words = done.stdout.split()
     assert (words[0], words[-1]) == ("1", "0"), done.stderr
     assert "out.img" not in words
-    assert "zeroes stand for bytes 0x400000-0x401000 (reading fails)" in done.stderr
+    assert "zeroes were written for bytes 0x400000-0x401000 (reading fails)" in done.stderr
     true = bytearray(image.read_bytes())
     true[4194304:4198400] = bytes(4096)
     assert out.read_bytes() == true

@@ -127,7 +127,7 @@ def test_info_says_what_qemu_says(images):
         (("map", "--host-offsets", "none.qcow2"), "none.qcow2: can't be opened: No such file"),
         (("explain", "--host-offsets", "top.qcow2", "0"), "--references"),
         (("explain", "--host-offsets", "packed.qcow2", "3:0"), "there is no disk 3"),
-        (("lookup", "--host-offsets", "packed.qcow2", "1T"), "lies behind the end of disk 1"),
+        (("lookup", "--host-offsets", "packed.qcow2", "1T"), "lies beyond the end of disk 1"),
         (
             ("map", "--host-offsets", "--method", "observe", "packed.qcow2"),
             "counts in bytes of the guest's disks",

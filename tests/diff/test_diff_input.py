@@ -88,7 +88,7 @@ BAD = [
     ("{d}/old.img {d}/other.img", "are of different disks: .*--force compares"),
     ("{d}/old.parquet {d}/other.parquet", "are of different disks"),
     ("{d}/other.parquet {d}/new.img --ranges {d}/ranges.csv", "are of different disks"),
-    ("{d}/old.parquet", "is one map; name two, or a map and a disk"),
+    ("{d}/old.parquet", "is only one map; name two, or a map and a disk"),
     ("{d}/old.bmap {d}/new.parquet", "old.bmap: is a text map, which holds no inodes to compare"),
     ("{d}/alone.qcow2", "alone.qcow2: has no backing file; name what to compare it with"),
     ("{d}/new.img", "new.img: has no backing file"),
@@ -98,7 +98,7 @@ BAD = [
     ("--bitmap b0 {d}/new.parquet", "is a saved map, which has no dirty-bitmap:b0"),
     ("--bitmap b0 --ranges {d}/ranges.csv {d}/new.img", "--bitmap and --ranges both say what changed"),
     ("{d}/old.img {d}/new.img --ranges {d}/bad.csv", "bad.csv: line 3: 'zero,1' is not offset,length"),
-    ("{d}/old.img {d}/new.img --ranges {d}/far.csv", "far.csv: line 2: .*lie behind the end of disk 1"),
+    ("{d}/old.img {d}/new.img --ranges {d}/far.csv", "far.csv: line 2: .*lie beyond the end of disk 1"),
     ("{d}/old.img {d}/new.img --ranges {d}/none.csv", "none.csv: can't be read: No such file"),
     ("{d}/new.img --ranges {d}/ranges.csv --verify", "--verify reads both sides, but nothing older"),
     ("{d}/old.parquet {d}/new.img --ranges {d}/ranges.csv --verify", ("--verify reads both sides, but "

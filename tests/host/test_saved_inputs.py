@@ -70,7 +70,7 @@ def test_sql_reads_what_a_watch_leaves(left: tuple[Path, pa.Table], saved: Path,
 def test_sql_names_what_was_left(left: tuple[Path, pa.Table]) -> None:
     pytest.importorskip("duckdb")
     path, _ = left
-    with pytest.raises(ImageError, match=r"is not there \(.*trace.parquet.part is what a watch left"):
+    with pytest.raises(ImageError, match=r"is not there \(.*trace.parquet.part was left by a watch"):
         sql.connect([("", str(path).removesuffix(ENDING))])
 
 

@@ -321,7 +321,7 @@ def test_journals_with_impossible_numbers_are_refused(machine):
         {"device": None},
     ):
         path.write_text(lines[0] + json.dumps({**good, **change}) + "\n")
-        with pytest.raises(MapError, match="line 2 is not one of an observation"):
+        with pytest.raises(MapError, match="line 2 does not belong to an observation"):
             cli.run([*command, "--resume"])
 
 

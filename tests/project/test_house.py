@@ -13,6 +13,7 @@ ORDER = (
     "watch", "observe", "diff", "commands", "startup", "cli", "bmaplogger", "__main__",
 )  # fmt: skip
 """A wing imports those before it. `__init__`, the public names, imports them when they are asked for."""
+WIDTH = 110
 UPWARD = {("cli", "__init__"), ("__main__", "__init__")}
 """The version, which lies with the public names."""
 
@@ -82,3 +83,13 @@ def test_every_wing_and_room_says_what_it_holds(folder: Path) -> None:
 
 def test_nothing_lies_outside_the_wings() -> None:
     assert {wing(module) for module in modules()} - set(ORDER) == {"__init__"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for path in HOUSE.rglob("*") if path.suffix in (".js", ".css", ".html")),
+    ids=lambda path: path.name,
+)
+def test_pages_are_as_wide_as_the_rest(path: Path) -> None:
+    """JavaScript, CSS and HTML; ruff looks at Python only."""
+    assert [line for line in path.read_text().splitlines() if len(line) > WIDTH] == []

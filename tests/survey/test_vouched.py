@@ -128,7 +128,7 @@ def test_a_tree_in_a_partition_of_its_own(
     assert "free of /dev/sda3\n" in said.out
     assert "free of /dev/sda1" not in said.out
     assert (
-        "/dev/sda1: left as it is: hashes in /dev/sda2 cover all of its bytes, free ones too "
+        "/dev/sda1: left as it is: hashes in /dev/sda2 cover all of its bytes, free ones as well "
         "(dm-verity): discard it before" in said.err
     )
     for image in everywhere(disk, tmp_path):
@@ -269,7 +269,7 @@ def test_hostile_trees() -> None:
 
 
 def test_a_footer_of_android_verified_boot(root: Path, tmp_path: Path) -> None:
-    """The hash tree and the signed descriptor lie behind the filesystem, and a footer in the last 64 bytes
+    """The hash tree and the signed descriptor lie after the filesystem, and a footer in the last 64 bytes
     (avb_footer.h)."""
     size, part, disk = root.stat().st_size, tmp_path / "part", tmp_path / "disk.img"
     footer = struct.pack(">4sIIQQQ", b"AVBf", 1, 0, size, size, 4096).ljust(64, b"\0")

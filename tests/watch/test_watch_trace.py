@@ -134,7 +134,7 @@ def test_profile_report_and_recover_take_what_is_left(
     assert rows(tmp_path / "again.parquet") == rows(left.whole)
     said = subprocess.run([BMAP, "profile", tmp_path / "trace.parquet"], capture_output=True, text=True)
     assert said.returncode == 1
-    assert f"{left.path} is what a watch left" in said.stderr
+    assert f"{left.path} was left by a watch that was killed" in said.stderr
     said = subprocess.run(
         [BMAP, "trace", "recover", saved, "-o", tmp_path / "no.parquet"], capture_output=True, text=True
     )

@@ -26,7 +26,7 @@ Real lines have some 90; only export names, up to 4096 bytes, make longer ones.
 LONGEST_NUMBER = 20
 """Digits of the largest 64-bit number."""
 _PAD = 64
-"""Zero bytes behind each batch, so that a gather of a few bytes at the last token stays inside."""
+"""Zero bytes after each batch, so that a gather of a few bytes at the last token stays inside."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class LogParser:
         return Accesses(time_ns, connection, op, offset, length).take(good)
 
     def _is_own(self, buffer: Bytes, tokens: "_Tokens", connects: Int) -> Bool:
-        """Which lines are of the watcher's own connections, the new ones among `connects` (line numbers)
-        included."""
+        """Which lines are of the watcher's own connections, the
+        new ones among `connects` (line numbers) included."""
         new = tokens.take(connects)
         for start, connection in zip(
             new.start(4).tolist(), new.number(2, "connection=").tolist(), strict=True
@@ -214,7 +214,7 @@ class _Tokens:
         return np.where(self.has(nth + 1), start, self.gaps[self.last])
 
     def number(self, nth: int, prefix: str, base: int = 10) -> Int:
-        """The number behind `prefix` (whose last letter is checked) in word `nth`; -1 where there is none, or
+        """The number after `prefix` (whose last letter is checked) in word `nth`; -1 where there is none, or
         one beyond 2**63."""
         start = self.start(nth) + len(prefix)
         width = self.gaps[np.minimum(self.first + nth, self.last)] - start
@@ -243,8 +243,8 @@ def _four_bytes(buffer: Bytes, start: Int) -> np.ndarray:
 
 
 def _times(buffer: Bytes, start: Int) -> Int:
-    """`YYYY-MM-DD HH:MM:SS.uuuuuu` at each position as nanoseconds since 1970; -1 where it is something
-    else."""
+    """`YYYY-MM-DD HH:MM:SS.uuuuuu` at each position as
+    nanoseconds since 1970; -1 where it is something else."""
     digit = _DIGIT[buffer[start[:, None] + np.arange(26)]].astype(np.int64)
     places = [*range(4), 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, *range(20, 26)]
     valid = (digit[:, places] < 10).all(axis=1)

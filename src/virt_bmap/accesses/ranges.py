@@ -25,11 +25,11 @@ STATUSES = "?*/-+"
 CURRENT = STATUSES + "FG"
 """What its first line may say that it was doing; F and G: filling, generating."""
 ROUNDING = 4096
-"""Tools count in blocks: the last range may reach this far behind the end of a disk that does not fill its
-last one."""
+"""Tools count in blocks: the last range may reach this far
+beyond the end of a disk that does not fill its last one."""
 KNOWN = (
-    "a ddrescue map, offset,length lines, nbdinfo --map or qemu-img map --output=json output, a "
-    "badblocks list, or a log of accesses (blkparse, fio, nbdkit, QEMU)"
+    "a ddrescue map, offset,length lines, nbdinfo --map or qemu-img map --output=json output, a badblocks "
+    "list, or a log of accesses (blkparse, fio, nbdkit, QEMU)"
 )
 
 Entry = tuple[int, int, int]
@@ -50,15 +50,15 @@ class Ranges(NamedTuple):
     def inside(self, size: int, device: str) -> tuple[Int, Int]:
         """The ranges cut to a disk of `size` bytes.
 
-        MapError where one lies behind its end: then the list is another disk's.
+        MapError where one lies beyond its end: then the list is another disk's.
         """
         bad = np.flatnonzero((self.starts >= size) | (self.ends > size + ROUNDING))
         if len(bad):
             first = int(bad[0])
             raise MapError(
                 f"{self.source}: {self.unit} {self.at[first]}: bytes "
-                f"{self.starts[first]:#x}-{self.ends[first]:#x} lie behind the end of {device}, "
-                f"which has {size:#x} bytes: it is a list of another disk"
+                f"{self.starts[first]:#x}-{self.ends[first]:#x} lie beyond the end of {device}, which has "
+                f"{size:#x} bytes: it is a list of another disk"
             )
         return self.starts, np.minimum(self.ends, size)
 
@@ -90,7 +90,7 @@ def parse(
 
 
 def _of_log(data: bytes, source: str, op: str | None, device: str | None) -> Ranges | None:
-    """The accesses of a log, None where it is none."""
+    """The accesses of a log; None where it is not a log."""
     from virt_bmap.accesses import logs  # slow to import, and only commands with --ranges come here
     from virt_bmap.accesses.logs.text import HEAD, Lines
 
@@ -128,10 +128,10 @@ DDRESCUE, CSV, NBDINFO, BADBLOCKS, LOG, EMPTY = (
 
 
 def _format_of(lines: list[tuple[int, str]], source: str, says_ddrescue: bool) -> str:
-    """Which format the first line that is no comment belongs to."""
+    """Which format the first line that is not a comment belongs to."""
     if not lines:
         if says_ddrescue:
-            raise MapError(f"{source}: is a ddrescue map without any line but comments")
+            raise MapError(f"{source}: is a ddrescue map with nothing but comments")
         return EMPTY
     number, line = lines[0]
     words = line.split()
@@ -143,8 +143,8 @@ def _format_of(lines: list[tuple[int, str]], source: str, says_ddrescue: bool) -
         return BADBLOCKS
     if line.startswith("Offset") and "Mapped to" in line:
         raise MapError(
-            f"{source}: is qemu-img map's table for people, which leaves out what is not data in a "
-            "file: use --output=json"
+            f"{source}: is qemu-img map's table for people, which "
+            "leaves out everything but data in files: use --output=json"
         )
     if len(words) >= 3 and words[1].endswith("%"):
         raise MapError(
@@ -152,7 +152,7 @@ def _format_of(lines: list[tuple[int, str]], source: str, says_ddrescue: bool) -
         )
     if len(words) >= 3 and all(word.isdigit() for word in words[:3]):
         return NBDINFO
-    raise MapError(f"{source}: line {number}: {line[:60]!r} is of no known format; expected {KNOWN}")
+    raise MapError(f"{source}: line {number}: {line[:60]!r} is not of a known format; expected {KNOWN}")
 
 
 def _entries(
@@ -167,8 +167,8 @@ def _entries(
     if name == BADBLOCKS:
         if block_size is None:
             raise UsageError(
-                f"{source}: is a list of block numbers: --block-size must say of how many bytes "
-                "(badblocks counts in 1024 without -b)"
+                f"{source}: is a list of block numbers: say with --block-size how many bytes a block has "
+                "(without -b, badblocks counts blocks of 1024)"
             )
         return _badblocks(lines, source, block_size)
     return iter(())
@@ -179,7 +179,7 @@ def _ranges(source: str, name: str, unit: str, entries: Iterator[Entry]) -> Rang
     for number, start, length in entries:
         if start + length >= LIMIT:
             raise MapError(
-                f"{source}: {unit} {number}: the range ends behind byte 2**63, where no disk reaches"
+                f"{source}: {unit} {number}: the range ends beyond byte 2**63, where no disk reaches"
             )
         if length:
             at.append(number)
@@ -278,8 +278,8 @@ WORDS = {
     "clean": False,
     "absent": False,
 }
-"""The descriptions of base:allocation, of dirty bitmaps and of allocation depths: is that what one asks
-about?"""
+"""The descriptions of base:allocation, of dirty bitmaps
+and of allocation depths: is that what one asks about?"""
 
 
 def _means(type: int, description: str) -> bool:
@@ -299,16 +299,15 @@ def _json(text: str, source: str) -> Iterator[Entry]:
         raise MapError(f"{source}: line 1: is nested too deeply to be a list of extents") from None
     if not isinstance(found, list):
         raise MapError(
-            f"{source}: line 1: is a JSON object; expected the array of extents of nbdinfo --map "
-            "--json or qemu-img map --output=json"
+            f"{source}: line 1: is a JSON object; expected the array of "
+            "extents of nbdinfo --map --json or qemu-img map --output=json"
         )
     for number, extent in enumerate(found, 1):
         entry = _json_entry(extent)
         if entry is None:
             raise MapError(
-                f"{source}: entry {number}: {json.dumps(extent)[:80]} is no extent of nbdinfo --map "
-                "--json (offset, length, type) "
-                "or qemu-img map --output=json (start, length, depth, data)"
+                f"{source}: entry {number}: {json.dumps(extent)[:80]} is not an extent of nbdinfo --map "
+                "--json (offset, length, type) or qemu-img map --output=json (start, length, depth, data)"
             )
         wanted, start, length = entry
         if wanted:
@@ -316,7 +315,7 @@ def _json(text: str, source: str) -> Iterator[Entry]:
 
 
 def _json_entry(extent: Any) -> tuple[bool, int, int] | None:
-    """(is it meant?, first byte, bytes); None where it is no extent.
+    """(is it meant?, first byte, bytes); None where it is not an extent.
 
     Of a qemu-img map: data in the image itself, not in its backing files.
     """
@@ -340,5 +339,5 @@ def _json_entry(extent: Any) -> tuple[bool, int, int] | None:
 
 
 def _natural(value: Any) -> int:
-    """The number, -1 where it is none."""
+    """The number; -1 where it is not a number."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else -1

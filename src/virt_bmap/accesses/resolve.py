@@ -28,8 +28,8 @@ or older, as anything else; or, where the name is still the one that was told, c
 unconfirmed (older still).
 """
 BATCH = 1 << 15
-"""Requests that are resolved at a time: bounds the memory that a batch takes, as one may touch many
-objects."""
+"""Requests that are resolved at a time: bounds the memory
+that a batch takes, as one may touch many objects."""
 MOST_LABELS = 1 << 17
 """Names that are kept as text: some 50 MiB."""
 IDENTITY = ("device", "kind", "path", "part")

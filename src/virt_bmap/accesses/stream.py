@@ -1,6 +1,6 @@
 """A trace while it grows: an Arrow stream, which can be read as far as it goes when its end never came.
 
-It lies beside the trace under its name with `.part` behind it, is brought to the disk at least every minute,
+It lies beside the trace under its name with `.part` after it, is brought to the disk at least every minute,
 and goes when the trace is there. What a watch that was killed left is read as a trace is; the next watch of
 that name keeps it under another one. Words are plain text here, so that each batch stands for itself; a
 batch's own metadata names the maps that have come since the one before.
@@ -90,7 +90,7 @@ class Part:
         """
         self.moved = ""
         if os.path.isdir(target):
-            raise OutputError(f"{target}: can't be written: is a directory")
+            raise OutputError(f"{target}: can't be written: it is a directory")
         self.path = (
             ""
             if target == "-" or (os.path.exists(target) and not os.path.isfile(target))
@@ -181,7 +181,7 @@ def is_stream(path: str) -> bool:
 
 
 def about(path: str, schema: pa.Schema) -> dict[str, Any]:
-    """What a stream says of itself. Raises MapError where it is no trace."""
+    """What a stream says of itself. Raises MapError where it is not a trace."""
     try:
         with inputs.opened(path, "a trace") as file, pa.ipc.open_stream(file) as stream:
             found = stream.schema

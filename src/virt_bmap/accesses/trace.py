@@ -42,22 +42,21 @@ OBJECT = pa.struct([
     pa.field("device", pa.dictionary(pa.int32(), pa.string()), False, {"meaning": "the volume's name"}),
     pa.field("kind", pa.dictionary(pa.int8(), pa.string()), False,
         {"meaning": "kind of extent, or of volume where the map knows no more"}),
-    pa.field("path", pa.large_binary(), True, {"meaning": "path in the filesystem, the first of several "
-        "names; null: has none"}),
+    pa.field("path", pa.large_binary(), True, {"meaning": "path in the filesystem, the first "
+        "of several names; null: has none"}),
     pa.field("part", pa.dictionary(pa.int16(), pa.string()), True,
         {"meaning": "metadata structure or named stream; null: plain content"}),
     pa.field("inode", pa.int64(), True, {"meaning": "number of the inode; null: has none"}),
     pa.field("offset", pa.int64(), False, {"meaning": "first byte touched, on the disk"}),
     pa.field("length", pa.int64(), False, {"meaning": "bytes of the object that were touched"}),
-    pa.field("file_offset", pa.int64(), True, {"meaning": "where in the file they begin; null: means "
-        "nothing, or is not known"}),
-    pa.field("inline", pa.bool_(), False, {"meaning": "lies inside another object's block, and is touched "
-        "whenever that is"}),
+    pa.field("file_offset", pa.int64(), True, {"meaning": "where in the file they begin; null: "
+        "means nothing, or is not known"}),
+    pa.field("inline", pa.bool_(), False, {"meaning": "lies inside another object's block, "
+        "and is touched whenever that is"}),
     pa.field("map", pa.int32(), False, {"meaning": "number of the map that gave the name: 0 for the one "
         "from the start, then those read while the guest ran"}),
-    pa.field("older", pa.bool_(), False, {"meaning": "metadata was written between the reading of that "
-        "map and the request, and nothing shows that the "
-        "name is right all the same"}),
+    pa.field("older", pa.bool_(), False, {"meaning": "metadata was written between the reading of that map "
+        "and the request, and nothing shows that the name is right all the same"}),
 ])  # fmt: skip
 SCHEMA = tables.SCHEMAS["accesses"].append(
     pa.field(
@@ -65,9 +64,9 @@ SCHEMA = tables.SCHEMAS["accesses"].append(
         pa.list_(OBJECT),
         False,
         {
-            "meaning": "what the request touched, by place: device, kind, path, part and inode as in the "
-            "map; offset and length on the disk; "
-            "file_offset where in the file; inline: lies inside another object's block",
+            "meaning": "what the request touched, by place: device, kind, path, part and "
+            "inode as in the map; offset and length on the disk; file_offset "
+            "where in the file; inline: lies inside another object's block",
         },
     )
 )
@@ -217,8 +216,8 @@ class Trace:
             self._written = time.monotonic()
 
     def _flush(self, before: int, least: int) -> None:
-        """Write what is complete, where that is at least so much: nothing of it is open, or it was before
-        `before`."""
+        """Write what is complete, where that is at least so much:
+        nothing of it is open, or it was before `before`."""
         kept = sum(len(batch.accesses) for batch in self._waiting)
         ready, count = 0, 0
         for batch in self._waiting:

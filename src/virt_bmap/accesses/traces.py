@@ -18,6 +18,7 @@ from virt_bmap.accesses.accesses import Accesses
 from virt_bmap.accesses.logs.text import Log
 from virt_bmap.accesses.resolve import BATCH, IDENTITY, Resolver, identify
 from virt_bmap.accesses.trace import KEY, OBJECT, SCHEMA, VERSION, Trace, save
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, ints
 from virt_bmap.core.errors import ImageError, MapError, UsageError
 from virt_bmap.core.escape import escape_all
@@ -64,9 +65,9 @@ class Run(NamedTuple):
 
 
 class Traces(NamedTuple):
-    """Traces with the objects that any of them touched: a table of device, kind, path, part (as in a trace),
-    `inode` (of the first mention, null: none), and `size` in bytes (null: no file, or no map was there to
-    ask)."""
+    """Traces with the objects that any of them touched: a table of device,
+    kind, path, part (as in a trace), `inode` (of the first mention, null:
+    none), and `size` in bytes (null: no file, or no map was there to ask)."""
 
     runs: list[Run]
     objects: pa.Table
@@ -111,7 +112,7 @@ def read(path: str) -> Saved:
     it."""
     if _only_left(path):
         raise ImageError(
-            f"{path}: is not there ({path + stream.ENDING} is what a watch left that was killed, and "
+            f"{path}: is not there ({path + stream.ENDING} was left by a watch that was killed, and "
             "can be read)"
         )
     with inputs.reading(path, "a trace"):
@@ -141,7 +142,7 @@ def _of_parquet(path: str) -> tuple[pa.Table, dict[str, Any]]:
     file = inputs.open_file(path, "a trace")
     names = set(file.schema_arrow.names)
     if missing := [name for name in SCHEMA.names if name not in names]:
-        raise MapError(f"{path}: is a Parquet file, but no trace: it has no column {missing[0]!r}")
+        raise MapError(f"{path}: is a Parquet file, but not a trace: it has no column {missing[0]!r}")
     return inputs.rows(file, SCHEMA.names), inputs.metadata(file, KEY)
 
 
@@ -157,7 +158,7 @@ def _schema(objects: pa.DataType) -> pa.Schema:
 
 
 def _check_numbers(path: str, rows: pa.Table) -> None:
-    """MapError where numbers are none that a disk can have."""
+    """MapError where numbers are impossible for a disk."""
     objects = pa.Table.from_struct_array(rows.column("objects").combine_chunks().flatten())
     for table, names in (
         (rows, ("disk", "time_ns", "offset", "length", "connection")),
@@ -169,13 +170,13 @@ def _check_numbers(path: str, rows: pa.Table) -> None:
                 raise MapError(f"{path}: is damaged: column {name!r} has the value {low}")
         high = [pc.max(table.column(name)).as_py() or 0 for name in ("offset", "length")]
         if sum(high) >= 1 << 63:
-            raise MapError(f"{path}: is damaged: it has offsets behind byte 2**63")
+            raise MapError(f"{path}: is damaged: it has offsets beyond byte 2**63")
     if pc.max(rows.column("time_ns")).as_py() >= LATEST:
         raise MapError(f"{path}: is damaged: it has times after the year 2100")
     if pc.max(rows.column("disk")).as_py() > MOST_DISKS:
         raise MapError(f"{path}: is damaged: it is of more than {MOST_DISKS:,} disks")
     if unknown := set(pc.unique(rows.column("op").cast(pa.string())).to_pylist()) - set(tables.OPS):
-        raise MapError(f"{path}: is damaged: no access {min(unknown)!r} is known")
+        raise MapError(f"{path}: is damaged: {min(unknown)!r} is not a known operation")
 
 
 def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
@@ -194,8 +195,8 @@ def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
             check_disks(saved, bmap)
         if known and saved.sizes and saved.sizes != known:
             raise MapError(
-                f"{path}: is a trace of {_disks(saved.sizes)}, but {paths[0]} of {_disks(known)}: "
-                "another machine's"
+                f"{path}: is a trace of {_disks(saved.sizes)}, but {paths[0]} "
+                f"is of {_disks(known)}: they are of different machines"
             )
         known = known or saved.sizes
         if resolver and not pc.any(pc.greater(pc.list_value_length(saved.rows.column("objects")), 0)).as_py():
@@ -212,27 +213,27 @@ def load(paths: Sequence[str], bmap: BlockMap | None = None) -> Traces:
 
 
 def check_disks(saved: Saved, bmap: BlockMap) -> None:
-    """MapError where a trace can't be of a map's disks: sizes, accesses behind the end, or names that the map
+    """MapError where a trace can't be of a map's disks: sizes, accesses beyond the end, or names that the map
     has elsewhere."""
     mine = sizes(bmap)
     if saved.sizes and saved.sizes != mine:
         raise MapError(
-            f"{saved.name}: is a trace of {_disks(saved.sizes)}, but the map is of {_disks(mine)}: "
-            "another machine's"
+            f"{saved.name}: is a trace of {_disks(saved.sizes)}, but the "
+            f"map is of {_disks(mine)}: they are of different machines"
         )
     disk = tables.integers(saved.rows, "disk")
     end = tables.integers(saved.rows, "offset") + tables.integers(saved.rows, "length")
     if disk.max() > len(mine):
         raise MapError(
-            f"{saved.name}: is a trace of disk {disk.max()}, but the map has {len(mine)}: another machine's"
+            f"{saved.name}: is a trace of disk {disk.max()}, but the "
+            f"map has {len(mine)}: they are of different machines"
         )
     behind = np.flatnonzero(end > ints(mine)[disk - 1])
     if len(behind):
         row = int(behind[0])
         raise MapError(
-            f"{saved.name}: row {row + 1}: bytes up to {end[row]:#x} lie behind the end of disk "
-            f"{disk[row]}, which has {mine[disk[row] - 1]:#x}: "
-            "it is a trace of another disk"
+            f"{saved.name}: row {row + 1}: bytes up to {end[row]:#x} lie beyond the end of disk {disk[row]}, "
+            f"which has {mine[disk[row] - 1]:#x}: it is a trace of another disk"
         )
     _check_names(saved, bmap)
 
@@ -263,16 +264,14 @@ def _check_names(saved: Saved, bmap: BlockMap) -> None:
         )
     if right * 2 < known:
         raise MapError(
-            f"{saved.name}: names {known:,} files, of which {known - right:,} are others in the map: "
-            "it is a trace of another disk"
+            f"{saved.name}: names {plural(known, 'file')}, of which {known - right:,} "
+            "are other files in the map: it is a trace of another disk"
         )
 
 
 def _disks(sizes: Sequence[int]) -> str:
-    return (
-        f"{'a disk' if len(sizes) == 1 else f'{len(sizes)} disks'} of "
-        f"{', '.join(f'{size:,}' for size in sizes)} bytes"
-    )
+    count = "a disk" if len(sizes) == 1 else plural(len(sizes), "disk")
+    return f"{count} of {', '.join(f'{size:,}' for size in sizes)} bytes"
 
 
 def _run(saved: Saved) -> tuple[Run, pa.Table]:
@@ -382,7 +381,7 @@ def recover(path: str, file: BinaryIO) -> int:
 def save_log(log: Log, file: BinaryIO, bmap: BlockMap | None = None, disk: int = 1) -> None:
     """Write a log as a trace of disk number `disk`, its objects named by the map.
 
-    Raises MapError, with the line, where an access lies behind the disk's end.
+    Raises MapError, with the line, where an access lies beyond the disk's end.
     """
     accesses = log.accesses
     resolver = Resolver(bmap) if bmap else None
@@ -395,9 +394,8 @@ def save_log(log: Log, file: BinaryIO, bmap: BlockMap | None = None, disk: int =
             row = int(behind[np.argmin(log.line[behind])])
             raise MapError(
                 f"{log.source}: line {log.line[row]}: bytes "
-                f"{accesses.offset[row]:#x}-{accesses.offset[row] + accesses.length[row]:#x} lie "
-                "behind the end of "
-                f"disk {disk}, which has {size:#x} bytes: it is a log of another disk"
+                f"{accesses.offset[row]:#x}-{accesses.offset[row] + accesses.length[row]:#x} lie beyond the "
+                f"end of disk {disk}, which has {size:#x} bytes: it is a log of another disk"
             )
     trace = Trace(resolver, file)
     _write(trace, accesses, resolver, disk)

@@ -17,11 +17,11 @@ Ranges = tuple[Int, Int]
 BATCH = 8 << 20
 """Bytes read at once."""
 LOOK = 1 << 30
-"""Bytes of a volume that is not whole whose losses are looked at together; stripes of a lost member are
-many."""
+"""Bytes of a volume that is not whole whose losses are
+looked at together; stripes of a lost member are many."""
 GRAIN = 4096
-"""Zeroes are left out in pieces of this size, the block size of nearly all filesystems that may hold the
-copy."""
+"""Zeroes are left out in pieces of this size, the block
+size of nearly all filesystems that may hold the copy."""
 
 
 class Target(Protocol):

@@ -1,5 +1,5 @@
-"""Writing files and trees of a disk to a folder of this machine, with nothing on the disk able to lead out of
-it.
+"""Writing files and trees of a disk to a folder of this
+machine, with nothing on the disk able to lead out of it.
 
 All is made in a new folder beside its place, below descriptors of its directories that were opened without
 following links, and takes its names at the end: what fails leaves nothing behind. Names that are no names
@@ -71,8 +71,8 @@ class Report:
     lost: bool = False
     """Something was left out that a copy should have: more than devices, fifos and sockets."""
     missing: list[tuple[bytes, Missing]] = field(default_factory=list)
-    """The first files that can't be read whole, and what of them is missing: left out, or with zeroes in its
-    place."""
+    """The first files that can't be read whole, and what of
+    them is missing: left out, or with zeroes in its place."""
     incomplete: int = 0
     """How many such files there are."""
 
@@ -179,7 +179,9 @@ class _Work:
                     (again if inode in seen else plain).append(entry)
                     seen.add(inode)
                 elif inode in seen or len(folder) >= MAX_DEPTH:
-                    self.report.leave("directories that lie in themselves, twice, or too deep", entry.path)
+                    self.report.leave(
+                        "directories that lie inside themselves, in two places or too deep", entry.path
+                    )
                 elif self._try(
                     entry, lambda entry: os.mkdir(entry.name, 0o700, dir_fd=self._enter(entry.folder))
                 ):
@@ -191,7 +193,7 @@ class _Work:
 
     def _refusal(self, entry: Entry, kind: int) -> str | None:
         if not is_name(entry.name):
-            return "names that are none"
+            return "names that can't be names here"
         if kind in SPECIAL:
             return "devices, fifos and sockets"
         if kind == tables.T_METADATA:
@@ -220,7 +222,7 @@ class _Work:
                     self.report.miss(entry.path, missing)
                     self.report.lost = True
                 if twice:
-                    self.report.leave("files of which two extents hold the same bytes", entry.path)
+                    self.report.leave("files with two extents for the same bytes", entry.path)
                 if file is not None and (twice or (missing and not self.partial)):
                     os.unlink(entry.name, dir_fd=self._enter(entry.folder))
                 elif file is not None:
@@ -254,7 +256,7 @@ class _Work:
         for entry in entries:
             first = self._made.get(entry.inode)
             if first is None:
-                self.report.leave("further names of files that were left out", entry.path)
+                self.report.leave("more names of files that were left out", entry.path)
                 continue
             source = os.dup(self._enter(first.folder))
 
@@ -318,7 +320,7 @@ class _Work:
         try:
             make(entry)
         except FileExistsError:
-            self.report.leave("second files of one name", entry.path)
+            self.report.leave("files whose name is taken already", entry.path)
             return False
         except OSError as error:
             if error.errno not in HERE_IMPOSSIBLE:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import counted, plural
 from virt_bmap.core.arrays import Int, covered_twice, intersect, subtract, total, union
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import FILE, BlockMap
@@ -145,14 +146,17 @@ def _said(bmap: BlockMap, volume: int, piece: _Piece) -> dict[str, Proof]:
         return {"content": Proof("content", NOT_LOOKED_AT, piece.words)}
     _, system = bmap.slice_of("filesystems", volume)
     if tables.OBSERVED in system.column("state").to_pylist():
-        detail = f"mapped by reading its files: {_unseen(bmap, volume)} bytes were never observed"
+        detail = (
+            "mapped by reading its files: "
+            f"{counted(_unseen(bmap, volume), '[byte was|bytes were] never observed')}"
+        )
         others = ("allocator", "structure", "checksums")
         proofs = [
             Proof("owners", NOT_LOOKED_AT, detail),
             *(Proof(name, NOT_LOOKED_AT, "the metadata was not read") for name in others),
         ]
         return {proof.subject: proof for proof in proofs}
-    found = [Proof("owners", PROVEN, "every byte has one owner, or several on purpose")]
+    found = [Proof("owners", PROVEN, "every byte has one owner, or several that share it on purpose")]
     if system.num_rows or bmap.volumes.column("type")[volume].as_py():
         found += [
             Proof("structure", PROVEN, "as far as its reader looks"),
@@ -165,7 +169,7 @@ def _said(bmap: BlockMap, volume: int, piece: _Piece) -> dict[str, Proof]:
             agreed if has_free or bmap.proofs is not None else Proof("allocator", NOT_LOOKED_AT, UNASKED)
         )
         found += _journal(bmap, volume, system.column("state")[0].as_py())
-        found.append(Proof("files", NOT_LOOKED_AT, "what is in files is not read"))
+        found.append(Proof("files", NOT_LOOKED_AT, "the content of files is not read"))
     if piece.words:
         found.append(Proof("content", NOT_LOOKED_AT, piece.words))
     found += [proof for number, proof in bmap.proofs or () if number == volume]
@@ -175,7 +179,7 @@ def _said(bmap: BlockMap, volume: int, piece: _Piece) -> dict[str, Proof]:
 def _journal(bmap: BlockMap, volume: int, state: str) -> list[Proof]:
     codes = {row["code"] for row in bmap.slice_of("problems", volume)[1].to_pylist()}
     if codes & {"journal-replayed", "replayed"}:
-        return [Proof("journal", PROVEN, "replayed in memory: the map is that after recovery")]
+        return [Proof("journal", PROVEN, "replayed in memory: the map shows the state after recovery")]
     if state == "needs recovery":
         return [Proof("journal", NOT_LOOKED_AT, "it needs recovery, and was not replayed")]
     return []
@@ -210,7 +214,7 @@ def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
         if more := len(ranges[0]) - len(pairs):
             low, high = int(ranges[0][LISTED]), int(ranges[1][-1])
             report.disagreements.append(
-                Disagreement(volume, code, low, high, f"{detail}: {more} more ranges")
+                Disagreement(volume, code, low, high, f"{detail}: {plural(more, 'more range')}")
             )
 
     everything = union(np.append(start[own], inner[0]), np.append(end[own], inner[1]))
@@ -233,7 +237,7 @@ def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
     alone = own & ~shared & (kind != tables.FREE)
     disagree("two-owners", "two owners that do not share on purpose", covered_twice(start[alone], end[alone]))
     at_home = own & shared
-    disagree("two-owners", "an unshared owner on shared bytes",
+    disagree("two-owners", "an owner that does not share, on bytes that others share",
              intersect(start[alone], end[alone], start[at_home], end[at_home]))  # fmt: skip
     outside = subtract(start[inline], end[inline], start[own], end[own])
     disagree("inline-outside", "said to lie inside another extent, but does not", outside)

@@ -5,8 +5,8 @@ Bytes come from the reader of the filesystem's own volume, so arrays, encryption
 undone, journals replayed, and copies checked. What can't be had is told with each piece (`Piece.lost`). What
 is stored compressed or encrypted by the filesystem itself is refused, a file at a time.
 
-A deleted file that a map still names (NTFS) has the clusters that its record names, as far as they are
-nobody's now.
+A deleted file that a map still names (NTFS) has the clusters
+that its record names, as far as they are nobody's now.
 """
 
 from collections.abc import Iterator, Sequence
@@ -189,8 +189,8 @@ class Files:
                 target = self.target(found[0])
                 if target is None:
                     raise Unsupported(
-                        f"{_text(path)} on {self.device}: {_text(name)} is a symbolic link whose "
-                        "target is not read"
+                        f"{_text(path)} on {self.device}: {_text(name)} "
+                        "is a symbolic link whose target is not read"
                     )
                 trail = [self.root] if target.startswith(b"/") else trail
                 todo = _names(target) + todo
@@ -285,8 +285,7 @@ class Files:
         self._add(owner[row], at[row] + low, np.full(len(row), -1, np.int64), high - low, flags[row], REUSED)
 
     def _doubt_holes(self, table: pa.Table) -> None:
-        """On a volume that was cut off, what has no place is no hole: a map has no rows behind the end, and
-        nobody can tell which is which."""
+        """On a volume that was cut off, what has no place is not a hole: a map has no rows beyond the end."""
         inodes = np.unique(
             self._inode[
                 (self.kind[self._rows] == tables.T_FILE) & (self.flags[self._rows] & tables.I_DELETED == 0)
@@ -343,13 +342,13 @@ class Files:
         low, high = self._content(inode, self._code(stream))
         if stream is not None and not (high > low and self._inline[low:high].all()):
             return (
-                "it has no such stream, an empty one, or one of whole clusters, whose exact length a "
-                "map does not keep"
+                "it has no such stream, or an empty one, or one of "
+                "whole clusters, whose exact length is not in a map"
             )
         if self._coded[low:high].any() or (stream is None and np.isin(inode, self._elsewhere)):
             return "stored compressed or encrypted"
         if stream is None and low == high and self.size[row] and np.isin(inode, self._reparse):
-            return "kept elsewhere by what its reparse point names"
+            return "kept elsewhere, where its reparse point says"
         return None
 
     def length(self, inode: int, stream: str | None = None) -> int:
@@ -360,7 +359,7 @@ class Files:
         return int((self._at[low:high] + self._length[low:high]).max(initial=0))
 
     def pieces(self, inodes: Sequence[int], stream: str | None = None) -> Iterator[Piece]:
-        """The stored content of these files, file by file and by offset, none of it behind a file's end; what
+        """The stored content of these files, file by file and by offset, none of it beyond a file's end; what
         no piece covers is zero.
 
         Reads are batches of BATCH bytes, however many files that is. `refusal` must have had nothing to say
@@ -446,13 +445,13 @@ def spread(pieces: Iterator[Piece], size: int, missing: Missing | None = None) -
 
     for piece in pieces:
         if piece.offset < done:
-            raise Corrupt(f"two extents of the file hold its byte {piece.offset:#x}")
+            raise Corrupt(f"two extents of the file hold byte {piece.offset:#x} of it")
         yield from gap(piece.offset)
         if len(piece.lost.starts):
             told = Missing() if missing is None else missing
             told.add(piece.lost)
             if missing is None:
-                raise ImageError(f"can't be read whole: {told}; --partial gives zeroes for them")
+                raise ImageError(f"can't be read whole: {told}; --partial gives zeroes instead")
         yield piece.data
         done = piece.offset + len(piece.data)
     yield from gap(size)

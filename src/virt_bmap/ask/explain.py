@@ -1,5 +1,5 @@
-"""One byte of a disk, all the way down: every layer it passes, who owns it there, and what is known of the
-owner.
+"""One byte of a disk, all the way down: every layer it
+passes, who owns it there, and what is known of the owner.
 
 The result is plain dictionaries, ready for JSON: names are escaped, offsets and sizes are bytes. What the map
 does not say is left out rather than guessed: which of several names of a large directory lie in this block.
@@ -45,7 +45,7 @@ def explain(bmap: BlockMap, disk: int, offset: int) -> Found:
     top = bmap.disks[disk - 1]
     size = bmap.volumes.column("size")[top].as_py()
     if not 0 <= offset < size:
-        raise UsageError(f"byte {offset:#x} lies behind the end of disk {disk}, which has {size:#x} bytes")
+        raise UsageError(f"byte {offset:#x} lies beyond the end of disk {disk}, which has {size:#x} bytes")
     owners = bmap.owners(disk, ints(offset), ints(offset + 1))
     owners = owners.take(owners.extent >= 0)
     walk = _Walk(bmap, owners, disk)
@@ -132,7 +132,7 @@ def _run(rows: Rows, row: int, offset: int) -> Found:
 
 
 def _neighbours(bmap: BlockMap, volume: int, offset: int) -> list[str | None]:
-    """The devices that end before and begin behind a byte which belongs to none."""
+    """The devices that end before and begin after a byte which belongs to none."""
     rows = bmap.rows_into(volume)
     start = rows.on_parent.offset
     end = rows.parent_end
@@ -194,9 +194,9 @@ def _places(layer: Found) -> Iterator[tuple[str, int, int]]:
 
 
 def history_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader]) -> Found | None:
-    """What the metadata still says of the past of the byte, in the innermost layer that knows: of a byte in a
-    journal what it is a copy of, of a free one whose it was (`former`, None where the format keeps
-    nothing)."""
+    """What the metadata still says of the past of the byte, in the innermost
+    layer that knows: of a byte in a journal what it is a copy of, of a
+    free one whose it was (`former`, None where the format keeps nothing)."""
     for inner in layer["layers"]:
         if found := history_at(bmap, inner, readers):
             return found

@@ -16,15 +16,15 @@ from virt_bmap.model.contract import History
 
 
 def history_of(bmap: BlockMap, volume: int) -> History | None:
-    """What knows the past of the filesystem on a volume; None where there is none, or the format keeps
-    nothing."""
+    """What knows the past of the filesystem on a volume;
+    None where there is none, or the format keeps nothing."""
     format = formats.filesystem(bmap.filesystem_type(volume))
     return format.history() if format and format.history else None
 
 
 def former_owners(bmap: BlockMap, volume: int, reader: Reader, starts: Int, ends: Int) -> pa.Table | None:
-    """Whose the free bytes among [starts[i], ends[i]) of a volume were, the last owners first: the table
-    `former`.
+    """Whose the free bytes among [starts[i], ends[i]) of a
+    volume were, the last owners first: the table `former`.
 
     None where the format keeps nothing. A row reaches as far as the owner did, so also over bytes that are
     somebody's now.

@@ -1,7 +1,7 @@
 """Many ranges of a disk, added up by what they hit: files with the ranges inside them, metadata, free space.
 
-All of it is arithmetic on columns: ten thousand ranges on a map of any size are one lookup, a sort and a few
-sums.
+All of it is arithmetic on columns: ten thousand ranges on
+a map of any size are one lookup, a sort and a few sums.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from virt_bmap.model.paths import positions
 from virt_bmap.saved.results import field
 
 KINDS = (*tables.KINDS, "slack", "record")
-"""The kinds of extents, and two more. slack: behind the end of the file in its last block, no loss to the
+"""The kinds of extents, and two more. slack: beyond the end of the file in its last block, no loss to the
 file; record: the inode's own, without which the file can't be found though its bytes are whole."""
 SLACK, RECORD = range(len(tables.KINDS), len(KINDS))
 
@@ -115,7 +115,7 @@ def _pieces(bmap: BlockMap, owners: Owners) -> _Pieces:
 
 
 def _slack(bmap: BlockMap, pieces: _Pieces) -> _Pieces:
-    """The pieces cut at the ends of their files: what lies behind is slack."""
+    """The pieces cut at the ends of their files: what lies beyond is slack."""
     size = np.full(len(pieces.volume), np.iinfo(np.int64).max, np.int64)
     content = np.isin(pieces.kind, (tables.DATA, tables.UNWRITTEN)) & (pieces.part < 0) & (pieces.low >= 0)
     for volume in np.unique(pieces.volume[content]).tolist():
@@ -234,7 +234,7 @@ def _names(bmap: BlockMap, one: _Pieces) -> list[list[str]]:
 
 
 def _names_held(bmap: BlockMap, one: _Pieces) -> Int:
-    """How many names each directory holds; -1 for what is none."""
+    """How many names each directory holds; -1 for what is not a directory."""
     result = np.full(len(one.volume), -1, np.int64)
     blocks = (one.kind == tables.DIRECTORY) & (one.inode >= 0)
     for volume in np.unique(one.volume[blocks]).tolist():

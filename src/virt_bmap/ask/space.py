@@ -1,5 +1,5 @@
-"""What of a volume is free for certain: what every allocator on it calls free and nobody owns, in bytes of
-that volume.
+"""What of a volume is free for certain: what every allocator
+on it calls free and nobody owns, in bytes of that volume.
 
 A filesystem whose allocator can't be trusted (not clean, damaged, contradicted by its map, on a layer with a
 problem) gives nothing, and says why; so does what lies on bytes that something vouches for, whoever calls
@@ -36,9 +36,9 @@ ADVICE = {
 """What to do instead, for volumes with these traits."""
 MEANING = {
     tables.CHECKSUMMED: "keeps checksums of its blocks (dm-integrity)",
-    tables.VERIFIED: "is covered by hashes, its free bytes, too (dm-verity)",
-    tables.JOURNALED: "has a journal on another device, which may hold newer bytes and parity made with "
-    "what it holds (md)",
+    tables.VERIFIED: "is covered by hashes, its free bytes as well (dm-verity)",
+    tables.JOURNALED: "has a journal on another device, which may hold "
+    "newer bytes and parity made with what it holds (md)",
 }
 
 
@@ -64,9 +64,9 @@ def free_space(
 ) -> Space:
     """What of volume `target` is free, whichever volume that lies in it says so.
 
-    `kinds` tells which kinds of extents count as free on a volume; `doubted` is what `doubts` gave, where it
-    was asked already; `known` what was found of arrays: they can lie in each other, and each is asked by all
-    below it."""
+    `kinds` tells which kinds of extents count as free on a volume; `doubted`
+    is what `doubts` gave, where it was asked already; `known` what was found
+    of arrays: they can lie in each other, and each is asked by all below it."""
     doubted = doubts(bmap) if doubted is None else doubted
     known = {} if known is None else known
     space, used = Space(), []
@@ -131,8 +131,8 @@ def sharing_parity(rows: Rows, free: Ranges, size: int) -> Ranges:
 
 
 def distrust(bmap: BlockMap, volume: int) -> str | None:
-    """Why the allocator of a volume is not believed: its filesystem, or a layer that it lies on; None where
-    it is."""
+    """Why the allocator of a volume is not believed: its
+    filesystem, or a layer that it lies on; None where it is."""
     _, system = bmap.slice_of("filesystems", volume)
     if system.num_rows and (state := system.column("state")[0].as_py()) not in tables.CONSISTENT:
         return f"its {system.column('type')[0].as_py()} is not clean: {state}"
@@ -146,7 +146,7 @@ def distrust(bmap: BlockMap, volume: int) -> str | None:
         if number == volume:
             return f"it has a problem: {row['code']}"
         if number in below or (row["format"] == GROUPED and _same_group(bmap, layers(bmap, number), below)):
-            return f"it lies on what has a problem: {names[number]}, {row['code']}"
+            return f"{names[number]}, on which it lies, has a problem: {row['code']}"
     return None
 
 

@@ -1,8 +1,8 @@
 """One module for each command: NAME is its file's name, HELP one line, `add_arguments(parser)`, and
 `run(args) -> exit status`.
 
-Modules are imported only when their command is run; `COMMANDS` is the list that `virt-bmap --help` shows, in
-this order.
+Modules are imported only when their command is run; `COMMANDS`
+is the list that `virt-bmap --help` shows, in this order.
 """
 
 from typing import NamedTuple

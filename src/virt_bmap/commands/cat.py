@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = 2 if args.add else 3
     if len(args.arguments) != wanted:
         raise UsageError(
-            f"cat needs {'DEVICE and PATH' if args.add else 'a disk, DEVICE and PATH'}; given: "
-            f"{' '.join(args.arguments)}"
+            f"cat needs {'DEVICE and PATH' if args.add else 'a disk, DEVICE and PATH'}; "
+            f"given: {' '.join(args.arguments)}"
         )
     images, (device, path) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
     with (
@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         if not files.is_kind(inode, tables.T_FILE) and args.stream is None:
             row = int(files.rows_of(ints(inode))[0])
             raise UsageError(
-                f"{shown}: is no file but of type {tables.TYPES[files.kind[row]] if row >= 0 else 'unknown'}"
+                f"{shown}: is not a file, but of type "
+                f"{tables.TYPES[files.kind[row]] if row >= 0 else 'unknown'}"
             )
         if reason := files.refusal(inode, args.stream):
             raise Unsupported(f"{shown}: can't be read: {reason}")
@@ -82,5 +83,5 @@ def run(args: argparse.Namespace) -> int:
             raise ImageError(f"{shown}: {error}") from error
         sys.stdout.buffer.flush()
         if missing:
-            say(f"virt-bmap: {shown}: zeroes stand for {missing}", file=sys.stderr)
+            say(f"virt-bmap: {shown}: zeroes were written for {missing}", file=sys.stderr)
     return 0

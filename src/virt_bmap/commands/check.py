@@ -10,11 +10,11 @@ from virt_bmap.commands.common import (
     add_nested_option,
     add_result_options,
     map_or_disks,
-    plural,
     print_json,
 )
 from virt_bmap.commands.map import refuse_unknown
 from virt_bmap.commands.paths import INPUT
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
 from virt_bmap.model.contract import CONTRADICTED, NOT_LOOKED_AT, PROVEN, Asks
@@ -87,7 +87,7 @@ def _table(report: "Report", names: list[str]) -> "pa.Table":
         field("result", pa.string(), "proven, contradicted, not looked at"),
         field("code", pa.string(), "stable word for what contradicts", null="nothing does"),
         field("start", pa.int64(), "first byte at fault, in the volume", "bytes", "not one place"),
-        field("end", pa.int64(), "the byte behind the last", "bytes", "not a range"),
+        field("end", pa.int64(), "the byte after the last", "bytes", "not a range"),
         field("detail", pa.string(), "what was looked at, what is wrong, or why nothing was looked at"),
     ])  # fmt: skip
     rows = [

@@ -48,7 +48,7 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         metavar="FORMAT",
-        help=f"image format instead of going by its magic: {', '.join(FORMATS)}",
+        help=f"image format, instead of what its magic says: {', '.join(FORMATS)}",
     )
     add_trust_options(group)
     group.add_argument(
@@ -57,8 +57,8 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=KEY,
-        help="open encrypted volumes; SELECTOR is a device, a UUID or all; `header` gives a detached LUKS "
-        "header",
+        help="open encrypted volumes; SELECTOR is a device, a "
+        "UUID or all; `header` gives a detached LUKS header",
     )
     group.add_argument(
         "--keys-from-stdin",
@@ -78,8 +78,8 @@ def add_trust_options(group: "argparse._ArgumentGroup | argparse.ArgumentParser"
         "-U",
         "--force-share",
         action="store_true",
-        help="read images that QEMU has open for writing, too (a running guest's): what is read is then "
-        "of no one moment",
+        help="read images that QEMU has open for writing, too (a "
+        "running guest's): what is read may then mix several states",
     )
 
 
@@ -101,8 +101,8 @@ def add_nested_option(parser: argparse.ArgumentParser) -> None:
         metavar="PATH|all",
         action="append",
         default=[],
-        help="open this file of a filesystem on the disks as a further disk; repeat it; `all`: every file "
-        "that begins as a disk does",
+        help="open this file of a filesystem on the disks as another disk; "
+        "repeat it; `all`: every file that begins as a disk does",
     )
 
 
@@ -111,7 +111,7 @@ def add_partial_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--partial",
         action="store_true",
-        help="fill what can't be read with zeroes; it is named all the same, but is no failure",
+        help="fill what can't be read with zeroes; it is still named, but the command does not fail",
     )
 
 
@@ -122,10 +122,12 @@ def nested_of(args: argparse.Namespace) -> Nested:
 
 def add_host_option(parser: argparse.ArgumentParser) -> None:
     """For commands that can count in bytes of image files."""
-    parser.add_argument("--host-offsets", action="store_true", help="count in bytes of the image files on "
-        "the host (qcow2, vmdk, vhd, vhdx, "
-        "vdi, raw), whose own "
-                        "metadata is named, too; disk 1, 2, ... are these files")  # fmt: skip
+    parser.add_argument(
+        "--host-offsets",
+        action="store_true",
+        help="count in bytes of the image files on the host (qcow2, vmdk, vhd, vhdx, vdi, raw), whose own "
+        "metadata is named, too; disk 1, 2, ... are these files",
+    )
 
 
 def keys_of(args: argparse.Namespace) -> Keys:
@@ -157,28 +159,28 @@ def map_disks(
 
 
 def map_or_disks(args: argparse.Namespace, given: Sequence[str], asks: Asks = NOTHING_MORE) -> BlockMap:
-    """A single saved map is loaded, disks are mapped (and proven as far as the readers can); -a names disks
-    only."""
+    """A single saved map is loaded, disks are mapped (and
+    proven as far as the readers can); -a names disks only."""
     if len(given) == 1 and not args.add and maps.is_saved(given[0]):
         return load(args, given[0])
     return map_disks(args, disks_of(args, given), asks=asks)
 
 
 def load(args: argparse.Namespace, path: str) -> BlockMap:
-    """A saved map; UsageError where --host-offsets is said of one that counts in bytes of the guest's
-    disks."""
+    """A saved map; UsageError where --host-offsets is said
+    of one that counts in bytes of the guest's disks."""
     bmap = maps.load(path)
     if getattr(args, "host_offsets", False) and not bmap.on_files:
         raise UsageError(
-            f"{path}: this map counts in bytes of the guest's disks; say --host-offsets when the "
-            "images are mapped"
+            f"{path}: this map counts in bytes of the guest's "
+            "disks; say --host-offsets when the images are mapped"
         )
     return bmap
 
 
 class Progress:
-    """A line on standard error that says what is being read: on a terminal only, and only if it takes
-    long."""
+    """A line on standard error that says what is being
+    read: on a terminal only, and only if it takes long."""
 
     def __init__(self) -> None:
         self._what, self._done = "", threading.Event()
@@ -260,8 +262,8 @@ def number(text: str) -> int:
     )
     if not match:
         raise UsageError(
-            f"{text!r} is not a number of bytes: decimal or 0x hexadecimal, with s (sectors), k, M, "
-            "G, T or P behind it"
+            f"{text!r} is not a number of bytes: decimal or 0x "
+            "hexadecimal, with s (sectors), k, M, G, T or P after it"
         )
     return int(match[1], 0 if match[1].startswith("0x") else 10) * SUFFIXES[match[2]]
 
@@ -302,8 +304,8 @@ def add_force_option(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace an output file that holds anything else than such a result, and write to block "
-        f"devices{more}",
+        help="replace an output file that holds anything but such a result, and write to block devices"
+        + more,
     )
 
 
@@ -350,11 +352,6 @@ def print_json(rows: Sequence[dict[str, Any]]) -> None:
     """One JSON object a line."""
     for row in rows:
         say(to_json(row))
-
-
-def plural(count: int, word: str, words: str | None = None) -> str:
-    """'1 file', '2 files', '1,234 directories'."""
-    return f"{count:,} {word if count == 1 else words or word + 's'}"
 
 
 def elapsed(since: float) -> str:

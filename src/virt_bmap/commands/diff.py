@@ -15,12 +15,11 @@ from virt_bmap.commands.common import (
     elapsed,
     emit,
     keys_of,
-    plural,
 )
 from virt_bmap.commands.dump import bar
 from virt_bmap.commands.lookup import read_list
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.printable import say
 from virt_bmap.open import FORMATS
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source = parser.add_argument_group(
         "what changed",
-        "Without these: what the images differ in, what an overlay holds itself, or what two maps tell.",
+        "Without these: where the images differ, what an overlay itself holds, or what two maps say.",
     )
     source.add_argument(
         "--bitmap",
@@ -76,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the disk of saved maps that is meant, from 1 (default: 1)",
     )
     source.add_argument(
-        "--verify", action="store_true", help="read what is called changed, and drop clusters that are equal"
+        "--verify",
+        action="store_true",
+        help="read what is called changed, and leave out clusters that are equal",
     )
     shown = parser.add_argument_group("output")
     shown.add_argument(
@@ -89,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--depth",
         metavar="N",
         type=int,
-        help="with --by directory: levels of directories that are told apart",
+        help="with --by directory: how many levels of directories are told apart",
     )
     shown.add_argument(
         "--limit",
@@ -99,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"rows of the table for people, 0 for all (default: {LIMIT})",
     )
     add_result_options(
-        parser, _columns, more=", and compare what differs in size, or does not look like the same disk"
+        parser, _columns, more=", and compare disks that differ in size or do not look like one disk"
     )
     images = parser.add_argument_group("disks")
     for option, which in (("--format", "NEW"), ("--old-format", "OLD")):
@@ -107,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             option,
             choices=FORMATS,
             metavar="FORMAT",
-            help=f"image format of {which} instead of going by its magic",
+            help=f"image format of {which}, instead of what its magic says",
         )
     images.add_argument(
         "-a",
@@ -116,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=INPUT,
         action="append",
         default=[],
-        help="a further disk of NEW's machine, where LVM, md or btrfs span several; give it again for more",
+        help="another disk of NEW's machine, where LVM, md or btrfs spans several; repeat it",
     )
     images.add_argument(
         "--old-add",
@@ -124,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=INPUT,
         action="append",
         default=[],
-        help="likewise of OLD's machine (default: those of --add, which have not changed then)",
+        help="the same for OLD's machine (default: those of --add, taken as unchanged)",
     )
     add_trust_options(images)
     images.add_argument("--key", metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE", action="append",
@@ -240,10 +241,11 @@ def _remarks(answer: "Answer") -> Sequence[str]:
             "unchanged": "unchanged bytes of changed clusters",
         }
         named = ", ".join(f"{human(size)} {words[word]}" for word, size in idle.items())
-        lines.append(f"{100 * sum(idle.values()) / answer.size:.1f} % of it is nothing new: {named}")
+        lines.append(f"{100 * sum(idle.values()) / answer.size:.1f} % of it is not new: {named}")
     if answer.pieces:
         (files, before), (files_now, after) = answer.pieces
-        lines.append(f"fragmentation: {before / max(1, files):.2f} pieces a file before "
-            f"({plural(files, 'file')} with content), "
-                     f"{after / max(1, files_now):.2f} now ({plural(files_now, 'file')})")  # fmt: skip
+        lines.append(
+            f"fragmentation: {before / max(1, files):.2f} pieces a file before ({plural(files, 'file')} with "
+            f"content), {after / max(1, files_now):.2f} now ({plural(files_now, 'file')})"
+        )
     return lines

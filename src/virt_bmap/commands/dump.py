@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments",
         metavar="[DISK] DEVICE OUT",
         nargs="+",
-        help="a disk (not with -a), a device on it such as /dev/sda1, and a file or NBD URI to write (- "
-        "is standard output)",
+        help="a disk (not with -a), a device on it such as /dev/sda1, "
+        "and a file or NBD URI to write (- is standard output)",
     )
     parser.add_argument(
         "--skip-free", action="store_true", help="leave out what is free: it reads as zeroes in the copy"
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = 2 if args.add else 3
     if len(args.arguments) != wanted:
         raise UsageError(
-            f"dump needs {'DEVICE and OUT' if args.add else 'a disk, DEVICE and OUT'}; given: "
-            f"{' '.join(args.arguments)}"
+            f"dump needs {'DEVICE and OUT' if args.add else 'a disk, DEVICE and OUT'}; "
+            f"given: {' '.join(args.arguments)}"
         )
     images, (device, out) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
     refuse_target(out, images, args.force)
@@ -89,22 +89,22 @@ def run(args: argparse.Namespace) -> int:
             space = free_space(bmap, volume)
             skip = space.all()
             for number, reason in space.left.items():
-                warn(bmap, number, f"free space is copied, too: {reason}")
+                warn(bmap, number, f"free space is copied as well: {reason}")
         for text in doubts(bmap, volume):
             say(f"virt-bmap: {text}", file=sys.stderr)
         if readers[volume] is not reader:
             warn(
                 bmap,
                 volume,
-                "the copy holds the bytes as they lie on the disk; its journal is not replayed (cat "
-                "and extract read files as they are with it)",
+                "the copy holds the bytes as they lie on the disk: its journal is not replayed (cat and "
+                "extract read files as after recovery)",
             )
         refuse_small(out, reader.size)
         progress.stop()
         with target(out, reader.size) as where, bar(f"dumping {device}", reader.size, args.quiet) as tell:
             missing = dump(reader, where, skip, tell, partial=args.partial)
     if missing:
-        say(f"virt-bmap: {device}: zeroes stand for {missing}", file=sys.stderr)
+        say(f"virt-bmap: {device}: zeroes were written for {missing}", file=sys.stderr)
     if not args.quiet and out != "-":
         left = f", {human(total(*skip))} of it free and left out" if args.skip_free else ""
         say(f"{out}: {human(reader.size)} of {device}{left}")
@@ -172,8 +172,8 @@ def refuse_small(out: str, size: int) -> None:
 
 
 def doubts(bmap: BlockMap, volume: int) -> Iterator[str]:
-    """Errors found on a volume and on what it lies in, one line each: its bytes may not be what they
-    should."""
+    """Errors found on a volume and on what it lies in, one
+    line each: its bytes may not be what they should."""
     below, queue = {volume}, [volume]
     while queue:
         queue += list(set(bmap.rows_of(queue.pop()).parent.tolist()) - below)
@@ -191,8 +191,8 @@ def warn(bmap: BlockMap, volume: int, text: str) -> None:
 
 @contextlib.contextmanager
 def bar(what: str, size: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, on a terminal only; what is yielded is told how many of `size` bytes are
-    done."""
+    """A bar on standard error, on a terminal only; what is
+    yielded is told how many of `size` bytes are done."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return

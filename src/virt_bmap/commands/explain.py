@@ -15,11 +15,10 @@ from virt_bmap.commands.common import (
     load,
     nested_of,
     opening,
-    plural,
 )
 from virt_bmap.commands.lookup import line, parse_range
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say, to_json
@@ -36,15 +35,20 @@ SHOWN = 10
 """Names, other inodes, owners and problems that a person is shown; --json has them all."""
 
 TOLD = ("unwritten", "xattr", "tree", "boot", "gap", "free", "content", "unknown", "unreferenced")
-"""Kinds whose meaning is said: the others are plain from the name behind them."""
+"""Kinds whose meaning is said: the name after the others tells it."""
 
 Found = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arguments", nargs="+", type=INPUT, metavar="[MAP-or-DISK] OFFSET",
-        help="a saved map or a disk (not with -a), and a byte of it; "
-                        "DISK:OFFSET for another disk than the first")  # fmt: skip
+    parser.add_argument(
+        "arguments",
+        nargs="+",
+        type=INPUT,
+        metavar="[MAP-or-DISK] OFFSET",
+        help="a saved map or a disk (not with -a), and a byte "
+        "of it; DISK:OFFSET for another disk than the first",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_host_option(parser)
     add_disk_options(parser)
@@ -55,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = 1 if args.add else 2
     if len(args.arguments) != wanted:
         raise UsageError(
-            f"explain needs {'one OFFSET' if args.add else 'a map or disk, and one OFFSET'}; given: "
-            f"{' '.join(args.arguments)}"
+            f"explain needs {'one OFFSET' if args.add else 'a map or disk, and one OFFSET'}; "
+            f"given: {' '.join(args.arguments)}"
         )
     disk, start, end = parse_range(args.arguments[-1])
     if end != start + 1:
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
     """The answer with the bytes themselves, read while the disks are open; a bad sector is a reason to ask,
-    so that is no error."""
+    so that is not an error."""
     with Progress() as progress, maps.open_volumes(
         images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args),
     ) as (bmap, readers):  # fmt: skip
@@ -108,7 +112,7 @@ def _of_files(args: argparse.Namespace, images: list[str], disk: int, offset: in
 
 
 def _host(image: str, args: argparse.Namespace, offset: int) -> Found | None:
-    """Where a byte of the disk lies in the image's files; None where the file is the disk, behind NBD, and
+    """Where a byte of the disk lies in the image's files; None where the file is the disk, over NBD, and
     where the format's layer is not read."""
     if magic.is_uri(image):
         return None
@@ -128,8 +132,8 @@ def _shown(path: str) -> str:
 
 
 def _bytes(bmap: BlockMap, answer: Found, readers: Sequence[Reader]) -> Found:
-    """The bytes there, the fields of what lies there, and what was there before; or why they can't be
-    read."""
+    """The bytes there, the fields of what lies there, and
+    what was there before; or why they can't be read."""
     reader, offset = readers[bmap.disks[answer["disk"] - 1]].raw, answer["offset"]
     found: Found = {"bytes": None, "meant": None, "fields": None, "history": None, "unread": None}
     try:
@@ -148,8 +152,8 @@ def _bytes(bmap: BlockMap, answer: Found, readers: Sequence[Reader]) -> Found:
 def _lines(answer: Found) -> Iterator[str]:
     image = f" of {answer['image']}" if answer["image"] else ""
     yield (
-        f"byte {answer['offset']:#x} ({answer['offset']:,}){image}, in sector {answer['sector']:,} of "
-        "512 bytes"
+        f"byte {answer['offset']:#x} ({answer['offset']:,}){image}, "
+        f"in sector {answer['sector']:,} of 512 bytes"
     )
     if answer["host"]:
         yield _host_line(answer["host"])
@@ -160,7 +164,7 @@ def _lines(answer: Found) -> Iterator[str]:
         yield from _history(answer["history"])
     yield ""
     if answer["bytes"] is None:
-        yield f"the bytes there: not shown, {answer['unread']}"
+        yield f"the bytes there are not shown: {answer['unread']}"
         return
     place = "in the file" if answer["layer"]["kind"] == "file" else "on the disk"
     where = (
@@ -180,7 +184,7 @@ def _lines(answer: Found) -> Iterator[str]:
 def _host_line(host: Found) -> str:
     """The image format's cluster, and where it lies in which file."""
     if host["unread"]:
-        return f"in the image file: not known, {host['unread']}"
+        return f"where it lies in the image file is not known: {host['unread']}"
     cluster = (
         f"{host['format']} cluster {host['cluster']:,} of {host['cluster_size']:,} bytes, byte "
         f"{host['cluster_offset']:#x} in it: "
@@ -212,9 +216,10 @@ def _layer(layer: Found, indent: str) -> Iterator[str]:
     inner = indent + "  "
     if system := layer["filesystem"]:
         label = f" {system['label']!r}" if system["label"] else ""
-        yield (f"{inner}{system['type']}{label}, {system['state']}: block {system['block']:,} of "
-            f"{system['block_size']:,} bytes, "
-               f"byte {system['block_offset']:#x} in it")  # fmt: skip
+        yield (
+            f"{inner}{system['type']}{label}, {system['state']}: block {system['block']:,} of "
+            f"{system['block_size']:,} bytes, byte {system['block_offset']:#x} in it"
+        )
     for owner in layer["owners"][:SHOWN]:
         yield from (inner + text for text in _owner(owner, layer))
     if more := len(layer["owners"]) - SHOWN:
@@ -239,8 +244,8 @@ def _run(run: Found) -> Iterator[str]:
     """Which run of bytes of the parent holds it: a segment of an LV, a chunk of an array's member."""
     chunk = f"chunk {run['number']:,} of {run['count']:,}, " if run["count"] > 1 else ""
     yield (
-        f"{run['role']}: {chunk}{human(run['end'] - run['start'])} from byte {run['start']:#x}, byte "
-        f"{run['inside']:#x} in it"
+        f"{run['role']}: {chunk}{human(run['end'] - run['start'])} "
+        f"from byte {run['start']:#x}, byte {run['inside']:#x} in it"
     )
 
 
@@ -281,7 +286,7 @@ def _in_file(owner: Found) -> str:
     return (
         text
         + f"; this one is byte {owner['file_offset']:#x}"
-        + (" (behind its end: slack)" if behind else "")
+        + (" (beyond its end: slack)" if behind else "")
     )
 
 
@@ -323,16 +328,16 @@ def _history(history: Found) -> Iterator[str]:
     if history["copy_of"] is not None:
         names = [owner["path"] or f"[{owner['part'] or owner['kind']}]" for owner in history["owners"]]
         yield (
-            f"a journal copy, of transaction {history['transaction']}: belongs at byte "
+            f"a journal's copy, of transaction {history['transaction']}: belongs at byte "
             f"{history['copy_of']:#x} of {history['device']}" + (f", {', '.join(names)}" if names else "")
         )
     former = history["former"]
     if former is None and history["copy_of"] is None:
-        yield "whose it was is not known: this filesystem keeps nothing of what it frees that is read here"
+        yield "who owned it is not known: nothing that this filesystem keeps about freed space is read here"
     if former == []:
         yield "the metadata remembers no owner"
     if former and len(former) > 1:
-        yield f"{len(former)} owners that it had are remembered, the last one first as far as can be told:"
+        yield f"{len(former)} former owners are remembered, the last one first as far as can be told:"
     for one in former or []:
         yield from _former(one)
 
@@ -346,7 +351,7 @@ def _former(one: Found) -> Iterator[str]:
     place = "in"
     if one["file_offset"] is not None:
         behind = one["size"] is not None and one["part"] is None and one["file_offset"] >= one["size"]
-        place = f"byte {one['file_offset']:#x}{' (behind its end: slack)' if behind else ''} of"
+        place = f"byte {one['file_offset']:#x}{' (beyond its end: slack)' if behind else ''} of"
     yield f"was once {place} inode {one['inode']} ({name}){part}{size}{modified}"
     number = "" if one["sequence"] is None else f", sequence number {one['sequence']}"
     now = f"; that inode is {one['now']} now" if one["now"] else ""

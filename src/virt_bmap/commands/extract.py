@@ -13,11 +13,10 @@ from virt_bmap.commands.common import (
     keys_of,
     nested_of,
     opening,
-    plural,
 )
 from virt_bmap.commands.dump import bar, doubts
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import OutputError, UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
@@ -63,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     needed = 2 if args.add else 3
     if len(args.arguments) < needed:
         raise UsageError(
-            f"extract needs {'DEVICE' if args.add else 'a disk, DEVICE'} and PATHs; given: "
-            f"{' '.join(args.arguments)}"
+            f"extract needs {'DEVICE' if args.add else 'a disk, DEVICE'} "
+            f"and PATHs; given: {' '.join(args.arguments)}"
         )
     first = 0 if args.add else 1
     images, device = [*args.add, *args.arguments[:first]], args.arguments[first]
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.same_owner and os.geteuid() != 0:
         raise UsageError("--same-owner: only root can give files to other users")
     if not os.path.isdir(args.directory):
-        raise OutputError(f"{args.directory}: can't be written: is no directory")
+        raise OutputError(f"{args.directory}: can't be written: it is not a directory")
     with (
         Progress() as progress,
         maps.open_volumes(
@@ -103,9 +102,9 @@ def named(files: "Files", paths: list[bytes]) -> list[tuple[bytes, int]]:
         if inode == files.root:
             result += files.children(inode)
         elif name in (b".", b".."):
-            raise UsageError(f"{escape(path)}: names no file")
+            raise UsageError(f"{escape(path)}: does not name a file")
         elif any(name == known for known, _ in result):
-            raise UsageError(f"{escape(path)}: another of the paths is called {escape(name)}, too")
+            raise UsageError(f"{escape(path)}: another of the paths is also called {escape(name)}")
         else:
             result.append((name, inode))
     return result
@@ -116,9 +115,11 @@ def warn_of_doubts(bmap: BlockMap, volume: int, files: "Files") -> None:
     for text in doubts(bmap, volume):
         say(f"virt-bmap: {text}", file=sys.stderr)
     if files.state not in tables.CONSISTENT:
-        say(f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read "
-            "as recovery would leave them, and what "
-              "was written last may be missing from them", file=sys.stderr)  # fmt: skip
+        say(
+            f"virt-bmap: {files.device}: its {files.type} is not clean ({files.state}): files are read as "
+            "recovery would leave them, and what was written last may be missing from them",
+            file=sys.stderr,
+        )
 
 
 def sum_up(report: "Report", folder: str, quiet: bool, partial: bool) -> None:
@@ -131,12 +132,17 @@ def sum_up(report: "Report", folder: str, quiet: bool, partial: bool) -> None:
         ]
         say(f"{folder}: {', '.join(what)}, {human(report.size)}")
     for path, missing in report.missing:
-        words = "zeroes stand for" if partial else "left out, --partial fills what is missing with zeroes:"
+        words = (
+            "zeroes were written for"
+            if partial
+            else "left out (--partial fills what is missing with zeroes):"
+        )
         say(f"virt-bmap: {escape(path)}: {words} {missing}", file=sys.stderr)
     if report.incomplete > len(report.missing):
         say(
-            f"virt-bmap: and {report.incomplete - len(report.missing):,} more files that can't be read whole",
+            f"virt-bmap: and {plural(report.incomplete - len(report.missing), 'more file')} "
+            "that can't be read whole",
             file=sys.stderr,
         )
     for reason, (count, first) in report.left.items():
-        say(f"virt-bmap: left out: {count:,} {reason}; the first: {escape(first)}", file=sys.stderr)
+        say(f"virt-bmap: left out: {reason}: {count:,}, the first: {escape(first)}", file=sys.stderr)

@@ -14,7 +14,7 @@ HELP = "run a command, such as a copy of a disk, while filesystems are frozen"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "command", metavar="COMMAND", nargs=argparse.PARSER, help="what to run meanwhile, behind --"
+        "command", metavar="COMMAND", nargs=argparse.PARSER, help="what to run meanwhile, after --"
     )
     parser.add_argument(
         "--agent", metavar="SOCKET", help="freeze a guest: the Unix socket of its QEMU guest agent"
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="freeze a filesystem of this host, by its mount point; repeat it",
     )
     parser.add_argument("--timeout", metavar="SECONDS", type=float, default=LIMIT,
-                        help="thaw after that time, whatever happens (default: %(default)g)")  # fmt: skip
+                        help="thaw after this time, whatever happens (default: %(default)g)")  # fmt: skip
     parser.add_argument("-q", "--quiet", action="store_true", help="do not say for how long what was frozen")
 
 
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
 def _target(args: argparse.Namespace) -> Target:
     if bool(args.agent) == bool(args.mount):
         raise UsageError(
-            "say what is to be frozen: --agent SOCKET for a guest, or --mount DIR for filesystems of "
-            "this host"
+            "say what is to be frozen: --agent SOCKET for a "
+            "guest, or --mount DIR for filesystems of this host"
         )
     if args.agent:
         return Guest(args.agent, tuple(args.mountpoint))

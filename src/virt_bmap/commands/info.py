@@ -13,10 +13,9 @@ from virt_bmap.commands.common import (
     emit_records,
     map_or_disks,
     opening,
-    plural,
 )
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.arrays import union
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.escape import escape
@@ -72,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def volumes(bmap: BlockMap) -> list[dict[str, Any]]:
-    """Each volume as a dictionary, with its filesystem's facts and the problems found on it; parents before
-    children."""
+    """Each volume as a dictionary, with its filesystem's facts
+    and the problems found on it; parents before children."""
     child, parent = tables.integers(bmap.mappings, "volume"), tables.integers(bmap.mappings, "parent")
     systems = {row["volume"]: row for row in bmap.filesystems.to_pylist()}
     problems: dict[int, list[dict[str, Any]]] = {}
@@ -97,7 +96,7 @@ def volumes(bmap: BlockMap) -> list[dict[str, Any]]:
 
 
 def image_facts(image: str, args: argparse.Namespace) -> dict[str, Any] | None:
-    """What the image format itself says of a disk, names escaped; None for a raw disk, behind NBD, and for
+    """What the image format itself says of a disk, names escaped; None for a raw disk, over NBD, and for
     formats whose layer is not read."""
     if magic.is_uri(image):
         return None

@@ -17,9 +17,9 @@ from virt_bmap.commands.common import (
     emit_records,
     map_or_disks,
     number,
-    plural,
 )
 from virt_bmap.commands.paths import INPUT
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import ImageError, UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
@@ -44,18 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranges",
         metavar="FILE",
         type=INPUT,
-        help="what these ranges hit, by object: a "
-        "ddrescue map, offset,length lines, "
-        "nbdinfo --map, "
-        "qemu-img map --output=json, a badblocks list, or a log by blkparse, fio, nbdkit or QEMU; - "
-        "is standard input",
+        help="what these ranges hit, by object: a ddrescue map, offset,length "
+        "lines, nbdinfo --map, qemu-img map --output=json, a badblocks list, "
+        "or a log by blkparse, fio, nbdkit or QEMU; - is standard input",
     )
     group.add_argument(
         "--status",
         metavar="LETTERS",
         help="with a ddrescue map: which blocks (default: --status=-*/, what could not be read)",
     )
-    group.add_argument("--block-size", metavar="BYTES", help="with a badblocks list: bytes of a block")
+    group.add_argument(
+        "--block-size", metavar="BYTES", help="with a badblocks list: how many bytes a block has"
+    )
     group.add_argument(
         "--op", choices=("read", "write", "trim"), help="with a log: which accesses (default: all)"
     )
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
         return _many(args)
     if any(option is not None for option in (args.status, args.block_size, args.op, args.device, args.disk)):
         raise UsageError(
-            "--status, --block-size, --op, --device and --disk belong to --ranges; for another disk "
-            "than the first give DISK:OFFSET"
+            "--status, --block-size, --op, --device and --disk belong to "
+            "--ranges; for another disk than the first give DISK:OFFSET"
         )
     given, ranges = (None, [args.map, *args.range]) if args.add else (args.map, args.range)
     if given is None and not args.add:
@@ -103,7 +103,7 @@ def parse_range(text: str) -> tuple[int, int, int]:
     start = number(match[2])
     end = start + 1 if match[3] is None else number(match[4]) + (start if match[3] == "+" else 0)
     if end <= start:
-        raise UsageError(f"{text!r}: the range is empty: it ends at byte {end}, and starts at {start}")
+        raise UsageError(f"{text!r}: the range is empty: it starts at byte {start} and ends at {end}")
     return int(match[1] or 1), start, end
 
 
@@ -113,7 +113,7 @@ def owners(bmap: BlockMap, disk: int, start: int, end: int) -> list[dict[str, An
         raise UsageError(f"there is no disk {disk} in this map, which has {len(bmap.disks)}")
     size = bmap.volumes.column("size")[bmap.disks[disk - 1]].as_py()
     if start >= size:
-        raise UsageError(f"byte {start:#x} lies behind the end of disk {disk}, which has {size:#x} bytes")
+        raise UsageError(f"byte {start:#x} lies beyond the end of disk {disk}, which has {size:#x} bytes")
     return owner_records(bmap, disk, np.array([start]), np.array([end]))
 
 
@@ -128,8 +128,8 @@ def line(row: dict[str, Any]) -> str:
         f", {word}" for word in [*row["flags"], *([] if row["role"] == "data" else [row["role"]])]
     )
     return (
-        f"{row['disk']} {row['start']:x} {row['end']:x} {row['kind']} {row['device']} "
-        f"{name}{part}{offset}".rstrip()
+        f"{row['disk']} {row['start']:x} {row['end']:x} "
+        f"{row['kind']} {row['device']} {name}{part}{offset}".rstrip()
         + words
     )
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     how = make(args.spec, args.out, args.tree, args.key_file, args.force)
     if not args.quiet:
         say(
-            f"{args.out}: {args.spec}, {human(os.stat(args.out).st_blocks * 512)} on this host, made "
-            f"in {elapsed(begin)} with {', '.join(how)}"
+            f"{args.out}: {args.spec}, {human(os.stat(args.out).st_blocks * 512)} on this host, made in "
+            f"{elapsed(begin)} with {', '.join(how)}"
         )
     return 0

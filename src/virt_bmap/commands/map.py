@@ -12,9 +12,9 @@ from virt_bmap.commands.common import (
     disks_of,
     elapsed,
     map_disks,
-    plural,
 )
 from virt_bmap.commands.paths import INPUT, Output
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import ImageError, UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         default="bmap",
         type=Output(is_map),
-        help="where to write the map: text, or the tables if it ends in .parquet; - is standard output "
-        "(default: bmap)",
+        help="where to write the map: text, or the tables if it "
+        "ends in .parquet; - is standard output (default: bmap)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary")
     parser.add_argument(
@@ -43,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "direct", "observe"),
         default="auto",
         help="direct: read the filesystems' metadata; observe: read every file through a kernel and watch "
-        "which blocks it reads; "
-        "auto: direct, and say what would have to be observed (default: auto)",
+        "which blocks it reads; auto: direct, and say what would have to be observed (default: auto)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with an observation that was interrupted"
@@ -60,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     images = disks_of(args, args.disk)
     if args.method == "observe" and args.host_offsets:
         raise UsageError(
-            "--host-offsets reads the image formats' own metadata; an observation counts in bytes of "
-            "the guest's disks"
+            "--host-offsets reads the image formats' own metadata; "
+            "an observation counts in bytes of the guest's disks"
         )
     if args.method == "observe":
         from virt_bmap.commands.observing import observe
@@ -103,9 +102,8 @@ def refuse_unknown(bmap: BlockMap, images: list[str]) -> None:
     for image, disk in zip(images, disks, strict=False):
         if bmap.volumes.column("type")[disk].as_py() is None:
             raise ImageError(
-                f"{image}: nothing known is on this disk: no partition table, volume manager or "
-                "filesystem at any of their places; "
-                "if it is an image of another format than raw, name it with --format"
+                f"{image}: nothing known is on this disk: no partition table, volume manager or filesystem "
+                "is where one would be; if the image is in a format other than raw, name it with --format"
             )
 
 

@@ -1,12 +1,13 @@
-"""What `map --method observe` and `verify` share: the disks behind an appliance, with progress on a
-terminal."""
+"""What `map --method observe` and `verify` share: the
+disks behind an appliance, with progress on a terminal."""
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
 
-from virt_bmap.commands.common import keys_of, opening, plural, stages
+from virt_bmap.commands.common import keys_of, opening, stages
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
@@ -36,8 +37,8 @@ def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
         journal.close()
         if journal.seen:
             say(
-                f"virt-bmap: {plural(len(journal.seen), 'file')} observed so far, kept in "
-                f"{journal.path}: --resume goes on from there",
+                f"virt-bmap: {plural(len(journal.seen), 'file')} observed so "
+                f"far, kept in {journal.path}: --resume goes on from there",
                 file=sys.stderr,
             )
         else:

@@ -5,9 +5,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from virt_bmap.commands.common import add_force_option, plural, print_json
+from virt_bmap.commands.common import add_force_option, print_json
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
@@ -136,7 +136,7 @@ def _profile(given: list[str], bmap: "BlockMap | None") -> "Profile":
     if any(map(saved.is_profile, given)):
         if len(given) > 1:
             raise UsageError(
-                "a profile is shown alone, two are compared; to put several boots together give their traces"
+                "a profile is shown alone, two are compared; to combine several boots, give their traces"
             )
         return saved.load(given[0])
     return build.build(traces.load(given, bmap))
@@ -157,8 +157,8 @@ def _export(args: argparse.Namespace, profile: "Profile") -> int:
         left = write(profile, args.export, file, args.disk, args.device, args.common)
     if left:
         say(
-            f"virt-bmap: {plural(left, 'file')} left out: a line can't hold a name with a newline "
-            "(files0 can)",
+            f"virt-bmap: {plural(left, 'file')} left out: a "
+            "line can't hold a name with a newline (files0 can)",
             file=sys.stderr,
         )
     return 0

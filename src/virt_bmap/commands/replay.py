@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from virt_bmap.commands.common import add_trust_options, opening, plural
+from virt_bmap.commands.common import add_trust_options, opening
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.printable import say
 from virt_bmap.open import FORMATS, open_image
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         metavar="FORMAT",
-        help=f"image format instead of going by its magic: {', '.join(FORMATS)}",
+        help=f"image format, instead of what its magic says: {', '.join(FORMATS)}",
     )
     add_trust_options(parser)
 

@@ -4,9 +4,9 @@ import argparse
 import os
 import sys
 
-from virt_bmap.commands.common import add_disk_options, add_force_option, map_or_disks, plural
+from virt_bmap.commands.common import add_disk_options, add_force_option, map_or_disks
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.printable import say
 from virt_bmap.host.ours import is_page

@@ -34,9 +34,13 @@ FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("disk", nargs="*", metavar="DISK [OUT]",
-        help="an image, block device or NBD URI, and a file to write; with --in-place or "
-                        "--estimate images only")  # fmt: skip
+    parser.add_argument(
+        "disk",
+        nargs="*",
+        metavar="DISK [OUT]",
+        help="an image, block device or NBD URI, and a file to "
+        "write; with --in-place or --estimate images only",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--estimate", action="store_true", help="only say what could be given back, and write nothing"
@@ -65,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if args.estimate or args.in_place:
         if args.convert or args.compress or args.force or args.partial:
             raise UsageError(
-                "--convert, --compress, --force and --partial are about the copy OUT, which is not "
-                "made with --estimate and --in-place"
+                "--convert, --compress, --force and --partial are about the copy OUT, which is not made "
+                "with --estimate and --in-place"
             )
         return _estimate(args) if args.estimate else _in_place(args)
     return _copy(args)
@@ -86,9 +90,10 @@ def _copy(args: argparse.Namespace) -> int:
     from virt_bmap.host.files import new_file
 
     if len(args.disk) != 2:
-        raise UsageError("sparsify needs a disk and OUT, the file to write; or --in-place to change the "
-            "disk itself, or --estimate; "
-                         f"given: {' '.join(args.disk) or 'nothing'}")  # fmt: skip
+        raise UsageError(
+            "sparsify needs a disk and OUT, the file to write; or --in-place to change the disk itself, or "
+            f"--estimate; given: {' '.join(args.disk) or 'nothing'}"
+        )
     image, out = args.disk
     images = [*args.add, image]
     _refuse_out(out, images, args.force)
@@ -110,7 +115,7 @@ def _copy(args: argparse.Namespace) -> int:
         with new_file(out) as name, bar(f"copying {image}", reader.size, args.quiet) as tell:
             missing = copy(reader, space.all(), name, format, args.compress, tell, args.partial)
     if missing:
-        say(f"virt-bmap: {image}: zeroes stand for {missing}", file=sys.stderr)
+        say(f"virt-bmap: {image}: zeroes were written for {missing}", file=sys.stderr)
     _tell(
         args, [{"disk": len(images), "image": image, "out": out, "size": reader.size, **_sizes(image, out)}]
     )
@@ -124,11 +129,11 @@ def _sizes(image: str, out: str) -> dict[str, Any]:
 
 
 def _refuse_out(out: str, images: list[str], force: bool) -> None:
-    """UsageError where OUT is no plain file or must not be replaced."""
+    """UsageError where OUT is not a plain file or must not be replaced."""
     if out == "-" or magic.is_uri(out) or (os.path.exists(out) and not stat.S_ISREG(os.stat(out).st_mode)):
         raise UsageError(
-            f"{out}: OUT must be the name of a file; dump --skip-free writes to devices, pipes and "
-            "NBD exports"
+            f"{out}: OUT must be the name of a file; dump "
+            "--skip-free writes to devices, pipes and NBD exports"
         )
     refuse_target(out, images, force)
 
@@ -142,12 +147,12 @@ def _format_of_copy(args: argparse.Namespace, image: str) -> str:
         plain.close()
         if found not in (None, *FORMATS):
             raise UsageError(
-                f"{image}: a {found} image can't be written; choose another format with --convert: "
-                f"{', '.join(FORMATS)}"
+                f"{image}: a {found} image can't be written; choose "
+                f"another format with --convert: {', '.join(FORMATS)}"
             )
     found = found or "raw"
     if args.compress and found != "qcow2":
-        raise UsageError(f"--compress needs a qcow2 image, but OUT becomes {found}: say --convert qcow2")
+        raise UsageError(f"--compress needs a qcow2 image, but OUT becomes {found}: use --convert qcow2")
     return found
 
 
@@ -157,7 +162,7 @@ def _refuse_writers(images: list[str]) -> None:
 
     for image in images:
         if not magic.is_uri(image) and (reason := writer_of(image)):
-            raise ImageError(f"{image}: is in use: {reason}; a copy made now would be of no one moment")
+            raise ImageError(f"{image}: is in use: {reason}; a copy made now could mix several states")
 
 
 # ---- in place ----------------------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 if took is None or takes is None
                 else f", {human(max(0, took - takes))} less than {row['image'] if row['out'] else 'before'}"
             )
-            now = "given back what is free" if takes is None else f"{human(takes)} on the host{known}"
+            now = "what is free was given back" if takes is None else f"{human(takes)} on the host{known}"
             say(f"{row['out'] or row['image']}: a disk of {human(row['size'])}, {now}")
 
 
@@ -247,14 +252,14 @@ def _print(rows: list[dict[str, Any]], names: list[str], disks: list[int]) -> No
         for row in mine:
             say(f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']}")
         say(
-            f"{human(sum(row['bytes'] for row in mine)):>12} {_held(mine):>12}  in all of "
-            f"{names[disk]} would be given back"
+            f"{human(sum(row['bytes'] for row in mine)):>12} "
+            f"{_held(mine):>12}  in all of {names[disk]} would be given back"
         )
         for row in rows:
             if row["disk"] == number and not row["given_back"]:
                 say(
-                    f"{human(row['bytes']):>12} {_held([row]):>12}  {row['what']} of {row['device']} "
-                    "would be kept"
+                    f"{human(row['bytes']):>12} {_held([row]):>12}  "
+                    f"{row['what']} of {row['device']} would be kept"
                 )
 
 

@@ -18,7 +18,7 @@ LISTED = """
 
 
 def _file_of(source: str) -> str:
-    """The file in [NAME=]FILE; what is a query instead is no file's name, hardly ever."""
+    """The file in [NAME=]FILE; a query is hardly ever the name of a file."""
     return sql.parse_source(source)[1]
 
 
@@ -31,10 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one select, in DuckDB's SQL; without --file and --tables the first argument",
     )
     parser.add_argument(
-        "source", metavar="[NAME=]FILE", nargs="*", type=Input(_file_of),
-        help="a saved map, a trace, or a result in Parquet or CSV; the tables of a named one are "
-            "NAME.files, NAME.extents, ...",
-    )  # fmt: skip
+        "source",
+        metavar="[NAME=]FILE",
+        nargs="*",
+        type=Input(_file_of),
+        help="a saved map, a trace, or a result in Parquet or CSV; the "
+        "tables of a named one are NAME.files, NAME.extents, ...",
+    )
     parser.add_argument(
         "-f",
         "--file",
@@ -51,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     query = LISTED if args.tables else args.query if args.file is None else _read(args.file)
     if not query or not query.strip():
         raise UsageError(
-            "sql needs a query and the files it is about: virt-bmap sql 'select count(*) from files' "
-            "map.parquet"
+            "sql needs a query and the files it is about: "
+            "virt-bmap sql 'select count(*) from files' map.parquet"
         )
     if not sources:
         raise UsageError(

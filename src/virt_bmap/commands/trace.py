@@ -4,8 +4,9 @@ import argparse
 import sys
 
 from virt_bmap.accesses.logs import NAMES
-from virt_bmap.commands.common import add_force_option, plural
+from virt_bmap.commands.common import add_force_option
 from virt_bmap.commands.paths import INPUT, Output
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import ImageError, UsageError
 from virt_bmap.core.printable import say
 from virt_bmap.host.ours import is_tables
@@ -37,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         metavar="FORMAT",
         choices=tuple(NAMES),
-        help=f"the log's format instead of going by its content: {', '.join(NAMES)}",
+        help=f"the log's format, instead of what its content says: {', '.join(NAMES)}",
     )
     parser.add_argument(
         "--device",
         metavar="DEVICE",
-        help="the device or file whose accesses are meant, where a log is of several",
+        help="the device or file whose accesses are meant, where a log has several",
     )
 
 
@@ -67,14 +68,14 @@ def run(args: argparse.Namespace) -> int:
     if len(log.unread):
         more = f" and {plural(len(log.unread) - 1, 'more line')}" if len(log.unread) > 1 else ""
         say(
-            f"virt-bmap: {source}: line {log.unread[0]}{more} left out, no part of {log.format}: "
-            f"{log.example}",
+            f"virt-bmap: {source}: line {log.unread[0]}{more} left "
+            f"out, not in the format of {log.format}: {log.example}",
             file=sys.stderr,
         )
     seconds = (log.accesses.time_ns[-1] - log.accesses.time_ns[0]) / 1e9
     say(
-        f"{source}: {log.format}, {plural(len(log.accesses), 'access', 'accesses')} in {seconds:.1f} "
-        f"s; {args.output}: written",
+        f"{source}: {log.format}, {plural(len(log.accesses), 'access', 'accesses')} "
+        f"in {seconds:.1f} s; {args.output}: written",
         file=sys.stderr,
     )
     return 0

@@ -3,10 +3,10 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from virt_bmap.commands.common import add_disk_options, disks_of, keys_of, opening, plural, print_json, stages
+from virt_bmap.commands.common import add_disk_options, disks_of, keys_of, opening, print_json, stages
 from virt_bmap.commands.observing import say_left
 from virt_bmap.commands.paths import INPUT
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
@@ -25,7 +25,7 @@ REASONS = {
     "compressed": "stored compressed: compared as a whole",
     "encrypted": "stored encrypted: compared as a whole",
 }
-"""Why bytes of files are no disagreement, in the order in which they are shown."""
+"""Why bytes of files are not a disagreement, in the order in which they are shown."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

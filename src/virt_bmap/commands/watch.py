@@ -1,5 +1,5 @@
-"""`virt-bmap watch`: run a command with a disk served to it, and say which files it reads and writes as it
-does."""
+"""`virt-bmap watch`: run a command with a disk served to
+it, and say which files it reads and writes as it does."""
 
 import argparse
 import contextlib
@@ -15,11 +15,10 @@ from virt_bmap.commands.common import (
     keys_of,
     map_disks,
     opening,
-    plural,
     refuse_shared,
 )
 from virt_bmap.commands.paths import INPUT, Output
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import counted, human, plural
 from virt_bmap.core.errors import OutputError
 from virt_bmap.core.printable import one_line, say
 from virt_bmap.host import ours
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "command",
         metavar="COMMAND",
         nargs=argparse.PARSER,
-        help="what to run, behind --; $uri and $nbd in it name the served disk",
+        help="what to run, after --; $uri and $nbd in it name the served disk",
     )
     parser.add_argument(
         "--map", metavar="MAP", type=INPUT, help="use this saved map instead of mapping the disks first"
@@ -187,8 +186,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Saving:
-    """The trace of a watch: a stream while it grows, which becomes Parquet when it ends, and stays where that
-    can't be."""
+    """The trace of a watch: a stream while it grows, which becomes
+    Parquet when it ends, and stays where that can't be."""
 
     def __init__(self, path: str, resolver: "Resolver") -> None:
         """Raises OutputError where it can't be begun."""
@@ -200,8 +199,8 @@ class _Saving:
         self.trace = Trace(resolver, self._part, often=True)
         if self._part.moved:
             _say(
-                f"virt-bmap: {self._part.path}: was left by a watch that was killed; it is kept as "
-                f"{self._part.moved}"
+                f"virt-bmap: {self._part.path}: was left by a watch "
+                f"that was killed; it is kept as {self._part.moved}"
             )
 
     def __enter__(self) -> "_Saving":
@@ -210,7 +209,7 @@ class _Saving:
     def finish(self, outcome: "Outcome") -> Iterator[str]:
         """Make the trace of the stream.
 
-        What goes wrong is said, and is no reason to fail: the command has run.
+        What goes wrong is said, and is not a reason to fail: the command has run.
         """
         from virt_bmap.accesses.trace import save
         from virt_bmap.host.files import replacing
@@ -286,31 +285,31 @@ def _warnings(outcome: "Outcome", dropped: int) -> Iterator[str]:
         yield f"{name} ended early: {why}"
     if outcome.naming:
         yield (
-            f"naming failed: {outcome.naming}; {plural(outcome.unnamed, 'access', 'accesses')} without "
-            "names are in no list"
+            f"naming failed: {outcome.naming}; "
+            + counted(outcome.unnamed, "[access is|accesses are] without a name and in no list")
         )
     if outcome.stale:
         yield (
-            "the map could not always be read again (names behind which the log says 'older map' may "
-            f"be wrong): {outcome.stale}"
+            "the map could not always be read again (names that the "
+            f"log marks 'older map' may be wrong): {outcome.stale}"
         )
     if outcome.failed:
-        yield f"{outcome.failed} requests failed: the disk could not be read or written there"
+        yield f"{plural(outcome.failed, 'request')} failed: the disk could not be read or written there"
     if outcome.lost or outcome.unread:
         yield (
-            f"{outcome.lost} accesses are missing from the log, {outcome.unread} lines of it could not "
-            "be read"
+            f"{counted(outcome.lost, '[access is|accesses are] missing from the log')}, "
+            f"{plural(outcome.unread, 'line')} of it could not be read"
         )
     if dropped:
         yield (
-            f"{dropped} lines were not shown: the output was slower than the guest (the summary and the "
-            "trace have them)"
+            f"{counted(dropped, '[line was|lines were] not shown')}: the output was slower than the guest "
+            "(the summary and the trace have everything)"
         )
 
 
 def _report(summary: "Summary", top: int) -> str:
-    """The closing summary of one disk as text: totals, share of the disk, files by bytes and by first
-    access."""
+    """The closing summary of one disk as text: totals, share
+    of the disk, files by bytes and by first access."""
     objects = summary.objects().to_pylist()
     files = [row for row in objects if row["kind"] in ("data", "unwritten")]
     ways = summary.ways

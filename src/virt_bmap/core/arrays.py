@@ -33,8 +33,7 @@ def bounded(count: int, most: int, what: str) -> None:
     """Corrupt where an answer would have more than `most` of something."""
     if count > most:
         raise Corrupt(
-            f"what is asked here has more than {most:,} {what}: ask for less at a time, or the "
-            "metadata lie over each other",
+            f"the answer has more than {most:,} {what}: ask for less at a time, unless metadata overlaps",
             None,
             "too-many",
         )
@@ -50,8 +49,8 @@ def ints(values: object) -> Int:
         return np.atleast_1d(np.asarray(values, np.int64))
     except OverflowError:
         raise Corrupt(
-            f"a number of {max(map(abs, np.atleast_1d(np.asarray(values, object)).tolist())):#x} is "
-            "more than any disk holds"
+            f"a number of {max(map(abs, np.atleast_1d(np.asarray(values, object)).tolist())):#x} "
+            "is more than any disk holds"
         ) from None
 
 
@@ -72,8 +71,12 @@ def in_order(values: Int) -> Int:
 def expand(counts: Int) -> tuple[Int, Int]:
     """Unroll lists: for each row i, `counts[i]` results.
 
-    Returns (row, step), both of length sum(counts): the row a result comes from, and its number within the
-    row.
+    Returns (row, step), both of length sum(counts): the
+    row a result comes from, and its number within the row.
+
+    >>> row, step = expand(ints([2, 0, 3]))
+    >>> row.tolist(), step.tolist()
+    ([0, 0, 2, 2, 2], [0, 1, 0, 1, 2])
     """
     counts = np.asarray(counts, np.int64)
     ends = np.cumsum(counts)
@@ -96,7 +99,15 @@ def gather(data: Bytes, starts: Int, lengths: Int) -> Bytes:
 
 
 def runs(flags: Bool) -> tuple[Int, Int]:
-    """(starts, ends) of the runs of True in a one-dimensional boolean array, in order."""
+    """(starts, ends) of the runs of True in a one-dimensional boolean array, in order.
+
+        flags    . # # . . # # # .
+        edges      ^   ^   ^     ^
+                   1   3   5     8     every second one starts a run
+
+    >>> np.transpose(runs(np.array([0, 1, 1, 0, 0, 1, 1, 1, 0], bool))).tolist()
+    [[1, 3], [5, 8]]
+    """
     edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)).astype(np.int64)
     return edges[0::2], edges[1::2]
 
@@ -119,21 +130,46 @@ def bit_runs(bitmap: Bytes, bits: int, value: bool) -> tuple[Int, Int]:
 
 
 def union(starts: Int, ends: Int, gap: int = 0) -> tuple[Int, Int]:
-    """The ranges sorted and merged where they overlap, touch, or lie at most `gap` apart."""
+    """The ranges sorted and merged where they overlap, touch, or lie at most `gap` apart.
+
+    Starts and ends are sorted each by itself. There is a gap in front
+    of the n-th start where it lies beyond the (n - 1)-th end:
+
+        ranges    0======4        7==9
+                     2==3     6=====8
+        starts    0  2        6  7
+        ends         3  4           8  9     6 lies beyond 4: 0-4, then 6-9
+
+    >>> np.transpose(union(ints([7, 0, 6, 2]), ints([9, 4, 8, 3]))).tolist()
+    [[0, 4], [6, 9]]
+    """
     keep = ends > starts
     if not keep.all():
         starts, ends = starts[keep], ends[keep]
     if len(starts) == 0:
         return EMPTY, EMPTY
-    # there is a gap before a range where as many have ended as began before it
     starts, ends = in_order(starts), in_order(ends)
     new = np.flatnonzero(starts[1:] > ends[:-1] + gap) + 1
     return starts[np.append(0, new)], ends[np.append(new, len(ends)) - 1]
 
 
 def union_by(group: Int, starts: Int, ends: Int) -> tuple[Int, Int, Int]:
-    """(group, starts, ends): the ranges of each group sorted and merged where they overlap or touch, by
-    group; none of the ranges may be empty."""
+    """(group, starts, ends): the ranges of each group sorted and merged where
+    they overlap or touch, by group; none of the ranges may be empty.
+
+    A running maximum of ends says how far the ranges so far reach. For one
+    maximum to serve all groups, ends are replaced by their ranks, and each
+    group's ranks are lifted above those of the group before it:
+
+        group   range     rank of end   lifted by 4   reach so far   new?
+          0     0-9            3             7             9         yes
+          0     2-3            0             4             9         no: 2 <= 9
+          1     1-4            1             9             4         yes, another group
+          1     6-8            2            10             8         yes: 6 > 4
+
+    >>> np.transpose(union_by(ints([0, 1, 0, 1]), ints([0, 1, 2, 6]), ints([9, 4, 3, 8]))).tolist()
+    [[0, 0, 9], [1, 1, 4], [1, 6, 8]]
+    """
     if len(starts) == 0:
         return EMPTY, EMPTY, EMPTY
     order = np.lexsort((starts, group))
@@ -142,7 +178,6 @@ def union_by(group: Int, starts: Int, ends: Int) -> tuple[Int, Int, Int]:
     by_end = np.argsort(ends, kind="stable")
     rank = np.empty(len(ends), np.int64)
     rank[by_end] = np.arange(len(ends))
-    # ends by their ranks, each group's above those of the one before: one running maximum serves them all
     reach = ends[by_end[np.maximum.accumulate(np.cumsum(new) * len(ends) + rank) % len(ends)]]
     new[1:] |= starts[1:] > reach[:-1]
     first = np.flatnonzero(new)
@@ -158,7 +193,11 @@ def complement(starts: Int, ends: Int, low: int, high: int) -> tuple[Int, Int]:
 
 
 def complement_by(sizes: Int, group: Int, starts: Int, ends: Int) -> tuple[Int, Int, Int]:
-    """(group, starts, ends): what of [0, sizes[g]) no range of group g covers, by group and start."""
+    """(group, starts, ends): what of [0, sizes[g]) no range of group g covers, by group and start.
+
+    >>> np.transpose(complement_by(ints([10, 5]), ints([0, 0]), ints([6, 2]), ints([8, 4]))).tolist()
+    [[0, 0, 2], [0, 4, 6], [0, 8, 10], [1, 0, 5]]
+    """
     low, high = np.clip(starts, 0, sizes[group]), np.clip(ends, 0, sizes[group])
     group, low, high = union_by(*(column[high > low] for column in (group, low, high)))
     first = np.append(True, group[1:] != group[:-1])[: len(group)]
@@ -201,12 +240,20 @@ def touching(starts: Int, ends: Int, others_starts: Int, others_ends: Int) -> Bo
 
 
 def covered_twice(starts: Int, ends: Int) -> tuple[Int, Int]:
-    """The bytes that more than one of the ranges covers, sorted and merged."""
+    """The bytes that more than one of the ranges covers, sorted and merged.
+
+        ranges   0=====5
+                    3=====8
+                          8==10       touches: at one point, ends come before starts
+        depth    1  2  1  1   0       3-5 has depth 2
+
+    >>> np.transpose(covered_twice(ints([0, 3, 8]), ints([5, 8, 10]))).tolist()
+    [[3, 5]]
+    """
     keep = ends > starts
     starts, ends = starts[keep], ends[keep]
     points = np.concatenate([starts, ends])
     delta = np.concatenate([np.ones(len(starts), np.int64), np.full(len(ends), -1, np.int64)])
-    # at one point, ends come before starts: ranges that touch do not overlap
     order = np.lexsort((delta, points))
     depth = np.cumsum(delta[order])
     from_, to = runs(depth > 1)
@@ -220,6 +267,16 @@ def first_covers(starts: Int, ends: Int, slots: int) -> Int:
 
     Ranges are in slots and inside. A range of length n is two of the next lower power of two; their minima
     are handed down, halves at a time: no range is ever unrolled.
+
+        slots               0 1 2 3 4 5 6
+        range 0: 1-7          0 0 0 0 0 0     = 1-5 and 3-7, of length 4
+        range 1: 0-2        1 1               its slot 1 is taken by range 0
+        best at length 4      0   0           where one of length 4 begins
+        best at length 2    1 0 . 0 . 0       each handed to its two halves
+        best at length 1    1 0 0 0 0 0 0
+
+    >>> first_covers(ints([1, 0]), ints([7, 2]), 8).tolist()
+    [1, 0, 0, 0, 0, 0, 0, 2]
     """
     none = len(starts)
     best = np.full(slots, none, np.int64)
@@ -236,8 +293,12 @@ def first_covers(starts: Int, ends: Int, slots: int) -> Int:
 
 
 def weigh(points: Int, starts: Int, ends: Int, weights: Int | int = 1) -> Int:
-    """For each piece [points[i], points[i + 1]) the sum of the weights of the ranges that cover it; every
-    start and end is one of the sorted `points`."""
+    """For each piece [points[i], points[i + 1]) the sum of the weights of the
+    ranges that cover it; every start and end is one of the sorted `points`.
+
+    >>> weigh(ints([0, 2, 5, 9]), ints([0, 2]), ints([5, 9]), ints([1, 10])).tolist()
+    [1, 11, 10]
+    """
     change = np.zeros(len(points), np.int64)
     np.add.at(change, np.searchsorted(points, starts), weights)
     np.add.at(change, np.searchsorted(points, ends), -np.asarray(weights))
@@ -257,6 +318,18 @@ class Intervals:
     Sorted starts with the running maximum of ends: a query is two binary searches and a filter. One range
     that spans most of the others makes every query visit them all, so containers and their contents belong in
     separate indexes.
+
+        range   start  end  reach     query 5-7
+          0       0     4     4
+          1       2     9     9       first: the first range whose reach is beyond 5
+          2       3     4     9       looked at, and left out: it ends before 5
+          3       6     8     9
+          4       7     9     9       last: the first one that starts at 7 or later
+
+    >>> index = Intervals(ints([0, 2, 3, 6, 7]), ints([4, 9, 4, 8, 9]))
+    >>> query, found = index.overlaps(ints([5]), ints([7]))
+    >>> found.tolist()
+    [1, 3]
     """
 
     def __init__(self, starts: Int, ends: Int) -> None:

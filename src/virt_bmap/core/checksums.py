@@ -1,9 +1,9 @@
 """CRC-32C, CRC-32 and CRC-16 of many records at once, as ext4, jbd2 and F2FS use them: without the final
 inversion; and XXH64.
 
-A CRC is linear, so a record is folded like a tournament: neighbours are joined by moving the left one past
-the zero bytes that the right one takes the place of. A record of 4 KiB takes ten rounds, not four thousand
-steps.
+A CRC is linear, so a record is folded like a tournament: neighbours are
+joined by moving the left one past the zero bytes that the right one takes
+the place of. A record of 4 KiB takes ten rounds, not four thousand steps.
 
 Sources: kernel lib/crc (reflected polynomials: crc32c 0x82F63B78, crc32 0xEDB88320, crc16 0xA001);
 fs/ext4/super.c ext4_group_desc_csum.
@@ -25,8 +25,8 @@ BATCH = 1 << 20
 
 
 LONG = 512
-"""Bytes of a row from which on it is quicker to hand over each row by itself than to fold all rows
-together."""
+"""Bytes of a row from which on it is quicker to hand over
+each row by itself than to fold all rows together."""
 
 
 @cache
@@ -84,8 +84,8 @@ def crc32c(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
 
 
 def crc32(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
-    """Like `crc32c`, with the polynomial of Ethernet, and faster where most words are zero: these add
-    nothing."""
+    """Like `crc32c`, with the polynomial of Ethernet, and
+    faster where most words are zero: these add nothing."""
     words = _seeded(data, seed)
     row, column = np.nonzero(words)
     if 4 * len(row) > words.size:
@@ -102,8 +102,8 @@ def crc32(data: Bytes, seed: int | U32 = ALL_ONES) -> U32:
 
 @cache
 def _columns(count: int, polynomial: int) -> U32:
-    """Tables, of shape (count, 4, 256), that move the word of each column past the rest of a row of `count`
-    words."""
+    """Tables, of shape (count, 4, 256), that move the word of
+    each column past the rest of a row of `count` words."""
     tables = np.empty((count, 4, 256), np.uint32)
     tables[-1] = _moves(0, polynomial)
     for column in range(count - 2, -1, -1):
@@ -152,6 +152,14 @@ def crc32c_each(words: U32, starts: Int, counts: Int, seeds: U32) -> U32:
 
 
 def _folded(words: U32, polynomial: int) -> U32:
+    """The CRC of each row of words, a tournament: of each two neighbours, the
+    left one is moved past the bytes of the right one, and the two are added.
+
+        words       a b c d e          odd: a zero in front changes nothing
+        round 1     . a | b c | d e    move by 4 bytes and add:    a  bc  de
+        round 2     . a | bc de        move by 8 bytes and add:    a  bcde
+        round 3     a bcde             move by 16 bytes and add:   abcde
+    """
     level = 0
     while words.shape[1] > 1:
         if words.shape[1] % 2:  # zeroes in front change nothing

@@ -32,8 +32,8 @@ def unexpected(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{'/'.join(frame.filename.split(os.sep)[-2:])}:{frame.lineno}"
     return (
-        f"a fault of virt-bmap itself: {type(error).__name__} at {where}: {one_line(error)}; please "
-        "report it (VIRT_BMAP_STRICT=1 in the environment tells more)"
+        f"a fault of virt-bmap itself: {type(error).__name__} at {where}: {one_line(error)}; please report "
+        "it (VIRT_BMAP_STRICT=1 in the environment tells more)"
     )
 
 

@@ -16,8 +16,8 @@ ALL = "all"
 MAX_KEY_FILE = 8 << 20
 """Bytes of a key file, as cryptsetup limits them."""
 MAX_HEADER_FILE = 256 << 20
-"""Bytes of a file with a LUKS header: two headers of 4 MiB and 128 MiB of key slots are the most that LUKS2
-allows."""
+"""Bytes of a file with a LUKS header: two headers of 4 MiB
+and 128 MiB of key slots are the most that LUKS2 allows."""
 OPTION = re.compile(r"(.+?)(:key:|:file:|:header:)(.*)", re.DOTALL)
 LUKS_MAGIC = b"LUKS\xba\xbe"
 
@@ -49,7 +49,7 @@ NO_KEYS = Keys()
 def parse(options: Sequence[str], passphrases: Sequence[bytes] = ()) -> Keys:
     """The keys of `--key` options, and passphrases to try on every volume.
 
-    Raises UsageError where one is no option of this kind, ImageError where its file can't be read.
+    Raises UsageError where one is not an option of this kind, ImageError where its file can't be read.
     """
     entries, headers = [], []
     for option in options:
@@ -76,8 +76,7 @@ def _taken_apart(option: str) -> tuple[str, str, str]:
     if not match:
         raise UsageError(
             "a key is given as SELECTOR:key:PASSPHRASE or SELECTOR:file:FILE, a detached header as "
-            "DEVICE:header:FILE; "
-            "SELECTOR is a device, a UUID or 'all'"
+            "DEVICE:header:FILE; SELECTOR is a device, a UUID or 'all'"
         )
     return match[1], match[2], match[3]
 
@@ -85,8 +84,8 @@ def _taken_apart(option: str) -> tuple[str, str, str]:
 def _header(device: str, path: str) -> bytes:
     if not device.startswith("/dev/"):
         raise UsageError(
-            f"a detached header belongs to one device, and {device!r} is none: give it as "
-            f"/dev/sdb:header:{path}"
+            f"a detached header belongs to one device, and {device!r} "
+            f"is not a device: give it as /dev/sdb:header:{path}"
         )
     data = _content("header file", path, MAX_HEADER_FILE)
     if not data.startswith(LUKS_MAGIC):
@@ -101,5 +100,5 @@ def _content(what: str, path: str, limit: int) -> bytes:
     except OSError as error:
         raise ImageError(f"{what} {path}: {error.strerror}") from error
     if len(data) > limit:
-        raise ImageError(f"{what} {path}: longer than {limit} bytes")
+        raise ImageError(f"{what} {path}: longer than {limit:,} bytes")
     return data

@@ -51,8 +51,8 @@ def record(data: Bytes | bytes, dtype: np.dtype[np.void], offset: int = 0) -> np
 def widen(values: object, what: str) -> Int:
     """Numbers from a disk as int64; Corrupt where one does not fit, named `what` in the message.
 
-    Every offset, length and id passes here before arithmetic: uint32 * 4096 wraps silently, uint64 + int64 is
-    a float.
+    Every offset, length and id passes here before arithmetic:
+    uint32 * 4096 wraps silently, uint64 + int64 is a float.
     """
     array = np.asarray(values)
     if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and int(array.max()) > INT64_MAX:

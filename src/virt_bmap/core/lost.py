@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.amounts import human
+from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.arrays import EMPTY, Int, Intervals, subtract
 from virt_bmap.core.columns import stack, take
 
 REASONS = (
-    "no member that is there holds them", "they lie behind the end of the disk or volume",
+    "none of the members present holds them", "they lie beyond the end of the disk or volume",
     "no copy has the right checksum", "their checksums can't be read", "reading fails",
     "deleted: they belong to something else now", "deleted: where they lay is not kept",
 )  # fmt: skip
@@ -71,8 +71,8 @@ NOTHING = Lost(EMPTY, EMPTY, EMPTY)
 
 @dataclass
 class Missing:
-    """What of one thing (a file, a volume) could not be read: the first ranges, and how many bytes in how
-    many."""
+    """What of one thing (a file, a volume) could not be read:
+    the first ranges, and how many bytes in how many."""
 
     first: list[tuple[int, int, int]] = field(default_factory=list)
     ranges: int = 0
@@ -83,7 +83,7 @@ class Missing:
         return self.ranges > 0
 
     def add(self, lost: Lost, shift: int = 0) -> None:
-        """More ranges, which lie behind those before; `shift` is added to their offsets."""
+        """More ranges, which lie after those before; `shift` is added to their offsets."""
         if not len(lost.starts):
             return
         lost = take(lost, np.argsort(lost.starts, kind="stable"))
@@ -112,5 +112,5 @@ class Missing:
         words = [f"{start:#x}-{end:#x} ({REASONS[why]})" for start, end, why in self.first]
         more = self.ranges - len(self.first)
         return f"bytes {', '.join(words)}" + (
-            f" and {more:,} more ranges, {human(self.size)} in all" if more else ""
+            f" and {plural(more, 'more range')}, {human(self.size)} in all" if more else ""
         )

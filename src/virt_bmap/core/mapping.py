@@ -1,5 +1,5 @@
-"""Where a volume's bytes lie in its parents: strided rows, and the one function that follows them, either
-way.
+"""Where a volume's bytes lie in its parents: strided rows,
+and the one function that follows them, either way.
 
 A row says: for i in [0, count), the `run` bytes of the volume from volume_offset + i * volume_step are the
 `run` bytes of the parent from parent_offset + i * parent_step. A partition is one row with count 1; a RAID0
@@ -60,8 +60,8 @@ class Rows:
     on_volume: Side
     on_parent: Side
     parent_run: Int | None = None
-    """Bytes that a run takes in the parent, where that is not `run` for every row: only compressed rows may
-    differ."""
+    """Bytes that a run takes in the parent, where that is not
+    `run` for every row: only compressed rows may differ."""
     _index: dict[str, Intervals] = field(default_factory=dict, compare=False)
 
     @staticmethod
@@ -113,7 +113,7 @@ class Rows:
 
     @property
     def parent_end(self) -> Int:
-        """For each row the byte behind its last run, in the parent."""
+        """For each row the byte after its last run, in the parent."""
         return self.on_parent.offset + (self.count - 1) * self.on_parent.step + self.in_parent
 
     def placed(self, volume: int, parent: Int) -> "Rows":
@@ -131,6 +131,22 @@ class Rows:
     def _translate(
         self, way: str, source: Side, source_run: Int, target: Side, target_run: Int, starts: Int, ends: Int
     ) -> "Pieces":
+        """Ranges of one side (the source) as pieces of the other (the target).
+
+        Of each row that a range touches, the runs from the first that ends after the range's start to the
+        last that begins before its end. Member 1 of a RAID0 of two, in chunks of 4: its row has four runs of
+        4 bytes, every 8 bytes of the volume and side by side on the member. Asked for volume bytes 6-22:
+
+            volume    0   4   8   12  16  20  24  28
+            run           0       1       2       3       begin at 4 + 8 n
+            asked           6===============22            runs 0 (from its byte 2), 1 and 2 (up to its byte 2)
+            member        0       4       8       12      begin at 4 n
+
+        >>> row = Row(4, 1, 0, 4, 4, 8, 4)
+        >>> found = Rows.of(0, [row]).down(np.array([6]), np.array([22]))
+        >>> found.source.tolist(), found.target.tolist(), found.length.tolist()
+        ([6, 12, 20], [2, 4, 8], [2, 4, 2])
+        """
         if way not in self._index:
             self._index[way] = Intervals(
                 source.offset, source.offset + (self.count - 1) * source.step + source_run
@@ -138,7 +154,6 @@ class Rows:
         query, row = self._index[way].overlaps(starts, ends)
         start, end, run = starts[query], ends[query], source_run[row]
         offset, step = source.offset[row], np.maximum(source.step[row], 1)
-        # the first run that ends after `start` and the last that starts before `end`
         first = np.maximum(0, -((offset + run - start - 1) // step))
         last = np.minimum(self.count[row] - 1, (end - 1 - offset) // step)
         count = np.maximum(0, last - first + 1)

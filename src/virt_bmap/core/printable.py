@@ -11,8 +11,8 @@ import sys
 from typing import Any, TextIO
 
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and newline, separators of lines, bidirectional overrides, and what was no
-UTF-8."""
+"""Control characters but tab and newline, separators of
+lines, bidirectional overrides, and what was not UTF-8."""
 
 
 def printable(text: str) -> str:

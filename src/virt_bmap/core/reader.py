@@ -21,20 +21,20 @@ from virt_bmap.core.mapping import DATA, ROLES, Rows, Side
 from virt_bmap.core.threads import ahead
 
 HEAD = 128 << 10
-"""Bytes at the start of every volume that are read once and kept: all magic numbers but md's and GPT's copies
-lie there."""
+"""Bytes at the start of every volume that are read once and
+kept: all magic numbers but md's and GPT's copies lie there."""
 TAIL = 128 << 10
 """Likewise at the end: the backup GPT's header, md 0.90 (up to 128 KiB from the end) and 1.0."""
 UNIT = 4096
 """What is given up where reading fails: the sector of most disks, and a page of the others."""
 MAX_FAILED = 1024
-"""Reads of one batch that may fail before the rest of what fails is given up whole: each can take a disk
-seconds."""
+"""Reads of one batch that may fail before the rest of what
+fails is given up whole: each can take a disk seconds."""
 
 
 HOLE = 64 << 10
-"""Holes that are shorter are read with what lies around them: each piece costs as much as some thousand
-bytes."""
+"""Holes that are shorter are read with what lies around
+them: each piece costs as much as some thousand bytes."""
 CLAIM_FREE, CLAIM_STORED = 64 << 20, 4
 """Bytes of tables that a volume may make us hold at once: this many, and so many times what is really stored
 of it. What claims more lies in holes, or over itself."""
@@ -98,7 +98,7 @@ class Reader:
         the next one is read while this one is looked at.
 
         Who is done with a batch nearly as soon as it is read gives `copied`: so many bytes at a time, one
-        batch after the other, where reading is no more than a copy. They are looked at while the processor's
+        batch after the other, where reading is only a copy. They are looked at while the processor's
         own cache holds them, which is worth more than a second thread.
         """
         alone = self.near and copied > 0
@@ -151,11 +151,11 @@ class Reader:
         if outside.any():
             bad = int(np.flatnonzero(outside)[0])
             raise Corrupt(
-                f"{self.name}: bytes {offsets[bad]:#x}+{lengths[bad]:#x} lie outside the volume, "
-                    "which ends at "
-                f"{self.size:#x}: it is truncated, or its metadata is damaged",
-                int(offsets[bad]), "outside",
-            )  # fmt: skip
+                f"{self.name}: bytes {offsets[bad]:#x}+{lengths[bad]:#x} lie outside the volume, which ends "
+                f"at {self.size:#x}: it is truncated, or its metadata is damaged",
+                int(offsets[bad]),
+                "outside",
+            )
 
     def _counted(self, offsets: Int, lengths: Int) -> Bytes:
         total = int(lengths.sum())
@@ -194,7 +194,7 @@ class Reader:
 
     def read_known(self, offsets: Int, lengths: Int) -> tuple[Bytes, Lost]:
         """Ranges as `read_ranges` gives them, with what of them can't be had, which is zeroes then: missing,
-        wrong in every copy, unreadable, behind the end."""
+        wrong in every copy, unreadable, beyond the end."""
         offsets, lengths = ints(offsets), ints(lengths)
         inside = np.clip(self.size - offsets, 0, lengths)
         parts = [Lost.of(union(np.maximum(offsets, self.size), offsets + lengths), lost.BEHIND)]
@@ -278,18 +278,19 @@ class Reader:
         return int((ends - starts).sum())
 
     def afford(self, claimed: int, what: str) -> None:
-        """Corrupt where `what` claims so many bytes of tables, to be held together, and nothing like that is
-        stored.
+        """Corrupt where `what` claims so many bytes of tables,
+        to be held together, and nothing like that is stored.
 
         Every number of a disk that sets the size of an array passes here first, unless what was read has as
         many records. What is stored is asked only where much is claimed: a file's holes cost a call each.
         """
         if claimed > CLAIM_FREE and claimed > CLAIM_FREE + CLAIM_STORED * self.stored_bytes:
             raise Corrupt(
-                f"{self.name}: {what} would take {claimed:,} bytes, but only {self.stored_bytes:,} "
-                    "are stored: they lie in holes, or over each other",
-                None, "holes",
-            )  # fmt: skip
+                f"{self.name}: {what} would take {claimed:,} bytes, but only {self.stored_bytes:,} are "
+                "stored: they lie in holes, or overlap",
+                None,
+                "holes",
+            )
 
     def spans(self, starts: Int, lengths: Int) -> tuple[Int, Int]:
         """(starts, ends) of what may hold anything but zeroes of the stream that these ranges make one after
@@ -313,8 +314,8 @@ class Reader:
         """(place in the stream that these ranges make, bytes) of what may hold anything but zeroes, in order,
         up to `most` bytes each. What is left out is zeroes.
 
-        For tables and bitmaps whose size a number of the disk says, where zeroes say little: holes cost
-        nothing.
+        For tables and bitmaps whose size a number of the disk
+        says, where zeroes say little: holes cost nothing.
         """
         place = np.cumsum(lengths) - lengths
         for low, high in zip(*(side.tolist() for side in self.spans(starts, lengths)), strict=True):
@@ -452,8 +453,8 @@ class Patch(NamedTuple):
 
 
 class PatchedReader(Reader):
-    """A reader over another with some of its blocks replaced: a journal replayed in memory, never into the
-    image."""
+    """A reader over another with some of its blocks replaced:
+    a journal replayed in memory, never into the image."""
 
     in_turn = False
 

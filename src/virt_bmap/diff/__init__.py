@@ -40,8 +40,8 @@ class Answer:
     """`rows` is a table of report.SCHEMA, whose bytes add up to `size`, the bytes of the delta's ranges
     (`count` of them); `how` it was found.
 
-    `pieces` are, for old and new, (files with content, pieces in which it lies), where two maps were
-    compared.
+    `pieces` are, for old and new, (files with content,
+    pieces in which it lies), where two maps were compared.
     """
 
     rows: pa.Table

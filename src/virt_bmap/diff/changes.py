@@ -32,8 +32,8 @@ MEANING = {
     "replaced": "the name leads to another, new file: written anew and renamed over the old one",
     "deleted": "gone; its bytes that are free now, and its record",
     "renamed": "under another name or in another directory; the bytes of its record",
-    "truncated": "shorter; bytes behind the new end, in its last block or free now",
-    "grown": "longer; bytes behind the old end",
+    "truncated": "shorter; bytes beyond the new end, in its last block or free now",
+    "grown": "longer; bytes beyond the old end",
     "rewritten": "other content at the same place of the file, wherever that lies on the disk",
     "filled": "content where the file had a hole or was never written",
     "moved": "the same content at another place of the disk",
@@ -59,7 +59,7 @@ UNDECIDED = len(CHANGES)
 
 @dataclass
 class Rows:
-    """Bytes by owner and change, as they are found; `object` or, for what is no file, `volume`, `kind` and
+    """Bytes by owner and change, as they are found; `object` or, for what is not a file, `volume`, `kind` and
     `part` say whose."""
 
     parts: list[tuple[Int, ...]] = field(default_factory=list)
@@ -110,8 +110,8 @@ class Attribution:
         self.content = Content(objects, readers) if readers and delta.same is not None else None
         self.words = Words(objects)
         self.guessing = delta.same is None and not blind and not delta.only_owners
-        """Nobody looked: what has its old time, size and place is taken to be only copied with its
-        cluster."""
+        """Nobody looked: what has its old time, size and
+        place is taken to be only copied with its cluster."""
 
     def rows(self) -> dict[str, Int]:
         """The columns of Rows: every byte of the delta once, and a row of 0 bytes for what happened to files
@@ -229,8 +229,8 @@ class Attribution:
         rows.add(FREE, found.size[left], volume=volume[left], kind=kind[left])
 
     def _whose(self, rows: Rows, found: Segments, mine: Bool, view: View, change: Any) -> None:
-        """These segments as rows of their owners: files by object, everything else by volume, kind and
-        part."""
+        """These segments as rows of their owners: files by
+        object, everything else by volume, kind and part."""
         file = self._is_file(view.object)[mine]
         rows.add(
             change,
@@ -272,8 +272,8 @@ def _alike(found: Segments) -> Bool:
 
 
 def _decided(rows: Rows, objects: Objects, otherwise: int) -> dict[str, Int]:
-    """All rows, with what was undecided where it belongs, and a row for each event of a file that has
-    none."""
+    """All rows, with what was undecided where it belongs,
+    and a row for each event of a file that has none."""
     found = rows.columns()
     decided = found["change"] != UNDECIDED
     main = EVENT[objects.event]

@@ -95,7 +95,7 @@ def differing(
 
 
 def padded(reader: Reader, size: int) -> Reader:
-    """The same bytes, with zeroes behind them up to `size`: what an overlay that is larger than its backing
+    """The same bytes, with zeroes after them up to `size`: what an overlay that is larger than its backing
     file shows."""
     if reader.size >= size:
         return reader
@@ -103,7 +103,7 @@ def padded(reader: Reader, size: int) -> Reader:
 
 
 class _Padded(MappedReader):
-    """`reader`, and zeroes behind it."""
+    """`reader`, and zeroes after it."""
 
     def __init__(self, reader: Reader, size: int) -> None:
         super().__init__(size, reader.name, {0: reader}, Rows.of(0, [Row(0, 0, 0, reader.size)]))

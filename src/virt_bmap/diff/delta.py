@@ -13,8 +13,8 @@ from virt_bmap.open.status import DEPTH, DIRTY, STATE_DIRTY, StatusReader
 
 Ranges = tuple[Int, Int]
 CLUSTER = 64 << 10
-"""Bytes in which changes are counted where nothing says otherwise: the default of qcow2 and of QEMU's dirty
-bitmaps."""
+"""Bytes in which changes are counted where nothing says
+otherwise: the default of qcow2 and of QEMU's dirty bitmaps."""
 
 
 class Delta(NamedTuple):

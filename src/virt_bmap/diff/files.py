@@ -66,7 +66,7 @@ class _Pairs(NamedTuple):
     new: Int
     length: Int
     behind: Int
-    """Of these, the bytes that count as behind the file's end."""
+    """Of these, the bytes that count as beyond the file's end."""
 
     def take(self, keep: np.ndarray) -> "_Pairs":
         return take(self, keep)

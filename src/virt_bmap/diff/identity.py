@@ -19,7 +19,6 @@ def require_same(old: BlockMap, old_name: str, new: BlockMap, new_name: str, dis
     before, after = uuids(old, disk), uuids(new, disk)
     if before and after and not before & after:
         raise MapError(
-            f"{old_name} and {new_name} are of different disks: no partition table, volume or "
-            "filesystem of the one is on the other (for example "
-            f"{min(before)}, {min(after)}); --force compares them all the same"
+            f"{old_name} and {new_name} are of different disks: no partition table, volume or filesystem is "
+            f"on both (for example {min(before)}, {min(after)}); --force compares them anyway"
         )

@@ -61,8 +61,8 @@ class Side:
 
     @cached_property
     def content(self) -> Int:
-        """The extents that hold content of plain files, directories and links, by inode, stream and
-        offset."""
+        """The extents that hold content of plain files,
+        directories and links, by inode, stream and offset."""
         table = self.bmap.extents
         offset, kind = tables.integers(table, "file_offset"), tables.codes(table, "kind")
         rows = np.flatnonzero((self.owner >= 0) & (offset >= 0) & np.isin(kind, CONTENT))

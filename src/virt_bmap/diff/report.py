@@ -18,9 +18,9 @@ SCHEMA = pa.schema([
     field("bytes", I64, "changed bytes of the disk, each counted in one row only", "bytes"),
     field("content", I64, "of these, bytes that hold the file's content", "bytes"),
     field("change", TEXT, "what happened, see docs/deltas.md"),
-    field("kind", TEXT, "type of the file; of what is no file the kind of its bytes"),
+    field("kind", TEXT, "type of the file; or, for what is not a file, the kind of its bytes"),
     field("device", TEXT, "the volume it lies on"),
-    field("path", TEXT, "where it is now, or was when it still was; escaped",
+    field("path", TEXT, "where it is now or, where it is gone, where it was; escaped",
         null="no file, or without a name"),
     field("old_path", TEXT, "where it was; escaped", null="still there"),
     field("part", TEXT, "which piece of metadata", null="a file, free space"),
@@ -87,15 +87,15 @@ def pieces(found: Attribution) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _kinds(objects: matched.Objects, kind: Int, object: Int) -> pa.Array:
-    """The type of a file, the kind of what is none."""
+    """The type of a file, the kind of what is not a file."""
     words = [*tables.KINDS, *tables.TYPES]
     type = np.where(object >= 0, len(tables.KINDS) + matched.pick(objects.type, object), -1)
     return _words(np.where(kind >= 0, kind, type), words)
 
 
 def _paths(objects: matched.Objects, object: Int, old_row: Int, new_row: Int) -> tuple[pa.Array, pa.Array]:
-    """(path, old path): the old one only where it is another one by its own doing, not by that of a directory
-    above it."""
+    """(path, old path): the old one only where it is another one
+    by its own doing, not by that of a directory above it."""
     event = np.where(object >= 0, matched.pick(objects.event, object), matched.NONE)
     gone = event == matched.DELETED
     now = objects.new.path(np.where(gone, -1, new_row))
@@ -169,8 +169,8 @@ def rolled_up(rows: pa.Table, by: str, depth: int | None = None) -> pa.Table:
 
 
 def directories(rows: pa.Table, depth: int | None) -> pa.ChunkedArray:
-    """The directory of each row, at most `depth` levels deep, with a slash at its end; of what is no file its
-    part or kind in brackets."""
+    """The directory of each row, at most `depth` levels deep, with a slash at its end; for what is not a
+    file, its part or kind in brackets."""
     levels = MAX_DEPTH if depth is None else min(depth, MAX_DEPTH)
     is_directory = pc.and_(pc.equal(rows.column("kind"), "directory"), pc.not_equal(rows.column("path"), "/"))
     path = pc.if_else(is_directory, _joined(rows.column("path"), "/"), rows.column("path"))
@@ -180,14 +180,14 @@ def directories(rows: pa.Table, depth: int | None) -> pa.ChunkedArray:
 
 
 def is_file(rows: pa.Table) -> pa.ChunkedArray:
-    """Is a row that of a file, directory or the like, rather than of metadata that happens to have an
-    inode?"""
+    """Is a row that of a file, directory or the like, rather
+    than of metadata that happens to have an inode?"""
     return pc.and_(pc.is_valid(rows.column("inode")), pc.is_in(rows.column("kind"), pa.array(FILES, TEXT)))
 
 
 def idle_share(rows: pa.Table) -> dict[str, int]:
-    """Bytes of the delta that no backup would have needed: free space, moved data, unchanged bytes of changed
-    clusters."""
+    """Bytes of the delta that no backup would have needed: free
+    space, moved data, unchanged bytes of changed clusters."""
     change = rows.column("change")
     return {CHANGES[code]: pc.sum(pc.if_else(pc.equal(change, CHANGES[code]), rows.column("bytes"),
                 0)).as_py() or 0

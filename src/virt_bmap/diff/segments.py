@@ -1,5 +1,5 @@
-"""A delta cut into segments, each with one owner in the old map and one in the new one, in terms that both
-share."""
+"""A delta cut into segments, each with one owner in the old
+map and one in the new one, in terms that both share."""
 
 from typing import NamedTuple
 
@@ -76,8 +76,21 @@ class Content:
 
 
 def segments(objects: Objects, disk: int, delta: Delta, words: "Words", content: Content | None) -> Segments:
-    """The delta of disk number `disk`, cut where an owner changes in either map and where bytes are known to
-    be equal."""
+    """The delta of disk number `disk`, cut where an owner changes
+    in either map and where bytes are known to be equal.
+
+    A delta of bytes 0-16 of a disk. In the old map file A had 0-12; in the new one it has 0-4,
+    and file B has 4-16. Bytes 8-12 are known to be equal on both sides:
+
+        disk        0   4   8   12  16
+        old         A===========free=     cut at 12
+        new         A===B============     cut at 4
+        equal               ====          cuts at 8 and 12
+        segments    0-4   A before,     A now
+                    4-8   A before,     B now
+                    8-12  A before,     B now, the same bytes
+                    12-16 free before,  B now
+    """
     *records, untouched = _changed_records(objects, disk, delta, content)
     sides = [tiles(side.bmap, disk, delta.starts, delta.ends, mine)
              for side, mine in zip((objects.old, objects.new), records, strict=True)]  # fmt: skip
@@ -116,9 +129,9 @@ def _view(side: Side, of_side: Int, words: "Words", found: Tiles) -> View:
 def _changed_records(
     objects: Objects, disk: int, delta: Delta, content: Content | None
 ) -> tuple[Records, Records, Records]:
-    """The inodes' records that changed, numbered by object: in the old map those of files that are gone, in
-    the new one all others. And those of the new map that lie in the delta and are known not to have
-    changed."""
+    """The inodes' records that changed, numbered by object: in the old map
+    those of files that are gone, in the new one all others. And those of
+    the new map that lie in the delta and are known not to have changed."""
     none = Records(EMPTY, EMPTY, EMPTY, EMPTY)
     if delta.only_owners:
         return none, none, none
@@ -165,7 +178,7 @@ def _records(side: Side, rows: Int, numbers: Int) -> Records:
 
 
 class Words:
-    """The volumes and parts of both maps in common numbers: those of the new map, and behind them what only
+    """The volumes and parts of both maps in common numbers: those of the new map, and after them what only
     the old one has."""
 
     def __init__(self, objects: Objects) -> None:

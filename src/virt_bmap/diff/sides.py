@@ -91,7 +91,7 @@ def plan(question: Question) -> Plan:
         question.old is not None and (is_uri(question.old) or maps.is_saved(question.old))
     ):
         if question.old is None:
-            raise UsageError(f"{question.new}: is one map; name two, or a map and a disk")
+            raise UsageError(f"{question.new}: is only one map; name two, or a map and a disk")
         return asked
     from virt_bmap.open.references import backing_chain
 
@@ -99,8 +99,8 @@ def plan(question: Question) -> Plan:
     if question.old is None:
         if len(chain) == 1:
             raise UsageError(
-                f"{question.new}: has no backing file; name what to compare it with, an older image "
-                "or map, or a --bitmap"
+                f"{question.new}: has no backing file; name what to "
+                "compare it with, an older image or map, or a --bitmap"
             )
         return Plan(chain[1].path, chain[1].format, 1, chain[0].cluster)
     for number, layer in enumerate(chain[1:], 1):
@@ -141,14 +141,14 @@ def _open(
     if maps.is_saved(name):
         if status:
             raise UsageError(
-                f"{name}: is a saved map, which has no {status[0].removeprefix('qemu:')}: name the "
-                "disk itself"
+                f"{name}: is a saved map, which has no "
+                f"{status[0].removeprefix('qemu:')}: name the disk itself"
             )
         bmap = maps.load(name)
         if bmap.given_paths:
             raise MapError(
-                f"{name}: is a text map, which holds no inodes to compare: make a Parquet map "
-                "(virt-bmap -o map.parquet)"
+                f"{name}: is a text map, which holds no inodes to "
+                "compare: make a Parquet map (virt-bmap -o map.parquet)"
             )
         side = Side(name, bmap)
     else:
@@ -172,12 +172,11 @@ def _open(
 
 
 def _require_one_disk(old: Side, new: Side, disk: int, resized: bool) -> None:
-    """ImageError where sizes differ (an overlay may be `resized`), MapError where the disks are different
-    ones."""
+    """ImageError where sizes differ (an overlay may be
+    `resized`), MapError where the disks are different ones."""
     if old.size(disk) != new.size(disk) and not resized:
         raise ImageError(
-            f"{old.name} has {old.size(disk):,} bytes, {new.name} {new.size(disk):,}: they are of "
-            "different disks, or one was resized; "
-            "--force compares them all the same"
+            f"{old.name} has {old.size(disk):,} bytes, {new.name} {new.size(disk):,}: they are of different "
+            "disks, or one was resized; --force compares them anyway"
         )
     identity.require_same(old.bmap, old.name, new.bmap, new.name, disk)

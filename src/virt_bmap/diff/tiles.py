@@ -1,10 +1,10 @@
-"""Each byte of some ranges of a disk with exactly one owner: the sums of a report must be the bytes that it
-reports on.
+"""Each byte of some ranges of a disk with exactly one owner:
+the sums of a report must be the bytes that it reports on.
 
-Precedence, where a byte has several owners: the innermost layer; inline data before the block that it lies
-in; what owns before what is only called free; a volume's own bytes before copies and parity; and of files
-that share their bytes on purpose the one with the lowest inode number, so that both sides of a comparison
-choose alike.
+Precedence, where a byte has several owners: the innermost layer; inline data before
+the block that it lies in; what owns before what is only called free; a volume's own
+bytes before copies and parity; and of files that share their bytes on purpose the
+one with the lowest inode number, so that both sides of a comparison choose alike.
 """
 
 from typing import NamedTuple
@@ -68,7 +68,7 @@ class Records(NamedTuple):
 def tiles(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: Records | None = None) -> Tiles:
     """The ranges of disk number `disk` (from 1), each byte once.
 
-    What the map does not reach (behind its disk's end) belongs to nothing.
+    What the map does not reach (beyond its disk's end) belongs to nothing.
     """
     starts, ends = union(starts, ends)
     size = bmap.volumes.column("size")[bmap.disks[disk - 1]].as_py()

@@ -46,8 +46,8 @@ SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198), "riscv64": (
           "ppc64le": (0xC0000015, 326), "s390x": (0x80000016, 359)}  # fmt: skip
 """(AUDIT_ARCH, number of socket(2)) of 64-bit machines."""
 IO_URING_SETUP, X32 = 425, 0x40000000
-"""io_uring makes sockets without a call that the filter would see; x32 is a second set of numbers on
-x86-64."""
+"""io_uring makes sockets without a call that the filter
+would see; x32 is a second set of numbers on x86-64."""
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | errno.EACCES
 LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 
@@ -216,7 +216,7 @@ def main() -> None:
     )
     print(
         "sockets: "
-        f"{'seccomp' if found.seccomp else 'no wall: this machine has no seccomp filter that is known here'}"
+        f"{'seccomp' if found.seccomp else 'no wall: this machine has no seccomp that is supported here'}"
     )
 
 

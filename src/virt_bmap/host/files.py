@@ -15,8 +15,8 @@ from virt_bmap.host.leftovers import hidden_file, hidden_folder
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` only when the block ends without an error; `-` is standard
-    output.
+    """A binary file that takes the name `path` only when the
+    block ends without an error; `-` is standard output.
 
     What a symbolic link leads to is replaced, not the link; the new file has the mode, and as far as we may
     the owner, of the one before. Devices, pipes and the like are written directly. Raises OutputError where
@@ -28,7 +28,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         return
     with _words(path):
         if os.path.isdir(path):
-            raise OutputError(f"{path}: can't be written: is a directory")
+            raise OutputError(f"{path}: can't be written: it is a directory")
         if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
             with _device(path) as file:
                 yield file
@@ -84,7 +84,7 @@ def _device(path: str) -> Iterator[BinaryIO]:
         if error.errno != errno.EBUSY:
             raise
         raise OutputError(
-            f"{path}: is in use: it is mounted, or another device lies on it; nothing is written to it"
+            f"{path}: is in use: it is mounted, or another device lies on it; it is not written"
         ) from error
     with open(file, "wb") as opened:
         yield opened

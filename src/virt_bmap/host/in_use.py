@@ -40,7 +40,7 @@ def user_of(path: str) -> str | None:
 
 
 def writer_of(path: str) -> str | None:
-    """Who may be changing the image, so that a copy would be of no moment; None where nobody is found."""
+    """Who may be changing the image, so that a copy could mix several states; None where nobody is found."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return writer_of_open(file.fileno())
     return None
@@ -58,8 +58,8 @@ def writer_of_open(fd: int) -> str | None:
 
 
 def lock(fd: int) -> bool:
-    """Keep QEMU away from an image that is open for writing, for as long as it is; False where QEMU is there
-    already."""
+    """Keep QEMU away from an image that is open for writing,
+    for as long as it is; False where QEMU is there already."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *LOCKS, 0))
     except OSError as error:

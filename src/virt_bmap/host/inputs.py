@@ -1,9 +1,9 @@
 """The border that saved maps, traces and profiles cross: Parquet files that anyone may have written, as
-tables that the code behind may trust.
+tables that the code after it may trust.
 
 A file may claim a thousand million rows in a kilobyte (run lengths, dictionaries), have columns of other
-types, nulls where there are none, text that is no UTF-8. What passes here has the types of its schema, and no
-more values than a file of its size can honestly hold.
+types, nulls where there are none, text that is not UTF-8. What passes here has the types of its schema, and
+no more values than a file of its size can honestly hold.
 """
 
 import contextlib
@@ -64,8 +64,8 @@ def open_file(path: str, what: str) -> pq.ParquetFile:
     for what, count, free, each in zip(Unpacked._fields, found, *LIMITS, strict=True):
         if count > free + each * size:
             raise ValueError(
-                f"it claims {count:,} {what} in a file of {size:,} bytes: it is damaged, or made to "
-                "fill the memory"
+                f"it claims {count:,} {what} in a file of {size:,} "
+                "bytes: it is damaged, or made to fill memory"
             )
     # the bytes that were looked at, whatever becomes of the file
     return pq.ParquetFile(pa.BufferReader(data))
@@ -95,7 +95,7 @@ def metadata(file: pq.ParquetFile, key: bytes) -> dict[str, Any]:
     """What a file says of itself under `key`, a JSON object; an empty one where it says nothing."""
     about = json.loads((file.schema_arrow.metadata or {}).get(key, b"{}"))
     if not isinstance(about, dict):
-        raise ValueError(f"its metadata {key.decode()!r} is no JSON object")
+        raise ValueError(f"its metadata {key.decode()!r} is not a JSON object")
     return about
 
 
@@ -103,13 +103,13 @@ def sizes(about: dict[str, Any]) -> list[int]:
     """The sizes of the disks that a file's metadata name, in bytes."""
     found = about.get("disks", [])
     if not isinstance(found, list) or not all(type(size) is int and 0 <= size < 1 << 63 for size in found):
-        raise ValueError("its metadata do not say how large the disks are")
+        raise ValueError("its metadata does not say how large the disks are")
     return found
 
 
 def fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with the columns and types of `schema`, in one piece; ValueError or ArrowException where that
-    can't be."""
+    """The table with the columns and types of `schema`, in one
+    piece; ValueError or ArrowException where that can't be."""
     for field in schema:
         if field.name not in table.column_names:
             if not field.nullable:

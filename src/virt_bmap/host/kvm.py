@@ -18,9 +18,9 @@ STEPS = 100_000_000
 def accelerator() -> str:
     """kvm where it is faster than emulation, else tcg.
 
-    There are machines where /dev/kvm opens and nothing runs, and others (nested, without hardware for it)
-    where guests do run, at a thousandth of the speed: so both count down from a hundred million, and KVM has
-    to win."""
+    There are machines where /dev/kvm opens and nothing runs, and others
+    (nested, without hardware for it) where guests do run, at a thousandth of
+    the speed: so both count down from a hundred million, and KVM has to win."""
     emulated = _seconds_of("tcg", PATIENCE)
     return "kvm" if emulated is not None and _seconds_of("kvm", emulated) is not None else "tcg"
 

@@ -2,9 +2,9 @@
 
 One list, worked off however a command ends.
 
-A block undoes its own when it ends, well or by an exception. A signal is an exception, too (`signals`), and
-may strike anywhere, also amid such an end: so programs call `undo_all` last, and what undoes may be called
-twice.
+A block undoes its own when it ends, well or by an exception. A signal is
+an exception, too (`signals`), and may strike anywhere, also amid such an
+end: so programs call `undo_all` last, and what undoes may be called twice.
 
 What a SIGKILL leaves is known by its name, which is the same in each run, and by the lock (flock(2)) that its
 owner has no longer: the next run that needs the name removes it. A lock lives as long as a process on
@@ -145,8 +145,8 @@ def _taken(
                 return name, file, removal
             if file < 0 and not _reap(name):
                 break  # in use: the next name
-            # else somebody took it for a dead one's in the moment before it was locked, or it was one: once
-            # more
+            # else somebody took it for a dead one's in the moment
+            # before it was locked, or it was one: once more
     raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), first)
 
 
@@ -229,7 +229,7 @@ def _reap(name: str) -> bool:
 
 
 def _reap_others(first: str, number: int) -> None:
-    """What dead runs have left under the names behind this one."""
+    """What dead runs have left under the names after this one."""
     while os.path.lexists(f"{first}-{number + 1}"):
         number += 1
         _reap(f"{first}-{number}")

@@ -29,7 +29,7 @@ class Unpacked(NamedTuple):
 
 
 def unpacked(data: memoryview) -> Unpacked:
-    """What a file becomes in memory. ValueError where it is no Parquet file."""
+    """What a file becomes in memory. ValueError where it is not a Parquet file."""
     length = int.from_bytes(data[-8:-4], "little")
     if len(data) < 12 or bytes(data[-4:]) != b"PAR1" or length > len(data) - 12:
         raise ValueError("it has no footer")
@@ -43,14 +43,16 @@ def unpacked(data: memoryview) -> Unpacked:
             for page in _pages(data, meta):
                 pages += 1
                 if pages > most:
-                    raise ValueError("its columns lie over each other")
+                    raise ValueError("its columns overlap")
                 size += page.size
                 if page.kind == DICTIONARY_PAGE:
                     word = _longest(data, meta, page)
                     continue
                 values += page.values
                 if page.encoding == DELTA_BYTE_ARRAY:
-                    raise ValueError("its text is packed in a way that is not read here (DELTA_BYTE_ARRAY)")
+                    raise ValueError(
+                        "its text is packed in a way that is not supported here (DELTA_BYTE_ARRAY)"
+                    )
                 if page.encoding in (PLAIN_DICTIONARY, RLE_DICTIONARY):
                     text += page.values * word
     return Unpacked(values, size, text)
@@ -72,7 +74,7 @@ def _pages(data: memoryview, meta: dict[int, Any]) -> Iterator[_Page]:
     at = first if 0 < first < at else at
     end = at + _number(meta, 7)
     if end > len(data):
-        raise ValueError("a column lies behind its end")
+        raise ValueError("a column lies beyond its end")
     seen, total = 0, _number(meta, 5)
     while at < end and seen < total:
         thrift = _Thrift(data, at)

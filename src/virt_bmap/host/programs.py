@@ -49,7 +49,7 @@ def python(module: str, *arguments: str, options: tuple[str, ...] = ()) -> list[
     ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     places = [place for place in sys.path if os.path.isabs(place) and place != os.getcwd()]
     code = (
-        f"import sys; sys.path[:] = {[*places, *([] if ours in places else [ours])]!r}; from {module} "
-        "import main; main()"
+        f"import sys; sys.path[:] = {[*places, *([] if ours in places else [ours])]!r}; "
+        f"from {module} import main; main()"
     )
     return [sys.executable, "-I", *options, "-c", code, *arguments]

@@ -1,4 +1,4 @@
-"""What a command reads it does not overwrite, and what is none of our results it replaces only when told so.
+"""A command does not overwrite what it reads, and replaces what is not a result of ours only when told to.
 
 A command line is asked once, before anything is done: its arguments say by their type what they are
 (`commands/paths.py`). What turns out later to be read, such as a backing file, is noted when it is opened,
@@ -47,7 +47,7 @@ def protecting() -> Iterator[None]:
 
 
 def reads(path: str) -> None:
-    """This is read; `-` is standard input. What is not there is no matter here."""
+    """This is read; `-` is standard input. What is not there does not matter here."""
     if _command:
         with contextlib.suppress(OSError, ValueError):
             about = os.fstat(0) if path == "-" else os.stat(path)
@@ -68,8 +68,8 @@ def writes(path: str, ours: Callable[[str], bool] | None) -> None:
 
 
 def check(force: bool) -> None:
-    """Raises UsageError where an output would overwrite what is read, or, without `force`, what is no result
-    of ours; OutputError where somebody uses it."""
+    """Raises UsageError where an output would overwrite what is read or, without `force`, what is not a
+    result of ours; OutputError where somebody uses it."""
     if not _command:
         return
     for number, name in STREAMS.items():
@@ -98,8 +98,8 @@ def refuse(about: os.stat_result, name: str) -> None:
     for read, what in _command.reads if _command else ():
         if overlap(about, read):
             raise UsageError(
-                f"{name}: would overwrite {'the file' if what == name else what} that is read; name "
-                "another file"
+                f"{name}: would overwrite {'the file' if what == name else what} "
+                "that is read; name another file"
             )
 
 
@@ -109,14 +109,12 @@ def _refuse_twice(output: Output, others: list[Output]) -> None:
         with contextlib.suppress(OSError):
             mode = os.stat(output.path).st_mode if os.path.exists(output.path) else stat.S_IFREG
             if not stat.S_ISCHR(mode) and os.path.realpath(output.path) == os.path.realpath(other.path):
-                raise UsageError(
-                    f"{output.path}: is named for two results; name another file for one of them"
-                )
+                raise UsageError(f"{output.path}: is named for two results; name another file for one")
 
 
 def _refuse_others(output: Output, about: os.stat_result, force: bool) -> None:
-    """UsageError where something of value is there, without `force`; with it, OutputError where somebody uses
-    that."""
+    """UsageError where something of value is there, without
+    `force`; with it, OutputError where somebody uses that."""
     path = output.path
     if stat.S_ISREG(about.st_mode):
         if output.ours and (not about.st_size or output.ours(path)):
@@ -124,7 +122,7 @@ def _refuse_others(output: Output, about: os.stat_result, force: bool) -> None:
         what = (
             "exists already"
             if output.ours is None
-            else "exists already, and is no result of virt-bmap that this one replaces"
+            else "exists already, and is not an older result of this kind"
         )
     elif stat.S_ISBLK(about.st_mode):
         what = "is a block device"

@@ -101,8 +101,8 @@ class BlockMap:
 
     @cached_property
     def on_files(self) -> bool:
-        """Are the offsets of this map those of image files on the host, rather than those that the guest
-        sees?"""
+        """Are the offsets of this map those of image files on
+        the host, rather than those that the guest sees?"""
         return FILE in self.volumes.column("kind").to_pylist()
 
     @cached_property
@@ -210,8 +210,8 @@ class BlockMap:
         )
 
     def _indexes(self, volume: int) -> list[tuple[Int, Intervals]]:
-        """Two indexes over a volume's extents: those with blocks of their own, and those inside others'
-        bytes."""
+        """Two indexes over a volume's extents: those with
+        blocks of their own, and those inside others' bytes."""
 
         def build() -> list[tuple[Int, Intervals]]:
             first, mine = self.slice_of("extents", volume)

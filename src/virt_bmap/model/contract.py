@@ -43,8 +43,8 @@ class Asks(enum.Flag):
     PROOFS = enum.auto()
     """Do checksums of metadata hold, are nodes in order? For `check`."""
     SLEEP = enum.auto()
-    """Does a file hold the memory of a machine that sleeps? For whoever changes free bytes, or leaves them
-    out."""
+    """Does a file hold the memory of a machine that sleeps?
+    For whoever changes free bytes, or leaves them out."""
 
 
 NOTHING_MORE = Asks(0)
@@ -188,7 +188,7 @@ class Checks(NamedTuple):
     """Short phrases on what is proven of a volume of a format, from which docs/verification.md is made.
 
     `checksums` are those of metadata that are verified (None: the format has none); `rules` name a structure
-    and, behind a colon, what of it is a problem where it is broken; `unchecked` is never looked at.
+    and, after a colon, what of it is a problem where it is broken; `unchecked` is never looked at.
     """
 
     checksums: str | None
@@ -221,7 +221,7 @@ class History(NamedTuple):
 
     `former(reader, extents, starts, ends)` gives the table `former`: owners that are gone, of bytes that
     touch the ranges; `extents` are those of the map. `copy_of(reader, offset)` tells where a journal's byte
-    belongs and in which transaction it was written, None where it is no copy. `contents(reader)` gives the
+    belongs and in which transaction it was written, None where it is not a copy. `contents(reader)` gives the
     table `extents` of deleted files that the map still names, as if they were not deleted.
     """
 

@@ -31,8 +31,8 @@ LISTING = pa.schema([
     pa.field("inode", pa.int64(), True, {"meaning": "number of the inode"}),
     pa.field("file_offset", pa.int64(), True, {"meaning": "where in the file the range begins"}),
     pa.field("volume_offset", pa.int64(), False, {"meaning": "where in the device the range begins"}),
-    pa.field("length", pa.int64(), False, {"meaning": "bytes of the device: end - start, unless role is "
-        "compressed"}),
+    pa.field("length", pa.int64(), False, {"meaning": "bytes of the device: end - "
+        "start, unless role is compressed"}),
     pa.field("role", pa.dictionary(pa.int8(), pa.string()), False,
         {"meaning": "data, copy, zero, parity or compressed"}),
     pa.field("flags", pa.int32(), False, {"meaning": "bit mask as in the table extents"}),

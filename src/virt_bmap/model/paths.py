@@ -43,8 +43,8 @@ def of_names(names: pa.Table, inodes: pa.Table, root: int) -> pa.Array:
     name = _splittable(names.column("name").combine_chunks().cast(pa.large_binary()))
     is_directory = tables.codes(inodes, "type") == tables.T_DIRECTORY
     directories = tables.integers(inodes, "inode")[is_directory]
-    # a directory's own path comes from the first name that leads to it; hard links to directories do not
-    # exist
+    # a directory's own path comes from the first name that
+    # leads to it; hard links to directories do not exist
     row_of = positions(inode, directories)
     parent_at = positions(directories, parent)
     inode_at = positions(directories, inode)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int
 from virt_bmap.core.mapping import ROLES, Rows
 
@@ -45,11 +46,11 @@ KIND_MEANING = {
     "tree": "where the inode's blocks lie: extent tree nodes, indirect blocks, B-tree nodes",
     "metadata": "structures of the filesystem, partition table or volume manager; `part` names which",
     "boot": "boot code: boot records, the gap where a boot loader's core lies",
-    "gap": "belongs to nothing: outside any partition, or slack behind a filesystem's or volume's end",
+    "gap": "belongs to nothing: outside any partition, or slack beyond a filesystem's or volume's end",
     "free": "the filesystem's or volume manager's own allocator calls it free",
     "content": "one piece that is named but not looked into: a foreign or encrypted filesystem",
-    "unknown": "allocated, but no owner was found: damage, a feature that is not read yet, or (`part` "
-    "says so) never observed",
+    "unknown": "allocated, but no owner was found: damage, a feature "
+    "that is not read yet, or (`part` says so) never observed",
     "unreferenced": "nothing refers to it, but no allocator says that it is free",
 }
 STAGING = "CoW staging"
@@ -82,12 +83,12 @@ SEVERITIES = ("error", "warning", "note")
 TRAITS = ("checksummed", "verified", "journaled", "vouching", "sleeping")
 CHECKSUMMED, VERIFIED, JOURNALED, VOUCHING, SLEEPING = (1 << bit for bit in range(len(TRAITS)))
 TRAIT_MEANING = {
-    "checksummed": "each block has a checksum elsewhere, which only the layer above can write with it "
-    "(dm-integrity)",
-    "verified": "hashes or a signature cover all of its bytes, those of free blocks as well (dm-verity, "
-    "Android Verified Boot)",
-    "journaled": "a journal on another device may hold newer bytes than it shows, and parity that was "
-    "made with them (md)",
+    "checksummed": "each block has a checksum elsewhere, which only "
+    "the layer above can write with it (dm-integrity)",
+    "verified": "hashes or a signature cover all of its bytes, those of "
+    "free blocks as well (dm-verity, Android Verified Boot)",
+    "journaled": "a journal on another device may hold newer bytes than "
+    "it shows, and parity that was made with them (md)",
     "vouching": "holds hashes, checksums or signatures of the bytes of other volumes",
     "sleeping": "holds the memory of a machine that sleeps, which has filesystems open that may look clean",
 }
@@ -103,8 +104,8 @@ CONSISTENT = ("clean", "frozen")
 Frozen: still mounted when the disk was copied.
 """
 OBSERVED = "observed"
-"""The state of a filesystem whose map comes from reading its files through a kernel: what was never read is
-`unknown`."""
+"""The state of a filesystem whose map comes from reading its
+files through a kernel: what was never read is `unknown`."""
 
 # ---- what an inode is --------------------------------------------------------------------------------------
 
@@ -127,8 +128,8 @@ def type_of_mode(mode: Int) -> np.ndarray:
 
 
 I_DELETED = 1
-"""No name leads to it any more: deleted but open at the time, or deleted and still described by its
-record."""
+"""No name leads to it any more: deleted but open at the
+time, or deleted and still described by its record."""
 I_ENCRYPTED = 2
 I_COMPRESSED = 4
 I_IMMUTABLE = 8
@@ -154,18 +155,19 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     "volumes": pa.schema([
         _field("volume", I32, "number of the volume in this map, from 0; parents come before children"),
         _field("disk", I32, "number of the disk, from 1", "lies on several disks"),
-        _field("kind", TEXT, "disk, partition, lv, md, crypt, pool (btrfs chunks), image (nested), file "
-            "(of the host: --host-offsets)"),
-        _field("name", TEXT, "as libguestfs names it: /dev/sda, /dev/sda1, /dev/VG/LV; the path of a file "
-            "of the host"),
+        _field("kind", TEXT, "disk, partition, lv, md, crypt, pool (btrfs chunks), "
+            "image (nested), file (of the host: --host-offsets)"),
+        _field("name", TEXT, "as libguestfs names it: /dev/sda, /dev/sda1, "
+            "/dev/VG/LV; the path of a file of the host"),
         _field("size", I64, "bytes"),
         _field("type", TEXT, "what it contains, in blkid's words: gpt, dos, LVM2_member, ext4, ...",
             "nothing known"),
         _field("label", TEXT, "partition name or volume label", "none"),
         _field("uuid", TEXT, "of the partition, logical volume or array", "none"),
         _field("detail", TEXT, "more for a person: partition type, RAID level and state", "nothing to say"),
-        _field("traits", I32, "bit mask: 1 checksummed, 2 verified, 4 journaled, 8 vouching, 16 sleeping; "
-            "see below", "not looked for"),
+        _field("traits", I32, "bit mask: 1 checksummed, 2 verified, 4 "
+            "journaled, 8 vouching, 16 sleeping; see below", "not "
+            "looked for"),
     ]),
     "mappings": pa.schema([
         _field("volume", I32, "the volume whose bytes are placed"),
@@ -189,14 +191,14 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("block_size", I64, "the unit of allocation in bytes"),
         _field("size", I64, "bytes from the volume's start that the filesystem claims"),
         _field("root", I64, "inode of the root directory", "has no names"),
-        _field("state", TEXT, "clean, frozen (consistent, though mounted), needs recovery, errors, "
-            "damaged, ...; observed: its files were read, not its metadata"),
+        _field("state", TEXT, "clean, frozen (consistent, though mounted), needs recovery, errors, damaged, "
+            "...; observed: its files were read, not its metadata"),
         _field("features", TEXT, "space separated, in the words of the filesystem's own tools", "none"),
     ]),
     "inodes": pa.schema([
         _field("volume", I32, "the volume of the filesystem"),
-        _field("inode", I64, "number in the filesystem, unique there; formats without numbers: see "
-            "docs/formats.md"),
+        _field("inode", I64, "number in the filesystem, unique there; "
+            "formats without numbers: see docs/formats.md"),
         _field("type", CODE, "file, directory, symlink, char, block, fifo, socket, metadata, unknown"),
         _field("mode", I32, "POSIX st_mode", "the format has none"),
         _field("uid", I64, "owner", "the format has none"),
@@ -227,8 +229,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("flags", I32, "bit mask: 1 inline, 2 shared, 4 compressed, 8 encrypted"),
     ]),
     "problems": pa.schema([
-        _field("severity", TEXT, "error (bytes or names are lost or wrong), warning (contradiction "
-            "without loss), note"),
+        _field("severity", TEXT, "error (bytes or names are lost or wrong), "
+            "warning (contradiction without loss), note"),
         _field("format", TEXT, "which reader says so"),
         _field("volume", I32, "where"),
         _field("volume_offset", I64, "the byte at fault", "not one place"),
@@ -247,8 +249,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("volume_offset", I64, "first byte that the owner had, in the volume"),
         _field("length", I64, "bytes"),
         _field("inode", I64, "the owner's number then"),
-        _field("names", pa.list_(pa.large_binary()), "its paths; of a name whose directory is not known "
-            "the name alone; empty: none is left"),
+        _field("names", pa.list_(pa.large_binary()), "its paths; of a name whose directory is not known the "
+            "name alone; empty: none is left"),
         _field("part", TEXT, "which structure or named stream", "plain content"),
         _field("file_offset", I64, "where in the file or stream the first byte lay", "not known"),
         _field("size", I64, "bytes of the file", "not kept"),
@@ -380,7 +382,7 @@ class ExtentRows:
     ) -> None:  # fmt: skip
         """Rows [volume_offset, +length) of `kind` (codes).
 
-        A file_offset of -1 is none; file_length defaults to length.
+        A file_offset of -1 means none; file_length defaults to length.
         """
         columns = {"kind": kind, "volume_offset": volume_offset, "length": length, "inode": inode,
             "file_offset": file_offset,
@@ -456,7 +458,7 @@ def concat(name: str, parts: list[pa.Table]) -> pa.Table:
 
 def check(name: str, table: pa.Table) -> None:
     """Raise ValueError where a table breaks the contract: schema, nulls where none may be, negative sizes,
-    ranges behind 2**63."""
+    ranges beyond 2**63."""
     schema = SCHEMAS[name]
     if not table.schema.equals(schema):
         raise ValueError(
@@ -474,7 +476,7 @@ def check(name: str, table: pa.Table) -> None:
         # both are below 2**63: what is more wraps below 0
         last = integers(table, start) + integers(table, length)
         if len(last) and last.min() < -2:  # -1 and -1 are two nulls
-            raise ValueError(f"table {name}: column {start} and {length} lead behind byte 2**63")
+            raise ValueError(f"table {name}: column {start} and {length} lead beyond byte 2**63")
 
 
 _RANGES = (("volume_offset", "length"), ("offset", "length"), ("file_offset", "file_length"))
@@ -497,7 +499,7 @@ def check_map(tables: Mapping[str, pa.Table]) -> None:
         raise ValueError("table volumes: there is no disk, or one without bytes")
     if integers(volumes, "disk").max() > len(top):
         raise ValueError(
-            f"table volumes: there are {len(top)} disks, but one has the number "
+            f"table volumes: it has {plural(len(top), 'disk')}, but one is number "
             f"{integers(volumes, 'disk').max()}"
         )
     if unknown := set(tables["problems"].column("severity").to_pylist()) - set(SEVERITIES):
@@ -528,7 +530,7 @@ def _check_mappings(table: pa.Table) -> None:
             + columns[run]
         )
         if (end >= 1 << 63).any():
-            raise ValueError(f"table mappings: a row leads behind byte 2**63 of its {side}")
+            raise ValueError(f"table mappings: a row leads beyond byte 2**63 of its {side}")
 
 
 def disk_name(number: int) -> str:

@@ -20,6 +20,6 @@ def advice(bmap: BlockMap) -> Iterator[str]:
         if row["type"] in MOUNTABLE and row["volume"] not in read:
             name = escape(row["name"].encode(errors="surrogateescape"))
             yield (
-                f"{name}: {row['type']} is taken as one piece; --method observe maps it by reading its "
-                f"files through a kernel ({INSTALL})"
+                f"{name}: {row['type']} is taken as one piece; --method observe "
+                f"maps it by reading its files through a kernel ({INSTALL})"
             )

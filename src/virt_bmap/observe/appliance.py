@@ -145,8 +145,8 @@ def interpreter() -> str:
             ):
                 return candidate
     raise MissingTool(
-        f"observing needs libguestfs and its Python binding, which no python3 here has ({INSTALL}); "
-        "without --method observe no appliance is needed"
+        f"observing needs libguestfs and its Python binding, which no python3 here has ({INSTALL}); without "
+        "--method observe no appliance is needed"
     )
 
 
@@ -164,8 +164,8 @@ def launched(sockets: Sequence[str], folder: str) -> Iterator[Appliance]:
             appliance.call("launch", timeout=LAUNCH_TIMEOUT)
         except CallFailed as error:
             raise ImageError(
-                f"libguestfs's appliance did not start: {_first_words(str(error))} "
-                f"(libguestfs-test-tool says why; it needs QEMU and a kernel: {INSTALL})"
+                f"libguestfs's appliance did not start: {_first_words(str(error))} (libguestfs-test-tool "
+                f"says why; it needs QEMU and a kernel: {INSTALL})"
             ) from error
         yield appliance
 

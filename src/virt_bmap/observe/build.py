@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.ask.hits import grouped_union
+from virt_bmap.core.amounts import counted, plural
 from virt_bmap.core.arrays import Int, complement, covered_twice, subtract, union
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -150,8 +151,8 @@ def _problems(seen: Seen) -> pa.Table:
             "note",
             "observed",
             (
-                f"mapped by reading its files through {seen.kernel}; what no file's content was read "
-                "from is not known"
+                f"mapped by reading its files through {seen.kernel}; "
+                "where no content was read from, the owner is not known"
             ),
         )
     ]
@@ -162,8 +163,10 @@ def _problems(seen: Seen) -> pa.Table:
                 "error",
                 "unreadable",
                 (
-                    f"{len(failed)} files could not be read to their end; inode {failed[0].inode}: "
-                    f"{failed[0].failed}"
+                    counted(
+                        len(failed), "[file could not be read to its|files could not be read to their] end"
+                    )
+                    + f"; inode {failed[0].inode}: {failed[0].failed}"
                 ),
             )
         )
@@ -171,12 +174,12 @@ def _problems(seen: Seen) -> pa.Table:
     if left:
         size = sum(end - start for file in left for start, end in file.left)
         what = (
-            f"{size} bytes of {len(left)} files were given without a read that holds them (packed with "
-            f"metadata, or cached); first: inode {left[0].inode}"
+            f"{plural(size, 'byte')} of {plural(len(left), 'file')} came without a read that holds them "
+            f"(packed with metadata, or cached); first: inode {left[0].inode}"
         )
         said.append(("warning", "not-seen", what))
     said += [
-        ("error", "not-listed", f"{count} names are missing: {reason}; first: {path}")
+        ("error", "not-listed", f"{counted(count, '[name is|names are] missing')}: {reason}; first: {path}")
         for reason, (count, path) in seen.listing.left.items()
     ]
     return tables.make(

@@ -1,10 +1,10 @@
-"""Observe files one after the other: read each through the appliance, and keep where its bytes were read
-from.
+"""Observe files one after the other: read each through
+the appliance, and keep where its bytes were read from.
 
-A first pass reads each file once, forwards. What it leaves open (bytes that came from a cache, zeroes of
-which only some were read, content that is stored in another form) a second pass reads again, a page at a
-time, after the file's pages were dropped: then trees and inodes are in memory, and what is read is the
-file's.
+A first pass reads each file once, forwards. What it leaves open (bytes that came
+from a cache, zeroes of which only some were read, content that is stored in
+another form) a second pass reads again, a page at a time, after the file's pages
+were dropped: then trees and inodes are in memory, and what is read is the file's.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ BATCH = 64
 MAX_SIZE = 1 << 40
 """Bytes of a file that are read: sizes come from the disk, and a hole costs time, too."""
 QUIET = (
-    "for f in /sys/class/bdi/*/read_ahead_kb; do echo 0 > $f; done; for f in "
-    "/sys/block/*/queue/nomerges; do echo 2 > $f; done"
+    "for f in /sys/class/bdi/*/read_ahead_kb; do echo 0 > $f; done; "
+    "for f in /sys/block/*/queue/nomerges; do echo 2 > $f; done"
 )
 """No readahead and no merged requests, on block devices and on the filesystems that have settings of their
 own (btrfs, FUSE)."""
@@ -148,7 +148,7 @@ class Observer:
             yield seen
 
     def _forget(self, paths: Sequence[str]) -> None:
-        """Drop the pages of these files; what lies behind FUSE is cached a second time, as a device."""
+        """Drop the pages of these files; what lies below FUSE is cached a second time, as a device."""
         if self._fuse:
             self._appliance.call("drop_caches", 3)
             return
@@ -162,7 +162,7 @@ class Observer:
 class _Coded:
     """Content that is stored in another form: pages whose bytes were not found in what was read for them.
 
-    Reading the first page of what was compressed together reads all of it; the pages behind it cost no
+    Reading the first page of what was compressed together reads all of it; the pages after it cost no
     further read.
     """
 
@@ -214,8 +214,8 @@ def _moved(ranges: tuple[Int, Int], by: int) -> list[tuple[int, int]]:
 
 
 def joined(rows: list[tuple[int, int, int, int, int]]) -> Int:
-    """Rows as an array (n, 5), those that overlap or go on in the file and on the volume made one, by file
-    offset."""
+    """Rows as an array (n, 5), those that overlap or go on in
+    the file and on the volume made one, by file offset."""
     table = np.array(rows, np.int64).reshape(-1, 5)
     plain = table[:, 4] == 0
     offset, place, length = table[plain, :3].T
@@ -258,8 +258,8 @@ def targets(
 
 
 def _volume(appliance: Appliance, bmap: BlockMap, device: str, names: list[str]) -> int | None:
-    """The volume of a device: by its name, else (arrays are numbered as they are found) by what its UUID
-    is."""
+    """The volume of a device: by its name, else (arrays
+    are numbered as they are found) by what its UUID is."""
     if device in names:
         return bmap.volume_named(device)
     with contextlib.suppress(CallFailed):

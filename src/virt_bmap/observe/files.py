@@ -38,8 +38,8 @@ class Entry(NamedTuple):
 
 @dataclass
 class Listing:
-    """All names of a filesystem, parents before children; and how many could not be listed, with the
-    first."""
+    """All names of a filesystem, parents before children;
+    and how many could not be listed, with the first."""
 
     root: int
     entries: list[Entry] = field(default_factory=list)
@@ -146,7 +146,7 @@ def _checked(stat: dict[str, Any]) -> dict[str, int]:
     if not all(
         isinstance(stat.get(name), int) for name in ("st_dev", "st_ino", "st_mode", "st_size", "st_mtime_sec")
     ):
-        raise ImageError("the appliance's answer to lstatns is not one")
+        raise ImageError("the appliance's answer to lstatns is not valid")
     return {
         **stat,
         "st_size": max(0, stat["st_size"]),

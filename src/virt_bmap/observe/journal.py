@@ -35,8 +35,8 @@ class Journal:
     def __init__(self, path: str, sources: Sequence[Source], resume: bool) -> None:
         """Begin a journal, or go on with one.
 
-        Raises UsageError-like words where one is there and `resume` was not said, or where it is of other
-        disks.
+        Raises UsageError-like words where one is there and
+        `resume` was not said, or where it is of other disks.
         """
         self.path = path
         self.seen: dict[tuple[str, int], Observed] = {}
@@ -82,12 +82,13 @@ class Journal:
                     raise ValueError
                 elif found != head:
                     raise MapError(
-                        f"{self.path}: was begun on other disks, or they have changed since: remove "
-                        "it to begin anew"
+                        f"{self.path}: was begun on other disks, or they "
+                        "have changed since: remove it to begin anew"
                     )
             except (ValueError, KeyError, TypeError) as error:
                 raise MapError(
-                    f"{self.path}: line {number} is not one of an observation: remove the file to begin anew"
+                    f"{self.path}: line {number} does not belong to "
+                    "an observation: remove the file to begin anew"
                 ) from error
         return length
 

@@ -14,10 +14,10 @@ hole           neither has a place for them
 other content  read on the way: what it is by the direct map (metadata, tree, directory, readahead of other
                files, ...)
 
-Disagreements: `elsewhere`, read from another place than the map has; `unread`, in the map but not read;
-`unmapped`, read but not in the map; `free`, read on the way, although the map calls it free and it shares no
-page with anything that is owned; `size` and `missing`, the map has another size for the file, or no such
-file.
+Disagreements: `elsewhere`, read from another place than the map has; `unread`, in
+the map but not read; `unmapped`, read but not in the map; `free`, read on the way,
+although the map calls it free and it shares no page with anything that is owned;
+`size` and `missing`, the map has another size for the file, or no such file.
 """
 
 from collections.abc import Iterable
@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import counted
 from virt_bmap.core.arrays import EMPTY, Int, Intervals, intersect, subtract, union
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -241,7 +242,8 @@ class Judge:
                         -1,
                         -1,
                         low,
-                        f"{high - low} bytes at {low:#x} are read on the way, but the map calls them {word}",
+                        f"{counted(high - low, f'[byte|bytes] at {low:#x} [is|are] read on the way')}, "
+                        f"but the map says {word}",
                     )
                 )
 

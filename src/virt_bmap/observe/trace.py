@@ -14,8 +14,8 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, ints, runs, union
 UNIT = 512
 """Bytes: the smallest piece that a kernel reads, and that filesystems place files in."""
 PROOF = 16
-"""Bytes that must agree where content is looked for at any offset of what was read: fewer are found by
-chance."""
+"""Bytes that must agree where content is looked for at
+any offset of what was read: fewer are found by chance."""
 LONGEST_SEARCH = 64 << 10
 """Bytes of content looked for at any offset: what is packed with other things (tails, inline data) is shorter
 than a block."""
@@ -187,13 +187,13 @@ def _packed(
 
 
 def _ranges(units: Bool, size: int) -> tuple[Int, Int]:
-    """Flags of units as ranges of bytes, none behind `size`."""
+    """Flags of units as ranges of bytes, none beyond `size`."""
     starts, ends = runs(units)
     return starts * UNIT, np.minimum(ends * UNIT, size)
 
 
 def pages(starts: Int, ends: Int, step: int, size: int) -> list[tuple[int, int]]:
-    """Ranges cut at multiples of `step` bytes, and rounded out to them, none behind `size`."""
+    """Ranges cut at multiples of `step` bytes, and rounded out to them, none beyond `size`."""
     low, high = union(ints(starts) // step * step, np.minimum(-(-ints(ends) // step) * step, size))
     return [
         (at, min(at + step, end))

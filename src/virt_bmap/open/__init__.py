@@ -1,5 +1,5 @@
-"""One file for each way to open a disk image; `open_image` chooses by magic, or by the format that the caller
-names.
+"""One file for each way to open a disk image; `open_image`
+chooses by magic, or by the format that the caller names.
 
 Safe by default. A guest can write any magic into the first bytes of its raw disk, and an image can name any
 file of the host as its backing or data file. So the format is found by magic and said aloud, and a file that
@@ -37,8 +37,8 @@ def open_image(
     `format` is one of FORMATS, or None to go by magic. `references` allows an image to consist of further
     files (backing files, external data files, VMDK extents). `status`, where given, asks NBD servers
     (qemu-nbd included) for these metadata contexts, and for allocation where they tell it. `force_share`
-    opens an image in one of QEMU's formats even while QEMU has it open for writing: what is read is then of
-    no one moment. Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
+    opens an image in one of QEMU's formats even while QEMU has it open for writing: what is read may
+    then mix several states. Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
     """
     if magic.is_uri(image):
         if status is not None:

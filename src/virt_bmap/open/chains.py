@@ -53,8 +53,8 @@ class ChainedDisk:
 
 @dataclass
 class Chains:
-    """Files with images in them, each opened and read once however many disks use it, and the disks in
-    them."""
+    """Files with images in them, each opened and read once
+    however many disks use it, and the disks in them."""
 
     files: list[Reader] = field(default_factory=list)
     disks: list[ChainedDisk] = field(default_factory=list)
@@ -108,8 +108,8 @@ class Chains:
         module = layers.load(format)
         if module is None:
             raise Unsupported(
-                f"{reader.name}: where the bytes of a {format} image lie in its file is not read; it "
-                f"is of {', '.join(layers.LAYERS)}"
+                f"{reader.name}: where the bytes of a {format} image lie in its file is not known here; it "
+                f"is for {', '.join(layers.LAYERS)}"
             )
         others = [
             self.beside(number, name) for name in (*([names.data] if names.data else []), *names.extents)

@@ -17,6 +17,7 @@ import stat
 import struct
 from typing import Any
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import ImageError, UsageError
 from virt_bmap.formats.images import descriptor
 from virt_bmap.host.looked_at import open_looked_at
@@ -123,16 +124,16 @@ class Graph:
         QEMU leaves out ZERO: it gets an empty file for it.
         """
         if write and any(extent.access != "RW" or extent.type == "ZERO" for extent in found.extents):
-            raise ImageError(f"{image.name}: can't be written: not all of its extents are to be written")
+            raise ImageError(f"{image.name}: can't be written: some of its extents are read-only")
         if found.create_type not in VMDK_TYPES:
             raise ImageError(
-                f"{image.name}: is a VMDK of the type {found.create_type!r}; there are: "
-                f"{', '.join(VMDK_TYPES)}"
+                f"{image.name}: is a VMDK of the type "
+                f"{found.create_type!r}; there are: {', '.join(VMDK_TYPES)}"
             )
         nodes: dict[str, str] = {}
         places = []
         for extent in found.extents:
-            key = extent.file or f"zeroes of {extent.sectors} sectors"
+            key = extent.file or f"zeroes of {plural(extent.sectors, 'sector')}"
             if key not in nodes:
                 nodes[key] = self._extent(image, extent, folder, write)
             places.append(nodes[key])
@@ -145,8 +146,8 @@ class Graph:
             return place
         if extent.type not in (*VMDK_FLAT, *VMDK_SPARSE) or not extent.file or extent.access == "NOACCESS":
             raise ImageError(
-                f"{image.name}: has an extent {extent.access} of the type {extent.type}, which can't "
-                "be opened"
+                f"{image.name}: has an extent {extent.access} of "
+                f"the type {extent.type}, which can't be opened"
             )
         with contextlib.closing(RawReader(os.path.join(folder, extent.file))) as file:
             if extent.type in VMDK_SPARSE:
@@ -171,5 +172,5 @@ def _require_sparse(file: RawReader) -> None:
         descriptor.START
     ):
         raise ImageError(
-            f"{file.name}: is to be a sparse extent of a VMDK, but is a descriptor of further extents"
+            f"{file.name}: should be a sparse extent of a VMDK, but is a descriptor of more extents"
         )

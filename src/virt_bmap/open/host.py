@@ -67,7 +67,7 @@ class Host(Chains):
 
     def place(self, disk: int, offset: int) -> dict[str, Any]:
         """Where byte `offset` of a disk (from 0) lies: file, level in the chain, first byte and the byte
-        behind it there; `file` is None where it lies nowhere."""
+        after it there; `file` is None where it lies nowhere."""
         found = self.disks[disk]
         cluster = found.chain[0].layer.cluster
         result = {

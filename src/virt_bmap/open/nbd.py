@@ -89,8 +89,8 @@ def connect(uri: str) -> tuple[socket.socket, str]:
         raise UsageError(f"{uri}: is not a valid URI: {error}") from error
     if parts.scheme not in ("nbd", "nbd+unix"):
         raise UsageError(
-            f"{uri}: {parts.scheme} is not supported; nbd:// and nbd+unix:// are (for TLS, put a "
-            "local proxy such as nbdkit nbd in between)"
+            f"{uri}: {parts.scheme} is not supported; nbd:// and nbd+unix:// are (for TLS, put a local proxy "
+            "such as nbdkit nbd in between)"
         )
     path = parse_qs(parts.query).get("socket", [""])[0]
     if parts.scheme == "nbd+unix" and not path:
@@ -203,8 +203,8 @@ class NbdReader(Reader):
                 self.minimum = max(1, self.minimum)
                 if self.minimum > LARGEST_BLOCK or self.minimum & (self.minimum - 1):
                     raise ImageError(
-                        f"{self.name}: the server takes blocks of {self.minimum:,} bytes, which the "
-                        "protocol does not allow"
+                        f"{self.name}: the server takes blocks of {self.minimum:,} "
+                        "bytes at least, which the protocol does not allow"
                     )
         if not 0 <= size < 1 << 63:
             raise ImageError(f"{self.name}: the server gives {size} bytes as the export's size")
@@ -346,8 +346,7 @@ class NbdReader(Reader):
             self._waited += time.monotonic() - began
             if self._waited > self._allowed:
                 raise ImageError(
-                    f"{self.name}: the server sends too slowly: it was waited for "
-                    f"{self._waited:,.0f} s in all"
+                    f"{self.name}: the server sends too slowly: we waited {self._waited:,.0f} s for it in all"
                 )
 
     def close(self) -> None:

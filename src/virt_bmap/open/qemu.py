@@ -47,7 +47,7 @@ MODULE = re.compile(r"module \S+ not found")
 """A part of QEMU that is not installed, and often not needed: of dmg's two ways to pack, say."""
 IN_USE = {
     True: "shut that down first",
-    False: "-U (--force-share) reads it all the same, and what is read is then of no one moment",
+    False: "-U (--force-share) reads it anyway, and what is read may then mix several states",
 }
 """What to do about a lock, by whether the image is to be written."""
 Client = TypeVar("Client", bound=NbdReader)
@@ -93,8 +93,8 @@ def served_by(
 ) -> "tuple[Client, Server]":  # fmt: skip
     """Likewise, with the server.
 
-    Others may connect to it at `path`, too; where it `lasts`, it does not end with us while they are
-    connected.
+    Others may connect to it at `path`, too; where it `lasts`,
+    it does not end with us while they are connected.
     """
     program = programs.required("qemu-nbd", why, PACKAGES)
     # who starts it behind the wall waits for it, so that the kernel can end it with us
@@ -194,8 +194,8 @@ class Server:
             return None
         if LOCKED.search(words):
             return (
-                f"{self._graph.name}: is in use: QEMU holds its lock (a running guest or another "
-                f"tool); {IN_USE[bool(self._graph.write)]}"
+                f"{self._graph.name}: is in use: QEMU holds its lock (a running guest or another tool); "
+                f"{IN_USE[bool(self._graph.write)]}"
             )
         return (
             f"{self._graph.name}: qemu-nbd can't open it as "

@@ -36,7 +36,7 @@ class RawReader(Reader):
         protection.reads_open(self._fd, path)
         self.in_use = in_use.writer_of_open(self._fd)
         if self.in_use:
-            notices.say(f"{path}: is in use: {self.in_use}; what is read of it is the state of no one moment")
+            notices.say(f"{path}: is in use: {self.in_use}; what is read of it may mix several states")
         self.near = stat.S_ISREG(mode)  # most files are in the kernel's cache, most devices are not
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
@@ -54,8 +54,7 @@ class RawReader(Reader):
                     ) from error
                 if got == 0:
                     raise ImageError(
-                        f"{self.name}: ends at byte {here:#x} although it was {self.size:#x} bytes "
-                        "long when it was "
+                        f"{self.name}: ends at byte {here:#x} but had {self.size:#x} bytes when it was "
                         "opened: it shrank while it was read"
                     )
                 at += got
@@ -87,7 +86,7 @@ def data_ranges(file: int, size: int) -> tuple[Int, Int]:
         try:
             starts.append(os.lseek(file, at, os.SEEK_DATA))
         except OSError as error:
-            if error.errno != errno.ENXIO:  # no data behind `at`
+            if error.errno != errno.ENXIO:  # no data after `at`
                 raise
             break
         at = min(size, os.lseek(file, starts[-1], os.SEEK_HOLE))

@@ -69,19 +69,19 @@ def allowed_references(image: Reader, format: str, references: bool, depth: int)
         raise ImageError(f"{error} ({AS_RAW})") from error
     if found.names() and not references:
         raise ImageError(
-            f"{image.name}: its {format} header refers to {', '.join(map(repr, found.names()))}, "
-            "which is not opened unasked, since whoever wrote the image "
-            f"chose that name; if you trust it, say --references (or {AS_RAW})"
+            f"{image.name}: its {format} header refers to {', '.join(map(repr, found.names()))}, which is "
+            "not opened unless asked for, since whoever wrote the image chose that name; if you trust it, "
+            f"use --references (or {AS_RAW})"
         )
     for name in found.names():
         protection.reads(os.path.join(os.path.dirname(os.path.abspath(image.name)), name))
     if depth >= MAX_CHAIN:
-        raise ImageError(f"{image.name}: its backing chain is longer than {MAX_CHAIN} files, or a loop")
+        raise ImageError(f"{image.name}: its backing chain is longer than {MAX_CHAIN} files, or loops")
     if found.backing and not found.backing_format:
         raise ImageError(
-            f"{image.name}: its header names the backing file {found.backing!r} without a format, "
-            "and guessing it is unsafe; "
-            f"state it with: qemu-img rebase -u -b {found.backing} -F FORMAT {image.name}"
+            f"{image.name}: its header names the backing file {found.backing!r} "
+            "without its format, and guessing that is unsafe; state it with: "
+            f"qemu-img rebase -u -b {found.backing} -F FORMAT {image.name}"
         )
     return found
 
@@ -107,8 +107,8 @@ def _name(image: Reader, offset: int, length: int) -> str | None:
         return None
     if length > 1023 or offset + length > image.size:
         raise ImageError(
-            f"{image.name}: the backing file name at byte {offset:#x}, {length} bytes long, does not "
-            "fit into the image"
+            f"{image.name}: the backing file name at byte {offset:#x}, "
+            f"{length} bytes long, does not fit into the image"
         )
     return os.fsdecode(image.read(offset, length))
 
@@ -126,13 +126,13 @@ def _qcow_references(image: Reader, format: str) -> References:
             found.data = None
         elif found.data is None:
             raise ImageError(
-                f"{image.name}: its qcow2 header says that an external data file holds the data, but "
-                "names none"
+                f"{image.name}: its qcow2 header says that an "
+                "external data file holds the data, but names none"
             )
     if found.backing_format and found.backing_format not in ("raw", *FORMATS):
         raise ImageError(
-            f"{image.name}: its header states the backing format {found.backing_format!r}; there "
-            f"are: raw, {', '.join(FORMATS)}"
+            f"{image.name}: its header states the backing format "
+            f"{found.backing_format!r}; there are: raw, {', '.join(FORMATS)}"
         )
     return found
 

@@ -53,8 +53,8 @@ MAX_CHUNK = 32 << 20
 
 
 class StatusReader(NbdReader):
-    """An export with the metadata contexts that were asked for and that the server has: `contexts`, by
-    number.
+    """An export with the metadata contexts that were asked
+    for and that the server has: `contexts`, by number.
 
     Raises ImageError where one of `wanted` is not there; `base:allocation` is used where the server has it.
     Without any wanted, a server that knows no structured replies is read as a plain one.
@@ -75,8 +75,8 @@ class StatusReader(NbdReader):
         self._structured = not refused
         if refused and self._wanted:
             raise ImageError(
-                f"{self.name}: the server can't tell {self._wanted[0]}: it refuses structured "
-                f"replies: {refused[0]}"
+                f"{self.name}: the server can't tell {self._wanted[0]}: "
+                f"it refuses structured replies: {refused[0]}"
             )
         if self._structured:
             self.contexts = self._meta(OPT_SET_META_CONTEXT, export, [*self._wanted, ALLOCATION])
@@ -113,14 +113,14 @@ class StatusReader(NbdReader):
     # ---- status --------------------------------------------------------------------------------------------
 
     def status(self, context: str) -> tuple[Int, Int, Int]:
-        """(starts, ends, flags) of the whole export in one of `contexts`, sorted, neighbours of equal flags
-        joined."""
+        """(starts, ends, flags) of the whole export in one of
+        `contexts`, sorted, neighbours of equal flags joined."""
         (wanted,) = (number for number, name in self.contexts.items() if name == context)
         spans = -(-self.size // SPAN)
         if spans > MOST_SPANS:
             raise ImageError(
-                f"{self.name}: has {self.size:,} bytes, of which the status can't be asked: no disk "
-                "is that large"
+                f"{self.name}: has {self.size:,} bytes, so many that "
+                "their status can't be asked for: no disk is that large"
             )
         nth, count = np.arange(spans, dtype=np.int64), 0
         starts, ends = nth * SPAN, np.minimum((nth + 1) * SPAN, self.size)
@@ -178,8 +178,8 @@ class StatusReader(NbdReader):
                 most -= length // 8
                 if most < 0:
                     raise ImageError(
-                        f"{self.name}: the server tells the status of its blocks in more than "
-                        f"{MOST_EXTENTS:,} extents"
+                        f"{self.name}: the server tells the status of its "
+                        f"blocks in more than {MOST_EXTENTS:,} extents"
                     )
                 if about == context:
                     answers[cookie] = np.frombuffer(
@@ -265,7 +265,7 @@ class StatusReader(NbdReader):
 
     def _odd(self, kind: int) -> ImageError:
         return ImageError(
-            f"{self.name}: the server sent a chunk of type {kind} that is no answer to what it was asked"
+            f"{self.name}: the server sent a chunk of type {kind} that does not answer what it was asked"
         )
 
 

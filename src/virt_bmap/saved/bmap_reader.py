@@ -168,8 +168,8 @@ def _of(lines: _Lines, volume: _Volume) -> np.ndarray:
 
 
 def _objects(lines: _Lines, mine: np.ndarray) -> tuple[Int, tuple[Int, pa.Array]]:
-    """Numbers for what has a path: for each of the lines its number (-1: none), and the table (number,
-    path)."""
+    """Numbers for what has a path: for each of the lines
+    its number (-1: none), and the table (number, path)."""
     encoded = lines.name.filter(pa.array(mine)).dictionary_encode()
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     words = encoded.dictionary.to_pylist()

@@ -1,9 +1,9 @@
 """The whole block map in one Parquet file: one column for each table, each a list of that table's rows.
 
-A list holds up to CHUNK rows; the tables' further rows are in the next rows of the file, where shorter tables
-have empty lists. So `select unnest(inodes, recursive := true) from 'map.parquet'` is the table `inodes` to
-DuckDB, and no table costs another one anything. The file's metadata names the disks and the version of the
-schema.
+A list holds up to CHUNK rows; the tables' further rows are in the next rows of the
+file, where shorter tables have empty lists. So `select unnest(inodes, recursive :=
+true) from 'map.parquet'` is the table `inodes` to DuckDB, and no table costs another
+one anything. The file's metadata names the disks and the version of the schema.
 """
 
 import json
@@ -90,8 +90,8 @@ def load(path: str) -> BlockMap:
         about = inputs.metadata(file, KEY)
         if about.get("version") != VERSION:
             raise MapError(
-                f"{path}: is a block map of version {about.get('version')!r}, this program reads "
-                f"version {VERSION}: map the disk again"
+                f"{path}: is a block map of version {about.get('version')!r}, this program reads version "
+                f"{VERSION}: map the disk again"
             )
         found = {name: _table(inputs.rows(file, [name]), name) for name in BlockMap.TABLES}
         tables.check_map(found)

@@ -33,8 +33,8 @@ def field(name: str, kind: pa.DataType, meaning: str, unit: str = "", null: str 
 
 
 def safe(table: pa.Table) -> pa.Table:
-    """The table with every text, name and dictionary as escaped text, also inside lists and structs; all else
-    as it is."""
+    """The table with every text, name and dictionary as escaped
+    text, also inside lists and structs; all else as it is."""
     for at, about in enumerate(table.schema):
         column = table.column(at)
         column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)

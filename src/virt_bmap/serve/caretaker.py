@@ -1,10 +1,10 @@
 """The caretaker of a disk that is served: it does nothing as long as the watch lives.
 
-A guest must keep its disk when the watch is killed. Then nobody empties the server's log any more, which lies
-in memory, nor removes the folder in the end: this process does, until the server has ended with its last
-client. The end of its standard input tells it that the watch is gone. It is the standard library's only, so
-that it takes little memory; and it holds the folder's lock, by which other runs know that the folder is in
-use.
+A guest must keep its disk when the watch is killed. Then nobody empties the server's log
+any more, which lies in memory, nor removes the folder in the end: this process does,
+until the server has ended with its last client. The end of its standard input tells it
+that the watch is gone. It is the standard library's only, so that it takes little memory;
+and it holds the folder's lock, by which other runs know that the folder is in use.
 
     caretaker.py FOLDER LOCK        (LOCK: the number of the descriptor)
 """

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+from virt_bmap.core.amounts import counted, plural
 from virt_bmap.core.errors import MapError
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.open import magic, open_image
@@ -60,19 +61,22 @@ def saved(path: str, sources: Sequence[Source]) -> BlockMap:
     found = maps.load(path)
     if found.on_files:
         raise MapError(
-            f"{path}: counts in bytes of image files, but a guest's accesses count in bytes of its "
-            "disks: map them without --host-offsets"
+            f"{path}: counts in bytes of image files, but a guest's accesses count in bytes of its disks: "
+            "map them without --host-offsets"
         )
     if len(found.disks) != len(sources):
-        raise MapError(f"{path}: is a map of {len(found.disks)} disks, but {len(sources)} are watched")
+        raise MapError(
+            f"{path}: is a map of {plural(len(found.disks), 'disk')}, but "
+            f"{counted(len(sources), '[is|are] watched')}"
+        )
     is_text = not _is_parquet(path)
     sizes = found.volumes.column("size").to_pylist()
     for number, disk in zip(found.disks, sources, strict=True):
         # the last line of a text map of the original may end before the disk does
         if sizes[number] > disk.size or (not is_text and sizes[number] != disk.size):
             raise MapError(
-                f"{path}: is the map of a disk of {sizes[number]} bytes, but {os.fspath(disk.image)} "
-                f"has {disk.size}"
+                f"{path}: is the map of a disk of {sizes[number]} "
+                f"bytes, but {os.fspath(disk.image)} has {disk.size}"
             )
     return found
 

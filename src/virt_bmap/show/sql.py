@@ -59,8 +59,8 @@ def parse_source(text: str) -> tuple[str, str]:
 
 
 def connect(sources: Sequence[tuple[str, str]], query: str = "") -> Any:
-    """A DuckDB connection with the tables of (name, path) sources, those of a named one in a schema of that
-    name.
+    """A DuckDB connection with the tables of (name, path)
+    sources, those of a named one in a schema of that name.
 
     `files` is joined only if the word stands in `query`, or if there is none: paths take longer than all
     else. Raises UsageError where two sources give tables of one name, ImageError and MapError where a file
@@ -80,8 +80,8 @@ def connect(sources: Sequence[tuple[str, str]], query: str = "") -> Any:
             whole = f"{schema}.{name}" if schema else name
             if whole in given:
                 raise UsageError(
-                    f"{path} and {given[whole]} both have a table {name}: name them, as in "
-                    f"new={path}, and ask for new.{name}"
+                    f"{path} and {given[whole]} both have a table {name}: give "
+                    f"them names, as in new={path}, and ask for new.{name}"
                 )
             given[whole] = path
             _add(database, schema, name, table)
@@ -123,8 +123,8 @@ def _tables(path: str, with_files: bool) -> Iterator[tuple[str, pa.Table | str]]
 
 
 def _paths(bmap: BlockMap) -> pa.Table:
-    """(device, volume, inode, path): a row for each path of each filesystem, the names of text maps
-    included."""
+    """(device, volume, inode, path): a row for each path
+    of each filesystem, the names of text maps included."""
     device = bmap.volumes.column("name").to_pylist()
     pieces = [(volume, *bmap.paths(volume)) for volume in bmap.filesystems.column("volume").to_pylist()]
     schema = pa.schema(
@@ -156,8 +156,8 @@ def _parquet(path: str) -> pa.Table:
         with inputs.opened(path, TABLE) as file:
             if file.read(4) != b"PAR1":
                 raise MapError(
-                    f"{path}: is neither a saved map, a trace, Parquet nor CSV; map a disk first: "
-                    f"virt-bmap -o map.parquet {path}"
+                    f"{path}: is not a saved map, a trace, Parquet or CSV; "
+                    f"map a disk first: virt-bmap -o map.parquet {path}"
                 )
         return inputs.rows(inputs.open_file(path, TABLE))
 

@@ -60,7 +60,7 @@ def _marked(found: Filesystem, files: Int) -> Iterator[tuple[int, bool]]:
             for marks, windows in ((swap.HIBERNATED, False), (WINDOWS_MARKS, True)):
                 hit = _begin(data, marks) & ((place[some] == 0) == windows)
                 yield from ((number, windows) for number in owner[some][hit].tolist())
-    except FormatError:  # what can't be read is no sign of sleep
+    except FormatError:  # what can't be read is not a sign of sleep
         return
 
 
@@ -73,8 +73,8 @@ def _begin(data: Bytes, marks: tuple[bytes, ...]) -> Bool:
 
 
 def _marks(found: Filesystem, files: Int) -> tuple[Int, Int, Int]:
-    """(file, place in it, byte of the volume) of all bytes where a mark of one of these files, sorted, can
-    begin."""
+    """(file, place in it, byte of the volume) of all bytes
+    where a mark of one of these files, sorted, can begin."""
     kind, part = tables.codes(found.extents, "kind"), found.extents.column("part").is_valid().to_numpy()
     start, flags = tables.integers(found.extents, "file_offset"), tables.integers(found.extents, "flags")
     rows = np.flatnonzero(

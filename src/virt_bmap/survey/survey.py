@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from virt_bmap.core.amounts import counted, plural
 from virt_bmap.core.arrays import Int, complement, ints, subtract, union
 from virt_bmap.core.errors import (
     BmapError,
@@ -154,7 +155,7 @@ class _Survey:
         for number, reader in enumerate(disks, 1):
             disk = self._add("disk", tables.disk_name(number), reader, 0, number)
             if reader.in_use:
-                words = f"was in use while it was read: {reader.in_use}; the map is of no one moment"
+                words = f"was in use while it was read: {reader.in_use}; the map may mix several states"
                 self._problem(disk, "survey", Problem("in-use", words, severity="note"))
         self.todo = list(self.volumes)
         self.waiting: dict[str, tuple[VolumeFormat, list[_Volume]]] = {}
@@ -302,8 +303,8 @@ class _Survey:
         if len(assembly.children) > left:
             problem = Problem(
                 "too-many-volumes",
-                f"{len(assembly.children)} volumes lie in it; of all disks together {MAX_VOLUMES} "
-                "are looked at",
+                f"{counted(len(assembly.children), '[volume lies|volumes lie] in it')}; of all disks "
+                f"together at most {MAX_VOLUMES:,} are looked at",
             )
             self._problem(members[0], by.name, problem)
         for about, volume in zip(assembly.volumes, members + self.volumes[base:], strict=False):
@@ -347,7 +348,11 @@ class _Survey:
             volume.proofs += said_of_all(format.checks)
             if not format.allocator:
                 volume.proofs.append(
-                    Proof("allocator", NOT_LOOKED_AT, "the format has none: free is what nothing refers to")
+                    Proof(
+                        "allocator",
+                        NOT_LOOKED_AT,
+                        "the format has none: what nothing refers to counts as free",
+                    )
                 )
             if format.prove:
                 self._prove(volume, format.prove, found)
@@ -391,15 +396,21 @@ class _Survey:
             self._refused(volume, volume.type or name, error)
 
     def _add_extents(self, volume: _Volume, source: str, extents: pa.Table) -> None:
-        """Rows of a format, as far as they lie in the volume: what damage names behind its end is not
-        there."""
+        """Rows of a format, as far as they lie in the volume:
+        what damage names beyond its end is not there."""
         kept, outside = _inside(extents, volume.size)
         volume.extents.append(kept)
         if outside:
             self._problem(
                 volume,
                 source,
-                Problem("outside", f"{outside:,} extents lie outside the volume, or end there: cut off"),
+                Problem(
+                    "outside",
+                    counted(
+                        outside,
+                        "[extent lies|extents lie] outside the volume, or [ends|end] there: cut off",
+                    ),
+                ),
             )
 
     def _prove(self, volume: _Volume, prove: Callable[[Filesystem], list[Proof]], found: Filesystem) -> None:
@@ -411,7 +422,7 @@ class _Survey:
             volume.proofs += prove(found)
         except FormatError as error:
             offset = -1 if error.offset is None else error.offset
-            found.problems.append(Problem(error.code, f"its metadata can't be proven: {error}", offset))
+            found.problems.append(Problem(error.code, f"its metadata can't be checked: {error}", offset))
         except BmapError:
             raise
         except Exception as error:
@@ -451,10 +462,11 @@ class _Survey:
         left, behind = complement(*known, 0, size), complement(*known, size, volume.size)
         rows = tables.ExtentRows()
         if found and len(left[0]):
-            missing = f"{int((left[1] - left[0]).sum())} bytes in {len(left[0])} ranges"
-            code, detail = ("unowned",
-                f"{missing} are allocated, but nothing refers to them") if volume.is_counted else (
-                "unreferenced", f"nothing refers to {missing}")  # fmt: skip
+            ranges = f"[byte|bytes] in {plural(len(left[0]), 'range')}"
+            code, text = "unreferenced", f"{ranges} [has|have] nothing that refers to [it|them]"
+            if volume.is_counted:
+                code, text = "unowned", f"{ranges} [is|are] allocated, but nothing refers to [it|them]"
+            detail = counted(int((left[1] - left[0]).sum()), text)
             self._problem(volume, found.type, Problem(code, detail, int(left[0][0]), "warning"))
         kind = tables.GAP if not found else tables.UNKNOWN if volume.is_counted else tables.UNREFERENCED
         rows.add(kind, left[0], left[1] - left[0])

@@ -2,7 +2,7 @@
 
 Such bytes must stay as they are, also where an allocator calls them free. A layer that knows its own members
 says so itself (`Child.traits`). Here is what only the whole map shows: a hash device and the volume whose
-first blocks it fits; hashes behind a filesystem in the same volume; and what may hold hashes of it can't be
+first blocks it fits; hashes after a filesystem in the same volume; and what may hold hashes of it can't be
 told whom, so that nothing on these disks may change.
 
 Not seen are trees without a superblock that are neither in a partition of a type of their own nor followed by
@@ -40,7 +40,7 @@ FIRST = 32
 MAX_TREES = 64
 """Hash devices whose data is looked for among all volumes; real disks have one for each of two or three."""
 BEHIND = 8 << 10
-"""Bytes behind a filesystem's end in which a hash tree is looked for: tools put it into the next block."""
+"""Bytes after a filesystem's end in which a hash tree is looked for: tools put it into the next block."""
 
 
 class Seen(NamedTuple):
@@ -100,7 +100,9 @@ def _by(one: Seen, volumes: Sequence[Seen], looked_into: bool) -> Iterator[Cover
     fitting = [other for other in others if tree and tree.fits(other.reader)]
     for other in fitting:
         yield Covered(
-            other.number, VERIFIED, f"hashes in {one.name} cover all of its bytes, free ones too (dm-verity)"
+            other.number,
+            VERIFIED,
+            f"hashes in {one.name} cover all of its bytes, free ones as well (dm-verity)",
         )
     if not fitting:
         for other in volumes:
@@ -108,7 +110,8 @@ def _by(one: Seen, volumes: Sequence[Seen], looked_into: bool) -> Iterator[Cover
                 yield Covered(
                     other.number,
                     VERIFIED,
-                    f"{one.name} holds hashes or signatures that may cover any of its bytes, free ones too",
+                    f"{one.name} holds hashes or signatures that "
+                    "may cover any of its bytes, free ones as well",
                 )
 
 
@@ -128,16 +131,17 @@ def _by_integrity(one: Seen, others: list[Seen]) -> Iterator[Covered]:
 
 
 def _in_itself(one: Seen) -> str:
-    """Hashes that lie behind the filesystem in the same volume; empty where there are none."""
+    """Hashes that lie after the filesystem in the same volume; empty where there are none."""
     reader = one.reader
     at = -(-one.end // SECTOR) * SECTOR
     if at < reader.size:
         behind = _read(reader, at, BEHIND)
         if any(behind[low : low + 8] == VERITY_MAGIC for low in range(0, len(behind), SECTOR)):
-            return "hashes behind its filesystem cover all of its bytes, free ones too (dm-verity)"
+            return "hashes after its filesystem cover all of its bytes, free ones as well (dm-verity)"
         if _read(reader, reader.size - AVB_FOOTER, 4) == AVB_FOOTER_MAGIC:
             return (
-                "hashes behind its filesystem cover all of its bytes, free ones too (Android Verified Boot)"
+                "hashes after its filesystem cover all of its "
+                "bytes, free ones as well (Android Verified Boot)"
             )
     return ""
 
@@ -208,6 +212,6 @@ def _read_tree(reader: Reader) -> HashTree | None:
     if at + hash_size > reader.size:
         return None
     salt_first, leaf = int(about["hash_type"]) != 0, _read(reader, at, hash_size)
-    step = hash_size >> bits if salt_first else digest  # the original format puts hashes one behind the other
+    step = hash_size >> bits if salt_first else digest  # the original format puts hashes one after the other
     first = tuple(leaf[low : low + digest] for low in range(0, step * min(1 << bits, blocks, FIRST), step))
     return HashTree(name, salt_first, about["salt"].tobytes()[:salt_size], block_size, blocks, first)

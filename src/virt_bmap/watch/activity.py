@@ -91,8 +91,8 @@ class Activity:
         self._begin_ns = self._end_ns = 0
         self._ids: dict[tuple[str, str, str], int] = {}
         self._columns = np.zeros((4, 1024), np.int64)
-        """Bytes read, bytes written, requests, time of the last one: for each object that was ever
-        touched."""
+        """Bytes read, bytes written, requests, time of the
+        last one: for each object that was ever touched."""
         self._use(resolver)
 
     def _use(self, resolver: Resolver) -> None:

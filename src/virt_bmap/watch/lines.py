@@ -2,7 +2,7 @@
 original printed.
 
 Behind a tab, which no escaped name contains, follow the ranges of the file that were touched (of the disk,
-behind an `@`, for what has no file offsets). A line is written when another object is touched, or when the
+after an `@`, for what has no file offsets). A line is written when another object is touched, or when the
 guest pauses. Behind another tab stands what is special about it: a name from a map that is older than the
 metadata, or a line that comes late.
 """
@@ -64,8 +64,8 @@ class LineLog:
         self._open = [touched.take(np.arange(first[-1], len(key)))]
 
     def late(self, accesses: Accesses, touched: Touched) -> None:
-        """Write the lines of pieces that come again, but not of those that the log has had already under this
-        name."""
+        """Write the lines of pieces that come again, but not of
+        those that the log has had already under this name."""
         self.flush()
         shown = ~np.isin(touched.state, TOLD) & ~np.isin(accesses.op[touched.access], _SILENT)
         touched = touched.take(shown if self.inline else shown & ~touched.inline)

@@ -2,7 +2,7 @@
 
 A map is good for an access when no metadata was written between its reading and the access: metadata writes
 are recognised as they pass, by what the map in force says of the bytes, and a new map is asked for. Accesses
-behind such a write wait for the new map in their order, a short while at most; then they get the name that is
+after such a write wait for the new map in their order, a short while at most; then they get the name that is
 known, marked, and come again when a map is there that judges them (`verdict.py`). Writes to bytes that are
 nobody's (filesystems write content before the metadata that says whose it is), and reads of them, don't hold
 up the others: they are held until a map knows their owner, or until no journal commits that late.
@@ -71,8 +71,8 @@ _NAMELESS = np.isin(
 
 
 class Naming:
-    """Names accesses and hands them to the sinks, with the newest map that can be had without keeping anyone
-    waiting."""
+    """Names accesses and hands them to the sinks, with the
+    newest map that can be had without keeping anyone waiting."""
 
     def __init__(self, resolver: Resolver, sinks: Sinks, refresher: Refresher | None = None) -> None:
         self.resolver = resolver
@@ -258,7 +258,7 @@ class Naming:
     # ---- a new map -----------------------------------------------------------------------------------------
 
     def _take(self, found: Refreshed, now: int) -> None:
-        """Put a new map in force, unless it is none or lost what is still being written."""
+        """Put a new map in force, unless there is none or it lost what is still being written."""
         # half of the time at most: the guest needs the machine, too
         self._rest_until = now + int(found.seconds * 1e9)
         error = found.error
@@ -300,7 +300,7 @@ class Naming:
         )
 
     def _renewed(self, disk: int, asked: Asked) -> list[Asked]:
-        """What happened behind the reading of the new map has that as the map before; what happened meanwhile
+        """What happened after the reading of the new map has that as the map before; what happened meanwhile
         keeps its own."""
         meanwhile = np.flatnonzero(asked.accesses.time_ns < self.resolver.ended_ns)
         count = int(meanwhile[-1]) + 1 if len(meanwhile) else 0
@@ -322,7 +322,7 @@ class Naming:
                 self._leave(disk, asked.take(~due))
 
     def _judged(self, disk: int, asked: Asked, hand_on: Callable[[int, Asked, Touched], None]) -> None:
-        """Hand on what the new map says of these, keep what has to wait, and tell, behind it, what only the
+        """Hand on what the new map says of these, keep what has to wait, and tell, after it, what only the
         map before knows."""
         if not len(asked):
             return
@@ -334,8 +334,8 @@ class Naming:
             after.state,
         )
         state[verdict.waits] = HELD
-        # of the objects of the map before the new one knows nothing: what they own is, for the moment, of the
-        # disk
+        # of the objects of the map before the new one knows
+        # nothing: what they own is, for the moment, of the disk
         whole = np.full(len(before), self.resolver.named + self.resolver.bmap.disks[disk - 1])
         early = replace(
             before,

@@ -1,5 +1,5 @@
-"""The half of bmaplogger that runs inside nbdkit: serves a raw file and tells another process of every
-access.
+"""The half of bmaplogger that runs inside nbdkit: serves
+a raw file and tells another process of every access.
 
 nbdkit embeds the distribution's own Python, whatever the user's is, so this file imports nothing beyond the
 standard library and must work on Python 3.9 and later. Telling never waits and never fails a request: a
@@ -168,8 +168,8 @@ def open(readonly: bool) -> Connection:
 
 
 def close(connection: Connection) -> None:
-    """The client has gone. Where the process that started us has, too, the last client was the last thing to
-    stay for."""
+    """The client has gone. Where the process that started us
+    has, too, the last client was the last thing to stay for."""
     global _open
     os.close(connection.fd)
     with _counting:

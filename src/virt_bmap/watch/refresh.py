@@ -1,5 +1,5 @@
-"""The map read again while the guest runs, by another process, from the server that the guest's own disk
-comes from.
+"""The map read again while the guest runs, by another process,
+from the server that the guest's own disk comes from.
 
 What the guest wrote is seen there even where it never reaches the image, and journals are replayed in memory
 as for any map. The process is asked by a line on its standard input, answers with a line of JSON, and hands
@@ -210,7 +210,7 @@ def _answer(file: str, uris: Sequence[str], keys: Keys) -> dict[str, Any]:
 
 
 def save(bmap: BlockMap, file: str) -> None:
-    """The tables, one Arrow stream behind the other."""
+    """The tables, one Arrow stream after the other."""
     with pa.OSFile(file, "wb") as out:
         for table in (getattr(bmap, name) for name in BlockMap.TABLES):
             with pa.ipc.new_stream(out, table.schema) as stream:

@@ -47,8 +47,8 @@ from virt_bmap.watch.session import Outcome, Runner, started, step_aside
 LOOK = 0.25
 """Seconds between two looks."""
 SHARE = 0.03
-"""Of a processor, that the screen may take: where drawing is dear, looks are fewer, but still one in LONGEST
-seconds."""
+"""Of a processor, that the screen may take: where drawing is
+dear, looks are fewer, but still one in LONGEST seconds."""
 LONGEST = 1.0
 LONG_AGO = (float("-inf"), 0.0)
 RECENT = 3_000_000_000
@@ -158,8 +158,8 @@ class LastingDriver(LinuxDriver):
 
 
 class Watching(App[None]):
-    """The screen. `go` runs the watch, with the command started by the Runner it is given, until that
-    ends."""
+    """The screen. `go` runs the watch, with the command
+    started by the Runner it is given, until that ends."""
 
     ENABLE_COMMAND_PALETTE = False
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012 - as Textual declares it
@@ -262,8 +262,8 @@ class Watching(App[None]):
         self.query_one("#status", Static).update(self._status(view))
 
     def _is_dear(self) -> bool:
-        """Has the screen had its share of the processor since it was drawn last? Never once the command has
-        ended."""
+        """Has the screen had its share of the processor since
+        it was drawn last? Never once the command has ended."""
         now, spent = time.monotonic(), time.thread_time()
         if self.outcome is None and now - self._drawn[0] < min(LONGEST, (spent - self._drawn[1]) / SHARE):
             return True
@@ -431,8 +431,8 @@ class Watching(App[None]):
             self.output.end()
         elif self._thread.is_alive():
             print(
-                f"virt-bmap: the screen failed{f': {self.failure}' if self.failure else ''}; the "
-                "watch goes on without it",
+                f"virt-bmap: the screen failed{f': {self.failure}' if self.failure else ''}; "
+                "the watch goes on without it",
                 file=sys.stderr,
             )
         if self._thread.ident is None:  # it never got so far

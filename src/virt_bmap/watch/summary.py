@@ -162,8 +162,8 @@ class Summary:
         return {name: touch.bytes() for name, touch in self._touch.items()} | {"size": size}
 
     def objects(self) -> pa.Table:
-        """Every object that was touched, in the order of its first access, as a table of the schema
-        OBJECTS."""
+        """Every object that was touched, in the order of its
+        first access, as a table of the schema OBJECTS."""
         return _together([*self._older, self._objects()]) if self._older else self._objects()
 
     def _objects(self) -> pa.Table:
@@ -221,8 +221,8 @@ def _bounded(objects: pa.Table) -> pa.Table:
 
 
 def _together(parts: list[pa.Table]) -> pa.Table:
-    """Tables of the schema OBJECTS added up, in the order of the first access; sizes are those that are known
-    last."""
+    """Tables of the schema OBJECTS added up, in the order of
+    the first access; sizes are those that are known last."""
     joined = pa.concat_tables(parts).group_by(["disk", "kind", "device", "name"], use_threads=False)
     sums = joined.aggregate(
         [("size", "last"), ("first_ns", "min"), ("accesses", "sum"), *((way, "sum") for way in WAYS)]

@@ -49,8 +49,8 @@ TRIM = tables.OPS.index("trim")
 
 @dataclass(frozen=True)
 class Asked:
-    """Accesses, or parts of some, of one disk that wait for a map: each with the number of its access on this
-    disk.
+    """Accesses, or parts of some, of one disk that wait for a
+    map: each with the number of its access on this disk.
 
     `before` is a map that was read wholly before them, and `said` what they touch by it; None: there is none
     to ask. `guessed` marks what was handed on with a name already.
@@ -204,8 +204,8 @@ def _same_owner(changes: Int, asked: Asked, time_ns: Int, until: Int) -> Bool:
 
 
 class _Atoms(NamedTuple):
-    """Pieces cut at points: atom i is what piece `piece` has of slot `slot`, for row `row` of the
-    accesses."""
+    """Pieces cut at points: atom i is what piece `piece`
+    has of slot `slot`, for row `row` of the accesses."""
 
     row: Int
     slot: Int
@@ -260,9 +260,9 @@ def _choose(
 ) -> tuple[Bool, Bool, np.ndarray]:  # fmt: skip
     """Which atoms of either map are kept, and the state of those of the map before.
 
-    It is asked where no owner by the map after is certain: it knows for certain whose bytes were read when
-    nobody had written to them since it was right; and it is the better guess where the other one knows
-    nobody.
+    It is asked where no owner by the map after is certain: it knows for
+    certain whose bytes were read when nobody had written to them since it
+    was right; and it is the better guess where the other one knows nobody.
     """
     none = np.zeros(len(old.row), bool)
     if asked.before is None or not len(old.row):

@@ -2,7 +2,7 @@
 
 A module has NAME, EXPECTED (what a line of it looks like, for messages), `recognise(head)` on the first
 lines, and `parse(lines) -> Rows`. All work is done on whole columns; a million lines take seconds. Lines that
-are no part of the format are left out, and their numbers kept for whoever wants to say so.
+do not belong to the format are left out, and their numbers kept for whoever wants to say so.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from virt_bmap.accesses.logs.text import HEAD, Lines, Log, Rows
 from virt_bmap.core.errors import MapError, UsageError
 
 LOGS: Sequence[ModuleType] = (nbdkit, fio, qemu, blkparse, csv)
-"""In probe order: those with a first line that names them come first, the one that goes by column names
-last."""
+"""In probe order: those with a first line that names them
+come first, the one that goes by column names last."""
 NAMES = {"nbdkit": nbdkit, "qemu": qemu, "blkparse": blkparse, "fio": fio, "csv": csv}
 """What a format is called on a command line."""
 
@@ -34,9 +34,8 @@ def parse(data: bytes, source: str, format: str | None = None, device: str | Non
     if found is None:
         known = ", ".join(str(module.NAME) for module in LOGS)
         raise MapError(
-            f"{source}: is "
-            f"{'empty' if not data.strip() else 'no log of accesses that is known here'}; known are: "
-            f"{known}"
+            f"{source}: is {'empty' if not data.strip() else 'not a log of accesses that is known here'}; "
+            f"known are: {known}"
         )
     try:
         rows: Rows = found.parse(lines)
@@ -45,8 +44,7 @@ def parse(data: bytes, source: str, format: str | None = None, device: str | Non
     if not len(rows.accesses):
         first = f"; line {rows.unread[0]} is {lines.shown(rows.unread[0])}" if len(rows.unread) else ""
         raise MapError(
-            f"{source}: has no access in it; as {found.NAME}, lines like {found.EXPECTED!r} are "
-            f"expected{first}"
+            f"{source}: holds no access; lines of {found.NAME} look like {found.EXPECTED!r}{first}"
         )
     rows = _of_device(rows, source, device)
     order = np.argsort(rows.accesses.time_ns, kind="stable")
@@ -61,8 +59,8 @@ def _of_device(rows: Rows, source: str, device: str | None) -> Rows:
     if device is None:
         if len(rows.devices) > 1:
             raise UsageError(
-                f"{source}: is of several devices: choose one of "
-                f"{', '.join(map(_quoted, rows.devices))} with --device"
+                f"{source}: has accesses of several devices: choose one with --device: "
+                f"{', '.join(map(_quoted, rows.devices))}"
             )
         return rows
     if device not in rows.devices:

@@ -52,7 +52,7 @@ def parse(lines: Lines) -> Rows:
 
 
 def _op(kind: str) -> int:
-    """The RWBS field: D discard, W write, R read, F flush (or force unit access, behind a W)."""
+    """The RWBS field: D discard, W write, R read, F flush (or force unit access, after a W)."""
     return next(
         (op for letter, op in (("D", TRIM), ("W", WRITE), ("R", READ), ("F", FLUSH)) if letter in kind), -1
     )

@@ -112,8 +112,8 @@ def _header(head: list[str]) -> tuple[str, list[str], bool, int] | None:
 
 
 def _pattern(columns: list[str], comma: bool, unit: int) -> str:
-    """The expression for a row: the first column of each meaning is caught, of the others only where they
-    end."""
+    """The expression for a row: the first column of each
+    meaning is caught, of the others only where they end."""
     parts, seen = [], {""}
     patterns = {**PATTERNS, "time": rf"{DIGITS[unit]}(?:\.\d{{1,20}})?"}
     for what in columns:

@@ -1,13 +1,13 @@
-"""fio: what it writes with write_iolog (versions 2 and 3), and latency, bandwidth and IOPS logs with
-log_offset=1.
+"""fio: what it writes with write_iolog (versions 2 and 3),
+and latency, bandwidth and IOPS logs with log_offset=1.
 
     fio version 3 iolog
     129 /dev/vdb read 61440 4096
 
     0, 233314, 0, 4096, 61440, 0            time (ms), value, direction, bytes, offset, priority
 
-Sources: fio(1), "TRACE FILE FORMAT" and "LOG FILE FORMATS" (3.33); iolog.c there: version 3 counts
-microseconds.
+Sources: fio(1), "TRACE FILE FORMAT" and "LOG FILE FORMATS"
+(3.33); iolog.c there: version 3 counts microseconds.
 """
 
 import numpy as np

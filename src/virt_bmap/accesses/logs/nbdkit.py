@@ -10,6 +10,7 @@ import numpy as np
 
 from virt_bmap.accesses.accesses import LogParser
 from virt_bmap.accesses.logs.text import Lines, Rows, zeros
+from virt_bmap.core.amounts import counted
 from virt_bmap.core.arrays import Int
 
 NAME = "nbdkit's log filter"
@@ -46,5 +47,10 @@ def parse(lines: Lines) -> Rows:
 def _good(count: int, rows: Int) -> Int:
     """The rows of the accesses. Raises ValueError where some request's numbers were beyond all disks."""
     if count != len(rows):
-        raise ValueError(f"{len(rows) - count} of its requests have times or offsets that can't be true")
+        raise ValueError(
+            counted(
+                len(rows) - count,
+                "of its requests [has a time or offset|have times or offsets] that can't be true",
+            )
+        )
     return rows

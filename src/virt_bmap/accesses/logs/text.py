@@ -1,5 +1,5 @@
-"""Text as columns: lines, and the numbers and words that a regular expression finds in them, all lines at
-once."""
+"""Text as columns: lines, and the numbers and words that
+a regular expression finds in them, all lines at once."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,8 +30,8 @@ class Rows(NamedTuple):
     """What a parser finds: accesses, and for each the line (from 1) and the device (a position in `devices`,
     0 where none are named).
 
-    `unread` are the numbers of lines that are no part of the format, `notes` what a person should know about
-    the log.
+    `unread` are the numbers of lines that do not belong to the
+    format, `notes` what a person should know about the log.
     """
 
     accesses: Accesses
@@ -100,8 +100,8 @@ class Lines:
         return found
 
     def unread(self, known: Bool, other: str = r"\s*$") -> Int:
-        """The numbers of the lines that are neither `known` nor fit `other`; not a last one that was cut
-        off."""
+        """The numbers of the lines that are neither `known`
+        nor fit `other`; not a last one that was cut off."""
         rows = np.flatnonzero(~known)
         rows = rows[
             ~pc.match_substring_regex(self.text.take(pa.array(rows)), rf"^(?:{other})").to_numpy(
@@ -136,8 +136,8 @@ class Match(NamedTuple):
         )
 
     def seconds(self, name: str) -> Int:
-        """A group like 12.345678 as nanoseconds, exact to the last of nine digits; a point or comma may be
-        missing."""
+        """A group like 12.345678 as nanoseconds, exact to the
+        last of nine digits; a point or comma may be missing."""
         parts = pc.extract_regex(
             self.found.field(name), rf"^(?P<whole>{WHOLE})(?:[.,](?P<rest>\d{{0,9}})\d*)?$"
         )

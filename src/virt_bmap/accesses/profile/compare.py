@@ -14,8 +14,8 @@ EARLIER = 0.05
 never quite alike, and neither are clocks."""
 CHANGES = ("new", "gone", "more", "less", "earlier", "later")
 COMPARED = pa.schema([
-    field("change", pa.large_string(), f"{', '.join(CHANGES)}: what the second profile is, compared with "
-        "the first"),
+    field("change", pa.large_string(), f"{', '.join(CHANGES)}: what the second "
+        "profile is, compared with the first"),
     field("bytes", pa.int64(), "bytes needed more (or, negative, less) than in the first", "bytes"),
     field("needed_before", pa.int64(), "bytes needed in the first, each counted once", "bytes",
         null="not in it"),
@@ -64,8 +64,8 @@ def _matched(old: pa.Table, new: pa.Table) -> tuple[Int, Int]:
 
 
 def _places(rows: Int) -> Int:
-    """The order of first use among the objects that both have: what is new must not move all that comes after
-    it."""
+    """The order of first use among the objects that both have:
+    what is new must not move all that comes after it."""
     places: Int = np.argsort(np.argsort(rows))
     return places
 

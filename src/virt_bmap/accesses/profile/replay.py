@@ -34,8 +34,8 @@ THREADS = 16
 
 
 class Replayed(NamedTuple):
-    """What was read: bytes, of which `needed` were in the profile, in how many ranges, and the seconds that
-    took."""
+    """What was read: bytes, of which `needed` were in the
+    profile, in how many ranges, and the seconds that took."""
 
     bytes: int
     needed: int
@@ -51,13 +51,13 @@ def replay(profile: Profile, reader: Reader, disk: int = 1, common: bool = False
     if disk <= len(profile.sizes) and profile.sizes[disk - 1] != reader.size:
         raise MapError(
             f"{reader.name}: has {reader.size:,} bytes, but the profile is of a disk of "
-            f"{profile.sizes[disk - 1]:,}: another disk's"
+            f"{profile.sizes[disk - 1]:,}: it is another disk's profile"
         )
     starts, ends = disk_ranges(profile, disk, common)
     if len(ends) and int(ends.max()) > reader.size:
         raise MapError(
             f"{reader.name}: has {reader.size:,} bytes, but the profile has accesses up to byte "
-            f"{int(ends.max()):,}: another disk's"
+            f"{int(ends.max()):,}: it is another disk's profile"
         )
     began, batches = time.monotonic(), list(_batches(starts, ends))
     needed = union(starts, ends)

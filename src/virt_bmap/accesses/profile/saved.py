@@ -30,8 +30,8 @@ RANGES = pa.schema([
         null="means nothing, or is not known"),
     field("size", pa.int64(), "bytes of the whole file", null="no file, or made without a map"),
     field("runs", pa.int32(), "in how many of the runs it was read before anything wrote it", "count"),
-    field("first_ns", pa.int64(), "when it was first read, from the first access of its run; the earliest "
-        "of all runs"),
+    field("first_ns", pa.int64(), "when it was first read, from the first "
+        "access of its run; the earliest of all runs"),
     field("read", pa.int64(), "bytes read of it in all runs, each time they were", "bytes"),
 ])  # fmt: skip
 
@@ -46,8 +46,8 @@ class RunFacts(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """`ranges` has the schema RANGES, sorted by first use; `sizes` are those of the disks (empty: not
-    known)."""
+    """`ranges` has the schema RANGES, sorted by first use;
+    `sizes` are those of the disks (empty: not known)."""
 
     ranges: pa.Table
     runs: list[RunFacts]
@@ -70,8 +70,8 @@ def is_profile(path: str) -> bool:
 
 
 def load(path: str) -> Profile:
-    """Read a profile back. Raises ImageError where it can't be read, MapError where it is not one, or is
-    damaged."""
+    """Read a profile back. Raises ImageError where it can't
+    be read, MapError where it is not one, or is damaged."""
     with inputs.reading(path, "a profile"):
         file = inputs.open_file(path, "a profile")
         about = inputs.metadata(file, KEY)
@@ -79,7 +79,7 @@ def load(path: str) -> Profile:
             what = (
                 f"a profile of version {about['version']!r}"
                 if "version" in about
-                else "a Parquet file, but no profile"
+                else "a Parquet file, but not a profile"
             )
             raise MapError(f"{path}: is {what}; virt-bmap profile TRACE... -o PROFILE makes one")
         table = inputs.fit(inputs.rows(file, RANGES.names), RANGES)
@@ -97,7 +97,7 @@ def _run_facts(run: dict[str, Any]) -> RunFacts:
         and isinstance(found.seconds, (int, float))
         and 0 <= found.seconds < LONGEST
     ):
-        raise ValueError("its metadata say of a run what can't be")
+        raise ValueError("its metadata describes a run that can't have been")
     return found
 
 
@@ -117,7 +117,7 @@ def _check_numbers(path: str, profile: Profile) -> None:
         if low is not None and low < least:
             raise MapError(f"{path}: is damaged: column {name!r} has the value {low}")
     if (pc.max(profile.ranges.column("first_ns")).as_py() or 0) >= LONGEST * 1e9:
-        raise MapError(f"{path}: is damaged: it has ranges that were read after {LONGEST:,.0f} seconds")
+        raise MapError(f"{path}: is damaged: it has ranges first read after more than {LONGEST:,.0f} seconds")
     end = profile.column("offset").astype(float) + profile.column("length")
     if (end >= 1 << 63).any():
-        raise MapError(f"{path}: is damaged: it has ranges behind byte 2**63")
+        raise MapError(f"{path}: is damaged: it has ranges beyond byte 2**63")

@@ -84,8 +84,8 @@ def _safe(column: pa.ChunkedArray) -> pa.Array:
 
 
 def disk_ranges(profile: Profile, disk: int, common: bool = False) -> tuple[Int, Int]:
-    """(starts, ends) of what was needed of a disk, in order of first use, unmerged; `common`: in every
-    run."""
+    """(starts, ends) of what was needed of a disk, in order
+    of first use, unmerged; `common`: in every run."""
     keep = profile.column("disk") == disk
     if common:
         keep &= profile.column("runs") == len(profile.runs)
@@ -94,8 +94,8 @@ def disk_ranges(profile: Profile, disk: int, common: bool = False) -> tuple[Int,
 
 
 def totals(profile: Profile) -> list[dict[str, int]]:
-    """For each disk: bytes needed, each counted once, bytes needed by every run, and the disk's size (0: not
-    known)."""
+    """For each disk: bytes needed, each counted once, bytes
+    needed by every run, and the disk's size (0: not known)."""
     result = []
     for disk in np.unique(profile.column("disk")).tolist():
         every, common = (union(*disk_ranges(profile, disk, only)) for only in (False, True))

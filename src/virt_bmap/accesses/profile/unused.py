@@ -29,8 +29,8 @@ UNUSED = pa.schema([
 
 
 def unused(bmap: BlockMap, profile: Profile, depth: int | None = None) -> pa.Table:
-    """By directory, `depth` names deep (default: as packages do), what no run of the profile read, most bytes
-    first."""
+    """By directory, `depth` names deep (default: as packages
+    do), what no run of the profile read, most bytes first."""
     parts = []
     for volume in tables.integers(bmap.filesystems, "volume").tolist():
         parts.append(_of_volume(bmap, volume, profile, depth))

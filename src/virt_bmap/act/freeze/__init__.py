@@ -94,7 +94,8 @@ class Frozen:
         report = self.wait()
         if kind is None and report.why == "timeout":
             raise FreezeError(
-                f"thawed when the limit of {self.limit:g} seconds was over: what was copied is not consistent"
+                f"the limit of {self.limit:g} seconds was over and the "
+                "filesystems were thawed: what was copied is not consistent"
             )
         if kind is None and report.why == "stolen":
             raise FreezeError(
@@ -148,8 +149,8 @@ class Frozen:
         with contextlib.closing(freezer_of(self.target)) as freezer:
             freezer.thaw()
         raise FreezeError(
-            "the process that kept the filesystems frozen was killed; they are thawed, and what was "
-            "copied is not consistent"
+            "the process that kept the filesystems frozen was killed; "
+            "they are thawed, and what was copied is not consistent"
         )
 
 
@@ -167,7 +168,8 @@ def run(target: Target, command: Sequence[str], limit: float = LIMIT) -> tuple[i
         sys.dont_write_bytecode = dont_write
     if signalled and status == 0:
         raise FreezeError(
-            f"thawed on {signalled.name}, before the command had ended: what it copied is not consistent"
+            f"{signalled.name} came and the filesystems were thawed before "
+            "the command had ended: what it copied is not consistent"
         )
     return status, held
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import BmapError, FreezeError, MissingTool
 
 try:
@@ -29,8 +30,8 @@ THAW_PATIENCE = 120.0
 BROKEN = (QMPError, OSError, EOFError, ValueError)
 """What qemu.qmp raises where the other side sends nonsense or goes."""
 ATTEMPTS = 3
-"""Connections: what an earlier client left half said makes the agent complain, and us give the connection
-up."""
+"""Connections: what an earlier client left half said makes
+the agent complain, and us give the connection up."""
 
 
 class Agent:
@@ -51,8 +52,8 @@ class Agent:
         self._runner.run(self._connect())
         if self._ask("guest-fsfreeze-status") != "thawed":
             raise FreezeError(
-                f"{self.socket}: the guest's filesystems are frozen already, by someone else "
-                "(guest-fsfreeze-thaw ends that)"
+                f"{self.socket}: the guest's filesystems are frozen already, by someone else (the agent's "
+                "guest-fsfreeze-thaw thaws them)"
             )
         command = "guest-fsfreeze-freeze-list" if self.mountpoints else "guest-fsfreeze-freeze"
         arguments = {"mountpoints": self.mountpoints} if self.mountpoints else None
@@ -63,7 +64,7 @@ class Agent:
         except BmapError:
             self.thaw()
             raise
-        return f"{count} {'filesystem' if count == 1 else 'filesystems'} of the guest"
+        return f"{plural(count, 'filesystem')} of the guest"
 
     def thaw(self) -> bool:
         """Thaw everything; False where nothing was frozen any more.
@@ -82,7 +83,7 @@ class Agent:
                 self._disconnect()
                 if time.monotonic() > until:
                     raise FreezeError(
-                        f"the guest is PERHAPS STILL FROZEN, its agent does not confirm the thaw: {error}"
+                        f"the guest is PERHAPS STILL FROZEN: its agent does not confirm the thaw: {error}"
                     ) from error
                 time.sleep(0.5)
 
@@ -108,24 +109,25 @@ class Agent:
                 await _ended(client)
             except TimeoutError as error:
                 await _ended(client)
-                raise FreezeError(f"{self.socket}: no agent answers within {ANSWER_TIMEOUT:g} seconds: "
-                    "qemu-guest-agent does not run in the guest, or "
-                                  "another program (libvirt) holds the socket") from error  # fmt: skip
+                raise FreezeError(
+                    f"{self.socket}: no agent answers within {ANSWER_TIMEOUT:g} seconds: qemu-guest-agent "
+                    "does not run in the guest, or another program (libvirt) holds the socket"
+                ) from error
             except ConnectError as error:
                 raise FreezeError(f"{self.socket}: can't be connected to: {_reason(error)}") from error
             except BROKEN as error:
                 await _ended(client)
                 if attempt == ATTEMPTS - 1:
                     raise FreezeError(
-                        f"{self.socket}: what answers there is no guest agent: {error}"
+                        f"{self.socket}: what answers there is not a guest agent: {error}"
                     ) from error
-        raise FreezeError(f"{self.socket}: what answers there is no guest agent")
+        raise FreezeError(f"{self.socket}: what answers there is not a guest agent")
 
     def _ask(
         self, command: str, arguments: dict[str, Any] | None = None, limit: float = ANSWER_TIMEOUT
     ) -> Any:
-        """The agent's answer. Raises FreezeError with its words where it refuses or does not answer in
-        time."""
+        """The agent's answer. Raises FreezeError with its
+        words where it refuses or does not answer in time."""
 
         async def asked() -> object:
             assert self._client
@@ -141,7 +143,7 @@ class Agent:
             raise FreezeError(f"{self.socket}: the agent refuses {command}: {error}") from error
         except ExecInterruptedError as error:
             raise FreezeError(
-                f"{self.socket}: the connection to the agent was lost: did the guest's machine end?"
+                f"{self.socket}: the connection to the agent was lost: did the virtual machine end?"
             ) from error
         except BROKEN as error:
             raise FreezeError(

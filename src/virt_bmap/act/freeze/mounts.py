@@ -68,7 +68,7 @@ class Mounts:
     """Some mounted filesystems of this host."""
 
     def __init__(self, folders: Sequence[str]) -> None:
-        """Raises UsageError where one is no mount point, FreezeError where it can't be opened."""
+        """Raises UsageError where one is not a mount point, FreezeError where it can't be opened."""
         self.mounts = chosen(folders, mounted())
         self.files: list[int] = []
         try:
@@ -78,8 +78,8 @@ class Mounts:
             raise FreezeError(f"{error.filename}: can't be frozen: {error.strerror}") from error
 
     def freeze(self, limit: float) -> str:
-        """One after the other; the kernel writes out what is dirty first, and can't be interrupted in
-        that."""
+        """One after the other; the kernel writes out what
+        is dirty first, and can't be interrupted in that."""
         done: list[int] = []
         for mount, file in zip(self.mounts, self.files, strict=True):
             try:
@@ -121,6 +121,6 @@ def refuse_own_output(folders: Sequence[str]) -> None:
         about = os.fstat(number)
         if stat.S_ISREG(about.st_mode) and about.st_dev in devices:
             raise UsageError(
-                f"{name} goes to a file on {devices[about.st_dev]}, which is to be frozen: send it "
-                "somewhere else"
+                f"{name} goes to a file on {devices[about.st_dev]}, "
+                "which is to be frozen: send it somewhere else"
             )

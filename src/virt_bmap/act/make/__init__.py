@@ -29,8 +29,8 @@ def make(
 
     `out` takes its name when it is complete.
 
-    Raises UsageError (the SPEC, an output that exists), MissingTool, ImageError with a tool's words,
-    OutputError.
+    Raises UsageError (the SPEC, an output that exists),
+    MissingTool, ImageError with a tool's words, OutputError.
     """
     spec = parse(text)
     if tree and spec.kind in ("disk", "part", "lv"):
@@ -76,7 +76,8 @@ def _target(out: str, force: bool) -> Path:
     target = Path(os.path.realpath(out))
     if target.exists() and not target.is_file():
         raise UsageError(
-            f"{out}: is {'a directory' if target.is_dir() else 'no regular file'}; make writes files"
+            f"{out}: is {'a directory' if target.is_dir() else 'not a regular file'}; "
+            "make writes regular files only"
         )
     if target.exists() and not force:
         raise UsageError(f"{out}: exists already; --force replaces it")

@@ -22,7 +22,7 @@ MIB = 1 << 20
 START = MIB
 """Where the first partition begins, and to what all are aligned, as today's tools do it."""
 END = MIB
-"""Left behind the last one for GPT's second table."""
+"""Left after the last one for GPT's second table."""
 LUKS = ("--type", "luks2")
 """cryptsetup's defaults for all else: cipher, key derivation."""
 LUKS_HEADER = 8 * MIB
@@ -98,8 +98,8 @@ def layout(spec: Spec) -> list[Partition]:
         sizes, kinds = [(end - START) // count // MIB * MIB] * count, [_type(spec)] * count
     if min(sizes) < MIB:
         raise UsageError(
-            f"a disk of {spec.size:,} bytes has no room for that: partitions begin at 1 MiB and are "
-            "at least as large"
+            f"a disk of {spec.size:,} bytes has no room for that: "
+            "partitions begin at 1 MiB and are at least as large"
         )
     starts = [START + sum(sizes[:number]) for number in range(len(sizes))]
     return [Partition(start, size, kind, number == 0 and spec.kind.startswith("boot"))
@@ -145,21 +145,21 @@ def _filesystem(work: Work, parameter: str, where: str, partition: Partition, de
 
 
 def _luks(work: Work, partition: Partition) -> None:
-    """The filesystem, moved back by the header's size while it is encrypted; a kernel is not needed for
-    that."""
+    """The filesystem, moved back by the header's size while
+    it is encrypted; a kernel is not needed for that."""
     if not work.key:
         raise UsageError("luks needs a passphrase: put it into a file and name that with --key-file")
     size = partition.size - LUKS_HEADER
     if size < MIB:
         raise UsageError(
-            f"the partition of {partition.size:,} bytes has no room for a LUKS header of "
-            f"{LUKS_HEADER:,} bytes and a filesystem"
+            f"the partition of {partition.size:,} bytes has no room for "
+            f"a LUKS header of {LUKS_HEADER:,} bytes and a filesystem"
         )
     file = _made(work, "filesystem", "/", size, "")
     if work.steps:
         raise ImageError(
-            f"{work.spec.filesystem()}: filling it inside LUKS needs root and a kernel that mounts "
-            "it; ext4 and btrfs need neither"
+            f"{work.spec.filesystem()}: filling it inside LUKS needs root "
+            "and a kernel that mounts it; ext4 and btrfs need neither"
         )
     with open(file, "r+b") as grown:
         grown.truncate(size + 2 * LUKS_HEADER)
@@ -168,9 +168,7 @@ def _luks(work: Work, partition: Partition) -> None:
               "--key-file", work.key, file)  # fmt: skip
     header = json.loads(tools.run("cryptsetup", "luksDump", "--dump-json-metadata", file))
     if [segment["offset"] for segment in header["segments"].values()] != [str(LUKS_HEADER)]:
-        raise ImageError(
-            "cryptsetup laid the header out in another way than expected; this version of it is not known"
-        )
+        raise ImageError("this version of cryptsetup lays out the header in a way that is not known here")
     with open(file, "r+b") as cut:
         cut.truncate(LUKS_HEADER + size)
     tools.place(file, work.disk, partition.start)
@@ -210,8 +208,8 @@ def _linear(work: Work, size: int, group: str, name: str) -> tuple[int, int, Pat
     begins in it, its size, and the file."""
     file = tools.blank(work.folder / "pv.img", size)
     with tools.loop(file) as device:
-        # a folder of settings of our own, and no look at other devices: the group may be called like one of
-        # this host
+        # a folder of settings of our own, and no look at other
+        # devices: the group may be called like one of this host
         settings = {"LVM_SYSTEM_DIR": str(work.folder), "LVM_SUPPRESS_FD_WARNINGS": "1"}
         only = (
             f'devices{{filter=["a|^{device}$|","r|.*|"] use_devicesfile=0}} backup{{backup=0 '
@@ -247,8 +245,8 @@ def _thin(group: str, name: str) -> list[appliance.Step]:
     return [
         appliance.shell("lvm", "lvcreate", "-qq", "-y", "-l", "90%FREE", "--thinpool", pool, group),
         appliance.shell(
-            "lvm", "lvcreate", "-qq", "-y", "-V", "$(($(lvm lvs --noheadings --units b --nosuffix -o "
-                f"lv_size {group}/{pool})))b",
+            "lvm", "lvcreate", "-qq", "-y", "-V", "$(($(lvm lvs --noheadings --units b "
+                f"--nosuffix -o lv_size {group}/{pool})))b",
             "--thin", "-n", name, f"{group}/{pool}",
         ),
     ]  # fmt: skip

@@ -19,9 +19,9 @@ Maker = Callable[[Path, Path | None], None]
 class Type(NamedTuple):
     """One type of filesystem.
 
-    `make(file, tree)` makes it over the whole of a file, and fills it where `fills` is "tool". "mount": a
-    kernel has to, by the filesystem type `kernel`; "never": it holds no files. Partition types for MBR and
-    GPT."""
+    `make(file, tree)` makes it over the whole of a file, and fills it where
+    `fills` is "tool". "mount": a kernel has to, by the filesystem type
+    `kernel`; "never": it holds no files. Partition types for MBR and GPT."""
 
     make: Maker
     fills: str
@@ -102,7 +102,7 @@ def _filled(kernel: str, file: Path, tree: Path) -> bool:
 
 
 def folder_of(tree: str) -> Path:
-    """The directory that is to be put in. Raises UsageError where it is none."""
+    """The directory that is to be put in. Raises UsageError where it is not one."""
     if not os.path.isdir(tree):
         raise UsageError(
             f"--tree {tree}: {'is not a directory' if os.path.exists(tree) else 'there is no such directory'}"

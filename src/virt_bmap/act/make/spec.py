@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from virt_bmap.act.make.filesystems import FILESYSTEMS
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import UsageError
 
 TABLES = {"mbr": "dos", "msdos": "dos", "dos": "dos", "gpt": "gpt", "efi": "gpt"}
@@ -93,7 +94,9 @@ def parse(text: str) -> Spec:
         raise UsageError(f"unknown SPEC {name!r}; there are: {', '.join(usage(kind) for kind in KINDS)}")
     parameters = KINDS[name].parameters
     if len(given) > len(parameters):
-        raise UsageError(f"{text}: {name} takes {len(parameters)} parameters at most: {usage(name)}")
+        raise UsageError(
+            f"{text}: {name} takes at most {plural(len(parameters), 'parameter')}: {usage(name)}"
+        )
     values = dict(parameters) | {
         parameter: value for parameter, value in zip(parameters, given, strict=False) if value
     }
@@ -141,7 +144,7 @@ def _wrong_name(value: str) -> str | None:
 
 
 def bytes_of(text: str) -> int:
-    """A size: decimal, in bytes or with k, M, G, T, P (of 1024) or s (sectors) behind it.
+    """A size: decimal, in bytes or with k, M, G, T, P (of 1024) or s (sectors) after it.
 
     Raises UsageError.
     """
@@ -149,8 +152,10 @@ def bytes_of(text: str) -> int:
     unit = text.lower()[len(number) :]
     unit = unit.removesuffix("ib") if len(unit) == 3 else unit[:1] if unit[1:] == "b" else unit
     if not number.isascii() or not number.isdigit() or unit not in SUFFIXES or len(number) > 18:
-        raise UsageError("is no size: a number of bytes, or with k, M, G, T, P or s (sectors) behind it")
+        raise UsageError(
+            "is not a size: give a number of bytes, or with k, M, G, T, P or s (sectors) after it"
+        )
     size = int(number) * SUFFIXES[unit]
     if not 0 < size <= MAX_SIZE:
-        raise UsageError(f"is no size: between 1 byte and {MAX_SIZE:,}")
+        raise UsageError(f"is not a size between 1 byte and {MAX_SIZE:,}")
     return size

@@ -107,7 +107,7 @@ def _data(file: int) -> Iterator[tuple[int, int]]:
         try:
             start = os.lseek(file, end, os.SEEK_DATA)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # no data behind `end`
+            if error.errno != errno.ENXIO:  # no data after `end`
                 raise
             return
         end = os.lseek(file, start, os.SEEK_HOLE)
@@ -145,8 +145,8 @@ def loop(image: Path) -> Iterator[str]:
 
 
 def filled(image: Path, kind: str, folder: Path, tree: Path, keep: Sequence[str]) -> bool:
-    """Copy a tree into the filesystem in a file, through a mount at `folder`; False where this kernel can't
-    mount it.
+    """Copy a tree into the filesystem in a file, through a mount
+    at `folder`; False where this kernel can't mount it.
 
     All that in namespaces of its own: nobody else sees the mount, and whatever ends us ends mount, copy and
     the server of a FUSE filesystem.

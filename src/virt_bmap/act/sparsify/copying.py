@@ -1,5 +1,5 @@
-"""A new image that holds what is owned, and nothing else: raw files are written here, other formats through
-QEMU."""
+"""A new image that holds what is owned, and nothing else:
+raw files are written here, other formats through QEMU."""
 
 import os
 from collections.abc import Callable

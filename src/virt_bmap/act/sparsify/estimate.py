@@ -1,8 +1,8 @@
 """What sparsify would give back of a disk image, without writing anything, and what it would keep though
 nobody owns it; and which of it takes space now.
 
-Sources: lseek(2) on SEEK_DATA and SEEK_HOLE; fallocate(2) on FALLOC_FL_PUNCH_HOLE, which frees whole blocks
-only.
+Sources: lseek(2) on SEEK_DATA and SEEK_HOLE; fallocate(2)
+on FALLOC_FL_PUNCH_HOLE, which frees whole blocks only.
 """
 
 import os
@@ -35,7 +35,7 @@ class Host(NamedTuple):
 
 
 def host_of(path: str) -> Host | None:
-    """What of a file takes space on this host; None for what is no regular file.
+    """What of a file takes space on this host; None for what is not a regular file.
 
     Raises ImageError where it can't be read.
     """

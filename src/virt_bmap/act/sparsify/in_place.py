@@ -1,7 +1,7 @@
 """Giving space back without a copy: holes punched into raw files and block devices, trims for qcow2.
 
-Only free bytes change, one range after the other, so that an image is valid at every moment, whenever this
-ends.
+Only free bytes change, one range after the other, so that
+an image is valid at every moment, whenever this ends.
 """
 
 import contextlib
@@ -51,8 +51,8 @@ def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
     """
     if magic.is_uri(image):
         raise UsageError(
-            f"{image}: who uses an NBD export can't be seen from here; sparsify the image where it "
-            f"lies, or make a copy: sparsify {image} OUT"
+            f"{image}: who uses an NBD export can't be seen from here; sparsify the image where it lies, or "
+            f"make a copy: sparsify {image} OUT"
         )
     plain = RawReader(image)
     try:
@@ -109,8 +109,8 @@ class PunchedFile:
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 raise OutputError(
-                    f"{self.name}: can't be changed in place: what it lies on can't punch holes; "
-                    f"make a copy: sparsify {self.name} OUT"
+                    f"{self.name}: can't be changed in place: what it lies on can't punch holes; make a "
+                    f"copy: sparsify {self.name} OUT"
                 ) from error
             raise OutputError(f"{self.name}: can't be changed: {error.strerror}") from error
 
@@ -136,6 +136,6 @@ class TrimmedImage:
 
 
 def held(image: str) -> int | None:
-    """Bytes that an image file takes on its host; None for what is no regular file."""
+    """Bytes that an image file takes on its host; None for what is not a regular file."""
     about = os.stat(image)
     return about.st_blocks * SECTOR if stat.S_ISREG(about.st_mode) else None

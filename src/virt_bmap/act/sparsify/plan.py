@@ -19,7 +19,7 @@ def plan(bmap: BlockMap, disk: int, swap: bool = False) -> Space:
 
 
 def kinds_of(bmap: BlockMap, what: Collection[str]) -> Callable[[int], tuple[int, ...]]:
-    """Which kinds of extents of a volume are meant: of "free", "gap" (slack behind filesystems, too),
+    """Which kinds of extents of a volume are meant: of "free", "gap" (slack after filesystems, too),
     "unreferenced" and "swap", those that are asked for."""
     systems = dict(
         zip(

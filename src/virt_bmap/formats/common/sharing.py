@@ -23,6 +23,14 @@ def cut_shared(starts: Int, ends: Int) -> Pieces:
 
     At most two pieces more than ranges for each run of shared bytes: on the outer side of a cut only one
     range goes on.
+
+        ranges   0=========6                 cuts where sharing begins and ends: 4 and 6
+                        4=========10
+        pieces   0=====4===6   4===6====10
+
+    >>> found = cut_shared(np.array([0, 4]), np.array([6, 10]))
+    >>> list(zip(found.row.tolist(), found.start.tolist(), found.end.tolist(), found.shared.tolist()))
+    [(0, 0, 4, False), (0, 4, 6, True), (1, 4, 6, True), (1, 6, 10, False)]
     """
     low, high = covered_twice(starts, ends)
     cuts = np.unique(np.concatenate([low, high]))

@@ -196,8 +196,23 @@ def _data(first: Int, p: Int, q: Int, members: int) -> Int:
 
 
 def _power(p: Int, q: Int, members: int, ddf: bool) -> Int:
-    """(rows, members): data chunks count from the member behind Q; DDF counts from member 0 and counts P and
-    Q, too."""
+    """(rows, members): data chunks count from the member after Q;
+    DDF counts from member 0, and counts P and Q as well.
+
+    RAID6 over five members, left-symmetric; what P and Q have means nothing:
+
+        row    0 1 2 3 4 members    from the one after Q    powers
+         0     Q D D D P            1 2 3 4 0               . 0 1 2 .
+         1     D D D P Q            0 1 2 3 4               0 1 2 . .
+         2     D D P Q D            4 0 1 2 3               1 2 . . 0
+
+    >>> p, q, _ = _raid6(LEFT_SYMMETRIC, np.arange(3), 5)
+    >>> p.tolist(), q.tolist()
+    ([4, 3, 2], [0, 4, 3])
+    >>> power = _power(p, q, 5, ddf=False)
+    >>> power[0, [1, 2, 3]].tolist(), power[1, [0, 1, 2]].tolist(), power[2, [4, 0, 1]].tolist()
+    ([0, 1, 2], [0, 1, 2], [0, 1, 2])
+    """
     each = np.arange(members, dtype=np.int64)
     if ddf:
         return np.tile(each, (len(p), 1))

@@ -1,5 +1,5 @@
-"""What traces say, added up for drawing: over time, by place on the disk, by object, and the working set as
-it grows."""
+"""What traces say, added up for drawing: over time, by place
+on the disk, by object, and the working set as it grows."""
 
 from typing import Any
 
@@ -108,8 +108,8 @@ def _touched(run: Run, time: Int, cells: Cells, disk: int) -> dict[str, list[int
 
 
 def _lanes(run: Run, step: Int, labels: list[str]) -> dict[str, Any]:
-    """Bytes over time of the objects that most bytes were read of or written to, in order of their first
-    use."""
+    """Bytes over time of the objects that most bytes were
+    read of or written to, in order of their first use."""
     length = run.end - run.start
     total = np.zeros(len(labels), np.int64)
     np.add.at(total, run.object, length)

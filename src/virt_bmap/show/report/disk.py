@@ -1,5 +1,5 @@
-"""A disk as cells of equal size along a curve, each shown as one owner: what the page draws block by
-block."""
+"""A disk as cells of equal size along a curve, each shown
+as one owner: what the page draws block by block."""
 
 from typing import Any, NamedTuple
 
@@ -20,8 +20,8 @@ FULL = 0.75
 MOST_RUNS = 400_000
 """Runs of cells with one owner that a page carries; a disk with more is drawn coarser."""
 NAMED = 20_000
-"""Owners of a disk that are named, those with the most cells; the others are shown by their kind and
-volume."""
+"""Owners of a disk that are named, those with the most
+cells; the others are shown by their kind and volume."""
 
 
 class Cells(NamedTuple):

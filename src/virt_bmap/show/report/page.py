@@ -21,7 +21,7 @@ from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.show.report import activity, disk, files, space
 
 SCRIPTS = ("start.js", "theme.js", "disk.js", "charts.js", "tables.js", "main.js")
-"""In the order in which the page runs them, behind the plotting library."""
+"""In the order in which the page runs them, after the plotting library."""
 
 
 def page(bmap: BlockMap, traces: Traces | None = None, title: str = "") -> bytes:

@@ -33,8 +33,8 @@ NOTHING = Nested()
 
 @dataclass
 class Progress:
-    """What was found so far, on all filesystems of a map: the paths of images, and how many more may be
-    opened."""
+    """What was found so far, on all filesystems of a map:
+    the paths of images, and how many more may be opened."""
 
     paths: set[bytes] = field(default_factory=set)
     left: int = MAX_IMAGES

@@ -29,13 +29,13 @@ own grow: a new overlay has 200 KiB."""
 DESCRIPTOR = ".vmdk"
 """Files of this name are looked at though they are small: some are text that names further files."""
 HEAD = 2048
-"""Bytes of each file that are looked at: all magic numbers of disks that are more than a signature lie
-there."""
+"""Bytes of each file that are looked at: all magic numbers
+of disks that are more than a signature lie there."""
 BATCH = 4096
 """Files whose heads are looked at together."""
 DISKS = formats.disk_magics(HEAD)
 IMAGES = (*((offset, content) for _, offset, content in magic.MAGICS if offset >= 0), (0, VERITY_MAGIC))
-"""A hash tree is no disk, but vouches for one."""
+"""A hash tree is not a disk, but vouches for one."""
 MAX_NAME, MAX_LEFT_OUT = 4096, 64
 """Bytes of a name that an image may refer to, as PATH_MAX; and how many leading directories of one are left
 out in search of it."""
@@ -140,8 +140,8 @@ class _Extents:
         )
 
     def like_disks(self, reader: Reader, inodes: Int, large: Int) -> Int:
-        """Those of the files whose first bytes are those of an image, or, among the `large` ones, of a
-        disk."""
+        """Those of the files whose first bytes are those of
+        an image, or, among the `large` ones, of a disk."""
         coded = self._flags & (tables.INLINE | tables.COMPRESSED | tables.ENCRYPTED)
         rows = np.flatnonzero((self._at < HEAD) & (coded == 0) & np.isin(self._inode, inodes))
         files, which = np.unique(self._inode[rows], return_inverse=True)
@@ -154,8 +154,8 @@ class _Extents:
         return np.concatenate(found)
 
     def _heads(self, reader: Reader, rows: Int, which: Int, count: int) -> np.ndarray:
-        """The first bytes of `count` files, read at once; a hole may come first: boot sectors are often
-        zeroes."""
+        """The first bytes of `count` files, read at once; a
+        hole may come first: boot sectors are often zeroes."""
         length = np.minimum(self._length[rows], HEAD - self._at[rows])
         heads = np.zeros((count, HEAD), np.uint8)
         scatter(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Bytes, Int
 from virt_bmap.core.errors import Corrupt, FormatError, ImageError, Unsupported
 from virt_bmap.core.reader import MappedReader, Reader
@@ -48,8 +49,8 @@ class Metered(Reader):
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         if self.requested > self._limit:
             raise Corrupt(
-                f"{self.name}: its tables claim more than {self._limit:,} bytes, but the file does "
-                "not hold as many: they lie in holes, or over each other"
+                f"{self.name}: its tables claim more than {self._limit:,} bytes, but the file does not hold "
+                "as many: they lie in holes, or overlap"
             )
         return self._file.read_ranges(offsets, lengths)
 
@@ -66,8 +67,8 @@ class Inner(Chains):
         self._images: list[Image] = []
         self._contents: list[Reader] = []
         self._numbers: dict[int, int] = {}
-        """Files by inode; a file's number is its place in `_images`, `_contents`, and `files`, which are
-        metered."""
+        """Files by inode; a file's number is its place in
+        `_images`, `_contents`, and `files`, which are metered."""
         self._refused: dict[int, Problem] = {}
 
     def assemble(self, members: Sequence[Member]) -> Assembly:
@@ -94,7 +95,7 @@ class Inner(Chains):
         for image in self._names.wanted(self._member.reader, self._wanted):
             self._progress.paths.add(image.path)
             if image.refused or self._progress.left <= 0:
-                why = image.refused or f"is one of more than {MAX_IMAGES} images: it is not opened"
+                why = image.refused or f"is not opened: there are more than {MAX_IMAGES} images"
                 notes.append(Problem("nested", f"{self._name(image)} {why}", -1, "note"))
                 continue
             self._progress.left -= 1
@@ -117,8 +118,8 @@ class Inner(Chains):
             disk = self.disk(self._name(self._images[number]), number, format)
             if sum(len(other.rows) for other in (*self.disks, disk)) > MAX_ROWS:
                 raise Unsupported(
-                    f"{disk.image}: the images of this filesystem have more than {MAX_ROWS:,} "
-                    "pieces; name those that matter with --nested"
+                    f"{disk.image}: the images of this filesystem have more than {MAX_ROWS:,} pieces; name "
+                    "those that matter with --nested"
                 )
             self.disks.append(disk)
         except (FormatError, ImageError) as error:
@@ -150,15 +151,15 @@ class Inner(Chains):
     def references(self, number: int, format: str, depth: int) -> References:
         name = self.files[number].name
         if depth >= MAX_CHAIN:
-            raise Unsupported(f"{name}: its backing chain is longer than {MAX_CHAIN} files, or a loop")
+            raise Unsupported(f"{name}: its backing chain is longer than {MAX_CHAIN} files, or loops")
         try:
             found = references_of(self.files[number], format)
         except ImageError as error:
             raise Corrupt(str(error), 0) from error
         if len(found.extents) > MAX_IMAGES:
             raise Unsupported(
-                f"{name}: has {len(found.extents):,} extents; {MAX_IMAGES} are followed in an image "
-                "inside a disk"
+                f"{name}: has {plural(len(found.extents), 'extent')}; at most "
+                f"{MAX_IMAGES} are followed in an image inside a disk"
             )
         return found
 
@@ -166,8 +167,8 @@ class Inner(Chains):
         image = self._names.find(os.fsencode(name), self._images[number].path)
         if image is None:
             raise Unsupported(
-                f"{self.files[number].name}: refers to {name!r}, which is no file of the filesystem "
-                "that it lies on; nothing is looked for elsewhere"
+                f"{self.files[number].name}: refers to {name!r}, which is not a file of the same filesystem; "
+                "nothing is looked for elsewhere"
             )
         if image.refused:
             raise Unsupported(f"{self.files[number].name}: refers to {name!r}, which {image.refused}")

@@ -208,11 +208,20 @@ def _split(start: Int, end: Int, link: Int) -> tuple[Int, Int, Int]:
 
 
 def _rank(successor: Int) -> tuple[Int, Int]:
-    """(order, chain): the runs sorted by chain and by their place in it, and for each the first run of its
-    chain.
+    """(order, chain): the runs sorted by chain and by their
+    place in it, and for each the first run of its chain.
 
-    A chain begins where no run leads, or more than one. Pointer doubling: each run learns of the one 1, 2, 4,
-    ... runs before it.
+    A chain begins where no run leads, or more than one. Runs 3 -> 0 -> 2 and 1:
+
+        run    leads to    before it    (head, rank)
+         0        2            3           (3, 1)
+         1      none         none          (1, 0)
+         2      none           0           (3, 2)
+         3        0          none          (3, 0)
+
+    >>> order, chain = _rank(np.array([2, END, END, 0]))
+    >>> order.tolist(), chain.tolist()
+    ([1, 3, 0, 2], [1, 3, 3, 3])
     """
     n = len(successor)
     links = np.flatnonzero(successor >= 0)
@@ -230,8 +239,17 @@ def _rank(successor: Int) -> tuple[Int, Int]:
 
 
 def _climb(before: Int) -> tuple[Int, Int, Int]:
-    """(head, rank) of each run by the links `before` (-1: none), and the runs that go round and so have no
-    head."""
+    """(head, rank) of each run by the links `before` (-1:
+    none), and the runs that go round and so have no head.
+
+    Pointer doubling: in each round a run adds the steps of the run that
+    it points to, and then points where that one did. Of the chain 0 1 2 3:
+
+        round    run 1     run 2     run 3      (points to, steps)
+          0      (0, 1)    (1, 1)    (2, 1)
+          1      (0, 1)    (0, 2)    (1, 2)
+          2      (0, 1)    (0, 2)    (0, 3)     all point to the head
+    """
     n = len(before)
     is_head = before < 0
     head = np.where(is_head, np.arange(n), before)

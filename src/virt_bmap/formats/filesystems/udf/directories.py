@@ -81,7 +81,21 @@ def parse(data: Bytes, parent: Int, base: Int, size: Int, problems: list[Problem
 
 
 def _reached(at: Int, after: Int, end: Int, base: Int) -> np.ndarray:
-    """Which of the places are met when one goes from each of `base` to what comes after, and on."""
+    """Which of the places are met when one goes from each of `base` to what comes after, and on.
+
+    Candidates at 0 8 20 24 44; what lies at 8 only looks like a descriptor, inside the one at 0.
+    Each round, what is reached hands on to what it follows; then all follow twice as far:
+
+        place     0     8    20    24    44
+        after    20    24    44    44    64       the end is at 64
+        round 0   x                               follow: 20 24 44 44 end
+        round 1   x           x                   follow: 44 44 end end end
+        round 2   x           x           x
+
+    >>> at, after = np.array([0, 8, 20, 24, 44]), np.array([20, 24, 44, 44, 64])
+    >>> _reached(at, after, np.full(5, 64), np.array([0])).tolist()
+    [True, False, True, False, True]
+    """
     count = len(at)
     where = np.minimum(np.searchsorted(at, after), max(count - 1, 0))
     follow = np.append(

@@ -121,6 +121,16 @@ def read_entries(
 
 
 def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, problems: list[Problem]) -> Found:
+    """What the blocks at `place` hold. All rows are read as both kinds of entry, which agree on the first 56
+    bytes; `field` takes each row's own. Of five blocks of 2048 bytes:
+
+        block        tag  strategy  kept  attributes at  descriptors at  end
+        a file       261      4     yes        176            176        184   one short descriptor
+        a directory  266      4     yes        216            216        300   84 bytes of names, embedded
+        a file       266      4     yes        216            316        324   100 bytes of attributes
+        old style    261   4096      no                                        problem "strategy"
+        zeroes         0             no                                        problem "file-entry"
+    """
     data = reader.read_blocks(place, volume.block_size)
     common = records(data, COMMON)
     extended = common["TagIdentifier"] == EXTENDED
@@ -343,8 +353,23 @@ def _extents(
 
 
 def _descriptors(lists: _Lists) -> tuple[Int, Int, Int, Int, Int]:
-    """(owner, partition, block, bytes, what it is) of each descriptor, up to the first one without length, or
-    one that says where the list goes on."""
+    """(owner, partition, block, bytes, what it is) of each descriptor, up to
+    the first one without length, or one that says where the list goes on.
+
+    A list of four short descriptors; those after the first `last` one do not count:
+
+        bytes      2048   2048      0    512
+        block         7      9      0      3
+        last          .      .      x      .
+        before        0      0      0      1     how many `last` ones came earlier
+        kept          x      x      .      .
+
+    >>> data = np.array([2048, 7, 2048, 9, 0, 0, 512, 3], "<u4").view(np.uint8)
+    >>> one = np.zeros(1, np.int64)
+    >>> _, partition, block, size, _ = _descriptors(_Lists(one, one + SHORT, one, data, one, one + 32))
+    >>> block.tolist(), size.tolist()
+    ([7, 9], [2048, 2048])
+    """
     size = AD_SIZE[np.minimum(lists.kind, EMBEDDED)]
     count = np.where(lists.kind < EMBEDDED, lists.length // size, 0)
     row, step = expand(count)

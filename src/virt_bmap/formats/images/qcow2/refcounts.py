@@ -110,10 +110,19 @@ def decode(blocks: np.ndarray, bits: int) -> Int:
 
 
 def compare(references: References, counted: tuple[Int, Int, Int], size: int) -> Verdict:
-    """What the allocator says against what there is, over the `size` bytes of the file."""
+    """What the allocator says against what there is, over the `size` bytes of the file.
+
+    Both are cut at each other's ends, and summed up piece by piece; clusters of 1:
+
+        refers      0=====3     2===4            (a snapshot refers to 2 and 3 as well)
+        counted     0==2 count 1, 2==3 count 2, 4==6 count 1
+        pieces      0-2    2-3    3-4    4-6
+        need         1      2      1      0
+        have         1      2      0      1
+                                 low   leaked
+    """
     start, end, times = references.all()
     low, high, count = counted
-    # a count is of one run, a reference of many: sums of both, piece by piece
     points = np.unique(
         np.concatenate([start, end, low, high, [0, -(-size // references.cluster) * references.cluster]])
     )

@@ -123,7 +123,14 @@ class Store:
     ) -> Entries:
         """All leaf entries of the trees with these roots, in no certain order.
 
-        Nodes that many trees share are read once a level.
+        A step follows all trees down one level. A visit is a pair (tree, node), as one number:
+        tree * blocks + node; a visit that was made before is damage, and not followed. Nodes that many
+        trees share are read once a level. Two snapshots, whose roots are blocks 7 and 8 of 100, share node 5:
+
+            level    visits (tree, node)      as numbers     read
+            0        (0, 7) (1, 8)            7 108          7 8
+            1        (0, 4) (0, 5) (1, 5)     4 5 105        4 5; `which` is 0 1 1, the node of each visit
+            leaves   entries of 4 once, for tree 0; entries of 5 twice, for trees 0 and 1
 
         `pack`, where given, makes the entries of each batch fewer before the next is read.
         """

@@ -22,8 +22,12 @@ function make(tag, attributes = {}, ...children) {
 
 function human(bytes) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-  let value = Math.abs(bytes), unit = 0;
-  while (value >= 1024 && unit < units.length - 1) { value /= 1024; unit += 1; }
+  let value = Math.abs(bytes),
+    unit = 0;
+  while (value >= 1024 && unit < units.length - 1) {
+    value /= 1024;
+    unit += 1;
+  }
   return `${bytes < 0 ? "-" : ""}${unit ? value.toFixed(1) : value} ${units[unit]}`;
 }
 
