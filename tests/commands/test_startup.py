@@ -113,8 +113,9 @@ def test_freeze_loads_neither_numpy_nor_arrow() -> None:
     """Nor does the process that it leaves beside what is frozen."""
     use = """
 import sys
-from virt_bmap import cli, freeze
+from virt_bmap import cli
 import virt_bmap.act.freeze.keeper, virt_bmap.act.freeze.agent, virt_bmap.act.freeze.mounts
+import virt_bmap.commands.freeze
 try:
     cli.prepared(["freeze", "--mount", "/nowhere", "--", "true"])()
 except Exception as error:

@@ -1,5 +1,6 @@
 """Images of VHDX, VDI, parallels, bochs and dmg that lie about places, sizes and parents: in little memory
-and time they are read, or refused in one line, by QEMU behind its walls and by the readers of their layers."""
+and time they are read, or refused in one line, by QEMU behind its walls and by the readers of their
+layers."""
 
 from pathlib import Path
 

@@ -242,8 +242,9 @@ def test_the_program_ends_with_one_line(tmp_path: Path) -> None:
     import sys
 
     script = (
-        "import sys; from virt_bmap import cli; from virt_bmap.survey import maps\ndef fails(*_, **__): raise "
-        "KeyError('what\\x1b')\nmaps.map_disks = fails\nsys.argv[1:] = ['info', 'x']\ncli.main()"
+        "import sys; from virt_bmap import cli; from virt_bmap.survey import maps\n"
+        "def fails(*_, **__): raise KeyError('what\\x1b')\n"
+        "maps.map_disks = fails\nsys.argv[1:] = ['info', 'x']\ncli.main()"
     )
     for strict in ("", "1"):
         done = subprocess.run(
