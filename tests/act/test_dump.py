@@ -382,7 +382,7 @@ def test_batches_and_skips_of_any_size(tmp_path: Path, monkeypatch: pytest.Monke
             for sparse in (True, False):
                 with (tmp_path / "out").open("wb") as file:
                     reader, kept = Asked(data), complement(*skip, 0, size)
-                    target = dumping.SparseFile(file, size) if sparse else dumping.Stream(file)
+                    target = dumping.SparseFile(file, size) if sparse else dumping.StreamTarget(file)
                     assert not dumping.dump(reader, target, skip)
                     assert reader.asked == int((kept[1] - kept[0]).sum())
                 assert (tmp_path / "out").read_bytes() == expected.tobytes()

@@ -18,7 +18,7 @@ import pytest
 
 import agent_guest
 from support import mapped, mounted, need, need_root, run
-from virt_bmap.act.freeze import Frozen, Guest, Host
+from virt_bmap.act.freeze import Frozen, Guest, HostMounts
 from virt_bmap.act.freeze import agent as agents
 from virt_bmap.act.freeze.mounts import Mount, chosen
 from virt_bmap.cli import run as bmap
@@ -108,7 +108,7 @@ def test_a_copy_made_meanwhile_is_consistent_and_one_made_without_needs_recovery
     with mounted(disk) as root, writing(root):
         run("cp", "--sparse=always", disk, copy)
         assert state(copy) == "needs recovery"
-        with Frozen(Host((str(root),))) as held:
+        with Frozen(HostMounts((str(root),))) as held:
             before = hashes(root)
             run("cp", "--sparse=always", disk, copy)
             assert hashes(root) == before
@@ -221,7 +221,7 @@ def test_killed_with_sigkill_it_is_thawed(mount: Path, group: bool) -> None:
 
 
 def test_where_the_keeper_is_killed_the_other_process_thaws(mount: Path) -> None:
-    held = Frozen(Host((str(mount),)))
+    held = Frozen(HostMounts((str(mount),)))
     with pytest.raises(FreezeError, match="was killed"), held:
         held._keeper.kill()
     assert_thawed(mount)
@@ -240,7 +240,7 @@ def test_thawed_by_someone_else_is_said(mount: Path) -> None:
 def test_frozen_by_someone_else_is_left_so(mount: Path) -> None:
     run("fsfreeze", "-f", mount)
     try:
-        with pytest.raises(FreezeError, match="is frozen already"), Frozen(Host((str(mount),))):
+        with pytest.raises(FreezeError, match="is frozen already"), Frozen(HostMounts((str(mount),))):
             pass
     finally:
         run("fsfreeze", "-u", mount)  # fails where it is not frozen any more

@@ -195,7 +195,7 @@ def test_saved_maps_and_several_disks(disk: Path, tmp_path: Path) -> None:
         subprocess.run([*PROGRAM[:-1], "-q", "-o", tmp_path / name, disk], check=True)
         done = words(tmp_path / name, at)
         assert "data of /hard" in done.stdout
-        assert "not shown, the map was saved without" in done.stdout
+        assert "not shown: the map was saved without" in done.stdout
     assert answer(tmp_path / "m.parquet", at)["layer"] == answer(disk, at)["layer"]
     second = answer("-a", disk, "-a", disk, f"2:{at}")
     assert (second["disk"], innermost(second)["device"]) == (2, "/dev/sdb1")

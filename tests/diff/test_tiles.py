@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virt_bmap.core.arrays import ints
-from virt_bmap.diff.tiles import Records, tiles
+from virt_bmap.diff.tiles import InodeRecords, tiles
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 
@@ -66,7 +66,7 @@ def test_each_byte_has_the_owner_that_precedence_says(extents, ranges, records, 
     high = ints([3 * r[1] for r in ranges]).astype(np.int64)
     keep = high > low
     place = ints(records).astype(np.int64)
-    numbers = Records(place * 0, place, np.minimum(place + 7, 100), np.arange(len(place)))
+    numbers = InodeRecords(place * 0, place, np.minimum(place + 7, 100), np.arange(len(place)))
     found = tiles(map_of(extents), 1, low[keep], high[keep], numbers).cut(
         np.unique(ints(bounds)).astype(np.int64)
     )

@@ -144,24 +144,33 @@ def endless(*part: bytes) -> Callable[[int, int, int], Iterator[bytes]]:
 
 
 READS: dict[str, tuple[Callable[[int, int, int], object], str]] = {
-    "a half twice": (lambda c, at, n: data(c, at, n // 2, 0) + data(c, at, n - n // 2), "no answer"),
-    "a part inside another": (lambda c, at, n: data(c, at, n - 512, 0) + data(c, at + 512, 512), "no answer"),
+    "a half twice": (lambda c, at, n: data(c, at, n // 2, 0) + data(c, at, n - n // 2), "does not answer"),
+    "a part inside another": (
+        lambda c, at, n: data(c, at, n - 512, 0) + data(c, at + 512, 512),
+        "does not answer",
+    ),
     "less": (lambda c, at, n: data(c, at, n // 2), "less than was asked"),
-    "more": (lambda c, at, n: data(c, at, n, 0) + data(c, at, 512), "no answer"),
-    "an end twice": (lambda c, at, n: data(c, at, n) + data(c, at, n), "no.* reply to any request|no answer"),
-    "elsewhere": (lambda c, at, n: chunk(c, DATA, struct.pack(">Q", at + n) + bytes(n)), "no answer"),
-    "a hole of 4 GiB": (lambda c, at, n: chunk(c, HOLE, struct.pack(">QI", at, 0xFFFFFFFF)), "no answer"),
+    "more": (lambda c, at, n: data(c, at, n, 0) + data(c, at, 512), "does not answer"),
+    "an end twice": (
+        lambda c, at, n: data(c, at, n) + data(c, at, n),
+        "no.* reply to any request|does not answer",
+    ),
+    "elsewhere": (lambda c, at, n: chunk(c, DATA, struct.pack(">Q", at + n) + bytes(n)), "does not answer"),
+    "a hole of 4 GiB": (
+        lambda c, at, n: chunk(c, HOLE, struct.pack(">QI", at, 0xFFFFFFFF)),
+        "does not answer",
+    ),
     "holes of nothing": (
         lambda c, at, n: itertools.repeat(chunk(c, HOLE, struct.pack(">QI", at, 0), 0)),
-        "no answer",
+        "does not answer",
     ),
-    "chunks of nothing": (lambda c, at, n: itertools.repeat(chunk(c, NONE, b"", 0)), "no answer"),
+    "chunks of nothing": (lambda c, at, n: itertools.repeat(chunk(c, NONE, b"", 0)), "does not answer"),
     "another request": (lambda c, at, n: data(1 << 40, at, n), "not a reply to any request"),
     "words of 16 MiB": (
         lambda c, at, n: chunk(c, ERROR, struct.pack(">IH", 5, 0) + bytes(16 << 20)),
-        "no answer",
+        "does not answer",
     ),
-    "another kind": (lambda c, at, n: chunk(c, 77, b"x" * 100), "no answer"),
+    "another kind": (lambda c, at, n: chunk(c, 77, b"x" * 100), "does not answer"),
 }
 
 

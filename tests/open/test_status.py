@@ -265,7 +265,7 @@ def chunk(request: bytes, kind: int, data: bytes, flags: int = 1) -> bytes:
     (lambda r: chunk(r, 1, b"12345678x"), "chunk of type 1 that does not answer"),
     (lambda r: chunk(r, 1 << 15 | 1, struct.pack(">IH", 5, 0)), "the server says: Input/output error"),
     (lambda r: struct.pack(">II", 0x67446698, 5) + r[8:16], "the server says: Input/output error"),
-    (lambda r: struct.pack(">II", 0x67446698, 0) + r[8:16], "no answer"),
+    (lambda r: struct.pack(">II", 0x67446698, 0) + r[8:16], "does not answer"),
     (lambda r: b"x" * 20, "not a reply to any request"),
     (lambda r: struct.pack(">IHHQI", 0x668E33EF, 1, 5, 77, 12) + bytes(12), "not a reply to any request"),
     (lambda r: struct.pack(">IHH", 0x668E33EF, 1, 5) + r[8:16] + b"\xff\xff\xff\xff",
@@ -293,11 +293,11 @@ def test_extents_that_reach_too_far_are_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answer", "words"), [
     (lambda r: chunk(r, 0, b""), "sent less than was asked for at byte 0x40000"),
     (lambda r: chunk(r, 1, r[16:24] + b"x" * 10), "sent less"),
-    (lambda r: chunk(r, 1, r[16:24] + b"x" * 5000), "no answer"),
-    (lambda r: chunk(r, 1, bytes(8) + b"x" * 10), "no answer"),
-    (lambda r: chunk(r, 2, r[16:24] + struct.pack(">I", 1 << 31)), "no answer"),
+    (lambda r: chunk(r, 1, r[16:24] + b"x" * 5000), "does not answer"),
+    (lambda r: chunk(r, 1, bytes(8) + b"x" * 10), "does not answer"),
+    (lambda r: chunk(r, 2, r[16:24] + struct.pack(">I", 1 << 31)), "does not answer"),
     (lambda r: chunk(r, 2, r[16:24] + struct.pack(">I", 4096), 0) + chunk(r, 2,
-            r[16:24] + struct.pack(">I", 1)), "no answer"),
+            r[16:24] + struct.pack(">I", 1)), "does not answer"),
 ])  # fmt: skip
 def test_reads_that_are_not_valid_end_in_one_line(
     tmp_path: Path, answer: Callable[[bytes], bytes], words: str

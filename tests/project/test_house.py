@@ -93,3 +93,19 @@ def test_nothing_lies_outside_the_wings() -> None:
 def test_pages_are_as_wide_as_the_rest(path: Path) -> None:
     """JavaScript, CSS and HTML; ruff looks at Python only."""
     assert [line for line in path.read_text().splitlines() if len(line) > WIDTH] == []
+
+
+ROLES = {
+    "Extents", "Geometry", "Groups", "Header", "Inodes", "Log", "Names", "Parser", "DeadParser", "Superblock",
+}  # fmt: skip
+"""What several formats have: one name in all of them."""
+
+
+def test_a_class_has_a_name_of_its_own() -> None:
+    """Names of the mapping (Row, Rows, Side, Pieces, Place) mean the mapping's, and so on."""
+    found: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())) if ".formats." not in module else ():
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module)
+    assert {name: where for name, where in found.items() if len(where) > 1 and name not in ROLES} == {}

@@ -540,6 +540,8 @@ def test_limits_hold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         run("qemu-img", "create", "-q", "-f", "qcow2", folder / f"images/{number}.qcow2", "8M")
     disk = outer(folder)
-    monkeypatch.setattr(nested.Progress, "__init__", lambda self: self.__dict__.update(paths=set(), left=2))
+    monkeypatch.setattr(
+        nested.ImageBudget, "__init__", lambda self: self.__dict__.update(paths=set(), left=2)
+    )
     bmap, _ = opened(disk, "all")
     assert len([detail for _, detail in notes(bmap) if "there are more than" in detail]) == 2

@@ -28,7 +28,7 @@ from virt_bmap.model import tables
 from virt_bmap.open.raw import RawReader
 from virt_bmap.survey.maps import load
 from virt_bmap.survey.survey import survey
-from virt_bmap.survey.vouching import Seen, _read_tree, covered
+from virt_bmap.survey.vouching import Surveyed, _read_tree, covered
 
 MIB = 1 << 20
 ROOT, ROOT_VERITY, DATA = (
@@ -251,7 +251,7 @@ def test_hostile_trees() -> None:
             data[at] = random.integers(256)
         _read_tree(BytesReader(np.frombuffer(bytes(data), np.uint8)))
     many = [
-        Seen(
+        Surveyed(
             n,
             f"v{n}",
             "DM_verity_hash",

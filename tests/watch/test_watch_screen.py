@@ -28,7 +28,7 @@ from virt_bmap.accesses.accesses import Accesses
 from virt_bmap.accesses.resolve import Resolver
 from virt_bmap.core.errors import ImageError
 from virt_bmap.model import tables
-from virt_bmap.watch.activity import BINS, SORTS, Activity, Row, Strip
+from virt_bmap.watch.activity import BINS, SORTS, Activity, ObjectRow, Strip
 from virt_bmap.watch.cells import (
     BOTH,
     READS,
@@ -40,7 +40,7 @@ from virt_bmap.watch.cells import (
     spark,
     strip_lines,
 )
-from virt_bmap.watch.screen import Output, Watching, plain
+from virt_bmap.watch.screen import CommandOutput, Watching, plain
 from virt_bmap.watch.session import Outcome, Runner
 
 BMAP = str(Path(sys.executable).parent / "virt-bmap")
@@ -132,7 +132,7 @@ def test_rows_are_sorted_filtered_and_counted(disk: SimpleNamespace, sort: str) 
         feed(activity, resolver, accesses(READ, *[(disk.where[name], BLOCK * (number + 1))] * (4 - number)))
         feed(activity, resolver, accesses(WRITE, (disk.where[name], BLOCK * (5 - number))))
     rows = activity.rows(3, sort)
-    key: dict[str, Callable[[Row], Any]] = {
+    key: dict[str, Callable[[ObjectRow], Any]] = {
         "bytes": lambda row: -row.read - row.written, "read": lambda row: -row.read,
         "written": lambda row: -row.written, "accesses": lambda row: -row.accesses,
         "recent": lambda row: -row.last_ns, "name": lambda row: row.name,
@@ -190,8 +190,8 @@ def test_names_are_cut_to_any_width() -> None:
 @pytest.mark.parametrize("width", [20, 40, 64, 200])
 def test_lists_fit(width: int) -> None:
     rows = [
-        Row("f", "/dev/vg/root", "/中文/" * 30, 1 << 40, 3, 10**9, 1),
-        Row("v", "/dev/sda", "", 0, 0, 1, 1),
+        ObjectRow("f", "/dev/vg/root", "/中文/" * 30, 1 << 40, 3, 10**9, 1),
+        ObjectRow("v", "/dev/sda", "", 0, 0, 1, 1),
     ]
     for sort in SORTS:
         assert all(cell_len(line) <= width for line in rows_lines(rows, sort, width).plain.split("\n"))
@@ -342,14 +342,14 @@ def test_a_watch_that_fails_takes_the_screen_away_and_its_words_come_through(dis
 
 def test_output_is_kept_harmless_and_never_stalls_the_command() -> None:
     assert plain(b"\x1b]0;title\x07a\x1b[1;31mb\x1b(B\tc\x9b\r") == "ab    c\\x9b"
-    output = Output()
+    output = CommandOutput()
     with output.run(
         ["sh", "-c", "yes x | head -c 3000000; printf 'no end of line'"], dict(os.environ)
     ) as child:
         assert child.wait(20) == 0
     assert output.count == 1_500_001
     assert list(output.lines)[-2:] == ["x", "no end of line"]
-    output = Output()
+    output = CommandOutput()
     with output.run(["head", "-c", "10000000", "/dev/zero"], dict(os.environ)) as child:
         child.wait(20)
     assert 1000 < sum(map(len, output.lines)) < 10_000_000

@@ -3,7 +3,7 @@ rows inside what they are in."""
 
 import numpy as np
 
-from virt_bmap.ask.check import Report
+from virt_bmap.ask.check import Checked
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 
@@ -15,7 +15,7 @@ class Broken(Exception):
     """An invariant does not hold. The message has no numbers, so that the same fault is told once."""
 
 
-def assert_sound(bmap: BlockMap, report: Report) -> None:
+def assert_sound(bmap: BlockMap, report: Checked) -> None:
     """Raises Broken."""
     for name in bmap.TABLES:
         try:

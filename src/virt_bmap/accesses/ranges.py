@@ -36,7 +36,7 @@ Entry = tuple[int, int, int]
 """(line or entry number, first byte, bytes)"""
 
 
-class Ranges(NamedTuple):
+class RangeList(NamedTuple):
     """Ranges [starts[i], ends[i]) in bytes, in the order of the file; `at` says in which of its lines or
     entries (`unit`) each was."""
 
@@ -70,7 +70,7 @@ def parse(
     block_size: int | None = None,
     op: str | None = None,
     device: str | None = None,
-) -> Ranges:
+) -> RangeList:
     """The ranges in a file's content; `source` is its name for messages.
 
     `status` says which of ddrescue's blocks are meant, `block_size` what a badblocks list counts in, `op`
@@ -89,7 +89,7 @@ def parse(
     return found
 
 
-def _of_log(data: bytes, source: str, op: str | None, device: str | None) -> Ranges | None:
+def _of_log(data: bytes, source: str, op: str | None, device: str | None) -> RangeList | None:
     """The accesses of a log; None where it is not a log."""
     from virt_bmap.accesses import logs  # slow to import, and only commands with --ranges come here
     from virt_bmap.accesses.logs.text import HEAD, Lines
@@ -102,10 +102,10 @@ def _of_log(data: bytes, source: str, op: str | None, device: str | None) -> Ran
     if op is not None:
         wanted &= log.accesses.op == OPS.index(op)
     start, length = log.accesses.offset[wanted], log.accesses.length[wanted]
-    return Ranges(source, f"{LOG} ({log.format})", "line", start, start + length, log.line[wanted])
+    return RangeList(source, f"{LOG} ({log.format})", "line", start, start + length, log.line[wanted])
 
 
-def _of_list(data: bytes, source: str, status: str | None, block_size: int | None) -> Ranges:
+def _of_list(data: bytes, source: str, status: str | None, block_size: int | None) -> RangeList:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -174,7 +174,7 @@ def _entries(
     return iter(())
 
 
-def _ranges(source: str, name: str, unit: str, entries: Iterator[Entry]) -> Ranges:
+def _ranges(source: str, name: str, unit: str, entries: Iterator[Entry]) -> RangeList:
     at, starts, lengths = [], [], []
     for number, start, length in entries:
         if start + length >= LIMIT:
@@ -185,7 +185,7 @@ def _ranges(source: str, name: str, unit: str, entries: Iterator[Entry]) -> Rang
             at.append(number)
             starts.append(start)
             lengths.append(length)
-    return Ranges(source, name, unit, ints(starts), ints(starts) + ints(lengths), ints(at))
+    return RangeList(source, name, unit, ints(starts), ints(starts) + ints(lengths), ints(at))
 
 
 def _malformed(source: str, number: int, line: str, expected: str) -> MapError:

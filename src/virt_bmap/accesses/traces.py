@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from virt_bmap.accesses import stream
 from virt_bmap.accesses.accesses import Accesses
-from virt_bmap.accesses.logs.text import Log
+from virt_bmap.accesses.logs.text import AccessLog
 from virt_bmap.accesses.resolve import BATCH, IDENTITY, Resolver, identify
 from virt_bmap.accesses.trace import KEY, OBJECT, SCHEMA, VERSION, Trace, save
 from virt_bmap.core.amounts import plural
@@ -378,7 +378,7 @@ def recover(path: str, file: BinaryIO) -> int:
         return save(stream.batches(left, SCHEMA), about, file)
 
 
-def save_log(log: Log, file: BinaryIO, bmap: BlockMap | None = None, disk: int = 1) -> None:
+def save_log(log: AccessLog, file: BinaryIO, bmap: BlockMap | None = None, disk: int = 1) -> None:
     """Write a log as a trace of disk number `disk`, its objects named by the map.
 
     Raises MapError, with the line, where an access lies beyond the disk's end.

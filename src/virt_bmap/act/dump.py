@@ -49,7 +49,7 @@ class SparseFile:
         """A new file holds nothing else."""
 
 
-class Stream:
+class StreamTarget:
     """What takes all bytes in order: a pipe, a device."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -45,7 +45,7 @@ def is_name(name: bytes) -> bool:
     return name not in (b"", b".", b"..") and b"/" not in name and b"\0" not in name
 
 
-class Entry(NamedTuple):
+class NewName(NamedTuple):
     """One name to make: its directory, as names below the new folder, its own name, and the inode with its
     row of columns."""
 
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 
 
 @dataclass
-class Report:
+class Extraction:
     """What was made, and what was left out: by reason the count and the first path."""
 
     files: int = 0
@@ -96,7 +96,7 @@ def extract(
     same_owner: bool,
     tell: Callable[[int], None] = lambda _: None,
     partial: bool = False,
-) -> Report:
+) -> Extraction:
     """Make (name, inode) of `wanted` in `folder`, trees with all below them; `tell` is called with the bytes
     of files that are done.
 
@@ -131,15 +131,15 @@ class _Work:
         self, files: Files, top: int, same_owner: bool, tell: Callable[[int], None], partial: bool
     ) -> None:
         self.files, self.top, self.same_owner, self.tell, self.partial = files, top, same_owner, tell, partial
-        self.report = Report()
+        self.report = Extraction()
         self._open: tuple[Place, int] = ((), os.dup(top))
-        self._made: dict[int, Entry] = {}
+        self._made: dict[int, NewName] = {}
 
     def close(self) -> None:
         os.close(self._open[1])
         os.close(self.top)
 
-    def make(self, wanted: Sequence[tuple[bytes, int]]) -> tuple[list[bytes], list[Entry]]:
+    def make(self, wanted: Sequence[tuple[bytes, int]]) -> tuple[list[bytes], list[NewName]]:
         """Everything in the new folder: (names, directories) that lie there now; these directories still lack
         their modes and times."""
         directories, plain, again, links = self._plan(wanted)
@@ -157,19 +157,19 @@ class _Work:
 
     def _plan(
         self, wanted: Sequence[tuple[bytes, int]]
-    ) -> tuple[list[Entry], list[Entry], list[Entry], list[Entry]]:
+    ) -> tuple[list[NewName], list[NewName], list[NewName], list[NewName]]:
         """Make the directories, breadth first, and sort what lies in them: (directories, files, further names
         of files, symbolic links)."""
-        directories: list[Entry] = []
-        plain: list[Entry] = []
-        again: list[Entry] = []
-        links: list[Entry] = []
+        directories: list[NewName] = []
+        plain: list[NewName] = []
+        again: list[NewName] = []
+        links: list[NewName] = []
         seen: set[int] = set()
         queue: list[tuple[Place, Sequence[tuple[bytes, int]]]] = [((), wanted)]
         for folder, children in queue:  # grows while it is walked
             rows = self.files.rows_of(ints([inode for _, inode in children]))
             for (name, inode), row in zip(children, rows.tolist(), strict=True):
-                entry = Entry(folder, name, inode, row)
+                entry = NewName(folder, name, inode, row)
                 kind = int(self.files.kind[row]) if row >= 0 else tables.T_UNKNOWN
                 if reason := self._refusal(entry, kind):
                     self.report.leave(reason, entry.path, kind not in NO_LOSS)
@@ -191,7 +191,7 @@ class _Work:
                     queue.append(((*folder, name), self.files.children(inode)))
         return directories, plain, again, links
 
-    def _refusal(self, entry: Entry, kind: int) -> str | None:
+    def _refusal(self, entry: NewName, kind: int) -> str | None:
         if not is_name(entry.name):
             return "names that can't be names here"
         if kind in SPECIAL:
@@ -203,7 +203,7 @@ class _Work:
         reason = self.files.refusal(entry.inode) if kind == tables.T_FILE else None
         return f"files whose content can't be read: {reason}" if reason else None
 
-    def _write(self, entries: list[Entry]) -> None:
+    def _write(self, entries: list[NewName]) -> None:
         """Make files with their content, in order."""
         pieces = self.files.pieces([entry.inode for entry in entries])
         piece = next(pieces, None)
@@ -233,12 +233,12 @@ class _Work:
                     self.tell(self.report.size)
 
     @contextlib.contextmanager
-    def _created(self, entry: Entry, size: int) -> Iterator[int | None]:
+    def _created(self, entry: NewName, size: int) -> Iterator[int | None]:
         """A new file of a size, all of it a hole; None where it can't be had, which is counted."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         made: list[int] = []
 
-        def create(entry: Entry) -> None:
+        def create(entry: NewName) -> None:
             made.append(os.open(entry.name, flags, 0o600, dir_fd=self._enter(entry.folder)))
             os.ftruncate(made[0], size)
 
@@ -251,7 +251,7 @@ class _Work:
             if made and not good:
                 os.unlink(entry.name, dir_fd=self._enter(entry.folder))
 
-    def _link_again(self, entries: list[Entry]) -> None:
+    def _link_again(self, entries: list[NewName]) -> None:
         """Further names of files that were made."""
         for entry in entries:
             first = self._made.get(entry.inode)
@@ -260,7 +260,7 @@ class _Work:
                 continue
             source = os.dup(self._enter(first.folder))
 
-            def link(entry: Entry, name: bytes = first.name, source: int = source) -> None:
+            def link(entry: NewName, name: bytes = first.name, source: int = source) -> None:
                 target = self._enter(entry.folder)
                 os.link(name, entry.name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
 
@@ -269,7 +269,7 @@ class _Work:
             finally:
                 os.close(source)
 
-    def _symlink(self, entry: Entry) -> None:
+    def _symlink(self, entry: NewName) -> None:
         target = self.files.target(entry.inode)
         if not target or b"\0" in target:
             self.report.leave("symbolic links whose target is not read", entry.path)
@@ -283,7 +283,7 @@ class _Work:
                 if (mtime := self._mtime(entry.row)) is not None:
                     os.utime(entry.name, ns=(mtime, mtime), dir_fd=where, follow_symlinks=False)
 
-    def dress_directory(self, entry: Entry, where: int) -> None:
+    def dress_directory(self, entry: NewName, where: int) -> None:
         """Mode, owner and time of a directory that is complete."""
         made = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=where)
         try:
@@ -315,7 +315,7 @@ class _Work:
         mtime: int | None = self.files.mtime[row].as_py()
         return mtime
 
-    def _try(self, entry: Entry, make: Callable[[Entry], None]) -> bool:
+    def _try(self, entry: NewName, make: Callable[[NewName], None]) -> bool:
         """Make one name; False where this name can't be had here, which is counted."""
         try:
             make(entry)

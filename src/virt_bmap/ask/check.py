@@ -56,7 +56,7 @@ class Verdict(NamedTuple):
     end: int = -1
 
 
-class Report(NamedTuple):
+class Checked(NamedTuple):
     """What `check` found. Nothing contradicts the map where there is no disagreement; `verdicts` say what
     that is worth."""
 
@@ -75,9 +75,9 @@ on the structure."""
 UNASKED = "not asked when the map was made: check the disk itself"
 
 
-def check(bmap: BlockMap) -> Report:
+def check(bmap: BlockMap) -> Checked:
     """Check every volume of the map."""
-    report = Report([], [], [])
+    report = Checked([], [], [])
     pieces = {volume: _not_looked_into(bmap, volume) for volume in range(bmap.volumes.num_rows)}
     for volume in pieces:
         _check_volume(bmap, volume, report)
@@ -193,7 +193,7 @@ def _unseen(bmap: BlockMap, volume: int) -> int:
     return total(start, start + length)
 
 
-def _check_volume(bmap: BlockMap, volume: int, report: Report) -> None:
+def _check_volume(bmap: BlockMap, volume: int, report: Checked) -> None:
     size = bmap.volumes.column("size")[volume].as_py()
     _, extents = bmap.slice_of("extents", volume)
     kind, flags = tables.codes(extents, "kind"), tables.integers(extents, "flags")

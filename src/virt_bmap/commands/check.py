@@ -22,7 +22,7 @@ from virt_bmap.model.contract import CONTRADICTED, NOT_LOOKED_AT, PROVEN, Asks
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from virt_bmap.ask.check import Report, Verdict
+    from virt_bmap.ask.check import Checked, Verdict
 
 COLUMNS = ("device", "subject", "result", "code", "start", "end", "detail")
 HELP = "prove that every byte has an owner, and that owners, allocators and checksums agree"
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.disagreements or (args.strict and unseen) else 0
 
 
-def _table(report: "Report", names: list[str]) -> "pa.Table":
+def _table(report: "Checked", names: list[str]) -> "pa.Table":
     """The verdicts as a result."""
     import pyarrow as pa
 
@@ -99,7 +99,7 @@ def _table(report: "Report", names: list[str]) -> "pa.Table":
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _tell(report: "Report", names: list[str]) -> None:
+def _tell(report: "Checked", names: list[str]) -> None:
     """For people: each volume by kinds and verdicts, then in one line what is proven, and in the last one
     what is not."""
     for total in report.totals:

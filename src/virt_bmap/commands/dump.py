@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def target(out: str, size: int) -> "Iterator[Target]":
     """What the copy of `size` bytes is written to. Raises OutputError where it can't be written."""
-    from virt_bmap.act.dump import SparseFile, Stream
+    from virt_bmap.act.dump import SparseFile, StreamTarget
 
     if magic.is_uri(out):
         from virt_bmap.open.nbd_writer import NbdWriter
@@ -134,7 +134,7 @@ def target(out: str, size: int) -> "Iterator[Target]":
         yield (
             SparseFile(file, size)
             if out != "-" and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            else Stream(file)
+            else StreamTarget(file)
         )
 
 

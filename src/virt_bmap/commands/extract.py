@@ -25,7 +25,7 @@ from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.survey import maps
 
 if TYPE_CHECKING:
-    from virt_bmap.act.extract import Report
+    from virt_bmap.act.extract import Extraction
     from virt_bmap.ask.content import Files
 
 HELP = "copy files and trees to a folder, with modes, times, links and holes"
@@ -122,7 +122,7 @@ def warn_of_doubts(bmap: BlockMap, volume: int, files: "Files") -> None:
         )
 
 
-def sum_up(report: "Report", folder: str, quiet: bool, partial: bool) -> None:
+def sum_up(report: "Extraction", folder: str, quiet: bool, partial: bool) -> None:
     """What was made, and on standard error what was not."""
     if not quiet:
         what = [

@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 
-from virt_bmap.act.freeze import LIMIT, Guest, Host, Target
+from virt_bmap.act.freeze import LIMIT, Guest, HostMounts, Target
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.printable import one_line, say
 
@@ -76,4 +76,4 @@ def _target(args: argparse.Namespace) -> Target:
     from virt_bmap.act.freeze.mounts import refuse_own_output
 
     refuse_own_output(args.mount)
-    return Host(tuple(args.mount))
+    return HostMounts(tuple(args.mount))

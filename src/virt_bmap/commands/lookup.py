@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from virt_bmap.accesses.ranges import Ranges, parse
+from virt_bmap.accesses.ranges import RangeList, parse
 from virt_bmap.ask.records import SCHEMA, owner_records
 from virt_bmap.commands.common import (
     add_disk_options,
@@ -172,7 +172,7 @@ def _many(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_ranges(args: argparse.Namespace) -> Ranges:
+def _read_ranges(args: argparse.Namespace) -> RangeList:
     """The ranges of --ranges; read before any disk is, so that a slip costs no time."""
     data, source = read_list(args.ranges, args.keys_from_stdin)
     block_size = None if args.block_size is None else number(args.block_size)

@@ -12,7 +12,7 @@ from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
 
 if TYPE_CHECKING:
-    from virt_bmap.observe.judge import Disagreement, Verdict
+    from virt_bmap.observe.judge import Agreement, Difference
 
 NAME = "verify"
 HELP = "read files through a real kernel, and compare where it reads them from with the map"
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _figures(device: str, verdict: "Verdict") -> dict[str, Any]:
+def _figures(device: str, verdict: "Agreement") -> dict[str, Any]:
     return {
         "device": escape(device.encode()),
         "type": verdict.type,
@@ -88,7 +88,7 @@ def _figures(device: str, verdict: "Verdict") -> dict[str, Any]:
     }
 
 
-def _row(device: str, row: "Disagreement") -> dict[str, Any]:
+def _row(device: str, row: "Difference") -> dict[str, Any]:
     return {
         "device": escape(device.encode()),
         "code": row.code,
@@ -101,7 +101,7 @@ def _row(device: str, row: "Disagreement") -> dict[str, Any]:
     }
 
 
-def _say(device: str, verdict: "Verdict") -> None:
+def _say(device: str, verdict: "Agreement") -> None:
     """One filesystem: what was compared, how it came out, and what else was read."""
     which = (
         f"{verdict.files:,} of {plural(verdict.of, 'file')}"

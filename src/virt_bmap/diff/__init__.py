@@ -28,7 +28,7 @@ from virt_bmap.diff import report
 from virt_bmap.diff.changes import Attribution
 from virt_bmap.diff.delta import Delta
 from virt_bmap.diff.objects import match
-from virt_bmap.diff.sides import Plan, Question, Side, Telling, open_sides
+from virt_bmap.diff.sides import OpenSide, Plan, Question, Telling, open_sides
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.open.status import StatusReader
 
@@ -83,7 +83,7 @@ def attribute(
     )
 
 
-def _delta(question: Question, plan: Plan, old: Side | None, new: Side, telling: Telling) -> Delta:
+def _delta(question: Question, plan: Plan, old: OpenSide | None, new: OpenSide, telling: Telling) -> Delta:
     """The delta, in whichever way the question asks for."""
     if question.ranges is not None:
         starts, ends = question.ranges.inside(new.size(question.disk), f"disk {question.disk} of {new.name}")
@@ -99,7 +99,7 @@ def _delta(question: Question, plan: Plan, old: Side | None, new: Side, telling:
     return _verified(found, old, new, telling) if question.verify else found
 
 
-def _verified(found: Delta, old: Side | None, new: Side, telling: Telling) -> Delta:
+def _verified(found: Delta, old: OpenSide | None, new: OpenSide, telling: Telling) -> Delta:
     if old is None:
         raise UsageError(f"--verify reads both sides, but nothing older than {new.name} is given")
     if old.reader is None or new.reader is None:

@@ -21,7 +21,7 @@ import numpy as np
 from virt_bmap.core.arrays import Bool, Int, joined
 from virt_bmap.diff import objects as matched
 from virt_bmap.diff.delta import Delta
-from virt_bmap.diff.files import Pieces, fate
+from virt_bmap.diff.files import ContentPieces, fate
 from virt_bmap.diff.objects import Objects
 from virt_bmap.diff.segments import Content, Readers, Segments, View, Words, segments
 from virt_bmap.formats import registry as formats
@@ -58,7 +58,7 @@ UNDECIDED = len(CHANGES)
 
 
 @dataclass
-class Rows:
+class Changes:
     """Bytes by owner and change, as they are found; `object` or, for what is not a file, `volume`, `kind` and
     `part` say whose."""
 
@@ -117,7 +117,7 @@ class Attribution:
         """The columns of Rows: every byte of the delta once, and a row of 0 bytes for what happened to files
         without changing any of them."""
         found = segments(self.objects, self.disk, self.delta, self.words, self.content)
-        rows, left = Rows(), np.ones(len(found.size), bool)
+        rows, left = Changes(), np.ones(len(found.size), bool)
         if self.delta.only_owners:
             left &= ~_alike(found)
         for take in (self._records, self._same, self._metadata, self._files, self._lost, self._idle):
@@ -126,17 +126,17 @@ class Attribution:
 
     # Each of these takes segments that are left, in the order of precedence, and adds rows for them.
 
-    def _records(self, rows: Rows, found: Segments, left: Bool) -> None:
+    def _records(self, rows: Changes, found: Segments, left: Bool) -> None:
         for view in (found.new, found.old):
             mine = _take(left, view.tiles.record >= 0)
             rows.add(UNDECIDED, found.size[mine], object=view.object[mine])
 
-    def _same(self, rows: Rows, found: Segments, left: Bool) -> None:
+    def _same(self, rows: Changes, found: Segments, left: Bool) -> None:
         mine = _take(left, found.same & _owned(found.new))
         self._whose(rows, found, mine, found.new, UNCHANGED)
         self._idle(rows, found, _take(left, found.same.copy()))
 
-    def _metadata(self, rows: Rows, found: Segments, left: Bool) -> None:
+    def _metadata(self, rows: Changes, found: Segments, left: Bool) -> None:
         """What belongs to no file now: metadata, journals, boot code, foreign content."""
         new = found.new
         mine = _take(left, _owned(new) & ~self._is_file(new.object))
@@ -163,7 +163,7 @@ class Attribution:
             if format and word in format.journals
         ]
 
-    def _files(self, rows: Rows, found: Segments, left: Bool) -> None:
+    def _files(self, rows: Changes, found: Segments, left: Bool) -> None:
         """What belongs to files now: their metadata, then their content."""
         new, objects = found.new, self.objects
         mine = left & self._is_file(new.object)
@@ -182,12 +182,12 @@ class Attribution:
         rows.add(change[whole], found.size[whole], object=new.object[whole], content=found.size[whole])
         self._content(rows, found, np.flatnonzero(_take(left, mine & left)))
 
-    def _content(self, rows: Rows, found: Segments, at: Int) -> None:
+    def _content(self, rows: Changes, found: Segments, at: Int) -> None:
         """Content of files that are in both maps, by what became of it."""
         if not len(at):
             return
         objects, tiles = self.objects, found.new.tiles.take(at)
-        pieces = Pieces.of(
+        pieces = ContentPieces.of(
             objects, found.new.object[at], tiles.extent, tiles.volume, tiles.inside, found.size[at]
         )
         what = fate(objects, pieces, self.delta.grain, self.content.equal if self.content else None)
@@ -208,7 +208,7 @@ class Attribution:
         for change, size in sums:
             rows.add(change, size, object=pieces.object, content=size)
 
-    def _lost(self, rows: Rows, found: Segments, left: Bool) -> None:
+    def _lost(self, rows: Changes, found: Segments, left: Bool) -> None:
         """What is free now and was not: the old owner's."""
         old, objects = found.old, self.objects
         mine = _take(left, _owned(old))
@@ -222,13 +222,13 @@ class Attribution:
         change[whole] = EVENT[event[whole]]
         rows.add(change, size, object=object, content=np.where(offset >= 0, size, 0))
 
-    def _idle(self, rows: Rows, found: Segments, left: Bool) -> None:
+    def _idle(self, rows: Changes, found: Segments, left: Bool) -> None:
         kind = np.where(found.new.kind < 0, tables.GAP, found.new.kind)
         disk = self.objects.new.bmap.disks[self.disk - 1]  # which has what a saved map gives to nobody
         volume = np.where(found.new.volume < 0, disk, found.new.volume)
         rows.add(FREE, found.size[left], volume=volume[left], kind=kind[left])
 
-    def _whose(self, rows: Rows, found: Segments, mine: Bool, view: View, change: Any) -> None:
+    def _whose(self, rows: Changes, found: Segments, mine: Bool, view: View, change: Any) -> None:
         """These segments as rows of their owners: files by
         object, everything else by volume, kind and part."""
         file = self._is_file(view.object)[mine]
@@ -271,7 +271,7 @@ def _alike(found: Segments) -> Bool:
     return same & ~((new.object >= 0) & (new.offset >= 0))
 
 
-def _decided(rows: Rows, objects: Objects, otherwise: int) -> dict[str, Int]:
+def _decided(rows: Changes, objects: Objects, otherwise: int) -> dict[str, Int]:
     """All rows, with what was undecided where it belongs,
     and a row for each event of a file that has none."""
     found = rows.columns()
@@ -288,7 +288,7 @@ def _decided(rows: Rows, objects: Objects, otherwise: int) -> dict[str, Int]:
     found["change"][undecided] = np.where(
         main[found["object"][undecided]] >= 0, main[found["object"][undecided]], otherwise
     )
-    again = Rows([tuple(found[name] for name in Rows.COLUMNS)])
+    again = Changes([tuple(found[name] for name in Changes.COLUMNS)])
     silent = np.flatnonzero((EVENT[objects.event] >= 0) & (main >= 0))
     said = found["object"] * len(CHANGES) + found["change"]
     silent = silent[~np.isin(silent * len(CHANGES) + main[silent], said)]

@@ -13,11 +13,11 @@ import numpy as np
 
 from virt_bmap.core.arrays import Int, Intervals
 from virt_bmap.core.columns import take
-from virt_bmap.diff.objects import Objects, Side, dense
+from virt_bmap.diff.objects import MapSide, Objects, dense
 from virt_bmap.model import tables
 
 
-class Pieces(NamedTuple):
+class ContentPieces(NamedTuple):
     """Pieces of content in the new map, as columns: `length` bytes at `inside` in `volume`, by row `extent`;
     of the object, its bytes [low, high)."""
 
@@ -30,7 +30,9 @@ class Pieces(NamedTuple):
     high: Int
 
     @staticmethod
-    def of(objects: Objects, owner: Int, extent: Int, volume: Int, inside: Int, length: Int) -> "Pieces":
+    def of(
+        objects: Objects, owner: Int, extent: Int, volume: Int, inside: Int, length: Int
+    ) -> "ContentPieces":
         """Pieces by where they lie; of compressed extents every piece stands for all that is stored there."""
         table = objects.new.bmap.extents
         column = {
@@ -39,7 +41,7 @@ class Pieces(NamedTuple):
         }
         packed = (column["flags"] & tables.COMPRESSED) != 0
         low = column["file_offset"] + np.where(packed, 0, inside - column["volume_offset"])
-        return Pieces(
+        return ContentPieces(
             owner, extent, volume, inside, length, low, low + np.where(packed, column["file_length"], length)
         )
 
@@ -77,7 +79,7 @@ Same = Callable[[int, Int, Int, Int], Int]
 are the same."""
 
 
-def fate(objects: Objects, pieces: Pieces, grain: int, same: Same | None) -> Fate:
+def fate(objects: Objects, pieces: ContentPieces, grain: int, same: Same | None) -> Fate:
     """What became of the pieces, which must belong to objects of both maps.
 
     Without `same` content is taken to be unchanged where the file's time is.
@@ -100,7 +102,7 @@ def fate(objects: Objects, pieces: Pieces, grain: int, same: Same | None) -> Fat
     )
 
 
-def _edge(objects: Objects, pieces: Pieces, grain: int, exact: bool) -> Int:
+def _edge(objects: Objects, pieces: ContentPieces, grain: int, exact: bool) -> Int:
     """From which byte of a file a changed block means that its size changed: the block where the shorter
     content ends. Where nobody looked into clusters, one that holds this byte may begin anywhere before it."""
     old, new = objects.old_size(pieces.object), objects.new_size(pieces.object)
@@ -110,7 +112,7 @@ def _edge(objects: Objects, pieces: Pieces, grain: int, exact: bool) -> Int:
     return np.where(sized, first, np.iinfo(np.int64).max)
 
 
-def _pairs(objects: Objects, pieces: Pieces, end: Int) -> _Pairs:
+def _pairs(objects: Objects, pieces: ContentPieces, end: Int) -> _Pairs:
     """All pairs of a piece and an old extent of the same object and stream that share bytes of the file."""
     old, new = objects.old, objects.new
     wanted = np.zeros(len(objects.event) + 1, bool)
@@ -141,7 +143,7 @@ def _pairs(objects: Objects, pieces: Pieces, end: Int) -> _Pairs:
     )
 
 
-def _translated(old: Side, new: Side, extents: Int) -> Int:
+def _translated(old: MapSide, new: MapSide, extents: Int) -> Int:
     """The parts (streams) of old extents by the codes of the new map; one that it does not have gets a number
     of its own."""
     words = [side.bmap.extents.column("part").combine_chunks().dictionary.to_pylist() for side in (old, new)]
@@ -151,7 +153,7 @@ def _translated(old: Side, new: Side, extents: Int) -> Int:
     return translated
 
 
-def _moved(objects: Objects, pieces: Pieces, away: _Pairs, same: Same | None) -> Int:
+def _moved(objects: Objects, pieces: ContentPieces, away: _Pairs, same: Same | None) -> Int:
     """How many bytes of each piece lay elsewhere with the same content."""
     moved = np.zeros(len(pieces.object), np.int64)
     if not len(away.piece):

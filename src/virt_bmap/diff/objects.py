@@ -28,7 +28,7 @@ ROW = ("mode", "uid", "gid", "nlink", "mtime_ns", "flags")
 CONTENT = (tables.DATA, tables.UNWRITTEN, tables.DIRECTORY, tables.SYMLINK)
 
 
-class Side:
+class MapSide:
     """One of the two maps, with its columns as arrays; derived ones are made once."""
 
     def __init__(self, bmap: BlockMap) -> None:
@@ -121,8 +121,8 @@ class Objects(NamedTuple):
     one (-1: none).
     """
 
-    old: Side
-    new: Side
+    old: MapSide
+    new: MapSide
     old_volume: Int
     of_old: Int
     of_new: Int
@@ -149,7 +149,7 @@ def pick(values: np.ndarray, rows: Int) -> np.ndarray:
 
 def match(old_map: BlockMap, new_map: BlockMap) -> Objects:
     """Match the inodes of two maps, filesystem by filesystem."""
-    old, new = Side(old_map), Side(new_map)
+    old, new = MapSide(old_map), MapSide(new_map)
     volumes = match_volumes(old_map, new_map)
     of_new = np.arange(len(new.inode))
     partner = np.full(len(new.inode), -1, np.int64)  # for each new row its old one
@@ -191,7 +191,7 @@ def _same_filesystem(old: BlockMap, old_volume: int, new: BlockMap, new_volume: 
 
 
 def _match_volume(
-    old: Side, old_volume: int, new: Side, volume: int, partner: Int, renamed: Bool, replaced: Bool
+    old: MapSide, old_volume: int, new: MapSide, volume: int, partner: Int, renamed: Bool, replaced: Bool
 ) -> None:
     """Fill in, for the new rows of one volume, their old rows, and which of them were renamed or replaced."""
     (low, high), (first, last) = old.rows_of(old_volume), new.rows_of(volume)
@@ -215,8 +215,8 @@ def _match_volume(
 
 
 def _match_rest(
-    old: Side,
-    new: Side,
+    old: MapSide,
+    new: MapSide,
     names: "_Names",
     old_rows: tuple[int, int],
     new_rows: tuple[int, int],
@@ -303,7 +303,7 @@ class _Names:
 
 
 def _events(
-    old: Side, new: Side, old_row: Int, new_row: Int, renamed: Bool, replaced: Bool
+    old: MapSide, new: MapSide, old_row: Int, new_row: Int, renamed: Bool, replaced: Bool
 ) -> tuple[Int, Int, Bool, Bool]:
     """(event, type, row_same, content_same) of every object."""
     both = (old_row >= 0) & (new_row >= 0)

@@ -11,8 +11,8 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.diff import objects as matched
 from virt_bmap.diff.compare import SECTOR, compare
 from virt_bmap.diff.delta import Delta
-from virt_bmap.diff.objects import CONTENT, Objects, Side
-from virt_bmap.diff.tiles import Records, Tiles, tiles, touched
+from virt_bmap.diff.objects import CONTENT, MapSide, Objects
+from virt_bmap.diff.tiles import InodeRecords, Tiles, tiles, touched
 from virt_bmap.model import tables
 
 Readers = tuple[list[Reader], list[Reader]]
@@ -59,7 +59,7 @@ class Content:
             np.add.at(result, blocks.piece, np.where(blocks.equal, blocks.length, 0))
         return result
 
-    def different(self, records: Records) -> Bool:
+    def different(self, records: InodeRecords) -> Bool:
         """Which records of the new map differ from what lay at the same place before? A file whose record
         only lies in the same block is not to blame."""
         different = np.ones(len(records.record), bool)
@@ -105,7 +105,7 @@ def segments(objects: Objects, disk: int, delta: Delta, words: "Words", content:
     return Segments(*seen, new.end - new.start, same)
 
 
-def _view(side: Side, of_side: Int, words: "Words", found: Tiles) -> View:
+def _view(side: MapSide, of_side: Int, words: "Words", found: Tiles) -> View:
     extents, row, owned = side.bmap.extents, np.maximum(found.extent, 0), found.extent >= 0
 
     def column(values: Int) -> Int:
@@ -128,11 +128,11 @@ def _view(side: Side, of_side: Int, words: "Words", found: Tiles) -> View:
 
 def _changed_records(
     objects: Objects, disk: int, delta: Delta, content: Content | None
-) -> tuple[Records, Records, Records]:
+) -> tuple[InodeRecords, InodeRecords, InodeRecords]:
     """The inodes' records that changed, numbered by object: in the old map
     those of files that are gone, in the new one all others. And those of
     the new map that lie in the delta and are known not to have changed."""
-    none = Records(EMPTY, EMPTY, EMPTY, EMPTY)
+    none = InodeRecords(EMPTY, EMPTY, EMPTY, EMPTY)
     if delta.only_owners:
         return none, none, none
     gone = np.flatnonzero((objects.event == matched.DELETED) & (objects.new_row < 0))
@@ -148,7 +148,7 @@ def _changed_records(
     return old, new.take(different), new.take(~different)
 
 
-def _on_disk(side: Side, disk: int, records: Records) -> tuple[Int, Int]:
+def _on_disk(side: MapSide, disk: int, records: InodeRecords) -> tuple[Int, Int]:
     """Where records lie on a disk."""
     parts = [(EMPTY, EMPTY)]
     for volume in np.unique(records.volume).tolist():
@@ -163,7 +163,7 @@ def _together(*ranges: tuple[Int, Int]) -> tuple[Int, Int]:
     return union(np.concatenate([low for low, _ in ranges]), np.concatenate([high for _, high in ranges]))
 
 
-def _records(side: Side, rows: Int, numbers: Int) -> Records:
+def _records(side: MapSide, rows: Int, numbers: Int) -> InodeRecords:
     """The records of these inode rows, where the filesystem's all have one size and a place of their own."""
     volume, place = side.volume[rows], side.record_offset[rows]
     size = np.zeros(side.bmap.volumes.num_rows, np.int64)
@@ -171,7 +171,7 @@ def _records(side: Side, rows: Int, numbers: Int) -> Records:
         size[number] = record_size(side.bmap, number)
     keep = (place >= 0) & (size[volume] > 0) & (side.type[rows] != tables.T_METADATA)
     volume, place = volume[keep], place[keep]
-    return Records(volume, place, place + size[volume], numbers[keep])
+    return InodeRecords(volume, place, place + size[volume], numbers[keep])
 
 
 # ---- common words ------------------------------------------------------------------------------------------
@@ -196,11 +196,11 @@ class Words:
                 self.volumes.append(name)
         self.volume_of_old = np.array([back[number] for number in range(old.volumes.num_rows)], np.int64)
 
-    def part(self, side: Side, codes: Int) -> Int:
+    def part(self, side: MapSide, codes: Int) -> Int:
         """One map's codes of parts (-1: none) in common numbers."""
         found: Int = (self._old if side is self._old_side else self._new)[codes]
         return found
 
-    def volume(self, side: Side, numbers: Int) -> Int:
+    def volume(self, side: MapSide, numbers: Int) -> Int:
         """One map's volumes (-1: none) in common numbers."""
         return np.where(numbers >= 0, self.volume_of_old[numbers], -1) if side is self._old_side else numbers

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from virt_bmap.accesses.ranges import Ranges
+from virt_bmap.accesses.ranges import RangeList
 from virt_bmap.core.errors import ImageError, MapError, UsageError
 from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.reader import Reader
@@ -31,7 +31,7 @@ class Question(NamedTuple):
     old: str | None
     new: str
     bitmap: str | None = None
-    ranges: Ranges | None = None
+    ranges: RangeList | None = None
     disk: int = 1
     verify: bool = False
     force: bool = False
@@ -52,7 +52,7 @@ class Telling(NamedTuple):
     comparing: Callable[[int, int], None] = lambda _done, _all: None
 
 
-class Side(NamedTuple):
+class OpenSide(NamedTuple):
     """One side, open: its map, and for a disk that can be read its reader and those of its volumes."""
 
     name: str
@@ -115,7 +115,7 @@ def plan(question: Question) -> Plan:
 
 def open_sides(
     question: Question, stack: contextlib.ExitStack, telling: Telling
-) -> tuple[Plan, Side | None, Side]:
+) -> tuple[Plan, OpenSide | None, OpenSide]:
     """What is compared, and both sides, mapped; they stay open as long as `stack`.
 
     Raises what `plan` does, and ImageError or MapError in words that name the side.
@@ -137,7 +137,7 @@ def open_sides(
 def _open(
     name: str, format: str | None, status: list[str], further: tuple[str, ...], question: Question,
     stack: contextlib.ExitStack, telling: Telling
-) -> Side:  # fmt: skip
+) -> OpenSide:  # fmt: skip
     if maps.is_saved(name):
         if status:
             raise UsageError(
@@ -150,7 +150,7 @@ def _open(
                 f"{name}: is a text map, which holds no inodes to "
                 "compare: make a Parquet map (virt-bmap -o map.parquet)"
             )
-        side = Side(name, bmap)
+        side = OpenSide(name, bmap)
     else:
         reader = open_image(name, format, question.references, status, question.force_share)
         stack.callback(reader.close)
@@ -163,7 +163,7 @@ def _open(
             disks.append(open_image(other, None, question.references, force_share=question.force_share))
             stack.callback(disks[-1].close)
         bmap, volumes = survey_open(disks, telling.mapping(disks), question.keys)
-        side = Side(name, bmap, reader, volumes)
+        side = OpenSide(name, bmap, reader, volumes)
     if bmap.on_files:
         raise MapError(f"{name}: is a map of an image file's own bytes, not of the disk that a guest sees")
     if not 1 <= question.disk <= len(bmap.disks):
@@ -171,7 +171,7 @@ def _open(
     return side
 
 
-def _require_one_disk(old: Side, new: Side, disk: int, resized: bool) -> None:
+def _require_one_disk(old: OpenSide, new: OpenSide, disk: int, resized: bool) -> None:
     """ImageError where sizes differ (an overlay may be
     `resized`), MapError where the disks are different ones."""
     if old.size(disk) != new.size(disk) and not resized:

@@ -51,7 +51,7 @@ class Tiles(NamedTuple):
         return Tiles(start, end, self.volume[row], moved, self.extent[row], self.record[row])
 
 
-class Records(NamedTuple):
+class InodeRecords(NamedTuple):
     """Inodes' own records that deserve to be told from what they lie in, as columns: `record` is any number
     (from 0) that the tiles give back."""
 
@@ -60,12 +60,12 @@ class Records(NamedTuple):
     end: Int
     record: Int
 
-    def take(self, keep: np.ndarray) -> "Records":
+    def take(self, keep: np.ndarray) -> "InodeRecords":
         """The rows that a boolean or index array asks for."""
-        return Records(self.volume[keep], self.start[keep], self.end[keep], self.record[keep])
+        return InodeRecords(self.volume[keep], self.start[keep], self.end[keep], self.record[keep])
 
 
-def tiles(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: Records | None = None) -> Tiles:
+def tiles(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: InodeRecords | None = None) -> Tiles:
     """The ranges of disk number `disk` (from 1), each byte once.
 
     What the map does not reach (beyond its disk's end) belongs to nothing.
@@ -90,12 +90,12 @@ def tiles(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: Records | 
     return _joined(found, record, start, end, owner)
 
 
-def touched(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: Records) -> Int:
+def touched(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: InodeRecords) -> Int:
     """The positions of the records that share a byte with these ranges of a disk."""
     size = bmap.volumes.column("size")[bmap.disks[disk - 1]].as_py()
     inside = starts < size
     owners = bmap.owners(disk, starts[inside], np.minimum(ends[inside], size))
-    numbered = Records(records.volume, records.start, records.end, np.arange(len(records.record)))
+    numbered = InodeRecords(records.volume, records.start, records.end, np.arange(len(records.record)))
     return (
         np.unique(_records(owners.take(owners.extent < 0), numbered)[1])
         if len(records.record)
@@ -129,7 +129,7 @@ def _joined(found: Owners, record: Int, start: Int, end: Int, owner: Int) -> Til
     return Tiles(start, end, of(found.volume, -1), inside, of(found.extent, -1), of(record, -1))
 
 
-def _records(volumes: Owners, records: Records) -> tuple[Owners, Int]:
+def _records(volumes: Owners, records: InodeRecords) -> tuple[Owners, Int]:
     """The records as further owners, and their numbers."""
     parts, numbers = [], []
     for volume in np.unique(records.volume).tolist():

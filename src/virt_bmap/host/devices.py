@@ -22,7 +22,7 @@ DEEPEST = 16
 LOOP_GET_STATUS64, LOOP_INFO64_SIZE = 0x4C05, 232
 
 
-class Place(NamedTuple):
+class DevicePlace(NamedTuple):
     """Bytes [start, end) of a file or device, by its numbers.
 
     Where they are not `exact`, only some of them are meant, and which is not known.
@@ -35,11 +35,11 @@ class Place(NamedTuple):
     exact: bool = True
 
 
-def places(about: os.stat_result) -> list[Place]:
+def places(about: os.stat_result) -> list[DevicePlace]:
     """What a file or device is: itself, and what it lies on, as far as that can be seen."""
     if stat.S_ISBLK(about.st_mode):
         return _device(os.major(about.st_rdev), os.minor(about.st_rdev), 0, END, True, DEEPEST)
-    return [Place("file", (about.st_dev, about.st_ino))]
+    return [DevicePlace("file", (about.st_dev, about.st_ino))]
 
 
 def overlap(one: os.stat_result, other: os.stat_result) -> bool:
@@ -56,8 +56,8 @@ def overlap(one: os.stat_result, other: os.stat_result) -> bool:
     )
 
 
-def _device(major: int, minor: int, start: int, end: int, exact: bool, depth: int) -> list[Place]:
-    found = [Place("device", (major, minor), start, end, exact)]
+def _device(major: int, minor: int, start: int, end: int, exact: bool, depth: int) -> list[DevicePlace]:
+    found = [DevicePlace("device", (major, minor), start, end, exact)]
     folder = os.path.realpath(f"{SYSFS}/dev/block/{major}:{minor}")
     if not depth:
         return found

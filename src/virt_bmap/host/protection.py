@@ -19,7 +19,7 @@ from virt_bmap.host.devices import overlap
 STREAMS = {1: "standard output", 2: "standard error"}
 
 
-class Output(NamedTuple):
+class Written(NamedTuple):
     """A file to write. `ours`: is what is there such a result already, which may be replaced without a word?
     None: nothing is."""
 
@@ -29,7 +29,7 @@ class Output(NamedTuple):
 
 class _Command(NamedTuple):
     reads: list[tuple[os.stat_result, str]]
-    outputs: list[Output]
+    outputs: list[Written]
 
 
 _command: _Command | None = None
@@ -64,7 +64,7 @@ def reads_open(file: int, path: str) -> None:
 def writes(path: str, ours: Callable[[str], bool] | None) -> None:
     """This is to be written."""
     if _command and path != "-":
-        _command.outputs.append(Output(path, ours))
+        _command.outputs.append(Written(path, ours))
 
 
 def check(force: bool) -> None:
@@ -103,7 +103,7 @@ def refuse(about: os.stat_result, name: str) -> None:
             )
 
 
-def _refuse_twice(output: Output, others: list[Output]) -> None:
+def _refuse_twice(output: Written, others: list[Written]) -> None:
     """Two results in one file would each destroy the other."""
     for other in others:
         with contextlib.suppress(OSError):
@@ -112,7 +112,7 @@ def _refuse_twice(output: Output, others: list[Output]) -> None:
                 raise UsageError(f"{output.path}: is named for two results; name another file for one")
 
 
-def _refuse_others(output: Output, about: os.stat_result, force: bool) -> None:
+def _refuse_others(output: Written, about: os.stat_result, force: bool) -> None:
     """UsageError where something of value is there, without
     `force`; with it, OutputError where somebody uses that."""
     path = output.path

@@ -20,7 +20,7 @@ Ranges = tuple[Int, Int]
 
 
 @dataclass
-class Seen:
+class ObservedFilesystem:
     """What was observed of one filesystem: `directories` are (inode, ranges), `touched` what was read while
     it was mounted and listed."""
 
@@ -37,7 +37,7 @@ class Seen:
     touched: Ranges
 
 
-def block_map(bmap: BlockMap, observed: Sequence[Seen]) -> BlockMap:
+def block_map(bmap: BlockMap, observed: Sequence[ObservedFilesystem]) -> BlockMap:
     """The map with the filesystems of these volumes replaced by what was seen of them."""
     by_volume = {seen.volume: seen for seen in observed}
     fresh = {
@@ -77,7 +77,7 @@ def block_map(bmap: BlockMap, observed: Sequence[Seen]) -> BlockMap:
     )
 
 
-def _filesystem(bmap: BlockMap, seen: Seen) -> pa.Table:
+def _filesystem(bmap: BlockMap, seen: ObservedFilesystem) -> pa.Table:
     return tables.make(
         "filesystems", volume=0, type=[seen.type], uuid=[seen.uuid], label=[seen.label],
         block_size=max(1, seen.block_size), size=bmap.volumes.column("size")[seen.volume].as_py(),
@@ -85,7 +85,7 @@ def _filesystem(bmap: BlockMap, seen: Seen) -> pa.Table:
     )  # fmt: skip
 
 
-def _extents(seen: Seen, size: int) -> pa.Table:
+def _extents(seen: ObservedFilesystem, size: int) -> pa.Table:
     """Content by file, directories, what else was read, and the rest, of which nothing is known."""
     inode, columns = _content(seen.files)
     offset, place, length, file_length, flags = columns
@@ -144,7 +144,7 @@ def _inside(ranges: Ranges, size: int) -> Ranges:
     return union(np.clip(ranges[0], 0, size), np.clip(ranges[1], 0, size))
 
 
-def _problems(seen: Seen) -> pa.Table:
+def _problems(seen: ObservedFilesystem) -> pa.Table:
     """That this was observed, by whom, and what could not be."""
     said = [
         (

@@ -33,7 +33,7 @@ NO_READS = Reads(EMPTY, EMPTY, EMPTY)
 
 
 @dataclass
-class _Disk:
+class _ServedDisk:
     source: Source
     served: Served
     follower: Follower
@@ -45,7 +45,7 @@ class _Disk:
 class Disks:
     """The served disks of one machine."""
 
-    def __init__(self, disks: list[_Disk]) -> None:
+    def __init__(self, disks: list[_ServedDisk]) -> None:
         self._disks = disks
 
     @property
@@ -88,7 +88,7 @@ class Disks:
         order = np.argsort(time, kind="stable") if len(self._disks) > 1 else slice(None)
         return Reads(disks[order], start[order], end[order])
 
-    def _check(self, disk: _Disk) -> None:
+    def _check(self, disk: _ServedDisk) -> None:
         if disk.served.process.poll() is not None:
             raise ImageError(f"{disk.source.image}: its server ended: {disk.served.words()}")
         if disk.parser.failed:
@@ -107,7 +107,7 @@ def watched(sources: Sequence[Source]) -> Iterator[Disks]:
             follower = Follower(f"{folder}/log")
             stack.callback(follower.close)
             disks.append(
-                _Disk(
+                _ServedDisk(
                     source, stack.enter_context(serve(source, folder, write=False, in_order=True)), follower
                 )
             )

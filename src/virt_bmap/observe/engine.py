@@ -24,7 +24,7 @@ from virt_bmap.observe import trace
 from virt_bmap.observe.appliance import Appliance, CallFailed
 from virt_bmap.observe.climb import climb
 from virt_bmap.observe.disks import Disks
-from virt_bmap.observe.files import Entry
+from virt_bmap.observe.files import Listed
 
 PIECE = 1 << 20
 """Bytes of a file read by one call: libguestfs sends 4 MiB at most in one message."""
@@ -46,7 +46,7 @@ QUIET = (
 own (btrfs, FUSE)."""
 
 
-class Target(NamedTuple):
+class ObservedVolume(NamedTuple):
     """A filesystem to observe: its volume in the map, the volume's bytes, and what the appliance calls it."""
 
     volume: int
@@ -75,13 +75,13 @@ class Observed:
 class Observer:
     """Reads files of one mounted filesystem."""
 
-    def __init__(self, appliance: Appliance, disks: Disks, bmap: BlockMap, target: Target) -> None:
+    def __init__(self, appliance: Appliance, disks: Disks, bmap: BlockMap, target: ObservedVolume) -> None:
         self._appliance, self._disks, self._bmap, self._target = appliance, disks, bmap, target
         self._fuse = "fuse" in appliance.call("debug", "sh", ["grep ' /sysroot ' /proc/mounts || true"])
 
-    def files(self, entries: Sequence[Entry]) -> Iterator[Observed]:
+    def files(self, entries: Sequence[Listed]) -> Iterator[Observed]:
         """Observe these regular files."""
-        waiting: list[tuple[Entry, Observed, list[tuple[int, int]]]] = []
+        waiting: list[tuple[Listed, Observed, list[tuple[int, int]]]] = []
         for entry in entries:
             seen, again = self._first(entry)
             if again and not seen.failed:
@@ -103,7 +103,7 @@ class Observer:
         """Forget what was read of files and devices, but not inodes and names."""
         self._appliance.call("drop_caches", 1)
 
-    def _first(self, entry: Entry) -> tuple[Observed, list[tuple[int, int]]]:
+    def _first(self, entry: Listed) -> tuple[Observed, list[tuple[int, int]]]:
         """Read a file once: what was seen, and which ranges of it to read again."""
         seen, again = Observed(entry.inode), []
         for at in range(0, min(entry.size, MAX_SIZE), PIECE):
@@ -114,7 +114,7 @@ class Observer:
             _keep(seen, found, at)
         return seen, again
 
-    def _read(self, entry: Entry, at: int, length: int, seen: Observed) -> trace.Found | None:
+    def _read(self, entry: Listed, at: int, length: int, seen: Observed) -> trace.Placed | None:
         """Read one piece of a file; None where it can't be read, or has ended."""
         self._disks.since()
         try:
@@ -128,7 +128,7 @@ class Observer:
             return None
         return trace.find(content, starts, ends, self._target.reader.read_ranges(starts, ends - starts))
 
-    def _again(self, waiting: list[tuple[Entry, Observed, list[tuple[int, int]]]]) -> Iterator[Observed]:
+    def _again(self, waiting: list[tuple[Listed, Observed, list[tuple[int, int]]]]) -> Iterator[Observed]:
         """The second pass over files: page by page, after their pages were dropped."""
         if not waiting:
             return
@@ -171,7 +171,7 @@ class _Coded:
         self._start = self._end = 0
         self._stored: list[tuple[int, int]] = []
 
-    def add(self, start: int, end: int, found: trace.Found) -> None:
+    def add(self, start: int, end: int, found: trace.Placed) -> None:
         """A page (or more) [start, end) of the file, just read."""
         if not len(found.left[0]):
             self.close()
@@ -195,7 +195,7 @@ class _Coded:
         self._stored = []
 
 
-def _keep(seen: Observed, found: trace.Found, at: int) -> None:
+def _keep(seen: Observed, found: trace.Placed, at: int) -> None:
     """Add what was found of the piece at file offset `at`."""
     flags = np.where(found.packed, tables.INLINE, 0)
     seen.rows += zip(
@@ -234,10 +234,10 @@ def quiet(appliance: Appliance) -> None:
 
 def targets(
     appliance: Appliance, bmap: BlockMap, readers: Sequence[Reader]
-) -> tuple[list[Target], dict[str, str]]:
+) -> tuple[list[ObservedVolume], dict[str, str]]:
     """The filesystems that the appliance finds, by their volumes in the map; and the devices left out, with
     the reason."""
-    found: list[Target] = []
+    found: list[ObservedVolume] = []
     left: dict[str, str] = {}
     names = bmap.volumes.column("name").to_pylist()
     for mountable, type in appliance.call("list_filesystems").items():
@@ -250,7 +250,7 @@ def targets(
             left[mountable] = f"{type}, on a device that this map does not have"
         else:
             found.append(
-                Target(
+                ObservedVolume(
                     volume, mountable, type, readers[volume].raw, "ro,subvolid=5" if type == "btrfs" else "ro"
                 )
             )

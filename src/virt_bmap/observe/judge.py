@@ -43,7 +43,7 @@ LISTED = 20
 """Ranges of one file that are listed one by one."""
 
 
-class Disagreement(NamedTuple):
+class Difference(NamedTuple):
     """Bytes [start, end) of a file that the map and the kernel place differently, and where each has the
     first of them; -1: nowhere."""
 
@@ -57,7 +57,7 @@ class Disagreement(NamedTuple):
 
 
 @dataclass
-class Verdict:
+class Agreement:
     """Of one filesystem: bytes by reason, `other` bytes read on the way by what they are in the direct map,
     and the disagreements."""
 
@@ -68,7 +68,7 @@ class Verdict:
     """Files that there are."""
     bytes: dict[str, int] = field(default_factory=dict)
     other: dict[str, int] = field(default_factory=dict)
-    disagreements: list[Disagreement] = field(default_factory=list)
+    disagreements: list[Difference] = field(default_factory=list)
 
     def add(self, reason: str, count: int) -> None:
         if count:
@@ -109,7 +109,7 @@ class Judge:
         known, paths = bmap.paths(volume)
         self._inode_of = dict(zip(paths.to_pylist(), known.tolist(), strict=True))
         self._kinds = _kinds(bmap, volume)
-        self.verdict = Verdict()
+        self.verdict = Agreement()
         self._path = ""
 
     def hear(self, path: str, size: int, seen: Observed) -> None:
@@ -134,7 +134,7 @@ class Judge:
         missing = [entry.path for entry in listing.entries if entry.path.encode() not in self._inode_of]
         for path in missing[:LISTED]:
             self.verdict.disagreements.append(
-                Disagreement("missing", path, -1, -1, detail="the map has no such name")
+                Difference("missing", path, -1, -1, detail="the map has no such name")
             )
 
     def _compare(self, inode: int, size: int, seen: Observed) -> None:
@@ -147,8 +147,8 @@ class Judge:
         data = self._kind[low:high] == tables.DATA
         rows = joined(seen.rows)
         own = rows[:, 4] == PLAIN
-        mine = _Lines(offset, place, length, data & (flags == PLAIN))
-        theirs = _Lines(rows[:, 0], rows[:, 1], rows[:, 2], own)
+        mine = _PlacedLines(offset, place, length, data & (flags == PLAIN))
+        theirs = _PlacedLines(rows[:, 0], rows[:, 1], rows[:, 2], own)
         other = {
             word: _ranges(offset, length, data & ((flags & flag) != 0))
             for word, flag in tables.FLAGS.items()
@@ -173,7 +173,9 @@ class Judge:
             )
         )
 
-    def _plain(self, mine: "_Lines", theirs: "_Lines", other: dict[str, Ranges], seen: Observed) -> None:
+    def _plain(
+        self, mine: "_PlacedLines", theirs: "_PlacedLines", other: dict[str, Ranges], seen: Observed
+    ) -> None:
         """Content that lies as it is: each side's lines that the other has not."""
         excused = _together(other.values())
         only_map, only_kernel = mine.without(theirs), theirs.without(mine)
@@ -235,7 +237,7 @@ class Judge:
             beside = union(owned[0] // PAGE * PAGE, -(-owned[1] // PAGE) * PAGE)
             for low, high in _pairs(subtract(*found, *beside)):
                 self.verdict.disagreements.append(
-                    Disagreement(
+                    Difference(
                         "free",
                         self._path,
                         -1,
@@ -251,13 +253,13 @@ class Judge:
         self, code: str, ranges: list[tuple[int, int]], mapped: int = -1, observed: int = -1, detail: str = ""
     ) -> None:
         self.verdict.disagreements += [
-            Disagreement(code, self._path, low, high, mapped, observed, detail)
+            Difference(code, self._path, low, high, mapped, observed, detail)
             for low, high in ranges[:LISTED]
             if high > low
         ]
 
 
-class _Lines:
+class _PlacedLines:
     """Ranges of a file with their places: on each line place - offset is the same."""
 
     def __init__(self, offset: Int, place: Int, length: Int, keep: np.ndarray) -> None:
@@ -269,7 +271,7 @@ class _Lines:
         row = np.flatnonzero((self.start <= offset) & (offset < self.end))
         return offset + int(self.moved[row[0]]) if len(row) else -1
 
-    def both(self, other: "_Lines") -> int:
+    def both(self, other: "_PlacedLines") -> int:
         """How many bytes of the file both place alike."""
         return sum(end - start for start, end in _pairs(union(self.start, self.end))) - sum(
             end - start for start, end in _pairs(union(*self._columns(self.without(other))))
@@ -280,7 +282,7 @@ class _Lines:
         table = np.array(rows, np.int64).reshape(-1, 3)
         return table[:, 0], table[:, 1]
 
-    def without(self, other: "_Lines") -> list[tuple[int, int, int]]:
+    def without(self, other: "_PlacedLines") -> list[tuple[int, int, int]]:
         """(start, end, moved) of what the other has not on the same line, by offset."""
         result = []
         at, row = (

@@ -17,8 +17,8 @@ from virt_bmap.observe import build, engine
 from virt_bmap.observe.appliance import Appliance, CallFailed, launched
 from virt_bmap.observe.climb import climb
 from virt_bmap.observe.disks import Disks, watched
-from virt_bmap.observe.engine import Observed, Observer, Target
-from virt_bmap.observe.files import Entry, Listing, listed
+from virt_bmap.observe.engine import Observed, ObservedVolume, Observer
+from virt_bmap.observe.files import Listed, Listing, listed
 from virt_bmap.observe.journal import Journal
 from virt_bmap.open import open_disks
 from virt_bmap.serve.serve import Source
@@ -39,7 +39,7 @@ class Session(NamedTuple):
     readers: list[Reader]
     folder: str
     kernel: str
-    targets: list[Target]
+    targets: list[ObservedVolume]
     left: dict[str, str]
     """Devices with filesystems that can't be observed, and why."""
 
@@ -77,7 +77,7 @@ def session(
 
 
 @contextlib.contextmanager
-def mounted(session: Session, target: Target) -> Iterator[tuple[Listing, Observer, build.Ranges]]:
+def mounted(session: Session, target: ObservedVolume) -> Iterator[tuple[Listing, Observer, build.Ranges]]:
     """Mount a filesystem, and list it: its files, what observes them, and what of the volume was read until
     then. Raises CallFailed."""
     session.disks.since()
@@ -117,13 +117,13 @@ def _reasons(session: Session) -> str:
 
 def _observe(
     session: Session,
-    target: Target,
+    target: ObservedVolume,
     listing: Listing,
     observer: Observer,
     touched: build.Ranges,
     journal: Journal,
     tell: Tell,
-) -> build.Seen:
+) -> build.ObservedFilesystem:
     files = listing.once(tables.T_FILE)
     known = {
         entry.inode: journal.seen[target.device, entry.inode]
@@ -135,7 +135,7 @@ def _observe(
         known[seen.inode] = seen
     directories = list(_directories(session, observer, listing))
     call = session.appliance.call
-    return build.Seen(
+    return build.ObservedFilesystem(
         target.volume, target.device, call("vfs_type", target.device),
         call("vfs_uuid", target.device) or None, call("vfs_label", target.device) or None,
         call("statvfs", "/")["bsize"], session.kernel, listing, [known[entry.inode] for entry in files],
@@ -144,7 +144,7 @@ def _observe(
 
 
 def observe_files(
-    observer: Observer, target: Target, files: Sequence[Entry], tell: Tell
+    observer: Observer, target: ObservedVolume, files: Sequence[Listed], tell: Tell
 ) -> Iterator[Observed]:
     """Observe files, and tell how far it is: in bytes, each file for a page more than it has."""
     cost = {entry.inode: entry.size + engine.PAGE for entry in files}
@@ -171,7 +171,7 @@ def _directories(
             yield entry.inode, union(*ranges)
 
 
-def sample(entries: Sequence[Entry], count: int | None, seed: int = 0) -> list[Entry]:
+def sample(entries: Sequence[Listed], count: int | None, seed: int = 0) -> list[Listed]:
     """`count` of the files, the same ones for the same seed, in their order; all where there are no more, or
     count is None."""
     if count is None or count >= len(entries):

@@ -21,7 +21,7 @@ LONGEST_SEARCH = 64 << 10
 than a block."""
 
 
-class Found(NamedTuple):
+class Placed(NamedTuple):
     """Where content lies: file bytes [offset, offset + length) at `place` in the volume; `packed`: inside a
     block that holds other things, too.
 
@@ -40,7 +40,7 @@ class Found(NamedTuple):
     other: tuple[Int, Int]
 
 
-def find(content: bytes, starts: Int, ends: Int, data: Bytes) -> Found:
+def find(content: bytes, starts: Int, ends: Int, data: Bytes) -> Placed:
     """Find `content` in what was read: ranges [starts, ends) of the volume, in the order of their reading,
     `data` their bytes one after the other.
 
@@ -58,7 +58,7 @@ def find(content: bytes, starts: Int, ends: Int, data: Bytes) -> Found:
     return _search(content, starts, ends, data)
 
 
-def _search(content: bytes, starts: Int, ends: Int, data: Bytes) -> Found:
+def _search(content: bytes, starts: Int, ends: Int, data: Bytes) -> Placed:
     """One read after the other, each at the next place of the content that holds its bytes."""
     at = 0
     rows: list[tuple[int, int, int]] = []
@@ -130,7 +130,7 @@ def _common(content: bytes, at: int, piece: bytes) -> int:
 def _result(
     content: bytes, offset: Int, place: Int, length: Int, low: Int, high: Int, data: Bytes,
     read: tuple[Int, Int] | None = None,
-) -> Found:  # fmt: skip
+) -> Placed:  # fmt: skip
     """What was found, what was not, and whether that is a hole."""
     size = len(content)
     units = -(-size // UNIT)
@@ -164,7 +164,7 @@ def _result(
         offset, place, length, is_packed = (
             column[~doubtful] for column in (offset, place, length, is_packed)
         )
-    return Found(offset, place, length, is_packed, left, unsure, zeroes, union(low, high))
+    return Placed(offset, place, length, is_packed, left, unsure, zeroes, union(low, high))
 
 
 def _packed(

@@ -6,14 +6,14 @@ from virt_bmap.core.errors import UsageError
 from virt_bmap.core.keys import Keys
 from virt_bmap.model import tables
 from virt_bmap.observe.appliance import CallFailed
-from virt_bmap.observe.judge import Judge, Verdict
+from virt_bmap.observe.judge import Agreement, Judge
 from virt_bmap.observe.session import Session, Tell, mounted, observe_files, sample, session
 from virt_bmap.serve.serve import Source
 
 
 def verify(
     sources: Sequence[Source], keys: Keys, count: int | None, seed: int, tell: Tell
-) -> tuple[list[tuple[str, Verdict]], dict[str, str]]:
+) -> tuple[list[tuple[str, Agreement]], dict[str, str]]:
     """Compare `count` files (all where it is None) of each filesystem that has a reader: (device, verdict) of
     each, and the devices left out with the reason.
 

@@ -37,7 +37,7 @@ Real ones have some hundreds, and what is not found is refused.
 QED_BACKING_FILE, QED_BACKING_RAW = 1, 4
 
 
-class Layer(NamedTuple):
+class ChainImage(NamedTuple):
     """One image of a backing chain: its file, its format, and the bytes of its clusters."""
 
     path: str
@@ -180,15 +180,15 @@ def _vmdk_references(image: Reader) -> References:
     return References(backing=found.parent, backing_format="vmdk" if found.parent else None, extents=extents)
 
 
-def backing_chain(path: str, format: str | None, references: bool) -> list[Layer]:
+def backing_chain(path: str, format: str | None, references: bool) -> list[ChainImage]:
     """An image and those below it, uppermost first, as their headers name them; of each only the header is
     read. Raises as `allowed_references` does."""
-    chain: list[Layer] = []
+    chain: list[ChainImage] = []
     while True:
         with contextlib.closing(RawReader(path)) as image:
             format = format or recognise(image) or "raw"
             found = allowed_references(image, format, references, len(chain))
-            chain.append(Layer(path, format, _cluster(image, format)))
+            chain.append(ChainImage(path, format, _cluster(image, format)))
         if not found.backing:
             return chain
         path = os.path.join(os.path.dirname(os.path.abspath(path)), found.backing)

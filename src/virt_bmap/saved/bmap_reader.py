@@ -31,7 +31,7 @@ HOLDING[[tables.METADATA, tables.TREE]], HOLDING[tables.DIRECTORY] = 2, 1
 
 
 @dataclass
-class _Lines:
+class _MapLines:
     """The lines of a map as columns; `device` is a position in `devices`, `kind` a word of LETTERS."""
 
     disk: Int
@@ -44,7 +44,7 @@ class _Lines:
 
 
 @dataclass
-class _Volume:
+class _NamedVolume:
     disk: int
     kind: str
     name: str
@@ -87,7 +87,7 @@ def load(data: bytes, source: str) -> BlockMap:
     )  # fmt: skip
 
 
-def _parse(data: bytes, source: str) -> _Lines:
+def _parse(data: bytes, source: str) -> _MapLines:
     try:
         lines = pa.array(data.decode().removesuffix("\n").split("\n"), pa.string())
     except UnicodeDecodeError as error:
@@ -111,16 +111,16 @@ def _parse(data: bytes, source: str) -> _Lines:
     device = fields.field("device").dictionary_encode()
     words = np.array([NAMES_OF.get(chr(code), "") for code in range(128)])
     letters = np.frombuffer("".join(fields.field("kind").to_pylist()).encode(), np.uint8)
-    return _Lines(
+    return _MapLines(
         fields.field("disk").cast(pa.int64()).to_numpy(), start, end, words[letters],
         device.indices.to_numpy().astype(np.int64), device.dictionary.to_pylist(), fields.field("name"),
     )  # fmt: skip
 
 
-def _volumes(lines: _Lines) -> list[_Volume]:
+def _volumes(lines: _MapLines) -> list[_NamedVolume]:
     """Disks (or the host's files) first, then by kind; a device of which only objects are listed is taken for
     a partition."""
-    volumes: list[_Volume] = []
+    volumes: list[_NamedVolume] = []
     parent: dict[int, int] = {}
     top = FILE if (lines.kind == FILE).any() else "disk"
     for on in np.unique(lines.disk).tolist():
@@ -128,7 +128,7 @@ def _volumes(lines: _Lines) -> list[_Volume]:
         names = lines.device[mine & (lines.kind == top)]
         parent[on] = len(volumes)
         volumes.append(
-            _Volume(
+            _NamedVolume(
                 on, top, lines.devices[names[0]] if len(names) else f"disk {on}", int(lines.end[mine].max())
             )
         )
@@ -141,10 +141,10 @@ def _volumes(lines: _Lines) -> list[_Volume]:
     return volumes
 
 
-def _placed(lines: _Lines, code: int, kind: str, parent: dict[int, int]) -> _Volume:
+def _placed(lines: _MapLines, code: int, kind: str, parent: dict[int, int]) -> _NamedVolume:
     """A volume whose pieces follow each other as they do on the disks."""
     mine = lines.device == code
-    volume = _Volume(int(lines.disk[mine][0]), kind, lines.devices[code], 0)
+    volume = _NamedVolume(int(lines.disk[mine][0]), kind, lines.devices[code], 0)
     for on, number in parent.items():
         for low, high in zip(
             *(
@@ -160,14 +160,14 @@ def _placed(lines: _Lines, code: int, kind: str, parent: dict[int, int]) -> _Vol
     return volume
 
 
-def _of(lines: _Lines, volume: _Volume) -> np.ndarray:
+def _of(lines: _MapLines, volume: _NamedVolume) -> np.ndarray:
     if volume.name not in lines.devices:
         return np.zeros(len(lines.disk), bool)
     mine: np.ndarray = lines.device == lines.devices.index(volume.name)
     return mine & (lines.disk == volume.disk) if not volume.rows else mine
 
 
-def _objects(lines: _Lines, mine: np.ndarray) -> tuple[Int, tuple[Int, pa.Array]]:
+def _objects(lines: _MapLines, mine: np.ndarray) -> tuple[Int, tuple[Int, pa.Array]]:
     """Numbers for what has a path: for each of the lines
     its number (-1: none), and the table (number, path)."""
     encoded = lines.name.filter(pa.array(mine)).dictionary_encode()
@@ -179,7 +179,7 @@ def _objects(lines: _Lines, mine: np.ndarray) -> tuple[Int, tuple[Int, pa.Array]
     return np.where(is_path[codes], codes, -1), (numbers, paths)
 
 
-def _extents(lines: _Lines, mine: Int, number: int, volume: _Volume, inode: Int) -> pa.Table:
+def _extents(lines: _MapLines, mine: Int, number: int, volume: _NamedVolume, inode: Int) -> pa.Table:
     start, length, at = lines.start[mine], lines.end[mine] - lines.start[mine], np.arange(len(mine))
     if volume.rows:
         rows = Rows.of(number, volume.rows)

@@ -49,7 +49,7 @@ from virt_bmap.model.contract import (
     Proof,
     VolumeFormat,
 )
-from virt_bmap.survey.nested import MAX_LEVELS, NOTHING, Nested, Progress
+from virt_bmap.survey.nested import MAX_LEVELS, NOTHING, ImageBudget, Nested
 from virt_bmap.survey.sleeping import asleep_in
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class _Survey:
         nested: Nested,
         asks: Asks = NOTHING_MORE,
     ) -> None:
-        self.nested, self.images = nested, Progress()
+        self.nested, self.images = nested, ImageBudget()
         self.asks = asks
         self.volumes: list[_Volume] = []
         self.progress = progress
@@ -203,10 +203,10 @@ class _Survey:
         slack = any(volume.filesystem and volume.filesystem.size < volume.size for volume in self.volumes)
         if not slack and not any(volume.traits & tables.VOUCHING for volume in self.volumes):
             return
-        from virt_bmap.survey.vouching import Seen, covered  # with hashlib: seldom needed
+        from virt_bmap.survey.vouching import Surveyed, covered  # with hashlib: seldom needed
 
         seen = [
-            Seen(
+            Surveyed(
                 volume.number,
                 volume.name,
                 volume.type,

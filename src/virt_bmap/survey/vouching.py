@@ -43,7 +43,7 @@ BEHIND = 8 << 10
 """Bytes after a filesystem's end in which a hash tree is looked for: tools put it into the next block."""
 
 
-class Seen(NamedTuple):
+class Surveyed(NamedTuple):
     """A volume as it was surveyed.
 
     `end`: where its filesystem ends, in bytes; -1: it has none. `is_disk`: it lies on nothing else.
@@ -66,7 +66,7 @@ class Covered(NamedTuple):
     detail: str
 
 
-def covered(volumes: Sequence[Seen]) -> Iterator[Covered]:
+def covered(volumes: Sequence[Surveyed]) -> Iterator[Covered]:
     """The volumes whose bytes others, or they themselves, vouch for, each once for a trait."""
     known = set[tuple[int, int]]()
     for found in _all(volumes):
@@ -75,7 +75,7 @@ def covered(volumes: Sequence[Seen]) -> Iterator[Covered]:
             yield found
 
 
-def _all(volumes: Sequence[Seen]) -> Iterator[Covered]:
+def _all(volumes: Sequence[Surveyed]) -> Iterator[Covered]:
     trees = 0
     for one in volumes:
         if one.traits & VOUCHING:
@@ -85,7 +85,7 @@ def _all(volumes: Sequence[Seen]) -> Iterator[Covered]:
             yield Covered(one.number, VERIFIED, detail)
 
 
-def _by(one: Seen, volumes: Sequence[Seen], looked_into: bool) -> Iterator[Covered]:
+def _by(one: Surveyed, volumes: Sequence[Surveyed], looked_into: bool) -> Iterator[Covered]:
     """What this volume vouches for: what it fits, else all that it can."""
     others = [other for other in volumes if other.number != one.number]
     if one.type == INTEGRITY:
@@ -115,7 +115,7 @@ def _by(one: Seen, volumes: Sequence[Seen], looked_into: bool) -> Iterator[Cover
                 )
 
 
-def _by_integrity(one: Seen, others: list[Seen]) -> Iterator[Covered]:
+def _by_integrity(one: Surveyed, others: list[Surveyed]) -> Iterator[Covered]:
     """Checksums interleaved with the data vouch for nobody else; those of another device for any that is
     large enough."""
     about = record(_read(one.reader, 0, SECTOR), INTEGRITY_SUPERBLOCK)
@@ -130,7 +130,7 @@ def _by_integrity(one: Seen, others: list[Seen]) -> Iterator[Covered]:
                 )
 
 
-def _in_itself(one: Seen) -> str:
+def _in_itself(one: Surveyed) -> str:
     """Hashes that lie after the filesystem in the same volume; empty where there are none."""
     reader = one.reader
     at = -(-one.end // SECTOR) * SECTOR

@@ -38,7 +38,7 @@ RESULT = pa.schema([
 ])  # fmt: skip
 
 
-class Row(NamedTuple):
+class ObjectRow(NamedTuple):
     """One object as it is listed; sizes in bytes, `last_ns` since 1970 UTC."""
 
     letter: str
@@ -62,7 +62,7 @@ class Strip(NamedTuple):
     was_written: Bool
 
 
-class View(NamedTuple):
+class ActivityView(NamedTuple):
     """Requests and bytes so far, by operation of tables.OPS, and the disks."""
 
     begin_ns: int
@@ -155,18 +155,18 @@ class Activity:
 
     # ---- for a screen --------------------------------------------------------------------------------------
 
-    def look(self) -> View:
+    def look(self) -> ActivityView:
         """The state now; what the strips call recent is what came since the last look."""
         with self._lock:
             recent, self._now = self._now, np.zeros_like(self._now)
             strips = [Strip(name, size, recent[0, n], recent[1, n], self._ever[0, n].copy(),
                     self._ever[1, n].copy())
                       for n, (name, size) in enumerate(self._disks)]  # fmt: skip
-            return View(self._begin_ns, self._end_ns, self._requests.copy(), self._bytes.copy(),
+            return ActivityView(self._begin_ns, self._end_ns, self._requests.copy(), self._bytes.copy(),
                 len(self._ids),
                         self._resolver.number, strips)  # fmt: skip
 
-    def rows(self, count: int, sort: str = "bytes", words: str = "", since_ns: int = 0) -> list[Row]:
+    def rows(self, count: int, sort: str = "bytes", words: str = "", since_ns: int = 0) -> list[ObjectRow]:
         """The first `count` objects by one of SORTS whose device and name contain `words` (in any case) and
         that were touched after `since_ns`."""
         with self._lock:
@@ -187,7 +187,7 @@ class Activity:
                 "recent": columns[3],
             }[sort]
             found = found[np.argsort(-key[found], kind="stable")]
-        return [Row(*labels[row], *columns[:, row].tolist()) for row in found[:count].tolist()]
+        return [ObjectRow(*labels[row], *columns[:, row].tolist()) for row in found[:count].tolist()]
 
     def table(self) -> pa.Table:
         """All objects, most bytes first, as a table of the schema RESULT."""

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from virt_bmap.core.amounts import human
 from virt_bmap.core.arrays import Int
-from virt_bmap.watch.activity import BINS, Row, Strip
+from virt_bmap.watch.activity import BINS, ObjectRow, Strip
 
 FADING = 0.75
 """How much of a place's light is left at the next look."""
@@ -79,7 +79,7 @@ def _spread(values: np.ndarray, cells: int) -> np.ndarray:
     return np.asarray(np.maximum.reduceat(values, starts))
 
 
-def rows_lines(rows: list[Row], sort: str, width: int) -> Text:
+def rows_lines(rows: list[ObjectRow], sort: str, width: int) -> Text:
     """One line for each object: what it is sorted by (or read, written and accesses where there is room), and
     its name, whose end matters most."""
     text = Text(no_wrap=True, end="")

@@ -31,7 +31,7 @@ from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import one_line
 from virt_bmap.model import tables
 from virt_bmap.saved import results
-from virt_bmap.watch.activity import SORTS, Activity, View
+from virt_bmap.watch.activity import SORTS, Activity, ActivityView
 from virt_bmap.watch.cells import (
     READ_COLOURS,
     WRITE_COLOURS,
@@ -75,7 +75,7 @@ def plain(line: bytes) -> str:
     return escape(_SEQUENCES.sub(b"", line).replace(b"\t", b"    ").rstrip(b"\r"))
 
 
-class Output:
+class CommandOutput:
     """The command, started without a terminal, and the lines that it prints, kept from a thread of its own: a
     full pipe would stall it."""
 
@@ -187,7 +187,7 @@ class Watching(App[None]):
     def __init__(self, activity: Activity, go: Callable[[Runner], Outcome]) -> None:
         super().__init__(ansi_color=True, driver_class=LastingDriver)
         self.activity = activity
-        self.output = Output()
+        self.output = CommandOutput()
         self.outcome: Outcome | BaseException | None = None
         """How the watch ended, or why it failed."""
         self.failure = ""
@@ -270,7 +270,7 @@ class Watching(App[None]):
         self._drawn = now, spent
         return False
 
-    def _rates(self, view: View) -> tuple[float, float]:
+    def _rates(self, view: ActivityView) -> tuple[float, float]:
         """Bytes a second since the last look, read and written."""
         now, read, written = time.monotonic(), int(view.bytes[READ]), int(view.bytes[WRITE])
         then = self._before or (now - LOOK, 0, 0)
@@ -296,7 +296,7 @@ class Watching(App[None]):
             text.append("\n" if word == "read" else "")
         self.query_one("#rates", Static).update(text)
 
-    def _status(self, view: View) -> Text:
+    def _status(self, view: ActivityView) -> Text:
         """One line, the most important first: what does not fit is cut off."""
         parts = []
         if isinstance(self.outcome, Outcome):
@@ -314,7 +314,7 @@ class Watching(App[None]):
         parts.append(f"map read again {view.maps} times" if view.maps else "map as at the start")
         return Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")
 
-    def _show_strips(self, view: View) -> None:
+    def _show_strips(self, view: ActivityView) -> None:
         part = self.query_one("#strips", Static)
         width = max(1, part.size.width or self.size.width - 2)
         shown = view.strips[:STRIPS]

@@ -84,7 +84,7 @@ class Outcome:
 
 
 @dataclass
-class _Disk:
+class _WatchedDisk:
     number: int
     folder: str
     served: Served
@@ -219,7 +219,7 @@ class Guard:
 @contextlib.contextmanager
 def _disk(
     number: int, source: Source, write: bool, own: str, address: Address | None, doors: Sequence[str]
-) -> Iterator[_Disk]:
+) -> Iterator[_WatchedDisk]:
     """A disk that is served until the block ends, or, if that is later, its last client leaves."""
     with (
         lasting_folder() as folder,
@@ -227,7 +227,7 @@ def _disk(
         lasting(source, folder, write, own, address and address.numbered(number)) as served,
         opened(doors, served, folder) as paths,
     ):
-        yield _Disk(number, folder.name, served, paths, follower, LogParser(own))
+        yield _WatchedDisk(number, folder.name, served, paths, follower, LogParser(own))
 
 
 def _doors(command: Sequence[str], number: int) -> list[str]:
@@ -245,7 +245,7 @@ def step_aside() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
-def _follow(disks: list[_Disk], guard: Guard, idle: Callable[[], None], ended: int) -> None:
+def _follow(disks: list[_WatchedDisk], guard: Guard, idle: Callable[[], None], ended: int) -> None:
     """Name what the log gains until the file descriptor `ended` says that the command has."""
     quiet = 0.0
     while True:
@@ -260,7 +260,7 @@ def _follow(disks: list[_Disk], guard: Guard, idle: Callable[[], None], ended: i
             return
 
 
-def _linger(disks: list[_Disk], guard: Guard, idle: Callable[[], None]) -> None:
+def _linger(disks: list[_WatchedDisk], guard: Guard, idle: Callable[[], None]) -> None:
     """A command may put the guest into the background and end: follow it until its last connection closes, or
     SIGINT comes."""
     closing = 0.0
@@ -276,7 +276,7 @@ def _linger(disks: list[_Disk], guard: Guard, idle: Callable[[], None]) -> None:
             select.select(guard.wake(), [], [], TICK)
 
 
-def _settle(disks: list[_Disk], guard: Guard) -> None:
+def _settle(disks: list[_WatchedDisk], guard: Guard) -> None:
     """Read the map a last time if the guest has changed it, while there is a server to read it from."""
     until = time.monotonic() + LAST_MAP
     while sum(_step(disk, guard) for disk in disks) or (not guard.is_settled and time.monotonic() < until):
@@ -284,7 +284,7 @@ def _settle(disks: list[_Disk], guard: Guard) -> None:
         select.select(guard.wake(), [], [], 0 if guard.is_settled else TICK)
 
 
-def _note(disk: _Disk, guard: Guard, outcome: Outcome) -> None:
+def _note(disk: _WatchedDisk, guard: Guard, outcome: Outcome) -> None:
     """Name the rest of a disk's log, and note what is missing."""
     if disk.served.process.poll() is not None:
         outcome.server = disk.served.words()
@@ -295,7 +295,7 @@ def _note(disk: _Disk, guard: Guard, outcome: Outcome) -> None:
     outcome.unread += disk.parser.unread
 
 
-def _step(disk: _Disk, guard: Guard) -> bool:
+def _step(disk: _WatchedDisk, guard: Guard) -> bool:
     """Name the next piece of a disk's log; False when there is none."""
     before = time.time_ns()
     try:
@@ -319,7 +319,7 @@ def _step(disk: _Disk, guard: Guard) -> bool:
 
 @contextlib.contextmanager
 def _child(
-    command: Sequence[str], disks: Sequence[_Disk], run: Runner
+    command: Sequence[str], disks: Sequence[_WatchedDisk], run: Runner
 ) -> "Iterator[tuple[subprocess.Popen[bytes], int]]":
     """The running command, with a file descriptor that can be read once it has ended."""
     words = _words(disks)
@@ -358,7 +358,7 @@ def started(
         raise UsageError(f"{arguments[0]}: can't be run: {error.strerror}") from error
 
 
-def _words(disks: Sequence[_Disk]) -> dict[str, str]:
+def _words(disks: Sequence[_WatchedDisk]) -> dict[str, str]:
     """What the command is told, as variables and in its arguments: uri, nbd and unixsocket of the first disk,
     with file and vhost where it asks for them; uri2, ... of the others."""
     words: dict[str, str] = {}

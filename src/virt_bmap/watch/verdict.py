@@ -93,7 +93,7 @@ NO_WRITES = Writes(EMPTY, EMPTY, EMPTY, EMPTY)
 NOTHING = Touched(EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY.astype(bool), EMPTY.astype(np.uint8))
 
 
-class Verdict(NamedTuple):
+class Judged(NamedTuple):
     """What became of the rows of an Asked: by the map after and by the map before, with their states.
 
     `waits` marks pieces of the former whose owner is still to come; `agrees` those of which the map before
@@ -120,7 +120,7 @@ def clean(changes: Int, resolver: Resolver, time_ns: Int) -> Bool:
     return found
 
 
-def judge(asked: Asked, disk: int, resolver: Resolver, changes: Int, writes: Writes) -> Verdict:
+def judge(asked: Asked, disk: int, resolver: Resolver, changes: Int, writes: Writes) -> Judged:
     """What a map that was read after these accesses (its reading began when they had happened) says of them,
     and what of it is certain."""
     found = resolver.touched(disk, asked.accesses.offset, asked.accesses.length)
@@ -148,7 +148,7 @@ def _around(writes: Writes, accesses: Accesses) -> tuple[Int, Int]:
 
 def _judged(
     asked: Asked, found: Touched, resolver: Resolver, changes: Int, writes: Writes, points: Int
-) -> Verdict:
+) -> Judged:
     op, number = asked.accesses.op, asked.number
     slots = len(points)
     low, high = np.searchsorted(points, writes.start), np.searchsorted(points, writes.end)
@@ -181,7 +181,7 @@ def _judged(
         found, new.take(keep_new), state[keep_new], (waits * 2 + agrees)[keep_new], points
     )
     before, _ = _merged(asked.said, old.take(keep_old), state_old[keep_old], state_old[keep_old], points)
-    return Verdict(after, after_piece >= 2, after_piece % 2 == 1, before)
+    return Judged(after, after_piece >= 2, after_piece % 2 == 1, before)
 
 
 def _written(resolver: Resolver, touched: Touched) -> Bool:
@@ -311,7 +311,7 @@ def _merged(
     return joined.take(order), mark[first][order].astype(np.int64)
 
 
-def _joined(halves: list[Verdict], count: int) -> Verdict:
+def _joined(halves: list[Judged], count: int) -> Judged:
     shift = [0, count]
     after, before = (
         stack(
@@ -320,7 +320,7 @@ def _joined(halves: list[Verdict], count: int) -> Verdict:
         )
         for parts in ([half.after for half in halves], [half.before for half in halves])
     )
-    return Verdict(
+    return Judged(
         after,
         np.concatenate([half.waits for half in halves]),
         np.concatenate([half.agrees for half in halves]),

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 
 from virt_bmap.accesses.logs import blkparse, csv, fio, nbdkit, qemu
-from virt_bmap.accesses.logs.text import HEAD, Lines, Log, Rows
+from virt_bmap.accesses.logs.text import HEAD, AccessLog, Lines, Parsed
 from virt_bmap.core.errors import MapError, UsageError
 
 LOGS: Sequence[ModuleType] = (nbdkit, fio, qemu, blkparse, csv)
@@ -21,7 +21,7 @@ NAMES = {"nbdkit": nbdkit, "qemu": qemu, "blkparse": blkparse, "fio": fio, "csv"
 """What a format is called on a command line."""
 
 
-def parse(data: bytes, source: str, format: str | None = None, device: str | None = None) -> Log:
+def parse(data: bytes, source: str, format: str | None = None, device: str | None = None) -> AccessLog:
     """The accesses in a log's content; `source` is its name for messages, `format` a key of NAMES (default:
     found by content).
 
@@ -38,7 +38,7 @@ def parse(data: bytes, source: str, format: str | None = None, device: str | Non
             f"known are: {known}"
         )
     try:
-        rows: Rows = found.parse(lines)
+        rows: Parsed = found.parse(lines)
     except ValueError as error:
         raise MapError(f"{source}: {error}") from error
     if not len(rows.accesses):
@@ -49,12 +49,12 @@ def parse(data: bytes, source: str, format: str | None = None, device: str | Non
     rows = _of_device(rows, source, device)
     order = np.argsort(rows.accesses.time_ns, kind="stable")
     example = lines.shown(rows.unread[0]) if len(rows.unread) else ""
-    return Log(
+    return AccessLog(
         source, found.NAME, rows.accesses.take(order), rows.line[order], rows.unread, example, rows.notes
     )
 
 
-def _of_device(rows: Rows, source: str, device: str | None) -> Rows:
+def _of_device(rows: Parsed, source: str, device: str | None) -> Parsed:
     """The rows of the device that was chosen, or of the only one."""
     if device is None:
         if len(rows.devices) > 1:

@@ -10,7 +10,7 @@ the time they are issued.
 import numpy as np
 
 from virt_bmap.accesses.accesses import Accesses
-from virt_bmap.accesses.logs.text import FLUSH, READ, SECTOR, SECTORS, TRIM, WRITE, Lines, Rows, zeros
+from virt_bmap.accesses.logs.text import FLUSH, READ, SECTOR, SECTORS, TRIM, WRITE, Lines, Parsed, zeros
 
 NAME = "blkparse's output"
 EXPECTED = "8,0    3        1     0.000000000   697  D   W 223490 + 8 [kjournald]"
@@ -36,7 +36,7 @@ def recognise(head: list[str]) -> bool:
     )
 
 
-def parse(lines: Lines) -> Rows:
+def parse(lines: Lines) -> Parsed:
     """Requests as they were issued to the drive."""
     found = lines.match(REQUEST)
     code, words = found.words("action")
@@ -47,7 +47,7 @@ def parse(lines: Lines) -> Rows:
     op = np.where((op == WRITE) & (length == 0), FLUSH, op)  # FWS without sectors is a flush
     device, devices = found.words("device")
     accesses = Accesses(found.seconds("time"), zeros(len(op)), op, offset, length)
-    rows = Rows(accesses, found.rows + 1, device, devices, _unread(lines, found.known(len(lines))))
+    rows = Parsed(accesses, found.rows + 1, device, devices, _unread(lines, found.known(len(lines))))
     return rows.take((code == action) & (op >= 0))
 
 

@@ -29,7 +29,7 @@ from virt_bmap.accesses.logs.text import (
     ZERO,
     Lines,
     Match,
-    Rows,
+    Parsed,
     coded,
     numbered,
     zeros,
@@ -61,7 +61,7 @@ def recognise(head: list[str]) -> bool:
     return _header(head) is not None
 
 
-def parse(lines: Lines) -> Rows:
+def parse(lines: Lines) -> Parsed:
     """Accesses by their columns. Raises ValueError where a column is missing."""
     header = _header(lines.head(10))
     if header is None:
@@ -84,7 +84,7 @@ def parse(lines: Lines) -> Rows:
     known[found.rows[op >= 0]] = True
     unread = lines.unread(known)
     titles = [number for number in unread[:20].tolist() if at in lines.shown(number)]
-    rows = Rows(
+    rows = Parsed(
         Accesses(time_ns, zeros(len(op)), op, offset, length),
         found.rows + 1,
         device,

@@ -21,7 +21,7 @@ from virt_bmap.accesses.logs.text import (
     TRIM,
     WRITE,
     Lines,
-    Rows,
+    Parsed,
     alternatives,
     coded,
     numbered,
@@ -50,7 +50,7 @@ def recognise(head: list[str]) -> bool:
     )
 
 
-def parse(lines: Lines) -> Rows:
+def parse(lines: Lines) -> Parsed:
     """Accesses to the files, by file; of the logs of values, to the only one that there is.
 
     Raises ValueError where a log has no offsets.
@@ -68,10 +68,10 @@ def parse(lines: Lines) -> Rows:
     accesses = Accesses(
         found.number("time") * 10**6, zeros(len(op)), op, found.number("offset"), found.number("length")
     )
-    return Rows(accesses, found.rows + 1, zeros(len(op)), [], lines.unread(found.known(len(lines))))
+    return Parsed(accesses, found.rows + 1, zeros(len(op)), [], lines.unread(found.known(len(lines))))
 
 
-def _iolog(lines: Lines, timed: bool) -> Rows:
+def _iolog(lines: Lines, timed: bool) -> Parsed:
     found = lines.match(IOLOG if timed else IOLOG.removeprefix(r"(?:(?P<time>\d{1,15}) )?"))
     code, words = found.words("op")
     op = coded(words, OPS)[code] if words else code
@@ -95,5 +95,5 @@ def _iolog(lines: Lines, timed: bool) -> Rows:
     accesses = Accesses(time_ns, zeros(len(op)), op, np.where(moves, offset, 0), np.where(moves, length, 0))
     known = np.zeros(len(lines), bool)
     known[found.rows[whole]] = True
-    rows = Rows(accesses, found.rows + 1, device, devices, lines.unread(known, IOLOG_OTHER), notes)
+    rows = Parsed(accesses, found.rows + 1, device, devices, lines.unread(known, IOLOG_OTHER), notes)
     return rows.take(whole & (op >= 0))

@@ -9,7 +9,7 @@ follows a running server's log.
 import numpy as np
 
 from virt_bmap.accesses.accesses import LogParser
-from virt_bmap.accesses.logs.text import Lines, Rows, zeros
+from virt_bmap.accesses.logs.text import Lines, Parsed, zeros
 from virt_bmap.core.amounts import counted
 from virt_bmap.core.arrays import Int
 
@@ -34,14 +34,14 @@ def recognise(head: list[str]) -> bool:
     return any("connection=" in line and " id=" in line and line[:2].isdigit() for line in head)
 
 
-def parse(lines: Lines) -> Rows:
+def parse(lines: Lines) -> Parsed:
     """Requests at the times when they came; the log's times have no zone, and are taken as UTC."""
     asked = lines.fits(REQUEST)
     rows = np.flatnonzero(asked).astype(np.int64)
     data = b"".join(lines.text.filter(asked).to_pylist())
     accesses = LogParser().feed(data if data.endswith(b"\n") else data + b"\n")
     good = _good(len(accesses), rows)
-    return Rows(accesses, good + 1, zeros(len(accesses)), [], lines.unread(asked, OTHER))
+    return Parsed(accesses, good + 1, zeros(len(accesses)), [], lines.unread(asked, OTHER))
 
 
 def _good(count: int, rows: Int) -> Int:

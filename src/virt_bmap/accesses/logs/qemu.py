@@ -26,7 +26,7 @@ from virt_bmap.accesses.logs.text import (
     WRITE,
     Lines,
     Match,
-    Rows,
+    Parsed,
     coded,
     numbered,
     zeros,
@@ -66,7 +66,7 @@ def recognise(head: list[str]) -> bool:
     return any(event in line and "0x" in line for line in head for event in OPS)
 
 
-def parse(lines: Lines) -> Rows:
+def parse(lines: Lines) -> Parsed:
     """The accesses of each block backend; of virtio requests where no backend was traced, since either sees
     the same accesses."""
     simple_times = lines.match(r"[a-z][a-z0-9_]* (?P<time>\d{1,12}\.\d{1,6}) pid=\d")
@@ -82,7 +82,7 @@ def parse(lines: Lines) -> Rows:
     accesses = Accesses(time_ns, zeros(len(found.rows)), coded(events, OPS)[event] if events else event,
                         found.number("offset") * unit, found.number("length") * unit)  # fmt: skip
     known = backend.known(len(lines)) | virtio.known(len(lines))
-    return Rows(accesses, found.rows + 1, device, devices, lines.unread(known, OTHER), note)
+    return Parsed(accesses, found.rows + 1, device, devices, lines.unread(known, OTHER), note)
 
 
 def _stamps(found: Match) -> tuple[Int, tuple[str, ...]]:

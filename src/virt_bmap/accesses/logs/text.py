@@ -26,7 +26,7 @@ SECTOR = 512
 READ, WRITE, TRIM, ZERO, FLUSH = range(5)
 
 
-class Rows(NamedTuple):
+class Parsed(NamedTuple):
     """What a parser finds: accesses, and for each the line (from 1) and the device (a position in `devices`,
     0 where none are named).
 
@@ -41,14 +41,14 @@ class Rows(NamedTuple):
     unread: Int
     notes: tuple[str, ...] = ()
 
-    def take(self, keep: np.ndarray) -> "Rows":
+    def take(self, keep: np.ndarray) -> "Parsed":
         """Some of the accesses."""
         return self._replace(
             accesses=self.accesses.take(keep), line=self.line[keep], device=self.device[keep]
         )
 
 
-class Log(NamedTuple):
+class AccessLog(NamedTuple):
     """The accesses of one device in order of time.
 
     Times of logs without dates count from 1970. `line` says where each came from, `unread` which lines were

@@ -33,7 +33,7 @@ THREADS = 16
 """Requests under way to a file or device; an NBD reader keeps its own number."""
 
 
-class Replayed(NamedTuple):
+class Warmed(NamedTuple):
     """What was read: bytes, of which `needed` were in the
     profile, in how many ranges, and the seconds that took."""
 
@@ -43,7 +43,7 @@ class Replayed(NamedTuple):
     seconds: float
 
 
-def replay(profile: Profile, reader: Reader, disk: int = 1, common: bool = False) -> Replayed:
+def replay(profile: Profile, reader: Reader, disk: int = 1, common: bool = False) -> Warmed:
     """Read from `reader` what a profile needs of disk number `disk`.
 
     MapError where the disk is another one.
@@ -68,7 +68,7 @@ def replay(profile: Profile, reader: Reader, disk: int = 1, common: bool = False
             else:
                 reader.read_ranges(low, high - low)
     whole = sum(int((high - low).sum()) for low, high in batches)
-    return Replayed(
+    return Warmed(
         whole,
         int((needed[1] - needed[0]).sum()),
         sum(len(low) for low, _ in batches),

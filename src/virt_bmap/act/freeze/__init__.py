@@ -39,16 +39,16 @@ class Guest(NamedTuple):
     mountpoints: tuple[str, ...] = ()
 
 
-class Host(NamedTuple):
+class HostMounts(NamedTuple):
     """Filesystems that are mounted on this host, by their mount points."""
 
     folders: tuple[str, ...]
 
 
-Target = Guest | Host
+Target = Guest | HostMounts
 
 
-class Report(NamedTuple):
+class Thawed(NamedTuple):
     """How it ended. `why` they were thawed: asked, timeout, orphaned (the asking process died), stolen
     (someone else had done it); after how many seconds."""
 
@@ -69,7 +69,7 @@ class Frozen:
         self.target, self.limit = target, limit
         self.filesystems = ""
         """What is frozen, in words."""
-        self.report: Report | None = None
+        self.report: Thawed | None = None
 
     def __enter__(self) -> "Frozen":
         words = json.dumps(
@@ -113,12 +113,12 @@ class Frozen:
         with contextlib.suppress(OSError, ValueError):  # it has ended; the pipe is closed
             os.write(self._keeper.stdin.fileno(), b"thaw\n")
 
-    def wait(self) -> Report:
+    def wait(self) -> Thawed:
         """How it ended; waits until all is thawed."""
         if self.report is None:
             said = self._hear()
             self._close()
-            self.report = Report(said["why"], said["seconds"])
+            self.report = Thawed(said["why"], said["seconds"])
         return self.report
 
     def _close(self) -> None:
@@ -145,7 +145,7 @@ class Frozen:
         from virt_bmap.act.freeze.keeper import freezer_of
 
         self._close()
-        self.report = Report("killed", 0.0)
+        self.report = Thawed("killed", 0.0)
         with contextlib.closing(freezer_of(self.target)) as freezer:
             freezer.thaw()
         raise FreezeError(

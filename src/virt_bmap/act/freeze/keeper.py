@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any, Protocol
 
-from virt_bmap.act.freeze import Guest, Host, Target
+from virt_bmap.act.freeze import Guest, HostMounts, Target
 from virt_bmap.core.errors import BmapError
 from virt_bmap.host.signals import SIGNALS
 
@@ -73,7 +73,7 @@ def main() -> None:
         name: tuple(value) if isinstance(value, list) else value for name, value in task["target"].items()
     }
     try:
-        keep({"Guest": Guest, "Host": Host}[task["kind"]](**given), task["limit"])
+        keep({"Guest": Guest, "HostMounts": HostMounts}[task["kind"]](**given), task["limit"])
     except BmapError as error:
         say(error=type(error).__name__, words=str(error))
 

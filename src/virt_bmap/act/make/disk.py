@@ -37,7 +37,7 @@ TYPES = {
 """Partition types, for MBR and GPT."""
 
 
-class Partition(NamedTuple):
+class NewPartition(NamedTuple):
     """One entry of the table: where it lies, in bytes, and what it says it holds."""
 
     start: int
@@ -87,7 +87,7 @@ def build(work: Work) -> None:
         appliance.run(work.disk, work.steps)
 
 
-def layout(spec: Spec) -> list[Partition]:
+def layout(spec: Spec) -> list[NewPartition]:
     """The partitions of a disk. Raises UsageError where it is too small."""
     end = (spec.size - (END if spec.table == "gpt" else 0)) // MIB * MIB
     if spec.kind.startswith("boot"):
@@ -102,7 +102,7 @@ def layout(spec: Spec) -> list[Partition]:
             "partitions begin at 1 MiB and are at least as large"
         )
     starts = [START + sum(sizes[:number]) for number in range(len(sizes))]
-    return [Partition(start, size, kind, number == 0 and spec.kind.startswith("boot"))
+    return [NewPartition(start, size, kind, number == 0 and spec.kind.startswith("boot"))
             for number, (start, size, kind) in enumerate(zip(starts, sizes, kinds, strict=True))]  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def _type(spec: Spec) -> tuple[str, str]:
     return found.mbr, found.gpt
 
 
-def _write_table(work: Work, partitions: list[Partition]) -> None:
+def _write_table(work: Work, partitions: list[NewPartition]) -> None:
     gpt = work.spec.table == "gpt"
     lines = [f"label: {work.spec.table}"]
     for entry in partitions:
@@ -140,11 +140,11 @@ def _made(work: Work, parameter: str, where: str, size: int, device: str) -> Pat
     return file
 
 
-def _filesystem(work: Work, parameter: str, where: str, partition: Partition, device: str) -> None:
+def _filesystem(work: Work, parameter: str, where: str, partition: NewPartition, device: str) -> None:
     tools.place(_made(work, parameter, where, partition.size, device), work.disk, partition.start)
 
 
-def _luks(work: Work, partition: Partition) -> None:
+def _luks(work: Work, partition: NewPartition) -> None:
     """The filesystem, moved back by the header's size while
     it is encrypted; a kernel is not needed for that."""
     if not work.key:
@@ -174,7 +174,7 @@ def _luks(work: Work, partition: Partition) -> None:
     tools.place(file, work.disk, partition.start)
 
 
-def _logical(work: Work, partition: Partition, device: str) -> None:
+def _logical(work: Work, partition: NewPartition, device: str) -> None:
     """A volume group on a partition, and one volume over all of it."""
     group, name = work.spec.volume
     volume = f"/dev/{group}/{name}"

@@ -27,14 +27,14 @@ class Gain(NamedTuple):
     given_back: bool
 
 
-class Host(NamedTuple):
+class HostSpace(NamedTuple):
     """Where a raw image file has data on its host, and the host's block size in bytes."""
 
     data: Ranges
     block: int
 
 
-def host_of(path: str) -> Host | None:
+def host_of(path: str) -> HostSpace | None:
     """What of a file takes space on this host; None for what is not a regular file.
 
     Raises ImageError where it can't be read.
@@ -44,13 +44,13 @@ def host_of(path: str) -> Host | None:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 return None
-            return Host(data_ranges(file.fileno(), about.st_size), about.st_blksize)
+            return HostSpace(data_ranges(file.fileno(), about.st_size), about.st_blksize)
     except OSError as error:
         raise ImageError(f"{path}: can't be read: {error.strerror}") from error
 
 
 def estimate(
-    bmap: BlockMap, disk: int, host: Host | None, swap: bool = False
+    bmap: BlockMap, disk: int, host: HostSpace | None, swap: bool = False
 ) -> tuple[list[Gain], dict[int, str]]:
     """What the volume `disk`, a whole disk, would give back, what it would keep, and the volumes that are
     left alone, with the reason. `swap`: as for `plan`."""

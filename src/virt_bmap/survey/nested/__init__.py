@@ -32,7 +32,7 @@ NOTHING = Nested()
 
 
 @dataclass
-class Progress:
+class ImageBudget:
     """What was found so far, on all filesystems of a map:
     the paths of images, and how many more may be opened."""
 

@@ -53,7 +53,7 @@ class Image(NamedTuple):
     refused: str = ""
 
 
-class Files:
+class ImageFiles:
     """The regular files of a filesystem, by path and by inode."""
 
     def __init__(self, found: Filesystem) -> None:

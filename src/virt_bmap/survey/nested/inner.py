@@ -21,8 +21,8 @@ from virt_bmap.model.contract import About, Assembly, Child, Filesystem, Member,
 from virt_bmap.open import magic
 from virt_bmap.open.chains import ChainedDisk, Chains
 from virt_bmap.open.references import MAX_CHAIN, References, references_of
-from virt_bmap.survey.nested import MAX_IMAGES, Nested, Progress
-from virt_bmap.survey.nested.files import Files, Image
+from virt_bmap.survey.nested import MAX_IMAGES, ImageBudget, Nested
+from virt_bmap.survey.nested.files import Image, ImageFiles
 
 MAX_READ, FREE_READ = 4, 16 << 20
 """Bytes of an image's tables that are read: so many times what the file really holds, and some more.
@@ -61,7 +61,7 @@ class Inner(Chains):
 
     name, allocator, checks = "nested", "that of each image's own format", None
 
-    def __init__(self, found: Filesystem, wanted: Nested, progress: Progress) -> None:
+    def __init__(self, found: Filesystem, wanted: Nested, progress: ImageBudget) -> None:
         super().__init__()
         self._found, self._wanted, self._progress = found, wanted, progress
         self._images: list[Image] = []
@@ -79,7 +79,7 @@ class Inner(Chains):
         (self._member,) = members
         result = Assembly(members)
         if self._found.root >= 0 and self._found.names.num_rows:
-            self._names = Files(self._found)
+            self._names = ImageFiles(self._found)
             raw = self._open_wanted(result.about(self._member).problems)
             self._add_children(result, raw)
         return result
