@@ -19,7 +19,7 @@ from pathlib import Path
 from fair import seconds
 
 from virt_bmap.core.arrays import Int, ints, union
-from virt_bmap.core.mapping import DATA, ROLES
+from virt_bmap.core.mapping import DATA
 from virt_bmap.survey.maps import open_volumes
 
 TIB, MIB = 1 << 40, 1 << 20
@@ -80,9 +80,7 @@ def plain(disks: list[Path]) -> Path:
             file.truncate(readers[volume].size)
             rows = bmap.rows_of(volume)
             for number, disk in zip(bmap.disks, disks, strict=True):
-                pieces = rows.select((rows.parent == number) & (rows.role == ROLES.index(DATA))).up(
-                    *data_ranges(disk)
-                )
+                pieces = rows.take((rows.parent == number) & (rows.role == DATA)).up(*data_ranges(disk))
                 for low, high in zip(
                     *(side.tolist() for side in union(pieces.target, pieces.target + pieces.length)),
                     strict=True,

@@ -13,14 +13,12 @@ from virt_bmap.act.sparsify.estimate import host_of
 from virt_bmap.ask.check import check
 from virt_bmap.core.arrays import complement
 from virt_bmap.core.errors import BmapError
-from virt_bmap.core.mapping import ROLES
+from virt_bmap.core.mapping import PACKED, ROLES
 from virt_bmap.core.reader import MappedReader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.open.host import Host
 from virt_bmap.survey.maps import map_disks
-
-DATA, ZERO, COMPRESSED = (ROLES.index(role) for role in ("data", "zero", "compressed"))
 
 
 def io(image: Path, *commands: str, format: str = "qcow2", options: Sequence[str] = ()) -> None:
@@ -86,13 +84,13 @@ def ours(host: Host, disk: int = 0, sparse: bool = False) -> list[Piece]:
     rows, chain = host.disks[disk].rows, host.disks[disk].chain
     depth = {file: level for level, link in enumerate(chain) for file in link.files.tolist()}
     found = [
-        (start, start + run, ROLES[role], depth[file], -1 if role == COMPRESSED else at)
+        (start, start + run, ROLES[role], depth[file], -1 if role == PACKED else at)
         for start, run, role, file, at in zip(
-            rows.on_volume.offset.tolist(),
+            rows.volume_offset.tolist(),
             rows.run.tolist(),
             rows.role.tolist(),
             rows.parent.tolist(),
-            rows.on_parent.offset.tolist(),
+            rows.parent_offset.tolist(),
             strict=True,
         )
     ]
@@ -165,10 +163,10 @@ def content(host: Host, disk: int = 0, inflate: bool = True) -> bytes:
     compressed ones inflated one by one."""
     rows, size = host.disks[disk].rows, host.disks[disk].size
     data = bytearray(MappedReader(size, "disk", dict(enumerate(host.files)), rows).read(0, size))
-    packed = np.flatnonzero(rows.role == COMPRESSED)
+    packed = np.flatnonzero(rows.role == PACKED)
     for at in packed.tolist() if inflate else []:
-        raw = host.files[int(rows.parent[at])].read(int(rows.on_parent.offset[at]), int(rows.in_parent[at]))
-        start, length = int(rows.on_volume.offset[at]), int(rows.run[at])
+        raw = host.files[int(rows.parent[at])].read(int(rows.parent_offset[at]), int(rows.parent_run[at]))
+        start, length = int(rows.volume_offset[at]), int(rows.run[at])
         plain = (
             zlib.decompressobj(-12).decompress(raw)
             if host.disks[disk].format == "qcow2"

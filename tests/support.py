@@ -19,7 +19,7 @@ import pytest
 
 from virt_bmap.ask.check import check
 from virt_bmap.core.errors import FormatError
-from virt_bmap.core.mapping import COPY, PARITY, ROLES, Rows
+from virt_bmap.core.mapping import COPY, PARITY, Row, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -104,9 +104,14 @@ def assert_copies_and_parity(bmap: BlockMap, readers: list[Reader]) -> tuple[int
     copied = parity = 0
     for volume in range(bmap.volumes.num_rows):
         rows = bmap.rows_of(volume)
-        copied += _compare_copies(bmap, volume, rows.select(rows.role == ROLES.index(COPY)), readers)
-        parity += _compare_parity(rows.select(rows.role == ROLES.index(PARITY)), readers, volume)
+        copied += _compare_copies(bmap, volume, rows.take(rows.role == COPY), readers)
+        parity += _compare_parity(rows.take(rows.role == PARITY), readers, volume)
     return copied, parity
+
+
+def one_by_one(rows: Rows) -> list[Row]:
+    """Mapping rows, each by itself."""
+    return [Row(*row) for row in zip(*(getattr(rows, name).tolist() for name in Row._fields), strict=True)]
 
 
 def _compare_copies(bmap: BlockMap, volume: int, copies: Rows, readers: list[Reader]) -> int:
@@ -140,8 +145,8 @@ def _compare_parity(rows: Rows, readers: list[Reader], volume: int) -> int:
     for at in range(len(rows)):
         place = (
             rows.parent[at],
-            rows.on_parent.offset[at],
-            rows.on_parent.step[at],
+            rows.parent_offset[at],
+            rows.parent_step[at],
             rows.run[at],
             rows.count[at],
         )
@@ -151,10 +156,8 @@ def _compare_parity(rows: Rows, readers: list[Reader], volume: int) -> int:
         each = np.arange(count, dtype=np.int64)
         expected = np.zeros((count, run), np.uint8)
         for at in members:
-            expected ^= readers[volume].read_blocks(
-                rows.on_volume.offset[at] + each * rows.on_volume.step[at], run
-            )
-        stripes = tuple(int(rows.on_volume.offset[at]) for at in members)
+            expected ^= readers[volume].read_blocks(rows.volume_offset[at] + each * rows.volume_step[at], run)
+        stripes = tuple(int(rows.volume_offset[at]) for at in members)
         same = bool((readers[parent].read_blocks(offset + each * step, run) == expected).all())
         agreed[stripes] = agreed.get(stripes, False) or same
         compared += expected.size if same else 0

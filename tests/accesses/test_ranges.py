@@ -23,7 +23,7 @@ from virt_bmap.ask.explain import explain
 from virt_bmap.ask.hits import grouped_union, hits
 from virt_bmap.core.arrays import union
 from virt_bmap.core.errors import BmapError, MapError, UsageError
-from virt_bmap.core.mapping import Row, Rows
+from virt_bmap.core.mapping import COPY, Row, Rows
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 
@@ -228,7 +228,7 @@ def test_copies_and_files_that_share(tmp_path: Path) -> None:
     bmap = BlockMap(
         volumes=tables.make("volumes", volume=[0, 1], disk=[1, 1], kind=["disk", "md"],
             name=["/dev/sda", "/dev/md0"], size=[1000, 100]),
-        mappings=tables.mappings([Rows.of(1, [Row(0, 0, 100, 100), Row(0, 0, 600, 100, role="copy")])]),
+        mappings=tables.mappings([Rows.of([Row(0, 0, 100, 100), Row(0, 0, 600, 100, role=COPY)], 1)]),
         filesystems=tables.make("filesystems", volume=1, type="xfs", block_size=50, size=100, root=2,
             state="clean"),
         inodes=tables.make("inodes", volume=1, inode=np.array([2, 11, 12]), type=np.array([1, 0, 0]),

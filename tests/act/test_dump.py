@@ -410,7 +410,7 @@ def test_what_is_not_stored_is_not_read(tmp_path: Path) -> None:
             file.seek(at * 4096)
             file.write(random.bytes(4096))
     parents = {0: RawReader(str(image))}
-    rows = Rows.of(1, [Row(0, 0, MIB, 8192, 64, 16384, 16384), Row(8192, 0, 0, 8192, 64, 16384, 8192)])
+    rows = Rows.of([Row(0, 0, MIB, 8192, 64, 16384, 16384), Row(8192, 0, 0, 8192, 64, 16384, 8192)], 1)
     reader = MappedReader(MIB + 8192, "volume", parents, rows)
     starts, ends = reader.stored()
     data = np.frombuffer(reader.read(0, reader.size), np.uint8).reshape(-1, 4096)

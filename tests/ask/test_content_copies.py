@@ -14,7 +14,7 @@ from btrfs_images import fill, make, mounted_pool
 from support import mapped, need, run, tree
 from virt_bmap import cli
 from virt_bmap.core.errors import ImageError
-from virt_bmap.core.mapping import COPY, DATA, ROLES
+from virt_bmap.core.mapping import COPY, DATA
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 
@@ -42,7 +42,7 @@ def made(folder: Path, options: str, count: int) -> list[Path]:
     return images
 
 
-def places(bmap: BlockMap, path: str) -> list[tuple[int, int, int, str]]:
+def places(bmap: BlockMap, path: str) -> list[tuple[int, int, int, int]]:
     """(logical byte, disk, byte there, role) of every sector of a file's blocks: data and copies."""
     volume = pool(bmap)
     inode = tree(bmap, volume)[path]
@@ -56,9 +56,9 @@ def places(bmap: BlockMap, path: str) -> list[tuple[int, int, int, str]]:
     for disk, low, high, inside, role in zip(
         found.volume, found.start, found.end, found.inside, found.role, strict=True
     ):
-        if ROLES[role] in (DATA, COPY):
+        if role in (DATA, COPY):
             result += [
-                (int(inside + at), int(bmap.disks.index(int(disk))), int(low + at), ROLES[role])
+                (int(inside + at), int(bmap.disks.index(int(disk))), int(low + at), role)
                 for at in range(0, int(high - low), SECTOR)
             ]
     return result

@@ -17,7 +17,7 @@ import pytest
 from support import BytesReader, mapped, mounted, mutations, need, need_root, run, wait_for_socket
 from virt_bmap.ask.explain import MAX_LAYERS, _Walk, explain
 from virt_bmap.core.errors import BmapError
-from virt_bmap.core.mapping import Row, Rows
+from virt_bmap.core.mapping import COPY, Row, Rows
 from virt_bmap.formats import registry as formats
 from virt_bmap.formats.filesystems.ext import history
 from virt_bmap.model import tables
@@ -422,7 +422,7 @@ def test_segments_of_a_logical_volume(tmp_path: Path) -> None:
 def test_a_stack_that_multiplies_is_cut() -> None:
     """Every volume lies twice in the one before: 2**39 ways down."""
     depth = 40
-    rows = [Rows.of(n, [Row(0, n - 1, 0, 100), Row(0, n - 1, 0, 100, role="copy")]) for n in range(1, depth)]
+    rows = [Rows.of([Row(0, n - 1, 0, 100), Row(0, n - 1, 0, 100, role=COPY)], n) for n in range(1, depth)]
     bmap = BlockMap(
         volumes=tables.make("volumes", volume=list(range(depth)), disk=[1] * depth,
             kind=["disk"] + ["lv"] * (depth - 1),

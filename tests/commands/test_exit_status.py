@@ -217,10 +217,10 @@ def test_lost_bytes_of_mapped_volumes_are_those_that_no_row_places() -> None:
         edges = np.sort(random.choice(400, 12, replace=False)).tolist()
         inner = [Row(low, 0, low, high - low) for low, high in zip(edges[::2], edges[1::2], strict=True)]
         below = MappedReader(
-            400, "inner", {0: BytesReader(np.ones(400, np.uint8), "disk")}, Rows.of(1, inner), [(0, 30)]
+            400, "inner", {0: BytesReader(np.ones(400, np.uint8), "disk")}, Rows.of(inner, 1), [(0, 30)]
         )
         outer = [Row(0, 1, 200, 150), Row(200, 1, 0, 150)]
-        reader = MappedReader(400, "outer", {1: below}, Rows.of(2, outer))
+        reader = MappedReader(400, "outer", {1: below}, Rows.of(outer, 2))
         has = np.zeros(400, bool)
         for low, high in [*zip(edges[::2], edges[1::2], strict=True), (0, 30)]:
             has[low:high] = True

@@ -5,9 +5,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support import BytesReader
+from support import BytesReader, one_by_one
 from virt_bmap.core.arrays import ints
-from virt_bmap.core.mapping import PACKED, ROLES, Row, Rows, Side
+from virt_bmap.core.mapping import COPY, DATA, PACKED, PARITY, ZERO, Row, Rows
 from virt_bmap.core.reader import MappedReader
 from virt_bmap.formats.common import stripes
 from virt_bmap.formats.common.stripes import Place
@@ -21,7 +21,7 @@ def rows(draw: st.DrawFn, parents: int = 1) -> Row:
     steps = (draw(st.integers(run, run + 12)), draw(st.integers(run, run + 12))) if count > 1 else (0, 0)
     return Row(draw(st.integers(0, 60)), PARENT + draw(st.integers(0, parents - 1)), draw(st.integers(0, 60)),
         run, count, *steps,
-               role=draw(st.sampled_from(ROLES)))  # fmt: skip
+               role=draw(st.sampled_from((DATA, COPY, PARITY, ZERO))))  # fmt: skip
 
 
 RANGES = st.lists(st.tuples(st.integers(0, 150), st.integers(0, 40)), min_size=1, max_size=6)
@@ -55,7 +55,7 @@ def split(pieces: object) -> list[tuple[int, int, int, int]]:
 @settings(max_examples=300, deadline=None)
 def test_down_is_brute_force(found: list[Row], ranges: list[tuple[int, int]]) -> None:
     starts, lengths = ints([start for start, _ in ranges]), ints([length for _, length in ranges])
-    pieces = Rows.of(VOLUME, found).down(starts, starts + lengths)
+    pieces = Rows.of(found, VOLUME).down(starts, starts + lengths)
     assert split(pieces) == sorted(
         (query, row, volume, parent)
         for query, (start, length) in enumerate(ranges)
@@ -68,7 +68,7 @@ def test_down_is_brute_force(found: list[Row], ranges: list[tuple[int, int]]) ->
 @settings(max_examples=300, deadline=None)
 def test_up_is_brute_force(found: list[Row], ranges: list[tuple[int, int]]) -> None:
     starts, lengths = ints([start for start, _ in ranges]), ints([length for _, length in ranges])
-    pieces = Rows.of(VOLUME, found).up(starts, starts + lengths)
+    pieces = Rows.of(found, VOLUME).up(starts, starts + lengths)
     assert split(pieces) == sorted(
         (query, row, parent, volume)
         for query, (start, length) in enumerate(ranges)
@@ -80,7 +80,7 @@ def test_up_is_brute_force(found: list[Row], ranges: list[tuple[int, int]]) -> N
 @given(st.lists(rows(), min_size=1, max_size=5), RANGES)
 @settings(max_examples=200, deadline=None)
 def test_down_then_up_comes_back(found: list[Row], ranges: list[tuple[int, int]]) -> None:
-    columns = Rows.of(VOLUME, found)
+    columns = Rows.of(found, VOLUME)
     starts, lengths = ints([start for start, _ in ranges]), ints([length for _, length in ranges])
     down = columns.down(starts, starts + lengths)
     back = columns.up(down.target, down.target + down.length)
@@ -98,7 +98,7 @@ def test_reading_through_rows(found: list[Row], ranges: list[tuple[int, int]]) -
     data = []
     for row in found:  # data rows place each byte once
         mine = {volume for _, volume, _ in by_hand([row])}
-        if row.role == "data" and not mine & taken:
+        if row.role == DATA and not mine & taken:
             taken |= mine
             data.append(row)
     disks = {
@@ -108,7 +108,7 @@ def test_reading_through_rows(found: list[Row], ranges: list[tuple[int, int]]) -
     for number, volume, parent in by_hand(data):
         expected[volume] = disks[data[number].parent][parent]
     readers = {parent: BytesReader(disk) for parent, disk in disks.items()}
-    columns = Rows.of(VOLUME, data + [row for row in found if row.role != "data"])
+    columns = Rows.of(data + [row for row in found if row.role != DATA], VOLUME)
     reader = MappedReader(
         256, "mapped", {parent: readers[parent] for parent in np.unique(columns.parent).tolist()}, columns
     )
@@ -123,7 +123,7 @@ def test_reading_through_rows(found: list[Row], ranges: list[tuple[int, int]]) -
 @settings(max_examples=200, deadline=None)
 def test_stripes_of_any_size(members: int, chunk: int, size: int, first: int, gone: set[int]) -> None:
     places = [None if at in gone else Place(at, 100 * at) for at in range(members)]
-    found = stripes.rows(stripes.striped(members, first), chunk, size, places, start=11)
+    found = one_by_one(stripes.rows(stripes.striped(members, first), chunk, size, places, start=11))
     expected = set()
     for byte in range(size):
         number = byte // chunk
@@ -137,33 +137,24 @@ def test_stripes_of_any_size(members: int, chunk: int, size: int, first: int, go
 @given(st.lists(rows(), max_size=5), st.integers(0, 150))
 @settings(max_examples=200, deadline=None)
 def test_rows_are_cut_at_the_end_of_their_parent(found: list[Row], size: int) -> None:
-    kept, lost = stripes.bounded(found, {PARENT: size})
+    cut, lost = stripes.bounded(Rows.of(found), {PARENT: size})
+    kept = one_by_one(cut)
     inside = sorted((volume, parent) for _, volume, parent in by_hand(found) if parent < size)
     assert sorted((volume, parent) for _, volume, parent in by_hand(kept)) == inside
-    assert lost == sum(parent >= size and found[row].role == "data" for row, _, parent in by_hand(found))
+    assert lost == sum(parent >= size and found[row].role == DATA for row, _, parent in by_hand(found))
     for row in kept:
         assert (row.volume_step, row.parent_step) == (0, 0) or row.count > 1
 
 
 def test_no_rows() -> None:
-    nothing = Rows.of(VOLUME, [])
+    nothing = Rows.of([], VOLUME)
     assert len(nothing.down(ints([0]), ints([10])).query) == 0
     assert MappedReader(100, "empty", {}, nothing).read(0, 100) == bytes(100)
 
 
 def packed_rows(volume: list[int], run: list[int], parent: list[int], stored: list[int]) -> Rows:
     """Compressed rows of count 1."""
-    none = np.zeros(len(run), np.int64)
-    return Rows(
-        none,
-        none,
-        none + PACKED,
-        ints(run),
-        none + 1,
-        Side(ints(volume), none),
-        Side(ints(parent), none),
-        ints(stored),
-    )
+    return Rows.make(ints(volume), 0, ints(parent), ints(run), role=PACKED, parent_run=ints(stored))
 
 
 @given(

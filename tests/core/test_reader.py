@@ -62,7 +62,7 @@ def test_through_stripes_and_holes(wanted):
     expected[210_000:240_000] = DISK[5:30_005]
     check(
         MappedReader(
-            len(expected), "striped", {0: BytesReader(DISK), 1: BytesReader(other)}, Rows.of(9, rows)
+            len(expected), "striped", {0: BytesReader(DISK), 1: BytesReader(other)}, Rows.of(rows, 9)
         ),
         expected,
         wanted,

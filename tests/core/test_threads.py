@@ -117,6 +117,6 @@ def test_a_volume_is_near_where_all_below_it_is(tmp_path):
     assert file.near
     for parents, near in (({0: file}, True), ({0: file, 1: far}, False)):
         rows = [Row(at * 4096, number, 0, 4096) for at, number in enumerate(parents)]
-        volume = MappedReader(4096 * len(rows), "volume", parents, Rows.of(2, rows))
+        volume = MappedReader(4096 * len(rows), "volume", parents, Rows.of(rows, 2))
         assert volume.near == near
         assert PatchedReader(volume, Patch(ints([]), np.zeros((0, 512), np.uint8))).near == near

@@ -180,7 +180,7 @@ def test_what_is_stored_is_known_through_layers(tmp_path: Path) -> None:
         file.write(b"x" * 65536)
     disk = RawReader(str(path))
     # the same bytes, again and again
-    thousand = Rows.of(1, [Row(at << 30, 0, 1 << 30, 65536) for at in range(1000)])
+    thousand = Rows.of([Row(at << 30, 0, 1 << 30, 65536) for at in range(1000)], 1)
     volume = MappedReader(1 << 40, "volume", {0: disk}, thousand)
     assert disk.stored_bytes == volume.stored_bytes == 65536
     volume.afford(CLAIM_FREE, "little")
@@ -207,6 +207,6 @@ def test_a_square_of_pairs_is_refused() -> None:
 
 
 def test_stripes_are_not_unrolled_for_ever() -> None:
-    rows = Rows.of(1, [Row(0, 0, 0, 1, 1 << 40, 2, 2)])
+    rows = Rows.of([Row(0, 0, 0, 1, 1 << 40, 2, 2)], 1)
     with pytest.raises(Corrupt, match="stripes"):
         rows.down(np.array([0]), np.array([1 << 41]))

@@ -11,7 +11,7 @@ from test_btrfs import compare_with_kernel, pool
 
 import support
 from btrfs_images import fill, make, mounted_pool
-from virt_bmap.core.mapping import COPY, DATA, PARITY, ROLES
+from virt_bmap.core.mapping import COPY, DATA, PARITY
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.open.raw import RawReader
 
@@ -46,7 +46,7 @@ def strips(bmap: BlockMap, volume: int, images: list[Path], role: str) -> dict[i
     ]
     start = np.array([row["volume_offset"] for row in used])
     found = bmap.descend(volume, start, start + np.array([row["length"] for row in used]))
-    found = found.take(found.role == ROLES.index(role))
+    found = found.take(found.role == role)
     content = [np.memmap(image, np.uint8, "r") for image in images]
     result: dict[int, list[bytes]] = {}
     for disk, low, high, inside in zip(
@@ -78,16 +78,16 @@ def test_parity_computed_anew(members: list[Path]) -> None:
     bmap = support.mapped(*members)
     volume = pool(bmap)
     rows = bmap.rows_of(volume)
-    parity = rows.select(rows.role == ROLES.index(PARITY))
+    parity = rows.take(rows.role == PARITY)
     if len(parity) == 0:
         pytest.skip("this profile has no parity")
     content = {disk: np.memmap(image, np.uint8, "r") for disk, image in zip(bmap.disks, members, strict=True)}
-    data = rows.select(rows.role == ROLES.index(DATA))
+    data = rows.take(rows.role == DATA)
     by_place: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for at in range(len(parity)):
         for nth in range(int(parity.count[at])):
-            logical = int(parity.on_volume.offset[at] + nth * parity.on_volume.step[at])
-            place = int(parity.parent[at]), int(parity.on_parent.offset[at] + nth * parity.on_parent.step[at])
+            logical = int(parity.volume_offset[at] + nth * parity.volume_step[at])
+            place = int(parity.parent[at]), int(parity.parent_offset[at] + nth * parity.parent_step[at])
             found = data.down(np.array([logical]), np.array([logical + STRIPE]))
             assert found.length.tolist() == [STRIPE]
             by_place.setdefault(place, set()).add((int(data.parent[found.row[0]]), int(found.target[0])))

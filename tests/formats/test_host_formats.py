@@ -278,7 +278,7 @@ def test_images_of_other_programs(corpus, tmp_path, name):
             assert content(host) == reader.read(0, size)
         else:
             random = np.random.default_rng(1).integers(0, size - 65536, 50)
-            start = np.concatenate([rows.on_volume.offset[:500], random // 512 * 512])
+            start = np.concatenate([rows.volume_offset[:500], random // 512 * 512])
             length = np.concatenate([np.minimum(rows.run[:500], 65536), np.full(50, 65536)])
             mine = MappedReader(size, "disk", dict(enumerate(host.files)), rows)
             assert (mine.read_ranges(start, length) == reader.read_ranges(start, length)).all()

@@ -124,7 +124,7 @@ def test_a_chain_is_one_map_over_all_its_files(tmp_path, options):
     with open_host([str(top)], references=True) as host:
         rows = host.disks[0].rows
         for number in (1, 2):
-            shown = sum(int(n) for n in rows.in_parent[rows.parent == number])
+            shown = sum(int(n) for n in rows.parent_run[rows.parent == number])
             assert parts(bmap, number)["hidden by an overlay"] > 0
             assert shown > 0
     assert parts(bmap, 2)["hidden by an overlay"] == base.stat().st_size - shown

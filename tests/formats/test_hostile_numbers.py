@@ -324,12 +324,12 @@ def test_arrays_in_arrays_are_each_asked_once(monkeypatch: pytest.MonkeyPatch) -
     """Sixteen arrays with parity, each in the one before: asked by all below it, each would be worked out
     2^15 times."""
     from virt_bmap.ask import space
-    from virt_bmap.core.mapping import DATA, PARITY, ROLES, Row, Rows
+    from virt_bmap.core.mapping import DATA, PARITY, Row, Rows
 
     depth, size = 16, 1 << 20
-    roles = (ROLES.index(DATA), ROLES.index(PARITY))
+    roles = (DATA, PARITY)
     rows = [
-        Rows.of(number, [Row(0, number - 1, 0, size // 2, role=role) for role in (DATA, PARITY)])
+        Rows.of([Row(0, number - 1, 0, size // 2, role=role) for role in (DATA, PARITY)], number)
         for number in range(1, depth + 1)
     ]
     assert all(set(each.role.tolist()) == set(roles) for each in rows)

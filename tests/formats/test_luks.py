@@ -17,8 +17,7 @@ from support import BytesReader, assert_proven, mutations, need, run
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import FormatError, ImageError, UsageError
 from virt_bmap.core.keys import Keys, parse
-from virt_bmap.core.mapping import Rows
-from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.volumes import luks
 from virt_bmap.model.contract import Assembly, Member
 from virt_bmap.open.raw import RawReader
@@ -59,8 +58,7 @@ def opened(reader: Reader, *secrets: bytes) -> tuple[Assembly, Reader | None]:
     if not assembly.children:
         return assembly, None
     (child,) = assembly.children
-    assert child.open
-    return assembly, child.open(MappedReader(child.size, child.name, {0: reader}, Rows.of(1, child.rows)))
+    return assembly, child.over({0: reader}, child.name)
 
 
 def encrypted(cipher: str, key: bytes, data: bytes, sector: int) -> bytes:

@@ -15,8 +15,7 @@ from appliance import Step, made
 from support import BytesReader, assert_proven, mapped, mutations, need, run, survives
 from virt_bmap.core.arrays import covered_twice
 from virt_bmap.core.errors import FormatError
-from virt_bmap.core.mapping import Rows
-from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.volumes import lvm
 from virt_bmap.formats.volumes.lvm.btree import Store
 from virt_bmap.formats.volumes.lvm.cache import read_cache, read_writecache
@@ -178,13 +177,8 @@ def volumes_of(paths: list[Path]) -> tuple[Assembly, dict[str, Reader]]:
     assembly = lvm.assemble([Member(at, f"/dev/sd{chr(97 + at)}", reader) for at, reader in readers.items()])
     found = {}
     for child in assembly.children:
-        rows = child.many or Rows.of(0, child.rows)
-        reader: Reader = MappedReader(
-            child.size, child.name, {up: readers[up] for up in np.unique(rows.parent).tolist()}, rows
-        )
-        readers[child.number] = found[child.name.removeprefix("/dev/vg/")] = (
-            child.open(reader) if child.open else reader
-        )
+        reader = readers[child.number] = child.over(readers, child.name)
+        found[child.name.removeprefix("/dev/vg/")] = reader
     return assembly, found
 
 
@@ -299,7 +293,7 @@ def test_blocks_that_snapshots_share_belong_to_each(kernel_volumes: Path) -> Non
     pool = bmap.volume_named("/dev/vg/pool_tdata")
     thin = {bmap.volume_named(f"/dev/vg/{name}") for name in ("t1", "t1s", "t1ss")}
     into = bmap.rows_into(pool)
-    start, _ = covered_twice(into.on_parent.offset, into.on_parent.offset + into.run)
+    start, _ = covered_twice(into.parent_offset, into.parent_offset + into.run)
     assert len(start)
     on_disk = bmap.descend(pool, start, start + 1)
     for disk, at in zip(on_disk.volume.tolist(), on_disk.start.tolist(), strict=True):

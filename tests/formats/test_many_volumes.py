@@ -66,7 +66,7 @@ def test_four_times_the_partitions_take_not_much_more_than_four_times_as_long(tm
 def test_each_partition_has_its_bytes_and_its_number(tmp_path: Path) -> None:
     bmap = mapped(gpt(tmp_path / "disk", 2048))
     assert bmap.volumes.column("name").to_pylist()[1:] == [f"/dev/sda{n}" for n in range(1, 2049)]
-    assert bmap.rows_into(0).on_parent.offset.tolist() == [(FIRST + n * LENGTH) * SECTOR for n in range(2048)]
+    assert bmap.rows_into(0).parent_offset.tolist() == [(FIRST + n * LENGTH) * SECTOR for n in range(2048)]
     assert bmap.depth.tolist() == [0] + [1] * 2048
 
 

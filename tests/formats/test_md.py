@@ -20,12 +20,13 @@ from support import (
     mapped,
     mutations,
     need,
+    one_by_one,
     run,
     survives,
     tree,
 )
 from virt_bmap.core.errors import FormatError
-from virt_bmap.core.mapping import Rows
+from virt_bmap.core.mapping import COPY
 from virt_bmap.core.reader import MappedReader, Reader
 from virt_bmap.formats.common import stripes
 from virt_bmap.formats.common.rebuild import RebuiltReader, Stripes
@@ -203,7 +204,7 @@ def test_parity_layouts_are_the_kernels(level: int, layout: int, disks: int) -> 
             None if at in gone else (BytesReader(images[at]), 0) for at in range(disks)
         ]
         spots = [None if at in gone else Place(at, 0) for at in range(disks)]
-        rows = Rows.of(99, stripes.rows(parity.pattern(), CHUNK, len(volume), spots))
+        rows = stripes.rows(parity.pattern(), CHUNK, len(volume), spots)
         base = MappedReader(
             len(volume), "array", {at: member[0] for at, member in enumerate(members) if member}, rows
         )
@@ -217,7 +218,7 @@ def test_parity_rows_name_what_they_protect(level: int, layout: int, disks: int)
     width = disks - (2 if level == 6 else 1)
     chunks = width * (disks + 2)
     pattern = stripes.parity(level, layout, disks).pattern()
-    rows = Rows.of(9, stripes.rows(pattern, CHUNK, chunks * CHUNK, [Place(at, 0) for at in range(disks)]))
+    rows = stripes.rows(pattern, CHUNK, chunks * CHUNK, [Place(at, 0) for at in range(disks)])
     at = np.arange(chunks, dtype=np.int64) * CHUNK + 100
     found = rows.down(at, at + 1)
     for chunk in range(chunks):
@@ -252,10 +253,8 @@ def test_raid10_layouts_are_the_kernels(layout: int, disks: int) -> None:
     each = 24
     found = Raid10.of(layout, disks)
     total = found.chunks(each, disks)[0]
-    rows = Rows.of(
-        9,
-        stripes.rows(found.pattern(each, disks), CHUNK, total * CHUNK, [Place(at, 0) for at in range(disks)]),
-    )
+    places = [Place(at, 0) for at in range(disks)]
+    rows = stripes.rows(found.pattern(each, disks), CHUNK, total * CHUNK, places)
     at = np.arange(total, dtype=np.int64) * CHUNK
     pieces = rows.down(at, at + CHUNK)
     for chunk in range(total):
@@ -277,8 +276,7 @@ def array_of(readers: Sequence[Reader]) -> tuple[Assembly, Reader]:
         [Member(at, f"/dev/sd{chr(97 + at)}", reader) for at, reader in enumerate(readers)]
     )
     (child,) = assembly.children
-    reader: Reader = MappedReader(child.size, child.name, dict(enumerate(readers)), Rows.of(99, child.rows))
-    return assembly, child.open(reader) if child.open else reader
+    return assembly, child.over(dict(enumerate(readers)), child.name)
 
 
 def unpacked(path: Path) -> BytesReader:
@@ -410,9 +408,8 @@ def test_arrays_that_the_kernel_made(kernel_arrays: Path, name: str) -> None:
     words = np.frombuffer(array.read(0, array.size), "<u8")
     assert (words == np.arange(len(words))).all()
     assert f"size {name} {array.size}\n" in (kernel_arrays / "log").read_text()
-    copies = [row for row in md.assemble([Member(at, "", reader) for at,
-                reader in enumerate(readers)]).children[0].rows
-              if row.role == "copy"]  # fmt: skip
+    assembly = md.assemble([Member(at, "", reader) for at, reader in enumerate(readers)])
+    copies = [row for row in one_by_one(assembly.children[0].rows) if row.role == COPY]
     for row in copies[:50]:
         for number in (0, row.count - 1):
             found = readers[row.parent].read(row.parent_offset + number * row.parent_step, row.run)

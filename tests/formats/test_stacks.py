@@ -269,13 +269,13 @@ def rows_of(bmap: BlockMap, volume: int) -> set[tuple[int, int, str, int]]:
     """(first sector, sectors, parent's name, first sector there) of a volume's rows, neighbours joined."""
     rows = bmap.rows_of(volume)
     names = bmap.volumes.column("name").to_pylist()
-    order = np.argsort(rows.on_volume.offset)
+    order = np.argsort(rows.volume_offset)
     found: list[tuple[int, int, str, int]] = []
     for at in order.tolist():
         assert rows.count[at] == 1
-        start = int(rows.on_volume.offset[at]) // 512
+        start = int(rows.volume_offset[at]) // 512
         size = int(rows.run[at]) // 512
-        up = int(rows.on_parent.offset[at]) // 512
+        up = int(rows.parent_offset[at]) // 512
         parent = names[rows.parent[at]]
         if (
             found

@@ -25,15 +25,15 @@ def stack() -> BlockMap:
     """One disk; two partitions; on both a mirror in stripes; on that a filesystem of three files, one of them
     hard-linked, one inside the inode table."""
     rows = [
-        Rows.of(1, [Row(0, 0, 100, 1500)]),
-        Rows.of(2, [Row(0, 0, 2000, 1500)]),
+        Rows.of([Row(0, 0, 100, 1500)], 1),
+        Rows.of([Row(0, 0, 2000, 1500)], 2),
         Rows.of(
-            3,
             [
                 Row(0, 1, 10, 100, 10, 200, 100),
                 Row(100, 2, 10, 100, 10, 200, 100),
                 Row(0, 2, 1100, 300, 1, 0, 0, COPY),
             ],
+            3,
         ),
     ]
     own = tables.ExtentRows()

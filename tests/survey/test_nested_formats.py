@@ -122,7 +122,7 @@ def pieces(bmap: BlockMap, device: str, chain: list[str]) -> list[tuple[int, int
     """The rows of an image's disk in the words of qemu-img map; `chain` are its files, topmost first."""
     rows = bmap.rows_of(bmap.volume_named(device))
     depth = {bmap.volume_named(name): level for level, name in enumerate(chain)}
-    columns = (rows.on_volume.offset, rows.run, rows.role, rows.parent, rows.on_parent.offset)
+    columns = (rows.volume_offset, rows.run, rows.role, rows.parent, rows.parent_offset)
     return joined_pieces(sorted(
         (start, start + run, ROLES[role], depth[parent], -1 if role == PACKED else at)
         for start, run, role, parent, at in zip(*(column.tolist() for column in columns), strict=True)
@@ -507,13 +507,13 @@ def test_a_compressed_cluster_that_is_damaged(formats: tuple[Path, Path]) -> Non
     packed = np.flatnonzero(rows.role == PACKED)
     at = int(packed[np.argmax(rows.run[packed])])
     where = bmap.descend(
-        int(rows.parent[at]), rows.on_parent.offset[at : at + 1], rows.on_parent.offset[at : at + 1] + 16
+        int(rows.parent[at]), rows.parent_offset[at : at + 1], rows.parent_offset[at : at + 1] + 16
     )
     data = np.frombuffer(disk.read_bytes(), np.uint8).copy()
     data[int(where.start[0]) : int(where.start[0]) + 16] = 0xFF
     bmap, readers = opened(BytesReader(data), "zlib.qcow2")
     with pytest.raises(Corrupt, match="can't be inflated"):
-        readers[bmap.volume_named("/dev/sda:/zlib.qcow2")].read(int(rows.on_volume.offset[at]), 512)
+        readers[bmap.volume_named("/dev/sda:/zlib.qcow2")].read(int(rows.volume_offset[at]), 512)
 
 
 def test_a_disk_whose_first_cluster_is_damaged(formats: tuple[Path, Path]) -> None:
@@ -521,9 +521,9 @@ def test_a_disk_whose_first_cluster_is_damaged(formats: tuple[Path, Path]) -> No
     disk, _ = formats
     bmap, _ = opened(disk, "zlib.qcow2")
     rows = bmap.rows_of(bmap.volume_named("/dev/sda:/zlib.qcow2"))
-    at = int(np.argmin(rows.on_volume.offset))
+    at = int(np.argmin(rows.volume_offset))
     where = bmap.descend(
-        int(rows.parent[at]), rows.on_parent.offset[at : at + 1], rows.on_parent.offset[at : at + 1] + 16
+        int(rows.parent[at]), rows.parent_offset[at : at + 1], rows.parent_offset[at : at + 1] + 16
     )
     data = np.frombuffer(disk.read_bytes(), np.uint8).copy()
     data[int(where.start[0]) : int(where.start[0]) + 16] = 0xFF

@@ -12,7 +12,7 @@ import numpy as np
 from virt_bmap.ask.check import check
 from virt_bmap.core.errors import BmapError
 from virt_bmap.core.keys import NO_KEYS
-from virt_bmap.core.mapping import DATA, ROLES
+from virt_bmap.core.mapping import DATA
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -140,7 +140,7 @@ def _volumes(bmap: BlockMap) -> list[Volume]:
         zip(*(bmap.volumes.column(name).to_pylist() for name in ("type", "size")), strict=True)
     ):
         below = bmap.descend(number, np.array([0]), np.array([size]))
-        below = below.take((below.role == ROLES.index(DATA)) & np.isin(below.volume, bmap.disks))
+        below = below.take((below.role == DATA) & np.isin(below.volume, bmap.disks))
         if type and len(below.start) == 1 and below.length[0] == size:
             found.append(
                 Volume(type, bmap.disks.index(int(below.volume[0])), int(below.start[0]), size, number, bmap)

@@ -202,8 +202,8 @@ def _check_volume(bmap: BlockMap, volume: int, report: Checked) -> None:
     rows = bmap.rows_into(volume)
     image = np.array(bmap.volumes.column("kind").to_pylist()) == "image"
     if not image[volume] or bmap.slice_of("filesystems", volume)[1].num_rows:
-        rows = rows.select(~image[rows.volume])  # the bytes of a nested image belong to its file
-    inner = union(rows.on_parent.offset, rows.parent_end)
+        rows = rows.take(~image[rows.volume])  # the bytes of a nested image belong to its file
+    inner = union(rows.parent_offset, rows.parent_end)
     inline = (flags & tables.INLINE) != 0
     shared = (flags & tables.SHARED) != 0
     own = ~inline

@@ -121,9 +121,9 @@ class _Walk:
 def _run(rows: Rows, row: int, offset: int) -> Found:
     """The run of bytes (an LV's segment, a chunk of an array's member) in which the parent's byte `offset`
     lies; offsets of the parent."""
-    first = int(rows.on_parent.offset[row])
-    step = int(rows.on_parent.step[row])
-    run = int(rows.in_parent[row])
+    first = int(rows.parent_offset[row])
+    step = int(rows.parent_step[row])
+    run = int(rows.parent_run[row])
     nth = (offset - first) // step if step else 0
     start = first + nth * step
     return {"role": ROLES[rows.role[row]], "start": start, "end": start + run, "inside": offset - start,
@@ -134,7 +134,7 @@ def _run(rows: Rows, row: int, offset: int) -> Found:
 def _neighbours(bmap: BlockMap, volume: int, offset: int) -> list[str | None]:
     """The devices that end before and begin after a byte which belongs to none."""
     rows = bmap.rows_into(volume)
-    start = rows.on_parent.offset
+    start = rows.parent_offset
     end = rows.parent_end
     before, behind = np.flatnonzero(end <= offset), np.flatnonzero(start > offset)
     nearest = [

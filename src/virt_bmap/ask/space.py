@@ -16,7 +16,7 @@ import numpy as np
 
 from virt_bmap.ask.check import check
 from virt_bmap.core.arrays import EMPTY, Int, complement, intersect, subtract, union
-from virt_bmap.core.mapping import PARITY, ROLES, Rows
+from virt_bmap.core.mapping import PARITY, Rows
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 
@@ -72,9 +72,7 @@ def free_space(
     space, used = Space(), []
     volumes = inside(bmap, target)
     arrays = {
-        volume
-        for volume in volumes
-        if volume != target and (bmap.rows_of(volume).role == ROLES.index(PARITY)).any()
+        volume for volume in volumes if volume != target and (bmap.rows_of(volume).role == PARITY).any()
     }
     for volume in volumes:
         if volume in arrays:  # it answers for all that lies in it
@@ -116,14 +114,14 @@ def sharing_parity(rows: Rows, free: Ranges, size: int) -> Ranges:
 
     `rows` are the array's, `size` its bytes.
     """
-    parity = rows.select(rows.role == ROLES.index(PARITY))
+    parity = rows.take(rows.role == PARITY)
     used = complement(*free, 0, size)
     computed = parity.down(*used)
     parent = parity.parent[computed.row]
     tied = [NONE]
     for number in np.unique(parent).tolist():
         mine = parent == number
-        back = parity.select(parity.parent == number).up(
+        back = parity.take(parity.parent == number).up(
             *union(computed.target[mine], (computed.target + computed.length)[mine])
         )
         tied.append((back.target, back.target + back.length))
@@ -255,7 +253,7 @@ def _ranges(bmap: BlockMap, volume: int, kinds: tuple[int, ...]) -> tuple[Ranges
     end, free = start + tables.integers(table, "length"), np.isin(tables.codes(table, "kind"), kinds)
     owned = union(start[~free], end[~free])
     rows = bmap.rows_into(volume)
-    return subtract(*subtract(start[free], end[free], *owned), rows.on_parent.offset, rows.parent_end), owned
+    return subtract(*subtract(start[free], end[free], *owned), rows.parent_offset, rows.parent_end), owned
 
 
 def _together(parts: list[Ranges]) -> Ranges:

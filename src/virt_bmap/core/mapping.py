@@ -11,126 +11,131 @@ A compressed run (an image format's compressed cluster) takes `parent_run` bytes
 offsets mean nothing: whatever is asked of one side, the answer is the whole run on the other.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from virt_bmap.core.arrays import PIECES, Int, Intervals, bounded, expand
+from virt_bmap.core.columns import stack, take
 
-DATA, COPY, PARITY, ZERO, COMPRESSED = "data", "copy", "parity", "zero", "compressed"
-ROLES = (DATA, COPY, PARITY, ZERO, COMPRESSED)
+ROLES = ("data", "copy", "parity", "zero", "compressed")
+DATA, COPY, PARITY, ZERO, PACKED = range(len(ROLES))
 """data: the bytes themselves, each volume byte once; copy: the same bytes again; parity: computed from them;
 zero: space kept for bytes that read as zeroes; compressed: the bytes, packed. Layers on top of each other
 have the last of their roles."""
-PACKED = ROLES.index(COMPRESSED)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One strided row, in bytes. `parent` is the parent's volume id."""
+class Row(NamedTuple):
+    """One strided row, in bytes. `parent` is the parent's number, `role` a code of ROLES."""
 
     volume_offset: int
     parent: int
     parent_offset: int
     run: int
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # nobody counts values in it
     volume_step: int = 0
     parent_step: int = 0
-    role: str = DATA
+    role: int = DATA
 
 
-class Side(NamedTuple):
-    """One side of the rows: for each the first offset and the step between runs, in bytes."""
+@dataclass(frozen=True)
+class _Side:
+    """One side of rows: for each the first offset, the step between runs, the bytes that a run takes, and the
+    byte behind the last one."""
 
     offset: Int
     step: Int
+    run: Int
+    end: Int
+
+    @cached_property
+    def index(self) -> Intervals:
+        return Intervals(self.offset, self.end)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Mapping rows as columns, all of one length; `row` translations refer to positions in them."""
+    """Mapping rows as columns, which are those of the table `mappings`; `row` translations refer to positions
+    in them. `parent_run` differs from `run` in compressed rows only."""
 
     volume: Int
+    volume_offset: Int
     parent: Int
-    role: Int
+    parent_offset: Int
     run: Int
     count: Int
-    on_volume: Side
-    on_parent: Side
-    parent_run: Int | None = None
-    """Bytes that a run takes in the parent, where that is not
-    `run` for every row: only compressed rows may differ."""
-    _index: dict[str, Intervals] = field(default_factory=dict, compare=False)
+    volume_step: Int
+    parent_step: Int
+    parent_run: Int
+    role: Int
 
     @staticmethod
-    def of(volume: int, rows: list[Row]) -> "Rows":
-        """The rows of one volume as columns."""
-        n = len(rows)
+    def of(rows: Sequence[Row], volume: int = 0) -> "Rows":
+        """Rows that were made one by one, as columns."""
+        return Rows.make(*np.array(rows, np.int64).reshape(-1, len(Row._fields)).T.copy(), volume=volume)
 
-        def column(name: str) -> Int:
-            return np.fromiter((getattr(row, name) for row in rows), np.int64, n)
-
-        role = np.fromiter((ROLES.index(row.role) for row in rows), np.int64, n)
-        return Rows(
-            np.full(n, volume, np.int64), column("parent"), role, column("run"), column("count"),
-            Side(column("volume_offset"), column("volume_step")),
-            Side(column("parent_offset"), column("parent_step")),
-        )  # fmt: skip
+    @staticmethod
+    def make(
+        volume_offset: Any, parent: Any, parent_offset: Any, run: Any, count: Any = 1, volume_step: Any = 0,
+        parent_step: Any = 0, role: Any = DATA, parent_run: Any = None, *, volume: Any = 0,
+    ) -> "Rows":  # fmt: skip
+        """Rows from columns of one length, or numbers, which hold for all rows."""
+        columns = (volume, volume_offset, parent, parent_offset, run, count, volume_step, parent_step,
+                   run if parent_run is None else parent_run, role)  # fmt: skip
+        rows = max((len(column) for column in columns if isinstance(column, np.ndarray)), default=1)
+        return Rows(*(
+            column if isinstance(column, np.ndarray) else np.full(rows, column, np.int64)
+            for column in columns
+        ))  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.run)
 
     @staticmethod
-    def concat(parts: "list[Rows]") -> "Rows":
+    def concat(parts: "Sequence[Rows]") -> "Rows":
         """The rows of all parts, in order."""
+        return parts[0] if len(parts) == 1 else stack(Rows, parts)
 
-        def join(get: Callable[[Rows], Int]) -> Int:
-            return np.concatenate([np.zeros(0, np.int64), *(get(part) for part in parts)])
-
-        return Rows(
-            join(lambda r: r.volume), join(lambda r: r.parent), join(lambda r: r.role), join(lambda r: r.run),
-            join(lambda r: r.count),
-            Side(join(lambda r: r.on_volume.offset), join(lambda r: r.on_volume.step)),
-            Side(join(lambda r: r.on_parent.offset), join(lambda r: r.on_parent.step)),
-            join(lambda r: r.in_parent),
-        )  # fmt: skip
-
-    def select(self, keep: np.ndarray) -> "Rows":
+    def take(self, keep: Any) -> "Rows":
         """Those rows for which the boolean or index array `keep` asks."""
-        return Rows(
-            self.volume[keep], self.parent[keep], self.role[keep], self.run[keep], self.count[keep],
-            Side(self.on_volume.offset[keep], self.on_volume.step[keep]),
-            Side(self.on_parent.offset[keep], self.on_parent.step[keep]),
-            None if self.parent_run is None else self.parent_run[keep],
-        )  # fmt: skip
-
-    @property
-    def in_parent(self) -> Int:
-        """Bytes that a run takes in the parent."""
-        return self.run if self.parent_run is None else self.parent_run
+        return take(self, keep)
 
     @property
     def parent_end(self) -> Int:
         """For each row the byte after its last run, in the parent."""
-        return self.on_parent.offset + (self.count - 1) * self.on_parent.step + self.in_parent
+        return self._on_parent.end
 
-    def placed(self, volume: int, parent: Int) -> "Rows":
-        """The same rows as rows of `volume`, in these parents."""
-        return replace(self, volume=np.full(len(self), volume, np.int64), parent=parent, _index={})
+    def placed(self, volume: int, numbers: Int) -> "Rows":
+        """The same rows as rows of `volume`; their parents' numbers are places in `numbers`, which are to be
+        theirs."""
+        return replace(self, volume=np.full(len(self), volume, np.int64), parent=numbers[self.parent])
 
     def down(self, starts: Int, ends: Int) -> "Pieces":
         """Volume ranges to parent ranges. All rows must be of one volume."""
-        return self._translate("down", self.on_volume, self.run, self.on_parent, self.in_parent, starts, ends)
+        return self._translate(self._on_volume, self._on_parent, starts, ends)
 
     def up(self, starts: Int, ends: Int) -> "Pieces":
         """Parent ranges to volume ranges. All rows must have one parent."""
-        return self._translate("up", self.on_parent, self.in_parent, self.on_volume, self.run, starts, ends)
+        return self._translate(self._on_parent, self._on_volume, starts, ends)
 
-    def _translate(
-        self, way: str, source: Side, source_run: Int, target: Side, target_run: Int, starts: Int, ends: Int
-    ) -> "Pieces":
+    @cached_property
+    def _on_volume(self) -> _Side:
+        end = self.volume_offset + (self.count - 1) * self.volume_step + self.run
+        return _Side(self.volume_offset, self.volume_step, self.run, end)
+
+    @cached_property
+    def _on_parent(self) -> _Side:
+        end = self.parent_offset + (self.count - 1) * self.parent_step + self.parent_run
+        return _Side(self.parent_offset, self.parent_step, self.parent_run, end)
+
+    @cached_property
+    def _packed(self) -> bool:
+        return bool((self.role == PACKED).any())
+
+    def _translate(self, source: _Side, target: _Side, starts: Int, ends: Int) -> "Pieces":
         """Ranges of one side (the source) as pieces of the other (the target).
 
         Of each row that a range touches, the runs from the first that ends after the range's start to the
@@ -143,16 +148,12 @@ class Rows:
             member        0       4       8       12      begin at 4 n
 
         >>> row = Row(4, 1, 0, 4, 4, 8, 4)
-        >>> found = Rows.of(0, [row]).down(np.array([6]), np.array([22]))
+        >>> found = Rows.of([row]).down(np.array([6]), np.array([22]))
         >>> found.source.tolist(), found.target.tolist(), found.length.tolist()
         ([6, 12, 20], [2, 4, 8], [2, 4, 2])
         """
-        if way not in self._index:
-            self._index[way] = Intervals(
-                source.offset, source.offset + (self.count - 1) * source.step + source_run
-            )
-        query, row = self._index[way].overlaps(starts, ends)
-        start, end, run = starts[query], ends[query], source_run[row]
+        query, row = source.index.overlaps(starts, ends)
+        start, end, run = starts[query], ends[query], source.run[row]
         offset, step = source.offset[row], np.maximum(source.step[row], 1)
         first = np.maximum(0, -((offset + run - start - 1) // step))
         last = np.minimum(self.count[row] - 1, (end - 1 - offset) // step)
@@ -166,10 +167,10 @@ class Rows:
         high = np.minimum(end[piece], run_start + run[piece])
         moved = target.offset[row] + nth * target.step[row] + (low - run_start)
         length = target_length = high - low
-        if self.parent_run is not None:
+        if self._packed:
             packed = self.role[row] == PACKED
             moved = np.where(packed, target.offset[row] + nth * target.step[row], moved)
-            target_length = np.where(packed, target_run[row], length)
+            target_length = np.where(packed, target.run[row], length)
         keep = high > low
         return Pieces(query[keep], row[keep], low[keep], moved[keep], length[keep], target_length[keep])
 
@@ -186,7 +187,7 @@ class Groups:
     def of(self, number: int) -> Rows:
         """The rows with this number, in their order."""
         low, high = np.searchsorted(self._key, [number, number + 1])
-        return self._rows.select(self._order[low:high])
+        return self._rows.take(self._order[low:high])
 
 
 class Pieces(NamedTuple):

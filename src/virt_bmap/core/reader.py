@@ -17,7 +17,7 @@ from virt_bmap.core import lost
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, Intervals, gather, ints, subtract, total, union
 from virt_bmap.core.errors import Corrupt, ImageError
 from virt_bmap.core.lost import NOTHING, Lost
-from virt_bmap.core.mapping import DATA, ROLES, Rows, Side
+from virt_bmap.core.mapping import DATA, Rows
 from virt_bmap.core.threads import ahead
 
 HEAD = 128 << 10
@@ -374,7 +374,7 @@ class MappedReader(Reader):
         self._holes = ints([start for start, _ in holes]), ints([end for _, end in holes])
         self._whole: bool | None = None
         self._parents = parents
-        self._rows = rows.select(rows.role == ROLES.index(DATA))
+        self._rows = rows.take(rows.role == DATA)
         self.near = all(parent.near for parent in parents.values())
         self.below = list(parents.values())
 
@@ -397,7 +397,7 @@ class MappedReader(Reader):
     @property
     def whole(self) -> bool:
         if self._whole is None:
-            start, run, count = self._rows.on_volume.offset, self._rows.run, self._rows.count
+            start, run, count = self._rows.volume_offset, self._rows.run, self._rows.count
             placed = total(start, start + run) if (count == 1).all() else int((run * count).sum())
             self._whole = placed + total(*self._holes) >= self.size and all(
                 parent.whole for parent in self._parents.values()
@@ -427,7 +427,7 @@ class MappedReader(Reader):
     def stored(self) -> tuple[Int, Int]:
         parts = [np.zeros((2, 0), np.int64)]
         for volume, parent in self._parents.items():
-            pieces = self._rows.select(self._rows.parent == volume).up(*parent.stored())
+            pieces = self._rows.take(self._rows.parent == volume).up(*parent.stored())
             parts.append(np.stack([pieces.target, pieces.target + pieces.length]))
         return union(*np.concatenate(parts, axis=1))
 
@@ -495,12 +495,7 @@ class PatchedReader(Reader):
         if not data.flags.writeable:
             data = data.copy()
         n, size = self._patch.blocks.shape
-        none = np.zeros(n, np.int64)
-        rows = Rows(
-            volume=none, parent=none, role=none, run=np.full(n, size, np.int64), count=np.ones(n, np.int64),
-            on_volume=Side(self._patch.offsets, none),
-            on_parent=Side(np.arange(n, dtype=np.int64) * size, none),
-        )  # fmt: skip
+        rows = Rows.make(self._patch.offsets, 0, np.arange(n, dtype=np.int64) * size, size)
         pieces = rows.down(offsets, offsets + lengths)
         base = np.cumsum(lengths) - lengths
         place = base[pieces.query] + pieces.source - offsets[pieces.query]

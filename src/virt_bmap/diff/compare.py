@@ -106,7 +106,7 @@ class _Padded(MappedReader):
     """`reader`, and zeroes after it."""
 
     def __init__(self, reader: Reader, size: int) -> None:
-        super().__init__(size, reader.name, {0: reader}, Rows.of(0, [Row(0, 0, 0, reader.size)]))
+        super().__init__(size, reader.name, {0: reader}, Rows.of([Row(0, 0, 0, reader.size)]))
         self._reader = reader
 
     def stored(self) -> tuple[Int, Int]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from virt_bmap.core.arrays import Int, Intervals, ints
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.errors import UsageError
-from virt_bmap.core.mapping import PACKED, ROLES, Groups, Pieces, Rows, Side
+from virt_bmap.core.mapping import PACKED, ROLES, Groups, Pieces, Rows
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Proof
 
@@ -121,12 +121,7 @@ class BlockMap:
             for name in self.mappings.column_names
             if name != "role"
         }
-        return Rows(
-            column["volume"], column["parent"], tables.codes(self.mappings, "role").astype(np.int64),
-            column["run"], column["count"], Side(column["volume_offset"], column["volume_step"]),
-            Side(column["parent_offset"], column["parent_step"]),
-            column["parent_run"] if (column["parent_run"] != column["run"]).any() else None,
-        )  # fmt: skip
+        return Rows(**column, role=tables.codes(self.mappings, "role").astype(np.int64))
 
     @cached_property
     def _by_parent(self) -> Groups:

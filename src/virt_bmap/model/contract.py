@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from virt_bmap.core.arrays import Int
 from virt_bmap.core.keys import NO_KEYS, Keys
-from virt_bmap.core.mapping import Row, Rows
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.mapping import Rows
+from virt_bmap.core.reader import MappedReader, Reader
 from virt_bmap.model.tables import ExtentRows
 
 
@@ -134,22 +134,32 @@ class Child(About):
     the rows (decryption).
 
     `name` is the whole device name. `contents` False: not looked into (an extended partition, a hidden
-    sub-volume). `unread` names the bytes that no reader claims: "BIOS boot". `many` gives further rows as
-    columns, for volumes with too many rows for objects (thin). `holes` are where bytes that no row places
-    read as zeroes since nothing was ever put there (thin volumes, image files); all others of that kind are
-    lost. `traits`: what its bytes are tied to, as in tables.TRAITS.
+    sub-volume). `unread` names the bytes that no reader claims: "BIOS boot". `holes` are where bytes that no
+    row places read as zeroes since nothing was ever put there (thin volumes, image files); all others of that
+    kind are lost. `traits`: what its bytes are tied to, as in tables.TRAITS.
     """
 
     kind: str
     name: str
     size: int
-    rows: list[Row]
+    rows: Rows
     open: Callable[[Reader], Reader] | None = None
     contents: bool = True
-    many: Rows | None = None
     unread: str | None = None
     holes: list[tuple[int, int]] = field(default_factory=list)
     traits: int = 0
+
+    @property
+    def parents(self) -> list[int]:
+        """The numbers of the volumes that it lies in."""
+        found: list[int] = np.unique(self.rows.parent).tolist()
+        return found
+
+    def over(self, readers: Mapping[int, Reader], name: str) -> Reader:
+        """Its bytes, given its parents' by their numbers."""
+        parents = {number: readers[number] for number in self.parents}
+        reader = MappedReader(self.size, name, parents, self.rows, self.holes)
+        return self.open(reader) if self.open else reader
 
 
 class Assembly:

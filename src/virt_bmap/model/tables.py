@@ -6,7 +6,7 @@ that a map gives to each disk, partition, logical volume, array or opened contai
 the volume it lies on.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -432,20 +432,9 @@ def _spread(value: Any, rows: int, dtype: Any) -> np.ndarray:
 
 
 def mappings(parts: list[Rows]) -> pa.Table:
-    """Mapping rows of several volumes as the table `mappings`."""
-    if not parts:
-        return empty("mappings")
-
-    def join(get: Callable[[Rows], Int]) -> Int:
-        return np.concatenate([get(part) for part in parts])
-
-    return make(
-        "mappings", volume=join(lambda r: r.volume), volume_offset=join(lambda r: r.on_volume.offset),
-        parent=join(lambda r: r.parent), parent_offset=join(lambda r: r.on_parent.offset),
-        run=join(lambda r: r.run), count=join(lambda r: r.count),
-        volume_step=join(lambda r: r.on_volume.step), parent_step=join(lambda r: r.on_parent.step),
-        parent_run=join(lambda r: r.in_parent), role=join(lambda r: r.role),
-    )  # fmt: skip
+    """Mapping rows of several volumes as the table `mappings`, which has the same columns."""
+    rows = Rows.concat(parts)
+    return make("mappings", **{name: getattr(rows, name) for name in SCHEMAS["mappings"].names})
 
 
 def concat(name: str, parts: list[pa.Table]) -> pa.Table:

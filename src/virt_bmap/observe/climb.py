@@ -3,7 +3,7 @@
 import numpy as np
 
 from virt_bmap.core.arrays import Int, joined
-from virt_bmap.core.mapping import PARITY, ROLES
+from virt_bmap.core.mapping import PARITY
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.observe.disks import Reads
@@ -44,7 +44,7 @@ def climb(bmap: BlockMap, volume: int, reads: Reads) -> tuple[Int, Int]:
             continue
         pieces = rows.up(start, end)
         child = rows.volume[pieces.row]
-        wanted = np.isin(child, family) & (rows.role[pieces.row] != ROLES.index(PARITY))
+        wanted = np.isin(child, family) & (rows.role[pieces.row] != PARITY)
         for above in np.unique(child[wanted]).tolist():
             one = np.flatnonzero(wanted & (child == above))
             at = pieces.query[one]

@@ -12,7 +12,7 @@ import numpy as np
 
 from virt_bmap.core.arrays import Int, complement, ints, subtract, union
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported
-from virt_bmap.core.mapping import Rows, Side
+from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import images as layers
 from virt_bmap.formats.images.layer import Layer
@@ -153,18 +153,18 @@ class Chains:
         open: Callable[[Reader], Reader] | None = None,
     ) -> Child:
         """The disk as a volume in its files, which are `volumes`."""
-        rows = disk.rows.placed(0, ints([about.number for about in volumes])[disk.rows.parent])
-        return Child(kind, name, disk.size, [], many=rows, open=open, contents=disk.unreadable is None,
+        rows = disk.rows.placed(0, ints([about.number for about in volumes]))
+        return Child(kind, name, disk.size, rows, open=open, contents=disk.unreadable is None,
                      unread=f"encrypted {disk.format} image" if disk.unreadable else None,
                      holes=[(0, disk.size)])  # fmt: skip
 
 
 def parent_ranges(rows: Sequence[Rows], parent: int) -> tuple[Int, Int]:
     """What the rows take of one parent, sorted and merged."""
-    mine = [part.select(part.parent == parent) for part in rows]
+    mine = [part.take(part.parent == parent) for part in rows]
     none = [np.zeros(0, np.int64)]
     return union(
-        np.concatenate([part.on_parent.offset for part in mine] or none),
+        np.concatenate([part.parent_offset for part in mine] or none),
         np.concatenate([part.parent_end for part in mine] or none),
     )
 
@@ -178,17 +178,10 @@ def visible(chain: Sequence[Link]) -> Rows:
         left = complement(*covered, 0, size)
         rows = link.layer.rows
         pieces = rows.down(*left)
-        none, one = np.zeros(len(pieces.row), np.int64), np.ones(len(pieces.row), np.int64)
+        file, role = link.files[rows.parent[pieces.row]], rows.role[pieces.row]
         parts.append(
-            Rows(
-                none,
-                link.files[rows.parent[pieces.row]],
-                rows.role[pieces.row],
-                pieces.length,
-                one,
-                Side(pieces.source, none),
-                Side(pieces.target, none),
-                pieces.target_length,
+            Rows.make(
+                pieces.source, file, pieces.target, pieces.length, role=role, parent_run=pieces.target_length
             )
         )
         mine = link.layer.allocated

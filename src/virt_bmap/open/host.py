@@ -13,9 +13,8 @@ from typing import Any
 
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import Unsupported
-from virt_bmap.core.mapping import ROLES, ZERO
+from virt_bmap.core.mapping import PACKED, ROLES, ZERO
 from virt_bmap.core.reader import MappedReader, Reader
-from virt_bmap.formats.images.layer import PACKED
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Assembly, Member
 from virt_bmap.open import magic, open_image
@@ -141,12 +140,12 @@ def describe(host: Host, disk: int = 0) -> dict[str, Any]:
     snapshots, bitmaps, state."""
     top = host.disks[disk].chain[0]
     low, high = top.layer.allocated
-    stored = top.layer.rows.role != ROLES.index(ZERO)
+    stored = top.layer.rows.role != ZERO
     return {
         "file": host.paths[int(top.files[0])], "format": host.disks[disk].format,
         "file_size": host.files[int(top.files[0])].size, "virtual_size": top.layer.size,
         "cluster_size": top.layer.cluster, "allocated": int((high - low).sum()),
-        "stored": int(top.layer.rows.in_parent[stored].sum()), "backing": _backing(host, disk),
+        "stored": int(top.layer.rows.parent_run[stored].sum()), "backing": _backing(host, disk),
         "data_files": [host.paths[at] for at in top.files[1:].tolist()], **top.layer.facts,
         "problems": [{"severity": p.severity, "code": p.code, "offset": p.offset,
                 "detail": p.detail} for p in top.layer.problems],

@@ -79,7 +79,7 @@ def load(data: bytes, source: str) -> BlockMap:
         volumes=tables.make("volumes", volume=list(range(len(volumes))), **{
             name: [getattr(volume, name) for volume in volumes] for name in ("disk", "kind", "name",
                 "size")}),
-        mappings=tables.mappings([Rows.of(number, volume.rows) for number,
+        mappings=tables.mappings([Rows.of(volume.rows, number) for number,
                 volume in enumerate(volumes) if volume.rows]),
         filesystems=tables.empty("filesystems"), inodes=tables.concat("inodes", inodes),
         names=tables.empty("names"), extents=tables.concat("extents", extents),
@@ -182,9 +182,9 @@ def _objects(lines: _MapLines, mine: np.ndarray) -> tuple[Int, tuple[Int, pa.Arr
 def _extents(lines: _MapLines, mine: Int, number: int, volume: _NamedVolume, inode: Int) -> pa.Table:
     start, length, at = lines.start[mine], lines.end[mine] - lines.start[mine], np.arange(len(mine))
     if volume.rows:
-        rows = Rows.of(number, volume.rows)
+        rows = Rows.of(volume.rows, number)
         parts = [
-            rows.select(rows.parent == parent).up(start, start + length)
+            rows.take(rows.parent == parent).up(start, start + length)
             for parent in np.unique(rows.parent).tolist()
         ]
         at, start, length = (

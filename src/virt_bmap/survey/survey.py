@@ -28,7 +28,7 @@ from virt_bmap.core.errors import (
 from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.layout import INT64_MAX
 from virt_bmap.core.mapping import Groups, Rows
-from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats import foreign
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
@@ -280,7 +280,7 @@ class _Survey:
         """A partition that begins with the disk's first byte, as the first of Sun's does, shows the disk's
         own table once more."""
         rows = volume.rows
-        if rows is None or volume.kind != "partition" or rows.on_parent.offset[0] != 0:
+        if rows is None or volume.kind != "partition" or rows.parent_offset[0] != 0:
             return False
         return bool(self.volumes[int(rows.parent[0])].type == format.name)
 
@@ -322,18 +322,14 @@ class _Survey:
 
     def _add_child(self, child: Child, numbers: Int) -> None:
         """A new volume; `numbers` are those that the volumes of its assembly have here."""
-        number = len(self.volumes)
-        rows = child.many or Rows.of(number, child.rows)
-        rows = rows.placed(number, numbers[rows.parent])
-        parents = {parent: self.volumes[parent].reader for parent in sorted(set(rows.parent.tolist()))}
-        disks = {self.volumes[parent].disk for parent in parents}
-        image = ", ".join(dict.fromkeys(reader.name.rpartition(" of ")[2] for reader in parents.values()))
-        reader: Reader = MappedReader(child.size, f"{child.name} of {image}", parents, rows, child.holes)
-        if child.open:
-            reader = child.open(reader)
-        depth = 1 + max((self.volumes[parent].depth for parent in parents), default=0)
+        parents = {at: self.volumes[numbers[at]] for at in child.parents}
+        disks = {parent.disk for parent in parents.values()}
+        images = dict.fromkeys(parent.reader.name.rpartition(" of ")[2] for parent in parents.values())
+        name = f"{child.name} of {', '.join(images)}"
+        reader = child.over({at: parent.reader for at, parent in parents.items()}, name)
+        depth = 1 + max((parent.depth for parent in parents.values()), default=0)
         volume = self._add(child.kind, child.name, reader, depth, disks.pop() if len(disks) == 1 else None)
-        volume.size, volume.rows = child.size, rows
+        volume.size, volume.rows = child.size, child.rows.placed(volume.number, numbers)
         volume.unread, volume.traits = child.unread or volume.unread, child.traits
         if child.contents:
             self.todo.append(volume)
@@ -458,7 +454,7 @@ class _Survey:
         found = volume.filesystem
         size = min(found.size, volume.size) if found else volume.size
         # strided runs on one parent fill their span together: each member's runs follow each other
-        known = _loosened(volume, (inside.on_parent.offset, inside.parent_end))
+        known = _loosened(volume, (inside.parent_offset, inside.parent_end))
         left, behind = complement(*known, 0, size), complement(*known, size, volume.size)
         rows = tables.ExtentRows()
         if found and len(left[0]):

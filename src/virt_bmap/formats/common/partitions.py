@@ -4,7 +4,7 @@ between them."""
 from itertools import pairwise
 from typing import Any
 
-from virt_bmap.core.mapping import Row
+from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.model.contract import Assembly, Child, Member, Problem
 
@@ -41,15 +41,15 @@ def add_partition(
             )
         )
         length = disk.reader.size - start
-    row = Row(volume_offset=0, parent=disk.number, parent_offset=start, run=length)
-    assembly.add(Child("partition", name, length, [row], **about))
+    assembly.add(Child("partition", name, length, Rows.make(0, disk.number, start, length), **about))
 
 
 def overlaps(assembly: Assembly) -> list[Problem]:
     """A problem for each partition that begins inside the one before it on the disk."""
     spans = sorted(
-        (child.rows[0].parent_offset, child.rows[0].parent_offset + child.size, child.name)
+        (start, start + child.size, child.name)
         for child in assembly.children
+        for start in child.rows.parent_offset.tolist()
     )
     return [
         Problem(

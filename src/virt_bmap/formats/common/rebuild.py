@@ -10,7 +10,7 @@ import numpy as np
 
 from virt_bmap.core.arrays import Bytes, Int, union
 from virt_bmap.core.lost import Lost
-from virt_bmap.core.mapping import Row, Rows
+from virt_bmap.core.mapping import PARITY
 from virt_bmap.core.reader import Reader, scatter
 from virt_bmap.formats.common.stripes import Parity, Place, rows
 
@@ -64,12 +64,9 @@ class RebuiltReader(Reader):
         self._stripes = stripes
         pattern = stripes.layout.pattern()
         gone = [Place(at, 0) if member is None else None for at, member in enumerate(stripes.members)]
-        lost: list[Row] = [
-            row for row in rows(pattern, stripes.chunk, stripes.size, gone) if row.role != "parity"
-        ]
-        self._lost = Rows.of(0, lost)
-        period = np.array([row.parent_offset // stripes.chunk for row in lost], np.int64)
-        self._row_of = period % len(stripes.layout.p)
+        lost = rows(pattern, stripes.chunk, stripes.size, gone)
+        self._lost = lost.take(lost.role != PARITY)
+        self._row_of = self._lost.parent_offset // stripes.chunk % len(stripes.layout.p)
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         data = self._base.read_ranges(offsets, lengths)

@@ -8,14 +8,15 @@ Sources: kernel drivers/md/raid5.c (raid5_compute_sector, raid6_d0, raid6_idx_to
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import Bool, Int
+from virt_bmap.core.arrays import EMPTY, Bool, Int, ints
 from virt_bmap.core.errors import Unsupported
-from virt_bmap.core.mapping import COPY, DATA, PARITY, Row
+from virt_bmap.core.mapping import COPY, DATA, PARITY, Row, Rows
 
 MAX_MEMBERS = 384
 """Members of one array. md's superblock has room for 1920, raid6 stops at 253, and nobody was seen with more
@@ -80,44 +81,47 @@ class Parity(NamedTuple):
         )
 
 
-def rows(
-    pattern: Pattern, chunk: int, size: int, members: Sequence[Place | None], start: int = 0
-) -> list[Row]:
+def rows(pattern: Pattern, chunk: int, size: int, members: Sequence[Place | None], start: int = 0) -> Rows:
     """The mapping rows of `size` bytes of a volume from its byte `start`, in chunks of `chunk` bytes; members
     that are None give none."""
-    present = np.array([member is not None for member in members], bool)
-    keep = np.flatnonzero(present[pattern.member])
+    there = np.array([member is not None for member in members], bool)
+    parent, first = (np.array([member[at] if member else 0 for member in members], np.int64) for at in (0, 1))
+    keep = np.flatnonzero(there[pattern.member])
+    number, member, place = pattern.chunk[keep], pattern.member[keep], pattern.place[keep]
+    again = np.ones(len(keep), bool)
+    again[np.unique(number, return_index=True)[1]] = False
+    role = np.where(pattern.parity[keep], PARITY, np.where(again, COPY, DATA))
     whole, rest = divmod(size, chunk)
-    result = []
-    seen: set[int] = set()
-    columns = (pattern.chunk[keep], pattern.member[keep], pattern.place[keep], pattern.parity[keep])
-    for number, member, place, parity in zip(*(column.tolist() for column in columns), strict=True):
-        where = members[member]
-        assert where is not None
-        role = PARITY if parity else COPY if number in seen else DATA
-        seen.add(number)
-        count = -((number - whole) // pattern.volume_chunks)
-        volume, parent = start + number * chunk, where.offset + place * chunk
-        step, parent_step = pattern.volume_chunks * chunk, pattern.member_chunks * chunk
-        if count > 1:
-            result.append(Row(volume, where.parent, parent, chunk, count, step, parent_step, role))
-        elif count == 1:
-            result.append(Row(volume, where.parent, parent, chunk, role=role))
-        if rest and whole % pattern.volume_chunks == number:  # the last chunk is cut short
-            period = whole // pattern.volume_chunks
-            result.append(
-                Row(volume + period * step, where.parent, parent + period * parent_step, rest, role=role)
-            )
-    return result
+    count = -((number - whole) // pattern.volume_chunks)
+    step, parent_step = pattern.volume_chunks * chunk, pattern.member_chunks * chunk
+    whole_chunks = Rows.make(
+        start + number * chunk, parent[member], first[member] + place * chunk, chunk, count,
+        np.where(count > 1, step, 0), np.where(count > 1, parent_step, 0), role,
+    )  # fmt: skip
+    period, last = divmod(whole, pattern.volume_chunks)
+    at = np.flatnonzero(number == last) if rest else EMPTY
+    cut = whole_chunks.take(at)  # the last chunk is cut short
+    last_chunk = Rows.make(
+        cut.volume_offset + period * step, cut.parent, cut.parent_offset + period * parent_step, rest,
+        role=cut.role,
+    )  # fmt: skip
+    some = np.flatnonzero(count > 0)
+    return _in_turn((some, whole_chunks.take(some)), (at, last_chunk))
 
 
-def mirrored(size: int, members: Sequence[Place | None], start: int = 0) -> list[Row]:
+def _in_turn(*parts: tuple[Int, Rows]) -> Rows:
+    """The rows of all parts by the numbers beside them."""
+    order = np.argsort(np.concatenate([numbers for numbers, _ in parts]), kind="stable")
+    return Rows.concat([rows for _, rows in parts]).take(order)
+
+
+def mirrored(size: int, members: Sequence[Place | None], start: int = 0) -> Rows:
     """All bytes on every member; the first that is present is the data, the others are copies."""
     present = [member for member in members if member]
-    return [
+    return Rows.of([
         Row(start, place.parent, place.offset, size, role=COPY if at else DATA)
         for at, place in enumerate(present)
-    ]
+    ])  # fmt: skip
 
 
 def striped(members: int, first: int = 0) -> Pattern:
@@ -275,36 +279,26 @@ class Raid10(NamedTuple):
         return np.where(in_last, (moved - last) % last_size + last, own)
 
 
-def bounded(found: list[Row], sizes: dict[int, int]) -> tuple[list[Row], int]:
+def bounded(found: Rows, sizes: Mapping[int, int]) -> tuple[Rows, int]:
     """The rows cut at the end of their parents, whose sizes are given, and how many bytes of data were cut
     off."""
-    result, lost = [], 0
-    for row in found:
-        size = sizes[row.parent]
-        step = max(row.parent_step, row.run)
-        fit = max(0, min(row.count, (size - row.parent_offset - row.run) // step + 1))
-        if fit == row.count:
-            result.append(row)
-            continue
-        gone = (row.count - fit) * row.run
-        if fit:
-            result.append(
-                Row(
-                    row.volume_offset,
-                    row.parent,
-                    row.parent_offset,
-                    row.run,
-                    fit,
-                    row.volume_step if fit > 1 else 0,
-                    row.parent_step if fit > 1 else 0,
-                    row.role,
-                )
-            )
-        tail = size - (row.parent_offset + fit * row.parent_step)
-        if 0 < tail < row.run:
-            gone -= tail
-            result.append(
-                Row(row.volume_offset + fit * row.volume_step, row.parent, size - tail, tail, role=row.role)
-            )
-        lost += gone if row.role == DATA else 0
-    return result, lost
+    parents = np.unique(found.parent)
+    size = ints([sizes[parent] for parent in parents.tolist()])[np.searchsorted(parents, found.parent)]
+    step = np.maximum(np.maximum(found.parent_step, found.run), 1)
+    fit = np.clip((size - found.parent_offset - found.run) // step + 1, 0, found.count)
+    if (fit == found.count).all():
+        return found, 0
+    several, some = fit > 1, np.flatnonzero(fit)
+    whole = replace(
+        found, count=fit, volume_step=np.where(several, found.volume_step, 0),
+        parent_step=np.where(several, found.parent_step, 0),
+    )  # fmt: skip
+    left = size - (found.parent_offset + fit * found.parent_step)
+    at = np.flatnonzero((fit < found.count) & (left > 0) & (left < found.run))
+    tail = Rows.make(
+        (found.volume_offset + fit * found.volume_step)[at], found.parent[at], (size - left)[at], left[at],
+        role=found.role[at],
+    )  # fmt: skip
+    gone = (found.count - fit) * found.run
+    gone[at] -= left[at]
+    return _in_turn((some, whole.take(some)), (at, tail)), int(gone[found.role == DATA].sum())

@@ -115,8 +115,8 @@ class InflatingReader(Reader):
     def _cluster(self, row: int) -> bytes:
         """The whole cluster, of which the row may show a part."""
         file = int(self._rows.parent[row])
-        at = int(self._rows.on_parent.offset[row])
-        stored = int(self._rows.in_parent[row])
+        at = int(self._rows.parent_offset[row])
+        stored = int(self._rows.parent_run[row])
         key = file, at
         if key in self._clusters:
             self._clusters.move_to_end(key)
@@ -127,7 +127,7 @@ class InflatingReader(Reader):
             found = codec.inflate(self._files[file].read(at, stored), codec.cluster)
         except ValueError as error:
             found, why = b"", str(error)
-        start = int(self._rows.on_volume.offset[row]) // codec.cluster * codec.cluster
+        start = int(self._rows.volume_offset[row]) // codec.cluster * codec.cluster
         if len(found) < min(codec.cluster, self.size - start):
             raise Corrupt(
                 f"{self.name}: the compressed cluster at byte {at:#x} of {self._files[file].name} "

@@ -19,14 +19,14 @@ import numpy as np
 
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, covered_twice, ints, joined, union
 from virt_bmap.core.layout import widen
-from virt_bmap.core.mapping import COMPRESSED, DATA, ROLES, ZERO, Rows, Side
+from virt_bmap.core.mapping import DATA, PACKED, ZERO, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Problem
 from virt_bmap.model.tables import ExtentRows
 
 Ranges = tuple[Int, Int]
-IN_DATA, IN_ZERO, PACKED = ROLES.index(DATA), ROLES.index(ZERO), ROLES.index(COMPRESSED)
+IN_DATA, IN_ZERO = DATA, ZERO
 
 
 @dataclass
@@ -53,9 +53,9 @@ class Layer:
     @property
     def allocated(self) -> Ranges:
         """The guest's ranges that the backing file has no say in, sorted and merged."""
-        ends = self.rows.on_volume.offset + self.rows.run
+        ends = self.rows.volume_offset + self.rows.run
         return union(
-            np.concatenate([self.rows.on_volume.offset, self.zeros[0]]), np.concatenate([ends, self.zeros[1]])
+            np.concatenate([self.rows.volume_offset, self.zeros[0]]), np.concatenate([ends, self.zeros[1]])
         )
 
 
@@ -128,7 +128,8 @@ class Draft:
         columns = self._inside_files(self._inside_disk(columns))
         self._complain_of_overlaps(columns)
         order = np.argsort(columns[0], kind="stable")
-        rows = _rows(*_joined([column[order] for column in columns]))
+        guest, host, run, stored, role, file = _joined([column[order] for column in columns])
+        rows = Rows.make(guest, file, host, run, role=role, parent_run=stored)
         low, high = (np.concatenate([EMPTY, *(pair[side] for pair in self._zeros)]) for side in (0, 1))
         zeros = union(low, high)
         zeros = np.minimum(zeros[0], self.size), np.minimum(zeros[1], self.size)
@@ -259,8 +260,3 @@ def continues(guest: Int, host: Int, length: Int, role: Int, *same: Int) -> Bool
     for column in same:
         found &= column[1:] == column[:-1]
     return found
-
-
-def _rows(guest: Int, host: Int, run: Int, stored: Int, role: Int, file: Int) -> Rows:
-    none, one = np.zeros(len(guest), np.int64), np.ones(len(guest), np.int64)
-    return Rows(none, file, role, run, one, Side(guest, none), Side(host, none), stored)

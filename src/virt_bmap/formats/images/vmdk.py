@@ -11,10 +11,11 @@ import numpy as np
 from virt_bmap.core.arrays import Int, ints
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, records, struct, widen
+from virt_bmap.core.mapping import PACKED
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images import descriptor
 from virt_bmap.formats.images.descriptor import SECTOR, Descriptor
-from virt_bmap.formats.images.layer import IN_DATA, PACKED, Draft, Layer, used_entries
+from virt_bmap.formats.images.layer import IN_DATA, Draft, Layer, used_entries
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Checks
 

@@ -32,7 +32,7 @@ class Hybrid:
         (disk,) = members
         found, kept = _table(disk), Assembly(members)
         for child in found.children:
-            if self._is_apart(child.rows[0].parent_offset, child.size):
+            if self._is_apart(int(child.rows.parent_offset[0]), child.size):
                 kept.add(child)
         about = kept.about(disk)
         about.problems = overlaps(kept)

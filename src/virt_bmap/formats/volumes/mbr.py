@@ -140,7 +140,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
         else:
             add_partition(assembly, disk, slot, start, length, **_about(kind, slot, signature))
     problems += overlaps(assembly)
-    _post_mbr_gap(disk, own, [child.rows[0].parent_offset for child in assembly.children])
+    _post_mbr_gap(disk, own, [int(child.rows.parent_offset[0]) for child in assembly.children])
     return assembly
 
 

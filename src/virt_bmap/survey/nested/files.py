@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from virt_bmap.core.arrays import EMPTY, Bool, Int
-from virt_bmap.core.mapping import ROLES, Rows, Side
+from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader, scatter
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import paths, tables
@@ -174,9 +174,7 @@ class _Extents:
         at, start = self._at[mine][keep], self._start[mine][keep]
         run = np.minimum(self._length[mine][keep], size - at)
         flags = int(np.bitwise_or.reduce(self._flags[mine], initial=0))
-        none = np.zeros(len(at), np.int64)
-        role = np.full(len(at), ROLES.index("data"), np.int64)
-        rows = Rows(none, none, role, run, none + 1, Side(at, none), Side(start, none))
+        rows = Rows.make(at, 0, start, run)
         if flags & (tables.COMPRESSED | tables.ENCRYPTED):
             return rows, "is stored compressed or encrypted: copy it out (virt-bmap extract) and map the copy"
         if (at[1:] < at[:-1] + run[:-1]).any():

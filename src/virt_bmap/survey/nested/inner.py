@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from virt_bmap.core.amounts import plural
-from virt_bmap.core.arrays import Bytes, Int
+from virt_bmap.core.arrays import Bytes, Int, ints
 from virt_bmap.core.errors import Corrupt, FormatError, ImageError, Unsupported
+from virt_bmap.core.mapping import PACKED
 from virt_bmap.core.reader import MappedReader, Reader
 from virt_bmap.formats import foreign
 from virt_bmap.formats.images.inflate import InflatingReader, codec
-from virt_bmap.formats.images.layer import PACKED
 from virt_bmap.model.contract import About, Assembly, Child, Filesystem, Member, Problem
 from virt_bmap.open import magic
 from virt_bmap.open.chains import ChainedDisk, Chains
@@ -204,12 +204,12 @@ class Inner(Chains):
     def _file(self, number: int, name: str, contents: bool = True) -> Child:
         """A volume that is a file of the filesystem."""
         image = self._images[number]
-        rows = image.rows.placed(0, image.rows.parent + self._member.number)
-        return Child("image", name, image.size, [], many=rows, contents=contents, holes=[(0, image.size)])
+        rows = image.rows.placed(0, ints(self._member.number))
+        return Child("image", name, image.size, rows, contents=contents, holes=[(0, image.size)])
 
     def _opener(self, disk: ChainedDisk) -> Callable[[Reader], Reader] | None:
         packed = disk.rows.role == PACKED
         if not packed.any():
             return None
         codecs = {file: codec(link.layer) for link in disk.chain for file in link.files.tolist()}
-        return partial(InflatingReader, rows=disk.rows.select(packed), files=self._contents, codecs=codecs)
+        return partial(InflatingReader, rows=disk.rows.take(packed), files=self._contents, codecs=codecs)

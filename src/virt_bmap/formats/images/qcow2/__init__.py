@@ -12,9 +12,9 @@ import numpy as np
 from virt_bmap.core.arrays import Int, ints, weigh
 from virt_bmap.core.columns import stack
 from virt_bmap.core.layout import INT64_MAX
+from virt_bmap.core.mapping import PACKED as IN_PACKED
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images.layer import IN_DATA, IN_ZERO, Draft, Layer
-from virt_bmap.formats.images.layer import PACKED as IN_PACKED
 from virt_bmap.formats.images.qcow2 import clusters, header, refcounts
 from virt_bmap.formats.images.qcow2.clusters import (
     IN_PLACE,

@@ -13,7 +13,7 @@ from functools import partial
 
 from virt_bmap.core.arrays import complement, ints
 from virt_bmap.core.errors import Corrupt
-from virt_bmap.core.mapping import Row
+from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.cipher import (
     IV_SECTOR,
@@ -149,7 +149,7 @@ def _add_volume(assembly: Assembly, member: Member, header: Header, cipher: Decr
         else f"{header.cipher}, encrypted up to byte {header.encrypted:#x}"
     )
     assembly.add(Child(
-        "crypt", f"/dev/mapper/bitlk-{header.guid}", size, rows, uuid=header.guid, detail=detail,
+        "crypt", f"/dev/mapper/bitlk-{header.guid}", size, Rows.of(rows), uuid=header.guid, detail=detail,
         open=partial(_reader, header=header, cipher=cipher), holes=[(0, size)],
     ))  # fmt: skip
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from virt_bmap.core.arrays import Int, complement, covered_twice, ints, subtract, union
 from virt_bmap.core.errors import Corrupt, FormatError
+from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
 from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
@@ -154,7 +155,7 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
     )
     first = min(group, key=lambda device: device.member.number).member
     assembly.add(Child(
-        "pool", first.name, size, rows, lambda base: PoolReader(base, pool),
+        "pool", first.name, size, Rows.of(rows), lambda base: PoolReader(base, pool),
         uuid=ondisk.uuid_text(superblock["fsid"]), detail=_detail(chunks),
     ))  # fmt: skip
     for device in present.values():

@@ -10,7 +10,6 @@ a row's strips, Q their sum weighted by powers of the generator).
 """
 
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -100,10 +99,10 @@ def layout(chunks: list[Chunk], devices: Devices) -> tuple[list[Row], int]:
             stripes = [way for way in possible if isinstance(way, int)]
             for nth, stripe in enumerate(stripes):
                 rows += (
-                    replace(row, role=COPY) if nth else row for row in strips(chunk, lane, stripe, devices)
+                    row._replace(role=COPY) if nth else row for row in strips(chunk, lane, stripe, devices)
                 )
             for stripe in lane.parity:
-                rows += (replace(row, role=PARITY) for row in strips(chunk, lane, stripe, devices))
+                rows += (row._replace(role=PARITY) for row in strips(chunk, lane, stripe, devices))
     return rows, unreachable
 
 
@@ -177,13 +176,13 @@ class Copies:
             recipes += [(way.p, way.q, way.without, own, chunk.lanes)] * len(rows)
         reader = self._mapped(plain)
         return (
-            RebuildingReader(reader, Rows.of(0, computed), np.array(recipes, np.int64), self._row)
+            RebuildingReader(reader, Rows.of(computed), np.array(recipes, np.int64), self._row)
             if computed
             else reader
         )
 
     def _mapped(self, rows: list[Row]) -> Reader:
-        columns = Rows.of(0, rows)
+        columns = Rows.of(rows)
         readers = {device.member.number: device.member.reader for device in self._devices.known.values()}
         return MappedReader(
             self.size,

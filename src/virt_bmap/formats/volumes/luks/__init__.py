@@ -13,7 +13,7 @@ import numpy as np
 
 from virt_bmap.core.arrays import complement, ints
 from virt_bmap.core.errors import Unsupported
-from virt_bmap.core.mapping import Row
+from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.core.reader import BytesReader, Reader
 from virt_bmap.formats.common.cipher import IV_SECTOR, DecryptedReader, Sectors, Window, WindowsReader
 from virt_bmap.formats.volumes.luks.header import (
@@ -130,11 +130,11 @@ def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, by
             flags = ENCRYPTED if segment.cipher else 0
             about.extents.add(CONTENT, segment.offset, segment.size, part="encrypted", flags=flags)
         return
-    rows = [
+    rows = Rows.of([
         Row(segment.start, member.number, segment.offset, segment.size)
         for segment in header.segments
         if segment.size
-    ]
+    ])  # fmt: skip
     size = sum(segment.size for segment in header.segments)
     assembly.add(Child(
         "crypt", f"/dev/mapper/luks-{header.uuid}", size, rows, uuid=header.uuid, label=header.label or None,

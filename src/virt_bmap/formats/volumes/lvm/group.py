@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from virt_bmap.core.arrays import complement, ints
 from virt_bmap.core.errors import Corrupt
-from virt_bmap.core.mapping import Rows
-from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.stripes import Place
 from virt_bmap.formats.volumes.lvm.label import SECTOR, Pv
 from virt_bmap.formats.volumes.lvm.text import Section
@@ -155,11 +154,8 @@ class Group:
 
     def add(self, child: Child) -> int:
         """One more volume; its number, by which rows of further volumes name it."""
-        rows = child.many or Rows.of(0, child.rows)
-        parents = {parent: self.readers[parent] for parent in dict.fromkeys(rows.parent.tolist())}
         number = self.assembly.add(child).number
-        reader: Reader = MappedReader(child.size, child.name, parents, rows, child.holes)
-        self.readers[number] = child.open(reader) if child.open else reader
+        self.readers[number] = child.over(self.readers, child.name)
         self.sizes[number] = child.size
         return number
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from virt_bmap.core.arrays import complement
 from virt_bmap.core.errors import Corrupt, FormatError, Unsupported
-from virt_bmap.core.mapping import COPY, DATA, ROLES, Row, Rows
+from virt_bmap.core.mapping import COPY, DATA, Rows
 from virt_bmap.formats.common.stripes import Place, bounded
 from virt_bmap.formats.volumes.lvm.cache import Cached, read_cache, read_writecache
 from virt_bmap.formats.volumes.lvm.group import Group, Opener, Space, add_free, in_order, segments_of, span
@@ -22,7 +22,7 @@ from virt_bmap.formats.volumes.lvm.raid import raid
 from virt_bmap.formats.volumes.lvm.segments import SHAPES
 from virt_bmap.formats.volumes.lvm.snapshot import read_exceptions
 from virt_bmap.formats.volumes.lvm.text import Section
-from virt_bmap.formats.volumes.lvm.thin import columns, read_pool
+from virt_bmap.formats.volumes.lvm.thin import read_pool
 from virt_bmap.model.contract import Child, Problem
 from virt_bmap.model.tables import CHECKSUMMED, CONTENT, FREE, UNREFERENCED
 
@@ -54,13 +54,7 @@ def read_group(group: Group) -> None:
 
 def _name_unread(group: Group) -> None:
     """An inner volume that no other lies on, because what it serves is not read: one piece, not a gap."""
-    used = {
-        parent
-        for child in group.assembly.children
-        for parent in (
-            np.unique(child.many.parent).tolist() if child.many else {row.parent for row in child.rows}
-        )
-    }
+    used = {parent for child in group.assembly.children for parent in child.parents}
     for child in group.assembly.children:
         if child.number in group.sizes and not (child.contents or child.extents or child.number in used):
             spare = child.name.endswith("_pmspare")
@@ -94,7 +88,7 @@ def _nothing(group: Group, name: str, segment: Section) -> None:
 
 def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Child:
     """A volume whose segments name their places in the text."""
-    rows: list[Row] = []
+    parts: list[Rows] = []
     size, kinds, absent, zeroes = 0, [], [], []
     opener: Opener | None = None
     for segment in segments:
@@ -102,9 +96,9 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
         start, length = span(group, segment)
         if kind in RAID_TYPES:
             length, more, opener = raid(group, name, segment)
-            rows += more
+            parts.append(more)
         elif kind in SHAPES:
-            rows += SHAPES[kind](group, name, segment)
+            parts.append(SHAPES[kind](group, name, segment))
             zeroes += [(start, start + length)] if kind == "zero" else []
         else:
             raise Unsupported(f"segments of type {kind!r} are not read", code="segment-type")
@@ -113,7 +107,7 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
             group.all_metadata(log.place.parent, "mirror log")
         kinds.append("linear" if kind == "striped" and segment.number("stripe_count", 1) == 1 else kind)
         absent += group.absent(segment)
-    rows, lost = bounded(rows, group.sizes)
+    rows, lost = bounded(Rows.concat(parts), group.sizes)
     child = _add(
         group, name,
         Child("lv", f"/dev/{group.name}/{shown}", size, rows, detail=", ".join(dict.fromkeys(kinds)),
@@ -145,7 +139,8 @@ def _add(group: Group, name: str, child: Child, inner: bool | None = None) -> Ch
 
 
 def _say_missing(group: Group, name: str, child: Child, absent: list[str]) -> None:
-    here = sum(row.run * row.count for row in child.rows if row.role == DATA)
+    rows = child.rows.take(child.rows.role == DATA)
+    here = int((rows.run * rows.count).sum())
     rebuilt = child.open is not None
     words = (
         "what is not there is computed from parity" if rebuilt else f"{here} of {child.size} bytes are there"
@@ -161,7 +156,7 @@ def _say_missing(group: Group, name: str, child: Child, absent: list[str]) -> No
     child.problems.append(
         Problem("missing-member", f"physical volume {ids} is missing{says}: {words}", -1, severity)
     )
-    if not child.rows:
+    if len(child.rows) == 0:
         group.logical[name] = None
         group.missing[True, name] = ids
 
@@ -216,16 +211,15 @@ def _thin(group: Group, name: str, segment: Section) -> None:
     rows = pool.rows(device, size, data)
     if origin := group.logical.get(segment.text("external_origin")):
         starts, ends = complement(
-            rows.on_volume.offset, rows.on_volume.offset + rows.run, 0, min(size, origin.size)
+            rows.volume_offset, rows.volume_offset + rows.run, 0, min(size, origin.size)
         )
-        rows = _together(rows, columns(starts, origin.place.parent, starts, ends - starts))
+        rows = Rows.concat([rows, Rows.make(starts, origin.place.parent, starts, ends - starts)])
     child = Child(
         "lv",
         f"/dev/{group.name}/{name}",
         size,
-        [],
+        rows,
         detail=f"thin, {int(rows.run.sum())} bytes mapped",
-        many=rows,
     )
     if device in pool.devices and not any(problem.severity == "error" for problem in pool.problems):
         child.holes = [(0, size)]  # else nobody knows which blocks were never written
@@ -233,22 +227,6 @@ def _thin(group: Group, name: str, segment: Section) -> None:
         detail = f"thin device {device} is not in the pool's metadata"
         child.problems.append(Problem("thin-device", detail, -1, "error"))
     _add(group, name, child)
-
-
-def _together(*parts: Rows) -> Rows:
-    """Rows of one run each, of several sources, as one."""
-    volume_offset, parent_offset, run, parent, role = (
-        np.concatenate(column)
-        for column in zip(
-            *(
-                (part.on_volume.offset, part.on_parent.offset, part.run, part.parent, part.role)
-                for part in parts
-            ),
-            strict=True,
-        )
-    )
-    rows = columns(volume_offset, 0, parent_offset, run)
-    return Rows(rows.volume, parent, role, rows.run, rows.count, rows.on_volume, rows.on_parent)
 
 
 # ---- snapshots and caches ----------------------------------------------------------------------------------
@@ -268,12 +246,12 @@ def _snapshot(group: Group, name: str, segments: list[Section]) -> None:
     start = found.old * found.chunk
     run = np.minimum(found.count * found.chunk, origin.size - start)
     starts, ends = complement(start, start + run, 0, origin.size)
-    rows = _together(
-        columns(start, store.number, found.new * found.chunk, run),
-        columns(starts, origin.place.parent, starts, ends - starts),
-    )
+    rows = Rows.concat([
+        Rows.make(start, store.number, found.new * found.chunk, run),
+        Rows.make(starts, origin.place.parent, starts, ends - starts),
+    ])  # fmt: skip
     detail = f"snapshot of {group.snapshots[name]}, {int(found.count.sum())} chunks of its own"
-    child = Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows)
+    child = Child("lv", f"/dev/{group.name}/{name}", origin.size, rows, detail=detail)
     if found.outside:
         detail = f"{found.outside} exceptions lie outside the origin or the store"
         child.problems.append(Problem("snapshot", detail))
@@ -294,9 +272,9 @@ def _cache(group: Group, name: str, segment: Section) -> None:
         parts = [_space(group, name, inner, "metadata"), _space(group, name, inner, "data")]
         places = [(space.place.parent, 0, space.size) for space in parts]
     (metadata, start, length), (data, first, size) = places
-    reader = columns(np.zeros(1, np.int64), metadata, np.array([start]), np.array([length]))
+    rows = Rows.make(0, metadata, start, length)
     inside = (
-        group.add(Child("lv", f"/dev/{group.name}/{pool}", length, [], contents=False, many=reader))
+        group.add(Child("lv", f"/dev/{group.name}/{pool}", length, rows, contents=False))
         if start or metadata == data
         else metadata
     )
@@ -319,9 +297,9 @@ def _integrity(group: Group, name: str, segment: Section) -> None:
     if beside := group.logical.get(segment.text("meta_dev")):
         group.all_metadata(beside.place.parent, "integrity checksums")
     size = min(span(group, segment)[1], origin.size)
-    _add(group, name, Child("lv", f"/dev/{group.name}/{name}", size, [Row(0, origin.place.parent, 0, size)],
-            detail="integrity",
-                            traits=CHECKSUMMED))  # fmt: skip
+    rows = Rows.make(0, origin.place.parent, 0, size)
+    device = f"/dev/{group.name}/{name}"
+    _add(group, name, Child("lv", device, size, rows, detail="integrity", traits=CHECKSUMMED))
 
 
 def _add_cached(
@@ -334,13 +312,11 @@ def _add_cached(
     )
     start = found.origin[keep] * found.size
     run = np.minimum(found.size, origin.size - start)
-    held = columns(start, data, first + found.place[keep], run)
     dirty = found.dirty[keep]
-    role = np.where(dirty, ROLES.index(DATA), ROLES.index(COPY))
-    held = Rows(held.volume, held.parent, role, held.run, held.count, held.on_volume, held.on_parent)
+    held = Rows.make(start, data, first + found.place[keep], run, role=np.where(dirty, DATA, COPY))
     starts, ends = complement(start[dirty], start[dirty] + run[dirty], 0, origin.size)
-    rows = _together(held, columns(starts, origin.place.parent, starts, ends - starts))
+    rows = Rows.concat([held, Rows.make(starts, origin.place.parent, starts, ends - starts)])
     detail = f"{kind}, {len(start)} blocks cached, {int(dirty.sum())} of them newer than the origin"
-    child = Child("lv", f"/dev/{group.name}/{name}", origin.size, [], detail=detail, many=rows)
+    child = Child("lv", f"/dev/{group.name}/{name}", origin.size, rows, detail=detail)
     child.problems += found.problems
     _add(group, name, child)

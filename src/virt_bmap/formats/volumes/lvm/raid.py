@@ -10,7 +10,7 @@ import numpy as np
 
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct, widen
-from virt_bmap.core.mapping import Row
+from virt_bmap.core.mapping import Rows
 from virt_bmap.formats.common import stripes
 from virt_bmap.formats.common.rebuild import RebuiltReader, Stripes
 from virt_bmap.formats.common.stripes import Place, Raid10
@@ -50,7 +50,7 @@ NEAR_TYPES = ("raid10", "raid10_near")
 TYPES = (*PARITY_TYPES, *MIRRORED_TYPES, *STRIPED_TYPES, *NEAR_TYPES)
 
 
-def raid(group: Group, owner: str, segment: Section) -> tuple[int, list[Row], Opener | None]:
+def raid(group: Group, owner: str, segment: Section) -> tuple[int, Rows, Opener | None]:
     """(bytes, mapping rows, what computes the bytes of missing images) of a RAID segment.
 
     The last is None where none is missing.

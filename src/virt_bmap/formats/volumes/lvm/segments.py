@@ -8,7 +8,7 @@ drivers/md/dm-raid.c.
 from collections.abc import Callable
 
 from virt_bmap.core.errors import Corrupt
-from virt_bmap.core.mapping import Row
+from virt_bmap.core.mapping import Rows
 from virt_bmap.formats.common import stripes
 from virt_bmap.formats.common.stripes import Place
 from virt_bmap.formats.volumes.lvm.group import MAX_EXTENTS, Group, Space, span
@@ -45,19 +45,19 @@ def _take(group: Group, owner: str, area: Area, size: int) -> Place | None:
     return place
 
 
-def striped(group: Group, owner: str, segment: Section) -> list[Row]:
+def striped(group: Group, owner: str, segment: Section) -> Rows:
     """Linear, or chunk after chunk over several areas."""
     start, size = span(group, segment)
     found = areas(group, segment, "stripes")
     if len(found) == 1:
         place = _take(group, owner, found[0], size)
-        return [Row(start, place.parent, place.offset, size)] if place else []
+        return stripes.mirrored(size, [place], start)
     chunk = segment.number("stripe_size", low=1, high=1 << 32) * SECTOR
     places = [_take(group, owner, area, size // len(found)) for area in found]
     return stripes.rows(stripes.striped(len(found)), chunk, size, places, start)
 
 
-def mirror(group: Group, owner: str, segment: Section) -> list[Row]:
+def mirror(group: Group, owner: str, segment: Section) -> Rows:
     """The old mirror target, which pvmove uses, too: every area holds all bytes; reads come from the first
     that is there."""
     start, size = span(group, segment)
@@ -66,12 +66,12 @@ def mirror(group: Group, owner: str, segment: Section) -> list[Row]:
     )
 
 
-def nothing(group: Group, owner: str, segment: Section) -> list[Row]:
+def nothing(group: Group, owner: str, segment: Section) -> Rows:
     """Lies nowhere: reads as zeroes or as errors."""
-    return []
+    return Rows.of([])
 
 
-SHAPES: dict[str, Callable[[Group, str, Section], list[Row]]] = {
+SHAPES: dict[str, Callable[[Group, str, Section], Rows]] = {
     "striped": striped, "linear": striped, "mirror": mirror, "zero": nothing, "error": nothing,
     "free": nothing,
 }  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 from virt_bmap.core.arrays import Int, complement, runs, union
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct, widen
-from virt_bmap.core.mapping import Rows, Side
+from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.volumes.lvm.btree import BLOCK, SPACE_MAP_ROOT, Entries, Store, sound
 from virt_bmap.formats.volumes.lvm.label import SECTOR
@@ -58,22 +58,7 @@ class Pool:
         keep = virtual < -(-size // self.block_size)
         start = virtual[keep] * self.block_size
         run = np.minimum(count[keep] * self.block_size, size - start)
-        return columns(start, parent, block[keep] * self.block_size, run)
-
-
-def columns(volume_offset: Int, parent: int, parent_offset: Int, run: Int) -> Rows:
-    """Rows of one run each."""
-    n = len(run)
-    zero, one = np.zeros(n, np.int64), np.ones(n, np.int64)
-    return Rows(
-        zero,
-        np.full(n, parent, np.int64),
-        zero,
-        run,
-        one,
-        Side(volume_offset, zero),
-        Side(parent_offset, zero),
-    )
+        return Rows.make(start, parent, block[keep] * self.block_size, run)
 
 
 def merged(owner: Int, key: Int, block: Int, count: Int) -> tuple[Int, Int, Int, Int]:

@@ -7,7 +7,7 @@ raid5.c, raid10.c.
 from dataclasses import dataclass
 
 from virt_bmap.core.errors import Corrupt, Unsupported
-from virt_bmap.core.mapping import Row
+from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.formats.common import stripes
 from virt_bmap.formats.common.rebuild import Stripes
 from virt_bmap.formats.common.stripes import Place, Raid10
@@ -93,7 +93,7 @@ def _unused(member: Superblock, code: str, detail: str, severity: str = "note") 
     member.problems.append(Problem(code, detail, -1, severity))
 
 
-def place(array: Array) -> tuple[int, list[Row], Stripes | None]:
+def place(array: Array) -> tuple[int, Rows, Stripes | None]:
     """(bytes of the array, mapping rows, how to compute what is missing). Raises Corrupt or Unsupported."""
     head = array.head
     if head.level not in NAMES:
@@ -150,26 +150,26 @@ def _sizes(array: Array) -> list[int]:
     return [(first if size < 0 else size) // chunk * chunk for size in known]
 
 
-def _linear(array: Array) -> tuple[int, list[Row]]:
+def _linear(array: Array) -> tuple[int, Rows]:
     at, rows = 0, []
     for member, size in zip(array.slots, _sizes(array), strict=True):
         if member and size:
             rows.append(Row(at, member.member.number, member.data_offset, size))
         at += size
-    return at, rows
+    return at, Rows.of(rows)
 
 
-def _raid0(array: Array) -> tuple[int, list[Row]]:
+def _raid0(array: Array) -> tuple[int, Rows]:
     """Zones: all members up to the size of the smallest, then those that go on up to the next smallest, and
     so forth."""
     sizes, chunk = _sizes(array), array.head.chunk
     layout = array.head.layout if array.head.raid0_layout else ORIGINAL_LAYOUT
-    at, low, rows = 0, 0, []
+    at, low, parts = 0, 0, []
     for high in sorted(set(sizes)):
         zone = [one for one, size in zip(array.slots, sizes, strict=True) if size >= high]
         width = len(zone)
         first = at // chunk % width if layout == ORIGINAL_LAYOUT else 0
         spots = [Place(one.member.number, one.data_offset + low) if one else None for one in zone]
-        rows += stripes.rows(stripes.striped(width, first), chunk, (high - low) * width, spots, at)
+        parts.append(stripes.rows(stripes.striped(width, first), chunk, (high - low) * width, spots, at))
         at, low = at + (high - low) * width, high
-    return at, rows
+    return at, Rows.concat(parts)
