@@ -206,9 +206,11 @@ def _extents(
     groups = links.only(items.join(found.groups), ondisk.EXTENT_TREE, ondisk.BLOCK_GROUP_TREE)
     free = owners.add_space(out, pool, used, logged, groups, damage)
     if int(pool.superblock["compat_ro_flags"]) & ondisk.COMPAT_RO_FREE_SPACE_TREE_VALID:
-        owners.check_free_space(
-            free, links.only(items.join(found.free_space), ondisk.FREE_SPACE_TREE), pool, damage
+        told, accounts = (
+            links.only(items.join(rows), ondisk.FREE_SPACE_TREE)
+            for rows in (found.free_space, found.accounts)
         )
+        owners.check_free_space(free, told, accounts, pool, damage)
     return out.table(0)
 
 

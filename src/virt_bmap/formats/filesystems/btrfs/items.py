@@ -34,6 +34,7 @@ class Tables:
     allocated: list[Columns] = field(default_factory=list)
     groups: list[Columns] = field(default_factory=list)
     free_space: list[Columns] = field(default_factory=list)
+    accounts: list[Columns] = field(default_factory=list)
 
     def add(self, leaves: Leaves, sectorsize: int, refs: bool) -> None:
         """The items of one batch of leaves.
@@ -49,6 +50,7 @@ class Tables:
         self.inline.append(inline)
         self.allocated += [_extent_items(leaves), _metadata_items(leaves)]
         self.groups.append(_groups(leaves))
+        self.accounts.append(_accounts(leaves))
         self.free_space += [_free_space_extents(leaves), _free_space_bitmaps(leaves, sectorsize)]
 
 
@@ -201,6 +203,12 @@ def _groups(leaves: Leaves) -> Columns:
     items = leaves.of(ondisk.BLOCK_GROUP_ITEM_KEY, ondisk.BLOCK_GROUP_ITEM.itemsize)
     used = items.records(ondisk.BLOCK_GROUP_ITEM)["used"].astype(np.int64)
     return {"leaf": items.leaf, "start": items.objectid, "length": items.offset, "used": used}
+
+
+def _accounts(leaves: Leaves) -> Columns:
+    """The groups of which the free space tree has an account."""
+    items = leaves.of(ondisk.FREE_SPACE_INFO_KEY, 0)
+    return {"leaf": items.leaf, "start": items.objectid, "length": items.offset}
 
 
 def _free_space_extents(leaves: Leaves) -> Columns:
