@@ -105,7 +105,7 @@ class Guest:
         try:
             yield
         finally:
-            for _ in range(20):
+            for _ in range(240):
                 if subprocess.run(["umount", self.top]).returncode == 0:
                     break
                 time.sleep(0.5)
