@@ -16,7 +16,7 @@ from virt_bmap.formats import images as layers
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
-from virt_bmap.model.contract import Checks, Docs
+from virt_bmap.model.contract import Checks, Docs, FilesystemFormat, VolumeFormat
 from virt_bmap.model.listing import LETTERS
 from virt_bmap.open import magic
 
@@ -102,8 +102,8 @@ def data_model() -> str:
         ),
     ]
     lines += ["", "## Inodes of formats without inode numbers", ""]
-    for format in dict.fromkeys(listed.load() for listed in formats.FILESYSTEMS):
-        if format.inode:
+    for _, format in formats.every():
+        if isinstance(format, FilesystemFormat) and format.inode:
             lines.append(f"- **{format.name}**: {format.inode}")
     return "\n".join(lines) + "\n"
 
@@ -171,10 +171,11 @@ def formats_page() -> str:
         ),
         "never given away.",
     ]
-    for title, found in (("Volumes", formats.VOLUMES), ("Filesystems", formats.FILESYSTEMS)):
+    for title, kind in (("Volumes", VolumeFormat), ("Filesystems", FilesystemFormat)):
         lines += ["", f"## {title}"]
-        for package, format in {listed.package: listed.load() for listed in found}.items():
-            lines += described(format.name, f"virt_bmap.formats.{package}", format.docs, format.allocator)
+        for module, format in formats.every():
+            if isinstance(format, kind):
+                lines += described(format.name, module, format.docs, format.allocator)
     lines += [
         "",
         "## Image formats",
@@ -215,9 +216,8 @@ def verification() -> str:
             "not called proven. Made from the modules by `tools/document.py`;"),
         "what is never looked at is as much a part of the verdict.",
     ]  # fmt: skip
-    for listed in {listed.package: listed for listed in (*formats.VOLUMES, *formats.FILESYSTEMS)}.values():
-        format = listed.load()
-        lines += asked_of(format.name, f"virt_bmap.formats.{listed.package}", format.checks, format.allocator)
+    for module, format in formats.every():
+        lines += asked_of(format.name, module, format.checks, format.allocator)
     for module in map(layers.load, layers.LAYERS):
         lines += asked_of(module.NAME, module.__name__, module.CHECKS, module.ALLOCATOR)
     return head + "\n".join(lines) + "\n"

@@ -47,8 +47,6 @@ class Reader:
     """Must `_fetch` end in one thread before it begins in another?"""
     near = False
     """Is reading no more than a copy, from memory or a kernel's cache?"""
-    filesystem: str | None = None
-    """The filesystem module that reads this, where that is known without probing."""
     in_use: str | None = None
     """Who may be changing it while it is read, in a few words."""
 

@@ -7,12 +7,14 @@ format would take longer than mapping most disks. What a format is and can do st
 """
 
 import importlib
+from collections.abc import Iterator
 from itertools import chain
 from typing import Generic, NamedTuple, TypeVar
 
 from virt_bmap.core.reader import TAIL, Reader
 from virt_bmap.model.contract import FilesystemFormat, VolumeFormat
 
+HERE = "virt_bmap.formats"
 Magic = tuple[int | None, bytes]
 """(offset, bytes): the offset in bytes from the start, from the end if negative; None: anywhere in the last
 TAIL bytes."""
@@ -36,7 +38,7 @@ class Listed(NamedTuple, Generic[F]):
 
     def load(self) -> F:
         """The declaration."""
-        found: F = importlib.import_module(f"virt_bmap.formats.{self.package}").FORMAT
+        found: F = importlib.import_module(f"{HERE}.{self.package}").FORMAT
         return found
 
 
@@ -52,8 +54,6 @@ EXT_BACKUPS = tuple(
 F2FS_MAGIC = b"\x10\x20\xf5\xf2"
 UDF_MAGICS = tuple((0x8001 + 2048 * n, word) for n in range(16) for word in (b"NSR02", b"NSR03"))
 FILESYSTEMS: tuple[Listed[FilesystemFormat], ...] = (
-    # never by magic: `volumes.btrfs` makes the pool and says what it is
-    Listed("filesystems.btrfs", (), ("btrfs",)),
     Listed("filesystems.ext", ((0x438, b"\x53\xef"),), EXT, disk=True),
     Listed("filesystems.xfs", ((0, b"XFSB"),), ("xfs",), disk=True),
     Listed("filesystems.ntfs", ((3, b"NTFS    "),), ("ntfs",), disk=True),
@@ -93,7 +93,7 @@ VOLUMES: tuple[Listed[VolumeFormat], ...] = (
         disk=True,
     ),
     Listed("volumes.bitlocker", ((3, b"-FVE-FS-"), (3, b"MSWIN4.1")), ("BitLocker",)),
-    Listed("volumes.btrfs", ((0x10040, b"_BHRfS_M"),), ("btrfs",)),
+    Listed("filesystems.btrfs.devices", ((0x10040, b"_BHRfS_M"),), ("btrfs",)),
     Listed("volumes.gpt", (BOOT_SIGNATURE,), ("gpt",), disk=True),
     Listed("volumes.mbr", (BOOT_SIGNATURE,), ("dos",), disk=True),
     Listed("volumes.apm", tuple((size, b"PM\0\0") for size in (512, 1024, 2048, 4096)), ("mac",)),
@@ -108,12 +108,26 @@ In the same order those that span volumes are put together: arrays, then what li
 
 def filesystem(type: str | None) -> FilesystemFormat | None:
     """The format whose filesystems have this type; None where none is read."""
-    return _of_type(FILESYSTEMS, type)
+    if found := _of_type(FILESYSTEMS, type):
+        return found
+    made = _of_type(VOLUMES, type)
+    return made.holds if made else None
 
 
 def volume(type: str | None) -> VolumeFormat | None:
     """The format whose volumes have this type; None where none is read."""
     return _of_type(VOLUMES, type)
+
+
+def every() -> Iterator[tuple[str, VolumeFormat | FilesystemFormat]]:
+    """(module, declaration) of all formats, those that volume formats hold behind these."""
+    for package, volumes in {listed.package: listed for listed in VOLUMES}.items():
+        made = volumes.load()
+        yield f"{HERE}.{package}", made
+        if made.holds:
+            yield made.holds.read.__module__, made.holds
+    for package, filesystems in {listed.package: listed for listed in FILESYSTEMS}.items():
+        yield f"{HERE}.{package}", filesystems.load()
 
 
 def _of_type(formats: tuple[Listed[F], ...], type: str | None) -> F | None:
@@ -122,14 +136,12 @@ def _of_type(formats: tuple[Listed[F], ...], type: str | None) -> F | None:
 
 def filesystem_on(reader: Reader) -> FilesystemFormat | None:
     """The format of the filesystem on a volume, by magic."""
-    return filesystem(reader.filesystem) if reader.filesystem else _first(FILESYSTEMS, reader)
+    return _first(FILESYSTEMS, reader)
 
 
 def volume_on(reader: Reader, has_header: bool = False) -> VolumeFormat | None:
     """The volume format whose magic a volume carries; with a detached LUKS header there is none on it."""
-    if has_header:
-        return volume("crypto_LUKS")
-    return None if reader.filesystem else _first(VOLUMES, reader)
+    return volume("crypto_LUKS") if has_header else _first(VOLUMES, reader)
 
 
 def _first(formats: tuple[Listed[F], ...], reader: Reader) -> F | None:
@@ -138,7 +150,8 @@ def _first(formats: tuple[Listed[F], ...], reader: Reader) -> F | None:
     for listed in formats:
         if any(_is_there(reader, magic, there) for magic in listed.magics):
             format = listed.load()
-            if format.probe(reader):
+            probe = format.probe
+            if probe is None or probe(reader):
                 return format
     return None
 

@@ -136,7 +136,8 @@ class Child(About):
     `name` is the whole device name. `contents` False: not looked into (an extended partition, a hidden
     sub-volume). `unread` names the bytes that no reader claims: "BIOS boot". `holes` are where bytes that no
     row places read as zeroes since nothing was ever put there (thin volumes, image files); all others of that
-    kind are lost. `traits`: what its bytes are tied to, as in tables.TRAITS.
+    kind are lost. `traits`: what its bytes are tied to, as in tables.TRAITS. `holds`: the filesystem in it,
+    where that is known: then nobody looks for a magic.
     """
 
     kind: str
@@ -148,6 +149,7 @@ class Child(About):
     unread: str | None = None
     holes: list[tuple[int, int]] = field(default_factory=list)
     traits: int = 0
+    holds: "FilesystemFormat | None" = None
 
     @property
     def parents(self) -> list[int]:
@@ -241,7 +243,8 @@ class History(NamedTuple):
 
 
 class FilesystemFormat(NamedTuple):
-    """A filesystem. `probe` goes by magic only and never raises on content.
+    """A filesystem. `probe` goes by magic only and never raises on content; None where nothing but the listed
+    magics need be asked, or none is listed, since a volume format says what its volumes hold.
 
     `read(reader, others)` may use `others`, readers of volumes that nobody claimed (external journals).
 
@@ -260,7 +263,7 @@ class FilesystemFormat(NamedTuple):
     """
 
     name: str
-    probe: Callable[[Reader], bool]
+    probe: Callable[[Reader], bool] | None
     read: Callable[[Reader, Sequence[Reader]], Filesystem]
     docs: Docs
     checks: Checks
@@ -300,7 +303,8 @@ class VolumeFormat(NamedTuple):
     `name` is the type of its members in blkid's words.
 
     `assemble` gets one member; where the format `spans` volumes, all that were found so far. `allocator` as
-    in FilesystemFormat.
+    in FilesystemFormat. `holds`: what the volumes hold that it makes, where that is one filesystem of its own
+    (btrfs).
     """
 
     name: str
@@ -311,3 +315,4 @@ class VolumeFormat(NamedTuple):
     spans: bool = False
     allocator: str | None = None
     structures: Callable[[], Structures] = no_structures
+    holds: FilesystemFormat | None = None

@@ -89,6 +89,7 @@ class _Volume:
     extents: list[pa.Table] = field(default_factory=list)
     problems: list[tuple[str, Problem]] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
+    holds: FilesystemFormat | None = None
     filesystem: Filesystem | None = None
 
 
@@ -254,6 +255,10 @@ class _Survey:
             self._send(volume)
 
     def _send(self, volume: _Volume) -> None:
+        if volume.holds:
+            volume.type = volume.holds.name
+            self.found.append((volume, volume.holds))
+            return
         format = formats.volume_on(volume.reader, has_header=self.keys.header_of(volume.name) is not None)
         again = format.name if format and self._shows_again(volume, format) else None
         if format and not again:
@@ -331,6 +336,7 @@ class _Survey:
         volume = self._add(child.kind, child.name, reader, depth, disks.pop() if len(disks) == 1 else None)
         volume.size, volume.rows = child.size, child.rows.placed(volume.number, numbers)
         volume.unread, volume.traits = child.unread or volume.unread, child.traits
+        volume.holds = child.holds
         if child.contents:
             self.todo.append(volume)
         elif child.unread:

@@ -27,7 +27,7 @@ from virt_bmap.core.arrays import Int, ints, union
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs import files, items, ondisk, owners, tree
-from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool, PoolReader
+from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool, pool_of
 from virt_bmap.formats.filesystems.btrfs.verified import VerifiedReader
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
@@ -80,18 +80,11 @@ READ_TREES = {
 }
 
 
-def probe(reader: Reader) -> bool:
-    """A pool that the volume module put together. The superblock lies outside the logical address space."""
-    return isinstance(reader, PoolReader)
-
-
 def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     """The filesystem of a pool. Raises Corrupt where its root tree or its extent tree can't be read."""
-    if not isinstance(reader, PoolReader):
-        raise Corrupt(f"{reader.name}: not a btrfs pool")
-    pool, damage = reader.pool, Damage()
+    pool, damage = pool_of(reader), Damage()
     superblock = pool.superblock
-    source = source_of(reader)
+    source = source_of(reader, pool)
     if int(superblock["flags"]) & ondisk.SUPER_FLAG_METADUMP:
         damage.note(
             "metadump",
@@ -114,9 +107,8 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     )  # fmt: skip
 
 
-def source_of(reader: PoolReader) -> tree.Source:
+def source_of(reader: Reader, pool: Pool) -> tree.Source:
     """Where the tree blocks of a pool are read."""
-    pool = reader.pool
     return tree.Source.of(pool.superblock, reader, pool.copies, pool.chunks)
 
 
@@ -238,7 +230,7 @@ def _history() -> History:
 
 FORMAT = FilesystemFormat(
     NAME,
-    probe,
+    None,
     read,
     Docs(FEATURES, REFUSED, ORACLES),
     CHECKS,

@@ -21,18 +21,16 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common import past
 from virt_bmap.formats.filesystems import btrfs
 from virt_bmap.formats.filesystems.btrfs import files, items, ondisk, owners
-from virt_bmap.formats.filesystems.btrfs.pool import Damage, PoolReader
+from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool, pool_of
 from virt_bmap.model import tables
 
 
 def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Table:
     """What the trees of earlier transactions say of the bytes [starts[i], ends[i])."""
-    if not isinstance(reader, PoolReader):
-        return tables.empty("former")
-    found = []
-    for older in _older(reader.pool.superblock):
+    pool, found = pool_of(reader), []
+    for older in _older(pool.superblock):
         try:
-            found.append(_of_transaction(reader, older, starts, ends))
+            found.append(_of_transaction(reader, pool, older, starts, ends))
         except FormatError:  # none of this transaction's blocks is left
             continue
     return tables.concat("former", found)
@@ -53,15 +51,13 @@ def _older(superblock: np.void) -> Iterator[np.void]:
         yield older[0]
 
 
-def _of_transaction(reader: PoolReader, superblock: np.void, starts: Int, ends: Int) -> pa.Table:
-    damage, source = Damage(), btrfs.source_of(reader)
+def _of_transaction(reader: Reader, pool: Pool, superblock: np.void, starts: Int, ends: Int) -> pa.Table:
+    damage, source = Damage(), btrfs.source_of(reader, pool)
     found, links = btrfs.read_trees(source, superblock, set(), damage)
     inodes, fresh = files.inodes(items.join(found.inodes), links, damage)
     names, stubs = files.names(items.join(found.names), found.name_bytes, links, fresh, damage)
     rows = tables.ExtentRows()
-    owners.add_files(
-        rows, owners.sound(files.regular(items.join(found.regular), links, fresh), reader.pool, damage)
-    )
+    owners.add_files(rows, owners.sound(files.regular(items.join(found.regular), links, fresh), pool, damage))
     table = rows.table(0)
     table = table.take(pa.array(past.chosen(table, starts, ends)))
     sequence = np.full(len(table), int(superblock["generation"]), np.int64)

@@ -1,4 +1,4 @@
-"""The logical address space of a btrfs, as the volume module hands it to the filesystem module."""
+"""The logical address space of a btrfs, as `devices` hands it to who reads the filesystem in it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from virt_bmap.core.arrays import Bytes, Int
+from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.lost import Lost
 from virt_bmap.core.reader import Reader
 from virt_bmap.model.contract import Problem
@@ -42,7 +43,7 @@ class Copies(Protocol):
 
 @dataclass(frozen=True)
 class Pool:
-    """What the volume module knows of a filesystem: its superblock, its chunks and which logical bytes
+    """What the devices tell of a filesystem: its superblock, its chunks and which logical bytes
     superblocks take up."""
 
     superblock: np.void
@@ -54,12 +55,7 @@ class Pool:
 
 
 class PoolReader(Reader):
-    """Logical bytes of one btrfs.
-
-    Old mkfs.btrfs maps logical 0 to physical 0: a boot sector there must not be taken for a partition table.
-    """
-
-    filesystem = "btrfs"
+    """Logical bytes of one btrfs."""
 
     def __init__(self, base: Reader, pool: Pool) -> None:
         super().__init__(base.size, base.name)
@@ -76,6 +72,13 @@ class PoolReader(Reader):
 
     def lost(self, starts: Int, ends: Int) -> Lost:
         return self.pool.copies.first.lost(starts, ends)
+
+
+def pool_of(reader: Reader) -> Pool:
+    """The pool whose bytes a reader gives. Corrupt where it is of something else."""
+    if not isinstance(reader, PoolReader):
+        raise Corrupt(f"{reader.name}: not a btrfs pool")
+    return reader.pool
 
 
 class Damage:

@@ -21,7 +21,7 @@ from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.reader import Reader, scatter
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
 from virt_bmap.formats.filesystems.btrfs.ondisk import HEADER_SIZE, KEY_PTR_SIZE
-from virt_bmap.formats.filesystems.btrfs.pool import Damage, PoolReader
+from virt_bmap.formats.filesystems.btrfs.pool import Damage
 from virt_bmap.formats.filesystems.btrfs.tree import Forest, Roots, Source
 
 BATCH = 16 << 20
@@ -148,9 +148,7 @@ class Checksums:
 class VerifiedReader(Reader):
     """Logical bytes, each block of them checked."""
 
-    filesystem = "btrfs"
-
-    def __init__(self, base: PoolReader, source: Source, roots: Roots, forest: Forest) -> None:
+    def __init__(self, base: Reader, source: Source, roots: Roots, forest: Forest) -> None:
         super().__init__(base.size, base.name)
         self._base, self._source, self.near = base, source, base.near
         self.below = [base]

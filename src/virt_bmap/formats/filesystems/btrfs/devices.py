@@ -18,10 +18,9 @@ from virt_bmap.core.arrays import Int, complement, covered_twice, ints, subtract
 from virt_bmap.core.errors import Corrupt, FormatError
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.filesystems import btrfs
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
-from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
-from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool, PoolReader, Ranges
-from virt_bmap.formats.volumes.btrfs.chunks import (
+from virt_bmap.formats.filesystems.btrfs.chunks import (
     TYPES,
     Chunk,
     chunk_tree,
@@ -30,7 +29,9 @@ from virt_bmap.formats.volumes.btrfs.chunks import (
     system_chunks,
     without_overlaps,
 )
-from virt_bmap.formats.volumes.btrfs.copies import Copies, Device, Devices, layout
+from virt_bmap.formats.filesystems.btrfs.copies import Copies, Device, Devices, layout
+from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
+from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool, PoolReader, Ranges
 from virt_bmap.model import tables
 from virt_bmap.model.contract import About, Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat
 
@@ -60,9 +61,7 @@ CHECKS = Checks(
 
 
 def probe(reader: Reader) -> bool:
-    """The superblock's magic and its own address; a pool is a filesystem, not a device again."""
-    if isinstance(reader, PoolReader):
-        return False
+    """The superblock's magic and its own address."""
     head = reader.read_clipped(ondisk.SUPER_OFFSETS[0] + 0x30, 24)
     return head[16:] == ondisk.MAGIC and int.from_bytes(head[:8], "little") == ondisk.SUPER_OFFSETS[0]
 
@@ -157,6 +156,7 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
     assembly.add(Child(
         "pool", first.name, size, Rows.of(rows), lambda base: PoolReader(base, pool),
         uuid=ondisk.uuid_text(superblock["fsid"]), detail=_detail(chunks),
+        holds=btrfs.FORMAT,
     ))  # fmt: skip
     for device in present.values():
         about = assembly.about(device.member)
@@ -248,4 +248,5 @@ FORMAT = VolumeFormat(
     CHECKS,
     allocator="the device extents of the chunks",
     spans=True,
+    holds=btrfs.FORMAT,
 )

@@ -20,8 +20,8 @@ from virt_bmap.core.lost import Lost
 from virt_bmap.core.mapping import COPY, PARITY, Row, Rows
 from virt_bmap.core.reader import MappedReader, Reader, scatter
 from virt_bmap.formats.common.rebuild import POWERS, inverse, times
+from virt_bmap.formats.filesystems.btrfs.chunks import Chunk, Lane, lanes_of
 from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
-from virt_bmap.formats.volumes.btrfs.chunks import Chunk, Lane, lanes_of
 from virt_bmap.model.contract import Member
 
 
