@@ -12,13 +12,11 @@ import pyarrow as pa
 from virt_bmap.accesses import trace
 from virt_bmap.accesses.profile.saved import RANGES
 from virt_bmap.formats import foreign
-from virt_bmap.formats import images as layers
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
-from virt_bmap.model.contract import Checks, Docs, FilesystemFormat, VolumeFormat
+from virt_bmap.model.contract import RAW, Checks, Docs, FilesystemFormat, VolumeFormat
 from virt_bmap.model.listing import LETTERS
-from virt_bmap.open import magic
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -181,18 +179,13 @@ def formats_page() -> str:
         "## Image formats",
         "",
         "Raw files, block devices and NBD exports are read directly; through `qemu-nbd`: "
-        + ", ".join(magic.FORMATS)
+        + ", ".join(type for type in formats.IMAGE_TYPES if type != RAW)
         + ".",
         "",
-        "Of these the format's own layer is read, too (`--host-offsets`, `info`, `explain`):",
+        "Where something is read here, it is the format's own layer (`--host-offsets`, `info`, `explain`).",
     ]
-    for module in map(layers.load, layers.LAYERS):
-        lines += described(
-            module.NAME,
-            module.__name__,
-            Docs(module.FEATURES, module.REFUSED, module.ORACLES),
-            module.ALLOCATOR,
-        )
+    for package, image in {listed.package: listed.load() for listed in formats.IMAGES}.items():
+        lines += described(image.name, f"virt_bmap.formats.{package}", image.docs, image.allocator)
     lines += [
         "",
         "## Known by magic alone",
@@ -218,8 +211,9 @@ def verification() -> str:
     ]  # fmt: skip
     for module, format in formats.every():
         lines += asked_of(format.name, module, format.checks, format.allocator)
-    for module in map(layers.load, layers.LAYERS):
-        lines += asked_of(module.NAME, module.__name__, module.CHECKS, module.ALLOCATOR)
+    for package, image in {listed.package: listed.load() for listed in formats.IMAGES}.items():
+        if image.checks:
+            lines += asked_of(image.name, f"virt_bmap.formats.{package}", image.checks, image.allocator)
     return head + "\n".join(lines) + "\n"
 
 

@@ -77,7 +77,7 @@ def test_corpus_equals_what_kernels_read(maps: dict[str, tuple[bool, BlockMap]],
     """Paths, sizes, modes, owners, times, links, inodes and extents as tables of a mounted walk have them."""
     compared = 0
     for file, (_, bmap) in maps.items():
-        truth = corpus / "truth" / f"{file.removeprefix('open/')}.truth.tsv"
+        truth = corpus / "truth" / f"{file.removeprefix('images/')}.truth.tsv"
         if not truth.exists() or bmap.filesystems.column("state").to_pylist() not in (
             ["clean"],
             ["not clean"],

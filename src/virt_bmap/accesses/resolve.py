@@ -13,6 +13,7 @@ import pyarrow as pa
 from virt_bmap.core.arrays import Bool, Bytes, Int, Intervals, complement
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.escape import escape
+from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.listing import LETTERS
@@ -35,15 +36,6 @@ MOST_LABELS = 1 << 17
 IDENTITY = ("device", "kind", "path", "part")
 """What makes two mentions of an object one. Inodes don't: a file that is written anew may get another one."""
 OPEN, DOUBTFUL, TOLD = (HELD, GUESSED), (OLDER, GUESSED, UNCONFIRMED), (CONFIRMED, UNCONFIRMED)
-
-NO_JOURNAL = ("btrfs",)
-"""Filesystems whose metadata is in its place before anything refers to it."""
-
-MOVING = ("bnobt", "cntbt", "inobt", "finobt", "rmapbt", "refcountbt", "inode chunk")
-"""Of a filesystem's own metadata, what takes free blocks and gives them back (XFS).
-
-All else lies where mkfs put it.
-"""
 
 _KINDS = np.arange(len(tables.KINDS) + 1)  # the last element is for -1, a volume of which nothing is known
 _NOBODYS = np.isin(_KINDS, (tables.FREE, tables.UNKNOWN, tables.UNREFERENCED, tables.GAP))
@@ -112,19 +104,17 @@ class Resolver:
         self.named = len(first)
         """Objects from this number on are whole volumes."""
         self._labels: dict[int, tuple[str, str, str]] = {}
-        types = dict(
-            zip(
-                tables.integers(bmap.filesystems, "volume").tolist(),
-                bmap.filesystems.column("type").to_pylist(),
-                strict=True,
-            )
-        )
-        self._in_place = np.array(
-            [types.get(number) in NO_JOURNAL for number in range(bmap.volumes.num_rows)], bool
-        )
-        self._moving = [
-            number for number, part in enumerate(self._parts) if part in (*MOVING, tables.STAGING)
-        ]
+        self._in_place = np.zeros(bmap.volumes.num_rows, bool)
+        moving = {tables.STAGING}
+        for number, type in zip(
+            tables.integers(bmap.filesystems, "volume").tolist(),
+            bmap.filesystems.column("type").to_pylist(),
+            strict=True,
+        ):
+            if format := formats.filesystem(type):
+                self._in_place[number] = format.in_place
+                moving |= set(format.moving)
+        self._moving = [number for number, part in enumerate(self._parts) if part in moving]
         self._staging = (
             self._parts.index(tables.STAGING) if tables.STAGING in self._parts else len(self._parts)
         )

@@ -17,7 +17,7 @@ from virt_bmap.model.contract import Structure
 def structure(type: str | None, part: str | None, features: str = "") -> Structure | None:
     """What lies in a part of a volume of this type; copies are named after what they copy, `backup
     superblock`."""
-    format = formats.filesystem(type) or formats.volume(type)
+    format = formats.filesystem(type) or formats.volume(type) or formats.image(type)
     found = format.structures() if format else {}
     plain = (part or "").removeprefix("backup ").removeprefix("primary ")
     special = (found.get(f"{plain}, {word}") for word in features.split())

@@ -20,7 +20,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.host import ours
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
-from virt_bmap.open import FORMATS
+from virt_bmap.open.magic import FORMATS
 from virt_bmap.survey import maps, nested
 from virt_bmap.survey.nested import Nested
 
@@ -125,8 +125,8 @@ def add_host_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-offsets",
         action="store_true",
-        help="count in bytes of the image files on the host (qcow2, vmdk, vhd, vhdx, vdi, raw), whose own "
-        "metadata is named, too; disk 1, 2, ... are these files",
+        help="count in bytes of the image files on the host, whose own metadata is named, too; disk 1, 2, "
+        "... are these files",
     )
 
 

@@ -22,7 +22,7 @@ from virt_bmap.commands.paths import INPUT
 from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.printable import say
-from virt_bmap.open import FORMATS
+from virt_bmap.open.magic import FORMATS
 from virt_bmap.saved.results import check_name
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say, to_json
 from virt_bmap.core.reader import Reader
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic
 from virt_bmap.survey import maps
 
@@ -120,7 +121,7 @@ def _host(image: str, args: argparse.Namespace, offset: int) -> Found | None:
 
     try:
         with open_host([image], **opening(args)) as host:
-            return None if host.disks[0].format == "raw" else host.place(0, offset) | {"unread": None}
+            return None if host.disks[0].format == RAW else host.place(0, offset) | {"unread": None}
     except Unsupported:
         return None
     except Corrupt as error:

@@ -22,6 +22,7 @@ from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic
 from virt_bmap.survey import maps
 
@@ -104,7 +105,7 @@ def image_facts(image: str, args: argparse.Namespace) -> dict[str, Any] | None:
 
     try:
         with open_host([image], **opening(args)) as host:
-            facts: dict[str, Any] | None = None if host.disks[0].format == "raw" else _escaped(describe(host))
+            facts: dict[str, Any] | None = None if host.disks[0].format == RAW else _escaped(describe(host))
             return facts
     except Unsupported:
         return None

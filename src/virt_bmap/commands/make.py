@@ -15,6 +15,7 @@ HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from virt_bmap.act.make import containers
     from virt_bmap.act.make.spec import KINDS, usage
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out",
         metavar="OUT",
         type=Output(None),
-        help="the file to make; .qcow2, .vmdk, .vdi, .vhdx, .vhd, .qed or .qcow say its format, else raw",
+        help=f"the file to make; {', '.join(containers())} say its format, else raw",
     )
     parser.add_argument("--tree", metavar="DIR", type=INPUT, help="fill it with what is in this directory")
     parser.add_argument(

@@ -8,7 +8,8 @@ from virt_bmap.commands.paths import INPUT
 from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.printable import say
-from virt_bmap.open import FORMATS, open_image
+from virt_bmap.open import open_image
+from virt_bmap.open.magic import FORMATS
 
 HELP = "warm a disk or NBD source: read ahead what a profile says will be needed"
 

@@ -23,14 +23,14 @@ from virt_bmap.core.amounts import human
 from virt_bmap.core.errors import ImageError, UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
+from virt_bmap.formats import registry as formats
 from virt_bmap.model.blockmap import BlockMap
-from virt_bmap.model.contract import Asks
+from virt_bmap.model.contract import RAW, Asks, Writing
 from virt_bmap.open import magic
 from virt_bmap.open.raw import RawReader
 from virt_bmap.survey import maps
 
 HELP = "give the free space of a disk image back to its host"
-FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,21 +48,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--in-place",
         action="store_true",
-        help="change the images themselves: raw files, block devices, qcow2",
+        help=f"change the images themselves, files or block devices: {', '.join(_written(Writing.FREEING))}",
     )
     parser.add_argument("--swap", action="store_true", help="give back the content of swap space, too")
     parser.add_argument(
         "--convert",
-        choices=FORMATS,
+        choices=_written(Writing.ANYWHERE),
         metavar="FORMAT",
-        help=f"format of OUT, instead of the disk's own: {', '.join(FORMATS)}",
+        help=f"format of OUT, instead of the disk's own: {', '.join(_written(Writing.ANYWHERE))}",
     )
-    parser.add_argument("--compress", action="store_true", help="compress OUT (qcow2)")
+    parser.add_argument(
+        "--compress",
+        action="store_true",
+        help=f"compress OUT ({', '.join(_written(Writing.COMPRESSED))})",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     add_partial_option(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("-q", "--quiet", action="store_true", help="no summary, no progress")
     add_disk_options(parser)
+
+
+def _written(how: Writing) -> list[str]:
+    """The formats whose images can be written so."""
+    return [format.name for format in formats.images() if how in format.writing]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,19 +149,22 @@ def _refuse_out(out: str, images: list[str], force: bool) -> None:
 
 def _format_of_copy(args: argparse.Namespace, image: str) -> str:
     """The format of OUT: as asked for, or as the disk has it."""
-    found: str | None = args.convert
-    if found is None and not magic.is_uri(image):
+    found: str = args.convert or RAW
+    if args.convert is None and not magic.is_uri(image):
         plain = RawReader(image)
         found = args.format or magic.recognise(plain)
         plain.close()
-        if found not in (None, *FORMATS):
+        if Writing.ANYWHERE not in magic.known(found).writing:
             raise UsageError(
-                f"{image}: a {found} image can't be written; choose "
-                f"another format with --convert: {', '.join(FORMATS)}"
+                f"{image}: a {found} image can't be written; choose another format with --convert: "
+                f"{', '.join(_written(Writing.ANYWHERE))}"
             )
-    found = found or "raw"
-    if args.compress and found != "qcow2":
-        raise UsageError(f"--compress needs a qcow2 image, but OUT becomes {found}: use --convert qcow2")
+    if args.compress and Writing.COMPRESSED not in magic.known(found).writing:
+        packed = _written(Writing.COMPRESSED)
+        raise UsageError(
+            f"--compress needs a {' or '.join(packed)} image, but OUT becomes {found}: use "
+            f"--convert {packed[0]}"
+        )
     return found
 
 

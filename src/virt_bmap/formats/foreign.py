@@ -15,6 +15,7 @@ from functools import cache
 
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.reader import HEAD, TAIL, Reader
+from virt_bmap.formats.registry import IMAGES
 from virt_bmap.model.tables import SLEEPING, VOUCHING
 
 Check = tuple[int, bytes] | tuple[int, bytes, bytes]
@@ -175,6 +176,14 @@ FILESYSTEMS: tuple[Row, ...] = (
     *_each("minix", (1024 + 24,), (_le(0x4D5A, 2), _be(0x4D5A, 2))),
 )  # fmt: skip
 
+HOLDERS = {name for name, *_ in (*ENCRYPTED, *MEMBERS)}
+"""Types of what holds volumes, and no files."""
+MOUNTED = {
+    "affs", "befs", "bfs", "efs", "exfs", "hfs", "hfsplus", "hpfs", "jfs", "minix", "nilfs2", "omfs", "qnx4",
+    "qnx6", "reiserfs", "romfs", "sysv", "ufs", "zonefs",
+}  # fmt: skip
+"""Filesystems that the kernels of most distributions mount."""
+
 PARTITION_TABLES: tuple[Row, ...] = (
     ("ldm", (6 * SECTOR, b"PRIVHEAD")),
     ("ldm", (-SECTOR, b"PRIVHEAD")),
@@ -198,25 +207,16 @@ PARTITION_TABLES: tuple[Row, ...] = (
 )
 
 CONTAINERS: tuple[Row, ...] = (
-    ("qcow2 image", (0, b"QFI\xfb")),
-    ("QED image", (0, b"QED\0")),
-    ("VMDK image", (0, b"KDMV")),
-    ("VMDK image", (0, b"COWD")),
-    ("VMDK descriptor", (0, b"# Disk DescriptorFile")),
-    ("VHDX image", (0, b"vhdxfile")),
-    ("VHD image", (0, b"conectix")),
-    ("VHD image", (-SECTOR, b"conectix")),
-    ("VDI image", (0x40, _le(0xBEDA107F))),
-    ("Parallels image", (0, b"WithoutFreeSpace")),
-    ("Parallels image", (0, b"WithouFreSpacExt")),
-    ("Bochs image", (0, b"Bochs Virtual HD Image")),
+    *(
+        (listed.title, (offset, magic))
+        for listed in IMAGES
+        for offset, magic in listed.magics
+        if listed.title and offset is not None
+    ),
     ("cloop image", (0, b"#!/bin/sh\n#V2.0 Format")),
-    ("EWF image", (0, b"EVF\x09\x0d\x0a\xff\0")),
-    ("EWF image", (0, b"EVF2\x0d\x0a\x81\0")),
     ("EWF logical image", (0, b"LVF\x09\x0d\x0a\xff\0")),
     ("EWF logical image", (0, b"LEF2\x0d\x0a\x81\0")),
     ("AFF image", (0, b"AFF10\r\n\0")),
-    ("DMG image", (-SECTOR, b"koly")),
     ("encrypted DMG image", (0, b"encrcdsa")),
     ("sparseimage", (0, b"sprs")),
     ("Nero CD image", (-12, b"NER5")),

@@ -3,7 +3,7 @@ the format.
 
 A package is imported only when its magic was found, or when a map names a type that it reads: importing every
 format would take longer than mapping most disks. What a format is and can do stands in its declaration,
-`FORMAT` (`contract.FilesystemFormat`, `contract.VolumeFormat`), and nowhere else.
+`FORMAT` (`contract.FilesystemFormat`, `contract.VolumeFormat`, `contract.ImageFormat`), and nowhere else.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Generic, NamedTuple, TypeVar
 
 from virt_bmap.core.reader import TAIL, Reader
-from virt_bmap.model.contract import FilesystemFormat, VolumeFormat
+from virt_bmap.model.contract import RAW, FilesystemFormat, ImageFormat, VolumeFormat
 
 HERE = "virt_bmap.formats"
 Magic = tuple[int | None, bytes]
@@ -21,20 +21,22 @@ TAIL bytes."""
 Seen = dict[tuple[int | None, int], bytes]
 """The bytes of a volume at (offset, length), as far as they were asked for: several formats look at one
 place."""
-F = TypeVar("F", FilesystemFormat, VolumeFormat)
+F = TypeVar("F", FilesystemFormat, VolumeFormat, ImageFormat)
 
 
 class Listed(NamedTuple, Generic[F]):
     """A package below `virt_bmap.formats`, the magics of which one must be there before its `probe` is asked,
-    and the types (in blkid's words) that its volumes have.
+    and the types that its volumes have (in blkid's words) or by which its images are asked for (QEMU's).
 
-    `disk`: a file that begins so is most likely a disk (`--nested all`).
+    `disk`: a file that begins so is most likely a disk (`--nested all`). `title`: what an image is called
+    where it is only named (`foreign`).
     """
 
     package: str
     magics: tuple[Magic, ...]
     types: tuple[str, ...]
     disk: bool = False
+    title: str = ""
 
     def load(self) -> F:
         """The declaration."""
@@ -105,6 +107,31 @@ one; md before LVM, since a mirror whose superblock lies at its end shows LVM's 
 before MBR, since every GPT disk has a protective MBR; the labels of other machines last, as in the kernel.
 In the same order those that span volumes are put together: arrays, then what lies on them."""
 
+IMAGES: tuple[Listed[ImageFormat], ...] = (
+    Listed("images.raw", (), (RAW,)),  # whatever is nothing else
+    Listed("images.qcow2", ((0, b"QFI\xfb"),), ("qcow2",), title="qcow2 image"),
+    Listed("images.qcow", ((0, b"QFI\xfb\0\0\0\1"),), ("qcow",)),
+    Listed("images.qed", ((0, b"QED\0"),), ("qed",), title="QED image"),
+    Listed("images.vmdk", ((0, b"KDMV"), (0, b"COWD")), ("vmdk",), title="VMDK image"),
+    Listed("images.vmdk", ((0, b"# Disk DescriptorFile"),), ("vmdk",), title="VMDK descriptor"),
+    Listed("images.vhd", ((0, b"conectix"), (-512, b"conectix")), ("vpc",), title="VHD image"),
+    Listed("images.vhdx", ((0, b"vhdxfile"),), ("vhdx",), title="VHDX image"),
+    Listed("images.vdi", ((0x40, b"\x7f\x10\xda\xbe"),), ("vdi",), title="VDI image"),
+    Listed(
+        "images.parallels",
+        ((0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt")),
+        ("parallels",),
+        title="Parallels image",
+    ),
+    Listed("images.bochs", ((0, b"Bochs Virtual HD Image"),), ("bochs",), title="Bochs image"),
+    Listed("images.dmg", ((-512, b"koly"),), ("dmg",), title="DMG image"),
+    Listed("images.luks", (), ("luks",)),
+    Listed("images.ewf", ((0, b"EVF\x09\x0d\x0a\xff\0"), (0, b"EVF2\x0d\x0a\x81\0")), (), title="EWF image"),
+)
+"""In probe order. Those without types can't be asked for: nothing opens them."""
+IMAGE_TYPES = tuple(dict.fromkeys(type for listed in IMAGES for type in listed.types))
+"""The names of all formats of images that can be opened: QEMU's."""
+
 
 def filesystem(type: str | None) -> FilesystemFormat | None:
     """The format whose filesystems have this type; None where none is read."""
@@ -130,6 +157,17 @@ def every() -> Iterator[tuple[str, VolumeFormat | FilesystemFormat]]:
         yield f"{HERE}.{package}", filesystems.load()
 
 
+def image(type: str | None) -> ImageFormat | None:
+    """The image format of this name; None where there is none."""
+    return _of_type(IMAGES, type)
+
+
+def images() -> Iterator[ImageFormat]:
+    """All image formats: for what is asked of each."""
+    for package in dict.fromkeys(listed.package for listed in IMAGES):
+        yield next(listed for listed in IMAGES if listed.package == package).load()
+
+
 def _of_type(formats: tuple[Listed[F], ...], type: str | None) -> F | None:
     return next((format.load() for format in formats if type in format.types), None)
 
@@ -142,6 +180,11 @@ def filesystem_on(reader: Reader) -> FilesystemFormat | None:
 def volume_on(reader: Reader, has_header: bool = False) -> VolumeFormat | None:
     """The volume format whose magic a volume carries; with a detached LUKS header there is none on it."""
     return volume("crypto_LUKS") if has_header else _first(VOLUMES, reader)
+
+
+def image_on(reader: Reader) -> ImageFormat | None:
+    """The format of the image in a file, by magic; None for a raw disk."""
+    return _first(IMAGES, reader)
 
 
 def _first(formats: tuple[Listed[F], ...], reader: Reader) -> F | None:
@@ -164,7 +207,8 @@ def _is_there(reader: Reader, magic: Magic, there: Seen) -> bool:
             start = max(0, reader.size - TAIL)
             there[key] = reader.read(start, reader.size - start)
         else:
-            there[key] = reader.read_clipped(offset if offset >= 0 else reader.size + offset, len(wanted))
+            at = offset if offset >= 0 else reader.size + offset
+            there[key] = reader.read_clipped(at, len(wanted)) if at >= 0 else b""
     return wanted in there[key]
 
 
@@ -184,9 +228,21 @@ def rank(type: str) -> int:
 
 def disk_magics(head: int) -> tuple[tuple[int, bytes], ...]:
     """What the first `head` bytes of a file hold, one of these, if it is most likely a disk."""
-    magics = [format.magics for format in VOLUMES if format.disk] + [
-        format.magics for format in FILESYSTEMS if format.disk
-    ]
+    return _in_head(
+        [
+            *(format.magics for format in VOLUMES if format.disk),
+            *(format.magics for format in FILESYSTEMS if format.disk),
+        ],
+        head,
+    )
+
+
+def image_magics(head: int) -> tuple[tuple[int, bytes], ...]:
+    """Likewise, if it is an image that can be opened."""
+    return _in_head([format.magics for format in IMAGES if format.types], head)
+
+
+def _in_head(magics: list[tuple[Magic, ...]], head: int) -> tuple[tuple[int, bytes], ...]:
     return tuple(
         (at, magic) for at, magic in chain(*magics) if at is not None and 0 <= at <= head - len(magic)
     )

@@ -1,9 +1,9 @@
 """What a format says of itself, and what it gives back: the shapes that the packages of formats share with
 everybody else.
 
-Each package below `formats/filesystems/` and `formats/volumes/` has one declaration,
+Each package below `formats/filesystems/`, `formats/volumes/` and `formats/images/` has one declaration,
 
-    FORMAT = FilesystemFormat(...)      or      FORMAT = VolumeFormat(...)
+    FORMAT = FilesystemFormat(...)   or   FORMAT = VolumeFormat(...)   or   FORMAT = ImageFormat(...)
 
 and is listed in `formats/registry.py`. `read` and `assemble` raise Corrupt or Unsupported where nothing can
 be read; what is wrong but leaves the rest readable is a Problem. What consumers (explain, diff, history, ...)
@@ -13,12 +13,12 @@ want to know of a format they ask its declaration.
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import Int
+from virt_bmap.core.arrays import Int, union
 from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import MappedReader, Reader
@@ -184,6 +184,54 @@ class Assembly:
         return child
 
 
+Inflate = Callable[[bytes, int], bytes]
+"""What is stored of a cluster, and its size, to its bytes. Raises ValueError."""
+
+
+@dataclass
+class ImageLayer:
+    """One disk image: `size` bytes that the guest sees, in clusters (grains, blocks) of `cluster` bytes.
+
+    The rows' `parent` counts `files`: 0 is the image file itself. They are sorted by volume_offset. `zeros`
+    are ranges that lie nowhere and read as zeroes even where a backing file has data; what neither they nor
+    rows cover is the backing file's. `extents` has one entry for each file. `facts` is for people and JSON.
+    `unreadable` says why the guest's bytes can't be read though it is known where they lie; `inflate` is for
+    compressed clusters, None where it is not known how they are.
+    """
+
+    format: str
+    files: Sequence[Reader]
+    size: int
+    cluster: int
+    rows: Rows
+    zeros: tuple[Int, Int]
+    extents: list[ExtentRows]
+    problems: list[Problem]
+    facts: dict[str, Any]
+    unreadable: str | None = None
+    inflate: Inflate | None = None
+
+    @property
+    def allocated(self) -> tuple[Int, Int]:
+        """The guest's ranges that the backing file has no say in, sorted and merged."""
+        ends = self.rows.volume_offset + self.rows.run
+        return union(
+            np.concatenate([self.rows.volume_offset, self.zeros[0]]), np.concatenate([ends, self.zeros[1]])
+        )
+
+
+class References(NamedTuple):
+    """Other files that an image's header names, and the backing format that it states."""
+
+    backing: str | None = None
+    backing_format: str | None = None
+    data: str | None = None
+    extents: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        return [name for name in (self.backing, self.data, *self.extents) if name]
+
+
 # ---- what a format says of itself --------------------------------------------------------------------------
 
 
@@ -258,6 +306,12 @@ class FilesystemFormat(NamedTuple):
     `target(data, size)`: the path in the bytes of a symbolic link whose inode has this size, None where it is
     none; formats that keep the plain path have no such function.
 
+    `in_place`: metadata is where it belongs before anything refers to it, with no journal between. `moving`:
+    of a filesystem's own metadata, the parts that take free blocks and give them back; all else lies where
+    it was made.
+    `mount`: options with which a kernel shows all of it, None where it holds no files. `scratch`: its content
+    is worth nothing while no machine runs.
+
     `checks` says what is proven; `prove(found)` asks what a map does not need, only for `check`: what is
     wrong it adds to the problems.
     """
@@ -276,6 +330,10 @@ class FilesystemFormat(NamedTuple):
     reuses_numbers: bool = True
     inode: str = ""
     target: Callable[[bytes, int], bytes | None] | None = None
+    in_place: bool = False
+    moving: tuple[str, ...] = ()
+    mount: str | None = ""
+    scratch: bool = False
 
 
 class Assembler(Protocol):
@@ -316,3 +374,86 @@ class VolumeFormat(NamedTuple):
     allocator: str | None = None
     structures: Callable[[], Structures] = no_structures
     holds: FilesystemFormat | None = None
+
+
+RAW = "raw"
+"""The format of a file that is the disk itself."""
+
+
+class Writing(enum.Flag):
+    """What can be had of images of a format by writing to them, through QEMU or (raw) by ourselves."""
+
+    ANYWHERE = enum.auto()
+    """A disk can be filled at any place, in any order."""
+    COMPRESSED = enum.auto()
+    """What is written can be stored compressed."""
+    FREEING = enum.auto()
+    """What is freed inside goes back to the host."""
+
+
+class ShownFile(NamedTuple):
+    """A file that QEMU is shown: `file` is its name, beside the image; None: so many `zeroes`.
+
+    `check` raises ImageError where the file is not what it is said to be.
+    """
+
+    file: str | None
+    zeroes: int = 0
+    check: Callable[[Reader], None] | None = None
+
+
+class Rewritten(NamedTuple):
+    """What QEMU is shown in the place of an image file: `content`, made of the places of its `parts`."""
+
+    parts: tuple[ShownFile, ...]
+    content: Callable[[Sequence[str]], bytes]
+
+
+def by_magic(image: Reader) -> bool:
+    """A format that its magic alone tells."""
+    return True
+
+
+def no_references(image: Reader) -> References:
+    """A format whose images are one file."""
+    return References()
+
+
+def one_size(image: Reader) -> int:
+    """Bytes of a cluster that nothing else is said of: the default of qcow2 and of QEMU's dirty bitmaps."""
+    return 64 << 10
+
+
+ONLY_QEMU = "where the bytes lie in the file: only QEMU knows"
+"""What is said of formats that have no reader."""
+
+
+class ImageFormat(NamedTuple):
+    """The format of a file with a disk in it. `name` is that of QEMU's driver.
+
+    `read(image, others)` gives the layer of an image; `others` are readers of the data file or the extents
+    that its header names, in its order. None: where the bytes lie only QEMU can say. `checks` says what is
+    proven then; `allocator` as in FilesystemFormat.
+
+    `references(image)` tells from the header alone what other files it names, and raises ImageError or
+    Corrupt where it can't be followed; `cluster(image)` in what units it shows bytes of its own.
+
+    QEMU is given the file, or what `rewritten(image, write)` says where its parser would take more for a
+    name than is one; None: this image as it is. `follows`: QEMU reads the backing files of such an image.
+    `refusal`: nothing opens these, and what to do instead. `suffix`: of files that are made in this format.
+    """
+
+    name: str
+    docs: Docs
+    checks: Checks | None = None
+    probe: Callable[[Reader], bool] = by_magic
+    read: Callable[[Reader, Sequence[Reader]], ImageLayer] | None = None
+    allocator: str | None = None
+    structures: Callable[[], Structures] = no_structures
+    references: Callable[[Reader], References] = no_references
+    cluster: Callable[[Reader], int] = one_size
+    rewritten: Callable[[Reader, bool], Rewritten | None] | None = None
+    follows: bool = True
+    writing: Writing = Writing(0)
+    suffix: str = ""
+    refusal: str = ""

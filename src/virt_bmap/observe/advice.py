@@ -3,21 +3,27 @@
 from collections.abc import Iterator
 
 from virt_bmap.core.escape import escape
+from virt_bmap.formats import foreign
+from virt_bmap.formats import registry as formats
 from virt_bmap.model.blockmap import BlockMap
 
 INSTALL = "apt-get install python3-guestfs linux-image-amd64, or dnf install python3-libguestfs"
-MOUNTABLE = (
-    "adfs", "affs", "befs", "bfs", "efs", "exfs", "f2fs", "hfs", "hfsplus", "hpfs", "jfs", "minix", "nilfs2",
-    "omfs", "qnx4", "qnx6", "reiserfs", "romfs", "sysv", "udf", "ufs", "zonefs",
-)  # fmt: skip
-"""Filesystems that are only named in a direct map, and that the kernels of most distributions mount."""
+
+
+def mount_options(type: str) -> str | None:
+    """What a kernel is told beside the type, to show all of a filesystem; None where it holds no files."""
+    if format := formats.filesystem(type):
+        return format.mount
+    return None if formats.volume(type) or type in foreign.HOLDERS else ""
 
 
 def advice(bmap: BlockMap) -> Iterator[str]:
-    """A line for each volume whose filesystem no reader reads, but a kernel mounts."""
-    read = set(bmap.filesystems.column("volume").to_pylist())
+    """A line for each volume whose filesystem no reader reads, or refuses to, but a kernel mounts."""
+    problems = bmap.problems.select(["volume", "code"]).to_pylist()
+    refused = {row["volume"] for row in problems if row["code"] == "unsupported"}
     for row in bmap.volumes.to_pylist():
-        if row["type"] in MOUNTABLE and row["volume"] not in read:
+        format = formats.filesystem(row["type"]) if row["volume"] in refused else None
+        if row["type"] in foreign.MOUNTED or (format and format.mount is not None):
             name = escape(row["name"].encode(errors="surrogateescape"))
             yield (
                 f"{name}: {row['type']} is taken as one piece; --method observe "

@@ -21,6 +21,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.observe import trace
+from virt_bmap.observe.advice import mount_options
 from virt_bmap.observe.appliance import Appliance, CallFailed
 from virt_bmap.observe.climb import climb
 from virt_bmap.observe.disks import Disks
@@ -244,14 +245,14 @@ def targets(
         if mountable.startswith("btrfsvol:"):
             continue  # its top-level volume shows all subvolumes
         volume = _volume(appliance, bmap, mountable, names)
-        if type in ("swap", "", "unknown") or type.endswith("_member") or type.startswith("crypto"):
+        if type in ("", "unknown") or (options := mount_options(type)) is None:
             continue
         if volume is None:
             left[mountable] = f"{type}, on a device that this map does not have"
         else:
             found.append(
                 ObservedVolume(
-                    volume, mountable, type, readers[volume].raw, "ro,subvolid=5" if type == "btrfs" else "ro"
+                    volume, mountable, type, readers[volume].raw, f"ro,{options}" if options else "ro"
                 )
             )
     return found, left

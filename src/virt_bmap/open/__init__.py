@@ -14,15 +14,12 @@ from collections.abc import Iterator, Sequence
 
 from virt_bmap.core.errors import ImageError
 from virt_bmap.core.reader import Reader
+from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic, raw
 
-FORMATS = ("raw", *magic.FORMATS)
-"""What `--format` takes."""
 PACKED = 16
 """Bytes of a guest's disk that one of an image's file may stand for, where it is compressed: of metadata,
 which is what counts here, less."""
-BY_LAYERS = ("vpc", "vhdx")
-"""Formats whose differencing images QEMU does not open; the readers of their layers do."""
 
 
 def open_image(
@@ -34,8 +31,8 @@ def open_image(
 ) -> Reader:
     """Open a path or NBD URI for reading.
 
-    `format` is one of FORMATS, or None to go by magic. `references` allows an image to consist of further
-    files (backing files, external data files, VMDK extents). `status`, where given, asks NBD servers
+    `format` is one of magic.FORMATS, or None to go by magic. `references` allows an image to consist of
+    further files (backing files, external data files, VMDK extents). `status`, where given, asks NBD servers
     (qemu-nbd included) for these metadata contexts, and for allocation where they tell it. `force_share`
     opens an image in one of QEMU's formats even while QEMU has it open for writing: what is read may
     then mix several states. Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
@@ -49,8 +46,8 @@ def open_image(
 
         return nbd.NbdReader(image)
     plain = raw.RawReader(image)
-    found = format or magic.recognise(plain) or "raw"
-    if found == "raw":
+    found = format or magic.recognise(plain)
+    if found == RAW:
         if status:
             plain.close()
             raise ImageError(f"{image}: is a raw disk, which has no {status[0].removeprefix('qemu:')}")
@@ -59,7 +56,7 @@ def open_image(
     from virt_bmap.open.references import references_of
 
     try:
-        if found in BY_LAYERS and references_of(plain, found).backing:
+        if not magic.known(found).follows and references_of(plain, found).backing:
             return host.open_by_layers(image, found, references)
         reader = qemu.open_with_qemu(plain, found, references, status, force_share)
         reader.in_use = plain.in_use

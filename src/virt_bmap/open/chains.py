@@ -14,11 +14,10 @@ from virt_bmap.core.arrays import Int, complement, ints, subtract, union
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats import images as layers
-from virt_bmap.formats.images.layer import Layer
+from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
-from virt_bmap.model.contract import About, Child
-from virt_bmap.open.references import References
+from virt_bmap.model.contract import About, Child, ImageLayer, References
+from virt_bmap.open import magic
 
 HIDDEN = "hidden by an overlay"
 
@@ -26,7 +25,7 @@ HIDDEN = "hidden by an overlay"
 class Link(NamedTuple):
     """One image of a chain; `files` are the numbers (from 0) of its own files, the image file first."""
 
-    layer: Layer
+    layer: ImageLayer
     files: Int
     names: References
 
@@ -105,17 +104,17 @@ class Chains:
             if other != format:
                 raise ImageError(f"{reader.name}: is used as {other} by one image and as {format} by another")
             return link
-        module = layers.load(format)
-        if module is None:
+        read = magic.known(format).read
+        if read is None:
             raise Unsupported(
                 f"{reader.name}: where the bytes of a {format} image lie in its file is not known here; it "
-                f"is for {', '.join(layers.LAYERS)}"
+                f"is for {', '.join(each.name for each in formats.images() if each.read)}"
             )
         others = [
             self.beside(number, name) for name in (*([names.data] if names.data else []), *names.extents)
         ]
         try:
-            layer = module.read(reader, [self.files[other] for other in others])
+            layer = read(reader, [self.files[other] for other in others])
         except Corrupt as error:
             raise (
                 error

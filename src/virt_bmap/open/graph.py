@@ -2,11 +2,10 @@
 named by the descriptor that QEMU inherits.
 
 QEMU follows no name, and guesses no format. What an image refers to was found here first (`references.py`)
-and opened here; of every image that has no backing file it is said that it has none. A VMDK's text, whose
-lines QEMU reads in its own way, is written anew (`formats/images/descriptor.py`).
+and opened here; of every image that has no backing file it is said that it has none. What QEMU reads in its
+own way (a VMDK's text) is written anew by its format.
 
-Sources: QEMU qapi/block-core.json (BlockdevOptions), block/vmdk.c (vmdk_parse_extents, vmdk_open_vmdk4;
-v7.2), block/qcow2.c (qcow2_do_open).
+Sources: QEMU qapi/block-core.json (BlockdevOptions), block/qcow2.c (qcow2_do_open; v7.2).
 """
 
 import contextlib
@@ -14,29 +13,16 @@ import fcntl
 import os
 import re
 import stat
-import struct
 from typing import Any
 
-from virt_bmap.core.amounts import plural
-from virt_bmap.core.errors import ImageError, UsageError
-from virt_bmap.formats.images import descriptor
 from virt_bmap.host.looked_at import open_looked_at
-from virt_bmap.open.magic import FORMATS
+from virt_bmap.model.contract import Rewritten, ShownFile
+from virt_bmap.open import magic
 from virt_bmap.open.raw import RawReader
 from virt_bmap.open.references import allowed_references
 
 FIRST_FREE = 4
 """The lowest descriptor that a file may be handed over as: those below are taken."""
-VMDK_TYPES = (
-    "monolithicFlat",
-    "vmfs",
-    "vmfsSparse",
-    "seSparse",
-    "twoGbMaxExtentSparse",
-    "twoGbMaxExtentFlat",
-)
-"""createType of the descriptors that QEMU opens: those of files that are text."""
-VMDK_FLAT, VMDK_SPARSE = ("FLAT", "VMFS"), ("SPARSE", "VMFSSPARSE", "SESPARSE")
 
 Node = dict[str, Any]
 
@@ -84,15 +70,14 @@ class Graph:
         return re.sub(r"/proc/self/fd/\d+", lambda found: self._names.get(found[0], found[0]), said)
 
     def _image(self, image: RawReader, format: str, references: bool, write: bool, depth: int) -> Node:
-        if format not in ("raw", *FORMATS):
-            raise UsageError(f"unknown image format {format!r}; there are: raw, {', '.join(FORMATS)}")
+        known = magic.known(format)
         found = allowed_references(image, format, references, depth)
         folder = os.path.dirname(os.path.abspath(image.name))
-        node: Node = {"driver": format, "backing": None}
-        text, whole = descriptor.find(image) if format == "vmdk" else (None, False)
+        node: Node = {"driver": known.name, "backing": None}
+        rewritten = known.rewritten(image, write) if known.rewritten else None
         node["file"] = (
-            self._described(image, text, folder, write)
-            if text and whole
+            self._rewritten(image, rewritten, folder, write)
+            if rewritten
             else self._file(image.fileno(), image.name, write)
         )
         if found.data:
@@ -118,42 +103,23 @@ class Graph:
         finally:
             os.close(fd)
 
-    def _described(self, image: RawReader, found: descriptor.Descriptor, folder: str, write: bool) -> Node:
-        """A VMDK that is text: our own text, in which extents are open files.
+    def _rewritten(self, image: RawReader, found: Rewritten, folder: str, write: bool) -> Node:
+        """A file in memory instead of the image, whose parts are open files."""
+        places = {part: self._part(part, folder, write) for part in dict.fromkeys(found.parts)}
+        content = found.content([places[part] for part in found.parts])
+        return self._memory(content, f"the descriptor of {image.name}", write)
 
-        QEMU leaves out ZERO: it gets an empty file for it.
-        """
-        if write and any(extent.access != "RW" or extent.type == "ZERO" for extent in found.extents):
-            raise ImageError(f"{image.name}: can't be written: some of its extents are read-only")
-        if found.create_type not in VMDK_TYPES:
-            raise ImageError(
-                f"{image.name}: is a VMDK of the type "
-                f"{found.create_type!r}; there are: {', '.join(VMDK_TYPES)}"
-            )
-        nodes: dict[str, str] = {}
-        places = []
-        for extent in found.extents:
-            key = extent.file or f"zeroes of {plural(extent.sectors, 'sector')}"
-            if key not in nodes:
-                nodes[key] = self._extent(image, extent, folder, write)
-            places.append(nodes[key])
-        return self._memory(descriptor.written(found, places), f"the descriptor of {image.name}", write)
-
-    def _extent(self, image: RawReader, extent: descriptor.Extent, folder: str, write: bool) -> str:
-        """The name by which QEMU is to open an extent's file."""
-        if extent.type == "ZERO" and not extent.file:
-            place: str = self._memory(extent.sectors * descriptor.SECTOR, "zeroes", False)["filename"]
+    def _part(self, part: ShownFile, folder: str, write: bool) -> str:
+        """The name by which QEMU is to open a part."""
+        place: str
+        if part.file is None:
+            place = self._memory(part.zeroes, "zeroes", False)["filename"]
             return place
-        if extent.type not in (*VMDK_FLAT, *VMDK_SPARSE) or not extent.file or extent.access == "NOACCESS":
-            raise ImageError(
-                f"{image.name}: has an extent {extent.access} of "
-                f"the type {extent.type}, which can't be opened"
-            )
-        with contextlib.closing(RawReader(os.path.join(folder, extent.file))) as file:
-            if extent.type in VMDK_SPARSE:
-                _require_sparse(file)
-            found: str = self._file(file.fileno(), file.name, write)["filename"]
-        return found
+        with contextlib.closing(RawReader(os.path.join(folder, part.file))) as file:
+            if part.check:
+                part.check(file)
+            place = self._file(file.fileno(), file.name, write)["filename"]
+        return place
 
     def _memory(self, content: bytes | int, name: str, write: bool) -> Node:
         """A file in memory with this content, or so many zeroes."""
@@ -163,14 +129,3 @@ class Graph:
             return self._file(fd, name, write)
         finally:
             os.close(fd)
-
-
-def _require_sparse(file: RawReader) -> None:
-    """A sparse extent must not be a descriptor itself: QEMU would follow it."""
-    head = file.read_clipped(0, descriptor.SECTOR)
-    if (head[:4] == descriptor.MAGIC and struct.unpack_from("<Q", head, 12)[0] == 0) or head.startswith(
-        descriptor.START
-    ):
-        raise ImageError(
-            f"{file.name}: should be a sparse extent of a VMDK, but is a descriptor of more extents"
-        )

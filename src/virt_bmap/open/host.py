@@ -16,11 +16,11 @@ from virt_bmap.core.errors import Unsupported
 from virt_bmap.core.mapping import PACKED, ROLES, ZERO
 from virt_bmap.core.reader import MappedReader, Reader
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Assembly, Member
+from virt_bmap.model.contract import RAW, Assembly, Member, References
 from virt_bmap.open import magic, open_image
 from virt_bmap.open.chains import ChainedDisk, Chains
 from virt_bmap.open.raw import RawReader
-from virt_bmap.open.references import References, allowed_references
+from virt_bmap.open.references import allowed_references
 
 
 @dataclass
@@ -173,7 +173,7 @@ def open_host(
     try:
         numbers = [host.file(image) for image in images]
         for image, number in zip(images, numbers, strict=True):
-            found = "raw" if magic.is_uri(image) else format or magic.recognise(host.files[number]) or "raw"
+            found = RAW if magic.is_uri(image) else format or magic.recognise(host.files[number])
             host.disks.append(host.disk(image, number, found))
         yield host
     finally:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from virt_bmap.core.errors import ImageError
 from virt_bmap.host import children, in_use, leftovers, programs
 from virt_bmap.host.punch import punch
+from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic
 from virt_bmap.open.graph import Graph
 from virt_bmap.open.nbd import NbdReader
@@ -169,13 +170,13 @@ def serve(
     with contextlib.ExitStack() as stack:
         if write and not magic.is_uri(source.image):  # qemu-nbd locks what it opens by itself
             in_use.refuse(source.image)
-            if source.format == "raw":
+            if source.format == RAW:
                 # the server has it, too, and for as long as it lasts
                 claims.append(in_use.claim(source.image))
                 stack.callback(os.close, claims[-1])
         if magic.is_uri(source.image):
             plugin = ["nbd", f"uri={source.image}", "shared=true"]
-        elif source.format == "raw":
+        elif source.format == RAW:
             plugin = ["file", f"file={os.path.abspath(source.image)}"]
         else:
             lower, process = stack.enter_context(_qemu_nbd(source, folder, write, lasts))

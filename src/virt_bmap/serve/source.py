@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from virt_bmap.core.amounts import counted, plural
 from virt_bmap.core.errors import MapError
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic, open_image
 from virt_bmap.open.raw import RawReader
 from virt_bmap.serve.serve import Source
@@ -22,12 +23,12 @@ def source(
     if magic.is_uri(image):
         reader = open_image(image)
         reader.close()
-        return Source(image, "raw", reader.size, references)
+        return Source(image, RAW, reader.size, references)
     found = format
     if found is None:
         plain = RawReader(image)
         try:
-            found = magic.recognise(plain) or "raw"
+            found = magic.recognise(plain)
         finally:
             plain.close()
     reader = open_image(image, found, references, force_share=force_share)

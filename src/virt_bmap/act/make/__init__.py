@@ -7,19 +7,15 @@ from pathlib import Path
 from virt_bmap.act.make import disk, filesystems, tools
 from virt_bmap.act.make.spec import parse
 from virt_bmap.core.errors import OutputError, UsageError
+from virt_bmap.formats import registry as formats
 from virt_bmap.host.files import dress_as
 from virt_bmap.host.leftovers import hidden_folder
+from virt_bmap.model.contract import RAW
 
-CONTAINERS = {
-    ".qcow2": "qcow2",
-    ".qcow": "qcow",
-    ".qed": "qed",
-    ".vmdk": "vmdk",
-    ".vdi": "vdi",
-    ".vhdx": "vhdx",
-    ".vhd": "vpc",
-}
-"""Extensions of the output, and what qemu-img calls their format; all others are raw."""
+
+def containers() -> dict[str, str]:
+    """Extensions of the output, and what qemu-img calls their format; all others are raw."""
+    return {format.suffix: format.name for format in formats.images() if format.suffix}
 
 
 def make(
@@ -58,9 +54,9 @@ def make(
             )
             disk.build(work)
             made = work.disk
-            if format := CONTAINERS.get(target.suffix.lower()):
+            if format := containers().get(target.suffix.lower()):
                 made = folder / "converted"
-                tools.run("qemu-img", "convert", "-f", "raw", "-O", format, work.disk, made)
+                tools.run("qemu-img", "convert", "-f", RAW, "-O", format, work.disk, made)
             with open(made, "rb") as file:
                 dress_as(str(target), file.fileno())
             os.replace(made, target)

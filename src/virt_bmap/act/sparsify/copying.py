@@ -12,13 +12,11 @@ from virt_bmap.core.errors import OutputError
 from virt_bmap.core.lost import Missing
 from virt_bmap.core.reader import Reader
 from virt_bmap.host import children, programs
+from virt_bmap.model.contract import RAW
 from virt_bmap.open.nbd_writer import NbdWriter
 from virt_bmap.open.qemu import PACKAGES
 from virt_bmap.open.qemu_writer import writing
 
-FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
-"""What a copy can be: all that QEMU writes to at any place."""
-COMPRESSED = ("qcow2",)
 CLUSTER = 64 << 10
 """What QEMU's formats allocate at once or in multiples of (qcow2, vmdk); zeroes in smaller pieces would save
 nothing, and a compressed cluster is written only once."""
@@ -50,7 +48,7 @@ def copy(
     `tell` is called with the number of bytes that are done. Raises OutputError, MissingTool, and ImageError
     where the disk can't be read whole unless `partial`.
     """
-    if format == "raw":
+    if format == RAW:
         with open(path, "r+b") as file:
             return dump(reader, SparseFile(file, reader.size), free, tell, GRAIN, partial)
     _create(path, format, reader.size)

@@ -19,6 +19,7 @@ from virt_bmap.core.errors import ImageError, OutputError, UsageError
 from virt_bmap.core.reader import Reader
 from virt_bmap.host.in_use import claim, refuse
 from virt_bmap.host.punch import punch
+from virt_bmap.model.contract import RAW, Writing
 from virt_bmap.open import magic
 from virt_bmap.open.nbd_writer import NbdWriter
 from virt_bmap.open.qemu_writer import writing
@@ -56,14 +57,14 @@ def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
         )
     plain = RawReader(image)
     try:
-        found = format or magic.recognise(plain) or "raw"
+        found = format or magic.recognise(plain)
     finally:
         plain.close()
-    if found not in ("raw", "qcow2"):
+    if Writing.FREEING not in magic.known(found).writing:
         raise UsageError(
             f"{image}: a {found} image can't give space back in place; make a copy: sparsify {image} OUT"
         )
-    if found == "raw":
+    if found == RAW:
         disk = PunchedFile(image)
         try:
             yield disk
@@ -120,7 +121,7 @@ class PunchedFile:
 
 
 class TrimmedImage:
-    """The disk in a qcow2 image, whose clusters QEMU frees."""
+    """The disk in an image whose clusters QEMU frees."""
 
     def __init__(self, writer: NbdWriter) -> None:
         self.reader = writer

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 
 from virt_bmap.ask.space import Ranges, Space, free_space
 from virt_bmap.core.arrays import Int
+from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 
@@ -21,17 +22,11 @@ def plan(bmap: BlockMap, disk: int, swap: bool = False) -> Space:
 def kinds_of(bmap: BlockMap, what: Collection[str]) -> Callable[[int], tuple[int, ...]]:
     """Which kinds of extents of a volume are meant: of "free", "gap" (slack after filesystems, too),
     "unreferenced" and "swap", those that are asked for."""
-    systems = dict(
-        zip(
-            bmap.filesystems.column("volume").to_pylist(),
-            bmap.filesystems.column("type").to_pylist(),
-            strict=True,
-        )
-    )
     always = tuple(kind for kind in tables.IDLE if tables.KINDS[kind] in what)
 
     def kinds(volume: int) -> tuple[int, ...]:
-        return (*always, tables.CONTENT) if SWAP in what and systems.get(volume) == SWAP else always
+        format = formats.filesystem(bmap.filesystem_type(volume)) if SWAP in what else None
+        return (*always, tables.CONTENT) if format and format.scratch else always
 
     return kinds
 

@@ -150,4 +150,6 @@ def _version_1(data: np.ndarray, name: str) -> tuple[np.void, int, Int]:
     return header, pages, np.unique(bad[(bad > 0) & (bad < pages)])
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS)
+FORMAT = FilesystemFormat(
+    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, mount=None, scratch=True
+)

@@ -11,15 +11,27 @@ Sources: VMware "Virtual Disk Format 5.0", section "The Descriptor File"; QEMU b
 import re
 import struct
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-from virt_bmap.core.errors import Corrupt
+from virt_bmap.core.errors import Corrupt, ImageError
 from virt_bmap.core.reader import Reader
+from virt_bmap.model.contract import Rewritten, ShownFile
 
 SECTOR = 512
 MAGIC, COWD, START = b"KDMV", b"COWD", b"# Disk DescriptorFile"
 MAX_DESCRIPTOR = 1 << 20
 """Bytes; QEMU's limit for a descriptor of its own. Real ones have some hundreds."""
+TYPES = (
+    "monolithicFlat",
+    "vmfs",
+    "vmfsSparse",
+    "seSparse",
+    "twoGbMaxExtentSparse",
+    "twoGbMaxExtentFlat",
+)
+"""createType of the descriptors that QEMU opens: those of files that are text."""
+FLAT, SPARSE = ("FLAT", "VMFS"), ("SPARSE", "VMFSSPARSE", "SESPARSE")
 NO_PARENT = "ffffffff"
 NUMBER = re.compile("[0-9a-f]{1,8}")
 HINT = "parentFileNameHint"
@@ -151,9 +163,43 @@ def written(found: Descriptor, places: Sequence[str]) -> bytes:
         f'createType="{found.create_type}"',
     ]
     for extent, place in zip(found.extents, places, strict=True):
-        flat = extent.type not in ("SPARSE", "VMFSSPARSE", "SESPARSE")
+        flat = extent.type not in SPARSE
         lines.append(
             f'RW {extent.sectors} {"FLAT" if flat else extent.type} "{place}"'
             + (f" {extent.offset}" if flat else "")
         )
     return ("\n".join(lines) + "\n").encode()
+
+
+def rewritten(image: Reader, write: bool) -> Rewritten | None:
+    """What QEMU is shown of a VMDK that is text: a text of ours, of files that it is given."""
+    found, whole = find(image)
+    if found is None or not whole:
+        return None
+    if write and any(extent.access != "RW" or extent.type == "ZERO" for extent in found.extents):
+        raise ImageError(f"{image.name}: can't be written: some of its extents are read-only")
+    if found.create_type not in TYPES:
+        raise ImageError(
+            f"{image.name}: is a VMDK of the type {found.create_type!r}; there are: {', '.join(TYPES)}"
+        )
+    return Rewritten(tuple(_part(image, extent) for extent in found.extents), partial(written, found))
+
+
+def _part(image: Reader, extent: Extent) -> ShownFile:
+    """QEMU leaves out ZERO: it gets an empty file for it."""
+    if extent.type == "ZERO" and not extent.file:
+        return ShownFile(None, extent.sectors * SECTOR)
+    if extent.type not in (*FLAT, *SPARSE) or not extent.file or extent.access == "NOACCESS":
+        raise ImageError(
+            f"{image.name}: has an extent {extent.access} of the type {extent.type}, which can't be opened"
+        )
+    return ShownFile(extent.file, check=_require_sparse if extent.type in SPARSE else None)
+
+
+def _require_sparse(file: Reader) -> None:
+    """A sparse extent must not be a descriptor itself: QEMU would follow it."""
+    head = file.read_clipped(0, SECTOR)
+    if (head[:4] == MAGIC and struct.unpack_from("<Q", head, 12)[0] == 0) or head.startswith(START):
+        raise ImageError(
+            f"{file.name}: should be a sparse extent of a VMDK, but is a descriptor of more extents"
+        )

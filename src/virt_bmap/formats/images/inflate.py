@@ -2,14 +2,12 @@
 itself.
 
 Sources: QEMU docs/interop/qcow2.rst (v8.2), "Compressed Clusters Descriptor" and "Compression type"; VMware
-"Virtual Disk Format 5.0", "Stream-Optimized Compressed Sparse Extents" (a grain's marker stands before its
-data).
+"Virtual Disk Format 5.0", "Stream-Optimized Compressed Sparse Extents".
 """
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -19,44 +17,22 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.lost import Lost
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.images.layer import Layer
+from virt_bmap.model.contract import ImageLayer
 
 KEPT = 16 << 20
 """Bytes of clusters that are kept: the next level of a tree often lies in the same one."""
-GRAIN_MARKER = 12
 
 
-class Codec(NamedTuple):
-    """How the compressed clusters of one file become `cluster` bytes.
-
-    `inflate` gets what is stored and that number, and raises ValueError.
-    """
-
-    cluster: int
-    inflate: Callable[[bytes, int], bytes]
-
-
-def codec(layer: Layer) -> Codec:
-    """For the compressed clusters of an image."""
-    functions = {
-        "qcow2": {"zlib": _raw_deflate, "zstd": _zstd}.get(layer.facts.get("compression", ""), _unknown),
-        "vmdk": _grain,
-    }
-    return Codec(layer.cluster, functions.get(layer.format, _unknown))
-
-
-def _raw_deflate(data: bytes, size: int, window: int = -12) -> bytes:
+def deflated(data: bytes, size: int, window: int = -12) -> bytes:
+    """`contract.Inflate` for deflate; by its window the headers differ (zlib.decompressobj)."""
     try:
         return zlib.decompressobj(window).decompress(data, size)
     except zlib.error as error:
         raise ValueError(str(error)) from None
 
 
-def _grain(data: bytes, size: int) -> bytes:
-    return _raw_deflate(data[GRAIN_MARKER:], size, zlib.MAX_WBITS)
-
-
-def _zstd(data: bytes, size: int) -> bytes:
+def zstd(data: bytes, size: int) -> bytes:
+    """`contract.Inflate` for Zstandard."""
     try:
         with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
             return bytes(stream.read(size))
@@ -64,18 +40,16 @@ def _zstd(data: bytes, size: int) -> bytes:
         raise ValueError(str(error)) from None
 
 
-def _unknown(data: bytes, size: int) -> bytes:
-    raise ValueError("its compression is not known")
-
-
 class InflatingReader(Reader):
     """A disk whose plain clusters `plain` reads (the others as zeroes), and whose compressed ones lie by
-    `rows` in `files`, which have `codecs`."""
+    `rows` in `files`, each of a layer."""
 
-    def __init__(self, plain: Reader, rows: Rows, files: Sequence[Reader], codecs: dict[int, Codec]) -> None:
+    def __init__(
+        self, plain: Reader, rows: Rows, files: Sequence[Reader], layers: dict[int, ImageLayer]
+    ) -> None:
         super().__init__(plain.size, plain.name)
         self.below = [plain, *files]
-        self._plain, self._rows, self._files, self._codecs = plain, rows, files, codecs
+        self._plain, self._rows, self._files, self._layers = plain, rows, files, layers
         self._clusters: OrderedDict[tuple[int, int], bytes] = OrderedDict()
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
@@ -88,7 +62,7 @@ class InflatingReader(Reader):
             strict=True,
         ):
             cluster = self._cluster(row)
-            skip = source % self._codecs[int(self._rows.parent[row])].cluster
+            skip = source % self._layers[int(self._rows.parent[row])].cluster
             data[at : at + length] = np.frombuffer(cluster, np.uint8, length, skip)
         return data
 
@@ -121,14 +95,14 @@ class InflatingReader(Reader):
         if key in self._clusters:
             self._clusters.move_to_end(key)
             return self._clusters[key]
-        codec = self._codecs[file]
-        why = "it ends early"
+        layer = self._layers[file]
+        why = "it ends early" if layer.inflate else "its compression is not known"
         try:
-            found = codec.inflate(self._files[file].read(at, stored), codec.cluster)
+            found = layer.inflate(self._files[file].read(at, stored), layer.cluster) if layer.inflate else b""
         except ValueError as error:
             found, why = b"", str(error)
-        start = int(self._rows.volume_offset[row]) // codec.cluster * codec.cluster
-        if len(found) < min(codec.cluster, self.size - start):
+        start = int(self._rows.volume_offset[row]) // layer.cluster * layer.cluster
+        if len(found) < min(layer.cluster, self.size - start):
             raise Corrupt(
                 f"{self.name}: the compressed cluster at byte {at:#x} of {self._files[file].name} "
                 f"can't be inflated: {why}",
@@ -136,6 +110,6 @@ class InflatingReader(Reader):
                 "compressed",
             )
         self._clusters[key] = found
-        while len(self._clusters) * codec.cluster > KEPT and len(self._clusters) > 1:
+        while len(self._clusters) * layer.cluster > KEPT and len(self._clusters) > 1:
             self._clusters.popitem(last=False)
         return found

@@ -1,14 +1,8 @@
-"""What an image format's reader gives back: where the guest's bytes lie in the files of an image, and who
-owns the rest of these files.
+"""What image formats collect a `contract.ImageLayer` in: where the guest's bytes lie in the files of an
+image, and who owns the rest of these files.
 
-A module of `formats/images/` has
-
-    NAME                             QEMU's name of the format: "qcow2"
-    read(image, others) -> Layer     `others`: readers of the external data file or extents that the header
-                                     names, in its order
-
-`Draft` is what they collect it in. Only metadata is read, as arrays; content never is. Raises Corrupt or
-Unsupported where nothing can be said; what is wrong but leaves the rest readable is a Problem.
+Only metadata is read, as arrays; content never is. Raises Corrupt or Unsupported where nothing can be said;
+what is wrong but leaves the rest readable is a Problem.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +16,7 @@ from virt_bmap.core.layout import widen
 from virt_bmap.core.mapping import DATA, PACKED, ZERO, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.contract import ImageLayer, Inflate, Problem
 from virt_bmap.model.tables import ExtentRows
 
 Ranges = tuple[Int, Int]
@@ -30,38 +24,8 @@ IN_DATA, IN_ZERO = DATA, ZERO
 
 
 @dataclass
-class Layer:
-    """One image: `size` bytes that the guest sees, in clusters (grains, blocks) of `cluster` bytes.
-
-    The rows' `parent` counts `files`: 0 is the image file itself. They are sorted by volume_offset. `zeros`
-    are ranges that lie nowhere and read as zeroes even where a backing file has data; what neither they nor
-    rows cover is the backing file's. `extents` has one entry for each file. `facts` is for people and JSON.
-    `unreadable` says why the guest's bytes can't be read though it is known where they lie.
-    """
-
-    format: str
-    files: Sequence[Reader]
-    size: int
-    cluster: int
-    rows: Rows
-    zeros: Ranges
-    extents: list[ExtentRows]
-    problems: list[Problem]
-    facts: dict[str, Any]
-    unreadable: str | None = None
-
-    @property
-    def allocated(self) -> Ranges:
-        """The guest's ranges that the backing file has no say in, sorted and merged."""
-        ends = self.rows.volume_offset + self.rows.run
-        return union(
-            np.concatenate([self.rows.volume_offset, self.zeros[0]]), np.concatenate([ends, self.zeros[1]])
-        )
-
-
-@dataclass
 class Draft:
-    """Collects a Layer. All offsets and lengths are bytes; arrays of one length, or numbers."""
+    """Collects an ImageLayer. All offsets and lengths are bytes; arrays of one length, or numbers."""
 
     files: Sequence[Reader]
     size: int
@@ -121,8 +85,13 @@ class Draft:
             )
 
     def finish(
-        self, format: str, cluster: int, facts: dict[str, Any], unreadable: str | None = None
-    ) -> Layer:
+        self,
+        format: str,
+        cluster: int,
+        facts: dict[str, Any],
+        unreadable: str | None = None,
+        inflate: Inflate | None = None,
+    ) -> ImageLayer:
         """The layer: rows cut at the ends of disk and files, sorted, and neighbours joined."""
         columns = joined(self._pieces, 6)
         columns = self._inside_files(self._inside_disk(columns))
@@ -133,7 +102,7 @@ class Draft:
         low, high = (np.concatenate([EMPTY, *(pair[side] for pair in self._zeros)]) for side in (0, 1))
         zeros = union(low, high)
         zeros = np.minimum(zeros[0], self.size), np.minimum(zeros[1], self.size)
-        return Layer(
+        return ImageLayer(
             format,
             self.files,
             self.size,
@@ -144,6 +113,7 @@ class Draft:
             self.problems,
             facts,
             unreadable,
+            inflate,
         )
 
     def _inside_disk(self, columns: list[Int]) -> list[Int]:

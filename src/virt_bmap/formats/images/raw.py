@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.images.layer import Draft, Layer
-from virt_bmap.model.contract import Checks
+from virt_bmap.formats.images.layer import Draft
+from virt_bmap.model.contract import RAW, Checks, Docs, ImageFormat, ImageLayer, Writing
 
-NAME = "raw"
-ALLOCATOR = None
 FEATURES = ("files and block devices, NBD exports",)
 REFUSED = ()
 ORACLES = ("qemu-img map",)
@@ -22,8 +20,17 @@ CHECKS = Checks(
 )
 
 
-def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
+def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     """One row: every byte is where it is."""
     draft = Draft([image], image.size)
     draft.place(ints(0), ints(0), ints(image.size))
-    return draft.finish(NAME, 1, {})
+    return draft.finish(RAW, 1, {})
+
+
+FORMAT = ImageFormat(
+    RAW,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    read=read,
+    writing=Writing.ANYWHERE | Writing.FREEING,
+)

@@ -11,12 +11,19 @@ from virt_bmap.core.arrays import Int, complement, ints
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.images.layer import Draft, Layer, used_entries
+from virt_bmap.formats.images.layer import Draft, used_entries
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Checks
+from virt_bmap.model.contract import (
+    Checks,
+    Docs,
+    ImageFormat,
+    ImageLayer,
+    Structure,
+    Structures,
+    Writing,
+)
 
 NAME = "vdi"
-ALLOCATOR = None
 FEATURES = ("dynamic and static images, blocks of any size", "discarded blocks")
 REFUSED = ("undo and differencing images: named", "versions other than 1.1")
 ORACLES = ("qemu-img map", "qemu-img check", "content read through the map")
@@ -43,7 +50,7 @@ MAX_BLOCKS = 0x3FFFFFFF
 """VDI_BLOCKS_IN_IMAGE_MAX of QEMU."""
 
 
-def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
+def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     """The layer of one VDI file."""
     head = {
         name: int(record(image.read_clipped(0, HEADER.itemsize), HEADER)[name]) for name in HEADER.names or ()
@@ -124,3 +131,18 @@ def place_blocks(draft: Draft, number: Int, entry: Int, block: int, data: int, e
 
 def _between(start: int, end: int) -> tuple[Int, Int]:
     return ints(start), ints(max(0, end - start))
+
+
+def _structures() -> Structures:
+    return {"header": Structure(HEADER)}
+
+
+FORMAT = ImageFormat(
+    NAME,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    read=read,
+    structures=_structures,
+    writing=Writing.ANYWHERE,
+    suffix=".vdi",
+)

@@ -13,12 +13,21 @@ from virt_bmap.core.arrays import Int, complement, expand, ints, runs
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.images.layer import Draft, Layer, used_entries
+from virt_bmap.formats.images.backing import of_parent
+from virt_bmap.formats.images.layer import Draft, used_entries
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Checks, Problem
+from virt_bmap.model.contract import (
+    Checks,
+    Docs,
+    ImageFormat,
+    ImageLayer,
+    Problem,
+    References,
+    Structure,
+    Structures,
+)
 
 NAME = "vpc"
-ALLOCATOR = None
 FEATURES = ("fixed, dynamic and differencing images", "sector bitmaps of differencing images")
 REFUSED = ("parents by anything but a relative or absolute path",)
 ORACLES = ("qemu-img map", "content read through the map", "sectors of a parent and child laid out by hand")
@@ -74,7 +83,7 @@ class Footer(NamedTuple):
     """A checksum does not hold."""
 
 
-def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
+def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     """The layer of one VHD file."""
     foot = read_footer(image)
     draft = Draft([image], foot.size)
@@ -270,3 +279,28 @@ def parent(image: Reader) -> str | None:
             foot.header,
         )
     return name.replace("\\", "/")
+
+
+def references(image: Reader) -> References:
+    """A differencing image's parent, which is a VHD, too."""
+    return of_parent(image, NAME, parent)
+
+
+def _structures() -> Structures:
+    return {
+        "footer": Structure(FOOTER),
+        "footer copy": Structure(FOOTER),
+        "dynamic disk header": Structure(HEADER),
+    }
+
+
+FORMAT = ImageFormat(
+    NAME,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    read=read,
+    structures=_structures,
+    references=references,
+    follows=False,
+    suffix=".vhd",
+)

@@ -3,6 +3,7 @@
 Sources: VMware "Virtual Disk Format 5.0"; QEMU block/vmdk.c.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,12 +16,21 @@ from virt_bmap.core.mapping import PACKED
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images import descriptor
 from virt_bmap.formats.images.descriptor import SECTOR, Descriptor
-from virt_bmap.formats.images.layer import IN_DATA, Draft, Layer, used_entries
+from virt_bmap.formats.images.inflate import deflated
+from virt_bmap.formats.images.layer import IN_DATA, Draft, used_entries
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Checks
+from virt_bmap.model.contract import (
+    Checks,
+    Docs,
+    ImageFormat,
+    ImageLayer,
+    References,
+    Structure,
+    Structures,
+    Writing,
+)
 
 NAME = "vmdk"
-ALLOCATOR = None
 FEATURES = (
     "monolithicSparse and twoGbMaxExtentSparse: both copies of grain directory and tables, grains of zeroes",
     "streamOptimized: compressed grains, markers, footer",
@@ -56,7 +66,6 @@ END_OF_STREAM, GRAIN_TABLE, GRAIN_DIRECTORY, FOOTER = range(4)
 """Types of markers of metadata."""
 MAX_TABLE_ENTRIES, MAX_GRAIN, MAX_CAPACITY = 512, 2 << 20, 1 << 53
 """QEMU's limits for a grain table and a grain (in bytes); sectors of a disk."""
-FLAT = ("FLAT", "VMFS")
 BATCH = 8192
 """Grain tables that are looked into at a time: 16 MiB."""
 
@@ -76,7 +85,7 @@ class Sparse(NamedTuple):
     text: tuple[int, int]
 
 
-def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
+def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     """The layer of a VMDK: a file that holds everything, or a descriptor with its extents (`others`, in the
     order in which they are named)."""
     found, separate = descriptor.find(image)
@@ -87,7 +96,7 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
     head = read_header(image)
     draft = Draft([image], head["capacity"] * SECTOR)
     grain = own_sparse(draft, image, 0, 0, draft.size)
-    return draft.finish(NAME, grain, _facts(found, head))
+    return draft.finish(NAME, grain, _facts(found, head), inflate=inflate)
 
 
 def _facts(found: Descriptor | None, head: dict[str, int] | None) -> dict[str, object]:
@@ -97,7 +106,7 @@ def _facts(found: Descriptor | None, head: dict[str, int] | None) -> dict[str, o
     }
 
 
-def _several(image: Reader, others: Sequence[Reader], found: Descriptor) -> Layer:
+def _several(image: Reader, others: Sequence[Reader], found: Descriptor) -> ImageLayer:
     """Extents one after the other on the disk; several may lie in one file."""
     files = list(dict.fromkeys([image, *others]))
     size = sum(extent.sectors for extent in found.extents) * SECTOR
@@ -115,7 +124,7 @@ def _several(image: Reader, others: Sequence[Reader], found: Descriptor) -> Laye
         reader = next(readers, None) if extent.file else None
         if extent.type == "ZERO":
             draft.zero(ints(base), ints(length))
-        elif reader is None or extent.type not in (*FLAT, "SPARSE"):
+        elif reader is None or extent.type not in (*descriptor.FLAT, "SPARSE"):
             raise Unsupported(
                 f"{image.name}: has an extent of type {extent.type}, which is not read; FLAT, VMFS, "
                 "SPARSE and ZERO are",
@@ -126,7 +135,7 @@ def _several(image: Reader, others: Sequence[Reader], found: Descriptor) -> Laye
         else:
             draft.place(ints(base), ints(extent.offset * SECTOR), ints(length), file=files.index(reader))
         base += length
-    return draft.finish(NAME, grain, _facts(found, None))
+    return draft.finish(NAME, grain, _facts(found, None), inflate=inflate)
 
 
 def read_header(image: Reader, at: int = 0) -> dict[str, int]:
@@ -285,3 +294,37 @@ def _stored(image: Reader, sparse: Sparse, host: Int) -> Int:
     )
     stored: Int = -(-(GRAIN_MARKER.itemsize + size) // SECTOR) * SECTOR
     return np.minimum(stored, 2 * sparse.grain)
+
+
+def inflate(data: bytes, size: int) -> bytes:
+    """A grain, behind its marker."""
+    return deflated(data[GRAIN_MARKER.itemsize :], size, zlib.MAX_WBITS)
+
+
+def references(image: Reader) -> References:
+    """The text descriptor's extent lines and its parent's name.
+
+    A parent is always a VMDK: the specification leaves nothing to guess.
+    """
+    found, _ = descriptor.find(image)
+    if found is None:
+        return References()
+    extents = tuple(extent.file for extent in found.extents if extent.file)
+    return References(found.parent, NAME if found.parent else None, extents=extents)
+
+
+def _structures() -> Structures:
+    return {"header": Structure(HEADER), "footer": Structure(HEADER), "marker": Structure(MARKER)}
+
+
+FORMAT = ImageFormat(
+    NAME,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    read=read,
+    structures=_structures,
+    references=references,
+    rewritten=descriptor.rewritten,
+    writing=Writing.ANYWHERE,
+    suffix=".vmdk",
+)

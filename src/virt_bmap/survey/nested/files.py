@@ -17,7 +17,6 @@ from virt_bmap.core.reader import Reader, scatter
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import paths, tables
 from virt_bmap.model.contract import Filesystem
-from virt_bmap.open import magic
 from virt_bmap.survey.nested import Nested
 from virt_bmap.survey.vouching import VERITY_MAGIC
 
@@ -34,7 +33,7 @@ of disks that are more than a signature lie there."""
 BATCH = 4096
 """Files whose heads are looked at together."""
 DISKS = formats.disk_magics(HEAD)
-IMAGES = (*((offset, content) for _, offset, content in magic.MAGICS if offset >= 0), (0, VERITY_MAGIC))
+IMAGES = (*formats.image_magics(HEAD), (0, VERITY_MAGIC))
 """A hash tree is not a disk, but vouches for one."""
 MAX_NAME, MAX_LEFT_OUT = 4096, 64
 """Bytes of a name that an image may refer to, as PATH_MAX; and how many leading directories of one are left

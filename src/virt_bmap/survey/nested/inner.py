@@ -16,11 +16,11 @@ from virt_bmap.core.errors import Corrupt, FormatError, ImageError, Unsupported
 from virt_bmap.core.mapping import PACKED
 from virt_bmap.core.reader import MappedReader, Reader
 from virt_bmap.formats import foreign
-from virt_bmap.formats.images.inflate import InflatingReader, codec
-from virt_bmap.model.contract import About, Assembly, Child, Filesystem, Member, Problem
+from virt_bmap.formats.images.inflate import InflatingReader
+from virt_bmap.model.contract import RAW, About, Assembly, Child, Filesystem, Member, Problem, References
 from virt_bmap.open import magic
 from virt_bmap.open.chains import ChainedDisk, Chains
-from virt_bmap.open.references import MAX_CHAIN, References, references_of
+from virt_bmap.open.references import MAX_CHAIN, references_of
 from virt_bmap.survey.nested import MAX_IMAGES, ImageBudget, Nested
 from virt_bmap.survey.nested.files import Image, ImageFiles
 
@@ -100,7 +100,7 @@ class Inner(Chains):
                 continue
             self._progress.left -= 1
             number = self._number(image)
-            if (format := self.format_of(number)) == "raw":
+            if (format := self.format_of(number)) == RAW:
                 raw.append(number)
             else:
                 self._try(number, format)
@@ -110,7 +110,7 @@ class Inner(Chains):
         used = self._used()
         for number in raw:
             if number in used and number not in parts:  # the base of an overlay is a disk by itself, too
-                self._try(number, "raw")
+                self._try(number, RAW)
         return [number for number in raw if number not in used]
 
     def _try(self, number: int, format: str) -> None:
@@ -177,9 +177,9 @@ class Inner(Chains):
     def format_of(self, number: int) -> str:
         """By magic: also of a backing file, where its overlay does not say."""
         try:
-            return magic.recognise(self.files[number]) or "raw"
+            return magic.recognise(self.files[number])
         except ImageError:  # nothing opens these as disks: they are named
-            return "raw"
+            return RAW
 
     # ---- volumes -------------------------------------------------------------------------------------------
 
@@ -211,5 +211,5 @@ class Inner(Chains):
         packed = disk.rows.role == PACKED
         if not packed.any():
             return None
-        codecs = {file: codec(link.layer) for link in disk.chain for file in link.files.tolist()}
-        return partial(InflatingReader, rows=disk.rows.take(packed), files=self._contents, codecs=codecs)
+        layers = {file: link.layer for link in disk.chain for file in link.files.tolist()}
+        return partial(InflatingReader, rows=disk.rows.take(packed), files=self._contents, layers=layers)

@@ -240,4 +240,6 @@ FORMAT = FilesystemFormat(
     journals=("log tree",),
     reuses_numbers=False,
     inode=INODE,
+    in_place=True,
+    mount="subvolid=5",
 )

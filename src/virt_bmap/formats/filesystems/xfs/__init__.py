@@ -312,4 +312,5 @@ FORMAT = FilesystemFormat(
     structures=_structures,
     journals=("log",),
     fixed_records=True,
+    moving=("bnobt", "cntbt", "inobt", "finobt", "rmapbt", "refcountbt", "inode chunk"),
 )

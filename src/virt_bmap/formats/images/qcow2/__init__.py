@@ -14,7 +14,8 @@ from virt_bmap.core.columns import stack
 from virt_bmap.core.layout import INT64_MAX
 from virt_bmap.core.mapping import PACKED as IN_PACKED
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.images.layer import IN_DATA, IN_ZERO, Draft, Layer
+from virt_bmap.formats.images.inflate import deflated, zstd
+from virt_bmap.formats.images.layer import IN_DATA, IN_ZERO, Draft
 from virt_bmap.formats.images.qcow2 import clusters, header, refcounts
 from virt_bmap.formats.images.qcow2.clusters import (
     IN_PLACE,
@@ -26,12 +27,21 @@ from virt_bmap.formats.images.qcow2.clusters import (
     Pieces,
 )
 from virt_bmap.formats.images.qcow2.header import Header
-from virt_bmap.formats.images.qcow2.refcounts import References
+from virt_bmap.formats.images.qcow2.refcounts import Uses
+from virt_bmap.formats.images.qcow2.references import cluster, references
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Checks, Problem
+from virt_bmap.model.contract import (
+    Checks,
+    Docs,
+    ImageFormat,
+    ImageLayer,
+    Problem,
+    Structure,
+    Structures,
+    Writing,
+)
 
 NAME = "qcow2"
-ALLOCATOR = "the refcounts"
 FEATURES = (
     "versions 2 and 3, clusters of 512 bytes to 2 MiB, refcounts of 1 to 64 bits",
     "backing chains",
@@ -58,30 +68,36 @@ CHECKS = Checks(
 
 SEVERAL = -1
 """Instead of the number of a snapshot."""
+INFLATE = {"zlib": deflated, "zstd": zstd}
+"""By header.COMPRESSION_TYPES."""
 
 
-def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
+def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     """The layer of one qcow2 image; `others` is its external data file, if it has one."""
     head = header.read_header(image)
     draft = Draft([image, *others], head.size)
-    references = References(head.cluster)
-    own_header(draft, head, references)
-    own_snapshot_and_bitmap_tables(image, draft, head, references)
+    uses = Uses(head.cluster)
+    own_header(draft, head, uses)
+    own_snapshot_and_bitmap_tables(image, draft, head, uses)
     l2 = clusters.read_l2_tables(image, head, draft)
-    own_l2_tables(draft, head, l2, references)
+    own_l2_tables(draft, head, l2, uses)
     known, held = read_clusters(image, head, l2, draft)
     place_current(draft, head, known.take(l2.first[known.table] == 0))
     own_snapshot_data(draft, head, l2, known, held)
     if not head.external:
-        references.add(held.host, held.stored, l2.uses[held.table])
-    own_free_clusters(image, draft, head, references)
+        uses.add(held.host, held.stored, l2.uses[held.table])
+    own_free_clusters(image, draft, head, uses)
     facts = describe(head)
     return draft.finish(
-        NAME, head.cluster, facts, f"it is encrypted ({facts['encryption']})" if head.crypt else None
+        NAME,
+        head.cluster,
+        facts,
+        f"it is encrypted ({facts['encryption']})" if head.crypt else None,
+        INFLATE.get(head.compression),
     )
 
 
-def own_header(draft: Draft, head: Header, references: References) -> None:
+def own_header(draft: Draft, head: Header, uses: Uses) -> None:
     """The first cluster, and the L1 table."""
     name_at, name_size = head.backing
     draft.own("header", 0, head.length)
@@ -92,15 +108,13 @@ def own_header(draft: Draft, head: Header, references: References) -> None:
         draft.own("slack", name_at + name_size, head.cluster - name_at - name_size, tables.GAP)
     else:
         draft.own("slack", head.extensions_end, head.cluster - head.extensions_end, tables.GAP)
-    references.add(ints(0), ints(head.cluster))
-    _own_table(draft, head, references, "L1 table", head.l1_offset, head.l1_size * 8)
+    uses.add(ints(0), ints(head.cluster))
+    _own_table(draft, head, uses, "L1 table", head.l1_offset, head.l1_size * 8)
     if head.crypto[1]:
-        _own_table(draft, head, references, "LUKS header", *head.crypto)
+        _own_table(draft, head, uses, "LUKS header", *head.crypto)
 
 
-def _own_table(
-    draft: Draft, head: Header, references: References, part: str, offset: Any, length: Any
-) -> None:
+def _own_table(draft: Draft, head: Header, uses: Uses, part: str, offset: Any, length: Any) -> None:
     """Tables that begin at clusters; what is left of the last cluster is slack."""
     offset, length = ints(offset), ints(length)
     some = length > 0
@@ -108,23 +122,23 @@ def _own_table(
     draft.own(part, offset, length)
     end = offset + length
     draft.own("slack", end, -end % head.cluster, tables.GAP)
-    references.add(offset, length)
+    uses.add(offset, length)
 
 
-def own_snapshot_and_bitmap_tables(image: Reader, draft: Draft, head: Header, references: References) -> None:
+def own_snapshot_and_bitmap_tables(image: Reader, draft: Draft, head: Header, uses: Uses) -> None:
     """What names snapshots and bitmaps, their own tables, and the bitmaps' data."""
-    _own_table(draft, head, references, "snapshot table", *head.snapshot_table)
+    _own_table(draft, head, uses, "snapshot table", *head.snapshot_table)
     _own_table(
         draft,
         head,
-        references,
+        uses,
         "L1 table of a snapshot",
         [s.l1_offset for s in head.snapshots],
         [s.l1_size * 8 for s in head.snapshots],
     )
-    _own_table(draft, head, references, "bitmap directory", *head.bitmap_directory[:2])
+    _own_table(draft, head, uses, "bitmap directory", *head.bitmap_directory[:2])
     offset, entries = ints([b.table_offset for b in head.bitmaps]), ints([b.table_size for b in head.bitmaps])
-    _own_table(draft, head, references, "bitmap table", offset, entries * 8)
+    _own_table(draft, head, uses, "bitmap table", offset, entries * 8)
     if len(offset):
         words = np.frombuffer(image.read_ranges(offset, entries * 8), ">u8")
         place = (words & np.uint64(clusters.OFFSET_MASK)).astype(np.int64)
@@ -135,14 +149,14 @@ def own_snapshot_and_bitmap_tables(image: Reader, draft: Draft, head: Header, re
         )
         place = place[~wrong]
         draft.own("bitmap data", place, head.cluster)
-        references.add(place, np.full(len(place), head.cluster))
+        uses.add(place, np.full(len(place), head.cluster))
 
 
-def own_l2_tables(draft: Draft, head: Header, l2: L2Tables, references: References) -> None:
+def own_l2_tables(draft: Draft, head: Header, l2: L2Tables, uses: Uses) -> None:
     current = l2.first == 0
     draft.own("L2 table", l2.offset[current], head.cluster)
     draft.own("L2 table of a snapshot", l2.offset[~current], head.cluster)
-    references.add(l2.offset, np.full(len(l2.offset), head.cluster), l2.uses)
+    uses.add(l2.offset, np.full(len(l2.offset), head.cluster), l2.uses)
 
 
 def read_clusters(image: Reader, head: Header, l2: L2Tables, draft: Draft) -> tuple[Pieces, Pieces]:
@@ -229,7 +243,7 @@ def _own_by_snapshot(
         )
 
 
-def own_free_clusters(image: Reader, draft: Draft, head: Header, references: References) -> None:
+def own_free_clusters(image: Reader, draft: Draft, head: Header, uses: Uses) -> None:
     """Refcount structures, and what they say against what refers to the clusters.
 
     Of a dirty image they say nothing.
@@ -238,14 +252,14 @@ def own_free_clusters(image: Reader, draft: Draft, head: Header, references: Ref
     _own_table(
         draft,
         head,
-        references,
+        uses,
         "refcount table",
         head.refcount_offset,
         head.refcount_clusters << head.cluster_bits,
     )
     draft.own("refcount block", block, head.cluster)
-    references.add(block, np.full(len(block), head.cluster))
-    found = refcounts.compare(references, refcounts.read_counts(image, head, at, block), image.size)
+    uses.add(block, np.full(len(block), head.cluster))
+    found = refcounts.compare(uses, refcounts.read_counts(image, head, at, block), image.size)
     draft.own("free cluster", found.free[0], found.free[1] - found.free[0], tables.FREE)
     if head.incompatible & header.DIRTY:
         draft.problems.append(
@@ -264,7 +278,7 @@ def own_free_clusters(image: Reader, draft: Draft, head: Header, references: Ref
             "leaked",
             found.leaked,
             (
-                "ranges of clusters are counted as used, but nothing refers to them (qemu-img check -r "
+                "ranges of clusters are uses as used, but nothing refers to them (qemu-img check -r "
                 "leaks frees them)"
             ),
             "warning",
@@ -272,13 +286,13 @@ def own_free_clusters(image: Reader, draft: Draft, head: Header, references: Ref
         (
             "refcount-low",
             found.low,
-            "ranges of clusters have a refcount below the number of references to them",
+            "ranges of clusters have a refcount below the number of uses to them",
             "error",
         ),
         (
             "refcount-high",
             found.high,
-            "ranges of clusters have a refcount above the number of references to them",
+            "ranges of clusters have a refcount above the number of uses to them",
             "warning",
         ),
     ):
@@ -299,3 +313,27 @@ def describe(head: Header) -> dict[str, Any]:
                 "enabled": bool(b.flags & header.AUTO)}
                     for b in head.bitmaps],
     }  # fmt: skip
+
+
+def probe(image: Reader) -> bool:
+    """Version 1 is a format of its own, qcow."""
+    return image.read_clipped(4, 4) in (b"\0\0\0\2", b"\0\0\0\3")
+
+
+def _structures() -> Structures:
+    return {"header": Structure(header.HEADER)}
+
+
+FORMAT = ImageFormat(
+    NAME,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    probe=probe,
+    read=read,
+    allocator="the refcounts",
+    structures=_structures,
+    references=references,
+    cluster=cluster,
+    writing=Writing.ANYWHERE | Writing.COMPRESSED | Writing.FREEING,
+    suffix=".qcow2",
+)

@@ -23,7 +23,7 @@ BATCH = 16 << 20
 
 
 @dataclass
-class References:
+class Uses:
     """What refers to clusters: ranges of the file in bytes, rounded out to clusters, with how often."""
 
     cluster: int
@@ -109,7 +109,7 @@ def decode(blocks: np.ndarray, bits: int) -> Int:
     return np.minimum(wide, np.uint64(1 << 62)).astype(np.int64)
 
 
-def compare(references: References, counted: tuple[Int, Int, Int], size: int) -> Verdict:
+def compare(uses: Uses, counted: tuple[Int, Int, Int], size: int) -> Verdict:
     """What the allocator says against what there is, over the `size` bytes of the file.
 
     Both are cut at each other's ends, and summed up piece by piece; clusters of 1:
@@ -121,11 +121,9 @@ def compare(references: References, counted: tuple[Int, Int, Int], size: int) ->
         have         1      2      0      1
                                  low   leaked
     """
-    start, end, times = references.all()
+    start, end, times = uses.all()
     low, high, count = counted
-    points = np.unique(
-        np.concatenate([start, end, low, high, [0, -(-size // references.cluster) * references.cluster]])
-    )
+    points = np.unique(np.concatenate([start, end, low, high, [0, -(-size // uses.cluster) * uses.cluster]]))
     need = weigh(points, start, end, times)
     have = weigh(points, low, high, count)
     left, right = np.minimum(points[:-1], size), np.minimum(points[1:], size)

@@ -10,7 +10,8 @@ import numpy as np
 from virt_bmap.core.arrays import Int, complement, ints, runs
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.images.layer import IN_DATA, IN_ZERO, Draft, Layer, used_entries
+from virt_bmap.formats.images.backing import of_parent
+from virt_bmap.formats.images.layer import IN_DATA, IN_ZERO, Draft, used_entries
 from virt_bmap.formats.images.vhd import split
 from virt_bmap.formats.images.vhdx.metadata import (
     AREA,
@@ -22,10 +23,19 @@ from virt_bmap.formats.images.vhdx.metadata import (
     read_metadata,
 )
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Checks, Problem
+from virt_bmap.model.contract import (
+    Checks,
+    Docs,
+    ImageFormat,
+    ImageLayer,
+    Problem,
+    References,
+    Structure,
+    Structures,
+    Writing,
+)
 
 NAME = "vhdx"
-ALLOCATOR = None
 FEATURES = (
     "fixed, dynamic and differencing images, sectors of 512 and 4096 bytes",
     "blocks kept though they are zeroed or unmapped",
@@ -54,7 +64,7 @@ BATCH = 256
 """Blocks whose sector bitmaps are looked into at a time."""
 
 
-def read(image: Reader, others: Sequence[Reader] = ()) -> Layer:
+def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     """The layer of one VHDX file."""
     about = read_metadata(image)
     draft = Draft([image], about.size)
@@ -189,3 +199,27 @@ def _place_sectors(
                 draft.place(mine[row] * about.block + inside, low, length)
             else:
                 draft.own("sectors not in use", low, length, tables.UNWRITTEN)
+
+
+def references(image: Reader) -> References:
+    """A differencing image's parent, which is a VHDX, too."""
+    return of_parent(image, NAME, parent)
+
+
+def _structures() -> Structures:
+    from virt_bmap.formats.images.vhdx.metadata import HEADER, REGION_TABLE
+
+    return {"header": Structure(HEADER), "region table": Structure(REGION_TABLE)}
+
+
+FORMAT = ImageFormat(
+    NAME,
+    Docs(FEATURES, REFUSED, ORACLES),
+    CHECKS,
+    read=read,
+    structures=_structures,
+    references=references,
+    follows=False,
+    writing=Writing.ANYWHERE,
+    suffix=".vhdx",
+)
