@@ -384,6 +384,15 @@ def test_answers_that_are_none_end_in_words(tmp_path):
             guest.call("launch")
 
 
+def test_what_libguestfs_leaves_goes_with_our_folder(tmp_path):
+    """It is ended where it makes temporary files, and can't remove them."""
+    names = ("LIBGUESTFS_TMPDIR", "XDG_RUNTIME_DIR")
+    text = f"import os; [os.mkdir(os.environ[name] + '/' + name) for name in {names}]"
+    with appliance.started(str(tmp_path), [sys.executable, "-c", text]) as guest:
+        guest._process.wait()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == set(names)
+
+
 def test_volumes_that_only_an_observation_maps_are_named(machine):
     assert [line.split(":")[0] for line in advice(mapped(machine.image))] == ["/dev/sda"]
     assert "apt-get install python3-guestfs" in next(advice(mapped(machine.image)))

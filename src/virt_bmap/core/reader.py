@@ -35,6 +35,8 @@ fails is given up whole: each can take a disk seconds."""
 HOLE = 64 << 10
 """Holes that are shorter are read with what lies around
 them: each piece costs as much as some thousand bytes."""
+ROW = 64
+"""Bytes that a row of a table of ours takes, about: for those who make many of few bytes."""
 CLAIM_FREE, CLAIM_STORED = 64 << 20, 4
 """Bytes of tables that a volume may make us hold at once: this many, and so many times what is really stored
 of it. What claims more lies in holes, or over itself."""
@@ -289,6 +291,17 @@ class Reader:
                 None,
                 "holes",
             )
+
+    @cached_property
+    def budget(self) -> int:
+        """Bytes of tables that others point to, in all.
+
+        Many can point to the same bytes, which are then read for each: together no more than the volume has,
+        nor than `afford` takes.
+        """
+        if self.size <= CLAIM_FREE:
+            return self.size
+        return min(self.size, CLAIM_FREE + CLAIM_STORED * self.stored_bytes)
 
     def spans(self, starts: Int, lengths: Int) -> tuple[Int, Int]:
         """(starts, ends) of what may hold anything but zeroes of the stream that these ranges make one after

@@ -113,9 +113,10 @@ def started(
 ) -> Iterator[Appliance]:
     """The process that answers calls, without a virtual machine yet, until the block ends.
 
-    `folder` takes its messages.
+    `folder` takes its messages and its own temporary files.
     """
     messages = f"{folder}/guestfs.err"
+    places = {"LIBGUESTFS_TMPDIR": folder, "XDG_RUNTIME_DIR": folder}  # what it leaves when it is killed
     # signals of the terminal are for us: it ends when we close its input
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "process_group": 0}
     with (
@@ -123,7 +124,7 @@ def started(
         children.running(
             command or [interpreter(), "-I", str(GUEST)],
             stderr=errors,
-            env=programs.environment(env),
+            env=programs.environment({**places, **(env or {})}),
             **pipes,
         ) as process,
         contextlib.closing(Appliance(process, messages)) as appliance,

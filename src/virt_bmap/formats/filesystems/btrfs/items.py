@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.core.arrays import Int, gather
+from virt_bmap.core.reader import ROW
 from virt_bmap.formats.filesystems.btrfs import ondisk
 from virt_bmap.formats.filesystems.btrfs.tree import DROP_KEY, Items, Leaves, Roots
 
@@ -216,9 +217,23 @@ def _free_space_extents(leaves: Leaves) -> Columns:
     return {"leaf": items.leaf, "start": items.objectid, "length": items.offset}
 
 
+BITMAPS = 1 << 20
+"""Bytes of free space bitmaps that are taken apart together."""
+
+
 def _free_space_bitmaps(leaves: Leaves, sectorsize: int) -> Columns:
     """A bit for each sector of [objectid, objectid + offset), one where it is free, as runs."""
     items = leaves.of(ondisk.FREE_SPACE_BITMAP_KEY, 1)
+    batch = np.cumsum(items.size) // BITMAPS
+    parts, count = [], 0
+    for number in np.unique(batch):
+        parts.append(_bit_runs(items.select(batch == number), sectorsize))
+        count += len(parts[-1]["leaf"])
+        leaves.reader.afford(count * ROW, f"the rows of {count:,} runs of bitmaps")
+    return join(parts) or _bit_runs(items, sectorsize)
+
+
+def _bit_runs(items: Items, sectorsize: int) -> Columns:
     bits = np.unpackbits(gather(items.data, items.start, items.size), bitorder="little").astype(bool)
     ends = np.cumsum(items.size) * 8
     starts = ends - items.size * 8

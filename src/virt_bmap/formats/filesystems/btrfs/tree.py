@@ -319,6 +319,7 @@ class Leaves(NamedTuple):
     base: int
     address: Int
     damage: Damage
+    reader: Reader
 
     def of(self, key_type: int, minimum: int) -> Items:
         """The items of one type. Those shorter than `minimum` bytes are damage."""
@@ -357,4 +358,4 @@ def leaves_of(source: Source, data: Bytes, nritems: Int, address: Int, base: int
     if not inside.all():
         damage.note("item-outside", "items reach out of their leaf", address[leaf[~inside]])
         items, leaf = items[inside], leaf[inside]
-    return Leaves(data.reshape(-1), items, leaf, base, address, damage)
+    return Leaves(data.reshape(-1), items, leaf, base, address, damage, source.reader)

@@ -23,7 +23,7 @@ from virt_bmap.core.arrays import EMPTY, Int, expand, ints, subtract, union
 from virt_bmap.core.columns import take
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import ROW, Reader
 from virt_bmap.formats.common.sharing import cut_shared, overlap
 from virt_bmap.formats.filesystems.erofs.clusters import (
     ADVISE_FRAGMENT_PCLUSTER,
@@ -35,7 +35,6 @@ from virt_bmap.formats.filesystems.erofs.clusters import (
     physical_clusters,
 )
 from virt_bmap.formats.filesystems.erofs.inodes import (
-    BATCH,
     CHUNK_BASED,
     COMPRESSED_COMPACT,
     COMPRESSED_FULL,
@@ -105,6 +104,8 @@ COMPAT = {1: "sb_chksum", 2: "mtime", 4: "xattr_filter"}
 CHUNK_BLKBITS, CHUNK_INDEXES = 0x1F, 0x20
 DEVICE_SLOT = 128
 MAX_CONFIGS = 16
+INDEX_BATCH = 4 << 20
+"""Bytes of indexes that are looked at together: each four of them are a row."""
 
 
 def probe(reader: Reader) -> bool:
@@ -228,6 +229,7 @@ class _Found:
 
     def __post_init__(self) -> None:
         column = self.tree.column
+        self.claimed = 0
         self.data: list[tuple[Int, ...]] = []
         self.inner: list[tuple[Int, ...]] = []
         kind = column["mode"] >> 12
@@ -259,9 +261,16 @@ class _Found:
         inside = (start >= 0) & (length > 0) & (start <= self.size - length)
         self._problem(~inside & (length > 0), start, "outside", "pieces of files lie outside the volume")
         batch = (self.kind[rows], self.tree.column["nid"][rows], file_offset, held, start, length, flags)
+        self._claim(int(inside.sum()))
         (self.inner if inner else self.data).append(tuple(values[inside] for values in batch))
         if inner:
             self.blocks_used.append((start[inside], (start + length)[inside]))
+
+    def _claim(self, count: int) -> None:
+        """Corrupt where there are more rows than what is stored can honestly have: indexes over each other,
+        ends that each lie in all of the packed inode."""
+        self.claimed += count
+        self.volume.reader.afford(self.claimed * ROW, f"the rows of {self.claimed:,} pieces of files")
 
     def flat(self) -> None:
         """Files in one piece, and tails behind their inodes."""
@@ -330,7 +339,7 @@ class _Found:
     def _affordable(self, at: Int, length: Int) -> np.ndarray:
         """Which indexes lie inside the volume, as long as all together are not longer than it."""
         good = (length >= 0) & (length <= self.size) & (at <= self.size - np.minimum(length, self.size))
-        good &= np.cumsum(np.where(good, length, 0)) <= self.size
+        good &= np.cumsum(np.where(good, length, 0)) <= self.volume.reader.budget
         self._problem(
             ~good, at, "index", "indexes of files lie outside the volume, or claim more than it has"
         )
@@ -431,6 +440,7 @@ class _Found:
         head = pieces(self.volume.reader, at, np.full(len(rows), 12, np.int64)).reshape(-1, 12)
         count = np.minimum(head[:, 4].astype(np.int64), (size - 12) // 4)
         data = pieces(self.volume.reader, at + 12, 4 * count)
+        self._claim(int(count.sum()))
         row, _ = expand(count)
         place = shared_base + 4 * _u32(data, 4 * np.arange(len(row), dtype=np.int64))
         inside = place <= self.size - 4
@@ -517,6 +527,7 @@ class _Found:
         first = np.searchsorted(offset + held, place, "right")
         last = np.searchsorted(offset, place + size, "left")
         self._problem(last <= first, place, "fragment", "fragments are not in the packed inode")
+        self._claim(int(np.maximum(last - first, 0).sum()))
         row, nth = expand(np.maximum(last - first, 0))
         cluster = first[row] + nth
         low = np.maximum(place[row], offset[cluster])
@@ -539,8 +550,8 @@ def _columns(batches: list[tuple[Int, ...]]) -> tuple[Int, ...]:
 
 
 def _batches(length: Int) -> list[slice]:
-    """Rows in runs of at most about BATCH bytes."""
-    edges = np.flatnonzero(np.diff(np.cumsum(length) // BATCH, prepend=-1)).tolist()
+    """Rows in runs of at most about INDEX_BATCH bytes."""
+    edges = np.flatnonzero(np.diff(np.cumsum(length) // INDEX_BATCH, prepend=-1)).tolist()
     return [slice(low, high) for low, high in itertools.pairwise([*edges, len(length)])]
 
 

@@ -110,7 +110,8 @@ def walk(volume: Volume, roots: Int, problems: list[Problem]) -> Tree:
         column = {name: values[good] for name, values in column.items()}
         found.append(column)
         own = {name: values[column["mode"] >> 12 == 0o4] for name, values in column.items()}
-        usable = np.cumsum(own["size"]) + budget <= volume.reader.size
+        small = np.minimum(own["size"], volume.reader.size + 1).astype(float)  # sums of these stay numbers
+        usable = np.cumsum(small) + budget <= volume.reader.budget
         lost += int((~usable).sum())
         own = {name: values[usable] for name, values in own.items()}
         budget += int(own["size"].sum())

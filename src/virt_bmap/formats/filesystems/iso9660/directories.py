@@ -112,7 +112,7 @@ class _State:
         again = positions(self.seen, level) >= 0 if len(self.seen) else np.zeros(len(level), bool)
         level, size = level[~again], size[~again]
         used = int(self.seen_size.sum())
-        affordable = np.cumsum(size) + used <= self.reader.size
+        affordable = np.cumsum(size) + used <= self.reader.budget
         self._complain(
             ~affordable,
             level,

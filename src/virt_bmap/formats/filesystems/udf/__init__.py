@@ -148,7 +148,7 @@ def _walk(
     found: list[Entries] = []
     extents: list[Extents] = []
     listed: list[tuple[Int, Int, Ragged]] = []
-    seen, budget = EMPTY, reader.size
+    seen, budget = EMPTY, reader.budget
     for _ in range(MAX_LEVELS):
         level: list[tuple[Entries, Extents]] = []
         for batch in entries.read_entries(reader, disk, partition, block, problems):
@@ -205,7 +205,7 @@ def _add_beside(
     """Rows for named streams and for attributes in files of their own: their bytes are the file's, whatever
     they are called; -1 stands for the system."""
     inode, partition, block = joined(beside, 3)
-    seen, budget = known, reader.size
+    seen, budget = known, reader.budget
     for _ in range(2):  # a directory of streams, and these
         place = disk.places(partition, block)
         fresh = (place >= 0) & ~np.isin(place, seen)

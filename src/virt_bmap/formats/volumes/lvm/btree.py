@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import Int, expand, ints
+from virt_bmap.core.arrays import Int, bounded, expand, ints
 from virt_bmap.core.checksums import crc32c
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import struct, widen
@@ -30,6 +30,8 @@ MAX_BATCH = 4096
 MAX_NODES = 1 << 23
 """(tree, node) pairs followed: metadata devices end at 16 GiB, 4 million blocks, of which snapshots may share
 many."""
+MAX_SHARED = 1 << 23
+"""Entries told of several trees, beyond what is stored: runs, where there are runs."""
 ENTRIES_PER_BITMAP = (BLOCK - 16) * 4
 
 NODE = struct(32, [
@@ -132,12 +134,12 @@ class Store:
             1        (0, 4) (0, 5) (1, 5)     4 5 105        4 5; `which` is 0 1 1, the node of each visit
             leaves   entries of 4 once, for tree 0; entries of 5 twice, for trees 0 and 1
 
-        `pack`, where given, makes the entries of each batch fewer before the next is read.
+        `pack`, where given, makes the entries of nodes fewer before they are told of each tree.
         """
         pack = pack or (lambda entries: entries)
         found: list[Entries] = [pack(Entries(ints([]), ints([]), np.zeros((0, value_size), np.uint8)))]
         tree, block = np.arange(len(roots), dtype=np.int64), roots
-        seen = np.zeros(0, np.int64)
+        seen, shared = np.zeros(0, np.int64), MAX_SHARED
         for _ in range(MAX_DEPTH):
             keep = self.inside(block)
             pair, times = np.unique(tree[keep] * self.blocks + block[keep], return_counts=True)
@@ -157,19 +159,21 @@ class Store:
             for start in range(0, len(unique), MAX_BATCH):
                 batch = unique[start : start + MAX_BATCH]
                 low, high = np.searchsorted(which, [start, start + len(batch)])
-                inner, leaves = self._nodes(part, batch, tree[low:high], which[low:high] - start, value_size)
-                children.append(inner)
-                found.append(pack(leaves))
+                for entries, into in zip(
+                    self._nodes(part, batch, value_size, pack), (children, found), strict=True
+                ):
+                    into.append(_spread(entries, tree[low:high], which[low:high] - start, shared))
+                    shared -= max(0, len(into[-1].keys) - len(entries.keys))
             below = _join(children)
             tree, block = below.tree, below.numbers()
         self.damage(f"lie deeper than {MAX_DEPTH} levels", block)
         return _join(found)
 
     def _nodes(
-        self, part: str, blocks: Int, tree: Int, which: Int, value_size: int
+        self, part: str, blocks: Int, value_size: int, pack: Callable[[Entries], Entries]
     ) -> tuple[Entries, Entries]:
-        """The entries of internal nodes and of leaves among `blocks`; `which` gives for each visit by a
-        `tree` the node."""
+        """The entries of internal nodes and, packed, of leaves among `blocks`; their `tree` is the position
+        of the node."""
         data = self.read(blocks, NODE_SALT)
         head = np.ascontiguousarray(data[:, : NODE.itemsize]).view(NODE)[:, 0]
         count, limit, size = (widen(head[name], name) for name in ("nr_entries", "max_entries", "value_size"))
@@ -181,22 +185,18 @@ class Store:
         self.take(part, blocks[good])
         words, results = data.view("<u8"), []
         for kind, length in ((internal, 8), (leaf, value_size)):
-            visit = np.flatnonzero((good & kind)[which])
-            row, step = expand(count[which[visit]])
-            node = which[visit][row]
-            keys = words[node, 4 + step]
+            row, step = expand(np.where(good & kind, count, 0))
+            keys = words[row, 4 + step]
             unsorted = (row[1:] == row[:-1]) & (keys[1:] <= keys[:-1])
-            self.damage("have keys out of order", blocks[np.unique(node[1:][unsorted])])
-            self.damage("have keys that no tree holds", blocks[np.unique(node[keys >> np.uint64(63) != 0])])
+            self.damage("have keys out of order", blocks[np.unique(row[1:][unsorted])])
+            self.damage("have keys that no tree holds", blocks[np.unique(row[keys >> np.uint64(63) != 0])])
             if length == 8:
-                values = words[node, 4 + limit[node] + step].view(np.uint8).reshape(-1, 8)
+                values = words[row, 4 + limit[row] + step].view(np.uint8).reshape(-1, 8)
             else:
-                values = _columns(
-                    data, node * BLOCK + NODE.itemsize + limit[node] * 8 + step * length, length
-                )
+                values = _columns(data, row * BLOCK + NODE.itemsize + limit[row] * 8 + step * length, length)
             fits = keys >> np.uint64(63) == 0
-            results.append(Entries(tree[visit][row][fits], keys[fits].astype(np.int64), values[fits]))
-        return results[0], results[1]
+            results.append(Entries(row[fits], keys[fits].astype(np.int64), values[fits]))
+        return results[0], pack(results[1])
 
     def array(self, part: str, root: int, size: int, value_size: int = 8) -> np.ndarray:
         """The values of a dm-array, `size` of them at most, as bytes (n, value_size); what can't be read is
@@ -206,6 +206,7 @@ class Store:
         each = (BLOCK - ARRAY_BLOCK.itemsize) // value_size
         keep = self.inside(blocks) & (keys < -(-size // each))
         blocks, keys = blocks[keep], keys[keep]
+        self.reader.afford(size * value_size, f"an array of {size:,} entries")
         result = np.zeros((-(-size // each) * each, value_size), np.uint8)
         for start in range(0, len(blocks), MAX_BATCH):
             batch, at = blocks[start : start + MAX_BATCH], keys[start : start + MAX_BATCH]
@@ -257,6 +258,10 @@ class Store:
         """
         keep = self.inside(blocks) & (keys < -(-total // ENTRIES_PER_BITMAP))
         blocks, keys = blocks[keep], keys[keep]
+        blocks, first = np.unique(blocks, return_index=True)
+        if len(first) < len(keys):
+            self.damage("of the space map are there for several parts of it", blocks[:1])
+        keys = keys[first]
         self.take("space map", blocks)
         if total > len(blocks) * ENTRIES_PER_BITMAP:
             self.damage("of the space map are missing; what they describe counts as in use", ints([0]))
@@ -273,6 +278,18 @@ class Store:
             bits = np.unpackbits(self.read(blocks[batch], BITMAP_SALT)[:, 16:], axis=1, bitorder="little")
             free.reshape(-1, ENTRIES_PER_BITMAP)[keys[batch]] = ~(bits[:, 0::2] | bits[:, 1::2]).astype(bool)
         return free[:total]
+
+
+def _spread(entries: Entries, tree: Int, which: Int, most: int) -> Entries:
+    """The entries of nodes for each visit: of `tree` to node number `which`.
+
+    Corrupt where visits make more than `most` of them beyond what the nodes hold.
+    """
+    first, last = np.searchsorted(entries.tree, which), np.searchsorted(entries.tree, which, "right")
+    bounded(int((last - first).sum()), len(entries.keys) + most, "entries of nodes that trees share")
+    row, step = expand(last - first)
+    at = first[row] + step
+    return Entries(tree[row], entries.keys[at], entries.values[at])
 
 
 def _columns(data: np.ndarray, starts: Int, length: int) -> np.ndarray:
