@@ -201,7 +201,7 @@ def test_what_is_stored_is_known_through_layers(tmp_path: Path) -> None:
 def test_a_square_of_pairs_is_refused() -> None:
     n = 1 << 14
     everything = Intervals(np.zeros(n, np.int64), np.full(n, 100))
-    with pytest.raises(Corrupt, match="lie over each other"):
+    with pytest.raises(Corrupt, match="unless metadata overlaps"):
         everything.overlaps(np.zeros(n, np.int64), np.full(n, 100))
     assert len(everything.overlaps(np.zeros(8), np.full(8, 100))[0]) == 8 * n < PAIRS
 
