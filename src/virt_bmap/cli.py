@@ -6,19 +6,32 @@ Only here are errors printed and exit statuses made.
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from virt_bmap import __version__
 from virt_bmap.commands import COMMANDS
-from virt_bmap.core.errors import BmapError, UsageError, is_strict, unexpected
+from virt_bmap.core.errors import BmapError, OutputError, UsageError, is_strict, refused, unexpected
 from virt_bmap.core.printable import one_line, say
 from virt_bmap.host import leftovers, notices, protection, signals
 from virt_bmap.startup import import_libraries
+
+
+class StandardOutput(io.FileIO):
+    """Standard output, which says that it is the one that can't be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:  # nobody reads on
+            raise
+        except OSError as error:
+            raise OutputError(f"standard output can't be written: {error.strerror}") from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,8 +130,7 @@ def program(name: str, prepare: Callable[[], Callable[[], int]]) -> NoReturn:
     except BrokenPipeError:  # nobody reads on
         status = 141
     except OSError as error:
-        what = one_line(error.filename) if error.filename else "standard output can't be written"
-        status = _failed(f"{name}: {what}: {error.strerror or one_line(error)}")
+        status = _failed(f"{name}: {refused(error)}")
     except MemoryError:
         status = _failed(f"{name}: not enough memory for this map")
     except Exception as error:
@@ -130,7 +142,7 @@ def program(name: str, prepare: Callable[[], Callable[[], int]]) -> NoReturn:
     leftovers.undo_all()
     # tables of millions of rows take long to free one by one, and the process ends anyway
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, OutputError):
             stream.flush()
     os._exit(status)
 
@@ -168,5 +180,12 @@ def _open_standard_streams() -> None:
         sys.stdin = open(0)  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = open(1, "w")  # noqa: SIM115 - fails when something is written, which was to be seen
+    plain = sys.stdout
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(StandardOutput(1, "wb", closefd=False)),
+        encoding=plain.encoding,
+        errors=plain.errors,
+        line_buffering=bool(plain.line_buffering),
+    )
     if sys.stderr is None:
         sys.stderr = open(2, "w")  # noqa: SIM115

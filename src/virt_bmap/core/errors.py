@@ -3,7 +3,7 @@
     BmapError
     |-- UsageError         the command or call is wrong: an option, a name, a range
     |-- ImageError         an image can't be opened or read: missing, empty, shrank, I/O error
-    |   `-- MissingTool    a program or package that this job needs is not installed
+    |-- MissingTool        a program or package that this job needs is not installed, or can't be run
     |-- FormatError        what is on the disk
     |   |-- Corrupt        bytes contradict the format's own rules
     |   `-- Unsupported    features known but not read; says nothing about damage
@@ -27,14 +27,29 @@ def is_strict() -> bool:
 
 def unexpected(error: Exception) -> str:
     """One line about an exception that should not have been: what it is, where it came from, what to do."""
+    return (
+        f"a fault of virt-bmap itself: {type(error).__name__} at {_where(error)}: "
+        f"{one_line(error)}; please report "
+        "it (VIRT_BMAP_STRICT=1 in the environment tells more)"
+    )
+
+
+def refused(error: OSError) -> str:
+    """One line about what the system refused, and nobody expected it to: the file where the error names one,
+    else the place of ours that asked for it."""
+    words = error.strerror or one_line(error)
+    if error.filename is not None:
+        named = error.filename
+        return f"{one_line(os.fsdecode(named) if isinstance(named, bytes) else named)}: {words}"
+    return f"the system refused what virt-bmap asked for at {_where(error)}: {words}"
+
+
+def _where(error: Exception) -> str:
+    """The line that raised."""
     import traceback  # seldom needed
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{'/'.join(frame.filename.split(os.sep)[-2:])}:{frame.lineno}"
-    return (
-        f"a fault of virt-bmap itself: {type(error).__name__} at {where}: {one_line(error)}; please report "
-        "it (VIRT_BMAP_STRICT=1 in the environment tells more)"
-    )
+    return f"{'/'.join(frame.filename.split(os.sep)[-2:])}:{frame.lineno}"
 
 
 class BmapError(Exception):
@@ -49,8 +64,8 @@ class ImageError(BmapError):
     """An image can't be opened or read."""
 
 
-class MissingTool(ImageError):
-    """A program or package is missing; the message says which command installs it."""
+class MissingTool(BmapError):
+    """A program or package is missing; the message says which command installs it. No image's fault."""
 
 
 class FormatError(BmapError):

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from virt_bmap.core.errors import ImageError
+from virt_bmap.core.errors import BmapError, ImageError, MissingTool
 from virt_bmap.core.reader import CLAIM_STORED, Reader
 from virt_bmap.host import children, confine, leftovers, programs, signals
 from virt_bmap.open.graph import Graph
@@ -45,6 +45,8 @@ PACKAGES = "apt-get install qemu-utils, or dnf install qemu-img"
 LOCKED = re.compile(r"Failed to get .* lock|Is another process using the image")
 MODULE = re.compile(r"module \S+ not found")
 """A part of QEMU that is not installed, and often not needed: of dmg's two ways to pack, say."""
+CANT_RUN = (126, 127)
+"""Exit statuses of sh: what it was to run is not there, or no program of this machine."""
 IN_USE = {
     True: "shut that down first",
     False: "-U (--force-share) reads it anyway, and what is read may then mix several states",
@@ -102,7 +104,7 @@ def served_by(
     mortal = [] if lasts else children.mortal("KILL")
     try:
         return _connected(client, Server(program, mortal, options, graph, path, confine.popen, lasts), graph)
-    except (ImageError, OSError):
+    except (ImageError, MissingTool, OSError):
         if confine.bears(program):  # or it is not the image's fault
             raise
     return _connected(client, Server(program, [], options, graph, path, confine.popen_outside, lasts), graph)
@@ -117,7 +119,7 @@ def _connected(
         refusal = server.refusal() if isinstance(error, ImageError) else None
         server.close()
         if refusal:
-            raise ImageError(refusal) from error
+            raise refusal from error
         raise
     if graph.write:  # which may take as long as it takes
         server.link.settimeout(None)
@@ -138,7 +140,7 @@ class Server:
         popen: confine.Popen,
         lasts: bool,
     ) -> None:
-        self._graph = graph
+        self._graph, self._program = graph, program
         self._patience = WRITTEN if graph.write else LAST_WORDS
         self._nodes = f"json:{json.dumps(graph.node)}"
         self.failure = ""
@@ -187,17 +189,19 @@ class Server:
         )
         return self._graph.in_words(said)
 
-    def refusal(self) -> str | None:
+    def refusal(self) -> BmapError | None:
         """Why it does not serve the image; None where that is not its fault."""
         status, words = self._ended(), self.words()
         if status <= 0 or not words:
             return None
+        if status in CANT_RUN:
+            return MissingTool(f"{self._program}: can't be run: {words} ({PACKAGES})")
         if LOCKED.search(words):
-            return (
+            return ImageError(
                 f"{self._graph.name}: is in use: QEMU holds its lock (a running guest or another tool); "
                 f"{IN_USE[bool(self._graph.write)]}"
             )
-        return (
+        return ImageError(
             f"{self._graph.name}: qemu-nbd can't open it as "
             f"{self._graph.format}{' for writing' if self._graph.write else ''}: {words}"
         )
