@@ -14,7 +14,7 @@ WORDS = {
     "vhdx of 2^63 bytes": "Invalid argument",
     "vhdx of 64 TiB, its table in a hole": "Cannot allocate memory",
     "vhdx, a log of 4 GiB in a hole": "its log would take 4,293,918,720 bytes",
-    "vhdx with a parent": "refers to '/dev/null', which is not opened unasked",
+    "vhdx with a parent": "'/dev/null'",
     "vdi of 0 bytes": "the export is empty",
     "vdi of 256 TiB, its map in a hole": "Cannot allocate memory",
     "vdi with a parent": "non-NULL link UUID",
