@@ -1,5 +1,5 @@
-"""Write what is made from the code: docs/data-model.md, docs/formats.md, and the last part of
-docs/verification.md. A test fails when they are out of date.
+"""Write what is made from the code: docs/data-model.md, docs/formats.md, docs/problems.md, and the last part
+of docs/verification.md. A test fails when they are out of date.
 
 Usage: .venv/bin/python tools/document.py
 """
@@ -17,6 +17,7 @@ from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import RAW, Checks, Docs, FilesystemFormat, VolumeFormat
 from virt_bmap.model.listing import LETTERS
+from virt_bmap.model.problems import SEVERITY_MEANING, TABLE
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -88,6 +89,8 @@ def data_model() -> str:
         + ", ".join(f"{letter} {kind}" for kind, letter in LETTERS.items() if kind not in tables.KINDS)
         + ".",
     ]
+    lines += ["", "## States of filesystems", "", "| state | meaning |", "|---|---|"]
+    lines += [f"| {state} | {tables.STATE_MEANING[state]} |" for state in tables.STATES]
     lines += ["", "## Traits of volumes", "", "| trait | bit | meaning |", "|---|---|---|"]
     lines += [
         f"| {trait} | {1 << bit} | {tables.TRAIT_MEANING[trait]} |" for bit, trait in enumerate(tables.TRAITS)
@@ -229,7 +232,42 @@ def asked_of(name: str, module: str, checks: Checks, allocator: str | None) -> l
     return lines
 
 
-PAGES = {"data-model.md": data_model, "formats.md": formats_page, "verification.md": verification}
+def problems() -> str:
+    """The page on what can be wrong."""
+    lines = [
+        "# Problems",
+        "",
+        (
+            "What is wrong on a disk is a row of the table `problems` (see "
+            "[the data model](data-model.md)), or of the result of `virt-bmap check`, with one of"
+        ),
+        (
+            "these codes: stable words for programs, with one meaning in every format. The detail "
+            "beside it is a sentence for people, and may change. The page is"
+        ),
+        "made from `src/virt_bmap/model/problems.py` by `tools/document.py`.",
+        "",
+        *(f"- **{name}**: {words}." for name, words in SEVERITY_MEANING.items()),
+        "",
+        (
+            "A filesystem with an error is `damaged`, whatever its superblock says. A format may have "
+            "a reason for another severity than the one given here: a spare that is"
+        ),
+        "missing from an array that has all its bytes is a note.",
+        "",
+        "| code | severity | question of `check` | meaning |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {code.name} | {code.severity} | {code.subject} | {code.meaning} |" for code in TABLE]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "data-model.md": data_model,
+    "problems.md": problems,
+    "formats.md": formats_page,
+    "verification.md": verification,
+}
 
 if __name__ == "__main__":
     for name, make in PAGES.items():

@@ -266,7 +266,7 @@ def test_a_member_that_was_away_comes_last(profile: str, away: int, tmp_path: Pa
         {"nosum": MIDDLE} if profile == "raid1" else {}
     )
     codes = [row["code"] for row in mapped(*images).problems.to_pylist()]
-    assert "stale-device" in codes
+    assert "stale" in codes
 
 
 # ---- through layers ----------------------------------------------------------------------------------------

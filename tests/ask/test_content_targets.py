@@ -173,7 +173,7 @@ def test_udf(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     data[place + 4] = (sum(data[place : place + 4]) + sum(data[place + 5 : place + 16])) & 0xFF
     image.write_bytes(data)
     # the ISO 9660 beside it owns as much
-    alone = udf.FORMAT._replace(read=lambda reader, others: udf.read_alone(reader))
+    alone = udf.FORMAT._replace(read=lambda reader, others, damage: udf.read_alone(reader, damage))
     monkeypatch.setattr(udf, "FORMAT", alone)
     assert extracted(image, tmp_path / "out") == {"link": target}
 

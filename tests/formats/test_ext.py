@@ -26,10 +26,12 @@ from support import (
 )
 from virt_bmap.core.reader import HEAD, TAIL
 from virt_bmap.formats.filesystems import ext
-from virt_bmap.formats.filesystems.ext import inodes, owned
+from virt_bmap.formats.filesystems.ext import inodes
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.damage import Damage
 from virt_bmap.open.raw import RawReader
+from virt_bmap.survey import owners
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +222,7 @@ def test_reads_are_few_and_only_of_metadata(folder: Path, tmp_path: Path) -> Non
     tail that are kept."""
     image = ext_images.make(folder, Flavour("x", "-t ext4 -b 1024 -N 4000"), tmp_path / "x.img")
     reader = CountingReader(str(image))
-    found = ext.read(reader)
+    found = ext.read(reader, (), Damage())
     reader.close()
     kind, part = tables.codes(found.extents, "kind"), found.extents.column("part").to_pylist()
     used = np.isin(kind, (tables.DIRECTORY, tables.TREE)) & (
@@ -308,6 +310,6 @@ def test_links_are_matched_the_same_way_with_a_table_and_without(last: int) -> N
     random = np.random.default_rng(5)
     number = np.unique(np.append(random.integers(1, last, 40), last))
     target = np.concatenate([random.choice(number, 30), random.integers(1, last + 10, 30), [last + 1]])
-    found, named = owned._each_other(target, number)
+    found, named = owners._each_other(target, number)
     assert found.tolist() == [one in set(number.tolist()) for one in target.tolist()]
     assert named.tolist() == [one in set(target.tolist()) for one in number.tolist()]

@@ -300,7 +300,7 @@ def test_a_synced_inode_takes_the_place_of_the_older_one(plain: bytes) -> None:
     node = plain[old["record_offset"] :][:4096]
     bmap = survey([BytesReader(synced(plain, [(16, struct.pack("<Q", 33))], node))])
     assert_proven(bmap)
-    assert bmap.filesystems.column("state").to_pylist() == ["needs recovery"]
+    assert bmap.filesystems.column("state").to_pylist() == ["recovered"]
     assert tree(bmap, 0) == tree(before, 0)
     new = next(row for row in bmap.inodes.to_pylist() if row["inode"] == inode)
     assert new["size"] == 33
@@ -365,11 +365,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_other(small: bytes) -> None:
     newer = max(packs, key=lambda at: int.from_bytes(small[at : at + 8], "little"))
     older = sum(packs) - newer
     assert tree(changed(small, older, bytes(4096)), 0) == tree(before, 0)
-    assert "checkpoint" in codes(changed(small, newer, bytes(4096)))
+    assert "copy-used" in codes(changed(small, newer, bytes(4096)))
     data = np.frombuffer(small, np.uint8).copy()
     for at in packs:
         data[at : at + 4096] = 0
-    assert "checkpoint" in codes(survey([BytesReader(data)]))
+    assert "superblock" in codes(survey([BytesReader(data)]))
 
 
 def test_what_is_not_read_is_refused_by_name(small: bytes) -> None:
@@ -438,10 +438,10 @@ def test_damaged_nodes_are_named_and_the_rest_is_read(small: bytes) -> None:
     found = tree(bmap, 0)
     place = {row["inode"]: row["record_offset"] for row in bmap.inodes.to_pylist()}
     at = place[found["/large"]]
-    assert "inode-checksum" in codes(changed(small, at + 16, b"\x01"))
-    assert {"node", "unused-inode"} <= set(codes(changed(small, at + 4072, b"\x01\x02")))
+    assert "checksum" in codes(changed(small, at + 16, b"\x01"))
+    assert {"tree", "dangling-name"} <= set(codes(changed(small, at + 4072, b"\x01\x02")))
     assert "outside" in codes(changed(small, at + 500, b"\xf0\xff\xff\xff"))
-    assert "node-reference" in codes(changed(small, at + 4052, struct.pack("<I", 4)))
+    assert "tree" in codes(changed(small, at + 4052, struct.pack("<I", 4)))
     assert "two-owners" in codes(changed(small, at + 500, small[at + 504 : at + 508]))
 
 
@@ -616,5 +616,5 @@ def test_copies_of_a_mounted_volume_are_mapped_as_the_kernel_recovers_them() -> 
         assert deleted == sorted([size_of(30_000)] + [size_of(350), size_of(77)] * (name == "again")), name
         reader.close()
     assert states == {
-        name: "frozen" if name in ("none", "moved") else "needs recovery" for name in f2fs_images.CRASHES
+        name: "frozen" if name in ("none", "moved") else "recovered" for name in f2fs_images.CRASHES
     }

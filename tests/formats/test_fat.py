@@ -61,6 +61,12 @@ def codes(bmap: BlockMap, severity: str = "") -> set[str]:
     return {row["code"] for row in bmap.problems.to_pylist() if not severity or row["severity"] == severity}
 
 
+def says(bmap, code, words):
+    """Is there an error with this code and these words?"""
+    rows = [row for row in bmap.problems.to_pylist() if (row["severity"], row["code"]) == ("error", code)]
+    return any(words in row["detail"] for row in rows)
+
+
 # ---- sound volumes -----------------------------------------------------------------------------------------
 
 
@@ -175,12 +181,12 @@ def test_state_says_what_kernel_and_windows_mark(tmp_path):
     assert mapped(image).filesystems.to_pylist()[0]["state"] == "clean"
     fat = Fat(image.read_bytes())
     fat.set(1, 0x7FFF)
-    assert survives(fat.data).filesystems.to_pylist()[0]["state"] == "not cleanly unmounted"
+    assert survives(fat.data).filesystems.to_pylist()[0]["state"] == "in use"
     fat.set(1, 0xBFFF)
-    assert survives(fat.data).filesystems.to_pylist()[0]["state"] == "errors"
+    assert survives(fat.data).filesystems.to_pylist()[0]["state"] == "damaged"
     fat.set(1, 0xFFFF)
     fat.data[37] = 1  # as Linux does
-    assert survives(fat.data).filesystems.to_pylist()[0]["state"] == "not cleanly unmounted"
+    assert survives(fat.data).filesystems.to_pylist()[0]["state"] == "in use"
 
 
 def test_an_active_fat_without_mirroring_is_the_one_that_is_read(tmp_path):
@@ -366,29 +372,29 @@ BIG, OTHER = "/A longer name than eight.html", "/x" + "x" * 12
 
 def test_a_chain_that_goes_round(small, tmp_path):
     bmap = damaged(small, tmp_path, BIG, lambda fat, c: fat.set(c[-1], c[1]))
-    assert "chain-loop" in codes(bmap, "error")
+    assert says(bmap, "extents", "lead back into themselves")
 
 
 def test_a_chain_into_a_free_cluster(small, tmp_path):
     bmap = damaged(small, tmp_path, BIG, lambda fat, c: fat.set(c[2], 0))
-    assert "chain-cut" in codes(bmap, "error")
+    assert says(bmap, "extents", "the rest is lost")
     assert "unowned" in codes(bmap)  # the rest of the chain
 
 
 def test_a_chain_to_a_cluster_that_does_not_exist(small, tmp_path):
     bmap = damaged(small, tmp_path, BIG, lambda fat, c: fat.set(c[2], 0xFFF0))
-    assert "chain-cut" in codes(bmap, "error")
+    assert says(bmap, "extents", "the rest is lost")
 
 
 def test_a_chain_that_ends_too_early(small, tmp_path):
     bmap = damaged(small, tmp_path, BIG, lambda fat, c: fat.set(c[2], 0xFFFF))
-    assert "chain-short" in codes(bmap, "error")
+    assert says(bmap, "extents", "fewer clusters")
 
 
 def test_two_files_that_share_a_tail(small, tmp_path):
     other = clusters_of(np.frombuffer(small, np.uint8), OTHER)[1]
     bmap = damaged(small, tmp_path, BIG, lambda fat, c: fat.set(c[2], other[1]))
-    assert "cross-linked" in codes(bmap, "error")
+    assert "two-owners" in codes(bmap, "error")
     assert "two-owners" in {row.code for row in check(bmap).disagreements}
 
 
@@ -399,7 +405,7 @@ def test_a_chain_that_is_too_long_is_unwritten_behind_the_end(small, tmp_path):
         fat.set(free, 0xFFFF)
 
     bmap = damaged(small, tmp_path, BIG, lengthen)
-    assert codes(bmap, "warning") == {"chain-long"}
+    assert codes(bmap, "warning") == {"extents"}
     assert tables.UNWRITTEN in tables.codes(bmap.extents, "kind")
 
 
@@ -425,21 +431,23 @@ def test_a_directory_that_contains_itself(empty):
     fat.data[fat.offset(2) : fat.offset(2) + 32] = np.frombuffer(here, np.uint8)
     fat.set(2, 0xFFFF)
     bmap = survives(fat.data)
-    assert "directory-loop" in codes(bmap, "error")
+    assert "twice" in codes(bmap, "error")
     assert names_of(bmap) == [b"LOOP", b"LOOP"]
 
 
 @pytest.mark.parametrize(
-    ("cluster", "size", "code"),
+    ("cluster", "size", "words"),
     [
-        (0, 5, "no-clusters"),
-        (60000, 5, "bad-first-cluster"),
-        (1, 5, "bad-first-cluster"),
-        (9, 5, "free-first-cluster"),
+        (0, 5, "no first cluster"),
+        (60000, 5, "does not exist"),
+        (1, 5, "does not exist"),
+        (9, 5, "free or bad"),
     ],
 )
-def test_a_first_cluster_that_can_not_be(empty, cluster, size, code):
-    assert codes(in_root(empty, entry(SHORT, cluster=cluster, size=size)), "error") == {code}
+def test_a_first_cluster_that_can_not_be(empty, cluster, size, words):
+    bmap = in_root(empty, entry(SHORT, cluster=cluster, size=size))
+    assert codes(bmap, "error") == {"extents"}
+    assert says(bmap, "extents", words)
 
 
 def test_a_volume_that_is_cut_off(small):
@@ -455,7 +463,7 @@ def test_a_root_directory_that_is_nowhere(tmp_path):
     for cluster in 0, 1, 9, 0xFFFFFFFF:
         data[44:48] = np.frombuffer(struct.pack("<I", cluster), np.uint8)
         bmap = survives(data)
-        assert codes(bmap, "error") == {"root"}
+        assert codes(bmap, "error") == {"extents"}
         assert "unowned" in codes(bmap)
 
 

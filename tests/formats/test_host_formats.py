@@ -289,7 +289,7 @@ def test_a_wrong_checksum_is_said(corpus, tmp_path):
     """QEMU refuses this image: "Incorrect header checksum"."""
     image = unpacked(corpus, "log2timeline+dfvfs/test_data/image.vhd.xz", tmp_path / "image.vhd")
     with open_host([str(image)]) as host:
-        assert [problem.code for problem in host.disks[0].chain[0].layer.problems] == ["checksum"]
+        assert [problem.code for problem in host.disks[0].chain[0].layer.damage.problems()] == ["checksum"]
 
 
 # ---- damage ------------------------------------------------------------------------------------------------

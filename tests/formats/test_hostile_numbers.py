@@ -20,6 +20,7 @@ from virt_bmap.formats.filesystems import example
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import Filesystem, FilesystemFormat
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 from virt_bmap.survey import survey
 from virt_bmap.survey.maps import map_disks
@@ -109,11 +110,8 @@ def crc32c(data: bytes) -> int:
 
 def test_a_problem_at_a_byte_that_no_disk_has(tmp_path: Path) -> None:
     """A mapping of a thin pool to block 2^54: the byte has no place in a table, the problem has."""
-    bmap = given(
-        filesystem(ExtentRows(), survey.Problem("x", "words", 2**64)),
-        4096,
-    )
-    assert [(row["code"], row["volume_offset"]) for row in bmap.problems.to_pylist()][:1] == [("x", None)]
+    bmap = given(filesystem(ExtentRows()), 4096, 2**64)
+    assert [(row["code"], row["volume_offset"]) for row in bmap.problems.to_pylist()][:1] == [("tree", None)]
 
 
 @pytest.mark.parametrize("mode", [0xED0081A4, 0x800081A4, 0xFFFFFFFF])
@@ -135,19 +133,19 @@ def test_modes_of_32_bits(mode: int) -> None:
 # ---- rows of a reader --------------------------------------------------------------------------------------
 
 
-def filesystem(rows: ExtentRows, *problems: survey.Problem) -> Filesystem:
+def filesystem(rows: ExtentRows) -> Filesystem:
     """What a reader found on 4096 bytes."""
     reader = BytesReader(np.zeros(4096, np.uint8))
     inodes, names = tables.empty("inodes"), tables.empty("names")
-    return Filesystem(
-        "one", 4096, 512, -1, "clean", inodes, names, rows.table(0), reader, problems=list(problems)
-    )
+    return Filesystem("one", 4096, 512, -1, "clean", inodes, names, rows.table(0), reader)
 
 
-def given(found: Filesystem | Exception, size: int) -> BlockMap:
-    """The map of a disk on which a reader finds this, or fails so."""
+def given(found: Filesystem | Exception, size: int, bad: int | None = None) -> BlockMap:
+    """The map of a disk on which a reader finds this, with damage at byte `bad`, or fails so."""
 
-    def read(_: Reader, __: object = ()) -> Filesystem:
+    def read(_: Reader, __: object, damage: Damage) -> Filesystem:
+        if bad is not None:
+            damage.say("tree", "words", bad)
         if isinstance(found, Exception):
             raise found
         return found
@@ -177,7 +175,7 @@ def test_rows_outside_are_cut_off() -> None:
     }
     assert mine == {(0, 512), (3000, 1096), (1024, 3072)}
     assert [row["detail"] for row in bmap.problems.to_pylist() if row["code"] == "outside"] == [
-        "5 extents lie outside the volume, or end there: cut off"
+        "5 extents lie outside the volume, or reach out of it: cut off"
     ]
     assert {row["file_length"] for row in bmap.extents.to_pylist() if row["kind"] == "data"} == {3072}
 

@@ -18,6 +18,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems import iso9660
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.damage import Damage
 from virt_bmap.open.raw import RawReader
 from virt_bmap.survey.survey import survey
 
@@ -226,7 +227,7 @@ def installer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_installer_is_read(installer: Path) -> None:
     reader = RawReader(str(installer))
     assert iso9660.looks_like_iso9660(reader)
-    found = iso9660.read(reader)
+    found = iso9660.read(reader, (), Damage())
     reader.close()
     assert found.state == "clean"
     assert found.features == "rock-ridge el-torito isohybrid"

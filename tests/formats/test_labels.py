@@ -164,7 +164,7 @@ def test_a_map_that_promises_more_entries_than_it_has(tmp_path: Path) -> None:
         file.seek(512 + 4)
         file.write((1 << 31).to_bytes(4, "big"))
     (problem,) = mapped(path).problems.to_pylist()
-    assert (problem["code"], problem["volume_offset"]) == ("apm-entry", (entries + 1) * 512)
+    assert (problem["code"], problem["volume_offset"]) == ("mapping", (entries + 1) * 512)
 
 
 def test_a_partition_that_is_the_disk_again_ends(tmp_path: Path) -> None:

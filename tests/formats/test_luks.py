@@ -152,7 +152,7 @@ def test_the_right_key_opens(devices: dict[int, Path], number: int) -> None:
     assert reader
     assert reader.size == MIB
     assert reader.read(0, MIB) == payload(number)
-    assert not assembly.volumes[0].problems
+    assert not assembly.volumes[0].damage.problems()
     starts, lengths = ints([1000, 5, 700_001, 4096]), ints([3000, 1, 123, 8192])
     pieces = b"".join(
         payload(number)[start : start + length]
@@ -173,7 +173,7 @@ def test_without_the_key_every_byte_is_named(devices: dict[int, Path], number: i
 def test_a_wrong_key_is_said_so(devices: dict[int, Path]) -> None:
     assembly, reader = opened(RawReader(str(devices[0])), b"wrong")
     assert reader is None
-    assert [problem.code for problem in assembly.volumes[0].problems] == ["no-key"]
+    assert [problem.code for problem in assembly.volumes[0].damage.problems()] == ["no-key"]
 
 
 def test_areas_are_those_of_luksdump(devices: dict[int, Path]) -> None:
@@ -192,7 +192,7 @@ def test_the_second_header_serves_when_the_first_is_damaged(devices: dict[int, P
     assembly, reader = opened(BytesReader(data), SECRET)
     assert reader
     assert reader.read(0, 4096) == payload(3)[:4096]
-    assert [problem.code for problem in assembly.volumes[0].problems] == ["header-copy"]
+    assert [problem.code for problem in assembly.volumes[0].damage.problems()] == ["copy-differs"]
     data[:4096] = 0
     assert luks.probe(BytesReader(data))
     assert opened(BytesReader(data), SECRET)[1]
@@ -223,7 +223,7 @@ def test_what_cryptsetup_encrypted_itself(tmp_path: Path, start: str) -> None:
     else:
         run(tool, "reencrypt", "-q", "--encrypt", "--init-only", *options, image)
     assembly, reader = opened(RawReader(str(image)), SECRET)
-    assert reader, assembly.problems
+    assert reader, assembly.volumes
     assert reader.read(0, 12 * MIB) == plain
 
 
@@ -317,7 +317,7 @@ def test_a_detached_header(tmp_path: Path, version: str) -> None:
     assert wrong.problems.column("code").to_pylist() == ["no-key"]
     assert_proven(survey([RawReader(str(device))], keys=parse([f"/dev/sda:header:{header}"])))
     alone = survey([RawReader(str(header))], keys=parse(["all:key:" + SECRET.decode()]))
-    assert alone.problems.column("code").to_pylist() == ["detached"]
+    assert alone.problems.column("code").to_pylist() == ["elsewhere"]
     assert_proven(alone)
 
 

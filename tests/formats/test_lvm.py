@@ -200,7 +200,7 @@ def test_the_second_metadata_area_helps_when_the_first_is_overwritten(group: Gro
         file.write(bytes(64 << 10))
     bmap = mapped(disk, group.disks[1])
     assert bmap.volumes.num_rows == 5
-    assert "metadata-area" in bmap.problems.column("code").to_pylist()
+    assert "copy-differs" in bmap.problems.column("code").to_pylist()
     for row in bmap.mappings.to_pylist():
         assert row in mapped(*group.disks).mappings.to_pylist()
 
@@ -287,7 +287,7 @@ def test_corpus_thin_pool_with_an_empty_device(corpus: Path) -> None:
     pool = read_pool(unpacked(folder / "dm-thin-empty-metadata.bin.gz"), data.size)
     assert pool.devices.tolist() == [0, 1]
     assert not np.isin(1, pool.device)
-    assert not pool.problems
+    assert not pool.damage.problems()
     free = tables.integers(pool.data.table(0), "length").sum()
     assert free + int(pool.count.sum()) * pool.block_size == data.size
 

@@ -246,11 +246,14 @@ def test_raid_with_missing_disks(kernel_volumes: Path) -> None:
             if "raid0" not in volume:
                 assert digest(found[volume]) == expected[volume][1], (gone, volume)
         errors = {child.name for child in assembly.children
-                  if any(problem.severity == "error" for problem in child.problems)}  # fmt: skip
+                  if child.damage.is_damaged}  # fmt: skip
         assert all("raid0" in name for name in errors), "all others have a copy or parity of what is gone"
     for gone_two in combinations(range(len(disks)), 2):
         assembly, found = volumes_of([disk for at, disk in enumerate(disks) if at not in gone_two])
-        said = {child.name: {problem.severity for problem in child.problems} for child in assembly.children}
+        said = {
+            child.name: {problem.severity for problem in child.damage.problems()}
+            for child in assembly.children
+        }
         for volume in SETS["raid"]:
             lost = digest(found[volume]) != expected[volume][1]
             assert lost == ("error" in said[f"/dev/vg/{volume}"]), (gone_two, volume)
@@ -285,7 +288,7 @@ def test_thin_mappings_are_those_of_thin_dump(kernel_volumes: Path, tmp_path: Pa
         for device, virtual, block, count in runs
         for step in range(count)
     } == expected
-    assert not assembly.children[0].problems
+    assert not assembly.children[0].damage.problems()
 
 
 def test_blocks_that_snapshots_share_belong_to_each(kernel_volumes: Path) -> None:
@@ -332,7 +335,7 @@ def test_a_tree_that_runs_in_a_circle_ends() -> None:
     node[32 + 252 * 8 : 32 + 252 * 16].view("<u8")[:] = 1
     store = Store(BytesReader(data))
     assert len(store.walk("tree", np.array([1, 1]), 8).keys) == 0
-    assert store.problems
+    assert store.damage.problems()
 
 
 def test_tables_keep_the_contract(kernel_volumes: Path) -> None:

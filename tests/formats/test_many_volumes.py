@@ -75,5 +75,5 @@ def test_what_is_too_much_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     bmap = mapped(gpt(tmp_path / "disk", 128))
     assert bmap.volumes.num_rows == 100
     (problem,) = bmap.problems.to_pylist()
-    assert (problem["code"], problem["volume"], problem["severity"]) == ("too-many-volumes", 0, "error")
+    assert (problem["code"], problem["volume"], problem["severity"]) == ("too-many", 0, "error")
     assert "128 volumes lie in it" in problem["detail"]

@@ -300,7 +300,7 @@ def test_corpus(corpus: Path, name: str) -> None:
             left = [reader for at, reader in enumerate(readers) if at != gone]
             assembly, degraded = array_of(left)
             assert degraded.read(0, degraded.size) == everything
-            assert [problem.severity for problem in assembly.children[0].problems] == ["note"]
+            assert [problem.severity for problem in assembly.children[0].damage.problems()] == ["note"]
 
 
 def test_a_missing_member_of_a_linear_array_is_an_error(corpus: Path) -> None:
@@ -321,7 +321,7 @@ def test_members_out_of_date_and_doubled_are_named(corpus: Path) -> None:
         "checksum",
         "duplicate",
         "missing-member",
-        "stale",
+        "unused-member",
     ]
     assert set(tables.integers(bmap.mappings, "parent").tolist()) == {0}
 
@@ -455,7 +455,7 @@ def test_a_reshape_is_refused_in_clear_words(corpus: Path) -> None:
     data = unpacked(corpus / "images/fox-it+dissect.volume/tests/_data/md/md-raid5-1.bin.gz").data.copy()
     data[4096 + 8] |= 4
     bmap = survey([BytesReader(data)])
-    assert "reshape" in bmap.problems.column("code").to_pylist()
+    assert "unsupported" in bmap.problems.column("code").to_pylist()
     assert bmap.volumes.num_rows == 1
 
 

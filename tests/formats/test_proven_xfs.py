@@ -63,7 +63,7 @@ def sealed(data: np.ndarray, offset: int, size: int, crc: int) -> None:
 
 @pytest.mark.parametrize(
     ("part", "crc", "code"),
-    [("bnobt", 52, "tree-order"), ("cntbt", 52, "tree-order"), ("leaf", 12, "hash-order")],
+    [("bnobt", 52, "tree"), ("cntbt", 52, "tree"), ("leaf", 12, "directory")],
 )
 def test_records_out_of_order_are_seen_though_the_checksum_is_right(
     image: Path, tmp_path: Path, part: str, crc: int, code: str
@@ -89,8 +89,8 @@ def test_records_out_of_order_are_seen_though_the_checksum_is_right(
 
 @pytest.mark.parametrize(
     ("part", "inside", "size", "crc", "code"),
-    [("AGI", 0x3F, 512, 0x138, "orphan-list"), ("symlink header", 11, 4096, 12, "symlink-header"),
-        ("cntbt", 63, 4096, 52, "free-space")],
+    [("AGI", 0x3F, 512, 0x138, "orphan-list"), ("symlink header", 11, 4096, 12, "symlink"),
+        ("cntbt", 63, 4096, 52, "allocator")],
 )  # fmt: skip
 def test_numbers_that_contradict_others_are_seen(
     image: Path, tmp_path: Path, part: str, inside: int, size: int, crc: int, code: str

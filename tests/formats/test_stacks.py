@@ -227,7 +227,7 @@ def test_the_snapshot_keeps_what_was(stacks: Path) -> None:
 def test_the_member_that_was_left_out_is_named(stacks: Path) -> None:
     bmap, *_ = opened(stacks, "degraded")
     assert {(row["code"], row["severity"]) for row in bmap.problems.to_pylist()} == {
-        ("stale", "note"),
+        ("unused-member", "note"),
         ("missing-member", "note"),
     }
 

@@ -19,6 +19,7 @@ from virt_bmap.formats.filesystems import iso9660, udf
 from virt_bmap.formats.filesystems.udf import bridge, directories, entries
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.damage import Damage
 from virt_bmap.open.raw import RawReader
 from virt_bmap.survey.survey import survey
 
@@ -130,10 +131,10 @@ def discs(files: tuple[Path, dict[str, bytes]]) -> dict[str, Path]:
 def alone(image: Path) -> BlockMap:
     """The map with the UDF side of a bridge disc, whoever owns more."""
     reader = RawReader(str(image))
-    found = bridge.beside(udf.read_alone(reader), iso9660.read(reader))
+    found = bridge.beside(udf.read_alone(reader, Damage()), iso9660.read(reader, (), Damage()))
     reader.close()
 
-    def taken(_: object, __: object = ()) -> object:
+    def taken(*_: object) -> object:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
@@ -192,7 +193,7 @@ def test_a_bridge_whose_udf_is_lost_is_iso9660(discs: dict[str, Path], tmp_path:
     bmap = mapped(image)
     assert bmap.filesystems.column("type").to_pylist() == ["iso9660"]
     ((code, detail),) = [(row["code"], row["detail"]) for row in bmap.problems.to_pylist()]
-    assert code == "udf"
+    assert code == "beside"
     assert "no volume descriptor sequence holds a logical volume" in detail
 
 

@@ -38,6 +38,7 @@ from virt_bmap.core.errors import FormatError
 from virt_bmap.formats.filesystems import xfs
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.damage import Damage
 from virt_bmap.open.raw import RawReader
 from virt_bmap.survey.survey import survey
 
@@ -546,7 +547,7 @@ def test_what_is_refused_is_said(small: bytes, offset: int, value: bytes, words:
     data = bytearray(small[: 1 << 20])
     data[offset : offset + len(value)] = value
     with pytest.raises(FormatError, match=words):
-        xfs.read(BytesReader(np.frombuffer(bytes(data), np.uint8)))
+        xfs.read(BytesReader(np.frombuffer(bytes(data), np.uint8)), (), Damage())
 
 
 def mapped_bytes(data: bytes) -> BlockMap:
@@ -583,7 +584,7 @@ def test_content_on_the_realtime_device_is_a_note(default: Path, tmp_path: Path)
     inode = tree(mapped(image), 0)["/files/plain-100000"]
     run("xfs_db", "-x", "-c", f"inode {inode}", "-c", "write -d core.realtime 1", image)
     bmap = mapped(image)
-    assert "realtime" in bmap.problems.column("code").to_pylist()
+    assert "elsewhere" in bmap.problems.column("code").to_pylist()
     assert file_extents(bmap, 0, inode) == []
 
 

@@ -30,6 +30,7 @@ from virt_bmap.formats.filesystems.xfs.geometry import read_geometry
 from virt_bmap.formats.filesystems.xfs.log import find_log
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.damage import Damage
 from virt_bmap.open.raw import RawReader
 
 SMALL = ("--unsupported", "-d", "agcount=2")
@@ -80,8 +81,8 @@ def rows(table: object, but: set[int]) -> set[tuple[object, ...]]:
 def test_the_replayed_log_is_what_the_kernel_makes_of_it(dirty: Path, tmp_path: Path) -> None:
     before = mapped(dirty)
     assert_proven(before)
-    assert before.filesystems.column("state").to_pylist() == ["needs recovery"]
-    assert before.problems.column("code").to_pylist() == ["replayed"]
+    assert before.filesystems.column("state").to_pylist() == ["recovered"]
+    assert before.problems.column("code").to_pylist() == ["journal-replayed"]
     copy = tmp_path / "recovered"
     run("cp", "--sparse=always", dirty, copy)
     with mounted(copy) as where:
@@ -142,7 +143,7 @@ def test_a_record_with_a_wrong_checksum_is_not_replayed(dirty: Path) -> None:
     image[log.offset + (log.tail + 1) * 512 + 100] ^= 1
     bmap = survives(image)
     assert bmap
-    details = [row["detail"] for row in bmap.problems.to_pylist() if row["code"] == "log"]
+    details = [row["detail"] for row in bmap.problems.to_pylist() if row["code"] == "not-replayed"]
     assert "checksum" in details[0]
     assert bmap.filesystems.column("state").to_pylist() == ["needs recovery"]
 
@@ -167,15 +168,15 @@ def external(folder: Path) -> tuple[Path, Path]:
 def test_an_external_log_is_found_among_the_other_disks(external: tuple[Path, Path]) -> None:
     bmap = mapped(*external)
     assert_proven(bmap)
-    assert bmap.filesystems.column("state").to_pylist() == ["needs recovery"]
-    assert "replayed" in bmap.problems.column("code").to_pylist()
+    assert bmap.filesystems.column("state").to_pylist() == ["recovered"]
+    assert "journal-replayed" in bmap.problems.column("code").to_pylist()
     assert bmap.names.num_rows > 100
 
 
 def test_a_missing_external_log_is_said(external: tuple[Path, Path]) -> None:
     bmap = mapped(external[0])
-    assert bmap.filesystems.column("state").to_pylist() == ["unknown"]
-    assert "external-log" in bmap.problems.column("code").to_pylist()
+    assert bmap.filesystems.column("state").to_pylist() == ["needs recovery"]
+    assert "journal-missing" in bmap.problems.column("code").to_pylist()
 
 
 def test_a_mounted_filesystem_is_mapped_as_it_is(folder: Path) -> None:
@@ -208,6 +209,6 @@ def test_round_trips_of_a_whole_map_are_few(dirty: Path) -> None:
 
     inner = RawReader(str(dirty))
     counting = Counting(inner.size, inner.name)
-    xfs.read(counting)
+    xfs.read(counting, (), Damage())
     inner.close()
     assert counting.fetches < 40

@@ -44,7 +44,7 @@ def test_a_filesystem_that_was_just_grown_is_mapped(tmp_path: Path) -> None:
                 os.fsync(file.fileno())
         xfs_images.shut_down(where)
     found = mapped(image)
-    assert found.problems.column("code").to_pylist() == ["replayed"]
+    assert found.problems.column("code").to_pylist() == ["journal-replayed"]
     assert found.filesystems.column("size").to_pylist() == [256 << 20]
     copy = tmp_path / "recovered"
     run("cp", "--sparse=always", image, copy)

@@ -16,6 +16,7 @@ from virt_bmap.core.arrays import Int, covered_twice, intersect, subtract, total
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import FILE, BlockMap
 from virt_bmap.model.contract import CONTRADICTED, NOT_LOOKED_AT, PROVEN, SUBJECTS, Proof
+from virt_bmap.model.problems import CODES
 
 LISTED = 100
 """Ranges named one by one for each kind of disagreement on a volume; the rest are counted."""
@@ -65,13 +66,6 @@ class Checked(NamedTuple):
     verdicts: list[Verdict]
 
 
-SUBJECT_OF = {
-    **dict.fromkeys(("untiled", "outside", "two-owners", "inline-outside"), "owners"),
-    **dict.fromkeys(("owned-but-free", "allocated-but-not-owned"), "allocator"),
-    **dict.fromkeys(("journal", "log", "fast-commit", "unfinished", "external-journal"), "journal"),
-}
-"""Which question a disagreement answers, by its code; those on checksums say so in the code, all others are
-on the structure."""
 UNASKED = "not asked when the map was made: check the disk itself"
 
 
@@ -81,6 +75,7 @@ def check(bmap: BlockMap) -> Checked:
     pieces = {volume: _not_looked_into(bmap, volume) for volume in range(bmap.volumes.num_rows)}
     for volume in pieces:
         _check_volume(bmap, volume, report)
+    told = {(found.volume, found.code) for found in report.disagreements}
     for row in bmap.problems.filter(
         np.isin(bmap.problems.column("severity").to_pylist(), ("error", "warning"))
     ).to_pylist():
@@ -88,7 +83,7 @@ def check(bmap: BlockMap) -> Checked:
         # refused by its reader, which says nothing of damage
         if row["severity"] == "warning" and pieces[volume].whole:
             pieces[volume] = pieces[volume]._replace(words=row["detail"])
-        elif row["code"] != "unowned":  # reported below byte by byte
+        elif (volume, row["code"]) not in told:  # not byte by byte already
             report.disagreements.append(
                 Disagreement(volume, row["code"], -1 if at is None else at, -1, row["detail"])
             )
@@ -136,8 +131,8 @@ def _verdicts(bmap: BlockMap, volume: int, piece: _Piece, disagreements: list[Di
 
 
 def subject_of(code: str) -> str:
-    """The question that a disagreement of this code answers."""
-    return "checksums" if "checksum" in code else SUBJECT_OF.get(code, "structure")
+    """The question that a disagreement of this code answers; other versions had other codes."""
+    return CODES[code].subject if code in CODES else "structure"
 
 
 def _said(bmap: BlockMap, volume: int, piece: _Piece) -> dict[str, Proof]:
@@ -178,9 +173,9 @@ def _said(bmap: BlockMap, volume: int, piece: _Piece) -> dict[str, Proof]:
 
 def _journal(bmap: BlockMap, volume: int, state: str) -> list[Proof]:
     codes = {row["code"] for row in bmap.slice_of("problems", volume)[1].to_pylist()}
-    if codes & {"journal-replayed", "replayed"}:
+    if "journal-replayed" in codes:
         return [Proof("journal", PROVEN, "replayed in memory: the map shows the state after recovery")]
-    if state == "needs recovery":
+    if state == tables.NEEDS_RECOVERY:
         return [Proof("journal", NOT_LOOKED_AT, "it needs recovery, and was not replayed")]
     return []
 
@@ -230,7 +225,7 @@ def _check_volume(bmap: BlockMap, volume: int, report: Checked) -> None:
     unknown = kind == tables.UNKNOWN
     if tables.OBSERVED not in bmap.slice_of("filesystems", volume)[1].column("state").to_pylist():
         disagree(
-            "allocated-but-not-owned",
+            "unowned",
             "allocated, but nothing refers to it",
             union(start[unknown], end[unknown]),
         )

@@ -22,7 +22,7 @@ from virt_bmap.model.blockmap import BlockMap
 
 Ranges = tuple[Int, Int]
 NONE: Ranges = (EMPTY, EMPTY)
-HARMLESS = ("gpt-backup",)
+HARMLESS = ("copy-missing",)
 """Problems of a layer that place no byte elsewhere: the first partition table is valid, and the disk was made
 larger or smaller."""
 GROUPED = "LVM2_member"
@@ -153,7 +153,7 @@ def doubts(bmap: BlockMap) -> dict[int, str]:
     has filesystems open that may look clean."""
     names, traits = bmap.volumes.column("name").to_pylist(), traits_of(bmap)
     for number in np.flatnonzero(traits & tables.SLEEPING).tolist():
-        detail = _noted(bmap, number, tables.ASLEEP)
+        detail = _noted(bmap, number, "asleep")
         reason = f"the machine sleeps: {names[number]} is hibernated" + (f" ({detail})" if detail else "")
         return dict.fromkeys(range(len(names)), reason)
     return {
@@ -174,7 +174,7 @@ def _tied(bmap: BlockMap, below: set[int]) -> str | None:
     for number in sorted(below, reverse=True):
         for trait, advice in ADVICE.items():
             if traits[number] & trait:
-                detail = _noted(bmap, number, tables.VOUCHED) or f"{names[number]} {MEANING[trait]}"
+                detail = _noted(bmap, number, "vouched") or f"{names[number]} {MEANING[trait]}"
                 return f"{detail}: {advice}"
     return None
 

@@ -69,9 +69,10 @@ class MissingTool(BmapError):
 
 
 class FormatError(BmapError):
-    """Something on the disk; `offset` is in bytes of the volume being read, where it is known."""
+    """Something on the disk; `offset` is in bytes of the volume being read, where it is known, `code` one of
+    `model/problems.py`."""
 
-    def __init__(self, message: str, offset: int | None = None, code: str = "format") -> None:
+    def __init__(self, message: str, offset: int | None, code: str) -> None:
         super().__init__(message)
         self.offset = offset
         self.code = code
@@ -87,8 +88,8 @@ class Corrupt(FormatError):
 class Unsupported(FormatError):
     """A feature that is known by name but not read. It does not indicate damage."""
 
-    def __init__(self, message: str, offset: int | None = None, code: str = "unsupported") -> None:
-        super().__init__(message, offset, code)
+    def __init__(self, message: str, offset: int | None = None) -> None:
+        super().__init__(message, offset, "unsupported")
 
 
 class FreezeError(BmapError):

@@ -6,8 +6,8 @@ Each package below `formats/filesystems/`, `formats/volumes/` and `formats/image
     FORMAT = FilesystemFormat(...)   or   FORMAT = VolumeFormat(...)   or   FORMAT = ImageFormat(...)
 
 and is listed in `formats/registry.py`. `read` and `assemble` raise Corrupt or Unsupported where nothing can
-be read; what is wrong but leaves the rest readable is a Problem. What consumers (explain, diff, history, ...)
-want to know of a format they ask its declaration.
+be read; what is wrong but leaves the rest readable is damage (`model/damage.py`). What consumers (explain,
+diff, history, ...) want to know of a format they ask its declaration.
 """
 
 import enum
@@ -22,19 +22,8 @@ from virt_bmap.core.arrays import Int, union
 from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
-
-
-class Problem(NamedTuple):
-    """Damage or contradiction that leaves the rest readable.
-
-    `offset` is in bytes of the volume; -1: not one place.
-    """
-
-    code: str
-    detail: str
-    offset: int = -1
-    severity: str = "error"
 
 
 class Asks(enum.Flag):
@@ -77,6 +66,9 @@ class Filesystem:
     reader does not fill what is left: survey adds `unknown` rows (`unreferenced` ones where the format has no
     allocator) and a problem for what no row covers, and a gap from `size` to the volume's end.
 
+    `state` is what superblock and journal say, one of tables.STATES. What is wrong goes to the `damage` that
+    the reader is given, and survey alone makes "damaged" of that.
+
     `reader` gives the bytes that the rows speak of: the volume's own, or those with the journal replayed.
     Whoever reads content from now on reads these.
     """
@@ -93,7 +85,6 @@ class Filesystem:
     uuid: str | None = None
     label: str | None = None
     features: str | None = None
-    problems: list[Problem] = field(default_factory=list)
     traits: int = 0
 
 
@@ -125,7 +116,7 @@ class About:
     uuid: str | None = None
     detail: str | None = None
     extents: ExtentRows = field(default_factory=ExtentRows)
-    problems: list[Problem] = field(default_factory=list)
+    damage: Damage = field(default_factory=Damage)
 
 
 @dataclass
@@ -206,7 +197,7 @@ class ImageLayer:
     rows: Rows
     zeros: tuple[Int, Int]
     extents: list[ExtentRows]
-    problems: list[Problem]
+    damage: Damage
     facts: dict[str, Any]
     unreadable: str | None = None
     inflate: Inflate | None = None
@@ -294,7 +285,8 @@ class FilesystemFormat(NamedTuple):
     """A filesystem. `probe` goes by magic only and never raises on content; None where nothing but the listed
     magics need be asked, or none is listed, since a volume format says what its volumes hold.
 
-    `read(reader, others)` may use `others`, readers of volumes that nobody claimed (external journals).
+    `read(reader, others, damage)` may use `others`, readers of volumes that nobody claimed (external
+    journals); what is wrong, but leaves the rest readable, it says to `damage`.
 
     `allocator` names what of the format says which bytes are free, None where nothing does. Only an
     allocator's word makes bytes FREE, which may be given away; what merely nothing refers to is UNREFERENCED,
@@ -312,17 +304,16 @@ class FilesystemFormat(NamedTuple):
     `mount`: options with which a kernel shows all of it, None where it holds no files. `scratch`: its content
     is worth nothing while no machine runs.
 
-    `checks` says what is proven; `prove(found)` asks what a map does not need, only for `check`: what is
-    wrong it adds to the problems.
+    `checks` says what is proven; `prove(found, damage)` asks what a map does not need, only for `check`.
     """
 
     name: str
     probe: Callable[[Reader], bool] | None
-    read: Callable[[Reader, Sequence[Reader]], Filesystem]
+    read: Callable[[Reader, Sequence[Reader], Damage], Filesystem]
     docs: Docs
     checks: Checks
     allocator: str | None = None
-    prove: Callable[[Filesystem], list[Proof]] | None = None
+    prove: Callable[[Filesystem, Damage], list[Proof]] | None = None
     structures: Callable[[], Structures] = no_structures
     history: Callable[[], History] | None = None
     journals: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ import pyarrow as pa
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int
 from virt_bmap.core.mapping import ROLES, Rows
+from virt_bmap.model.problems import SEVERITY_MEANING
 
 # ---- what owns bytes ---------------------------------------------------------------------------------------
 
@@ -76,7 +77,6 @@ FLAGS = {"inline": INLINE, "shared": SHARED, "compressed": COMPRESSED, "encrypte
 
 VOLUME_KINDS = ("file", "disk", "partition", "lv", "md", "crypt", "pool", "image")
 """What a volume is."""
-SEVERITIES = ("error", "warning", "note")
 
 # ---- what a volume's bytes are tied to ---------------------------------------------------------------------
 
@@ -92,20 +92,28 @@ TRAIT_MEANING = {
     "vouching": "holds hashes, checksums or signatures of the bytes of other volumes",
     "sleeping": "holds the memory of a machine that sleeps, which has filesystems open that may look clean",
 }
-VOUCHED, ASLEEP = "vouched", "asleep"
-"""Codes of the notes that say, for a person, who vouches for a volume's bytes, and where the memory of a
-machine that sleeps lies."""
 
 # ---- what state a filesystem is in -------------------------------------------------------------------------
 
-CONSISTENT = ("clean", "frozen")
-"""States in which all of a filesystem's metadata is in place: nothing needs to be recovered.
-
-Frozen: still mounted when the disk was copied.
-"""
-OBSERVED = "observed"
-"""The state of a filesystem whose map comes from reading its
-files through a kernel: what was never read is `unknown`."""
+STATES = (
+    "clean", "frozen", "recovered", "needs recovery", "in use", "hibernated", "damaged", "observed",
+)  # fmt: skip
+CLEAN, FROZEN, RECOVERED, NEEDS_RECOVERY, IN_USE, HIBERNATED, DAMAGED, OBSERVED = STATES
+"""What the superblock and the journal say of a filesystem; that it is damaged follows from its problems
+alone, and only survey says so."""
+STATE_MEANING = {
+    CLEAN: "unmounted in order, or of a kind that nobody writes to: all is in place",
+    FROZEN: "still mounted when the disk was copied, but all metadata is in place",
+    RECOVERED: "a mount would first replay its journal: done in memory, and the map shows the result",
+    NEEDS_RECOVERY: "its journal holds changes that are not in place, or may hold some, and could not be "
+    "replayed: the map shows the state before",
+    IN_USE: "marked as mounted, and there is no journal that says what is not in place",
+    HIBERNATED: "of a machine that sleeps, which has it open and may look clean",
+    DAMAGED: "a problem of it is an error: bytes or names are lost or wrong",
+    OBSERVED: "mapped by reading its files through a kernel: what was never read is `unknown`",
+}
+CONSISTENT = (CLEAN, FROZEN)
+"""States in which all of a filesystem's metadata is in place on the disk."""
 
 # ---- what an inode is --------------------------------------------------------------------------------------
 
@@ -191,8 +199,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("block_size", I64, "the unit of allocation in bytes"),
         _field("size", I64, "bytes from the volume's start that the filesystem claims"),
         _field("root", I64, "inode of the root directory", "has no names"),
-        _field("state", TEXT, "clean, frozen (consistent, though mounted), needs recovery, errors, damaged, "
-            "...; observed: its files were read, not its metadata"),
+        _field("state", TEXT, f"{', '.join(STATES)}; see below"),
         _field("features", TEXT, "space separated, in the words of the filesystem's own tools", "none"),
     ]),
     "inodes": pa.schema([
@@ -229,12 +236,11 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("flags", I32, "bit mask: 1 inline, 2 shared, 4 compressed, 8 encrypted"),
     ]),
     "problems": pa.schema([
-        _field("severity", TEXT, "error (bytes or names are lost or wrong), "
-            "warning (contradiction without loss), note"),
+        _field("severity", TEXT, "; ".join(f"{name}: {words}" for name, words in SEVERITY_MEANING.items())),
         _field("format", TEXT, "which reader says so"),
         _field("volume", I32, "where"),
         _field("volume_offset", I64, "the byte at fault", "not one place"),
-        _field("code", TEXT, "stable word for programs"),
+        _field("code", TEXT, "stable word for programs: see problems.md"),
         _field("detail", TEXT, "one line for people"),
     ]),
     "accesses": pa.schema([
@@ -491,7 +497,7 @@ def check_map(tables: Mapping[str, pa.Table]) -> None:
             f"table volumes: it has {plural(len(top), 'disk')}, but one is number "
             f"{integers(volumes, 'disk').max()}"
         )
-    if unknown := set(tables["problems"].column("severity").to_pylist()) - set(SEVERITIES):
+    if unknown := set(tables["problems"].column("severity").to_pylist()) - set(SEVERITY_MEANING):
         raise ValueError(f"table problems: no severity {min(unknown)!r} is known")
     for name, table in tables.items():
         volume = integers(table, "volume")

@@ -12,6 +12,7 @@ from virt_bmap.core.amounts import counted, plural
 from virt_bmap.core.arrays import Int, complement, covered_twice, subtract, union
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.damage import Damage, table
 from virt_bmap.observe.engine import Observed, joined, merged
 from virt_bmap.observe.files import Listing
 from virt_bmap.survey.survey import on_volume
@@ -146,30 +147,13 @@ def _inside(ranges: Ranges, size: int) -> Ranges:
 
 def _problems(seen: ObservedFilesystem) -> pa.Table:
     """That this was observed, by whom, and what could not be."""
-    said = [
-        (
-            "note",
-            "observed",
-            (
-                f"mapped by reading its files through {seen.kernel}; "
-                "where no content was read from, the owner is not known"
-            ),
-        )
-    ]
+    damage = Damage("observe")
+    unknown = "where no content was read from, the owner is not known"
+    damage.say("observed", f"mapped by reading its files through {seen.kernel}; {unknown}")
     failed = [file for file in seen.files if file.failed]
     if failed:
-        said.append(
-            (
-                "error",
-                "unreadable",
-                (
-                    counted(
-                        len(failed), "[file could not be read to its|files could not be read to their] end"
-                    )
-                    + f"; inode {failed[0].inode}: {failed[0].failed}"
-                ),
-            )
-        )
+        words = counted(len(failed), "[file could not be read to its|files could not be read to their] end")
+        damage.say("unreadable", f"{words}; inode {failed[0].inode}: {failed[0].failed}")
     left = [file for file in seen.files if file.left]
     if left:
         size = sum(end - start for file in left for start, end in file.left)
@@ -177,16 +161,8 @@ def _problems(seen: ObservedFilesystem) -> pa.Table:
             f"{plural(size, 'byte')} of {plural(len(left), 'file')} came without a read that holds them "
             f"(packed with metadata, or cached); first: inode {left[0].inode}"
         )
-        said.append(("warning", "not-seen", what))
-    said += [
-        ("error", "not-listed", f"{counted(count, '[name is|names are] missing')}: {reason}; first: {path}")
-        for reason, (count, path) in seen.listing.left.items()
-    ]
-    return tables.make(
-        "problems",
-        severity=[severity for severity, _, _ in said],
-        format="observe",
-        volume=0,
-        code=[code for _, code, _ in said],
-        detail=[detail for _, _, detail in said],
-    )
+        damage.say("not-seen", what)
+    for reason, (count, path) in seen.listing.left.items():
+        words = counted(count, "[name is|names are] missing")
+        damage.say("not-listed", f"{words}: {reason}; first: {path}")
+    return table([(0, damage)])

@@ -135,7 +135,7 @@ class Chains:
         for number, link in links.items():
             image = volumes[number]
             image.type, image.detail = link.layer.format, summary(link)
-            image.problems += link.layer.problems
+            image.damage.take(link.layer.damage)
             for at, file in enumerate(link.files.tolist()):
                 about = volumes[file]
                 about.type = about.type or f"{link.layer.format} data"

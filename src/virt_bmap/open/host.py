@@ -148,7 +148,7 @@ def describe(host: Host, disk: int = 0) -> dict[str, Any]:
         "stored": int(top.layer.rows.parent_run[stored].sum()), "backing": _backing(host, disk),
         "data_files": [host.paths[at] for at in top.files[1:].tolist()], **top.layer.facts,
         "problems": [{"severity": p.severity, "code": p.code, "offset": p.offset,
-                "detail": p.detail} for p in top.layer.problems],
+                "detail": p.detail} for p in top.layer.damage.problems()],
     }  # fmt: skip
 
 

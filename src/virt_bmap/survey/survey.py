@@ -15,18 +15,16 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.core.amounts import counted, plural
-from virt_bmap.core.arrays import Int, complement, ints, subtract, union
+from virt_bmap.core.arrays import Int, complement, ints, subtract, total, union
 from virt_bmap.core.errors import (
     BmapError,
     Corrupt,
     FormatError,
-    Unsupported,
     UsageError,
     is_strict,
     unexpected,
 )
 from virt_bmap.core.keys import NO_KEYS, Keys
-from virt_bmap.core.layout import INT64_MAX
 from virt_bmap.core.mapping import Groups, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import foreign
@@ -45,11 +43,13 @@ from virt_bmap.model.contract import (
     Filesystem,
     FilesystemFormat,
     Member,
-    Problem,
     Proof,
     VolumeFormat,
 )
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.damage import table as damage_table
 from virt_bmap.survey.nested import MAX_LEVELS, NOTHING, ImageBudget, Nested
+from virt_bmap.survey.owners import check_names, check_owners
 from virt_bmap.survey.sleeping import asleep_in
 
 if TYPE_CHECKING:
@@ -87,10 +87,25 @@ class _Volume:
     is_counted: bool = True
     rows: Rows | None = None
     extents: list[pa.Table] = field(default_factory=list)
-    problems: list[tuple[str, Problem]] = field(default_factory=list)
+    damages: list[Damage] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
     holds: FilesystemFormat | None = None
     filesystem: Filesystem | None = None
+
+    def damage(self, source: str) -> Damage:
+        """What this format, or part of the survey, finds on it."""
+        for damage in self.damages:
+            if damage.source == source:
+                return damage
+        self.damages.append(Damage(source))
+        return self.damages[-1]
+
+    @property
+    def state(self) -> str:
+        """What its filesystem says of itself, unless an error tells more: here alone it is called damaged."""
+        assert self.filesystem
+        is_damaged = self.damage(self.filesystem.type).is_damaged
+        return tables.DAMAGED if is_damaged else self.filesystem.state
 
 
 def survey(
@@ -157,7 +172,7 @@ class _Survey:
             disk = self._add("disk", tables.disk_name(number), reader, 0, number)
             if reader.in_use:
                 words = f"was in use while it was read: {reader.in_use}; the map may mix several states"
-                self._problem(disk, "survey", Problem("in-use", words, severity="note"))
+                disk.damage("survey").say("in-use", words)
         self.todo = list(self.volumes)
         self.waiting: dict[str, tuple[VolumeFormat, list[_Volume]]] = {}
         """Members of what spans volumes, by the format's name; complete when no volume is left to look at."""
@@ -221,14 +236,14 @@ class _Survey:
         for found in list(covered(seen)):
             volume = self.volumes[found.number]
             volume.traits |= found.trait
-            self._problem(volume, "vouching", Problem(tables.VOUCHED, found.detail, -1, "note"))
+            volume.damage("vouching").say("vouched", found.detail)
 
     def _look_beside(self, parent: _Volume) -> None:
         """Partitions beside a filesystem that has the whole disk, as further volumes to look at."""
         if parent.filesystem and formats.is_hybrid(parent.reader.raw):
             from virt_bmap.formats.volumes.hybrid import Hybrid
 
-            start, end, kind = _spans(parent.extents)
+            start, end, kind, _ = _spans(parent.extents)
             mine = ~np.isin(kind, tables.IDLE)
             self._assemble(Hybrid(union(start[mine], end[mine])), [parent])
 
@@ -264,7 +279,7 @@ class _Survey:
         if format and not again:
             volume.type = format.name
             if volume.depth >= MAX_DEPTH:
-                self._problem(volume, "survey", Problem("too-deep", f"more than {MAX_DEPTH} layers", 0))
+                volume.damage("survey").say("too-deep", f"more than {MAX_DEPTH} layers", 0)
                 self._whole(volume, format.name)
             elif format.spans:
                 self.waiting.setdefault(format.name, (format, []))[1].append(volume)
@@ -306,12 +321,11 @@ class _Survey:
         for child in assembly.children[:left]:
             self._add_child(child, numbers)
         if len(assembly.children) > left:
-            problem = Problem(
-                "too-many-volumes",
+            members[0].damage(by.name).say(
+                "too-many",
                 f"{counted(len(assembly.children), '[volume lies|volumes lie] in it')}; of all disks "
                 f"together at most {MAX_VOLUMES:,} are looked at",
             )
-            self._problem(members[0], by.name, problem)
         for about, volume in zip(assembly.volumes, members + self.volumes[base:], strict=False):
             for name in ("type", "label", "uuid", "detail"):
                 if (said := getattr(about, name)) is not None:
@@ -319,8 +333,7 @@ class _Survey:
             if about.extents:
                 extents = about.extents.table(volume.number)
                 self._add_extents(volume, by.name, _believed(extents, by.allocator))
-            for problem in about.problems:
-                self._problem(volume, by.name, problem)
+            volume.damage(by.name).take(about.damage)
         if by.checks:
             for volume in members:
                 volume.proofs += said_of_all(by.checks)
@@ -346,7 +359,10 @@ class _Survey:
         """Let a filesystem's reader read its volume."""
         self.progress(volume.name)
         with self._refusing([volume], format.name):
-            found: Filesystem = format.read(volume.reader, [other.reader for other in self.unclaimed])
+            damage = volume.damage(format.name)
+            found = format.read(volume.reader, [other.reader for other in self.unclaimed], damage)
+            damage.source = found.type
+            check_names(found, damage)
             volume.proofs += said_of_all(format.checks)
             if not format.allocator:
                 volume.proofs.append(
@@ -357,7 +373,7 @@ class _Survey:
                     )
                 )
             if format.prove:
-                self._prove(volume, format.prove, found)
+                self._prove(volume, format.prove, found, damage)
             self._add_extents(
                 volume, found.type, on_volume(_believed(found.extents, format.allocator), volume.number)
             )
@@ -365,12 +381,9 @@ class _Survey:
             volume.reader = found.reader
             volume.type, volume.traits = found.type, volume.traits | found.traits
             volume.is_counted = format.allocator is not None
-            for problem in found.problems:
-                self._problem(volume, found.type, problem)
             if Asks.SLEEP in self.asks and (file := asleep_in(found)):
                 volume.traits |= tables.SLEEPING
-                detail = f"{file} holds the memory of a machine that sleeps"
-                self._problem(volume, found.type, Problem(tables.ASLEEP, detail, -1, "note"))
+                damage.say("asleep", f"{file} holds the memory of a machine that sleeps")
 
     @contextlib.contextmanager
     def _refusing(self, volumes: list[_Volume], name: str) -> Iterator[None]:
@@ -403,49 +416,34 @@ class _Survey:
         kept, outside = _inside(extents, volume.size)
         volume.extents.append(kept)
         if outside:
-            self._problem(
-                volume,
-                source,
-                Problem(
-                    "outside",
-                    counted(
-                        outside,
-                        "[extent lies|extents lie] outside the volume, or [ends|end] there: cut off",
-                    ),
-                ),
-            )
+            what = "[extent lies|extents lie] outside the volume, or [reaches|reach] out of it: cut off"
+            volume.damage(source).add("outside", what, count=outside)
 
-    def _prove(self, volume: _Volume, prove: Callable[[Filesystem], list[Proof]], found: Filesystem) -> None:
+    def _prove(
+        self,
+        volume: _Volume,
+        prove: Callable[[Filesystem, Damage], list[Proof]],
+        found: Filesystem,
+        damage: Damage,
+    ) -> None:
         """Ask what the map did not need, if that is wanted. What can't even be read for it is damage, too."""
         if Asks.PROOFS not in self.asks:
             volume.proofs.append(Proof("checksums", NOT_LOOKED_AT, "not asked when the map was made"))
             return
         try:
-            volume.proofs += prove(found)
+            volume.proofs += prove(found, damage)
         except FormatError as error:
-            offset = -1 if error.offset is None else error.offset
-            found.problems.append(Problem(error.code, f"its metadata can't be checked: {error}", offset))
+            damage.refuse(error, "its metadata can't be checked")
         except BmapError:
             raise
         except Exception as error:
             if is_strict():
                 raise
-            found.problems.append(Problem("unexpected", unexpected(error)))
-        if found.state in tables.CONSISTENT and any(
-            problem.severity == "error" for problem in found.problems
-        ):
-            found.state = "damaged"
+            damage.say("unexpected", unexpected(error))
 
     def _refused(self, volume: _Volume, name: str, error: FormatError) -> None:
-        severity = "warning" if isinstance(error, Unsupported) else "error"
-        offset = -1 if error.offset is None else error.offset
-        self._problem(volume, name, Problem(error.code, str(error), offset, severity))
+        volume.damage(name).refuse(error)
         self._whole(volume, name)
-
-    def _problem(self, volume: _Volume, source: str, problem: Problem) -> None:
-        if problem.offset > INT64_MAX:  # a number that the disk names, but no byte has
-            problem = problem._replace(offset=-1)
-        volume.problems.append((source, problem))
 
     def _whole(self, volume: _Volume, name: str) -> None:
         """The volume is one piece that is named but not looked into."""
@@ -459,8 +457,9 @@ class _Survey:
         cover the volume."""
         found = volume.filesystem
         size = min(found.size, volume.size) if found else volume.size
+        damage = volume.damage(found.type if found else volume.type or "survey")
         # strided runs on one parent fill their span together: each member's runs follow each other
-        known = _loosened(volume, (inside.parent_offset, inside.parent_end))
+        known = _owned(volume, (inside.parent_offset, inside.parent_end), damage)
         left, behind = complement(*known, 0, size), complement(*known, size, volume.size)
         rows = tables.ExtentRows()
         if found and len(left[0]):
@@ -468,8 +467,7 @@ class _Survey:
             code, text = "unreferenced", f"{ranges} [has|have] nothing that refers to [it|them]"
             if volume.is_counted:
                 code, text = "unowned", f"{ranges} [is|are] allocated, but nothing refers to [it|them]"
-            detail = counted(int((left[1] - left[0]).sum()), text)
-            self._problem(volume, found.type, Problem(code, detail, int(left[0][0]), "warning"))
+            damage.say(code, counted(total(*left), text), int(left[0][0]))
         kind = tables.GAP if not found else tables.UNKNOWN if volume.is_counted else tables.UNREFERENCED
         rows.add(kind, left[0], left[1] - left[0])
         rows.add(tables.GAP, behind[0], behind[1] - behind[0], part="slack")
@@ -480,9 +478,6 @@ class _Survey:
         systems = [(volume, volume.filesystem) for volume in found if volume.filesystem]
         mapped = [volume.rows for volume in self.volumes if volume.rows is not None]
         column = _columns(self.volumes)
-        problems = [
-            (volume.number, source, problem) for volume in self.volumes for source, problem in volume.problems
-        ]
         return BlockMap(
             volumes=tables.make(
                 "volumes", volume=column("number"), disk=column("disk"), kind=column("kind"),
@@ -493,7 +488,8 @@ class _Survey:
             filesystems=tables.make(
                 "filesystems", volume=[volume.number for volume, _ in systems],
                 **{name: [getattr(system, name) for _, system in systems]
-                   for name in ("type", "uuid", "label", "block_size", "size", "state", "features")},
+                   for name in ("type", "uuid", "label", "block_size", "size", "features")},
+                state=[volume.state for volume, _ in systems],
                 root=[None if system.root < 0 else system.root for _, system in systems],
             ),
             inodes=tables.concat("inodes",
@@ -501,12 +497,8 @@ class _Survey:
             names=tables.concat("names",
                 [on_volume(system.names, volume.number) for volume, system in systems]),
             extents=tables.concat("extents", [table for volume in self.volumes for table in volume.extents]),
-            problems=tables.make(
-                "problems", severity=[problem.severity for _, _, problem in problems],
-                format=[source for _, source, _ in problems], volume=[number for number, _, _ in problems],
-                volume_offset=[None if problem.offset < 0 else problem.offset for _, _, problem in problems],
-                code=[problem.code for _, _, problem in problems],
-                detail=[problem.detail for _, _, problem in problems],
+            problems=damage_table(
+                (volume.number, damage) for volume in self.volumes for damage in volume.damages
             ),
             proofs=[(volume.number, proof) for volume in self.volumes for proof in volume.proofs],
         )  # fmt: skip
@@ -524,14 +516,15 @@ def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:
     return lambda name: [getattr(row, name) for row in rows]
 
 
-def _loosened(volume: _Volume, children: tuple[Int, Int]) -> tuple[Int, Int]:
-    """The ranges of a volume that have an owner.
+def _owned(volume: _Volume, children: tuple[Int, Int], damage: Damage) -> tuple[Int, Int]:
+    """What of a volume has an owner, as starts and ends, each in an order of its own.
 
     What was found to be unreferenced gives way to all that turned up since: the volume's extents are changed.
     """
-    start, end, kind = _spans(volume.extents)
+    start, end, kind, flags = _spans(volume.extents)
     claimed = kind != tables.UNREFERENCED
-    known = np.append(start[claimed], children[0]), np.append(end[claimed], children[1])
+    low, high = check_owners(start[claimed], end[claimed], kind[claimed], flags[claimed], damage)
+    known = np.append(low, children[0]), np.append(high, children[1])
     if claimed.all():
         return known
     low, high = subtract(start[~claimed], end[~claimed], *known)
@@ -544,9 +537,9 @@ def _loosened(volume: _Volume, children: tuple[Int, Int]) -> tuple[Int, Int]:
     return np.append(known[0], low), np.append(known[1], high)
 
 
-def _spans(extents: list[pa.Table]) -> tuple[Int, Int, Int]:
-    """(starts, ends, kinds) of the extents of a volume, but of those that lie in others: they own no bytes by
-    themselves."""
+def _spans(extents: list[pa.Table]) -> tuple[Int, Int, Int, Int]:
+    """(starts, ends, kinds, flags) of the extents of a volume, but of those that lie in others, which own no
+    bytes by themselves."""
     none = np.zeros(0, np.int64)
     start, length, flags = (
         np.concatenate([none, *(tables.integers(table, name) for table in extents)])
@@ -554,7 +547,7 @@ def _spans(extents: list[pa.Table]) -> tuple[Int, Int, Int]:
     )
     kind = np.concatenate([none, *(tables.codes(table, "kind") for table in extents)])
     own = flags & tables.INLINE == 0
-    return start[own], (start + length)[own], kind[own]
+    return start[own], (start + length)[own], kind[own], flags[own]
 
 
 def _inside(extents: pa.Table, size: int) -> tuple[pa.Table, int]:

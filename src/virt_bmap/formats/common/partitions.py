@@ -6,7 +6,8 @@ from typing import Any
 
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
-from virt_bmap.model.contract import Assembly, Child, Member, Problem
+from virt_bmap.model.contract import Assembly, Child, Member
+from virt_bmap.model.damage import Damage
 
 SECTOR = 512
 
@@ -21,45 +22,36 @@ def add_partition(
 ) -> None:
     """Add partition `number` at bytes [start, start + length) of the disk, `about` it as in Child; what lies
     beyond the disk's end is cut off and said."""
-    name, problems = partition_name(disk.name, number), assembly.about(disk).problems
+    name, damage = partition_name(disk.name, number), assembly.about(disk).damage
     end = start + length
     if start >= disk.reader.size:
-        problems.append(
-            Problem(
-                "partition-outside",
-                f"{name} begins at byte {start:#x}, but the disk ends at {disk.reader.size:#x}: the "
-                "image is truncated, or the table is wrong",
-            )
+        damage.say(
+            "outside",
+            f"{name} begins at byte {start:#x}, but the disk ends at {disk.reader.size:#x}: the "
+            "image is truncated, or the table is wrong",
         )
         return
     if end > disk.reader.size:
-        problems.append(
-            Problem(
-                "partition-truncated",
-                f"{name} ends at byte {end:#x}, but the disk ends at {disk.reader.size:#x}: the "
-                "image is truncated, or the table is wrong",
-            )
+        damage.say(
+            "truncated",
+            f"{name} ends at byte {end:#x}, but the disk ends at {disk.reader.size:#x}: the "
+            "image is truncated, or the table is wrong",
         )
         length = disk.reader.size - start
     assembly.add(Child("partition", name, length, Rows.make(0, disk.number, start, length), **about))
 
 
-def overlaps(assembly: Assembly) -> list[Problem]:
-    """A problem for each partition that begins inside the one before it on the disk."""
+def check_overlaps(assembly: Assembly, damage: Damage) -> None:
+    """Say which partitions begin inside the one before them on the disk."""
     spans = sorted(
         (start, start + child.size, child.name)
         for child in assembly.children
         for start in child.rows.parent_offset.tolist()
     )
-    return [
-        Problem(
-            "partitions-overlap",
-            f"{name} begins at byte {start:#x}, inside {before}, which ends at {end:#x}",
-            start,
-        )
-        for (_, end, before), (start, _, name) in pairwise(spans)
-        if start < end
-    ]
+    for (_, end, before), (start, _, name) in pairwise(spans):
+        if start < end:
+            words = f"{name} begins at byte {start:#x}, inside {before}, which ends at {end:#x}"
+            damage.say("two-owners", words, start)
 
 
 def is_cd(reader: Reader) -> bool:

@@ -8,7 +8,8 @@ import pyarrow as pa
 from virt_bmap.core.arrays import Bool, Bytes, Int, Intervals, expand
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
-from virt_bmap.model.contract import NOT_LOOKED_AT, PROVEN, Filesystem, Problem, Proof
+from virt_bmap.model.contract import NOT_LOOKED_AT, PROVEN, Filesystem, Proof
+from virt_bmap.model.damage import Damage
 
 BATCH = 4 << 20
 """Bytes of blocks whose checksums are computed together: few enough to stay near the processor."""
@@ -18,31 +19,17 @@ LINKS = 1 << 15
 
 
 class Compared:
-    """Counts what was compared, by kind; what is wrong becomes one problem for each kind."""
+    """Counts what was compared, by kind; what is wrong is damage."""
 
-    def __init__(self) -> None:
+    def __init__(self, damage: Damage) -> None:
+        self.damage = damage
         self._counts: dict[str, int] = {}
-        self._wrong: dict[tuple[str, str, str], tuple[int, int]] = {}
 
     def compare(self, kind: str, good: Bool, offsets: Int) -> None:
         """`kind` names the records in the plural; where `good` is False, those at `offsets` (bytes) have a
         wrong checksum."""
         self._counts[kind] = self._counts.get(kind, 0) + len(good)
-        self.check(kind, good, offsets, "checksum", "have a wrong checksum")
-
-    def check(self, kind: str, good: Bool, offsets: Int, code: str, fault: str) -> None:
-        """Another rule of the same records, which does not count as a comparison."""
-        bad = offsets[~good]
-        if len(bad):
-            count, first = self._wrong.get((kind, code, fault), (0, int(bad.min())))
-            self._wrong[kind, code, fault] = count + len(bad), min(first, int(bad.min()))
-
-    def problems(self) -> list[Problem]:
-        """One for each kind and fault."""
-        return [
-            Problem(code, f"{count} {kind} {fault}, the first at byte {first:#x}", first)
-            for (kind, code, fault), (count, first) in self._wrong.items()
-        ]
+        self.damage.check(good, "checksum", f"{kind} have a wrong checksum", offsets)
 
     def proof(self, absent: str = "the filesystem has none") -> Proof:
         """What was compared, in words."""
@@ -132,7 +119,7 @@ class Places:
         return [self._parts[code] for code in np.unique(self._part[self._kind == kind]).tolist() if code >= 0]
 
 
-def check_names(found: Filesystem, compared: Compared) -> None:
+def check_names(found: Filesystem, damage: Damage) -> None:
     """Names that no Unix directory can hold: with a NUL or a slash.
 
     Those of encrypted directories are ciphertext.
@@ -148,16 +135,10 @@ def check_names(found: Filesystem, compared: Compared) -> None:
     parent = np.minimum(np.searchsorted(number, tables.integers(found.names, "parent")[row]), len(number) - 1)
     plain = flags[parent] & tables.I_ENCRYPTED == 0
     place = tables.integers(found.inodes, "record_offset")[parent[plain]]
-    compared.check(
-        "names",
-        np.zeros(len(place), bool),
-        place,
-        "name",
-        "hold a NUL or a slash; their directories' inodes are named",
-    )
+    damage.add("name", "names hold a NUL or a slash; their directories' inodes are named", place)
 
 
-def check_targets(found: Filesystem, compared: Compared) -> None:
+def check_targets(found: Filesystem, damage: Damage) -> None:
     """Targets of symbolic links that end before their inode says, at a NUL."""
     kind, flags = tables.codes(found.extents, "kind"), tables.integers(found.extents, "flags")
     row = np.flatnonzero(
@@ -171,4 +152,4 @@ def check_targets(found: Filesystem, compared: Compared) -> None:
         ends = np.cumsum(length[part])
         hit = np.zeros(len(ends), bool)
         hit[np.searchsorted(ends, np.flatnonzero(data == 0), "right")] = True
-        compared.check("symbolic links", ~hit, start[part], "target", "have a target with a NUL in it")
+        damage.add("symlink", "symbolic links have a target with a NUL in it", start[part][hit])

@@ -21,7 +21,8 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, struct, widen
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Checks, Docs, Filesystem, FilesystemFormat, Problem
+from virt_bmap.model.contract import Checks, Docs, Filesystem, FilesystemFormat
+from virt_bmap.model.damage import Damage
 
 NAME = "example"
 FEATURES = ("files and directories with up to six extents", "the allocation bitmap")
@@ -64,26 +65,25 @@ def probe(reader: Reader) -> bool:
     return reader.read_clipped(0, len(MAGIC)) == MAGIC
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """Everything the volume holds. Raises Corrupt where the superblock makes no sense."""
-    problems: list[Problem] = []
     superblock = _superblock(reader)
     rows = tables.ExtentRows()
     _system(reader, superblock, rows)
     inode, found = _inodes(reader, superblock)
-    owner, file_offset, start, length = _extents(superblock, found, problems)
+    owner, file_offset, start, length = _extents(superblock, found, damage)
     is_directory = found["kind"][owner] == 2
     kind = np.where(is_directory, tables.DIRECTORY, tables.DATA)
     rows.add(kind, start, length, inode=inode[owner], file_offset=file_offset)
     return Filesystem(
-        type=NAME, size=int(superblock["blocks"]) * BLOCK, block_size=BLOCK, root=ROOT, state="clean",
+        type=NAME, size=int(superblock["blocks"]) * BLOCK, block_size=BLOCK, root=ROOT, state=tables.CLEAN,
         reader=reader, inodes=tables.make(
             "inodes", volume=0, inode=inode, type=TYPE_OF[np.minimum(found["kind"], 2)],
             size=widen(found["size"], "size"), nlink=1, flags=0,
             record_offset=int(superblock["inode_block"]) * BLOCK + (inode - 1) * INODE.itemsize,
         ),
         names=_names(reader, inode[owner[is_directory]], start[is_directory], length[is_directory]),
-        extents=rows.table(0), problems=problems,
+        extents=rows.table(0),
     )  # fmt: skip
 
 
@@ -121,23 +121,15 @@ def _inodes(reader: Reader, superblock: np.void) -> tuple[Int, np.ndarray]:
     return used + 1, found[used]
 
 
-def _extents(superblock: np.void, found: np.ndarray, problems: list[Problem]) -> tuple[Int, Int, Int, Int]:
+def _extents(superblock: np.void, found: np.ndarray, damage: Damage) -> tuple[Int, Int, Int, Int]:
     """(position of the inode, file offset, volume offset, length) of every extent; offsets and lengths in
     bytes."""
     owner, nth = expand(np.minimum(found["extents"], EXTENTS).astype(np.int64))
     start = widen(found["start"][owner, nth], "start") * BLOCK
     length = widen(found["count"][owner, nth], "count") * BLOCK
     size = int(superblock["blocks"]) * BLOCK
-    outside = start + length > size
-    if outside.any():
-        first = int(start[outside][0])
-        problems.append(
-            Problem(
-                "extent-outside",
-                f"{outside.sum()} extents reach beyond the filesystem, the first at byte {first:#x}",
-                first,
-            )
-        )
+    inside = start + length <= size
+    if not damage.check(inside, "outside", "extents reach beyond the filesystem", start).all():
         length = np.clip(length, 0, np.maximum(0, size - start))
     before = np.cumsum(length) - length
     first_of = np.searchsorted(owner, np.arange(len(found)))

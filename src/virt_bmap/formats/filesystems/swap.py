@@ -18,7 +18,8 @@ from virt_bmap.core.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.core.layout import record, struct, widen
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Checks, Docs, Filesystem, FilesystemFormat, Problem
+from virt_bmap.model.contract import Checks, Docs, Filesystem, FilesystemFormat
+from virt_bmap.model.damage import Damage
 
 NAME = "swap"
 FEATURES = (
@@ -72,7 +73,7 @@ def _signature(reader: Reader) -> tuple[int, bytes] | None:
     return None
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """The header page, bad pages, and the space that is left."""
     signature = _signature(reader)
     if signature is None:
@@ -80,7 +81,6 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     page, magic = signature
     data = np.frombuffer(reader.read_clipped(0, page), np.uint8)
     hibernated = magic not in VERSIONS
-    problems: list[Problem] = []
     if VERSIONS.get(magic) == 0:
         pages, bad = _version_0(data)
         label, uuid = b"", bytes(16)
@@ -98,13 +98,8 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
             uuid = bytes(16)
     size = pages * page
     if size > reader.size:
-        problems.append(
-            Problem(
-                "truncated",
-                f"the swap space claims {size} bytes, but the volume has {reader.size}",
-                reader.size,
-            )
-        )
+        words = f"the swap space claims {size} bytes, but the volume has {reader.size}"
+        damage.say("truncated", words, reader.size)
     rows = tables.ExtentRows()
     rows.add(tables.METADATA, 0, min(page, reader.size), part="header")
     end = min(size, reader.size)
@@ -114,10 +109,10 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     rows.add(tables.CONTENT, left[0], left[1] - left[0], part="swap space")
     return Filesystem(
         type="swsuspend" if hibernated else NAME, size=size, block_size=page, root=-1,
-        state="hibernated" if hibernated else "clean", reader=reader, inodes=tables.empty("inodes"),
+        state=tables.HIBERNATED if hibernated else tables.CLEAN, reader=reader, inodes=tables.empty("inodes"),
         names=tables.empty("names"), extents=rows.table(0),
         uuid=str(uuids.UUID(bytes=uuid)) if any(uuid) else None, label=label.decode(errors="replace") or None,
-        features=f"v{VERSIONS.get(magic, 1)}", problems=problems, traits=tables.SLEEPING if hibernated else 0,
+        features=f"v{VERSIONS.get(magic, 1)}", traits=tables.SLEEPING if hibernated else 0,
     )  # fmt: skip
 
 

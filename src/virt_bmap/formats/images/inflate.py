@@ -107,7 +107,7 @@ class InflatingReader(Reader):
                 f"{self.name}: the compressed cluster at byte {at:#x} of {self._files[file].name} "
                 f"can't be inflated: {why}",
                 start,
-                "compressed",
+                "mapping",
             )
         self._clusters[key] = found
         while len(self._clusters) * layer.cluster > KEPT and len(self._clusters) > 1:

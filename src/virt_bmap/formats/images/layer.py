@@ -2,7 +2,7 @@
 image, and who owns the rest of these files.
 
 Only metadata is read, as arrays; content never is. Raises Corrupt or Unsupported where nothing can be said;
-what is wrong but leaves the rest readable is a Problem.
+what is wrong but leaves the rest readable is damage.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,8 @@ from virt_bmap.core.layout import widen
 from virt_bmap.core.mapping import DATA, PACKED, ZERO, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
-from virt_bmap.model.contract import ImageLayer, Inflate, Problem
+from virt_bmap.model.contract import ImageLayer, Inflate
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 Ranges = tuple[Int, Int]
@@ -30,7 +31,7 @@ class Draft:
     files: Sequence[Reader]
     size: int
     extents: list[ExtentRows] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    damage: Damage = field(default_factory=Damage)
     _pieces: list[tuple[Int, ...]] = field(default_factory=list)
     _zeros: list[Ranges] = field(default_factory=list)
     _owned: list[tuple[Int, Int, Int]] = field(default_factory=list)
@@ -76,14 +77,6 @@ class Draft:
             self._owned.append((start[keep], end[keep], np.full(int(keep.sum()), file)))
             self.extents[file].add(kind, start[keep], (end - start)[keep], part=part, flags=flags)
 
-    def complain(self, code: str, what: str, offsets: Int, severity: str = "error") -> None:
-        """One problem for all these bytes of the image file, if there are any; `what` follows the count."""
-        if len(offsets):
-            first = int(offsets.min())
-            self.problems.append(
-                Problem(code, f"{len(offsets):,} {what}, the first at byte {first:#x}", first, severity)
-            )
-
     def finish(
         self,
         format: str,
@@ -95,7 +88,7 @@ class Draft:
         """The layer: rows cut at the ends of disk and files, sorted, and neighbours joined."""
         columns = joined(self._pieces, 6)
         columns = self._inside_files(self._inside_disk(columns))
-        self._complain_of_overlaps(columns)
+        self._check_overlaps(columns)
         order = np.argsort(columns[0], kind="stable")
         guest, host, run, stored, role, file = _joined([column[order] for column in columns])
         rows = Rows.make(guest, file, host, run, role=role, parent_run=stored)
@@ -110,7 +103,7 @@ class Draft:
             rows,
             zeros,
             self.extents,
-            self.problems,
+            self.damage,
             facts,
             unreadable,
             inflate,
@@ -135,14 +128,14 @@ class Draft:
         left = np.clip(ends - host, 0, stored)
         plain = role != PACKED
         kept = np.where(plain, left, np.where(left > 0, length, 0))
-        self.complain(
-            "behind-end", "runs of data lie behind the end of the file", host[(left == 0) & (role != IN_ZERO)]
+        self.damage.add(
+            "outside", "runs of data lie behind the end of the file", host[(left == 0) & (role != IN_ZERO)]
         )
         self.zero(guest + kept, length - kept)
         keep = kept > 0
         return [column[keep] for column in (guest, host, kept, np.where(plain, kept, left), role, file)]
 
-    def _complain_of_overlaps(self, columns: list[Int]) -> None:
+    def _check_overlaps(self, columns: list[Int]) -> None:
         """What metadata and data, or two pieces of data, claim together."""
         _, host, _, stored, _, file = columns
         for number, reader in enumerate(self.files):
@@ -151,16 +144,8 @@ class Draft:
             starts = np.concatenate([host[mine], *(start for start, _ in owned)])
             ends = np.concatenate([(host + stored)[mine], *(end for _, end in owned)])
             twice = covered_twice(starts, ends)
-            if number == 0:
-                self.complain("two-owners", "ranges have two owners", twice[0])
-            elif len(twice[0]):
-                self.problems.append(
-                    Problem(
-                        "two-owners",
-                        f"{len(twice[0]):,} ranges of {reader.name} have two owners, the first at "
-                        f"byte {int(twice[0][0]):#x}",
-                    )
-                )
+            of = f" of {reader.name}" if number else ""
+            self.damage.add("two-owners", f"ranges{of} have two owners", twice[0])
 
 
 BATCH = 16 << 20

@@ -22,6 +22,7 @@ from virt_bmap.model.contract import (
     Structures,
     Writing,
 )
+from virt_bmap.model.problems import NOTE
 
 NAME = "vdi"
 FEATURES = ("dynamic and static images, blocks of any size", "discarded blocks")
@@ -70,11 +71,11 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     place_blocks(draft, number, entry, block, data, head["cbBlockExtra"])
     known = int((entry < DISCARDED).sum())
     if known != head["cBlocksAllocated"]:
-        draft.complain(
-            "allocated",
+        draft.damage.add(
+            "count",
             f"blocks have a place, but the header counts {head['cBlocksAllocated']:,}",
             np.full(known, 0x184),
-            "note",
+            severity=NOTE,
         )
     return draft.finish(NAME, block, {"version": "1.1", "subformat": kind})
 
@@ -118,8 +119,8 @@ def place_blocks(draft: Draft, number: Int, entry: Int, block: int, data: int, e
     there = entry < DISCARDED
     host = data + entry * (block + extra)
     wrong = there & (host >= image.size)
-    draft.complain(
-        "block-pointer", "block pointers lead behind the end of the file", np.minimum(host, image.size)[wrong]
+    draft.damage.add(
+        "outside", "block pointers lead behind the end of the file", np.minimum(host, image.size)[wrong]
     )
     there &= ~wrong
     draft.own("block header", host[there], extra)

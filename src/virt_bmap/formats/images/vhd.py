@@ -21,11 +21,11 @@ from virt_bmap.model.contract import (
     Docs,
     ImageFormat,
     ImageLayer,
-    Problem,
     References,
     Structure,
     Structures,
 )
+from virt_bmap.model.problems import WARNING
 
 NAME = "vpc"
 FEATURES = ("fixed, dynamic and differencing images", "sector bitmaps of differencing images")
@@ -88,13 +88,11 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     foot = read_footer(image)
     draft = Draft([image], foot.size)
     if foot.wrong:
-        draft.problems.append(
-            Problem(
-                "checksum",
-                "the checksum of the footer or of the dynamic disk header does not hold",
-                foot.header,
-                "warning",
-            )
+        draft.damage.say(
+            "checksum",
+            "the checksum of the footer or of the dynamic disk header does not hold",
+            foot.header,
+            severity=WARNING,
         )
     end = image.size - SECTOR
     if image.read(end, 8) == b"conectix":
@@ -182,7 +180,7 @@ def place_blocks(image: Reader, draft: Draft, foot: Footer) -> None:
     bitmap = -(-(foot.block // SECTOR // 8) // SECTOR) * SECTOR
     host = entry * SECTOR
     wrong = host + bitmap >= image.size
-    draft.complain("block", "blocks lie behind the end of the file", foot.table + number[wrong] * 4)
+    draft.damage.add("outside", "blocks lie behind the end of the file", foot.table + number[wrong] * 4)
     number, host = number[~wrong], host[~wrong]
     draft.own("block bitmap", host, bitmap)
     if foot.kind == "differencing":

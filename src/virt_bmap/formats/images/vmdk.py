@@ -234,8 +234,8 @@ def own_tables(draft: Draft, image: Reader, sparse: Sparse, directory: int, word
     number, sector = used_entries(image, directory, count, "<u4", 0)
     at, size = sector * SECTOR, sparse.entries * 4
     wrong = at + size > image.size
-    draft.complain(
-        "grain-directory",
+    draft.damage.add(
+        "outside",
         f"entries of the {word}grain directory lead behind the end of the file",
         directory + number[wrong] * 4,
     )
@@ -243,8 +243,8 @@ def own_tables(draft: Draft, image: Reader, sparse: Sparse, directory: int, word
     _, first = np.unique(at, return_index=True)
     again = np.ones(len(at), bool)
     again[first] = False
-    draft.complain(
-        "grain-directory",
+    draft.damage.add(
+        "outside",
         f"entries of the {word}grain directory lead to a table that another has",
         directory + number[again] * 4,
     )
@@ -263,7 +263,7 @@ def place_grains(draft: Draft, image: Reader, sparse: Sparse, number: Int, table
         draft.zero(sparse.base + guest[zero], np.full(int(zero.sum()), sparse.grain))
         host = sector * SECTOR
         wrong = ~zero & (host >= image.size)
-        draft.complain("grain-table", "entries of grain tables lead behind the end of the file", place[wrong])
+        draft.damage.add("outside", "entries of grain tables lead behind the end of the file", place[wrong])
         keep = ~zero & ~wrong & (guest < sparse.size)
         guest, host = guest[keep], host[keep]
         length = np.minimum(sparse.grain, sparse.size - guest)

@@ -11,14 +11,13 @@ import numpy as np
 
 from virt_bmap.core.layout import record, records, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, is_cd, overlaps
+from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps, is_cd
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
     Assembly,
     Checks,
     Docs,
     Member,
-    Problem,
     Structure,
     Structures,
     VolumeFormat,
@@ -83,7 +82,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk."""
     (disk,) = members
     assembly = Assembly(members)
-    problems = assembly.about(disk).problems
+    damage = assembly.about(disk).damage
     size = _block_size(disk.reader) or SECTOR
     promised = int(record(disk.reader.read_clipped(size, SECTOR), ENTRY)["pmMapBlkCnt"])
     count = max(1, min(promised, MAX_ENTRIES))
@@ -92,20 +91,18 @@ def assemble(members: Sequence[Member]) -> Assembly:
     wrong = np.flatnonzero(entries["pmSig"] != b"PM")
     if len(wrong):
         count = int(wrong[0])
-        problems.append(
-            Problem(
-                "apm-entry",
-                f"there is no partition map entry at byte {(count + 1) * size:#x}, though the map "
-                f"says that it has {promised}",
-                (count + 1) * size,
-            )
+        damage.say(
+            "mapping",
+            f"there is no partition map entry at byte {(count + 1) * size:#x}, though the map "
+            f"says that it has {promised}",
+            (count + 1) * size,
         )
     for number, entry in enumerate(entries[:count], 1):
         _add(assembly, disk, number, entry, size)
     own = assembly.about(disk).extents
     own.add(tables.METADATA, 0, SECTOR, part="driver descriptor")
     own.add(tables.METADATA, size, count * size, part="partition map")
-    problems += overlaps(assembly)
+    check_overlaps(assembly, damage)
     return assembly
 
 

@@ -15,7 +15,7 @@ from virt_bmap.core.arrays import Int
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, struct, widen
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, overlaps
+from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps
 from virt_bmap.formats.volumes import mbr
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
@@ -23,11 +23,11 @@ from virt_bmap.model.contract import (
     Checks,
     Docs,
     Member,
-    Problem,
     Structure,
     Structures,
     VolumeFormat,
 )
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import VERIFIED, VOUCHING
 
 NAME = "gpt"
@@ -186,8 +186,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
     (disk,) = members
     assembly = Assembly(members)
     about = assembly.about(disk)
-    own, problems = about.extents, about.problems
-    table, backup = _both(disk.reader, problems)
+    own, damage = about.extents, about.damage
+    table, backup = _both(disk.reader, damage)
     own.add(tables.BOOT, 0, mbr.ENTRIES, part="boot code")
     own.add(tables.METADATA, mbr.ENTRIES, SECTOR - mbr.ENTRIES, part="protective MBR")
     for found, words in ((table, "GPT"), (backup, "backup GPT")):
@@ -203,23 +203,19 @@ def assemble(members: Sequence[Member]) -> Assembly:
             )
     about.uuid = table.disk_guid
     for index in _used(table).tolist():
-        _add(assembly, disk, table, table.entries[index], index + 1, problems)
-    problems += overlaps(assembly)
+        _add(assembly, disk, table, table.entries[index], index + 1, damage)
+    check_overlaps(assembly, damage)
     return assembly
 
 
-def _add(
-    assembly: Assembly, disk: Member, table: Table, entry: np.void, number: int, problems: list[Problem]
-) -> None:
+def _add(assembly: Assembly, disk: Member, table: Table, entry: np.void, number: int, damage: Damage) -> None:
     first, last = int(entry["starting_lba"]), int(entry["ending_lba"])
     if last < first or last >= 1 << 54:
         at = table.entries_at + (number - 1) * 128
-        problems.append(
-            Problem(
-                "partition-range",
-                f"GPT entry {number} at byte {at:#x} ends at sector {last}, before its start {first}",
-                at,
-            )
+        damage.say(
+            "mapping",
+            f"GPT entry {number} at byte {at:#x} ends at sector {last}, before its start {first}",
+            at,
         )
         return
     kind = _guid(entry["partition_type_guid"])
@@ -243,9 +239,9 @@ def _guid(raw: np.void) -> str:
     return str(uuid.UUID(bytes_le=raw.tobytes()))
 
 
-def _both(reader: Reader, problems: list[Problem]) -> tuple[Table, Table | None]:
+def _both(reader: Reader, damage: Damage) -> tuple[Table, Table | None]:
     """The table to use and the valid backup beside it; what is wrong with the other one goes to
-    `problems`."""
+    `damage`."""
     primary, why = None, "no signature"
     for size in SECTORS:
         primary, why_here = _read_table(reader, size, size)
@@ -265,38 +261,29 @@ def _both(reader: Reader, problems: list[Problem]) -> tuple[Table, Table | None]
             break
     if primary:
         if not backup:
-            problems.append(
-                Problem(
-                    "gpt-backup",
-                    f"the backup GPT header at byte {primary.alternate:#x} is not valid: {why_backup}",
-                    primary.alternate,
-                    "warning",
-                )
+            damage.say(
+                "copy-missing",
+                f"the backup GPT header at byte {primary.alternate:#x} is not valid: {why_backup}",
+                primary.alternate,
             )
         elif backup.entries.tobytes() != primary.entries.tobytes():
-            problems.append(
-                Problem(
-                    "gpt-differ",
-                    "the primary and the backup GPT list different partitions; the primary is used",
-                    backup.at,
-                    "warning",
-                )
+            damage.say(
+                "copy-differs",
+                "the primary and the backup GPT list different partitions; the primary is used",
+                backup.at,
             )
         return primary, backup
     if backup:
-        problems.append(
-            Problem(
-                "gpt-primary",
-                f"the primary GPT header at byte {backup.sector:#x} is not valid ({why}); the backup is used",
-                backup.sector,
-                "warning",
-            )
+        damage.say(
+            "copy-used",
+            f"the primary GPT header at byte {backup.sector:#x} is not valid ({why}); the backup is used",
+            backup.sector,
         )
         return backup, None
     raise Corrupt(
         f"{reader.name}: neither GPT header is valid: the primary: {why}; the backup: {why_backup}",
         512,
-        "gpt",
+        "superblock",
     )
 
 

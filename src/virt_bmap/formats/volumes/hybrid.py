@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from virt_bmap.core.arrays import Int, intersect, ints
 from virt_bmap.core.errors import FormatError
-from virt_bmap.formats.common.partitions import SECTOR, overlaps
+from virt_bmap.formats.common.partitions import SECTOR, check_overlaps
 from virt_bmap.formats.volumes import gpt, mbr
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Assembly, Member
@@ -35,7 +35,7 @@ class Hybrid:
             if self._is_apart(int(child.rows.parent_offset[0]), child.size):
                 kept.add(child)
         about = kept.about(disk)
-        about.problems = overlaps(kept)
+        check_overlaps(kept, about.damage)
         for row in found.about(disk).extents.table(0).to_pylist():
             if self._is_apart(row["volume_offset"], row["length"]):
                 about.extents.add(

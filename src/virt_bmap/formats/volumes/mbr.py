@@ -12,18 +12,18 @@ import numpy as np
 
 from virt_bmap.core.layout import record, records, struct, widen
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, is_cd, overlaps
+from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps, is_cd
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
     Assembly,
     Checks,
     Docs,
     Member,
-    Problem,
     Structure,
     Structures,
     VolumeFormat,
 )
+from virt_bmap.model.problems import WARNING
 
 NAME = "dos"
 FEATURES = (
@@ -113,7 +113,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
     (disk,) = members
     assembly = Assembly(members)
     about = assembly.about(disk)
-    own, problems = about.extents, about.problems
+    own, damage = about.extents, about.damage
     own.add(tables.BOOT, 0, ENTRIES, part="boot code")
     own.add(tables.METADATA, ENTRIES, SECTOR - ENTRIES, part="partition table")
     signature = f"{int.from_bytes(disk.reader.read(440, 4), 'little'):08x}"
@@ -139,7 +139,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
             _logical(assembly, disk, start, length, signature)
         else:
             add_partition(assembly, disk, slot, start, length, **_about(kind, slot, signature))
-    problems += overlaps(assembly)
+    check_overlaps(assembly, damage)
     _post_mbr_gap(disk, own, [int(child.rows.parent_offset[0]) for child in assembly.children])
     return assembly
 
@@ -147,18 +147,16 @@ def assemble(members: Sequence[Member]) -> Assembly:
 def _logical(assembly: Assembly, disk: Member, base: int, length: int, signature: str) -> None:
     """Follow the chain of extended boot records; entry 1 is relative to this record, entry 2 to the extended
     partition."""
-    own, problems = assembly.about(disk).extents, assembly.about(disk).problems
+    own, damage = assembly.about(disk).extents, assembly.about(disk).damage
     at, number, seen = base, 5, set[int]()
     while at not in seen and len(seen) < MAX_LOGICAL:
         seen.add(at)
         if at + SECTOR > disk.reader.size or disk.reader.read(at + SIGNATURE, 2) != b"\x55\xaa":
-            problems.append(
-                Problem(
-                    "ebr",
-                    f"there is no extended boot record at byte {at:#x}, where the chain of logical "
-                    "partitions leads",
-                    at,
-                )
+            damage.say(
+                "mapping",
+                f"there is no extended boot record at byte {at:#x}, where the chain of logical "
+                "partitions leads",
+                at,
             )
             return
         own.add(tables.METADATA, at, SECTOR, part="extended boot record")
@@ -168,13 +166,11 @@ def _logical(assembly: Assembly, disk: Member, base: int, length: int, signature
         if logical["os_type"] and logical["size_in_lba"]:
             start, size = at + int(logical["starting_lba"]) * SECTOR, int(logical["size_in_lba"]) * SECTOR
             if start + size > base + length:
-                problems.append(
-                    Problem(
-                        "partition-outside",
-                        f"logical partition {number} reaches beyond its extended partition",
-                        at,
-                        "warning",
-                    )
+                damage.say(
+                    "outside",
+                    f"logical partition {number} reaches beyond its extended partition",
+                    at,
+                    severity=WARNING,
                 )
             add_partition(
                 assembly, disk, number, start, size, **_about(int(logical["os_type"]), number, signature)
@@ -183,7 +179,7 @@ def _logical(assembly: Assembly, disk: Member, base: int, length: int, signature
         if int(further["os_type"]) not in EXTENDED or further["size_in_lba"] == 0:
             return
         at = base + int(further["starting_lba"]) * SECTOR
-    problems.append(Problem("ebr-loop", f"the chain of extended boot records comes back to byte {at:#x}", at))
+    damage.say("twice", f"the chain of extended boot records comes back to byte {at:#x}", at)
 
 
 def _about(kind: int, number: int, signature: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, overlaps
+from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
     Assembly,
@@ -95,7 +95,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
                 length,
                 detail=TYPES.get(kind, f"type {kind:#x}"),
             )
-    assembly.about(disk).problems += overlaps(assembly)
+    check_overlaps(assembly, assembly.about(disk).damage)
     return assembly
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, overlaps
+from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
     Assembly,
@@ -92,7 +92,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
     for number, tag, start, length in _slices(label):
         if tag != WHOLE_DISK:
             add_partition(assembly, disk, number, start, length, detail=TAGS.get(tag, f"tag {tag:#x}"))
-    about.problems += overlaps(assembly)
+    check_overlaps(assembly, about.damage)
     return assembly
 
 

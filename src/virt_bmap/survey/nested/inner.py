@@ -17,7 +17,9 @@ from virt_bmap.core.mapping import PACKED
 from virt_bmap.core.reader import MappedReader, Reader
 from virt_bmap.formats import foreign
 from virt_bmap.formats.images.inflate import InflatingReader
-from virt_bmap.model.contract import RAW, About, Assembly, Child, Filesystem, Member, Problem, References
+from virt_bmap.model.contract import RAW, About, Assembly, Child, Filesystem, Member, References
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import NOTE
 from virt_bmap.open import magic
 from virt_bmap.open.chains import ChainedDisk, Chains
 from virt_bmap.open.references import MAX_CHAIN, references_of
@@ -69,7 +71,7 @@ class Inner(Chains):
         self._numbers: dict[int, int] = {}
         """Files by inode; a file's number is its place in
         `_images`, `_contents`, and `files`, which are metered."""
-        self._refused: dict[int, Problem] = {}
+        self._refused: dict[int, FormatError | ImageError] = {}
 
     def assemble(self, members: Sequence[Member]) -> Assembly:
         """Children of the filesystem's volume: a volume for each file of an image, then the disks.
@@ -80,13 +82,13 @@ class Inner(Chains):
         result = Assembly(members)
         if self._found.root >= 0 and self._found.names.num_rows:
             self._names = ImageFiles(self._found)
-            raw = self._open_wanted(result.about(self._member).problems)
+            raw = self._open_wanted(result.about(self._member).damage)
             self._add_children(result, raw)
         return result
 
     # ---- opening -------------------------------------------------------------------------------------------
 
-    def _open_wanted(self, notes: list[Problem]) -> list[int]:
+    def _open_wanted(self, damage: Damage) -> list[int]:
         """Follow every image that was asked for; the numbers of raw ones.
 
         Parts of other images count as disks only where they were named.
@@ -96,7 +98,7 @@ class Inner(Chains):
             self._progress.paths.add(image.path)
             if image.refused or self._progress.left <= 0:
                 why = image.refused or f"is not opened: there are more than {MAX_IMAGES} images"
-                notes.append(Problem("nested", f"{self._name(image)} {why}", -1, "note"))
+                damage.say("nested", f"{self._name(image)} {why}")
                 continue
             self._progress.left -= 1
             number = self._number(image)
@@ -123,11 +125,7 @@ class Inner(Chains):
                 )
             self.disks.append(disk)
         except (FormatError, ImageError) as error:
-            known = isinstance(error, Unsupported)
-            offset = error.offset if isinstance(error, FormatError) and error.offset is not None else -1
-            self._refused[number] = Problem(
-                "unsupported" if known else "corrupt", str(error), offset, "note" if known else "error"
-            )
+            self._refused[number] = error
 
     def _used(self) -> set[int]:
         """Numbers of the files in which disks lie."""
@@ -191,13 +189,16 @@ class Inner(Chains):
         self.own_files(files)
         for number in raw:
             result.add(self._file(number, self._name(self._images[number])))
-        for number, problem in self._refused.items():
+        for number, error in self._refused.items():
             if files[number] is none:
                 what = foreign.recognise(self._contents[number]) or "disk image"
                 child = self._file(number, self._name(self._images[number]), False)
                 child.type = child.unread = what
                 files[number] = result.add(child)
-            files[number].problems.append(problem)
+            if isinstance(error, FormatError):
+                files[number].damage.refuse(error, severity=NOTE if isinstance(error, Unsupported) else None)
+            else:
+                files[number].damage.say("unreadable", str(error))
         for disk in self.disks:
             result.add(self.child(disk, "image", disk.image, files, self._opener(disk)))
 

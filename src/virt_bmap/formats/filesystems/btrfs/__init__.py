@@ -23,11 +23,11 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import Int, ints, union
+from virt_bmap.core.arrays import Int, union
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs import files, items, ondisk, owners, tree
-from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool, pool_of
+from virt_bmap.formats.filesystems.btrfs.pool import Pool, pool_of
 from virt_bmap.formats.filesystems.btrfs.verified import VerifiedReader
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
@@ -39,6 +39,8 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import NOTE
 
 NAME = "btrfs"
 INODE = "tree << 40 | objectid; the top-level subvolume counts as tree 0, so its numbers are those of stat"
@@ -80,30 +82,25 @@ READ_TREES = {
 }
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """The filesystem of a pool. Raises Corrupt where its root tree or its extent tree can't be read."""
-    pool, damage = pool_of(reader), Damage()
+    pool = pool_of(reader)
     superblock = pool.superblock
     source = source_of(reader, pool)
     if int(superblock["flags"]) & ondisk.SUPER_FLAG_METADUMP:
-        damage.note(
-            "metadump",
-            "filesystem restored from btrfs-image: the content of files is not there",
-            ints(-1),
-            "note",
-        )
+        damage.say("elsewhere", "it was restored from btrfs-image: the content of files is not there")
     found, links = read_trees(source, superblock, READ_TREES, damage)
     inodes, fresh = files.inodes(items.join(found.inodes), links, damage)
     names, stubs = files.names(items.join(found.names), found.name_bytes, links, fresh, damage)
     extents = _extents(source, pool, found, links, (inodes, fresh), damage)
     return Filesystem(
         type="btrfs", size=reader.size, block_size=source.sectorsize, root=ondisk.FIRST_FREE,
-        state=_state(superblock, bool(damage)),
+        state=_state(superblock, damage),
         reader=VerifiedReader(reader, source, links.roots, links.forest),
         inodes=files.inode_table(inodes, stubs), names=names, extents=extents,
         uuid=ondisk.uuid_text(superblock["fsid"]),
         label=bytes(superblock["label"]).decode(errors="replace") or None,
-        features=ondisk.feature_names(superblock), problems=[*pool.problems, *damage.problems()],
+        features=ondisk.feature_names(superblock),
     )  # fmt: skip
 
 
@@ -125,7 +122,7 @@ def read_trees(
     for leaves in tree.read_leaves(source, forest, damage):
         found.add(leaves, source.sectorsize, refs=bool(superblock["log_root"]))
     if not found.inodes:
-        raise Corrupt(f"{source.reader.name}: no leaf of any tree can be read", None, "tree-block")
+        raise Corrupt(f"{source.reader.name}: no leaf of any tree can be read", None, "tree")
     return found, files.Links(roots, forest, refs)
 
 
@@ -154,7 +151,7 @@ def _roots(
                 generation + 1,
             )
         )
-        damage.note("log", "log tree is to be replayed at the next mount", ints(-1), "note")
+        damage.say("not-replayed", "its log tree is to be replayed at the next mount", severity=NOTE)
     known = tree.Roots.join(first)
     known = known._replace(wanted=known.id != ondisk.CHUNK_TREE)
     forest = tree.walk(source, known, Damage())  # what is wrong is noted when all trees are walked
@@ -163,9 +160,7 @@ def _roots(
         parts.append(items.roots_of(leaves, wanted))
         refs.append(items.root_refs(leaves))
     if not parts:
-        raise Corrupt(
-            f"{source.reader.name}: the root tree can't be read", int(superblock["root"]), "tree-block"
-        )
+        raise Corrupt(f"{source.reader.name}: the root tree can't be read", int(superblock["root"]), "tree")
     return tree.Roots.join([known._replace(wanted=known.id == ondisk.ROOT_TREE), *parts]), items.join(refs)
 
 
@@ -206,12 +201,10 @@ def _extents(
     return out.table(0)
 
 
-def _state(superblock: np.void, damaged: bool) -> str:
-    if damaged:
-        return "damaged"
+def _state(superblock: np.void, damage: Damage) -> str:
     if int(superblock["flags"]) & ondisk.SUPER_FLAG_ERROR:
-        return "errors"
-    return "needs recovery" if int(superblock["log_root"]) else "clean"
+        damage.say("marked-damaged", "the superblock says that the kernel found errors")
+    return tables.NEEDS_RECOVERY if int(superblock["log_root"]) else tables.CLEAN
 
 
 def _structures() -> Structures:

@@ -13,7 +13,8 @@ from virt_bmap.core.arrays import Int, expand, ints
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
 from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
-from virt_bmap.formats.filesystems.btrfs.pool import Damage, Ranges
+from virt_bmap.formats.filesystems.btrfs.pool import Ranges
+from virt_bmap.model.damage import Damage
 
 
 class Profile(NamedTuple):
@@ -75,12 +76,14 @@ def system_chunks(superblock: np.void) -> Iterator[Chunk]:
             break
         damage = Damage()
         yield from chunk_items(raw, key["offset"], ints(at), ints(size), damage)
-        if damage:
-            raise Corrupt(f"btrfs superblock: sys_chunk_array: {damage.problems()[0].detail}", None, "chunk")
+        if damage.is_damaged:
+            raise Corrupt(
+                f"btrfs superblock: sys_chunk_array: {damage.problems()[0].detail}", None, "mapping"
+            )
         at += size
     if at < end or at == 0:
         raise Corrupt(
-            f"btrfs superblock: sys_chunk_array holds no chunk at byte {at:#x} of {end:#x}", None, "chunk"
+            f"btrfs superblock: sys_chunk_array holds no chunk at byte {at:#x} of {end:#x}", None, "mapping"
         )
 
 
@@ -114,7 +117,7 @@ def chunk_items(data: np.ndarray, start: Int, at: Int, size: Int, damage: Damage
         & (length < ondisk.MAX_END)
         & (head["stripe_len"] == STRIPE_LEN)
     )
-    damage.note("chunk", "chunk items have an impossible length, stripe_len or num_stripes", start[~fits])
+    damage.add("mapping", "chunk items have an impossible length, stripe_len or num_stripes", start[~fits])
     start, at, head, count, length = start[fits], at[fits], head[fits], count[fits], length[fits]
     row, step = expand(count)
     stripes = ondisk.records_at(data, at[row] + ondisk.CHUNK_HEAD + step * ondisk.STRIPE_SIZE, ondisk.STRIPE)
@@ -126,7 +129,7 @@ def chunk_items(data: np.ndarray, start: Int, at: Int, size: Int, damage: Damage
         if _possible(chunk):
             yield chunk
         else:
-            damage.note("chunk", "chunk items have an impossible profile or number of stripes", ints(begin))
+            damage.add("mapping", "chunk items have an impossible profile or number of stripes", begin)
 
 
 def _possible(chunk: Chunk) -> bool:
@@ -149,7 +152,7 @@ def without_overlaps(chunks: list[Chunk], damage: Damage) -> list[Chunk]:
     kept: list[Chunk] = []
     for chunk in chunks:
         if kept and chunk.start < kept[-1].start + kept[-1].length:
-            damage.note("chunk-overlap", "chunks begin inside another chunk", ints(chunk.start))
+            damage.add("mapping", "chunks begin inside another chunk", chunk.start)
         else:
             kept.append(chunk)
     return kept

@@ -31,9 +31,11 @@ from virt_bmap.formats.filesystems.btrfs.chunks import (
 )
 from virt_bmap.formats.filesystems.btrfs.copies import Copies, Device, Devices, layout
 from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
-from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool, PoolReader, Ranges
+from virt_bmap.formats.filesystems.btrfs.pool import Pool, PoolReader, Ranges
 from virt_bmap.model import tables
-from virt_bmap.model.contract import About, Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat
+from virt_bmap.model.contract import About, Assembly, Checks, Child, Docs, Member, VolumeFormat
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR, NOTE
 
 NAME = "btrfs"
 FEATURES = (
@@ -72,13 +74,11 @@ def assemble(members: Sequence[Member]) -> Assembly:
     devices: list[Device] = []
     for member in members:
         try:
-            superblock, complaints = ondisk.read_superblock(member.reader)
+            superblock, damage = ondisk.read_superblock(member.reader)
         except FormatError as error:
             _refuse(assembly, member, error)
             continue
-        for complaint in complaints:
-            problem = Problem("superblock", complaint, ondisk.SUPER_OFFSETS[0])
-            assembly.about(member).problems.append(problem)
+        assembly.about(member).damage.take(damage)
         devices.append(Device(member, superblock))
     used: set[int] = set()
     for group in _groups(assembly, devices):
@@ -93,10 +93,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
 
 
 def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
-    severity = "error" if isinstance(error, Corrupt) else "warning"
-    offset = -1 if error.offset is None else error.offset
     about = assembly.about(member)
-    about.problems.append(Problem(error.code, str(error), offset, severity))
+    about.damage.refuse(error)
     about.extents.add(tables.CONTENT, 0, member.reader.size, part=NAME)
 
 
@@ -108,7 +106,7 @@ def _groups(assembly: Assembly, devices: list[Device]) -> list[list[Device]]:
         first = newest.setdefault((fsid, device.uuid), device)
         if first is not device:
             text = f"{device.member.name} is a copy of {first.member.name}: same btrfs device uuid"
-            _refuse(assembly, device.member, Corrupt(text, None, "duplicate-device"))
+            _refuse(assembly, device.member, Corrupt(text, None, "corrupt"))
     groups: dict[bytes, list[Device]] = {}
     for (fsid, _), device in newest.items():
         groups.setdefault(fsid, []).append(device)
@@ -143,19 +141,18 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
     present = {uuid: device for uuid, device in known.items() if device in group or uuid in wanted}
     if lost := len(wanted - set(known)):
         what = f"devices of the filesystem are missing; {unreachable} strips have no other copy"
-        damage.note("missing-device", what, np.full(lost, -1, np.int64), "error" if unreachable else "note")
+        damage.add("missing-member", what, count=lost, severity=ERROR if unreachable else NOTE)
     reserved = union(*_super_stripes(chunks))
     pool = Pool(
         superblock,
         ranges(chunks),
         Ranges(*reserved),
         Copies(chunks, there, size, newest.member.name),
-        damage.problems(),
     )
     first = min(group, key=lambda device: device.member.number).member
     assembly.add(Child(
         "pool", first.name, size, Rows.of(rows), lambda base: PoolReader(base, pool),
-        uuid=ondisk.uuid_text(superblock["fsid"]), detail=_detail(chunks),
+        uuid=ondisk.uuid_text(superblock["fsid"]), detail=_detail(chunks), damage=damage,
         holds=btrfs.FORMAT,
     ))  # fmt: skip
     for device in present.values():
@@ -170,7 +167,7 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
                 f"{device.member.name} was last written in transaction {device.generation}, the newest "
                 f"in {newest.generation}"
             )
-            about.problems.append(Problem("stale-device", text, ondisk.SUPER_OFFSETS[0], "warning"))
+            about.damage.say("stale", text, ondisk.SUPER_OFFSETS[0])
     return {device.member.number for device in present.values()}
 
 
@@ -223,10 +220,10 @@ def _device_extents(about: About, device: Device, chunks: list[Chunk], total: in
             f"{beyond} chunks reach beyond the end of {device.member.name} "
             f"({device.member.reader.size:#x}): it is truncated"
         )
-        about.problems.append(Problem("truncated", text, device.member.reader.size))
+        about.damage.say("truncated", text, device.member.reader.size)
     if len(twice[0]):
         text = f"{len(twice[0])} ranges belong to more than one chunk"
-        about.problems.append(Problem("chunk-overlap", text, int(twice[0][0])))
+        about.damage.say("two-owners", text, int(twice[0][0]))
     supers = ints([offset for offset in ondisk.SUPER_OFFSETS if offset + ondisk.SUPER_SIZE <= size])
     super_ends = supers + ondisk.SUPER_SIZE
     out = about.extents

@@ -10,9 +10,9 @@ from virt_bmap.core.arrays import Int
 from virt_bmap.formats.filesystems.btrfs import ondisk, owners
 from virt_bmap.formats.filesystems.btrfs.items import NO_TIME, Columns, is_subvolume
 from virt_bmap.formats.filesystems.btrfs.owners import FileExtents
-from virt_bmap.formats.filesystems.btrfs.pool import Damage
 from virt_bmap.formats.filesystems.btrfs.tree import Forest, Roots
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
 
 TREE_BITS, OBJECT_BITS = 23, 40
@@ -101,11 +101,9 @@ def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
     """Every inode of every tree, and which of them only a log knows: they were created and fsynced after the
     last commit."""
     beyond = ~_fits(rows["objectid"], OBJECT_BITS)
-    damage.note(
-        "inode-number", "inodes have an objectid beyond 2^40 and are left out", rows["record"][beyond]
-    )
+    damage.add("inode", "inodes have an objectid beyond 2^40 and are left out", rows["record"][beyond])
     far = links.roots.bytenr[links.has_files & ~_fits(links.tree_id, TREE_BITS)]
-    damage.note("tree-number", "subvolumes have an id beyond 2^23 and are left out", np.maximum(far, -1))
+    damage.add("inode", "subvolumes have an id beyond 2^23 and are left out", np.maximum(far, -1))
     row, tree = links.spread(rows)
     inode = number(links.tree_id[tree], rows["objectid"][row])
     part = links.parts[tree]
@@ -115,7 +113,7 @@ def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
         fresh, keep = np.unique(inode[new]), (part != owners.LOG) | new
         row, tree, inode, part = row[keep], tree[keep], inode[keep], part[keep]
     column = {name: values[row] for name, values in rows.items()}
-    damage.note("inode", "inodes have an impossible size", column["record"][column["size"] < 0])
+    damage.add("inode", "inodes have an impossible size", column["record"][column["size"] < 0])
     special = (part == owners.CACHE) | (part == owners.RELOCATION) | (column["objectid"] < 0)
     mode, nlink = column["mode"] & 0xFFFF, column["nlink"]
     gone = ~special & ((nlink == 0) | (links.roots.refs[tree] == 0))
@@ -166,8 +164,8 @@ def names(
     child = number(tree_id, target)
     subvolume = rows["target_type"][row] == ondisk.ROOT_ITEM_KEY
     odd = ~subvolume & (rows["target_type"][row] != ondisk.INODE_ITEM_KEY)
-    damage.note(
-        "name-target",
+    damage.add(
+        "directory",
         "directory entries lead neither to an inode nor to a subvolume",
         np.full(int(odd.sum()), -1, np.int64),
     )

@@ -21,8 +21,9 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common import past
 from virt_bmap.formats.filesystems import btrfs
 from virt_bmap.formats.filesystems.btrfs import files, items, ondisk, owners
-from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool, pool_of
+from virt_bmap.formats.filesystems.btrfs.pool import Pool, pool_of
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 
 def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Table:

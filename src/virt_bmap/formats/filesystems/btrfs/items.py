@@ -91,7 +91,7 @@ def _names(leaves: Leaves) -> tuple[Columns, pa.Array]:
     length = records["name_len"].astype(np.int64)
     whole = (length > 0) & (ondisk.DIR_ITEM.itemsize + length <= items.size)
     if not whole.all():
-        leaves.damage.note("name", "directory entries are longer than their item", items.logical[~whole])
+        leaves.damage.add("directory", "directory entries are longer than their item", items.logical[~whole])
         items, records, length = items.select(whole), records[whole], length[whole]
     columns = _columns(items, records, {"target": "location.objectid", "target_type": "location.type"})
     columns |= {"objectid": items.objectid, "ref": np.zeros(len(items), np.int64)}
@@ -136,8 +136,8 @@ def _file_extents(leaves: Leaves) -> tuple[Columns, Columns]:
     kind = items.records(ondisk.FILE_EXTENT_HEAD)["type"]
     inline = kind == ondisk.FILE_EXTENT_INLINE
     regular = ~inline & (kind <= ondisk.FILE_EXTENT_PREALLOC) & (items.size >= ondisk.FILE_EXTENT.itemsize)
-    leaves.damage.note(
-        "file-extent-type",
+    leaves.damage.add(
+        "extents",
         "file extent items have an unknown type, or are too short",
         items.logical[~inline & ~regular],
     )

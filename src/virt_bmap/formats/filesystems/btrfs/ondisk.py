@@ -13,6 +13,7 @@ from virt_bmap.core.checksums import crc32c, xxhash64
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import INT64_MAX, record, struct
 from virt_bmap.core.reader import Reader
+from virt_bmap.model.damage import Damage
 
 # ---- the superblock ----------------------------------------------------------------------------------------
 
@@ -74,14 +75,14 @@ SUPER_FLAGS = 0x3 | SUPER_FLAG_ERROR | SUPER_FLAG_SEEDING | SUPER_FLAG_METADUMP
 a filesystem (btrfs_check_super_valid)."""
 
 
-def read_superblock(reader: Reader) -> tuple[np.void, list[str]]:
+def read_superblock(reader: Reader) -> tuple[np.void, Damage]:
     """The first superblock whose checksum and numbers are right, and what is wrong with it and those before
     it.
 
     The primary one counts where none is right in its checksum but its numbers make sense. Raises Corrupt or
     Unsupported.
     """
-    complaints: list[str] = []
+    damage = Damage()
     refusal: Corrupt | None = None
     fallback: np.void | None = None
     for offset in SUPER_OFFSETS:
@@ -93,20 +94,18 @@ def read_superblock(reader: Reader) -> tuple[np.void, list[str]]:
             _sane(superblock, offset)
         except Corrupt as error:
             refusal = refusal or error
-            complaints.append(str(error))
+            damage.refuse(error)
             continue
         body = np.frombuffer(raw, np.uint8)[None, SUPER_CSUM_SIZE:]
         if raw.startswith(checksums(body, int(superblock["csum_type"])).tobytes()):
             if unknown := int(superblock["flags"]) & ~SUPER_FLAGS:
-                complaints.append(
-                    f"superblock at byte {offset:#x}: it has flags that are not known, {unknown:#x}: "
-                    "a mount refuses it"
-                )
-            return superblock, complaints
-        complaints.append(f"superblock at byte {offset:#x}: its checksum is wrong")
+                words = f"superblock at byte {offset:#x}: it has flags that are not known, {unknown:#x}"
+                damage.say("superblock", f"{words}: a mount refuses it", offset)
+            return superblock, damage
+        damage.say("checksum", f"superblock at byte {offset:#x}: its checksum is wrong", offset)
         fallback = superblock if fallback is None else fallback
     if fallback is not None:
-        return fallback, complaints
+        return fallback, damage
     raise refusal or Corrupt(f"{reader.name}: shorter than a btrfs superblock")
 
 

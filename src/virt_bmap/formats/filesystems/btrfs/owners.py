@@ -23,9 +23,11 @@ from virt_bmap.core.arrays import (
 from virt_bmap.core.columns import take
 from virt_bmap.formats.filesystems.btrfs import ondisk
 from virt_bmap.formats.filesystems.btrfs.items import Columns
-from virt_bmap.formats.filesystems.btrfs.pool import Damage, Pool
+from virt_bmap.formats.filesystems.btrfs.pool import Pool
 from virt_bmap.formats.filesystems.btrfs.tree import Forest, Roots
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR, NOTE, WARNING
 from virt_bmap.model.tables import ExtentRows
 
 
@@ -82,11 +84,11 @@ def allocated(items: Columns, nodesize: int, pool: Pool, damage: Damage) -> Allo
     start = items["start"]
     length = np.where(items["length"] < 0, nodesize, items["length"])
     inside = pool.chunks.contain(start, length) & (length > 0)
-    damage.note("extent-item", "extent items lie outside all chunks", np.maximum(start[~inside], -1))
+    damage.add("allocator", "extent items lie outside all chunks", np.maximum(start[~inside], -1))
     order = np.flatnonzero(inside)[np.argsort(start[inside], kind="stable")]
     start, length = start[order], length[order]
     overlap = np.flatnonzero(start[1:] < (start + length)[:-1]) + 1
-    damage.note("extent-overlap", "extent items overlap the one before", start[overlap])
+    damage.add("two-owners", "extent items overlap the one before", start[overlap])
     return Allocated(start, length, items["data"][order])
 
 
@@ -112,7 +114,7 @@ def add_trees(
             continue
         at = used.find(address)
         missing = (at < 0) | (used.data[at] != 0) if len(used.start) else np.ones(len(address), bool)
-        damage.note("not-allocated", "tree blocks have no extent item", address[missing])
+        damage.add("allocator", "tree blocks have no extent item", address[missing])
     return logs
 
 
@@ -135,7 +137,7 @@ def sound(extents: FileExtents, pool: Pool, damage: Damage) -> FileExtents:
     fits &= compressed | (
         (extents.start >= extents.base) & (extents.length <= extents.whole - (extents.start - extents.base))
     )
-    damage.note("file-extent", "file extents have impossible numbers", np.maximum(extents.base[~fits], -1))
+    damage.add("extents", "file extents have impossible numbers", np.maximum(extents.base[~fits], -1))
     return extents if fits.all() else extents.select(fits)
 
 
@@ -145,7 +147,7 @@ def check_allocated(extents: FileExtents, used: Allocated, damage: Damage) -> No
     wrong = at < 0
     if len(used.start):
         wrong |= (used.length[at] != extents.whole) | (used.data[at] == 0)
-    damage.note("not-allocated-data", "file extents have no extent item of their size", extents.base[wrong])
+    damage.add("allocator", "file extents have no extent item of their size", extents.base[wrong])
 
 
 def share(extents: FileExtents) -> FileExtents:
@@ -242,17 +244,16 @@ def _trusted(pool: Pool, used: Allocated, groups: Columns, damage: Damage) -> np
     chunks = pool.chunks
     at = np.clip(np.searchsorted(chunks.starts, groups["start"]), 0, len(chunks.starts) - 1)
     fits = (chunks.starts[at] == groups["start"]) & (chunks.ends[at] - chunks.starts[at] == groups["length"])
-    damage.note("block-group", "block groups are no chunk", np.maximum(groups["start"][~fits], -1))
-    damage.note(
-        "block-group-missing", "chunks have no block group", np.setdiff1d(chunks.starts, groups["start"])
-    )
+    damage.add("allocator", "block groups are no chunk", np.maximum(groups["start"][~fits], -1))
+    damage.add("allocator", "chunks have no block group", np.setdiff1d(chunks.starts, groups["start"]))
     found = np.zeros(len(chunks.starts), np.int64)
     np.add.at(found, np.searchsorted(chunks.starts, used.start, "right") - 1, used.length)
     exact = fits & (found[at] == groups["used"])
-    damage.note(
-        "block-group-used",
+    damage.add(
+        "count",
         "block groups gave away more or less than there are extent items",
         groups["start"][fits & ~exact],
+        severity=ERROR,
     )
     trusted = np.zeros(len(chunks.starts), bool)
     trusted[at[exact]] = True
@@ -273,20 +274,17 @@ def check_free_space(
     start, length = (accounts[name][gone] for name in ("start", "length"))
     left = subtract(*told, start, start + np.clip(length, 0, ondisk.MAX_END))
     outside = subtract(*left, pool.chunks.starts, pool.chunks.ends)[0]
-    damage.note(
-        "free-space-tree-chunk",
-        "ranges of the free space tree lie in no chunk",
-        np.maximum(outside, -1),
-        "note",
+    damage.add(
+        "allocator", "ranges of the free space tree lie in no chunk", np.maximum(outside, -1), severity=NOTE
     )
     told = intersect(*told, pool.chunks.starts, pool.chunks.ends)
     for only, other, ranges in (
         ("extent tree", "free space tree", subtract(*free, *told)),
         ("free space tree", "extent tree", subtract(*told, *free)),
     ):
-        damage.note(
-            f"free-space-{only.split()[0]}",
+        damage.add(
+            "allocator",
             f"ranges are free by the {only}, but not by the {other}",
             ranges[0],
-            "warning",
+            severity=WARNING,
         )

@@ -1,7 +1,7 @@
 """The logical address space of a btrfs, as `devices` hands it to who reads the filesystem in it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -10,7 +10,6 @@ from virt_bmap.core.arrays import Bytes, Int
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.lost import Lost
 from virt_bmap.core.reader import Reader
-from virt_bmap.model.contract import Problem
 
 
 class Ranges(NamedTuple):
@@ -50,8 +49,6 @@ class Pool:
     chunks: Ranges
     reserved: Ranges
     copies: Copies
-    problems: list[Problem] = field(default_factory=list)
-    """What was wrong in the chunk tree; offsets are logical."""
 
 
 class PoolReader(Reader):
@@ -79,32 +76,3 @@ def pool_of(reader: Reader) -> Pool:
     if not isinstance(reader, PoolReader):
         raise Corrupt(f"{reader.name}: not a btrfs pool")
     return reader.pool
-
-
-class Damage:
-    """Counts what is wrong, one problem for each kind with its first place."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[int, int, str, str]] = {}
-
-    def note(self, code: str, what: str, offsets: Int, severity: str = "error") -> None:
-        """`what` is said of `offsets`, bytes of the volume (-1: not one place); nothing where there are
-        none."""
-        if len(offsets):
-            count, first, _, _ = self._found.get(code, (0, int(offsets[0]), "", ""))
-            self._found[code] = count + len(offsets), first, what, severity
-
-    def __bool__(self) -> bool:
-        return any(severity == "error" for _, _, _, severity in self._found.values())
-
-    def problems(self) -> list[Problem]:
-        """All that was noted."""
-        return [
-            Problem(
-                code,
-                f"{count} {what}" + (f", the first at byte {first:#x}" if first >= 0 else ""),
-                max(first, -1),
-                severity,
-            )
-            for code, (count, first, what, severity) in self._found.items()
-        ]

@@ -17,7 +17,9 @@ from virt_bmap.core.columns import stack, take
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs import ondisk
 from virt_bmap.formats.filesystems.btrfs.ondisk import HEADER_SIZE, ITEM_SIZE, KEY_PTR_SIZE
-from virt_bmap.formats.filesystems.btrfs.pool import Copies, Damage, Ranges
+from virt_bmap.formats.filesystems.btrfs.pool import Copies, Ranges
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import WARNING
 
 BATCH = 16 << 20
 """Bytes of tree blocks that are in memory at once."""
@@ -132,7 +134,7 @@ def walk(source: Source, roots: Roots, damage: Damage) -> Forest:
         sound = source.chunks.contain(address, np.full(len(address), source.nodesize, np.int64)) & (
             address % source.sectorsize == 0
         )
-        damage.note("tree-pointer", "pointers to tree blocks outside all chunks", address[~sound])
+        damage.add("tree", "pointers to tree blocks outside all chunks", address[~sound])
         tree, address, generation = _once(tree[sound], address[sound], generation[sound], damage)
         reached.append((tree, address))
         if level and len(address):
@@ -146,7 +148,7 @@ def _once(tree: Int, address: Int, generation: Int, damage: Damage) -> tuple[Int
     tree, address, generation = tree[order], address[order], generation[order]
     again = np.zeros(len(tree), bool)
     again[1:] = (tree[1:] == tree[:-1]) & (address[1:] == address[:-1])
-    damage.note("tree-twice", "tree blocks that one tree refers to twice", address[again])
+    damage.add("twice", "tree blocks that one tree refers to twice", address[again])
     tree, address, generation = tree[~again], address[~again], generation[~again]
     told = _bounded(address, np.ones(len(address), np.int64), damage)
     return tree[told], address[told], generation[told]
@@ -158,11 +160,11 @@ def _bounded(address: Int, weight: Int, damage: Damage) -> np.ndarray:
     again = np.zeros(len(address), bool)
     again[1:] = address[1:] == address[:-1]
     told: np.ndarray = ~again | (np.cumsum(np.where(again, weight, 0)) <= MAX_SHARED)
-    damage.note(
-        "shared-blocks",
+    damage.add(
+        "simplified",
         "tree blocks are shared by too many snapshots: not all are told",
         address[~told],
-        "warning",
+        severity=WARNING,
     )
     return told
 
@@ -235,9 +237,9 @@ def node_batches(
     for rows, data in source.reader.batches(address, source.nodesize, BATCH):
         part = address[rows]
         data, healed, bad = mended(source, data, part, generation[rows], level)
-        damage.note("tree-copy", "tree blocks had to be read from another copy", part[healed], "warning")
-        damage.note(
-            "tree-block",
+        damage.add("copy-used", "tree blocks had to be read from another copy", part[healed])
+        damage.add(
+            "tree",
             "tree blocks are not what their pointers say (address, generation, level, fsid), or have "
             "a wrong checksum",
             part[bad],
@@ -333,7 +335,7 @@ class Leaves(NamedTuple):
         )  # fmt: skip
         short = found.size < minimum
         if short.any():
-            self.damage.note("item-size", "items are too short for their type", found.logical[short])
+            self.damage.add("tree", "items are too short for their type", found.logical[short])
             found = found.select(~short)
         return found
 
@@ -356,6 +358,6 @@ def leaves_of(source: Source, data: Bytes, nritems: Int, address: Int, base: int
     high += low
     inside = (low >= (nritems * ITEM_SIZE)[leaf]) & (high <= source.nodesize - HEADER_SIZE)
     if not inside.all():
-        damage.note("item-outside", "items reach out of their leaf", address[leaf[~inside]])
+        damage.add("tree", "items reach out of their leaf", address[leaf[~inside]])
         items, leaf = items[inside], leaf[inside]
     return Leaves(data.reshape(-1), items, leaf, base, address, damage, source.reader)

@@ -21,8 +21,8 @@ from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.reader import Reader, scatter
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
 from virt_bmap.formats.filesystems.btrfs.ondisk import HEADER_SIZE, KEY_PTR_SIZE
-from virt_bmap.formats.filesystems.btrfs.pool import Damage
 from virt_bmap.formats.filesystems.btrfs.tree import Forest, Roots, Source
+from virt_bmap.model.damage import Damage
 
 BATCH = 16 << 20
 """Bytes of leaves that are looked at together: what is asked for of each may be little."""

@@ -24,7 +24,7 @@ from virt_bmap.core.columns import take
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import ROW, Reader
-from virt_bmap.formats.common.sharing import cut_shared, overlap
+from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.erofs.clusters import (
     ADVISE_FRAGMENT_PCLUSTER,
     ADVISE_INLINE_PCLUSTER,
@@ -53,10 +53,10 @@ from virt_bmap.model.contract import (
     Docs,
     Filesystem,
     FilesystemFormat,
-    Problem,
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 NAME = "erofs"
@@ -113,10 +113,9 @@ def probe(reader: Reader) -> bool:
     return reader.read_clipped(SUPER_OFFSET, 4) == MAGIC.to_bytes(4, "little")
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """All tables of the volume."""
     superblock = read_superblock(reader)
-    problems: list[Problem] = []
     bits = int(superblock["blkszbits"])
     volume = Volume(
         reader,
@@ -126,7 +125,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     )
     root, packed = int(superblock["root_nid"]), min(int(superblock["packed_nid"]), 2**56)
     has_packed = packed > 0 and bool(int(superblock["feature_incompat"]) & FRAGMENTS)
-    tree = walk(volume, ints([root, packed] if has_packed else [root]), problems)
+    tree = walk(volume, ints([root, packed] if has_packed else [root]), damage)
     if not (tree.column["mode"][tree.column["nid"] == root] >> 12 == 0o4).any():
         raise Corrupt(
             f"{reader.name}: root_nid at byte {SUPER_OFFSET + 14} is {root}, where no directory lies",
@@ -137,7 +136,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         min(int(superblock["blocks"]) << bits, reader.size),
         packed if has_packed else -1,
         tree,
-        problems,
+        damage,
     )
     found.flat()
     found.chunks(int(superblock["extra_devices"]))
@@ -147,13 +146,10 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     found.metadata(rows, _fixed(reader, superblock, found.packed_known()))
     found.content(rows)
     if int(superblock["blocks"]) << bits > reader.size:
-        problems.append(
-            Problem(
-                "truncated",
-                f"the image has {reader.size} of the {int(superblock['blocks']) << bits} bytes "
-                "that it claims",
-                reader.size,
-            )
+        damage.say(
+            "truncated",
+            f"the image has {reader.size} of the {int(superblock['blocks']) << bits} bytes that it claims",
+            reader.size,
         )
     label = superblock["volume_name"].tobytes().split(b"\0")[0].decode("utf-8", "replace")
     uuid = superblock["uuid"].tobytes().hex()
@@ -162,7 +158,7 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
         size=found.size,
         block_size=1 << bits,
         root=root,
-        state="damaged" if any(p.severity == "error" for p in problems) else "clean",
+        state=tables.CLEAN,
         reader=reader,
         inodes=_inodes(tree, packed if has_packed else -1),
         names=_names(tree),
@@ -174,7 +170,6 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
             + [name for mask, name in INCOMPAT.items() if int(superblock["feature_incompat"]) & mask]
         )
         or None,
-        problems=problems,
     )
 
 
@@ -225,7 +220,7 @@ class _Found:
     size: int
     packed: int
     tree: Tree
-    problems: list[Problem]
+    damage: Damage
 
     def __post_init__(self) -> None:
         column = self.tree.column
@@ -250,16 +245,12 @@ class _Found:
     def _where(self, *layouts: int) -> Int:
         return np.flatnonzero(np.isin(self.tree.column["layout"], layouts) & self.has_content)
 
-    def _problem(self, bad: np.ndarray, at: Int, code: str, words: str) -> None:
-        if bad.any():
-            self.problems.append(Problem(code, f"{int(bad.sum())} {words}", int(at[bad][0])))
-
     def _add(
         self, inner: bool, rows: Int, file_offset: Int, held: Int, start: Int, length: Int, flags: Int
     ) -> None:
         """Rows of the inodes at positions `rows`, but those that leave the volume."""
         inside = (start >= 0) & (length > 0) & (start <= self.size - length)
-        self._problem(~inside & (length > 0), start, "outside", "pieces of files lie outside the volume")
+        self.damage.add("outside", "pieces of files lie outside the volume", start[~inside & (length > 0)])
         batch = (self.kind[rows], self.tree.column["nid"][rows], file_offset, held, start, length, flags)
         self._claim(int(inside.sum()))
         (self.inner if inner else self.data).append(tuple(values[inside] for values in batch))
@@ -332,18 +323,14 @@ class _Found:
                 np.zeros(len(row), np.int64),
             )
         if foreign:
-            self.problems.append(
-                Problem("other-device", f"{foreign} chunks of files lie on another device", severity="note")
-            )
+            self.damage.say("elsewhere", f"{foreign} chunks of files lie on another device")
 
     def _affordable(self, at: Int, length: Int) -> np.ndarray:
         """Which indexes lie inside the volume, as long as all together are not longer than it."""
         good = (length >= 0) & (length <= self.size) & (at <= self.size - np.minimum(length, self.size))
         good &= np.cumsum(np.where(good, length, 0)) <= self.volume.reader.budget
-        self._problem(
-            ~good, at, "index", "indexes of files lie outside the volume, or claim more than it has"
-        )
-        return good
+        what = "indexes of files lie outside the volume, or claim more than it has"
+        return self.damage.check(good, "outside", what, at)
 
     def _inner_tree(self, rows: Int, at: Int, length: Int) -> None:
         """Indexes behind inodes."""
@@ -390,14 +377,8 @@ class _Found:
             data = np.append(pieces(self.volume.reader, some.header, length[part]), np.zeros(8, np.uint8))
             base = np.cumsum(length[part]) - length[part]
             clusters, broken = physical_clusters(some, data, base, self.volume.block_size)
-            if broken:
-                self.problems.append(
-                    Problem(
-                        "cluster",
-                        f"{broken} entries of cluster indexes contradict themselves",
-                        int(some.header[0]),
-                    )
-                )
+            what = "entries of cluster indexes contradict themselves"
+            self.damage.add("extents", what, int(some.header[0]), broken)
             fragments.append(self._clusters(rows[part], low[part], some, clusters))
         self.fragment = tuple(np.concatenate([piece[i] for piece in fragments]) for i in range(3))  # type: ignore[assignment]
 
@@ -444,7 +425,7 @@ class _Found:
         row, _ = expand(count)
         place = shared_base + 4 * _u32(data, 4 * np.arange(len(row), dtype=np.int64))
         inside = place <= self.size - 4
-        self._problem(~inside, place, "xattr", "shared attributes lie outside the volume")
+        self.damage.check(inside, "outside", "shared attributes lie outside the volume", place)
         row, place = row[inside], place[inside]
         entry = (
             pieces(self.volume.reader, place, np.full(len(place), 4, np.int64))
@@ -483,10 +464,6 @@ class _Found:
     def content(self, rows: ExtentRows) -> None:
         """Rows of all that was collected, with what is shared marked."""
         kind, inode, file_offset, held, start, length, flags = _columns(self.data)
-        if claimed := overlap((start, start + length), self.taken):
-            self.problems.append(
-                Problem("overlap", f"{claimed[0]} bytes of file content are metadata as well", claimed[1])
-            )
         cut = cut_shared(start, start + length)
         shared = np.zeros(len(start), bool)
         np.logical_or.at(shared, cut.row, cut.shared)
@@ -526,7 +503,7 @@ class _Found:
         size = self.tree.column["size"][owner] - at
         first = np.searchsorted(offset + held, place, "right")
         last = np.searchsorted(offset, place + size, "left")
-        self._problem(last <= first, place, "fragment", "fragments are not in the packed inode")
+        self.damage.check(last > first, "extents", "fragments are not in the packed inode", place)
         self._claim(int(np.maximum(last - first, 0).sum()))
         row, nth = expand(np.maximum(last - first, 0))
         cluster = first[row] + nth

@@ -13,7 +13,7 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, gather, union
 from virt_bmap.core.layout import records, struct, widen
 from virt_bmap.core.reader import Reader
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
 
 FLAT_PLAIN, COMPRESSED_FULL, FLAT_INLINE, COMPRESSED_COMPACT, CHUNK_BASED = range(5)
@@ -93,7 +93,7 @@ def pieces(reader: Reader, at: Int, length: Int) -> Bytes:
     return result
 
 
-def walk(volume: Volume, roots: Int, problems: list[Problem]) -> Tree:
+def walk(volume: Volume, roots: Int, damage: Damage) -> Tree:
     """Everything that can be reached from the inode numbers `roots`: the root directory, the packed inode."""
     found: list[dict[str, Int]] = []
     names: list[tuple[Int, Int, Bytes, Int]] = []
@@ -125,15 +125,9 @@ def walk(volume: Volume, roots: Int, problems: list[Problem]) -> Tree:
             below.append(nid)
         level = np.concatenate(below)
     else:
-        problems.append(Problem("too-deep", f"more than {MAX_LEVELS} levels of directories"))
-    if lost:
-        problems.append(
-            Problem(
-                "metadata",
-                f"{lost} inodes, directories or directory blocks contradict themselves or lie "
-                "outside the volume",
-            )
-        )
+        damage.say("too-deep", f"more than {MAX_LEVELS} levels of directories")
+    what = "inodes, directories or directory blocks contradict themselves or lie outside the volume"
+    damage.add("inode", what, count=lost)
     return _join(found, names)
 
 

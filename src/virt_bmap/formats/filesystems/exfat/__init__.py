@@ -30,7 +30,7 @@ from virt_bmap.formats.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Ru
 from virt_bmap.formats.filesystems.fat.entries import before_end
 from virt_bmap.formats.filesystems.fat.files import Heap, add_owned, clipped, inode_table
 from virt_bmap.formats.filesystems.fat.names import timestamps, utf8
-from virt_bmap.formats.filesystems.fat.tree import ROOT, Entries, Ranges, list_problems, read_tree
+from virt_bmap.formats.filesystems.fat.tree import ROOT, Entries, Ranges, read_tree
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
     Checks,
@@ -38,10 +38,11 @@ from virt_bmap.model.contract import (
     Filesystem,
     FilesystemFormat,
     History,
-    Problem,
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import NOTE, WARNING
 
 NAME = "exfat"
 INODE = "byte offset of the file's directory entry / 32; the root is 0"
@@ -146,32 +147,32 @@ class Geometry(NamedTuple):
     flags: int
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """Everything the volume holds."""
-    geometry, problems = read_geometry(reader)
+    geometry = read_geometry(reader, damage)
     runs = read_runs(fat_entries(reader, geometry))
-    heap = Heap(geometry.heap, geometry.cluster_size, geometry.clusters, chains_of(runs))
+    heap = Heap(geometry.heap, geometry.cluster_size, geometry.clusters, chains_of(runs), damage)
     root = ranges_of(heap, ROOT, ints(geometry.root_cluster))
     special = read_special(reader, root, geometry)
     rows = tables.ExtentRows()
     _add_regions(rows, geometry)
-    used = add_special(rows, reader, heap, special, problems)
-    problems += _add_bad(rows, heap, runs, used)
+    used = add_special(rows, reader, heap, special)
+    _add_bad(rows, heap, runs, used)
     heap.chains = chains_of(runs.within(*used))
-    parser = Parser()
-    tree = read_tree(reader, root, heap.locate, parser, MAX_DIRECTORY)
-    problems += tree.problems + add_owned(rows, heap, tree) + parser.problems()
-    marks = geometry.flags & MEDIA_FAILURE, geometry.flags & VOLUME_DIRTY
+    tree = read_tree(reader, root, heap.locate, Parser(damage), MAX_DIRECTORY, damage)
+    add_owned(rows, heap, tree)
+    if geometry.flags & MEDIA_FAILURE:
+        damage.say("marked-damaged", "a driver met errors of the disk and says so in the boot sector", 106)
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.cluster_size, root=ROOT,
-        state="errors" if marks[0] else "not cleanly unmounted" if marks[1] else "clean",
+        state=tables.IN_USE if geometry.flags & VOLUME_DIRTY else tables.CLEAN,
         uuid=f"{geometry.serial >> 16:04X}-{geometry.serial & 0xFFFF:04X}", label=special.label,
         reader=reader, inodes=inode_table(tree), names=tree.names(),
-        extents=clipped(rows.table(0), reader.size), problems=problems,
+        extents=clipped(rows.table(0), reader.size),
     )  # fmt: skip
 
 
-def read_geometry(reader: Reader) -> tuple[Geometry, list[Problem]]:
+def read_geometry(reader: Reader, damage: Damage) -> Geometry:
     """The main boot sector; Corrupt where its regions can't be."""
     boot = record(reader.read_clipped(0, BOOT_SECTOR.itemsize), BOOT_SECTOR)
     shift, per_cluster = int(boot["BytesPerSectorShift"]), int(boot["SectorsPerClusterShift"])
@@ -205,24 +206,23 @@ def read_geometry(reader: Reader) -> tuple[Geometry, list[Problem]]:
         raise Corrupt(f"{reader.name}: ends at byte {reader.size:#x}, before the first cluster at "
             f"{heap * size:#x}: it is truncated",
                       reader.size, "truncated")  # fmt: skip
-    problems = _boot_problems(reader, size)
+    _check_boot_region(reader, size, damage)
     room = min((sectors - heap) >> per_cluster, fat_length * size // 4 - 2)
     if clusters > room:
-        problems.append(Problem("clusters", f"ClusterCount is {clusters}, but there is room for {room}", 92))
+        damage.say("superblock", f"ClusterCount is {clusters}, but there is room for {room}", 92)
     if reader.size < sectors * size:
         what = f"the volume ends at byte {reader.size:#x}, but its filesystem claims {sectors * size:#x}"
-        problems.append(Problem("truncated", what, reader.size))
-    geometry = Geometry(
+        damage.say("truncated", what, reader.size)
+    return Geometry(
         sector_size=size, cluster_size=size << per_cluster, size=sectors * size, fat=fat * size,
         fat_size=fat_length * size, fats=fats,
         active=int(boot["VolumeFlags"]) & ACTIVE_FAT if fats == 2 else 0, heap=heap * size,
         clusters=min(clusters, room), root_cluster=int(boot["FirstClusterOfRootDirectory"]),
         serial=int(boot["VolumeSerialNumber"]), flags=int(boot["VolumeFlags"]),
     )  # fmt: skip
-    return geometry, problems
 
 
-def _boot_problems(reader: Reader, sector_size: int) -> list[Problem]:
+def _check_boot_region(reader: Reader, sector_size: int, damage: Damage) -> None:
     """Is the last sector of the main boot region filled with the checksum of the others?"""
     data = reader.read(0, BOOT_SECTORS * sector_size)
     last = (BOOT_SECTORS - 1) * sector_size
@@ -230,15 +230,9 @@ def _boot_problems(reader: Reader, sector_size: int) -> list[Problem]:
     for at, byte in enumerate(data[:last]):  # 5,632 bytes, or 45,056 with sectors of 4 KiB
         if at not in CHANGING:
             checksum = ((checksum >> 1 | checksum << 31) + byte) & 0xFFFFFFFF
-    if data[last:] == checksum.to_bytes(4, "little") * (sector_size // 4):
-        return []
-    return [
-        Problem(
-            "boot-checksum",
-            f"the last sector of the main boot region does not repeat its checksum, {checksum:#x}",
-            last,
-        )
-    ]
+    if data[last:] != checksum.to_bytes(4, "little") * (sector_size // 4):
+        words = f"the last sector of the main boot region does not repeat its checksum, {checksum:#x}"
+        damage.say("checksum", words, last)
 
 
 def fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int | int]:
@@ -320,9 +314,7 @@ def read_special(reader: Reader, root: Ranges, geometry: Geometry) -> Special:
     return Special(mine[0], upcase[0][1:] if upcase else (0, 0), others, label.rstrip("\0") or None)
 
 
-def add_special(
-    rows: tables.ExtentRows, reader: Reader, heap: Heap, special: Special, problems: list[Problem]
-) -> tuple[Int, Int]:
+def add_special(rows: tables.ExtentRows, reader: Reader, heap: Heap, special: Special) -> tuple[Int, Int]:
     """Rows for allocation bitmap, up-case table and free clusters; returns the clusters that the bitmap calls
     used."""
     limit = heap.clusters * heap.cluster_size
@@ -338,7 +330,7 @@ def add_special(
     if special.upcase[0]:
         place("up-case table", *special.upcase)
     else:
-        problems.append(Problem("upcase", "the root directory names no up-case table", -1, "warning"))
+        heap.damage.say("directory", "the root directory names no up-case table", severity=WARNING)
     starts, ends = _free_clusters(reader, heap, ranges)
     rows.add(tables.FREE, heap.offset(starts), (ends - starts) * heap.cluster_size)
     return np.append(2, ends), np.append(starts, heap.clusters + 2)
@@ -353,7 +345,7 @@ def _free_clusters(reader: Reader, heap: Heap, ranges: Ranges) -> tuple[Int, Int
     return starts + 2, ends + 2
 
 
-def _add_bad(rows: tables.ExtentRows, heap: Heap, runs: Runs, used: tuple[Int, Int]) -> list[Problem]:
+def _add_bad(rows: tables.ExtentRows, heap: Heap, runs: Runs, used: tuple[Int, Int]) -> None:
     """Bad clusters, which the FAT marks.
 
     Where the bitmap calls them free, they are: drivers ask only the bitmap.
@@ -361,9 +353,8 @@ def _add_bad(rows: tables.ExtentRows, heap: Heap, runs: Runs, used: tuple[Int, I
     start, end = intersect(*runs.bad, *used)
     rows.add(tables.METADATA, heap.offset(start), (end - start) * heap.cluster_size, part="bad clusters")
     free = heap.offset(subtract(*runs.bad, *used)[0])
-    return list_problems(
-        [("bad-but-free", "runs of clusters that the FAT calls bad are free in the bitmap", free)], "note"
-    )
+    what = "runs of clusters that the FAT calls bad are free in the bitmap"
+    heap.damage.add("allocator", what, free, severity=NOTE)
 
 
 def _add_regions(rows: tables.ExtentRows, geometry: Geometry) -> None:
@@ -386,22 +377,24 @@ def _add_regions(rows: tables.ExtentRows, geometry: Geometry) -> None:
 
 @dataclass
 class Parser:
-    """Makes entries of raw ones; on the way it notes which entry sets are damaged, by byte offset."""
+    """Makes entries of raw ones; `wrong` are the inodes whose entry sets have a wrong checksum."""
 
-    broken: list[Int] = field(default_factory=lambda: [ints([])])
-    checksums: list[Int] = field(default_factory=lambda: [ints([])])
-    lengths: list[Int] = field(default_factory=lambda: [ints([])])
+    damage: Damage
+    wrong: list[Int] = field(default_factory=lambda: [ints([])])
 
     def __call__(self, raw: Bytes, owner: Int, number: Int) -> Entries:
         kind = np.where(before_end(raw, owner), raw[:, 0], 0)
         first = np.flatnonzero(kind == FILE)
         good = _is_whole(raw, kind, owner, first)
-        self.broken.append(number[first[~good]] * ENTRY)
+        say = self.damage.add
+        say("directory", "entry sets of files are incomplete: not read", number[first[~good]] * ENTRY)
         first = first[good]
         entry, stream = records(raw[first], FILE_ENTRY), records(raw[first + 1], STREAM_ENTRY)
         wrong = _checksums(raw, first, entry["SecondaryCount"]) != entry["SetChecksum"]
-        self.checksums.append(number[first[wrong]] * ENTRY)
-        self.lengths.append(number[first[stream["ValidDataLength"] > stream["DataLength"]]] * ENTRY)
+        self.wrong.append(number[first[wrong]])
+        say("checksum", "entry sets of files have a wrong checksum", self.wrong[-1] * ENTRY, severity=WARNING)
+        long = first[stream["ValidDataLength"] > stream["DataLength"]]
+        say("directory", "files have more valid data than data", number[long] * ENTRY, severity=WARNING)
         zone = ((entry["LastModifiedUtcOffset"] << 1).view(np.int8) >> 1).astype(np.int64) * QUARTER
         local = timestamps(entry["LastModifiedDate"], entry["LastModifiedTime"])
         mtime = local + entry["LastModified10msIncrement"].astype(np.int64) * 10**7
@@ -415,14 +408,6 @@ class Parser:
             mtime_ns=mtime - np.where(entry["LastModifiedUtcOffset"] & UTC_OFFSET_VALID, zone, 0),
             name=_names(raw, first),
         )  # fmt: skip
-
-    def problems(self) -> list[Problem]:
-        """What is wrong with entry sets."""
-        return list_problems([("entry-set", "entry sets of files are incomplete: not read",
-                    np.concatenate(self.broken))]) + list_problems([
-            ("set-checksum", "entry sets of files have a wrong checksum", np.concatenate(self.checksums)),
-            ("valid-length", "files have more valid data than data", np.concatenate(self.lengths)),
-        ], "warning")  # fmt: skip
 
 
 def _lengths(values: np.ndarray) -> Int:

@@ -22,6 +22,7 @@ from virt_bmap.formats.filesystems.fat.chains import NOTHING, chains_of, read_ru
 from virt_bmap.formats.filesystems.fat.files import Heap, inode_table
 from virt_bmap.formats.filesystems.fat.tree import ROOT, Entries, read_tree
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 IN_USE = 0x80
 OLD_CHAIN = "by the chain that the FAT still holds: a later file may have changed it"
@@ -29,16 +30,15 @@ OLD_CHAIN = "by the chain that the FAT still holds: a later file may have change
 
 def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Table:
     """What deleted entry sets say of the bytes [starts[i], ends[i])."""
-    geometry, problems = exfat.read_geometry(reader)
+    damage = Damage()
+    geometry = exfat.read_geometry(reader, damage)
     runs = read_runs(exfat.fat_entries(reader, geometry))
-    heap = Heap(geometry.heap, geometry.cluster_size, geometry.clusters, chains_of(runs))
+    heap = Heap(geometry.heap, geometry.cluster_size, geometry.clusters, chains_of(runs), damage)
     root = exfat.ranges_of(heap, ROOT, ints(geometry.root_cluster))
-    used = exfat.add_special(
-        tables.ExtentRows(), reader, heap, exfat.read_special(reader, root, geometry), problems
-    )
+    used = exfat.add_special(tables.ExtentRows(), reader, heap, exfat.read_special(reader, root, geometry))
     old, heap.chains = heap.chains, chains_of(runs.within(*used))
     parser = DeadParser(used, geometry.cluster_size)
-    tree = read_tree(reader, root, heap.locate, parser, exfat.MAX_DIRECTORY)
+    tree = read_tree(reader, root, heap.locate, parser, exfat.MAX_DIRECTORY, damage)
     entries = tree.entries.take(
         np.flatnonzero(np.isin(tree.entries.inode, parser.dead) & ~tree.entries.directory)
     )
@@ -87,7 +87,7 @@ class DeadParser:
         revived = raw.copy()
         was = np.isin(raw[:, 0], np.array([FILE, STREAM, FILE_NAME]) & ~IN_USE)
         revived[was, 0] |= IN_USE
-        parser = Parser()
+        parser = Parser(Damage())
         found = parser(revived, owner, number)
         row = (
             np.searchsorted(number, found.inode)
@@ -95,7 +95,7 @@ class DeadParser:
             else _rows(number, found.inode)
         )
         dead = was[row] | gone[row]
-        wrong = np.isin(found.inode, np.concatenate(parser.checksums) // len(raw[0]))
+        wrong = np.isin(found.inode, np.concatenate(parser.wrong))
         count = np.where(found.directory & found.contiguous, -(-found.size // self.cluster_size), 1)
         taken = touching(found.cluster, found.cluster + count, *self.used)
         keep = np.flatnonzero(~dead | (~wrong & (found.size > 0) & ~taken))

@@ -21,9 +21,9 @@ from virt_bmap.core.arrays import EMPTY, Int, expand
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.ext import blocks, directories, groups, inline, inodes, journal, owned
 from virt_bmap.formats.filesystems.ext.blocks import Runs
-from virt_bmap.formats.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.formats.filesystems.ext.inodes import Inodes
 from virt_bmap.formats.filesystems.ext.superblock import (
+    OFFSET,
     STATE_CLEAN,
     STATE_ERRORS,
     Superblock,
@@ -42,6 +42,7 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 NAME = "ext"
@@ -120,62 +121,63 @@ CHECKS = Checks(
 )
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """All tables of an ext2, ext3 or ext4 filesystem."""
-    problems: Problems = []
-    superblock = read_superblock(reader, problems)
-    check_size(reader, superblock, problems)
-    reader, superblock = journal.replay(reader, superblock, others, problems)
-    found = groups.read_groups(reader, superblock, problems)
+    superblock = read_superblock(reader, damage)
+    check_size(reader, superblock, damage)
+    on_disk, reader = reader, journal.replay(reader, superblock, others, damage)
+    if reader is not on_disk:
+        superblock = read_superblock(reader, Damage())  # its faults are known by now
+    found = groups.read_groups(reader, superblock, damage)
     rows = ExtentRows()
     rows.add(tables.BOOT, 0, 1024)
     metadata = groups.add_metadata(rows, superblock, found)
     free = groups.add_free(reader, superblock, found, metadata, rows)
     used = groups.used_inodes(reader, superblock, found)
-    nodes, bodies = inodes.read_inodes(reader, superblock, found, used, problems)
+    nodes, bodies = inodes.read_inodes(reader, superblock, found, used, damage)
     types = inodes.types_of(superblock, nodes)
-    runs, trees = _block_map(reader, superblock, nodes, types, problems)
+    runs, trees = _block_map(reader, superblock, nodes, types, damage)
     owned.add_content(rows, superblock, nodes, types, runs)
-    attributes = owned.add_trees_and_attributes(rows, superblock, nodes, trees, problems)
+    attributes = owned.add_trees_and_attributes(rows, superblock, nodes, trees, damage)
     inline.add_symlinks(rows, superblock, nodes, types)
-    parents, holding = _directory_blocks(superblock, nodes, types, runs, problems)
+    parents, holding = _directory_blocks(superblock, nodes, types, runs, damage)
     content = (runs.start, runs.start + runs.count) if superblock.cluster > 1 else (EMPTY, EMPTY)
     del runs  # what follows finds room where these were
     nodes = nodes._replace(block=np.zeros((0, inodes.I_BLOCK_SIZE), np.uint8))
-    names = directories.read_names(reader, superblock, parents, holding, problems)
-    names += inline.add_data(rows, superblock, nodes, types, bodies, problems)
+    names = directories.read_names(reader, superblock, parents, holding, damage)
+    names += inline.add_data(rows, superblock, nodes, types, bodies, damage)
     if superblock.cluster > 1:
         owned.add_cluster_slack(rows, superblock, free, [metadata, attributes, content])
-    tree = directories.table(names)
-    owned.check_links(nodes, types, tree, problems)
-    extents = rows.table(0)
-    owned.check_overlaps(extents, problems)
     return Filesystem(
         type=superblock.type, size=superblock.blocks * superblock.block_size,
-        block_size=superblock.block_size, root=inodes.ROOT, state=_state(superblock, problems), reader=reader,
-        inodes=inodes.table(superblock, nodes, types), names=tree, extents=extents, uuid=superblock.uuid,
-        label=superblock.label, features=superblock.feature_words, problems=problems,
+        block_size=superblock.block_size, root=inodes.ROOT,
+        state=_state(superblock, reader is not on_disk, damage), reader=reader,
+        inodes=inodes.table(superblock, nodes, types), names=directories.table(names),
+        extents=rows.table(0), uuid=superblock.uuid,
+        label=superblock.label, features=superblock.feature_words,
     )  # fmt: skip
 
 
-def _state(superblock: Superblock, problems: Problems) -> str:
-    if any(problem.severity == "error" for problem in problems):
-        return "damaged"
-    if superblock.has("needs_recovery"):
-        return "needs recovery"
+def _state(superblock: Superblock, is_recovered: bool, damage: Damage) -> str:
     state = superblock.number("s_state")
     if state & STATE_ERRORS:
-        return "errors"
+        damage.say(
+            "marked-damaged", "the kernel found errors and says so in the superblock (s_state)", OFFSET
+        )
+    if is_recovered:
+        return tables.RECOVERED
+    if superblock.has("needs_recovery"):
+        return tables.NEEDS_RECOVERY
     if not state & STATE_CLEAN:
-        return "not clean"
+        return tables.IN_USE
     # an unmount leaves no orphans: these are files that were deleted while open, on a filesystem that is
     # still mounted (ext4_freeze)
     orphans = superblock.number("s_last_orphan") or superblock.has("orphan_present")
-    return "frozen" if orphans else "clean"
+    return tables.FROZEN if orphans else tables.CLEAN
 
 
 def _block_map(
-    reader: Reader, superblock: Superblock, nodes: Inodes, types: np.ndarray, problems: Problems
+    reader: Reader, superblock: Superblock, nodes: Inodes, types: np.ndarray, damage: Damage
 ) -> tuple[Runs, tuple[Int, Int]]:
     """Where the blocks of all inodes lie that have any: runs, and tree nodes as (owner, block)."""
     with_blocks = inodes.with_types(types, tables.T_FILE, tables.T_DIRECTORY, tables.T_METADATA)
@@ -183,11 +185,11 @@ def _block_map(
     with_blocks &= (nodes.flags & inodes.INLINE_DATA_FL == 0) & (nodes.number != inodes.RESIZE)
     by_extents = nodes.flags & inodes.EXTENTS_FL != 0
     extents, pointers = np.flatnonzero(with_blocks & by_extents), np.flatnonzero(with_blocks & ~by_extents)
-    return blocks.read_blocks_of(reader, superblock, nodes.block, extents, pointers, nodes.offset, problems)
+    return blocks.read_blocks_of(reader, superblock, nodes.block, extents, pointers, nodes.offset, damage)
 
 
 def _directory_blocks(
-    superblock: Superblock, nodes: Inodes, types: np.ndarray, runs: Runs, problems: Problems
+    superblock: Superblock, nodes: Inodes, types: np.ndarray, runs: Runs, damage: Damage
 ) -> tuple[Int, Int]:
     """(directory's inode number, block) of every block that holds names, each block once: damage can't make
     this long."""
@@ -198,13 +200,7 @@ def _directory_blocks(
     end = start + np.clip(room - mine.logical, 0, mine.count)[order]
     reach = np.append(0, np.maximum.accumulate(end)[:-1]) if len(end) else end
     twice = (start < reach) & (end > start)
-    complain_where(
-        problems,
-        "directory-twice",
-        "pieces of directories overlap others",
-        twice,
-        start * superblock.block_size,
-    )
+    damage.add("twice", "pieces of directories overlap others", (start * superblock.block_size)[twice])
     start = np.maximum(start, reach)
     row, step = expand(np.maximum(end - start, 0))
     return nodes.number[owner[row]], start[row] + step
@@ -233,10 +229,10 @@ def _history() -> History:
     return History(history.former, history.copy_of)
 
 
-def _prove(found: Filesystem) -> list[Proof]:
+def _prove(found: Filesystem, damage: Damage) -> list[Proof]:
     from virt_bmap.formats.filesystems.ext import proof
 
-    return proof.prove(found)
+    return proof.prove(found, damage)
 
 
 FORMAT = FilesystemFormat(

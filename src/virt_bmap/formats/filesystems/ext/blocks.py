@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, expand, in_order, joined
 from virt_bmap.core.layout import lo_hi, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.ext.damage import Problems, complain
 from virt_bmap.formats.filesystems.ext.superblock import Superblock
+from virt_bmap.model.damage import Damage
 
 HEADER = struct(12, [
     (0x0, "eh_magic", "<u2"),
@@ -91,7 +91,7 @@ def read_blocks_of(
     extents: Int,
     pointers: Int,
     offsets: Int,
-    problems: Problems,
+    damage: Damage,
 ) -> tuple[Runs, tuple[Int, Int]]:
     """All runs of inodes, and their tree nodes as (owner, block).
 
@@ -102,42 +102,42 @@ def read_blocks_of(
     found = Found()
     seen = EMPTY
     if len(extents):
-        seen = _extent_trees(reader, superblock, block, extents, offsets, found, problems)
+        seen = _extent_trees(reader, superblock, block, extents, offsets, found, damage)
     if len(pointers):
         _indirect(
-            reader, superblock, pointers, block[pointers].view("<u4").astype(np.int64), seen, found, problems
+            reader, superblock, pointers, block[pointers].view("<u4").astype(np.int64), seen, found, damage
         )
     columns = [
         np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*found.runs, strict=True)
     ]
     nodes = [np.concatenate(parts) for parts in zip(*found.nodes, strict=True)] or [EMPTY, EMPTY]
-    return _inside(superblock, Runs(*columns or [EMPTY] * 4 + [EMPTY > 0]), offsets, problems), (
+    return _inside(superblock, Runs(*columns or [EMPTY] * 4 + [EMPTY > 0]), offsets, damage), (
         nodes[0],
         nodes[1],
     )
 
 
-def _inside(superblock: Superblock, runs: Runs, offsets: Int, problems: Problems) -> Runs:
+def _inside(superblock: Superblock, runs: Runs, offsets: Int, damage: Damage) -> Runs:
     fits = superblock.inside(runs.start, runs.count) & (runs.count > 0)
     if fits.all():
         return runs
-    complain(problems, "outside", "extents are empty or reach out of the volume", offsets[runs.owner[~fits]])
+    damage.add("outside", "extents are empty or reach out of the volume", offsets[runs.owner[~fits]])
     starts = superblock.inside(runs.start, 1) & (runs.count > 0)
     count = np.where(fits, runs.count, np.minimum(runs.count, superblock.readable - runs.start))
     return Runs(runs.owner, runs.logical, runs.start, count, runs.unwritten).take(starts)
 
 
-def _nodes(superblock: Superblock, block: Int, seen: Int, problems: Problems) -> tuple[Bool, Int]:
+def _nodes(superblock: Superblock, block: Int, seen: Int, damage: Damage) -> tuple[Bool, Int]:
     """Which of these tree nodes may be read (in the volume, and for the first time), and all nodes seen until
     now, sorted."""
     fits, offsets = superblock.inside(block, 1), block * superblock.block_size
-    complain(problems, "outside", "tree nodes lie outside the volume", offsets[~fits])
+    damage.add("outside", "tree nodes lie outside the volume", offsets[~fits])
     order = np.argsort(block, kind="stable")
     again = np.zeros(len(block), bool)
     again[order[1:]] = block[order[1:]] == block[order[:-1]]
     if len(seen):
         again |= seen[np.minimum(np.searchsorted(seen, block), len(seen) - 1)] == block
-    complain(problems, "tree-twice", "tree nodes are used twice", offsets[fits & again])
+    damage.add("twice", "tree nodes are used twice", offsets[fits & again])
     keep = fits & ~again
     return keep, in_order(np.append(seen, block[keep]))
 
@@ -159,7 +159,7 @@ def _extent_trees(
     owner: Int,
     offsets: Int,
     found: Found,
-    problems: Problems,
+    damage: Damage,
 ) -> Int:
     """Walk the extent trees of these owners from their roots in i_block, `block_of`; returns all nodes that
     were read."""
@@ -179,7 +179,7 @@ def _extent_trees(
                 None,
                 offsets[some],
                 found,
-                problems,
+                damage,
             )
         )
     owner, block, expected, key = joined(children, 4)
@@ -187,11 +187,11 @@ def _extent_trees(
     for _ in range(MAX_DEPTH):
         if not len(block):
             break
-        keep, seen = _nodes(superblock, block, seen, problems)
+        keep, seen = _nodes(superblock, block, seen, damage)
         owner, block, expected, key = owner[keep], block[keep], expected[keep], key[keep]
         found.nodes.append((owner, block))
         children = [
-            _node(superblock, data, owner[at], expected[at], key[at], block[at] * size, found, problems)
+            _node(superblock, data, owner[at], expected[at], key[at], block[at] * size, found, damage)
             for at, data in _batches(reader, superblock, block)
         ]
         if not children:
@@ -208,7 +208,7 @@ def _node(
     key: Int | None,
     offsets: Int,
     found: Found,
-    problems: Problems,
+    damage: Damage,
 ) -> tuple[Int, Int, Int, Int]:
     """Take n nodes apart, (n, node size) bytes: extents go to `found`, what is returned are children (owner,
     block, depth, key).
@@ -232,7 +232,7 @@ def _node(
     if not good.all():
         # an inode without any block may have no header at all
         bad = ~good & (data[:, :60] != 0).any(axis=1) if data.shape[1] == 60 else ~good
-        complain(problems, "extent-header", "extent tree nodes have an impossible header", offsets[bad])
+        damage.add("tree", "extent tree nodes have an impossible header", offsets[bad])
         entries = np.where(good, entries, 0)
     leaf = depth == 0
     row, extent = _entries(items, EXTENT, np.where(leaf, entries, 0))
@@ -240,35 +240,32 @@ def _node(
     count = extent["ee_len"].astype(np.int64)
     count[unwritten] -= MAX_INITIALISED
     logical = extent["ee_block"].astype(np.int64)
-    _check_order(row, logical, logical + count, key, offsets, problems)
+    _check_order(row, logical, logical + count, key, offsets, damage)
     found.add(owner[row], logical, lo_hi(extent["ee_start_lo"], extent["ee_start_hi"]), count, unwritten)
     if leaf.all():
         return EMPTY, EMPTY, EMPTY, EMPTY
     row, index = _entries(items, INDEX, np.where(leaf, 0, entries))
     logical = index["ei_block"].astype(np.int64)
-    _check_order(row, logical, logical + 1, key, offsets, problems)
+    _check_order(row, logical, logical + 1, key, offsets, damage)
     return owner[row], lo_hi(index["ei_leaf_lo"], index["ei_leaf_hi"]), depth[row] - 1, logical
 
 
-def _check_order(row: Int, logical: Int, end: Int, key: Int | None, offsets: Int, problems: Problems) -> None:
+def _check_order(row: Int, logical: Int, end: Int, key: Int | None, offsets: Int, damage: Damage) -> None:
     """In each node `row` entries must not overlap and must grow, from the key that the parent gives."""
     # one entry in each root, as nearly always
     if key is None and (not len(row) or len(row) == int(row[-1]) + 1):
         return
     bad = (row[1:] == row[:-1]) & (logical[1:] < end[:-1])
     if bad.any():
-        complain(
-            problems,
-            "extent-order",
+        damage.add(
+            "tree",
             "extent tree nodes have entries out of order or overlapping",
             offsets[np.unique(row[1:][bad])],
         )
     if key is not None and len(row):
         first = np.append(True, row[1:] != row[:-1])
         at = row[first][logical[first] != key[row[first]]]
-        complain(
-            problems, "extent-key", "extent tree nodes do not begin where their parent says", offsets[at]
-        )
+        damage.add("tree", "extent tree nodes do not begin where their parent says", offsets[at])
 
 
 def _entries(nodes: NDArray[np.void], dtype: np.dtype[np.void], counts: Int) -> tuple[Int, NDArray[np.void]]:
@@ -293,7 +290,7 @@ def _indirect(
     pointers: Int,
     seen: Int,
     found: Found,
-    problems: Problems,
+    damage: Damage,
 ) -> None:
     """Follow block pointers, (n, 15), of ext2 and ext3."""
     per_block = superblock.block_size // 4
@@ -308,7 +305,7 @@ def _indirect(
     for _ in range(LEVELS):
         if not len(block):
             break
-        keep, seen = _nodes(superblock, block, seen, problems)
+        keep, seen = _nodes(superblock, block, seen, damage)
         node, block, height, logical = node[keep], block[keep], height[keep], logical[keep]
         found.nodes.append((node, block))
         children = [(EMPTY, EMPTY, EMPTY, EMPTY)]

@@ -15,9 +15,9 @@ import pyarrow as pa
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, in_order
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.ragged import Ragged
-from virt_bmap.formats.filesystems.ext.damage import Problems, complain
 from virt_bmap.formats.filesystems.ext.superblock import Superblock
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 HEADER = 8
 """Bytes of an entry before its name: inode (4), rec_len (2), name_len (1), file_type (1; high byte of
@@ -36,7 +36,7 @@ class Names(NamedTuple):
 
 
 def read_names(
-    reader: Reader, superblock: Superblock, parent: Int, block: Int, problems: Problems
+    reader: Reader, superblock: Superblock, parent: Int, block: Int, damage: Damage
 ) -> list[Names]:
     """The entries of these blocks, sorted; each belongs to the directory `parent`."""
     size = superblock.block_size
@@ -53,7 +53,7 @@ def read_names(
                 block[part] * size,
                 size,
                 superblock.inodes,
-                problems,
+                damage,
             )
         )
     return found
@@ -67,14 +67,14 @@ def parse(
     offsets: Int,
     block_size: int,
     inodes: int,
-    problems: Problems,
+    damage: Damage,
 ) -> Names:
     """The entries in the areas [starts, ends) of `data`, which begin at multiples of 4 and do not overlap.
 
     `offsets` are where the areas lie in the volume, for messages.
     """
     words = data[: len(data) // 4 * 4].view("<u4")
-    header = _headers(words, starts, ends, offsets, block_size, problems)
+    header = _headers(words, starts, ends, offsets, block_size, damage)
     at, length = (header - 1) * 4, words[header] >> 16 & 0xFF
     inode = words[header - 1].astype(np.int64)
     keep = inode != 0
@@ -88,15 +88,13 @@ def parse(
         ("names are empty", length == 0),
     ):
         rows = np.flatnonzero(keep & bad)
-        complain(problems, "directory-entry", what, offsets[area[rows]] + at[rows] - starts[area[rows]])
+        damage.add("directory", what, offsets[area[rows]] + at[rows] - starts[area[rows]])
         keep[rows] = False
     rows = np.flatnonzero(keep)
     return Names(parent[area[rows]], inode[rows], Ragged.cut(data, at[rows] + HEADER, length[rows]))
 
 
-def _headers(
-    words: np.ndarray, starts: Int, ends: Int, offsets: Int, block_size: int, problems: Problems
-) -> Int:
+def _headers(words: np.ndarray, starts: Int, ends: Int, offsets: Int, block_size: int, damage: Damage) -> Int:
     """Where the second words of entries lie (rec_len, name_len, file_type), sorted, counted in words.
 
     An area is left where an entry's length is impossible.
@@ -126,9 +124,8 @@ def _headers(
         bad_at.append(at[~good])
         at, limit, area = after[more], limit[more], area[more]
     bad, where = np.concatenate(bad_area), np.concatenate(bad_at)
-    complain(
-        problems,
-        "directory-entry",
+    damage.add(
+        "directory",
         "directory entries have an impossible length",
         offsets[bad] + (where - 1) * 4 - starts[bad],
     )

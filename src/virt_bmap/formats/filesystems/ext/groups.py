@@ -15,8 +15,9 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, expand, subtract, uni
 from virt_bmap.core.checksums import crc16, crc32c
 from virt_bmap.core.layout import lo_hi, records, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.ext.damage import Problems, complain, complain_where
 from virt_bmap.formats.filesystems.ext.superblock import Superblock
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR
 from virt_bmap.model.tables import FREE, METADATA, ExtentRows
 
 DESCRIPTOR_FIELDS = [
@@ -123,7 +124,7 @@ def descriptor_places(superblock: Superblock) -> DescriptorPlaces:
     )  # fmt: skip
 
 
-def read_groups(reader: Reader, superblock: Superblock, problems: Problems) -> Groups:
+def read_groups(reader: Reader, superblock: Superblock, damage: Damage) -> Groups:
     """All group descriptors; those that are damaged from the first copy, if it is better."""
     places = descriptor_places(superblock)
     found = _descriptors(reader, superblock, places.primary)
@@ -139,18 +140,12 @@ def read_groups(reader: Reader, superblock: Superblock, problems: Problems) -> G
                     copy[hint] = 0
         _, still_bad = _parse(superblock, copy)
         take = bad & ~still_bad
-        complain(
-            problems,
-            "group-descriptor",
-            f"group descriptors are damaged, {int(take.sum())} are read from a copy",
-            where[bad],
-        )
+        damage.add("copy-used", "group descriptors are damaged; a copy is read", where[take], severity=ERROR)
+        damage.add("group", "group descriptors are damaged, and so is their copy", where[bad & still_bad])
         groups, bad = _parse(superblock, np.where(take, copy, found))
     elif bad.any():
-        complain(
-            problems, "group-descriptor", "group descriptors are damaged, and there is no copy", where[bad]
-        )
-    _check_checksums(superblock, found, where, problems)
+        damage.add("group", "group descriptors are damaged, and there is no copy", where[bad])
+    _check_checksums(superblock, found, where, damage)
     return groups
 
 
@@ -199,7 +194,7 @@ def _parse(superblock: Superblock, raw: np.ndarray) -> tuple[Groups, Bool]:
     ), bad  # fmt: skip
 
 
-def _check_checksums(superblock: Superblock, raw: np.ndarray, where: Int, problems: Problems) -> None:
+def _check_checksums(superblock: Superblock, raw: np.ndarray, where: Int, damage: Damage) -> None:
     """Compare bg_checksum: CRC-32C with metadata_csum, CRC-16 with uninit_bg (which ext4 ignores where both
     are set)."""
     if not superblock.has("metadata_csum", "uninit_bg") or not len(raw):
@@ -221,7 +216,7 @@ def _check_checksums(superblock: Superblock, raw: np.ndarray, where: Int, proble
         ]
         is_ = crc16(np.concatenate(parts, axis=1)).astype(np.uint32)
     wrong = is_ != raw["bg_checksum"]
-    complain_where(problems, "checksum", "group descriptors have a wrong checksum", wrong, where)
+    damage.add("checksum", "group descriptors have a wrong checksum", where[wrong])
 
 
 # ---- rows --------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from virt_bmap.formats.filesystems.ext.journal import (
 )
 from virt_bmap.formats.filesystems.ext.superblock import Superblock, read_superblock
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 MAX_ENTRIES = 1000
 """Entries with these inodes that are looked at in one batch of blocks: a hostile disk can be full of them."""
@@ -65,7 +66,7 @@ class Remembered(NamedTuple):
 def copy_of(reader: Reader, offset: int) -> tuple[int, int] | None:
     """(where it belongs, transaction) of a byte in the journal, both in bytes of the volume; None where it is
     no copy of a block."""
-    superblock = read_superblock(reader, [])
+    superblock = read_superblock(reader, Damage())
     log = _log(reader, superblock)
     if log is None:
         return None
@@ -81,8 +82,8 @@ def copy_of(reader: Reader, offset: int) -> tuple[int, int] | None:
 def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Table:
     """Whose the bytes [starts[i], ends[i]) were, as far as the journal and records of deleted inodes
     remember."""
-    superblock = read_superblock(reader, [])
-    groups = read_groups(reader, superblock, [])
+    superblock = read_superblock(reader, Damage())
+    groups = read_groups(reader, superblock, Damage())
     log = _log(reader, superblock)
     copies = _copies(log) if log else None
     known = {}
@@ -115,7 +116,7 @@ def _directory_blocks(extents: pa.Table, size: int) -> Int:
 def _log(reader: Reader, superblock: Superblock) -> Log | None:
     """The journal, where it is in the filesystem itself."""
     return (
-        _internal(reader, superblock, [])
+        _internal(reader, superblock, Damage())
         if superblock.has("has_journal") and superblock.number("s_journal_inum")
         else None
     )
@@ -228,7 +229,7 @@ def _holding(
     pointers = np.flatnonzero(with_blocks & ~by_extents & np.isin(columns["mode"] >> 12, (4, 8)))
     # each older copy by itself: the same tree block in two of them is no damage
     none = np.zeros(len(known.raw), np.int64)
-    runs, _ = read_blocks_of(reader, superblock, columns["block"], extents, pointers, none, [])
+    runs, _ = read_blocks_of(reader, superblock, columns["block"], extents, pointers, none, Damage())
     here = np.flatnonzero(touching(runs.start * size, (runs.start + runs.count) * size, starts, ends))
     row = runs.owner[here]
     order = np.lexsort((-known.sequence[row], runs.start[here], runs.logical[here], known.number[row]))

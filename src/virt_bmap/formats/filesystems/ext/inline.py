@@ -12,7 +12,6 @@ import numpy as np
 from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.core.layout import struct
 from virt_bmap.formats.filesystems.ext import directories
-from virt_bmap.formats.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.formats.filesystems.ext.directories import Names
 from virt_bmap.formats.filesystems.ext.inodes import (
     ENCRYPT_FL,
@@ -26,6 +25,7 @@ from virt_bmap.formats.filesystems.ext.inodes import (
 )
 from virt_bmap.formats.filesystems.ext.superblock import Superblock
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 FIXED = 128
@@ -75,7 +75,7 @@ def add_data(
     nodes: Inodes,
     types: np.ndarray,
     bodies: Bodies,
-    problems: Problems,
+    damage: Damage,
 ) -> list[Names]:
     """Rows for inline data; returns the names in inline directories."""
     if not len(bodies.number) or not len(nodes.number):
@@ -85,7 +85,7 @@ def add_data(
         nodes.number[at] == bodies.number
     )
     at, data = at[kept], bodies.data[kept]
-    value, length = _system_data(data, nodes.offset[at], problems)
+    value, length = _system_data(data, nodes.offset[at], damage)
     offset = nodes.offset[at]
     number = nodes.number[at]
     size = nodes.size[at]
@@ -98,17 +98,17 @@ def add_data(
     kind = np.array([kind_of.get(code, 0) for code in range(len(tables.TYPES))], np.int8)[types[at]]
     first = np.where(is_dir, I_BLOCK_SIZE, np.minimum(size, I_BLOCK_SIZE))
     rest = np.where(is_dir, length, np.clip(size - I_BLOCK_SIZE, 0, length))
-    complain_where(problems, "inline-data", "inodes with inline data are larger than their inline data",
-                   ~is_dir & (size > I_BLOCK_SIZE + length), offset)  # fmt: skip
+    cut = ~is_dir & (size > I_BLOCK_SIZE + length)
+    damage.add("inode", "inodes with inline data are larger than their inline data", offset[cut])
     zero = np.zeros(len(at), np.int64)
     rows.add(kind, offset + I_BLOCK, first, inode=number, file_offset=zero, flags=tables.INLINE)
     rows.add(kind, offset + value, rest, inode=number, file_offset=zero + I_BLOCK_SIZE, flags=tables.INLINE)
     return _names(
-        superblock, number[is_dir], data[is_dir], offset[is_dir], value[is_dir], length[is_dir], problems
+        superblock, number[is_dir], data[is_dir], offset[is_dir], value[is_dir], length[is_dir], damage
     )
 
 
-def _system_data(data: np.ndarray, offsets: Int, problems: Problems) -> tuple[Int, Int]:
+def _system_data(data: np.ndarray, offsets: Int, damage: Damage) -> tuple[Int, Int]:
     """(offset in the record, length) of the value of `system.data` in n records, (n, inode size) bytes; (0,
     0) where there is none.
 
@@ -140,7 +140,7 @@ def _system_data(data: np.ndarray, offsets: Int, problems: Problems) -> tuple[In
         at = at + XATTR_ENTRY.itemsize + (entry["e_name_len"].astype(np.int64) + 3 & ~3)
         row, at, first = row[~mine], at[~mine], first[~mine]
     bad = (value > width - length) | ((length > 0) & (value % 4 != 0))
-    complain_where(problems, "inline-data", "inline attributes reach out of their inode", bad, offsets)
+    damage.add("inode", "inline attributes reach out of their inode", offsets[bad])
     return np.where(bad, 0, value), np.where(bad, 0, length)
 
 
@@ -151,7 +151,7 @@ def _names(
     offset: Int,
     value: Int,
     length: Int,
-    problems: Problems,
+    damage: Damage,
 ) -> list[Names]:
     base = np.arange(len(number), dtype=np.int64) * superblock.inode_size
     head = I_BLOCK + DIRECTORY_HEADER
@@ -169,6 +169,6 @@ def _names(
             place,
             superblock.block_size,
             superblock.inodes,
-            problems,
+            damage,
         )
     ]

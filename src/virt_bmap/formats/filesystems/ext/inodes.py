@@ -14,10 +14,10 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int
 from virt_bmap.core.columns import take
 from virt_bmap.core.layout import Field, records, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.ext.damage import Problems, complain_where
 from virt_bmap.formats.filesystems.ext.groups import Groups, record_offsets
 from virt_bmap.formats.filesystems.ext.superblock import HURD, Superblock
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 INODE_FIELDS: list[Field] = [
     (0x00, "i_mode", "<u2"),
@@ -119,7 +119,7 @@ class Bodies(NamedTuple):
 
 
 def read_inodes(
-    reader: Reader, superblock: Superblock, groups: Groups, numbers: Int, problems: Problems
+    reader: Reader, superblock: Superblock, groups: Groups, numbers: Int, damage: Damage
 ) -> tuple[Inodes, Bodies]:
     """The records of these inodes, sorted by number."""
     size = superblock.block_size
@@ -144,13 +144,7 @@ def read_inodes(
             bodies.append(data[found])
     columns = _without_empty(superblock, columns)
     huge = (columns["size"] < 0) | (columns["size"] > MAX_SIZE)
-    complain_where(
-        problems,
-        "inode-size",
-        "inodes say that they are larger than any file can be",
-        huge,
-        columns["offset"],
-    )
+    damage.add("inode", "inodes say that they are larger than any file can be", columns["offset"][huge])
     columns["size"][huge] = 0
     return Inodes(**columns), Bodies(np.concatenate(inline), np.concatenate(bodies))
 

@@ -23,7 +23,6 @@ from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Patch, PatchedReader, Reader
 from virt_bmap.formats.filesystems.ext import blocks, inodes
 from virt_bmap.formats.filesystems.ext.blocks import EXTENT_MAGIC
-from virt_bmap.formats.filesystems.ext.damage import Problems, complain
 from virt_bmap.formats.filesystems.ext.groups import read_groups
 from virt_bmap.formats.filesystems.ext.superblock import (
     MAGIC,
@@ -31,9 +30,8 @@ from virt_bmap.formats.filesystems.ext.superblock import (
     SIZE,
     SUPER,
     Superblock,
-    read_superblock,
 )
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 
 JOURNAL_MAGIC = 0xC03B3998
 DESCRIPTOR, COMMIT, SUPERBLOCK_V1, SUPERBLOCK_V2, REVOKE = 1, 2, 3, 4, 5
@@ -107,49 +105,43 @@ class Headers(NamedTuple):
         return Headers(self.at[keep], self.kind[keep], self.sequence[keep], self.data[keep])
 
 
-def replay(
-    reader: Reader, superblock: Superblock, others: Sequence[Reader], problems: Problems
-) -> tuple[Reader, Superblock]:
-    """The volume as it is after recovery, and its superblock then; both unchanged where no recovery is
-    needed."""
+def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], damage: Damage) -> Reader:
+    """The volume as it is after recovery; the same reader where none is needed, or can be done."""
     if not superblock.has("needs_recovery") or not superblock.has("has_journal"):
-        return reader, superblock
+        return reader
     log = (
-        _external(superblock, others, problems)
+        _external(superblock, others, damage)
         if not superblock.number("s_journal_inum")
-        else _internal(reader, superblock, problems)
+        else _internal(reader, superblock, damage)
     )
     if log is None:
-        return reader, superblock
+        return reader
     try:
-        patch = _patch(log, superblock, problems)
+        patch = _patch(log, superblock, damage)
     except Corrupt as error:
         at = error.offset if log.reader is reader and error.offset is not None else -1
-        problems.append(
-            Problem(
-                "journal",
-                f"needs recovery, but {error}, so that a mount refuses it: the map shows the state "
-                "before recovery",
-                at,
-            )
+        damage.say(
+            "journal",
+            f"needs recovery, but {error}, so that a mount refuses it: the map shows the state "
+            "before recovery",
+            at,
         )
-        return reader, superblock
-    _check_fast_commits(log, problems)
+        return reader
+    _check_fast_commits(log, damage)
     if not len(patch.offsets):
-        return reader, superblock
+        return reader
     note = (
         f"needs recovery: {len(patch.offsets)} blocks from the journal were replayed in memory, as a "
         "mount would do on the disk"
     )
-    problems.append(Problem("journal-replayed", note, -1, "note"))
-    patched = PatchedReader(reader, patch)
-    return patched, read_superblock(patched, [])  # its faults are known by now
+    damage.say("journal-replayed", note)
+    return PatchedReader(reader, patch)
 
 
-def _internal(reader: Reader, superblock: Superblock, problems: Problems) -> Log | None:
+def _internal(reader: Reader, superblock: Superblock, damage: Damage) -> Log | None:
     """The journal in an inode of the filesystem; its blocks as the superblock remembers them where the inode
     is damaged."""
-    ignored: Problems = []
+    ignored = Damage()  # said when all is read, or of no interest
     groups = read_groups(reader, superblock, ignored)
     number = np.array([superblock.number("s_journal_inum")], np.int64)
     node, _ = inodes.read_inodes(reader, superblock, groups, number, ignored)
@@ -158,7 +150,6 @@ def _internal(reader: Reader, superblock: Superblock, problems: Problems) -> Log
     if superblock.number("s_jnl_backup_type") == 1:
         choices.append((saved, saved[0, :2].tobytes() == EXTENT_MAGIC.to_bytes(2, "little")))
     for block, by_extents in choices:
-        ignored = []
         one, none = np.zeros(1, np.int64), EMPTY
         trees = (one, none) if by_extents else (none, one)
         runs, _ = blocks.read_blocks_of(reader, superblock, block, trees[0], trees[1], one, ignored)
@@ -169,11 +160,8 @@ def _internal(reader: Reader, superblock: Superblock, problems: Problems) -> Log
         )
         if whole and (log := _opened(reader, superblock, _unrolled(superblock, runs))):
             return log
-    problems.append(
-        Problem(
-            "journal",
-            "needs recovery, but its journal can't be read: the map shows the state before recovery",
-        )
+    damage.say(
+        "journal", "needs recovery, but its journal can't be read: the map shows the state before recovery"
     )
     return None
 
@@ -183,7 +171,7 @@ def _unrolled(superblock: Superblock, runs: blocks.Runs) -> Int:
     return (runs.start[row] + step) * superblock.block_size
 
 
-def _external(superblock: Superblock, others: Sequence[Reader], problems: Problems) -> Log | None:
+def _external(superblock: Superblock, others: Sequence[Reader], damage: Damage) -> Log | None:
     """The journal on a device of its own, known by its UUID."""
     wanted = superblock.record["s_journal_uuid"].tobytes()
     for other in others:
@@ -196,12 +184,9 @@ def _external(superblock: Superblock, others: Sequence[Reader], problems: Proble
             if log := _opened(other, superblock, place, first):
                 return log
     uuid = wanted.hex()
-    problems.append(
-        Problem(
-            "journal",
-            f"needs recovery, but its journal (a device with UUID {uuid}) is not among the disks",
-            severity="warning",
-        )
+    damage.say(
+        "journal-missing",
+        f"needs recovery, but its journal (a device with UUID {uuid}) is not among the disks",
     )
     return None
 
@@ -223,7 +208,7 @@ def _opened(reader: Reader, superblock: Superblock, place: Int, shift: int = 0) 
 # ---- from the log to a patch -------------------------------------------------------------------------------
 
 
-def _patch(log: Log, superblock: Superblock, problems: Problems) -> Patch:
+def _patch(log: Log, superblock: Superblock, damage: Damage) -> Patch:
     """The last committed content of every block in the log that was not revoked later."""
     size = log.block_size
     none = Patch(EMPTY, np.zeros((0, size), np.uint8))
@@ -246,13 +231,11 @@ def _patch(log: Log, superblock: Superblock, problems: Problems) -> Patch:
     newest = np.append(target[keep][1:] != target[keep][:-1], True)[: len(keep)]
     keep = keep[newest]
     inside = target[keep] < superblock.readable
-    complain(
-        problems, "journal", "blocks in the journal belong outside the volume", target[keep][~inside] * size
-    )
+    damage.add("journal", "blocks in the journal belong outside the volume", target[keep][~inside] * size)
     keep = keep[inside]
     data = log.reader.read_blocks(_ring(log, at[keep]), size)
     wrong = _wrong_checksums(log, data, sequence[keep], checksum[keep])
-    complain(problems, "journal", "blocks in the journal have a wrong checksum", target[keep][wrong] * size)
+    damage.add("journal", "blocks in the journal have a wrong checksum", target[keep][wrong] * size)
     data = data.copy()
     data[flags[keep] & ESCAPE != 0, :4] = np.frombuffer(JOURNAL_MAGIC.to_bytes(4, "big"), np.uint8)
     return Patch(target[keep][~wrong] * size, data[~wrong])
@@ -432,7 +415,7 @@ def _revoked(log: Log, headers: Headers) -> tuple[Int, Int]:
     return target, mine.sequence[row]
 
 
-def _check_fast_commits(log: Log, problems: Problems) -> None:
+def _check_fast_commits(log: Log, damage: Damage) -> None:
     """Fast commits are not replayed; say so where there are any that a mount would replay."""
     if not log.features & FAST_COMMIT or log.last + 1 >= len(log.place) or not log.number("s_start"):
         return
@@ -442,8 +425,8 @@ def _check_fast_commits(log: Log, problems: Problems) -> None:
     head = np.frombuffer(log.reader.read(first, 12), np.uint8)
     tag, tid = int(head[:2].view("<u2")[0]), int(head[8:12].view("<u4")[0])
     if tag == FC_TAG_HEAD and tid == expected:
-        problems.append(Problem(
-            "fast-commit", "the journal holds fast commits, which are not replayed: the newest changes "
-                "are missing from the map",
-            first, "warning",
-        ))  # fmt: skip
+        words = (
+            "the journal holds fast commits, which are not replayed: the newest changes are missing from "
+            "the map"
+        )
+        damage.say("not-replayed", words, first)

@@ -5,24 +5,21 @@ fs/ext4/verity.c; e2fsprogs lib/ext2fs/res_gdt.c (resize inode).
 """
 
 import numpy as np
-import pyarrow as pa
 
-from virt_bmap.core.arrays import Bool, Int, Intervals, covered_twice, in_order, subtract, union
+from virt_bmap.core.arrays import Int, Intervals, covered_twice, subtract, union
 from virt_bmap.formats.filesystems.ext.blocks import Runs
-from virt_bmap.formats.filesystems.ext.damage import Problems, complain, complain_where
 from virt_bmap.formats.filesystems.ext.groups import whole_clusters
 from virt_bmap.formats.filesystems.ext.inodes import (
     EA_INODE_FL,
     ENCRYPT_FL,
     RESIZE,
-    ROOT,
     VERITY_FL,
     Inodes,
     metadata_names,
 )
 from virt_bmap.formats.filesystems.ext.superblock import Superblock
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 VERITY_ALIGNMENT = 65536
@@ -111,7 +108,7 @@ def _shared(runs: Runs) -> tuple[Runs, Int]:
 
 
 def add_trees_and_attributes(
-    rows: ExtentRows, superblock: Superblock, nodes: Inodes, trees: tuple[Int, Int], problems: Problems
+    rows: ExtentRows, superblock: Superblock, nodes: Inodes, trees: tuple[Int, Int], damage: Damage
 ) -> tuple[Int, Int]:
     """Rows for tree nodes, attribute blocks, Hurd's translators; returns these blocks as (starts, ends)."""
     size = superblock.block_size
@@ -123,9 +120,7 @@ def add_trees_and_attributes(
         owner = np.flatnonzero(block)
         place = block[owner]
         fits = superblock.inside(place, 1)
-        complain_where(
-            problems, "outside", "attribute blocks lie outside the volume", ~fits, nodes.offset[owner]
-        )
+        damage.add("outside", "attribute blocks lie outside the volume", nodes.offset[owner[~fits]])
         owner, place = owner[fits], place[fits]
         _, which, count = np.unique(place, return_inverse=True, return_counts=True)
         shared = np.where(count[which] > 1, tables.SHARED, 0)
@@ -159,45 +154,3 @@ def add_cluster_slack(
     rows.add(
         tables.GAP, start * superblock.block_size, (end - start) * superblock.block_size, part="cluster slack"
     )
-
-
-def check_links(nodes: Inodes, types: np.ndarray, names: pa.Table, problems: Problems) -> None:
-    """There must be a root; every name must lead to a used inode, every inode with links must have a name."""
-    if not (types[nodes.number == ROOT] == tables.T_DIRECTORY).any():
-        problems.append(
-            Problem(
-                "root", f"inode {ROOT}, the root directory, is not in use or no directory: nothing has a path"
-            )
-        )
-    if not len(nodes.number):
-        return
-    found, named = _each_other(tables.integers(names, "inode"), nodes.number)
-    complain(
-        problems, "unused-inode", "names lead to inodes that are not in use", np.full(int((~found).sum()), -1)
-    )
-    alone = ~named & (nodes.nlink > 0) & (types != tables.T_METADATA) & (nodes.number != ROOT)
-    complain_where(problems, "nameless", "inodes have links, but no name", alone, nodes.offset, "warning")
-
-
-def _each_other(target: Int, number: Int) -> tuple[Bool, Bool]:
-    """Which targets are among the numbers, which are sorted, and which numbers among the targets."""
-    last = int(number[-1])
-    if last > DENSE * (len(target) + len(number)):
-        return np.isin(target, number), np.isin(number, target)
-    used, named = np.zeros(last + 2, bool), np.zeros(last + 2, bool)
-    used[number] = True
-    clipped = np.minimum(target, last + 1)
-    named[clipped] = True
-    return used[clipped], named[number]
-
-
-def check_overlaps(extents: pa.Table, problems: Problems) -> None:
-    """Look for bytes with two owners that do not share on purpose."""
-    own = tables.integers(extents, "flags") & (tables.INLINE | tables.SHARED) == 0
-    start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")
-    if not own.all():
-        start, length = start[own], length[own]
-    end = start + length
-    # where nothing overlaps, the n-th range to begin is also the n-th to end
-    if (in_order(start)[1:] < in_order(end)[:-1]).any():
-        complain(problems, "two-owners", "ranges have two owners", covered_twice(start, end)[0])

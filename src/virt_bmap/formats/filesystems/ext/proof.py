@@ -21,6 +21,7 @@ from virt_bmap.formats.filesystems.ext.inodes import EXTENTS_FL
 from virt_bmap.formats.filesystems.ext.superblock import Superblock, read_superblock
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Filesystem, Proof
+from virt_bmap.model.damage import Damage
 
 INODE = struct(
     128, [(0x20, "i_flags", "<u4"), (0x64, "i_generation", "<u4"), (0x7C, "l_i_checksum_lo", "<u2")]
@@ -55,11 +56,11 @@ class _Inodes:
         return np.minimum(np.searchsorted(self.number, numbers), len(self.number) - 1)
 
 
-def prove(found: Filesystem) -> list[Proof]:
-    """Compare all checksums, look into all hash trees; what is wrong goes to found.problems."""
+def prove(found: Filesystem, damage: Damage) -> list[Proof]:
+    """Compare all checksums, look into all hash trees."""
     reader = found.reader
-    superblock = read_superblock(reader, [])  # its faults are known by now
-    compared, places, inodes = Compared(), Places(found, superblock.block_size), _Inodes(found)
+    superblock = read_superblock(reader, Damage())  # its faults are known by now
+    compared, places, inodes = Compared(damage), Places(found, superblock.block_size), _Inodes(found)
     checked = superblock.has("metadata_csum")
     if checked:
         # its reader has said so if it is wrong
@@ -71,12 +72,11 @@ def prove(found: Filesystem) -> list[Proof]:
         _trees(reader, superblock, places, inodes, compared)
         _attributes(reader, superblock, places, compared)
         _others(reader, superblock, places, inodes, compared)
-    check_names(found, compared)
-    check_targets(found, compared)
-    found.problems += compared.problems()
+    check_names(found, damage)
+    check_targets(found, damage)
     if not checked:
         only = " but for group descriptors" if superblock.has("uninit_bg") else ""
-        return [Compared().proof(f"the filesystem has none{only} (no metadata_csum)")]
+        return [Compared(Damage()).proof(f"the filesystem has none{only} (no metadata_csum)")]
     return [compared.proof()]
 
 
@@ -84,7 +84,7 @@ def _bitmaps(reader: Reader, superblock: Superblock, compared: Compared) -> None
     """Bitmaps of groups that have any; their checksums stand in the descriptors, which are compared by their
     reader."""
     raw = groups.raw_descriptors(reader, superblock)
-    found = groups.read_groups(reader, superblock, [])
+    found = groups.read_groups(reader, superblock, Damage())
     compared.compare("group descriptors", np.ones(len(raw), bool), np.zeros(len(raw), np.int64))
     flat = np.ascontiguousarray(raw).view(np.uint8).reshape(len(raw), -1)
     for kind, at, unused, blocks_, bits in (
@@ -207,13 +207,8 @@ def _hash_nodes(
     good[at] &= ~((hashes[:, 1:] < hashes[:, :-1]) & used[:, 1:]).any(axis=1)
     blocks_ = -(-inodes.size[row[at]] // size)
     good[at] &= ~((block >= blocks_[:, None]) & used).any(axis=1)
-    compared.check(
-        "hash tree nodes",
-        good,
-        offset,
-        "hash-tree",
-        "have impossible counts, hashes out of order or lead nowhere",
-    )
+    what = "hash tree nodes have impossible counts, hashes out of order or lead nowhere"
+    compared.damage.check(good, "directory", what, offset)
     if not checked:
         return
     fits = np.flatnonzero(begin + limit * DX_ENTRY + DX_TAIL <= size)

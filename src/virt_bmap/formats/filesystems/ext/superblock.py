@@ -15,8 +15,8 @@ from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import foreign
-from virt_bmap.formats.filesystems.ext.damage import Problems
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR
 
 OFFSET, SIZE, MAGIC = 1024, 1024, 0xEF53
 
@@ -205,7 +205,7 @@ def _backups(reader: Reader) -> list[tuple[int, bytes]]:
     return found
 
 
-def read_superblock(reader: Reader, problems: Problems) -> Superblock:
+def read_superblock(reader: Reader, damage: Damage) -> Superblock:
     """The superblock at 1024, or the first backup where it is damaged. Raises Corrupt, Unsupported."""
     primary = reader.read_clipped(OFFSET, SIZE)
     try:
@@ -226,13 +226,11 @@ def read_superblock(reader: Reader, problems: Problems) -> Superblock:
                 found = _checked(copy, offset, reader)
             except (Corrupt, Unsupported):
                 continue
-            problems.append(
-                Problem("superblock", f"{reason}; its backup at byte {offset:#x} is used", OFFSET)
-            )
+            damage.say("copy-used", f"{reason}; its backup at byte {offset:#x} is used", OFFSET, ERROR)
             return found
         if reason.code != "checksum":
             raise
-        problems.append(Problem("superblock", f"{reason}; no backup was found", OFFSET))
+        damage.say("checksum", f"{reason}; no backup was found", OFFSET)
         return _checked(primary, OFFSET, reader)
 
 
@@ -247,16 +245,14 @@ def _check_checksum(data: bytes, superblock: Superblock) -> None:
             )
 
 
-def check_size(reader: Reader, superblock: Superblock, problems: Problems) -> None:
+def check_size(reader: Reader, superblock: Superblock, damage: Damage) -> None:
     """Say so where the volume ends before the filesystem does."""
     size = superblock.blocks * superblock.block_size
     if size > reader.size:
-        problems.append(
-            Problem(
-                "truncated",
-                f"the filesystem has {size} bytes, but the volume ends after {reader.size}",
-                reader.size,
-            )
+        damage.say(
+            "truncated",
+            f"the filesystem has {size} bytes, but the volume ends after {reader.size}",
+            reader.size,
         )
 
 

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import EMPTY, Int, covered_twice, subtract, union
+from virt_bmap.core.arrays import EMPTY, Int, subtract, union
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import foreign
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.filesystems.f2fs import checkpoint, forward, nodes, recovery
 from virt_bmap.formats.filesystems.f2fs.checkpoint import Checkpoint, Nat
 from virt_bmap.formats.filesystems.f2fs.directories import Directories
@@ -49,6 +48,7 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
 from virt_bmap.model.tables import ExtentRows
 
@@ -95,14 +95,12 @@ def probe(reader: Reader) -> bool:
     return first or (copy and not foreign.recognise(reader))
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """All tables of an F2FS. Raises Corrupt where no superblock or no checkpoint is valid, Unsupported."""
-    damage = Damage()
     volume = read_superblock(reader, damage)
     if volume.block_count * BLOCK > reader.size:
         damage.add("truncated", f"bytes are missing: the filesystem has {volume.block_count * BLOCK}, the "
-            "volume ends earlier", reader.size,
-                   volume.block_count * BLOCK - reader.size)  # fmt: skip
+            "volume ends earlier", reader.size, volume.block_count * BLOCK - reader.size)  # fmt: skip
     pack = checkpoint.read_checkpoint(volume, damage)
     nat_journal, sit_journal = checkpoint.read_journals(volume, pack, damage)
     nat = checkpoint.read_nat(volume, pack, nat_journal, damage)
@@ -130,14 +128,11 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     _add_inline(rows, inodes, types)
     _add_content(rows, volume, inodes, types, runs)
     _add_free(rows, sit.free(volume), old, newer)
-    _check_names(volume, inodes, types, tree, damage)
-    extents = rows.table(0)
-    _check_overlaps(extents, damage)
     return Filesystem(
         type=NAME, size=volume.block_count * BLOCK, block_size=BLOCK, root=volume.number("root_ino"),
         state=_state(pack, chain, newer, damage), reader=reader, inodes=_inode_table(inodes, types, orphans),
-        names=tree, extents=extents, uuid=volume.uuid, label=volume.label, features=volume.feature_words,
-        problems=damage.problems(),
+        names=tree, extents=rows.table(0), uuid=volume.uuid, label=volume.label,
+        features=volume.feature_words,
     )  # fmt: skip
 
 
@@ -148,7 +143,7 @@ def _newer(volume: Volume, chain: Chain, nat: Nat, orphans: Int, damage: Damage)
             "nodes behind the checkpoint were followed, the rest of their chain was not: the state of "
             "the checkpoint is mapped"
         )
-        damage.add("roll-forward", text, int(chain.nodes.block[0]) * BLOCK, len(chain.nodes.block), "warning")
+        damage.add("not-replayed", text, int(chain.nodes.block[0]) * BLOCK, len(chain.nodes.block))
         return recovery.NOTHING
     newer = recovery.newer(volume, chain, nat, orphans)
     count = len(newer.inodes.block) + len(newer.direct.block) + len(newer.attributes.block)
@@ -157,19 +152,19 @@ def _newer(volume: Volume, chain: Chain, nat: Nat, orphans: Int, damage: Damage)
             "nodes that were synced after the checkpoint are rolled forward in memory, the image "
             "itself is unchanged"
         )
-        damage.add("rolled-forward", text, int(chain.nodes.block[0]) * BLOCK, count, "note")
+        damage.add("journal-replayed", text, int(chain.nodes.block[0]) * BLOCK, count)
     return newer
 
 
 def _state(pack: Checkpoint, chain: Chain, newer: Newer, damage: Damage) -> str:
     """A checkpoint is consistent in itself; what is synced after it waits for the next mount."""
-    if any(problem.severity == "error" for problem in damage.problems()):
-        return "damaged"
     if pack.has(checkpoint.ERROR | checkpoint.FSCK):
-        return "errors"
-    if newer or not chain.whole:
-        return "needs recovery"
-    return "clean" if pack.has(checkpoint.UMOUNT) else "frozen"
+        damage.say("marked-damaged", "the checkpoint says that the kernel found errors", pack.start * BLOCK)
+    if not chain.whole:
+        return tables.NEEDS_RECOVERY
+    if newer:
+        return tables.RECOVERED
+    return tables.CLEAN if pack.has(checkpoint.UMOUNT) else tables.FROZEN
 
 
 def _without_links(inodes: Inodes, lost: Int) -> Inodes:
@@ -351,37 +346,8 @@ def _check_counts(pack: Checkpoint, blocks: int, inodes: int, damage: Damage) ->
     """The checkpoint's own counts."""
     for field, count in (("valid_block_count", blocks), ("valid_inode_count", inodes)):
         if count != (said := int(pack.record[field])):
-            text = f"counts of the checkpoint are wrong: {field} is {said}, found are {count}"
-            damage.add(field.replace("_", "-"), text, pack.start * BLOCK, severity="warning")
-
-
-def _check_names(volume: Volume, inodes: Inodes, types: np.ndarray, names: pa.Table, damage: Damage) -> None:
-    """The root is a directory; names lead to inodes, and to each inode with links a name."""
-    root = volume.number("root_ino")
-    if not (types[inodes.number == root] == tables.T_DIRECTORY).any():
-        damage.add("root", f"root directory, inode {root}, is not there: nothing has a path")
-    target = tables.integers(names, "inode")
-    damage.check(
-        np.isin(target, inodes.number),
-        "unused-inode",
-        "names lead to inodes that are not in use",
-        np.full(len(target), -1),
-    )
-    alone = (
-        (inodes.nlink > 0)
-        & (types != tables.T_METADATA)
-        & (inodes.number != root)
-        & ~np.isin(inodes.number, target)
-    )
-    damage.check(~alone, "nameless", "inodes have links, but no name", inodes.block * BLOCK, "warning")
-
-
-def _check_overlaps(extents: pa.Table, damage: Damage) -> None:
-    """Bytes that two owners claim."""
-    own = np.flatnonzero(tables.integers(extents, "flags") & tables.INLINE == 0)
-    start = tables.integers(extents, "volume_offset")[own]
-    twice = covered_twice(start, start + tables.integers(extents, "length")[own])[0]
-    damage.check(np.zeros(len(twice), bool), "two-owners", "ranges have two owners", twice)
+            words = f"a count of the checkpoint is wrong: {field} is {said}, found are {count}"
+            damage.say("count", words, pack.start * BLOCK)
 
 
 def _structures() -> Structures:
@@ -395,14 +361,12 @@ def _structures() -> Structures:
     }
 
 
-def _prove(found: Filesystem) -> list[Proof]:
+def _prove(found: Filesystem, damage: Damage) -> list[Proof]:
     """Names and targets; all checksums are verified whenever a volume is read."""
-    from virt_bmap.formats.common.proving import Compared, check_names, check_targets
+    from virt_bmap.formats.common.proving import check_names, check_targets
 
-    compared = Compared()
-    check_names(found, compared)
-    check_targets(found, compared)
-    found.problems += compared.problems()
+    check_names(found, damage)
+    check_targets(found, damage)
     features = (found.features or "").split()
     with_sums = [
         what

@@ -16,7 +16,6 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, complement, union
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, widen
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.filesystems.f2fs.ondisk import (
     BLOCK,
     CHECKPOINT,
@@ -33,6 +32,8 @@ from virt_bmap.formats.filesystems.f2fs.ondisk import (
     Volume,
     crc,
 )
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import NOTE
 
 UMOUNT, ORPHAN_PRESENT, COMPACT_SUM, ERROR, FSCK, FASTBOOT = 0x1, 0x2, 0x4, 0x8, 0x10, 0x20
 CRC_RECOVERY, NOCRC_RECOVERY, LARGE_NAT_BITMAP, DISABLED = 0x40, 0x200, 0x400, 0x1000
@@ -77,15 +78,15 @@ def read_checkpoint(volume: Volume, damage: Damage) -> Checkpoint:
         except Corrupt as error:
             # of a filesystem that never wrote a second checkpoint, this pack is empty or a leftover
             damage.add(
-                "checkpoint",
+                "copy-used",
                 f"checkpoint pack is not valid, the other one is used: {error}",
                 start * BLOCK,
-                severity="note",
+                severity=NOTE,
             )
     if not found:
         raise Corrupt(f"{volume.reader.name}: F2FS has no valid checkpoint at byte {volume.cp * BLOCK:#x} "
             f"nor {(volume.cp + SEGMENT) * BLOCK:#x}",
-                      volume.cp * BLOCK, "checkpoint")  # fmt: skip
+                      volume.cp * BLOCK, "superblock")  # fmt: skip
     return max(found, key=lambda pack: pack.version)
 
 
@@ -155,7 +156,7 @@ def read_orphans(volume: Volume, checkpoint: Checkpoint, damage: Damage) -> Int:
     blocks = records(volume.reader.read_blocks(place, BLOCK), ORPHANS)
     entries = widen(blocks["entry_count"], "entry_count")
     good = damage.check(
-        entries <= 1020, "orphans", "blocks of orphan inodes claim more than they hold", place
+        entries <= 1020, "orphan-list", "blocks of orphan inodes claim more than they hold", place
     )
     rows, columns = np.nonzero(np.arange(1020) < np.where(good, entries, 0)[:, None])
     found: Int = np.unique(widen(blocks["ino"][rows, columns], "ino"))
@@ -179,7 +180,9 @@ def read_journals(volume: Volume, checkpoint: Checkpoint, damage: Damage) -> tup
         room = (SUM_JOURNAL_SIZE - 2) // dtype.itemsize
         if count > room:
             damage.add(
-                "journal", f"journal in a summary block claims {count} entries, it has room for {room}", place
+                "allocator",
+                f"journal in a summary block claims {count} entries, it has room for {room}",
+                place,
             )
         found.append(np.frombuffer(data, dtype, min(count, room), 2))
     return found[0], found[1]
@@ -247,9 +250,7 @@ def read_nat(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage
     nid, ino, block = nid[order], ino[order], block[order]
     where = np.full(len(block), volume.nat * BLOCK)
     keep = np.flatnonzero(
-        damage.check(
-            volume.inside(block), "node-address", "nodes lie outside the main area, by the NAT", where
-        )
+        damage.check(volume.inside(block), "tree", "nodes lie outside the main area, by the NAT", where)
     )
     return Nat(nid[keep], ino[keep], block[keep])
 
@@ -300,7 +301,7 @@ def read_sit(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage
     where = np.full(len(newer), checkpoint.start * BLOCK)
     damage.check(
         newer < volume.main_segments,
-        "journal",
+        "allocator",
         "entries of the SIT's journal are for segments that don't exist",
         where,
     )
@@ -322,7 +323,7 @@ def read_sit(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage
     segment, valid, claimed = segment[order], valid[order], claimed[order] & COUNT
     damage.check(
         np.bitwise_count(valid).sum(axis=1) == claimed,
-        "sit-count",
+        "allocator",
         "segments have another number of valid blocks than their SIT entry says",
         (volume.main + segment * SEGMENT) * BLOCK,
     )

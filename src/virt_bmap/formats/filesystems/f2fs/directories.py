@@ -15,11 +15,11 @@ import pyarrow as pa
 
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand
 from virt_bmap.core.layout import struct
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.common.ragged import Ragged
 from virt_bmap.formats.filesystems.f2fs.nodes import S_IFDIR, Inodes, Runs
 from virt_bmap.formats.filesystems.f2fs.ondisk import BLOCK, Volume
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 DENTRY = struct(
     11, [(0, "hash_code", "<u4"), (4, "ino", "<u4"), (8, "name_len", "<u2"), (10, "file_type", "u1")]
@@ -122,9 +122,7 @@ def _parse(data: Bytes, base: Int, room: Int, parent: Int, place: Int, damage: D
         found.append(cursor[good & (length > 0)])
         which, cursor = which[good], upcoming[after[good]]
     bad = np.concatenate(broken)
-    damage.check(
-        np.zeros(len(bad), bool), "directory-entry", "directory blocks have names that leave them", bad
-    )
+    damage.check(np.zeros(len(bad), bool), "directory", "directory blocks have names that leave them", bad)
     at = np.sort(np.concatenate(found))
     area, slot = area[at], slot[at]
     head = entries[area] + slot * DENTRY.itemsize

@@ -17,7 +17,6 @@ import pyarrow as pa
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, union
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.layout import records
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.common.ragged import Ragged
 from virt_bmap.formats.filesystems.f2fs import nodes, recovery
 from virt_bmap.formats.filesystems.f2fs.checkpoint import BATCH, Nat
@@ -26,6 +25,7 @@ from virt_bmap.formats.filesystems.f2fs.nodes import Found, Inodes, Pointers, Tr
 from virt_bmap.formats.filesystems.f2fs.ondisk import BLOCK, NODE, Volume
 from virt_bmap.formats.filesystems.f2fs.recovery import Newer
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
 
 

@@ -19,7 +19,6 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int
 from virt_bmap.core.checksums import ALL_ONES, crc32
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.layout import records, widen
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.filesystems.f2fs.checkpoint import BATCH, Nat
 from virt_bmap.formats.filesystems.f2fs.ondisk import (
     ADDRS_PER_BLOCK,
@@ -33,6 +32,7 @@ from virt_bmap.formats.filesystems.f2fs.ondisk import (
     NODE_BLOCK,
     Volume,
 )
+from virt_bmap.model.damage import Damage
 
 INLINE_XATTR, INLINE_DATA, INLINE_DENTRY, EXTRA_ATTR, COMPRESS_RELEASED = 0x1, 0x2, 0x4, 0x20, 0x80
 ADVISE_ENCRYPT, ADVISE_VERITY = 0x4, 0x40
@@ -212,7 +212,7 @@ def _sound(data: Bytes, nat: Nat, rows: Int, damage: Damage) -> Bool:
     """Which blocks are the nodes that the NAT says they are."""
     node = records(data, NODE)
     good: Bool = (node["nid"] == nat.nid[rows]) & (node["ino"] == nat.ino[rows])
-    damage.check(good, "node", "nodes are not where the NAT says", nat.block[rows] * BLOCK)
+    damage.check(good, "tree", "nodes are not where the NAT says", nat.block[rows] * BLOCK)
     return good
 
 
@@ -271,7 +271,7 @@ def _check_checksums(
     whole[:, I_ADDR + 8 : I_ADDR + 12] = 0
     damage.check(
         crc32(whole, seed) == raw["i_inode_checksum"][rows],
-        "inode-checksum",
+        "checksum",
         "inodes have a wrong checksum",
         place[rows],
     )
@@ -336,7 +336,7 @@ def _runs(
     )
     damage.check(
         (value != COMPRESS_ADDR) | (packed & (slot == head)),
-        "compressed",
+        "extents",
         "heads of compressed clusters are where none can be",
         place[row],
     )
@@ -405,7 +405,7 @@ def claim(nat: Nat, found: Found, level: Pointers, damage: Damage) -> tuple[Poin
     first = np.zeros(len(at), bool)
     first[np.unique(at, return_index=True)[1]] = True
     good = damage.check(
-        good & first, "node-reference", "references to nodes lead to none, or to one of another inode", place
+        good & first, "tree", "references to nodes lead to none, or to one of another inode", place
     )
     keep = np.flatnonzero(good)
     keep = keep[np.argsort(nat.block[at[keep]], kind="stable")]

@@ -13,7 +13,7 @@ from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.damage import Damage
+from virt_bmap.model.damage import Damage
 
 BLOCK = 4096
 LOG_BLOCK = 12
@@ -178,12 +178,7 @@ def _check_copy(reader: Reader, damage: Damage) -> None:
     try:
         _checked(reader, SUPERBLOCKS[1])
     except (Corrupt, Unsupported) as error:
-        damage.add(
-            "superblock-copy",
-            f"copy of the superblock is damaged: {error}",
-            SUPERBLOCKS[1],
-            severity="warning",
-        )
+        damage.say("copy-differs", f"the copy of the superblock is damaged: {error}", SUPERBLOCKS[1])
 
 
 def _checked(reader: Reader, offset: int) -> Volume:

@@ -36,11 +36,12 @@ from virt_bmap.model.contract import (
     Filesystem,
     FilesystemFormat,
     History,
-    Problem,
     Proof,
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import NOTE
 
 __all__ = ["FEATURES", "NAME", "ORACLES", "REFUSED", "looks_like_fat", "probe", "read"]
 
@@ -91,26 +92,27 @@ def probe(reader: Reader) -> bool:
     return looks_like_fat(reader.read_clipped(0, BOOT_SECTOR.itemsize))
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """Everything the volume holds."""
-    geometry, runs, heap = read_tables(reader)
+    geometry, runs, heap = read_tables(reader, damage)
     parser = Parser(geometry.bits)
-    tree, problems = read_directories(reader, geometry, heap, parser)
+    tree = read_directories(reader, geometry, heap, parser)
     rows = tables.ExtentRows()
     _add_system(rows, geometry)
     _add_clusters(rows, heap, runs)
-    problems += add_owned(rows, heap, tree) + _other_problems(reader, geometry, runs, parser)
+    add_owned(rows, heap, tree)
+    _check_rest(reader, geometry, runs, parser, damage)
     serial = geometry.serial
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.cluster_size, root=ROOT,
-        state=_state(reader, geometry),
+        state=_state(reader, geometry, damage),
         uuid=None if serial is None else f"{serial >> 16:04X}-{serial & 0xFFFF:04X}",
         label=_label(parser.labels), features=f"FAT{geometry.bits}", reader=reader, inodes=inode_table(tree),
-        names=tree.names(), extents=clipped(rows.table(0), reader.size), problems=problems,
+        names=tree.names(), extents=clipped(rows.table(0), reader.size),
     )  # fmt: skip
 
 
-def read_tables(reader: Reader) -> tuple[Geometry, Runs, Heap]:
+def read_tables(reader: Reader, damage: Damage) -> tuple[Geometry, Runs, Heap]:
     """Boot sector and FAT."""
     geometry = read_geometry(reader.read_clipped(0, BOOT_SECTOR.itemsize), reader.name)
     _check_size(reader, geometry)
@@ -118,7 +120,7 @@ def read_tables(reader: Reader) -> tuple[Geometry, Runs, Heap]:
     return (
         geometry,
         runs,
-        Heap(geometry.data_start, geometry.cluster_size, geometry.clusters, chains_of(runs)),
+        Heap(geometry.data_start, geometry.cluster_size, geometry.clusters, chains_of(runs), damage),
     )
 
 
@@ -165,12 +167,9 @@ def _decoded(raw: np.ndarray, bits: int, count: int, end: int) -> Int:
     return entries
 
 
-def read_directories(
-    reader: Reader, geometry: Geometry, heap: Heap, parser: Parse
-) -> tuple[Tree, list[Problem]]:
+def read_directories(reader: Reader, geometry: Geometry, heap: Heap, parser: Parse) -> Tree:
     """The tree below the root, which has an area of its own in FAT12 and FAT16, and a chain of clusters in
     FAT32."""
-    problems = []
     if geometry.bits == 32:
         chain = heap.chains.follow(ints(geometry.root_cluster))
         root = Ranges(
@@ -178,18 +177,12 @@ def read_directories(
             chain.before * heap.cluster_size,
         )  # fmt: skip
         if chain.fate[0] != WHOLE:
-            problems.append(
-                Problem(
-                    "root",
-                    f"the root directory's chain, from cluster {geometry.root_cluster}, has no proper end",
-                    44,
-                )
-            )
+            words = f"the root directory's chain, from cluster {geometry.root_cluster}, has no proper end"
+            heap.damage.say("extents", words, 44)
     else:
         size = geometry.data_start - geometry.root_start
         root = Ranges(ints(ROOT), ints(geometry.root_start), ints(size), ints(0))
-    tree = read_tree(reader, root, heap.locate, parser, MAX_DIRECTORY)
-    return tree, problems + tree.problems
+    return read_tree(reader, root, heap.locate, parser, MAX_DIRECTORY, heap.damage)
 
 
 def _add_system(rows: tables.ExtentRows, geometry: Geometry) -> None:
@@ -231,17 +224,22 @@ def _add_clusters(rows: tables.ExtentRows, heap: Heap, runs: Runs) -> None:
         rows.add(kind, heap.offset(start), (end - start) * heap.cluster_size, part=part)
 
 
-def _state(reader: Reader, geometry: Geometry) -> str:
+def _state(reader: Reader, geometry: Geometry, damage: Damage) -> str:
     """What the marks in FAT entry 1 (Windows) and in the boot sector (Linux) say; FAT12 has the latter
     only."""
     dirty, errors = bool(geometry.state & 1), bool(geometry.state & 2)
     if geometry.bits > 12:
         width = geometry.bits // 8
-        mark = int.from_bytes(reader.read(geometry.reserved + width, width), "little")
+        active = geometry.reserved + geometry.active_fat * geometry.fat_size
+        mark = int.from_bytes(reader.read(active + width, width), "little")
         high = geometry.bits - (1 if geometry.bits == 16 else 5)
         dirty |= not mark >> high & 1
         errors |= not mark >> high - 1 & 1
-    return "errors" if errors else "not cleanly unmounted" if dirty else "clean"
+    if errors:
+        damage.say(
+            "marked-damaged", "a driver met errors of the disk and says so in the FAT or the boot sector"
+        )
+    return tables.IN_USE if dirty else tables.CLEAN
 
 
 def _label(labels: list[bytes]) -> str | None:
@@ -250,34 +248,29 @@ def _label(labels: list[bytes]) -> str | None:
     return labels[0].replace(b"\x05", b"\xe5").rstrip(b" \0").decode("cp437") or None if labels else None
 
 
-def _other_problems(reader: Reader, geometry: Geometry, runs: Runs, parser: Parser) -> list[Problem]:
+def _check_rest(reader: Reader, geometry: Geometry, runs: Runs, parser: Parser, damage: Damage) -> None:
     """A volume that ends too early, slots of long names that are nobody's, a wrong count of free clusters."""
-    problems = []
     if reader.size < geometry.size:
-        problems.append(
-            Problem(
-                "truncated",
-                f"the volume ends at byte {reader.size:#x}, but its filesystem claims {geometry.size:#x}",
-                reader.size,
-            )
+        damage.say(
+            "truncated",
+            f"the volume ends at byte {reader.size:#x}, but its filesystem claims {geometry.size:#x}",
+            reader.size,
         )
-    if parser.orphans:
-        problems.append(
-            Problem("lfn-orphans", f"{parser.orphans} entries of long names belong to no file", -1, "note")
-        )
+    what = "entries of long names belong to no file"
+    damage.add("directory", what, count=parser.orphans, severity=NOTE)
     if geometry.fsinfo:
         info = record(reader.read(geometry.fsinfo, FSINFO.itemsize), FSINFO)
         start, end = runs.free
         free, said = int((end - start).sum()), int(info["FSI_Free_Count"])
         if (info["FSI_LeadSig"], info["FSI_StrucSig"]) != FSINFO_SIGNATURES:
-            problems.append(Problem("fsinfo", "the FSInfo sector has no signature", geometry.fsinfo, "note"))
+            damage.say("count", "the FSInfo sector has no signature", geometry.fsinfo, severity=NOTE)
         elif said not in (free, UNKNOWN_COUNT):
-            problems.append(
-                Problem(
-                    "fsinfo", f"FSInfo says {said} clusters are free, the FAT {free}", geometry.fsinfo, "note"
-                )
+            damage.say(
+                "count",
+                f"FSInfo says {said} clusters are free, the FAT {free}",
+                geometry.fsinfo,
+                severity=NOTE,
             )
-    return problems
 
 
 def _structures() -> Structures:
@@ -298,7 +291,7 @@ def _history() -> History:
     return History(history.former)
 
 
-def _prove(found: Filesystem) -> list[Proof]:
+def _prove(found: Filesystem, damage: Damage) -> list[Proof]:
     """Where the FATs are to be copies of each other, are they? Drivers read the active one only."""
     geometry = read_geometry(found.reader.read_clipped(0, BOOT_SECTOR.itemsize), found.reader.name)
     active, used = geometry.active_fat, (geometry.clusters + 2) * geometry.bits // 8
@@ -319,7 +312,7 @@ def _prove(found: Filesystem) -> list[Proof]:
                 text = (
                     f"FAT {copy + 1} is no copy of FAT {active + 1}, which is used, from byte {where:#x} on"
                 )
-                found.problems.append(Problem("fat-copy", text, where, "warning"))
+                damage.say("copy-differs", text, where)
                 break
     return [Proof("checksums", NOT_LOOKED_AT, "the format has none")]
 

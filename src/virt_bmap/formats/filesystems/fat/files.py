@@ -1,32 +1,19 @@
 """Which clusters files and directories own, for FAT and exFAT alike: chains in the FAT, or simply one after
 the other."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import EMPTY, Int, covered_twice
+from virt_bmap.core.arrays import Int
 from virt_bmap.formats.filesystems.fat.bpb import ENTRY
 from virt_bmap.formats.filesystems.fat.chains import CUT, LOOP, NOTHING, TANGLED, WHOLE, Chains, Followed
 from virt_bmap.formats.filesystems.fat.names import NO_TIME
-from virt_bmap.formats.filesystems.fat.tree import ROOT, Entries, Ranges, Tree, list_problems
+from virt_bmap.formats.filesystems.fat.tree import ROOT, Entries, Ranges, Tree
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Problem
-
-FINDINGS = {
-    "no-clusters": "entries have a size but no first cluster",
-    "bad-first-cluster": "entries begin at a cluster that does not exist",
-    "free-first-cluster": "entries begin at a cluster that the FAT calls free or bad",
-    "chain-cut": "chains of clusters lead to a free, bad or non-existent cluster: the rest is lost",
-    "chain-loop": "chains of clusters lead back into themselves",
-    "chain-tangled": "chains of clusters meet others too often: not followed to the end",
-    "chain-short": "files have fewer clusters than their size needs",
-}
-"""Errors, by code; each counts entries.
-
-A chain that is longer than needed loses nothing, and is a warning.
-"""
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import WARNING
 
 
 @dataclass
@@ -38,8 +25,7 @@ class Heap:
     cluster_size: int
     clusters: int
     chains: Chains
-    findings: dict[str, list[Int]] = field(default_factory=dict)
-    """Byte offsets of entries at fault, by code."""
+    damage: Damage
 
     def offset(self, cluster: Int) -> Int:
         """Where clusters begin, in bytes of the volume."""
@@ -50,7 +36,7 @@ class Heap:
         return -(-size // self.cluster_size)
 
     def follow(self, entries: Entries) -> Followed:
-        """All runs of clusters of the entries; what is wrong with them is noted in `findings`."""
+        """All runs of clusters of the entries; what is wrong with them is damage."""
         exists = (entries.cluster >= 2) & (entries.cluster < self.clusters + 2)
         by_fat = np.flatnonzero(exists & ~entries.contiguous)
         straight = np.flatnonzero(exists & entries.contiguous)
@@ -66,21 +52,25 @@ class Heap:
         if len(straight) and len(by_fat):
             order = np.argsort(query, kind="stable")
             query, cluster, before, count = query[order], cluster[order], before[order], count[order]
-        self._note(entries, exists, length, fate)
+        self._check(entries, exists, length, fate)
         return Followed(query, cluster, count, before, length, fate)
 
-    def _note(self, entries: Entries, exists: np.ndarray, length: Int, fate: Int) -> None:
+    def _check(self, entries: Entries, exists: np.ndarray, length: Int, fate: Int) -> None:
         none = (entries.cluster == 0) & (entries.directory | (entries.size > 0))
-        short = (fate == WHOLE) & exists & ~entries.directory & (length < self.needed(entries.size))
-        found = {
-            "no-clusters": none, "bad-first-cluster": ~exists & (entries.cluster != 0),
-            "free-first-cluster": fate == NOTHING, "chain-cut": fate == CUT, "chain-loop": fate == LOOP,
-            "chain-tangled": fate == TANGLED, "chain-short": short,
-            "chain-long": exists & ~entries.directory & (length > self.needed(entries.size)),
-        }  # fmt: skip
-        for code, which in found.items():
+        size = np.where(entries.directory, length, self.needed(entries.size))
+        for what, which in (
+            ("entries have a size but no first cluster", none),
+            ("entries begin at a cluster that does not exist", ~exists & (entries.cluster != 0)),
+            ("entries begin at a cluster that the FAT calls free or bad", fate == NOTHING),
+            ("chains of clusters lead to a free, bad or non-existent cluster: the rest is lost", fate == CUT),
+            ("chains of clusters lead back into themselves", fate == LOOP),
+            ("chains of clusters meet others too often: not followed to the end", fate == TANGLED),
+            ("files have fewer clusters than their size needs", (fate == WHOLE) & exists & (length < size)),
+        ):
             if which.any():
-                self.findings.setdefault(code, []).append(entries.inode[which] * ENTRY)
+                self.damage.add("extents", what, entries.inode[which] * ENTRY)
+        long, what = exists & (length > size), "files have more clusters than their size needs"
+        self.damage.add("extents", what, entries.inode[long] * ENTRY, severity=WARNING)  # nothing is lost
 
     def locate(self, directories: Entries) -> Ranges:
         """Where directories lie."""
@@ -90,18 +80,9 @@ class Heap:
             found.before * self.cluster_size,
         )  # fmt: skip
 
-    def problems(self) -> list[Problem]:
-        """What `findings` say, one row for each kind."""
-        found = {code: np.concatenate(parts) for code, parts in self.findings.items()}
-        long = found.pop("chain-long", EMPTY)
-        errors = list_problems([(code, FINDINGS[code], at) for code, at in found.items()])
-        return errors + list_problems(
-            [("chain-long", "files have more clusters than their size needs", long)], "warning"
-        )
 
-
-def add_owned(rows: tables.ExtentRows, heap: Heap, tree: Tree) -> list[Problem]:
-    """Rows for all files and directories, and what is wrong with their clusters."""
+def add_owned(rows: tables.ExtentRows, heap: Heap, tree: Tree) -> None:
+    """Rows for all files and directories."""
     ranges = tree.ranges
     rows.add(tables.DIRECTORY, ranges.start, ranges.length, inode=ranges.inode, file_offset=ranges.offset)
     files = tree.entries.take(~tree.entries.directory)
@@ -116,16 +97,6 @@ def add_owned(rows: tables.ExtentRows, heap: Heap, tree: Tree) -> list[Problem]:
         rows.add(
             kind, (start + from_)[some], size[some], inode=owner[some], file_offset=(offset + from_)[some]
         )
-    problems = heap.problems()
-    starts = np.concatenate([start, ranges.start])
-    ends = np.concatenate([start + length, ranges.start + ranges.length])
-    order = np.argsort(starts, kind="stable")
-    if (starts[order][1:] < np.maximum.accumulate(ends[order])[:-1]).any():
-        twice = covered_twice(starts, ends)
-        problems += list_problems(
-            [("cross-linked", "ranges of clusters belong to more than one file", twice[0])]
-        )
-    return problems
 
 
 def inode_table(tree: Tree) -> pa.Table:

@@ -39,6 +39,7 @@ from virt_bmap.formats.filesystems.fat.files import Heap, inode_table
 from virt_bmap.formats.filesystems.fat.names import MAX_SLOTS, long_names, short_names, utf8
 from virt_bmap.formats.filesystems.fat.tree import ROOT, Entries, join_entries
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 ENTRY_ONLY = "the entry keeps the first cluster only: that the file lay in one piece is assumed"
 HALF_ONLY = f"{ENTRY_ONLY}, and so is the upper half of that cluster's number, which Windows clears"
@@ -52,9 +53,9 @@ FORBIDDEN = np.isin(np.arange(256), [*range(0x20), *b'"*+,./:;<=>?[\\]|', 0x7F])
 
 def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Table:
     """What deleted entries say of the bytes [starts[i], ends[i])."""
-    geometry, runs, heap = read_tables(reader)
+    geometry, runs, heap = read_tables(reader, Damage())
     parser = DeadParser(Parser(geometry.bits), heap, runs.free)
-    tree, _ = read_directories(reader, geometry, heap, parser)
+    tree = read_directories(reader, geometry, heap, parser)
     dead = np.flatnonzero(np.isin(tree.entries.inode, parser.dead) & ~tree.entries.directory)
     entries = tree.entries.take(dead)
     found = heap.follow(entries)

@@ -16,7 +16,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.ragged import Ragged
 from virt_bmap.formats.filesystems.fat.bpb import ENTRY
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 
 ROOT = 0
 MAX_DEPTH = 1024
@@ -74,7 +74,6 @@ class Tree(NamedTuple):
 
     entries: Entries
     ranges: Ranges
-    problems: list[Problem]
 
     def names(self) -> pa.Table:
         """The table `names`."""
@@ -93,35 +92,37 @@ describe"""
 
 
 def read_tree(
-    reader: Reader, root: Ranges, locate: Callable[[Entries], Ranges], parse: Parse, largest: int
+    reader: Reader,
+    root: Ranges,
+    locate: Callable[[Entries], Ranges],
+    parse: Parse,
+    largest: int,
+    damage: Damage,
 ) -> Tree:
     """Read all directories from the root's ranges on; `locate` says where directories lie, `largest` how many
     bytes one may have."""
     entries = [NONE]
     ranges: list[Ranges] = []
-    shared, oversize = [EMPTY], [EMPTY]
     seen = EMPTY, EMPTY
     level = root
     for _ in range(MAX_DEPTH):
         again = _overlapping(level, seen)
-        shared.append(again)
+        damage.add("twice", "directories lie on clusters of another directory", again * ENTRY)
         level = level.take(~np.isin(level.inode, again)) if len(again) else level
         if len(level.inode) == 0:
             break
         ranges.append(level)
         seen = union(np.append(seen[0], level.start), np.append(seen[1], level.start + level.length))
-        oversize.append(level.inode[level.offset + level.length > largest])
+        large = level.inode[level.offset + level.length > largest] * ENTRY
+        damage.add(
+            "directory", f"parts of directories lie beyond the limit of {largest} bytes: not read", large
+        )
         found = _read_level(reader, level, parse, largest)
         entries += found
         level = join_ranges([locate(part.take(part.directory)) for part in found])
-    problems = list_problems([
-        ("directory-loop", "directories lie on clusters of another directory: not read twice",
-            np.concatenate(shared) * ENTRY),
-        ("directory-size", f"parts of directories lie beyond the limit of {largest} bytes: not read",
-         np.concatenate(oversize) * ENTRY),
-        ("too-deep", f"directories lie more than {MAX_DEPTH} levels deep: not read", level.inode * ENTRY),
-    ])  # fmt: skip
-    return Tree(join_entries(entries), join_ranges(ranges), problems)
+    what = f"directories lie more than {MAX_DEPTH} levels deep: not read"
+    damage.add("too-deep", what, level.inode * ENTRY)
+    return Tree(join_entries(entries), join_ranges(ranges))
 
 
 def _read_level(reader: Reader, level: Ranges, parse: Parse, largest: int) -> list[Entries]:
@@ -174,9 +175,3 @@ def join_entries(parts: Sequence[Entries]) -> Entries:
     """One after the other; at least one."""
     *columns, names = zip(*parts, strict=True)
     return Entries._make([*map(np.concatenate, columns), Ragged.concat(names)])
-
-
-def list_problems(found: Sequence[tuple[str, str, Int]], severity: str = "error") -> list[Problem]:
-    """One problem for each kind of damage (code, what it is, offsets in bytes) that has at least one
-    offset."""
-    return [Problem(code, f"{len(at)} {what}", int(at[0]), severity) for code, what, at in found if len(at)]

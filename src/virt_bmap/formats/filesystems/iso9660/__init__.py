@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from virt_bmap.core.arrays import EMPTY, Bool, Int, complement, expand, ints, subtract, union
 from virt_bmap.core.errors import Unsupported
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.sharing import cut_shared, overlap
+from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.iso9660.descriptors import (
     FIRST_DESCRIPTOR,
     Descriptors,
@@ -39,10 +39,11 @@ from virt_bmap.model.contract import (
     Docs,
     Filesystem,
     FilesystemFormat,
-    Problem,
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR, NOTE
 from virt_bmap.model.tables import ExtentRows
 
 NAME = "iso9660"
@@ -92,39 +93,34 @@ def _is_high_sierra(reader: Reader) -> bool:
     return reader.read_clipped(FIRST_DESCRIPTOR + 9, 5) == b"CDROM"
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """All tables of the volume."""
     if _is_high_sierra(reader):
         raise Unsupported(
             f"{reader.name}: a High Sierra volume, the format before ISO 9660, is not read", FIRST_DESCRIPTOR
         )
-    problems: list[Problem] = []
     found = read_descriptors(reader)
-    walks = [(tree, walk(reader, found.block_size, tree, problems)) for tree in _distinct(found.trees)]
+    walks = [(tree, walk(reader, found.block_size, tree, damage)) for tree in _distinct(found.trees)]
     main = _main_tree(walks)
     files = _Files(main[0], main[1], found.block_size)
     rows = ExtentRows()
-    owned = _metadata(rows, reader, found, walks, main[0], problems)
-    _hidden_files(files, [other for tree, other in walks if tree is not main[0]], problems)
-    owned = _content(rows, reader, found, files, owned, problems)
-    owned = _boot(rows, reader, found, owned, problems)
+    owned = _metadata(rows, reader, found, walks, main[0])
+    _hidden_files(files, [other for tree, other in walks if tree is not main[0]], damage)
+    owned = _content(rows, reader, found, files, owned, damage)
+    owned = _boot(rows, reader, found, owned, damage)
     size = min(reader.size, max(found.size, int(owned[1].max(initial=0))))
     if found.size > reader.size:
-        problems.append(
-            Problem(
-                "truncated",
-                f"the volume claims {found.size} bytes, but ends at {reader.size}",
-                severity="note",
-            )
+        damage.say(
+            "truncated", f"the volume claims {found.size} bytes, but ends at {reader.size}", severity=NOTE
         )
     low, high = complement(*owned, 0, size)
     rows.add(tables.UNREFERENCED, low, high - low)
     features = _features(reader, found, main[1], walks, files)
     return Filesystem(
         type=NAME, size=size, block_size=found.block_size, root=main[0].root,
-        state="damaged" if any(problem.severity == "error" for problem in problems) else "clean",
+        state=tables.CLEAN,
         reader=reader, inodes=files.inodes(), names=files.names(), extents=rows.table(0), uuid=found.uuid,
-        label=found.label, features=" ".join(features) or None, problems=problems,
+        label=found.label, features=" ".join(features) or None,
     )  # fmt: skip
 
 
@@ -214,7 +210,7 @@ class _Files:
                 tables.type_of_mode(np.maximum(mode, 0))).astype(np.uint8),
             mode=mode, uid=join("uid", -1), gid=join("gid", -1),
             size=np.concatenate([ints(self.tree.root_size), size, self.hidden["size"]]),
-            nlink=np.where(join("nlink", 1) < 0, 1, join("nlink", 1)), mtime_ns=join("mtime_ns", lowest),
+            nlink=np.where(join("nlink", 0) < 0, 1, join("nlink", 0)), mtime_ns=join("mtime_ns", lowest),
             flags=np.concatenate([[0], zisofs, np.zeros(hidden, np.int64)]).astype(np.int64),
             record_offset=np.concatenate([ints(self.tree.root), record, self.hidden["offset"]]),
         )  # fmt: skip
@@ -268,7 +264,6 @@ def _metadata(
     found: Descriptors,
     walks: list[tuple[Tree, Walk]],
     main: Tree,
-    problems: list[Problem],
 ) -> tuple[Int, Int]:
     """Rows of everything but files; returns the ranges they take."""
     system = reader.read_clipped(0, 512)
@@ -280,13 +275,11 @@ def _metadata(
     )
     rows.add(tables.METADATA, FIRST_DESCRIPTOR, found.end - FIRST_DESCRIPTOR, part="volume descriptors")
     owned: tuple[Int, Int] = (ints(0), ints(found.end))
-    twice = 0
     for tree, seen in walks:
         low, size = seen.directories
         high = np.minimum(low + _whole(size, found.block_size), reader.size)
         kind, part = (tables.DIRECTORY, None) if tree is main else (tables.METADATA, f"{tree.name} directory")
         rows.add(kind, low, high - low, part=part, inode=low if tree is main else -1)
-        twice += (overlap((low, high), owned) or (0, 0))[0]
         owned = union(np.append(owned[0], low), np.append(owned[1], high))
     tables_at = sorted_ranges(
         [
@@ -305,8 +298,6 @@ def _metadata(
         low, high = subtract(*inside, *owned)
         rows.add(tables.METADATA, low, high - low, part=part)
         owned = union(np.append(owned[0], low), np.append(owned[1], high))
-    if twice:
-        problems.append(Problem("overlap", f"{twice} bytes of directories belong to other metadata as well"))
     return owned
 
 
@@ -319,7 +310,7 @@ def _whole_int(length: int, block_size: int) -> int:
     return -(-length // block_size) * block_size
 
 
-def _hidden_files(files: _Files, walks: list[Walk], problems: list[Problem]) -> None:
+def _hidden_files(files: _Files, walks: list[Walk], damage: Damage) -> None:
     """Files that only another tree names: they keep their bytes, but have no name in this map."""
     known = np.unique(files.walk.column["extent"])
     parts: dict[str, list[Int]] = {name: [] for name in files.hidden}
@@ -330,15 +321,7 @@ def _hidden_files(files: _Files, walks: list[Walk], problems: list[Problem]) -> 
             values.append(column[name][new])
         known = np.union1d(known, column["extent"][new])
     files.hidden = {name: np.concatenate([EMPTY, *values]) for name, values in parts.items()}
-    if count := len(files.hidden["offset"]):
-        problems.append(
-            Problem(
-                "hidden",
-                f"{count} files are named in another directory tree only",
-                int(files.hidden["offset"][0]),
-                "note",
-            )
-        )
+    damage.add("hidden", "files are named in another directory tree only", files.hidden["offset"])
 
 
 def _content(
@@ -347,7 +330,7 @@ def _content(
     found: Descriptors,
     files: _Files,
     owned: tuple[Int, Int],
-    problems: list[Problem],
+    damage: Damage,
 ) -> tuple[Int, Int]:
     """Rows of file contents, extended attribute records and link targets; returns all ranges taken so far."""
     column = files.walk.column
@@ -358,7 +341,7 @@ def _content(
     before = np.cumsum(column["size"][record]) - column["size"][record]
     new = np.append(True, file[1:] != file[:-1])[: len(file)]
     in_file = before - np.repeat(before[new], np.diff(np.append(np.flatnonzero(new), len(file))))
-    start, length, at, row = _units(column, record, in_file, found.block_size, problems)
+    start, length, at, row = _units(column, record, in_file, found.block_size, damage)
     inode, stream = files.inode[file][row], files.associated[file][row]
     packed = files.real_size[file][row]
     start = np.append(start, files.hidden["extent"])
@@ -369,10 +352,7 @@ def _content(
     packed = np.append(packed, np.full(hidden, -1, np.int64))
     end = np.minimum(start + length, reader.size)
     outside = start + length > _whole_int(reader.size, found.block_size)
-    if outside.any():
-        problems.append(Problem("outside", f"{int(outside.sum())} extents of files reach beyond the end "
-            f"at {reader.size:#x}",
-                                int(start[outside][0])))  # fmt: skip
+    damage.add("outside", f"extents of files reach beyond the end at {reader.size:#x}", start[outside])
     start = np.minimum(start, end)
     pieces = cut_shared(start, end)
     where = pieces.row
@@ -385,10 +365,6 @@ def _content(
         rows.add(tables.DATA, low[mine], size[mine], part=part, inode=inode[where][mine],
             file_offset=file_offset[mine],
                  file_length=file_length[mine], flags=flags[mine])  # fmt: skip
-    if claimed := overlap((start, end), owned):
-        problems.append(
-            Problem("overlap", f"{claimed[0]} bytes of file content are metadata as well", claimed[1])
-        )
     owned = union(np.append(owned[0], start), np.append(owned[1], end))
     return _attributes(rows, files, record, reader, owned)
 
@@ -404,7 +380,7 @@ def _without_content(column: dict[str, Int]) -> Bool:
 
 
 def _units(
-    column: dict[str, Int], record: Int, in_file: Int, block_size: int, problems: list[Problem]
+    column: dict[str, Int], record: Int, in_file: Int, block_size: int, damage: Damage
 ) -> tuple[Int, Int, Int, Int]:
     """(start, length, file offset, position in `record`) of the records' bytes; one row each, but interleaved
     files have one for each unit."""
@@ -412,12 +388,11 @@ def _units(
     woven = (unit > 0) & (gap > 0)
     count = np.where(woven, -(-size // np.maximum(unit, 1)), 1)
     if int(count.sum()) > len(record) + MAX_UNITS:
-        problems.append(
-            Problem(
-                "interleaved",
-                f"{int(woven.sum())} interleaved files have more than {MAX_UNITS} units and are "
-                "shown as one piece",
-            )
+        damage.say(
+            "simplified",
+            f"{int(woven.sum())} interleaved files have more than {MAX_UNITS} units and are "
+            "shown as one piece",
+            severity=ERROR,
         )
         woven, count = np.zeros(len(record), bool), np.ones(len(record), np.int64)
     row, nth = expand(count)
@@ -448,12 +423,12 @@ def _attributes(
 
 
 def _boot(
-    rows: ExtentRows, reader: Reader, found: Descriptors, owned: tuple[Int, Int], problems: list[Problem]
+    rows: ExtentRows, reader: Reader, found: Descriptors, owned: tuple[Int, Int], damage: Damage
 ) -> tuple[Int, Int]:
     """The boot catalog and its images: rows of their own where no file has these bytes, named inside the
     file's where one does."""
     for catalog in found.boot_catalogs:
-        length, images = read_boot_catalog(reader, catalog, problems)
+        length, images = read_boot_catalog(reader, catalog, damage)
         named = [(tables.METADATA, "El Torito boot catalog", catalog, length)]
         named += [(tables.BOOT, image.name, image.offset, image.length) for image in images]
         for kind, part, offset, size in named:

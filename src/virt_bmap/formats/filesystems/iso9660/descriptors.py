@@ -13,7 +13,8 @@ from virt_bmap.core.arrays import Int, ints
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import WARNING
 
 SECTOR = 2048
 FIRST_DESCRIPTOR = 16 * SECTOR
@@ -173,26 +174,22 @@ def _uuid(primary: np.void) -> str | None:
     return None
 
 
-def read_boot_catalog(reader: Reader, catalog: int, problems: list[Problem]) -> tuple[int, list[BootImage]]:
+def read_boot_catalog(reader: Reader, catalog: int, damage: Damage) -> tuple[int, list[BootImage]]:
     """The catalog's length in bytes (0: not readable) and the images it names, at most one sector of
     entries."""
     if catalog > reader.size - SECTOR:
-        problems.append(
-            Problem(
-                "boot-catalog", f"the El Torito boot catalog at {catalog:#x} lies outside the volume", catalog
-            )
+        damage.say(
+            "boot-catalog", f"the El Torito boot catalog at {catalog:#x} lies outside the volume", catalog
         )
         return 0, []
     data = reader.read(catalog, SECTOR)
     words = np.frombuffer(data[:32], "<u2").astype(np.int64)
     if data[0] != 1 or data[30:32] != b"\x55\xaa" or int(words.sum()) & 0xFFFF:
-        problems.append(
-            Problem(
-                "boot-catalog",
-                f"the El Torito validation entry at {catalog:#x} is not valid",
-                catalog,
-                "warning",
-            )
+        damage.say(
+            "boot-catalog",
+            f"the El Torito validation entry at {catalog:#x} is not valid",
+            catalog,
+            severity=WARNING,
         )
         return SECTOR, []
     images: list[BootImage] = []

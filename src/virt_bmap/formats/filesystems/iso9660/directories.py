@@ -13,8 +13,9 @@ from virt_bmap.core.layout import records, struct, widen
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.iso9660 import susp
 from virt_bmap.formats.filesystems.iso9660.descriptors import SECTOR, Tree
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
+from virt_bmap.model.problems import WARNING
 
 MAX_LEVELS = 256
 """ISO 9660 allows 8, Rock Ridge as many as one likes; a path of 4096 bytes has 2048."""
@@ -59,12 +60,12 @@ class Walk:
     root: dict[str, int] = field(default_factory=dict)
 
 
-def walk(reader: Reader, block_size: int, tree: Tree, problems: list[Problem]) -> Walk:
+def walk(reader: Reader, block_size: int, tree: Tree, damage: Damage) -> Walk:
     """Read a whole tree, breadth first.
 
-    Directories that lie outside the volume or are reached twice are problems, not entered.
+    Directories that lie outside the volume or are reached twice are damage, not entered.
     """
-    state = _State(reader, block_size, tree, problems)
+    state = _State(reader, block_size, tree, damage)
     skip = state.system_use_skip()
     level, level_size = ints(tree.root), ints(tree.root_size)
     for _ in range(MAX_LEVELS):
@@ -74,15 +75,15 @@ def walk(reader: Reader, block_size: int, tree: Tree, problems: list[Problem]) -
             if not len(level):
                 return state.result()
         level, level_size = state.read_level(level, level_size, skip)
-    problems.append(Problem("too-deep", f"more than {MAX_LEVELS} levels of directories", tree.root))
+    damage.say("too-deep", f"more than {MAX_LEVELS} levels of directories", tree.root)
     return state.result()
 
 
 class _State:
     """What a walk has met so far."""
 
-    def __init__(self, reader: Reader, block_size: int, tree: Tree, problems: list[Problem]) -> None:
-        self.reader, self.block_size, self.tree, self.problems = reader, block_size, tree, problems
+    def __init__(self, reader: Reader, block_size: int, tree: Tree, damage: Damage) -> None:
+        self.reader, self.block_size, self.tree, self.damage = reader, block_size, tree, damage
         self.seen, self.seen_size = EMPTY, EMPTY
         self.columns: dict[str, list[Int]] = {name: [] for name in INT_COLUMNS}
         self.names: list[Bytes] = []
@@ -106,19 +107,16 @@ class _State:
     def enter(self, level: Int, size: Int) -> tuple[Int, Int]:
         """Those directories of a level that lie inside the volume and were not read before, sorted."""
         inside = (level >= 0) & (size > 0) & (level <= self.reader.size - np.maximum(size, 1))
-        self._complain(~inside & (size > 0), level, "directory-outside", "directories lie outside the volume")
+        lost = level[~inside & (size > 0)]
+        self.damage.add("outside", "directories lie outside the volume", lost)
         level, first = np.unique(level[inside], return_index=True)
         size = size[inside][first]
         again = positions(self.seen, level) >= 0 if len(self.seen) else np.zeros(len(level), bool)
         level, size = level[~again], size[~again]
         used = int(self.seen_size.sum())
         affordable = np.cumsum(size) + used <= self.reader.budget
-        self._complain(
-            ~affordable,
-            level,
-            "directory-overlap",
-            "directories are not read: together they claim more bytes than the volume has",
-        )
+        what = "directories are not read: together they claim more bytes than the volume has"
+        self.damage.check(affordable, "twice", what, level)
         level, size = level[affordable], size[affordable]
         self.seen, self.seen_size = np.append(self.seen, level), np.append(self.seen_size, size)
         return level, size
@@ -129,10 +127,6 @@ class _State:
         return np.concatenate([EMPTY, *(pair[0] for pair in waiting)]), np.concatenate(
             [EMPTY, *(pair[1] for pair in waiting)]
         )
-
-    def _complain(self, rows: np.ndarray, offsets: Int, code: str, words: str) -> None:
-        if rows.any():
-            self.problems.append(Problem(code, f"{int(rows.sum())} {words}", int(offsets[rows][0])))
 
     def read_level(self, level: Int, size: Int, skip: int | None) -> tuple[Int, Int]:
         """Parse the directories of one level; returns offset and size of their subdirectories."""
@@ -155,14 +149,8 @@ class _State:
         identifier = raw["file_identifier_length"].astype(np.int64)
         length = raw["length"].astype(np.int64)
         fits = 33 + identifier <= length
-        if bad or not fits.all():
-            self.problems.append(
-                Problem(
-                    "directory-record",
-                    f"{bad + int((~fits).sum())} directory records do not fit",
-                    int(level[0]),
-                )
-            )
+        count = bad + int((~fits).sum())
+        self.damage.add("directory", "directory records do not fit", int(level[0]), count)
         at = at[fits]
         directory = directory[fits]
         raw = raw[fits]
@@ -181,10 +169,8 @@ class _State:
                 np.minimum(first, at + length),
                 at + length,
             )
-            if found.damaged:
-                self.problems.append(Problem("system-use", f"{found.damaged} system use entries are cut "
-                    "off or lie elsewhere", int(level[0]),
-                                             "warning"))  # fmt: skip
+            what = "system use entries are cut off or lie elsewhere"
+            self.damage.add("directory", what, int(level[0]), found.damaged, severity=WARNING)
             self.areas.append(found.areas)
             rock = susp.rock_ridge(found.entries, len(at))
             linked, where, bytes_ = susp.links(found.entries)
@@ -250,7 +236,7 @@ class _State:
         rows = np.flatnonzero(rock.child >= 0)
         place = rock.child[rows] * self.block_size
         inside = place <= self.reader.size - 34
-        self._complain(~inside, place, "relocated", "relocated directories lie outside the volume")
+        self.damage.check(inside, "outside", "relocated directories lie outside the volume", place)
         rows, place = rows[inside], place[inside]
         dot = records(self.reader.read_blocks(place, 34), RECORD)
         column["extent"][rows] = place

@@ -37,7 +37,6 @@ from virt_bmap.formats.filesystems.ntfs.inodes import (
 from virt_bmap.formats.filesystems.ntfs.links import target
 from virt_bmap.formats.filesystems.ntfs.mft import read_mft
 from virt_bmap.formats.filesystems.ntfs.owners import claim
-from virt_bmap.formats.filesystems.ntfs.problems import Problems
 from virt_bmap.formats.filesystems.ntfs.state import check_records, free_space, hibernated, label, state
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
@@ -49,6 +48,7 @@ from virt_bmap.model.contract import (
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 NAME = "ntfs"
@@ -95,36 +95,32 @@ def probe(reader: Reader) -> bool:
     return is_boot(reader.read_clipped(0, ntfs.BOOT_SECTOR.itemsize))
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """The tables of one NTFS volume."""
-    problems = Problems()
-    geometry = read_boot(reader, problems)
-    mft = read_mft(reader, geometry, problems)
-    tree = read_tree(mft, problems)
-    contents = read_contents(mft, geometry, problems)
-    check_records(reader, mft, contents, problems)
+    geometry = read_boot(reader, damage)
+    mft = read_mft(reader, geometry, damage)
+    tree = read_tree(mft, damage)
+    contents = read_contents(mft, geometry, damage)
+    check_records(reader, mft, contents, damage)
     tags = reparse_tags(reader, len(mft), contents)
     moved = np.flatnonzero(tags == ntfs.REPARSE_DEDUP)
-    problems.add(
-        "dedup",
-        "files have their content in the chunk store of deduplication",
-        record_offset(mft, moved),
-        "note",
+    damage.add(
+        "elsewhere", "files have their content in the chunk store of deduplication", record_offset(mft, moved)
     )
     types = inode_types(mft, tree, tags, interix_starts(reader, mft, contents))
     sizes, flags = sizes_and_flags(mft, tree, contents, tags)
     root = ntfs.ROOT if mft.records.directory[ntfs.ROOT : ntfs.ROOT + 1].any() else -1
     rows = ExtentRows()
-    claim(mft, tree, contents, types, reader.size, rows, problems)
-    rows.add(tables.FREE, *free_space(reader, geometry, contents, problems))
+    claim(mft, tree, contents, types, reader.size, rows, damage)
+    rows.add(tables.FREE, *free_space(reader, geometry, contents, damage))
     size = tail(reader, geometry, rows)
     asleep = hibernated(reader, tree, contents)
-    condition, features = state(reader, mft, contents, problems, asleep)
+    condition, features = state(reader, mft, contents, damage, asleep)
     return Filesystem(
         type="ntfs", size=size, block_size=geometry.cluster_size, root=root, state=condition,
         reader=reader, inodes=inode_table(mft, tree, types, sizes, flags), names=name_table(tree),
         extents=rows.table(0), uuid=f"{geometry.serial:016X}", label=label(mft), features=features or None,
-        problems=problems, traits=tables.SLEEPING if asleep else 0,
+        traits=tables.SLEEPING if asleep else 0,
     )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from virt_bmap.core.layout import record
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.ntfs.structures import BOOT_SECTOR, MIRRORED, OEM_ID
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR, NOTE
 from virt_bmap.model.tables import ExtentRows
 
 SECTOR_SIZES = (256, 512, 1024, 2048, 4096)
@@ -47,7 +48,7 @@ class Geometry(NamedTuple):
         return self.sectors * self.sector_size
 
 
-def read_boot(reader: Reader, problems: list[Problem]) -> Geometry:
+def read_boot(reader: Reader, damage: Damage) -> Geometry:
     """The geometry from the boot sector or, where that makes no sense, from the copy in the last sector."""
     sector = reader.read_clipped(0, BOOT_SECTOR.itemsize)
     try:
@@ -58,43 +59,32 @@ def read_boot(reader: Reader, problems: list[Problem]) -> Geometry:
         if not is_boot(copy):
             raise
         geometry = parse(copy, reader.size)
-        problems.append(
-            Problem(
-                "boot-sector", f"{error}; the copy in the last sector was used instead", error.offset or 0
-            )
+        damage.say(
+            "copy-used", f"{error}; the copy in the last sector was used instead", error.offset or 0, ERROR
         )
         return geometry
     if geometry.backup + geometry.sector_size > reader.size and geometry.end > reader.size:
         at, missing = reader.size, geometry.backup - reader.size
-        problems.append(
-            Problem(
-                "truncated",
-                f"the boot sector counts {geometry.sectors} sectors: {missing} bytes of them are missing",
-                at,
-            )
+        damage.say(
+            "truncated",
+            f"the boot sector counts {geometry.sectors} sectors: {missing} bytes of them are missing",
+            at,
         )
     elif geometry.backup + geometry.sector_size <= reader.size:
         copy = reader.read(geometry.backup, BOOT_SECTOR.itemsize)
         if not is_boot(copy):
-            problems.append(
-                Problem(
-                    "boot-backup",
-                    "the sector behind the volume holds no copy of the boot sector",
-                    geometry.backup,
-                    "note",
-                )
+            damage.say(
+                "copy-missing",
+                "the sector behind the volume holds no copy of the boot sector",
+                geometry.backup,
+                severity=NOTE,
             )
         elif any(
             record(copy, BOOT_SECTOR)[name] != record(sector, BOOT_SECTOR)[name]
             for name in BOOT_SECTOR.names or ()
         ):
-            problems.append(
-                Problem(
-                    "boot-backup",
-                    "the copy of the boot sector describes another volume",
-                    geometry.backup,
-                    "warning",
-                )
+            damage.say(
+                "copy-differs", "the copy of the boot sector describes another volume", geometry.backup
             )
     return geometry
 

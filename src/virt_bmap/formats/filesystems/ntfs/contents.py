@@ -11,10 +11,11 @@ from virt_bmap.formats.filesystems.ntfs import structures as ntfs
 from virt_bmap.formats.filesystems.ntfs.boot import Geometry
 from virt_bmap.formats.filesystems.ntfs.inodes import Tree, owner_of, record_offset
 from virt_bmap.formats.filesystems.ntfs.mft import Mft, read_stream
-from virt_bmap.formats.filesystems.ntfs.problems import Problems
 from virt_bmap.formats.filesystems.ntfs.records import Attributes
 from virt_bmap.formats.filesystems.ntfs.runs import HOLE, Runs, Stream, decode
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import WARNING
 
 INTX_HEAD, MAX_LINK = 8, 2 * 4096
 """Bytes of the magic of an Interix link, and of the longest target behind it: PATH_MAX characters (ntfs-3g
@@ -56,16 +57,16 @@ class Contents:
         return read_stream(reader, stream, 0, min(stream.contiguous(0), size, most)).tobytes()
 
 
-def read_contents(mft: Mft, geometry: Geometry, problems: Problems) -> Contents:
+def read_contents(mft: Mft, geometry: Geometry, damage: Damage) -> Contents:
     """Join and decode the attributes of all inodes in use."""
     owner, good = owner_of(mft.records, mft.attributes.record)
     stale = mft.records.in_use[mft.attributes.record] & ~good
     numbers = np.flatnonzero(np.bincount(mft.attributes.record[stale]))
-    problems.add(
-        "stale-extension",
+    damage.add(
+        "inode",
         "extension records belong to a file that is gone",
         record_offset(mft, numbers),
-        "warning",
+        severity=WARNING,
     )
     rows = np.flatnonzero(good)
     found, owner = (
@@ -73,9 +74,7 @@ def read_contents(mft: Mft, geometry: Geometry, problems: Problems) -> Contents:
     )
     name, texts = found.name.distinct()
     head, lost = _heads(found, owner, name)
-    problems.add(
-        "lost-piece", "attributes have lost their first piece", record_offset(mft, found.record[lost])
-    )
+    damage.add("inode", "attributes have lost their first piece", record_offset(mft, found.record[lost]))
     listed = np.flatnonzero(found.value < 0)
     decoded = decode(
         found.pairs.data,
@@ -85,12 +84,12 @@ def read_contents(mft: Mft, geometry: Geometry, problems: Problems) -> Contents:
         geometry.cluster_size,
     )
     short = decoded.bad | (~decoded.outside & (decoded.reach != found.highest_vcn[listed] + 1))
-    problems.add(
-        "run-list",
+    damage.add(
+        "extents",
         "run lists break off or end elsewhere than they should",
         record_offset(mft, found.record[listed[short]]),
     )
-    problems.add(
+    damage.add(
         "outside",
         "run lists lead out of the volume",
         record_offset(mft, found.record[listed[decoded.outside]]),

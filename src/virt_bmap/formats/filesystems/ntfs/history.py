@@ -25,8 +25,8 @@ from virt_bmap.formats.filesystems.ntfs.contents import read_contents, sizes_and
 from virt_bmap.formats.filesystems.ntfs.inodes import Tree, inode_table, inode_types, read_tree, record_offset
 from virt_bmap.formats.filesystems.ntfs.mft import Mft, read_mft
 from virt_bmap.formats.filesystems.ntfs.owners import claim
-from virt_bmap.formats.filesystems.ntfs.problems import Problems
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 
@@ -52,19 +52,19 @@ def contents(reader: Reader) -> pa.Table:
 def _as_if_alive(reader: Reader) -> tuple[Mft, Tree, Bool, pa.Table, pa.Table]:
     """The $MFT with all its records in use, its names, which records are dead, and the tables `inodes` and
     `extents` of them all."""
-    problems = Problems()
-    geometry = read_boot(reader, problems)
-    mft = read_mft(reader, geometry, problems)
+    damage = Damage()
+    geometry = read_boot(reader, damage)
+    mft = read_mft(reader, geometry, damage)
     dead = mft.records.usable & ~mft.records.in_use
     sequence = np.where(dead, _before(mft.records.sequence), mft.records.sequence)
     mft.records = replace(mft.records, in_use=mft.records.usable, sequence=sequence)
-    tree = read_tree(mft, problems)
-    contents = read_contents(mft, geometry, problems)
+    tree = read_tree(mft, damage)
+    contents = read_contents(mft, geometry, damage)
     none = np.zeros(len(mft), np.int64)
     types = inode_types(mft, tree, none, none)
     sizes, flags = sizes_and_flags(mft, tree, contents, none)
     rows = ExtentRows()
-    claim(mft, tree, contents, types, reader.size, rows, problems)
+    claim(mft, tree, contents, types, reader.size, rows, damage)
     return mft, tree, dead, inode_table(mft, tree, types, sizes, flags), rows.table(0)
 
 

@@ -14,9 +14,9 @@ from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.formats.common.ragged import Ragged
 from virt_bmap.formats.filesystems.ntfs import structures as ntfs
 from virt_bmap.formats.filesystems.ntfs.mft import Mft
-from virt_bmap.formats.filesystems.ntfs.problems import Problems
 from virt_bmap.formats.filesystems.ntfs.records import Names, Records
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 MAX_EXTEND_DEPTH = 8
 """Levels of directories below $Extend; Windows makes three ($RmMetadata/$TxfLog/...)."""
@@ -68,7 +68,7 @@ class Tree:
     metadata: Bool
 
 
-def read_tree(mft: Mft, problems: Problems) -> Tree:
+def read_tree(mft: Mft, damage: Damage) -> Tree:
     """Who is called what, and which inodes are the filesystem's own."""
     records, names = mft.records, mft.names
     count = len(mft)
@@ -80,8 +80,8 @@ def read_tree(mft: Mft, problems: Problems) -> Tree:
     deleted[owner[gone]] = True
     parent, reached = _directories(records, names, gone)
     lost = good & ~reached
-    problems.add(
-        "orphan",
+    damage.add(
+        "orphan-name",
         "names lie in a directory that is gone or was never one",
         record_offset(mft, names.record[lost]),
     )

@@ -30,7 +30,8 @@ from virt_bmap.formats.filesystems.ntfs.records import (  # fmt: skip
     undo_update_sequence,
 )
 from virt_bmap.formats.filesystems.ntfs.runs import Runs, Stream, decode
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR
 
 BATCH = 16 << 20
 """Bytes of the $MFT read at a time: few round trips, in bounded memory."""
@@ -55,19 +56,18 @@ class Mft:
         return len(self.records.usable)
 
 
-def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft:
+def read_mft(reader: Reader, geometry: Geometry, damage: Damage) -> Mft:
     """Read the whole $MFT. Corrupt where neither its first record nor the mirror's says where it lies."""
     size = geometry.record_size
-    first, mirror = first_records(reader, geometry, problems)
+    first, mirror = first_records(reader, geometry, damage)
     own, replaced = own_list(parse(first[:size], 0, size)), None
     if mirror is not None and not begins(own) and begins(copy := own_list(parse(mirror[:size], 0, size))):
         replaced, own = mirror[:size], copy  # whole as a record, but its run list is lost
-        problems.append(
-            Problem(
-                "mft-record",
-                "record 0 of the $MFT says not where it lies; its copy in $MFTMirr was read",
-                geometry.mft,
-            )
+        damage.say(
+            "copy-used",
+            "record 0 of the $MFT says not where it lies; its copy in $MFTMirr was read",
+            geometry.mft,
+            ERROR,
         )
     pieces = [decoded(own, geometry)]
     length = int(own.initialized_size[own.lowest_vcn == 0].max(initial=0))
@@ -80,7 +80,7 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
         for start, data in ahead(partial(_read, reader, stream), _spans(stream, at, length, size)):
             if start == 0:
                 data = data if replaced is None else np.concatenate([replaced, data[size:]])
-                data = repair(data, mirror, geometry, problems)
+                data = repair(data, mirror, geometry, damage)
                 system = prepared(data[: ntfs.FIRST_USER * size], size)
             for piece in range(0, len(data), PIECE):
                 batches.append(parse(data[piece : piece + PIECE], (start + piece) // size, size, held))
@@ -94,12 +94,10 @@ def read_mft(reader: Reader, geometry: Geometry, problems: list[Problem]) -> Mft
             geometry.mft,
         )
     if at < length - size:
-        problems.append(
-            Problem(
-                "mft-cut",
-                f"the $MFT is known for {at} of its {length} bytes: what lies behind is not read",
-                geometry.mft,
-            )
+        damage.say(
+            "inode",
+            f"the $MFT is known for {at} of its {length} bytes: what lies behind is not read",
+            geometry.mft,
         )
     return Mft(
         stream, concat([b.records for b in batches]), concat([b.attributes for b in batches]),
@@ -138,22 +136,17 @@ def read_stream(reader: Reader, stream: Stream, start: int, end: int) -> Bytes:
     return result
 
 
-def first_records(reader: Reader, geometry: Geometry, problems: list[Problem]) -> tuple[Bytes, Bytes | None]:
+def first_records(reader: Reader, geometry: Geometry, damage: Damage) -> tuple[Bytes, Bytes | None]:
     """(the first four records, their copies in $MFTMirr or None where these lie outside)."""
     size = ntfs.MIRRORED * geometry.record_size
     inside = 0 < geometry.mirror <= reader.size - size
     places = ints([geometry.mft, geometry.mirror] if inside else [geometry.mft])
     data = reader.read_blocks(places, size)
     if not inside:
-        problems.append(
-            Problem(
-                "mft-mirror",
-                f"mftmirr_lcn leads to byte {geometry.mirror:#x}, outside the volume",
-                0x38,
-                "warning",
-            )
+        damage.say(
+            "copy-differs", f"mftmirr_lcn leads to byte {geometry.mirror:#x}, outside the volume", 0x38
         )
-    first = repair(data[0], data[1] if inside else None, geometry, [])
+    first = repair(data[0], data[1] if inside else None, geometry, Damage())
     if not whole(first, geometry.record_size)[0]:
         raise Corrupt(f"the first record of the $MFT at byte {geometry.mft:#x} has the signature "
             f"{first[:4].tobytes()!r} or an update sequence "
@@ -161,7 +154,7 @@ def first_records(reader: Reader, geometry: Geometry, problems: list[Problem]) -
     return first, data[1] if inside else None
 
 
-def repair(data: Bytes, mirror: Bytes | None, geometry: Geometry, problems: list[Problem]) -> Bytes:
+def repair(data: Bytes, mirror: Bytes | None, geometry: Geometry, damage: Damage) -> Bytes:
     """The records of `data`, the first four taken from the mirror where only that one is whole."""
     size = geometry.record_size
     if mirror is None:
@@ -175,22 +168,16 @@ def repair(data: Bytes, mirror: Bytes | None, geometry: Geometry, problems: list
         data = data.copy()
         data[: count * size].reshape(count, size)[lost] = copies[lost]
         words = ", ".join(map(str, lost.tolist()))
-        problems.append(
-            Problem(
-                "mft-record",
-                f"records {words} of the $MFT are damaged; their copies in $MFTMirr were read",
-                geometry.mft,
-            )
+        damage.say(
+            "copy-used",
+            f"records {words} of the $MFT are damaged; their copies in $MFTMirr were read",
+            geometry.mft,
+            ERROR,
         )
     if len(differs):
         words = ", ".join(map(str, differs.tolist()))
-        problems.append(
-            Problem(
-                "mft-mirror",
-                f"$MFTMirr says something else than the $MFT in records {words}",
-                geometry.mirror,
-                "warning",
-            )
+        damage.say(
+            "copy-differs", f"$MFTMirr says something else than the $MFT in records {words}", geometry.mirror
         )
     return data
 

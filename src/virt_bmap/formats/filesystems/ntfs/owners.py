@@ -15,10 +15,9 @@ from virt_bmap.formats.filesystems.ntfs import structures as ntfs
 from virt_bmap.formats.filesystems.ntfs.contents import Contents
 from virt_bmap.formats.filesystems.ntfs.inodes import Tree
 from virt_bmap.formats.filesystems.ntfs.mft import Mft
-from virt_bmap.formats.filesystems.ntfs.problems import Problems
 from virt_bmap.formats.filesystems.ntfs.runs import HOLE
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 MAX_PARTS = 1024
@@ -55,7 +54,7 @@ def claim(
     types: np.ndarray,
     size: int,
     rows: ExtentRows,
-    problems: Problems,
+    damage: Damage,
 ) -> None:
     """Add to `rows` what every attribute owns, on a volume of `size` bytes."""
     kinds = kinds_of(mft, tree, contents, types)
@@ -65,17 +64,12 @@ def claim(
     claims.flags |= np.where(
         contents.attributes.flags[contents.head[claims.attribute]] & ntfs.ATTR_ENCRYPTED, tables.ENCRYPTED, 0
     )
-    twice(claims, problems)
     number, parts = parts_of(tree, contents, kinds)
     unnamed = int(number.max(initial=0)) - (MAX_PARTS - 1)
     if unnamed > 0:
-        problems.append(
-            Problem(
-                "many-names",
-                f"{unnamed} names of streams are more than a map keeps apart: their part is 'stream'",
-                -1,
-                "note",
-            )
+        damage.say(
+            "simplified",
+            f"{unnamed} names of streams are more than a map keeps apart: their part is 'stream'",
         )
     number = np.minimum(number, MAX_PARTS)
     order = np.argsort(number[claims.attribute], kind="stable")
@@ -276,13 +270,3 @@ def _without_tails(start: Int, end: Int, usa: Int, size: int) -> tuple[Int, Int,
             found.append(np.stack([row, (from_ - start)[row], (from_ + away)[row], (to - from_)[row]]))
     row, offset, place, length = np.concatenate(found, axis=1)
     return row, offset, place, length
-
-
-def twice(claims: Claims, problems: Problems) -> None:
-    """Report bytes that two owners claim."""
-    own = np.flatnonzero((claims.flags & tables.INLINE == 0) & (claims.length > 0))
-    order = own[np.argsort(claims.volume_offset[own], kind="stable")]
-    start = claims.volume_offset[order]
-    reach = np.maximum.accumulate(start + claims.length[order])
-    again = np.flatnonzero(start[1:] < reach[:-1]) + 1
-    problems.add("cross-linked", "extents lie on bytes that another file claims too", start[again])

@@ -16,7 +16,8 @@ from virt_bmap.formats.filesystems.ntfs.boot import Geometry
 from virt_bmap.formats.filesystems.ntfs.contents import Contents
 from virt_bmap.formats.filesystems.ntfs.inodes import Tree
 from virt_bmap.formats.filesystems.ntfs.mft import Mft, read_stream, resident_value
-from virt_bmap.formats.filesystems.ntfs.problems import Problems
+from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 HIBERNATED = (b"hibr", b"HIBR")
 """First bytes of hiberfil.sys while Windows sleeps in it; after waking they are others."""
@@ -28,24 +29,22 @@ def label(mft: Mft) -> str | None:
     return name[: len(name) & ~1].decode("utf-16-le", errors="backslashreplace") or None
 
 
-def state(reader: Reader, mft: Mft, contents: Contents, problems: Problems, asleep: bool) -> tuple[str, str]:
+def state(reader: Reader, mft: Mft, contents: Contents, damage: Damage, asleep: bool) -> tuple[str, str]:
     """(how the volume was left, its version and notable features)."""
     value = resident_value(mft.system, ntfs.VOLUME, ntfs.VOLUME_INFORMATION)
     features = []
     dirty = False
     if len(value) < ntfs.VOLUME_INFORMATION_VALUE.itemsize:
-        problems.add("volume", "record of $Volume lacks its $VOLUME_INFORMATION", np.array([-1]))
+        damage.say("inode", "the record of $Volume lacks its $VOLUME_INFORMATION")
     else:
         about = record(value, ntfs.VOLUME_INFORMATION_VALUE)
         features.append(f"ntfs{about['major_ver']}.{about['minor_ver']}")
         dirty = bool(about["flags"] & ntfs.VOLUME_IS_DIRTY)
-    if any(problem.severity == "error" for problem in problems):
-        return "damaged", " ".join(features)
     if asleep:
-        return "hibernated", " ".join(features)
+        return tables.HIBERNATED, " ".join(features)
     if not log_is_clean(contents.read(reader, ntfs.LOGFILE, ntfs.DATA, 2 * ntfs.RESTART_PAGE_SIZE)):
-        return "needs recovery", " ".join(features)
-    return "dirty" if dirty else "clean", " ".join(features)
+        return tables.NEEDS_RECOVERY, " ".join(features)
+    return tables.IN_USE if dirty else tables.CLEAN, " ".join(features)
 
 
 def hibernated(reader: Reader, tree: Tree, contents: Contents) -> bool:
@@ -77,13 +76,13 @@ def log_is_clean(pages: bytes) -> bool:
 # ---- bitmaps -----------------------------------------------------------------------------------------------
 
 
-def free_space(reader: Reader, geometry: Geometry, contents: Contents, problems: Problems) -> tuple[Int, Int]:
+def free_space(reader: Reader, geometry: Geometry, contents: Contents, damage: Damage) -> tuple[Int, Int]:
     """(offset, length) in bytes of the clusters that $Bitmap calls free, sorted."""
     stream, _ = contents.stream(reader, ntfs.BITMAP_FILE, ntfs.DATA)
     size = -(-geometry.clusters // 8)
     known = min(size, stream.contiguous(0))
     if known < size:
-        problems.add("bitmap", f"$Bitmap can be read for {known} of {size} bytes only", np.array([-1]))
+        damage.say("allocator", f"$Bitmap can be read for {known} of {size} bytes only")
     place, length = stream.place(ints(0), ints(known))[2:]
     low, high = bitmap_runs(reader, place, length, geometry.clusters, False)
     inside = reader.size
@@ -91,13 +90,13 @@ def free_space(reader: Reader, geometry: Geometry, contents: Contents, problems:
     return low, np.maximum(high - low, 0)
 
 
-def check_records(reader: Reader, mft: Mft, contents: Contents, problems: Problems) -> None:
+def check_records(reader: Reader, mft: Mft, contents: Contents, damage: Damage) -> None:
     """Report records that break the rules, or that the $MFT's own bitmap calls used although they can't be
     read."""
     records, size = mft.records, mft.system.size
     numbers = np.arange(len(mft))
-    problems.add(
-        "mft-record",
+    damage.add(
+        "inode",
         "records are in use but an attribute breaks the rules",
         _places(mft, numbers[records.damaged & records.in_use]),
     )
@@ -107,8 +106,8 @@ def check_records(reader: Reader, mft: Mft, contents: Contents, problems: Proble
     used = np.zeros(len(mft), bool)
     used[: len(bits)] = bits
     lost = numbers[(used | records.torn) & ~records.usable]
-    problems.add(
-        "mft-record",
+    damage.add(
+        "inode",
         f"records of {size} bytes are in use but have no signature or a wrong update sequence",
         _places(mft, lost),
     )

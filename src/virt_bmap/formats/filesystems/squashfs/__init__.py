@@ -22,7 +22,7 @@ from virt_bmap.core.arrays import Bytes, Int, expand, ints
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, records, struct, widen
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.sharing import cut_shared, overlap
+from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.squashfs.compression import (
     COMPRESSIONS,
     METADATA_SIZE,
@@ -38,10 +38,10 @@ from virt_bmap.model.contract import (
     Docs,
     Filesystem,
     FilesystemFormat,
-    Problem,
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 NAME = "squashfs"
@@ -90,36 +90,28 @@ def probe(reader: Reader) -> bool:
     return reader.read_clipped(0, 4) in (b"hsqs", b"sqsh")
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """All tables of the volume."""
     superblock = read_superblock(reader)
-    problems: list[Problem] = []
     rows = ExtentRows()
-    found = _read_tables(reader, superblock, rows, problems)
+    found = _read_tables(reader, superblock, rows, damage)
     tree = walk(found.inodes, found.directories, _place(superblock, "inode_table_start"),
         int(superblock["root_inode"]),
-                int(superblock["block_size"]), problems)  # fmt: skip
+                int(superblock["block_size"]), damage)  # fmt: skip
     root = _root(found.inodes, superblock, tree, reader)
-    starts, ends = _content(rows, reader, superblock, found, tree, problems)
-    if claimed := overlap((starts, ends), (found.regions[:, 0], found.regions[:, 1])):
-        problems.append(
-            Problem("overlap", f"{claimed[0]} bytes of file content are metadata as well", claimed[1])
-        )
+    _content(rows, reader, superblock, found, tree, damage)
     _inside_tables(rows, found, tree)
     size = int(superblock["bytes_used"])
     if size > reader.size:
-        problems.append(
-            Problem(
-                "truncated", f"the image has {reader.size} of the {size} bytes that it claims", reader.size
-            )
+        damage.say(
+            "truncated", f"the image has {reader.size} of the {size} bytes that it claims", reader.size
         )
     return Filesystem(
         type=NAME, size=min(size, reader.size), block_size=int(superblock["block_size"]), root=root,
-        state="damaged" if problems else "clean", reader=reader, inodes=_inodes(found, tree),
+        state=tables.CLEAN, reader=reader, inodes=_inodes(found, tree),
         names=_names(tree), extents=rows.table(0),
         features=" ".join([COMPRESSIONS[int(superblock["compression"])],
                            *(name for bit, name in FLAGS.items() if int(superblock["flags"]) & bit)]),
-                           problems=problems,
     )  # fmt: skip
 
 
@@ -172,10 +164,8 @@ class _Tables:
 class _TableReader:
     """Reads tables, names the bytes they take, and writes down what is wrong with them."""
 
-    def __init__(
-        self, reader: Reader, superblock: np.void, rows: ExtentRows, problems: list[Problem]
-    ) -> None:
-        self.reader, self.superblock, self.rows, self.problems = reader, superblock, rows, problems
+    def __init__(self, reader: Reader, superblock: np.void, rows: ExtentRows, damage: Damage) -> None:
+        self.reader, self.superblock, self.rows, self.damage = reader, superblock, rows, damage
         self.unpack = decompressor(int(superblock["compression"]))
         self.end = min(int(superblock["bytes_used"]), reader.size)
         self.regions: list[tuple[int, int]] = []
@@ -188,7 +178,7 @@ class _TableReader:
                     f"the {part} from {start:#x} to {stop:#x} is not inside the image or not before "
                     "the next table"
                 )
-                self.problems.append(Problem("table", words, start))
+                self.damage.say("tree", words, start)
             return np.zeros(0, np.uint8)
         self.rows.add(tables.METADATA, start, stop - start, part=part)
         self.regions.append((start, stop))
@@ -197,10 +187,7 @@ class _TableReader:
     def blocks(self, part: str, start: int, stop: int) -> Table:
         """The metadata blocks that fill [start, stop)."""
         table, broken = read_blocks(self.region(part, start, stop), start, self.unpack, part)
-        if broken:
-            self.problems.append(
-                Problem("metadata-block", f"{broken} metadata blocks of the {part} can't be read", start)
-            )
+        self.damage.add("tree", f"metadata blocks of the {part} can't be read", start, broken)
         return table
 
     def indexed(self, part: str, column: str, count: int, size: int, header: int = 0) -> tuple[Table, int]:
@@ -212,19 +199,15 @@ class _TableReader:
             return none, min(index, self.end)
         pointers = -(-count * size // METADATA_SIZE)
         if pointers * 8 > self.end - index - header:
-            self.problems.append(
-                Problem("table", f"the {part} at {index:#x} has more pointers than fit the image", index)
-            )
+            self.damage.say("tree", f"the {part} at {index:#x} has more pointers than fit the image", index)
             return none, index
         where = widen(np.frombuffer(self.reader.read(index + header, 8 * pointers), "<u8"), part)
         first = min(int(where.min()), index)
         table = self.blocks(part, first, index)
         self.region(part, index, index + header + 8 * pointers)
         if not np.isin(where, table.disk).all():
-            self.problems.append(
-                Problem(
-                    "table", f"the {part}'s pointers at {index:#x} do not lead to its metadata blocks", index
-                )
+            self.damage.say(
+                "tree", f"the {part}'s pointers at {index:#x} do not lead to its metadata blocks", index
             )
         return table, first
 
@@ -241,12 +224,12 @@ class _TableReader:
         return values, records(found.data[: found.length], XATTR_ID), min(start, first)
 
 
-def _read_tables(reader: Reader, superblock: np.void, rows: ExtentRows, problems: list[Problem]) -> _Tables:
+def _read_tables(reader: Reader, superblock: np.void, rows: ExtentRows, damage: Damage) -> _Tables:
     """Read every table and add its rows.
 
     Tables lie one behind the other; each ends where the next one begins.
     """
-    source = _TableReader(reader, superblock, rows, problems)
+    source = _TableReader(reader, superblock, rows, damage)
     source.region("superblock", 0, SUPERBLOCK.itemsize)
     if int(superblock["flags"]) & COMPRESSOR_OPTIONS:
         at = SUPERBLOCK.itemsize
@@ -312,24 +295,17 @@ def _names(tree: Tree) -> pa.Table:
 
 
 def _content(
-    rows: ExtentRows, reader: Reader, superblock: np.void, found: _Tables, tree: Tree, problems: list[Problem]
-) -> tuple[Int, Int]:
-    """Rows of all blocks and fragments; returns their ranges."""
+    rows: ExtentRows, reader: Reader, superblock: np.void, found: _Tables, tree: Tree, damage: Damage
+) -> None:
+    """Rows of all blocks and fragments."""
     block_size = int(superblock["block_size"])
     parts = [
-        _block_rows(found.inodes, tree, block_size, problems),
-        _fragment_rows(found.fragments, tree, block_size, problems),
+        _block_rows(found.inodes, tree, block_size, damage),
+        _fragment_rows(found.fragments, tree, block_size, damage),
     ]
     inode, at, size, start, length, packed = (np.concatenate([part[i] for part in parts]) for i in range(6))
     inside = (start >= 0) & (start <= min(int(superblock["bytes_used"]), reader.size) - length)
-    if not inside.all():
-        problems.append(
-            Problem(
-                "outside",
-                f"{int((~inside).sum())} blocks of files lie outside the image",
-                int(start[~inside][0]),
-            )
-        )
+    damage.check(inside, "outside", "blocks of files lie outside the image", start)
     inode, at, size, start, length, packed = (
         values[inside] for values in (inode, at, size, start, length, packed)
     )
@@ -345,14 +321,13 @@ def _content(
     rows.add(tables.DATA, low, pieces.end[plain] - low, inode=inode[row],
         file_offset=at[row] + low - start[row],
              flags=tables.SHARED * pieces.shared[plain])  # fmt: skip
-    return start, start + length
 
 
 Columns = tuple[Int, Int, Int, Int, Int, Int]
 """inode, file offset, bytes of the file, volume offset, bytes there, whether they are compressed."""
 
 
-def _block_rows(table: Table, tree: Tree, block_size: int, problems: list[Problem]) -> Columns:
+def _block_rows(table: Table, tree: Tree, block_size: int, damage: Damage) -> Columns:
     """Whole blocks: each inode has a list of their stored sizes; they lie one behind the other."""
     column = tree.column
     file = np.flatnonzero((column["type"] == REG) & (column["size"] > 0))
@@ -362,13 +337,8 @@ def _block_rows(table: Table, tree: Tree, block_size: int, problems: list[Proble
     fits &= (
         np.cumsum(np.where(fits, count, 0)) <= table.length // 4
     )  # lists do not overlap, so together they are shorter than the table
-    if not fits.all():
-        problems.append(
-            Problem(
-                "block-list",
-                f"{int((~fits).sum())} files claim more blocks than the inode table has room for",
-            )
-        )
+    what = "files claim more blocks than the inode table has room for"
+    damage.add("extents", what, count=int((~fits).sum()))
     file, count = file[fits], count[fits]
     row, nth = expand(count)
     word = _words(table, column["list_at"][file][row] + 4 * nth)
@@ -396,15 +366,12 @@ def _words(table: Table, at: Int) -> Int:
     return result
 
 
-def _fragment_rows(fragments: np.ndarray, tree: Tree, block_size: int, problems: list[Problem]) -> Columns:
+def _fragment_rows(fragments: np.ndarray, tree: Tree, block_size: int, damage: Damage) -> Columns:
     """Tails: a compressed fragment as a whole for each file, of a stored one the very bytes."""
     column = tree.column
     file = np.flatnonzero((column["type"] == REG) & (column["fragment"] != INVALID) & (column["size"] > 0))
     known = column["fragment"][file] < len(fragments)
-    if not known.all():
-        problems.append(
-            Problem("fragment", f"{int((~known).sum())} files refer to fragments that do not exist")
-        )
+    damage.add("extents", "files refer to fragments that do not exist", count=int((~known).sum()))
     file = file[known]
     fragment = fragments[column["fragment"][file]]
     start = widen(np.minimum(fragment["start_block"], np.uint64(2**62)), "start_block")

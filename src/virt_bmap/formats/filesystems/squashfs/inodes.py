@@ -15,7 +15,7 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, gather
 from virt_bmap.core.layout import records, struct, widen
 from virt_bmap.formats.filesystems.squashfs.compression import Table
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
 
 DIR, REG, SYMLINK, BLKDEV, CHRDEV, FIFO, SOCKET = range(1, 8)
@@ -70,7 +70,7 @@ def windows(data: Bytes, at: Int, dtype: np.dtype[np.void]) -> np.ndarray:
 
 
 def walk(
-    inodes: Table, directories: Table, inode_start: int, root: int, block_size: int, problems: list[Problem]
+    inodes: Table, directories: Table, inode_start: int, root: int, block_size: int, damage: Damage
 ) -> Tree:
     """Everything that can be reached from the root's reference (block << 16 | offset, relative to the inode
     table at `inode_start`)."""
@@ -113,31 +113,24 @@ def walk(
         names.append((own["inode"][entries.directory], target, entries.name, entries.name_length))
         level = target
     else:
-        problems.append(Problem("too-deep", f"more than {MAX_LEVELS} levels of directories"))
-    if lost:
-        problems.append(
-            Problem("metadata", f"{lost} inodes, directories or names lead nowhere or contradict themselves")
-        )
-    return _result(found, names, listings, problems)
+        damage.say("too-deep", f"more than {MAX_LEVELS} levels of directories")
+    damage.add("inode", "inodes, directories or names lead nowhere or contradict themselves", count=lost)
+    return _result(found, names, listings, damage)
 
 
 def _result(
     found: list[dict[str, Int]],
     names: list[tuple[Int, Int, Bytes, Int]],
     listings: list[tuple[Int, Int, Int]],
-    problems: list[Problem],
+    damage: Damage,
 ) -> Tree:
     """The levels joined, with inode numbers for positions."""
     if not found:
         return Tree()
     column = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
     _, first = np.unique(column["inode"], return_index=True)
-    if len(first) < len(column["inode"]):
-        problems.append(
-            Problem(
-                "inode-number", f"{len(column['inode']) - len(first)} inodes have the number of another one"
-            )
-        )
+    again = len(column["inode"]) - len(first)
+    damage.add("inode", "inodes have the number of another one", count=again)
     target = np.concatenate([EMPTY, *(part[1] for part in names)])
     row = positions(column["at"], target)
     keep = row >= 0

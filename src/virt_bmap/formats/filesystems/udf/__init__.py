@@ -23,7 +23,7 @@ from virt_bmap.core.columns import stack, take
 from virt_bmap.core.errors import FormatError
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.ragged import Ragged
-from virt_bmap.formats.common.sharing import cut_shared, overlap
+from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.udf import directories, entries, volume
 from virt_bmap.formats.filesystems.udf.entries import Entries, Extents
 from virt_bmap.formats.filesystems.udf.links import target
@@ -34,10 +34,10 @@ from virt_bmap.model.contract import (
     Docs,
     Filesystem,
     FilesystemFormat,
-    Problem,
     Structure,
     Structures,
 )
+from virt_bmap.model.damage import Damage
 
 NAME = "udf"
 INODE = "the byte of the volume at which its ICB lies"
@@ -90,49 +90,41 @@ def probe(reader: Reader) -> bool:
     return True
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """All tables of the volume, or of the ISO 9660 volume beside it where that owns as much.
 
     Raises Corrupt and Unsupported.
     """
     if not volume.recognised(reader)[2]:
-        return read_alone(reader)
+        return read_alone(reader, damage)
     from virt_bmap.formats.filesystems.udf import bridge
 
-    return bridge.read(reader, others)
+    return bridge.read(reader, others, damage)
 
 
-def read_alone(reader: Reader) -> Filesystem:
+def read_alone(reader: Reader, damage: Damage) -> Filesystem:
     """The UDF volume, whatever lies beside it."""
-    problems: list[Problem] = []
-    disk = volume.read_volume(reader, problems)
+    disk = volume.read_volume(reader, damage)
     rows = tables.ExtentRows()
-    _open_metadata(reader, disk, rows, problems)
+    _open_metadata(reader, disk, rows, damage)
     place, file_set = volume.read_file_set(reader, disk)
     partition, block = ints(int(file_set["RootPartition"])), ints(int(file_set["RootBlock"]))
-    found, extents, names, beside = _walk(reader, disk, partition, block, rows, problems)
+    found, extents, names, beside = _walk(reader, disk, partition, block, rows, damage)
     if int(file_set["StreamLength"]) & 0x3FFFFFFF:
         beside.append((ints(-1), ints(int(file_set["StreamPartition"])), ints(int(file_set["StreamBlock"]))))
-    _add_beside(reader, disk, beside, found.inode, rows, problems)
-    _add_content(rows, found, extents, disk.block_size, problems)
+    _add_beside(reader, disk, beside, found.inode, rows, damage)
+    _add_content(rows, found, extents, disk.block_size, damage)
     _add_structures(rows, reader, disk, place)
-    _add_free(rows, reader, disk, problems)
+    _add_free(rows, reader, disk, damage)
     root = int(disk.places(partition, block)[0])
     ends = [part.start + part.length * disk.block_size for part in disk.partitions if part.runs is None]
     size = min(reader.size, max([*ends, *(end for _, _, end in disk.areas)]))
     extent_table = _tiled(rows.table(0), disk, size)
-    state = (
-        "damaged"
-        if any(problem.severity == "error" for problem in problems)
-        else "clean"
-        if disk.closed
-        else "not clean"
-    )
+    state = tables.CLEAN if disk.closed else tables.IN_USE
     return Filesystem(
         type=NAME, size=size, block_size=disk.block_size, root=root, state=state, reader=reader,
         inodes=_inodes(found), names=names, extents=extent_table, uuid=disk.uuid, label=disk.label or None,
         features=f"UDF{disk.revision >> 8:x}.{disk.revision & 0xFF:02x}" if disk.revision else None,
-        problems=problems,
     )  # fmt: skip
 
 
@@ -140,7 +132,7 @@ def read_alone(reader: Reader) -> Filesystem:
 
 
 def _walk(
-    reader: Reader, disk: Volume, partition: Int, block: Int, rows: tables.ExtentRows, problems: list[Problem]
+    reader: Reader, disk: Volume, partition: Int, block: Int, rows: tables.ExtentRows, damage: Damage
 ) -> tuple[Entries, Extents, pa.Table, list[tuple[Int, Int, Int]]]:
     """All entries that are reached from the root, their extents, the names, and the ICBs of streams and
     attributes; rows for blocks with further descriptors."""
@@ -151,7 +143,7 @@ def _walk(
     seen, budget = EMPTY, reader.budget
     for _ in range(MAX_LEVELS):
         level: list[tuple[Entries, Extents]] = []
-        for batch in entries.read_entries(reader, disk, partition, block, problems):
+        for batch in entries.read_entries(reader, disk, partition, block, damage):
             rows.add(
                 tables.TREE,
                 batch.continued[0],
@@ -164,7 +156,7 @@ def _walk(
         found += [one for one, _ in level]
         extents += [one for _, one in level]
         seen = np.union1d(seen, np.concatenate([EMPTY, *(one.inode for one, _ in level)]))
-        names, budget = _names(reader, disk, level, budget, problems)
+        names, budget = _names(reader, disk, level, budget, damage)
         target = disk.places(names.partition, names.block)
         listed.append((names.parent, target, names.name))
         new = (target >= 0) & ~np.isin(target, seen)
@@ -172,7 +164,7 @@ def _walk(
         if not new.any():
             break
     else:
-        problems.append(Problem("too-deep", f"directories lie more than {MAX_LEVELS} levels deep: not read"))
+        damage.say("too-deep", f"directories lie more than {MAX_LEVELS} levels deep: not read")
     reached = stack(Entries, found)
     before = np.cumsum([0] + [len(part.inode) for part in found]).tolist()
     extents = [replace(part, owner=part.owner + base) for part, base in zip(extents, before, strict=False)]
@@ -181,9 +173,7 @@ def _walk(
         for column in ([one[0] for one in listed], [one[1] for one in listed])
     )
     name = Ragged.concat([one[2] for one in listed])
-    exist = np.isin(targets, reached.inode)
-    if not exist.all():
-        problems.append(Problem("dangling", f"{int((~exist).sum())} names lead to no file entry"))
+    exist = targets >= 0  # the rest was found to lie outside its partition
     table = tables.make(
         "names",
         volume=0,
@@ -200,7 +190,7 @@ def _add_beside(
     beside: list[tuple[Int, Int, Int]],
     known: Int,
     rows: tables.ExtentRows,
-    problems: list[Problem],
+    damage: Damage,
 ) -> None:
     """Rows for named streams and for attributes in files of their own: their bytes are the file's, whatever
     they are called; -1 stands for the system."""
@@ -212,7 +202,7 @@ def _add_beside(
         place, first = np.unique(place[fresh], return_index=True)
         inode, partition, block = inode[fresh][first], partition[fresh][first], block[fresh][first]
         seen = np.append(seen, place)
-        level = list(entries.read_entries(reader, disk, partition, block, problems))
+        level = list(entries.read_entries(reader, disk, partition, block, damage))
         for batch in level:
             owner = inode[np.searchsorted(place, batch.entries.inode)]
             rows.add(
@@ -230,7 +220,7 @@ def _add_beside(
             disk,
             [(batch.entries, batch.extents) for batch in level],
             budget,
-            problems,
+            damage,
             entries.STREAMS,
         )
         inode, partition, block = inode[np.searchsorted(place, names.parent)], names.partition, names.block
@@ -241,7 +231,7 @@ def _names(
     disk: Volume,
     level: list[tuple[Entries, Extents]],
     budget: int,
-    problems: list[Problem],
+    damage: Damage,
     kind: int = entries.DIRECTORY,
 ) -> tuple[directories.Names, int]:
     """The names in the directories of a level, and how many bytes of directories may still be read: hostile
@@ -255,12 +245,7 @@ def _names(
         length[length > np.clip(reader.size - mine.start, 0, None)] = 0
         affordable = np.cumsum(length) <= budget
         if not affordable.all():
-            problems.append(
-                Problem(
-                    "directory-overlap",
-                    "directories claim more bytes than the volume has: the rest is not read",
-                )
-            )
+            damage.say("twice", "directories claim more bytes than the volume has: the rest is not read")
             length = np.where(affordable, length, 0)
         budget -= int(length.sum())
         order = np.lexsort((mine.file_offset, mine.owner))
@@ -271,7 +256,7 @@ def _names(
         first = np.flatnonzero(new)
         size = np.diff(np.append(at[first], len(data)))
         padded, base = _aligned(data, at[first], size)
-        parts.append(directories.parse(padded, one.inode[owner[first]], base, size, problems))
+        parts.append(directories.parse(padded, one.inode[owner[first]], base, size, damage))
     parent, partition, block = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("parent", "partition", "block")
     )
@@ -303,7 +288,7 @@ def _inodes(found: Entries) -> pa.Table:
 
 
 def _add_content(
-    rows: tables.ExtentRows, found: Entries, extents: Extents, block_size: int, problems: list[Problem]
+    rows: tables.ExtentRows, found: Entries, extents: Extents, block_size: int, damage: Damage
 ) -> None:
     """ICBs, and what lies where they say. Bytes that several files have are shared."""
     rows.add(tables.METADATA, found.inode, block_size, part="file entry", inode=found.inode)
@@ -331,15 +316,9 @@ def _add_content(
         file_offset=out.file_offset[cut.row] + cut.start - out.start[cut.row],
         flags=cut.shared * tables.SHARED,
     )
-    if claimed := overlap(
-        union(out.start, out.start + out.length), union(found.inode, found.inode + block_size)
-    ):
-        problems.append(
-            Problem("overlap", f"{claimed[0]} bytes of files are file entries as well", claimed[1])
-        )
 
 
-def _open_metadata(reader: Reader, disk: Volume, rows: tables.ExtentRows, problems: list[Problem]) -> None:
+def _open_metadata(reader: Reader, disk: Volume, rows: tables.ExtentRows, damage: Damage) -> None:
     """Where the blocks of metadata partitions lie: the extents of their files, which the partition below
     holds. The mirror serves where the file is lost."""
     for part in disk.partitions[:]:
@@ -361,7 +340,7 @@ def _open_metadata(reader: Reader, disk: Volume, rows: tables.ExtentRows, proble
             block = int(about[name])
             if block == volume.NONE:
                 continue
-            for found in entries.read_entries(reader, disk, ints(reference), ints(block), problems):
+            for found in entries.read_entries(reader, disk, ints(reference), ints(block), damage):
                 out = take(found.extents, np.flatnonzero(found.extents.embedded == 0))
                 rows.add(
                     tables.METADATA,
@@ -398,7 +377,7 @@ def _add_structures(rows: tables.ExtentRows, reader: Reader, disk: Volume, file_
     rows.add(tables.METADATA, file_set, disk.block_size, part="file set descriptor")
 
 
-def _add_free(rows: tables.ExtentRows, reader: Reader, disk: Volume, problems: list[Problem]) -> None:
+def _add_free(rows: tables.ExtentRows, reader: Reader, disk: Volume, damage: Damage) -> None:
     """What the partitions' own bitmaps and tables call free.
 
     Where nothing can be written any more, nobody has to keep them: they are no allocator's word.
@@ -422,12 +401,10 @@ def _add_free(rows: tables.ExtentRows, reader: Reader, disk: Volume, problems: l
                 part="space bitmap",
             )
             if found is None:
-                problems.append(
-                    Problem(
-                        "bitmap",
-                        f"the space bitmap at byte {place:#x} is none: free space is not known",
-                        place,
-                    )
+                damage.say(
+                    "allocator",
+                    f"the space bitmap at byte {place:#x} is none: free space is not known",
+                    place,
                 )
                 continue
             rows.add(kind, start + found[0] * size, (found[1] - found[0]) * size)

@@ -15,21 +15,25 @@ from virt_bmap.core.errors import FormatError
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems import iso9660, udf
 from virt_bmap.model import tables
-from virt_bmap.model.contract import Filesystem, Problem
+from virt_bmap.model.contract import Filesystem
+from virt_bmap.model.damage import Damage
 
 NOBODYS = (tables.FREE, tables.UNREFERENCED)
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """The one of the two volumes that holds more. Raises what ISO 9660's reader does."""
+    of_udf, of_iso = Damage(), Damage()
     try:
-        found = udf.read_alone(reader)
+        found = udf.read_alone(reader, of_udf)
     except FormatError as error:
-        other = iso9660.read(reader, others)
-        other.problems.append(Problem("udf", f"the UDF volume beside it is not read: {error}", -1, "warning"))
+        other = iso9660.read(reader, others, damage)
+        damage.say("beside", f"the UDF volume beside it is not read: {error}")
         return other
-    other = iso9660.read(reader, others)
-    return beside(found, other) if _content(found) > _content(other) else beside(other, found)
+    other = iso9660.read(reader, others, of_iso)
+    has_more = _content(found) > _content(other)
+    damage.take(of_udf if has_more else of_iso)
+    return beside(found, other) if has_more else beside(other, found)
 
 
 def _content(found: Filesystem) -> int:

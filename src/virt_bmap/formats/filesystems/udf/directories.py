@@ -15,7 +15,7 @@ import pyarrow as pa
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand
 from virt_bmap.core.layout import records, struct
 from virt_bmap.formats.common.ragged import Ragged
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 
 IDENTIFIER = 257
 DELETED, PARENT = 4, 8
@@ -38,7 +38,7 @@ class Names:
     name: Ragged
 
 
-def parse(data: Bytes, parent: Int, base: Int, size: Int, problems: list[Problem]) -> Names:
+def parse(data: Bytes, parent: Int, base: Int, size: Int, damage: Damage) -> Names:
     """The names in directories whose content is data[base[i]:base[i] + size[i]]; `base` are multiples of
     four. Deleted ones, and the parent's, are left out."""
     directory, nth = expand(np.maximum(size - FID.itemsize, -1) // ALIGN + 1)
@@ -62,12 +62,10 @@ def parse(data: Bytes, parent: Int, base: Int, size: Int, problems: list[Problem
     first = ~np.isin(base, at) & (size >= FID.itemsize)
     if lost.any() or first.any():
         places = np.append(parent[directory[lost]], parent[first])
-        problems.append(
-            Problem(
-                "directory",
-                f"{len(places)} directories break off: what follows is no file identifier",
-                int(places[0]),
-            )
+        damage.say(
+            "directory",
+            f"{len(places)} directories break off: what follows is no file identifier",
+            int(places[0]),
         )
     keep = np.flatnonzero(
         reached & (found["FileCharacteristics"] & (DELETED | PARENT) == 0) & (found["IdentifierLength"] > 0)

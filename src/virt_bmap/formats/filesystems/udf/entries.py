@@ -15,7 +15,8 @@ from virt_bmap.core.columns import stack
 from virt_bmap.core.layout import records, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.udf.volume import ALLOCATION, Volume
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR
 
 FILE, UNALLOCATED, EXTENDED = 261, 263, 266
 SHORT, LONG, WIDE, EMBEDDED = range(4)
@@ -105,22 +106,20 @@ class Found:
 
 
 def read_entries(
-    reader: Reader, volume: Volume, partition: Int, block: Int, problems: list[Problem]
+    reader: Reader, volume: Volume, partition: Int, block: Int, damage: Damage
 ) -> Iterator[Found]:
     """The entries at these blocks of partitions, each block once, in bounded batches."""
     place = volume.places(partition, block)
-    _complain(
-        problems, "icb-outside", "ICBs lie outside their partition", place < 0, block * volume.block_size
-    )
+    damage.add("outside", "ICBs lie outside their partition", (block * volume.block_size)[place < 0])
     partition, place = partition[place >= 0], place[place >= 0]
     place, first = np.unique(place, return_index=True)
     partition = partition[first]
     step = max(1, BATCH // volume.block_size)
     for at in range(0, len(place), step):
-        yield _batch(reader, volume, partition[at : at + step], place[at : at + step], problems)
+        yield _batch(reader, volume, partition[at : at + step], place[at : at + step], damage)
 
 
-def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, problems: list[Problem]) -> Found:
+def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, damage: Damage) -> Found:
     """What the blocks at `place` hold. All rows are read as both kinds of entry, which agree on the first 56
     bytes; `field` takes each row's own. Of five blocks of 2048 bytes:
 
@@ -128,17 +127,20 @@ def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, problems:
         a file       261      4     yes        176            176        184   one short descriptor
         a directory  266      4     yes        216            216        300   84 bytes of names, embedded
         a file       266      4     yes        216            316        324   100 bytes of attributes
-        old style    261   4096      no                                        problem "strategy"
-        zeroes         0             no                                        problem "file-entry"
+        old style    261   4096      no                                        "unsupported"
+        zeroes         0             no                                        damage "inode"
     """
     data = reader.read_blocks(place, volume.block_size)
     common = records(data, COMMON)
     extended = common["TagIdentifier"] == EXTENDED
     good = tagged(data) & (extended | (common["TagIdentifier"] == FILE))
-    _complain(problems, "file-entry", "blocks that should hold a file entry do not", ~good, place)
+    damage.add("inode", "blocks that should hold a file entry do not", place[~good])
     other = good & (common["StrategyType"] != STRATEGY)
-    _complain(
-        problems, "strategy", "ICBs have a strategy other than 4: what they hold is not read", other, place
+    damage.add(
+        "unsupported",
+        "ICBs have a strategy other than 4: what they hold is not read",
+        place[other],
+        severity=ERROR,
     )
     rows = np.flatnonzero(good & ~other)
     data = data[rows]
@@ -170,11 +172,11 @@ def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, problems:
         field("ADLength").astype(np.int64),
     )
     fits = head + attributes + length <= volume.block_size
-    _complain(problems, "file-entry", "file entries are longer than their block", ~fits, place)
+    damage.add("inode", "file entries are longer than their block", place[~fits])
     length = np.where(fits, length, 0)
     size = field("InformationLength")
     huge = size > np.uint64(1 << 62)
-    _complain(problems, "file-size", "files say that they are larger than any can be", huge, place)
+    damage.add("inode", "files say that they are larger than any can be", place[huge])
     kind, permissions, flags = (
         common["FileType"].astype(np.int64),
         common["Permissions"].astype(np.int64),
@@ -200,7 +202,7 @@ def _batch(reader: Reader, volume: Volume, partition: Int, place: Int, problems:
     )  # fmt: skip
     start = np.arange(len(rows)) * volume.block_size + head + attributes
     lists = _Lists(np.arange(len(rows)), flags & 7, partition, data.reshape(-1), start, length)
-    extents, continued = _extents(reader, volume, lists, place, problems)
+    extents, continued = _extents(reader, volume, lists, place, damage)
     embedded = np.flatnonzero((flags & 7 == EMBEDDED) & (length > 0))
     inside = Extents(
         embedded,
@@ -278,7 +280,7 @@ class _Lists:
 
 
 def _extents(
-    reader: Reader, volume: Volume, lists: _Lists, place: Int, problems: list[Problem]
+    reader: Reader, volume: Volume, lists: _Lists, place: Int, damage: Damage
 ) -> tuple[Extents, tuple[Int, Int]]:
     """All extents of the lists and of the blocks in which they go on; and these blocks, as (start, inode)."""
     owner, partition, block, length, what = [EMPTY], [EMPTY], [EMPTY], [EMPTY], [EMPTY]
@@ -293,12 +295,10 @@ def _extents(
         mine = found[0][goes_on]
         fresh = (at >= 0) & ~np.isin(at, seen)
         fresh[np.setdiff1d(np.arange(len(at)), np.unique(at, return_index=True)[1])] = False
-        _complain(
-            problems,
-            "descriptors",
+        damage.add(
+            "extents",
             "allocation descriptors go on outside the partition, or in a block that was read before",
-            ~fresh,
-            place[mine],
+            (place[mine])[~fresh],
         )
         at, mine = at[fresh], mine[fresh]
         if not len(at):
@@ -311,9 +311,7 @@ def _extents(
             & (head["TagIdentifier"] == ALLOCATION)
             & (head["ADLength"] <= volume.block_size - CONTINUATION.itemsize)
         )
-        _complain(
-            problems, "descriptors", "blocks with further allocation descriptors are damaged", ~good, at
-        )
+        damage.add("extents", "blocks with further allocation descriptors are damaged", at[~good])
         holders.append(mine)
         lists = _Lists(
             mine,
@@ -333,12 +331,10 @@ def _extents(
     row, inside, start, size = pieces(volume, parts[real], blocks[real], lengths[real])
     short = np.zeros(len(real), np.int64)
     np.add.at(short, row, size)
-    _complain(
-        problems,
-        "extent-outside",
+    damage.add(
+        "outside",
         "extents of files reach out of their partition",
-        short < whole(lengths[real], volume.block_size),
-        place[owners[real]],
+        (place[owners[real]])[short < whole(lengths[real], volume.block_size)],
     )
     rows = real[row]
     extents = Extents(
@@ -442,13 +438,3 @@ def pieces(volume: Volume, partition: Int, block: Int, length: Int) -> tuple[Int
 def whole(length: Int, size: int) -> Int:
     """Lengths rounded up to blocks."""
     return -(-length // size) * size
-
-
-def _complain(
-    problems: list[Problem], code: str, words: str, rows: np.ndarray, places: Int, severity: str = "error"
-) -> None:
-    if rows.any():
-        first = int(places[rows][0])
-        problems.append(
-            Problem(code, f"{int(rows.sum())} {words}, the first at byte {first:#x}", first, severity)
-        )

@@ -16,7 +16,8 @@ from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.bitmaps import bitmap_runs
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR
 
 RECOGNITION = 32768
 SECTOR = 2048
@@ -162,7 +163,7 @@ def is_tag(data: bytes, identifier: int, location: int | None = None) -> bool:
     )
 
 
-def read_volume(reader: Reader, problems: list[Problem]) -> Volume:
+def read_volume(reader: Reader, damage: Damage) -> Volume:
     """The logical volume. Raises Corrupt where no anchor or no whole sequence is found, Unsupported for what
     is not read."""
     size, anchors = anchors_of(reader)
@@ -179,12 +180,11 @@ def read_volume(reader: Reader, problems: list[Problem]) -> Volume:
                 break
         found = found or (sequence if LOGICAL in sequence else {})
         if LOGICAL not in sequence:
-            problems.append(
-                Problem(
-                    "sequence",
-                    f"the {words} volume descriptor sequence holds no whole logical volume descriptor",
-                    start,
-                )
+            damage.say(
+                "copy-used",
+                f"the {words} volume descriptor sequence holds no whole logical volume descriptor",
+                start,
+                severity=ERROR,
             )
     if LOGICAL not in found or PARTITION not in found:
         raise Corrupt(

@@ -22,9 +22,8 @@ from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.errors import Corrupt, FormatError
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.filesystems.xfs import disk
-from virt_bmap.formats.filesystems.xfs.directories import Names, read_directories, stack_names
+from virt_bmap.formats.filesystems.xfs.directories import read_directories, stack_names
 from virt_bmap.formats.filesystems.xfs.forks import ATTR_FORK, Extents, split, tree_extents, usable
 from virt_bmap.formats.filesystems.xfs.geometry import Geometry, read_geometry, uuid_text
 from virt_bmap.formats.filesystems.xfs.groups import read_groups
@@ -32,6 +31,7 @@ from virt_bmap.formats.filesystems.xfs.inodes import Inodes, read_inodes
 from virt_bmap.formats.filesystems.xfs.log import find_log
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Checks, Docs, Filesystem, FilesystemFormat, Proof, Structure, Structures
+from virt_bmap.model.damage import Damage
 
 NAME = "xfs"
 FEATURES = (
@@ -88,17 +88,18 @@ def probe(reader: Reader) -> bool:
     return reader.read_clipped(0, 4) == b"XFSB"
 
 
-def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
+def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """All tables of the filesystem."""
     geometry = read_geometry(reader)
-    damage, rows = Damage(), tables.ExtentRows()
+    rows = tables.ExtentRows()
     if geometry.size > reader.size:
-        damage.add(
-            "truncated", f"filesystem of {geometry.size} bytes on a volume of {reader.size}", reader.size
-        )
+        words = f"the filesystem has {geometry.size} bytes, but the volume ends after {reader.size}"
+        damage.say("truncated", words, reader.size)
     reader, state = _recovered(reader, geometry, others, damage)
-    if state in ("needs recovery", "frozen"):
+    if state in (tables.RECOVERED, tables.FROZEN):
         geometry = read_geometry(reader)  # the superblock may be in the log, too
+    if geometry.has("needsrepair"):
+        damage.say("marked-damaged", "the superblock says that it needs xfs_repair (needsrepair)", 0)
     log = np.array([geometry.logstart])
     if geometry.logstart and geometry.holds(log, np.array([geometry.logblocks])).all():
         rows.add(
@@ -116,15 +117,12 @@ def read(reader: Reader, others: Sequence[Reader] = ()) -> Filesystem:
     )
     _fork_rows(geometry, damage, inodes, extents, groups.shared, rows)
     names = stack_names([contents.names, in_blocks])
-    _check_names(geometry, damage, names, inodes, groups.unlinked)
-    table = rows.table(0)
-    _check_owners(damage, table)
+    _check_orphans(geometry, damage, inodes, groups.unlinked)
     return Filesystem(
         type=NAME, size=geometry.size, block_size=geometry.block_size, root=geometry.rootino, state=state,
-        reader=reader, inodes=_inodes_table(inodes), extents=table,
+        reader=reader, inodes=_inodes_table(inodes), extents=rows.table(0),
         names=tables.make("names", volume=0, parent=names.parent, inode=names.inode, name=names.name.arrow()),
         uuid=uuid_text(geometry.uuid), label=geometry.label or None, features=" ".join(geometry.features),
-        problems=damage.problems(),
     )  # fmt: skip
 
 
@@ -135,17 +133,16 @@ def _recovered(
     try:
         log = find_log(reader, geometry, others)
     except Corrupt as error:
-        damage.add("log", f"log can't be followed: {error}", -1 if error.offset is None else error.offset)
-        return reader, "damaged"
+        damage.say("journal", f"the log can't be followed: {error}", error.offset)
+        return reader, tables.NEEDS_RECOVERY
     if log is None:
-        damage.add(
-            "external-log",
-            "log lies outside, on none of these disks: it may hold changes that are not in place",
-            severity="note",
+        damage.say(
+            "journal-missing",
+            "the log lies outside, on none of these disks: it may hold changes that are not in place",
         )
-        return reader, "unknown"
+        return reader, tables.NEEDS_RECOVERY
     if log.clean:
-        return reader, "needs repair" if geometry.has("needsrepair") else "clean"
+        return reader, tables.CLEAN
     from virt_bmap.formats.filesystems.xfs.replay import (
         replay,  # most volumes were unmounted, and do without it
     )
@@ -153,26 +150,23 @@ def _recovered(
     try:
         done = replay(reader, geometry, log)
     except FormatError as error:
-        damage.add(
-            "log", f"log with {log.active} bytes of changes was not replayed: {error}", severity="warning"
-        )
-        return reader, "needs recovery"
+        damage.say("not-replayed", f"the log with {log.active} bytes of changes was not replayed: {error}")
+        return reader, tables.NEEDS_RECOVERY
     # xfs_fs_freeze empties the log, then logs the superblock so that orphans are freed after a crash
     if done.superblock_only:
-        return done.reader, "frozen"
+        return done.reader, tables.FROZEN
     damage.add(
-        "replayed",
+        "journal-replayed",
         "changes of the log are applied in memory, the image itself is unchanged",
         count=done.items,
-        severity="note",
     )
     if done.unfinished:
         text = (
             "operations of the log were begun and not ended; a kernel would complete them, what they "
             "free is still shown as it was"
         )
-        damage.add("unfinished", text, count=done.unfinished, severity="warning")
-    return done.reader, "needs recovery"
+        damage.add("not-replayed", text, count=done.unfinished)
+    return done.reader, tables.RECOVERED
 
 
 def _of(extents: Extents, inodes: Inodes, kind: int) -> Bool:
@@ -240,47 +234,16 @@ def _inodes_table(inodes: Inodes) -> pa.Table:
     )  # fmt: skip
 
 
-def _check_names(geometry: Geometry, damage: Damage, names: Names, inodes: Inodes, heads: Int) -> None:
-    """Names without inode, inodes without name, and orphans that no list of orphans (AGI, di_next_unlinked)
-    leads to."""
-    known = len(inodes.number)
-    if known == 0:
-        damage.add("empty", "root directory is missing: no inode could be read")
-        return
-    at = np.minimum(np.searchsorted(inodes.number, names.inode), known - 1)
-    found = inodes.number[at] == names.inode
-    if not found.all():
-        damage.add("name-dangling", "names lead to inodes that are not in use", count=int((~found).sum()))
-    named = np.zeros(known, bool)
-    named[at[found]] = True
+def _check_orphans(geometry: Geometry, damage: Damage, inodes: Inodes, heads: Int) -> None:
+    """Inodes without links are on the lists of orphans (AGI, di_next_unlinked), and no others begin one."""
     deleted = (inodes.flags & tables.I_DELETED) != 0
-    named |= deleted | (inodes.type == tables.T_METADATA) | (inodes.number == geometry.rootino)
-    damage.check(named, "no-name", "inodes have links but no name", inodes.record)
-    if not (inodes.number == geometry.rootino).any():
-        damage.add("root", f"root directory, inode {geometry.rootino}, is missing")
     orphans = inodes.number[deleted]
     group = orphans >> geometry.agi_bits << geometry.agi_bits
     listed = np.isin(orphans, np.concatenate([heads, group | inodes.next_unlinked[deleted]]))
-    damage.check(
-        listed,
-        "lost-orphan",
-        "inodes without links are on no list of orphans",
-        inodes.record[deleted],
-        "warning",
-    )
-    if astray := int((~np.isin(heads, orphans)).sum()):
-        damage.add("orphan-list", "lists of orphans begin with an inode that is none", count=astray)
-
-
-def _check_owners(damage: Damage, extents: pa.Table) -> None:
-    """Bytes with two owners, or owned and free, that no reference count allows."""
-    flags = tables.integers(extents, "flags")
-    mine = np.flatnonzero((flags & (tables.INLINE | tables.SHARED)) == 0)
-    start, length = tables.integers(extents, "volume_offset")[mine], tables.integers(extents, "length")[mine]
-    order = np.argsort(start, kind="stable")
-    start, end = start[order], (start + length)[order]
-    alone = np.append(True, start[1:] >= np.maximum.accumulate(end)[:-1])[: len(start)]
-    damage.check(alone, "two-owners", "extents have a second owner, or are free as well", start)
+    what = "inodes without links are on no list of orphans"
+    damage.check(listed, "orphan-list", what, inodes.record[deleted], "warning")
+    astray = int((~np.isin(heads, orphans)).sum())
+    damage.add("orphan-list", "lists of orphans begin with an inode that is none", count=astray)
 
 
 def _structures() -> Structures:
@@ -295,10 +258,10 @@ def _structures() -> Structures:
     }
 
 
-def _prove(found: Filesystem) -> list[Proof]:
+def _prove(found: Filesystem, damage: Damage) -> list[Proof]:
     from virt_bmap.formats.filesystems.xfs import proof
 
-    return proof.prove(found)
+    return proof.prove(found, damage)
 
 
 FORMAT = FilesystemFormat(

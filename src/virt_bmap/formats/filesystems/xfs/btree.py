@@ -14,9 +14,9 @@ from virt_bmap.core.arrays import Bool, Bytes, Int, expand
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.layout import records
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.filesystems.xfs import disk
 from virt_bmap.formats.filesystems.xfs.geometry import Geometry
+from virt_bmap.model.damage import Damage
 
 MAX_LEVELS = 12
 """XFS_BTREE_MAXLEVELS is 9, reverse-map trees on huge groups may get 10: more is a loop or garbage."""
@@ -102,16 +102,14 @@ def _usable(geometry: Geometry, damage: Damage, shape: Shape, nodes: Nodes, know
         & (nodes.level < MAX_LEVELS)
     )
     if not good.all():
-        damage.add("tree-pointer", f"pointers of a {shape.name} lead outside the volume, the first to "
-            f"block {nodes.block[~good][0]:#x}",
-                   count=int((~good).sum()))  # fmt: skip
+        damage.add("tree", f"pointers of a {shape.name} lead outside the volume", count=int((~good).sum()))
         nodes = take(nodes, good)
     _, first = np.unique(nodes.block, return_index=True)
     again = np.ones(len(nodes.block), bool)
     again[first] = False
     again |= np.isin(nodes.block, known)
     damage.check(
-        ~again, "tree-loop", f"blocks of a {shape.name} are linked twice", geometry.block_offset(nodes.block)
+        ~again, "twice", f"blocks of a {shape.name} are linked twice", geometry.block_offset(nodes.block)
     )
     return take(nodes, ~again)
 
@@ -131,7 +129,7 @@ def _checked(
     good &= (head["bb_level"] == nodes.level) & (counts <= most)
     damage.check(
         good,
-        "tree-node",
+        "tree",
         f"blocks of a {shape.name} have a wrong magic number, level or count",
         geometry.block_offset(nodes.block),
     )

@@ -13,12 +13,12 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, in_order, joined
 from virt_bmap.core.columns import take
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.common.ragged import Ragged
 from virt_bmap.formats.filesystems.xfs import disk
 from virt_bmap.formats.filesystems.xfs.btree import BATCH
 from virt_bmap.formats.filesystems.xfs.forks import Extents
 from virt_bmap.formats.filesystems.xfs.geometry import Geometry
+from virt_bmap.model.damage import Damage
 
 ALIGN = 8
 """XFS_DIR2_DATA_ALIGN: entries begin and end on multiples of it."""
@@ -57,7 +57,7 @@ def short_form(
     """
     wide = (end - start >= 6) & (data[np.minimum(start + 1, len(data) - 1)] > 0)
     size = np.where(wide, 8, 4)
-    good = damage.check(end - start >= 2 + size, "short-directory", "short directories are cut off", place)
+    good = damage.check(end - start >= 2 + size, "directory", "short directories are cut off", place)
     row = np.flatnonzero(good)
     at, left = (start + 2 + size)[row], data[start[row]].astype(np.int64)
     found: list[tuple[Int, Int]] = []
@@ -69,7 +69,7 @@ def short_form(
         length = data[np.minimum(at, len(data) - 1)].astype(np.int64)
         after = at + 3 + length + ftype + size[row]
         good = damage.check(
-            (after <= end[row]) & (length > 0), "short-directory", "short directories are cut off", place[row]
+            (after <= end[row]) & (length > 0), "directory", "short directories are cut off", place[row]
         )
         found.append((row[good], at[good]))
         row, at, left = row[good], after[good], left[good]
@@ -85,7 +85,7 @@ def short_form(
     inode[eight] = _big_endian(data, number_at[eight], 8)
     good = damage.check(
         (inode > 0) & (inode < MAX_INODE),
-        "name-inode",
+        "directory",
         "names lead to inode numbers that can't be",
         place[row],
     )
@@ -123,10 +123,7 @@ def _leading(geometry: Geometry, damage: Damage, extents: Extents) -> Extents:
     again = np.zeros(len(order), bool)
     again[order[1:]] = start[1:] < reach[:-1]
     damage.check(
-        ~again,
-        "directory-overlap",
-        "extents of directories overlap others",
-        geometry.block_offset(extents.block),
+        ~again, "twice", "extents of directories overlap others", geometry.block_offset(extents.block)
     )
     return take(extents, ~again) if again.any() else extents
 
@@ -166,9 +163,7 @@ def _whole(damage: Damage, new: Int, file_block: Int, each: int, place: Int) -> 
     count = np.diff(np.append(new, len(file_block)))
     row, step = expand(count)
     fits = np.logical_and.reduceat(file_block % each == step, new)
-    good = damage.check(
-        fits & (count == each), "directory-block", "directory blocks are incomplete", place[new]
-    )
+    good = damage.check(fits & (count == each), "directory", "directory blocks are incomplete", place[new])
     keep = np.flatnonzero(good[row])
     return new[good], keep
 
@@ -196,7 +191,7 @@ def _names(geometry: Geometry, damage: Damage, parent: Int, place: Int, blocks: 
         good = (step >= ALIGN) & (step % ALIGN == 0) & (at + step <= end) & (unused | (length > 0))
         if not good.all():
             damage.check(
-                good, "directory-entry", "directory blocks hold entries that do not fit", place[at // size]
+                good, "directory", "directory blocks hold entries that do not fit", place[at // size]
             )
             at, end, step, unused = at[good], end[good], step[good], unused[good]
         found.append(at[~unused])
@@ -213,7 +208,7 @@ def _entries(damage: Damage, flat: Bytes, words: np.ndarray, at: Int, parent: In
     dots = (first == DOT) & ((length == 1) | ((length == 2) & (second == DOT)))
     inode = words[at >> 3].astype(np.int64)
     good = damage.check(
-        (inode > 0) & (inode < MAX_INODE), "name-inode", "names lead to inode numbers that can't be", place
+        (inode > 0) & (inode < MAX_INODE), "directory", "names lead to inode numbers that can't be", place
     )
     keep = good & ~dots
     at, length = at[keep], length[keep]
@@ -229,7 +224,5 @@ def _spans(geometry: Geometry, damage: Damage, place: Int, blocks: Bytes) -> tup
         mine = magic == kind
         begin[mine] = header
         end[mine] = geometry.dirblock_size - 8 * (1 + tail[mine]) if whole else geometry.dirblock_size
-    good = damage.check(
-        end > begin, "directory-block", "directory blocks have a wrong magic number or tail", place
-    )
+    good = damage.check(end > begin, "directory", "directory blocks have a wrong magic number or tail", place)
     return np.where(good, begin, 0), np.where(good, end, 0)

@@ -13,11 +13,11 @@ import numpy as np
 from virt_bmap.core.arrays import Int, in_order
 from virt_bmap.core.columns import take
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.filesystems.xfs import disk
 from virt_bmap.formats.filesystems.xfs.btree import Nodes, Shape, walk
 from virt_bmap.formats.filesystems.xfs.geometry import Geometry
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 DATA_FORK, ATTR_FORK = 0, 1
 BMBT = Shape("bmbt", (b"BMAP", b"BMA3"), 8, disk.BMBT_REC_SIZE, long=True)
@@ -81,24 +81,20 @@ def usable(geometry: Geometry, damage: Damage, extents: Extents, elsewhere: Int,
     away = (elsewhere[extents.owner] != 0) & (extents.fork == DATA_FORK)
     if away.any():
         blocks = int(extents.count[away].sum())
-        damage.add("realtime", "blocks of files lie on the real-time device, which is not part of this "
-            f"volume ({len(np.unique(extents.owner[away]))} files)",
-                   count=blocks, severity="note")  # fmt: skip
+        damage.add("elsewhere", "blocks of files lie on the real-time device, which is not part of this "
+            f"volume ({len(np.unique(extents.owner[away]))} files)", count=blocks)  # fmt: skip
         extents = take(extents, ~away)
     most = (np.iinfo(np.int64).max // geometry.block_size) - disk.MAX_BMBT_BLOCKS
     good = geometry.holds(extents.block, extents.count) & (extents.file_block < most)
     damage.check(
-        good, "extent", "extents of inodes lie outside the volume or are empty", record[extents.owner]
+        good, "outside", "extents of inodes lie outside the volume or are empty", record[extents.owner]
     )
     same = (extents.owner[1:] == extents.owner[:-1]) & (extents.fork[1:] == extents.fork[:-1])
     apart = np.append(True, ~same | (extents.file_block[1:] >= extents.file_block[:-1] + extents.count[:-1]))[
         : len(good)
     ]
     damage.check(
-        apart,
-        "extent-order",
-        "extents of inodes are out of order or overlap in the file",
-        record[extents.owner],
+        apart, "extents", "extents of inodes are out of order or overlap in the file", record[extents.owner]
     )
     return extents if good.all() else take(extents, good)
 
@@ -115,7 +111,7 @@ def split(extents: tuple[Int, Int], shared: tuple[Int, Int], damage: Damage) -> 
     cuts = np.maximum(0, high - low)
     # every cut borders bytes with one owner, so two rows can't both be cut around the same gap
     if int(cuts.sum()) > 2 * len(points) + 2:
-        damage.add("refcount", "cuts of extents by the reference counts, more than two at one place")
+        damage.say("tree", "the reference counts cut extents at more places than there can be")
         cuts[:] = 0
     row = np.repeat(np.arange(len(start)), cuts + 1)
     step = np.arange(len(row)) - np.repeat(np.cumsum(cuts + 1) - cuts - 1, cuts + 1)

@@ -12,11 +12,11 @@ import numpy as np
 from virt_bmap.core.arrays import Bool, Bytes, Int, expand, union
 from virt_bmap.core.layout import records
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.filesystems.xfs import disk
 from virt_bmap.formats.filesystems.xfs.btree import Nodes, Shape, Walked, fits, walk
 from virt_bmap.formats.filesystems.xfs.geometry import Geometry
 from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 HEADERS = ("superblock", "AGF", "AGI", "AGFL")
 """One sector each, at the start of every group."""
@@ -111,14 +111,12 @@ def _read_headers(reader: Reader, geometry: Geometry, damage: Damage) -> tuple[B
     agno = np.arange(geometry.groups, dtype=np.int64)
     start = geometry.group_offset(agno)
     inside = damage.check(
-        start + size <= geometry.limit, "group-header", "headers of groups lie behind the volume's end", start
+        start + size <= geometry.limit, "group", "headers of groups lie behind the volume's end", start
     )
     agno, start = agno[inside], start[inside]
     sectors = reader.read_blocks(start, size).reshape(len(agno), len(HEADERS), geometry.sector_size)
     copies = records(sectors[:, 0], disk.SUPERBLOCK)["sb_magicnum"] == b"XFSB"
-    damage.check(
-        copies, "superblock-copy", "copies of the superblock have a wrong magic number", start, "warning"
-    )
+    damage.check(copies, "copy-differs", "copies of the superblock have a wrong magic number", start)
     return sectors, agno
 
 
@@ -130,11 +128,16 @@ def _header(
     prefix = name.lower()
     at = geometry.group_offset(agno) + HEADERS.index(name) * geometry.sector_size
     good = (found[f"{prefix}_magicnum"] == b"X" + name.encode()) & (found[f"{prefix}_seqno"] == agno)
-    damage.check(good, f"{prefix}-header", f"{name} sectors have a wrong magic number or group number", at)
+    damage.check(
+        good,
+        "group",
+        f"{name} sectors have a wrong magic number or group number",
+        at,
+    )
     length = found[f"{prefix}_length"] == geometry.group_blocks(agno)
     damage.check(
         length | ~good,
-        f"{prefix}-length",
+        "group",
         f"{name} sectors give their group another length than the superblock",
         at,
     )
@@ -184,15 +187,12 @@ def _free_list(
     good = (count <= entries.shape[1]) & (first < entries.shape[1])
     if geometry.crc:
         good &= (sectors[:, :4].copy().view("S4")[:, 0] == disk.AGFL_MAGIC) if len(sectors) else True
-    damage.check(good, "agfl", "AGFL sectors have a wrong magic number or count", at)
+    damage.check(good, "group", "AGFL sectors have a wrong magic number or count", at)
     group, step = expand(np.where(good, count, 0))
     block = entries[group, (first[group] + step) % entries.shape[1]].astype(np.int64)
     one = np.ones(len(block), np.int64)
     good = damage.check(
-        fits(geometry, block, one, agno[group]),
-        "agfl-entry",
-        "AGFL entries lie outside their group",
-        at[group],
+        fits(geometry, block, one, agno[group]), "outside", "AGFL entries lie outside their group", at[group]
     )
     start = geometry.block_offset((agno[group] << geometry.agblklog) | block)[good]
     rows.add(tables.FREE, start, geometry.block_size, part="AGFL")
@@ -205,7 +205,7 @@ def _ranges(
     where = geometry.group_offset(walked.owner)
     good = damage.check(
         fits(geometry, start, count, walked.owner),
-        f"{name}-record",
+        "outside",
         f"records of a {name} lie outside their group",
         where,
     )

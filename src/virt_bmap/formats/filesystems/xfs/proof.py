@@ -16,12 +16,12 @@ import numpy as np
 from virt_bmap.core.arrays import Bool, Bytes, Int, expand
 from virt_bmap.core.checksums import crc32c_without
 from virt_bmap.core.reader import PatchedReader, Reader
-from virt_bmap.formats.common.damage import Damage
 from virt_bmap.formats.common.proving import Compared, Places, blocks, check_names, check_targets
 from virt_bmap.formats.filesystems.xfs import disk
 from virt_bmap.formats.filesystems.xfs.geometry import Geometry, read_geometry
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Filesystem, Proof
+from virt_bmap.model.damage import Damage
 
 INVERTED = np.uint32(0xFFFFFFFF)
 SECTOR = 512
@@ -87,10 +87,10 @@ MAX_SYMLINK = 65536
 NO_RECORDS = np.zeros((0, 3), np.int64)
 
 
-def prove(found: Filesystem) -> list[Proof]:
-    """Compare all checksums, look at the order in all trees; what is wrong goes to found.problems."""
-    damage, geometry = Damage(), read_geometry(found.reader)
-    look = _Look(found.reader, geometry, Compared(), damage, Places(found, geometry.block_size))
+def prove(found: Filesystem, damage: Damage) -> list[Proof]:
+    """Compare all checksums, look at the order in all trees."""
+    geometry = read_geometry(found.reader)
+    look = _Look(found.reader, geometry, Compared(damage), damage, Places(found, geometry.block_size))
     _headers(look)
     _inodes(look, found)
     records = {}
@@ -100,16 +100,15 @@ def prove(found: Filesystem) -> list[Proof]:
             records[part] = _tree(look, part, TREES[part], offset, None)
     by_place, by_size = (np.unique(records.get(part, NO_RECORDS), axis=0) for part in ("bnobt", "cntbt"))
     if not np.array_equal(by_place, by_size):
-        damage.add("free-space", "the two B-trees of free space differ: by place and by size", count=1)
+        damage.say("allocator", "the two B-trees of free space differ: by place and by size")
     offset, owner, _ = look.places.of_kind(tables.TREE)
     _tree(look, "bmbt", BMBT, offset, owner)
     _directories(look)
     _attributes(look)
     _symlinks(look)
     _quotas(look)
-    check_names(found, look.compared)
-    check_targets(found, look.compared)
-    found.problems += [*look.compared.problems(), *damage.problems()]
+    check_names(found, damage)
+    check_targets(found, damage)
     return [look.compared.proof("version 4 has none")]
 
 
@@ -139,7 +138,7 @@ class _Look(NamedTuple):
             ).all(axis=1)
         if stamp.owner >= 0 and owner is not None:
             at_home &= big(data, stamp.owner, 8) == owner.astype(np.uint64)
-        self.compared.check(kind, at_home, offset, "misplaced", "say that they belong elsewhere")
+        self.damage.check(at_home, "tree", f"{kind} say that they belong elsewhere", offset)
 
     def _checksums(self, kind: str, stamp: Stamp, data: Bytes, offset: Int) -> None:
         if len(data):
@@ -208,9 +207,7 @@ def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) 
         )
         # a group's tree can be empty: then its root is a leaf without records
         empty = (count == 0) & (level == 0) & (not order.long)
-        damage.check(
-            good | empty, "tree-node", f"blocks of a {name} have a wrong magic number or count", place
-        )
+        damage.check(good | empty, "tree", f"blocks of a {name} have a wrong magic number or count", place)
         mine = np.full((len(data), len(order.in_key)), np.iinfo(np.uint64).max, np.uint64)
         for leaf in (True, False):
             at = np.flatnonzero(good & ((level == 0) == leaf))
@@ -238,7 +235,7 @@ def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) 
             bad = np.unique(at[row[1:][same & ~grows]])
             if len(bad):
                 damage.add(
-                    "tree-order",
+                    "tree",
                     f"blocks of a {name} have records out of order or overlapping",
                     int(place[bad].min()),
                     len(bad),
@@ -312,7 +309,7 @@ def _children(
     known = offset[at] == children  # what leads elsewhere was complained of by its reader
     damage.check(
         _same(first[at], keys) | ~known,
-        "tree-key",
+        "tree",
         f"blocks of a {name} do not begin where their parent says",
         children,
     )
@@ -326,7 +323,7 @@ def _siblings(damage: Damage, name: str, offset: Int, lefts: Int, rights: Int) -
     for there, back in ((rights, lefts), (lefts, rights)):
         at = order[np.minimum(np.searchsorted(offset[order], there), len(offset) - 1)]
         good = (there == -1) | ((offset[at] == there) & (back[at] == offset))
-        damage.check(good, "tree-sibling", f"blocks of a {name} have siblings that do not know them", offset)
+        damage.check(good, "tree", f"blocks of a {name} have siblings that do not know them", offset)
 
 
 # ---- directories, attributes, links, quotas ----------------------------------------------------------------
@@ -343,7 +340,7 @@ def _directories(look: _Look) -> None:
             if named:
                 known = np.isin(np.ascontiguousarray(data[:, :4]).view("S4")[:, 0], list(disk.DIR2_MAGICS))
                 look.damage.check(
-                    known, "directory-block", "blocks of directories have a wrong magic number", place
+                    known, "directory", "blocks of directories have a wrong magic number", place
                 )
                 look.stamped("directory blocks", DIR_BLOCK, data, place, who)
                 _tails(look, data, place)
@@ -365,7 +362,7 @@ def _tails(look: _Look, data: Bytes, place: Int) -> None:
     count = big(data, size - 8, 4).astype(np.int64)
     room = (size - 8 - 64) // 8
     good = look.damage.check(
-        count <= room, "hash-index", "hash indexes of directories have impossible counts", place
+        count <= room, "directory", "hash indexes of directories have impossible counts", place
     )
     data, place, count = data[good], place[good], count[good]
     begin = size - 8 - 8 * count
@@ -386,7 +383,7 @@ def _hashes(look: _Look, what: str, data: Bytes, place: Int, magics: tuple[int, 
     count = big(data, at_count, 2).astype(np.int64)
     begin = np.where(magic == ATTR_LEAF, 80 if crc else 32, 64 if crc else 16)
     good = np.isin(magic, magics) & (begin + 8 * count <= size)
-    look.damage.check(good, "hash-index", f"{what} have a wrong magic number or count", place)
+    look.damage.check(good, "directory", f"{what} have a wrong magic number or count", place)
     _ascending(look, what, data[good], place[good], begin[good], count[good])
 
 
@@ -397,7 +394,7 @@ def _ascending(look: _Look, what: str, data: Bytes, place: Int, begin: Int, coun
     bad = (row[1:] == row[:-1]) & (hashes[1:] < hashes[:-1])
     sound = np.ones(len(data), bool)
     sound[row[1:][bad]] = False
-    look.damage.check(sound, "hash-order", f"{what} have hashes out of order", place)
+    look.damage.check(sound, "directory", f"{what} have hashes out of order", place)
 
 
 def _attributes(look: _Look) -> None:
@@ -422,7 +419,7 @@ def _symlinks(look: _Look) -> None:
         return
     start, length, owner = look.places.ranges(tables.SYMLINK, "symlink header", whole=True)
     fits = look.damage.check(
-        length <= MAX_SYMLINK, "symlink-header", "symbolic links are longer than any can be", start
+        length <= MAX_SYMLINK, "symlink", "symbolic links are longer than any can be", start
     )
     start, length, owner = start[fits], length[fits], owner[fits]
     for size in np.unique(length).tolist():
@@ -433,7 +430,7 @@ def _symlinks(look: _Look) -> None:
             good = (data[:, :4] == np.frombuffer(SYMLINK_MAGIC, np.uint8)).all(axis=1)
             good &= big(data, 8, 4) + np.uint64(disk.SYMLINK_HEADER) <= np.uint64(size)
             look.damage.check(
-                good, "symlink-header", "headers of symbolic links have a wrong magic number or length", place
+                good, "symlink", "headers of symbolic links have a wrong magic number or length", place
             )
 
 

@@ -34,7 +34,7 @@ def records(log: Log) -> Iterator[tuple[int, int, bytes]]:
     wrong = np.flatnonzero(~_sound(data, np.array(found, np.int64).reshape(-1, 3)))
     if len(wrong):
         place = log.place(found[wrong[0]][0])
-        raise Corrupt(f"XFS log: the record at byte {place:#x} does not match its checksum", place, "log")
+        raise Corrupt(f"XFS log: the record at byte {place:#x} does not match its checksum", place, "journal")
     for at, body, end in found:
         head, place = layout.record(data[at].tobytes(), RECORD), log.place(at)
         kept = np.concatenate(
@@ -44,7 +44,9 @@ def records(log: Log) -> Iterator[tuple[int, int, bytes]]:
         stamps = np.ascontiguousarray(blocks[:, :4]).view(">u4")[:, 0]
         words = kept.reshape(-1, 4)
         if (stamps != head["h_cycle"]).any() and not _wraps(log, at, end, stamps, int(head["h_cycle"])):
-            raise Corrupt(f"XFS log: the record at byte {place:#x} was not written completely", place, "log")
+            raise Corrupt(
+                f"XFS log: the record at byte {place:#x} was not written completely", place, "journal"
+            )
         blocks[:, :4] = words[: len(blocks)]
         yield int(head["h_lsn"]), int(head["h_num_logops"]), blocks.tobytes()[: int(head["h_len"])]
 
@@ -62,7 +64,7 @@ def _heads(log: Log, data: Bytes) -> Iterator[tuple[int, int, int]]:
             raise Corrupt(
                 f"XFS log: the record at byte {place:#x} has a wrong magic number, format or length",
                 place,
-                "log",
+                "journal",
             )
         yield at, body, end
         at = end

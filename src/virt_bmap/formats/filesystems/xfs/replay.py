@@ -217,7 +217,7 @@ def _unpack(form: str, data: bytes, at: int = 0) -> tuple[int, ...]:
     try:
         return struct.unpack_from(form, data, at)
     except struct.error:
-        raise Corrupt(f"XFS log: an item of {len(data)} bytes is too short", code="log") from None
+        raise Corrupt(f"XFS log: an item of {len(data)} bytes is too short", code="journal") from None
 
 
 def _committed(log: Log) -> Iterator[Transaction]:
@@ -231,7 +231,7 @@ def _committed(log: Log) -> Iterator[Transaction]:
             if len(region) < length:
                 raise Corrupt(
                     f"XFS log: an operation in the record with LSN {lsn:#x} is longer than the record",
-                    code="log",
+                    code="journal",
                 )
             at += 12 + length
             if flags & START:
@@ -252,14 +252,14 @@ def _items(transaction: Transaction) -> list[Item]:
     """The first region is the transaction's header; each item's first region says how many it has."""
     regions = transaction.regions
     if regions and _unpack("<I", regions[0])[0] != TRAN_MAGIC:
-        raise Corrupt(f"XFS log: a transaction at LSN {transaction.lsn:#x} lacks its header", code="log")
+        raise Corrupt(f"XFS log: a transaction at LSN {transaction.lsn:#x} lacks its header", code="journal")
     items, at = [], 1
     while at < len(regions):
         kind, size = _unpack("<HH", regions[at])
         if not 0 < size <= len(regions) - at:
             raise Corrupt(
                 f"XFS log: an item of type {kind:#x} at LSN {transaction.lsn:#x} has {size} regions",
-                code="log",
+                code="journal",
             )
         items.append(Item(kind, transaction.lsn, regions[at : at + size]))
         at += size
@@ -303,13 +303,13 @@ class _Memory:
         for low, size in ranges:
             if not 0 <= low <= geometry.limit - size or size < 0:
                 raise Corrupt(
-                    f"XFS log: an item changes bytes {low:#x}+{size:#x}, outside the volume", code="log"
+                    f"XFS log: an item changes bytes {low:#x}+{size:#x}, outside the volume", code="journal"
                 )
         start, length = ints([low for low, _ in ranges]), ints([size for _, size in ranges])
         first, last = start // BLOCK * BLOCK, -(-(start + length) // BLOCK) * BLOCK
         self._starts, ends = union(first, last)
         if int((ends - self._starts).sum()) > MAX_PATCH:
-            raise Corrupt(f"XFS log: its items change more than {MAX_PATCH} bytes", code="log")
+            raise Corrupt(f"XFS log: its items change more than {MAX_PATCH} bytes", code="journal")
         self._base = reader
         self._ends = ends
         self._places = np.cumsum(ends - self._starts) - (ends - self._starts)
@@ -331,7 +331,7 @@ class _Memory:
         if offset + len(data) > limit:
             raise Corrupt(
                 f"XFS log: an item writes {len(data)} bytes at {offset:#x}, behind the end of its buffer",
-                code="log",
+                code="journal",
             )
         at = self.at(offset)
         self.data[at : at + len(data)] = data
@@ -399,7 +399,7 @@ def _pieces(item: Item) -> Iterator[tuple[int, bytes]]:
     at = 0
     for region in item.regions[1:]:
         if not bits >> at:
-            raise Corrupt("XFS log: a buffer item has more data than its map has bits", code="log")
+            raise Corrupt("XFS log: a buffer item has more data than its map has bits", code="journal")
         rest = bits >> at
         at += (rest & -rest).bit_length() - 1
         rest = bits >> at
@@ -432,7 +432,7 @@ def _replay_inode(memory: _Memory, geometry: Geometry, item: Item, cancelled: Ca
         return
     core = item.regions[1]
     if len(core) < disk.DINODE3.itemsize or core[:2] != disk.DINODE_MAGIC[::-1]:
-        raise Corrupt(f"XFS log: an inode item for byte {start:#x} lacks the inode", start, "log")
+        raise Corrupt(f"XFS log: an inode item for byte {start:#x} lacks the inode", start, "journal")
     legacy = not _unpack("<Q", core, 0x78)[0] & disk.DIFLAG2_BIGTIME
     swapped = bytearray(np.frombuffer(core, np.uint8)[SWAP[legacy]].tobytes())
     swapped[NEXT_UNLINKED : NEXT_UNLINKED + 4] = now[NEXT_UNLINKED : NEXT_UNLINKED + 4]
@@ -460,7 +460,7 @@ def _root(block: bytes, room: int) -> bytes:
     if count > most or count > fit:
         raise Corrupt(
             f"XFS log: the root of a bmbt holds {count} records, there is room for {min(most, fit)}",
-            code="log",
+            code="journal",
         )
     keys = block[header : header + 8 * count].ljust(8 * fit, b"\0")
     pointers = block[header + 8 * most : header + 8 * most + 8 * count].ljust(8 * fit, b"\0")
@@ -473,7 +473,7 @@ def _replay_icreate(memory: _Memory, geometry: Geometry, item: Item, cancelled: 
     start, room = _range(geometry, item)
     most = max(disk.INODES_PER_CHUNK, 1 << geometry.inopblog)
     if size != geometry.inode_size or count > most or count * size > room:
-        raise Corrupt(f"XFS log: a new inode chunk of {count} inodes of {size} bytes", start, "log")
+        raise Corrupt(f"XFS log: a new inode chunk of {count} inodes of {size} bytes", start, "journal")
     if any(cancelled[at // BLOCK, 0] > 0 for at in range(start, start + count * size, geometry.block_size)):
         return
     first = (group << geometry.agi_bits) | (block << geometry.inopblog)

@@ -35,11 +35,11 @@ from virt_bmap.model.contract import (
     Docs,
     ImageFormat,
     ImageLayer,
-    Problem,
     Structure,
     Structures,
     Writing,
 )
+from virt_bmap.model.problems import ERROR, NOTE, WARNING
 
 NAME = "qcow2"
 FEATURES = (
@@ -144,8 +144,8 @@ def own_snapshot_and_bitmap_tables(image: Reader, draft: Draft, head: Header, us
         place = (words & np.uint64(clusters.OFFSET_MASK)).astype(np.int64)
         place = place[place != 0]
         wrong = (place % head.cluster != 0) | (place >= image.size)
-        draft.complain(
-            "bitmap-table", "entries of bitmap tables lead outside the file or between clusters", place[wrong]
+        draft.damage.add(
+            "outside", "entries of bitmap tables lead outside the file or between clusters", place[wrong]
         )
         place = place[~wrong]
         draft.own("bitmap data", place, head.cluster)
@@ -262,41 +262,39 @@ def own_free_clusters(image: Reader, draft: Draft, head: Header, uses: Uses) -> 
     found = refcounts.compare(uses, refcounts.read_counts(image, head, at, block), image.size)
     draft.own("free cluster", found.free[0], found.free[1] - found.free[0], tables.FREE)
     if head.incompatible & header.DIRTY:
-        draft.problems.append(
-            Problem(
-                "dirty",
-                "the image was not closed: its refcounts are out of date until qemu-img check -r all",
-                72,
-                "note",
-            )
+        draft.damage.say(
+            "unclean",
+            "the image was not closed: its refcounts are out of date until qemu-img check -r all",
+            72,
+            severity=NOTE,
         )
         draft.own("leaked cluster", found.leaked[0], found.leaked[1] - found.leaked[0], tables.GAP)
         return
     draft.own("leaked cluster", found.leaked[0], found.leaked[1] - found.leaked[0], tables.UNKNOWN)
     for code, ranges, what, severity in (
         (
-            "leaked",
+            "unowned",
             found.leaked,
             (
                 "ranges of clusters are uses as used, but nothing refers to them (qemu-img check -r "
                 "leaks frees them)"
             ),
-            "warning",
+            WARNING,
         ),
         (
-            "refcount-low",
+            "count",
             found.low,
             "ranges of clusters have a refcount below the number of uses to them",
-            "error",
+            ERROR,
         ),
         (
-            "refcount-high",
+            "count",
             found.high,
             "ranges of clusters have a refcount above the number of uses to them",
-            "warning",
+            WARNING,
         ),
     ):
-        draft.complain(code, what, ranges[0], severity)
+        draft.damage.add(code, what, ranges[0], severity=severity)
 
 
 def describe(head: Header) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def read_l2_tables(image: Reader, header: Header, draft: Draft) -> L2Tables:
     used = offset != 0
     where = np.array([start for start, _ in tables], np.int64)[who] + nth * 8
     wrong = used & ((offset % header.cluster != 0) | (offset + header.cluster > image.size))
-    draft.complain("l1-entry", "L1 entries lead outside the file or between clusters", where[wrong])
+    draft.damage.add("outside", "L1 entries lead outside the file or between clusters", where[wrong])
     used &= ~wrong
     who, nth, offset, where = who[used], nth[used], offset[used], where[used]
     distinct, start, inverse = np.unique(offset, return_index=True, return_inverse=True)
@@ -81,8 +81,8 @@ def read_l2_tables(image: Reader, header: Header, draft: Draft) -> L2Tables:
     np.minimum.at(first, inverse, who)
     np.maximum.at(last, inverse, who)
     again = (who == who[start][inverse]) & (np.arange(len(who)) != start[inverse])
-    draft.complain(
-        "l2-twice", "L1 entries lead to an L2 table that the same L1 table already has", where[again]
+    draft.damage.add(
+        "twice", "L1 entries lead to an L2 table that the same L1 table already has", where[again]
     )
     guest = nth[start] * header.l2_entries * header.cluster
     return L2Tables(
@@ -133,14 +133,14 @@ def _wrong(image: Reader, header: Header, found: Pieces, place: Int, draft: Draf
     """Entries that lead nowhere, reported: between clusters, or behind the end of the file."""
     plain = found.kind != PACKED
     between = plain & (found.host >= 0) & (found.host % header.cluster != 0)
-    draft.complain("l2-entry", "L2 entries lead between clusters", place[between])
+    draft.damage.add("outside", "L2 entries lead between clusters", place[between])
     if header.external:
-        draft.complain(
-            "l2-entry", "L2 entries are compressed, which an external data file can't hold", place[~plain]
+        draft.damage.add(
+            "outside", "L2 entries are compressed, which an external data file can't hold", place[~plain]
         )
         return _any(between, ~plain)
     behind = found.host >= image.size
-    draft.complain("l2-entry", "L2 entries lead behind the end of the file", place[behind])
+    draft.damage.add("outside", "L2 entries lead behind the end of the file", place[behind])
     empty = plain & (found.host < 0) & (found.kind == IN_PLACE) & (not header.extended)
     return _any(between, behind, empty)
 

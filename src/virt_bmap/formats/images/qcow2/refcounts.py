@@ -60,17 +60,15 @@ def read_blocks(image: Reader, header: Header, draft: Draft) -> tuple[Int, Int]:
     offset = offset[at]
     place = header.refcount_offset + at * 8
     wrong = (offset % header.cluster != 0) | (offset < 0) | (offset + header.cluster > image.size)
-    draft.complain(
-        "refcount-table",
-        "entries of the refcount table lead outside the file or between clusters",
-        place[wrong],
+    draft.damage.add(
+        "outside", "entries of the refcount table lead outside the file or between clusters", place[wrong]
     )
     at, offset, place = at[~wrong], offset[~wrong], place[~wrong]
     _, first = np.unique(offset, return_index=True)
     again = np.ones(len(at), bool)
     again[first] = False
-    draft.complain(
-        "refcount-table", "entries of the refcount table lead to a block that another has", place[again]
+    draft.damage.add(
+        "outside", "entries of the refcount table lead to a block that another has", place[again]
     )
     return at[~again], offset[~again]
 

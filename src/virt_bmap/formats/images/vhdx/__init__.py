@@ -28,12 +28,12 @@ from virt_bmap.model.contract import (
     Docs,
     ImageFormat,
     ImageLayer,
-    Problem,
     References,
     Structure,
     Structures,
     Writing,
 )
+from virt_bmap.model.problems import WARNING
 
 NAME = "vhdx"
 FEATURES = (
@@ -72,18 +72,18 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     chunk = SECTORS_IN_CHUNK * about.sector // about.block
     place_blocks(image, draft, about, *read_bat(image, about, chunk), chunk)
     for at in damaged(image):
-        draft.problems.append(
-            Problem(
-                "checksum",
-                f"the header or region table at byte {at:#x} has a wrong checksum; another copy is used",
-                at,
-                "warning",
-            )
+        draft.damage.say(
+            "checksum",
+            f"the header or region table at byte {at:#x} has a wrong checksum; another copy is used",
+            at,
+            severity=WARNING,
         )
     if about.log_in_use:
-        draft.problems.append(Problem("log", "the log has changes that were not carried out: the map may "
-            "be out of date until the image is opened for writing",
-                                      about.log[0], "warning"))  # fmt: skip
+        words = (
+            "the log has changes that were not carried out: the map may be out of date until the image is "
+            "opened for writing"
+        )
+        draft.damage.say("not-replayed", words, about.log[0])
     return draft.finish(
         NAME,
         about.block,
@@ -152,7 +152,7 @@ def place_blocks(
     kept = np.isin(state, (ZERO, UNMAPPED, UNMAPPED_V095)) & (host > 0)
     there = np.isin(state, (FULLY_PRESENT, PARTIALLY_PRESENT)) | kept
     wrong = there & ((host >= image.size) | (host < MIB))
-    draft.complain("block", "blocks lie outside the file", about.bat[0] + number[wrong] * 8)
+    draft.damage.add("outside", "blocks lie outside the file", about.bat[0] + number[wrong] * 8)
     there &= ~wrong
     whole = there & (state != PARTIALLY_PRESENT)
     draft.place(
@@ -185,7 +185,7 @@ def _place_sectors(
     sectors, lowest first."""
     sectors = about.block // about.sector
     known = np.isin(number // chunk, chunks)
-    draft.complain("bitmap", "blocks are partly present, but have no sector bitmap", host[~known])
+    draft.damage.add("mapping", "blocks are partly present, but have no sector bitmap", host[~known])
     number, host = number[known], host[known]
     for at in range(0, len(number), BATCH):
         mine, where = number[at : at + BATCH], host[at : at + BATCH]

@@ -26,7 +26,8 @@ from virt_bmap.formats.common.cipher import (
 from virt_bmap.formats.volumes.bitlocker.elephant import Elephant
 from virt_bmap.formats.volumes.bitlocker.header import FVE_SIZE, PROTECTIONS, Header, identifier, read_header
 from virt_bmap.formats.volumes.bitlocker.unlock import volume_key
-from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat
+from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, VolumeFormat
+from virt_bmap.model.problems import NOTE
 from virt_bmap.model.tables import CONTENT, ENCRYPTED, METADATA, ExtentRows
 
 NAME = "BitLocker"
@@ -57,23 +58,20 @@ def assemble(members: Sequence[Member]) -> Assembly:
     assembly = Assembly(members)
     about = assembly.about(member)
     header = read_header(member.reader)
-    about.uuid, about.problems = header.guid, header.problems
+    about.uuid, about.damage = header.guid, header.damage
     about.detail = f"{header.cipher}, {_holders(header)}"
     _add_metadata(about.extents, header)
     secrets = member.keys.for_volume(member.name, header.guid)
     key = None if header.refused else volume_key(header, secrets)
     if key is None:
         if header.refused:
-            header.problems.append(Problem("unsupported", header.refused, 0, "note"))
+            header.damage.say("unsupported", header.refused, 0, severity=NOTE)
         elif secrets:
-            header.problems.append(
-                Problem(
-                    "no-key",
-                    f"none of the given keys opens it ({_holders(header)}; FVE metadata at byte "
-                    f"{header.metadata[0]:#x})",
-                    header.metadata[0],
-                    "warning",
-                )
+            header.damage.say(
+                "no-key",
+                f"none of the given keys opens it ({_holders(header)}; FVE metadata at byte "
+                f"{header.metadata[0]:#x})",
+                header.metadata[0],
             )
         _name_ciphertext(about.extents, header, member.reader.size)
     else:
@@ -131,7 +129,7 @@ def _cipher(header: Header, key: bytes) -> Decrypts:
         raise Corrupt(
             f"the volume key has {len(key)} bytes, too few for {header.cipher}",
             header.metadata[0],
-            "fve-metadata",
+            "superblock",
         )
     if header.cipher == "aes-cbc-elephant":
         return Elephant(key, header.key_size, header.sector)

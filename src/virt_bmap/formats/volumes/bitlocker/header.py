@@ -14,7 +14,8 @@ from typing import NamedTuple
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR
 
 FVE_SIGNATURE, TO_GO_SIGNATURE = b"-FVE-FS-", b"MSWIN4.1"
 IDENTIFIER, TO_GO_IDENTIFIER = 160, 424
@@ -95,7 +96,7 @@ class Header:
     keys: list[MasterKey] = field(default_factory=list)
     volume_key: bytes | None = None
     refused: str = ""
-    problems: list[Problem] = field(default_factory=list)
+    damage: Damage = field(default_factory=Damage)
 
 
 def identifier(sector: bytes) -> tuple[uuid.UUID, int] | None:
@@ -122,12 +123,12 @@ def read_header(reader: Reader) -> Header:
     offsets = [int.from_bytes(sector[at : at + 8], "little") for at in range(found[1], found[1] + 24, 8)]
     size = int.from_bytes(sector[11:13], "little")
     if size not in SECTORS:
-        raise Corrupt(f"the BitLocker boot sector says that sectors have {size} bytes", 11, "boot-sector")
-    problems: list[Problem] = []
-    data, at = _metadata(reader, offsets, problems)
+        raise Corrupt(f"the BitLocker boot sector says that sectors have {size} bytes", 11, "superblock")
+    damage = Damage()
+    data, at = _metadata(reader, offsets, damage)
     header = _header(reader, data, at, size)
     header.metadata = sorted({at, *(offset for offset in offsets if offset <= reader.size - FVE_SIZE)})
-    header.problems = problems
+    header.damage = damage
     if found[0] == ENCRYPT_ON_WRITE:  # a bitmap of blocks says which of them are encrypted already
         header.refused = (
             "a volume that is being encrypted as it is written to (encrypt-on-write, Windows 10) is not read"
@@ -135,18 +136,17 @@ def read_header(reader: Reader) -> Header:
     return header
 
 
-def _metadata(reader: Reader, offsets: list[int], problems: list[Problem]) -> tuple[bytes, int]:
+def _metadata(reader: Reader, offsets: list[int], damage: Damage) -> tuple[bytes, int]:
     """(one copy of the metadata, where it lies): the first whose checksum is right, else the first that is
     there at all."""
     usable: list[tuple[bytes, int]] = []
     for number, at in enumerate(offsets, 1):
         if at > reader.size - FVE_SIZE:
-            problems.append(
-                Problem(
-                    "metadata-copy",
-                    f"copy {number} of the FVE metadata at byte {at:#x} lies outside the volume",
-                    0,
-                )
+            damage.say(
+                "copy-differs",
+                f"copy {number} of the FVE metadata at byte {at:#x} lies outside the volume",
+                0,
+                severity=ERROR,
             )
             continue
         data = reader.read(at, FVE_SIZE)
@@ -157,24 +157,12 @@ def _metadata(reader: Reader, offsets: list[int], problems: list[Problem]) -> tu
             or head["version"] != 2
             or not FVE_METADATA.itemsize <= end <= FVE_SIZE - VALIDATION.itemsize
         ):
-            problems.append(
-                Problem(
-                    "metadata-copy",
-                    f"copy {number} of the FVE metadata at byte {at:#x} is damaged",
-                    at,
-                    "warning",
-                )
-            )
+            damage.say("copy-differs", f"copy {number} of the FVE metadata at byte {at:#x} is damaged", at)
             continue
         if int(record(data, VALIDATION, end)["fve_crc32"]) == zlib.crc32(data[:end]):
             return data[:end], at
-        problems.append(
-            Problem(
-                "metadata-copy",
-                f"the checksum of copy {number} of the FVE metadata at byte {at:#x} is wrong",
-                at,
-                "warning",
-            )
+        damage.say(
+            "copy-differs", f"the checksum of copy {number} of the FVE metadata at byte {at:#x} is wrong", at
         )
         usable.append((data[:end], at))
     if not usable:
@@ -182,7 +170,7 @@ def _metadata(reader: Reader, offsets: list[int], problems: list[Problem]) -> tu
             "no copy of the FVE metadata is good: they should lie at bytes "
             f"{', '.join(f'{at:#x}' for at in offsets)}",
             0,
-            "fve-metadata",
+            "superblock",
         )
     return usable[0]
 
@@ -224,7 +212,7 @@ def _header(reader: Reader, data: bytes, at: int, sector: int) -> Header:
             f"the FVE metadata at byte {at:#x} says that {header.header_size:#x} bytes of volume "
             f"header lie at {header.header_offset:#x}"
         )
-        raise Corrupt(detail, at, "fve-metadata")
+        raise Corrupt(detail, at, "superblock")
     return header
 
 
@@ -241,7 +229,7 @@ def entries(data: bytes, at: int) -> Iterator[Entry]:
             return
         if size < ENTRY.itemsize or done + size > len(data):
             raise Corrupt(
-                f"an entry of the FVE metadata at byte {at:#x} says it has {size} bytes", at, "fve-metadata"
+                f"an entry of the FVE metadata at byte {at:#x} says it has {size} bytes", at, "superblock"
             )
         yield Entry(int(head["type"]), int(head["value"]), data[done + ENTRY.itemsize : done + size])
         done += size

@@ -25,7 +25,7 @@ from virt_bmap.formats.volumes.luks.header import (
     read_header,
 )
 from virt_bmap.formats.volumes.luks.unlock import volume_keys
-from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, Problem, VolumeFormat
+from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, VolumeFormat
 from virt_bmap.model.tables import CONTENT, ENCRYPTED, FREE, METADATA, ExtentRows
 
 NAME = "crypto_LUKS"
@@ -75,7 +75,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
     else:
         source = BytesReader(np.frombuffer(detached, np.uint8), f"the detached header of {member.name}")
         header = read_header(source, member.reader.size)
-    about.uuid, about.label, about.problems = header.uuid, header.label or None, header.problems
+    about.uuid, about.label, about.damage = header.uuid, header.label or None, header.damage
     ciphers = dict.fromkeys(segment.cipher or "not encrypted" for segment in header.segments)
     about.detail = f"LUKS{header.version}, {', '.join(ciphers)}, {len(header.slots)} key slots"
     if detached is None:
@@ -115,7 +115,7 @@ def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, by
     try:
         parts = [(segment, _cipher(segment, keys)) for segment in header.segments]
     except Unsupported as error:
-        about.problems.append(Problem(error.code, str(error), -1, "warning"))
+        about.damage.refuse(error)
         parts = []
     if not parts or any(segment.cipher and cipher is None for segment, cipher in parts):
         if failed:
@@ -125,7 +125,7 @@ def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, by
                 if header.slots
                 else " (there is no key slot)"
             )
-            about.problems.append(Problem("no-key", failed + where, slot, "warning"))
+            about.damage.say("no-key", failed + where, slot)
         for segment in header.segments:
             flags = ENCRYPTED if segment.cipher else 0
             about.extents.add(CONTENT, segment.offset, segment.size, part="encrypted", flags=flags)

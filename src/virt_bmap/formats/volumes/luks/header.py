@@ -16,7 +16,8 @@ import numpy as np
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import INT64_MAX, record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR, NOTE
 
 SECTOR = 512
 LUKS_MAGIC, SECONDARY_MAGIC = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
@@ -45,11 +46,8 @@ LUKS2 = struct(4096, [
     (0x018, "label", "S48"), (0x048, "csum_alg", "S32"), (0x0A8, "uuid", "S40"), (0x100, "hdr_offset", ">u8"),
     (0x1C0, "csum", "V64"),
 ])  # fmt: skip
-DETACHED = Problem(
-    "detached",
-    "a detached header: the encrypted bytes lie on another device (open that with --key DEVICE:header:FILE)",
-    0,
-    "note",
+DETACHED = (
+    "a detached header: the encrypted bytes lie on another device (open that with --key DEVICE:header:FILE)"
 )
 
 
@@ -121,7 +119,7 @@ class Header:
     digests: list[Digest]
     areas: list[tuple[str, int, int]]
     free: list[tuple[int, int]] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    damage: Damage = field(default_factory=Damage)
 
 
 def read_header(reader: Reader, device: int | None = None) -> Header:
@@ -143,7 +141,7 @@ def _read_1(reader: Reader, device: int | None) -> Header:
     key_size, hash_spec = int(head["key_bytes"]), _text(head["hash_spec"])
     encryption = f"{_text(head['cipher_name'])}-{_text(head['cipher_mode'])}"
     if not 0 < key_size <= MAX_KEY:
-        raise Corrupt(f"the LUKS header says the key has {key_size} bytes", 0x6C, "luks-header")
+        raise Corrupt(f"the LUKS header says the key has {key_size} bytes", 0x6C, "superblock")
     payload = int(head["payload_offset"]) * SECTOR
     header = Header(
         1, _text(head["uuid"]), "", [], [], [], [("LUKS header", 0, min(LUKS1.itemsize, reader.size))]
@@ -153,12 +151,11 @@ def _read_1(reader: Reader, device: int | None) -> Header:
         size = -(-key_size * stripes // SECTOR) * SECTOR
         if not 0 < stripes <= MAX_STRIPES or offset + size > reader.size or offset < LUKS1.itemsize:
             if slot["active"] == LUKS_KEY_ENABLED:
-                header.problems.append(
-                    Problem(
-                        "key-slot",
-                        f"key slot {number} at {offset:#x}+{size:#x} lies outside the device",
-                        0xD0,
-                    )
+                header.damage.say(
+                    "unsupported",
+                    f"key slot {number} at {offset:#x}+{size:#x} lies outside the device",
+                    0xD0,
+                    severity=ERROR,
                 )
             continue
         if slot["active"] != LUKS_KEY_ENABLED:
@@ -173,7 +170,7 @@ def _read_1(reader: Reader, device: int | None) -> Header:
         size = max(0, (reader.size if device is None else device) - payload) // SECTOR * SECTOR
         header.segments.append(Segment("0", 0, payload, size, encryption, SECTOR, 0))
     else:
-        header.problems.append(DETACHED)
+        header.damage.say("elsewhere", DETACHED, 0)
     digest = Kdf("pbkdf2", head["mk_digest_salt"].tobytes(), hash_spec, int(head["mk_digest_iter"]))
     header.digests.append(
         Digest(tuple(slot.name for slot in header.slots), ("0",), digest, head["mk_digest"].tobytes())
@@ -187,7 +184,7 @@ def _read_1(reader: Reader, device: int | None) -> Header:
 def _read_2(reader: Reader, device: int | None) -> Header:
     """The copy with the higher sequence number of those whose checksum is right."""
     found: list[tuple[int, int, int, np.void, dict[str, Any]]] = []
-    problems: list[Problem] = []
+    damage = Damage()
     for at in (0, *SECONDARY_OFFSETS):
         if at and found and found[0][1] == 0 and at != found[0][2]:
             continue  # a good primary says where the secondary is
@@ -198,27 +195,25 @@ def _read_2(reader: Reader, device: int | None) -> Header:
             head, tree = _copy(reader, at)
             found.append((int(head["seqid"]), at, int(head["hdr_size"]), head, tree))
         except Corrupt as error:
-            problems.append(Problem("header-copy", str(error), at, "warning"))
+            damage.say("copy-differs", str(error), at)
     if not found:
         raise Corrupt(
-            "no LUKS2 header with a right checksum, neither the first nor the second", 0, "luks-header"
+            "no LUKS2 header with a right checksum, neither the first nor the second", 0, "superblock"
         )
     _, _, size, head, tree = max(found, key=lambda copy: (copy[0], -copy[1]))
-    if len(found) == 1 and not problems:
-        problems.append(
-            Problem("header-copy", "the second copy of the LUKS2 header is missing", size, "warning")
-        )
-    header = Header(2, _text(head["uuid"]), _text(head["label"]), [], [], [], [], problems=problems)
+    if len(found) == 1 and not damage.problems():
+        damage.say("copy-missing", "the second copy of the LUKS2 header is missing", size)
+    header = Header(2, _text(head["uuid"]), _text(head["label"]), [], [], [], [], damage=damage)
     try:
         _fill(header, tree, size, reader.size)
         _add_segments(header, tree, reader.size if device is None else device)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(
-            f"the LUKS2 metadata lacks or misstates something: {error!r}", LUKS2.itemsize, "luks-header"
+            f"the LUKS2 metadata lacks or misstates something: {error!r}", LUKS2.itemsize, "superblock"
         ) from error
     if device is None and any(segment.offset < 2 * size for segment in header.segments):
         header.segments.clear()
-        header.problems.append(DETACHED)
+        header.damage.say("elsewhere", DETACHED, 0)
     return header
 
 
@@ -230,23 +225,23 @@ def _copy(reader: Reader, at: int) -> tuple[np.void, dict[str, Any]]:
         raise Corrupt(
             f"the LUKS2 header at byte {at:#x} says it has {size} bytes at {int(head['hdr_offset']):#x}",
             at,
-            "luks-header",
+            "superblock",
         )
     data = reader.read(at, size)
     try:
         checksum = hashlib.new(_text(head["csum_alg"]), data[:0x1C0] + bytes(64) + data[0x200:]).digest()
     except (ValueError, TypeError) as error:
         raise Corrupt(
-            f"the LUKS2 header at byte {at:#x} has a checksum of unknown kind", at, "luks-header"
+            f"the LUKS2 header at byte {at:#x} has a checksum of unknown kind", at, "superblock"
         ) from error
     if checksum != head["csum"].tobytes()[: len(checksum)]:
-        raise Corrupt(f"the checksum of the LUKS2 header at byte {at:#x} is wrong", at, "luks-header")
+        raise Corrupt(f"the checksum of the LUKS2 header at byte {at:#x} is wrong", at, "superblock")
     try:
         tree = json.loads(data[LUKS2.itemsize :].split(b"\0", 1)[0])
     except (ValueError, RecursionError) as error:
-        raise Corrupt(f"the LUKS2 header at byte {at:#x} holds no JSON", at, "luks-header") from error
+        raise Corrupt(f"the LUKS2 header at byte {at:#x} holds no JSON", at, "superblock") from error
     if not isinstance(tree, dict):
-        raise Corrupt(f"the LUKS2 header at byte {at:#x} holds no JSON object", at, "luks-header")
+        raise Corrupt(f"the LUKS2 header at byte {at:#x} holds no JSON object", at, "superblock")
     return head, tree
 
 
@@ -261,16 +256,16 @@ def _fill(header: Header, tree: dict[str, Any], size: int, device: int) -> None:
         area = slot["area"]
         offset, length = _number(area["offset"]), _number(area["size"])
         if offset < reserved[0] or offset + length > device:
-            header.problems.append(
-                Problem(
-                    "key-slot", f"key slot {name} at {offset:#x}+{length:#x} lies outside the key slots' area"
-                )
+            header.damage.say(
+                "unsupported",
+                f"key slot {name} at {offset:#x}+{length:#x} lies outside the key slots' area",
+                severity=ERROR,
             )
             continue
         header.areas.append((f"LUKS2 key slot {name}", offset, length))
         if slot["type"] != "luks2":
-            header.problems.append(
-                Problem("key-slot", f"slot {name} of type {slot['type']!r} holds no key", offset, "note")
+            header.damage.say(
+                "unsupported", f"slot {name} of type {slot['type']!r} holds no key", offset, severity=NOTE
             )
             continue
         header.slots.append(Slot(
@@ -296,9 +291,7 @@ def _fill(header: Header, tree: dict[str, Any], size: int, device: int) -> None:
         )
     if mandatory := [str(word) for word in tree["config"].get("requirements", {}).get("mandatory", [])]:
         words = ", ".join(mandatory)
-        header.problems.append(
-            Problem("requirements", f"the device says that its reader must know: {words}", -1, "note")
-        )
+        header.damage.say("unsupported", f"the device says that its reader must know: {words}", severity=NOTE)
 
 
 def _add_segments(header: Header, tree: dict[str, Any], device: int) -> None:
@@ -321,17 +314,16 @@ def _add_segments(header: Header, tree: dict[str, Any], device: int) -> None:
         ):
             raise Unsupported(
                 f"LUKS2 segment {name} of type {segment['type']!r} or with integrity is not read",
-                code="luks-segment",
             )
         size = (max(0, device - offset) if dynamic else _number(segment["size"])) // sector * sector
         if offset + size > device:
-            header.problems.append(
-                Problem("truncated", f"segment {name} ends at {offset + size:#x}, behind the device's end")
+            header.damage.say(
+                "truncated", f"segment {name} ends at {offset + size:#x}, behind the device's end"
             )
             size = max(0, device - offset) // sector * sector
         if "in-reencryption" in flags:
             detail = "the device is being reencrypted; the zone that was at work when it stopped may be torn"
-            header.problems.append(Problem("reencryption", detail, offset, "warning"))
+            header.damage.say("half-done", detail, offset)
         cipher = str(segment["encryption"]) if segment["type"] == "crypt" else None
         header.segments.append(
             Segment(name, start, offset, size, cipher, sector, _number(segment.get("iv_tweak", 0)))

@@ -57,7 +57,6 @@ def _slot_key(reader: Reader, slot: Slot, secret: bytes) -> bytes:
     if size > slot.size:
         raise Unsupported(
             f"{slot.stripes} stripes of {slot.key_size} bytes do not fit in its {slot.size} bytes",
-            code="key-slot",
         )
     data = np.frombuffer(reader.read(slot.offset, size), np.uint8)
     split = cipher.decrypt(data, np.arange(size // SECTOR, dtype=np.int64)).tobytes()
@@ -87,7 +86,7 @@ def _digest(name: str, data: bytes) -> bytes:
     try:
         return hashlib.new(name, data, usedforsecurity=False).digest()
     except (ValueError, TypeError) as error:
-        raise Unsupported(f"the hash {name!r} is not in this Python's OpenSSL", code="hash") from error
+        raise Unsupported(f"the hash {name!r} is not in this Python's OpenSSL") from error
 
 
 @functools.lru_cache(maxsize=64)  # slow on purpose, and the disk of a watched guest is mapped again and again
@@ -95,16 +94,14 @@ def derive(kdf: Kdf, secret: bytes, length: int) -> bytes:
     """The key of `length` bytes that the function makes of a secret."""
     if kdf.type == "pbkdf2":
         if not 0 < kdf.iterations <= MAX_ITERATIONS:
-            raise Unsupported(
-                f"{kdf.iterations} iterations of PBKDF2 are more than {MAX_ITERATIONS}", code="kdf"
-            )
+            raise Unsupported(f"{kdf.iterations} iterations of PBKDF2 are more than {MAX_ITERATIONS}")
         _digest(kdf.hash, b"")
         return hashlib.pbkdf2_hmac(kdf.hash, secret, kdf.salt, kdf.iterations, length)
     if kdf.type not in ("argon2i", "argon2id"):
-        raise Unsupported(f"the key derivation {kdf.type!r} is not read", code="kdf")
+        raise Unsupported(f"the key derivation {kdf.type!r} is not read")
     if not 0 < kdf.memory <= MAX_MEMORY or not 0 < kdf.time <= MAX_TIME or not 0 < kdf.cpus <= 64:
         raise Unsupported(
-            f"Argon2 with {kdf.memory} KiB and {kdf.time} passes is more than cryptsetup allows", code="kdf"
+            f"Argon2 with {kdf.memory} KiB and {kdf.time} passes is more than cryptsetup allows"
         )
     try:
         from cryptography.hazmat.primitives.kdf import argon2
@@ -114,7 +111,7 @@ def derive(kdf: Kdf, secret: bytes, length: int) -> bytes:
         ) from error
     function = getattr(argon2, {"argon2i": "Argon2i", "argon2id": "Argon2id"}[kdf.type], None)
     if function is None:
-        raise Unsupported(f"this version of the Python package cryptography has no {kdf.type}", code="kdf")
+        raise Unsupported(f"this version of the Python package cryptography has no {kdf.type}")
     made: bytes = function(
         salt=kdf.salt, length=length, iterations=kdf.time, lanes=kdf.cpus, memory_cost=kdf.memory
     ).derive(secret)

@@ -22,11 +22,12 @@ from virt_bmap.model.contract import (
     Checks,
     Docs,
     Member,
-    Problem,
     Structure,
     Structures,
     VolumeFormat,
 )
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR
 from virt_bmap.model.tables import BOOT, CONTENT, METADATA, UNREFERENCED
 
 NAME = "LVM2_member"
@@ -90,8 +91,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
                     f"at byte {pv.text_at:#x} of {pv.member.name}, has the id "
                     f"{text.sections[name].text('id')}"
                 )
-                problem = Problem("duplicate-name", detail, pv.text_at, "warning")
-                assembly.about(pv.member).problems.append(problem)
+                assembly.about(pv.member).damage.say("duplicate", detail, pv.text_at)
         try:
             read_group(new_group(text, name, mine, assembly))
         except Corrupt as error:
@@ -107,24 +107,17 @@ def _physical(members: Sequence[Member], assembly: Assembly) -> list[Pv]:
         try:
             pv = read_pv(member)
         except Corrupt as error:
-            _whole(
-                assembly,
-                member,
-                Problem(error.code, str(error), -1 if error.offset is None else error.offset),
-            )
+            _whole(assembly, member).refuse(error)
             continue
         if pv.uuid in pvs:
             first = pvs[pv.uuid].member.name
-            _whole(
-                assembly,
-                member,
-                Problem("duplicate", f"{first} is the same physical volume {pv.uuid}: this copy is not used"),
-            )
+            words = f"{first} is the same physical volume {pv.uuid}: this copy is not used"
+            _whole(assembly, member).say("duplicate", words, severity=ERROR)
             continue
         pvs[pv.uuid] = pv
         about = assembly.about(member)
         about.uuid, rows = pv.uuid, about.extents
-        about.problems += pv.problems
+        about.damage.take(pv.damage)
         rows.add(METADATA, pv.label_offset, SECTOR, part="LVM label")
         for offset, size in pv.areas:
             rows.add(METADATA, offset, size, part="LVM metadata area")
@@ -133,11 +126,11 @@ def _physical(members: Sequence[Member], assembly: Assembly) -> list[Pv]:
     return list(pvs.values())
 
 
-def _whole(assembly: Assembly, member: Member, problem: Problem) -> None:
-    """A member that is not used: one piece, with the reason."""
+def _whole(assembly: Assembly, member: Member) -> Damage:
+    """A member that is not used is one piece; the result takes the reason."""
     about = assembly.about(member)
     about.extents.add(CONTENT, 0, member.reader.size, part=NAME)
-    about.problems.append(problem)
+    return about.damage
 
 
 def _newest(pvs: list[Pv]) -> list[tuple[Section, str]]:
@@ -169,13 +162,13 @@ def _stale(pvs: list[Pv], newest: Section, name: str, assembly: Assembly) -> Non
                     f"a metadata area holds the group's state {older[0]}, the newest is "
                     f"{group.number('seqno', 0)}"
                 )
-                about.problems.append(Problem("stale-metadata", detail, -1, "warning"))
+                about.damage.say("stale", detail)
 
 
 def _unread(pvs: list[Pv], code: str, detail: str, assembly: Assembly) -> None:
     """The data areas of a group that can't be read are one piece each."""
     for pv in pvs:
-        assembly.about(pv.member).problems.append(Problem(code, detail, pv.text_at))
+        assembly.about(pv.member).damage.say(code, detail, pv.text_at, severity=ERROR)
         _add_data_area(pv, assembly, CONTENT)
 
 
@@ -188,7 +181,7 @@ def _orphans(pvs: list[Pv], assembly: Assembly) -> None:
             continue
         _unread(
             [pv],
-            "incomplete",
+            "missing-member",
             "its volume group's metadata lies on disks that were not given, or can't be read",
             assembly,
         )

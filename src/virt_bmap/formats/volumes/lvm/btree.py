@@ -19,7 +19,7 @@ from virt_bmap.core.checksums import crc32c
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import struct, widen
 from virt_bmap.core.reader import Reader
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 
 BLOCK = 4096
 INTERNAL_NODE, LEAF_NODE = 1, 2
@@ -86,38 +86,27 @@ class Store:
         self.blocks = reader.size // BLOCK
         self.used: list[tuple[str, Int]] = []
         """(part, block numbers) of everything that was read."""
-        self.problems: dict[str, list[int]] = {}
+        self.damage = Damage()
 
     def take(self, part: str, blocks: Int) -> None:
         """Note that blocks are in use."""
         self.used.append((part, blocks))
 
-    def damage(self, what: str, blocks: Int) -> None:
-        """Note damage of one kind; it becomes one problem."""
-        if len(blocks):
-            self.problems.setdefault(what, []).extend(blocks.tolist())
-
-    def report(self) -> list[Problem]:
-        """One problem for each kind of damage."""
-        return [
-            Problem(
-                "metadata-checksum" if what == WRONG_CHECKSUM else "metadata-block",
-                f"{len(blocks)} blocks of its metadata {what}, the first is block {min(blocks)}",
-                min(blocks) * BLOCK,
-            )
-            for what, blocks in self.problems.items()
-        ]
+    def bad(self, what: str, blocks: Int) -> None:
+        """Say what is wrong with these blocks."""
+        code = "checksum" if what == WRONG_CHECKSUM else "tree"
+        self.damage.add(code, f"blocks of its metadata {what}", blocks * BLOCK)
 
     def read(self, blocks: Int, salt: int) -> np.ndarray:
         """Blocks of one kind as an array (n, 4096)."""
         data = self.reader.read_blocks(blocks * BLOCK, BLOCK)
-        self.damage(WRONG_CHECKSUM, blocks[~sound(data, salt)])
+        self.bad(WRONG_CHECKSUM, blocks[~sound(data, salt)])
         return data
 
     def inside(self, blocks: Int) -> np.ndarray:
         """Which numbers are blocks of the device. Block 0 is the superblock and never anything else."""
         inside = (blocks > 0) & (blocks < self.blocks)
-        self.damage("lie outside its metadata device or on its superblock", blocks[~inside])
+        self.bad("lie outside its metadata device or on its superblock", blocks[~inside])
         return inside
 
     def walk(
@@ -144,11 +133,11 @@ class Store:
             keep = self.inside(block)
             pair, times = np.unique(tree[keep] * self.blocks + block[keep], return_counts=True)
             again = (times > 1) | np.isin(pair, seen)
-            self.damage("are reached twice in one tree", pair[again] % max(self.blocks, 1))
+            self.bad("are reached twice in one tree", pair[again] % max(self.blocks, 1))
             fresh = np.setdiff1d(pair, seen, assume_unique=True)
             seen = np.union1d(seen, fresh)
             if len(seen) > MAX_NODES:
-                raise Corrupt(f"more than {MAX_NODES} nodes of {part}", code="metadata-block")
+                raise Corrupt(f"more than {MAX_NODES} nodes of {part}", code="tree")
             tree, block = fresh // max(self.blocks, 1), fresh % max(self.blocks, 1)
             if len(block) == 0:
                 return _join(found)
@@ -166,7 +155,7 @@ class Store:
                     shared -= max(0, len(into[-1].keys) - len(entries.keys))
             below = _join(children)
             tree, block = below.tree, below.numbers()
-        self.damage(f"lie deeper than {MAX_DEPTH} levels", block)
+        self.bad(f"lie deeper than {MAX_DEPTH} levels", block)
         return _join(found)
 
     def _nodes(
@@ -181,15 +170,15 @@ class Store:
         wanted = np.where(internal, 8, value_size)
         good = (head["blocknr"] == blocks) & (internal | leaf) & (size == wanted) & (count <= limit)
         good &= limit <= (BLOCK - NODE.itemsize) // (8 + wanted)
-        self.damage(f"are no nodes of {part}", blocks[~good])
+        self.bad(f"are no nodes of {part}", blocks[~good])
         self.take(part, blocks[good])
         words, results = data.view("<u8"), []
         for kind, length in ((internal, 8), (leaf, value_size)):
             row, step = expand(np.where(good & kind, count, 0))
             keys = words[row, 4 + step]
             unsorted = (row[1:] == row[:-1]) & (keys[1:] <= keys[:-1])
-            self.damage("have keys out of order", blocks[np.unique(row[1:][unsorted])])
-            self.damage("have keys that no tree holds", blocks[np.unique(row[keys >> np.uint64(63) != 0])])
+            self.bad("have keys out of order", blocks[np.unique(row[1:][unsorted])])
+            self.bad("have keys that no tree holds", blocks[np.unique(row[keys >> np.uint64(63) != 0])])
             if length == 8:
                 values = words[row, 4 + limit[row] + step].view(np.uint8).reshape(-1, 8)
             else:
@@ -214,7 +203,7 @@ class Store:
             head = np.ascontiguousarray(data[:, : ARRAY_BLOCK.itemsize]).view(ARRAY_BLOCK)[:, 0]
             count = widen(head["nr_entries"], "nr_entries")
             good = (head["blocknr"] == batch) & (head["value_size"] == value_size) & (count <= each)
-            self.damage(f"are no blocks of {part}", batch[~good])
+            self.bad(f"are no blocks of {part}", batch[~good])
             self.take(part, batch[good])
             rows = data[good, ARRAY_BLOCK.itemsize : ARRAY_BLOCK.itemsize + each * value_size].reshape(
                 -1, each, value_size
@@ -260,11 +249,11 @@ class Store:
         blocks, keys = blocks[keep], keys[keep]
         blocks, first = np.unique(blocks, return_index=True)
         if len(first) < len(keys):
-            self.damage("of the space map are there for several parts of it", blocks[:1])
+            self.bad("of the space map are there for several parts of it", blocks[:1])
         keys = keys[first]
         self.take("space map", blocks)
         if total > len(blocks) * ENTRIES_PER_BITMAP:
-            self.damage("of the space map are missing; what they describe counts as in use", ints([0]))
+            self.bad("of the space map are missing; what they describe counts as in use", ints([0]))
             total = (
                 int(keys.max() + 1) * ENTRIES_PER_BITMAP
                 if len(keys) and keys.max() < 2 * len(keys) + 8

@@ -15,7 +15,7 @@ from virt_bmap.core.layout import record, struct, widen
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.volumes.lvm.btree import BLOCK, Store, sound
 from virt_bmap.formats.volumes.lvm.label import SECTOR
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import FREE, METADATA, ExtentRows
 
 MAGIC = 0o6142003
@@ -46,7 +46,7 @@ class Cached(NamedTuple):
     origin: Int
     place: Int
     dirty: np.ndarray
-    problems: list[Problem]
+    damage: Damage
 
 
 def read_cache(reader: Reader, data_size: int) -> Cached:
@@ -65,20 +65,14 @@ def read_cache(reader: Reader, data_size: int) -> Cached:
     entry = store.array("cache mapping", root, count).view("<u8")[:, 0] if count else np.zeros(0, "<u8")
     held = np.flatnonzero(entry & VALID)
     origin = (entry[held] >> FLAG_BITS).astype(np.int64)
-    problems = []
     if not sound(np.frombuffer(raw, np.uint8)[None, :], SUPERBLOCK_SALT).all():
-        problems.append(Problem("superblock-checksum", "the cache's superblock has a wrong checksum", 0))
+        store.damage.say("checksum", "the cache's superblock has a wrong checksum", 0)
     # as the kernel does: dirty bits were not written, so that every block may be
     if not int(head["flags"]) & CLEAN_SHUTDOWN:
         dirty = np.ones(len(held), bool)
         if len(held):
-            problems.append(
-                Problem(
-                    "unclean",
-                    "the cache was not shut down: all that it holds counts as newer than the origin",
-                    4,
-                    "warning",
-                )
+            store.damage.say(
+                "unclean", "the cache was not shut down: all that it holds counts as newer than the origin", 4
             )
     elif int(head["version"]) >= 2:
         root = int(widen(head["dirty_root"], "dirty_root"))
@@ -87,9 +81,7 @@ def read_cache(reader: Reader, data_size: int) -> Cached:
     else:
         dirty = (entry[held] & DIRTY) != 0
     order = np.argsort(origin, kind="stable")
-    return Cached(
-        size, origin[order], held[order].astype(np.int64) * size, dirty[order], problems + store.report()
-    )
+    return Cached(size, origin[order], held[order].astype(np.int64) * size, dirty[order], store.damage)
 
 
 def read_writecache(reader: Reader) -> tuple[Cached, ExtentRows]:
@@ -128,4 +120,4 @@ def read_writecache(reader: Reader) -> tuple[Cached, ExtentRows]:
     low, high = runs(~used)
     rows.add(FREE, start + low * size, (high - low) * size)
     every = np.ones(len(held), bool)
-    return Cached(size, sector * SECTOR // size, start + held.astype(np.int64) * size, every, []), rows
+    return Cached(size, sector * SECTOR // size, start + held.astype(np.int64) * size, every, Damage()), rows

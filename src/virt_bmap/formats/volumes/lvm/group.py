@@ -19,7 +19,7 @@ from virt_bmap.formats.common.stripes import Place
 from virt_bmap.formats.volumes.lvm.label import SECTOR, Pv
 from virt_bmap.formats.volumes.lvm.text import Section
 from virt_bmap.formats.volumes.lvm.thin import Pool
-from virt_bmap.model.contract import Assembly, Child, Problem
+from virt_bmap.model.contract import Assembly, Child
 from virt_bmap.model.tables import METADATA, ExtentRows
 
 MAX_EXTENTS = 1 << 32
@@ -92,7 +92,7 @@ class Group:
         if not 0 <= extents * self.extent_size <= MAX_BYTES:
             raise Corrupt(
                 f"{extents} extents of {self.extent_size} bytes are more than any volume has",
-                code="too-large",
+                code="mapping",
             )
         return extents * self.extent_size
 
@@ -143,10 +143,6 @@ class Group:
                 raise Corrupt(detail, max(start, place.offset), "two-owners")
         taken.insert(at, (place.offset, place.offset + size, owner))
 
-    def problem(self, where: int, problem: Problem) -> None:
-        """A problem of a volume, by its number in the assembly."""
-        self.assembly.volumes[where].problems.append(problem)
-
     def all_metadata(self, number: int, part: str) -> None:
         """A volume holds nothing but one kind of metadata."""
         rows = self.assembly.volumes[number].extents = ExtentRows()
@@ -186,10 +182,8 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
         group.readers[number], group.sizes[number] = reader, reader.size
         group.physical[label] = Space(Place(number, start), reader.size - start)
         if (end := start + group.bytes(section.number("pe_count", high=MAX_EXTENTS))) > reader.size:
-            group.problem(number, Problem(
-                "truncated", f"its extents end at byte {end:#x}, but it ends at {reader.size:#x}",
-                reader.size, "error",
-            ))  # fmt: skip
+            words = f"its extents end at byte {end:#x}, but it ends at {reader.size:#x}"
+            group.assembly.about(pv.member).damage.say("truncated", words, reader.size)
     for section in group.volumes.values():
         for segment in segments_of(section):
             if segment.text("type") == "snapshot":
@@ -242,7 +236,9 @@ def in_order(group: Group) -> list[str]:
                 stack.append((at, True))
                 for other in references(at, group):
                     if state.get(other) is False:
-                        raise Corrupt(f"the logical volumes {at} and {other} contain each other", code="loop")
+                        raise Corrupt(
+                            f"the logical volumes {at} and {other} contain each other", code="twice"
+                        )
                     stack.append((other, False))
     return result
 

@@ -14,7 +14,9 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.volumes.lvm.text import Section, parse
-from virt_bmap.model.contract import Member, Problem
+from virt_bmap.model.contract import Member
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import WARNING
 
 SECTOR = 512
 LABEL_SCAN_SECTORS = 4
@@ -67,7 +69,7 @@ class Pv:
     boot: list[tuple[int, int]]
     empty: bool = False
     copies: list[Section] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    damage: Damage = field(default_factory=Damage)
 
     @property
     def text_at(self) -> int:
@@ -96,15 +98,15 @@ def read_pv(member: Member) -> Pv:
     start = int(label["offset_xl"])
     if not LABEL_HEADER.itemsize <= start <= SECTOR - PV_HEADER.itemsize:
         raise Corrupt(
-            f"the LVM label at byte {at:#x} places its header at {start}, outside its sector", at, "label"
+            f"the LVM label at byte {at:#x} places its header at {start}, outside its sector",
+            at,
+            "superblock",
         )
     header = record(sector, PV_HEADER, start)
     pv = Pv(member, dashed(bytes(header["pv_uuid"])), at, True, [], [], [])
     if _crc(sector[0x14:]) != int(label["crc_xl"]):
-        pv.problems.append(
-            Problem(
-                "label-checksum", f"the checksum of the LVM label at byte {at:#x} is wrong", at, "warning"
-            )
+        pv.damage.say(
+            "checksum", f"the checksum of the LVM label at byte {at:#x} is wrong", at, severity=WARNING
         )
     at = start + PV_HEADER.itemsize
     pv.data, at = _areas(sector, at)
@@ -123,7 +125,7 @@ def read_pv(member: Member) -> Pv:
                 pv.copies.append(parse(text))
         except Corrupt as error:
             pv.empty = False
-            pv.problems.append(Problem("metadata-area", str(error), offset, "warning"))
+            pv.damage.say("copy-differs", str(error), offset)
     return pv
 
 
@@ -153,9 +155,7 @@ def _areas(sector: bytes, at: int) -> tuple[list[tuple[int, int]], int]:
 def _inside(pv: Pv, what: str, offset: int, size: int) -> bool:
     inside = size > 0 and offset + size <= pv.member.reader.size
     if not inside:
-        pv.problems.append(
-            Problem("outside", f"the {what} at {offset:#x}+{size:#x} lies outside the physical volume")
-        )
+        pv.damage.say("outside", f"the {what} at {offset:#x}+{size:#x} lies outside the physical volume")
     return inside
 
 
@@ -172,13 +172,8 @@ def _read_text(pv: Pv, offset: int, size: int) -> str:
             f"instead of {MDA_MAGIC!r}"
         )
     if _crc(head[4:]) != int(header["checksum_xl"]):
-        pv.problems.append(
-            Problem(
-                "metadata-area",
-                f"the checksum of the LVM metadata header at {offset:#x} is wrong",
-                offset,
-                "warning",
-            )
+        pv.damage.say(
+            "checksum", f"the checksum of the LVM metadata header at {offset:#x} is wrong", offset, WARNING
         )
     ring = record(head, RAW_LOCN, MDA_HEADER.itemsize)
     start, length = int(ring["offset"]), int(ring["size"])

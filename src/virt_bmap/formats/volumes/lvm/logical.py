@@ -23,7 +23,7 @@ from virt_bmap.formats.volumes.lvm.segments import SHAPES
 from virt_bmap.formats.volumes.lvm.snapshot import read_exceptions
 from virt_bmap.formats.volumes.lvm.text import Section
 from virt_bmap.formats.volumes.lvm.thin import read_pool
-from virt_bmap.model.contract import Child, Problem
+from virt_bmap.model.contract import Child
 from virt_bmap.model.tables import CHECKSUMMED, CONTENT, FREE, UNREFERENCED
 
 MAX_SECTORS = 1 << 40
@@ -44,10 +44,9 @@ def read_group(group: Group) -> None:
             unread = True
             group.logical.setdefault(name, None)
             group.missing[True, name] = f"of {name}"
-            severity = "warning" if isinstance(error, Unsupported) else "error"
             for pv in group.pvs[:1]:
                 detail = f"logical volume {group.name}/{name}: {error}"
-                group.problem(pv.member.number, Problem(error.code, detail, pv.text_at, severity))
+                group.assembly.about(pv.member).damage.say(error.code, detail, pv.text_at)
     _name_unread(group)
     add_free(group, UNREFERENCED if unread else FREE)
 
@@ -101,7 +100,7 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
             parts.append(SHAPES[kind](group, name, segment))
             zeroes += [(start, start + length)] if kind == "zero" else []
         else:
-            raise Unsupported(f"segments of type {kind!r} are not read", code="segment-type")
+            raise Unsupported(f"segments of type {kind!r} are not read")
         size = max(size, start + length)
         if log := group.logical.get(segment.text("mirror_log")):
             group.all_metadata(log.place.parent, "mirror log")
@@ -114,7 +113,7 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
             open=opener, holes=zeroes),
     )  # fmt: skip
     if lost:
-        child.problems.append(Problem("truncated", f"{lost} of its bytes lie behind the end of their disks"))
+        child.damage.say("truncated", f"{lost} of its bytes lie behind the end of their disks")
     if absent:
         _say_missing(group, name, child, absent)
     if store := group.merging.get(name):
@@ -122,7 +121,7 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
             f"the snapshot {store} is being merged into it; what is not merged yet is shown in the "
             "snapshot only"
         )
-        child.problems.append(Problem("merging", detail, -1, "warning"))
+        child.damage.say("half-done", detail)
     return child
 
 
@@ -153,9 +152,7 @@ def _say_missing(group: Group, name: str, child: Child, absent: list[str]) -> No
         if group.pvs
         else ""
     )
-    child.problems.append(
-        Problem("missing-member", f"physical volume {ids} is missing{says}: {words}", -1, severity)
-    )
+    child.damage.say("missing-member", f"physical volume {ids} is missing{says}: {words}", severity=severity)
     if len(child.rows) == 0:
         group.logical[name] = None
         group.missing[True, name] = ids
@@ -182,10 +179,10 @@ def _thin_pool(group: Group, name: str, segment: Section) -> None:
     group.assembly.volumes[data.place.parent].extents = pool.data
     about = group.assembly.volumes[metadata.place.parent]
     about.extents = pool.metadata
-    about.problems += pool.problems
+    about.damage.take(pool.damage)
     if (wanted := segment.number("transaction_id", 0)) != pool.transaction:
         detail = f"LVM expects transaction {wanted}, the pool's metadata is at {pool.transaction}"
-        about.problems.append(Problem("transaction", detail, -1, "warning"))
+        about.damage.say("stale", detail)
     known = [part.number("device_id",
             0) for section in group.volumes.values() for part in segments_of(section)
              if part.text("thin_pool") == name]  # fmt: skip
@@ -194,7 +191,7 @@ def _thin_pool(group: Group, name: str, segment: Section) -> None:
             f"thin devices {', '.join(map(str, others[:10]))} are in the pool, but LVM knows no "
             "volume for them"
         )
-        about.problems.append(Problem("thin-device", detail, -1, "note"))
+        about.damage.say("simplified", detail)
 
 
 def _thin(group: Group, name: str, segment: Section) -> None:
@@ -221,11 +218,11 @@ def _thin(group: Group, name: str, segment: Section) -> None:
         rows,
         detail=f"thin, {int(rows.run.sum())} bytes mapped",
     )
-    if device in pool.devices and not any(problem.severity == "error" for problem in pool.problems):
+    if device in pool.devices and not pool.damage.is_damaged:
         child.holes = [(0, size)]  # else nobody knows which blocks were never written
     if device not in pool.devices:
         detail = f"thin device {device} is not in the pool's metadata"
-        child.problems.append(Problem("thin-device", detail, -1, "error"))
+        child.damage.say("mapping", detail)
     _add(group, name, child)
 
 
@@ -254,7 +251,7 @@ def _snapshot(group: Group, name: str, segments: list[Section]) -> None:
     child = Child("lv", f"/dev/{group.name}/{name}", origin.size, rows, detail=detail)
     if found.outside:
         detail = f"{found.outside} exceptions lie outside the origin or the store"
-        child.problems.append(Problem("snapshot", detail))
+        child.damage.say("outside", detail)
     _add(group, name, child, inner=False)
 
 
@@ -318,5 +315,5 @@ def _add_cached(
     rows = Rows.concat([held, Rows.make(starts, origin.place.parent, starts, ends - starts)])
     detail = f"{kind}, {len(start)} blocks cached, {int(dirty.sum())} of them newer than the origin"
     child = Child("lv", f"/dev/{group.name}/{name}", origin.size, rows, detail=detail)
-    child.problems += found.problems
+    child.damage.take(found.damage)
     _add(group, name, child)

@@ -17,7 +17,6 @@ from virt_bmap.formats.common.stripes import Place, Raid10
 from virt_bmap.formats.volumes.lvm.group import MAX_EXTENTS, Group, Opener, span
 from virt_bmap.formats.volumes.lvm.label import SECTOR
 from virt_bmap.formats.volumes.lvm.text import Section
-from virt_bmap.model.contract import Problem
 
 MAGIC = 0x64526D44
 SUPPORTS_V190 = 1
@@ -68,7 +67,7 @@ def raid(group: Group, owner: str, segment: Section) -> tuple[int, Rows, Opener 
     if any(
         head["compat_features"] & SUPPORTS_V190 and head["flags"] & RESHAPE_ACTIVE for head in heads.values()
     ):
-        raise Unsupported("the RAID volume is in the middle of a reshape", code="reshape")
+        raise Unsupported("the RAID volume is in the middle of a reshape")
     skip = _skipped(heads)
     places = [Place(space.place.parent, space.place.offset + skip) if space else None for space in spaces]
     chunk = segment.number("stripe_size", 1, low=1, high=1 << 32) * SECTOR
@@ -118,7 +117,7 @@ def _parts(segment: Section, kind: str) -> tuple[list[str], list[str]]:
     else:
         metadata, images = names[::2], names[1::2]
     if not 1 <= len(images) <= stripes.MAX_MEMBERS or (metadata and len(metadata) != len(images)):
-        raise Corrupt(f"a {kind} segment lists {len(names)} parts", code="segment")
+        raise Corrupt(f"a {kind} segment lists {len(names)} parts", code="mapping")
     return images, metadata
 
 
@@ -154,8 +153,7 @@ def _failed(group: Group, images: list[str], heads: dict[int, np.void]) -> list[
         rebuilding = own is not None and int(own["disk_recovery_offset"]) * SECTOR < space.size
         if failed or stale or rebuilding:
             why = "has failed" if failed else "is out of date" if stale else "is not rebuilt yet"
-            group.problem(
-                space.place.parent, Problem("faulty", f"RAID image {name} {why}: it is not used", -1, "note")
-            )
+            about = group.assembly.volumes[space.place.parent]
+            about.damage.say("unused-member", f"RAID image {name} {why}: it is not used")
             gone.append(at)
     return gone

@@ -48,17 +48,17 @@ def read_exceptions(reader: Reader, origin_size: int) -> Exceptions:
     head = record(reader.read_clipped(0, HEADER.itemsize), HEADER)
     if head["magic"] != MAGIC or head["version"] != VERSION:
         raise Corrupt(
-            f"the snapshot's store begins with {int(head['magic']):#x} instead of {MAGIC:#x}", 0, "snapshot"
+            f"the snapshot's store begins with {int(head['magic']):#x} instead of {MAGIC:#x}", 0, "outside"
         )
     if not head["valid"]:
         raise Corrupt(
             "the snapshot is invalid: its store was full, so that the kernel gave it up",
             4,
-            "snapshot-invalid",
+            "marked-damaged",
         )
     chunk = int(head["chunk_size"]) * SECTOR
     if not SECTOR <= chunk <= MAX_CHUNK or chunk & (chunk - 1):
-        raise Corrupt(f"the snapshot's store has chunks of {chunk} bytes", 0xC, "snapshot")
+        raise Corrupt(f"the snapshot's store has chunks of {chunk} bytes", 0xC, "outside")
     each, chunks = chunk // EXCEPTION.itemsize, reader.size // chunk
     found: list[np.ndarray] = []
     areas = 0

@@ -68,16 +68,16 @@ def parse(text: str) -> Section:
         if word == "}" and kind == "mark":
             stack.pop()
             if not stack:
-                raise Corrupt(f"LVM metadata, line {line}: a closing brace too many", code="text")
+                raise Corrupt(f"LVM metadata, line {line}: a closing brace too many", code="mapping")
             continue
         if kind == "mark":
-            raise Corrupt(f"LVM metadata, line {line}: {word!r} where a name should be", code="text")
+            raise Corrupt(f"LVM metadata, line {line}: {word!r} where a name should be", code="mapping")
         _, kind, mark = next(tokens, (line, "mark", "the end"))
         if kind == "mark" and mark == "{":
             if len(stack) >= MAX_DEPTH:
                 raise Corrupt(
                     f"LVM metadata, line {line}: more than {MAX_DEPTH} sections within each other",
-                    code="text",
+                    code="mapping",
                 )
             stack.append(stack[-1].sections.setdefault(word, Section()))
         elif kind == "mark" and mark == "=":
@@ -85,10 +85,10 @@ def parse(text: str) -> Section:
         else:
             raise Corrupt(
                 f"LVM metadata, line {line}: {mark!r} after {word!r}, where '=' or '{{' should be",
-                code="text",
+                code="mapping",
             )
     if len(stack) > 1:
-        raise Corrupt(f"LVM metadata ends inside {len(stack) - 1} open sections", code="text")
+        raise Corrupt(f"LVM metadata ends inside {len(stack) - 1} open sections", code="mapping")
     return top
 
 
@@ -98,7 +98,7 @@ def _tokens(text: str) -> Iterator[tuple[int, str, str]]:
     for match in TOKEN.finditer(text):
         kind, word = match.lastgroup, match.group()
         if kind == "bad":
-            raise Corrupt(f"LVM metadata, line {line}: a string that does not end", code="text")
+            raise Corrupt(f"LVM metadata, line {line}: a string that does not end", code="mapping")
         if kind == "string":
             yield line, kind, re.sub(r"\\(.)", r"\1", word[1:-1], flags=re.DOTALL)
         elif kind:
@@ -122,7 +122,7 @@ def _value(tokens: Iterator[tuple[int, str, str]], line: int) -> Value:
             elif word != ",":
                 break
         break
-    raise Corrupt(f"LVM metadata, line {line}: '=' without a value", code="text")
+    raise Corrupt(f"LVM metadata, line {line}: '=' without a value", code="mapping")
 
 
 def _scalar(kind: str, word: str) -> int | str:

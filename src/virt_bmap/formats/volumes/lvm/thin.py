@@ -15,7 +15,8 @@ from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.volumes.lvm.btree import BLOCK, SPACE_MAP_ROOT, Entries, Store, sound
 from virt_bmap.formats.volumes.lvm.label import SECTOR
-from virt_bmap.model.contract import Problem
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import NOTE, WARNING
 from virt_bmap.model.tables import FREE, METADATA, UNKNOWN, ExtentRows
 
 MAGIC = 27022010
@@ -48,7 +49,7 @@ class Pool:
     count: Int
     data: ExtentRows
     metadata: ExtentRows
-    problems: list[Problem]
+    damage: Damage
 
     def rows(self, device: int, size: int, parent: int) -> Rows:
         """The mapping rows of a thin volume of `size` bytes, whose pool's data is `parent`, by volume
@@ -105,32 +106,23 @@ def read_pool(reader: Reader, data_size: int) -> Pool:
     total, free = store.free_data(record(head["data_space_map_root"].tobytes(), SPACE_MAP_ROOT))
     store.walk("device details", widen(head["device_details_root"], "device_details_root").reshape(1), 24)
     free_metadata = store.free_metadata(record(head["metadata_space_map_root"].tobytes(), SPACE_MAP_ROOT))
-    problems = (
-        [Problem("superblock-checksum", "the thin pool's superblock has a wrong checksum", 0)]
-        if wrong
-        else []
-    )
+    damage = store.damage
+    if wrong:
+        damage.say("checksum", "the thin pool's superblock has a wrong checksum", 0)
     if unknown := int(head["flags"]) & ~NEEDS_CHECK:
-        problems.append(
-            Problem("superblock", f"the thin pool's superblock has flags that are not known: {unknown:#x}", 4)
-        )
+        damage.say("superblock", f"the thin pool's superblock has flags that are not known: {unknown:#x}", 4)
     if int(head["flags"]) & NEEDS_CHECK:
-        problems.append(
-            Problem("needs-check", "the pool's metadata is marked as in need of a check", 4, "warning")
+        damage.say(
+            "marked-damaged", "the pool's metadata is marked as in need of a check", 4, severity=WARNING
         )
     if int(head["held_root"]):
-        problems.append(
-            Problem(
-                "held-root",
-                "a metadata snapshot is held; blocks that only it refers to have no owner",
-                0x38,
-                "note",
-            )
+        damage.say(
+            "simplified", "a metadata snapshot is held; blocks that only it refers to have no owner", 0x38
         )
     data = _data_rows(
-        min(total, blocks), free, union(block, block + count), block_size, problems, bool(head["held_root"])
+        min(total, blocks), free, union(block, block + count), block_size, damage, bool(head["held_root"])
     )
-    metadata = _metadata_rows(store, free_metadata, problems, bool(head["held_root"]))
+    metadata = _metadata_rows(store, free_metadata, damage, bool(head["held_root"]))
     transaction = int(widen(head["trans_id"], "trans_id"))
     return Pool(
         block_size,
@@ -142,7 +134,7 @@ def read_pool(reader: Reader, data_size: int) -> Pool:
         count,
         data,
         metadata,
-        problems + store.report(),
+        damage,
     )
 
 
@@ -155,14 +147,14 @@ def _mappings(store: Store, head: np.void, blocks: int) -> tuple[Int, tuple[Int,
         np.ascontiguousarray(entries.values[:, at : at + 8]).view(np.int64)[:, 0] for at in (0, 8)
     )
     inside = (block >= 0) & (block + count <= blocks)
-    store.damage("map blocks outside the pool", block[~inside])
+    store.bad("map blocks outside the pool", block[~inside])
     return devices.keys, merged(
         devices.keys[entries.tree][inside], entries.keys[inside], block[inside], count[inside]
     )
 
 
 def _data_rows(
-    total: int, free: np.ndarray, used: tuple[Int, Int], size: int, problems: list[Problem], held: bool
+    total: int, free: np.ndarray, used: tuple[Int, Int], size: int, damage: Damage, held: bool
 ) -> ExtentRows:
     """Free pool blocks, and those that are allocated to nobody."""
     rows = ExtentRows()
@@ -172,11 +164,11 @@ def _data_rows(
     if len(starts):
         rows.add(UNKNOWN, starts * size, (ends - starts) * size)
         detail = f"{int((ends - starts).sum())} pool blocks are allocated, but no thin volume maps them"
-        problems.append(Problem("unowned", detail, int(starts[0]) * size, "note" if held else "warning"))
+        damage.say("unowned", detail, int(starts[0]) * size, severity=NOTE if held else "warning")
     return rows
 
 
-def _metadata_rows(store: Store, free: np.ndarray, problems: list[Problem], held: bool) -> ExtentRows:
+def _metadata_rows(store: Store, free: np.ndarray, damage: Damage, held: bool) -> ExtentRows:
     """Every block of the metadata device: what it holds, or free."""
     rows = ExtentRows()
     rows.add(METADATA, 0, BLOCK, part="thin pool superblock")
@@ -198,5 +190,5 @@ def _metadata_rows(store: Store, free: np.ndarray, problems: list[Problem], held
             f"{int((ends - starts).sum())} blocks of the pool's metadata are allocated, but nothing "
             "refers to them"
         )
-        problems.append(Problem("unowned", detail, int(starts[0]) * BLOCK, "note" if held else "warning"))
+        damage.say("unowned", detail, int(starts[0]) * BLOCK, severity=NOTE if held else "warning")
     return rows

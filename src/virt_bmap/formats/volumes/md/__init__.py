@@ -9,10 +9,10 @@ Sources: kernel drivers/md/, include/uapi/linux/raid/md_p.h; mdadm's super0.c, s
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from virt_bmap.core.errors import FormatError, Unsupported
+from virt_bmap.core.errors import FormatError
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.rebuild import RebuiltReader
 from virt_bmap.formats.common.stripes import bounded
@@ -24,11 +24,12 @@ from virt_bmap.model.contract import (
     Child,
     Docs,
     Member,
-    Problem,
     Structure,
     Structures,
     VolumeFormat,
 )
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import ERROR, NOTE
 from virt_bmap.model.tables import CONTENT, JOURNALED, METADATA
 
 NAME = "linux_raid_member"
@@ -113,7 +114,7 @@ def _add_array(assembly: Assembly, members: list[Superblock], name: str, strange
         traits=JOURNALED if JOURNAL in head.roles else 0,
     ))  # fmt: skip
     _describe(assembly, array)
-    child.problems += _complaints(array, cut, strangers)
+    _check(array, cut, strangers, child.damage)
 
 
 def _state(array: Array) -> str:
@@ -133,10 +134,10 @@ def _describe(assembly: Assembly, array: Array) -> None:
         if one not in array.present and one.metadata[-1][0] != "md journal":
             start = one.data_offset
             about.extents.add(CONTENT, start, max(0, min(one.data_size or one.size, size - start)), part=NAME)
-        about.problems += one.problems
+        about.damage.take(one.damage)
 
 
-def _complaints(array: Array, cut: int, strangers: list[str]) -> Iterator[Problem]:
+def _check(array: Array, cut: int, strangers: list[str], damage: Damage) -> None:
     """What is wrong with the array as a whole."""
     if missing := [slot for slot, one in enumerate(array.slots) if one is None]:
         beyond = lost(array)
@@ -147,16 +148,14 @@ def _complaints(array: Array, cut: int, strangers: list[str]) -> Iterator[Proble
             f"byte {head.offset:#x} of {head.member.name}: {words}"
         )
         detail += f"; {', '.join(strangers)} belong to other arrays" if strangers else ""
-        yield Problem("missing-member", detail, -1, "error" if beyond else "note")
+        damage.say("missing-member", detail, severity=ERROR if beyond else NOTE)
     if cut:
-        yield Problem("truncated", f"{cut} of its bytes lie behind the end of their disks")
+        damage.say("truncated", f"{cut} of its bytes lie behind the end of their disks")
 
 
 def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
-    severity = "warning" if isinstance(error, Unsupported) else "error"
-    offset = -1 if error.offset is None else error.offset
     about = assembly.about(member)
-    about.problems.append(Problem(error.code, str(error), offset, severity))
+    about.damage.refuse(error)
     about.extents.add(CONTENT, 0, member.reader.size, part=NAME)
 
 

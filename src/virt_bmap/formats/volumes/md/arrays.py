@@ -12,7 +12,6 @@ from virt_bmap.formats.common import stripes
 from virt_bmap.formats.common.rebuild import Stripes
 from virt_bmap.formats.common.stripes import Place, Raid10
 from virt_bmap.formats.volumes.md.superblock import FAULTY, JOURNAL, SECTOR, SPARE, Superblock
-from virt_bmap.model.contract import Problem
 
 LINEAR, RAID0, RAID1, RAID4, RAID5, RAID6, RAID10 = -1, 0, 1, 4, 5, 6, 10
 NAMES = {
@@ -46,7 +45,7 @@ class Array:
 
 
 def gather(members: list[Superblock]) -> Array:
-    """Sort the members of one array into slots; what is not used says why in its problems."""
+    """Sort the members of one array into slots; what is not used says why in its damage."""
     fresh = max(members, key=lambda member: (member.events, member.role < SPARE))
     if fresh.raid_disks > stripes.MAX_MEMBERS:
         raise Unsupported(
@@ -60,37 +59,28 @@ def gather(members: list[Superblock]) -> Array:
         elif member.events + 1 < fresh.events:
             _unused(
                 member,
-                "stale",
                 f"it has seen {member.events} events, the array {fresh.events}: it dropped out and "
                 "is not used",
             )
         elif role == FAULTY or (role != SPARE and role >= fresh.raid_disks):
-            _unused(member, "faulty", "the array calls it faulty: it is not used")
+            _unused(member, "the array calls it faulty: it is not used")
         elif role == SPARE:
-            member.problems.append(Problem("spare", "a spare: it holds no data of the array", -1, "note"))
+            _unused(member, "a spare: it holds no data of the array")
         elif array.slots[role] is not None:
             first = array.slots[role]
             assert first is not None
-            code = "replacement" if member.replacement else "duplicate"
-            severity = "note" if member.replacement else "warning"
-            _unused(
-                member,
-                code,
-                f"slot {role} is held by {first.member.name}, too: this copy is not used",
-                severity,
-            )
+            words = f"slot {role} is held by {first.member.name}, too: this copy is not used"
+            member.damage.say("unused-member" if member.replacement else "duplicate", words)
         elif member.recovered is not None and member.recovered < fresh.size:
-            _unused(
-                member, "rebuilding", f"only its first {member.recovered} bytes are rebuilt: it is not used"
-            )
+            _unused(member, f"only its first {member.recovered} bytes are rebuilt: it is not used")
         else:
             array.slots[role] = member
     return array
 
 
-def _unused(member: Superblock, code: str, detail: str, severity: str = "note") -> None:
+def _unused(member: Superblock, detail: str) -> None:
     """A member that dropped out is what redundancy is for: a note, unless two claim one slot."""
-    member.problems.append(Problem(code, detail, -1, severity))
+    member.damage.say("unused-member", detail)
 
 
 def place(array: Array) -> tuple[int, Rows, Stripes | None]:
@@ -101,7 +91,6 @@ def place(array: Array) -> tuple[int, Rows, Stripes | None]:
     if head.reshaping:
         raise Unsupported(
             "the array is being reshaped: its bytes lie partly in the old and partly in the new layout",
-            code="reshape",
         )
     if head.level not in (LINEAR, RAID1) and (head.chunk < SECTOR or head.chunk % SECTOR):
         raise Corrupt(

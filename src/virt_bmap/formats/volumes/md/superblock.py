@@ -12,7 +12,9 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.volumes import gpt, mbr
-from virt_bmap.model.contract import Member, Problem
+from virt_bmap.model.contract import Member
+from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import WARNING
 
 SECTOR = 512
 MD_SB_MAGIC = 0xA92B4EFC
@@ -95,7 +97,7 @@ class Superblock:
     minor: int | None = None
     raid0_layout: bool = True
     metadata: list[tuple[str, int, int]] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    damage: Damage = field(default_factory=Damage)
 
 
 def places(size: int) -> list[tuple[str, int]]:
@@ -157,10 +159,8 @@ def read(member: Member) -> Superblock:
     for part, start, length in list(result.metadata):
         if start < 0 or start + length > member.reader.size:
             result.metadata.remove((part, start, length))
-            result.problems.append(
-                Problem(
-                    "outside", f"the {part} at {start:#x}+{length:#x} lies outside the member", -1, "warning"
-                )
+            result.damage.say(
+                "outside", f"the {part} at {start:#x}+{length:#x} lies outside the member", severity=WARNING
             )
     if not 1 <= result.raid_disks <= MAX_ROLES:
         raise Corrupt(
@@ -201,13 +201,11 @@ def _read_1(member: Member, version: str, offset: int) -> Superblock:
         metadata=[("md superblock", offset, -(-len(data) // SECTOR) * SECTOR)],
     )  # fmt: skip
     if _checksum_1(data) != int(head["sb_csum"]):
-        result.problems.append(
-            Problem(
-                "checksum",
-                f"the checksum of the md superblock at byte {offset:#x} is wrong",
-                offset,
-                "warning",
-            )
+        result.damage.say(
+            "checksum",
+            f"the checksum of the md superblock at byte {offset:#x} is wrong",
+            offset,
+            severity=WARNING,
         )
     if features & BITMAP_OFFSET:
         start = offset + int(head["bitmap_offset"]) * SECTOR
@@ -258,13 +256,11 @@ def _read_0(member: Member, offset: int) -> Superblock:
     words_of = np.frombuffer(data, f"{order}u4").astype(np.uint64)
     total = int(words_of.sum()) - int(head["sb_csum"])
     if (total & 0xFFFFFFFF) + (total >> 32) & 0xFFFFFFFF != int(head["sb_csum"]):
-        result.problems.append(
-            Problem(
-                "checksum",
-                f"the checksum of the md superblock at byte {offset:#x} is wrong",
-                offset,
-                "warning",
-            )
+        result.damage.say(
+            "checksum",
+            f"the checksum of the md superblock at byte {offset:#x} is wrong",
+            offset,
+            severity=WARNING,
         )
     return result
 
@@ -300,7 +296,7 @@ def _bad_blocks(found: Superblock, start: int, length: int) -> None:
         used = int(((entries != 0xFFFFFFFFFFFFFFFF) & (entries != 0)).sum())
         if used:
             detail = f"{used} ranges are listed as unreadable in its bad block log"
-            found.problems.append(Problem("bad-blocks", detail, start, "note"))
+            found.damage.say("bad-blocks", detail, start)
 
 
 def _uuid(raw: bytes) -> str:
