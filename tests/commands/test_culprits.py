@@ -76,7 +76,7 @@ def test_what_nobody_expected_names_its_file(error: OSError, words: str) -> None
     def system() -> None:
         raise error
 
-    with pytest.raises(OSError, match="left|output") as raised:
+    with pytest.raises(OSError, match=r"left|output") as raised:
         system()
     assert refused(raised.value).startswith(words)
     assert "standard output" not in refused(raised.value)
