@@ -8,7 +8,7 @@ import pytest
 
 from support import mapped, need, run
 from virt_bmap.formats.filesystems.btrfs.owners import check_free_space
-from virt_bmap.formats.filesystems.btrfs.pool import Damage
+from virt_bmap.model.damage import Damage
 
 
 @pytest.mark.parametrize("options", ["", "-m single", "-M", "-d dup", "-n 65536"])
@@ -32,8 +32,8 @@ def test_ranges_outside_of_every_account_are_noted() -> None:
     for told, accounts, wanted in (
         (columns([1500], [500]), columns([1000], [1000]), []),
         (columns([1500, 3000], [500, 100]), columns([1000, 3000], [1000, 500]), []),
-        (columns([1500, 3000], [500, 100]), columns([1000], [1000]), ["free-space-tree-chunk"]),
-        (columns([1500, 3000], [500, 900]), columns([1000, 3000], [1000, 500]), ["free-space-tree-chunk"]),
+        (columns([1500, 3000], [500, 100]), columns([1000], [1000]), ["allocator"]),
+        (columns([1500, 3000], [500, 900]), columns([1000, 3000], [1000, 500]), ["allocator"]),
     ):
         damage = Damage()
         check_free_space(free, told, accounts, SimpleNamespace(chunks=chunks), damage)  # type: ignore[arg-type]

@@ -233,7 +233,7 @@ def test_a_map_without_its_journal_is_not_used(disks: SimpleNamespace, guest: Si
         "format": "xfs",
         "volume": 0,
         "volume_offset": None,
-        "code": "log",
+        "code": "not-replayed",
         "detail": "was not replayed",
     }
     stale = replace(

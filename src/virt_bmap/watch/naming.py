@@ -60,8 +60,8 @@ RESOLUTION = 10 * MS
 """Where there are more metadata writes than MOST_CHANGES, they are remembered this exactly: a guest that
 writes nothing else fills no memory."""
 
-NOT_REPLAYED = ("journal", "fast-commit", "log")
-"""Codes of the problems that ext and XFS have where their journals are not replayed."""
+NOT_REPLAYED = ("journal", "journal-missing", "not-replayed")
+"""Codes of problems with which a map lacks what a journal holds."""
 
 # by kind; the last element is for -1, a volume of which nothing is known
 _NAMELESS = np.isin(
