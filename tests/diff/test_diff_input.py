@@ -103,7 +103,7 @@ BAD = [
     ("{d}/new.img --ranges {d}/ranges.csv --verify", "--verify reads both sides, but nothing older"),
     ("{d}/old.parquet {d}/new.img --ranges {d}/ranges.csv --verify", ("--verify reads both sides, but "
         ".*old.parquet is a saved map")),
-    ("{d}/old.parquet {d}/new.parquet --disk 2", "there is no disk 2; it has 1"),
+    ("{d}/old.parquet {d}/new.parquet --disk 2", "there is no disk 2 in .*parquet, which has 1"),
     ("{d}/old.img {d}/new.img --depth 1", "--depth is a number of levels"),
     ("{d}/old.img {d}/new.img --by directory --depth -1", "--depth is a number of levels"),
     ("{d}/old.img {d}/new.img --limit -1", "--limit is a number of rows"),

@@ -91,9 +91,7 @@ class Resolver:
             tables.integers(table, "inode"),
             tables.codes(table, "kind").astype(np.int64),
         )
-        part = table.column("part").combine_chunks()
-        self._parts = part.dictionary.to_pylist()
-        code = part.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        code, self._parts = tables.parts(table)
         first, self._object = _number(volume, kind, inode, code)
         self._volume, self._kind, self._inode, self._part = (
             volume[first],
@@ -121,7 +119,7 @@ class Resolver:
 
     def touched(self, disk: int, offset: Int, length: Int) -> Touched:
         """What the requests for [offset[i], +length[i]) of disk number `disk` (from 1) touch."""
-        size = self.bmap.volumes.column("size")[self.bmap.disks[disk - 1]].as_py()
+        size = self.bmap.size_of(self.bmap.disk(disk))
         offset = np.minimum(offset, size)
         length = np.minimum(length, size - offset)
         found = self.bmap.owners(disk, offset, offset + length)

@@ -20,7 +20,7 @@ from virt_bmap.accesses.resolve import BATCH, IDENTITY, Resolver, identify
 from virt_bmap.accesses.trace import KEY, OBJECT, SCHEMA, VERSION, Trace, save
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, ints
-from virt_bmap.core.errors import ImageError, MapError, UsageError
+from virt_bmap.core.errors import ImageError, MapError
 from virt_bmap.core.escape import escape_all
 from virt_bmap.host import inputs
 from virt_bmap.model import tables
@@ -386,9 +386,7 @@ def save_log(log: AccessLog, file: BinaryIO, bmap: BlockMap | None = None, disk:
     accesses = log.accesses
     resolver = Resolver(bmap) if bmap else None
     if bmap:
-        if not 1 <= disk <= len(bmap.disks):
-            raise UsageError(f"there is no disk {disk} in this map, which has {len(bmap.disks)}")
-        size = sizes(bmap)[disk - 1]
+        size = bmap.size_of(bmap.disk(disk))
         behind = np.flatnonzero(accesses.offset + accesses.length > size)
         if len(behind):
             row = int(behind[np.argmin(log.line[behind])])

@@ -189,7 +189,7 @@ def _unseen(bmap: BlockMap, volume: int) -> int:
 
 
 def _check_volume(bmap: BlockMap, volume: int, report: Checked) -> None:
-    size = bmap.volumes.column("size")[volume].as_py()
+    size = bmap.size_of(volume)
     _, extents = bmap.slice_of("extents", volume)
     kind, flags = tables.codes(extents, "kind"), tables.integers(extents, "flags")
     start, length = tables.integers(extents, "volume_offset"), tables.integers(extents, "length")

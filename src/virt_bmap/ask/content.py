@@ -86,9 +86,7 @@ class Files:
         """Rows of content by inode, part and offset; and which inodes' content is not as it lies there."""
         inode, file_offset = tables.integers(table, "inode"), tables.integers(table, "file_offset")
         kind, flags = tables.codes(table, "kind"), tables.integers(table, "flags")
-        part = table.column("part").combine_chunks()
-        words = part.dictionary.to_pylist() if len(part) else []
-        code = part.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        code, words = tables.parts(table)
         self.streams = {
             word.removeprefix("stream:"): at for at, word in enumerate(words) if word.startswith("stream:")
         }

@@ -40,10 +40,8 @@ Found = dict[str, Any]
 
 def explain(bmap: BlockMap, disk: int, offset: int) -> Found:
     """Byte `offset` of disk number `disk` (from 1); UsageError where there is no such byte."""
-    if not 1 <= disk <= len(bmap.disks):
-        raise UsageError(f"there is no disk {disk} in this map, which has {len(bmap.disks)}")
-    top = bmap.disks[disk - 1]
-    size = bmap.volumes.column("size")[top].as_py()
+    top = bmap.disk(disk)
+    size = bmap.size_of(top)
     if not 0 <= offset < size:
         raise UsageError(f"byte {offset:#x} lies beyond the end of disk {disk}, which has {size:#x} bytes")
     owners = bmap.owners(disk, ints(offset), ints(offset + 1))

@@ -95,13 +95,7 @@ def _pieces(bmap: BlockMap, owners: Owners) -> _Pieces:
         name: tables.integers(bmap.extents, name)[row]
         for name in ("inode", "flags", "file_offset", "file_length", "volume_offset")
     }
-    part = (
-        bmap.extents.column("part")
-        .combine_chunks()
-        .indices.fill_null(-1)
-        .to_numpy(zero_copy_only=False)
-        .astype(np.int64)[row]
-    )
+    part = tables.parts(bmap.extents)[0][row]
     # a damaged byte of a compressed extent spoils all that is stored there
     whole = (column["flags"] & tables.COMPRESSED) != 0
     low = column["file_offset"] + np.where(whole, 0, owners.inside - column["volume_offset"])
@@ -188,7 +182,7 @@ def _objects(bmap: BlockMap, pieces: _Pieces) -> list[dict[str, Any]]:
     devices = [
         escape(name.encode(errors="surrogateescape")) for name in bmap.volumes.column("name").to_pylist()
     ]
-    parts = bmap.extents.column("part").combine_chunks().dictionary.to_pylist()
+    _, parts = tables.parts(bmap.extents)
     ranked = np.lexsort((one.kind, one.inode, one.volume, -size)).tolist()
     held = _names_held(bmap, one)
     columns = [

@@ -104,7 +104,7 @@ def _of_array(
         known[volume] = free_space(bmap, volume, kinds, doubted, known)
     found = known[volume]
     space.left |= found.left
-    size = bmap.volumes.column("size")[volume].as_py()
+    size = bmap.size_of(volume)
     free = sharing_parity(bmap.rows_of(volume), found.all(), size)
     return free, complement(*free, 0, size)
 

@@ -135,7 +135,7 @@ def _shown(path: str) -> str:
 def _bytes(bmap: BlockMap, answer: Found, readers: Sequence[Reader]) -> Found:
     """The bytes there, the fields of what lies there, and
     what was there before; or why they can't be read."""
-    reader, offset = readers[bmap.disks[answer["disk"] - 1]].raw, answer["offset"]
+    reader, offset = readers[bmap.disk(answer["disk"])].raw, answer["offset"]
     found: Found = {"bytes": None, "meant": None, "fields": None, "history": None, "unread": None}
     try:
         found["bytes"] = reader.read(offset, min(DUMP, reader.size - offset)).hex()

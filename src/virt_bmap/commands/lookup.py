@@ -109,9 +109,7 @@ def parse_range(text: str) -> tuple[int, int, int]:
 
 def owners(bmap: BlockMap, disk: int, start: int, end: int) -> list[dict[str, Any]]:
     """The records of all owners of a range; UsageError where it is not on the disk."""
-    if not 1 <= disk <= len(bmap.disks):
-        raise UsageError(f"there is no disk {disk} in this map, which has {len(bmap.disks)}")
-    size = bmap.volumes.column("size")[bmap.disks[disk - 1]].as_py()
+    size = bmap.size_of(bmap.disk(disk))
     if start >= size:
         raise UsageError(f"byte {start:#x} lies beyond the end of disk {disk}, which has {size:#x} bytes")
     return owner_records(bmap, disk, np.array([start]), np.array([end]))
@@ -152,9 +150,7 @@ def _many(args: argparse.Namespace) -> int:
     ranges = _read_ranges(args)
     number_of_disk = 1 if args.disk is None else args.disk
     bmap = map_or_disks(args, [args.map] if args.map else [])
-    if not 1 <= number_of_disk <= len(bmap.disks):
-        raise UsageError(f"there is no disk {number_of_disk} in this map, which has {len(bmap.disks)}")
-    volume = bmap.volumes.slice(bmap.disks[number_of_disk - 1], 1).to_pylist()[0]
+    volume = bmap.volumes.slice(bmap.disk(number_of_disk), 1).to_pylist()[0]
     starts, ends = ranges.inside(volume["size"], escape(volume["name"].encode()))
     say(f"{ranges.source}: {ranges.format}, {plural(len(starts), 'range')} to look up", file=sys.stderr)
     found = hits(bmap, number_of_disk, starts, ends)

@@ -340,9 +340,7 @@ def _totals(summary: "Summary", objects: list[dict[str, Any]]) -> list[str]:
         seen = kinds.setdefault(row["kind"], [0] * (1 + len(ways)))
         for at, count in enumerate([1, *(row[way] for way in ways)]):
             seen[at] += count
-    device = summary.resolver.bmap.volumes.column("name")[
-        summary.resolver.bmap.disks[summary.disk - 1]
-    ].as_py()
+    device = summary.resolver.bmap.volumes.column("name")[summary.resolver.bmap.disk(summary.disk)].as_py()
     lines = [
         f"{device}: {', '.join(requests) or 'no requests'} in {seconds:.1f} s",
         f"Of the disk's {human(share['size'])}, each byte counted once: {of_disk}",

@@ -224,7 +224,7 @@ class Attribution:
 
     def _idle(self, rows: Changes, found: Segments, left: Bool) -> None:
         kind = np.where(found.new.kind < 0, tables.GAP, found.new.kind)
-        disk = self.objects.new.bmap.disks[self.disk - 1]  # which has what a saved map gives to nobody
+        disk = self.objects.new.bmap.disk(self.disk)  # which has what a saved map gives to nobody
         volume = np.where(found.new.volume < 0, disk, found.new.volume)
         rows.add(FREE, found.size[left], volume=volume[left], kind=kind[left])
 

@@ -146,7 +146,7 @@ def _pairs(objects: Objects, pieces: ContentPieces, end: Int) -> _Pairs:
 def _translated(old: MapSide, new: MapSide, extents: Int) -> Int:
     """The parts (streams) of old extents by the codes of the new map; one that it does not have gets a number
     of its own."""
-    words = [side.bmap.extents.column("part").combine_chunks().dictionary.to_pylist() for side in (old, new)]
+    words = [tables.parts(side.bmap.extents)[1] for side in (old, new)]
     known = {word: number for number, word in enumerate(words[1])}
     numbers = [*(known.get(word, len(words[1]) + at) for at, word in enumerate(words[0])), -1]
     translated: Int = np.array(numbers, np.int64)[old.part[extents]]

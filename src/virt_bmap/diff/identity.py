@@ -8,7 +8,7 @@ from virt_bmap.model.blockmap import BlockMap
 
 def uuids(bmap: BlockMap, disk: int) -> set[str]:
     """The UUIDs of all volumes and filesystems on a disk: partition tables, LVM, arrays, filesystems."""
-    below = set(inside(bmap, bmap.disks[disk - 1]))
+    below = set(inside(bmap, bmap.disk(disk)))
     return {row["uuid"] for table in (bmap.volumes,
             bmap.filesystems) for row in table.select(["volume", "uuid"]).to_pylist()
             if row["volume"] in below and row["uuid"]}  # fmt: skip

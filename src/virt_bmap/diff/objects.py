@@ -72,9 +72,7 @@ class MapSide:
     @cached_property
     def part(self) -> Int:
         """For each extent the code of its part; -1 for none."""
-        codes = self.bmap.extents.column("part").combine_chunks().indices.fill_null(-1)
-        numbers: Int = codes.to_numpy(zero_copy_only=False).astype(np.int64)
-        return numbers
+        return tables.parts(self.bmap.extents)[0]
 
     @cached_property
     def first_place(self) -> Int:

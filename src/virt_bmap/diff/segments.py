@@ -154,7 +154,7 @@ def _on_disk(side: MapSide, disk: int, records: InodeRecords) -> tuple[Int, Int]
     for volume in np.unique(records.volume).tolist():
         mine = records.take(records.volume == volume)
         found = side.bmap.descend(volume, mine.start, mine.end)
-        found = found.take(found.volume == side.bmap.disks[disk - 1])
+        found = found.take(found.volume == side.bmap.disk(disk))
         parts.append((found.start, found.end))
     return _together(*parts)
 
@@ -183,7 +183,7 @@ class Words:
 
     def __init__(self, objects: Objects) -> None:
         old, new = objects.old.bmap, objects.new.bmap
-        parts = [bmap.extents.column("part").combine_chunks().dictionary.to_pylist() for bmap in (old, new)]
+        parts = [tables.parts(bmap.extents)[1] for bmap in (old, new)]
         self.parts: list[str] = list(dict.fromkeys([*parts[1], *parts[0]]))
         known = {word: number for number, word in enumerate(self.parts)}
         self._old, self._new = (np.array([*(known[word] for word in mine), -1], np.int64) for mine in parts)

@@ -62,7 +62,7 @@ class OpenSide(NamedTuple):
 
     def size(self, disk: int) -> int:
         """Bytes of disk number `disk`, from 1."""
-        size: int = self.bmap.volumes.column("size")[self.bmap.disks[disk - 1]].as_py()
+        size: int = self.bmap.size_of(self.bmap.disk(disk))
         return size
 
 
@@ -166,8 +166,7 @@ def _open(
         side = OpenSide(name, bmap, reader, volumes)
     if bmap.on_files:
         raise MapError(f"{name}: is a map of an image file's own bytes, not of the disk that a guest sees")
-    if not 1 <= question.disk <= len(bmap.disks):
-        raise UsageError(f"{name}: there is no disk {question.disk}; it has {len(bmap.disks)}")
+    bmap.disk(question.disk, name)
     return side
 
 

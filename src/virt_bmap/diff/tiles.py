@@ -71,7 +71,7 @@ def tiles(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: InodeRecor
     What the map does not reach (beyond its disk's end) belongs to nothing.
     """
     starts, ends = union(starts, ends)
-    size = bmap.volumes.column("size")[bmap.disks[disk - 1]].as_py()
+    size = bmap.size_of(bmap.disk(disk))
     inside = starts < size
     owners = bmap.owners(disk, starts[inside], np.minimum(ends[inside], size))
     found = owners.take(owners.extent >= 0)
@@ -92,7 +92,7 @@ def tiles(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: InodeRecor
 
 def touched(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: InodeRecords) -> Int:
     """The positions of the records that share a byte with these ranges of a disk."""
-    size = bmap.volumes.column("size")[bmap.disks[disk - 1]].as_py()
+    size = bmap.size_of(bmap.disk(disk))
     inside = starts < size
     owners = bmap.owners(disk, starts[inside], np.minimum(ends[inside], size))
     numbered = InodeRecords(records.volume, records.start, records.end, np.arange(len(records.record)))

@@ -99,6 +99,17 @@ class BlockMap:
         top = FILE if FILE in kinds else "disk"
         return [number for number, kind in enumerate(kinds) if kind == top]
 
+    def disk(self, number: int, map: str = "this map") -> int:
+        """The volume that is disk `number`, from 1. UsageError where there are not as many in `map`."""
+        if not 1 <= number <= len(self.disks):
+            raise UsageError(f"there is no disk {number} in {map}, which has {len(self.disks)}")
+        return self.disks[number - 1]
+
+    def size_of(self, volume: int) -> int:
+        """The bytes of a volume."""
+        size: int = self.volumes.column("size")[volume].as_py()
+        return size
+
     @cached_property
     def on_files(self) -> bool:
         """Are the offsets of this map those of image files on
@@ -165,14 +176,12 @@ class BlockMap:
 
         Layers are climbed breadth first; one call answers a million ranges.
         """
-        if not 1 <= disk <= len(self.disks):
-            raise UsageError(f"no disk {disk} in this map, which has {len(self.disks)}")
         starts, ends = ints(starts), ints(ends)
         query = np.arange(len(starts), dtype=np.int64)
         parts: list[Owners] = []
         queue = [
             (
-                self.disks[disk - 1],
+                self.disk(disk),
                 _Way(query, starts, ends - starts, starts, ends - starts, np.zeros(len(starts), np.int64)),
             )
         ]
@@ -320,12 +329,12 @@ class BlockMap:
     def disk_extents(self, disk: int) -> Owners:
         """Every extent and volume, in offsets of one disk, unsorted: the flattened map, which outputs that
         list a disk need."""
-        target = self.disks[disk - 1]
+        target = self.disk(disk)
         parts = []
         for volume in self._below(target):
             first, mine = self.slice_of("extents", volume)
             start = np.append(tables.integers(mine, "volume_offset"), 0)
-            length = np.append(tables.integers(mine, "length"), self.volumes.column("size")[volume].as_py())
+            length = np.append(tables.integers(mine, "length"), self.size_of(volume))
             extent = np.append(first + np.arange(mine.num_rows), -1)
             found = self.descend(volume, start, start + length)
             found = found.take(found.volume == target)

@@ -71,8 +71,7 @@ def describe(bmap: BlockMap, disk: int, owners: Owners) -> pa.Table:
     file_offset = extent(tables.integers(bmap.extents, "file_offset"), -1)
     inside = owners.inside - extent(tables.integers(bmap.extents, "volume_offset"), 0)
     file_offset = np.where(file_offset >= 0, file_offset + inside, -1)
-    part = bmap.extents.column("part").combine_chunks()
-    code = extent(part.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), -1)
+    part, words = tables.parts(bmap.extents)
     columns = [
         owners.query,
         np.full(len(row), disk, np.int32),
@@ -86,7 +85,9 @@ def describe(bmap: BlockMap, disk: int, owners: Owners) -> pa.Table:
         ),
         _dictionary(owners.volume.astype(np.int32), bmap.volumes.column("name").to_pylist()),
         path,
-        pa.DictionaryArray.from_arrays(_nullable(code.astype(np.int16)), part.dictionary),
+        pa.DictionaryArray.from_arrays(
+            _nullable(extent(part, -1).astype(np.int16)), pa.array(words, pa.string())
+        ),
         _nullable(inode),
         _nullable(file_offset),
         owners.inside,

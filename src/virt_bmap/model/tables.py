@@ -358,6 +358,13 @@ def codes(table: pa.Table, name: str) -> np.ndarray:
     return np.concatenate(chunks) if chunks else np.zeros(0, np.int8)
 
 
+def parts(extents: pa.Table) -> tuple[Int, list[str]]:
+    """(for each extent the number of its part among the words, -1 where it has none; the words)."""
+    column = extents.column("part").combine_chunks()
+    numbers = column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return numbers, column.dictionary.to_pylist() if len(column) else []
+
+
 def recode(table: pa.Table) -> pa.Table:
     """The table with its code columns numbered as in this module: files number dictionaries as they like."""
     # takes longer to import than most maps take, and only saved maps need it here

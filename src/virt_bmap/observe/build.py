@@ -45,7 +45,7 @@ def block_map(bmap: BlockMap, observed: Sequence[ObservedFilesystem]) -> BlockMa
         seen.volume: {
             "filesystems": _filesystem(bmap, seen), "inodes": seen.listing.inodes(),
             "names": seen.listing.names(),
-            "extents": _extents(seen, bmap.volumes.column("size")[seen.volume].as_py()),
+            "extents": _extents(seen, bmap.size_of(seen.volume)),
             "problems": _problems(seen),
         }
         for seen in observed
@@ -81,7 +81,7 @@ def block_map(bmap: BlockMap, observed: Sequence[ObservedFilesystem]) -> BlockMa
 def _filesystem(bmap: BlockMap, seen: ObservedFilesystem) -> pa.Table:
     return tables.make(
         "filesystems", volume=0, type=[seen.type], uuid=[seen.uuid], label=[seen.label],
-        block_size=max(1, seen.block_size), size=bmap.volumes.column("size")[seen.volume].as_py(),
+        block_size=max(1, seen.block_size), size=bmap.size_of(seen.volume),
         root=seen.listing.root, state=tables.OBSERVED,
     )  # fmt: skip
 

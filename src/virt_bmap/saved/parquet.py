@@ -74,7 +74,7 @@ def _lists(table: pa.Table, rows: int) -> pa.ListArray:
 
 def sizes(bmap: BlockMap) -> list[int]:
     """The size of each disk in bytes."""
-    return [bmap.volumes.column("size")[disk].as_py() for disk in bmap.disks]
+    return [bmap.size_of(disk) for disk in bmap.disks]
 
 
 def load(path: str) -> BlockMap:

@@ -336,7 +336,7 @@ class Naming:
         state[verdict.waits] = HELD
         # of the objects of the map before the new one knows
         # nothing: what they own is, for the moment, of the disk
-        whole = np.full(len(before), self.resolver.named + self.resolver.bmap.disks[disk - 1])
+        whole = np.full(len(before), self.resolver.named + self.resolver.bmap.disk(disk))
         early = replace(
             before,
             object=whole,
@@ -474,7 +474,7 @@ def signatures(bmap: BlockMap, disk: int) -> Intervals:
     starts, ends = [EMPTY], [EMPTY]
     for volume, size in enumerate(bmap.volumes.column("size").to_pylist()):
         found = bmap.descend(volume, ints([0, max(0, size - TAIL)]), ints([min(HEAD, size), size]))
-        found = found.take(found.volume == bmap.disks[disk - 1])
+        found = found.take(found.volume == bmap.disk(disk))
         starts.append(found.start)
         ends.append(found.end)
     return Intervals(np.concatenate(starts), np.concatenate(ends))

@@ -158,7 +158,7 @@ class Summary:
 
     def share(self) -> dict[str, int]:
         """Bytes of the disk that were read, written or trimmed at least once, and its size."""
-        size = self.resolver.bmap.volumes.column("size")[self.resolver.bmap.disks[self.disk - 1]].as_py()
+        size = self.resolver.bmap.size_of(self.resolver.bmap.disk(self.disk))
         return {name: touch.bytes() for name, touch in self._touch.items()} | {"size": size}
 
     def objects(self) -> pa.Table:

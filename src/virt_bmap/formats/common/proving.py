@@ -52,9 +52,7 @@ class Places:
         self._size = block_size
         self._kind = tables.codes(extents, "kind")
         self._there = found.reader.stored()
-        part = extents.column("part").combine_chunks()
-        self._parts = part.dictionary.to_pylist()
-        self._part = part.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        self._part, self._parts = tables.parts(extents)
         self._start, self._length, self._inode, self._file = (
             tables.integers(extents, name) for name in ("volume_offset", "length", "inode", "file_offset")
         )

@@ -47,7 +47,7 @@ def pieces_of(resolver: Resolver, disk: int) -> Touched:
 
     What lies inside other objects' blocks is left out.
     """
-    size = resolver.bmap.volumes.column("size")[resolver.bmap.disks[disk - 1]].as_py()
+    size = resolver.bmap.size_of(resolver.bmap.disk(disk))
     pieces = resolver.touched(disk, np.zeros(1, np.int64), np.array([size]))
     return pieces.take(~pieces.inline)
 

@@ -55,7 +55,7 @@ def free_runs(resolver: Resolver, pieces: Touched) -> dict[str, list[int]]:
 def gains(bmap: BlockMap, disk: int) -> dict[str, list[dict[str, Any]]]:
     """What sparsify would give back of the disk, by volume, and what it would keep; and the volumes that it
     would leave alone, with the reason."""
-    found, left = estimate(bmap, bmap.disks[disk - 1], None)
+    found, left = estimate(bmap, bmap.disk(disk), None)
     names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
     return {
         "gains": [
