@@ -13,8 +13,8 @@ from virt_bmap.act.sparsify.estimate import host_of
 from virt_bmap.ask.check import check
 from virt_bmap.core.arrays import complement
 from virt_bmap.core.errors import BmapError
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import PACKED, ROLES
-from virt_bmap.core.reader import MappedReader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.open.host import Host

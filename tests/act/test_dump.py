@@ -19,8 +19,8 @@ from virt_bmap.cli import run as bmap
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, complement, ints
 from virt_bmap.core.errors import ImageError, OutputError, UsageError
 from virt_bmap.core.lost import Lost
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Row, Rows
-from virt_bmap.core.reader import MappedReader
 from virt_bmap.model import tables
 from virt_bmap.open.raw import RawReader
 

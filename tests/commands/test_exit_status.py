@@ -20,8 +20,9 @@ from virt_bmap.act.dump import SparseFile, dump
 from virt_bmap.core.arrays import Bytes, Int, ints
 from virt_bmap.core.errors import ImageError
 from virt_bmap.core.lost import BEHIND, CHECKSUM, MISSING, NAMED, UNREADABLE, Lost, Missing
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Row, Rows
-from virt_bmap.core.reader import BytesReader, MappedReader, Reader
+from virt_bmap.core.reader import BytesReader, Reader
 
 MIB = 1 << 20
 FILL = np.random.default_rng(3).bytes(5 * MIB)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from support import BytesReader, one_by_one
 from virt_bmap.core.arrays import ints
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import COPY, DATA, PACKED, PARITY, ZERO, Row, Rows
-from virt_bmap.core.reader import MappedReader
 from virt_bmap.formats.common import stripes
 from virt_bmap.formats.common.stripes import Place
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from support import BytesReader
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import Corrupt, ImageError
+from virt_bmap.core.mapped import MappedReader, Patch, PatchedReader
 from virt_bmap.core.mapping import Row, Rows
-from virt_bmap.core.reader import HEAD, TAIL, MappedReader, Patch, PatchedReader
+from virt_bmap.core.reader import HEAD, TAIL
 from virt_bmap.open.raw import RawReader
 
 SIZE = HEAD + TAIL + 100_000

@@ -11,8 +11,9 @@ from support import BytesReader
 from virt_bmap.core import threads
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import Corrupt
+from virt_bmap.core.mapped import MappedReader, Patch, PatchedReader
 from virt_bmap.core.mapping import Row, Rows
-from virt_bmap.core.reader import MappedReader, Patch, PatchedReader, Reader
+from virt_bmap.core.reader import Reader
 from virt_bmap.open.raw import RawReader
 
 

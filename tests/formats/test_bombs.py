@@ -14,8 +14,10 @@ from support import need, run
 from virt_bmap.core.arrays import PAIRS, Intervals
 from virt_bmap.core.checksums import crc32c
 from virt_bmap.core.errors import Corrupt
+from virt_bmap.core.mapped import MappedReader, Patch, PatchedReader
 from virt_bmap.core.mapping import Row, Rows
-from virt_bmap.core.reader import CLAIM_FREE, BytesReader, MappedReader, Patch, PatchedReader
+from virt_bmap.core.reader import BytesReader
+from virt_bmap.core.stored import CLAIM_FREE, afford, stored_bytes
 from virt_bmap.open.raw import RawReader
 
 MEMORY, SECONDS = 1 << 30, 10
@@ -182,20 +184,20 @@ def test_what_is_stored_is_known_through_layers(tmp_path: Path) -> None:
     # the same bytes, again and again
     thousand = Rows.of([Row(at << 30, 0, 1 << 30, 65536) for at in range(1000)], 1)
     volume = MappedReader(1 << 40, "volume", {0: disk}, thousand)
-    assert disk.stored_bytes == volume.stored_bytes == 65536
-    volume.afford(CLAIM_FREE, "little")
+    assert stored_bytes(disk) == stored_bytes(volume) == 65536
+    afford(volume, CLAIM_FREE, "little")
     with pytest.raises(
         Corrupt,
         match=r"tables would take .* bytes, but only 65,536 are stored: they lie in holes, or over",
     ):
-        volume.afford(CLAIM_FREE + 5 * 65536, "tables")
+        afford(volume, CLAIM_FREE + 5 * 65536, "tables")
     with pytest.raises(Corrupt, match="what is read together would take"):
         volume.read(0, 2 * CLAIM_FREE)
     disk.close()
     memory = BytesReader(np.zeros(4096, np.uint8), "memory")
-    assert memory.stored_bytes == 4096
+    assert stored_bytes(memory) == 4096
     patched = PatchedReader(volume, Patch(np.array([0]), np.zeros((1, 512), np.uint8)))
-    assert patched.stored_bytes == 65536
+    assert stored_bytes(patched) == 65536
 
 
 def test_a_square_of_pairs_is_refused() -> None:

@@ -26,8 +26,9 @@ from support import (
     tree,
 )
 from virt_bmap.core.errors import FormatError
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import COPY
-from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common import stripes
 from virt_bmap.formats.common.rebuild import RebuiltReader, Stripes
 from virt_bmap.formats.common.stripes import Place, Raid10

@@ -13,7 +13,8 @@ from test_bombs import MEMORY, SECONDS, cost, grown
 from support import BytesReader
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import Corrupt
-from virt_bmap.core.reader import CLAIM_FREE, Reader
+from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import CLAIM_FREE, allowance
 from virt_bmap.formats.common.bitmaps import bitmap_runs
 from virt_bmap.formats.volumes.lvm.btree import BITMAP_SALT, Store
 from virt_bmap.formats.volumes.lvm.thin import _runs
@@ -103,8 +104,8 @@ def sparse(tmp_path: Path) -> Reader:
 
 
 def test_a_budget_is_what_is_stored(sparse: Reader) -> None:
-    assert sparse.budget == CLAIM_FREE + 4 * 8 * MIB
-    assert BytesReader(np.zeros(4096, np.uint8)).budget == 4096
+    assert allowance(sparse) == CLAIM_FREE + 4 * 8 * MIB
+    assert allowance(BytesReader(np.zeros(4096, np.uint8))) == 4096
 
 
 def test_a_bitmap_of_every_other_bit(sparse: Reader) -> None:

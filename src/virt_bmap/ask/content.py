@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.ask import history
-from virt_bmap.core.arrays import Bytes, Int, Intervals, complement_by, expand, ints, union
+from virt_bmap.core.arrays import Bytes, Int, Intervals, complement_by, expand, ints, scatter, union
 from virt_bmap.core.columns import take
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.core.lost import BEHIND, NOTHING, NOWHERE, REUSED, Lost, Missing
-from virt_bmap.core.reader import Reader, scatter
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap

@@ -19,6 +19,7 @@ from virt_bmap.ask.structures import fields, structure
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.escape import escape
+from virt_bmap.core.layers import raw
 from virt_bmap.core.mapping import PACKED, ROLES, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import registry as formats
@@ -175,9 +176,9 @@ def meant_at(layer: Found, readers: Sequence[Reader], length: int) -> Found | No
         if found := meant_at(inner, readers, length):
             return found
     reader, offset = readers[layer["volume"]], layer["offset"]
-    if reader.raw is reader or layer.get("end") is not None:
+    if raw(reader) is reader or layer.get("end") is not None:
         return None
-    meant, there = (one.read(offset, min(length, one.size - offset)) for one in (reader, reader.raw))
+    meant, there = (one.read(offset, min(length, one.size - offset)) for one in (reader, raw(reader)))
     return {"device": layer["device"], "offset": offset, "bytes": meant.hex()} if meant != there else None
 
 
@@ -200,7 +201,7 @@ def history_at(bmap: BlockMap, layer: Found, readers: Sequence[Reader]) -> Found
             return found
     volume, owners = layer["volume"], {owner["part"] or owner["kind"] for owner in layer["owners"]}
     if layer["filesystem"] and "journal" in owners:
-        return _copy(bmap, layer, readers[volume].raw)
+        return _copy(bmap, layer, raw(readers[volume]))
     if layer["filesystem"] and "free" in owners:
         former = history.former_owners(
             bmap, volume, readers[volume], ints(layer["offset"]), ints(layer["offset"] + 1)

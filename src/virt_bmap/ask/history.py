@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.core.arrays import Int, intersect, ints
+from virt_bmap.core.layers import raw
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
@@ -38,14 +39,14 @@ def former_owners(bmap: BlockMap, volume: int, reader: Reader, starts: Int, ends
     starts, ends = intersect(ints(starts), ints(ends), low, low + length)
     if not len(starts):
         return tables.empty("former")
-    found = history.former(reader.raw, extents, starts, ends)
+    found = history.former(raw(reader), extents, starts, ends)
     return found.take(_latest_first(found))
 
 
 def contents(bmap: BlockMap, volume: int, reader: Reader) -> pa.Table | None:
     """Where deleted files that the map names lay, as rows of `extents`; None where its format names none."""
     history = history_of(bmap, volume)
-    return history.contents(reader.raw) if history and history.contents else None
+    return history.contents(raw(reader)) if history and history.contents else None
 
 
 def _latest_first(found: pa.Table) -> Int:

@@ -21,6 +21,7 @@ from virt_bmap.core.amounts import human
 from virt_bmap.core.arrays import EMPTY, total
 from virt_bmap.core.errors import OutputError, UsageError
 from virt_bmap.core.escape import escape
+from virt_bmap.core.layers import raw
 from virt_bmap.core.printable import say
 from virt_bmap.host import protection
 from virt_bmap.host.files import replacing
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         bmap, readers = opened
         volume = device_named(bmap, device)
-        reader = readers[volume].raw
+        reader = raw(readers[volume])
         skip = (EMPTY, EMPTY)
         if args.skip_free:
             space = free_space(bmap, volume)

@@ -21,6 +21,7 @@ from virt_bmap.commands.paths import INPUT
 from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.core.escape import escape
+from virt_bmap.core.layers import raw
 from virt_bmap.core.printable import say, to_json
 from virt_bmap.core.reader import Reader
 from virt_bmap.model.blockmap import BlockMap
@@ -135,7 +136,7 @@ def _shown(path: str) -> str:
 def _bytes(bmap: BlockMap, answer: Found, readers: Sequence[Reader]) -> Found:
     """The bytes there, the fields of what lies there, and
     what was there before; or why they can't be read."""
-    reader, offset = readers[bmap.disk(answer["disk"])].raw, answer["offset"]
+    reader, offset = raw(readers[bmap.disk(answer["disk"])]), answer["offset"]
     found: Found = {"bytes": None, "meant": None, "fields": None, "history": None, "unread": None}
     try:
         found["bytes"] = reader.read(offset, min(DUMP, reader.size - offset)).hex()

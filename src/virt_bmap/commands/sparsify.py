@@ -22,6 +22,7 @@ from virt_bmap.commands.dump import bar, refuse_target, warn
 from virt_bmap.core.amounts import human
 from virt_bmap.core.errors import ImageError, UsageError
 from virt_bmap.core.escape import escape
+from virt_bmap.core.layers import raw
 from virt_bmap.core.printable import say
 from virt_bmap.formats import registry as formats
 from virt_bmap.model.blockmap import BlockMap
@@ -117,7 +118,7 @@ def _copy(args: argparse.Namespace) -> int:
     ):
         bmap, readers = opened
         disk = bmap.disks[-1]
-        reader = readers[disk].raw
+        reader = raw(readers[disk])
         space = plan(bmap, disk, args.swap)
         progress.stop()
         _left(bmap, space.left)
@@ -244,7 +245,7 @@ def _estimate(args: argparse.Namespace) -> int:
         names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
         for number, (image, disk) in enumerate(zip(images, bmap.disks, strict=True), 1):
             gains, left = estimate(
-                bmap, disk, host_of(image) if isinstance(readers[disk].raw, RawReader) else None, args.swap
+                bmap, disk, host_of(image) if isinstance(raw(readers[disk]), RawReader) else None, args.swap
             )
             rows += [{"disk": number, "device": names[gain.volume], "what": gain.what, "bytes": gain.size,
                     "host_bytes": gain.held,

@@ -98,6 +98,18 @@ def gather(data: Bytes, starts: Int, lengths: Int) -> Bytes:
     return result
 
 
+def scatter(result: Bytes, starts: Int, lengths: Int, data: Bytes) -> None:
+    """The opposite of `gather`: write the pieces of `data`, one after the other, to
+    result[starts[i]:+lengths[i]]."""
+    base = np.cumsum(lengths) - lengths
+    if len(lengths) and int(lengths.sum()) // len(lengths) >= 512:
+        for start, length, at in zip(starts.tolist(), lengths.tolist(), base.tolist(), strict=True):
+            result[start : start + length] = data[at : at + length]
+        return
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    result[(starts - base)[row] + np.arange(len(data))] = data
+
+
 def runs(flags: Bool) -> tuple[Int, Int]:
     """(starts, ends) of the runs of True in a one-dimensional boolean array, in order.
 

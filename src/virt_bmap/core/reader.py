@@ -8,16 +8,15 @@ tree asks for a whole level at once.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 
 from virt_bmap.core import lost
-from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, Intervals, gather, ints, subtract, total, union
+from virt_bmap.core.arrays import EMPTY, Bytes, Int, gather, ints, scatter, union
 from virt_bmap.core.errors import Corrupt, ImageError
 from virt_bmap.core.lost import NOTHING, Lost
-from virt_bmap.core.mapping import DATA, Rows
+from virt_bmap.core.stored import afford
 from virt_bmap.core.threads import ahead
 
 HEAD = 128 << 10
@@ -32,16 +31,6 @@ MAX_FAILED = 1024
 fails is given up whole: each can take a disk seconds."""
 
 
-HOLE = 64 << 10
-"""Holes that are shorter are read with what lies around
-them: each piece costs as much as some thousand bytes."""
-ROW = 64
-"""Bytes that a row of a table of ours takes, about: for those who make many of few bytes."""
-CLAIM_FREE, CLAIM_STORED = 64 << 20, 4
-"""Bytes of tables that a volume may make us hold at once: this many, and so many times what is really stored
-of it. What claims more lies in holes, or over itself."""
-
-
 class Reader:
     """Bytes [0, size) of something. Subclasses provide `_fetch`. Several threads may read."""
 
@@ -49,6 +38,11 @@ class Reader:
     """Must `_fetch` end in one thread before it begins in another?"""
     near = False
     """Is reading no more than a copy, from memory or a kernel's cache?"""
+    corrects = False
+    """Are these the bytes of the one reader below it, some of them put right: a journal replayed, a copy
+    instead of one that is wrong?"""
+    stored_most: int | None = None
+    """At most so many bytes are stored of it, once that is known: see `core/stored.py`."""
     in_use: str | None = None
     """Who may be changing it while it is read, in a few words."""
 
@@ -63,11 +57,6 @@ class Reader:
         """The readers whose bytes these are, where they are not its own."""
         self._ends: tuple[Bytes, Bytes, int] | None = None
         self._turn: AbstractContextManager[object] = threading.RLock() if self.in_turn else nullcontext()
-
-    @property
-    def raw(self) -> "Reader":
-        """The same bytes as they lie on the volume, without a journal replayed."""
-        return self
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         """The ranges one after the other.
@@ -118,7 +107,7 @@ class Reader:
         rows in `problems` instead.
         """
         offsets, lengths = ints(offsets), ints(lengths)
-        self._check_inside(offsets, lengths)
+        self.check_inside(offsets, lengths)
         ends = offsets + lengths
         if len(offsets) == 1:
             kept = self._kept(int(offsets[0]), int(ends[0]))
@@ -146,7 +135,8 @@ class Reader:
                 return data.reshape(-1, size)[where // size].reshape(-1)
         return gather(data, where, lengths)
 
-    def _check_inside(self, offsets: Int, lengths: Int) -> None:
+    def check_inside(self, offsets: Int, lengths: Int) -> None:
+        """Corrupt where a range leaves the volume."""
         outside = (offsets < 0) | (lengths < 0) | (offsets > self.size - lengths)
         if outside.any():
             bad = int(np.flatnonzero(outside)[0])
@@ -159,7 +149,7 @@ class Reader:
 
     def _counted(self, offsets: Int, lengths: Int) -> Bytes:
         total = int(lengths.sum())
-        self.afford(total, "what is read together")
+        afford(self, total, "what is read together")
         with self._turn:
             self.rounds += 1
             self.requested += total
@@ -257,87 +247,6 @@ class Reader:
         without reading."""
         return ints(0), ints(self.size)
 
-    @cached_property
-    def bottom(self) -> frozenset["Reader"]:
-        """The readers at the bottom of all layers, each once however often the layers lead to it."""
-        return (
-            frozenset(bottom for reader in self.below for bottom in reader.bottom)
-            if self.below
-            else frozenset([self])
-        )
-
-    @cached_property
-    def stored_bytes(self) -> int:
-        """At most so many bytes are stored of this: those of all that lies below, if it has no own.
-
-        Layers that show one byte a thousand times have it once.
-        """
-        if self.below:
-            return min(self.size, sum(reader.stored_bytes for reader in self.bottom))
-        starts, ends = self.stored()
-        return int((ends - starts).sum())
-
-    def afford(self, claimed: int, what: str) -> None:
-        """Corrupt where `what` claims so many bytes of tables,
-        to be held together, and nothing like that is stored.
-
-        Every number of a disk that sets the size of an array passes here first, unless what was read has as
-        many records. What is stored is asked only where much is claimed: a file's holes cost a call each.
-        """
-        if claimed > CLAIM_FREE and claimed > CLAIM_FREE + CLAIM_STORED * self.stored_bytes:
-            raise Corrupt(
-                f"{self.name}: {what} would take {claimed:,} bytes, but only {self.stored_bytes:,} are "
-                "stored: they lie in holes, or overlap",
-                None,
-                "holes",
-            )
-
-    @cached_property
-    def budget(self) -> int:
-        """Bytes of tables that others point to, in all.
-
-        Many can point to the same bytes, which are then read for each: together no more than the volume has,
-        nor than `afford` takes.
-        """
-        if self.size <= CLAIM_FREE:
-            return self.size
-        return min(self.size, CLAIM_FREE + CLAIM_STORED * self.stored_bytes)
-
-    def spans(self, starts: Int, lengths: Int) -> tuple[Int, Int]:
-        """(starts, ends) of what may hold anything but zeroes of the stream that these ranges make one after
-        the other; gaps are at least HOLE long.
-
-        What is stored is asked only where the ranges are long together.
-        """
-        self._check_inside(starts, lengths)
-        place, count = np.cumsum(lengths) - lengths, int(lengths.sum())
-        if count <= CLAIM_FREE:
-            return union(ints(0), ints(count))
-        stored = Intervals(*self.stored())
-        row, part = stored.overlaps(starts, starts + lengths)
-        low = np.maximum(starts[row], stored.starts[part])
-        high = np.minimum((starts + lengths)[row], stored.ends[part])
-        self.afford(int((high - low).sum()), "what is read of a table")
-        move = (place - starts)[row]
-        return union((low + move) // UNIT * UNIT, np.minimum(count, -(-(high + move) // UNIT) * UNIT), HOLE)
-
-    def held(self, starts: Int, lengths: Int, most: int) -> Iterator[tuple[int, Bytes]]:
-        """(place in the stream that these ranges make, bytes) of what may hold anything but zeroes, in order,
-        up to `most` bytes each. What is left out is zeroes.
-
-        For tables and bitmaps whose size a number of the disk
-        says, where zeroes say little: holes cost nothing.
-        """
-        place = np.cumsum(lengths) - lengths
-        for low, high in zip(*(side.tolist() for side in self.spans(starts, lengths)), strict=True):
-            for at in range(low, high, most):
-                end = min(at + most, high)
-                mine = slice(
-                    int(np.searchsorted(place + lengths, at, "right")), int(np.searchsorted(place, end))
-                )
-                begin, stop = np.maximum(place[mine], at), np.minimum((place + lengths)[mine], end)
-                yield at, self.read_ranges(starts[mine] + begin - place[mine], stop - begin)
-
     def close(self) -> None:
         """Give back what the reader holds open. Reading afterwards is an error."""
 
@@ -363,154 +272,3 @@ class BytesReader(Reader):
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
         return gather(self._data, offsets, lengths)
-
-
-class MappedReader(Reader):
-    """A volume whose bytes lie in other readers, by mapping rows.
-
-    Bytes that no `data` row covers read as zeroes: in `holes` they are, elsewhere they are lost.
-    """
-
-    in_turn = False
-
-    def __init__(
-        self,
-        size: int,
-        name: str,
-        parents: dict[int, Reader],
-        rows: Rows,
-        holes: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        super().__init__(size, name)
-        self._holes = ints([start for start, _ in holes]), ints([end for _, end in holes])
-        self._whole: bool | None = None
-        self._parents = parents
-        self._rows = rows.take(rows.role == DATA)
-        self.near = all(parent.near for parent in parents.values())
-        self.below = list(parents.values())
-
-    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
-        pieces = self._rows.down(offsets, offsets + lengths)
-        base = np.cumsum(lengths) - lengths
-        place = base[pieces.query] + pieces.source - offsets[pieces.query]
-        whole = len(self._parents) == 1 and int(pieces.length.sum()) == int(lengths.sum())
-        if whole and (place[1:] >= place[:-1]).all():
-            (parent,) = self._parents.values()
-            return parent.read_ranges(pieces.target, pieces.length)
-        result = np.zeros(int(lengths.sum()), np.uint8)
-        owner = self._rows.parent[pieces.row]
-        for volume, parent in self._parents.items():
-            mine = np.flatnonzero(owner == volume)
-            data = parent.read_ranges(pieces.target[mine], pieces.length[mine])
-            scatter(result, place[mine], pieces.length[mine], data)
-        return result
-
-    @property
-    def whole(self) -> bool:
-        if self._whole is None:
-            start, run, count = self._rows.volume_offset, self._rows.run, self._rows.count
-            placed = total(start, start + run) if (count == 1).all() else int((run * count).sum())
-            self._whole = placed + total(*self._holes) >= self.size and all(
-                parent.whole for parent in self._parents.values()
-            )
-        return self._whole
-
-    def lost(self, starts: Int, ends: Int) -> Lost:
-        pieces = self._rows.down(starts, ends)
-        left = subtract(
-            starts,
-            ends,
-            np.append(pieces.source, self._holes[0]),
-            np.append(pieces.source + pieces.length, self._holes[1]),
-        )
-        parts = [Lost.of(left, lost.MISSING)]
-        owner = self._rows.parent[pieces.row]
-        for volume, parent in self._parents.items():
-            mine = np.flatnonzero(owner == volume)
-            if parent.whole or not len(mine):
-                continue
-            target, length = pieces.target[mine], pieces.length[mine]
-            piece, gone = parent.lost(*union(target, target + length)).within(target, target + length)
-            back = pieces.source[mine][piece] - target[piece]
-            parts.append(gone._replace(starts=gone.starts + back, ends=gone.ends + back))
-        return Lost.join(parts)
-
-    def stored(self) -> tuple[Int, Int]:
-        parts = [np.zeros((2, 0), np.int64)]
-        for volume, parent in self._parents.items():
-            pieces = self._rows.take(self._rows.parent == volume).up(*parent.stored())
-            parts.append(np.stack([pieces.target, pieces.target + pieces.length]))
-        return union(*np.concatenate(parts, axis=1))
-
-
-def scatter(result: Bytes, starts: Int, lengths: Int, data: Bytes) -> None:
-    """The opposite of `gather`: write the pieces of `data`, one after the other, to
-    result[starts[i]:+lengths[i]]."""
-    base = np.cumsum(lengths) - lengths
-    if len(lengths) and int(lengths.sum()) // len(lengths) >= 512:
-        for start, length, at in zip(starts.tolist(), lengths.tolist(), base.tolist(), strict=True):
-            result[start : start + length] = data[at : at + length]
-        return
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    result[(starts - base)[row] + np.arange(len(data))] = data
-
-
-class Patch(NamedTuple):
-    """Blocks of `size` bytes that replace what lies at `offsets` (sorted, multiples of `size`); `blocks` is
-    (n, size)."""
-
-    offsets: Int
-    blocks: Bytes
-
-
-class PatchedReader(Reader):
-    """A reader over another with some of its blocks replaced:
-    a journal replayed in memory, never into the image."""
-
-    in_turn = False
-
-    def __init__(self, base: Reader, patch: Patch) -> None:
-        super().__init__(base.size, base.name)
-        self._base = base
-        self._patch = patch
-        self.near = base.near
-        self.below = [base]
-
-    @property
-    def raw(self) -> Reader:
-        return self._base.raw
-
-    @property
-    def whole(self) -> bool:
-        return self._base.whole
-
-    def replaced(self, offsets: Int, size: int) -> Bool:
-        """Which of the ranges [offset, +size) are not, or not wholly, as they are on the disk."""
-        low = np.searchsorted(self._patch.offsets, offsets - self._patch.blocks.shape[1], "right")
-        high = np.searchsorted(self._patch.offsets, offsets + size)
-        touched: Bool = low < high
-        return touched
-
-    def lost(self, starts: Int, ends: Int) -> Lost:
-        size = self._patch.blocks.shape[1]
-        return self._base.lost(starts, ends).without(self._patch.offsets, self._patch.offsets + size)
-
-    def stored(self) -> tuple[Int, Int]:
-        there, size = self._base.stored(), self._patch.blocks.shape[1]
-        return union(
-            np.append(there[0], self._patch.offsets), np.append(there[1], self._patch.offsets + size)
-        )
-
-    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
-        data = self._base.read_ranges(offsets, lengths)
-        if not data.flags.writeable:
-            data = data.copy()
-        n, size = self._patch.blocks.shape
-        rows = Rows.make(self._patch.offsets, 0, np.arange(n, dtype=np.int64) * size, size)
-        pieces = rows.down(offsets, offsets + lengths)
-        base = np.cumsum(lengths) - lengths
-        place = base[pieces.query] + pieces.source - offsets[pieces.query]
-        scatter(
-            data, place, pieces.length, gather(self._patch.blocks.reshape(-1), pieces.target, pieces.length)
-        )
-        return data

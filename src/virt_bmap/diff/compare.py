@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.core.arrays import PIECES, Bool, Bytes, Int, bounded, expand, ints, union
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Row, Rows
-from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.core.reader import Reader
 
 BATCH = 8 << 20
 """Bytes read at once from each side: enough for any disk's streaming speed, and no strain on memory."""

@@ -20,8 +20,9 @@ import pyarrow as pa
 
 from virt_bmap.core.arrays import Int, union
 from virt_bmap.core.keys import NO_KEYS, Keys
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Rows
-from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.core.reader import Reader
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from virt_bmap.ask.hits import grouped_union
 from virt_bmap.core.arrays import Int, union
+from virt_bmap.core.layers import raw
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -252,7 +253,7 @@ def targets(
         else:
             found.append(
                 ObservedVolume(
-                    volume, mountable, type, readers[volume].raw, f"ro,{options}" if options else "ro"
+                    volume, mountable, type, raw(readers[volume]), f"ro,{options}" if options else "ro"
                 )
             )
     return found, left

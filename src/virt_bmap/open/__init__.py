@@ -61,7 +61,7 @@ def open_image(
         reader = qemu.open_with_qemu(plain, found, references, status, force_share)
         reader.in_use = plain.in_use
         if not references:  # QEMU reads nothing but this file
-            reader.stored_bytes = min(reader.size, PACKED * os.fstat(plain.fileno()).st_blocks * 512)
+            reader.stored_most = min(reader.size, PACKED * os.fstat(plain.fileno()).st_blocks * 512)
         return reader
     finally:
         plain.close()

@@ -13,8 +13,9 @@ from typing import Any
 
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import Unsupported
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import PACKED, ROLES, ZERO
-from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.contract import RAW, Assembly, Member, References
 from virt_bmap.open import magic, open_image

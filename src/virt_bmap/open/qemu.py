@@ -23,7 +23,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from virt_bmap.core.errors import BmapError, ImageError, MissingTool
-from virt_bmap.core.reader import CLAIM_STORED, Reader
+from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import CLAIM_STORED
 from virt_bmap.host import children, confine, leftovers, programs, signals
 from virt_bmap.open.graph import Graph
 from virt_bmap.open.nbd import TIMEOUT, NbdReader

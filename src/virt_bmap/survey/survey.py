@@ -25,6 +25,7 @@ from virt_bmap.core.errors import (
     unexpected,
 )
 from virt_bmap.core.keys import NO_KEYS, Keys
+from virt_bmap.core.layers import raw
 from virt_bmap.core.mapping import Groups, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import foreign
@@ -148,7 +149,7 @@ def survey_open(
     """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, journals
     replayed, as the map's rows mean the bytes.
 
-    `Reader.raw` of one are the bytes as they lie on the disk. They read while the disks are open.
+    `layers.raw` of one are the bytes as they lie on the disk. They read while the disks are open.
     """
     work = _Survey(disks, progress, keys, nested, asks)
     return work.run(), [volume.reader for volume in work.volumes]
@@ -240,7 +241,7 @@ class _Survey:
 
     def _look_beside(self, parent: _Volume) -> None:
         """Partitions beside a filesystem that has the whole disk, as further volumes to look at."""
-        if parent.filesystem and formats.is_hybrid(parent.reader.raw):
+        if parent.filesystem and formats.is_hybrid(raw(parent.reader)):
             from virt_bmap.formats.volumes.hybrid import Hybrid
 
             start, end, kind, _ = _spans(parent.extents)

@@ -6,7 +6,8 @@ Free space is few runs of many bits, and most of a large bitmap can lie in a hol
 import numpy as np
 
 from virt_bmap.core.arrays import EMPTY, Int, bit_runs, complement, union
-from virt_bmap.core.reader import ROW, Reader
+from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import ROW, afford, held
 
 BATCH = 1 << 20
 """Bytes that are looked at together."""
@@ -17,10 +18,10 @@ def bitmap_runs(reader: Reader, starts: Int, lengths: Int, bits: int, value: boo
     volume, one after the other; of its first `bits` bits."""
     bits = min(bits, 8 * int(lengths.sum()))
     low, high, count = [EMPTY], [EMPTY], 0
-    for at, data in reader.held(starts, lengths, BATCH):
+    for at, data in held(reader, starts, lengths, BATCH):
         begin, end = bit_runs(data, max(0, min(8 * len(data), bits - 8 * at)), True)
         count += len(begin)
-        reader.afford(count * ROW, f"the rows of {count:,} runs of a bitmap")
+        afford(reader, count * ROW, f"the rows of {count:,} runs of a bitmap")
         low.append(begin + 8 * at)
         high.append(end + 8 * at)
     found = union(np.concatenate(low), np.concatenate(high))

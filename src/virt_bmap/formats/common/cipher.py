@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from virt_bmap.core.arrays import Bytes, Int, expand, gather, union
+from virt_bmap.core.arrays import Bytes, Int, expand, gather, scatter, union
 from virt_bmap.core.errors import MissingTool, Unsupported
 from virt_bmap.core.lost import Lost
-from virt_bmap.core.reader import Reader, scatter
+from virt_bmap.core.reader import Reader
 
 IV_SECTOR = 512
 """Sectors are numbered in units of this size, also where larger ones are encrypted as one (LUKS has no

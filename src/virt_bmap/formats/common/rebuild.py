@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import Bytes, Int, union
+from virt_bmap.core.arrays import Bytes, Int, scatter, union
 from virt_bmap.core.lost import Lost
 from virt_bmap.core.mapping import PARITY
-from virt_bmap.core.reader import Reader, scatter
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.stripes import Parity, Place, rows
 
 POLYNOMIAL = 0x11D

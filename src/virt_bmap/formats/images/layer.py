@@ -15,6 +15,7 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, covered_twice, ints, 
 from virt_bmap.core.layout import widen
 from virt_bmap.core.mapping import DATA, PACKED, ZERO, Rows
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import afford, held
 from virt_bmap.model import tables
 from virt_bmap.model.contract import ImageLayer, Inflate
 from virt_bmap.model.damage import Damage
@@ -165,7 +166,7 @@ def used_entries(image: Reader, offset: int, count: int, kind: str, unused: int)
         entry = raw.view(kind)
         used = np.flatnonzero(entry != unused)
         total += len(used)
-        image.afford(total * ROW, f"the rows of {total:,} table entries")  # in a hole each leads to block 0
+        afford(image, total * ROW, f"the rows of {total:,} table entries")  # in a hole each leads to block 0
         numbers.append(used + at // size)
         values.append(widen(entry[used], "table entry"))
     return np.concatenate(numbers), np.concatenate(values)
@@ -174,9 +175,9 @@ def used_entries(image: Reader, offset: int, count: int, kind: str, unused: int)
 def _table(image: Reader, offset: int, length: int, skip_holes: bool) -> Iterator[tuple[int, Bytes]]:
     """(place in the table, bytes) in batches."""
     if skip_holes:
-        yield from image.held(ints(offset), ints(length), BATCH)
+        yield from held(image, ints(offset), ints(length), BATCH)
         return
-    image.afford(length, "a table")
+    afford(image, length, "a table")
     for at in range(0, length, BATCH):
         yield at, image.read_ranges(ints(offset + at), ints(min(BATCH, length - at)))
 

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from virt_bmap.core.arrays import EMPTY, Bool, Int
+from virt_bmap.core.arrays import EMPTY, Bool, Int, scatter
 from virt_bmap.core.mapping import Rows
-from virt_bmap.core.reader import Reader, scatter
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import paths, tables
 from virt_bmap.model.contract import Filesystem

@@ -13,8 +13,9 @@ from functools import partial
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Bytes, Int, ints
 from virt_bmap.core.errors import Corrupt, FormatError, ImageError, Unsupported
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import PACKED
-from virt_bmap.core.reader import MappedReader, Reader
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats import foreign
 from virt_bmap.formats.images.inflate import InflatingReader
 from virt_bmap.model.contract import RAW, About, Assembly, Child, Filesystem, Member, References

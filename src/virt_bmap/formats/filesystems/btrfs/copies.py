@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import Bytes, Int, union
+from virt_bmap.core.arrays import Bytes, Int, scatter, union
 from virt_bmap.core.lost import Lost
+from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import COPY, PARITY, Row, Rows
-from virt_bmap.core.reader import MappedReader, Reader, scatter
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.rebuild import POWERS, inverse, times
 from virt_bmap.formats.filesystems.btrfs.chunks import Chunk, Lane, lanes_of
 from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.core.arrays import Int, gather
-from virt_bmap.core.reader import ROW
+from virt_bmap.core.stored import ROW, afford
 from virt_bmap.formats.filesystems.btrfs import ondisk
 from virt_bmap.formats.filesystems.btrfs.tree import DROP_KEY, Items, Leaves, Roots
 
@@ -229,7 +229,7 @@ def _free_space_bitmaps(leaves: Leaves, sectorsize: int) -> Columns:
     for number in np.unique(batch):
         parts.append(_bit_runs(items.select(batch == number), sectorsize))
         count += len(parts[-1]["leaf"])
-        leaves.reader.afford(count * ROW, f"the rows of {count:,} runs of bitmaps")
+        afford(leaves.reader, count * ROW, f"the rows of {count:,} runs of bitmaps")
     return join(parts) or _bit_runs(items, sectorsize)
 
 

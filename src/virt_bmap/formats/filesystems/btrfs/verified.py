@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.core import lost
-from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, gather, subtract, union
+from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, gather, scatter, subtract, union
 from virt_bmap.core.lost import NOTHING, Lost
-from virt_bmap.core.reader import Reader, scatter
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
 from virt_bmap.formats.filesystems.btrfs.ondisk import HEADER_SIZE, KEY_PTR_SIZE
 from virt_bmap.formats.filesystems.btrfs.tree import Forest, Roots, Source
@@ -148,6 +148,8 @@ class Checksums:
 class VerifiedReader(Reader):
     """Logical bytes, each block of them checked."""
 
+    corrects = True
+
     def __init__(self, base: Reader, source: Source, roots: Roots, forest: Forest) -> None:
         super().__init__(base.size, base.name)
         self._base, self._source, self.near = base, source, base.near
@@ -156,10 +158,6 @@ class VerifiedReader(Reader):
         self._checksums = Checksums(source, roots)
         self._checked, self._found = (EMPTY, EMPTY), NOTHING
         """What was looked at last, and what of it is lost."""
-
-    @property
-    def raw(self) -> Reader:
-        return self._base.raw
 
     @property
     def whole(self) -> bool:

@@ -23,7 +23,8 @@ from virt_bmap.core.arrays import EMPTY, Int, expand, ints, subtract, union
 from virt_bmap.core.columns import take
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
-from virt_bmap.core.reader import ROW, Reader
+from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import ROW, afford, allowance
 from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.erofs.clusters import (
     ADVISE_FRAGMENT_PCLUSTER,
@@ -261,7 +262,7 @@ class _Found:
         """Corrupt where there are more rows than what is stored can honestly have: indexes over each other,
         ends that each lie in all of the packed inode."""
         self.claimed += count
-        self.volume.reader.afford(self.claimed * ROW, f"the rows of {self.claimed:,} pieces of files")
+        afford(self.volume.reader, self.claimed * ROW, f"the rows of {self.claimed:,} pieces of files")
 
     def flat(self) -> None:
         """Files in one piece, and tails behind their inodes."""
@@ -328,7 +329,7 @@ class _Found:
     def _affordable(self, at: Int, length: Int) -> np.ndarray:
         """Which indexes lie inside the volume, as long as all together are not longer than it."""
         good = (length >= 0) & (length <= self.size) & (at <= self.size - np.minimum(length, self.size))
-        good &= np.cumsum(np.where(good, length, 0)) <= self.volume.reader.budget
+        good &= np.cumsum(np.where(good, length, 0)) <= allowance(self.volume.reader)
         what = "indexes of files lie outside the volume, or claim more than it has"
         return self.damage.check(good, "outside", what, at)
 

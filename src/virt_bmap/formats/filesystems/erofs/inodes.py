@@ -13,6 +13,7 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, gather, union
 from virt_bmap.core.layout import records, struct, widen
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import allowance
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
 
@@ -111,7 +112,7 @@ def walk(volume: Volume, roots: Int, damage: Damage) -> Tree:
         found.append(column)
         own = {name: values[column["mode"] >> 12 == 0o4] for name, values in column.items()}
         small = np.minimum(own["size"], volume.reader.size + 1).astype(float)  # sums of these stay numbers
-        usable = np.cumsum(small) + budget <= volume.reader.budget
+        usable = np.cumsum(small) + budget <= allowance(volume.reader)
         lost += int((~usable).sum())
         own = {name: values[usable] for name, values in own.items()}
         budget += int(own["size"].sum())

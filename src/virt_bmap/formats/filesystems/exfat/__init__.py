@@ -24,6 +24,7 @@ from virt_bmap.core.arrays import Bytes, Int, expand, intersect, ints, subtract
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, records, struct, widen
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import held
 from virt_bmap.formats.common.bitmaps import bitmap_runs
 from virt_bmap.formats.common.ragged import Ragged
 from virt_bmap.formats.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
@@ -238,7 +239,7 @@ def _check_boot_region(reader: Reader, sector_size: int, damage: Damage) -> None
 def fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int | int]:
     """The entries of the active FAT from cluster 2 on, in batches, as `chains` wants them."""
     start, end, reached = geometry.fat + geometry.active * geometry.fat_size, geometry.clusters + 2, 2
-    for at, raw in reader.held(ints(start), ints(end * 4), FAT_BATCH):
+    for at, raw in held(reader, ints(start), ints(end * 4), FAT_BATCH):
         if at // 4 > reached:
             yield at // 4 - reached
         entries = raw.view("<u4")[max(0, reached - at // 4) :].astype(np.int64)

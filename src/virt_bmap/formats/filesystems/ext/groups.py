@@ -15,6 +15,7 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, expand, subtract, uni
 from virt_bmap.core.checksums import crc16, crc32c
 from virt_bmap.core.layout import lo_hi, records, struct
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import afford
 from virt_bmap.formats.filesystems.ext.superblock import Superblock
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import ERROR
@@ -365,7 +366,7 @@ def used_inodes(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
         first = np.maximum(low[nth], base)
         count = np.minimum(high[nth], base + width) - first
         total += int(count.sum())
-        reader.afford(total * superblock.inode_size, f"{total:,} inodes")
+        afford(reader, total * superblock.inode_size, f"{total:,} inodes")
         first += group[row] * per_group + 1 - base
         numbers = np.ones(int(count.sum()), np.int64)
         ends = np.cumsum(count)

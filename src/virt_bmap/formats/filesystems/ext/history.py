@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, touching
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import afford
 from virt_bmap.formats.common.past import MAX_NAMED
 from virt_bmap.formats.filesystems.ext import inodes
 from virt_bmap.formats.filesystems.ext.blocks import read_blocks_of
@@ -206,7 +207,7 @@ def _unused(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
     """The inodes that no bitmap calls used, of groups whose table is more than a hole."""
     count, table = superblock.inodes_per_group, groups.inode_table * superblock.block_size
     stored = np.flatnonzero(touching(table, table + count * superblock.inode_size, *reader.stored()))
-    reader.afford(len(stored) * count * superblock.inode_size, "unused inodes")
+    afford(reader, len(stored) * count * superblock.inode_size, "unused inodes")
     unused = np.ones((len(stored), count), bool)
     used = used_inodes(reader, superblock, groups) - 1
     at = np.searchsorted(stored, used // count)

@@ -20,7 +20,8 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, expand, joined
 from virt_bmap.core.checksums import crc32c
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
-from virt_bmap.core.reader import Patch, PatchedReader, Reader
+from virt_bmap.core.mapped import Patch, PatchedReader
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.ext import blocks, inodes
 from virt_bmap.formats.filesystems.ext.blocks import EXTENT_MAGIC
 from virt_bmap.formats.filesystems.ext.groups import read_groups

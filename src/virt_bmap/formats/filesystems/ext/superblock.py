@@ -14,6 +14,7 @@ from virt_bmap.core.checksums import ALL_ONES, crc32c
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import afford
 from virt_bmap.formats import foreign
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import ERROR
@@ -331,7 +332,7 @@ def _checked(data: bytes, offset: int, reader: Reader) -> Superblock:
             offset,
         )
     groups = min(-(-(blocks - first) // blocks_per_group), -(-readable // blocks_per_group))
-    reader.afford(groups * desc_size, f"{groups:,} group descriptors")
+    afford(reader, groups * desc_size, f"{groups:,} group descriptors")
     if groups * inodes_per_group * inode_size > readable * block_size:
         raise Corrupt(
             f"ext superblock at byte {offset:#x}: {groups} tables of {inodes_per_group} inodes do not fit",

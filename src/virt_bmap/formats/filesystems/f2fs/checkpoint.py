@@ -16,6 +16,7 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, complement, union
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, widen
+from virt_bmap.core.stored import held
 from virt_bmap.formats.filesystems.f2fs.ondisk import (
     BLOCK,
     CHECKPOINT,
@@ -258,7 +259,7 @@ def read_nat(volume: Volume, checkpoint: Checkpoint, journal: np.ndarray, damage
 def _blocks(volume: Volume, place: Int) -> Iterator[tuple[int, Bytes]]:
     """(number of the first, blocks) of a table in batches; blocks in holes are left out, whose entries are
     not in use."""
-    for at, data in volume.reader.held(place * BLOCK, np.full(len(place), BLOCK), BATCH):
+    for at, data in held(volume.reader, place * BLOCK, np.full(len(place), BLOCK), BATCH):
         yield at // BLOCK, data.reshape(-1, BLOCK)
 
 

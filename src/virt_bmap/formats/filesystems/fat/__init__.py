@@ -23,6 +23,7 @@ from virt_bmap.core.arrays import Int, complement, expand, ints, union
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import held, spans
 from virt_bmap.formats.filesystems.fat.bpb import BOOT_SECTOR, ENTRY, Geometry, looks_like_fat, read_geometry
 from virt_bmap.formats.filesystems.fat.chains import BAD, BROKEN, END, WHOLE, Runs, chains_of, read_runs
 from virt_bmap.formats.filesystems.fat.entries import Parser
@@ -138,7 +139,7 @@ def _fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int | int]:
     """The entries of the active FAT from cluster 2 on, in batches, as `chains` wants them."""
     start, bits = geometry.reserved + geometry.active_fat * geometry.fat_size, geometry.bits
     end, reached = geometry.clusters + 2, 2
-    for at, raw in reader.held(ints(start), ints((end * bits + 7) // 8), FAT_BATCH):
+    for at, raw in held(reader, ints(start), ints((end * bits + 7) // 8), FAT_BATCH):
         first = at * 8 // bits
         count = min(len(raw) * 8 // bits, end - first)
         if first > reached:
@@ -297,7 +298,7 @@ def _prove(found: Filesystem, damage: Damage) -> list[Proof]:
     active, used = geometry.active_fat, (geometry.clusters + 2) * geometry.bits // 8
     for copy in sorted(set(range(geometry.fats)) - {active}) if geometry.mirrored else ():
         place, other = (geometry.reserved + number * geometry.fat_size for number in (active, copy))
-        mine, others = (found.reader.spans(ints(start), ints(used)) for start in (place, other))
+        mine, others = (spans(found.reader, ints(start), ints(used)) for start in (place, other))
         low, high = union(np.append(mine[0], others[0]), np.append(mine[1], others[1]))
         row, step = expand(-(-(high - low) // FAT_BATCH))
         begin = low[row] + step * FAT_BATCH

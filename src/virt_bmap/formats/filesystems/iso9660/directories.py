@@ -11,6 +11,7 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, gather, ints
 from virt_bmap.core.layout import records, struct, widen
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import allowance
 from virt_bmap.formats.filesystems.iso9660 import susp
 from virt_bmap.formats.filesystems.iso9660.descriptors import SECTOR, Tree
 from virt_bmap.model.damage import Damage
@@ -114,7 +115,7 @@ class _State:
         again = positions(self.seen, level) >= 0 if len(self.seen) else np.zeros(len(level), bool)
         level, size = level[~again], size[~again]
         used = int(self.seen_size.sum())
-        affordable = np.cumsum(size) + used <= self.reader.budget
+        affordable = np.cumsum(size) + used <= allowance(self.reader)
         what = "directories are not read: together they claim more bytes than the volume has"
         self.damage.check(affordable, "twice", what, level)
         level, size = level[affordable], size[affordable]

@@ -11,10 +11,11 @@ from functools import partial
 
 import numpy as np
 
-from virt_bmap.core.arrays import Bytes, ints
+from virt_bmap.core.arrays import Bytes, ints, scatter
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import records
-from virt_bmap.core.reader import Reader, scatter
+from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import afford
 from virt_bmap.core.threads import ahead
 from virt_bmap.formats.filesystems.ntfs import structures as ntfs
 from virt_bmap.formats.filesystems.ntfs.boot import Geometry
@@ -71,7 +72,7 @@ def read_mft(reader: Reader, geometry: Geometry, damage: Damage) -> Mft:
         )
     pieces = [decoded(own, geometry)]
     length = int(own.initialized_size[own.lowest_vcn == 0].max(initial=0))
-    reader.afford(length, "the $MFT")
+    afford(reader, length, "the $MFT")
     batches: list[Batch] = []
     held = np.empty(PIECE + 128, np.uint8)
     at, before = 0, -1

@@ -22,6 +22,7 @@ from virt_bmap.core.arrays import EMPTY, Int, complement, expand, ints, joined, 
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.errors import FormatError
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import allowance
 from virt_bmap.formats.common.ragged import Ragged
 from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.udf import directories, entries, volume
@@ -140,7 +141,7 @@ def _walk(
     found: list[Entries] = []
     extents: list[Extents] = []
     listed: list[tuple[Int, Int, Ragged]] = []
-    seen, budget = EMPTY, reader.budget
+    seen, budget = EMPTY, allowance(reader)
     for _ in range(MAX_LEVELS):
         level: list[tuple[Entries, Extents]] = []
         for batch in entries.read_entries(reader, disk, partition, block, damage):
@@ -195,7 +196,7 @@ def _add_beside(
     """Rows for named streams and for attributes in files of their own: their bytes are the file's, whatever
     they are called; -1 stands for the system."""
     inode, partition, block = joined(beside, 3)
-    seen, budget = known, reader.budget
+    seen, budget = known, allowance(reader)
     for _ in range(2):  # a directory of streams, and these
         place = disk.places(partition, block)
         fresh = (place >= 0) & ~np.isin(place, seen)

@@ -12,6 +12,7 @@ import numpy as np
 from virt_bmap.core.arrays import Bool, Bytes, Int, expand, union
 from virt_bmap.core.layout import records
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import afford
 from virt_bmap.formats.filesystems.xfs import disk
 from virt_bmap.formats.filesystems.xfs.btree import Nodes, Shape, Walked, fits, walk
 from virt_bmap.formats.filesystems.xfs.geometry import Geometry
@@ -107,7 +108,7 @@ def _read_headers(reader: Reader, geometry: Geometry, damage: Damage) -> tuple[B
     """The header sectors (groups, 4, sector size) of those groups whose headers can be read, and their
     numbers."""
     size = len(HEADERS) * geometry.sector_size
-    reader.afford(geometry.groups * size, f"headers of {geometry.groups:,} groups")
+    afford(reader, geometry.groups * size, f"headers of {geometry.groups:,} groups")
     agno = np.arange(geometry.groups, dtype=np.int64)
     start = geometry.group_offset(agno)
     inside = damage.check(

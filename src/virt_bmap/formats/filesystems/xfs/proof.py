@@ -15,7 +15,8 @@ import numpy as np
 
 from virt_bmap.core.arrays import Bool, Bytes, Int, expand
 from virt_bmap.core.checksums import crc32c_without
-from virt_bmap.core.reader import PatchedReader, Reader
+from virt_bmap.core.mapped import PatchedReader
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.proving import Compared, Places, blocks, check_names, check_targets
 from virt_bmap.formats.filesystems.xfs import disk
 from virt_bmap.formats.filesystems.xfs.geometry import Geometry, read_geometry

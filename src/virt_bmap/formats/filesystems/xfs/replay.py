@@ -26,7 +26,8 @@ import numpy as np
 
 from virt_bmap.core.arrays import Bytes, ints, union
 from virt_bmap.core.errors import Corrupt, Unsupported
-from virt_bmap.core.reader import Patch, PatchedReader, Reader
+from virt_bmap.core.mapped import Patch, PatchedReader
+from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.xfs import disk
 from virt_bmap.formats.filesystems.xfs.geometry import Geometry, read_geometry
 from virt_bmap.formats.filesystems.xfs.log import BLOCK, Log

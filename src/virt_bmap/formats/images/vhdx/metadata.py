@@ -13,6 +13,7 @@ from virt_bmap.core.checksums import ALL_ONES, crc32c_without
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import afford
 
 KIB, MIB = 1 << 10, 1 << 20
 HEADER = struct(4096, [
@@ -71,7 +72,7 @@ def read_metadata(image: Reader) -> Metadata:
     log = int(head["LogOffset"]), int(head["LogLength"])
     log_in_use = any(head["LogGuid"].tobytes())
     if log_in_use:
-        image.afford(log[1], "its log")
+        afford(image, log[1], "its log")
     regions = _regions(image)
     for wanted, name in ((BAT, "block allocation table"), (METADATA_REGION, "metadata region")):
         if wanted not in regions:

@@ -19,6 +19,7 @@ from virt_bmap.core.checksums import crc32c
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import struct, widen
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import afford
 from virt_bmap.model.damage import Damage
 
 BLOCK = 4096
@@ -195,7 +196,7 @@ class Store:
         each = (BLOCK - ARRAY_BLOCK.itemsize) // value_size
         keep = self.inside(blocks) & (keys < -(-size // each))
         blocks, keys = blocks[keep], keys[keep]
-        self.reader.afford(size * value_size, f"an array of {size:,} entries")
+        afford(self.reader, size * value_size, f"an array of {size:,} entries")
         result = np.zeros((-(-size // each) * each, value_size), np.uint8)
         for start in range(0, len(blocks), MAX_BATCH):
             batch, at = blocks[start : start + MAX_BATCH], keys[start : start + MAX_BATCH]
