@@ -1,4 +1,5 @@
-"""Records of columns: named tuples, or dataclasses, whose fields are arrays of one length."""
+"""Records of columns: named tuples, or dataclasses, whose fields are arrays of one length, or columns of
+another kind with a `take` of their own (ragged ones)."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -16,7 +17,10 @@ def stack(kind: type[T], parts: Sequence[T]) -> T:
 
 def take(columns: T, keep: Any) -> T:
     """The rows that a boolean array, an index array or a slice asks for."""
-    return type(columns)(*(getattr(columns, name)[keep] for name in _names(type(columns))))
+    found = (getattr(columns, name) for name in _names(type(columns)))
+    return type(columns)(
+        *(column[keep] if isinstance(column, np.ndarray) else column.take(keep) for column in found)
+    )
 
 
 def _names(kind: type) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class InodeRecords(NamedTuple):
 
     def take(self, keep: np.ndarray) -> "InodeRecords":
         """The rows that a boolean or index array asks for."""
-        return InodeRecords(self.volume[keep], self.start[keep], self.end[keep], self.record[keep])
+        return take(self, keep)
 
 
 def tiles(bmap: BlockMap, disk: int, starts: Int, ends: Int, records: InodeRecords | None = None) -> Tiles:

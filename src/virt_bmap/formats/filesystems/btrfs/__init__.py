@@ -1,4 +1,4 @@
-"""btrfs: subvolumes, snapshots, inodes, names and extents, in the logical address space that `volumes/btrfs`
+"""btrfs: subvolumes, snapshots, inodes, names and extents, in the logical address space that `devices`
 makes of the devices.
 
 Read are the root tree, the extent tree (which is the allocator), and the trees of all subvolumes and

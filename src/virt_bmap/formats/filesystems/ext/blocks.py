@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, expand, in_order, joined
+from virt_bmap.core.columns import take
 from virt_bmap.core.layout import lo_hi, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.ext.superblock import Superblock
@@ -79,9 +80,7 @@ class Runs:
 
     def take(self, keep: np.ndarray) -> "Runs":
         """The rows that a boolean or index array asks for."""
-        return Runs(
-            self.owner[keep], self.logical[keep], self.start[keep], self.count[keep], self.unwritten[keep]
-        )
+        return take(self, keep)
 
 
 def read_blocks_of(

@@ -18,6 +18,7 @@ import numpy as np
 
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, expand, joined
 from virt_bmap.core.checksums import crc32c
+from virt_bmap.core.columns import take
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.mapped import Patch, PatchedReader
@@ -103,7 +104,7 @@ class Headers(NamedTuple):
 
     def take(self, keep: np.ndarray) -> "Headers":
         """The rows that a boolean or index array asks for."""
-        return Headers(self.at[keep], self.kind[keep], self.sequence[keep], self.data[keep])
+        return take(self, keep)
 
 
 def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], damage: Damage) -> Reader:

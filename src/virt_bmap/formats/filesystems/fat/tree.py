@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, Intervals, expand, union
-from virt_bmap.core.columns import stack
+from virt_bmap.core.columns import stack, take
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.ragged import Ragged
 from virt_bmap.formats.filesystems.fat.bpb import ENTRY
@@ -66,7 +66,7 @@ class Ranges(NamedTuple):
 
     def take(self, keep: np.ndarray) -> "Ranges":
         """The rows that a boolean or index array asks for."""
-        return Ranges(self.inode[keep], self.start[keep], self.length[keep], self.offset[keep])
+        return take(self, keep)
 
 
 class Tree(NamedTuple):

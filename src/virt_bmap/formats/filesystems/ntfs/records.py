@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int
+from virt_bmap.core.columns import take
 from virt_bmap.core.layout import records, struct
 from virt_bmap.formats.common.ragged import Ragged, items, pieces
 from virt_bmap.formats.filesystems.ntfs import structures as ntfs
@@ -76,11 +77,7 @@ class Attributes:
 
     def take(self, rows: Int) -> "Attributes":
         """Some of the attributes, with their run lists."""
-        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        taken: dict[str, Any] = {
-            name: c.take(rows) if isinstance(c, Ragged) else c[rows] for name, c in columns.items()
-        }
-        return Attributes(**taken)
+        return take(self, rows)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, expand, ints
+from virt_bmap.core.columns import take
 
 HOLE = -1
 MAX_BYTES = 1 << 62
@@ -30,7 +31,7 @@ class Runs:
 
     def take(self, keep: np.ndarray) -> "Runs":
         """The runs that a boolean or index array asks for."""
-        return Runs(self.row[keep], self.vcn[keep], self.lcn[keep], self.count[keep])
+        return take(self, keep)
 
 
 class Decoded(NamedTuple):
