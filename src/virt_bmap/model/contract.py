@@ -13,6 +13,7 @@ diff, history, ...) want to know of a format they ask its declaration.
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -143,11 +144,10 @@ class Child(About):
     traits: int = 0
     holds: "FilesystemFormat | None" = None
 
-    @property
+    @cached_property
     def parents(self) -> list[int]:
         """The numbers of the volumes that it lies in."""
-        found: list[int] = np.unique(self.rows.parent).tolist()
-        return found
+        return sorted(set(self.rows.parent.tolist()))
 
     def over(self, readers: Mapping[int, Reader], name: str) -> Reader:
         """Its bytes, given its parents' by their numbers."""
