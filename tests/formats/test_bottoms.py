@@ -10,6 +10,7 @@ from btrfs_images import loops
 from small_images import blank
 from support import need, need_root, run
 from virt_bmap.core.errors import Corrupt
+from virt_bmap.core.layers import bottom
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import CLAIM_FREE, CLAIM_STORED, afford, stored_bytes
 from virt_bmap.model.blockmap import BlockMap
@@ -52,8 +53,8 @@ def test_a_pool_lies_on_its_disks(profile: str, tmp_path: Path) -> None:
     images = made(tmp_path, profile)
     with open_volumes([str(image) for image in images]) as (bmap, readers):
         pool, disks = pool_of(bmap, readers), [readers[number] for number in bmap.disks]
-        assert {reader.name for reader in pool.bottom} == {str(image) for image in images}
-        assert pool.bottom == frozenset().union(*(disk.bottom for disk in disks))
+        assert {reader.name for reader in bottom(pool)} == {str(image) for image in images}
+        assert bottom(pool) == set().union(*(bottom(disk) for disk in disks))
         stored = sum(map(data_of, images))
         assert 0 < stored < 64 * MIB
         assert stored_bytes(pool) == min(pool.size, stored)
@@ -63,7 +64,7 @@ def test_of_a_pool_with_a_disk_lost_the_others_are_the_bottom(tmp_path: Path) ->
     images = made(tmp_path, "raid1c3")[1:]
     with open_volumes([str(image) for image in images]) as (bmap, readers):
         pool = pool_of(bmap, readers)
-        assert {reader.name for reader in pool.bottom} == {str(image) for image in images}
+        assert {reader.name for reader in bottom(pool)} == {str(image) for image in images}
         assert stored_bytes(pool) == min(pool.size, sum(map(data_of, images)))
 
 
