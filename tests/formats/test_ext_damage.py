@@ -15,8 +15,8 @@ from support import BytesReader, assert_proven, mapped, mutations, need, run, su
 from virt_bmap.ask.check import check
 from virt_bmap.core.checksums import crc16, crc32c, crc32c_each
 from virt_bmap.formats.filesystems import ext
-from virt_bmap.formats.filesystems.ext import blocks, owned
-from virt_bmap.formats.filesystems.ext.groups import ones
+from virt_bmap.formats.filesystems.ext import extents, owners
+from virt_bmap.formats.filesystems.ext.allocator import ones
 from virt_bmap.formats.filesystems.ext.superblock import read_superblock
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -252,7 +252,7 @@ def test_block_pointers_equal_a_loop(logical: list[int], rng: object) -> None:
     expected = {}
     for at in logical:
         expected[at] = _write(root, words, at, free)
-    runs, nodes = blocks.read_blocks_of(
+    runs, nodes = extents.read_blocks_of(
         BytesReader(data), superblock, root.view(np.uint8)[None, :], np.zeros(0, np.int64),
         np.zeros(1, np.int64), np.zeros(1, np.int64), damage := Damage(),
     )  # fmt: skip
@@ -298,8 +298,8 @@ def test_shared_blocks_are_flagged_exactly(pieces: list[tuple[int, int]]) -> Non
     others."""
     n = len(pieces)
     start, count = np.array([a for a, _ in pieces]), np.array([b for _, b in pieces])
-    runs = blocks.Runs(np.arange(n), np.arange(n) * 100, start, count, np.zeros(n, bool))
-    cut, flags = owned._shared(runs)
+    runs = extents.Runs(np.arange(n), np.arange(n) * 100, start, count, np.zeros(n, bool))
+    cut, flags = owners._shared(runs)
     users = np.bincount(np.concatenate([np.arange(a, a + b) for a, b in pieces]))
     found = {
         (int(o), int(s) + i): (int(p) + i, bool(f & tables.SHARED))

@@ -28,7 +28,7 @@ from support import (
     tree,
 )
 from virt_bmap.core import checksums
-from virt_bmap.formats.filesystems.f2fs import checkpoint, ondisk
+from virt_bmap.formats.filesystems.f2fs import allocator, ondisk
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.open.raw import RawReader
@@ -266,7 +266,7 @@ def test_journals_in_plain_summaries(unmounted: bool, plain: bytes) -> None:
     before = survey([BytesReader(np.frombuffer(plain, np.uint8))])
     data = np.frombuffer(plain, np.uint8).copy()
     super_, pack, start = newest(plain)
-    assert not int(pack["ckpt_flags"]) & checkpoint.COMPACT_SUM
+    assert not int(pack["ckpt_flags"]) & allocator.COMPACT_SUM
     assert not np.frombuffer(plain[start * 4096 + 192 :][:128], np.uint8).any(), (
         "all blocks of both tables are in their first places"
     )
@@ -280,7 +280,7 @@ def test_journals_in_plain_summaries(unmounted: bool, plain: bytes) -> None:
         data[at + 3584 : at + 3584 + len(journal)] = np.frombuffer(journal, np.uint8)
         data[entry : entry + size] = 0
     head = np.frombuffer(plain, ondisk.CHECKPOINT, 1, start * 4096).copy()
-    head["ckpt_flags"] &= 0xFFFFFFFF if unmounted else ~np.uint32(checkpoint.UMOUNT)
+    head["ckpt_flags"] &= 0xFFFFFFFF if unmounted else ~np.uint32(allocator.UMOUNT)
     head["cp_pack_total_block_count"] = total
     block = data[start * 4096 : start * 4096 + 4096]
     block[: head.itemsize] = np.frombuffer(head.tobytes(), np.uint8)

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from virt_bmap.formats.filesystems.fat.chains import (
+from virt_bmap.formats.filesystems.fat.allocator import (
     BAD,
     BROKEN,
     CUT,

@@ -14,11 +14,11 @@ import pytest
 import ntfs_images
 from ntfs_images import NotMounted, Volume, fuse, unpack_lznt1
 from support import assert_proven, mapped, need, run, tree
-from virt_bmap.formats.filesystems.ntfs import structures
+from virt_bmap.formats.filesystems.ntfs import ondisk
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 
-METADATA = set(structures.SYSTEM_FILES)
+METADATA = set(ondisk.SYSTEM_FILES)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ import ntfs_images
 from ntfs_images import fuse
 from support import BytesReader, assert_proven, mapped, mutations, need, survives, tree
 from virt_bmap.core.arrays import bit_runs
-from virt_bmap.formats.filesystems.ntfs.runs import HOLE, decode
-from virt_bmap.formats.filesystems.ntfs.state import log_is_clean
+from virt_bmap.formats.filesystems.ntfs.allocator import log_is_clean
+from virt_bmap.formats.filesystems.ntfs.extents import HOLE, decode
 from virt_bmap.formats.filesystems.ntfs.text import utf8
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap

@@ -16,7 +16,7 @@ import pytest
 from appliance import Step, made
 from support import BytesReader, assert_proven, content, mapped, mutations, need, run, survives, tree
 from virt_bmap.formats.filesystems import iso9660, udf
-from virt_bmap.formats.filesystems.udf import bridge, directories, entries
+from virt_bmap.formats.filesystems.udf import bridge, inodes, names
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.damage import Damage
@@ -222,7 +222,7 @@ def test_names_of_any_length_are_found_like_one_by_one() -> None:
                 data += entry
                 expected.append((number, name[1:] if entry[18] in (0, 2) else None))
             size.append(len(data) - base[-1])
-        parsed = directories.parse(
+        parsed = names.parse(
             np.frombuffer(bytes(data) + bytes(64), np.uint8),
             np.arange(len(base)),
             np.array(base),
@@ -239,8 +239,8 @@ def test_times() -> None:
     stamp = bytes([0x3C, 0x10]) + (2024).to_bytes(2, "little") + bytes([2, 29, 13, 30, 15, 12, 34, 56])
     nothing = bytes([0x01, 0x18]) + (1970).to_bytes(2, "little") + bytes([1, 1, 0, 0, 0, 0, 0, 0])
     never = bytes(12)
-    found = entries.times(np.frombuffer(stamp + nothing + never, np.uint8).reshape(3, 12)).tolist()
-    assert found == [1709209815_123456000, 0, entries.NO_TIME]
+    found = inodes.times(np.frombuffer(stamp + nothing + never, np.uint8).reshape(3, 12)).tolist()
+    assert found == [1709209815_123456000, 0, inodes.NO_TIME]
 
 
 # ---- a kernel's --------------------------------------------------------------------------------------------

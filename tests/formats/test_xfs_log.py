@@ -26,8 +26,8 @@ from support import (
     tree,
 )
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.xfs.geometry import read_geometry
-from virt_bmap.formats.filesystems.xfs.log import find_log
+from virt_bmap.formats.filesystems.xfs.journal import find_log
+from virt_bmap.formats.filesystems.xfs.superblock import read_geometry
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.damage import Damage

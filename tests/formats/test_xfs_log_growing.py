@@ -8,7 +8,7 @@ import numpy as np
 
 import xfs_images
 from support import fiemap, file_extents, mapped, mounted, need, need_root, run, sync, tree
-from virt_bmap.formats.filesystems.xfs.log import _search
+from virt_bmap.formats.filesystems.xfs.journal import _search
 
 
 def test_the_head_is_found_while_it_moves_on() -> None:

@@ -105,7 +105,15 @@ def test_a_class_has_a_name_of_its_own() -> None:
     """Names of the mapping (Row, Rows, Side, Pieces, Place) mean the mapping's, and so on."""
     found: dict[str, list[str]] = {}
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())) if ".formats." not in module else ():
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, []).append(module)
     assert {name: where for name, where in found.items() if len(where) > 1 and name not in ROLES} == {}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(HOUSE.glob("formats/[fv]*/*/__init__.py")), ids=lambda path: path.parent.name
+)
+def test_a_format_begins_with_a_table_of_contents(path: Path) -> None:
+    """What a format is, and the stages of `read` or `assemble`; each stage lies in the module of its role."""
+    assert len(path.read_text().splitlines()) <= 150

@@ -26,7 +26,7 @@ from virt_bmap.observe.advice import mount_options
 from virt_bmap.observe.appliance import Appliance, CallFailed
 from virt_bmap.observe.climb import climb
 from virt_bmap.observe.disks import Disks
-from virt_bmap.observe.files import Listed
+from virt_bmap.observe.files import ListedName
 
 PIECE = 1 << 20
 """Bytes of a file read by one call: libguestfs sends 4 MiB at most in one message."""
@@ -81,9 +81,9 @@ class Observer:
         self._appliance, self._disks, self._bmap, self._target = appliance, disks, bmap, target
         self._fuse = "fuse" in appliance.call("debug", "sh", ["grep ' /sysroot ' /proc/mounts || true"])
 
-    def files(self, entries: Sequence[Listed]) -> Iterator[Observed]:
+    def files(self, entries: Sequence[ListedName]) -> Iterator[Observed]:
         """Observe these regular files."""
-        waiting: list[tuple[Listed, Observed, list[tuple[int, int]]]] = []
+        waiting: list[tuple[ListedName, Observed, list[tuple[int, int]]]] = []
         for entry in entries:
             seen, again = self._first(entry)
             if again and not seen.failed:
@@ -105,7 +105,7 @@ class Observer:
         """Forget what was read of files and devices, but not inodes and names."""
         self._appliance.call("drop_caches", 1)
 
-    def _first(self, entry: Listed) -> tuple[Observed, list[tuple[int, int]]]:
+    def _first(self, entry: ListedName) -> tuple[Observed, list[tuple[int, int]]]:
         """Read a file once: what was seen, and which ranges of it to read again."""
         seen, again = Observed(entry.inode), []
         for at in range(0, min(entry.size, MAX_SIZE), PIECE):
@@ -116,7 +116,7 @@ class Observer:
             _keep(seen, found, at)
         return seen, again
 
-    def _read(self, entry: Listed, at: int, length: int, seen: Observed) -> trace.Placed | None:
+    def _read(self, entry: ListedName, at: int, length: int, seen: Observed) -> trace.Placed | None:
         """Read one piece of a file; None where it can't be read, or has ended."""
         self._disks.since()
         try:
@@ -130,7 +130,7 @@ class Observer:
             return None
         return trace.find(content, starts, ends, self._target.reader.read_ranges(starts, ends - starts))
 
-    def _again(self, waiting: list[tuple[Listed, Observed, list[tuple[int, int]]]]) -> Iterator[Observed]:
+    def _again(self, waiting: list[tuple[ListedName, Observed, list[tuple[int, int]]]]) -> Iterator[Observed]:
         """The second pass over files: page by page, after their pages were dropped."""
         if not waiting:
             return

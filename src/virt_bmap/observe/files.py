@@ -18,7 +18,7 @@ DEVICE_SHIFT = 40
 from here on, as the direct map does."""
 
 
-class Listed(NamedTuple):
+class ListedName(NamedTuple):
     """One name. `path` starts with a slash."""
 
     path: str
@@ -42,7 +42,7 @@ class Listing:
     and how many could not be listed, with the first."""
 
     root: int
-    entries: list[Listed] = field(default_factory=list)
+    entries: list[ListedName] = field(default_factory=list)
     left: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def leave(self, reason: str, path: str) -> None:
@@ -50,7 +50,7 @@ class Listing:
         count, first = self.left.get(reason, (0, path))
         self.left[reason] = count + 1, first
 
-    def once(self, kind: int) -> list[Listed]:
+    def once(self, kind: int) -> list[ListedName]:
         """One entry for each inode of a type."""
         return list({entry.inode: entry for entry in reversed(self.entries) if entry.type == kind}.values())[
             ::-1
@@ -106,7 +106,7 @@ def listed(appliance: Appliance, folder: str) -> Listing:
 
     top = _checked(appliance.call("lstatns", "/"))
     listing = Listing(inode(top))
-    listing.entries.append(Listed("/", listing.root, listing.root, top))
+    listing.entries.append(ListedName("/", listing.root, listing.root, top))
     known = {"": listing.root}
     for directory, inside in _by_directory(names, listing):
         if directory not in known:
@@ -121,7 +121,7 @@ def listed(appliance: Appliance, folder: str) -> Listing:
             if stat["st_ino"] < 0:
                 listing.leave("names that lead to no inode", f"{directory}/{name}")
                 continue
-            entry = Listed(f"{directory}/{name}", known[directory], inode(_checked(stat)), stat)
+            entry = ListedName(f"{directory}/{name}", known[directory], inode(_checked(stat)), stat)
             listing.entries.append(entry)
             if entry.type == tables.T_DIRECTORY:
                 known[entry.path] = entry.inode

@@ -18,7 +18,7 @@ from virt_bmap.observe.appliance import Appliance, CallFailed, launched
 from virt_bmap.observe.climb import climb
 from virt_bmap.observe.disks import Disks, watched
 from virt_bmap.observe.engine import Observed, ObservedVolume, Observer
-from virt_bmap.observe.files import Listed, Listing, listed
+from virt_bmap.observe.files import ListedName, Listing, listed
 from virt_bmap.observe.journal import Journal
 from virt_bmap.open import open_disks
 from virt_bmap.serve.serve import Source
@@ -144,7 +144,7 @@ def _observe(
 
 
 def observe_files(
-    observer: Observer, target: ObservedVolume, files: Sequence[Listed], tell: Tell
+    observer: Observer, target: ObservedVolume, files: Sequence[ListedName], tell: Tell
 ) -> Iterator[Observed]:
     """Observe files, and tell how far it is: in bytes, each file for a page more than it has."""
     cost = {entry.inode: entry.size + engine.PAGE for entry in files}
@@ -171,7 +171,7 @@ def _directories(
             yield entry.inode, union(*ranges)
 
 
-def sample(entries: Sequence[Listed], count: int | None, seed: int = 0) -> list[Listed]:
+def sample(entries: Sequence[ListedName], count: int | None, seed: int = 0) -> list[ListedName]:
     """`count` of the files, the same ones for the same seed, in their order; all where there are no more, or
     count is None."""
     if count is None or count >= len(entries):

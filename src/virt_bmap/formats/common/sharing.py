@@ -8,7 +8,7 @@ import numpy as np
 from virt_bmap.core.arrays import Bool, Int, covered_twice, expand, intersect
 
 
-class Pieces(NamedTuple):
+class SharedCut(NamedTuple):
     """Ranges cut where sharing begins or ends: piece i is [start, end) of range `row[i]`; `shared` where
     another range covers it too."""
 
@@ -18,7 +18,7 @@ class Pieces(NamedTuple):
     shared: Bool
 
 
-def cut_shared(starts: Int, ends: Int) -> Pieces:
+def cut_shared(starts: Int, ends: Int) -> SharedCut:
     """The ranges cut so that each piece is shared as a whole or not at all.
 
     At most two pieces more than ranges for each run of shared bytes: on the outer side of a cut only one
@@ -42,7 +42,7 @@ def cut_shared(starts: Int, ends: Int) -> Pieces:
     end = np.where(nth == count[row], ends[row], cuts[np.minimum(first[row] + nth, len(cuts) - 1)])
     at = np.searchsorted(low, start, "right") - 1
     shared = (at >= 0) & (start < np.append(high, 0)[at]) if len(low) else np.zeros(len(row), bool)
-    return Pieces(row, start, end, shared)
+    return SharedCut(row, start, end, shared)
 
 
 def overlap(a: tuple[Int, Int], b: tuple[Int, Int]) -> tuple[int, int] | None:

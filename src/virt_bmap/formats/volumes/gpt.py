@@ -148,7 +148,7 @@ ENTRY = struct(128, [
 ])  # fmt: skip
 
 
-class Table(NamedTuple):
+class GptTable(NamedTuple):
     """A valid header with its entries, and where both lie, in bytes."""
 
     sector: int
@@ -208,7 +208,9 @@ def assemble(members: Sequence[Member]) -> Assembly:
     return assembly
 
 
-def _add(assembly: Assembly, disk: Member, table: Table, entry: np.void, number: int, damage: Damage) -> None:
+def _add(
+    assembly: Assembly, disk: Member, table: GptTable, entry: np.void, number: int, damage: Damage
+) -> None:
     first, last = int(entry["starting_lba"]), int(entry["ending_lba"])
     if last < first or last >= 1 << 54:
         at = table.entries_at + (number - 1) * 128
@@ -229,7 +231,7 @@ def _add(assembly: Assembly, disk: Member, table: Table, entry: np.void, number:
     )  # fmt: skip
 
 
-def _used(table: Table) -> Int:
+def _used(table: GptTable) -> Int:
     """Positions of the entries whose type is not zero."""
     kind = np.ascontiguousarray(table.entries["partition_type_guid"]).view(np.uint8).reshape(-1, 16)
     return np.flatnonzero(kind.any(axis=1))
@@ -239,7 +241,7 @@ def _guid(raw: np.void) -> str:
     return str(uuid.UUID(bytes_le=raw.tobytes()))
 
 
-def _both(reader: Reader, damage: Damage) -> tuple[Table, Table | None]:
+def _both(reader: Reader, damage: Damage) -> tuple[GptTable, GptTable | None]:
     """The table to use and the valid backup beside it; what is wrong with the other one goes to
     `damage`."""
     primary, why = None, "no signature"
@@ -287,7 +289,7 @@ def _both(reader: Reader, damage: Damage) -> tuple[Table, Table | None]:
     )
 
 
-def _read_table(reader: Reader, sector: int, at: int) -> tuple[Table | None, str]:
+def _read_table(reader: Reader, sector: int, at: int) -> tuple[GptTable | None, str]:
     """The table whose header lies at byte `at`, or None and what is wrong with it."""
     if at < sector or at + sector > reader.size:
         return None, "it lies outside the disk"
@@ -322,7 +324,7 @@ def _read_table(reader: Reader, sector: int, at: int) -> tuple[Table | None, str
         if int(header["alternate_lba"]) < 1 << 50
         else -1
     )
-    return Table(
+    return GptTable(
         sector, at, entries_at, used, _guid(header["disk_guid"]), alternate, records(rows, ENTRY)
     ), ""
 

@@ -13,11 +13,11 @@ from virt_bmap.core.arrays import Int, expand, ints
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
 from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
-from virt_bmap.formats.filesystems.btrfs.pool import Ranges
+from virt_bmap.formats.filesystems.btrfs.pool import LogicalRanges
 from virt_bmap.model.damage import Damage
 
 
-class Profile(NamedTuple):
+class RaidProfile(NamedTuple):
     """How the stripes of a chunk relate: `copies` of each strip, `parity` strips in each row; `striped`: any
     number of them."""
 
@@ -28,10 +28,11 @@ class Profile(NamedTuple):
 
 
 PROFILES = {
-    0: Profile("single"), 1 << 3: Profile("RAID0", striped=True), 1 << 4: Profile("RAID1", 2),
-    1 << 5: Profile("DUP", 2), 1 << 6: Profile("RAID10", 2, striped=True),
-    1 << 7: Profile("RAID5", 1, 1, True), 1 << 8: Profile("RAID6", 1, 2, True), 1 << 9: Profile("RAID1C3", 3),
-    1 << 10: Profile("RAID1C4", 4),
+    0: RaidProfile("single"), 1 << 3: RaidProfile("RAID0", striped=True), 1 << 4: RaidProfile("RAID1", 2),
+    1 << 5: RaidProfile("DUP", 2), 1 << 6: RaidProfile("RAID10", 2, striped=True),
+    1 << 7: RaidProfile("RAID5", 1, 1, True), 1 << 8: RaidProfile("RAID6", 1, 2, True),
+    1 << 9: RaidProfile("RAID1C3", 3),
+    1 << 10: RaidProfile("RAID1C4", 4),
 }  # fmt: skip
 PROFILE_MASK = sum(PROFILES)
 TYPES = {1: "data", 2: "system", 4: "metadata"}
@@ -46,7 +47,7 @@ class Chunk(NamedTuple):
     stripes: list[tuple[bytes, int]]
 
     @property
-    def profile(self) -> Profile:
+    def profile(self) -> RaidProfile:
         return PROFILES[self.type & PROFILE_MASK]
 
     @property
@@ -88,11 +89,11 @@ def system_chunks(superblock: np.void) -> Iterator[Chunk]:
 
 
 def chunk_tree(
-    source: tree.Source, superblock: np.void, damage: Damage
+    source: tree.TreeSource, superblock: np.void, damage: Damage
 ) -> tuple[list[Chunk], dict[bytes, int]]:
     """All chunks by logical address, and the size of each device by its uuid."""
     level, generation = int(superblock["chunk_root_level"]), int(superblock["chunk_root_generation"])
-    roots = tree.Roots.single(ondisk.CHUNK_TREE, int(superblock["chunk_root"]), level, generation)
+    roots = tree.TreeRoots.single(ondisk.CHUNK_TREE, int(superblock["chunk_root"]), level, generation)
     forest = tree.walk(source, roots, damage)
     chunks: list[Chunk] = []
     sizes: dict[bytes, int] = {}
@@ -158,10 +159,12 @@ def without_overlaps(chunks: list[Chunk], damage: Damage) -> list[Chunk]:
     return kept
 
 
-def ranges(chunks: list[Chunk]) -> Ranges:
+def ranges(chunks: list[Chunk]) -> LogicalRanges:
     chunks = sorted(chunks, key=lambda chunk: chunk.start)
     starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
-    return Ranges(starts, starts + np.fromiter((chunk.length for chunk in chunks), np.int64, len(chunks)))
+    return LogicalRanges(
+        starts, starts + np.fromiter((chunk.length for chunk in chunks), np.int64, len(chunks))
+    )
 
 
 def end_of(chunks: list[Chunk]) -> int:

@@ -31,7 +31,7 @@ from virt_bmap.formats.filesystems.btrfs.chunks import (
 )
 from virt_bmap.formats.filesystems.btrfs.copies import Copies, Device, Devices, layout
 from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
-from virt_bmap.formats.filesystems.btrfs.pool import Pool, PoolReader, Ranges
+from virt_bmap.formats.filesystems.btrfs.pool import LogicalRanges, Pool, PoolReader
 from virt_bmap.model import tables
 from virt_bmap.model.contract import About, Assembly, Checks, Child, Docs, Member, VolumeFormat
 from virt_bmap.model.damage import Damage
@@ -132,7 +132,7 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
     damage = Damage()
     system = list(system_chunks(superblock))
     copies = Copies(system, there, end_of(system), newest.member.name)
-    source = tree.Source.of(superblock, copies.first, copies, ranges(system))
+    source = tree.TreeSource.of(superblock, copies.first, copies, ranges(system))
     chunks, sizes = chunk_tree(source, superblock, damage)
     chunks = without_overlaps(chunks or system, damage)
     rows, unreachable = layout(chunks, there)
@@ -146,7 +146,7 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
     pool = Pool(
         superblock,
         ranges(chunks),
-        Ranges(*reserved),
+        LogicalRanges(*reserved),
         Copies(chunks, there, size, newest.member.name),
     )
     first = min(group, key=lambda device: device.member.number).member

@@ -19,9 +19,10 @@ from virt_bmap.core.errors import FormatError
 from virt_bmap.core.layout import INT64_MAX, records
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common import past
-from virt_bmap.formats.filesystems import btrfs
-from virt_bmap.formats.filesystems.btrfs import files, items, ondisk, owners
+from virt_bmap.formats.filesystems.btrfs import inodes as files
+from virt_bmap.formats.filesystems.btrfs import items, ondisk, owners
 from virt_bmap.formats.filesystems.btrfs.pool import Pool, pool_of
+from virt_bmap.formats.filesystems.btrfs.trees import read_trees, source_of
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 
@@ -53,8 +54,8 @@ def _older(superblock: np.void) -> Iterator[np.void]:
 
 
 def _of_transaction(reader: Reader, pool: Pool, superblock: np.void, starts: Int, ends: Int) -> pa.Table:
-    damage, source = Damage(), btrfs.source_of(reader, pool)
-    found, links = btrfs.read_trees(source, superblock, set(), damage)
+    damage, source = Damage(), source_of(reader, pool)
+    found, links = read_trees(source, superblock, set(), damage)
     inodes, fresh = files.inodes(items.join(found.inodes), links, damage)
     names, stubs = files.names(items.join(found.names), found.name_bytes, links, fresh, damage)
     rows = tables.ExtentRows()

@@ -14,7 +14,7 @@ import pyarrow as pa
 from virt_bmap.core.arrays import Int, gather
 from virt_bmap.core.stored import ROW, afford
 from virt_bmap.formats.filesystems.btrfs import ondisk
-from virt_bmap.formats.filesystems.btrfs.tree import DROP_KEY, Items, Leaves, Roots
+from virt_bmap.formats.filesystems.btrfs.tree import DROP_KEY, Items, Leaves, TreeRoots
 
 NO_TIME = np.iinfo(np.int64).min
 MAX_SECONDS = 9_200_000_000
@@ -251,7 +251,7 @@ def _bit_runs(items: Items, sectorsize: int) -> Columns:
 # ---- the root tree -----------------------------------------------------------------------------------------
 
 
-def roots_of(leaves: Leaves, wanted: set[int]) -> Roots:
+def roots_of(leaves: Leaves, wanted: set[int]) -> TreeRoots:
     """The trees that ROOT_ITEMs name. Subvolumes are always wanted."""
     items = leaves.of(ondisk.ROOT_ITEM_KEY, ondisk.ROOT_ITEM.itemsize)
     records = items.records(ondisk.ROOT_ITEM)
@@ -265,7 +265,7 @@ def roots_of(leaves: Leaves, wanted: set[int]) -> Roots:
         for name in ("bytenr", "level", "generation", "refs", "drop_level")
     }
     read = np.isin(items.objectid, list(wanted)) | is_subvolume(items.objectid)
-    return Roots(
+    return TreeRoots(
         items.objectid, items.offset, column["bytenr"], column["level"], column["generation"], column["refs"],
         read, drop_key, column["drop_level"],
     )  # fmt: skip

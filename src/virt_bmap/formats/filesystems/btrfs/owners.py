@@ -24,7 +24,7 @@ from virt_bmap.core.columns import take
 from virt_bmap.formats.filesystems.btrfs import ondisk
 from virt_bmap.formats.filesystems.btrfs.items import Columns
 from virt_bmap.formats.filesystems.btrfs.pool import Pool
-from virt_bmap.formats.filesystems.btrfs.tree import Forest, Roots
+from virt_bmap.formats.filesystems.btrfs.tree import Forest, TreeRoots
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import ERROR, NOTE, WARNING
@@ -93,7 +93,7 @@ def allocated(items: Columns, nodesize: int, pool: Pool, damage: Damage) -> Allo
 
 
 def add_trees(
-    out: ExtentRows, roots: Roots, forest: Forest, used: Allocated, nodesize: int, damage: Damage
+    out: ExtentRows, roots: TreeRoots, forest: Forest, used: Allocated, nodesize: int, damage: Damage
 ) -> tuple[Int, Int]:
     """Rows of the tree blocks, those that lie together as one.
 

@@ -12,7 +12,7 @@ from virt_bmap.core.lost import Lost
 from virt_bmap.core.reader import Reader
 
 
-class Ranges(NamedTuple):
+class LogicalRanges(NamedTuple):
     """Sorted ranges that do not overlap, in bytes."""
 
     starts: Int
@@ -28,7 +28,7 @@ class Ranges(NamedTuple):
         return inside
 
 
-class Copies(Protocol):
+class WaysToRead(Protocol):
     """The logical bytes in every way in which they can be read: from a copy, or from parity.
 
     Bytes that have no such way are lost in that reader.
@@ -46,9 +46,9 @@ class Pool:
     superblocks take up."""
 
     superblock: np.void
-    chunks: Ranges
-    reserved: Ranges
-    copies: Copies
+    chunks: LogicalRanges
+    reserved: LogicalRanges
+    copies: WaysToRead
 
 
 class PoolReader(Reader):

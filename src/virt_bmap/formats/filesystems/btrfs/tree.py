@@ -17,7 +17,7 @@ from virt_bmap.core.columns import stack, take
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs import ondisk
 from virt_bmap.formats.filesystems.btrfs.ondisk import HEADER_SIZE, ITEM_SIZE, KEY_PTR_SIZE
-from virt_bmap.formats.filesystems.btrfs.pool import Copies, Ranges
+from virt_bmap.formats.filesystems.btrfs.pool import LogicalRanges, WaysToRead
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import WARNING
 
@@ -29,29 +29,29 @@ MAX_SHARED = 1 << 19
 A small hostile image could have a tree for every leaf and all leaves in every tree."""
 
 
-class Source(NamedTuple):
+class TreeSource(NamedTuple):
     """Where tree blocks are read, and what each must say of itself."""
 
     reader: Reader
-    copies: Copies
-    chunks: Ranges
+    copies: WaysToRead
+    chunks: LogicalRanges
     nodesize: int
     sectorsize: int
     fsid: Bytes
     csum_type: int
 
     @staticmethod
-    def of(superblock: np.void, reader: Reader, copies: Copies, chunks: Ranges) -> "Source":
+    def of(superblock: np.void, reader: Reader, copies: WaysToRead, chunks: LogicalRanges) -> "TreeSource":
         """By what the superblock says of its filesystem."""
         nodesize, sectorsize, csum_type = (
             int(superblock[name]) for name in ("nodesize", "sectorsize", "csum_type")
         )
-        return Source(
+        return TreeSource(
             reader, copies, chunks, nodesize, sectorsize, ondisk.metadata_fsid(superblock), csum_type
         )
 
 
-class Roots(NamedTuple):
+class TreeRoots(NamedTuple):
     """Trees to walk, as columns.
 
     `offset` tells trees of one id apart; `wanted`: leaves are to be read, not only named.
@@ -71,10 +71,10 @@ class Roots(NamedTuple):
     drop_level: Int
 
     @staticmethod
-    def single(tree: int, bytenr: int, level: int, generation: int) -> "Roots":
+    def single(tree: int, bytenr: int, level: int, generation: int) -> "TreeRoots":
         """One tree that the superblock names."""
         zero = np.zeros(1, np.int64)
-        return Roots(
+        return TreeRoots(
             zero + tree,
             zero,
             zero + bytenr,
@@ -86,14 +86,14 @@ class Roots(NamedTuple):
             zero,
         )
 
-    def select(self, keep: np.ndarray) -> "Roots":
+    def select(self, keep: np.ndarray) -> "TreeRoots":
         """Those trees for which the boolean or index array asks."""
         return take(self, keep)
 
     @staticmethod
-    def join(parts: "list[Roots]") -> "Roots":
+    def join(parts: "list[TreeRoots]") -> "TreeRoots":
         """One after the other."""
-        return stack(Roots, parts)
+        return stack(TreeRoots, parts)
 
 
 DROP_KEY = np.dtype([("objectid", "<u8"), ("type", "u1"), ("offset", "<u8")])
@@ -123,7 +123,7 @@ class Forest:
         return row, self.trees[self.first[leaf][row] + step]
 
 
-def walk(source: Source, roots: Roots, damage: Damage) -> Forest:
+def walk(source: TreeSource, roots: TreeRoots, damage: Damage) -> Forest:
     """Every block of every tree, breadth first. Levels only fall, so no loop of pointers is endless."""
     reached: list[tuple[Int, Int]] = []
     tree, address, generation = EMPTY, EMPTY, EMPTY
@@ -170,7 +170,7 @@ def _bounded(address: Int, weight: Int, damage: Damage) -> np.ndarray:
 
 
 def _step(
-    source: Source, roots: Roots, level: int, pairs: tuple[Int, Int, Int], damage: Damage
+    source: TreeSource, roots: TreeRoots, level: int, pairs: tuple[Int, Int, Int], damage: Damage
 ) -> tuple[Int, Int, Int]:
     """The pairs one level below: the pointers of these blocks, for each tree that the block belongs to."""
     tree, address, generation = pairs
@@ -198,7 +198,7 @@ def _step(
 
 
 def _dropped(
-    roots: Roots, level: int, tree: Int, pointers: np.ndarray, child: Int, last: np.ndarray
+    roots: TreeRoots, level: int, tree: Int, pointers: np.ndarray, child: Int, last: np.ndarray
 ) -> np.ndarray:
     """Which children are gone from a subvolume that is being deleted: those whose next sibling is not beyond
     the progress key."""
@@ -215,7 +215,7 @@ def _dropped(
     return gone
 
 
-def _forest(roots: Roots, reached: list[tuple[Int, Int]], generation: Int) -> Forest:
+def _forest(roots: TreeRoots, reached: list[tuple[Int, Int]], generation: Int) -> Forest:
     tree, address = reached[-1]
     wanted = roots.wanted[tree]
     leaf_address, first, count = np.unique(address[wanted], return_index=True, return_counts=True)
@@ -226,7 +226,7 @@ def _forest(roots: Roots, reached: list[tuple[Int, Int]], generation: Int) -> Fo
 
 
 def node_batches(
-    source: Source, address: Int, generation: Int, level: int, damage: Damage
+    source: TreeSource, address: Int, generation: Int, level: int, damage: Damage
 ) -> Iterator[tuple[int, Bytes, Int]]:
     """(number of the first block, blocks as (n, nodesize), items in each), a bounded number of blocks at a
     time.
@@ -249,7 +249,9 @@ def node_batches(
         yield rows.start, data, nritems
 
 
-def mended(source: Source, data: Bytes, address: Int, generation: Int, level: int) -> tuple[Bytes, Int, Int]:
+def mended(
+    source: TreeSource, data: Bytes, address: Int, generation: Int, level: int
+) -> tuple[Bytes, Int, Int]:
     """(blocks, which of them another copy gave, which are right in no copy)."""
     bad = np.flatnonzero(~_sound(source, data, address, generation, level))
     if len(bad) == 0:
@@ -269,7 +271,7 @@ def _header(data: Bytes) -> np.ndarray:
     return np.ndarray((len(data),), ondisk.HEADER, data.data, strides=(data.shape[1],))
 
 
-def _sound(source: Source, data: Bytes, address: Int, generation: Int, level: int) -> np.ndarray:
+def _sound(source: TreeSource, data: Bytes, address: Int, generation: Int, level: int) -> np.ndarray:
     header, item = _header(data), KEY_PTR_SIZE if level else ITEM_SIZE
     sound: np.ndarray = (
         (header["bytenr"] == address.astype(np.uint64))
@@ -340,13 +342,15 @@ class Leaves(NamedTuple):
         return found
 
 
-def read_leaves(source: Source, forest: Forest, damage: Damage) -> Iterator[Leaves]:
+def read_leaves(source: TreeSource, forest: Forest, damage: Damage) -> Iterator[Leaves]:
     """The leaves of a walk, a batch at a time."""
     for base, data, nritems in node_batches(source, forest.leaf_address, forest.leaf_generation, 0, damage):
         yield leaves_of(source, data, nritems, forest.leaf_address[base : base + len(data)], base, damage)
 
 
-def leaves_of(source: Source, data: Bytes, nritems: Int, address: Int, base: int, damage: Damage) -> Leaves:
+def leaves_of(
+    source: TreeSource, data: Bytes, nritems: Int, address: Int, base: int, damage: Damage
+) -> Leaves:
     """The items of a batch of leaves, which are numbered from `base` on."""
     room = (source.nodesize - HEADER_SIZE) // ITEM_SIZE
     slots = np.ndarray(

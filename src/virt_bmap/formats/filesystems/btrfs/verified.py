@@ -21,7 +21,7 @@ from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
 from virt_bmap.formats.filesystems.btrfs.ondisk import HEADER_SIZE, KEY_PTR_SIZE
-from virt_bmap.formats.filesystems.btrfs.tree import Forest, Roots, Source
+from virt_bmap.formats.filesystems.btrfs.tree import Forest, TreeRoots, TreeSource
 from virt_bmap.model.damage import Damage
 
 BATCH = 16 << 20
@@ -42,7 +42,7 @@ class Index(NamedTuple):
 class Checksums:
     """What the checksum tree and the log trees say of sectors; read when first asked."""
 
-    def __init__(self, source: Source, roots: Roots) -> None:
+    def __init__(self, source: TreeSource, roots: TreeRoots) -> None:
         self.source = source
         self.size = ondisk.CSUM_SIZES[source.csum_type]
         self._roots = roots.select(roots.id == ondisk.CSUM_TREE)
@@ -150,7 +150,7 @@ class VerifiedReader(Reader):
 
     corrects = True
 
-    def __init__(self, base: Reader, source: Source, roots: Roots, forest: Forest) -> None:
+    def __init__(self, base: Reader, source: TreeSource, roots: TreeRoots, forest: Forest) -> None:
         super().__init__(base.size, base.name)
         self._base, self._source, self.near = base, source, base.near
         self.below = [base]

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, gather, union
 from virt_bmap.core.layout import records, struct, widen
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import allowance
+from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
 
@@ -52,7 +54,7 @@ COLUMNS = (
 
 
 @dataclass
-class Tree:
+class InodeTree:
     """All inodes in the columns COLUMNS, and all names.
 
     `at` is where the inode lies, `xattr_at` and `body` where its attributes and what follows them (index,
@@ -65,7 +67,7 @@ class Tree:
     name_length: Int = field(default_factory=lambda: EMPTY)
 
 
-class Volume(NamedTuple):
+class InodeLayout(NamedTuple):
     """What the superblock says that inodes need: sizes and places in bytes, times in nanoseconds."""
 
     reader: Reader
@@ -94,7 +96,7 @@ def pieces(reader: Reader, at: Int, length: Int) -> Bytes:
     return result
 
 
-def walk(volume: Volume, roots: Int, damage: Damage) -> Tree:
+def walk(volume: InodeLayout, roots: Int, damage: Damage) -> InodeTree:
     """Everything that can be reached from the inode numbers `roots`: the root directory, the packed inode."""
     found: list[dict[str, Int]] = []
     names: list[tuple[Int, Int, Bytes, Int]] = []
@@ -132,17 +134,17 @@ def walk(volume: Volume, roots: Int, damage: Damage) -> Tree:
     return _join(found, names)
 
 
-def _join(found: list[dict[str, Int]], names: list[tuple[Int, Int, Bytes, Int]]) -> Tree:
+def _join(found: list[dict[str, Int]], names: list[tuple[Int, Int, Bytes, Int]]) -> InodeTree:
     column = {name: np.concatenate([EMPTY, *(part[name] for part in found)]) for name in COLUMNS}
     parent, child, length = (np.concatenate([EMPTY, *(part[i] for part in names)]) for i in (0, 1, 3))
     name = np.concatenate([np.zeros(0, np.uint8), *(part[2] for part in names)])
     keep = positions(column["nid"], child) >= 0 if len(child) else np.zeros(0, bool)
     if not keep.all():
         name = gather(name, (np.cumsum(length) - length)[keep], length[keep])
-    return Tree(column, parent[keep], child[keep], name, length[keep])
+    return InodeTree(column, parent[keep], child[keep], name, length[keep])
 
 
-def read_inodes(volume: Volume, nid: Int) -> dict[str, Int]:
+def read_inodes(volume: InodeLayout, nid: Int) -> dict[str, Int]:
     """The inodes of these numbers as COLUMNS; layout 255 where one lies outside the volume."""
     at = volume.meta + nid * 32
     raw = records(pieces(volume.reader, at, np.full(len(at), 64, np.int64)).reshape(-1, 64), INODE)
@@ -180,7 +182,7 @@ def flat_ranges(column: dict[str, Int], block_size: int) -> tuple[Int, Int, Int]
     return np.where(whole > 0, column["union"] * block_size, 0), whole, tail
 
 
-def read_directories(volume: Volume, own: dict[str, Int]) -> tuple[Int, Int, Bytes, Int, int]:
+def read_directories(volume: InodeLayout, own: dict[str, Int]) -> tuple[Int, Int, Bytes, Int, int]:
     """(parent, nid, names, their lengths, how many blocks are broken) of all entries but '.' and '..' of flat
     directories."""
     size = volume.block_size
@@ -228,3 +230,26 @@ def _without_padding(data: Bytes, base: Int, low: Int, high: Int, rows: Int) -> 
     high = high.copy()
     high[rows[where]] = low[rows[where]] + nth[zero][first]
     return high
+
+
+def inode_table(tree: InodeTree, packed: int) -> pa.Table:
+    column = tree.column
+    kind = tables.type_of_mode(column["mode"])
+    compressed = np.isin(column["layout"], (COMPRESSED_FULL, COMPRESSED_COMPACT))
+    return tables.make(
+        "inodes", volume=np.zeros(len(kind), np.int64), inode=column["nid"],
+        type=np.where(column["nid"] == packed, tables.T_METADATA, kind).astype(np.uint8), mode=column["mode"],
+        uid=column["uid"], gid=column["gid"], size=column["size"], nlink=column["nlink"],
+        mtime_ns=column["mtime_ns"], flags=compressed * np.int64(tables.I_COMPRESSED),
+        record_offset=column["at"],
+    )  # fmt: skip
+
+
+def name_table(tree: InodeTree) -> pa.Table:
+    offsets = np.append(0, np.cumsum(tree.name_length)).astype(np.int32)
+    names = pa.Array.from_buffers(
+        pa.binary(), len(tree.name_length), [None, pa.py_buffer(offsets), pa.py_buffer(tree.name)]
+    )
+    return tables.make(
+        "names", volume=np.zeros(len(names), np.int64), parent=tree.parent, inode=tree.child, name=names
+    )

@@ -16,11 +16,12 @@ import pyarrow as pa
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, ints, touching
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common import past
-from virt_bmap.formats.filesystems import exfat
-from virt_bmap.formats.filesystems.exfat import FILE, FILE_NAME, STREAM, Parser
-from virt_bmap.formats.filesystems.fat.chains import NOTHING, chains_of, read_runs
-from virt_bmap.formats.filesystems.fat.files import Heap, inode_table
-from virt_bmap.formats.filesystems.fat.tree import ROOT, Entries, read_tree
+from virt_bmap.formats.filesystems.exfat.allocator import add_special, fat_entries, ranges_of, read_special
+from virt_bmap.formats.filesystems.exfat.inodes import FILE, FILE_NAME, MAX_DIRECTORY, STREAM, Parser
+from virt_bmap.formats.filesystems.exfat.superblock import read_geometry
+from virt_bmap.formats.filesystems.fat.allocator import NOTHING, chains_of, read_runs
+from virt_bmap.formats.filesystems.fat.extents import Heap, inode_table
+from virt_bmap.formats.filesystems.fat.tree import ROOT, DirEntries, read_tree
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 
@@ -31,14 +32,14 @@ OLD_CHAIN = "by the chain that the FAT still holds: a later file may have change
 def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Table:
     """What deleted entry sets say of the bytes [starts[i], ends[i])."""
     damage = Damage()
-    geometry = exfat.read_geometry(reader, damage)
-    runs = read_runs(exfat.fat_entries(reader, geometry))
+    geometry = read_geometry(reader, damage)
+    runs = read_runs(fat_entries(reader, geometry))
     heap = Heap(geometry.heap, geometry.cluster_size, geometry.clusters, chains_of(runs), damage)
-    root = exfat.ranges_of(heap, ROOT, ints(geometry.root_cluster))
-    used = exfat.add_special(tables.ExtentRows(), reader, heap, exfat.read_special(reader, root, geometry))
+    root = ranges_of(heap, ROOT, ints(geometry.root_cluster))
+    used = add_special(tables.ExtentRows(), reader, heap, read_special(reader, root, geometry))
     old, heap.chains = heap.chains, chains_of(runs.within(*used))
     parser = DeadParser(used, geometry.cluster_size)
-    tree = read_tree(reader, root, heap.locate, parser, exfat.MAX_DIRECTORY, damage)
+    tree = read_tree(reader, root, heap.locate, parser, MAX_DIRECTORY, damage)
     entries = tree.entries.take(
         np.flatnonzero(np.isin(tree.entries.inode, parser.dead) & ~tree.entries.directory)
     )
@@ -82,7 +83,7 @@ class DeadParser:
         self.used, self.cluster_size = used, cluster_size
         self.dead = EMPTY
 
-    def __call__(self, raw: Bytes, owner: Int, number: Int) -> Entries:
+    def __call__(self, raw: Bytes, owner: Int, number: Int) -> DirEntries:
         gone = np.isin(owner, self.dead)
         revived = raw.copy()
         was = np.isin(raw[:, 0], np.array([FILE, STREAM, FILE_NAME]) & ~IN_USE)

@@ -22,8 +22,8 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import afford
 from virt_bmap.formats.common.past import MAX_NAMED
 from virt_bmap.formats.filesystems.ext import inodes
-from virt_bmap.formats.filesystems.ext.blocks import read_blocks_of
-from virt_bmap.formats.filesystems.ext.groups import Groups, read_groups, record_offsets, used_inodes
+from virt_bmap.formats.filesystems.ext.allocator import BlockGroups, read_groups, record_offsets, used_inodes
+from virt_bmap.formats.filesystems.ext.extents import read_blocks_of
 from virt_bmap.formats.filesystems.ext.journal import (
     BATCH,
     COMMIT,
@@ -46,7 +46,7 @@ NAME_AT = 8
 """Where the name begins in a directory entry: after inode, rec_len, name_len, file_type."""
 
 
-class Copies(NamedTuple):
+class LoggedBlocks(NamedTuple):
     """Blocks in the log: where each lies and belongs, in bytes of the volume, and in which transaction it was
     written."""
 
@@ -96,14 +96,14 @@ def former(reader: Reader, extents: pa.Table, starts: Int, ends: Int) -> pa.Tabl
         "former", [_holding(reader, superblock, which, starts, ends, who) for who, which in known.items()]
     )
     places = np.concatenate(
-        [copies.place if copies else EMPTY, _directory_blocks(extents, superblock.block_size)]
+        [copies.place if copies else EMPTY, directory_blocks(extents, superblock.block_size)]
     )
     return _named(
         table, _names(reader, superblock.block_size, places, np.unique(tables.integers(table, "inode")))
     )
 
 
-def _directory_blocks(extents: pa.Table, size: int) -> Int:
+def directory_blocks(extents: pa.Table, size: int) -> Int:
     """Where all blocks lie that hold names now."""
     mine = (tables.codes(extents, "kind") == tables.DIRECTORY) & (
         tables.integers(extents, "flags") & tables.INLINE == 0
@@ -123,7 +123,7 @@ def _log(reader: Reader, superblock: Superblock) -> Log | None:
     )
 
 
-def _copies(log: Log) -> Copies:
+def _copies(log: Log) -> LoggedBlocks:
     """All logged blocks that descriptors in the ring tell of; where two claim a place, the later one wrote
     it."""
     first, length = log.number("s_first"), log.last - log.number("s_first")
@@ -163,10 +163,10 @@ def _copies(log: Log) -> Copies:
     order = np.lexsort((-sequence, place))
     newest = order[np.append(True, place[order][1:] != place[order][:-1])[: len(order)]]
     keep = newest[~np.isin(place[newest], headers.at)]
-    return Copies(log.place[first + place[keep]], target[keep] * log.block_size, sequence[keep])
+    return LoggedBlocks(log.place[first + place[keep]], target[keep] * log.block_size, sequence[keep])
 
 
-def _logged(reader: Reader, superblock: Superblock, groups: Groups, copies: Copies) -> Remembered:
+def _logged(reader: Reader, superblock: Superblock, groups: BlockGroups, copies: LoggedBlocks) -> Remembered:
     """The records of living inodes in the copies of blocks of inode tables."""
     size, each = superblock.block_size, superblock.block_size // superblock.inode_size
     start = groups.inode_table * size
@@ -187,7 +187,7 @@ def _logged(reader: Reader, superblock: Superblock, groups: Groups, copies: Copi
     return Remembered(number[alive], np.repeat(copies.sequence[inside], each)[alive], raw[alive])
 
 
-def _deleted(reader: Reader, superblock: Superblock, groups: Groups) -> Remembered:
+def _deleted(reader: Reader, superblock: Superblock, groups: BlockGroups) -> Remembered:
     """The records of inodes that no bitmap calls used, but that still say what they were and point at
     something."""
     numbers = _unused(reader, superblock, groups)
@@ -203,7 +203,7 @@ def _deleted(reader: Reader, superblock: Superblock, groups: Groups) -> Remember
     return Remembered(number, np.full(len(number), -1, np.int64), records)
 
 
-def _unused(reader: Reader, superblock: Superblock, groups: Groups) -> Int:
+def _unused(reader: Reader, superblock: Superblock, groups: BlockGroups) -> Int:
     """The inodes that no bitmap calls used, of groups whose table is more than a hole."""
     count, table = superblock.inodes_per_group, groups.inode_table * superblock.block_size
     stored = np.flatnonzero(touching(table, table + count * superblock.inode_size, *reader.stored()))

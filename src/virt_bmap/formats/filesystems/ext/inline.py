@@ -11,8 +11,7 @@ import numpy as np
 
 from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.core.layout import struct
-from virt_bmap.formats.filesystems.ext import directories
-from virt_bmap.formats.filesystems.ext.directories import Names
+from virt_bmap.formats.filesystems.ext import names as directories
 from virt_bmap.formats.filesystems.ext.inodes import (
     ENCRYPT_FL,
     EXTENTS_FL,
@@ -23,6 +22,7 @@ from virt_bmap.formats.filesystems.ext.inodes import (
     Inodes,
     with_types,
 )
+from virt_bmap.formats.filesystems.ext.names import Names
 from virt_bmap.formats.filesystems.ext.superblock import Superblock
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage

@@ -14,7 +14,7 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int
 from virt_bmap.core.columns import take
 from virt_bmap.core.layout import Field, records, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.ext.groups import Groups, record_offsets
+from virt_bmap.formats.filesystems.ext.allocator import BlockGroups, record_offsets
 from virt_bmap.formats.filesystems.ext.superblock import HURD, Superblock
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
@@ -119,7 +119,7 @@ class Bodies(NamedTuple):
 
 
 def read_inodes(
-    reader: Reader, superblock: Superblock, groups: Groups, numbers: Int, damage: Damage
+    reader: Reader, superblock: Superblock, groups: BlockGroups, numbers: Int, damage: Damage
 ) -> tuple[Inodes, Bodies]:
     """The records of these inodes, sorted by number."""
     size = superblock.block_size

@@ -23,9 +23,9 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.mapped import Patch, PatchedReader
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.ext import blocks, inodes
-from virt_bmap.formats.filesystems.ext.blocks import EXTENT_MAGIC
-from virt_bmap.formats.filesystems.ext.groups import read_groups
+from virt_bmap.formats.filesystems.ext import extents, inodes
+from virt_bmap.formats.filesystems.ext.allocator import read_groups
+from virt_bmap.formats.filesystems.ext.extents import EXTENT_MAGIC
 from virt_bmap.formats.filesystems.ext.superblock import (
     MAGIC,
     OFFSET,
@@ -154,7 +154,7 @@ def _internal(reader: Reader, superblock: Superblock, damage: Damage) -> Log | N
     for block, by_extents in choices:
         one, none = np.zeros(1, np.int64), EMPTY
         trees = (one, none) if by_extents else (none, one)
-        runs, _ = blocks.read_blocks_of(reader, superblock, block, trees[0], trees[1], one, ignored)
+        runs, _ = extents.read_blocks_of(reader, superblock, block, trees[0], trees[1], one, ignored)
         runs = runs.take(np.argsort(runs.logical, kind="stable"))
         whole = (
             0 < int(runs.count.sum()) <= superblock.readable
@@ -168,7 +168,7 @@ def _internal(reader: Reader, superblock: Superblock, damage: Damage) -> Log | N
     return None
 
 
-def _unrolled(superblock: Superblock, runs: blocks.Runs) -> Int:
+def _unrolled(superblock: Superblock, runs: extents.Runs) -> Int:
     row, step = expand(runs.count)
     return (runs.start[row] + step) * superblock.block_size
 

@@ -15,8 +15,8 @@ from virt_bmap.core.checksums import U32, crc32c, crc32c_each, crc32c_without
 from virt_bmap.core.layout import record, records, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.proving import Compared, Places, blocks, check_names, check_targets
-from virt_bmap.formats.filesystems.ext import groups, journal
-from virt_bmap.formats.filesystems.ext.blocks import EXTENT_MAGIC
+from virt_bmap.formats.filesystems.ext import allocator, journal
+from virt_bmap.formats.filesystems.ext.extents import EXTENT_MAGIC
 from virt_bmap.formats.filesystems.ext.inodes import EXTENTS_FL
 from virt_bmap.formats.filesystems.ext.superblock import Superblock, read_superblock
 from virt_bmap.model import tables
@@ -83,8 +83,8 @@ def prove(found: Filesystem, damage: Damage) -> list[Proof]:
 def _bitmaps(reader: Reader, superblock: Superblock, compared: Compared) -> None:
     """Bitmaps of groups that have any; their checksums stand in the descriptors, which are compared by their
     reader."""
-    raw = groups.raw_descriptors(reader, superblock)
-    found = groups.read_groups(reader, superblock, Damage())
+    raw = allocator.raw_descriptors(reader, superblock)
+    found = allocator.read_groups(reader, superblock, Damage())
     compared.compare("group descriptors", np.ones(len(raw), bool), np.zeros(len(raw), np.int64))
     flat = np.ascontiguousarray(raw).view(np.uint8).reshape(len(raw), -1)
     for kind, at, unused, blocks_, bits in (

@@ -16,6 +16,7 @@ from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import afford
 from virt_bmap.formats import foreign
+from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import ERROR
 
@@ -344,3 +345,21 @@ def _checked(data: bytes, offset: int, reader: Reader) -> Superblock:
         inodes=int(raw["s_inodes_count"]), inodes_per_group=inodes_per_group, inode_size=inode_size,
         desc_size=desc_size, groups=groups,
     )  # fmt: skip
+
+
+def volume_state(superblock: Superblock, is_recovered: bool, damage: Damage) -> str:
+    state = superblock.number("s_state")
+    if state & STATE_ERRORS:
+        damage.say(
+            "marked-damaged", "the kernel found errors and says so in the superblock (s_state)", OFFSET
+        )
+    if is_recovered:
+        return tables.RECOVERED
+    if superblock.has("needs_recovery"):
+        return tables.NEEDS_RECOVERY
+    if not state & STATE_CLEAN:
+        return tables.IN_USE
+    # an unmount leaves no orphans: these are files that were deleted while open, on a filesystem that is
+    # still mounted (ext4_freeze)
+    orphans = superblock.number("s_last_orphan") or superblock.has("orphan_present")
+    return tables.FROZEN if orphans else tables.CLEAN

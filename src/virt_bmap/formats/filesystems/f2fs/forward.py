@@ -18,12 +18,18 @@ from virt_bmap.core.arrays import EMPTY, Bytes, Int, union
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.layout import records
 from virt_bmap.formats.common.ragged import Ragged
-from virt_bmap.formats.filesystems.f2fs import nodes, recovery
-from virt_bmap.formats.filesystems.f2fs.checkpoint import BATCH, Nat
-from virt_bmap.formats.filesystems.f2fs.directories import NAME_LEN
-from virt_bmap.formats.filesystems.f2fs.nodes import Found, Inodes, Pointers, Trees
-from virt_bmap.formats.filesystems.f2fs.ondisk import BLOCK, NODE, Volume
-from virt_bmap.formats.filesystems.f2fs.recovery import Newer
+from virt_bmap.formats.filesystems.f2fs import allocator as checkpoint
+from virt_bmap.formats.filesystems.f2fs import inodes as nodes
+from virt_bmap.formats.filesystems.f2fs import journal
+from virt_bmap.formats.filesystems.f2fs.allocator import BATCH, Checkpoint, Nat
+from virt_bmap.formats.filesystems.f2fs.inodes import Inodes, Pointers, Trees, WalkedNodes
+from virt_bmap.formats.filesystems.f2fs.journal import Chain, Newer
+from virt_bmap.formats.filesystems.f2fs.names import NAME_LEN
+from virt_bmap.formats.filesystems.f2fs.ondisk import (
+    BLOCK,
+    NODE,
+    Superblock,
+)
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
@@ -32,13 +38,13 @@ from virt_bmap.model.paths import positions
 class Forward(NamedTuple):
     """What is there after recovery, and the blocks [starts[i], ends[i]) that older nodes needed."""
 
-    found: Found
+    found: WalkedNodes
     starts: Int
     ends: Int
 
 
 def read(
-    volume: Volume, nat: Nat, newer: Newer, inline_names: Callable[[Inodes, Bytes], None], damage: Damage
+    volume: Superblock, nat: Nat, newer: Newer, inline_names: Callable[[Inodes, Bytes], None], damage: Damage
 ) -> Forward:
     """Everything that the NAT and the newer nodes lead to."""
     merged = nat.with_inodes(newer.inodes.ino, newer.inodes.block)
@@ -53,7 +59,7 @@ def read(
     owner = positions(found.inodes.number, newer.direct.ino)
     mine = np.flatnonzero((owner >= 0) & ~np.append(found.inodes.is_inline, True)[owner])
     owner, block = owner[mine], newer.direct.block[mine]
-    before = recovery.first_index(newer.direct.number[mine]) * found.inodes.addresses_per_node[owner]
+    before = journal.first_index(newer.direct.number[mine]) * found.inodes.addresses_per_node[owner]
     none = np.zeros(len(mine), np.int64)
     direct = Pointers(owner, none, found.inodes.addresses[owner] + before, none)
     dropped = nodes.follow(volume, merged, found, damage, direct.slots)
@@ -62,14 +68,14 @@ def read(
         data = volume.reader.read_blocks(block[part] * BLOCK, BLOCK)
         nodes.add_level(volume, found, take(direct, part), data, block[part], damage)
     nodes.add_attributes(merged, found, damage)
-    gone = Found(found.inodes, dropped, np.zeros(len(nat.nid) + 1, bool))
+    gone = WalkedNodes(found.inodes, dropped, np.zeros(len(nat.nid) + 1, bool))
     former.taken = gone.taken
     for old in (former, gone):
         nodes.follow(volume, nat, old, Damage())
     return Forward(found, *_blocks([former, gone], np.append(former.inodes.block, given_up)))
 
 
-def _keep_trees(found: Found, former: Found, fresh: Int, back: Int) -> None:
+def _keep_trees(found: WalkedNodes, former: WalkedNodes, fresh: Int, back: Int) -> None:
     """Pointers to nodes are those of the former inodes, unless content is inside the new ones; what nobody
     follows stays with the former."""
     pointers = former.pointers
@@ -82,7 +88,9 @@ def _keep_trees(found: Found, former: Found, fresh: Int, back: Int) -> None:
     former.pointers = take(pointers, ~stays[pointers.owner])
 
 
-def _keep_attributes(found: Found, former: Found, nat: Nat, newer: Newer, fresh: Int, back: Int) -> Int:
+def _keep_attributes(
+    found: WalkedNodes, former: WalkedNodes, nat: Nat, newer: Newer, fresh: Int, back: Int
+) -> Int:
     """Likewise the attribute node, unless there is a newer one; returns blocks that nobody needs any more."""
     nid = np.append(found.inodes.xattr_nid, 0)
     nid[fresh] = 0
@@ -97,7 +105,7 @@ def _keep_attributes(found: Found, former: Found, nat: Nat, newer: Newer, fresh:
     return nat.block[old[old >= 0]]
 
 
-def _blocks(old: list[Found], more: Int) -> tuple[Int, Int]:
+def _blocks(old: list[WalkedNodes], more: Int) -> tuple[Int, Int]:
     """(starts, ends) of all blocks of these."""
     starts = [
         more,
@@ -114,7 +122,7 @@ def _blocks(old: list[Found], more: Int) -> tuple[Int, Int]:
 # ---- names -------------------------------------------------------------------------------------------------
 
 
-def add_names(volume: Volume, newer: Newer, inodes: Inodes, names: pa.Table) -> tuple[pa.Table, Int]:
+def add_names(volume: Superblock, newer: Newer, inodes: Inodes, names: pa.Table) -> tuple[pa.Table, Int]:
     """The table `names` with those that new inodes bear; a file that had the name before loses it.
 
     Also returned: inodes, once for each name that they lost.
@@ -144,8 +152,39 @@ def add_names(volume: Volume, newer: Newer, inodes: Inodes, names: pa.Table) -> 
     if not len(rows):
         return names, EMPTY
     taken = keys(new)
-    last = recovery.last_of(taken.dictionary_encode().indices.to_numpy())
+    last = journal.last_of(taken.dictionary_encode().indices.to_numpy())
     late = np.isin(np.arange(len(rows)), last)
     there = pc.is_in(keys(names), value_set=taken)
     lost = np.append(tables.integers(names.filter(there), "inode"), ino[rows[~late]])
     return tables.concat("names", [names.filter(pc.invert(there)), new.filter(pa.array(late))]), lost
+
+
+def newer_nodes(volume: Superblock, chain: Chain, nat: Nat, orphans: Int, damage: Damage) -> Newer:
+    """What was synced after the checkpoint and is read in place of what the checkpoint knows."""
+    if not chain.whole:
+        text = (
+            "nodes behind the checkpoint were followed, the rest of their chain was not: the state of "
+            "the checkpoint is mapped"
+        )
+        damage.add("not-replayed", text, int(chain.nodes.block[0]) * BLOCK, len(chain.nodes.block))
+        return journal.NOTHING
+    newer = journal.newer(volume, chain, nat, orphans)
+    count = len(newer.inodes.block) + len(newer.direct.block) + len(newer.attributes.block)
+    if count:
+        text = (
+            "nodes that were synced after the checkpoint are rolled forward in memory, the image "
+            "itself is unchanged"
+        )
+        damage.add("journal-replayed", text, int(chain.nodes.block[0]) * BLOCK, count)
+    return newer
+
+
+def volume_state(pack: Checkpoint, chain: Chain, newer: Newer, damage: Damage) -> str:
+    """A checkpoint is consistent in itself; what is synced after it waits for the next mount."""
+    if pack.has(checkpoint.ERROR | checkpoint.FSCK):
+        damage.say("marked-damaged", "the checkpoint says that the kernel found errors", pack.start * BLOCK)
+    if not chain.whole:
+        return tables.NEEDS_RECOVERY
+    if newer:
+        return tables.RECOVERED
+    return tables.CLEAN if pack.has(checkpoint.UMOUNT) else tables.FROZEN

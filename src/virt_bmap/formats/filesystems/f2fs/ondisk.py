@@ -93,7 +93,7 @@ def crc(data: bytes, seed: int = MAGIC) -> int:
     return ~zlib.crc32(data, ~seed & 0xFFFFFFFF) & 0xFFFFFFFF
 
 
-class Volume(NamedTuple):
+class Superblock(NamedTuple):
     """What the superblock says.
 
     Places and counts are in blocks; `cp`, `sit`, `nat`, `ssa` and `main` begin where the one before ends.
@@ -146,7 +146,7 @@ class Volume(NamedTuple):
         return " ".join(name for name in FEATURES.values() if name in self.features) or None
 
 
-def read_superblock(reader: Reader, damage: Damage) -> Volume:
+def read_superblock(reader: Reader, damage: Damage) -> Superblock:
     """The first superblock, or its copy in the second block where that one is damaged.
 
     Raises Corrupt, Unsupported.
@@ -181,7 +181,7 @@ def _check_copy(reader: Reader, damage: Damage) -> None:
         damage.say("copy-differs", f"the copy of the superblock is damaged: {error}", SUPERBLOCKS[1])
 
 
-def _checked(reader: Reader, offset: int) -> Volume:
+def _checked(reader: Reader, offset: int) -> Superblock:
     """The superblock at `offset` with every number in range that later arithmetic relies on."""
     data = reader.read_clipped(offset, SUPER_SIZE)
     raw = record(data, SUPERBLOCK)
@@ -209,7 +209,7 @@ def _checked(reader: Reader, offset: int) -> Volume:
     return _areas(reader, raw, where, offset)
 
 
-def _areas(reader: Reader, raw: np.void, where: str, offset: int) -> Volume:
+def _areas(reader: Reader, raw: np.void, where: str, offset: int) -> Superblock:
     names = ("cp", "sit", "nat", "ssa", "main")
     starts = [int(raw[f"{name}_blkaddr"]) for name in names]
     counts = [int(raw[f"segment_count_{name}"]) for name in ("ckpt", "sit", "nat", "ssa", "main")]
@@ -240,4 +240,4 @@ def _areas(reader: Reader, raw: np.void, where: str, offset: int) -> Volume:
                       reader.size, "truncated")  # fmt: skip
     words = frozenset(name for bit, name in FEATURES.items() if int(raw["feature"]) & bit)
     cp, sit, nat, ssa, main = starts
-    return Volume(reader, raw, words, blocks, first, cp, sit, nat, ssa, main, counts[4])
+    return Superblock(reader, raw, words, blocks, first, cp, sit, nat, ssa, main, counts[4])

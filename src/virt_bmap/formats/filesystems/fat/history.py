@@ -19,9 +19,8 @@ from virt_bmap.core.layout import records
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common import past
 from virt_bmap.formats.common.ragged import Ragged
-from virt_bmap.formats.filesystems.fat import read_directories, read_tables
-from virt_bmap.formats.filesystems.fat.bpb import ENTRY
-from virt_bmap.formats.filesystems.fat.entries import (
+from virt_bmap.formats.filesystems.fat.extents import Heap, inode_table
+from virt_bmap.formats.filesystems.fat.inodes import (
     ATTR_DIRECTORY,
     ATTR_LONG_NAME,
     ATTR_LONG_NAME_MASK,
@@ -35,9 +34,10 @@ from virt_bmap.formats.filesystems.fat.entries import (
     described,
     first_cluster,
 )
-from virt_bmap.formats.filesystems.fat.files import Heap, inode_table
 from virt_bmap.formats.filesystems.fat.names import MAX_SLOTS, long_names, short_names, utf8
-from virt_bmap.formats.filesystems.fat.tree import ROOT, Entries, join_entries
+from virt_bmap.formats.filesystems.fat.superblock import ENTRY
+from virt_bmap.formats.filesystems.fat.tables import read_directories, read_tables
+from virt_bmap.formats.filesystems.fat.tree import ROOT, DirEntries, join_entries
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 
@@ -82,7 +82,7 @@ class DeadParser:
         self.living, self.heap, self.free = living, heap, free
         self.dead, self.gone = EMPTY, EMPTY
 
-    def __call__(self, raw: Bytes, owner: Int, number: Int) -> Entries:
+    def __call__(self, raw: Bytes, owner: Int, number: Int) -> DirEntries:
         gone = np.isin(owner, self.gone)
         alive = np.flatnonzero(~gone)
         found = self.living(raw[alive], owner[alive], number[alive])
@@ -121,7 +121,7 @@ class DeadParser:
         found: Bool = ~gone | own & (self.heap.offset(cluster) == number[first] * ENTRY)
         return found
 
-    def _free_only(self, entries: Entries) -> Entries:
+    def _free_only(self, entries: DirEntries) -> DirEntries:
         """Without what begins at a cluster in use, which is somebody's now."""
         low, high = self.free
         at = np.searchsorted(low, entries.cluster, "right") - 1

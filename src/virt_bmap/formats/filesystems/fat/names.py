@@ -6,7 +6,7 @@ import numpy as np
 from virt_bmap.core.arrays import Bool, Bytes, Int, expand
 from virt_bmap.core.layout import struct
 from virt_bmap.formats.common.ragged import Ragged, items, pieces
-from virt_bmap.formats.filesystems.fat.bpb import ENTRY
+from virt_bmap.formats.filesystems.fat.superblock import ENTRY
 
 LFN_ENTRY = struct(ENTRY, [(1, "LDIR_Name1", "V10"), (14, "LDIR_Name2", "V12"), (28, "LDIR_Name3", "V4")])
 """Where an entry of a long name keeps its 13 UTF-16 units."""

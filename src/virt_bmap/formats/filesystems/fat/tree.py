@@ -14,7 +14,7 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, Intervals, expand, un
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.ragged import Ragged
-from virt_bmap.formats.filesystems.fat.bpb import ENTRY
+from virt_bmap.formats.filesystems.fat.superblock import ENTRY
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 
@@ -29,7 +29,7 @@ PIECE = 2 << 20
 and stay in the cache."""
 
 
-class Entries(NamedTuple):
+class DirEntries(NamedTuple):
     """Files and directories as their entries describe them, columns of one length; sizes in bytes."""
 
     inode: Int
@@ -44,18 +44,18 @@ class Entries(NamedTuple):
     mtime_ns: Int
     name: Ragged
 
-    def take(self, keep: np.ndarray) -> "Entries":
+    def take(self, keep: np.ndarray) -> "DirEntries":
         """The rows that a boolean array asks for, without their names: who looks for clusters has no use for
         them."""
-        return Entries._make([*(column[keep] for column in self[:-1]), NO_NAMES])
+        return DirEntries._make([*(column[keep] for column in self[:-1]), NO_NAMES])
 
 
 NO = np.zeros(0, bool)
 NO_NAMES = Ragged(np.zeros(0, np.uint8), np.zeros(0, np.uint16))
-NONE = Entries(EMPTY, EMPTY, NO, EMPTY, EMPTY, EMPTY, NO, EMPTY, NO_NAMES)
+NONE = DirEntries(EMPTY, EMPTY, NO, EMPTY, EMPTY, EMPTY, NO, EMPTY, NO_NAMES)
 
 
-class Ranges(NamedTuple):
+class DirectoryRanges(NamedTuple):
     """Where directories lie, sorted by directory and place in it: `length` bytes of `inode` from byte
     `offset` of it."""
 
@@ -64,16 +64,16 @@ class Ranges(NamedTuple):
     length: Int
     offset: Int
 
-    def take(self, keep: np.ndarray) -> "Ranges":
+    def take(self, keep: np.ndarray) -> "DirectoryRanges":
         """The rows that a boolean or index array asks for."""
         return take(self, keep)
 
 
-class Tree(NamedTuple):
+class FileTree(NamedTuple):
     """All that was found below the root."""
 
-    entries: Entries
-    ranges: Ranges
+    entries: DirEntries
+    ranges: DirectoryRanges
 
     def names(self) -> pa.Table:
         """The table `names`."""
@@ -86,23 +86,23 @@ class Tree(NamedTuple):
         )
 
 
-Parse = Callable[[Bytes, Int, Int], Entries]
+Parse = Callable[[Bytes, Int, Int], DirEntries]
 """raw entries (n, 32), the inode of the directory of each, the number of each on the volume -> what they
 describe"""
 
 
 def read_tree(
     reader: Reader,
-    root: Ranges,
-    locate: Callable[[Entries], Ranges],
+    root: DirectoryRanges,
+    locate: Callable[[DirEntries], DirectoryRanges],
     parse: Parse,
     largest: int,
     damage: Damage,
-) -> Tree:
+) -> FileTree:
     """Read all directories from the root's ranges on; `locate` says where directories lie, `largest` how many
     bytes one may have."""
     entries = [NONE]
-    ranges: list[Ranges] = []
+    ranges: list[DirectoryRanges] = []
     seen = EMPTY, EMPTY
     level = root
     for _ in range(MAX_DEPTH):
@@ -122,10 +122,10 @@ def read_tree(
         level = join_ranges([locate(part.take(part.directory)) for part in found])
     what = f"directories lie more than {MAX_DEPTH} levels deep: not read"
     damage.add("too-deep", what, level.inode * ENTRY)
-    return Tree(join_entries(entries), join_ranges(ranges))
+    return FileTree(join_entries(entries), join_ranges(ranges))
 
 
-def _read_level(reader: Reader, level: Ranges, parse: Parse, largest: int) -> list[Entries]:
+def _read_level(reader: Reader, level: DirectoryRanges, parse: Parse, largest: int) -> list[DirEntries]:
     """The entries of one level, in bounded batches of whole directories."""
     length = (
         np.clip(np.minimum(largest - level.offset, reader.size - level.start), 0, level.length)
@@ -155,7 +155,7 @@ def _cut(rows: Int, piece: Int) -> list[Int]:
     return np.split(rows, np.flatnonzero(np.diff(piece)) + 1)
 
 
-def _overlapping(level: Ranges, seen: tuple[Int, Int]) -> Int:
+def _overlapping(level: DirectoryRanges, seen: tuple[Int, Int]) -> Int:
     """Directories that share bytes with one read before, or with another of this level (but the first)."""
     start, end = level.start, level.start + level.length
     order = np.argsort(start, kind="stable")
@@ -166,12 +166,12 @@ def _overlapping(level: Ranges, seen: tuple[Int, Int]) -> Int:
     return np.unique(level.inode[both]) if len(both) else EMPTY
 
 
-def join_ranges(parts: Sequence[Ranges]) -> Ranges:
+def join_ranges(parts: Sequence[DirectoryRanges]) -> DirectoryRanges:
     """One after the other."""
-    return stack(Ranges, parts)
+    return stack(DirectoryRanges, parts)
 
 
-def join_entries(parts: Sequence[Entries]) -> Entries:
+def join_entries(parts: Sequence[DirEntries]) -> DirEntries:
     """One after the other; at least one."""
     *columns, names = zip(*parts, strict=True)
-    return Entries._make([*map(np.concatenate, columns), Ragged.concat(names)])
+    return DirEntries._make([*map(np.concatenate, columns), Ragged.concat(names)])

@@ -30,7 +30,7 @@ def signature(text: bytes) -> int:
     return int.from_bytes(text, "little")
 
 
-class Entries(NamedTuple):
+class SystemUse(NamedTuple):
     """System use entries in the order in which a reader meets them, grouped by record: entry i is
     `flat[at[i]:at[i] + length[i]]`."""
 
@@ -60,7 +60,7 @@ class Collected(NamedTuple):
     """The entries of a batch of records, where their continuation areas lie, and how many entries and areas
     were damaged."""
 
-    entries: Entries
+    entries: SystemUse
     areas: tuple[Int, Int]
     damaged: int
 
@@ -69,7 +69,7 @@ def collect(reader: Reader, block_size: int, data: Bytes, offset: Int, starts: I
     """All entries of records whose system use fields are data[starts:ends] and lie at `offset` of the volume,
     continuations included."""
     record = np.arange(len(starts), dtype=np.int64)
-    parts: list[Entries] = []
+    parts: list[SystemUse] = []
     areas: list[tuple[Int, Int]] = []
     damaged = 0
     for _ in range(MAX_ROUNDS):
@@ -92,7 +92,7 @@ def collect(reader: Reader, block_size: int, data: Bytes, offset: Int, starts: I
     return Collected(_join(parts), (where[0], where[1]), damaged)
 
 
-def _step(data: Bytes, record: Int, offset: Int, starts: Int, ends: Int) -> tuple[Entries, int]:
+def _step(data: Bytes, record: Int, offset: Int, starts: Int, ends: Int) -> tuple[SystemUse, int]:
     """The entries in data[starts:ends], with one cursor for each field, all stepped at once."""
     cursor, owner = starts.copy(), np.arange(len(starts), dtype=np.int64)
     found: list[tuple[Int, Int]] = []
@@ -119,12 +119,12 @@ def _step(data: Bytes, record: Int, offset: Int, starts: Int, ends: Int) -> tupl
     length = data[at + 2].astype(np.int64) if len(at) else EMPTY
     sig = data[at].astype(np.int64) | data[at + 1].astype(np.int64) << 8 if len(at) else EMPTY
     flat = gather(data, at, length) if len(at) else np.zeros(0, np.uint8)
-    return Entries(
+    return SystemUse(
         record[mine], sig, np.cumsum(length) - length, length, offset[mine] + at - starts[mine], flat
     ), damaged
 
 
-def _join(parts: list[Entries]) -> Entries:
+def _join(parts: list[SystemUse]) -> SystemUse:
     base = np.cumsum([0, *(len(part.flat) for part in parts)])
     record = np.concatenate([part.record for part in parts])
     order = np.argsort(record, kind="stable")
@@ -133,7 +133,9 @@ def _join(parts: list[Entries]) -> Entries:
         name: np.concatenate([getattr(part, name) for part in parts])[order]
         for name in ("sig", "length", "offset")
     }
-    return Entries(record[order], at=at[order], flat=np.concatenate([part.flat for part in parts]), **column)
+    return SystemUse(
+        record[order], at=at[order], flat=np.concatenate([part.flat for part in parts]), **column
+    )
 
 
 class RockRidge(NamedTuple):
@@ -157,7 +159,7 @@ class RockRidge(NamedTuple):
     link_size: Int
 
 
-def rock_ridge(entries: Entries, records: int) -> RockRidge:
+def rock_ridge(entries: SystemUse, records: int) -> RockRidge:
     """The entries of `records` records as columns."""
 
     def column(sig: bytes, minimum: int, at: int) -> Int:
@@ -176,7 +178,7 @@ def rock_ridge(entries: Entries, records: int) -> RockRidge:
     )  # fmt: skip
 
 
-def _names(entries: Entries, records: int) -> tuple[Bytes, Int]:
+def _names(entries: SystemUse, records: int) -> tuple[Bytes, Int]:
     """Alternate names, their NM pieces joined."""
     rows = entries.of(b"NM", 5)
     rows = rows[(entries.byte(rows, 4) & (_FLAG_CURRENT | _FLAG_PARENT)) == 0]
@@ -185,7 +187,7 @@ def _names(entries: Entries, records: int) -> tuple[Bytes, Int]:
     return gather(entries.flat, entries.at[rows] + 5, entries.length[rows] - 5), length
 
 
-def _modified(entries: Entries, records: int) -> Int:
+def _modified(entries: SystemUse, records: int) -> Int:
     """TF: the second of the stamps that its flags announce, 7 bytes each or 17 in the long form."""
     result = np.full(records, np.iinfo(np.int64).min)
     rows = entries.of(b"TF", 5)
@@ -201,7 +203,7 @@ def _modified(entries: Entries, records: int) -> Int:
     return result
 
 
-def _link_sizes(entries: Entries, records: int) -> Int:
+def _link_sizes(entries: SystemUse, records: int) -> Int:
     """Length in bytes of the target of a symbolic link, -1 where there is none: components and the slashes
     between them."""
     result = np.full(records, -1, np.int64)
@@ -231,7 +233,7 @@ def _link_sizes(entries: Entries, records: int) -> Int:
     return result
 
 
-def links(entries: Entries) -> tuple[Int, Int, Int]:
+def links(entries: SystemUse) -> tuple[Int, Int, Int]:
     """(record, volume offset, length) of the entries that hold the targets of symbolic links."""
     rows = entries.of(b"SL", 5)
     return entries.record[rows], entries.offset[rows], entries.length[rows]

@@ -19,14 +19,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.ntfs import structures as ntfs
-from virt_bmap.formats.filesystems.ntfs.boot import is_boot, read_boot, tail
+from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
+from virt_bmap.formats.filesystems.ntfs.allocator import check_records, free_space, hibernated, label, state
 from virt_bmap.formats.filesystems.ntfs.contents import (
     interix_starts,
     read_contents,
     reparse_tags,
     sizes_and_flags,
 )
+from virt_bmap.formats.filesystems.ntfs.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.filesystems.ntfs.inodes import (
     inode_table,
     inode_types,
@@ -37,10 +38,9 @@ from virt_bmap.formats.filesystems.ntfs.inodes import (
 from virt_bmap.formats.filesystems.ntfs.links import target
 from virt_bmap.formats.filesystems.ntfs.mft import read_mft
 from virt_bmap.formats.filesystems.ntfs.owners import claim
-from virt_bmap.formats.filesystems.ntfs.state import check_records, free_space, hibernated, label, state
+from virt_bmap.formats.filesystems.ntfs.superblock import is_boot, read_boot, tail
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
-    Checks,
     Docs,
     Filesystem,
     FilesystemFormat,
@@ -52,42 +52,6 @@ from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 NAME = "ntfs"
-FEATURES = (
-    "clusters of 256 bytes to 2 MiB, sectors of 256 to 4096 bytes, records of 512 to 4096 bytes",
-    "fragmented $MFT, its extension records",
-    "$MFTMirr and the copy of the boot sector, where the originals are damaged",
-    "attribute lists",
-    "resident data, exact to the bytes that update sequences move",
-    "named streams",
-    "sparse, compressed and encrypted attributes",
-    "preallocated and unwritten clusters",
-    "hard links; names with unpaired surrogates",
-    "reparse points: symbolic links, mount points, special files of WSL, WOF, deduplicated files",
-    "links and devices of Interix",
-    "$Extend with $UsnJrnl, $ObjId, $Quota, $Reparse, $RmMetadata, $Deleted",
-    "bad clusters",
-    "deleted records, without their clusters",
-    "dirty, unclean and hibernated volumes",
-)
-REFUSED = (
-    "records larger than 4096 bytes",
-    "clusters larger than 2 MiB",
-    "replay of $LogFile: `state` says that it is needed",
-)
-ORACLES = ("ntfs-3g (mount, ntfsinfo, ntfscluster)", "The Sleuth Kit (fls, istat)", "$Bitmap")
-CHECKS = Checks(
-    checksums="update sequences of records and index blocks (torn writes)",
-    rules=(
-        "boot sector: geometry",
-        "records: signature, numbers, attributes' lengths",
-        "run lists: place, order, overlaps, against $Bitmap",
-        "indexes: blocks, entries' lengths",
-    ),
-    unchecked=(
-        "content of files",
-        "order of names in indexes, security descriptors, $UsnJrnl; $LogFile is not replayed",
-    ),
-)
 
 
 def probe(reader: Reader) -> bool:
@@ -125,7 +89,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
 
 
 def _structures() -> Structures:
-    from virt_bmap.formats.filesystems.ntfs.structures import BOOT_SECTOR, MFT_RECORD
+    from virt_bmap.formats.filesystems.ntfs.ondisk import BOOT_SECTOR, MFT_RECORD
 
     return {
         "$Boot": Structure(BOOT_SECTOR),

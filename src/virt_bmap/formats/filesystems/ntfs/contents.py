@@ -7,12 +7,12 @@ import numpy as np
 
 from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.ntfs import structures as ntfs
-from virt_bmap.formats.filesystems.ntfs.boot import Geometry
-from virt_bmap.formats.filesystems.ntfs.inodes import Tree, owner_of, record_offset
+from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
+from virt_bmap.formats.filesystems.ntfs.extents import HOLE, AttributeStream, RunLists, decode
+from virt_bmap.formats.filesystems.ntfs.inodes import NameTree, owner_of, record_offset
 from virt_bmap.formats.filesystems.ntfs.mft import Mft, read_stream
 from virt_bmap.formats.filesystems.ntfs.records import Attributes
-from virt_bmap.formats.filesystems.ntfs.runs import HOLE, Runs, Stream, decode
+from virt_bmap.formats.filesystems.ntfs.superblock import Geometry
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import WARNING
@@ -34,7 +34,7 @@ class Contents:
     head: Int
     name: Int
     texts: list[bytes]
-    runs: Runs
+    runs: RunLists
     reach: Int
     cluster_size: int
 
@@ -44,11 +44,11 @@ class Contents:
         found: Bool = (self.owner == owner) & (self.attributes.type == kind) & (self.name == number)
         return found
 
-    def stream(self, reader: Reader, owner: int, kind: int) -> tuple[Stream, int]:
+    def stream(self, reader: Reader, owner: int, kind: int) -> tuple[AttributeStream, int]:
         """Where an unnamed attribute with run lists lies, and how many bytes it has."""
         mine = self.rows(owner, kind)
         size = int(self.attributes.data_size[mine].max(initial=0))
-        return Stream.of(self.runs.take(mine[self.runs.row]), self.cluster_size, reader.size), size
+        return AttributeStream.of(self.runs.take(mine[self.runs.row]), self.cluster_size, reader.size), size
 
     def read(self, reader: Reader, owner: int, kind: int, most: int) -> bytes:
         """The first bytes of an unnamed attribute with run lists, at most `most`, and no more than lie
@@ -103,7 +103,7 @@ def read_contents(mft: Mft, geometry: Geometry, damage: Damage) -> Contents:
         head,
         name,
         texts,
-        Runs(listed[runs.row], runs.vcn, runs.lcn, runs.count),
+        RunLists(listed[runs.row], runs.vcn, runs.lcn, runs.count),
         reach,
         geometry.cluster_size,
     )
@@ -162,7 +162,7 @@ def interix_starts(reader: Reader, mft: Mft, contents: Contents) -> Int:
     return starts
 
 
-def sizes_and_flags(mft: Mft, tree: Tree, contents: Contents, tags: Int) -> tuple[Int, Int]:
+def sizes_and_flags(mft: Mft, tree: NameTree, contents: Contents, tags: Int) -> tuple[Int, Int]:
     """(bytes, mask of tables.INODE_FLAGS) of each record: of the plain content of a file, of the index of a
     directory."""
     sizes, flags = np.zeros(len(mft), np.int64), np.zeros(len(mft), np.int64)

@@ -19,12 +19,18 @@ import pyarrow as pa
 from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common import past
-from virt_bmap.formats.filesystems.ntfs import structures as ntfs
-from virt_bmap.formats.filesystems.ntfs.boot import read_boot
+from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
 from virt_bmap.formats.filesystems.ntfs.contents import read_contents, sizes_and_flags
-from virt_bmap.formats.filesystems.ntfs.inodes import Tree, inode_table, inode_types, read_tree, record_offset
+from virt_bmap.formats.filesystems.ntfs.inodes import (
+    NameTree,
+    inode_table,
+    inode_types,
+    read_tree,
+    record_offset,
+)
 from virt_bmap.formats.filesystems.ntfs.mft import Mft, read_mft
 from virt_bmap.formats.filesystems.ntfs.owners import claim
+from virt_bmap.formats.filesystems.ntfs.superblock import read_boot
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
@@ -49,7 +55,7 @@ def contents(reader: Reader) -> pa.Table:
     return table.take(np.flatnonzero((owner >= 0) & dead[owner]))
 
 
-def _as_if_alive(reader: Reader) -> tuple[Mft, Tree, Bool, pa.Table, pa.Table]:
+def _as_if_alive(reader: Reader) -> tuple[Mft, NameTree, Bool, pa.Table, pa.Table]:
     """The $MFT with all its records in use, its names, which records are dead, and the tables `inodes` and
     `extents` of them all."""
     damage = Damage()
@@ -73,7 +79,7 @@ def _before(sequence: np.ndarray) -> np.ndarray:
     return np.where(sequence <= 1, 0xFFFF, sequence - 1).astype(sequence.dtype)
 
 
-def _names(tree: Tree, mft: Mft) -> pa.Table:
+def _names(tree: NameTree, mft: Mft) -> pa.Table:
     """The names whose directory is known, and the bare names of inodes that have no other."""
     bare = np.flatnonzero(~np.isin(mft.names.record, tree.inode))
     parent = np.append(tree.parent, np.full(len(bare), (1 << 48), np.int64))

@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.formats.common.ragged import Ragged
-from virt_bmap.formats.filesystems.ntfs import structures as ntfs
+from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
 from virt_bmap.formats.filesystems.ntfs.mft import Mft
-from virt_bmap.formats.filesystems.ntfs.records import Names, Records
+from virt_bmap.formats.filesystems.ntfs.records import FileNames, Records
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 
@@ -52,7 +52,7 @@ def is_current(records: Records, reference: Int, number: Int) -> Bool:
 
 
 @dataclass
-class Tree:
+class NameTree:
     """Names whose directory is known, and for each record (dense) how many names lead to it.
 
     `live` and `deleted` say which are inodes.
@@ -68,7 +68,7 @@ class Tree:
     metadata: Bool
 
 
-def read_tree(mft: Mft, damage: Damage) -> Tree:
+def read_tree(mft: Mft, damage: Damage) -> NameTree:
     """Who is called what, and which inodes are the filesystem's own."""
     records, names = mft.records, mft.names
     count = len(mft)
@@ -90,10 +90,10 @@ def read_tree(mft: Mft, damage: Damage) -> Tree:
     name = names.name.take(keep) if len(keep) < len(owner) else names.name
     parent, owner = parent[keep], owner[keep]
     metadata, trash = _own(parent, owner, name, live)
-    return Tree(parent, owner, name, links, live, deleted, trash, metadata)
+    return NameTree(parent, owner, name, links, live, deleted, trash, metadata)
 
 
-def _directories(records: Records, names: Names, gone: Bool) -> tuple[Int, Bool]:
+def _directories(records: Records, names: FileNames, gone: Bool) -> tuple[Int, Bool]:
     """(the directory of each name, whether it is still that one).
 
     A deleted file may lie in a deleted directory, whose number went up by one.
@@ -134,7 +134,7 @@ def record_offset(mft: Mft, number: Int) -> Int:
     return places
 
 
-def inode_types(mft: Mft, tree: Tree, tags: Int, starts: Int) -> np.ndarray:
+def inode_types(mft: Mft, tree: NameTree, tags: Int, starts: Int) -> np.ndarray:
     """The code of tables.TYPES of every record; `tags` are reparse tags, `starts` the content of system
     files, 0 where there is none."""
     types = np.full(len(mft), tables.T_FILE, np.int8)
@@ -146,7 +146,7 @@ def inode_types(mft: Mft, tree: Tree, tags: Int, starts: Int) -> np.ndarray:
     return types
 
 
-def inode_table(mft: Mft, tree: Tree, types: np.ndarray, sizes: Int, flags: Int) -> pa.Table:
+def inode_table(mft: Mft, tree: NameTree, types: np.ndarray, sizes: Int, flags: Int) -> pa.Table:
     """The table `inodes`; `sizes` and `flags` are by record number."""
     number = np.flatnonzero(tree.live | tree.deleted)
     dead = tree.deleted | tree.in_trash
@@ -157,6 +157,6 @@ def inode_table(mft: Mft, tree: Tree, types: np.ndarray, sizes: Int, flags: Int)
     )  # fmt: skip
 
 
-def name_table(tree: Tree) -> pa.Table:
+def name_table(tree: NameTree) -> pa.Table:
     """The table `names`."""
     return tables.make("names", volume=0, parent=tree.parent, inode=tree.inode, name=tree.name.arrow())

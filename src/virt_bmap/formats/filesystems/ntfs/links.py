@@ -3,7 +3,7 @@
 Sources: ntfs-3g libntfs-3g/dir.c, [MS-FSCC] 2.1.2.
 """
 
-from virt_bmap.formats.filesystems.ntfs.structures import REPARSE_LX_SYMLINK
+from virt_bmap.formats.filesystems.ntfs.ondisk import REPARSE_LX_SYMLINK
 
 INTERIX_LINK = b"IntxLNK\x01"
 

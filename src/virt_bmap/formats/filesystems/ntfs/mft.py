@@ -17,20 +17,20 @@ from virt_bmap.core.layout import records
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import afford
 from virt_bmap.core.threads import ahead
-from virt_bmap.formats.filesystems.ntfs import structures as ntfs
-from virt_bmap.formats.filesystems.ntfs.boot import Geometry
+from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
+from virt_bmap.formats.filesystems.ntfs.extents import AttributeStream, RunLists, decode
 from virt_bmap.formats.filesystems.ntfs.records import (  # fmt: skip
     Attributes,
     Batch,
     Buffer,
-    Names,
+    FileNames,
     Records,
     attributes,
     concat,
     parse,
     undo_update_sequence,
 )
-from virt_bmap.formats.filesystems.ntfs.runs import Runs, Stream, decode
+from virt_bmap.formats.filesystems.ntfs.superblock import Geometry
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import ERROR
 
@@ -47,10 +47,10 @@ class Mft:
     `system` are the first records, made whole.
     """
 
-    stream: Stream
+    stream: AttributeStream
     records: Records
     attributes: Attributes
-    names: Names
+    names: FileNames
     system: Buffer
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ def read_mft(reader: Reader, geometry: Geometry, damage: Damage) -> Mft:
     )  # fmt: skip
 
 
-def _spans(stream: Stream, at: int, length: int, size: int) -> Iterator[tuple[int, int]]:
+def _spans(stream: AttributeStream, at: int, length: int, size: int) -> Iterator[tuple[int, int]]:
     """What is known of the $MFT from `at` on, in pieces of whole records."""
     known = min(stream.contiguous(at), length)
     while at + size <= known:
@@ -116,11 +116,11 @@ def _spans(stream: Stream, at: int, length: int, size: int) -> Iterator[tuple[in
         at = end
 
 
-def _read(reader: Reader, stream: Stream, span: tuple[int, int]) -> tuple[int, Bytes]:
+def _read(reader: Reader, stream: AttributeStream, span: tuple[int, int]) -> tuple[int, Bytes]:
     return span[0], read_stream(reader, stream, *span)
 
 
-def read_stream(reader: Reader, stream: Stream, start: int, end: int) -> Bytes:
+def read_stream(reader: Reader, stream: AttributeStream, start: int, end: int) -> Bytes:
     """Bytes [start, end) of a stream; zeroes where it has holes.
 
     Pieces are asked for in the order in which they lie in the volume.
@@ -227,19 +227,19 @@ def begins(own: Attributes) -> bool:
     return bool(((own.lowest_vcn == 0) & (own.initialized_size > 0)).any())
 
 
-def decoded(found: Attributes, geometry: Geometry) -> Runs:
+def decoded(found: Attributes, geometry: Geometry) -> RunLists:
     """The runs of these attributes, up to the first fault of each."""
     return decode(
         found.pairs.data, found.pairs.lengths, found.lowest_vcn, geometry.clusters, geometry.cluster_size
     ).runs
 
 
-def stream_of(pieces: list[Runs], geometry: Geometry, size: int) -> Stream:
+def stream_of(pieces: list[RunLists], geometry: Geometry, size: int) -> AttributeStream:
     """All pieces as one stream."""
-    joined = Runs(
+    joined = RunLists(
         *(
             np.concatenate([getattr(piece, name) for piece in pieces])
             for name in ("row", "vcn", "lcn", "count")
         )
     )
-    return Stream.of(joined, geometry.cluster_size, size)
+    return AttributeStream.of(joined, geometry.cluster_size, size)

@@ -11,11 +11,11 @@ import numpy as np
 
 from virt_bmap.core.arrays import Bool, Int, expand
 from virt_bmap.core.columns import stack, take
-from virt_bmap.formats.filesystems.ntfs import structures as ntfs
+from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
 from virt_bmap.formats.filesystems.ntfs.contents import Contents
-from virt_bmap.formats.filesystems.ntfs.inodes import Tree
+from virt_bmap.formats.filesystems.ntfs.extents import HOLE
+from virt_bmap.formats.filesystems.ntfs.inodes import NameTree
 from virt_bmap.formats.filesystems.ntfs.mft import Mft
-from virt_bmap.formats.filesystems.ntfs.runs import HOLE
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
@@ -49,7 +49,7 @@ class Claims:
 
 def claim(
     mft: Mft,
-    tree: Tree,
+    tree: NameTree,
     contents: Contents,
     types: np.ndarray,
     size: int,
@@ -88,7 +88,7 @@ def claim(
 # ---- what they are -----------------------------------------------------------------------------------------
 
 
-def kinds_of(mft: Mft, tree: Tree, contents: Contents, types: np.ndarray) -> Int:
+def kinds_of(mft: Mft, tree: NameTree, contents: Contents, types: np.ndarray) -> Int:
     """The code of tables.KINDS of every attribute."""
     kind, owner = contents.attributes.type, contents.owner
     result = np.full(len(kind), tables.METADATA, np.int64)
@@ -112,7 +112,7 @@ def _of_directory(mft: Mft, contents: Contents) -> Bool:
     return result
 
 
-def parts_of(tree: Tree, contents: Contents, kinds: Int) -> tuple[Int, list[str]]:
+def parts_of(tree: NameTree, contents: Contents, kinds: Int) -> tuple[Int, list[str]]:
     """(a number for each attribute, the parts that the numbers stand for); number 0 is plain content, which
     has none."""
     kind, name = contents.attributes.type, contents.name
@@ -132,7 +132,7 @@ def parts_of(tree: Tree, contents: Contents, kinds: Int) -> tuple[Int, list[str]
     return result, ["", *words]
 
 
-def _names_of(tree: Tree, wanted: Int) -> dict[int, str]:
+def _names_of(tree: NameTree, wanted: Int) -> dict[int, str]:
     """What the filesystem's own files are called."""
     first = dict(enumerate(ntfs.SYSTEM_FILES))
     rows = np.flatnonzero(np.isin(tree.inode, wanted))[:MAX_PARTS]

@@ -16,8 +16,8 @@ from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int
 from virt_bmap.core.columns import take
 from virt_bmap.core.layout import records, struct
 from virt_bmap.formats.common.ragged import Ragged, items, pieces
-from virt_bmap.formats.filesystems.ntfs import structures as ntfs
-from virt_bmap.formats.filesystems.ntfs.runs import MAX_BYTES
+from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
+from virt_bmap.formats.filesystems.ntfs.extents import MAX_BYTES
 from virt_bmap.formats.filesystems.ntfs.text import utf8
 
 FILETIME_OF_1970, FILETIME_MAX = 116444736000000000, 116444736000000000 + (2**63 - 1) // 100
@@ -81,7 +81,7 @@ class Attributes:
 
 
 @dataclass
-class Names:
+class FileNames:
     """One row for each $FILE_NAME but those for DOS only; `parent` is the raw reference to the directory."""
 
     record: Int
@@ -96,10 +96,10 @@ class Batch:
     first: int
     records: Records
     attributes: Attributes
-    names: Names
+    names: FileNames
 
 
-Columns = TypeVar("Columns", Records, Attributes, Names)
+Columns = TypeVar("Columns", Records, Attributes, FileNames)
 
 
 def concat(parts: Sequence[Columns]) -> Columns:
@@ -245,7 +245,7 @@ def _times(time: NDArray[np.uint64]) -> Int:
     return np.where(fits, (np.where(fits, time, 0).astype(np.int64) - FILETIME_OF_1970) * 100, NO_TIME)
 
 
-def _names(buffer: Buffer, row: Int, at: Int, length: NDArray[np.uint32], broken: Bool) -> Names:
+def _names(buffer: Buffer, row: Int, at: Int, length: NDArray[np.uint32], broken: Bool) -> FileNames:
     """$FILE_NAME values of the records `row`, at `at` of the buffer and `length` bytes long."""
     value = buffer.window(at, ntfs.FILE_NAME_VALUE)
     units = value["file_name_length"]
@@ -254,7 +254,7 @@ def _names(buffer: Buffer, row: Int, at: Int, length: NDArray[np.uint32], broken
     )
     broken[row[~good]] = True
     keep = np.flatnonzero(good & (value["file_name_type"] != ntfs.NAME_DOS))
-    return Names(
+    return FileNames(
         row[keep],
         value["parent_directory"][keep].astype(np.int64),
         buffer.text(at[keep] + ntfs.FILE_NAME_VALUE.itemsize, units[keep]),

@@ -27,7 +27,7 @@ MAX_RATIO = 64
 FREE_BYTES = 16 << 20
 
 
-class Table(NamedTuple):
+class MetadataBlocks(NamedTuple):
     """A run of metadata blocks: where each begins on disk (bytes of the volume), how long it is there with
     its header, and where its content begins in `data`, which ends in 64 zero bytes so that fixed-size
     windows never leave it; `length` is without them."""
@@ -220,7 +220,9 @@ def _lzo_length(data: bytes, at: int, count: int, mask: int) -> tuple[int, int]:
     return count + data[at], at + 1
 
 
-def read_blocks(raw: Bytes, disk: int, unpack: Callable[[bytes], bytes], what: str) -> tuple[Table, int]:
+def read_blocks(
+    raw: Bytes, disk: int, unpack: Callable[[bytes], bytes], what: str
+) -> tuple[MetadataBlocks, int]:
     """The metadata blocks that fill `raw`, which lies at `disk` of the volume, and how many of them are
     broken (read as nothing)."""
     data = raw.tobytes()
@@ -250,7 +252,7 @@ def read_blocks(raw: Bytes, disk: int, unpack: Callable[[bytes], bytes], what: s
             )
     lengths = ints([len(part) for part in parts])
     joined = np.frombuffer(b"".join([*parts, bytes(64)]), np.uint8)
-    return Table(
+    return MetadataBlocks(
         ints([disk + start for start, _, _ in starts]), ints([2 + length for _, length, _ in starts]),
         np.array([packed for _, _, packed in starts], bool), np.cumsum(lengths) - lengths, joined,
         int(lengths.sum()),

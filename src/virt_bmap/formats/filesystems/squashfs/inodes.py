@@ -11,10 +11,20 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from virt_bmap.core.arrays import EMPTY, Bytes, Int, gather
+from virt_bmap.core.arrays import EMPTY, Bytes, Int, gather, ints
+from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import records, struct, widen
-from virt_bmap.formats.filesystems.squashfs.compression import Table
+from virt_bmap.core.reader import Reader
+from virt_bmap.formats.filesystems.squashfs.compression import (
+    MetadataBlocks,
+)
+from virt_bmap.formats.filesystems.squashfs.metadata import MetadataTables
+from virt_bmap.formats.filesystems.squashfs.superblock import (
+    place_of,
+)
+from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
 
@@ -47,7 +57,7 @@ COLUMNS = (
 
 
 @dataclass
-class Tree:
+class WalkedTree:
     """All inodes, one row each in the columns COLUMNS, and all names: parent and inode numbers, and the names
     joined.
 
@@ -70,8 +80,13 @@ def windows(data: Bytes, at: Int, dtype: np.dtype[np.void]) -> np.ndarray:
 
 
 def walk(
-    inodes: Table, directories: Table, inode_start: int, root: int, block_size: int, damage: Damage
-) -> Tree:
+    inodes: MetadataBlocks,
+    directories: MetadataBlocks,
+    inode_start: int,
+    root: int,
+    block_size: int,
+    damage: Damage,
+) -> WalkedTree:
     """Everything that can be reached from the root's reference (block << 16 | offset, relative to the inode
     table at `inode_start`)."""
     found: list[dict[str, Int]] = []
@@ -123,10 +138,10 @@ def _result(
     names: list[tuple[Int, Int, Bytes, Int]],
     listings: list[tuple[Int, Int, Int]],
     damage: Damage,
-) -> Tree:
+) -> WalkedTree:
     """The levels joined, with inode numbers for positions."""
     if not found:
-        return Tree()
+        return WalkedTree()
     column = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
     _, first = np.unique(column["inode"], return_index=True)
     again = len(column["inode"]) - len(first)
@@ -141,10 +156,10 @@ def _result(
     child = column["inode"][row[keep]]
     listing = tuple(np.concatenate([EMPTY, *(part[i] for part in listings)]) for i in range(3))
     column = {key: values[np.sort(first)] for key, values in column.items()}
-    return Tree(column, parent, child, name, lengths[keep], (listing[0], listing[1], listing[2]))
+    return WalkedTree(column, parent, child, name, lengths[keep], (listing[0], listing[1], listing[2]))
 
 
-def parse_inodes(table: Table, at: Int, block_size: int) -> dict[str, Int]:
+def parse_inodes(table: MetadataBlocks, at: Int, block_size: int) -> dict[str, Int]:
     """The inodes at positions `at` as COLUMNS; type 0 where it is none of the fourteen."""
     raw = windows(table.data, at, WINDOW)
     stored = widen(raw["inode_type"], "inode_type")
@@ -188,14 +203,14 @@ def parse_inodes(table: Table, at: Int, block_size: int) -> dict[str, Int]:
     }  # fmt: skip
 
 
-def _u32(table: Table, at: Int) -> Int:
+def _u32(table: MetadataBlocks, at: Int) -> Int:
     """A number that may lie beyond the end of the table, where it is INVALID."""
     inside = (at >= 0) & (at + 4 <= table.length)
     four = table.data[np.where(inside, at, 0)[:, None] + np.arange(4)].astype(np.int64)
     return np.where(inside, four @ (np.int64(1) << (8 * np.arange(4, dtype=np.int64))), INVALID)
 
 
-class Entries(NamedTuple):
+class DirectoryEntries(NamedTuple):
     """Directory entries: row of the directory, reference of the inode, and the names joined; `broken` counts
     listings cut short."""
 
@@ -207,7 +222,9 @@ class Entries(NamedTuple):
     broken: int
 
 
-def parse_listings(table: Table, inodes: Table, own: dict[str, Int], at: Int, length: Int) -> Entries:
+def parse_listings(
+    table: MetadataBlocks, inodes: MetadataBlocks, own: dict[str, Int], at: Int, length: Int
+) -> DirectoryEntries:
     """All entries of the directories whose names are table.data[at:at+length], with a cursor at each place
     that a directory's index names."""
     row, index = _index(inodes, own, length)
@@ -249,10 +266,10 @@ def parse_listings(table: Table, inodes: Table, own: dict[str, Int], at: Int, le
     entry = windows(table.data, where, ENTRY)
     size = widen(entry["size"], "size") + 1
     name = gather(table.data, where + ENTRY.itemsize, size)
-    return Entries(owner, block, widen(entry["offset"], "offset"), name, size, broken)
+    return DirectoryEntries(owner, block, widen(entry["offset"], "offset"), name, size, broken)
 
 
-def _index(table: Table, own: dict[str, Int], length: Int) -> tuple[Int, Int]:
+def _index(table: MetadataBlocks, own: dict[str, Int], length: Int) -> tuple[Int, Int]:
     """(directory, byte in its listing) of the headers that extended directories' indexes name: one for each 8
     KiB of names."""
     directory = np.flatnonzero(own["index_count"] > 0)
@@ -267,4 +284,45 @@ def _index(table: Table, own: dict[str, Int], length: Int) -> tuple[Int, Int]:
         directory, cursor, left = directory[good], (cursor + 13 + size)[good], left[good] - 1
     return np.concatenate([EMPTY, *(part[0] for part in found)]), np.concatenate(
         [EMPTY, *(part[1] for part in found)]
+    )
+
+
+def root_inode(inodes: MetadataBlocks, superblock: np.void, tree: WalkedTree, reader: Reader) -> int:
+    reference = int(superblock["root_inode"])
+    at = inodes.position(
+        ints(place_of(superblock, "inode_table_start") + (reference >> 16)), ints(reference & 0xFFFF)
+    )[0]
+    row = np.flatnonzero(tree.column["at"] == at)
+    if at < 0 or not len(row) or tree.column["type"][row[0]] != DIR:
+        raise Corrupt(
+            f"{reader.name}: root_inode at byte 32 is {reference:#x}, where the inode table has no directory",
+            32,
+        )
+    return int(tree.column["inode"][row[0]])
+
+
+def inode_table(found: MetadataTables, tree: WalkedTree) -> pa.Table:
+    column = tree.column
+    block = np.searchsorted(found.inodes.start, column["at"], "right") - 1
+    within = np.where(found.inodes.compressed[block], 0, 2 + column["at"] - found.inodes.start[block])
+    owners = np.append(found.ids, -1)
+
+    def owner(name: str) -> Int:
+        return owners[np.where(column[name] < len(found.ids), column[name], -1)]
+
+    return tables.make(
+        "inodes", volume=np.zeros(len(column["inode"]), np.int64), inode=column["inode"],
+        type=tables.type_of_mode(column["mode"]), mode=column["mode"], uid=owner("uid"), gid=owner("gid"),
+        size=column["size"], nlink=column["nlink"], mtime_ns=column["mtime"] * 1_000_000_000,
+        flags=np.zeros(len(column["inode"]), np.int64), record_offset=found.inodes.disk[block] + within,
+    )  # fmt: skip
+
+
+def name_table(tree: WalkedTree) -> pa.Table:
+    offsets = np.append(0, np.cumsum(tree.name_length)).astype(np.int32)
+    names = pa.Array.from_buffers(
+        pa.binary(), len(tree.name_length), [None, pa.py_buffer(offsets), pa.py_buffer(tree.name)]
+    )
+    return tables.make(
+        "names", volume=np.zeros(len(names), np.int64), parent=tree.parent, inode=tree.child, name=names
     )

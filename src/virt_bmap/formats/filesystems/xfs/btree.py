@@ -14,8 +14,8 @@ from virt_bmap.core.arrays import Bool, Bytes, Int, expand
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.layout import records
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.xfs import disk
-from virt_bmap.formats.filesystems.xfs.geometry import Geometry
+from virt_bmap.formats.filesystems.xfs import ondisk
+from virt_bmap.formats.filesystems.xfs.superblock import Geometry
 from virt_bmap.model.damage import Damage
 
 MAX_LEVELS = 12
@@ -40,8 +40,8 @@ class Shape(NamedTuple):
     def header(self, crc: bool) -> int:
         """Where keys or records begin in a block."""
         if self.long:
-            return disk.LONG_CRC_HEADER if crc else disk.LONG_HEADER
-        return disk.SHORT_CRC_HEADER if crc else disk.SHORT_HEADER
+            return ondisk.LONG_CRC_HEADER if crc else ondisk.LONG_HEADER
+        return ondisk.SHORT_CRC_HEADER if crc else ondisk.SHORT_HEADER
 
 
 class Nodes(NamedTuple):
@@ -121,7 +121,7 @@ def _checked(
 
     The last result: how many records or pointers each holds.
     """
-    head = records(blocks, disk.BTREE_BLOCK)
+    head = records(blocks, ondisk.BTREE_BLOCK)
     counts = head["bb_numrecs"].astype(np.int64)
     room = geometry.block_size - shape.header(geometry.crc)
     most = np.where(nodes.level == 0, room // shape.record, room // (shape.key + _pointer_size(shape)))

@@ -10,22 +10,23 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from virt_bmap.core.arrays import Bool, Bytes, Int, expand, union
 from virt_bmap.core.columns import stack
 from virt_bmap.core.layout import records
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.xfs import disk
+from virt_bmap.formats.filesystems.xfs import ondisk
+from virt_bmap.formats.filesystems.xfs.allocator import AllocationGroups
 from virt_bmap.formats.filesystems.xfs.btree import BATCH, MAX_LEVELS, narrow
-from virt_bmap.formats.filesystems.xfs.directories import Names, short_form, stack_names
-from virt_bmap.formats.filesystems.xfs.forks import ATTR_FORK, DATA_FORK, Extents, Roots, decode
-from virt_bmap.formats.filesystems.xfs.geometry import Geometry
-from virt_bmap.formats.filesystems.xfs.groups import Groups
+from virt_bmap.formats.filesystems.xfs.extents import ATTR_FORK, DATA_FORK, Extents, ForkRoots, decode
+from virt_bmap.formats.filesystems.xfs.names import Names, short_form, stack_names
+from virt_bmap.formats.filesystems.xfs.superblock import Geometry
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 
-GROUP = disk.INODES_PER_HOLEMASK_BIT
-GROUPS = disk.INODES_PER_CHUNK // GROUP
+GROUP = ondisk.INODES_PER_HOLEMASK_BIT
+GROUPS = ondisk.INODES_PER_CHUNK // GROUP
 
 
 class Inodes(NamedTuple):
@@ -46,12 +47,12 @@ class Inodes(NamedTuple):
     realtime: Int
 
 
-class Contents(NamedTuple):
+class InodeContents(NamedTuple):
     """What the inode records hold: extent lists, roots of fork B-trees, and names of short directories."""
 
     inodes: Inodes
     extents: Extents
-    roots: Roots
+    roots: ForkRoots
     names: Names
 
 
@@ -66,7 +67,7 @@ class _Fork(NamedTuple):
     end: Int
 
 
-class _Batch(NamedTuple):
+class _RecordBatch(NamedTuple):
     """Records in memory: `flat` bytes, in which the record of each of `inodes` begins at `base`.
 
     Owners count from `known`.
@@ -82,27 +83,29 @@ class _Batch(NamedTuple):
 
 
 def read_inodes(
-    reader: Reader, geometry: Geometry, damage: Damage, groups: Groups, rows: tables.ExtentRows
-) -> Contents:
+    reader: Reader, geometry: Geometry, damage: Damage, groups: AllocationGroups, rows: tables.ExtentRows
+) -> InodeContents:
     """All inodes in use, and what their records hold; chunks and inline contents become `rows`."""
-    parts: list[Contents] = []
+    parts: list[InodeContents] = []
     known = 0
     for data, number, used in _batches(reader, geometry, *_chunks(geometry, damage, groups, rows)):
         part = _contents(geometry, damage, data, number, used, known, rows)
         known += len(part.inodes.number)
         parts.append(part)
-    return Contents(
+    return InodeContents(
         stack(Inodes, [part.inodes for part in parts]), stack(Extents, [part.extents for part in parts]),
-        stack(Roots, [part.roots for part in parts]), stack_names([part.names for part in parts]),
+        stack(ForkRoots, [part.roots for part in parts]), stack_names([part.names for part in parts]),
     )  # fmt: skip
 
 
-def _chunks(geometry: Geometry, damage: Damage, groups: Groups, rows: tables.ExtentRows) -> tuple[Int, Bool]:
+def _chunks(
+    geometry: Geometry, damage: Damage, groups: AllocationGroups, rows: tables.ExtentRows
+) -> tuple[Int, Bool]:
     """Groups of four inodes of which at least one is in use: number of the first, and which of the four are
     (n, 4)."""
     agno, found = groups.chunks_agno, groups.chunks
     first = found["ir_startino"].astype(np.int64)
-    low, high = first * geometry.inode_size, (first + disk.INODES_PER_CHUNK) * geometry.inode_size
+    low, high = first * geometry.inode_size, (first + ondisk.INODES_PER_CHUNK) * geometry.inode_size
     room = geometry.group_blocks(agno) * geometry.block_size
     number = (agno << geometry.agi_bits) | first
     place = geometry.group_offset(agno)
@@ -115,13 +118,13 @@ def _chunks(geometry: Geometry, damage: Damage, groups: Groups, rows: tables.Ext
     damage.check(good, "inode", "inode chunks lie outside their allocation group", place)
     order = np.argsort(np.where(good, number, -1), kind="stable")[np.count_nonzero(~good) :]
     again = np.zeros(len(order), bool)
-    again[1:] = np.diff(number[order]) < disk.INODES_PER_CHUNK
+    again[1:] = np.diff(number[order]) < ondisk.INODES_PER_CHUNK
     damage.check(~again, "twice", "inode chunks overlap others", geometry.inode_offset(number[order]))
     order = order[~again]
     hole = np.zeros((len(order), GROUPS), bool)
     if geometry.has("sparse"):
         hole = (found["ir_holemask"][order, None].astype(np.int64) >> np.arange(GROUPS)) & 1 > 0
-    start = number[order, None] + np.arange(0, disk.INODES_PER_CHUNK, GROUP)
+    start = number[order, None] + np.arange(0, ondisk.INODES_PER_CHUNK, GROUP)
     offset = geometry.inode_offset(start[~hole])
     begin, end = union(offset, offset + GROUP * geometry.inode_size)
     rows.add(tables.METADATA, begin, end - begin, part="inode chunk")
@@ -149,15 +152,15 @@ def _contents(
     used: Bool,
     known: int,
     rows: tables.ExtentRows,
-) -> Contents:
+) -> InodeContents:
     """What a batch of records holds.
 
     The owners in the result count from `known`, the inodes found in earlier batches.
     """
-    dtype = disk.DINODE3 if geometry.crc else disk.DINODE
+    dtype = ondisk.DINODE3 if geometry.crc else ondisk.DINODE
     row = np.flatnonzero(used)
     core = records(data[row, : dtype.itemsize], dtype)
-    good = (core["di_magic"] == disk.DINODE_MAGIC) & (core["di_mode"] != 0)
+    good = (core["di_magic"] == ondisk.DINODE_MAGIC) & (core["di_mode"] != 0)
     damage.check(
         good,
         "inode",
@@ -167,12 +170,12 @@ def _contents(
     if not good.all():
         row, core = row[good], core[good]
     inodes = _inodes(geometry, damage, core, number[row])
-    batch = _Batch(geometry, damage, rows, data.reshape(-1), row * geometry.inode_size, inodes, known)
+    batch = _RecordBatch(geometry, damage, rows, data.reshape(-1), row * geometry.inode_size, inodes, known)
     forks = data_fork, attr_fork = _forks(batch, core)
     _attributes_inline(batch, attr_fork)
-    return Contents(
+    return InodeContents(
         inodes, stack(Extents, [_extents(batch, fork) for fork in forks]),
-        stack(Roots, [_roots(batch, fork) for fork in forks]), _data_inline(batch, data_fork),
+        stack(ForkRoots, [_roots(batch, fork) for fork in forks]), _data_inline(batch, data_fork),
     )  # fmt: skip
 
 
@@ -185,14 +188,15 @@ def _inodes(geometry: Geometry, damage: Damage, core: np.ndarray, number: Int) -
     nlink = np.where(core["di_version"] == 1, core["di_onlink"], core["di_nlink"]).astype(np.int64)
     if geometry.crc:
         damage.check(core["di_ino"] == number, "inode", "inodes hold another inode's number", place)
-    flags = np.where(core["di_flags"] & disk.DIFLAG_IMMUTABLE, tables.I_IMMUTABLE, 0)
+    flags = np.where(core["di_flags"] & ondisk.DIFLAG_IMMUTABLE, tables.I_IMMUTABLE, 0)
     flags |= np.where((nlink == 0) & (kind != tables.T_METADATA), tables.I_DELETED, 0)
     size = core["di_size"].astype(np.int64)
     damage.check(size >= 0, "inode", "inodes have a size of more than 2^63 bytes", place)
     return Inodes(
         number, place, kind, mode, core["di_uid"].astype(np.int64), core["di_gid"].astype(np.int64),
         np.maximum(size, 0), nlink, _mtime_ns(geometry, core), flags,
-        core["di_next_unlinked"].astype(np.int64), (core["di_flags"] & disk.DIFLAG_REALTIME).astype(np.int64),
+        core["di_next_unlinked"].astype(np.int64),
+        (core["di_flags"] & ondisk.DIFLAG_REALTIME).astype(np.int64),
     )  # fmt: skip
 
 
@@ -204,14 +208,14 @@ def _mtime_ns(geometry: Geometry, core: np.ndarray) -> Int:
     mtime: Int = (signed >> 32) * 1_000_000_000 + (signed & 0xFFFFFFFF)
     if geometry.has("bigtime"):
         last = np.uint64(np.iinfo(np.int64).max)  # bigtime reaches to 2486, the table to 2262
-        epoch = np.uint64(disk.BIGTIME_EPOCH_NS)
+        epoch = np.uint64(ondisk.BIGTIME_EPOCH_NS)
         # what lies before 1970 wraps to negative, as it should
         big = (np.minimum(stamp, last + epoch) - epoch).view(np.int64)
-        mtime = np.where((core["di_flags2"] & disk.DIFLAG2_BIGTIME) != 0, big, mtime)
+        mtime = np.where((core["di_flags2"] & ondisk.DIFLAG2_BIGTIME) != 0, big, mtime)
     return mtime
 
 
-def _forks(batch: _Batch, core: np.ndarray) -> tuple[_Fork, _Fork]:
+def _forks(batch: _RecordBatch, core: np.ndarray) -> tuple[_Fork, _Fork]:
     """Where the two forks of each record lie. di_forkoff, in units of 8 bytes, divides the literal area; 0:
     all is data fork."""
     inodes, damage, size = batch.inodes, batch.damage, batch.geometry.inode_size
@@ -226,10 +230,10 @@ def _forks(batch: _Batch, core: np.ndarray) -> tuple[_Fork, _Fork]:
     # device nodes keep their number where others have extents; of the rest only directories and symlinks fit
     # into the inode
     owns = np.isin(inodes.type, (tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK, tables.T_METADATA))
-    fits = np.isin(inodes.type, (tables.T_DIRECTORY, tables.T_SYMLINK)) & (data_format == disk.FMT_LOCAL)
-    fits |= (data_format == disk.FMT_EXTENTS) | (data_format == disk.FMT_BTREE)
+    fits = np.isin(inodes.type, (tables.T_DIRECTORY, tables.T_SYMLINK)) & (data_format == ondisk.FMT_LOCAL)
+    fits |= (data_format == ondisk.FMT_EXTENTS) | (data_format == ondisk.FMT_BTREE)
     damage.check(fits | ~owns, "inode", "inodes have a data fork of a format that can't be", inodes.record)
-    known = (attr_format >= disk.FMT_LOCAL) & (attr_format <= disk.FMT_BTREE)
+    known = (attr_format >= ondisk.FMT_LOCAL) & (attr_format <= ondisk.FMT_BTREE)
     damage.check(
         (middle == high) | known,
         "inode",
@@ -238,8 +242,8 @@ def _forks(batch: _Batch, core: np.ndarray) -> tuple[_Fork, _Fork]:
     )
     nextents, anextents = _extent_counts(batch.geometry, core)
     return (
-        _Fork(DATA_FORK, np.where(owns & fits, data_format, disk.FMT_DEV), nextents, low, middle),
-        _Fork(ATTR_FORK, np.where(middle < high, attr_format, disk.FMT_DEV), anextents, middle, high),
+        _Fork(DATA_FORK, np.where(owns & fits, data_format, ondisk.FMT_DEV), nextents, low, middle),
+        _Fork(ATTR_FORK, np.where(middle < high, attr_format, ondisk.FMT_DEV), anextents, middle, high),
     )
 
 
@@ -247,16 +251,16 @@ def _extent_counts(geometry: Geometry, core: np.ndarray) -> tuple[Int, Int]:
     """Extents of data and attribute fork; inodes with large counters keep them elsewhere."""
     nextents, anextents = core["di_nextents"].astype(np.int64), core["di_anextents"].astype(np.int64)
     if geometry.has("nrext64"):
-        large = (core["di_flags2"] & disk.DIFLAG2_NREXT64) != 0
+        large = (core["di_flags2"] & ondisk.DIFLAG2_NREXT64) != 0
         anextents = np.where(large, nextents, anextents)
         nextents = np.where(large, np.minimum(core["di_big_nextents"], 1 << 62).astype(np.int64), nextents)
     return nextents, anextents
 
 
-def _data_inline(batch: _Batch, fork: _Fork) -> Names:
+def _data_inline(batch: _RecordBatch, fork: _Fork) -> Names:
     """Short directories and symlink targets in the data fork."""
     inodes, damage = batch.inodes, batch.damage
-    local = np.flatnonzero(fork.format == disk.FMT_LOCAL)
+    local = np.flatnonzero(fork.format == ondisk.FMT_LOCAL)
     fits = inodes.size[local] <= (fork.end - fork.start)[local]
     local = local[
         damage.check(fits, "inode", "inodes are larger than their inline data", inodes.record[local])
@@ -274,10 +278,10 @@ def _data_inline(batch: _Batch, fork: _Fork) -> Names:
     )
 
 
-def _attributes_inline(batch: _Batch, fork: _Fork) -> None:
+def _attributes_inline(batch: _RecordBatch, fork: _Fork) -> None:
     """Attributes in the attribute fork: struct xfs_attr_sf_hdr, two bytes of total size and the count."""
     inodes, flat = batch.inodes, batch.flat
-    local = np.flatnonzero((fork.format == disk.FMT_LOCAL) & (fork.end - fork.start >= 4))
+    local = np.flatnonzero((fork.format == ondisk.FMT_LOCAL) & (fork.end - fork.start >= 4))
     start = fork.start[local]
     size = flat[start].astype(np.int64) << 8 | flat[start + 1]
     fits = size <= (fork.end - fork.start)[local]
@@ -288,12 +292,12 @@ def _attributes_inline(batch: _Batch, fork: _Fork) -> None:
     batch.rows.add(tables.XATTR, where, size, inode=inodes.number[mine], flags=tables.INLINE)
 
 
-def _extents(batch: _Batch, fork: _Fork) -> Extents:
+def _extents(batch: _RecordBatch, fork: _Fork) -> Extents:
     """Extent lists in the records."""
     flat, place = batch.flat, batch.inodes.record
-    mine = np.flatnonzero((fork.format == disk.FMT_EXTENTS) & (fork.nextents > 0))
+    mine = np.flatnonzero((fork.format == ondisk.FMT_EXTENTS) & (fork.nextents > 0))
     start, count = fork.start[mine], fork.nextents[mine]
-    room = (fork.end[mine] - start) // disk.BMBT_REC_SIZE
+    room = (fork.end[mine] - start) // ondisk.BMBT_REC_SIZE
     batch.damage.check(
         count <= room, "inode", "inodes claim more extents than they have room for", place[mine]
     )
@@ -308,10 +312,10 @@ def _extents(batch: _Batch, fork: _Fork) -> Extents:
     )
 
 
-def _roots(batch: _Batch, fork: _Fork) -> Roots:
+def _roots(batch: _RecordBatch, fork: _Fork) -> ForkRoots:
     """struct xfs_bmdr_block: level and number of records (2 bytes each), keys, pointers; both 8 bytes."""
     flat, place = batch.flat, batch.inodes.record
-    mine = np.flatnonzero(fork.format == disk.FMT_BTREE)
+    mine = np.flatnonzero(fork.format == ondisk.FMT_BTREE)
     start = fork.start[mine]
     room = np.maximum(0, (fork.end[mine] - start - 4) // 16)
     head = flat[np.minimum(start[:, None] + np.arange(4), len(flat) - 1)].astype(np.int64)
@@ -322,4 +326,12 @@ def _roots(batch: _Batch, fork: _Fork) -> Roots:
     row, step = expand(count)
     at = (start + 4 + 8 * room)[row] + 8 * step
     raw = np.ascontiguousarray(flat[at[:, None] + np.arange(8)]).view(">u8")[:, 0]
-    return Roots(batch.known + mine[row], np.full(len(row), fork.which), narrow(raw), level[row] - 1)
+    return ForkRoots(batch.known + mine[row], np.full(len(row), fork.which), narrow(raw), level[row] - 1)
+
+
+def inode_table(inodes: Inodes) -> pa.Table:
+    return tables.make(
+        "inodes", volume=0, inode=inodes.number, type=inodes.type, mode=inodes.mode, uid=inodes.uid,
+        gid=inodes.gid, size=inodes.size, nlink=inodes.nlink, mtime_ns=inodes.mtime_ns, flags=inodes.flags,
+        record_offset=inodes.record,
+    )  # fmt: skip

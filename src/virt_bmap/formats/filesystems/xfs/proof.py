@@ -18,8 +18,8 @@ from virt_bmap.core.checksums import crc32c_without
 from virt_bmap.core.mapped import PatchedReader
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.proving import Compared, Places, blocks, check_names, check_targets
-from virt_bmap.formats.filesystems.xfs import disk
-from virt_bmap.formats.filesystems.xfs.geometry import Geometry, read_geometry
+from virt_bmap.formats.filesystems.xfs import ondisk
+from virt_bmap.formats.filesystems.xfs.superblock import Geometry, read_geometry
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Filesystem, Proof
 from virt_bmap.model.damage import Damage
@@ -184,9 +184,9 @@ def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) 
     found = [NO_RECORDS]
     crc, damage = look.geometry.crc, look.damage
     header = (
-        (disk.LONG_CRC_HEADER if crc else disk.LONG_HEADER)
+        (ondisk.LONG_CRC_HEADER if crc else ondisk.LONG_HEADER)
         if order.long
-        else (disk.SHORT_CRC_HEADER if crc else disk.SHORT_HEADER)
+        else (ondisk.SHORT_CRC_HEADER if crc else ondisk.SHORT_HEADER)
     )
     stamp, width = (LONG_BLOCK, 8) if order.long else (SHORT_BLOCK, 4)
     first, keys, children = (
@@ -281,7 +281,7 @@ def _keys(table: Bytes, parts: tuple[tuple[int, int], ...], name: str) -> np.nda
     )
     if name == "rmapbt":
         found[:, 2] &= FLAGLESS
-    if name == "bmbt" and table.shape[1] == disk.BMBT_REC_SIZE:
+    if name == "bmbt" and table.shape[1] == ondisk.BMBT_REC_SIZE:
         found = (found & np.uint64((1 << 63) - 1)) >> np.uint64(9)
     return found
 
@@ -339,7 +339,7 @@ def _directories(look: _Look) -> None:
         for batch, data in blocks(look.reader, offset, unit):
             place, who = offset[batch], owner[batch]
             if named:
-                known = np.isin(np.ascontiguousarray(data[:, :4]).view("S4")[:, 0], list(disk.DIR2_MAGICS))
+                known = np.isin(np.ascontiguousarray(data[:, :4]).view("S4")[:, 0], list(ondisk.DIR2_MAGICS))
                 look.damage.check(
                     known, "directory", "blocks of directories have a wrong magic number", place
                 )
@@ -429,7 +429,7 @@ def _symlinks(look: _Look) -> None:
             place = start[mine][batch]
             look.stamped("symbolic links", SYMLINK, data, place, owner[mine][batch])
             good = (data[:, :4] == np.frombuffer(SYMLINK_MAGIC, np.uint8)).all(axis=1)
-            good &= big(data, 8, 4) + np.uint64(disk.SYMLINK_HEADER) <= np.uint64(size)
+            good &= big(data, 8, 4) + np.uint64(ondisk.SYMLINK_HEADER) <= np.uint64(size)
             look.damage.check(
                 good, "symlink", "headers of symbolic links have a wrong magic number or length", place
             )

@@ -15,7 +15,14 @@ from virt_bmap.core import layout
 from virt_bmap.core.arrays import Bool, Bytes, Int
 from virt_bmap.core.checksums import ALL_ONES, crc32c, crc32c_each
 from virt_bmap.core.errors import Corrupt
-from virt_bmap.formats.filesystems.xfs.log import BLOCK, CYCLE_DATA, HEADER_MAGIC, RECORD, Log, header_blocks
+from virt_bmap.formats.filesystems.xfs.journal import (
+    BLOCK,
+    CYCLE_DATA,
+    HEADER_MAGIC,
+    RECORD,
+    Log,
+    header_blocks,
+)
 
 WORDS = BLOCK // 4
 CRC_AT = 0x20

@@ -18,20 +18,22 @@ libxfs/xfs_log_format.h (Linux 6.12).
 import struct
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap.core.arrays import Bytes, ints, union
-from virt_bmap.core.errors import Corrupt, Unsupported
+from virt_bmap.core.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.core.mapped import Patch, PatchedReader
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.xfs import disk
-from virt_bmap.formats.filesystems.xfs.geometry import Geometry, read_geometry
-from virt_bmap.formats.filesystems.xfs.log import BLOCK, Log
+from virt_bmap.formats.filesystems.xfs import ondisk
+from virt_bmap.formats.filesystems.xfs.journal import BLOCK, Log, find_log
 from virt_bmap.formats.filesystems.xfs.records import records
+from virt_bmap.formats.filesystems.xfs.superblock import Geometry, read_geometry
+from virt_bmap.model import tables
+from virt_bmap.model.damage import Damage
 
 MAX_ACTIVE = 128 << 20
 """Bytes between tail and head that are replayed; with them the patched sectors stay in memory."""
@@ -148,7 +150,7 @@ Cancelled = Counter[tuple[int, int]]
 those of all sizes."""
 
 
-class Replayed(NamedTuple):
+class ReplayedLog(NamedTuple):
     """A reader that shows the volume as it is after recovery; `unfinished` operations a kernel would then
     still finish.
 
@@ -161,7 +163,7 @@ class Replayed(NamedTuple):
     superblock_only: bool
 
 
-def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
+def replay(reader: Reader, geometry: Geometry, log: Log) -> ReplayedLog:
     """The volume with its log applied.
 
     Unsupported where that can't be done exactly, Corrupt where the log makes no sense.
@@ -196,7 +198,7 @@ def replay(reader: Reader, geometry: Geometry, log: Log) -> Replayed:
         (item.kind - 1, _unpack("<Q", item.regions[0], 8)[0]) for item in items if item.kind - 1 in INTENTS
     )
     superblock_only = all(item.kind == LI_BUF and _buffer(item)[0] == 0 for item in items)
-    return Replayed(
+    return ReplayedLog(
         memory.reader(), len(items), sum(count for count in begun.values() if count > 0), superblock_only
     )
 
@@ -429,16 +431,16 @@ def _replay_inode(memory: _Memory, geometry: Geometry, item: Item, cancelled: Ca
     start, size = _range(geometry, item)
     now = memory.get(start, size)
     lsn = int.from_bytes(now[0x70:0x78], "big")
-    if now[:2] == disk.DINODE_MAGIC and 0 < lsn < 1 << 63 and lsn > item.lsn:
+    if now[:2] == ondisk.DINODE_MAGIC and 0 < lsn < 1 << 63 and lsn > item.lsn:
         return
     core = item.regions[1]
-    if len(core) < disk.DINODE3.itemsize or core[:2] != disk.DINODE_MAGIC[::-1]:
+    if len(core) < ondisk.DINODE3.itemsize or core[:2] != ondisk.DINODE_MAGIC[::-1]:
         raise Corrupt(f"XFS log: an inode item for byte {start:#x} lacks the inode", start, "journal")
-    legacy = not _unpack("<Q", core, 0x78)[0] & disk.DIFLAG2_BIGTIME
+    legacy = not _unpack("<Q", core, 0x78)[0] & ondisk.DIFLAG2_BIGTIME
     swapped = bytearray(np.frombuffer(core, np.uint8)[SWAP[legacy]].tobytes())
     swapped[NEXT_UNLINKED : NEXT_UNLINKED + 4] = now[NEXT_UNLINKED : NEXT_UNLINKED + 4]
     memory.put(start, bytes(swapped), start + size)
-    literal, forkoff = start + disk.DINODE3.itemsize, swapped[0x52] * 8
+    literal, forkoff = start + ondisk.DINODE3.itemsize, swapped[0x52] * 8
     middle = literal + forkoff if forkoff else start + size
     regions = iter(item.regions[2:])
     for which, root, low, high in (
@@ -456,7 +458,7 @@ def _root(block: bytes, room: int) -> bytes:
     """The root of a fork's B-tree: logged as a whole block with its header, kept in the inode without
     (xfs_bmbt_to_bmdr)."""
     level, count = _unpack(">HH", block, 4)
-    header = disk.LONG_CRC_HEADER
+    header = ondisk.LONG_CRC_HEADER
     most, fit = (len(block) - header) // 16, (room - 4) // 16
     if count > most or count > fit:
         raise Corrupt(
@@ -472,7 +474,7 @@ def _replay_icreate(memory: _Memory, geometry: Geometry, item: Item, cancelled: 
     """A new chunk of inodes: each gets its number and is free (xfs_ialloc_inode_init)."""
     group, block, count, size, _, generation = _unpack(">IIIIII", item.regions[0], 4)
     start, room = _range(geometry, item)
-    most = max(disk.INODES_PER_CHUNK, 1 << geometry.inopblog)
+    most = max(ondisk.INODES_PER_CHUNK, 1 << geometry.inopblog)
     if size != geometry.inode_size or count > most or count * size > room:
         raise Corrupt(f"XFS log: a new inode chunk of {count} inodes of {size} bytes", start, "journal")
     if any(cancelled[at // BLOCK, 0] > 0 for at in range(start, start + count * size, geometry.block_size)):
@@ -480,7 +482,50 @@ def _replay_icreate(memory: _Memory, geometry: Geometry, item: Item, cancelled: 
     first = (group << geometry.agi_bits) | (block << geometry.inopblog)
     for number in range(count):
         inode = bytearray(size)
-        inode[0:2], inode[4], inode[0x5C:0x60] = disk.DINODE_MAGIC, 3, generation.to_bytes(4, "big")
+        inode[0:2], inode[4], inode[0x5C:0x60] = ondisk.DINODE_MAGIC, 3, generation.to_bytes(4, "big")
         inode[NEXT_UNLINKED : NEXT_UNLINKED + 4] = b"\xff" * 4
         inode[0x98:0xA0], inode[0xA0:0xB0] = (first + number).to_bytes(8, "big"), geometry.meta_uuid
         memory.put(start + number * size, bytes(inode), start + room)
+
+
+def recovered(
+    reader: Reader, geometry: Geometry, others: Sequence[Reader], damage: Damage
+) -> tuple[Reader, str]:
+    """The volume as it is once its log is replayed, and its state."""
+    try:
+        log = find_log(reader, geometry, others)
+    except Corrupt as error:
+        damage.say("journal", f"the log can't be followed: {error}", error.offset)
+        return reader, tables.NEEDS_RECOVERY
+    if log is None:
+        damage.say(
+            "journal-missing",
+            "the log lies outside, on none of these disks: it may hold changes that are not in place",
+        )
+        return reader, tables.NEEDS_RECOVERY
+    if log.clean:
+        return reader, tables.CLEAN
+    from virt_bmap.formats.filesystems.xfs.replay import (
+        replay,  # most volumes were unmounted, and do without it
+    )
+
+    try:
+        done = replay(reader, geometry, log)
+    except FormatError as error:
+        damage.say("not-replayed", f"the log with {log.active} bytes of changes was not replayed: {error}")
+        return reader, tables.NEEDS_RECOVERY
+    # xfs_fs_freeze empties the log, then logs the superblock so that orphans are freed after a crash
+    if done.superblock_only:
+        return done.reader, tables.FROZEN
+    damage.add(
+        "journal-replayed",
+        "changes of the log are applied in memory, the image itself is unchanged",
+        count=done.items,
+    )
+    if done.unfinished:
+        text = (
+            "operations of the log were begun and not ended; a kernel would complete them, what they "
+            "free is still shown as it was"
+        )
+        damage.add("not-replayed", text, count=done.unfinished)
+    return done.reader, tables.RECOVERED

@@ -23,8 +23,8 @@ from virt_bmap.formats.images.qcow2.clusters import (
     PACKED,
     RESERVED,
     ZERO_IN_PLACE,
+    ClusterPieces,
     L2Tables,
-    Pieces,
 )
 from virt_bmap.formats.images.qcow2.header import Header
 from virt_bmap.formats.images.qcow2.refcounts import Uses
@@ -159,17 +159,19 @@ def own_l2_tables(draft: Draft, head: Header, l2: L2Tables, uses: Uses) -> None:
     uses.add(l2.offset, np.full(len(l2.offset), head.cluster), l2.uses)
 
 
-def read_clusters(image: Reader, head: Header, l2: L2Tables, draft: Draft) -> tuple[Pieces, Pieces]:
+def read_clusters(
+    image: Reader, head: Header, l2: L2Tables, draft: Draft
+) -> tuple[ClusterPieces, ClusterPieces]:
     """(what guest bytes are where, which host clusters are held), of all L2 tables."""
     batches = list(clusters.pieces(image, head, l2, draft))
 
-    def join(side: int) -> Pieces:
-        return stack(Pieces, [batch[side] for batch in batches])
+    def join(side: int) -> ClusterPieces:
+        return stack(ClusterPieces, [batch[side] for batch in batches])
 
     return _packed_cut(join(0)), join(1)
 
 
-def _packed_cut(found: Pieces) -> Pieces:
+def _packed_cut(found: ClusterPieces) -> ClusterPieces:
     """Compressed clusters cut where the next one begins: their length is stored in sectors only, and they are
     packed without gaps."""
     packed = np.flatnonzero(found.kind == PACKED)
@@ -179,10 +181,10 @@ def _packed_cut(found: Pieces) -> Pieces:
     behind = np.append(start[1:], np.iinfo(np.int64).max)[np.searchsorted(start, found.host[packed])]
     stored = found.stored.copy()
     stored[packed] = np.minimum(stored[packed], behind - found.host[packed])
-    return Pieces(found.guest, found.host, found.length, stored, found.kind, found.table)
+    return ClusterPieces(found.guest, found.host, found.length, stored, found.kind, found.table)
 
 
-def place_current(draft: Draft, head: Header, known: Pieces) -> None:
+def place_current(draft: Draft, head: Header, known: ClusterPieces) -> None:
     """Where the disk lies now, and what of the clusters is kept without being in use; behind the disk's end
     lies the VM state."""
     state = known.guest >= -(-head.size // head.cluster) * head.cluster
@@ -200,7 +202,9 @@ def place_current(draft: Draft, head: Header, known: Pieces) -> None:
     draft.place(mine.guest, mine.host, mine.length, role, file, mine.stored)
 
 
-def own_snapshot_data(draft: Draft, head: Header, l2: L2Tables, known: Pieces, held: Pieces) -> None:
+def own_snapshot_data(
+    draft: Draft, head: Header, l2: L2Tables, known: ClusterPieces, held: ClusterPieces
+) -> None:
     """Clusters that the current state does not hold, by the snapshot that does; where several do, that is
     said."""
     current = l2.first[held.table] == 0
@@ -216,7 +220,7 @@ def own_snapshot_data(draft: Draft, head: Header, l2: L2Tables, known: Pieces, h
 
 
 def _own_by_snapshot(
-    draft: Draft, head: Header, what: str, theirs: Pieces, first: Int, last: Int, mine: Pieces
+    draft: Draft, head: Header, what: str, theirs: ClusterPieces, first: Int, last: Int, mine: ClusterPieces
 ) -> None:
     """Ranges held by snapshots but not by the current state.
 

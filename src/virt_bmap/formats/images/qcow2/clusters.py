@@ -44,7 +44,7 @@ class L2Tables(NamedTuple):
     last: Int
 
 
-class Pieces(NamedTuple):
+class ClusterPieces(NamedTuple):
     """Runs of guest bytes [guest, +length) of one kind, at `host` (-1: nowhere) in `stored` bytes; `table` is
     a position in L2Tables."""
 
@@ -55,7 +55,7 @@ class Pieces(NamedTuple):
     kind: Int
     table: Int
 
-    def take(self, keep: Bool | Int) -> "Pieces":
+    def take(self, keep: Bool | Int) -> "ClusterPieces":
         return take(self, keep)
 
 
@@ -90,7 +90,9 @@ def read_l2_tables(image: Reader, header: Header, draft: Draft) -> L2Tables:
     )
 
 
-def pieces(image: Reader, header: Header, tables: L2Tables, draft: Draft) -> Iterator[tuple[Pieces, Pieces]]:
+def pieces(
+    image: Reader, header: Header, tables: L2Tables, draft: Draft
+) -> Iterator[tuple[ClusterPieces, ClusterPieces]]:
     """For each batch of L2 tables: (what guest bytes are where, which host clusters are held). They differ
     where subclusters are in use."""
     step = max(1, BATCH // header.cluster)
@@ -112,7 +114,7 @@ def pieces(image: Reader, header: Header, tables: L2Tables, draft: Draft) -> Ite
         yield _runs(known), _runs(held)
 
 
-def _entries(header: Header, entry: np.ndarray, guest: Int, table: Int) -> Pieces:
+def _entries(header: Header, entry: np.ndarray, guest: Int, table: Int) -> ClusterPieces:
     """Standard L2 entries; with subclusters the bit "all zeros" has no meaning."""
     packed = (entry & np.uint64(COMPRESSED)) != 0
     bits = 62 - (header.cluster_bits - 8)
@@ -126,10 +128,10 @@ def _entries(header: Header, entry: np.ndarray, guest: Int, table: Int) -> Piece
     host = np.where(packed, at, np.where(nowhere, -1, offset))
     length = np.full(len(entry), header.cluster, np.int64)
     stored = np.where(packed, (sectors + 1) * SECTOR - at % SECTOR, length)
-    return Pieces(guest, host, length, stored, kind, table)
+    return ClusterPieces(guest, host, length, stored, kind, table)
 
 
-def _wrong(image: Reader, header: Header, found: Pieces, place: Int, draft: Draft) -> Bool:
+def _wrong(image: Reader, header: Header, found: ClusterPieces, place: Int, draft: Draft) -> Bool:
     """Entries that lead nowhere, reported: between clusters, or behind the end of the file."""
     plain = found.kind != PACKED
     between = plain & (found.host >= 0) & (found.host % header.cluster != 0)
@@ -150,7 +152,7 @@ def _any(*flags: Bool) -> Bool:
     return found
 
 
-def _subclusters(header: Header, found: Pieces, bitmap: np.ndarray) -> Pieces:
+def _subclusters(header: Header, found: ClusterPieces, bitmap: np.ndarray) -> ClusterPieces:
     """Each cluster that is not compressed as its 32 subclusters; what falls through to the backing file is
     left out."""
     packed = found.kind == PACKED
@@ -165,16 +167,18 @@ def _subclusters(header: Header, found: Pieces, bitmap: np.ndarray) -> Pieces:
     host = np.where(there, split.host[row] + nth * size, -1)
     length = np.full(len(row), size, np.int64)
     keep = there | (kind == NOWHERE)
-    cut = Pieces(split.guest[row] + nth * size, host, length, length, kind, split.table[row]).take(keep)
-    merged = stack(Pieces, [cut, found.take(packed)])
+    cut = ClusterPieces(split.guest[row] + nth * size, host, length, length, kind, split.table[row]).take(
+        keep
+    )
+    merged = stack(ClusterPieces, [cut, found.take(packed)])
     return merged.take(np.lexsort((merged.guest, merged.table)))
 
 
-def _runs(found: Pieces) -> Pieces:
+def _runs(found: ClusterPieces) -> ClusterPieces:
     """Neighbours of one table and kind that continue each other on both sides, made one; compressed clusters
     stay alone."""
     if len(found.guest) == 0:
-        return Pieces(EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
+        return ClusterPieces(EMPTY, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
     end = found.guest + found.length
     follows = (found.host[1:] == found.host[:-1] + found.length[:-1]) | (
         (found.host[1:] < 0) & (found.host[:-1] < 0)
@@ -188,6 +192,6 @@ def _runs(found: Pieces) -> Pieces:
     last = np.append(first[1:], len(end)) - 1
     one = found.take(first)
     length = end[last] - one.guest
-    return Pieces(
+    return ClusterPieces(
         one.guest, one.host, length, np.where(one.kind == PACKED, one.stored, length), one.kind, one.table
     )

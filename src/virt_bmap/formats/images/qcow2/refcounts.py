@@ -41,7 +41,7 @@ class Uses:
         return start, end, times
 
 
-class Verdict(NamedTuple):
+class Balance(NamedTuple):
     """Ranges of the file: free (count 0, no reference), leaked (counted, no reference), too low and too high
     a count."""
 
@@ -107,7 +107,7 @@ def decode(blocks: np.ndarray, bits: int) -> Int:
     return np.minimum(wide, np.uint64(1 << 62)).astype(np.int64)
 
 
-def compare(uses: Uses, counted: tuple[Int, Int, Int], size: int) -> Verdict:
+def compare(uses: Uses, counted: tuple[Int, Int, Int], size: int) -> Balance:
     """What the allocator says against what there is, over the `size` bytes of the file.
 
     Both are cut at each other's ends, and summed up piece by piece; clusters of 1:
@@ -129,7 +129,7 @@ def compare(uses: Uses, counted: tuple[Int, Int, Int], size: int) -> Verdict:
     def where(flags: np.ndarray) -> Ranges:
         return union(left[flags], right[flags])
 
-    return Verdict(
+    return Balance(
         where((need == 0) & (have == 0)),
         where((need == 0) & (have > 0)),
         where(need > have),

@@ -57,7 +57,7 @@ VMK = struct(28, [(0, "guid", "V16"), (26, "protection", "<u2")])
 VALIDATION = struct(8, [(0, "size", "<u2"), (2, "version", "<u2"), (4, "fve_crc32", "<u4")])
 
 
-class Entry(NamedTuple):
+class FveEntry(NamedTuple):
     """An entry of the metadata: what it is for (`type`), what it holds (`value`), and its bytes behind the
     header."""
 
@@ -72,7 +72,7 @@ class MasterKey(NamedTuple):
 
     guid: str
     protection: int
-    entries: tuple[Entry, ...]
+    entries: tuple[FveEntry, ...]
 
 
 @dataclass
@@ -216,7 +216,7 @@ def _header(reader: Reader, data: bytes, at: int, sector: int) -> Header:
     return header
 
 
-def entries(data: bytes, at: int) -> Iterator[Entry]:
+def entries(data: bytes, at: int) -> Iterator[FveEntry]:
     """The entries one behind the other, up to the first of size 0.
 
     `at` is for messages: the byte where they, or what holds them, begin.
@@ -231,5 +231,5 @@ def entries(data: bytes, at: int) -> Iterator[Entry]:
             raise Corrupt(
                 f"an entry of the FVE metadata at byte {at:#x} says it has {size} bytes", at, "superblock"
             )
-        yield Entry(int(head["type"]), int(head["value"]), data[done + ENTRY.itemsize : done + size])
+        yield FveEntry(int(head["type"]), int(head["value"]), data[done + ENTRY.itemsize : done + size])
         done += size

@@ -7,26 +7,19 @@ Sources: cryptsetup docs/on-disk-format-luks1 and -luks2; kernel drivers/md/dm-c
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
-from virt_bmap.core.arrays import complement, ints
-from virt_bmap.core.errors import Unsupported
-from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.core.reader import BytesReader, Reader
-from virt_bmap.formats.common.cipher import IV_SECTOR, DecryptedReader, Sectors, Window, WindowsReader
 from virt_bmap.formats.volumes.luks.header import (
     LUKS_MAGIC,
     SECONDARY_MAGIC,
     SECONDARY_OFFSETS,
-    Header,
-    Segment,
     read_header,
 )
+from virt_bmap.formats.volumes.luks.opened import add_areas, open_volume
 from virt_bmap.formats.volumes.luks.unlock import volume_keys
-from virt_bmap.model.contract import Assembly, Checks, Child, Docs, Member, VolumeFormat
-from virt_bmap.model.tables import CONTENT, ENCRYPTED, FREE, METADATA, ExtentRows
+from virt_bmap.model.contract import Assembly, Checks, Docs, Member, VolumeFormat
 
 NAME = "crypto_LUKS"
 FEATURES = (
@@ -79,13 +72,13 @@ def assemble(members: Sequence[Member]) -> Assembly:
     ciphers = dict.fromkeys(segment.cipher or "not encrypted" for segment in header.segments)
     about.detail = f"LUKS{header.version}, {', '.join(ciphers)}, {len(header.slots)} key slots"
     if detached is None:
-        _add_areas(about.extents, member, header)
+        add_areas(about.extents, member, header)
     else:
         about.detail += ", detached header"
     if header.segments:
         secrets = member.keys.for_volume(member.name, header.uuid)
         keys, refused = volume_keys(source, header, secrets) if secrets else ({}, [])
-        _open(
+        open_volume(
             assembly,
             member,
             header,
@@ -93,76 +86,6 @@ def assemble(members: Sequence[Member]) -> Assembly:
             ("; ".join(refused) or "none of the given keys opens it") if secrets else "",
         )
     return assembly
-
-
-def _add_areas(rows: ExtentRows, member: Member, header: Header) -> None:
-    """Rows of the headers and key slots; what is reserved for slots and not in use is free."""
-    size = member.reader.size
-    starts = ints([start for _, start, _ in header.areas])
-    ends = ints([start + length for _, start, length in header.areas])
-    for part, start, length in header.areas:
-        rows.add(METADATA, start, max(0, min(length, size - start)), part=part)
-    payload = min((segment.offset for segment in header.segments), default=size)
-    for start, length in header.free:
-        low, high = complement(starts, ends, start, min(start + length, payload, size))
-        rows.add(FREE, low, high - low)
-
-
-def _open(assembly: Assembly, member: Member, header: Header, keys: dict[str, bytes], failed: str) -> None:
-    """Add the opened volume; without its keys the ciphertext is one piece, and `failed` says why none of
-    those tried fits."""
-    about = assembly.about(member)
-    try:
-        parts = [(segment, _cipher(segment, keys)) for segment in header.segments]
-    except Unsupported as error:
-        about.damage.refuse(error)
-        parts = []
-    if not parts or any(segment.cipher and cipher is None for segment, cipher in parts):
-        if failed:
-            slot = min((slot.offset for slot in header.slots), default=-1)
-            where = (
-                f" ({len(header.slots)} key slots, the first at byte {slot:#x})"
-                if header.slots
-                else " (there is no key slot)"
-            )
-            about.damage.say("no-key", failed + where, slot)
-        for segment in header.segments:
-            flags = ENCRYPTED if segment.cipher else 0
-            about.extents.add(CONTENT, segment.offset, segment.size, part="encrypted", flags=flags)
-        return
-    rows = Rows.of([
-        Row(segment.start, member.number, segment.offset, segment.size)
-        for segment in header.segments
-        if segment.size
-    ])  # fmt: skip
-    size = sum(segment.size for segment in header.segments)
-    assembly.add(Child(
-        "crypt", f"/dev/mapper/luks-{header.uuid}", size, rows, uuid=header.uuid, label=header.label or None,
-        detail=", ".join(dict.fromkeys(segment.cipher or "not encrypted" for segment in header.segments)),
-        open=partial(_reader, parts=parts),
-    ))  # fmt: skip
-
-
-def _cipher(segment: Segment, keys: dict[str, bytes]) -> Sectors | None:
-    """What decrypts a segment; None where it is plain, or where its key is not known."""
-    if segment.cipher is None or segment.name not in keys:
-        return None
-    return Sectors(segment.cipher, keys[segment.name], segment.sector)
-
-
-def _reader(base: Reader, parts: list[tuple[Segment, Sectors | None]]) -> Reader:
-    """One cipher over all, or, in the middle of a reencryption, several segments, each with a cipher of its
-    own or none."""
-    (segment, cipher), *more = parts
-    if not more and cipher:
-        return DecryptedReader(base, cipher, segment.tweak)
-    # a cipher numbers sectors from its segment's start: with the start taken off the tweak, one reader over
-    # all serves it
-    return WindowsReader(base, [
-        Window(segment.start, segment.start + segment.size,
-               DecryptedReader(base, cipher, segment.tweak - segment.start // IV_SECTOR) if cipher else base)
-        for segment, cipher in parts
-    ])  # fmt: skip
 
 
 FORMAT = VolumeFormat(

@@ -63,7 +63,7 @@ def sound(data: np.ndarray, salt: int) -> np.ndarray:
     return good
 
 
-class Entries(NamedTuple):
+class TreeEntries(NamedTuple):
     """Leaf entries of some trees: `tree` is the position of the root asked for; `values` has shape (n,
     value_size) in bytes."""
 
@@ -111,8 +111,8 @@ class Store:
         return inside
 
     def walk(
-        self, part: str, roots: Int, value_size: int, pack: Callable[[Entries], Entries] | None = None
-    ) -> Entries:
+        self, part: str, roots: Int, value_size: int, pack: Callable[[TreeEntries], TreeEntries] | None = None
+    ) -> TreeEntries:
         """All leaf entries of the trees with these roots, in no certain order.
 
         A step follows all trees down one level. A visit is a pair (tree, node), as one number:
@@ -127,7 +127,9 @@ class Store:
         `pack`, where given, makes the entries of nodes fewer before they are told of each tree.
         """
         pack = pack or (lambda entries: entries)
-        found: list[Entries] = [pack(Entries(ints([]), ints([]), np.zeros((0, value_size), np.uint8)))]
+        found: list[TreeEntries] = [
+            pack(TreeEntries(ints([]), ints([]), np.zeros((0, value_size), np.uint8)))
+        ]
         tree, block = np.arange(len(roots), dtype=np.int64), roots
         seen, shared = np.zeros(0, np.int64), MAX_SHARED
         for _ in range(MAX_DEPTH):
@@ -142,7 +144,7 @@ class Store:
             tree, block = fresh // max(self.blocks, 1), fresh % max(self.blocks, 1)
             if len(block) == 0:
                 return _join(found)
-            children: list[Entries] = []
+            children: list[TreeEntries] = []
             unique, which = np.unique(block, return_inverse=True)
             order = np.argsort(which, kind="stable")
             tree, which = tree[order], which[order]
@@ -160,8 +162,8 @@ class Store:
         return _join(found)
 
     def _nodes(
-        self, part: str, blocks: Int, value_size: int, pack: Callable[[Entries], Entries]
-    ) -> tuple[Entries, Entries]:
+        self, part: str, blocks: Int, value_size: int, pack: Callable[[TreeEntries], TreeEntries]
+    ) -> tuple[TreeEntries, TreeEntries]:
         """The entries of internal nodes and, packed, of leaves among `blocks`; their `tree` is the position
         of the node."""
         data = self.read(blocks, NODE_SALT)
@@ -185,7 +187,7 @@ class Store:
             else:
                 values = _columns(data, row * BLOCK + NODE.itemsize + limit[row] * 8 + step * length, length)
             fits = keys >> np.uint64(63) == 0
-            results.append(Entries(row[fits], keys[fits].astype(np.int64), values[fits]))
+            results.append(TreeEntries(row[fits], keys[fits].astype(np.int64), values[fits]))
         return results[0], pack(results[1])
 
     def array(self, part: str, root: int, size: int, value_size: int = 8) -> np.ndarray:
@@ -270,7 +272,7 @@ class Store:
         return free[:total]
 
 
-def _spread(entries: Entries, tree: Int, which: Int, most: int) -> Entries:
+def _spread(entries: TreeEntries, tree: Int, which: Int, most: int) -> TreeEntries:
     """The entries of nodes for each visit: of `tree` to node number `which`.
 
     Corrupt where visits make more than `most` of them beyond what the nodes hold.
@@ -279,7 +281,7 @@ def _spread(entries: Entries, tree: Int, which: Int, most: int) -> Entries:
     bounded(int((last - first).sum()), len(entries.keys) + most, "entries of nodes that trees share")
     row, step = expand(last - first)
     at = first[row] + step
-    return Entries(tree[row], entries.keys[at], entries.values[at])
+    return TreeEntries(tree[row], entries.keys[at], entries.values[at])
 
 
 def _columns(data: np.ndarray, starts: Int, length: int) -> np.ndarray:
@@ -290,8 +292,8 @@ def _columns(data: np.ndarray, starts: Int, length: int) -> np.ndarray:
     return found
 
 
-def _join(parts: list[Entries]) -> Entries:
+def _join(parts: list[TreeEntries]) -> TreeEntries:
     parts = [part for part in parts if len(part.keys)] or parts[:1]
-    return Entries(
+    return TreeEntries(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in ("tree", "keys", "values"))
     )

@@ -18,7 +18,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.stripes import Place
 from virt_bmap.formats.volumes.lvm.label import SECTOR, Pv
 from virt_bmap.formats.volumes.lvm.text import Section
-from virt_bmap.formats.volumes.lvm.thin import Pool
+from virt_bmap.formats.volumes.lvm.thin import ThinPool
 from virt_bmap.model.contract import Assembly, Child
 from virt_bmap.model.tables import METADATA, ExtentRows
 
@@ -47,7 +47,7 @@ MAX_VOLUMES = 1 << 16
 """Logical volumes of one group."""
 
 
-class Space(NamedTuple):
+class Located(NamedTuple):
     """A place that segments can name: a physical or logical volume.
 
     `place` is its extent 0, `size` what there is, in bytes.
@@ -68,12 +68,12 @@ class Group:
     extent_size: int
     assembly: Assembly
     pvs: list[Pv]
-    physical: dict[str, Space | None] = field(default_factory=dict)
-    logical: dict[str, Space | None] = field(default_factory=dict)
+    physical: dict[str, Located | None] = field(default_factory=dict)
+    logical: dict[str, Located | None] = field(default_factory=dict)
     missing: dict[tuple[bool, str], str] = field(default_factory=dict)
     """(logical?, name) of every volume that is not there, and the id of the disk for want of which it is
     not."""
-    pools: dict[str, tuple[Pool, int]] = field(default_factory=dict)
+    pools: dict[str, tuple[ThinPool, int]] = field(default_factory=dict)
     """Thin pools that were read, with the number of their data volume."""
     devices: dict[tuple[str, int], str] = field(default_factory=dict)
     """Whose the device of that number in a thin pool is."""
@@ -112,7 +112,7 @@ class Group:
             raise Corrupt(f"{key} names {name!r}, which is no volume of the group")
         return True, name
 
-    def space(self, key: str, name: str) -> Space | None:
+    def space(self, key: str, name: str) -> Located | None:
         """The volume that `key` names; None where it is missing."""
         logical, name = self.find(key, name)
         return self.logical[name] if logical else self.physical[name]
@@ -180,7 +180,7 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
         number, reader = pv.member.number, pv.member.reader
         start = section.number("pe_start", high=MAX_BYTES // SECTOR) * SECTOR
         group.readers[number], group.sizes[number] = reader, reader.size
-        group.physical[label] = Space(Place(number, start), reader.size - start)
+        group.physical[label] = Located(Place(number, start), reader.size - start)
         if (end := start + group.bytes(section.number("pe_count", high=MAX_EXTENTS))) > reader.size:
             words = f"its extents end at byte {end:#x}, but it ends at {reader.size:#x}"
             group.assembly.about(pv.member).damage.say("truncated", words, reader.size)

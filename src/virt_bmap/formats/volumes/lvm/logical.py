@@ -15,7 +15,7 @@ from virt_bmap.core.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.core.mapping import COPY, DATA, Rows
 from virt_bmap.formats.common.stripes import Place, bounded
 from virt_bmap.formats.volumes.lvm.cache import Cached, read_cache, read_writecache
-from virt_bmap.formats.volumes.lvm.group import Group, Opener, Space, add_free, in_order, segments_of, span
+from virt_bmap.formats.volumes.lvm.group import Group, Located, Opener, add_free, in_order, segments_of, span
 from virt_bmap.formats.volumes.lvm.label import SECTOR
 from virt_bmap.formats.volumes.lvm.raid import TYPES as RAID_TYPES
 from virt_bmap.formats.volumes.lvm.raid import raid
@@ -133,7 +133,7 @@ def _add(group: Group, name: str, child: Child, inner: bool | None = None) -> Ch
     if inner or (inner is None and "VISIBLE" not in section.words("status")):
         child.contents, child.detail = False, f"{child.detail}; part of another volume"
     number = group.add(child)
-    group.logical[name] = Space(Place(number, 0), child.size)
+    group.logical[name] = Located(Place(number, 0), child.size)
     return child
 
 
@@ -158,7 +158,7 @@ def _say_missing(group: Group, name: str, child: Child, absent: list[str]) -> No
         group.missing[True, name] = ids
 
 
-def _space(group: Group, owner: str, segment: Section, key: str) -> Space:
+def _space(group: Group, owner: str, segment: Section, key: str) -> Located:
     """The volume that a key names, the owner's from now on; Corrupt where it is not there."""
     space = group.space(key, segment.text(key))
     if space is None:
@@ -300,7 +300,7 @@ def _integrity(group: Group, name: str, segment: Section) -> None:
 
 
 def _add_cached(
-    group: Group, name: str, kind: str, origin: Space, found: Cached, data: int, first: int
+    group: Group, name: str, kind: str, origin: Located, found: Cached, data: int, first: int
 ) -> None:
     """The rows: blocks that are only in the cache, copies that it holds, and the origin for all that is not
     in it alone."""

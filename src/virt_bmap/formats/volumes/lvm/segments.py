@@ -11,14 +11,14 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.mapping import Rows
 from virt_bmap.formats.common import stripes
 from virt_bmap.formats.common.stripes import Place
-from virt_bmap.formats.volumes.lvm.group import MAX_EXTENTS, Group, Space, span
+from virt_bmap.formats.volumes.lvm.group import MAX_EXTENTS, Group, Located, span
 from virt_bmap.formats.volumes.lvm.label import SECTOR
 from virt_bmap.formats.volumes.lvm.text import Section
 
 MAX_STRIPES = 512
 """Areas of one segment. LVM stops at 128 stripes and 253 RAID images."""
 
-Area = tuple[Space | None, int]
+Area = tuple[Located | None, int]
 """The physical or logical volume (None where it is missing) and the first byte in it."""
 
 

@@ -13,7 +13,7 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct, widen
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.volumes.lvm.btree import BLOCK, SPACE_MAP_ROOT, Entries, Store, sound
+from virt_bmap.formats.volumes.lvm.btree import BLOCK, SPACE_MAP_ROOT, Store, TreeEntries, sound
 from virt_bmap.formats.volumes.lvm.label import SECTOR
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import NOTE, WARNING
@@ -34,7 +34,7 @@ TIME_BITS = 24
 
 
 @dataclass
-class Pool:
+class ThinPool:
     """A pool's metadata, read.
 
     Columns, by device and virtual block: `count` virtual blocks from `virtual` on of a device lie in pool
@@ -75,14 +75,14 @@ def merged(owner: Int, key: Int, block: Int, count: Int) -> tuple[Int, Int, Int,
     return owner[first], key[first], block[first], np.add.reduceat(count, first) if len(first) else count
 
 
-def _runs(entries: Entries) -> Entries:
+def _runs(entries: TreeEntries) -> TreeEntries:
     """Mappings of single blocks as runs: the value is the first pool block and the number of blocks."""
     block = entries.numbers() >> TIME_BITS
     tree, key, block, count = merged(entries.tree, entries.keys, block, np.ones(len(block), np.int64))
-    return Entries(tree, key, np.column_stack([block, count]).view(np.uint8).reshape(-1, 16))
+    return TreeEntries(tree, key, np.column_stack([block, count]).view(np.uint8).reshape(-1, 16))
 
 
-def read_pool(reader: Reader, data_size: int) -> Pool:
+def read_pool(reader: Reader, data_size: int) -> ThinPool:
     """The metadata of a pool whose data volume has `data_size` bytes.
 
     Raises Corrupt where nothing can be read.
@@ -124,7 +124,7 @@ def read_pool(reader: Reader, data_size: int) -> Pool:
     )
     metadata = _metadata_rows(store, free_metadata, damage, bool(head["held_root"]))
     transaction = int(widen(head["trans_id"], "trans_id"))
-    return Pool(
+    return ThinPool(
         block_size,
         transaction,
         devices,

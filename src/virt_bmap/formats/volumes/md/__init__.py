@@ -16,7 +16,8 @@ from virt_bmap.core.errors import FormatError
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.rebuild import RebuiltReader
 from virt_bmap.formats.common.stripes import bounded
-from virt_bmap.formats.volumes.md.arrays import NAMES, RAID4, RAID5, RAID6, Array, gather, lost, place
+from virt_bmap.formats.volumes.md.about import NAME, REDUNDANCY, describe, refuse, volume_state
+from virt_bmap.formats.volumes.md.arrays import Array, gather, lost, place
 from virt_bmap.formats.volumes.md.superblock import JOURNAL, Superblock, find, read
 from virt_bmap.model.contract import (
     Assembly,
@@ -30,9 +31,8 @@ from virt_bmap.model.contract import (
 )
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import ERROR, NOTE
-from virt_bmap.model.tables import CONTENT, JOURNALED, METADATA
+from virt_bmap.model.tables import JOURNALED
 
-NAME = "linux_raid_member"
 FEATURES = (
     "superblocks 0.90 (both byte orders), 1.0, 1.1, 1.2",
     "linear, RAID0 (both layouts of unequal members), RAID1, RAID4",
@@ -56,7 +56,6 @@ CHECKS = Checks(
     unchecked=("whether copies and parity agree; the write-intent bitmap",),
 )
 FIRST_MINOR = 127
-REDUNDANCY = dict.fromkeys((RAID4, RAID5, RAID6), "they are computed from parity")
 
 
 def probe(reader: Reader) -> bool:
@@ -72,7 +71,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
         try:
             found = read(member)
         except FormatError as error:
-            _refuse(assembly, member, error)
+            refuse(assembly, member, error)
             continue
         groups.setdefault((found.version, found.uuid), []).append(found)
         about = assembly.about(member)
@@ -102,39 +101,19 @@ def _add_array(assembly: Assembly, members: list[Superblock], name: str, strange
         size, rows, parity = place(array)
     except FormatError as error:
         for one in members:
-            _refuse(assembly, one.member, error)
+            refuse(assembly, one.member, error)
         return
     head = array.head
     degraded = parity is not None and not all(array.slots)
     rows, cut = bounded(rows, {one.member.number: one.member.reader.size for one in array.present})
     child = assembly.add(Child(
         "md", name, size, rows, uuid=head.uuid, label=head.name.rpartition(":")[2] or None,
-        detail=_state(array),
+        detail=volume_state(array),
         open=partial(RebuiltReader, stripes=parity) if parity and degraded else None,
         traits=JOURNALED if JOURNAL in head.roles else 0,
     ))  # fmt: skip
-    _describe(assembly, array)
+    describe(assembly, array)
     _check(array, cut, strangers, child.damage)
-
-
-def _state(array: Array) -> str:
-    """Level, members and state in a few words."""
-    head = array.head
-    words = [NAMES[head.level], f"{len(array.present)} of {len(array.slots)} members"]
-    words += [] if head.clean else ["not in sync"]
-    return ", ".join(words)
-
-
-def _describe(assembly: Assembly, array: Array) -> None:
-    """Rows and problems of the members."""
-    for one in array.members:
-        about, size = assembly.about(one.member), one.member.reader.size
-        for part, start, length in one.metadata:
-            about.extents.add(METADATA, start, max(0, min(length, size - start)), part=part)
-        if one not in array.present and one.metadata[-1][0] != "md journal":
-            start = one.data_offset
-            about.extents.add(CONTENT, start, max(0, min(one.data_size or one.size, size - start)), part=NAME)
-        about.damage.take(one.damage)
 
 
 def _check(array: Array, cut: int, strangers: list[str], damage: Damage) -> None:
@@ -151,12 +130,6 @@ def _check(array: Array, cut: int, strangers: list[str], damage: Damage) -> None
         damage.say("missing-member", detail, severity=ERROR if beyond else NOTE)
     if cut:
         damage.say("truncated", f"{cut} of its bytes lie behind the end of their disks")
-
-
-def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
-    about = assembly.about(member)
-    about.damage.refuse(error)
-    about.extents.add(CONTENT, 0, member.reader.size, part=NAME)
 
 
 def _structures() -> Structures:
