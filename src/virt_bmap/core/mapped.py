@@ -32,7 +32,8 @@ class MappedReader(Reader):
         self._holes = ints([start for start, _ in holes]), ints([end for _, end in holes])
         self._whole: bool | None = None
         self._parents = parents
-        self._rows = rows.take(rows.role == DATA)
+        is_data = rows.role == DATA
+        self._rows = rows if is_data.all() else rows.take(is_data)
         self.near = all(parent.near for parent in parents.values())
         self.below = list(parents.values())
 

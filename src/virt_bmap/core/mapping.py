@@ -85,7 +85,10 @@ class Rows:
         """Rows from columns of one length, or numbers, which hold for all rows."""
         columns = (volume, volume_offset, parent, parent_offset, run, count, volume_step, parent_step,
                    run if parent_run is None else parent_run, role)  # fmt: skip
-        rows = max((len(column) for column in columns if isinstance(column, np.ndarray)), default=1)
+        lengths = [len(column) for column in columns if isinstance(column, np.ndarray)]
+        if not lengths:  # one row: nearly every volume of thousands has no more
+            return Rows(*np.array(columns, np.int64).reshape(-1, 1))
+        rows = lengths[0]
         return Rows(*(
             column if isinstance(column, np.ndarray) else np.full(rows, column, np.int64)
             for column in columns
