@@ -87,7 +87,7 @@ def test_a_bitmap_describes_one_part() -> None:
     many = np.arange(1 << 16, dtype=np.int64)
     found = free._bitmaps(np.ones(1 << 16, np.int64), many, (1 << 16) * 16320)
     assert len(found) <= 16320
-    assert any("for several parts" in problem.detail for problem in free.report())
+    assert any("for several parts" in problem.detail for problem in free.damage.problems())
 
 
 def test_an_array_of_what_is_not_there() -> None:

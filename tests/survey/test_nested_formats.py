@@ -437,7 +437,7 @@ def test_formats_that_are_only_named(folder: Path) -> None:
     bmap, _ = opened(outer(folder), "images/a.qed")
     ((severity, detail),) = notes(bmap)
     assert severity == "note"
-    assert "where the bytes of a qed image lie in its file is not read" in detail
+    assert "where the bytes of a qed image lie in its file is not known here" in detail
     assert bmap.volumes.column("type").to_pylist() == ["ext4", "QED image"]
     assert_proven(bmap)
 
