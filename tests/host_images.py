@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from support import assert_proven, mutations, need, run
+from support import assert_proven, need, run
 from virt_bmap.act.sparsify.estimate import host_of
-from virt_bmap.ask.check import check
 from virt_bmap.core.arrays import complement
-from virt_bmap.core.errors import BmapError
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import PACKED, ROLES
 from virt_bmap.model import tables
@@ -205,33 +203,3 @@ def parts(bmap: BlockMap, volume: int = 0) -> dict[str, int]:
     for row in table.to_pylist():
         result[row["part"] or row["kind"]] = result.get(row["part"] or row["kind"], 0) + row["length"]
     return result
-
-
-def fates(image: Path, base: bytes, count: int, seed: int, ranges: list[tuple[int, int]], format: str) -> int:
-    """Map damaged copies: tables that keep the contract, or one of the project's own errors.
-
-    How many were mapped.
-    """
-    done = 0
-    for data in mutations(base, count, seed, ranges):
-        image.write_bytes(data.tobytes())
-        try:
-            bmap = map_disks([str(image)], format=format, host_offsets=True)
-        except BmapError:
-            continue
-        for name in BlockMap.TABLES:
-            tables.check(name, getattr(bmap, name))
-        check(bmap)
-        done += 1
-    return done
-
-
-def metadata_ranges(bmap: BlockMap) -> list[tuple[int, int]]:
-    """Where damage hurts: the beginning of each piece of an image file's metadata."""
-    _, table = bmap.slice_of("extents", 0)
-    found = [
-        (row["volume_offset"], row["volume_offset"] + min(row["length"], 512))
-        for row in table.to_pylist()
-        if row["kind"] == "metadata"
-    ]
-    return [span for span in found if span[1] - span[0] > 4]

@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support import mapped, mutations, need, need_root, run, survives, wait_for_socket
+from support import mapped, need, need_root, run, wait_for_socket
 from virt_bmap.accesses.ranges import parse
 from virt_bmap.act.make import make
-from virt_bmap.ask.explain import explain
 from virt_bmap.ask.hits import grouped_union, hits
 from virt_bmap.core.arrays import union
 from virt_bmap.core.errors import BmapError, MapError, UsageError
@@ -165,22 +164,6 @@ def test_damaged_files_on_fat(tmp_path: Path) -> None:
     assert {row["path"]: row["ranges"] for row in found.objects if row["kind"] == "data"} == expected
     assert len(expected) > 30
     assert set(found.kinds) == {"data", "slack"}
-
-
-def test_damaged_disks_are_explained_without_an_exception(tmp_path: Path) -> None:
-    need("mke2fs", "e2fsprogs")
-    (tmp_path / "tree/d").mkdir(parents=True)
-    for number in range(30):
-        (tmp_path / f"tree/d/f{number}").write_bytes(b"x" * 100 * number)
-    run("mke2fs", "-q", "-t", "ext4", "-O", "inline_data", "-d", tmp_path / "tree", tmp_path / "image", "2M")
-    for data in mutations((tmp_path / "image").read_bytes(), 60, 5, [(1024, 200_000)]):
-        bmap = survives(data)
-        if bmap is None:
-            continue
-        everything = hits(bmap, 1, np.array([0]), np.array([len(data)]))
-        assert everything.size == len(data)
-        for at in range(0, len(data), len(data) // 20):
-            json.dumps(explain(bmap, 1, at))
 
 
 def test_inode_records_that_a_bad_sector_hits(disk: Path, tmp_path: Path) -> None:

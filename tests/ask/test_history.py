@@ -18,12 +18,10 @@ import pytest
 
 from diff_images import fuse_ntfs
 from fat_images import UTF8
-from support import BytesReader, mounted, mutations, need, need_root, run
+from support import mounted, need, need_root, run
 from virt_bmap.ask import history
-from virt_bmap.core.errors import FormatError
 from virt_bmap.model import tables
 from virt_bmap.survey import maps
-from virt_bmap.survey.survey import survey_open
 
 KINDS = ("fat12", "fat16", "fat32", "ntfs", "exfat", "ext2", "btrfs")
 SLEUTHKIT = {"fat12": "fat12", "fat16": "fat16", "fat32": "fat32", "ntfs": "ntfs", "ext2": "ext2"}
@@ -318,28 +316,3 @@ def _same(volume: Volume, image: Path) -> Callable[[dict[str, bytes], list[str]]
     return mounting(
         (lambda: fuse_ntfs(image)) if volume.kind == "ntfs" else lambda: mounted(image, kind="exfat-fuse")
     )
-
-
-def test_damaged_volumes(volume: Volume) -> None:
-    """Tables that keep the contract, or one of the project's own errors, where metadata, living or dead,
-    makes no sense."""
-    data = volume.image.read_bytes()
-    bmap, _ = survey_open([BytesReader(np.frombuffer(data, np.uint8))])
-    kinds = tables.codes(bmap.extents, "kind")
-    owned = tables.integers(bmap.extents, "flags") & tables.INLINE == 0
-    start, length = (tables.integers(bmap.extents, name) for name in ("volume_offset", "length"))
-    hurt = np.flatnonzero(owned & ~np.isin(kinds, (tables.DATA, tables.FREE)) & (start + length <= len(data)))
-    ranges = list(zip(start[hurt].tolist(), (start + length)[hurt].tolist(), strict=True))
-    answers = 0
-    for damaged in mutations(data, 40, 7, ranges):
-        try:
-            bmap, readers = survey_open([BytesReader(damaged)])
-            for number in tables.integers(bmap.filesystems, "volume").tolist():
-                end = readers[number].size
-                found = history.former_owners(bmap, number, readers[number], np.array([0]), np.array([end]))
-                if found is not None:
-                    tables.check("former", found)
-                    answers += found.num_rows > 0
-        except FormatError:
-            continue
-    assert answers >= 10

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from btrfs_images import loops
-from small_images import blank
+from recipes.made import blank
 from support import need, need_root, run
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layers import bottom

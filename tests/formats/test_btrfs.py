@@ -389,36 +389,6 @@ def test_sharing_is_bounded(rich: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert 0 < bmap.names.num_rows < whole.names.num_rows
 
 
-def test_mutations(tmp_path: Path) -> None:
-    """Damage of every kind in trees and superblock: no exception but the project's own, and tables that keep
-    the contract."""
-    (image,) = make(tmp_path, "20M", "-M -n 4096")
-    with mounted_pool([image], tmp_path / "mnt") as where:
-        fill(
-            where,
-            "mkdir d; for i in $(seq 60); do echo $i > d/f$i; done; head -c 300000 /dev/urandom > "
-            "big; btrfs -q subvolume create s",
-        )
-        fill(
-            where,
-            "cp --reflink=always big s/r; btrfs -q subvolume snapshot s t; sync -f .; dd "
-            "if=/dev/urandom of=big bs=4k count=2 seek=3 conv=notrunc",
-        )
-    bmap = support.mapped(image)
-    support.assert_proven(bmap)
-    volume = pool(bmap)
-    rows = rows_of(bmap, volume, kind="metadata")
-    start = np.array([row["volume_offset"] for row in rows])
-    found = bmap.descend(volume, start, start + np.array([row["length"] for row in rows]))
-    ranges = [(0x10000, 0x11000), *zip(found.start.tolist(), found.end.tolist(), strict=True)]
-    read = sum(
-        1
-        for data in support.mutations(image.read_bytes(), 100, 1, ranges)
-        if (found := support.survives(data)) and found.filesystems.num_rows
-    )
-    assert read > 60
-
-
 def test_crc32c() -> None:
     """The examples of RFC 3720, B.4; and long rows, which another implementation takes over where it is
     installed, as the short ones."""

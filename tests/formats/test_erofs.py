@@ -20,10 +20,8 @@ from support import (
     lz4_block,
     mapped,
     mounted,
-    mutations,
     need,
     run,
-    survives,
     tree,
 )
 from virt_bmap.model import tables
@@ -267,14 +265,3 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
         with mounted(image, "ro", kind="erofs") as where:
             paths = {"/" + str(path.relative_to(where)) for path in where.rglob("*")}
             assert paths == set(tree(bmap, 0)) - {"/"}
-
-
-def test_damage(source: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "small"
-    (folder / "sub").mkdir(parents=True)
-    for i in range(12):
-        (folder / "sub" / f"text {i}").write_bytes((source / f"text {i}").read_bytes())
-    for options in (("-zlz4hc", "-C16384"), ("-zlz4", "-Elegacy-compress"), ("--chunksize=4096",)):
-        image = build(folder, tmp_path / "image", *options).read_bytes()
-        for data in mutations(image, 40, 51, [(1024, 1024 + 128), (1024, min(len(image), 12288))]):
-            survives(data)

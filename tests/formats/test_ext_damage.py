@@ -1,7 +1,6 @@
 """Damaged ext filesystems: backups are used, problems are named, and thousands of mutations end in tables or
 a clear refusal."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 import ext_images
 from ext_images import Flavour
-from support import BytesReader, assert_proven, mapped, mutations, need, run, survives, tree
+from support import BytesReader, mapped, need, run, tree
 from virt_bmap.ask.check import check
 from virt_bmap.core.checksums import crc16, crc32c, crc32c_each
 from virt_bmap.formats.filesystems import ext
@@ -133,73 +132,6 @@ def test_flags_of_unused_reserved_inodes_do_no_harm(folder: Path, tmp_path: Path
     after = mapped(image)
     assert after.extents.equals(before.extents)
     assert after.names.equals(before.names)
-
-
-# ---- mutations ---------------------------------------------------------------------------------------------
-
-MUTATED = {
-    "ext4": "-t ext4 -b 1024 -O ^has_journal -N 128",
-    "ext4-inline": "-t ext4 -b 1024 -O inline_data,^metadata_csum,^has_journal -N 128",
-    "ext3": "-t ext3 -b 1024 -O ^resize_inode -J size=1 -N 128",
-    "ext2-groups": "-t ext2 -b 1024 -g 512 -N 256",
-    "bigalloc": "-t ext4 -b 1024 -O bigalloc,^has_journal,^metadata_csum -C 4096 -N 128",
-}
-MUTATIONS = 450
-SECONDS = 2.0
-"""No damaged megabyte may take longer, on a busy machine; the median is some milliseconds."""
-
-
-@pytest.mark.parametrize("kind", MUTATED)
-def test_mutations_end_in_tables_or_a_refusal(tmp_path: Path, kind: str) -> None:
-    """Flipped bits, words and sectors in the metadata: never an exception of another kind, never long."""
-    need("mke2fs", "e2fsprogs")
-    root = tmp_path / "tree"
-    (root / "d" / "e").mkdir(parents=True)
-    for i in range(30):
-        (root / "d" / f"file {i}").write_bytes(b"x" * (i * 50))
-    (root / "d" / "e" / "large").write_bytes(bytes(range(256)) * 1200)
-    (root / "link").symlink_to("t" * 70)
-    data = data_of(root, tmp_path, MUTATED[kind], "2560K")
-    found = survey([BytesReader(data)])
-    assert_proven(found)
-    starts, ends = tables.integers(found.extents, "volume_offset"), tables.integers(found.extents, "length")
-    mine = np.isin(
-        tables.codes(found.extents, "kind"),
-        (tables.METADATA, tables.DIRECTORY, tables.TREE, tables.XATTR, tables.BOOT),
-    )
-    ranges = [
-        (low, low + length)
-        for low, length in zip(starts[mine].tolist(), ends[mine].tolist(), strict=True)
-        if length >= 64
-    ]
-    ranges += [(1024, 1024 + 512), (2048, 2048 + 512)] * 3
-    maps = 0
-    for number, damaged in enumerate(
-        mutations(data.tobytes(), MUTATIONS, seed=number_of(kind), ranges=ranges)
-    ):
-        before = time.process_time()
-        maps += survives(damaged) is not None
-        assert time.process_time() - before < SECONDS, (kind, number)
-    assert maps > MUTATIONS // 2
-
-
-def number_of(kind: str) -> int:
-    """A seed for each kind."""
-    return list(MUTATED).index(kind)
-
-
-def test_mutated_journals_replay_or_not(tmp_path: Path) -> None:
-    """Damage inside a journal that needs to be replayed."""
-    from test_ext_aged import crash
-
-    need("mke2fs", "e2fsprogs")
-    image = crash(tmp_path, "-t ext4 -b 1024 -J size=1", "")[0]
-    data = np.fromfile(image, np.uint8)
-    bmap = survey([BytesReader(data)])
-    part = bmap.extents.column("part").to_pylist()
-    at = tables.integers(bmap.extents, "volume_offset")[part.index("journal")]
-    for damaged in mutations(data.tobytes(), 60, seed=9, ranges=[(int(at), int(at) + 200_000)]):
-        survives(damaged)
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------

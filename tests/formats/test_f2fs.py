@@ -21,10 +21,8 @@ from support import (
     file_extents,
     lz4_block,
     mapped,
-    mutations,
     need,
     run,
-    survives,
     tree,
 )
 from virt_bmap.core import checksums
@@ -443,55 +441,6 @@ def test_damaged_nodes_are_named_and_the_rest_is_read(small: bytes) -> None:
     assert "outside" in codes(changed(small, at + 500, b"\xf0\xff\xff\xff"))
     assert "tree" in codes(changed(small, at + 4052, struct.pack("<I", 4)))
     assert "two-owners" in codes(changed(small, at + 500, small[at + 504 : at + 508]))
-
-
-def test_damage(small: bytes) -> None:
-    bmap = survey([BytesReader(np.frombuffer(small, np.uint8))])
-    where = {"superblock", "checkpoint pack 1", "checkpoint pack 2", "SIT", "NAT", "inode", "direct node"}
-    rows = [row for row in bmap.extents.to_pylist() if row["part"] in where or row["kind"] == "directory"]
-    ranges = [
-        (row["volume_offset"], row["volume_offset"] + min(row["length"], 16384))
-        for row in rows
-        if not row["flags"] & tables.INLINE
-    ]
-    for data in mutations(small, 40, 53, ranges):
-        survives(data)
-
-
-def test_damage_behind_right_checksums(small: bytes) -> None:
-    """Hostile superblocks and checkpoints, their checksums made to fit."""
-    random_ = np.random.default_rng(11)
-    super_ = np.frombuffer(small, ondisk.SUPERBLOCK, 1, 1024)[0]
-    cp = int(super_["cp_blkaddr"]) * 4096
-    for _ in range(40):
-        data = np.frombuffer(small, np.uint8).copy()
-        base, limit, end = [
-            (1024, 124, 3068),
-            (4096 + 1024, 124, 3068),
-            (cp, 192, 4092),
-            (cp + 2 * MIB, 192, 4092),
-        ][int(random_.integers(4))]
-        for _ in range(int(random_.integers(1, 4))):
-            at = base + int(random_.integers(8, limit)) & ~3
-            word = int(
-                random_.choice(
-                    [
-                        0,
-                        1,
-                        2,
-                        0x7FFFFFFF,
-                        0xFFFFFFFF,
-                        0xFFFF,
-                        512,
-                        int(random_.integers(2**32)),
-                        int(random_.integers(9999)),
-                    ]
-                )
-            )
-            data[at : at + 4] = np.frombuffer(struct.pack("<I", word), np.uint8)
-        value = ondisk.crc(data[base : base + end].tobytes())
-        data[base + end : base + end + 4] = np.frombuffer(struct.pack("<I", value), np.uint8)
-        survives(data)
 
 
 def test_the_checksum_of_many_records_is_that_of_zlib() -> None:

@@ -15,7 +15,6 @@ from support import (
     content,
     file_extents,
     mapped,
-    mutations,
     need,
     run,
     survives,
@@ -465,20 +464,6 @@ def test_a_root_directory_that_is_nowhere(tmp_path):
         bmap = survives(data)
         assert codes(bmap, "error") == {"extents"}
         assert "unowned" in codes(bmap)
-
-
-@pytest.mark.parametrize("flavour", ["fat12-floppy", "fat16", "fat32-reserved"])
-def test_damage_never_stops_the_reader(flavour, tmp_path):
-    image = make(tmp_path, flavour)
-    fill(image, tmp_path)
-    data = image.read_bytes()
-    end = max(
-        row["volume_offset"] + row["length"]
-        for row in mapped(image).extents.to_pylist()
-        if row["kind"] == "directory"
-    )
-    for mutated in mutations(data, 60, 7, [(0, 512), (512, end), (512, 65536)]):
-        survives(mutated)
 
 
 # ---- real volumes ------------------------------------------------------------------------------------------

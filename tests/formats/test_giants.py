@@ -18,7 +18,9 @@ from tools.fuzz.disk import scratch
 from tools.fuzz.images import Image
 from tools.fuzz.seeds import Seed
 
-import small_images
+import recipes
+from recipes.made import blank
+from recipes.volumes import LINEAR, write_lvm_text
 from support import need, run
 from virt_bmap.ask.check import PROVEN, check
 from virt_bmap.core.errors import BmapError
@@ -93,22 +95,15 @@ def work() -> Iterator[Path]:
         yield Path(folder)
 
 
-FAMILIES = sorted({name.split("-")[0] for name in small_images.RECIPES} - {"luks1", "luks2", "bitlocker"})
-"""What is encrypted is not read without its key."""
+FAMILIES = {name.split("-")[0]: name for name in reversed(recipes.RECIPES)}
+"""The first recipe of each format."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_growing_costs_nothing(family: str, tmp_path: Path, work: Path) -> None:
     try:
-        paths = tuple(
-            small_images.make(
-                family
-                if family in small_images.RECIPES
-                else next(name for name in small_images.RECIPES if name.startswith(family)),
-                tmp_path,
-            )
-        )
-    except small_images.Left as reason:
+        paths = tuple(recipes.make(FAMILIES[family], tmp_path).disks)
+    except recipes.Left as reason:
         pytest.skip(str(reason))
     image = Image(Seed(family, paths, paths[0].suffix != ".img"), work)
 
@@ -149,13 +144,13 @@ def patched(path: Path, size: int, *fields: tuple[int, str, int]) -> Path:
 
 def fat32(folder: Path) -> Path:
     """2^28 clusters, their FAT of 1 GiB in a hole."""
-    (path,) = small_images.make("fat32", folder)
+    (path,) = recipes.make("fat32", folder).disks
     return patched(path, 1 << 42, (0x0D, "B", 16), (0x20, "<I", 0xFFFFFFFF), (0x24, "<I", 1 << 21))
 
 
 def exfat(folder: Path) -> Path:
     """2^32 clusters, their FAT of 16 GiB in a hole."""
-    (path,) = small_images.make("exfat", folder)
+    (path,) = recipes.make("exfat", folder).disks
     return patched(
         path,
         1 << 45,
@@ -168,12 +163,12 @@ def exfat(folder: Path) -> Path:
 
 def vdi(folder: Path) -> Path:
     """12 M blocks, whose pointers are zeroes: all of them the first."""
-    (path,) = small_images.make("vdi", folder)
+    (path,) = recipes.make("vdi", folder).disks
     return patched(path, 1 << 32, (0x170, "<Q", 12 << 40), (0x180, "<I", 12 << 20))
 
 
 def vhd(folder: Path) -> Path:
-    (path,) = small_images.make("vhd", folder)
+    (path,) = recipes.make("vhd", folder).disks
     return patched(path, 1 << 32, (512 + 28, ">I", 15 << 20))
 
 
@@ -184,7 +179,7 @@ TABLES = {"fat32": fat32, "exfat": exfat, "vdi": vdi, "vhd": vhd}
 def test_tables_in_holes_cost_nothing(name: str, work: Path) -> None:
     try:
         path = str(TABLES[name](work))
-    except small_images.Left as reason:
+    except recipes.Left as reason:
         pytest.skip(str(reason))
 
     def mapped() -> str:
@@ -203,16 +198,15 @@ def test_tables_in_holes_cost_nothing(name: str, work: Path) -> None:
 def test_one_extent_is_no_thousand_filesystems(tmp_path: Path) -> None:
     """Volumes of one text that all lie on the same extents are not read again and again."""
     try:
-        (disk,) = small_images.make("lvm-thin", tmp_path)
-    except small_images.Left as reason:
+        (disk,) = recipes.make("lvm-thin", tmp_path).disks
+    except recipes.Left as reason:
         pytest.skip(str(reason))
     text = disk.read_bytes()[4096 + 512 :].split(b"\0")[0].decode()
     volumes = [
-        small_images.LINEAR.format(name=f"lv{n}", id=f"{n:032d}", visible=', "VISIBLE"', count=4, at=0)
-        for n in range(300)
+        LINEAR.format(name=f"lv{n}", id=f"{n:032d}", visible=', "VISIBLE"', count=4, at=0) for n in range(300)
     ]
     head, _, _ = text.partition("logical_volumes")
-    small_images.write_lvm_text(disk, (head + "logical_volumes {\n" + "\n".join(volumes) + "\n} }").encode())
+    write_lvm_text(disk, (head + "logical_volumes {\n" + "\n".join(volumes) + "\n} }").encode())
     with maps.open_volumes([str(disk)], "raw", False, NO_KEYS, None, NOTHING) as (bmap, _):
         assert bmap.volumes.column("name").to_pylist() == ["/dev/sda", "/dev/my-vg/lv0"]
         assert bmap.problems.column("code").to_pylist().count("two-owners") == 299
@@ -237,7 +231,7 @@ def test_an_honest_giant_in_holes_is_proven(name: str, work: Path) -> None:
     """Most of its tables are zeroes, and the copy has holes there."""
     size, maker, package = GIANTS[name]
     need(maker[0], package)
-    fresh, path = small_images.blank(work / "fresh", size), work / "disk.img"
+    fresh, path = blank(work / "fresh", size), work / "disk.img"
     run(*maker, fresh)
     run("cp", "--sparse=always", fresh, path)
     fresh.unlink()

@@ -9,9 +9,7 @@ import pytest
 
 from host_images import (
     content,
-    fates,
     io,
-    metadata_ranges,
     numbered,
     ours,
     parts,
@@ -299,23 +297,3 @@ def test_every_refcount_width_is_decoded_as_qemu_writes_it():
                 for at in range(0, len(flat), bits // 8)
             ]
         assert refcounts.decode(raw, bits).tolist() == expected
-
-
-# ---- damage ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [("cluster_size=512",), ("cluster_size=4k", "refcount_bits=1"), ("cluster_size=16k", "extended_l2=on")],
-)
-def test_damaged_images(tmp_path, options):
-    image = create(tmp_path / "a.qcow2", *options, size=512 << 10)
-    random_writes(image, 512 << 10, 4096, seed=5, count=12, packed=False)
-    if options[-1] != "refcount_bits=1":
-        run("qemu-img", "snapshot", "-c", "one", image)
-        run("qemu-img", "bitmap", "--add", image, "b0")
-        random_writes(image, 512 << 10, 4096, seed=6, count=6, packed=False)
-    base = image.read_bytes()
-    assert (
-        fates(image, base, 60, 11, metadata_ranges(map_disks([str(image)], host_offsets=True)), "qcow2") > 10
-    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import small_images
+import recipes
 from support import BytesReader, run
 from virt_bmap import cli
 from virt_bmap.ask.check import check
@@ -42,8 +42,8 @@ def sound(bmap: BlockMap) -> BlockMap:
 
 def made(name: str, folder: Path) -> Path:
     try:
-        return small_images.make(name, folder)[0]
-    except small_images.Left as reason:
+        return recipes.make(name, folder).disks[0]
+    except recipes.Left as reason:
         pytest.skip(str(reason))
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import small_images
+import recipes
 from btrfs_images import loops
-from small_images import LINEAR, blank, write_lvm_text
+from recipes.made import blank
+from recipes.volumes import LINEAR, write_lvm_text
 from support import mapped, need, run
 from virt_bmap.model.blockmap import BlockMap
 
@@ -173,7 +174,7 @@ def test_a_volume_is_a_part_of_one_other_only(disk: Disk, how: str) -> None:
 
 
 def test_a_thin_device_is_one_volume(tmp_path: Path) -> None:
-    (image,) = small_images.make("lvm-thin", tmp_path)
+    (image,) = recipes.make("lvm-thin", tmp_path).disks
     assert names(mapped(image))[-2:] == ["t1", "t2"]
     data = image.read_bytes()
     begin = 4096 + 512

@@ -1,7 +1,6 @@
 """md arrays: layouts against the kernel's formulas written out byte by byte, arrays that a kernel made,
 members missing or out of date."""
 
-import contextlib
 import gzip
 import struct
 from collections.abc import Sequence
@@ -18,14 +17,11 @@ from support import (
     assert_proven,
     content,
     mapped,
-    mutations,
     need,
     one_by_one,
     run,
-    survives,
     tree,
 )
-from virt_bmap.core.errors import FormatError
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import COPY
 from virt_bmap.core.reader import Reader
@@ -34,7 +30,6 @@ from virt_bmap.formats.common.rebuild import RebuiltReader, Stripes
 from virt_bmap.formats.common.stripes import Place, Raid10
 from virt_bmap.formats.volumes import md
 from virt_bmap.model import tables
-from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import Assembly, Member
 from virt_bmap.open.raw import RawReader
 from virt_bmap.survey.survey import survey, survey_open
@@ -325,20 +320,6 @@ def test_members_out_of_date_and_doubled_are_named(corpus: Path) -> None:
         "unused-member",
     ]
     assert set(tables.integers(bmap.mappings, "parent").tolist()) == {0}
-
-
-def test_damage_never_escapes(corpus: Path) -> None:
-    folder = corpus / "images/fox-it+dissect.volume/tests/_data/md"
-    readers = [unpacked(folder / f"md-raid5-{number}.bin.gz") for number in (1, 2, 3)]
-    for data in mutations(readers[0].data.tobytes(), 120, 3, [(4096, 4096 + 512), (12288, 12800)]):
-        survives(data)
-        with contextlib.suppress(FormatError):
-            bmap = survey([BytesReader(data), *readers[1:]])
-            for name in BlockMap.TABLES:
-                tables.check(name, getattr(bmap, name))
-    old = unpacked(folder / "md-90-raid1-1.bin.gz")
-    for end in mutations(old.data[-65536:].tobytes(), 60, 4, [(0, 4096)]):
-        survives(np.concatenate([old.data[:-65536], end]))
 
 
 # ---- arrays that a kernel made -----------------------------------------------------------------------------

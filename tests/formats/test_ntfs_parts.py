@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ntfs_images
 from ntfs_images import fuse
-from support import BytesReader, assert_proven, mapped, mutations, need, survives, tree
+from support import BytesReader, assert_proven, mapped, need, tree
 from virt_bmap.core.arrays import bit_runs
 from virt_bmap.formats.filesystems.ntfs.allocator import log_is_clean
 from virt_bmap.formats.filesystems.ntfs.extents import HOLE, decode
@@ -416,14 +416,3 @@ def test_a_truncated_image_is_mapped_as_far_as_it_goes(image: Path) -> None:
     start, length = tables.integers(found.extents, "volume_offset"), tables.integers(found.extents, "length")
     assert int((start + length).max()) <= len(data) - (1 << 20)
     assert "/long" in tree(found, 0)
-
-
-def test_damage_never_breaks_the_reader(image: Path) -> None:
-    data = image.read_bytes()
-    bmap = mapped(image)
-    offsets = tables.integers(bmap.inodes, "record_offset")
-    ranges = [(0, 512)] * 5 + [
-        (at, at + struct.unpack_from("<I", data, at + 0x18)[0]) for at in offsets[:40].tolist()
-    ]
-    for damaged in mutations(data, 120, 7, ranges):
-        survives(damaged)

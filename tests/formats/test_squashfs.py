@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from support import BytesReader, assert_proven, mapped, mounted, mutations, need, run, survives, tree
+from support import BytesReader, assert_proven, mapped, mounted, need, run, tree
 from virt_bmap.formats.filesystems.squashfs.compression import METADATA_SIZE, lzo
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -252,11 +252,3 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
             expected = {line or "/" for line in listed if line == "" or line.startswith("/")}
             if "pathtraversal" not in path and len(expected) > 1:
                 assert set(tree(bmap, 0)) | {"/"} == expected | {"/"}, path
-
-
-def test_damage(source: Path, tmp_path: Path) -> None:
-    for options in (("-b", "16K"), ("-b", "16K", *STORED)):
-        image = build(source / "a", tmp_path / "image", *options).read_bytes()
-        small = [(0, 96), (max(0, len(image) - 6000), len(image))]
-        for data in mutations(image, 60, 41, small):
-            survives(data)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from small_images import blank
+from recipes.made import blank
 from support import BytesReader, need, run
 from virt_bmap.formats.volumes.lvm.cache import read_cache
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from appliance import Step, made
-from support import BytesReader, assert_proven, content, mapped, mutations, need, run, survives, tree
+from support import BytesReader, assert_proven, content, mapped, need, run, survives, tree
 from virt_bmap.formats.filesystems import iso9660, udf
 from virt_bmap.formats.filesystems.udf import bridge, inodes, names
 from virt_bmap.model import tables
@@ -336,33 +336,6 @@ def test_a_kernels_files(filled: Path, name: str) -> None:
     assert free == FILLED[name][2] * int(
         re.search(rb"^freeblocks=(\d+)", run("udfinfo", filled / name), re.MULTILINE)[1]
     )  # type: ignore[index]
-
-
-# ---- damage ------------------------------------------------------------------------------------------------
-
-
-def test_damaged_volumes(discs: dict[str, Path], tmp_path: Path) -> None:
-    """Descriptors, entries, directories: tables that keep the contract, or an error of our own."""
-    image = tmp_path / "x.img"
-    mkudffs(image, "dvdrw", "2.01", 2048)
-    for source, count in ((discs["udf"], 60), (image, 100)):
-        data = source.read_bytes()
-        bmap = survey([BytesReader(np.frombuffer(data, np.uint8))])
-        kinds, start, length = (
-            tables.codes(bmap.extents, "kind"),
-            tables.integers(bmap.extents, "volume_offset"),
-            tables.integers(bmap.extents, "length"),
-        )
-        hurt = np.flatnonzero(np.isin(kinds, (tables.METADATA, tables.DIRECTORY)))
-        ranges = list(zip(start[hurt].tolist(), (start + length)[hurt].tolist(), strict=True))
-        answers = [survives(damaged) for damaged in mutations(data, count, 3, ranges)]
-        assert (
-            sum(
-                answer is not None and "udf" in answer.filesystems.column("type").to_pylist()
-                for answer in answers
-            )
-            > count // 3
-        )
 
 
 def test_corpus(corpus: Path, tmp_path: Path) -> None:

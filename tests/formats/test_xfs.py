@@ -26,11 +26,9 @@ from support import (
     file_extents,
     mapped,
     mounted,
-    mutations,
     need,
     need_root,
     run,
-    survives,
     tree,
 )  # fmt: skip
 from virt_bmap.ask.check import check
@@ -511,23 +509,6 @@ def small(folder: Path) -> bytes:
     with mounted(image) as where:
         xfs_images.populate(where, 10)
     return image.read_bytes()
-
-
-def test_damage_never_raises_and_never_hangs(small: bytes) -> None:
-    bmap = mapped_bytes(small)
-    assert_proven(bmap)
-    kinds, parts = bmap.extents.column("kind").to_pylist(), bmap.extents.column("part").to_pylist()
-    starts, lengths = tables.integers(bmap.extents, "volume_offset"), tables.integers(bmap.extents, "length")
-    metadata = [
-        (int(start), int(start + length))
-        for kind, part, start, length in zip(kinds, parts, starts, lengths, strict=True)
-        if kind in ("metadata", "tree", "directory", "xattr", "symlink") and part != "log" and length >= 8
-    ]
-    found = 0
-    for data in mutations(small, 80, 7, metadata):
-        damaged = survives(data)
-        found += damaged is None or damaged.problems.num_rows > 0
-    assert found > 30
 
 
 def test_a_truncated_volume_is_read_as_far_as_it_goes(small: bytes) -> None:

@@ -20,7 +20,8 @@ from tools.fuzz.disk import Disk, scratch
 from tools.fuzz.images import Image
 from tools.fuzz.seeds import Seed
 
-import small_images
+import recipes
+from recipes.linux import SMALL_XFS
 from support import need, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def seed(name: str, folder: Path) -> Seed:
     try:
-        paths = tuple(small_images.make(name, folder))
-    except small_images.Left as reason:
+        paths = tuple(recipes.make(name, folder).disks)
+    except recipes.Left as reason:
         pytest.skip(str(reason))
     return Seed(name, paths, paths[0].suffix != ".img")
 
@@ -100,7 +101,7 @@ def is_clean(command: list[str], image: Path) -> bool:
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     return (
         subprocess.run(
-            [*command, image], capture_output=True, env={**os.environ, **small_images.SMALL_XFS, "PATH": path}
+            [*command, image], capture_output=True, env={**os.environ, **SMALL_XFS, "PATH": path}
         ).returncode
         == 0
     )
@@ -191,7 +192,7 @@ FAULTS = {
 def campaign(fault: str, folder: Path, mutations: int) -> dict:
     image = folder / "swap.img"
     if not image.exists():
-        (made,) = small_images.make("swap", folder)
+        (made,) = recipes.make("swap", folder).disks
         assert made == image
     script = PATCHED.format(
         root=str(ROOT),
@@ -228,7 +229,7 @@ def test_a_campaign_goes_on_where_it_ended(tmp_path: Path) -> None:
 def test_a_fault_is_made_smaller_and_comes_again(tmp_path: Path) -> None:
     """A fault of a few bytes: what is left of the damage is in them."""
     fault = "    if use.image.disks[0].read(1024, 12) != {!r}: raise ValueError('x')"
-    (image,) = small_images.make("swap", tmp_path)
+    (image,) = recipes.make("swap", tmp_path).disks
     with open(image, "rb") as file:
         file.seek(1024)
         head = file.read(12)

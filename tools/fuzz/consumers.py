@@ -21,6 +21,7 @@ from virt_bmap import cli
 from virt_bmap.act.extract import extract
 from virt_bmap.ask.content import Files, spread
 from virt_bmap.ask.explain import explain, fields_at, history_at
+from virt_bmap.ask.history import former_owners
 from virt_bmap.ask.hits import hits
 from virt_bmap.ask.records import owner_records
 from virt_bmap.commands import locate as locate_command
@@ -33,6 +34,7 @@ from virt_bmap.saved import bmap as text_map
 from virt_bmap.saved import parquet
 
 from .invariants import Broken, assert_answered
+from .seeds import PASSPHRASE
 
 if TYPE_CHECKING:
     from .images import Image
@@ -70,6 +72,7 @@ class Use(NamedTuple):
     def words(self) -> list[str]:
         """The disks on a command line."""
         how = ["--host-offsets"] if self.image.host else ["--format", "raw"]
+        how += ["--key", f"all:key:{PASSPHRASE.decode()}"]
         return [*how, *(word for path in self.image.paths for word in ("-a", path))]
 
     @contextlib.contextmanager
@@ -171,6 +174,16 @@ def files(use: Use) -> None:
                         left -= len(piece)
                         if left <= 0:
                             break
+
+
+def past(use: Use) -> None:
+    """Who had the free bytes."""
+    for volume in use.bmap.filesystems.column("volume").to_pylist():
+        reader = use.readers[volume]
+        with contextlib.suppress(BmapError):
+            found = former_owners(use.bmap, volume, reader, np.array([0]), np.array([reader.size]))
+            if found is not None:
+                tables.check("former", found)
 
 
 def _small(use: Use, volume: int) -> bool:
@@ -329,9 +342,9 @@ def report_command(use: Use) -> None:
 
 CONSUMERS: tuple[tuple[float, Callable[[Use], None]], ...] = (
     (0.5, text), (1, lookup), (0.1, whole_lookup), (0.2, explained), (0.03, explain_command), (0.2, located),
-    (0.3, files), (0.06, extracted), (0.05, cat_command), (0.05, dump_command), (0.1, many_ranges),
-    (0.04, nested), (0.04, saved), (0.02, info_command), (0.02, check_command), (0.02, map_command),
-    (0.04, estimate_command), (0.03, diff_command), (0.01, report_command),
+    (0.3, files), (0.1, past), (0.06, extracted), (0.05, cat_command), (0.05, dump_command),
+    (0.1, many_ranges), (0.04, nested), (0.04, saved), (0.02, info_command), (0.02, check_command),
+    (0.02, map_command), (0.04, estimate_command), (0.03, diff_command), (0.01, report_command),
 )  # fmt: skip
 """(how often, which)"""
 

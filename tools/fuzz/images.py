@@ -11,11 +11,12 @@ import numpy as np
 
 from virt_bmap.ask.check import check
 from virt_bmap.core.errors import BmapError
-from virt_bmap.core.keys import NO_KEYS
+from virt_bmap.core.keys import parse
 from virt_bmap.core.mapping import DATA
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.contract import NOTHING_MORE, Asks
 from virt_bmap.open.host import open_host
 from virt_bmap.survey import maps
 from virt_bmap.survey.nested import NOTHING, Nested
@@ -27,13 +28,14 @@ from .disk import Disk, Patch
 from .invariants import assert_sound
 from .sealing import Sealer, find
 from .sealing.unit import Volume
-from .seeds import Seed
+from .seeds import PASSPHRASE, Seed
 
 WANTED = (tables.METADATA, tables.DIRECTORY, tables.TREE, tables.BOOT, tables.XATTR, tables.SYMLINK)
 RANGES = 4000
 """Of one class: a damaged one more or less says nothing new."""
 SEALED, CUT, GROWN = 0.85, 0.02, 0.12
 """How often checksums are put right, an image loses its end, or is grown."""
+KEYS = parse((), [PASSPHRASE])
 
 
 class Image:
@@ -47,7 +49,7 @@ class Image:
         self.work = work
         with self.opened() as (bmap, _):
             self.problems = bmap.problems.num_rows
-            volumes = _volumes(bmap)
+            volumes = volumes_of(bmap)
             self.classes = _classes(bmap, self.disks)
         self.sealer = Sealer(self.disks, find(self.disks, volumes))
         self.fields = growth.fields(self.disks, bmap, volumes, self.classes)
@@ -57,13 +59,15 @@ class Image:
             disk.close()
 
     @contextlib.contextmanager
-    def opened(self, nested: Nested = NOTHING) -> Iterator[tuple[BlockMap, list[Reader]]]:
+    def opened(
+        self, nested: Nested = NOTHING, asks: Asks = NOTHING_MORE
+    ) -> Iterator[tuple[BlockMap, list[Reader]]]:
         """The map of the disks as they are now, and the readers of its volumes."""
         if self.host:
             with open_host(self.paths, None, False) as host:
-                yield survey_host(host, lambda _: None, NO_KEYS, nested)
+                yield survey_host(host, lambda _: None, KEYS, nested, asks)
         else:
-            with maps.open_volumes(self.paths, "raw", False, NO_KEYS, None, nested) as found:
+            with maps.open_volumes(self.paths, "raw", False, KEYS, None, nested, asks=asks) as found:
                 yield found
 
     def mutate(self, number: int) -> list[str]:
@@ -133,12 +137,15 @@ class Image:
         return result
 
 
-def _volumes(bmap: BlockMap) -> list[Volume]:
-    """Those that lie in one piece on one disk."""
-    found = []
-    for number, (type, size) in enumerate(
-        zip(*(bmap.volumes.column(name).to_pylist() for name in ("type", "size")), strict=True)
-    ):
+def volumes_of(bmap: BlockMap) -> list[Volume]:
+    """Those that lie in one piece on one disk, as they are."""
+    found, encrypted = [], set[int]()
+    for number, row in enumerate(bmap.volumes.to_pylist()):
+        parents = bmap.rows_of(number).parent.tolist()
+        if row["kind"] == "crypt" or encrypted & set(parents):
+            encrypted.add(number)
+            continue
+        type, size = row["type"], row["size"]
         below = bmap.descend(number, np.array([0]), np.array([size]))
         below = below.take((below.role == DATA) & np.isin(below.volume, bmap.disks))
         if type and len(below.start) == 1 and below.length[0] == size:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "tests"
 LIST = "seeds.json"
+PASSPHRASE = b"correct horse battery staple"
+"""Opens what is encrypted among them."""
 
 
 class Seed(NamedTuple):
@@ -35,7 +37,7 @@ def format_of(name: str) -> str:
 def default_folder() -> Path:
     """A folder of temporary files whose name tells this version of the recipes from others."""
     digest = hashlib.sha256()
-    for path in sorted([*RECIPES.glob("*_images.py"), RECIPES / "support.py"]):
+    for path in sorted([*RECIPES.glob("*_images.py"), *RECIPES.glob("recipes/*.py"), RECIPES / "support.py"]):
         digest.update(path.read_bytes())
     return Path(tempfile.gettempdir()) / f"virt-bmap-fuzz-{os.getuid()}" / f"seeds-{digest.hexdigest()[:12]}"
 
@@ -55,15 +57,15 @@ def seeds(folder: Path | None = None) -> tuple[dict[str, Seed], dict[str, str]]:
 def _make(folder: Path) -> None:
     """In a folder beside it that gets its name when all is there: two runs do not meet."""
     sys.path.insert(0, str(RECIPES))
-    small_images = importlib.import_module("small_images")
+    recipes = importlib.import_module("recipes")
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent))
     made, left = {}, {}
     try:
-        for name in small_images.RECIPES:
+        for name in recipes.RECIPES:
             try:
-                made[name] = [path.name for path in small_images.make(name, work)]
-            except small_images.Left as reason:
+                made[name] = [path.name for path in recipes.make(name, work).disks]
+            except recipes.Left as reason:
                 left[name] = str(reason)
         (work / LIST).write_text(json.dumps({"made": made, "left": left}))
         work.chmod(0o700)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from virt_bmap import cli
+from virt_bmap.formats.volumes.luks import unlock
 
 from . import beside
 from .disk import Patch
@@ -27,6 +28,8 @@ MEMORY_LIMIT = 1 << 30
 """Bytes above what the process had before."""
 ADDRESS_SPACE = 6 << 30
 """No fault of ours may take the machine down."""
+QUICK = 1 << 20, 1 << 16
+"""Iterations, and KiB, of which no key's derivation takes long."""
 PACKAGE = "/virt_bmap/"
 FRAMES = 2
 
@@ -89,10 +92,30 @@ def prepare() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    def too_long(*_: object) -> None:
-        raise Hang
+    signal.signal(signal.SIGPROF, _too_long)
+    _hasten(*QUICK)
 
-    signal.signal(signal.SIGPROF, too_long)
+
+def _too_long(*_: object) -> None:
+    raise Hang
+
+
+@contextlib.contextmanager
+def timed() -> Iterator[None]:
+    """For a process that is not only for this: mutations that take too long end as they do in a worker."""
+    before = signal.signal(signal.SIGPROF, _too_long), _hasten(*QUICK)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPROF, before[0])
+        _hasten(*before[1])
+
+
+def _hasten(iterations: int, memory: int) -> tuple[int, int]:
+    """What the derivation of a key may take, which is slow on purpose; the limits that held before."""
+    before = unlock.MAX_ITERATIONS, unlock.MAX_MEMORY
+    vars(unlock).update(MAX_ITERATIONS=iterations, MAX_MEMORY=memory)
+    return before
 
 
 def attempt(subject: Subject, number: int) -> Outcome:

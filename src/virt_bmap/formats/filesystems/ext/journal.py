@@ -55,7 +55,7 @@ JOURNAL_SUPER = struct(1024, [
     (0x030, "s_uuid", "V16"),
     (0x054, "s_num_fc_blks", ">u4"),
 ])  # fmt: skip
-REVOKES, LARGE, ASYNC_COMMIT, CSUM_V2, CSUM_V3, FAST_COMMIT = 1, 2, 4, 8, 16, 32
+LARGE, CSUM_V2, CSUM_V3, FAST_COMMIT = 2, 8, 16, 32
 ESCAPE, SAME_UUID, DELETED, LAST_TAG = 1, 2, 4, 8
 DEFAULT_FC_BLOCKS = 256
 FC_TAG_HEAD = 9

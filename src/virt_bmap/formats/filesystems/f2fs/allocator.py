@@ -37,7 +37,7 @@ from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import NOTE
 
 UMOUNT, ORPHAN_PRESENT, COMPACT_SUM, ERROR, FSCK, FASTBOOT = 0x1, 0x2, 0x4, 0x8, 0x10, 0x20
-CRC_RECOVERY, NOCRC_RECOVERY, LARGE_NAT_BITMAP, DISABLED = 0x40, 0x200, 0x400, 0x1000
+CRC_RECOVERY, NOCRC_RECOVERY, LARGE_NAT_BITMAP = 0x40, 0x200, 0x400
 BITMAPS = 192
 """Where the version bitmaps begin, and the least place of the checksum."""
 SUM_JOURNAL, SUM_JOURNAL_SIZE = 3584, 507

@@ -25,8 +25,6 @@ DENTRY = struct(
     11, [(0, "hash_code", "<u4"), (4, "ino", "<u4"), (8, "name_len", "<u2"), (10, "file_type", "u1")]
 )
 SLOT, NAME_LEN = 8, 255
-SLOTS = 214
-"""Slots of a block."""
 AT_ONCE = 4096
 """Blocks that are taken apart at a time."""
 

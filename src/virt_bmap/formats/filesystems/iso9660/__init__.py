@@ -56,11 +56,6 @@ def probe(reader: Reader) -> bool:
     return reader.read_clipped(FIRST_DESCRIPTOR + 1, 5) == b"CD001" or _is_high_sierra(reader)
 
 
-looks_like_iso9660 = probe
-"""For partition tables: an isohybrid image is both, and libguestfs and blkid take the whole disk for ISO
-9660."""
-
-
 def _is_high_sierra(reader: Reader) -> bool:
     return reader.read_clipped(FIRST_DESCRIPTOR + 9, 5) == b"CDROM"
 

@@ -28,7 +28,7 @@ from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.paths import positions
 
-DIR, REG, SYMLINK, BLKDEV, CHRDEV, FIFO, SOCKET = range(1, 8)
+DIR, REG, SYMLINK, BLKDEV, CHRDEV, _, SOCKET = range(1, 8)
 EXTENDED = 7
 """An extended inode's type is the basic one's plus this."""
 MODES = np.array([0, 0o40000, 0o100000, 0o120000, 0o60000, 0o20000, 0o10000, 0o140000], np.int64)

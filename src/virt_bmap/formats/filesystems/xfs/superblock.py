@@ -39,7 +39,6 @@ class Geometry(NamedTuple):
     agblklog: int
     inopblog: int
     dblocks: int
-    agcount: int
     groups: int
     limit: int
     rootino: int
@@ -48,10 +47,8 @@ class Geometry(NamedTuple):
     meta_uuid: bytes
     label: str
     hidden: dict[int, str]
-    rblocks: int
     logstart: int
     logblocks: int
-    logsunit: int
 
     @property
     def size(self) -> int:
@@ -124,12 +121,11 @@ def read_geometry(reader: Reader) -> Geometry:
         version=version, block_size=block, sector_size=int(sb["sb_sectsize"]),
         inode_size=int(sb["sb_inodesize"]), dirblock_size=block << int(sb["sb_dirblklog"]), agblocks=agblocks,
         agblklog=int(sb["sb_agblklog"]), inopblog=int(sb["sb_inopblog"]), dblocks=dblocks,
-        agcount=int(sb["sb_agcount"]), groups=min(int(sb["sb_agcount"]), -(-limit // (agblocks * block))),
+        groups=min(int(sb["sb_agcount"]), -(-limit // (agblocks * block))),
         limit=limit, rootino=_inode(sb["sb_rootino"]), features=features, uuid=sb["sb_uuid"].tobytes(),
         meta_uuid=sb["sb_meta_uuid" if "metauuid" in features else "sb_uuid"].tobytes(),
         label=bytes(sb["sb_fname"]).split(b"\0")[0].decode(errors="replace"), hidden=_hidden(sb, version),
-        rblocks=int(sb["sb_rblocks"]), logstart=int(sb["sb_logstart"]), logblocks=int(sb["sb_logblocks"]),
-        logsunit=int(sb["sb_logsunit"]),
+        logstart=int(sb["sb_logstart"]), logblocks=int(sb["sb_logblocks"]),
     )  # fmt: skip
 
 

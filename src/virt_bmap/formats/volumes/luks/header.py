@@ -22,7 +22,6 @@ from virt_bmap.model.problems import ERROR, NOTE
 SECTOR = 512
 LUKS_MAGIC, SECONDARY_MAGIC = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
 LUKS_KEY_ENABLED = 0x00AC71F3
-LUKS1_SLOTS = 8
 MAX_STRIPES = 1 << 16
 """Of the anti-forensic split; every tool writes 4000."""
 MAX_HEADER = 4 << 20

@@ -24,7 +24,7 @@ NAMES = {
     RAID10: "raid10",
 }
 OTHERS = {-4: "multipath", -5: "faulty", -100: "container"}
-ORIGINAL_LAYOUT, ALTERNATE_LAYOUT = 1, 2
+ORIGINAL_LAYOUT = 1
 """Of a RAID0 whose members differ in size: how the second and later zones are numbered (kernel commit
 c84a1372df92, Linux 5.4)."""
 
