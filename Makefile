@@ -36,6 +36,7 @@ lint: setup
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/vulture
 
 bench: setup
 	@echo "each script in bench/ prints its figures beside its peer's; see docs/performance.md"

@@ -49,10 +49,10 @@ CRYPT = {0: None, 1: "AES", 2: "LUKS"}
 COMPRESSION_TYPES = {0: "zlib", 1: "zstd"}
 
 EXT_END = 0
+EXT_DATA_FILE = 0x44415441
 EXT_BACKING_FORMAT = 0xE2792ACA
 EXT_BITMAPS = 0x23852875
 EXT_CRYPTO = 0x0537BE77
-EXT_DATA_FILE = 0x44415441
 CRYPTO_HEADER = packing.Struct(">QQ")
 BITMAPS_HEADER = packing.Struct(">IIQQ")
 SNAPSHOT = packing.Struct(">QIHHIIQII")
@@ -108,7 +108,6 @@ class Header:
     compression: str
     extensions_end: int = 0
     backing_format: str | None = None
-    data_file: str | None = None
     crypto: tuple[int, int] = (0, 0)
     bitmap_directory: tuple[int, int, int] = (0, 0, 0)
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -248,8 +247,6 @@ def _read_extensions(image: Reader, header: Header) -> None:
             )
         if kind == EXT_BACKING_FORMAT:
             header.backing_format = body.decode("ascii", "replace")
-        elif kind == EXT_DATA_FILE:
-            header.data_file = body.decode(errors="surrogateescape")
         elif kind == EXT_CRYPTO and size >= CRYPTO_HEADER.size:
             header.crypto = CRYPTO_HEADER.unpack_from(body)
             inside(image, "LUKS header", *header.crypto, image.size, at)
