@@ -149,11 +149,11 @@ def test_rows_that_overlap_or_go_on_become_one():
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch) -> SimpleNamespace:
-    """A disk that only the stand-in understands (its magic says minix), and the plan of what lies on it."""
+    """A disk that only the stand-in understands (its magic says hfs), and the plan of what lies on it."""
     need("nbdkit", "nbdkit")
     chooser = random.Random(3)
     data = bytearray(chooser.randbytes(SIZE))
-    data[1024 + 16 : 1024 + 18] = b"\x7f\x13"
+    data[1024:1026] = b"BD"
     data[510:512] = b"\0\0"
     data[3 << 20 : (3 << 20) + 4096] = bytes(4096)
     image = tmp_path / "disk.img"
@@ -182,7 +182,7 @@ def machine(tmp_path, monkeypatch) -> SimpleNamespace:
         "/broken": {"ino": 26, "size": 5000, "error": "pread: Input/output error"},
         "/same": {"ino": 27, "size": 10_000, "runs": [[0, 1 << 20, 10_240]]},
     }
-    plan = {"type": "minix", "image": str(image), "files": files, "directories": {"/": [800 << 10, 1024]}}
+    plan = {"type": "hfs", "image": str(image), "files": files, "directories": {"/": [800 << 10, 1024]}}
     monkeypatch.setattr(appliance, "GUEST", FAKE)
     monkeypatch.setattr(appliance, "interpreter", lambda: sys.executable)
     monkeypatch.setattr(kvm, "accelerator", lambda: "tcg")
@@ -337,18 +337,16 @@ def test_what_can_not_be_observed_is_said_in_a_line(machine, monkeypatch):
         for name in plan:
             del machine.plan[name]
         assert not (machine.folder / "map.parquet.observed").exists()
-        machine.plan["type"] = "minix"
+        machine.plan["type"] = "hfs"
 
     says(
         "did not start: guestfs_launch failed.*libguestfs-test-tool",
         ImageError,
         launch="guestfs_launch failed. This usually means the",
     )
-    says(
-        "can mount none.*unknown filesystem type", UsageError, mount="mount: unknown filesystem type 'minix'"
-    )
+    says("can mount none.*unknown filesystem type", UsageError, mount="mount: unknown filesystem type 'hfs'")
     says("finds no filesystem", UsageError, filesystems={})
-    says("a device that this map does not have", UsageError, filesystems={"/dev/sdq": "minix"})
+    says("a device that this map does not have", UsageError, filesystems={"/dev/sdq": "hfs"})
     with pytest.raises(UsageError, match="give it a file with -o"):
         cli.run(["map", "--method", "observe", "-o", "-", str(machine.image)])
     with pytest.raises(UsageError, match="needs --method observe"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import btrfs_images
 import ext_images
+import minix_images
 import xfs_images
 from recipes.made import MIB, Made, Recipe, blank, copy, digest, one, plain_tree, seen, tree
 from support import mounted, need, run, sync
@@ -154,6 +155,7 @@ btrfs -q subvolume create sub; echo in > sub/x; head -c 30000 /dev/urandom > sub
 btrfs -q subvolume snapshot sub snap
 dd if=/dev/urandom of=snap/y bs=4k count=1 seek=2 conv=notrunc status=none
 btrfs -q subvolume snapshot -r . a/ro; sync -f .
+head -c 50000 /dev/urandom > gone; sync -f .; rm gone; sync -f .
 echo late > late; sync late
 """
 
@@ -181,6 +183,15 @@ def f2fs(options: str, folder: Path) -> Made:
     return one(image, seen(source) | ({b"/lost+found": None} if "lost_found" in options else {}))
 
 
+def minix(version: str, folder: Path) -> Made:
+    """By hand: see minix_images. Names are as long as they may be in the oldest version."""
+    source = plain_tree(folder)
+    for path in [*source.rglob("*")]:
+        if len(path.name) > 14:
+            path.rename(path.with_name(f"{path.name[:7]}{path.name[-7:]}"))
+    return one(minix_images.make(folder / "disk.img", version, source), seen(source))
+
+
 def swap(folder: Path) -> Made:
     image = blank(folder / "disk.img", MIB)
     run(need("mkswap", "util-linux"), "-L", "a label", image)
@@ -195,5 +206,6 @@ RECIPES: dict[str, Recipe] = {
     "xfs-v4": xfs_v4,
     **{name: partial(btrfs, *how) for name, how in BTRFS.items()},
     **{name: partial(f2fs, how) for name, how in F2FS.items()},
+    **{f"minix-{version}": partial(minix, version) for version in minix_images.VERSIONS},
     "swap": swap,
 }

@@ -60,7 +60,13 @@ def exfat(folder: Path) -> Made:
     image = blank(folder / "disk.img", 6 * MIB)
     run("mkfs.exfat", "-L", "label", image, env=UTF8)
     with mounted(image, kind="exfat-fuse") as top:
-        for path, size in (("a", 0), ("b", 1), ("c", 3000), ("a name of more than fifteen letters", 90_000)):
+        for path, size in (
+            ("fifteen or less", 70),
+            ("a", 0),
+            ("b", 1),
+            ("c", 3000),
+            ("a name of more than fifteen letters", 90_000),
+        ):
             (top / path).write_bytes(os.urandom(size))
         (top / "many").mkdir()
         for number in range(90):

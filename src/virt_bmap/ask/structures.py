@@ -21,7 +21,7 @@ def structure(type: str | None, part: str | None, features: str = "") -> Structu
     found = format.structures() if format else {}
     plain = (part or "").removeprefix("backup ").removeprefix("primary ")
     special = (found.get(f"{plain}, {word}") for word in features.split())
-    return next(filter(None, special), None) or found.get(plain)
+    return next(filter(None, special), None) or found.get(part or "") or found.get(plain)
 
 
 def fields(

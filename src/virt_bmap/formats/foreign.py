@@ -171,15 +171,14 @@ FILESYSTEMS: tuple[Row, ...] = (
     ("hfsplus", (1024, b"H+"), (1026, _be(4, 2))),
     ("hfsplus", (1024, b"HX"), (1026, _be(5, 2))),
     ("hfs", (1024, b"BD")),
-    *_each("minix", (1024 + 16,),
-        tuple(f(m, 2) for m in (0x137F, 0x138F, 0x2468, 0x2478) for f in (_le, _be))),
-    *_each("minix", (1024 + 24,), (_le(0x4D5A, 2), _be(0x4D5A, 2))),
+    *_each("minix", (1024 + 16,), tuple(_be(magic, 2) for magic in (0x137F, 0x138F, 0x2468, 0x2478))),
+    *_each("minix", (1024 + 24,), (_be(0x4D5A, 2),)),
 )  # fmt: skip
 
 HOLDERS = {name for name, *_ in (*ENCRYPTED, *MEMBERS)}
 """Types of what holds volumes, and no files."""
 MOUNTED = {
-    "affs", "befs", "bfs", "efs", "exfs", "hfs", "hfsplus", "hpfs", "jfs", "minix", "nilfs2", "omfs", "qnx4",
+    "affs", "befs", "bfs", "efs", "exfs", "hfs", "hfsplus", "hpfs", "jfs", "nilfs2", "omfs", "qnx4",
     "qnx6", "reiserfs", "romfs", "sysv", "ufs", "zonefs",
 }  # fmt: skip
 """Filesystems that the kernels of most distributions mount."""

@@ -55,6 +55,10 @@ EXT_BACKUPS = tuple(
 """Where ext has its first backup superblock, for blocks of 1, 2 and 4 KiB: its primary one may be wiped."""
 F2FS_MAGIC = b"\x10\x20\xf5\xf2"
 UDF_MAGICS = tuple((0x8001 + 2048 * n, word) for n in range(16) for word in (b"NSR02", b"NSR03"))
+MINIX_MAGICS = (
+    *((1024 + 16, word) for word in (b"\x7f\x13", b"\x8f\x13", b"\x68\x24", b"\x78\x24")),
+    (1024 + 24, b"\x5a\x4d"),
+)
 FILESYSTEMS: tuple[Listed[FilesystemFormat], ...] = (
     Listed("filesystems.ext", ((0x438, b"\x53\xef"),), EXT, disk=True),
     Listed("filesystems.xfs", ((0, b"XFSB"),), ("xfs",), disk=True),
@@ -70,6 +74,7 @@ FILESYSTEMS: tuple[Listed[FilesystemFormat], ...] = (
     Listed("filesystems.squashfs", ((0, b"hsqs"), (0, b"sqsh")), ("squashfs",), disk=True),
     Listed("filesystems.erofs", ((1024, b"\xe2\xe1\xf5\xe0"),), ("erofs",)),
     Listed("filesystems.f2fs", ((1024, F2FS_MAGIC),), ("f2fs",)),
+    Listed("filesystems.minix", MINIX_MAGICS, ("minix",)),
     Listed("filesystems.fat", ((0, b"\xeb"), (0, b"\xe9"), (0, b"\x60"), (510, b"\x55\xaa")), ("vfat",)),
     Listed("filesystems.ext", EXT_BACKUPS, EXT),  # last: these may be leftovers
     Listed("filesystems.f2fs", ((4096 + 1024, F2FS_MAGIC),), ("f2fs",)),  # likewise

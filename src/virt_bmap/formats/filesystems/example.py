@@ -16,10 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import Int, bit_runs, expand, gather
+from virt_bmap.core.arrays import Int, bit_runs, expand, gather, ints
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, struct, widen
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.common.ragged import Ragged
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Checks, Docs, Filesystem, FilesystemFormat
 from virt_bmap.model.damage import Damage
@@ -57,6 +58,9 @@ INODE = struct(64, [
     (32, "count", "<u4", (EXTENTS,)),
 ])  # fmt: skip
 RECORD = 5
+BATCH = 32 << 20
+"""Bytes of directories that are looked at together."""
+NO_BYTES = np.zeros(0, np.uint8)
 TYPE_OF = np.array([tables.T_UNKNOWN, tables.T_FILE, tables.T_DIRECTORY])
 
 
@@ -82,7 +86,9 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
             size=widen(found["size"], "size"), nlink=1, flags=0,
             record_offset=int(superblock["inode_block"]) * BLOCK + (inode - 1) * INODE.itemsize,
         ),
-        names=_names(reader, inode[owner[is_directory]], start[is_directory], length[is_directory]),
+        names=_names(
+            reader, inode[owner[is_directory]], start[is_directory], length[is_directory], damage
+        ),
         extents=rows.table(0),
     )  # fmt: skip
 
@@ -136,32 +142,32 @@ def _extents(superblock: np.void, found: np.ndarray, damage: Damage) -> tuple[In
     return owner, before - np.append(before, 0)[first_of][owner], start, length
 
 
-def _names(reader: Reader, directory: Int, start: Int, length: Int) -> pa.Table:
-    """One cursor for each directory block, all stepped at once: as many steps as the fullest block has
-    records."""
+def _names(reader: Reader, directory: Int, start: Int, length: Int, damage: Damage) -> pa.Table:
+    """The records of all directory blocks, a batch of blocks at a time: one cursor for each block, all
+    stepped at once, as many steps as the fullest block has records."""
     extent, nth = expand(length // BLOCK)
-    parent, data = directory[extent], reader.read_blocks(start[extent] + nth * BLOCK, BLOCK)
-    flat, base = data.reshape(-1), np.arange(len(data)) * BLOCK
-    block, at = np.arange(len(data)), np.zeros(len(data), np.int64)
-    steps: list[tuple[Int, Int, Int, Int]] = []
-    while len(block):
-        head = gather(flat, base[block] + at, np.full(len(block), RECORD)).reshape(-1, RECORD)
-        inode = widen(np.ascontiguousarray(head[:, :4]).view("<u4")[:, 0], "inode")
-        size = head[:, 4].astype(np.int64)
-        good = (inode > 0) & (at + RECORD + size <= BLOCK)
-        block, at, inode, size = block[good], at[good], inode[good], size[good]
-        steps.append((parent[block], inode, base[block] + at + RECORD, size))
-        at = at + RECORD + size
-        more = at + RECORD <= BLOCK
-        block, at = block[more], at[more]
-    if not steps:
-        return tables.empty("names")
-    parents, inodes, starts, sizes = (np.concatenate([step[i] for step in steps]) for i in range(4))
-    offsets = np.append(0, np.cumsum(sizes)).astype(np.int32)
-    name = pa.Array.from_buffers(
-        pa.binary(), len(sizes), [None, pa.py_buffer(offsets), pa.py_buffer(gather(flat, starts, sizes))]
-    )
-    return tables.make("names", volume=0, parent=parents, inode=inodes, name=name)
+    place, holder = start[extent] + nth * BLOCK, directory[extent]
+    parents, children, names = [ints([])], [ints([])], [Ragged.cut(NO_BYTES, ints([]), ints([]))]
+    for part, data in reader.batches(place, BLOCK, BATCH):
+        flat, block, at = data.reshape(-1), np.arange(len(data)), np.zeros(len(data), np.int64)
+        while len(block):
+            head = gather(flat, block * BLOCK + at, np.full(len(block), RECORD)).reshape(-1, RECORD)
+            inode = widen(np.ascontiguousarray(head[:, :4]).view("<u4")[:, 0], "inode")
+            size = head[:, 4].astype(np.int64)
+            fits = (inode == 0) | (at + RECORD + size <= BLOCK)
+            damage.check(fits, "directory", "records reach out of their block", place[part][block] + at)
+            good = fits & (inode > 0)
+            block, at, inode, size = block[good], at[good], inode[good], size[good]
+            parents.append(holder[part][block])
+            children.append(inode)
+            names.append(Ragged.cut(flat, block * BLOCK + at + RECORD, size))
+            at = at + RECORD + size
+            more = at + RECORD <= BLOCK
+            block, at = block[more], at[more]
+    return tables.make(
+        "names", volume=0, parent=np.concatenate(parents), inode=np.concatenate(children),
+        name=Ragged.concat(names).arrow(),
+    )  # fmt: skip
 
 
 FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, allocator="the bitmap")
