@@ -32,7 +32,7 @@ from virt_bmap.model.damage import Damage
 
 NAME = "minix"
 FEATURES = (
-    "versions 1, 2 and 3, names of 14, 30 and 60 bytes, blocks of 1 to 64 KiB (version 3)",
+    "versions 1, 2 and 3, names of 14, 30 and 60 bytes, blocks of 1 to 32 KiB (version 3)",
     "holes, indirect blocks of all levels, device files",
     "the inode map and the zone map",
 )
