@@ -165,7 +165,18 @@ def btrfs(size: str, options: str, count: int, folder: Path) -> Made:
     images = btrfs_images.make(folder, size, options, count)
     with btrfs_images.mounted_pool(images, folder / "top", "noatime,commit=300") as top:
         btrfs_images.fill(top, FILL_BTRFS)
-        return Made([copy(image) for image in images], {"/dev/sda": seen(top)})
+        while True:
+            before = [generation(image) for image in images]
+            copies = [copy(image) for image in images]
+            if len({*before, *map(generation, images)}) == 1:  # else it was committed meanwhile
+                return Made(copies, {"/dev/sda": seen(top)})
+
+
+def generation(image: Path) -> bytes:
+    """The last transaction of a btrfs device, by its superblock."""
+    with open(image, "rb") as file:
+        file.seek(0x10048)
+        return file.read(8)
 
 
 F2FS = {
