@@ -183,7 +183,7 @@ def test_what_another_volume_uses_is_not_free(tmp_path: Path) -> None:
     found = mapped(image)
     space = free_space(found, 0)
     assert not space.all()[0].size
-    assert space.left == {1: "/dev/sda, on which it lies, has a problem: partitions-overlap"}
+    assert space.left == {1: "/dev/sda, on which it lies, has a problem: two-owners"}
     low, high = free_space(replace(found, problems=found.problems.slice(0, 0)), 0).all()
     assert len(low)
     assert not ((low < 14 * MIB) & (high > 10 * MIB)).any()

@@ -370,7 +370,7 @@ def test_filesystems_that_are_not_in_order_stay_as_they_are(
     block = run("debugfs", "-R", "blocks file1", ext4).decode().split()[5]
     for request, words in (
         ("feature needs_recovery", "not clean: needs recovery"),
-        ("ssv state 2", "not clean: errors"),
+        ("ssv state 2", "not clean: damaged"),
         ("clri file1", "problem"),
         (f"freeb {block}", "not clean: damaged"),
     ):

@@ -31,7 +31,8 @@ NO_FILES = {
     "depth": "a number", "limit": "a number", "command": "run, not read", "top": "a number",
     "stream": "a name", "title": "text", "agent": "a socket", "mountpoint": "inside a guest",
     "timeout": "seconds", "spec": "words", "mount": "a folder, frozen and not written",
-    "directory": "a folder, in which nothing is replaced",
+    "directory": "a folder, in which nothing is replaced", "port": "a number",
+    "socket": "made anew, or in the place of a socket that nobody listens at",
 }  # fmt: skip
 """Arguments that name no file on this host, or none that could be overwritten."""
 BY_ITSELF = {("dump", "arguments"), ("sparsify", "disk")}

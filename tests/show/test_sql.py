@@ -138,7 +138,7 @@ def test_bad_questions(arguments, words, files):
 def test_bad_files(files, tmp_path, disk):
     assert "at least one file" in fails("sql", "select 1")
     assert "No such file" in fails("sql", "select 1", tmp_path / "none.parquet")
-    assert "neither a saved map" in fails("sql", "select 1", disk)
+    assert "is not a saved map" in fails("sql", "select 1", disk)
     assert "No such file" in fails("sql", "-f", tmp_path / "none.sql", files["map"])
     assert "both have a table" in fails("sql", "select 1", files["map"], files["map"])
     cut = tmp_path / "cut.parquet"
