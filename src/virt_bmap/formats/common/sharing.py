@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import Bool, Int, covered_twice, expand, intersect
+from virt_bmap.core.arrays import Bool, Int, covered_twice, expand
 
 
 class SharedCut(NamedTuple):
@@ -43,9 +43,3 @@ def cut_shared(starts: Int, ends: Int) -> SharedCut:
     at = np.searchsorted(low, start, "right") - 1
     shared = (at >= 0) & (start < np.append(high, 0)[at]) if len(low) else np.zeros(len(row), bool)
     return SharedCut(row, start, end, shared)
-
-
-def overlap(a: tuple[Int, Int], b: tuple[Int, Int]) -> tuple[int, int] | None:
-    """(bytes, first offset) that two sets of ranges both claim, where they claim any."""
-    starts, ends = intersect(a[0], a[1], b[0], b[1])
-    return (int((ends - starts).sum()), int(starts[0])) if len(starts) else None
