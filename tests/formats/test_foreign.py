@@ -14,7 +14,7 @@ from virt_bmap.formats import foreign
 from virt_bmap.open.raw import RawReader
 
 READ_ELSEWHERE = re.compile(
-    r"ext[234]$|btrfs$|xfs|fat|vfat|ntfs|exfat|f2fs|swap|iso9660|squashfs|erofs|mdraid|lvm|mbr-sector|pt:(dos|gpt|PMBR|mmls)|data|companion|"
+    r"ext[234]$|btrfs$|xfs|fat|vfat|ntfs|exfat|f2fs|swap|minix|iso9660|squashfs|erofs|mdraid|lvm|mbr-sector|pt:(dos|gpt|PMBR|mmls)|data|companion|"
     r"vmdk-flat|split-raw|hdd-plain|kind"
 )
 """Kinds of the inventory that have a reader, or hold raw bytes without any magic."""

@@ -4,6 +4,8 @@ right again. Memory and time follow what is stored.
 Honest giants, as the formats' own tools make them, are mapped and proven all the same.
 """
 
+import ctypes
+import gc
 import os
 import resource
 import struct
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 import pytest
 from tools.fuzz import growth
 from tools.fuzz.disk import scratch
@@ -32,7 +35,6 @@ from virt_bmap.survey.nested import NOTHING
 from virt_bmap.survey.survey import survey_host
 
 MEMORY, SECONDS = 1 << 30, 10
-"""Of which the process's own, before anything is read, is some hundred MiB."""
 ADDRESS_SPACE = 6 << 30
 POWERS = (12, 20, 34)
 """By which whole disks grow: into sizes where all tables are still built, where some are, and beyond all that
@@ -43,6 +45,7 @@ ALONE, FEW = (20, 62), 12
 
 class Cost(NamedTuple):
     memory: int
+    """Bytes beyond what the process had at its start, which is what earlier tests left in it."""
     seconds: float
     said: str
 
@@ -52,10 +55,14 @@ def cost(of: Callable[[], str]) -> Cost:
 
     Any other end fails.
     """
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the child could use again would not be counted
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         said = "died"
         try:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
             resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
             resource.setrlimit(resource.RLIMIT_CPU, (6 * SECONDS, 6 * SECONDS))
             try:
@@ -64,18 +71,18 @@ def cost(of: Callable[[], str]) -> Cost:
                 said = f"refused: {error}"
             except BaseException as error:
                 said = f"fault: {error!r}"
-            os.write(write, said[:4000].encode())
+            os.write(write, f"{before}\n{said[:4000]}".encode())
         finally:
             os._exit(0)
     os.close(write)
     with open(read, "rb") as file:
         data = file.read()
     _, status, used = os.wait4(child, 0)
-    return Cost(
-        used.ru_maxrss << 10,
-        used.ru_utime + used.ru_stime,
-        data.decode() if status == 0 else f"fault: status {status}",
-    )
+    seconds = used.ru_utime + used.ru_stime
+    if status:
+        return Cost(used.ru_maxrss << 10, seconds, f"fault: status {status}")
+    before, said = data.decode().split("\n", 1)
+    return Cost((used.ru_maxrss << 10) - int(before), seconds, said)
 
 
 def assert_small(found: Cost, what: object) -> None:
