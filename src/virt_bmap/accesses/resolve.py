@@ -137,11 +137,11 @@ class Resolver:
             self._inline[row],
             known,
         )
-        # places all requests one after the other, so that they can't overlap
+        # places all requests one after the other, so that they can't overlap; inline rows cover nothing
         base = np.cumsum(length) - length - offset
-        left = complement(
-            pieces.start + base[pieces.access], pieces.end + base[pieces.access], 0, int(length.sum())
-        )
+        place = base[pieces.access]
+        own = ~pieces.inline
+        left = complement((pieces.start + place)[own], (pieces.end + place)[own], 0, int(length.sum()))
         if len(left[0]):
             volumes = found.take(found.extent < 0)
             pieces = stack(
