@@ -26,4 +26,5 @@ def test_inline_rows_cover_nothing(tmp_path: Path) -> None:
     for access, (start, end) in enumerate([(0, 8192), (4096, 4608)]):
         mine = touched.take((touched.access == access) & ~touched.inline)
         assert total(*union(mine.start, mine.end)) == end - start
-        assert mine.start.min() == start and mine.end.max() == end
+        assert mine.start.min() == start
+        assert mine.end.max() == end
