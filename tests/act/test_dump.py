@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -167,6 +168,23 @@ def test_filesystems_that_can_not_be_trusted_are_copied_whole(
         dump("--force", "--skip-free", image, "/dev/sda", out)
         assert "free space is copied as well" in capsys.readouterr().err, request
         assert out.read_bytes() == image.read_bytes()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_copy_that_a_mount_would_recover_says_so(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: bool
+) -> None:
+    """Whatever is copied: the partition, or the disk that holds it; whatever else is wrong with it."""
+    image, out = tmp_path / "image", tmp_path / "out"
+    shutil.copyfile(disk, image)
+    for request in ("feature needs_recovery", "clri file1")[: 1 + damaged]:
+        run("debugfs", "-w", "-R", request, f"{image}?offset={MIB}")
+    for device, at in (("/dev/sda", MIB), ("/dev/sda1", 0)):
+        dump("--force", image, device, out)
+        assert "/dev/sda1: its journal is not replayed" in capsys.readouterr().err, device
+        assert b"needs_recovery" in run("dumpe2fs", "-h", f"{out}?offset={at}")
+    dump("--force", disk, "/dev/sda", out)
+    assert "journal" not in capsys.readouterr().err
 
 
 def test_what_another_volume_uses_is_not_free(tmp_path: Path) -> None:

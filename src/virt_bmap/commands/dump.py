@@ -25,6 +25,7 @@ from virt_bmap.core.layers import raw
 from virt_bmap.core.printable import say
 from virt_bmap.host import protection
 from virt_bmap.host.files import replacing
+from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
 from virt_bmap.open import magic
@@ -33,6 +34,8 @@ from virt_bmap.survey import maps
 if TYPE_CHECKING:
     from virt_bmap.act.dump import Target
 
+UNRECOVERED = ("journal-replayed", "not-replayed", "journal-missing")
+"""Problems that only a filesystem with a journal to replay has."""
 HELP = "copy a volume (partition, logical volume, array, opened LUKS, disk) to a file or NBD export"
 
 
@@ -93,12 +96,12 @@ def run(args: argparse.Namespace) -> int:
                 warn(bmap, number, f"free space is copied as well: {reason}")
         for text in doubts(bmap, volume):
             say(f"virt-bmap: {text}", file=sys.stderr)
-        if readers[volume] is not reader:
+        for number in unrecovered(bmap, volume):
             warn(
                 bmap,
-                volume,
-                "the copy holds the bytes as they lie on the disk: its journal is not replayed (cat and "
-                "extract read files as after recovery)",
+                number,
+                "its journal is not replayed: the copy holds the bytes as they lie on the disk, and needs "
+                "recovery, too",
             )
         refuse_small(out, reader.size)
         progress.stop()
@@ -183,6 +186,18 @@ def doubts(bmap: BlockMap, volume: int) -> Iterator[str]:
         if row["volume"] in below and row["severity"] != "note":
             name = escape(bmap.volumes.column("name")[row["volume"]].as_py().encode())
             yield f"{row['severity']}: {name}: {escape(row['detail'].encode())}"
+
+
+def unrecovered(bmap: BlockMap, volume: int) -> list[int]:
+    """The volumes in this one, itself included, whose filesystem a mount would recover first."""
+    said = {(row["volume"], row["format"]) for row in bmap.problems.to_pylist() if row["code"] in UNRECOVERED}
+    found = {
+        row["volume"]
+        for row in bmap.filesystems.to_pylist()
+        if row["state"] in (tables.RECOVERED, tables.NEEDS_RECOVERY)
+        or (row["volume"], row["type"]) in said  # a damaged one has no other state
+    }
+    return [number for number in bmap.volumes_on(volume) if number in found]
 
 
 def warn(bmap: BlockMap, volume: int, text: str) -> None:

@@ -5,7 +5,7 @@ before an output asks.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeVar, cast
@@ -331,7 +331,7 @@ class BlockMap:
         list a disk need."""
         target = self.disk(disk)
         parts = []
-        for volume in self._below(target):
+        for volume in self.volumes_on(target):
             first, mine = self.slice_of("extents", volume)
             start = np.append(tables.integers(mine, "volume_offset"), 0)
             length = np.append(tables.integers(mine, "length"), self.size_of(volume))
@@ -353,15 +353,15 @@ class BlockMap:
             )
         return Owners.concat(parts)
 
-    def _below(self, disk: int) -> Iterator[int]:
-        """The volumes that lie at least partly on a disk, parents first."""
-        inside = {disk}
+    def volumes_on(self, volume: int) -> list[int]:
+        """The volumes that lie at least partly on this one, itself included, parents first."""
+        inside = {volume}
         child = tables.integers(self.mappings, "volume").tolist()
         parent = tables.integers(self.mappings, "parent").tolist()
-        for volume, up in zip(child, parent, strict=True):
+        for number, up in zip(child, parent, strict=True):
             if up in inside:
-                inside.add(volume)
-        return iter(sorted(inside))
+                inside.add(number)
+        return sorted(inside)
 
     def role_name(self, role: int) -> str:
         """data, copy or parity."""
