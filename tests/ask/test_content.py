@@ -389,6 +389,21 @@ def test_a_directory_in_itself_is_made_once(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out/Dtwin") == ["inside"]
 
 
+def test_where_a_snapshot_lacks_subvolumes_are_empty_directories(tmp_path: Path) -> None:
+    """As the kernel shows them: all have one inode number, which is no loop."""
+    image = btrfs_images.make(tmp_path, "128M", "-m single")[0]
+    script = "btrfs -q subvolume create home; echo hello > home/file; mkdir d; btrfs -q subvolume create d/x"
+    with mounted(image) as root:
+        btrfs_images.fill(root, f"{script}; for i in 1 2 3; do btrfs -q subvolume snapshot . s$i; done")
+        wanted = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+        stubs = [path for path in wanted if (root / path).lstat().st_ino == 2]
+    assert len(stubs) == 2 + 3 + 4
+    (tmp_path / "out").mkdir()
+    done = virt_bmap("extract", "-q", image, "/dev/sda", "/", "-C", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")) == wanted
+
+
 def test_damage_ends_in_words(tmp_path: Path) -> None:
     """Damaged disks: what can be read is written, or one of the project's own errors says why not; nothing is
     left half done."""

@@ -178,7 +178,7 @@ class _Work:
                 elif kind == tables.T_FILE:
                     (again if inode in seen else plain).append(entry)
                     seen.add(inode)
-                elif inode in seen or len(folder) >= MAX_DEPTH:
+                elif len(folder) >= MAX_DEPTH or (inode in seen and self.files.children(inode)):
                     self.report.leave(
                         "directories that lie inside themselves, in two places or too deep", entry.path
                     )
