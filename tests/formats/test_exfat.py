@@ -155,6 +155,14 @@ def entry_of(data: np.ndarray, path: str) -> int:
     return by_path(survives(data))[path] * 32
 
 
+def entries_in_root(data: np.ndarray) -> range:
+    """Where the entries of the root directory's first cluster lie."""
+    heap, root = struct.unpack_from("<I", data, 88)[0], struct.unpack_from("<I", data, 96)[0]
+    sector, cluster = 1 << int(data[108]), 1 << int(data[108]) + int(data[109])
+    start = heap * sector + (root - 2) * cluster
+    return range(start, start + cluster, 32)
+
+
 def seal(data: np.ndarray, at: int) -> None:
     """Compute the checksum of the entry set at `at` anew, as the specification says it."""
     checksum = 0
@@ -228,6 +236,18 @@ def test_a_bitmap_that_forgets_a_file(image):
     image[offset : offset + 2] = 0xFF
     image[offset + 20 : offset + 24] = 0xFF
     assert codes(survives(image)) <= {"unowned"}
+
+
+def test_a_bitmap_larger_than_the_clusters_need(volume, image, tmp_path):
+    """What it claims beyond is nobody's, as fsck.exfat and drivers have it: the next clusters are others'."""
+    before = survives(image)
+    at = next(at for at in entries_in_root(image) if image[at] == 0x81)
+    image[at + 24 : at + 28] = np.frombuffer(struct.pack("<I", 3 << 16), np.uint8)
+    image.tofile(tmp_path / "image")
+    if "512" not in volume[0].name:
+        assert fsck(tmp_path / "image")[0]
+    assert_proven(bmap := mapped(tmp_path / "image"))
+    assert bmap.extents.equals(before.extents)
 
 
 def test_a_root_directory_that_is_nowhere(image):

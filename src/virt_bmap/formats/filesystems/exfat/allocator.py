@@ -54,7 +54,7 @@ def fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int | int]:
 
 
 def ranges_of(heap: Heap, inode: int, first: Int, size: int = 0) -> DirectoryRanges:
-    """Where a structure of the volume lies: chained in the FAT or, where the chain is none, in one piece of
+    """Where a structure of the volume lies: chained in the FAT or, where it has no chain, in one piece of
     `size` bytes."""
     found = heap.chains.follow(first)
     cluster, count, before = found.cluster, found.count, found.before
@@ -84,8 +84,8 @@ def read_special(reader: Reader, root: DirectoryRanges, geometry: Geometry) -> S
     missing."""
     if len(root.start) == 0:
         raise Corrupt(
-            f"{reader.name}: the root directory of exFAT begins at cluster {geometry.root_cluster}, "
-            "which is not in use",
+            f"{reader.name}: the root directory of exFAT begins at "
+            f"cluster {geometry.root_cluster}, which is not in use",
             96,
         )
     length = np.clip(np.minimum(reader.size - root.start, MAX_DIRECTORY - root.offset), 0, root.length)
@@ -103,7 +103,8 @@ def read_special(reader: Reader, root: DirectoryRanges, geometry: Geometry) -> S
     wanted = -(-geometry.clusters // 8)
     if not mine or mine[0][1] < wanted or not 2 <= mine[0][0] < geometry.clusters + 2:
         raise Corrupt(
-            f"{reader.name}: the root directory of exFAT names no allocation bitmap of {wanted} bytes",
+            f"{reader.name}: the root directory of exFAT does "
+            f"not name an allocation bitmap of {wanted:,} bytes",
             geometry.heap,
         )
     labels = raw[raw[:, 0] == VOLUME_LABEL]
@@ -118,21 +119,24 @@ def read_special(reader: Reader, root: DirectoryRanges, geometry: Geometry) -> S
 
 def add_special(rows: tables.ExtentRows, reader: Reader, heap: Heap, special: Special) -> tuple[Int, Int]:
     """Rows for allocation bitmap, up-case table and free clusters; returns the clusters that the bitmap calls
-    used."""
-    limit = heap.clusters * heap.cluster_size
+    used.
+
+    A bitmap may claim more bytes than the clusters need: Linux and fsck.exfat use and reserve what is needed.
+    """
+    limit, needed = heap.clusters * heap.cluster_size, -(-heap.clusters // 8)
 
     def place(what: str, cluster: int, size: int) -> DirectoryRanges:
         found = ranges_of(heap, -1, ints(cluster), min(size, limit))
         rows.add(tables.METADATA, found.start, found.length, part=what)
         return found
 
-    ranges = place("allocation bitmap", *special.bitmap)
-    for other in special.other_bitmaps:
-        place("inactive allocation bitmap", *other)
+    ranges = place("allocation bitmap", special.bitmap[0], needed)
+    for cluster, size in special.other_bitmaps:
+        place("inactive allocation bitmap", cluster, min(size, needed))
     if special.upcase[0]:
         place("up-case table", *special.upcase)
     else:
-        heap.damage.say("directory", "the root directory names no up-case table", severity=WARNING)
+        heap.damage.say("directory", "the root directory does not name an up-case table", severity=WARNING)
     starts, ends = _free_clusters(reader, heap, ranges)
     rows.add(tables.FREE, heap.offset(starts), (ends - starts) * heap.cluster_size)
     return np.append(2, ends), np.append(starts, heap.clusters + 2)
@@ -155,5 +159,5 @@ def add_bad(rows: tables.ExtentRows, heap: Heap, runs: ClusterRuns, used: tuple[
     start, end = intersect(*runs.bad, *used)
     rows.add(tables.METADATA, heap.offset(start), (end - start) * heap.cluster_size, part="bad clusters")
     free = heap.offset(subtract(*runs.bad, *used)[0])
-    what = "runs of clusters that the FAT calls bad are free in the bitmap"
+    what = "[run|runs] of clusters that the FAT calls bad [is|are] free in the bitmap"
     heap.damage.add("allocator", what, free, severity=NOTE)
