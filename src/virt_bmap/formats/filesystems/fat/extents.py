@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import Int
+from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.formats.filesystems.fat.allocator import (
     CUT,
     LOOP,
@@ -66,19 +66,30 @@ class Heap:
     def _check(self, entries: DirEntries, exists: np.ndarray, length: Int, fate: Int) -> None:
         none = (entries.cluster == 0) & (entries.directory | (entries.size > 0))
         size = np.where(entries.directory, length, self.needed(entries.size))
-        for what, which in (
-            ("entries have a size but no first cluster", none),
-            ("entries begin at a cluster that does not exist", ~exists & (entries.cluster != 0)),
-            ("entries begin at a cluster that the FAT calls free or bad", fate == NOTHING),
-            ("chains of clusters lead to a free, bad or non-existent cluster: the rest is lost", fate == CUT),
-            ("chains of clusters lead back into themselves", fate == LOOP),
-            ("chains of clusters meet others too often: not followed to the end", fate == TANGLED),
-            ("files have fewer clusters than their size needs", (fate == WHOLE) & exists & (length < size)),
-        ):
-            if which.any():
-                self.damage.add("extents", what, entries.inode[which] * ENTRY)
-        long, what = exists & (length > size), "files have more clusters than their size needs"
-        self.damage.add("extents", what, entries.inode[long] * ENTRY, severity=WARNING)  # nothing is lost
+
+        def say(code: str, what: str, which: Bool, severity: str | None = None) -> None:
+            self.damage.add(code, what, entries.inode[which] * ENTRY, severity=severity)
+
+        say("extents", "[entry has|entries have] a size but no first cluster", none)
+        absent = ~exists & (entries.cluster != 0)
+        say("outside", "[entry begins|entries begin] at a cluster that does not exist", absent)
+        lost = "[entry begins|entries begin] at a cluster that the FAT calls free or bad"
+        say("extents", lost, fate == NOTHING)
+        cut = (
+            "[chain of clusters leads|chains of clusters lead] to a free, bad or non-existent cluster: the "
+            "rest is lost"
+        )
+        say("extents", cut, fate == CUT)
+        loop = "[chain of clusters leads back into itself|chains of clusters lead back into themselves]"
+        say("twice", loop, fate == LOOP)
+        tangled = (
+            "[chain of clusters meets|chains of clusters meet] others too often: not followed to the end"
+        )
+        say("too-many", tangled, fate == TANGLED)
+        short = "[file has fewer clusters than its|files have fewer clusters than their] size needs"
+        say("extents", short, (fate == WHOLE) & exists & (length < size))
+        long = "[file has more clusters than its|files have more clusters than their] size needs"
+        say("extents", long, exists & (length > size), WARNING)  # nothing is lost
 
     def locate(self, directories: DirEntries) -> DirectoryRanges:
         """Where directories lie."""
