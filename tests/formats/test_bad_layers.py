@@ -98,7 +98,7 @@ def test_two_groups_of_one_name(group: Group) -> None:
         if code == "duplicate"
     ]
     assert len(found) == 2
-    assert all("2 volume groups called my-vg" in detail for detail in found)
+    assert all("2 volume groups are called my-vg" in detail for detail in found)
     assert {re.findall(r"byte 0x1000 of (\S+),", detail)[0] for detail in found} == {"/dev/sda", "/dev/sdb"}
 
 

@@ -98,7 +98,7 @@ def test_pointers_that_lead_out_of_the_volume(image: Path) -> None:
 @pytest.mark.parametrize(
     ("offset", "data", "words"),
     [
-        (10, b"\1\0", "zones of 2 blocks are not read"),
+        (10, b"\1\0", "s_log_zone_size is 1; only 0 is supported"),
         (4, b"\0\0", "fit the maps"),
         (0, b"\xff\xff", "do not fit"),
     ],

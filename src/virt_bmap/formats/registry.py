@@ -152,7 +152,7 @@ def volume(type: str | None) -> VolumeFormat | None:
 
 
 def every() -> Iterator[tuple[str, VolumeFormat | FilesystemFormat]]:
-    """(module, declaration) of all formats, those that volume formats hold behind these."""
+    """(module, declaration) of all formats, those that volume formats hold after these."""
     for package, volumes in {listed.package: listed for listed in VOLUMES}.items():
         made = volumes.load()
         yield f"{HERE}.{package}", made

@@ -66,6 +66,12 @@ class Damage:
         usual = CODES[code].severity
         self._found[code, sentence] = _Found(None, place, severity or usual)
 
+    def ends_early(self, wanted: int, size: int, severity: str | None = None) -> None:
+        """What takes `wanted` bytes lies on a volume of `size`."""
+        if wanted > size:
+            sentence = f"it takes {wanted:,} bytes, but the volume has only {size:,}"
+            self.say("truncated", sentence, size, severity)
+
     def refuse(self, error: FormatError, words: str = "", severity: str | None = None) -> None:
         """What can't be read, and why; `words` say what became of it."""
         self.say(error.code, f"{words}: {error}" if words else str(error), error.offset, severity)

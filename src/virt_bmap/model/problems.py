@@ -47,7 +47,7 @@ TABLE = (
     # who is called what: found on the tables, for every format
     Code("dangling-name", ERROR, "structure", "a name leads to an inode that is not in use"),
     Code("nameless-inode", ERROR, "structure", "an inode is in use, but no name leads to it"),
-    Code("orphan-name", ERROR, "structure", "a name lies in a directory that is gone or is none"),
+    Code("orphan-name", ERROR, "structure", "a name lies in a directory that is gone or never was one"),
     Code("no-root", ERROR, "structure", "the root directory is missing, so that nothing has a path"),
     # structures
     Code("superblock", ERROR, "structure", "what describes the volume contradicts the format's rules"),
@@ -67,7 +67,7 @@ TABLE = (
     Code("checksum", ERROR, "checksums", "a checksum of metadata is wrong"),
     Code("copy-used", WARNING, "structure", "a structure is damaged, and its copy is read instead"),
     Code("copy-differs", WARNING, "structure", "a copy of a structure is damaged or says something else"),
-    Code("copy-missing", WARNING, "structure", "where the copy of a structure should lie is none"),
+    Code("copy-missing", WARNING, "structure", "the copy of a structure is not where it should lie"),
     Code("marked-damaged", ERROR, "structure", "the format's own driver or tool has marked it as damaged"),
     # journals
     Code("journal", ERROR, "journal", "a journal, or what it holds, contradicts the format's rules"),
@@ -79,7 +79,7 @@ TABLE = (
     Code("corrupt", ERROR, "structure", "it can't be read: its bytes contradict the format's rules"),
     Code("unsupported", WARNING, "structure", "a feature that is known by name, but not read"),
     Code("beside", WARNING, "structure", "another format's structures lie beside it, and can't be read"),
-    Code("holes", ERROR, "structure", "structures that are not stored: they lie in holes or over each other"),
+    Code("holes", ERROR, "structure", "structures that are not stored: they lie in holes or overlap"),
     Code("too-deep", ERROR, "structure", "layers or directories lie deeper in each other than is followed"),
     Code("too-many", ERROR, "structure", "there is more of something than any real disk has"),
     Code("unexpected", ERROR, "structure", "a fault of virt-bmap itself"),

@@ -63,9 +63,10 @@ class Sectors:
     def __post_init__(self) -> None:
         cipher, _, mode = self.name.partition("-")
         if cipher != "aes" or mode not in MODES:
-            raise Unsupported(f"the cipher {self.name!r} is not read; AES in the modes {', '.join(MODES)} is")
+            modes = ", ".join(MODES)
+            raise Unsupported(f"the cipher {self.name!r} is not supported; AES in the modes {modes} is")
         if len(self.key) not in ((32, 64) if mode.startswith("xts") else (16, 24, 32)):
-            raise Unsupported(f"{self.name} with a key of {len(self.key)} bytes is not read")
+            raise Unsupported(f"{self.name} with a key of {len(self.key)} bytes is not supported")
 
     def decrypt(self, data: Bytes, numbers: Int) -> Bytes:
         """Whole sectors; `numbers[i]` is the number of the i-th in units of 512 bytes."""

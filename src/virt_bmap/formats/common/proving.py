@@ -29,7 +29,7 @@ class Compared:
         """`kind` names the records in the plural; where `good` is False, those at `offsets` (bytes) have a
         wrong checksum."""
         self._counts[kind] = self._counts.get(kind, 0) + len(good)
-        self.damage.check(good, "checksum", f"{kind} have a wrong checksum", offsets)
+        self.damage.check(good, "checksum", f"wrong [checksum|checksums] among {kind}", offsets)
 
     def proof(self, absent: str = "the filesystem has none") -> Proof:
         """What was compared, in words."""
@@ -133,7 +133,9 @@ def check_names(found: Filesystem, damage: Damage) -> None:
     parent = np.minimum(np.searchsorted(number, tables.integers(found.names, "parent")[row]), len(number) - 1)
     plain = flags[parent] & tables.I_ENCRYPTED == 0
     place = tables.integers(found.inodes, "record_offset")[parent[plain]]
-    damage.add("name", "names hold a NUL or a slash; their directories' inodes are named", place)
+    damage.add(
+        "name", "[name holds|names hold] a NUL or a slash; the place is that of the directory's inode", place
+    )
 
 
 def check_targets(found: Filesystem, damage: Damage) -> None:
@@ -150,4 +152,4 @@ def check_targets(found: Filesystem, damage: Damage) -> None:
         ends = np.cumsum(length[part])
         hit = np.zeros(len(ends), bool)
         hit[np.searchsorted(ends, np.flatnonzero(data == 0), "right")] = True
-        damage.add("symlink", "symbolic links have a target with a NUL in it", start[part][hit])
+        damage.add("symlink", "symbolic [link has|links have] a target with a NUL in it", start[part][hit])

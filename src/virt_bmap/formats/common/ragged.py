@@ -23,7 +23,7 @@ MAX_BYTES = 2**31 - 1
 
 @dataclass(frozen=True)
 class Ragged:
-    """Byte string i is `lengths[i]` bytes of `data`, behind the ones before it."""
+    """Byte string i is `lengths[i]` bytes of `data`, after the ones before it."""
 
     data: Bytes
     lengths: Lengths

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import EMPTY, Bool, Int, ints
 from virt_bmap.core.errors import Unsupported
 from virt_bmap.core.mapping import COPY, DATA, PARITY, Row, Rows
@@ -135,7 +136,7 @@ def striped(members: int, first: int = 0) -> Pattern:
 def parity(level: int, layout: int, members: int) -> Parity:
     """RAID4, 5 or 6 with one of the layouts above. Raises Unsupported for others."""
     if not (4 if level == 6 else 2) <= members <= MAX_MEMBERS and not (level == 6 and members == 3):
-        raise Unsupported(f"RAID{level} over {members} members is not read")
+        raise Unsupported(f"RAID{level} over {plural(members, 'member')} is not supported")
     if level == 4:
         layout = PARITY_N
     if level == 6 and layout >= Q_LAST:
@@ -165,7 +166,7 @@ def _raid5(layout: int, row: Int, members: int) -> Int:
         return row % members
     if layout in (PARITY_0, PARITY_N):
         return np.full(len(row), 0 if layout == PARITY_0 else members - 1, np.int64)
-    raise Unsupported(f"RAID5 layout {layout} is not read")
+    raise Unsupported(f"RAID5 layout {layout} is not supported")
 
 
 def _raid6(layout: int, row: Int, members: int) -> tuple[Int, Int, Int]:
@@ -237,11 +238,11 @@ class Raid10(NamedTuple):
 
     @staticmethod
     def of(layout: int, members: int) -> "Raid10":
-        """Raises Unsupported where the word is none that the kernel takes."""
+        """Raises Unsupported where the kernel does not take the word."""
         near, far, offset = layout & 255, (layout >> 8) & 255, bool(layout & (1 << 16))
         sets = {0: members, 1: members // max(far, 1), 2: far * near}
         if near < 1 or far < 1 or near * far > members or layout >> 17 not in sets or members > MAX_MEMBERS:
-            raise Unsupported(f"RAID10 layout {layout:#x} over {members} members is not read")
+            raise Unsupported(f"RAID10 layout {layout:#x} over {plural(members, 'member')} is not supported")
         return Raid10(near, far, offset, max(1, sets[layout >> 17]))
 
     def chunks(self, each: int, members: int) -> tuple[int, int]:

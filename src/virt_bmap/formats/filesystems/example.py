@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, bit_runs, expand, gather, ints
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, struct, widen
@@ -100,8 +101,8 @@ def _superblock(reader: Reader) -> np.void:
     bitmap_end = int(found["bitmap_block"]) * BLOCK + (blocks + 7) // 8
     if not 0 < blocks * BLOCK <= reader.size or max(end, bitmap_end) > blocks * BLOCK:
         raise Corrupt(
-            f"{reader.name}: superblock at byte 0: {blocks} blocks and {inodes} inodes do not fit "
-            f"into {reader.size} bytes",
+            f"{reader.name}: superblock at byte 0: {plural(blocks, 'block')} "
+            f"and {plural(inodes, 'inode')} do not fit into {reader.size} bytes",
             0,
         )
     return found
@@ -135,7 +136,9 @@ def _extents(superblock: np.void, found: np.ndarray, damage: Damage) -> tuple[In
     length = widen(found["count"][owner, nth], "count") * BLOCK
     size = int(superblock["blocks"]) * BLOCK
     inside = start + length <= size
-    if not damage.check(inside, "outside", "extents reach beyond the filesystem", start).all():
+    if not damage.check(
+        inside, "outside", "[extent reaches|extents reach] beyond the filesystem", start
+    ).all():
         length = np.clip(length, 0, np.maximum(0, size - start))
     before = np.cumsum(length) - length
     first_of = np.searchsorted(owner, np.arange(len(found)))

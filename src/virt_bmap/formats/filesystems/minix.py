@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, expand, ints, joined
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, records, struct, widen
@@ -154,7 +155,7 @@ def read_superblock(reader: Reader) -> Geometry:
     number = {name: int(found[name]) for name in found.dtype.names or ()}
     if number["s_log_zone_size"]:
         raise Unsupported(
-            f"{reader.name}: zones of {1 << min(number['s_log_zone_size'], 64)} blocks are not read", START
+            f"{reader.name}: s_log_zone_size is {number['s_log_zone_size']}; only 0 is supported", START
         )
     block = number.get("s_blocksize", 1024)
     zones = number["s_nzones"] if version == 1 else number["s_zones"]
@@ -174,7 +175,8 @@ def read_superblock(reader: Reader) -> Geometry:
         or zones - geometry.first >= 8 * (table - zone_map)
     ):
         raise Corrupt(
-            f"{reader.name}: superblock at byte {START}: {geometry.inodes} inodes, {zones} zones, the first "
+            f"{reader.name}: superblock at byte {START}: "
+            f"{plural(geometry.inodes, 'inode')}, {zones} zones, the first "
             f"for data {geometry.first}: they do not fit the maps",
             START,
         )
@@ -254,18 +256,20 @@ def read_pointers(
     pointers = np.where(has_content[:, None], widen(found["i_zone"], "i_zone"), 0)
     fan = geometry.block // np.dtype(geometry.pointer).itemsize
     owner, block = (each.ravel() for each in np.indices((len(inode), DIRECT)))
-    done = [_there(geometry, owner, block, pointers[:, :DIRECT].ravel(), "zones of files", damage)]
+    files = "[zone of a file lies|zones of files lie]"
+    done = [_there(geometry, owner, block, pointers[:, :DIRECT].ravel(), files, damage)]
     base = DIRECT
     seen = np.zeros(geometry.zones, bool)
     for level in range(1, pointers.shape[1] - DIRECT + 1):
         at = np.arange(len(inode)), np.full(len(inode), base), pointers[:, DIRECT + level - 1]
         base += fan**level
         for depth in range(level, 0, -1):
-            owner, block, zone = _there(geometry, *at, "indirect blocks", damage)
+            owner, block, zone = _there(geometry, *at, "indirect [block lies|blocks lie]", damage)
             new = np.zeros(len(zone), bool)
             new[np.unique(zone, return_index=True)[1]] = True
             new &= ~seen[zone]
-            damage.check(new, "twice", "indirect blocks are referred to again", zone * geometry.block)
+            what = "indirect [block is|blocks are] referred to again"
+            damage.check(new, "twice", what, zone * geometry.block)
             owner, block, zone = owner[new], block[new], zone[new]
             seen[zone] = True
             rows.add(
@@ -273,7 +277,7 @@ def read_pointers(
                 inode=inode[owner], part="indirect block",
             )  # fmt: skip
             at = _children(reader, geometry, owner, block, zone, fan ** (depth - 1))
-        done.append(_there(geometry, *at, "zones of files", damage))
+        done.append(_there(geometry, *at, files, damage))
     owner, block, zone = joined(done, 3)
     order = np.lexsort((block, owner))
     return owner[order], block[order], zone[order]
@@ -301,7 +305,7 @@ def _there(
     good = zone != 0
     owner, block, zone = owner[good], block[good], zone[good]
     inside = (zone >= geometry.first) & (zone < geometry.zones)
-    damage.check(inside, "outside", f"{what} lie outside the data zones", zone * geometry.block)
+    damage.check(inside, "outside", f"{what} outside the data zones", zone * geometry.block)
     return owner[inside], block[inside], zone[inside]
 
 
@@ -340,7 +344,7 @@ def read_names(
         row = np.flatnonzero((child > 0) & inside & ~dots)
         places = (zone[part][:, None] * geometry.block + np.arange(per_block) * entry.itemsize).ravel()[row]
         good = (child[row] <= geometry.inodes) & (length[row] > 0)
-        damage.check(good, "directory", "entries have no name, or an inode that can't be", places)
+        damage.check(good, "directory", "[entry has|entries have] no name, or an impossible inode", places)
         row = row[good]
         flat = np.ascontiguousarray(name).reshape(-1)
         parts.append(Ragged.cut(flat, row * geometry.name_length, length[row]))

@@ -1,7 +1,7 @@
 """Linux swap space, both versions, any page size, either byte order, also while it holds a hibernated system.
 
 Only the header page is read: which pages are in use is known to the running kernel alone, so that all the
-space behind the header is one piece of content. The signature stands at the end of the first page and so
+space after the header is one piece of content. The signature stands at the end of the first page and so
 tells the page's size.
 
 Sources: kernel include/linux/swap.h (union swap_header), mm/swapfile.c, kernel/power/swap.c (swsusp_header);
@@ -97,9 +97,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
             label = b""
             uuid = bytes(16)
     size = pages * page
-    if size > reader.size:
-        words = f"the swap space claims {size} bytes, but the volume has {reader.size}"
-        damage.say("truncated", words, reader.size)
+    damage.ends_early(size, reader.size)
     rows = tables.ExtentRows()
     rows.add(tables.METADATA, 0, min(page, reader.size), part="header")
     end = min(size, reader.size)
@@ -134,7 +132,7 @@ def _version_1(data: np.ndarray, name: str) -> tuple[np.void, int, Int]:
             break
     else:
         raise Unsupported(
-            f"{name}: swap space of version {int(header['version'])}; versions 0 and 1 are known", 1024
+            f"{name}: swap space of version {int(header['version'])}; versions 0 and 1 are supported", 1024
         )
     room = (len(data) - BAD_PAGES - SIGNATURE) // 4
     count = int(header["nr_badpages"])

@@ -41,7 +41,7 @@ BLOCKS = (512, 1024, 2048, 4096)
 MAX_ENTRIES = 255
 """Entries that are read, as the kernel."""
 FREE = (b"Apple_Free", b"Apple_Void", b"Apple_Scratch", b"Apple_Extra")
-"""Types of entries that are no partition: what they cover is a gap."""
+"""Types of entries that are not partitions: what they cover is a gap."""
 DRIVERS = (b"Apple_Driver", b"Apple_Patches", b"Apple_FWDriver")
 
 DRIVER_DESCRIPTOR = struct(SECTOR, [
@@ -65,7 +65,7 @@ ENTRY = struct(SECTOR, [
 
 
 def probe(reader: Reader) -> bool:
-    """An entry behind block 0, on what is no CD."""
+    """An entry after block 0, on what is not a CD."""
     return _block_size(reader) is not None and not is_cd(reader)
 
 

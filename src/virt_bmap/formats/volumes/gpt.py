@@ -1,6 +1,6 @@
 """GUID partition tables: both headers and entry arrays, their checksums, sectors of 512 and 4096 bytes.
 
-Sources: UEFI specification 2.10, section 5.3; Linux block/partitions/efi.c (a GPT counts only behind a
+Sources: UEFI specification 2.10, section 5.3; Linux block/partitions/efi.c (a GPT counts only after a
 protective or hybrid MBR).
 """
 
@@ -117,7 +117,7 @@ VERITY = {
 """Partitions that hold the hashes of another one, or a signature of these, for each architecture: the
 Discoverable Partitions Specification."""
 CHROMEOS_ROOT = "3cb8e202-3b7e-47dd-8a3c-7ff2a13cfcec"
-"""Its kernel's command line has the root of a hash tree that lies behind the filesystem."""
+"""Its kernel's command line has the root of a hash tree that lies after the filesystem."""
 TYPES |= {kind: f"Linux {words}" for words, kinds in VERITY.items() for kind in kinds}
 TRAITS = {kind: VOUCHING for kinds in VERITY.values() for kind in kinds} | {CHROMEOS_ROOT: VERIFIED}
 """What partitions of a type mean for bytes, as in tables.TRAITS."""
@@ -313,7 +313,10 @@ def _read_table(reader: Reader, sector: int, at: int) -> tuple[GptTable | None, 
         or count > MAX_ENTRIES
         or entries_at + count * each > reader.size
     ):
-        return None, f"its entry array ({count} entries of {each} bytes at byte {entries_at:#x}) does not fit"
+        return (
+            None,
+            f"its entry array ({count:,} x {each} bytes at byte {entries_at:#x}) does not fit",
+        )
     array = reader.read(entries_at, count * each)
     if zlib.crc32(array) != header["partition_entry_array_crc32"]:
         return None, "the checksum of its entries is wrong"

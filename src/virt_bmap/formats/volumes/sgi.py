@@ -68,7 +68,7 @@ def probe(reader: Reader) -> bool:
 def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk.
 
-    The partition that the header lies in is no volume of its own: its files are named one by one.
+    The partition that the header lies in is not a volume of its own: its files are named one by one.
     """
     (disk,) = members
     assembly = Assembly(members)

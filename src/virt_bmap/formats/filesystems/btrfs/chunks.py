@@ -118,7 +118,9 @@ def chunk_items(data: np.ndarray, start: Int, at: Int, size: Int, damage: Damage
         & (length < ondisk.MAX_END)
         & (head["stripe_len"] == STRIPE_LEN)
     )
-    damage.add("mapping", "chunk items have an impossible length, stripe_len or num_stripes", start[~fits])
+    damage.add(
+        "mapping", "chunk [item has|items have] an impossible length, stripe_len or num_stripes", start[~fits]
+    )
     start, at, head, count, length = start[fits], at[fits], head[fits], count[fits], length[fits]
     row, step = expand(count)
     stripes = ondisk.records_at(data, at[row] + ondisk.CHUNK_HEAD + step * ondisk.STRIPE_SIZE, ondisk.STRIPE)
@@ -130,7 +132,9 @@ def chunk_items(data: np.ndarray, start: Int, at: Int, size: Int, damage: Damage
         if _possible(chunk):
             yield chunk
         else:
-            damage.add("mapping", "chunk items have an impossible profile or number of stripes", begin)
+            damage.add(
+                "mapping", "chunk [item has|items have] an impossible profile or number of stripes", begin
+            )
 
 
 def _possible(chunk: Chunk) -> bool:
@@ -153,7 +157,7 @@ def without_overlaps(chunks: list[Chunk], damage: Damage) -> list[Chunk]:
     kept: list[Chunk] = []
     for chunk in chunks:
         if kept and chunk.start < kept[-1].start + kept[-1].length:
-            damage.add("mapping", "chunks begin inside another chunk", chunk.start)
+            damage.add("mapping", "[chunk begins|chunks begin] inside another chunk", chunk.start)
         else:
             kept.append(chunk)
     return kept

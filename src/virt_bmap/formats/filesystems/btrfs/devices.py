@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from virt_bmap.core.amounts import counted
 from virt_bmap.core.arrays import Int, complement, covered_twice, ints, subtract, union
 from virt_bmap.core.errors import Corrupt, FormatError
 from virt_bmap.core.mapping import Rows
@@ -140,7 +141,8 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
     wanted = {uuid for chunk in chunks for uuid, _ in chunk.stripes} | set(sizes)
     present = {uuid: device for uuid, device in known.items() if device in group or uuid in wanted}
     if lost := len(wanted - set(known)):
-        what = f"devices of the filesystem are missing; {unreachable} strips have no other copy"
+        strips = counted(unreachable, "[strip has|strips have] no other copy")
+        what = f"[device|devices] of the filesystem [is|are] missing; {strips}"
         damage.add("missing-member", what, count=lost, severity=ERROR if unreachable else NOTE)
     reserved = union(*_super_stripes(chunks))
     pool = Pool(
@@ -180,7 +182,7 @@ def _detail(chunks: list[Chunk]) -> str:
     return ", ".join(sorted(found))
 
 
-# ---- what is no chunk --------------------------------------------------------------------------------------
+# ---- outside all chunks ------------------------------------------------------------------------------------
 
 
 def _super_stripes(chunks: list[Chunk]) -> tuple[Int, Int]:
@@ -215,15 +217,11 @@ def _device_extents(about: About, device: Device, chunks: list[Chunk], total: in
     ]
     taken = np.array(stripes, np.int64).reshape(-1, 2)
     twice = covered_twice(taken[:, 0], taken[:, 1])
-    if (beyond := int((taken[:, 1] > device.member.reader.size).sum())) > 0:
-        text = (
-            f"{beyond} chunks reach beyond the end of {device.member.name} "
-            f"({device.member.reader.size:#x}): it is truncated"
-        )
-        about.damage.say("truncated", text, device.member.reader.size)
-    if len(twice[0]):
-        text = f"{len(twice[0])} ranges belong to more than one chunk"
-        about.damage.say("two-owners", text, int(twice[0][0]))
+    end = device.member.reader.size
+    beyond = int((taken[:, 1] > end).sum())
+    text = f"[chunk reaches|chunks reach] beyond the end of {device.member.name}: it is truncated"
+    about.damage.add("truncated", text, end, beyond)
+    about.damage.add("two-owners", "[range belongs|ranges belong] to more than one chunk", twice[0])
     supers = ints([offset for offset in ondisk.SUPER_OFFSETS if offset + ondisk.SUPER_SIZE <= size])
     super_ends = supers + ondisk.SUPER_SIZE
     out = about.extents

@@ -101,9 +101,17 @@ def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
     """Every inode of every tree, and which of them only a log knows: they were created and fsynced after the
     last commit."""
     beyond = ~_fits(rows["objectid"], OBJECT_BITS)
-    damage.add("inode", "inodes have an objectid beyond 2^40 and are left out", rows["record"][beyond])
+    damage.add(
+        "inode",
+        "[inode has|inodes have] an objectid beyond 2^40 and [is|are] left out",
+        rows["record"][beyond],
+    )
     far = links.roots.bytenr[links.has_files & ~_fits(links.tree_id, TREE_BITS)]
-    damage.add("inode", "subvolumes have an id beyond 2^23 and are left out", np.maximum(far, -1))
+    damage.add(
+        "inode",
+        "[subvolume has|subvolumes have] an id beyond 2^23 and [is|are] left out",
+        np.maximum(far, -1),
+    )
     row, tree = links.spread(rows)
     inode = number(links.tree_id[tree], rows["objectid"][row])
     part = links.parts[tree]
@@ -113,7 +121,7 @@ def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
         fresh, keep = np.unique(inode[new]), (part != owners.LOG) | new
         row, tree, inode, part = row[keep], tree[keep], inode[keep], part[keep]
     column = {name: values[row] for name, values in rows.items()}
-    damage.add("inode", "inodes have an impossible size", column["record"][column["size"] < 0])
+    damage.add("inode", "[inode has|inodes have] an impossible size", column["record"][column["size"] < 0])
     special = (part == owners.CACHE) | (part == owners.RELOCATION) | (column["objectid"] < 0)
     mode, nlink = column["mode"] & 0xFFFF, column["nlink"]
     gone = ~special & ((nlink == 0) | (links.roots.refs[tree] == 0))
@@ -166,7 +174,7 @@ def names(
     odd = ~subvolume & (rows["target_type"][row] != ondisk.INODE_ITEM_KEY)
     damage.add(
         "directory",
-        "directory entries lead neither to an inode nor to a subvolume",
+        "directory [entry leads|entries lead] neither to an inode nor to a subvolume",
         np.full(int(odd.sum()), -1, np.int64),
     )
     at = np.flatnonzero(subvolume)

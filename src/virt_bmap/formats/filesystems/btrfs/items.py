@@ -91,7 +91,11 @@ def _names(leaves: Leaves) -> tuple[Columns, pa.Array]:
     length = records["name_len"].astype(np.int64)
     whole = (length > 0) & (ondisk.DIR_ITEM.itemsize + length <= items.size)
     if not whole.all():
-        leaves.damage.add("directory", "directory entries are longer than their item", items.logical[~whole])
+        leaves.damage.add(
+            "directory",
+            "directory [entry is longer than its|entries are longer than their] item",
+            items.logical[~whole],
+        )
         items, records, length = items.select(whole), records[whole], length[whole]
     columns = _columns(items, records, {"target": "location.objectid", "target_type": "location.type"})
     columns |= {"objectid": items.objectid, "ref": np.zeros(len(items), np.int64)}
@@ -138,7 +142,7 @@ def _file_extents(leaves: Leaves) -> tuple[Columns, Columns]:
     regular = ~inline & (kind <= ondisk.FILE_EXTENT_PREALLOC) & (items.size >= ondisk.FILE_EXTENT.itemsize)
     leaves.damage.add(
         "extents",
-        "file extent items have an unknown type, or are too short",
+        "file extent [item has|items have] an unknown type, or [is|are] too short",
         items.logical[~inline & ~regular],
     )
     return _regular(items.select(regular)), _inline(items.select(inline))

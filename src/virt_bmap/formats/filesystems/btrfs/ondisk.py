@@ -142,7 +142,7 @@ def _sane(superblock: np.void, offset: int) -> None:
     unknown = flags & ~sum(INCOMPAT) & ~sum(INCOMPAT_REFUSED)
     if refused or unknown:
         names = " ".join([*refused, *([f"unknown bits {unknown:#x}"] if unknown else [])])
-        raise Unsupported(f"btrfs with incompatible features that are not read: {names}", offset)
+        raise Unsupported(f"btrfs with incompatible features that are not supported: {names}", offset)
 
 
 def feature_names(superblock: np.void) -> str:

@@ -84,11 +84,11 @@ def allocated(items: Columns, nodesize: int, pool: Pool, damage: Damage) -> Allo
     start = items["start"]
     length = np.where(items["length"] < 0, nodesize, items["length"])
     inside = pool.chunks.contain(start, length) & (length > 0)
-    damage.add("allocator", "extent items lie outside all chunks", np.maximum(start[~inside], -1))
+    damage.add("allocator", "extent [item lies|items lie] outside all chunks", np.maximum(start[~inside], -1))
     order = np.flatnonzero(inside)[np.argsort(start[inside], kind="stable")]
     start, length = start[order], length[order]
     overlap = np.flatnonzero(start[1:] < (start + length)[:-1]) + 1
-    damage.add("two-owners", "extent items overlap the one before", start[overlap])
+    damage.add("two-owners", "extent [item overlaps|items overlap] the one before", start[overlap])
     return Allocated(start, length, items["data"][order])
 
 
@@ -114,7 +114,7 @@ def add_trees(
             continue
         at = used.find(address)
         missing = (at < 0) | (used.data[at] != 0) if len(used.start) else np.ones(len(address), bool)
-        damage.add("allocator", "tree blocks have no extent item", address[missing])
+        damage.add("allocator", "tree [block has|blocks have] no extent item", address[missing])
     return logs
 
 
@@ -126,7 +126,7 @@ def _tree_name(tree: int) -> str:
 
 
 def sound(extents: FileExtents, pool: Pool, damage: Damage) -> FileExtents:
-    """Without the extents that can't be: outside all chunks, or using more than was allocated."""
+    """Without impossible extents: outside all chunks, or using more than was allocated."""
     compressed = (extents.flags & tables.COMPRESSED) != 0
     fits = (
         pool.chunks.contain(extents.base, extents.whole)
@@ -137,7 +137,9 @@ def sound(extents: FileExtents, pool: Pool, damage: Damage) -> FileExtents:
     fits &= compressed | (
         (extents.start >= extents.base) & (extents.length <= extents.whole - (extents.start - extents.base))
     )
-    damage.add("extents", "file extents have impossible numbers", np.maximum(extents.base[~fits], -1))
+    damage.add(
+        "extents", "file [extent has|extents have] impossible numbers", np.maximum(extents.base[~fits], -1)
+    )
     return extents if fits.all() else extents.select(fits)
 
 
@@ -147,7 +149,11 @@ def check_allocated(extents: FileExtents, used: Allocated, damage: Damage) -> No
     wrong = at < 0
     if len(used.start):
         wrong |= (used.length[at] != extents.whole) | (used.data[at] == 0)
-    damage.add("allocator", "file extents have no extent item of their size", extents.base[wrong])
+    damage.add(
+        "allocator",
+        "file [extent has no extent item of its|extents have no extent item of their] size",
+        extents.base[wrong],
+    )
 
 
 def share(extents: FileExtents) -> FileExtents:
@@ -244,14 +250,18 @@ def _trusted(pool: Pool, used: Allocated, groups: Columns, damage: Damage) -> np
     chunks = pool.chunks
     at = np.clip(np.searchsorted(chunks.starts, groups["start"]), 0, len(chunks.starts) - 1)
     fits = (chunks.starts[at] == groups["start"]) & (chunks.ends[at] - chunks.starts[at] == groups["length"])
-    damage.add("allocator", "block groups are no chunk", np.maximum(groups["start"][~fits], -1))
-    damage.add("allocator", "chunks have no block group", np.setdiff1d(chunks.starts, groups["start"]))
+    damage.add(
+        "allocator", "block [group belongs|groups belong] to no chunk", np.maximum(groups["start"][~fits], -1)
+    )
+    damage.add(
+        "allocator", "[chunk has|chunks have] no block group", np.setdiff1d(chunks.starts, groups["start"])
+    )
     found = np.zeros(len(chunks.starts), np.int64)
     np.add.at(found, np.searchsorted(chunks.starts, used.start, "right") - 1, used.length)
     exact = fits & (found[at] == groups["used"])
     damage.add(
         "count",
-        "block groups gave away more or less than there are extent items",
+        "block [group|groups] gave away more or less than there are extent items",
         groups["start"][fits & ~exact],
         severity=ERROR,
     )
@@ -266,8 +276,8 @@ def check_free_space(
     """The free space tree is the allocator's second account of the same; where it is valid, it must agree
     with the extent tree.
 
-    Accounts of groups that are no more count for nothing: mkfs.btrfs leaves those of chunks it began with,
-    and neither the kernel nor `btrfs check`, which go by the groups there are, ever look at them.
+    Accounts of groups that no longer exist count for nothing: mkfs.btrfs leaves those of chunks it began
+    with, and neither the kernel nor `btrfs check`, which go by the groups there are, ever look at them.
     """
     told = union(rows["start"], rows["start"] + np.clip(rows["length"], 0, ondisk.MAX_END))
     gone = ~np.isin(accounts["start"], pool.chunks.starts)
@@ -275,7 +285,10 @@ def check_free_space(
     left = subtract(*told, start, start + np.clip(length, 0, ondisk.MAX_END))
     outside = subtract(*left, pool.chunks.starts, pool.chunks.ends)[0]
     damage.add(
-        "allocator", "ranges of the free space tree lie in no chunk", np.maximum(outside, -1), severity=NOTE
+        "allocator",
+        "[range|ranges] of the free space tree [lies|lie] in no chunk",
+        np.maximum(outside, -1),
+        severity=NOTE,
     )
     told = intersect(*told, pool.chunks.starts, pool.chunks.ends)
     for only, other, ranges in (
@@ -284,7 +297,7 @@ def check_free_space(
     ):
         damage.add(
             "allocator",
-            f"ranges are free by the {only}, but not by the {other}",
+            f"[range is|ranges are] free by the {only}, but not by the {other}",
             ranges[0],
             severity=WARNING,
         )

@@ -134,7 +134,7 @@ def walk(source: TreeSource, roots: TreeRoots, damage: Damage) -> Forest:
         sound = source.chunks.contain(address, np.full(len(address), source.nodesize, np.int64)) & (
             address % source.sectorsize == 0
         )
-        damage.add("tree", "pointers to tree blocks outside all chunks", address[~sound])
+        damage.add("tree", "[pointer leads|pointers lead] to tree blocks outside all chunks", address[~sound])
         tree, address, generation = _once(tree[sound], address[sound], generation[sound], damage)
         reached.append((tree, address))
         if level and len(address):
@@ -148,7 +148,7 @@ def _once(tree: Int, address: Int, generation: Int, damage: Damage) -> tuple[Int
     tree, address, generation = tree[order], address[order], generation[order]
     again = np.zeros(len(tree), bool)
     again[1:] = (tree[1:] == tree[:-1]) & (address[1:] == address[:-1])
-    damage.add("twice", "tree blocks that one tree refers to twice", address[again])
+    damage.add("twice", "tree [block is|blocks are] referred to twice by one tree", address[again])
     tree, address, generation = tree[~again], address[~again], generation[~again]
     told = _bounded(address, np.ones(len(address), np.int64), damage)
     return tree[told], address[told], generation[told]
@@ -162,7 +162,7 @@ def _bounded(address: Int, weight: Int, damage: Damage) -> np.ndarray:
     told: np.ndarray = ~again | (np.cumsum(np.where(again, weight, 0)) <= MAX_SHARED)
     damage.add(
         "simplified",
-        "tree blocks are shared by too many snapshots: not all are told",
+        "tree [block is|blocks are] shared by too many snapshots: not all of these are told",
         address[~told],
         severity=WARNING,
     )
@@ -237,11 +237,11 @@ def node_batches(
     for rows, data in source.reader.batches(address, source.nodesize, BATCH):
         part = address[rows]
         data, healed, bad = mended(source, data, part, generation[rows], level)
-        damage.add("copy-used", "tree blocks had to be read from another copy", part[healed])
+        damage.add("copy-used", "tree [block|blocks] had to be read from another copy", part[healed])
         damage.add(
             "tree",
-            "tree blocks are not what their pointers say (address, generation, level, fsid), or have "
-            "a wrong checksum",
+            "tree [block is not what its pointer says|blocks are not what their pointers say] (address, "
+            "generation, level, fsid), or [has|have] a wrong checksum",
             part[bad],
         )
         nritems = _header(data)["nritems"].astype(np.int64)
@@ -337,7 +337,9 @@ class Leaves(NamedTuple):
         )  # fmt: skip
         short = found.size < minimum
         if short.any():
-            self.damage.add("tree", "items are too short for their type", found.logical[short])
+            self.damage.add(
+                "tree", "[item is too short for its|items are too short for their] type", found.logical[short]
+            )
             found = found.select(~short)
         return found
 
@@ -362,6 +364,6 @@ def leaves_of(
     high += low
     inside = (low >= (nritems * ITEM_SIZE)[leaf]) & (high <= source.nodesize - HEADER_SIZE)
     if not inside.all():
-        damage.add("tree", "items reach out of their leaf", address[leaf[~inside]])
+        damage.add("tree", "[item reaches out of its|items reach out of their] leaf", address[leaf[~inside]])
         items, leaf = items[inside], leaf[inside]
     return Leaves(data.reshape(-1), items, leaf, base, address, damage, source.reader)

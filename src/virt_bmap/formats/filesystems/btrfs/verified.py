@@ -219,7 +219,7 @@ class VerifiedReader(Reader):
         sectors = (low[row] + step) * size
         keep = sectors + size <= self.size
         data, parts = self._right_sectors(sectors[keep])
-        if not keep.all():  # behind the last chunk's last whole sector nothing is data
+        if not keep.all():  # after the last chunk's last whole sector nothing is data
             data = np.append(data, np.zeros((int((~keep).sum()), size), np.uint8), axis=0)
         base = np.cumsum(high - low) - (high - low)
         span = np.searchsorted(low, offsets // size, "right") - 1

@@ -86,12 +86,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     rows = ExtentRows()
     found.metadata(rows, fixed_areas(reader, superblock, found.packed_known()))
     found.content(rows)
-    if int(superblock["blocks"]) << bits > reader.size:
-        damage.say(
-            "truncated",
-            f"the image has {reader.size} of the {int(superblock['blocks']) << bits} bytes that it claims",
-            reader.size,
-        )
+    damage.ends_early(int(superblock["blocks"]) << bits, reader.size)
     label = superblock["volume_name"].tobytes().split(b"\0")[0].decode("utf-8", "replace")
     uuid = superblock["uuid"].tobytes().hex()
     return Filesystem(

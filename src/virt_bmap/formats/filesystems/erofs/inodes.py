@@ -34,7 +34,8 @@ INODE = struct(64, [
     (26, "compact_gid", "<u2"), (8, "i_size", "<u8"), (24, "i_uid", "<u4"), (28, "i_gid", "<u4"),
     (32, "i_mtime", "<u8"), (40, "i_mtime_nsec", "<u4"), (44, "i_nlink", "<u4"),
 ])  # fmt: skip
-"""Both inodes over each other: the compact one has 32 bytes and fields of its own, the extended one 64."""
+"""Both kinds of inode as one struct: the compact one has
+32 bytes and fields of its own, the extended one 64."""
 DIRENT = struct(12, [(0, "nid", "<u8"), (8, "nameoff", "<u2"), (10, "file_type", "u1")])
 COLUMNS = (
     "nid",
@@ -129,7 +130,10 @@ def walk(volume: InodeLayout, roots: Int, damage: Damage) -> InodeTree:
         level = np.concatenate(below)
     else:
         damage.say("too-deep", f"more than {MAX_LEVELS} levels of directories")
-    what = "inodes, directories or directory blocks contradict themselves or lie outside the volume"
+    what = (
+        "[inode, directory or directory block contradicts itself or lies|inodes, directories or directory "
+        "blocks contradict themselves or lie] outside the volume"
+    )
     damage.add("inode", what, count=lost)
     return _join(found, names)
 
@@ -175,7 +179,7 @@ def read_inodes(volume: InodeLayout, nid: Int) -> dict[str, Int]:
 
 def flat_ranges(column: dict[str, Int], block_size: int) -> tuple[Int, Int, Int]:
     """(start, whole bytes there, bytes of the inline tail) of files in one piece: the tail of FLAT_INLINE
-    lies behind the inode."""
+    lies after the inode."""
     inline = column["layout"] == FLAT_INLINE
     tail = np.where(inline, np.where(column["size"] > 0, (column["size"] - 1) % block_size + 1, 0), 0)
     whole = column["size"] - tail

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import EMPTY, Int, expand, ints, subtract, union
 from virt_bmap.core.columns import take
 from virt_bmap.core.stored import ROW, afford, allowance
@@ -83,7 +84,9 @@ class BlockOwners:
     ) -> None:
         """Rows of the inodes at positions `rows`, but those that leave the volume."""
         inside = (start >= 0) & (length > 0) & (start <= self.size - length)
-        self.damage.add("outside", "pieces of files lie outside the volume", start[~inside & (length > 0)])
+        self.damage.add(
+            "outside", "[piece|pieces] of files [lies|lie] outside the volume", start[~inside & (length > 0)]
+        )
         batch = (self.kind[rows], self.tree.column["nid"][rows], file_offset, held, start, length, flags)
         self._claim(int(inside.sum()))
         (self.inner if inner else self.data).append(tuple(values[inside] for values in batch))
@@ -91,13 +94,15 @@ class BlockOwners:
             self.blocks_used.append((start[inside], (start + length)[inside]))
 
     def _claim(self, count: int) -> None:
-        """Corrupt where there are more rows than what is stored can honestly have: indexes over each other,
+        """Corrupt where there are more rows than what is stored can have: indexes that overlap,
         ends that each lie in all of the packed inode."""
         self.claimed += count
-        afford(self.volume.reader, self.claimed * ROW, f"the rows of {self.claimed:,} pieces of files")
+        afford(
+            self.volume.reader, self.claimed * ROW, f"the rows of {plural(self.claimed, 'piece')} of files"
+        )
 
     def flat(self) -> None:
-        """Files in one piece, and tails behind their inodes."""
+        """Files in one piece, and tails after their inodes."""
         rows = self._where(FLAT_PLAIN, FLAT_INLINE)
         column = {name: values[rows] for name, values in self.tree.column.items()}
         start, whole, tail = flat_ranges(column, self.volume.block_size)
@@ -155,18 +160,21 @@ class BlockOwners:
                 length,
                 np.zeros(len(row), np.int64),
             )
-        if foreign:
-            self.damage.say("elsewhere", f"{foreign} chunks of files lie on another device")
+        what = "[chunk of a file lies|chunks of files lie] on another device"
+        self.damage.add("elsewhere", what, count=foreign)
 
     def _affordable(self, at: Int, length: Int) -> np.ndarray:
         """Which indexes lie inside the volume, as long as all together are not longer than it."""
         good = (length >= 0) & (length <= self.size) & (at <= self.size - np.minimum(length, self.size))
         good &= np.cumsum(np.where(good, length, 0)) <= allowance(self.volume.reader)
-        what = "indexes of files lie outside the volume, or claim more than it has"
+        what = (
+            "[index of a file lies outside the volume, or claims|indexes "
+            "of files lie outside the volume, or claim] more than it has"
+        )
         return self.damage.check(good, "outside", what, at)
 
     def _inner_tree(self, rows: Int, at: Int, length: Int) -> None:
-        """Indexes behind inodes."""
+        """Indexes after inodes."""
         flags = np.full(len(rows), tables.INLINE, np.int64)
         kind = np.full(len(rows), tables.TREE, np.int64)
         none = np.full(len(rows), -1, np.int64)
@@ -174,7 +182,7 @@ class BlockOwners:
         self.blocks_used.append((at, at + length))
 
     def compressed(self) -> None:
-        """Files in physical clusters; the end of a file may lie behind its index or in the packed inode."""
+        """Files in physical clusters; the end of a file may lie after its index or in the packed inode."""
         rows = self._where(COMPRESSED_FULL, COMPRESSED_COMPACT)
         header = -(-self.tree.column["body"][rows] // 8) * 8
         good = self._affordable(header, np.full(len(rows), MAP_HEADER, np.int64))
@@ -210,7 +218,10 @@ class BlockOwners:
             data = np.append(pieces(self.volume.reader, some.header, length[part]), np.zeros(8, np.uint8))
             base = np.cumsum(length[part]) - length[part]
             clusters, broken = physical_clusters(some, data, base, self.volume.block_size)
-            what = "entries of cluster indexes contradict themselves"
+            what = (
+                "[entry of a cluster index contradicts itself|entries "
+                "of cluster indexes contradict themselves]"
+            )
             self.damage.add("extents", what, int(some.header[0]), broken)
             fragments.append(self._clusters(rows[part], low[part], some, clusters))
         self.fragment = tuple(np.concatenate([piece[i] for piece in fragments]) for i in range(3))  # type: ignore[assignment]
@@ -235,7 +246,7 @@ class BlockOwners:
         return row[fragment], found.file_offset[fragment], place[fragment]
 
     def attributes(self, shared_base: int) -> None:
-        """Attributes behind inodes, and the shared ones that they refer to by number."""
+        """Attributes after inodes, and the shared ones that they refer to by number."""
         column = self.tree.column
         rows = np.flatnonzero(column["xattr_size"] > 0)
         at, size = column["xattr_at"][rows], column["xattr_size"][rows]
@@ -258,7 +269,9 @@ class BlockOwners:
         row, _ = expand(count)
         place = shared_base + 4 * _u32(data, 4 * np.arange(len(row), dtype=np.int64))
         inside = place <= self.size - 4
-        self.damage.check(inside, "outside", "shared attributes lie outside the volume", place)
+        self.damage.check(
+            inside, "outside", "shared [attribute lies|attributes lie] outside the volume", place
+        )
         row, place = row[inside], place[inside]
         entry = (
             pieces(self.volume.reader, place, np.full(len(place), 4, np.int64))
@@ -336,7 +349,9 @@ class BlockOwners:
         size = self.tree.column["size"][owner] - at
         first = np.searchsorted(offset + held, place, "right")
         last = np.searchsorted(offset, place + size, "left")
-        self.damage.check(last > first, "extents", "fragments are not in the packed inode", place)
+        self.damage.check(
+            last > first, "extents", "[fragment is|fragments are] not in the packed inode", place
+        )
         self._claim(int(np.maximum(last - first, 0).sum()))
         row, nth = expand(np.maximum(last - first, 0))
         cluster = first[row] + nth

@@ -48,11 +48,15 @@ def read_superblock(reader: Reader) -> np.void:
     unknown = int(found["feature_incompat"]) & ~KNOWN_INCOMPAT
     if unknown:
         words = " ".join(INCOMPAT.get(1 << bit, f"{1 << bit:#x}") for bit in range(32) if unknown >> bit & 1)
-        raise Unsupported(f"{reader.name}: EROFS with features that are not read: {words}", SUPER_OFFSET + 80)
+        raise Unsupported(
+            f"{reader.name}: EROFS with features that are not supported: {words}", SUPER_OFFSET + 80
+        )
     if not 9 <= int(found["blkszbits"]) <= 16 or found["dirblkbits"]:
-        raise Corrupt(f"{reader.name}: blkszbits at byte {SUPER_OFFSET + 12} is {int(found['blkszbits'])} "
-            f"and dirblkbits {int(found['dirblkbits'])}, not "
-                      "9 to 16 and 0", SUPER_OFFSET + 12)  # fmt: skip
+        raise Corrupt(
+            f"{reader.name}: blkszbits at byte {SUPER_OFFSET + 12} is {int(found['blkszbits'])} and "
+            f"dirblkbits {int(found['dirblkbits'])}, not 9 to 16 and 0",
+            SUPER_OFFSET + 12,
+        )
     return found
 
 

@@ -65,14 +65,28 @@ class Parser:
         first = np.flatnonzero(kind == FILE)
         good = _is_whole(raw, kind, owner, first)
         say = self.damage.add
-        say("directory", "entry sets of files are incomplete: not read", number[first[~good]] * ENTRY)
+        say(
+            "directory",
+            "entry [set of a file is|sets of files are] incomplete: not read",
+            number[first[~good]] * ENTRY,
+        )
         first = first[good]
         entry, stream = records(raw[first], FILE_ENTRY), records(raw[first + 1], STREAM_ENTRY)
         wrong = _checksums(raw, first, entry["SecondaryCount"]) != entry["SetChecksum"]
         self.wrong.append(number[first[wrong]])
-        say("checksum", "entry sets of files have a wrong checksum", self.wrong[-1] * ENTRY, severity=WARNING)
+        say(
+            "checksum",
+            "entry [set of a file has|sets of files have] a wrong checksum",
+            self.wrong[-1] * ENTRY,
+            severity=WARNING,
+        )
         long = first[stream["ValidDataLength"] > stream["DataLength"]]
-        say("directory", "files have more valid data than data", number[long] * ENTRY, severity=WARNING)
+        say(
+            "directory",
+            "[file has|files have] more valid data than data",
+            number[long] * ENTRY,
+            severity=WARNING,
+        )
         zone = ((entry["LastModifiedUtcOffset"] << 1).view(np.int8) >> 1).astype(np.int64) * QUARTER
         local = timestamps(entry["LastModifiedDate"], entry["LastModifiedTime"])
         mtime = local + entry["LastModified10msIncrement"].astype(np.int64) * 10**7

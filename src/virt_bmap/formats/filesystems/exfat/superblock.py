@@ -65,13 +65,13 @@ def read_geometry(reader: Reader, damage: Damage) -> Geometry:
     if int(boot["FileSystemRevision"]) >> 8 != 1:
         raise Unsupported(
             f"{where}: revision "
-            f"{boot['FileSystemRevision'] >> 8}.{boot['FileSystemRevision'] & 255}, known is 1.x",
+            f"{boot['FileSystemRevision'] >> 8}.{boot['FileSystemRevision'] & 255}; 1.x is supported",
             104,
         )
     if not 9 <= shift <= 12 or shift + per_cluster > MAX_CLUSTER_SHIFT:
         raise Corrupt(
-            f"{where}: sectors of 2^{shift} bytes and clusters of 2^{shift + per_cluster}, not 2^9 "
-            "to 2^12 and up to 2^25",
+            f"{where}: sectors of 2^{shift} bytes and clusters of "
+            f"2^{shift + per_cluster}, not 2^9 to 2^12 and up to 2^25",
             108,
         )
     fats, clusters = int(boot["NumberOfFats"]), int(boot["ClusterCount"])
@@ -82,22 +82,23 @@ def read_geometry(reader: Reader, damage: Damage) -> Geometry:
     )
     if not 2 * BOOT_SECTORS <= fat <= fat + fats * fat_length <= heap < sectors < 1 << 50:
         raise Corrupt(
-            f"{where}: FAT at sector {fat} (+{fat_length} x {fats}), clusters at {heap}, end at "
-            f"{sectors}: not in this order",
+            f"{where}: FAT at sector {fat} (+{fat_length} x {fats}), "
+            f"clusters at {heap}, end at {sectors}: in an impossible order",
             72,
         )
     size = 1 << shift
     if reader.size < heap * size:
-        raise Corrupt(f"{reader.name}: ends at byte {reader.size:#x}, before the first cluster at "
-            f"{heap * size:#x}: it is truncated",
-                      reader.size, "truncated")  # fmt: skip
+        raise Corrupt(
+            f"{reader.name}: ends at byte {reader.size:#x}, before "
+            f"the first cluster at {heap * size:#x}: it is truncated",
+            reader.size,
+            "truncated",
+        )
     _check_boot_region(reader, size, damage)
     room = min((sectors - heap) >> per_cluster, fat_length * size // 4 - 2)
     if clusters > room:
         damage.say("superblock", f"ClusterCount is {clusters}, but there is room for {room}", 92)
-    if reader.size < sectors * size:
-        what = f"the volume ends at byte {reader.size:#x}, but its filesystem claims {sectors * size:#x}"
-        damage.say("truncated", what, reader.size)
+    damage.ends_early(sectors * size, reader.size)
     return Geometry(
         sector_size=size, cluster_size=size << per_cluster, size=sectors * size, fat=fat * size,
         fat_size=fat_length * size, fats=fats,
@@ -116,12 +117,15 @@ def _check_boot_region(reader: Reader, sector_size: int, damage: Damage) -> None
         if at not in CHANGING:
             checksum = ((checksum >> 1 | checksum << 31) + byte) & 0xFFFFFFFF
     if data[last:] != checksum.to_bytes(4, "little") * (sector_size // 4):
-        words = f"the last sector of the main boot region does not repeat its checksum, {checksum:#x}"
+        words = (
+            "the last sector of the main boot region does not "
+            f"repeat the checksum of the others, {checksum:#x}"
+        )
         damage.say("checksum", words, last)
 
 
 def add_regions(rows: tables.ExtentRows, geometry: Geometry) -> None:
-    """What lies before and behind the clusters."""
+    """What lies before and after the clusters."""
     region, fats_end = BOOT_SECTORS * geometry.sector_size, geometry.fat + geometry.fats * geometry.fat_size
     end = geometry.heap + geometry.clusters * geometry.cluster_size
     rows.add(tables.METADATA, 0, region, part="main boot region")

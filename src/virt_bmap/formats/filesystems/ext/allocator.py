@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, expand, subtract, union
 from virt_bmap.core.checksums import crc16, crc32c
 from virt_bmap.core.layout import lo_hi, records, struct
@@ -98,7 +99,7 @@ class DescriptorPlaces:
 
 
 def descriptor_places(superblock: Superblock) -> DescriptorPlaces:
-    """Both layouts: all descriptors behind each superblock, and (meta_bg) one block in the 1st, 2nd and last
+    """Both layouts: all descriptors after each superblock, and (meta_bg) one block in the 1st, 2nd and last
     group of many."""
     group = np.arange(superblock.groups, dtype=np.int64)
     per_block = superblock.block_size // superblock.desc_size
@@ -141,11 +142,20 @@ def read_groups(reader: Reader, superblock: Superblock, damage: Damage) -> Block
                     copy[hint] = 0
         _, still_bad = _parse(superblock, copy)
         take = bad & ~still_bad
-        damage.add("copy-used", "group descriptors are damaged; a copy is read", where[take], severity=ERROR)
-        damage.add("group", "group descriptors are damaged, and so is their copy", where[bad & still_bad])
+        damage.add(
+            "copy-used",
+            "group [descriptor is|descriptors are] damaged; a copy is read",
+            where[take],
+            severity=ERROR,
+        )
+        damage.add(
+            "group",
+            "group [descriptor is damaged, and so is its|descriptors are damaged, and so are their] copy",
+            where[bad & still_bad],
+        )
         groups, bad = _parse(superblock, np.where(take, copy, found))
     elif bad.any():
-        damage.add("group", "group descriptors are damaged, and there is no copy", where[bad])
+        damage.add("group", "group [descriptor is|descriptors are] damaged, and there is no copy", where[bad])
     _check_checksums(superblock, found, where, damage)
     return groups
 
@@ -217,7 +227,7 @@ def _check_checksums(superblock: Superblock, raw: np.ndarray, where: Int, damage
         ]
         is_ = crc16(np.concatenate(parts, axis=1)).astype(np.uint32)
     wrong = is_ != raw["bg_checksum"]
-    damage.add("checksum", "group descriptors have a wrong checksum", where[wrong])
+    damage.add("checksum", "group [descriptor has|descriptors have] a wrong checksum", where[wrong])
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -264,7 +274,7 @@ def add_metadata(rows: ExtentRows, superblock: Superblock, groups: BlockGroups) 
 
 
 def reserved_descriptors(superblock: Superblock) -> tuple[Int, Int]:
-    """Blocks kept behind the descriptors for growing online, as (starts, counts); the resize inode lists them
+    """Blocks kept after the descriptors for growing online, as (starts, counts); the resize inode lists them
     too."""
     reserved = superblock.number("s_reserved_gdt_blocks")
     if not reserved or superblock.has("meta_bg") or reserved > superblock.blocks_per_group:
@@ -366,7 +376,7 @@ def used_inodes(reader: Reader, superblock: Superblock, groups: BlockGroups) -> 
         first = np.maximum(low[nth], base)
         count = np.minimum(high[nth], base + width) - first
         total += int(count.sum())
-        afford(reader, total * superblock.inode_size, f"{total:,} inodes")
+        afford(reader, total * superblock.inode_size, plural(total, "inode"))
         first += group[row] * per_group + 1 - base
         numbers = np.ones(int(count.sum()), np.int64)
         ends = np.cumsum(count)

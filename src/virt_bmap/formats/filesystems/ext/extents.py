@@ -120,7 +120,11 @@ def _inside(superblock: Superblock, runs: Runs, offsets: Int, damage: Damage) ->
     fits = superblock.inside(runs.start, runs.count) & (runs.count > 0)
     if fits.all():
         return runs
-    damage.add("outside", "extents are empty or reach out of the volume", offsets[runs.owner[~fits]])
+    damage.add(
+        "outside",
+        "[extent is empty or reaches|extents are empty or reach] out of the volume",
+        offsets[runs.owner[~fits]],
+    )
     starts = superblock.inside(runs.start, 1) & (runs.count > 0)
     count = np.where(fits, runs.count, np.minimum(runs.count, superblock.readable - runs.start))
     return Runs(runs.owner, runs.logical, runs.start, count, runs.unwritten).take(starts)
@@ -130,13 +134,13 @@ def _nodes(superblock: Superblock, block: Int, seen: Int, damage: Damage) -> tup
     """Which of these tree nodes may be read (in the volume, and for the first time), and all nodes seen until
     now, sorted."""
     fits, offsets = superblock.inside(block, 1), block * superblock.block_size
-    damage.add("outside", "tree nodes lie outside the volume", offsets[~fits])
+    damage.add("outside", "tree [node lies|nodes lie] outside the volume", offsets[~fits])
     order = np.argsort(block, kind="stable")
     again = np.zeros(len(block), bool)
     again[order[1:]] = block[order[1:]] == block[order[:-1]]
     if len(seen):
         again |= seen[np.minimum(np.searchsorted(seen, block), len(seen) - 1)] == block
-    damage.add("twice", "tree nodes are used twice", offsets[fits & again])
+    damage.add("twice", "tree [node is|nodes are] used twice", offsets[fits & again])
     keep = fits & ~again
     return keep, in_order(np.append(seen, block[keep]))
 
@@ -231,7 +235,7 @@ def _node(
     if not good.all():
         # an inode without any block may have no header at all
         bad = ~good & (data[:, :60] != 0).any(axis=1) if data.shape[1] == 60 else ~good
-        damage.add("tree", "extent tree nodes have an impossible header", offsets[bad])
+        damage.add("tree", "extent tree [node has|nodes have] an impossible header", offsets[bad])
         entries = np.where(good, entries, 0)
     leaf = depth == 0
     row, extent = _entries(items, EXTENT, np.where(leaf, entries, 0))
@@ -258,13 +262,17 @@ def _check_order(row: Int, logical: Int, end: Int, key: Int | None, offsets: Int
     if bad.any():
         damage.add(
             "tree",
-            "extent tree nodes have entries out of order or overlapping",
+            "extent tree [node has|nodes have] entries out of order or overlapping",
             offsets[np.unique(row[1:][bad])],
         )
     if key is not None and len(row):
         first = np.append(True, row[1:] != row[:-1])
         at = row[first][logical[first] != key[row[first]]]
-        damage.add("tree", "extent tree nodes do not begin where their parent says", offsets[at])
+        damage.add(
+            "tree",
+            "extent tree [node does not begin where its|nodes do not begin where their] parent says",
+            offsets[at],
+        )
 
 
 def _entries(nodes: NDArray[np.void], dtype: np.dtype[np.void], counts: Int) -> tuple[Int, NDArray[np.void]]:

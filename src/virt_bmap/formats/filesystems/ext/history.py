@@ -228,7 +228,7 @@ def _holding(
     by_extents = columns["flags"] & inodes.EXTENTS_FL != 0
     extents = np.flatnonzero(with_blocks & by_extents)
     pointers = np.flatnonzero(with_blocks & ~by_extents & np.isin(columns["mode"] >> 12, (4, 8)))
-    # each older copy by itself: the same tree block in two of them is no damage
+    # each older copy by itself: the same tree block in two of them is not damage
     none = np.zeros(len(known.raw), np.int64)
     runs, _ = read_blocks_of(reader, superblock, columns["block"], extents, pointers, none, Damage())
     here = np.flatnonzero(touching(runs.start * size, (runs.start + runs.count) * size, starts, ends))

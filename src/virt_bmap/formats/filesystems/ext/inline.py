@@ -1,6 +1,6 @@
 """What lies inside other structures: short symbolic links, and the content of small files and directories.
 
-Inline data begins in i_block and goes on in the value of the attribute `system.data`, behind the record's
+Inline data begins in i_block and goes on in the value of the attribute `system.data`, after the record's
 fixed fields.
 
 Sources: kernel Documentation/filesystems/ext4/{inlinedata,attributes}.rst; fs/ext4/{symlink,inline,xattr}.c,
@@ -99,7 +99,11 @@ def add_data(
     first = np.where(is_dir, I_BLOCK_SIZE, np.minimum(size, I_BLOCK_SIZE))
     rest = np.where(is_dir, length, np.clip(size - I_BLOCK_SIZE, 0, length))
     cut = ~is_dir & (size > I_BLOCK_SIZE + length)
-    damage.add("inode", "inodes with inline data are larger than their inline data", offset[cut])
+    damage.add(
+        "inode",
+        "[inode|inodes] with inline data [is larger than its|are larger than their] inline data",
+        offset[cut],
+    )
     zero = np.zeros(len(at), np.int64)
     rows.add(kind, offset + I_BLOCK, first, inode=number, file_offset=zero, flags=tables.INLINE)
     rows.add(kind, offset + value, rest, inode=number, file_offset=zero + I_BLOCK_SIZE, flags=tables.INLINE)
@@ -140,7 +144,9 @@ def _system_data(data: np.ndarray, offsets: Int, damage: Damage) -> tuple[Int, I
         at = at + XATTR_ENTRY.itemsize + (entry["e_name_len"].astype(np.int64) + 3 & ~3)
         row, at, first = row[~mine], at[~mine], first[~mine]
     bad = (value > width - length) | ((length > 0) & (value % 4 != 0))
-    damage.add("inode", "inline attributes reach out of their inode", offsets[bad])
+    damage.add(
+        "inode", "inline [attribute reaches out of its|attributes reach out of their] inode", offsets[bad]
+    )
     return np.where(bad, 0, value), np.where(bad, 0, length)
 
 

@@ -144,7 +144,11 @@ def read_inodes(
             bodies.append(data[found])
     columns = _without_empty(superblock, columns)
     huge = (columns["size"] < 0) | (columns["size"] > MAX_SIZE)
-    damage.add("inode", "inodes say that they are larger than any file can be", columns["offset"][huge])
+    damage.add(
+        "inode",
+        "[inode says that it is|inodes say that they are] larger than any file can be",
+        columns["offset"][huge],
+    )
     columns["size"][huge] = 0
     return Inodes(**columns), Bodies(np.concatenate(inline), np.concatenate(bodies))
 

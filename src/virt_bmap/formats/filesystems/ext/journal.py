@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import counted
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, expand, joined
 from virt_bmap.core.checksums import crc32c
 from virt_bmap.core.columns import take
@@ -89,7 +90,7 @@ class Log(NamedTuple):
 
     @property
     def last(self) -> int:
-        """The first block behind the ring: the end, or where blocks for fast commits begin."""
+        """The first block after the ring: the end, or where blocks for fast commits begin."""
         fast = (self.number("s_num_fc_blks") or DEFAULT_FC_BLOCKS) if self.features & FAST_COMMIT else 0
         return max(self.number("s_first") + 1, min(self.number("s_maxlen"), len(self.place)) - fast)
 
@@ -124,8 +125,8 @@ def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], dam
         at = error.offset if log.reader is reader and error.offset is not None else -1
         damage.say(
             "journal",
-            f"needs recovery, but {error}, so that a mount refuses it: the map shows the state "
-            "before recovery",
+            f"needs recovery, but {error}, so that a mount would "
+            "fail: the map shows the state before recovery",
             at,
         )
         return reader
@@ -133,8 +134,8 @@ def replay(reader: Reader, superblock: Superblock, others: Sequence[Reader], dam
     if not len(patch.offsets):
         return reader
     note = (
-        f"needs recovery: {len(patch.offsets)} blocks from the journal were replayed in memory, as a "
-        "mount would do on the disk"
+        f"needs recovery: {counted(len(patch.offsets), '[block was|blocks were] replayed from the journal')} "
+        "in memory, as a mount would do on the disk"
     )
     damage.say("journal-replayed", note)
     return PatchedReader(reader, patch)
@@ -233,11 +234,17 @@ def _patch(log: Log, superblock: Superblock, damage: Damage) -> Patch:
     newest = np.append(target[keep][1:] != target[keep][:-1], True)[: len(keep)]
     keep = keep[newest]
     inside = target[keep] < superblock.readable
-    damage.add("journal", "blocks in the journal belong outside the volume", target[keep][~inside] * size)
+    damage.add(
+        "journal",
+        "[block|blocks] in the journal [belongs|belong] outside the volume",
+        target[keep][~inside] * size,
+    )
     keep = keep[inside]
     data = log.reader.read_blocks(_ring(log, at[keep]), size)
     wrong = _wrong_checksums(log, data, sequence[keep], checksum[keep])
-    damage.add("journal", "blocks in the journal have a wrong checksum", target[keep][wrong] * size)
+    damage.add(
+        "journal", "[block|blocks] in the journal [has|have] a wrong checksum", target[keep][wrong] * size
+    )
     data = data.copy()
     data[flags[keep] & ESCAPE != 0, :4] = np.frombuffer(JOURNAL_MAGIC.to_bytes(4, "big"), np.uint8)
     return Patch(target[keep][~wrong] * size, data[~wrong])
@@ -428,7 +435,7 @@ def _check_fast_commits(log: Log, damage: Damage) -> None:
     tag, tid = int(head[:2].view("<u2")[0]), int(head[8:12].view("<u4")[0])
     if tag == FC_TAG_HEAD and tid == expected:
         words = (
-            "the journal holds fast commits, which are not replayed: the newest changes are missing from "
-            "the map"
+            "the journal holds fast commits, which are not "
+            "replayed: the newest changes are missing from the map"
         )
         damage.say("not-replayed", words, first)

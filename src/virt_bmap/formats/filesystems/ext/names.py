@@ -84,8 +84,8 @@ def parse(
     keep[short[name == np.where(ones, DOT, DOT_DOT)]] = False
     area = np.repeat(np.arange(len(starts)), np.diff(np.searchsorted(at, starts), append=len(at)))
     for what, bad in (
-        ("names lead to inodes that cannot exist", inode > inodes),
-        ("names are empty", length == 0),
+        ("[name leads to an inode|names lead to inodes] that can't exist", inode > inodes),
+        ("[name is|names are] empty", length == 0),
     ):
         rows = np.flatnonzero(keep & bad)
         damage.add("directory", what, offsets[area[rows]] + at[rows] - starts[area[rows]])
@@ -126,7 +126,7 @@ def _headers(words: np.ndarray, starts: Int, ends: Int, offsets: Int, block_size
     bad, where = np.concatenate(bad_area), np.concatenate(bad_at)
     damage.add(
         "directory",
-        "directory entries have an impossible length",
+        "directory [entry has|entries have] an impossible length",
         offsets[bad] + (where - 1) * 4 - starts[bad],
     )
     return in_order(np.concatenate(found))

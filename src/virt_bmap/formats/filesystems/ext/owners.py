@@ -125,7 +125,9 @@ def add_trees_and_attributes(
         owner = np.flatnonzero(block)
         place = block[owner]
         fits = superblock.inside(place, 1)
-        damage.add("outside", "attribute blocks lie outside the volume", nodes.offset[owner[~fits]])
+        damage.add(
+            "outside", "attribute [block lies|blocks lie] outside the volume", nodes.offset[owner[~fits]]
+        )
         owner, place = owner[fits], place[fits]
         _, which, count = np.unique(place, return_inverse=True, return_counts=True)
         shared = np.where(count[which] > 1, tables.SHARED, 0)
@@ -185,7 +187,11 @@ def directory_blocks(
     end = start + np.clip(room - mine.logical, 0, mine.count)[order]
     reach = np.append(0, np.maximum.accumulate(end)[:-1]) if len(end) else end
     twice = (start < reach) & (end > start)
-    damage.add("twice", "pieces of directories overlap others", (start * superblock.block_size)[twice])
+    damage.add(
+        "twice",
+        "[piece of a directory overlaps|pieces of directories overlap] others",
+        (start * superblock.block_size)[twice],
+    )
     start = np.maximum(start, reach)
     row, step = expand(np.maximum(end - start, 0))
     return nodes.number[owner[row]], start[row] + step

@@ -186,7 +186,7 @@ def _hash_nodes(
     offset: Int,
     compared: Compared,
 ) -> None:
-    """Nodes of hash trees: limit, count, the order of hashes, where they lead, and the checksum behind the
+    """Nodes of hash trees: limit, count, the order of hashes, where they lead, and the checksum after the
     last entry that has room."""
     size, checked = superblock.block_size, superblock.has("metadata_csum")
     begin = np.where(root, 0x20, 8)
@@ -207,7 +207,10 @@ def _hash_nodes(
     good[at] &= ~((hashes[:, 1:] < hashes[:, :-1]) & used[:, 1:]).any(axis=1)
     blocks_ = -(-inodes.size[row[at]] // size)
     good[at] &= ~((block >= blocks_[:, None]) & used).any(axis=1)
-    what = "hash tree nodes have impossible counts, hashes out of order or lead nowhere"
+    what = (
+        "hash tree [node has impossible counts, has hashes out of order or leads nowhere"
+        "|nodes have impossible counts, have hashes out of order or lead nowhere]"
+    )
     compared.damage.check(good, "directory", what, offset)
     if not checked:
         return

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int
 from virt_bmap.core.checksums import ALL_ONES, crc32c
 from virt_bmap.core.errors import Corrupt, Unsupported
@@ -213,8 +214,8 @@ def read_superblock(reader: Reader, damage: Damage) -> Superblock:
     try:
         if record(primary, SUPER)["s_magic"] != MAGIC:
             raise Corrupt(
-                f"ext superblock at byte 1024 has magic {int(record(primary, SUPER)['s_magic']):#x}, "
-                "not 0xef53",
+                "ext superblock at byte 1024 has magic "
+                f"{int(record(primary, SUPER)['s_magic']):#x}, not 0xef53",
                 OFFSET,
             )
         found = _checked(primary, OFFSET, reader)
@@ -249,13 +250,7 @@ def _check_checksum(data: bytes, superblock: Superblock) -> None:
 
 def check_size(reader: Reader, superblock: Superblock, damage: Damage) -> None:
     """Say so where the volume ends before the filesystem does."""
-    size = superblock.blocks * superblock.block_size
-    if size > reader.size:
-        damage.say(
-            "truncated",
-            f"the filesystem has {size} bytes, but the volume ends after {reader.size}",
-            reader.size,
-        )
+    damage.ends_early(superblock.blocks * superblock.block_size, reader.size)
 
 
 def _features(data: np.void, offset: int) -> frozenset[str]:
@@ -270,13 +265,13 @@ def _features(data: np.void, offset: int) -> frozenset[str]:
         unknown = bits & ~sum(table)
         if unknown and table is INCOMPAT:
             raise Unsupported(
-                f"ext superblock at byte {offset:#x} has incompatible features {unknown:#x}, which "
-                "are not known",
+                f"ext superblock at byte {offset:#x} has incompatible "
+                f"features {unknown:#x}, which are not known",
                 offset,
             )
     if unreadable := names & set(UNREADABLE):
         word = min(unreadable)
-        raise Unsupported(f"ext feature {word} ({UNREADABLE[word]}) is not read", offset)
+        raise Unsupported(f"ext feature {word} ({UNREADABLE[word]}) is not supported", offset)
     return frozenset(names)
 
 
@@ -329,14 +324,16 @@ def _checked(data: bytes, offset: int, reader: Reader) -> Superblock:
     readable = min(blocks, reader.size // block_size)
     if readable <= first:
         raise Corrupt(
-            f"ext superblock at byte {offset:#x}: the volume of {reader.size} bytes holds no group of it",
+            f"ext superblock at byte {offset:#x}: the volume of "
+            f"{reader.size:,} bytes is too small for a single group",
             offset,
         )
     groups = min(-(-(blocks - first) // blocks_per_group), -(-readable // blocks_per_group))
     afford(reader, groups * desc_size, f"{groups:,} group descriptors")
     if groups * inodes_per_group * inode_size > readable * block_size:
         raise Corrupt(
-            f"ext superblock at byte {offset:#x}: {groups} tables of {inodes_per_group} inodes do not fit",
+            f"ext superblock at byte {offset:#x}: {groups} tables "
+            f"of {plural(inodes_per_group, 'inode')} do not fit",
             offset,
         )
     return Superblock(

@@ -70,9 +70,7 @@ def probe(reader: Reader) -> bool:
 def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
     """All tables of an F2FS. Raises Corrupt where no superblock or no checkpoint is valid, Unsupported."""
     volume = read_superblock(reader, damage)
-    if volume.block_count * BLOCK > reader.size:
-        damage.add("truncated", f"bytes are missing: the filesystem has {volume.block_count * BLOCK}, the "
-            "volume ends earlier", reader.size, volume.block_count * BLOCK - reader.size)  # fmt: skip
+    damage.ends_early(volume.block_count * BLOCK, reader.size)
     pack = checkpoint.read_checkpoint(volume, damage)
     nat_journal, sit_journal = checkpoint.read_journals(volume, pack, damage)
     nat = checkpoint.read_nat(volume, pack, nat_journal, damage)

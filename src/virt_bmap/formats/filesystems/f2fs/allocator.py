@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, complement, union
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, widen
@@ -41,7 +42,7 @@ CRC_RECOVERY, NOCRC_RECOVERY, LARGE_NAT_BITMAP = 0x40, 0x200, 0x400
 BITMAPS = 192
 """Where the version bitmaps begin, and the least place of the checksum."""
 SUM_JOURNAL, SUM_JOURNAL_SIZE = 3584, 507
-"""A journal in a summary block lies behind 512 entries of 7 bytes, and has 507 bytes; two of them begin a
+"""A journal in a summary block lies after 512 entries of 7 bytes, and has 507 bytes; two of them begin a
 compact summary."""
 HOT_DATA, COLD_DATA = 0, 2
 CURSEG_DATA, CURSEG_ALL = 3, 6
@@ -85,9 +86,12 @@ def read_checkpoint(volume: Superblock, damage: Damage) -> Checkpoint:
                 severity=NOTE,
             )
     if not found:
-        raise Corrupt(f"{volume.reader.name}: F2FS has no valid checkpoint at byte {volume.cp * BLOCK:#x} "
-            f"nor {(volume.cp + SEGMENT) * BLOCK:#x}",
-                      volume.cp * BLOCK, "superblock")  # fmt: skip
+        raise Corrupt(
+            f"{volume.reader.name}: F2FS has no valid checkpoint at byte {volume.cp * BLOCK:#x} or "
+            f"{(volume.cp + SEGMENT) * BLOCK:#x}",
+            volume.cp * BLOCK,
+            "superblock",
+        )
     return max(found, key=lambda pack: pack.version)
 
 
@@ -98,7 +102,7 @@ def _pack(volume: Superblock, start: int) -> Checkpoint:
     head = _sound(data[:BLOCK], where)
     count, first = int(head["cp_pack_total_block_count"]), int(head["cp_pack_start_sum"])
     if not 2 + payload <= count <= SEGMENT or not 1 + payload <= first < count:
-        raise Corrupt(f"{where} has {count} blocks and summaries at {first}", start * BLOCK)
+        raise Corrupt(f"{where} has {plural(count, 'block')} and summaries at {first}", start * BLOCK)
     last = _sound(volume.reader.read((start + count - 1) * BLOCK, BLOCK), f"end of the {where}")
     if last["checkpoint_ver"] != head["checkpoint_ver"]:
         raise Corrupt(
@@ -157,7 +161,11 @@ def read_orphans(volume: Superblock, checkpoint: Checkpoint, damage: Damage) -> 
     blocks = records(volume.reader.read_blocks(place, BLOCK), ORPHANS)
     entries = widen(blocks["entry_count"], "entry_count")
     good = damage.check(
-        entries <= 1020, "orphan-list", "blocks of orphan inodes claim more than they hold", place
+        entries <= 1020,
+        "orphan-list",
+        "[block of orphan inodes claims more than it "
+        "holds|blocks of orphan inodes claim more than they hold]",
+        place,
     )
     rows, columns = np.nonzero(np.arange(1020) < np.where(good, entries, 0)[:, None])
     found: Int = np.unique(widen(blocks["ino"][rows, columns], "ino"))
@@ -184,7 +192,8 @@ def read_journals(
         if count > room:
             damage.add(
                 "allocator",
-                f"journal in a summary block claims {count} entries, it has room for {room}",
+                "journal in a summary block claims "
+                f"{plural(count, 'entry', 'entries')}, but has room for {room}",
                 place,
             )
         found.append(np.frombuffer(data, dtype, min(count, room), 2))
@@ -253,7 +262,9 @@ def read_nat(volume: Superblock, checkpoint: Checkpoint, journal: np.ndarray, da
     nid, ino, block = nid[order], ino[order], block[order]
     where = np.full(len(block), volume.nat * BLOCK)
     keep = np.flatnonzero(
-        damage.check(volume.inside(block), "tree", "nodes lie outside the main area, by the NAT", where)
+        damage.check(
+            volume.inside(block), "tree", "[node lies|nodes lie] outside the main area, by the NAT", where
+        )
     )
     return Nat(nid[keep], ino[keep], block[keep])
 
@@ -305,7 +316,8 @@ def read_sit(volume: Superblock, checkpoint: Checkpoint, journal: np.ndarray, da
     damage.check(
         newer < volume.main_segments,
         "allocator",
-        "entries of the SIT's journal are for segments that don't exist",
+        "[entry|entries] of the SIT's journal [is for a segment "
+        "that doesn't|are for segments that don't] exist",
         where,
     )
     parts = [(newer, journal["valid_map"], journal["vblocks"])]
@@ -327,7 +339,8 @@ def read_sit(volume: Superblock, checkpoint: Checkpoint, journal: np.ndarray, da
     damage.check(
         np.bitwise_count(valid).sum(axis=1) == claimed,
         "allocator",
-        "segments have another number of valid blocks than their SIT entry says",
+        "[segment does not have as many valid blocks as its SIT entry says|segments do not have as many "
+        "valid blocks as their SIT entries say]",
         (volume.main + segment * SEGMENT) * BLOCK,
     )
     return Sit(segment, valid)

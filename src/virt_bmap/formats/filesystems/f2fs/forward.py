@@ -163,8 +163,8 @@ def newer_nodes(volume: Superblock, chain: Chain, nat: Nat, orphans: Int, damage
     """What was synced after the checkpoint and is read in place of what the checkpoint knows."""
     if not chain.whole:
         text = (
-            "nodes behind the checkpoint were followed, the rest of their chain was not: the state of "
-            "the checkpoint is mapped"
+            "[node|nodes] after the checkpoint [was|were] followed, the rest of the chain was not: the "
+            "state of the checkpoint is mapped"
         )
         damage.add("not-replayed", text, int(chain.nodes.block[0]) * BLOCK, len(chain.nodes.block))
         return journal.NOTHING
@@ -172,8 +172,8 @@ def newer_nodes(volume: Superblock, chain: Chain, nat: Nat, orphans: Int, damage
     count = len(newer.inodes.block) + len(newer.direct.block) + len(newer.attributes.block)
     if count:
         text = (
-            "nodes that were synced after the checkpoint are rolled forward in memory, the image "
-            "itself is unchanged"
+            "[node that was|nodes that were] synced after the checkpoint "
+            "[is|are] rolled forward in memory; the image itself is unchanged"
         )
         damage.add("journal-replayed", text, int(chain.nodes.block[0]) * BLOCK, count)
     return newer

@@ -221,7 +221,7 @@ def _sound(data: Bytes, nat: Nat, rows: Int, damage: Damage) -> Bool:
     """Which blocks are the nodes that the NAT says they are."""
     node = records(data, NODE)
     good: Bool = (node["nid"] == nat.nid[rows]) & (node["ino"] == nat.ino[rows])
-    damage.check(good, "tree", "nodes are not where the NAT says", nat.block[rows] * BLOCK)
+    damage.check(good, "tree", "[node is|nodes are] not where the NAT says", nat.block[rows] * BLOCK)
     return good
 
 
@@ -246,7 +246,9 @@ def _columns(volume: Superblock, number: Int, block: Int, data: Bytes, damage: D
     )
     log = np.where(packed, raw["i_log_cluster_size"], MIN_CLUSTER_LOG).astype(np.int64)
     good &= (log >= MIN_CLUSTER_LOG) & (log <= MAX_CLUSTER_LOG) & (size <= MAX_SIZE)
-    damage.check(good, "inode", "inodes say what can't be of their size, extra attributes or clusters", place)
+    damage.check(
+        good, "inode", "[inode has|inodes have] an impossible size, extra attributes or clusters", place
+    )
     if "inode_checksum" in volume.features:
         _check_checksums(volume, data, raw, isize >= CHECKSUM_FIELD, place, damage)
     extra, xattrs = np.where(good, isize // 4, 0), np.where(good, xattrs, 0)
@@ -281,7 +283,7 @@ def _check_checksums(
     damage.check(
         crc32(whole, seed) == raw["i_inode_checksum"][rows],
         "checksum",
-        "inodes have a wrong checksum",
+        "[inode has|inodes have] a wrong checksum",
         place[rows],
     )
 
@@ -321,7 +323,7 @@ def _addresses(
 def _runs(
     volume: Superblock, table: np.ndarray, owners: Inodes, skip: Int, room: Int, place: Int, damage: Damage
 ) -> tuple[BlockRuns, int]:
-    """Runs of a table (n, k) of addresses of blocks of `owners`, of which `room[i]` behind `skip[i]` count.
+    """Runs of a table (n, k) of addresses of blocks of `owners`, of which `room[i]` after `skip[i]` count.
 
     Their owner is the row of the table, `logical` counts from its first address. Also returned is how many
     addresses promise blocks.
@@ -340,13 +342,13 @@ def _runs(
     good = damage.check(
         promise | volume.inside(value),
         "outside",
-        "blocks of files lie outside the main area, or the volume",
+        "[block|blocks] of files [lies|lie] outside the main area or the volume",
         place[row],
     )
     damage.check(
         (value != COMPRESS_ADDR) | (packed & (slot == head)),
         "extents",
-        "heads of compressed clusters are where none can be",
+        "[head of a compressed cluster is|heads of compressed clusters are] where none can be",
         place[row],
     )
     keep = np.flatnonzero(good & ~promise)
@@ -416,7 +418,10 @@ def claim(nat: Nat, found: WalkedNodes, level: Pointers, damage: Damage) -> tupl
     first = np.zeros(len(at), bool)
     first[np.unique(at, return_index=True)[1]] = True
     good = damage.check(
-        good & first, "tree", "references to nodes lead to none, or to one of another inode", place
+        good & first,
+        "tree",
+        "[reference to a node leads|references to nodes lead] to none, or to one of another inode",
+        place,
     )
     keep = np.flatnonzero(good)
     keep = keep[np.argsort(nat.block[at[keep]], kind="stable")]

@@ -41,14 +41,14 @@ class SyncedNodes(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """What lies behind the checkpoint; `whole` whether the end was seen."""
+    """What lies after the checkpoint; `whole` whether the end was seen."""
 
     nodes: SyncedNodes
     whole: bool
 
 
 def read_chain(volume: Superblock, checkpoint: Checkpoint) -> Chain:
-    """The nodes behind the checkpoint, a segment at a time."""
+    """The nodes after the checkpoint, a segment at a time."""
     head = checkpoint.record
     at = (
         volume.main

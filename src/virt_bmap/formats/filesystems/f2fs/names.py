@@ -120,7 +120,12 @@ def _parse(data: Bytes, base: Int, room: Int, parent: Int, place: Int, damage: D
         found.append(cursor[good & (length > 0)])
         which, cursor = which[good], upcoming[after[good]]
     bad = np.concatenate(broken)
-    damage.check(np.zeros(len(bad), bool), "directory", "directory blocks have names that leave them", bad)
+    damage.check(
+        np.zeros(len(bad), bool),
+        "directory",
+        "directory [block has names that leave it|blocks have names that leave them]",
+        bad,
+    )
     at = np.sort(np.concatenate(found))
     area, slot = area[at], slot[at]
     head = entries[area] + slot * DENTRY.itemsize

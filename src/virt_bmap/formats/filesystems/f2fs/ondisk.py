@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
@@ -199,13 +200,11 @@ def _checked(reader: Reader, offset: int) -> Superblock:
         raise Unsupported(f"{where} has features {unknown:#x}, which are not known", offset + 2180)
     if (size := int(raw["log_blocksize"])) != LOG_BLOCK:
         kind = Unsupported if 12 < size <= 16 else Corrupt
-        raise kind(f"{where}: blocks of 2^{size} bytes, read are those of 4096", offset + 16)
+        raise kind(f"{where}: blocks of 2^{size} bytes; 4096 is supported", offset + 16)
     if int(raw["log_blocks_per_seg"]) != 9:
-        raise Corrupt(
-            f"{where}: segments of 2^{int(raw['log_blocks_per_seg'])} blocks, not of 512", offset + 20
-        )
+        raise Corrupt(f"{where}: log_blocks_per_seg is {int(raw['log_blocks_per_seg'])}, not 9", offset + 20)
     if raw["devs"].tobytes()[68:69] != b"\0":
-        raise Unsupported(f"{where}: on several devices, which is not read", offset + 2201)
+        raise Unsupported(f"{where}: on several devices, which is not supported", offset + 2201)
     return _areas(reader, raw, where, offset)
 
 
@@ -217,27 +216,32 @@ def _areas(reader: Reader, raw: np.void, where: str, offset: int) -> Superblock:
     ends = [start + count * SEGMENT for start, count in zip(starts, counts, strict=True)]
     end = first + int(raw["segment_count"]) * SEGMENT
     if starts != [first, *ends[:-1]] or not 2 <= first <= ends[-1] <= end <= MAX_BLOCKS:
-        raise Corrupt(f"{where}: areas at blocks {first}, {', '.join(map(str, starts))} that end at "
-            f"{ends[-1]} of {end} do not follow each other",
-                      offset + 72)  # fmt: skip
+        raise Corrupt(
+            f"{where}: areas at blocks {first}, {', '.join(map(str, starts))} that end at {ends[-1]} of "
+            f"{end} do not follow each other",
+            offset + 72,
+        )
     if min(counts[:3]) < 2 or counts[4] < 1 or counts[1] % 2 or counts[2] % 2:
         raise Corrupt(
-            f"{where}: areas of {', '.join(map(str, counts))} segments, which can't be", offset + 52
+            f"{where}: areas of {', '.join(map(str, counts))} segments, which is impossible", offset + 52
         )
     if counts[4] > counts[1] // 2 * SEGMENT * SIT_PER_BLOCK:
-        raise Corrupt(f"{where}: {counts[4]} segments, but a SIT of {counts[1]}", offset + 56)
+        raise Corrupt(f"{where}: {plural(counts[4], 'segment')}, but a SIT of {counts[1]}", offset + 56)
     if int(raw["cp_payload"]) >= SEGMENT - 8:
         raise Corrupt(
-            f"{where}: cp_payload is {int(raw['cp_payload'])} blocks, more than a segment holds",
+            f"{where}: cp_payload is {int(raw['cp_payload'])}, more than a segment holds",
             offset + 1664,
         )
     blocks = int(raw["block_count"])
     if not ends[-1] <= blocks <= MAX_BLOCKS:
         raise Corrupt(f"{where}: block_count is {blocks}, but the main area ends at {ends[-1]}", offset + 36)
     if reader.size < starts[4] * BLOCK:
-        raise Corrupt(f"{reader.name}: ends at byte {reader.size:#x}, before the main area of F2FS at "
+        raise Corrupt(
+            f"{reader.name}: ends at byte {reader.size:#x}, before the main area of F2FS at "
             f"{starts[4] * BLOCK:#x}: it is truncated",
-                      reader.size, "truncated")  # fmt: skip
+            reader.size,
+            "truncated",
+        )
     words = frozenset(name for bit, name in FEATURES.items() if int(raw["feature"]) & bit)
     cp, sit, nat, ssa, main = starts
     return Superblock(reader, raw, words, blocks, first, cp, sit, nat, ssa, main, counts[4])

@@ -26,7 +26,7 @@ VERITY_ALIGNMENT = 65536
 
 
 def add_areas(rows: ExtentRows, volume: Superblock) -> None:
-    """What lies in front of the main area, and behind it."""
+    """What lies before the main area, and after it."""
     rows.add(tables.BOOT, 0, SUPER_OFFSET)
     rows.add(tables.METADATA, SUPER_OFFSET, BLOCK - SUPER_OFFSET, part="superblock")
     rows.add(tables.GAP, BLOCK, SUPER_OFFSET, part="alignment")

@@ -1,7 +1,7 @@
 """A file allocation table as runs of clusters, and every chain in it followed at once; FAT and exFAT share
 it.
 
-The table is read in batches and kept only as runs: clusters each linked to the one behind it. The runs of one
+The table is read in batches and kept only as runs: clusters each linked to the one after it. The runs of one
 chain are then put side by side by list ranking (pointer doubling), so that following is slicing: n files with
 f fragments in all cost n + f steps of array work, however the fragments are spread.
 
@@ -18,7 +18,8 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Int, Intervals, expand
 
 FREE, END, BAD, BROKEN, EDGE = 0, -1, -2, -3, -4
-"""What an entry says where it is no link: free, last of its chain, bad cluster, a number no cluster has.
+"""What an entry says where it is not a link: free, last of
+its chain, bad cluster, a number that no cluster has.
 
 EDGE: no entry at all.
 """

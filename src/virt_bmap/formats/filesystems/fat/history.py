@@ -159,7 +159,7 @@ def _slots(raw: Bytes, owner: Int, rows: Int) -> Int:
 
     The numbers of dead slots are overwritten, but the nearest is the first, and the last one ends in zeroes
     and 0xFF or is followed by something else. Exactly one first letter gives the short name the checksum: if
-    that is none that a name can have, they are another's.
+    that no name can have, they are another's.
     """
     count, going = np.zeros(len(rows), np.int64), np.ones(len(rows), bool)
     carried = raw[np.maximum(rows - 1, 0), 13]

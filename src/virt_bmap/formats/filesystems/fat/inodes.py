@@ -69,7 +69,7 @@ def first_cluster(entry: np.ndarray, bits: int) -> Int:
 
 
 def before_end(raw: Bytes, owner: Int) -> np.ndarray:
-    """Which entries come before the first of their directory that begins with 0: behind it nothing counts."""
+    """Which entries come before the first of their directory that begins with 0: nothing after it counts."""
     new = np.append(True, owner[1:] != owner[:-1])[: len(owner)]
     directory = np.cumsum(new) - 1
     end = np.full(int(new.sum()), len(raw), np.int64)

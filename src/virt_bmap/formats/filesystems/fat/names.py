@@ -128,7 +128,7 @@ def short_names(raw: Bytes) -> tuple[np.ndarray, Int]:
 
 
 def _trimmed(part: Bytes) -> Bool:
-    """Which bytes of space-padded names belong to them: all up to the last that is no space."""
+    """Which bytes of space-padded names belong to them: all up to the last that is not a space."""
     return np.logical_or.accumulate((part != 0x20)[:, ::-1], axis=1)[:, ::-1]
 
 

@@ -8,7 +8,7 @@ from virt_bmap.model import tables
 
 
 def add_system(rows: tables.ExtentRows, geometry: Geometry) -> None:
-    """Boot sectors, FATs, and what lies behind the last cluster."""
+    """Boot sectors, FATs, and what lies after the last cluster."""
     sector = geometry.sector_size
     named = {"backup FSInfo": geometry.backup + sector if geometry.backup and geometry.fsinfo else 0,
              "backup boot sector": geometry.backup, "FSInfo": geometry.fsinfo}  # fmt: skip

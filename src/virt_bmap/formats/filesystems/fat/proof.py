@@ -32,9 +32,7 @@ def prove(found: Filesystem, damage: Damage) -> list[Proof]:
             )
             if len(differs):
                 where = other + at + int(differs[0])
-                text = (
-                    f"FAT {copy + 1} is no copy of FAT {active + 1}, which is used, from byte {where:#x} on"
-                )
+                text = f"FAT {copy + 1} differs from FAT {active + 1}, which is used, from byte {where:#x} on"
                 damage.say("copy-differs", text, where)
                 break
     return [Proof("checksums", NOT_LOOKED_AT, "the format has none")]

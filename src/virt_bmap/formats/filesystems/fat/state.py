@@ -1,5 +1,6 @@
 """What the volume says of itself: how it was left, its label, how much is free."""
 
+from virt_bmap.core.amounts import counted
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.fat.allocator import ClusterRuns
@@ -46,13 +47,8 @@ def volume_label(labels: list[bytes]) -> str | None:
 
 def check_rest(reader: Reader, geometry: Geometry, runs: ClusterRuns, parser: Parser, damage: Damage) -> None:
     """A volume that ends too early, slots of long names that are nobody's, a wrong count of free clusters."""
-    if reader.size < geometry.size:
-        damage.say(
-            "truncated",
-            f"the volume ends at byte {reader.size:#x}, but its filesystem claims {geometry.size:#x}",
-            reader.size,
-        )
-    what = "entries of long names belong to no file"
+    damage.ends_early(geometry.size, reader.size)
+    what = "[entry|entries] of long names [belongs|belong] to no file"
     damage.add("directory", what, count=parser.orphans, severity=NOTE)
     if geometry.fsinfo:
         info = record(reader.read(geometry.fsinfo, FSINFO.itemsize), FSINFO)
@@ -63,7 +59,7 @@ def check_rest(reader: Reader, geometry: Geometry, runs: ClusterRuns, parser: Pa
         elif said not in (free, UNKNOWN_COUNT):
             damage.say(
                 "count",
-                f"FSInfo says {said} clusters are free, the FAT {free}",
+                f"FSInfo says that {counted(said, '[cluster is|clusters are] free')}, the FAT says {free:,}",
                 geometry.fsinfo,
                 severity=NOTE,
             )

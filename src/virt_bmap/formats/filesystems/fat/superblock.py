@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
 
@@ -139,15 +140,17 @@ def read_geometry(sector: bytes, name: str) -> Geometry:
     data_sector = root_sector - (-root_entries * ENTRY // sector_size)
     if data_sector >= sectors:
         raise Corrupt(
-            f"{name}: the FAT boot sector says that the volume has {sectors} sectors, but its FATs "
-                "and root directory "
-            f"take {data_sector}", 0,
-        )  # fmt: skip
+            f"{name}: the FAT boot sector says that the volume has {plural(sectors, 'sector')}, but its FATs "
+            f"and root directory take {data_sector:,}",
+            0,
+        )
     clusters = (sectors - data_sector) // int(boot["BPB_SecPerClus"])
     bits = 32 if wide else 16 if clusters > MAX_CLUSTERS[12] else 12
     if clusters > MAX_CLUSTERS[bits]:
         raise Corrupt(
-            f"{name}: the FAT boot sector makes {clusters} clusters, more than FAT{bits} can number", 13
+            f"{name}: the FAT boot sector makes "
+            f"{plural(clusters, 'cluster')}, more than FAT{bits} can number",
+            13,
         )
     flags = int(boot["BPB_ExtFlags"]) if wide else 0
     active = flags & 15 if flags & 0x80 else 0

@@ -43,13 +43,14 @@ def read_tables(reader: Reader, damage: Damage) -> tuple[Geometry, ClusterRuns, 
 
 
 def _check_size(reader: Reader, geometry: Geometry) -> None:
-    """The FATs must be there; what is missing behind them is only a problem."""
+    """The FATs must be there; what is missing after them is only a problem."""
     if reader.size < geometry.data_start:
         raise Corrupt(
-            f"{reader.name}: ends at byte {reader.size:#x}, inside the FATs or the root directory, "
-                "which reach to "
-            f"{geometry.data_start:#x}: it is truncated", reader.size, "truncated",
-        )  # fmt: skip
+            f"{reader.name}: ends at byte {reader.size:#x}, inside the FATs or the root directory, which "
+            f"reach to {geometry.data_start:#x}: it is truncated",
+            reader.size,
+            "truncated",
+        )
 
 
 def _fat_entries(reader: Reader, geometry: Geometry) -> Iterator[Int | int]:
@@ -95,7 +96,9 @@ def read_directories(reader: Reader, geometry: Geometry, heap: Heap, parser: Par
             chain.before * heap.cluster_size,
         )  # fmt: skip
         if chain.fate[0] != WHOLE:
-            words = f"the root directory's chain, from cluster {geometry.root_cluster}, has no proper end"
+            words = (
+                f"the chain of the root directory, from cluster {geometry.root_cluster} on, has no proper end"
+            )
             heap.damage.say("extents", words, 44)
     else:
         size = geometry.data_start - geometry.root_start

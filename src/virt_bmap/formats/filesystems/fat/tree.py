@@ -107,7 +107,9 @@ def read_tree(
     level = root
     for _ in range(MAX_DEPTH):
         again = _overlapping(level, seen)
-        damage.add("twice", "directories lie on clusters of another directory", again * ENTRY)
+        damage.add(
+            "twice", "[directory lies|directories lie] on clusters of another directory", again * ENTRY
+        )
         level = level.take(~np.isin(level.inode, again)) if len(again) else level
         if len(level.inode) == 0:
             break
@@ -115,12 +117,14 @@ def read_tree(
         seen = union(np.append(seen[0], level.start), np.append(seen[1], level.start + level.length))
         large = level.inode[level.offset + level.length > largest] * ENTRY
         damage.add(
-            "directory", f"parts of directories lie beyond the limit of {largest} bytes: not read", large
+            "directory",
+            f"[part|parts] of directories [lies|lie] beyond the limit of {largest:,} bytes: not read",
+            large,
         )
         found = _read_level(reader, level, parse, largest)
         entries += found
         level = join_ranges([locate(part.take(part.directory)) for part in found])
-    what = f"directories lie more than {MAX_DEPTH} levels deep: not read"
+    what = f"[directory lies|directories lie] more than {MAX_DEPTH} levels deep: not read"
     damage.add("too-deep", what, level.inode * ENTRY)
     return FileTree(join_entries(entries), join_ranges(ranges))
 

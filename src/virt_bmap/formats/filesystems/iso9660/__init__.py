@@ -64,7 +64,8 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     """All tables of the volume."""
     if _is_high_sierra(reader):
         raise Unsupported(
-            f"{reader.name}: a High Sierra volume, the format before ISO 9660, is not read", FIRST_DESCRIPTOR
+            f"{reader.name}: a High Sierra volume, the format before ISO 9660, is not supported",
+            FIRST_DESCRIPTOR,
         )
     found = read_descriptors(reader)
     walks = [(tree, walk(reader, found.block_size, tree, damage)) for tree in distinct(found.trees)]
@@ -76,10 +77,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     owned = add_content(rows, reader, found, files, owned, damage)
     owned = add_boot(rows, reader, found, owned, damage)
     size = min(reader.size, max(found.size, int(owned[1].max(initial=0))))
-    if found.size > reader.size:
-        damage.say(
-            "truncated", f"the volume claims {found.size} bytes, but ends at {reader.size}", severity=NOTE
-        )
+    damage.ends_early(found.size, reader.size, NOTE)
     low, high = complement(*owned, 0, size)
     rows.add(tables.UNREFERENCED, low, high - low)
     features = features_of(reader, found, main[1], walks, files)

@@ -114,7 +114,7 @@ class FileRecords:
 
 
 def _utf8(names: pa.Array) -> pa.Array:
-    """UCS-2 big-endian names as UTF-8, all in one decoding; what is no character becomes U+FFFD, a NUL
+    """UCS-2 big-endian names as UTF-8, all in one decoding; what is not a character becomes U+FFFD, a NUL
     too."""
     if len(names) == 0:
         return names
@@ -150,7 +150,7 @@ def hidden_files(files: FileRecords, walks: list[Walk], damage: Damage) -> None:
             values.append(column[name][new])
         known = np.union1d(known, column["extent"][new])
     files.hidden = {name: np.concatenate([EMPTY, *values]) for name, values in parts.items()}
-    damage.add("hidden", "files are named in another directory tree only", files.hidden["offset"])
+    damage.add("hidden", "[file is|files are] named in another directory tree only", files.hidden["offset"])
 
 
 def without_content(column: dict[str, Int]) -> Bool:

@@ -112,14 +112,17 @@ class _State:
         """Those directories of a level that lie inside the volume and were not read before, sorted."""
         inside = (level >= 0) & (size > 0) & (level <= self.reader.size - np.maximum(size, 1))
         lost = level[~inside & (size > 0)]
-        self.damage.add("outside", "directories lie outside the volume", lost)
+        self.damage.add("outside", "[directory lies|directories lie] outside the volume", lost)
         level, first = np.unique(level[inside], return_index=True)
         size = size[inside][first]
         again = positions(self.seen, level) >= 0 if len(self.seen) else np.zeros(len(level), bool)
         level, size = level[~again], size[~again]
         used = int(self.seen_size.sum())
         affordable = np.cumsum(size) + used <= allowance(self.reader)
-        what = "directories are not read: together they claim more bytes than the volume has"
+        what = (
+            "[directory is|directories are] not read: together, "
+            "directories claim more bytes than the volume has"
+        )
         self.damage.check(affordable, "twice", what, level)
         level, size = level[affordable], size[affordable]
         self.seen, self.seen_size = np.append(self.seen, level), np.append(self.seen_size, size)
@@ -154,7 +157,7 @@ class _State:
         length = raw["length"].astype(np.int64)
         fits = 33 + identifier <= length
         count = bad + int((~fits).sum())
-        self.damage.add("directory", "directory records do not fit", int(level[0]), count)
+        self.damage.add("directory", "directory [record does|records do] not fit", int(level[0]), count)
         at = at[fits]
         directory = directory[fits]
         raw = raw[fits]
@@ -173,7 +176,7 @@ class _State:
                 np.minimum(first, at + length),
                 at + length,
             )
-            what = "system use entries are cut off or lie elsewhere"
+            what = "system use [entry is cut off or lies|entries are cut off or lie] elsewhere"
             self.damage.add("directory", what, int(level[0]), found.damaged, severity=WARNING)
             self.areas.append(found.areas)
             rock = susp.rock_ridge(found.entries, len(at))
@@ -240,7 +243,9 @@ class _State:
         rows = np.flatnonzero(rock.child >= 0)
         place = rock.child[rows] * self.block_size
         inside = place <= self.reader.size - 34
-        self.damage.check(inside, "outside", "relocated directories lie outside the volume", place)
+        self.damage.check(
+            inside, "outside", "relocated [directory lies|directories lie] outside the volume", place
+        )
         rows, place = rows[inside], place[inside]
         dot = records(self.reader.read_blocks(place, 34), RECORD)
         column["extent"][rows] = place

@@ -106,7 +106,11 @@ def add_content(
     packed = np.append(packed, np.full(hidden, -1, np.int64))
     end = np.minimum(start + length, reader.size)
     outside = start + length > _whole_int(reader.size, found.block_size)
-    damage.add("outside", f"extents of files reach beyond the end at {reader.size:#x}", start[outside])
+    damage.add(
+        "outside",
+        f"[extent of a file reaches|extents of files reach] beyond the end at {reader.size:#x}",
+        start[outside],
+    )
     start = np.minimum(start, end)
     pieces = cut_shared(start, end)
     where = pieces.row
@@ -132,12 +136,8 @@ def _units(
     woven = (unit > 0) & (gap > 0)
     count = np.where(woven, -(-size // np.maximum(unit, 1)), 1)
     if int(count.sum()) > len(record) + MAX_UNITS:
-        damage.say(
-            "simplified",
-            f"{int(woven.sum())} interleaved files have more than {MAX_UNITS} units and are "
-            "shown as one piece",
-            severity=ERROR,
-        )
+        what = f"interleaved [file has|files have] more than {MAX_UNITS:,} units and [is|are] shown as one"
+        damage.add("simplified", what, count=int(woven.sum()), severity=ERROR)
         woven, count = np.zeros(len(record), bool), np.ones(len(record), np.int64)
     row, nth = expand(count)
     start = column["extent"][record][row] + nth * (unit + gap)[row]

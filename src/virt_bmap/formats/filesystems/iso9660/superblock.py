@@ -91,7 +91,7 @@ class BootImage(NamedTuple):
 
 
 def read_descriptors(reader: Reader) -> Descriptors:
-    """All descriptors from sector 16 up to the terminator, those of a UDF bridge behind it included in
+    """All descriptors from sector 16 up to the terminator, those of a UDF bridge after it included in
     `end`."""
     count = max(0, min(MAX_DESCRIPTORS, (reader.size - FIRST_DESCRIPTOR) // SECTOR))
     sectors = reader.read_blocks(FIRST_DESCRIPTOR + SECTOR * np.arange(count, dtype=np.int64), SECTOR)

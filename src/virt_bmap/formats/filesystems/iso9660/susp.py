@@ -227,7 +227,7 @@ def _link_sizes(entries: SystemUse, records: int) -> Int:
         np.add.at(result, record, size)
         order = np.lexsort((at, record))
         at, record = at[order], record[order]
-        last = np.append(record[1:] != record[:-1], True)  # no slash behind the last component
+        last = np.append(record[1:] != record[:-1], True)  # no slash after the last component
         slash = (entries.flat[at[last]] & (_FLAG_CONTINUE | _FLAG_ROOT)) == 0
         result[record[last]] -= slash
     return result
@@ -240,7 +240,7 @@ def links(entries: SystemUse) -> tuple[Int, Int, Int]:
 
 
 def short_stamps(stamps: Bytes) -> Int:
-    """ECMA-119 9.1.5: (n, 7) bytes to nanoseconds since 1970 UTC, INT64_MIN where they are no date."""
+    """ECMA-119 9.1.5: (n, 7) bytes to nanoseconds since 1970 UTC, INT64_MIN where they are not a date."""
     year, month, day, hour, minute, second = (stamps[:, i].astype(np.int64) for i in range(6))
     return _nanoseconds(
         year + 1900, month, day, hour, minute, second, stamps[:, 6].astype(np.int8).astype(np.int64)
@@ -249,7 +249,7 @@ def short_stamps(stamps: Bytes) -> Int:
 
 def long_stamps(stamps: Bytes) -> Int:
     """ECMA-119 8.4.26.1: (n, 17) bytes, digits and an offset, to nanoseconds since 1970 UTC, INT64_MIN where
-    they are no date."""
+    they are not a date."""
     digits = stamps[:, :16].astype(np.int64) - ord("0")
     fine = ((digits >= 0) & (digits <= 9)).all(axis=1)
     pair = digits[:, 0::2] * 10 + digits[:, 1::2]

@@ -69,7 +69,9 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     tags = reparse_tags(reader, len(mft), contents)
     moved = np.flatnonzero(tags == ntfs.REPARSE_DEDUP)
     damage.add(
-        "elsewhere", "files have their content in the chunk store of deduplication", record_offset(mft, moved)
+        "elsewhere",
+        "[file has its|files have their] content in the chunk store of deduplication",
+        record_offset(mft, moved),
     )
     types = inode_types(mft, tree, tags, interix_starts(reader, mft, contents))
     sizes, flags = sizes_and_flags(mft, tree, contents, tags)

@@ -82,7 +82,7 @@ def free_space(reader: Reader, geometry: Geometry, contents: Contents, damage: D
     size = -(-geometry.clusters // 8)
     known = min(size, stream.contiguous(0))
     if known < size:
-        damage.say("allocator", f"$Bitmap can be read for {known} of {size} bytes only")
+        damage.say("allocator", f"only {known:,} of the {size:,} bytes of $Bitmap can be read")
     place, length = stream.place(ints(0), ints(known))[2:]
     low, high = bitmap_runs(reader, place, length, geometry.clusters, False)
     inside = reader.size
@@ -97,7 +97,7 @@ def check_records(reader: Reader, mft: Mft, contents: Contents, damage: Damage) 
     numbers = np.arange(len(mft))
     damage.add(
         "inode",
-        "records are in use but an attribute breaks the rules",
+        "[record is|records are] in use, but an attribute breaks the rules",
         _places(mft, numbers[records.damaged & records.in_use]),
     )
     stream, length = contents.stream(reader, ntfs.MFT, ntfs.BITMAP)
@@ -108,7 +108,8 @@ def check_records(reader: Reader, mft: Mft, contents: Contents, damage: Damage) 
     lost = numbers[(used | records.torn) & ~records.usable]
     damage.add(
         "inode",
-        f"records of {size} bytes are in use but have no signature or a wrong update sequence",
+        f"[record|records] of {size:,} bytes [is|are] in use, "
+        "but [has|have] no signature or a wrong update sequence",
         _places(mft, lost),
     )
 

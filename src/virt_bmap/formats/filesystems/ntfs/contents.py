@@ -18,7 +18,7 @@ from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import WARNING
 
 INTX_HEAD, MAX_LINK = 8, 2 * 4096
-"""Bytes of the magic of an Interix link, and of the longest target behind it: PATH_MAX characters (ntfs-3g
+"""Bytes of the magic of an Interix link, and of the longest target after it: PATH_MAX characters (ntfs-3g
 libntfs-3g/dir.c ntfs_interix_types)."""
 
 
@@ -27,7 +27,7 @@ class Contents:
     """The attributes of inodes in use, and their runs (`runs.row` counts attributes).
 
     For each attribute: its inode, the row of its first piece (its own where that is lost), and its name as a
-    number in `texts`; 0 is no name. `reach`: the VCN behind the last, by head."""
+    number in `texts`; 0 is none. `reach`: the VCN after the last, by head."""
 
     attributes: Attributes
     owner: Int
@@ -64,7 +64,7 @@ def read_contents(mft: Mft, geometry: Geometry, damage: Damage) -> Contents:
     numbers = np.flatnonzero(np.bincount(mft.attributes.record[stale]))
     damage.add(
         "inode",
-        "extension records belong to a file that is gone",
+        "extension [record belongs|records belong] to a file that is gone",
         record_offset(mft, numbers),
         severity=WARNING,
     )
@@ -74,7 +74,11 @@ def read_contents(mft: Mft, geometry: Geometry, damage: Damage) -> Contents:
     )
     name, texts = found.name.distinct()
     head, lost = _heads(found, owner, name)
-    damage.add("inode", "attributes have lost their first piece", record_offset(mft, found.record[lost]))
+    damage.add(
+        "inode",
+        "[attribute has lost its|attributes have lost their] first piece",
+        record_offset(mft, found.record[lost]),
+    )
     listed = np.flatnonzero(found.value < 0)
     decoded = decode(
         found.pairs.data,
@@ -86,12 +90,13 @@ def read_contents(mft: Mft, geometry: Geometry, damage: Damage) -> Contents:
     short = decoded.bad | (~decoded.outside & (decoded.reach != found.highest_vcn[listed] + 1))
     damage.add(
         "extents",
-        "run lists break off or end elsewhere than they should",
+        "run [list breaks off or ends elsewhere than it "
+        "should|lists break off or end elsewhere than they should]",
         record_offset(mft, found.record[listed[short]]),
     )
     damage.add(
         "outside",
-        "run lists lead out of the volume",
+        "run [list leads|lists lead] out of the volume",
         record_offset(mft, found.record[listed[decoded.outside]]),
     )
     runs = decoded.runs

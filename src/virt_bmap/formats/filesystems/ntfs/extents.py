@@ -35,7 +35,7 @@ class RunLists:
 
 
 class Decoded(NamedTuple):
-    """What run lists say. For each list: `reach` is the VCN behind its last run; `bad` where it breaks off or
+    """What run lists say. For each list: `reach` is the VCN after its last run; `bad` where it breaks off or
     makes no sense, `outside` where a run leaves the volume. A list is read up to its first fault."""
 
     runs: RunLists
@@ -109,7 +109,7 @@ class AttributeStream(NamedTuple):
     @staticmethod
     def of(runs: RunLists, cluster_size: int, size: int) -> "AttributeStream":
         """The stream that runs of one attribute make on a volume of `size` bytes: holes, repeated VCNs and
-        what lies behind the volume's end left out. It is never longer than the volume, whatever the runs
+        what lies beyond the volume's end left out. It is never longer than the volume, whatever the runs
         say."""
         runs = runs.take(runs.lcn != HOLE)
         runs = runs.take(np.argsort(runs.vcn, kind="stable"))

@@ -82,7 +82,7 @@ def read_tree(mft: Mft, damage: Damage) -> NameTree:
     lost = good & ~reached
     damage.add(
         "orphan-name",
-        "names lie in a directory that is gone or was never one",
+        "[name lies|names lie] in a directory that is gone or never was one",
         record_offset(mft, names.record[lost]),
     )
     keep = np.flatnonzero((good | gone) & reached & ~((owner == ntfs.ROOT) & (parent == ntfs.ROOT)))

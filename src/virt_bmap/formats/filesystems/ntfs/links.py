@@ -9,7 +9,7 @@ INTERIX_LINK = b"IntxLNK\x01"
 
 
 def target(data: bytes, size: int) -> bytes | None:
-    """Links of Interix and ntfs-3g (UTF-16 behind a magic) and of WSL (UTF-8 in a reparse point); those of
+    """Links of Interix and ntfs-3g (UTF-16 after a magic) and of WSL (UTF-8 in a reparse point); those of
     Windows name devices, not files."""
     if data.startswith(INTERIX_LINK):
         data = data[:size] if size > len(INTERIX_LINK) else data

@@ -66,7 +66,7 @@ def read_mft(reader: Reader, geometry: Geometry, damage: Damage) -> Mft:
         replaced, own = mirror[:size], copy  # whole as a record, but its run list is lost
         damage.say(
             "copy-used",
-            "record 0 of the $MFT says not where it lies; its copy in $MFTMirr was read",
+            "record 0 of the $MFT does not say where the $MFT lies; its copy in $MFTMirr was read",
             geometry.mft,
             ERROR,
         )
@@ -90,14 +90,14 @@ def read_mft(reader: Reader, geometry: Geometry, damage: Damage) -> Mft:
             at = start + len(data)
     if not batches:
         raise Corrupt(
-            f"record 0 of the $MFT at byte {geometry.mft:#x} has no $DATA that begins at VCN 0 and "
-            "holds a record",
+            f"record 0 of the $MFT at byte {geometry.mft:#x} has "
+            "no $DATA that begins at VCN 0 and holds a record",
             geometry.mft,
         )
     if at < length - size:
         damage.say(
             "inode",
-            f"the $MFT is known for {at} of its {length} bytes: what lies behind is not read",
+            f"only {at:,} of the {length:,} bytes of the $MFT could be found: the rest is not read",
             geometry.mft,
         )
     return Mft(
@@ -149,9 +149,11 @@ def first_records(reader: Reader, geometry: Geometry, damage: Damage) -> tuple[B
         )
     first = repair(data[0], data[1] if inside else None, geometry, Damage())
     if not whole(first, geometry.record_size)[0]:
-        raise Corrupt(f"the first record of the $MFT at byte {geometry.mft:#x} has the signature "
-            f"{first[:4].tobytes()!r} or an update sequence "
-                      "that does not fit, and so has its copy in $MFTMirr", geometry.mft)  # fmt: skip
+        raise Corrupt(
+            f"the first record of the $MFT at byte {geometry.mft:#x} has the signature "
+            f"{first[:4].tobytes()!r} or a wrong update sequence, and so has its copy in $MFTMirr",
+            geometry.mft,
+        )
     return first, data[1] if inside else None
 
 
@@ -177,9 +179,7 @@ def repair(data: Bytes, mirror: Bytes | None, geometry: Geometry, damage: Damage
         )
     if len(differs):
         words = ", ".join(map(str, differs.tolist()))
-        damage.say(
-            "copy-differs", f"$MFTMirr says something else than the $MFT in records {words}", geometry.mirror
-        )
+        damage.say("copy-differs", f"$MFTMirr differs from the $MFT in records {words}", geometry.mirror)
     return data
 
 

@@ -56,7 +56,7 @@ ATTR_RECORD = struct(0x40, [                # non-resident
 ])  # fmt: skip
 RESIDENT_HEADER, NON_RESIDENT_HEADER = 0x18, 0x40
 PAIRS_AT_LEAST = 0x28
-"""A run list can't begin before the fields that every piece of an attribute has; the sizes behind them are
+"""A run list can't begin before the fields that every piece of an attribute has; the sizes after them are
 the first piece's only."""
 ATTR_COMPRESSED, ATTR_ENCRYPTED = 0x00FF, 0x4000
 
@@ -119,6 +119,6 @@ RESTART_AREA = struct(
     0x10, [(0x00, "current_lsn", "<u8"), (0x0C, "client_in_use_list", "<u2"), (0x0E, "flags", "<u2")]
 )
 RESTART_PAGE_SIZE = 4096
-"""The second restart page follows one system page behind the first; Windows on x86 and Arm has pages of 4096
+"""The second restart page follows one system page after the first; Windows on x86 and Arm has pages of 4096
 bytes."""
 LOGFILE_NO_CLIENT, RESTART_VOLUME_IS_CLEAN = 0xFFFF, 2

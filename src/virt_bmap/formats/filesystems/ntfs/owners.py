@@ -1,6 +1,6 @@
 """Attributes to extents: which bytes of the volume each one owns, and what they are called.
 
-Clusters behind the end of what was ever written (initialized_size) are `unwritten`. A compressed attribute is
+Clusters beyond the end of what was ever written (initialized_size) are `unwritten`. A compressed attribute is
 kept in units of 16 clusters: one that has all its clusters is stored as it is, one that has fewer is
 compressed, one without any is a hole.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from virt_bmap.core.amounts import counted
 from virt_bmap.core.arrays import Bool, Int, expand
 from virt_bmap.core.columns import stack, take
 from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
@@ -69,7 +70,11 @@ def claim(
     if unnamed > 0:
         damage.say(
             "simplified",
-            f"{unnamed} names of streams are more than a map keeps apart: their part is 'stream'",
+            counted(
+                unnamed,
+                "[name of a stream is|names of streams are] more "
+                "than a map keeps apart: [its|their] part is 'stream'",
+            ),
         )
     number = np.minimum(number, MAX_PARTS)
     order = np.argsort(number[claims.attribute], kind="stable")

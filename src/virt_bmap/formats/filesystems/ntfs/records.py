@@ -114,7 +114,7 @@ def concat(parts: Sequence[Columns]) -> Columns:
 
 
 class Buffer:
-    """A copy of records that may be changed, with room behind them so that a header can be looked at
+    """A copy of records that may be changed, with room after them so that a header can be looked at
     anywhere."""
 
     def __init__(self, data: Bytes, size: int, held: Bytes | None = None) -> None:
@@ -240,7 +240,7 @@ def attributes(buffer: Buffer, heads: NDArray[np.void], row: Int) -> tuple[Int, 
 
 
 def _times(time: NDArray[np.uint64]) -> Int:
-    """FILETIME, 100 ns since 1601, to nanoseconds since 1970; what int64 can't hold is no time."""
+    """FILETIME, 100 ns since 1601, to nanoseconds since 1970; what int64 can't hold becomes NO_TIME."""
     fits = (time > 0) & (time <= FILETIME_MAX)
     return np.where(fits, (np.where(fits, time, 0).astype(np.int64) - FILETIME_OF_1970) * 100, NO_TIME)
 

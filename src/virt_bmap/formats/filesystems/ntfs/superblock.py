@@ -43,7 +43,7 @@ class Geometry(NamedTuple):
 
     @property
     def backup(self) -> int:
-        """Where the copy of the boot sector lies: right behind the sectors that the volume counts as its
+        """Where the copy of the boot sector lies: right after the sectors that the volume counts as its
         own."""
         return self.sectors * self.sector_size
 
@@ -64,18 +64,13 @@ def read_boot(reader: Reader, damage: Damage) -> Geometry:
         )
         return geometry
     if geometry.backup + geometry.sector_size > reader.size and geometry.end > reader.size:
-        at, missing = reader.size, geometry.backup - reader.size
-        damage.say(
-            "truncated",
-            f"the boot sector counts {geometry.sectors} sectors: {missing} bytes of them are missing",
-            at,
-        )
+        damage.ends_early(geometry.backup, reader.size)
     elif geometry.backup + geometry.sector_size <= reader.size:
         copy = reader.read(geometry.backup, BOOT_SECTOR.itemsize)
         if not is_boot(copy):
             damage.say(
                 "copy-missing",
-                "the sector behind the volume holds no copy of the boot sector",
+                "the sector after the volume holds no copy of the boot sector",
                 geometry.backup,
                 severity=NOTE,
             )
@@ -107,19 +102,24 @@ def parse(sector: bytes, size: int) -> Geometry:
         per_cluster = 1 << min(256 - per_cluster, 31)
     cluster_size = sector_size * per_cluster
     if per_cluster & (per_cluster - 1) or not 256 <= cluster_size <= MAX_CLUSTER:
-        raise Corrupt(f"boot sector: sectors_per_cluster at byte 0xd gives clusters of {cluster_size} "
-            "bytes, not a power of two up to "
-                      f"{MAX_CLUSTER}", 0x0D)  # fmt: skip
+        raise Corrupt(
+            f"boot sector: sectors_per_cluster at byte 0xd gives clusters of {cluster_size} bytes, not a "
+            f"power of two up to {MAX_CLUSTER}",
+            0x0D,
+        )
     per_record = int(boot["clusters_per_mft_record"])
     record_size = per_record * cluster_size if per_record > 0 else 1 << min(-per_record, 31)
     if record_size not in RECORD_SIZES:
-        raise Corrupt(f"boot sector: clusters_per_mft_record at byte 0x40 gives records of {record_size} "
-            "bytes, not one of "
-                      f"{RECORD_SIZES}", 0x40)  # fmt: skip
+        raise Corrupt(
+            "boot sector: clusters_per_mft_record at byte 0x40 gives "
+            f"records of {record_size} bytes, not one of {RECORD_SIZES}",
+            0x40,
+        )
     sectors = int(boot["number_of_sectors"])
     if not 0 < sectors < (1 << 62) // sector_size:
         raise Corrupt(
-            f"boot sector: number_of_sectors at byte 0x28 is {sectors:#x}, more than any disk holds or none",
+            "boot sector: number_of_sectors at byte 0x28 is "
+            f"{sectors:#x}, more than any disk holds, or none at all",
             0x28,
         )
     clusters = sectors // per_cluster
@@ -127,8 +127,8 @@ def parse(sector: bytes, size: int) -> Geometry:
     for name, at, byte in (("mft_lcn", mft, 0x30), ("mftmirr_lcn", mirror, 0x38)):
         if name == "mft_lcn" and not 0 < at <= size - MIRRORED * record_size:
             raise Corrupt(
-                f"boot sector: {name} at byte {byte:#x} is {int(boot[name]):#x}, outside the volume "
-                f"of {size:#x} bytes",
+                f"boot sector: {name} at byte {byte:#x} is "
+                f"{int(boot[name]):#x}, outside the volume of {size:#x} bytes",
                 byte,
             )
     return Geometry(
@@ -148,7 +148,7 @@ def _place(boot: np.void, name: str, cluster_size: int) -> int:
 
 
 def tail(reader: Reader, geometry: Geometry, rows: ExtentRows) -> int:
-    """Add to `rows` what lies behind the last cluster; returns how many bytes the filesystem takes in all."""
+    """Add to `rows` what lies after the last cluster; returns how many bytes the filesystem takes in all."""
     end = geometry.backup
     if end > geometry.end:
         rows.add(tables.GAP, geometry.end, end - geometry.end, part="behind the last cluster")

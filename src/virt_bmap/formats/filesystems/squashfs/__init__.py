@@ -64,10 +64,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     add_content(rows, reader, superblock, found, tree, damage)
     add_inside_tables(rows, found, tree)
     size = int(superblock["bytes_used"])
-    if size > reader.size:
-        damage.say(
-            "truncated", f"the image has {reader.size} of the {size} bytes that it claims", reader.size
-        )
+    damage.ends_early(size, reader.size)
     return Filesystem(
         type=NAME, size=min(size, reader.size), block_size=int(superblock["block_size"]), root=root,
         state=tables.CLEAN, reader=reader, inodes=inode_table(found, tree),

@@ -81,7 +81,9 @@ def decompressor(compression: int) -> Callable[[bytes], bytes]:
     }
     if compression not in functions:
         raise Unsupported(
-            f"compression {compression} of the superblock is none of {', '.join(COMPRESSIONS.values())}", 20
+            f"the superblock names compression {compression}, which is not one of "
+            f"{', '.join(COMPRESSIONS.values())}",
+            20,
         )
     return functions[compression]
 

@@ -47,7 +47,7 @@ WINDOW = struct(64, [
     (44, "lreg_fragment", "<u4"), (48, "lreg_offset", "<u4"), (52, "lreg_xattr", "<u4"), (16, "nlink", "<u4"),
     (20, "symlink_size", "<u4"), (24, "ldev_xattr", "<u4"), (20, "lipc_xattr", "<u4"),
 ])  # fmt: skip
-"""All inode types over each other: the bytes from an inode's first on."""
+"""All inode types as one struct: the bytes from an inode's first on."""
 HEADER = struct(12, [(0, "count", "<u4"), (4, "start_block", "<u4"), (8, "inode_number", "<u4")])
 ENTRY = struct(8, [(0, "offset", "<u2"), (2, "inode_number", "<i2"), (4, "type", "<u2"), (6, "size", "<u2")])
 COLUMNS = (
@@ -129,7 +129,12 @@ def walk(
         level = target
     else:
         damage.say("too-deep", f"more than {MAX_LEVELS} levels of directories")
-    damage.add("inode", "inodes, directories or names lead nowhere or contradict themselves", count=lost)
+    damage.add(
+        "inode",
+        "[inode, directory or name leads nowhere or contradicts itself|inodes, directories or names lead "
+        "nowhere or contradict themselves]",
+        count=lost,
+    )
     return _result(found, names, listings, damage)
 
 
@@ -145,7 +150,7 @@ def _result(
     column = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
     _, first = np.unique(column["inode"], return_index=True)
     again = len(column["inode"]) - len(first)
-    damage.add("inode", "inodes have the number of another one", count=again)
+    damage.add("inode", "[inode has|inodes have] the number of another one", count=again)
     target = np.concatenate([EMPTY, *(part[1] for part in names)])
     row = positions(column["at"], target)
     keep = row >= 0

@@ -56,8 +56,8 @@ class _TableReader:
         if not 0 <= start < stop <= self.end or stop - start > MAX_TABLE:
             if start != stop:
                 words = (
-                    f"the {part} from {start:#x} to {stop:#x} is not inside the image or not before "
-                    "the next table"
+                    f"the {part} from {start:#x} to {stop:#x} is not inside "
+                    "the image, or does not end before the next table"
                 )
                 self.damage.say("tree", words, start)
             return np.zeros(0, np.uint8)
@@ -68,14 +68,14 @@ class _TableReader:
     def blocks(self, part: str, start: int, stop: int) -> MetadataBlocks:
         """The metadata blocks that fill [start, stop)."""
         table, broken = read_blocks(self.region(part, start, stop), start, self.unpack, part)
-        self.damage.add("tree", f"metadata blocks of the {part} can't be read", start, broken)
+        self.damage.add("tree", f"metadata [block|blocks] of the {part} can't be read", start, broken)
         return table
 
     def indexed(
         self, part: str, column: str, count: int, size: int, header: int = 0
     ) -> tuple[MetadataBlocks, int]:
         """A table of `count` records of `size` bytes, whose metadata blocks are found through pointers
-        `header` bytes behind the superblock's `column`; and where the first of them lies."""
+        `header` bytes after the superblock's `column`; and where the first of them lies."""
         index = place_of(self.superblock, column)
         none = read_blocks(np.zeros(0, np.uint8), 0, self.unpack, part)[0]
         if index >= self.end or count == 0:
@@ -110,7 +110,7 @@ class _TableReader:
 def read_tables(reader: Reader, superblock: np.void, rows: ExtentRows, damage: Damage) -> MetadataTables:
     """Read every table and add its rows.
 
-    Tables lie one behind the other; each ends where the next one begins.
+    Tables lie one after the other; each ends where the next one begins.
     """
     source = _TableReader(reader, superblock, rows, damage)
     source.region("superblock", 0, SUPERBLOCK.itemsize)

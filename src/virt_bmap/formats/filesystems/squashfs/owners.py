@@ -39,7 +39,7 @@ def add_content(
     ]
     inode, at, size, start, length, packed = (np.concatenate([part[i] for part in parts]) for i in range(6))
     inside = (start >= 0) & (start <= min(int(superblock["bytes_used"]), reader.size) - length)
-    damage.check(inside, "outside", "blocks of files lie outside the image", start)
+    damage.check(inside, "outside", "[block of a file lies|blocks of files lie] outside the image", start)
     inode, at, size, start, length, packed = (
         values[inside] for values in (inode, at, size, start, length, packed)
     )
@@ -62,7 +62,7 @@ Columns = tuple[Int, Int, Int, Int, Int, Int]
 
 
 def _block_rows(table: MetadataBlocks, tree: WalkedTree, block_size: int, damage: Damage) -> Columns:
-    """Whole blocks: each inode has a list of their stored sizes; they lie one behind the other."""
+    """Whole blocks: each inode has a list of their stored sizes; they lie one after the other."""
     column = tree.column
     file = np.flatnonzero((column["type"] == REG) & (column["size"] > 0))
     size, tail = column["size"][file], column["fragment"][file] != INVALID
@@ -71,7 +71,7 @@ def _block_rows(table: MetadataBlocks, tree: WalkedTree, block_size: int, damage
     fits &= (
         np.cumsum(np.where(fits, count, 0)) <= table.length // 4
     )  # lists do not overlap, so together they are shorter than the table
-    what = "files claim more blocks than the inode table has room for"
+    what = "[file claims|files claim] more blocks than the inode table has room for"
     damage.add("extents", what, count=int((~fits).sum()))
     file, count = file[fits], count[fits]
     row, nth = expand(count)
@@ -105,7 +105,11 @@ def _fragment_rows(fragments: np.ndarray, tree: WalkedTree, block_size: int, dam
     column = tree.column
     file = np.flatnonzero((column["type"] == REG) & (column["fragment"] != INVALID) & (column["size"] > 0))
     known = column["fragment"][file] < len(fragments)
-    damage.add("extents", "files refer to fragments that do not exist", count=int((~known).sum()))
+    damage.add(
+        "extents",
+        "[file refers to a fragment that does|files refer to fragments that do] not exist",
+        count=int((~known).sum()),
+    )
     file = file[known]
     fragment = fragments[column["fragment"][file]]
     start = widen(np.minimum(fragment["start_block"], np.uint64(2**62)), "start_block")

@@ -33,23 +33,25 @@ def read_superblock(reader: Reader) -> np.void:
     found = record(data, SUPERBLOCK)
     if found["s_magic"] == b"sqsh":
         raise Unsupported(
-            f"{reader.name}: a big-endian squashfs {int.from_bytes(data[28:30], 'big')}.x image, "
-            "only little-endian 4.0 is read",
+            f"{reader.name}: a big-endian squashfs {int.from_bytes(data[28:30], 'big')}.x image; only "
+            "little-endian 4.0 is supported",
             0,
         )
     version = int(found["s_major"])
     if version != 4 or found["s_minor"]:
         raise Unsupported(
-            f"{reader.name}: squashfs version {version}.{int(found['s_minor'])}, only 4.0 is read", 28
+            f"{reader.name}: squashfs version {version}.{int(found['s_minor'])}; only 4.0 is supported", 28
         )
     if int(found["block_log"]) not in BLOCK_LOGS or int(found["block_size"]) != 1 << int(found["block_log"]):
-        raise Corrupt(f"{reader.name}: block_size at byte 12 is {int(found['block_size'])} and block_log "
-            f"{int(found['block_log'])}, not a power "
-                      "of two from 4 KiB to 1 MiB", 12)  # fmt: skip
+        raise Corrupt(
+            f"{reader.name}: block_size at byte 12 is {int(found['block_size'])} and block_log "
+            f"{int(found['block_log'])}, not a power of two from 4 KiB to 1 MiB",
+            12,
+        )
     if int(found["bytes_used"]) > 2**62:
         raise Corrupt(
-            f"{reader.name}: bytes_used at byte 40 is {int(found['bytes_used']):#x}, more than "
-            "any disk holds",
+            f"{reader.name}: bytes_used at byte 40 is "
+            f"{int(found['bytes_used']):#x}, more than any disk holds",
             40,
         )
     return found

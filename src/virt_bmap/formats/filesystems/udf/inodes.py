@@ -110,7 +110,11 @@ def read_entries(
 ) -> Iterator[EntryBatch]:
     """The entries at these blocks of partitions, each block once, in bounded batches."""
     place = volume.places(partition, block)
-    damage.add("outside", "ICBs lie outside their partition", (block * volume.block_size)[place < 0])
+    damage.add(
+        "outside",
+        "[ICB lies outside its|ICBs lie outside their] partition",
+        (block * volume.block_size)[place < 0],
+    )
     partition, place = partition[place >= 0], place[place >= 0]
     place, first = np.unique(place, return_index=True)
     partition = partition[first]
@@ -134,11 +138,15 @@ def _batch(reader: Reader, volume: LogicalVolume, partition: Int, place: Int, da
     common = records(data, COMMON)
     extended = common["TagIdentifier"] == EXTENDED
     good = tagged(data) & (extended | (common["TagIdentifier"] == FILE))
-    damage.add("inode", "blocks that should hold a file entry do not", place[~good])
+    damage.add(
+        "inode",
+        "[block that should hold a file entry does|blocks that should hold file entries do] not",
+        place[~good],
+    )
     other = good & (common["StrategyType"] != STRATEGY)
     damage.add(
         "unsupported",
-        "ICBs have a strategy other than 4: what they hold is not read",
+        "[ICB has|ICBs have] a strategy other than 4, which is not supported",
         place[other],
         severity=ERROR,
     )
@@ -172,11 +180,13 @@ def _batch(reader: Reader, volume: LogicalVolume, partition: Int, place: Int, da
         field("ADLength").astype(np.int64),
     )
     fits = head + attributes + length <= volume.block_size
-    damage.add("inode", "file entries are longer than their block", place[~fits])
+    damage.add("inode", "file [entry is longer than its|entries are longer than their] block", place[~fits])
     length = np.where(fits, length, 0)
     size = field("InformationLength")
     huge = size > np.uint64(1 << 62)
-    damage.add("inode", "files say that they are larger than any can be", place[huge])
+    damage.add(
+        "inode", "[file says that it is|files say that they are] larger than any file can be", place[huge]
+    )
     kind, permissions, flags = (
         common["FileType"].astype(np.int64),
         common["Permissions"].astype(np.int64),
@@ -230,7 +240,7 @@ def tagged(data: Bytes) -> np.ndarray:
 
 
 def times(stamps: Bytes) -> Int:
-    """Timestamps, shape (n, 12), as nanoseconds since 1970 UTC; what is none gives NO_TIME."""
+    """Timestamps, shape (n, 12), as nanoseconds since 1970 UTC; what is not a time gives NO_TIME."""
     one = records(stamps, TIMESTAMP)
     year, month, day = (one[name].astype(np.int64) for name in ("Year", "Month", "Day"))
     good = (
@@ -299,7 +309,8 @@ def _extents(
         fresh[np.setdiff1d(np.arange(len(at)), np.unique(at, return_index=True)[1])] = False
         damage.add(
             "extents",
-            "allocation descriptors go on outside the partition, or in a block that was read before",
+            "[list|lists] of allocation descriptors [goes|go] on "
+            "outside the partition, or in a block that was read before",
             (place[mine])[~fresh],
         )
         at, mine = at[fresh], mine[fresh]
@@ -313,7 +324,7 @@ def _extents(
             & (head["TagIdentifier"] == ALLOCATION)
             & (head["ADLength"] <= volume.block_size - CONTINUATION.itemsize)
         )
-        damage.add("extents", "blocks with further allocation descriptors are damaged", at[~good])
+        damage.add("extents", "[block|blocks] with more allocation descriptors [is|are] damaged", at[~good])
         holders.append(mine)
         lists = _Lists(
             mine,
@@ -335,7 +346,7 @@ def _extents(
     np.add.at(short, row, size)
     damage.add(
         "outside",
-        "extents of files reach out of their partition",
+        "[extent of a file reaches out of its|extents of files reach out of their] partition",
         (place[owners[real]])[short < whole(lengths[real], volume.block_size)],
     )
     rows = real[row]

@@ -60,13 +60,9 @@ def parse(data: Bytes, parent: Int, base: Int, size: Int, damage: Damage) -> Nam
     reached = _reached(at, after, end, base)
     lost = reached & (after + FID.itemsize <= end) & ~np.isin(after, at)
     first = ~np.isin(base, at) & (size >= FID.itemsize)
-    if lost.any() or first.any():
-        places = np.append(parent[directory[lost]], parent[first])
-        damage.say(
-            "directory",
-            f"{len(places)} directories break off: what follows is no file identifier",
-            int(places[0]),
-        )
+    places = np.append(parent[directory[lost]], parent[first])
+    what = "[directory breaks|directories break] off: what follows is not a file identifier"
+    damage.add("directory", what, places)
     keep = np.flatnonzero(
         reached & (found["FileCharacteristics"] & (DELETED | PARENT) == 0) & (found["IdentifierLength"] > 0)
     )
@@ -108,8 +104,8 @@ def _reached(at: Int, after: Int, end: Int, base: Int) -> np.ndarray:
 
 
 def _utf8(names: Ragged) -> Ragged:
-    """Compressed Unicode, whose first byte says how many bits a character has, as UTF-8; what is no character
-    becomes U+FFFD, `/` and NUL too."""
+    """Compressed Unicode, whose first byte says how many bits a character has, as UTF-8; what is not a
+    character becomes U+FFFD, `/` and NUL too."""
     starts, lengths = names.starts, names.lengths.astype(np.int64)
     wide = names.data[starts] == 16 if len(names) else np.zeros(0, bool)
     units = np.where(wide, (lengths - 1) // 2, lengths - 1)

@@ -59,7 +59,7 @@ def open_metadata(reader: Reader, disk: LogicalVolume, rows: tables.ExtentRows, 
         )
         if reference < 0:
             reference = len(disk.partitions)
-            disk.partitions.append(below)  # behind those that references count
+            disk.partitions.append(below)  # after those that references count
         for name, part_name in (
             ("MetadataFileLocation", "metadata file"),
             ("MetadataMirrorFileLocation", "metadata mirror file"),
@@ -111,7 +111,7 @@ def add_structures(rows: tables.ExtentRows, reader: Reader, disk: LogicalVolume,
 def add_free(rows: tables.ExtentRows, reader: Reader, disk: LogicalVolume, damage: Damage) -> None:
     """What the partitions' own bitmaps and tables call free.
 
-    Where nothing can be written any more, nobody has to keep them: they are no allocator's word.
+    Where nothing can be written any more, nobody has to keep them: they are not an allocator's word.
     """
     size = disk.block_size
     for one in disk.descriptors:
@@ -134,7 +134,7 @@ def add_free(rows: tables.ExtentRows, reader: Reader, disk: LogicalVolume, damag
             if found is None:
                 damage.say(
                     "allocator",
-                    f"the space bitmap at byte {place:#x} is none: free space is not known",
+                    f"the space bitmap at byte {place:#x} is not valid: free space is not known",
                     place,
                 )
                 continue

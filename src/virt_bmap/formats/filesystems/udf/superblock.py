@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from virt_bmap.core.amounts import counted
 from virt_bmap.core.arrays import EMPTY, Int, ints
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
@@ -197,8 +198,8 @@ def read_volume(reader: Reader, damage: Damage) -> LogicalVolume:
     tail = next(data for data in found[LOGICAL] if record(data, LOGICAL_VOLUME) == logical)
     if int(logical["LogicalBlockSize"]) != size:
         raise Unsupported(
-            f"{reader.name}: logical blocks of {int(logical['LogicalBlockSize'])} bytes in sectors "
-            f"of {size} are not read"
+            f"{reader.name}: logical blocks of {int(logical['LogicalBlockSize'])} "
+            f"bytes in sectors of {size} are not supported"
         )
     newest: dict[int, np.void] = {}
     for one in sorted(
@@ -231,13 +232,13 @@ def anchors_of(reader: Reader) -> tuple[int, list[tuple[int, np.void]]]:
         if found:
             return size, found
     raise Corrupt(
-        f"{reader.name}: no anchor volume descriptor pointer is whole, neither at block 256 nor at the end",
+        f"{reader.name}: no anchor volume descriptor pointer is whole, at block 256 or at the end",
         ANCHOR_AT * SECTOR,
     )
 
 
 def _extent(reader: Reader, size: int, location: int, length: int) -> list[tuple[int, bytes]]:
-    """(block number, block) of an extent of descriptors, read at once; what lies behind the end of the
+    """(block number, block) of an extent of descriptors, read at once; what lies beyond the end of the
     volume, or is too much, is left out."""
     count = max(0, min(-(-length // size), MAX_DESCRIPTORS, reader.size // size - location))
     data = reader.read(location * size, count * size) if count else b""
@@ -301,7 +302,7 @@ def _partitions(
             below = _plain(reader, size, int(about["PartitionNumber"]), known)
             result.append(Partition(below.start, 0, below.number, (EMPTY, EMPTY, EMPTY), about, below))
         else:
-            raise Unsupported(f"{reader.name}: a partition map of the kind {name} is not read")
+            raise Unsupported(f"{reader.name}: a partition map of the kind {name} is not supported")
     if not result:
         raise Corrupt(f"{reader.name}: the logical volume has no partition")
     return result
@@ -310,14 +311,14 @@ def _partitions(
 def _plain(reader: Reader, size: int, number: int, known: dict[int, np.void]) -> Partition:
     if number not in known:
         raise Corrupt(
-            f"{reader.name}: no partition descriptor has number {number}, which the logical volume wants"
+            f"{reader.name}: no partition descriptor has number {number}, which the logical volume refers to"
         )
     start = int(known[number]["PartitionStartingLocation"]) * size
     length = int(known[number]["PartitionLength"])
     if start > reader.size:
         raise Corrupt(
-            f"{reader.name}: partition {number} begins at byte {start:#x}, "
-            f"behind the end at {reader.size:#x}",
+            f"{reader.name}: partition {number} begins at byte "
+            f"{start:#x}, beyond the end at {reader.size:#x}",
             start,
         )
     return Partition(start, min(length, (reader.size - start) // size), number)
@@ -337,8 +338,9 @@ def _sparing_tables(reader: Reader, size: int, spared: np.void, areas: list[tupl
         moved = np.frombuffer(reader.read_clipped(start + SPARING_TABLE.itemsize, entries * 8), "<u4")[::2]
         if (moved < 0xFFFFFFF0).any():
             raise Unsupported(
-                f"{reader.name}: {int((moved < 0xFFFFFFF0).sum())} packets were moved by sparing, "
-                "which is not read",
+                f"{reader.name}: "
+                f"{counted(int((moved < 0xFFFFFFF0).sum()), '[packet was|packets were] moved by sparing')}, "
+                "which is not supported",
                 start,
             )
         areas.append(("sparing table", start, start + -(-length // size) * size))
@@ -418,8 +420,8 @@ def read_file_set(reader: Reader, volume: LogicalVolume) -> tuple[int, np.void]:
     data = reader.read_clipped(place, volume.block_size) if place >= 0 else b""
     if not is_tag(data, FILE_SET, volume.file_set[1]):
         raise Corrupt(
-            f"{reader.name}: no whole file set descriptor at block {volume.file_set[1]} of partition "
-            f"{volume.file_set[0]}",
+            f"{reader.name}: no whole file set descriptor at block "
+            f"{volume.file_set[1]} of partition {volume.file_set[0]}",
             place,
         )
     return place, record(data, FILE_SET_DESCRIPTOR)

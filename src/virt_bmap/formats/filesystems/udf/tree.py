@@ -56,7 +56,9 @@ def walk_tree(
         if not new.any():
             break
     else:
-        damage.say("too-deep", f"directories lie more than {MAX_LEVELS} levels deep: not read")
+        damage.say(
+            "too-deep", f"[directory lies|directories lie] more than {MAX_LEVELS} levels deep: not read"
+        )
     reached = stack(FileEntries, found)
     before = np.cumsum([0] + [len(part.inode) for part in found]).tolist()
     extents = [replace(part, owner=part.owner + base) for part, base in zip(extents, before, strict=False)]
@@ -137,7 +139,10 @@ def _names(
         length[length > np.clip(reader.size - mine.start, 0, None)] = 0
         affordable = np.cumsum(length) <= budget
         if not affordable.all():
-            damage.say("twice", "directories claim more bytes than the volume has: the rest is not read")
+            damage.say(
+                "twice",
+                "[directory claims|directories claim] more bytes than the volume has: the rest is not read",
+            )
             length = np.where(affordable, length, 0)
         budget -= int(length.sum())
         order = np.lexsort((mine.file_offset, mine.owner))
@@ -156,7 +161,7 @@ def _names(
 
 
 def _aligned(data: np.ndarray, start: Int, size: Int) -> tuple[np.ndarray, Int]:
-    """The directories again, each at a multiple of four bytes, with room behind; and where they begin."""
+    """The directories again, each at a multiple of four bytes, with room after it; and where they begin."""
     room = -(-size // directories.ALIGN) * directories.ALIGN
     base = np.cumsum(room) - room
     if (start == base).all():

@@ -43,9 +43,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     """All tables of the filesystem."""
     geometry = read_geometry(reader)
     rows = tables.ExtentRows()
-    if geometry.size > reader.size:
-        words = f"the filesystem has {geometry.size} bytes, but the volume ends after {reader.size}"
-        damage.say("truncated", words, reader.size)
+    damage.ends_early(geometry.size, reader.size)
     reader, state = recovered(reader, geometry, others, damage)
     if state in (tables.RECOVERED, tables.FROZEN):
         geometry = read_geometry(reader)  # the superblock may be in the log, too

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Bool, Bytes, Int, expand, union
 from virt_bmap.core.layout import records
 from virt_bmap.core.reader import Reader
@@ -110,16 +111,21 @@ def _read_headers(reader: Reader, geometry: Geometry, damage: Damage) -> tuple[B
     """The header sectors (groups, 4, sector size) of those groups whose headers can be read, and their
     numbers."""
     size = len(HEADERS) * geometry.sector_size
-    afford(reader, geometry.groups * size, f"headers of {geometry.groups:,} groups")
+    afford(reader, geometry.groups * size, f"headers of {plural(geometry.groups, 'group')}")
     agno = np.arange(geometry.groups, dtype=np.int64)
     start = geometry.group_offset(agno)
     inside = damage.check(
-        start + size <= geometry.limit, "group", "headers of groups lie behind the volume's end", start
+        start + size <= geometry.limit,
+        "group",
+        "[header of a group lies|headers of groups lie] beyond the end of the volume",
+        start,
     )
     agno, start = agno[inside], start[inside]
     sectors = reader.read_blocks(start, size).reshape(len(agno), len(HEADERS), geometry.sector_size)
     copies = records(sectors[:, 0], ondisk.SUPERBLOCK)["sb_magicnum"] == b"XFSB"
-    damage.check(copies, "copy-differs", "copies of the superblock have a wrong magic number", start)
+    damage.check(
+        copies, "copy-differs", "[copy|copies] of the superblock [has|have] a wrong magic number", start
+    )
     return sectors, agno
 
 
@@ -134,14 +140,14 @@ def _header(
     damage.check(
         good,
         "group",
-        f"{name} sectors have a wrong magic number or group number",
+        f"{name} [sector has|sectors have] a wrong magic number or group number",
         at,
     )
     length = found[f"{prefix}_length"] == geometry.group_blocks(agno)
     damage.check(
         length | ~good,
         "group",
-        f"{name} sectors give their group another length than the superblock",
+        f"{name} [sector gives its|sectors give their] group another length than the superblock",
         at,
     )
     return _Header(agno[good], found[good])
@@ -195,12 +201,15 @@ def _free_list(
     good = (count <= entries.shape[1]) & (first < entries.shape[1])
     if geometry.crc:
         good &= (sectors[:, :4].copy().view("S4")[:, 0] == ondisk.AGFL_MAGIC) if len(sectors) else True
-    damage.check(good, "group", "AGFL sectors have a wrong magic number or count", at)
+    damage.check(good, "group", "AGFL [sector has|sectors have] a wrong magic number or count", at)
     group, step = expand(np.where(good, count, 0))
     block = entries[group, (first[group] + step) % entries.shape[1]].astype(np.int64)
     one = np.ones(len(block), np.int64)
     good = damage.check(
-        fits(geometry, block, one, agno[group]), "outside", "AGFL entries lie outside their group", at[group]
+        fits(geometry, block, one, agno[group]),
+        "outside",
+        "AGFL [entry lies outside its|entries lie outside their] group",
+        at[group],
     )
     start = geometry.block_offset((agno[group] << geometry.agblklog) | block)[good]
     rows.add(tables.FREE, start, geometry.block_size, part="AGFL")
@@ -214,7 +223,7 @@ def _ranges(
     good = damage.check(
         fits(geometry, start, count, walked.owner),
         "outside",
-        f"records of a {name} lie outside their group",
+        f"[record of a {name} lies outside its|records of a {name} lie outside their] group",
         where,
     )
     first = where[good] + start[good] * geometry.block_size

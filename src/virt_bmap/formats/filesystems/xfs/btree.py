@@ -102,14 +102,21 @@ def _usable(geometry: Geometry, damage: Damage, shape: Shape, nodes: Nodes, know
         & (nodes.level < MAX_LEVELS)
     )
     if not good.all():
-        damage.add("tree", f"pointers of a {shape.name} lead outside the volume", count=int((~good).sum()))
+        damage.add(
+            "tree",
+            f"[pointer|pointers] of a {shape.name} [leads|lead] outside the volume",
+            count=int((~good).sum()),
+        )
         nodes = take(nodes, good)
     _, first = np.unique(nodes.block, return_index=True)
     again = np.ones(len(nodes.block), bool)
     again[first] = False
     again |= np.isin(nodes.block, known)
     damage.check(
-        ~again, "twice", f"blocks of a {shape.name} are linked twice", geometry.block_offset(nodes.block)
+        ~again,
+        "twice",
+        f"[block|blocks] of a {shape.name} [is|are] linked twice",
+        geometry.block_offset(nodes.block),
     )
     return take(nodes, ~again)
 
@@ -130,7 +137,7 @@ def _checked(
     damage.check(
         good,
         "tree",
-        f"blocks of a {shape.name} have a wrong magic number, level or count",
+        f"[block|blocks] of a {shape.name} [has|have] a wrong magic number, level or count",
         geometry.block_offset(nodes.block),
     )
     return (nodes, blocks, counts) if good.all() else (take(nodes, good), blocks[good], counts[good])
@@ -173,7 +180,7 @@ def narrow(pointers: np.ndarray) -> Int:
 
 
 def fits(geometry: Geometry, starts: Int, counts: Int, agno: Int) -> Bool:
-    """Do records [start, +count) in agbno lie in their group, behind its first block?"""
+    """Do records [start, +count) in agbno lie in their group, after its first block?"""
     good: Bool = (
         (starts > 0)
         & (starts < geometry.agblocks)

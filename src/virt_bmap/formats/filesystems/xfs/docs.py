@@ -21,7 +21,7 @@ REFUSED = (
     "directories of version 1 (IRIX before 6.5)",
     "metadata directory trees and real-time groups (metadir)",
     "zoned devices",
-    "incompatible features nobody has named yet",
+    "incompatible features that are not known",
     "replay of version 4 logs: the state says that recovery is needed",
     "content on a real-time device: a note",
 )

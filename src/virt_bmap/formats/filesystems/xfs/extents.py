@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, in_order
 from virt_bmap.core.columns import take
 from virt_bmap.core.reader import Reader
@@ -81,20 +82,32 @@ def usable(geometry: Geometry, damage: Damage, extents: Extents, elsewhere: Int,
     away = (elsewhere[extents.owner] != 0) & (extents.fork == DATA_FORK)
     if away.any():
         blocks = int(extents.count[away].sum())
-        damage.add("elsewhere", "blocks of files lie on the real-time device, which is not part of this "
-            f"volume ({len(np.unique(extents.owner[away]))} files)", count=blocks)  # fmt: skip
+        damage.add(
+            "elsewhere",
+            "[block of a file lies|blocks of files lie] on the real-time device, which is not part of this "
+            f"volume ({plural(len(np.unique(extents.owner[away])), 'file')})",
+            count=blocks,
+        )
         extents = take(extents, ~away)
     most = (np.iinfo(np.int64).max // geometry.block_size) - ondisk.MAX_BMBT_BLOCKS
     good = geometry.holds(extents.block, extents.count) & (extents.file_block < most)
     damage.check(
-        good, "outside", "extents of inodes lie outside the volume or are empty", record[extents.owner]
+        good,
+        "outside",
+        "[extent of an inode lies outside the volume or "
+        "is|extents of inodes lie outside the volume or are] empty",
+        record[extents.owner],
     )
     same = (extents.owner[1:] == extents.owner[:-1]) & (extents.fork[1:] == extents.fork[:-1])
     apart = np.append(True, ~same | (extents.file_block[1:] >= extents.file_block[:-1] + extents.count[:-1]))[
         : len(good)
     ]
     damage.check(
-        apart, "extents", "extents of inodes are out of order or overlap in the file", record[extents.owner]
+        apart,
+        "extents",
+        "[extent of an inode is out of order or overlaps|extents "
+        "of inodes are out of order or overlap] in the file",
+        record[extents.owner],
     )
     return extents if good.all() else take(extents, good)
 

@@ -115,11 +115,15 @@ def _chunks(
         & (place + high <= geometry.limit)
         & (first % GROUP == 0)
     )
-    damage.check(good, "inode", "inode chunks lie outside their allocation group", place)
+    damage.check(
+        good, "inode", "inode [chunk lies outside its|chunks lie outside their] allocation group", place
+    )
     order = np.argsort(np.where(good, number, -1), kind="stable")[np.count_nonzero(~good) :]
     again = np.zeros(len(order), bool)
     again[1:] = np.diff(number[order]) < ondisk.INODES_PER_CHUNK
-    damage.check(~again, "twice", "inode chunks overlap others", geometry.inode_offset(number[order]))
+    damage.check(
+        ~again, "twice", "inode [chunk overlaps|chunks overlap] others", geometry.inode_offset(number[order])
+    )
     order = order[~again]
     hole = np.zeros((len(order), GROUPS), bool)
     if geometry.has("sparse"):
@@ -164,7 +168,7 @@ def _contents(
     damage.check(
         good,
         "inode",
-        "inodes that are in use have a wrong magic number or mode 0",
+        "[inode in use has|inodes in use have] a wrong magic number or mode 0",
         geometry.inode_offset(number[row]),
     )
     if not good.all():
@@ -187,11 +191,13 @@ def _inodes(geometry: Geometry, damage: Damage, core: np.ndarray, number: Int) -
     kind[np.isin(number, list(geometry.hidden))] = tables.T_METADATA
     nlink = np.where(core["di_version"] == 1, core["di_onlink"], core["di_nlink"]).astype(np.int64)
     if geometry.crc:
-        damage.check(core["di_ino"] == number, "inode", "inodes hold another inode's number", place)
+        damage.check(
+            core["di_ino"] == number, "inode", "[inode holds|inodes hold] another inode's number", place
+        )
     flags = np.where(core["di_flags"] & ondisk.DIFLAG_IMMUTABLE, tables.I_IMMUTABLE, 0)
     flags |= np.where((nlink == 0) & (kind != tables.T_METADATA), tables.I_DELETED, 0)
     size = core["di_size"].astype(np.int64)
-    damage.check(size >= 0, "inode", "inodes have a size of more than 2^63 bytes", place)
+    damage.check(size >= 0, "inode", "[inode has|inodes have] a size of more than 2^63 bytes", place)
     return Inodes(
         number, place, kind, mode, core["di_uid"].astype(np.int64), core["di_gid"].astype(np.int64),
         np.maximum(size, 0), nlink, _mtime_ns(geometry, core), flags,
@@ -222,7 +228,10 @@ def _forks(batch: _RecordBatch, core: np.ndarray) -> tuple[_Fork, _Fork]:
     literal = core.dtype.itemsize
     forkoff = core["di_forkoff"].astype(np.int64) * 8
     good = damage.check(
-        literal + forkoff < size, "inode", "inodes have a di_forkoff outside the inode", inodes.record
+        literal + forkoff < size,
+        "inode",
+        "[inode has|inodes have] a di_forkoff outside the inode",
+        inodes.record,
     )
     low, high = batch.base + literal, batch.base + size
     middle = np.where(good & (forkoff > 0), low + forkoff, high)
@@ -232,12 +241,14 @@ def _forks(batch: _RecordBatch, core: np.ndarray) -> tuple[_Fork, _Fork]:
     owns = np.isin(inodes.type, (tables.T_FILE, tables.T_DIRECTORY, tables.T_SYMLINK, tables.T_METADATA))
     fits = np.isin(inodes.type, (tables.T_DIRECTORY, tables.T_SYMLINK)) & (data_format == ondisk.FMT_LOCAL)
     fits |= (data_format == ondisk.FMT_EXTENTS) | (data_format == ondisk.FMT_BTREE)
-    damage.check(fits | ~owns, "inode", "inodes have a data fork of a format that can't be", inodes.record)
+    damage.check(
+        fits | ~owns, "inode", "[inode has|inodes have] a data fork of an impossible format", inodes.record
+    )
     known = (attr_format >= ondisk.FMT_LOCAL) & (attr_format <= ondisk.FMT_BTREE)
     damage.check(
         (middle == high) | known,
         "inode",
-        "inodes have an attribute fork of a format that can't be",
+        "[inode has|inodes have] an attribute fork of an impossible format",
         inodes.record,
     )
     nextents, anextents = _extent_counts(batch.geometry, core)
@@ -263,7 +274,12 @@ def _data_inline(batch: _RecordBatch, fork: _Fork) -> Names:
     local = np.flatnonzero(fork.format == ondisk.FMT_LOCAL)
     fits = inodes.size[local] <= (fork.end - fork.start)[local]
     local = local[
-        damage.check(fits, "inode", "inodes are larger than their inline data", inodes.record[local])
+        damage.check(
+            fits,
+            "inode",
+            "[inode is larger than its|inodes are larger than their] inline data",
+            inodes.record[local],
+        )
     ]
     directory = inodes.type[local] == tables.T_DIRECTORY
     for kind, mine, at in ((tables.DIRECTORY, local[directory], -1), (tables.SYMLINK, local[~directory], 0)):
@@ -285,7 +301,12 @@ def _attributes_inline(batch: _RecordBatch, fork: _Fork) -> None:
     start = fork.start[local]
     size = flat[start].astype(np.int64) << 8 | flat[start + 1]
     fits = size <= (fork.end - fork.start)[local]
-    batch.damage.check(fits, "inode", "inline attributes are larger than their fork", inodes.record[local])
+    batch.damage.check(
+        fits,
+        "inode",
+        "inline [attribute is larger than its|attributes are larger than their] fork",
+        inodes.record[local],
+    )
     some = fits & (flat[start + 2] > 0)
     mine, size = local[some], size[some]
     where = (inodes.record + fork.start - batch.base)[mine]
@@ -299,7 +320,10 @@ def _extents(batch: _RecordBatch, fork: _Fork) -> Extents:
     start, count = fork.start[mine], fork.nextents[mine]
     room = (fork.end[mine] - start) // ondisk.BMBT_REC_SIZE
     batch.damage.check(
-        count <= room, "inode", "inodes claim more extents than they have room for", place[mine]
+        count <= room,
+        "inode",
+        "[inode claims more extents than it has|inodes claim more extents than they have] room for",
+        place[mine],
     )
     row, step = expand(np.minimum(count, room))
     # the literal area begins on a multiple of 4, not always of 8: the words are seen from where it begins
@@ -321,7 +345,9 @@ def _roots(batch: _RecordBatch, fork: _Fork) -> ForkRoots:
     head = flat[np.minimum(start[:, None] + np.arange(4), len(flat) - 1)].astype(np.int64)
     level, count = head[:, 0] << 8 | head[:, 1], head[:, 2] << 8 | head[:, 3]
     good = (count > 0) & (count <= room) & (level > 0) & (level < MAX_LEVELS)
-    batch.damage.check(good, "inode", "roots of bmbt in inodes have a wrong level or count", place[mine])
+    batch.damage.check(
+        good, "inode", "bmbt [root in an inode has|roots in inodes have] a wrong level or count", place[mine]
+    )
     mine, start, room, level, count = mine[good], start[good], room[good], level[good], count[good]
     row, step = expand(count)
     at = (start + 4 + 8 * room)[row] + 8 * step

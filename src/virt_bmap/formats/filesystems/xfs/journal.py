@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Bool, Bytes, Int
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, struct
@@ -30,7 +31,7 @@ FANOUT = 256
 """Blocks read in one round of the search: the largest log, 2 GiB, takes three rounds."""
 MAX_IN_FLIGHT = 8 * 256 * 1024 // BLOCK
 """XLOG_TOTAL_REC_SHIFT: eight buffers of 256 KiB may be written at a time, in any order, so holes can only
-lie so far behind the head."""
+lie so far after the head."""
 UNMOUNT_TRANS = 0x20
 
 RECORD = struct(0x148, [
@@ -72,7 +73,7 @@ class Log(NamedTuple):
         return (self.head - self.tail) % self.blocks * BLOCK
 
     def place(self, at: int) -> int:
-        """The byte at which the `at`th block behind the tail lies."""
+        """The byte at which the `at`th block after the tail lies."""
         return self.offset + (self.tail + at) % self.blocks * BLOCK
 
 
@@ -86,7 +87,7 @@ def find_log(reader: Reader, geometry: Geometry, others: Sequence[Reader]) -> Lo
         if not geometry.holds(start, np.array([geometry.logblocks])).all():
             raise Corrupt(
                 f"XFS superblock: sb_logstart at byte 0x30 is {geometry.logstart}, "
-                f"{geometry.logblocks} blocks from there are not on the volume",
+                f"{plural(geometry.logblocks, 'block')} from there are not on the volume",
                 0x30,
             )
         return _measure(
@@ -172,7 +173,7 @@ def _last_record(reader: Reader, offset: int, blocks: int, data: Bytes, window: 
         )
         return Log(reader, offset, blocks, end % blocks, tail, bool(mark))
     raise Corrupt(
-        f"XFS log at byte {offset:#x}: no whole record in front of its head, block {end % blocks}", offset
+        f"XFS log at byte {offset:#x}: no whole record before its head, block {end % blocks}", offset
     )
 
 

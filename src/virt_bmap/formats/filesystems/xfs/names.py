@@ -1,8 +1,8 @@
 """Directories: names, out of short directories (in the inode) and out of directory blocks.
 
-The blocks of a directory lie in an address space of their own: names below 32 GiB, their hash index behind,
-then an index of free space. Only the names are read. A directory block can be larger than a filesystem block,
-and then lie in several places.
+The blocks of a directory lie in an address space of their own: names below 32 GiB,
+then their hash index, then an index of free space. Only the names are read. A
+directory block can be larger than a filesystem block, and then lie in several places.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,9 @@ def short_form(
     """
     wide = (end - start >= 6) & (data[np.minimum(start + 1, len(data) - 1)] > 0)
     size = np.where(wide, 8, 4)
-    good = damage.check(end - start >= 2 + size, "directory", "short directories are cut off", place)
+    good = damage.check(
+        end - start >= 2 + size, "directory", "short [directory is|directories are] cut off", place
+    )
     row = np.flatnonzero(good)
     at, left = (start + 2 + size)[row], data[start[row]].astype(np.int64)
     found: list[tuple[Int, Int]] = []
@@ -69,7 +71,10 @@ def short_form(
         length = data[np.minimum(at, len(data) - 1)].astype(np.int64)
         after = at + 3 + length + ftype + size[row]
         good = damage.check(
-            (after <= end[row]) & (length > 0), "directory", "short directories are cut off", place[row]
+            (after <= end[row]) & (length > 0),
+            "directory",
+            "short [directory is|directories are] cut off",
+            place[row],
         )
         found.append((row[good], at[good]))
         row, at, left = row[good], after[good], left[good]
@@ -86,7 +91,7 @@ def short_form(
     good = damage.check(
         (inode > 0) & (inode < MAX_INODE),
         "directory",
-        "names lead to inode numbers that can't be",
+        "[name leads to an impossible inode number|names lead to impossible inode numbers]",
         place[row],
     )
     row, at, length = row[good], at[good], length[good]
@@ -123,7 +128,10 @@ def _leading(geometry: Geometry, damage: Damage, extents: Extents) -> Extents:
     again = np.zeros(len(order), bool)
     again[order[1:]] = start[1:] < reach[:-1]
     damage.check(
-        ~again, "twice", "extents of directories overlap others", geometry.block_offset(extents.block)
+        ~again,
+        "twice",
+        "[extent of a directory overlaps|extents of directories overlap] others",
+        geometry.block_offset(extents.block),
     )
     return take(extents, ~again) if again.any() else extents
 
@@ -163,7 +171,9 @@ def _whole(damage: Damage, new: Int, file_block: Int, each: int, place: Int) -> 
     count = np.diff(np.append(new, len(file_block)))
     row, step = expand(count)
     fits = np.logical_and.reduceat(file_block % each == step, new)
-    good = damage.check(fits & (count == each), "directory", "directory blocks are incomplete", place[new])
+    good = damage.check(
+        fits & (count == each), "directory", "directory [block is|blocks are] incomplete", place[new]
+    )
     keep = np.flatnonzero(good[row])
     return new[good], keep
 
@@ -191,7 +201,10 @@ def _names(geometry: Geometry, damage: Damage, parent: Int, place: Int, blocks: 
         good = (step >= ALIGN) & (step % ALIGN == 0) & (at + step <= end) & (unused | (length > 0))
         if not good.all():
             damage.check(
-                good, "directory", "directory blocks hold entries that do not fit", place[at // size]
+                good,
+                "directory",
+                "directory [block holds|blocks hold] entries that do not fit",
+                place[at // size],
             )
             at, end, step, unused = at[good], end[good], step[good], unused[good]
         found.append(at[~unused])
@@ -208,7 +221,10 @@ def _entries(damage: Damage, flat: Bytes, words: np.ndarray, at: Int, parent: In
     dots = (first == DOT) & ((length == 1) | ((length == 2) & (second == DOT)))
     inode = words[at >> 3].astype(np.int64)
     good = damage.check(
-        (inode > 0) & (inode < MAX_INODE), "directory", "names lead to inode numbers that can't be", place
+        (inode > 0) & (inode < MAX_INODE),
+        "directory",
+        "[name leads to an impossible inode number|names lead to impossible inode numbers]",
+        place,
     )
     keep = good & ~dots
     at, length = at[keep], length[keep]
@@ -224,5 +240,7 @@ def _spans(geometry: Geometry, damage: Damage, place: Int, blocks: Bytes) -> tup
         mine = magic == kind
         begin[mine] = header
         end[mine] = geometry.dirblock_size - 8 * (1 + tail[mine]) if whole else geometry.dirblock_size
-    good = damage.check(end > begin, "directory", "directory blocks have a wrong magic number or tail", place)
+    good = damage.check(
+        end > begin, "directory", "directory [block has|blocks have] a wrong magic number or tail", place
+    )
     return np.where(good, begin, 0), np.where(good, end, 0)

@@ -142,8 +142,8 @@ MAX_BMBT_BLOCKS = (1 << 21) - 1
 
 DIR2_LEAF_OFFSET = 1 << 35
 DIR2_FREE_OFFSET = 1 << 36
-"""Bytes in the directory's own address space: names below the first, hash index up to the second, free-space
-index behind."""
+"""Bytes in the directory's own address space: names below the first, the hash index up to the second, the
+free-space index after that."""
 DIR2_MAGICS = {b"XD2B": (16, True), b"XD2D": (16, False), b"XDB3": (64, True), b"XDD3": (64, False)}
 """Magic: (header size, with a block tail: the whole directory in one block)."""
 DIR2_FREE_TAG = 0xFFFF

@@ -75,7 +75,11 @@ def check_orphans(geometry: Geometry, damage: Damage, inodes: Inodes, heads: Int
     orphans = inodes.number[deleted]
     group = orphans >> geometry.agi_bits << geometry.agi_bits
     listed = np.isin(orphans, np.concatenate([heads, group | inodes.next_unlinked[deleted]]))
-    what = "inodes without links are on no list of orphans"
+    what = "[inode without links is|inodes without links are] on no list of orphans"
     damage.check(listed, "orphan-list", what, inodes.record[deleted], "warning")
     astray = int((~np.isin(heads, orphans)).sum())
-    damage.add("orphan-list", "lists of orphans begin with an inode that is none", count=astray)
+    damage.add(
+        "orphan-list",
+        "[list|lists] of orphans [begins|begin] with an inode that does not exist",
+        count=astray,
+    )

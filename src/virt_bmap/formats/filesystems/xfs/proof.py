@@ -70,7 +70,7 @@ class Order(NamedTuple):
 
 
 FLAGLESS = np.uint64((1 << 54) - 1)
-"""The bits of an offset in a rmapbt that are no flags."""
+"""The bits of an offset in an rmapbt that are not flags."""
 TREES = {
     "bnobt": Order((b"ABTB", b"AB3B"), 8, 8, ((0, 4),), ((0, 4),)),
     "cntbt": Order((b"ABTC", b"AB3C"), 8, 8, ((4, 4), (0, 4)), ((4, 4), (0, 4))),
@@ -139,7 +139,9 @@ class _Look(NamedTuple):
             ).all(axis=1)
         if stamp.owner >= 0 and owner is not None:
             at_home &= big(data, stamp.owner, 8) == owner.astype(np.uint64)
-        self.damage.check(at_home, "tree", f"{kind} say that they belong elsewhere", offset)
+        self.damage.check(
+            at_home, "tree", f"wrong [address or owner|addresses or owners] among {kind}", offset
+        )
 
     def _checksums(self, kind: str, stamp: Stamp, data: Bytes, offset: Int) -> None:
         if len(data):
@@ -208,7 +210,12 @@ def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) 
         )
         # a group's tree can be empty: then its root is a leaf without records
         empty = (count == 0) & (level == 0) & (not order.long)
-        damage.check(good | empty, "tree", f"blocks of a {name} have a wrong magic number or count", place)
+        damage.check(
+            good | empty,
+            "tree",
+            f"[block|blocks] of a {name} [has|have] a wrong magic number or count",
+            place,
+        )
         mine = np.full((len(data), len(order.in_key)), np.iinfo(np.uint64).max, np.uint64)
         for leaf in (True, False):
             at = np.flatnonzero(good & ((level == 0) == leaf))
@@ -237,7 +244,7 @@ def _tree(look: _Look, name: str, order: Order, offset: Int, owner: Int | None) 
             if len(bad):
                 damage.add(
                     "tree",
-                    f"blocks of a {name} have records out of order or overlapping",
+                    f"[block|blocks] of a {name} [has|have] records out of order or overlapping",
                     int(place[bad].min()),
                     len(bad),
                 )
@@ -311,7 +318,8 @@ def _children(
     damage.check(
         _same(first[at], keys) | ~known,
         "tree",
-        f"blocks of a {name} do not begin where their parent says",
+        f"[block of a {name} does not begin where its|blocks "
+        f"of a {name} do not begin where their] parent says",
         children,
     )
 
@@ -324,7 +332,13 @@ def _siblings(damage: Damage, name: str, offset: Int, lefts: Int, rights: Int) -
     for there, back in ((rights, lefts), (lefts, rights)):
         at = order[np.minimum(np.searchsorted(offset[order], there), len(offset) - 1)]
         good = (there == -1) | ((offset[at] == there) & (back[at] == offset))
-        damage.check(good, "tree", f"blocks of a {name} have siblings that do not know them", offset)
+        damage.check(
+            good,
+            "tree",
+            f"[block of a {name} has siblings that do not know "
+            f"it|blocks of a {name} have siblings that do not know them]",
+            offset,
+        )
 
 
 # ---- directories, attributes, links, quotas ----------------------------------------------------------------
@@ -341,7 +355,10 @@ def _directories(look: _Look) -> None:
             if named:
                 known = np.isin(np.ascontiguousarray(data[:, :4]).view("S4")[:, 0], list(ondisk.DIR2_MAGICS))
                 look.damage.check(
-                    known, "directory", "blocks of directories have a wrong magic number", place
+                    known,
+                    "directory",
+                    "[block of a directory has|blocks of directories have] a wrong magic number",
+                    place,
                 )
                 look.stamped("directory blocks", DIR_BLOCK, data, place, who)
                 _tails(look, data, place)
@@ -363,7 +380,10 @@ def _tails(look: _Look, data: Bytes, place: Int) -> None:
     count = big(data, size - 8, 4).astype(np.int64)
     room = (size - 8 - 64) // 8
     good = look.damage.check(
-        count <= room, "directory", "hash indexes of directories have impossible counts", place
+        count <= room,
+        "directory",
+        "hash [index of a directory has|indexes of directories have] impossible counts",
+        place,
     )
     data, place, count = data[good], place[good], count[good]
     begin = size - 8 - 8 * count
@@ -384,7 +404,8 @@ def _hashes(look: _Look, what: str, data: Bytes, place: Int, magics: tuple[int, 
     count = big(data, at_count, 2).astype(np.int64)
     begin = np.where(magic == ATTR_LEAF, 80 if crc else 32, 64 if crc else 16)
     good = np.isin(magic, magics) & (begin + 8 * count <= size)
-    look.damage.check(good, "directory", f"{what} have a wrong magic number or count", place)
+    wrong = f"wrong magic [number or count|numbers or counts] among {what}"
+    look.damage.check(good, "directory", wrong, place)
     _ascending(look, what, data[good], place[good], begin[good], count[good])
 
 
@@ -395,7 +416,7 @@ def _ascending(look: _Look, what: str, data: Bytes, place: Int, begin: Int, coun
     bad = (row[1:] == row[:-1]) & (hashes[1:] < hashes[:-1])
     sound = np.ones(len(data), bool)
     sound[row[1:][bad]] = False
-    look.damage.check(sound, "directory", f"{what} have hashes out of order", place)
+    look.damage.check(sound, "directory", f"[block|blocks] with hashes out of order among {what}", place)
 
 
 def _attributes(look: _Look) -> None:
@@ -420,7 +441,7 @@ def _symlinks(look: _Look) -> None:
         return
     start, length, owner = look.places.ranges(tables.SYMLINK, "symlink header", whole=True)
     fits = look.damage.check(
-        length <= MAX_SYMLINK, "symlink", "symbolic links are longer than any can be", start
+        length <= MAX_SYMLINK, "symlink", "symbolic [link is|links are] longer than any link can be", start
     )
     start, length, owner = start[fits], length[fits], owner[fits]
     for size in np.unique(length).tolist():
@@ -431,7 +452,11 @@ def _symlinks(look: _Look) -> None:
             good = (data[:, :4] == np.frombuffer(SYMLINK_MAGIC, np.uint8)).all(axis=1)
             good &= big(data, 8, 4) + np.uint64(ondisk.SYMLINK_HEADER) <= np.uint64(size)
             look.damage.check(
-                good, "symlink", "headers of symbolic links have a wrong magic number or length", place
+                good,
+                "symlink",
+                "[header of a symbolic link has|headers of symbolic "
+                "links have] a wrong magic number or length",
+                place,
             )
 
 

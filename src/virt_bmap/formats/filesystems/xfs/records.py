@@ -59,7 +59,7 @@ def records(log: Log) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _heads(log: Log, data: Bytes) -> Iterator[tuple[int, int, int]]:
-    """(first block, first block of the body, block behind it) of each record, in blocks of `data`."""
+    """(first block, first block of the body, block after it) of each record, in blocks of `data`."""
     at = 0
     while at < len(data):
         head = layout.record(data[at].tobytes(), RECORD)
@@ -102,7 +102,7 @@ def _sound(data: Bytes, found: Int) -> Bool:
 
 
 def _wraps(log: Log, at: int, end: int, stamps: np.ndarray, cycle: int) -> bool:
-    """A record across the end of the ring: its blocks behind it carry the next cycle."""
+    """A record across the end of the ring: its blocks from the start of the ring carry the next cycle."""
     first = end - len(stamps)
     beyond = (log.tail + np.arange(first, end)) // log.blocks > (log.tail + at) // log.blocks
     return bool((stamps == cycle + beyond).all())

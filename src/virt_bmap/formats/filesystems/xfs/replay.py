@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Bytes, ints, union
 from virt_bmap.core.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.core.mapped import Patch, PatchedReader
@@ -169,10 +170,10 @@ def replay(reader: Reader, geometry: Geometry, log: Log) -> ReplayedLog:
     """
     if not geometry.crc:
         raise Unsupported(
-            "the log of XFS version 4 is not replayed: its metadata does not say what is newer, log or disk"
+            "the log of XFS version 4 is not replayed: its metadata does not say which is newer, log or disk"
         )
     if log.active > MAX_ACTIVE:
-        raise Unsupported(f"the log has {log.active} bytes to replay, at most {MAX_ACTIVE} are")
+        raise Unsupported(f"the log has {log.active:,} bytes to replay; at most {MAX_ACTIVE:,} are replayed")
     items = [item for transaction in _committed(log) for item in _in_order(_items(transaction))]
     known = {LI_INODE, LI_BUF, LI_DQUOT, LI_QUOTAOFF, LI_ICREATE, *INTENTS, *(kind + 1 for kind in INTENTS)}
     if strange := {item.kind for item in items} - known:
@@ -227,7 +228,7 @@ def _committed(log: Log) -> Iterator[Transaction]:
     open_: dict[int, Transaction] = {}
     for lsn, operations, body in records(log):
         at = 0
-        for _ in range(operations):  # what lies behind them in the record is not defined
+        for _ in range(operations):  # what lies after them in the record is not defined
             tid, length, _, flags = _unpack(">IIBB", body, at)
             region = body[at + 12 : at + 12 + length]
             if len(region) < length:
@@ -332,7 +333,7 @@ class _Memory:
         """Change bytes of the volume; `limit` is the end of the buffer or inode that they must lie in."""
         if offset + len(data) > limit:
             raise Corrupt(
-                f"XFS log: an item writes {len(data)} bytes at {offset:#x}, behind the end of its buffer",
+                f"XFS log: an item writes {len(data)} bytes at {offset:#x}, beyond the end of its buffer",
                 code="journal",
             )
         at = self.at(offset)
@@ -461,7 +462,7 @@ def _root(block: bytes, room: int) -> bytes:
     most, fit = (len(block) - header) // 16, (room - 4) // 16
     if count > most or count > fit:
         raise Corrupt(
-            f"XFS log: the root of a bmbt holds {count} records, there is room for {min(most, fit)}",
+            f"XFS log: the root of a bmbt holds {plural(count, 'record')}, but has room for {min(most, fit)}",
             code="journal",
         )
     keys = block[header : header + 8 * count].ljust(8 * fit, b"\0")
@@ -475,7 +476,9 @@ def _replay_icreate(memory: _Memory, geometry: Geometry, item: Item, cancelled: 
     start, room = _range(geometry, item)
     most = max(ondisk.INODES_PER_CHUNK, 1 << geometry.inopblog)
     if size != geometry.inode_size or count > most or count * size > room:
-        raise Corrupt(f"XFS log: a new inode chunk of {count} inodes of {size} bytes", start, "journal")
+        raise Corrupt(
+            f"XFS log: a new inode chunk of {plural(count, 'inode')} of {size} bytes", start, "journal"
+        )
     if any(cancelled[at // BLOCK, 0] > 0 for at in range(start, start + count * size, geometry.block_size)):
         return
     first = (group << geometry.agi_bits) | (block << geometry.inopblog)
@@ -499,7 +502,8 @@ def recovered(
     if log is None:
         damage.say(
             "journal-missing",
-            "the log lies outside, on none of these disks: it may hold changes that are not in place",
+            "the log is on another device, which is not among "
+            "the disks: it may hold changes that are not in place",
         )
         return reader, tables.NEEDS_RECOVERY
     if log.clean:
@@ -511,20 +515,20 @@ def recovered(
     try:
         done = replay(reader, geometry, log)
     except FormatError as error:
-        damage.say("not-replayed", f"the log with {log.active} bytes of changes was not replayed: {error}")
+        damage.say("not-replayed", f"a log with {log.active:,} bytes of changes was not replayed: {error}")
         return reader, tables.NEEDS_RECOVERY
     # xfs_fs_freeze empties the log, then logs the superblock so that orphans are freed after a crash
     if done.superblock_only:
         return done.reader, tables.FROZEN
     damage.add(
         "journal-replayed",
-        "changes of the log are applied in memory, the image itself is unchanged",
+        "[change|changes] of the log [is|are] applied in memory; the image itself is unchanged",
         count=done.items,
     )
     if done.unfinished:
         text = (
-            "operations of the log were begun and not ended; a kernel would complete them, what they "
-            "free is still shown as it was"
+            "[operation|operations] of the log [was|were] begun and not ended: a kernel would complete "
+            "[it|them], and what [it frees|they free] is still shown as it was"
         )
         damage.add("not-replayed", text, count=done.unfinished)
     return done.reader, tables.RECOVERED

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record
@@ -74,7 +75,7 @@ class Geometry(NamedTuple):
         return agno * (self.agblocks * self.block_size)
 
     def group_blocks(self, agno: Int) -> Int:
-        """Blocks in each group: the last one may be shorter, one behind the end has none."""
+        """Blocks in each group: the last one may be shorter, one beyond the end has none."""
         return np.clip(self.dblocks - agno * self.agblocks, 0, self.agblocks)
 
     def block_offset(self, fsblock: Int) -> Int:
@@ -104,16 +105,16 @@ def read_geometry(reader: Reader) -> Geometry:
     sb = record(reader.read_clipped(0, ondisk.SUPERBLOCK.itemsize), ondisk.SUPERBLOCK)
     version = int(sb["sb_versionnum"]) & ondisk.VERSION_NUMBITS
     if not 1 <= version <= 5:
-        raise Unsupported(f"XFS version {version} at byte 0x64: only versions 1 to 5 are known", 0x64)
+        raise Unsupported(f"XFS version {version} at byte 0x64: only versions 1 to 5 are supported", 0x64)
     if (version >= 4 and not int(sb["sb_versionnum"]) & ondisk.VERSION_DIRV2BIT) or version < 4:
         raise Unsupported(
-            "XFS with directories of version 1 (IRIX before 6.5): their names are not read", 0x64
+            "XFS with directories of version 1 (IRIX before 6.5), which are not supported", 0x64
         )
     _check_sizes(sb)
     features = _features(sb, version)
     if unread := [name for name in features if name in UNREAD or name.startswith("incompat-")]:
         raise Unsupported(
-            f"XFS with {', '.join(unread)} (sb_features_incompat at byte 0xd8) is not read yet", 0xD8
+            f"XFS with {', '.join(unread)} (sb_features_incompat at byte 0xd8) is not supported", 0xD8
         )
     block, agblocks, dblocks = int(sb["sb_blocksize"]), int(sb["sb_agblocks"]), int(sb["sb_dblocks"])
     limit = min(dblocks * block, reader.size)
@@ -140,7 +141,7 @@ def _check_sizes(sb: np.void) -> None:
     def need(name: str, offset: int, good: bool, rule: str) -> None:
         if not good:
             raise Corrupt(
-                f"XFS superblock: {name} at byte {offset:#x} is {int(sb[name])}, it should be {rule}", offset
+                f"XFS superblock: {name} at byte {offset:#x} is {int(sb[name])}, but should be {rule}", offset
             )
 
     def power(value: int, low: int, high: int) -> bool:
@@ -171,9 +172,9 @@ def _check_sizes(sb: np.void) -> None:
         "sb_inopblog",
         0x7B,
         inode << int(sb["sb_inopblog"]) == block,
-        f"log2 of {block // inode} inodes a block",
+        f"log2 of {block // inode}, the inodes a block",
     )
-    need("sb_agblocks", 0x54, agblocks * block >= MIN_AG_BYTES, f"at least {MIN_AG_BYTES // block} blocks")
+    need("sb_agblocks", 0x54, agblocks * block >= MIN_AG_BYTES, f"{MIN_AG_BYTES // block} or more")
     log = int(sb["sb_agblklog"])
     need(
         "sb_agblklog",
@@ -186,7 +187,7 @@ def _check_sizes(sb: np.void) -> None:
         "sb_agcount",
         0x58,
         int(sb["sb_agcount"]) == groups and groups > 0,
-        f"{groups}: {dblocks} blocks in groups of {agblocks}",
+        f"{groups}: {plural(dblocks, 'block')} in groups of {agblocks}",
     )
     need("sb_dblocks", 0x08, dblocks * block < 1 << 62, "less than 2^62 bytes")
     need(
@@ -199,7 +200,7 @@ def _check_sizes(sb: np.void) -> None:
 
 
 def _features(sb: np.void, version: int) -> tuple[str, ...]:
-    """In mkfs.xfs' words; bits nobody has named yet as mask-0x..."""
+    """In mkfs.xfs' words; bits that are not known as mask-0x..."""
     if version < 5:
         number = int(sb["sb_versionnum"])
         bits = int(sb["sb_features2"]) if number & ondisk.VERSION_MOREBITSBIT else 0

@@ -20,7 +20,7 @@ from virt_bmap.model.problems import ERROR
 FVE_SIGNATURE, TO_GO_SIGNATURE = b"-FVE-FS-", b"MSWIN4.1"
 IDENTIFIER, TO_GO_IDENTIFIER = 160, 424
 """Where the boot sector of a fixed disk and of BitLocker To Go have the identifier, with the offsets of the
-metadata behind it."""
+metadata after it."""
 BITLOCKER = uuid.UUID("4967d63b-2e29-4ad8-8399-f6a339e3d001")
 ENCRYPT_ON_WRITE = uuid.UUID("92a84d3b-dd80-4d0e-9e4e-b1e3284eaed8")
 FVE_SIZE = 64 << 10
@@ -58,7 +58,7 @@ VALIDATION = struct(8, [(0, "size", "<u2"), (2, "version", "<u2"), (4, "fve_crc3
 
 
 class FveEntry(NamedTuple):
-    """An entry of the metadata: what it is for (`type`), what it holds (`value`), and its bytes behind the
+    """An entry of the metadata: what it is for (`type`), what it holds (`value`), and its bytes after the
     header."""
 
     type: int
@@ -117,7 +117,7 @@ def read_header(reader: Reader) -> Header:
     sector = reader.read_clipped(0, 512)
     found = identifier(sector)
     if sector[:3] == b"\xeb\x52\x90":
-        raise Unsupported("BitLocker of Windows Vista is not read", 0)
+        raise Unsupported("BitLocker of Windows Vista is not supported", 0)
     if not found or found[0] not in (BITLOCKER, ENCRYPT_ON_WRITE):
         raise Unsupported("a BitLocker boot sector of unknown kind", IDENTIFIER)
     offsets = [int.from_bytes(sector[at : at + 8], "little") for at in range(found[1], found[1] + 24, 8)]
@@ -131,7 +131,8 @@ def read_header(reader: Reader) -> Header:
     header.damage = damage
     if found[0] == ENCRYPT_ON_WRITE:  # a bitmap of blocks says which of them are encrypted already
         header.refused = (
-            "a volume that is being encrypted as it is written to (encrypt-on-write, Windows 10) is not read"
+            "a volume that is being encrypted as it is written "
+            "to (encrypt-on-write, Windows 10) is not supported"
         )
     return header
 
@@ -167,7 +168,7 @@ def _metadata(reader: Reader, offsets: list[int], damage: Damage) -> tuple[bytes
         usable.append((data[:end], at))
     if not usable:
         raise Corrupt(
-            "no copy of the FVE metadata is good: they should lie at bytes "
+            "no copy of the FVE metadata is good: the copies should lie at bytes "
             f"{', '.join(f'{at:#x}' for at in offsets)}",
             0,
             "superblock",
@@ -179,9 +180,9 @@ def _header(reader: Reader, data: bytes, at: int, sector: int) -> Header:
     head = record(data, FVE_METADATA)
     method, state = int(head["encryption_method"]), int(head["current_state"])
     if method not in CIPHERS:
-        raise Unsupported(f"the BitLocker encryption method {method:#x} is not read", at + 100)
+        raise Unsupported(f"the BitLocker encryption method {method:#x} is not supported", at + 100)
     if state not in (SWITCHING_ENCRYPTION, ENCRYPTED, SWITCHING_DECRYPTION):
-        raise Unsupported(f"a BitLocker volume in state {state} is not read", at + 12)
+        raise Unsupported(f"a BitLocker volume in state {state} is not supported", at + 12)
     volume = reader.size // sector * sector
     encrypted = (
         volume if state == ENCRYPTED else min(int(head["encrypted_volume_size"]) // sector * sector, volume)
@@ -209,15 +210,15 @@ def _header(reader: Reader, data: bytes, at: int, sector: int) -> Header:
         not header.header_size <= header.header_offset <= reader.size - header.header_size
     ):  # fmt: skip
         detail = (
-            f"the FVE metadata at byte {at:#x} says that {header.header_size:#x} bytes of volume "
-            f"header lie at {header.header_offset:#x}"
+            f"the FVE metadata at byte {at:#x} says that {header.header_size:#x} "
+            f"bytes of volume header lie at {header.header_offset:#x}"
         )
         raise Corrupt(detail, at, "superblock")
     return header
 
 
 def entries(data: bytes, at: int) -> Iterator[FveEntry]:
-    """The entries one behind the other, up to the first of size 0.
+    """The entries one after the other, up to the first of size 0.
 
     `at` is for messages: the byte where they, or what holds them, begin.
     """

@@ -131,7 +131,7 @@ def read_header(reader: Reader, device: int | None = None) -> Header:
     if head[:6] == LUKS_MAGIC and version == 1:
         return _read_1(reader, device)
     if head[:6] == LUKS_MAGIC and version != 2:
-        raise Unsupported(f"LUKS version {version} is not read", 6)
+        raise Unsupported(f"LUKS version {version} is not supported", 6)
     return _read_2(reader, device)
 
 
@@ -196,9 +196,7 @@ def _read_2(reader: Reader, device: int | None) -> Header:
         except Corrupt as error:
             damage.say("copy-differs", str(error), at)
     if not found:
-        raise Corrupt(
-            "no LUKS2 header with a right checksum, neither the first nor the second", 0, "superblock"
-        )
+        raise Corrupt("neither copy of the LUKS2 header has a right checksum", 0, "superblock")
     _, _, size, head, tree = max(found, key=lambda copy: (copy[0], -copy[1]))
     if len(found) == 1 and not damage.problems():
         damage.say("copy-missing", "the second copy of the LUKS2 header is missing", size)
@@ -208,7 +206,7 @@ def _read_2(reader: Reader, device: int | None) -> Header:
         _add_segments(header, tree, reader.size if device is None else device)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(
-            f"the LUKS2 metadata lacks or misstates something: {error!r}", LUKS2.itemsize, "superblock"
+            f"the LUKS2 metadata is incomplete or wrong: {error!r}", LUKS2.itemsize, "superblock"
         ) from error
     if device is None and any(segment.offset < 2 * size for segment in header.segments):
         header.segments.clear()
@@ -290,11 +288,13 @@ def _fill(header: Header, tree: dict[str, Any], size: int, device: int) -> None:
         )
     if mandatory := [str(word) for word in tree["config"].get("requirements", {}).get("mandatory", [])]:
         words = ", ".join(mandatory)
-        header.damage.say("unsupported", f"the device says that its reader must know: {words}", severity=NOTE)
+        header.damage.say(
+            "unsupported", f"the device requires features that are not supported: {words}", severity=NOTE
+        )
 
 
 def _add_segments(header: Header, tree: dict[str, Any], device: int) -> None:
-    """Segments one behind the other.
+    """Segments one after the other.
 
     Those with a `backup` flag describe a reencryption's start and end, not what is there now.
     """
@@ -312,16 +312,18 @@ def _add_segments(header: Header, tree: dict[str, Any], device: int) -> None:
             or "integrity" in segment
         ):
             raise Unsupported(
-                f"LUKS2 segment {name} of type {segment['type']!r} or with integrity is not read",
+                f"LUKS2 segment {name} of type {segment['type']!r}, or with integrity, is not supported",
             )
         size = (max(0, device - offset) if dynamic else _number(segment["size"])) // sector * sector
         if offset + size > device:
             header.damage.say(
-                "truncated", f"segment {name} ends at {offset + size:#x}, behind the device's end"
+                "truncated", f"segment {name} ends at {offset + size:#x}, beyond the device's end"
             )
             size = max(0, device - offset) // sector * sector
         if "in-reencryption" in flags:
-            detail = "the device is being reencrypted; the zone that was at work when it stopped may be torn"
+            detail = (
+                "the device is being reencrypted; the zone that was being written when it stopped may be torn"
+            )
             header.damage.say("half-done", detail, offset)
         cipher = str(segment["encryption"]) if segment["type"] == "crypt" else None
         header.segments.append(

@@ -98,7 +98,7 @@ def derive(kdf: Kdf, secret: bytes, length: int) -> bytes:
         _digest(kdf.hash, b"")
         return hashlib.pbkdf2_hmac(kdf.hash, secret, kdf.salt, kdf.iterations, length)
     if kdf.type not in ("argon2i", "argon2id"):
-        raise Unsupported(f"the key derivation {kdf.type!r} is not read")
+        raise Unsupported(f"the key derivation {kdf.type!r} is not supported")
     if not 0 < kdf.memory <= MAX_MEMORY or not 0 < kdf.time <= MAX_TIME or not 0 < kdf.cpus <= 64:
         raise Unsupported(
             f"Argon2 with {kdf.memory} KiB and {kdf.time} passes is more than cryptsetup allows"

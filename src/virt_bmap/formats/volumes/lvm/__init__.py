@@ -11,6 +11,7 @@ lvmcache.
 
 from collections.abc import Sequence
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.volumes.lvm.group import new_group
@@ -89,10 +90,9 @@ def assemble(members: Sequence[Member]) -> Assembly:
         if names.count(name) > 1:
             for pv in mine[:1]:
                 detail = (
-                    f"there are {names.count(name)} volume groups called {name}, so their volumes "
-                    "have the same device names; this one, with the metadata "
-                    f"at byte {pv.text_at:#x} of {pv.member.name}, has the id "
-                    f"{text.sections[name].text('id')}"
+                    f"{plural(names.count(name), 'volume group')} are called {name}, so their volumes have "
+                    f"the same device names; this one, with the metadata at byte {pv.text_at:#x} of "
+                    f"{pv.member.name}, has the id {text.sections[name].text('id')}"
                 )
                 assembly.about(pv.member).damage.say("duplicate", detail, pv.text_at)
         try:
@@ -118,8 +118,8 @@ FORMAT = VolumeFormat(
     assemble,
     Docs(FEATURES, REFUSED, ORACLES),
     CHECKS,
-    allocator="the group's metadata, the space maps of thin pools, the tables of snapshot stores and "
-    "write caches",
+    allocator="the group's metadata, the space maps of thin pools, "
+    "the tables of snapshot stores and write caches",
     spans=True,
     structures=_structures,
 )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, bounded, expand, ints
 from virt_bmap.core.checksums import crc32c
 from virt_bmap.core.errors import Corrupt
@@ -48,7 +49,6 @@ MAX_METADATA_BITMAPS = 255
 ARRAY_BLOCK = struct(24, [(0x08, "nr_entries", "<u4"), (0x0C, "value_size", "<u4"), (0x10, "blocknr", "<u8")])
 
 
-WRONG_CHECKSUM = "have a wrong checksum"
 NODE_SALT, INDEX_SALT, BITMAP_SALT, ARRAY_SALT = 121107, 160478, 240779, 595846735
 """What the checksum of each kind of block is combined with, so that none passes for another."""
 
@@ -93,21 +93,20 @@ class Store:
         """Note that blocks are in use."""
         self.used.append((part, blocks))
 
-    def bad(self, what: str, blocks: Int) -> None:
+    def bad(self, what: str, blocks: Int, code: str = "tree") -> None:
         """Say what is wrong with these blocks."""
-        code = "checksum" if what == WRONG_CHECKSUM else "tree"
-        self.damage.add(code, f"blocks of its metadata {what}", blocks * BLOCK)
+        self.damage.add(code, f"[block|blocks] of its metadata {what}", blocks * BLOCK)
 
     def read(self, blocks: Int, salt: int) -> np.ndarray:
         """Blocks of one kind as an array (n, 4096)."""
         data = self.reader.read_blocks(blocks * BLOCK, BLOCK)
-        self.bad(WRONG_CHECKSUM, blocks[~sound(data, salt)])
+        self.bad("[has|have] a wrong checksum", blocks[~sound(data, salt)], "checksum")
         return data
 
     def inside(self, blocks: Int) -> np.ndarray:
         """Which numbers are blocks of the device. Block 0 is the superblock and never anything else."""
         inside = (blocks > 0) & (blocks < self.blocks)
-        self.bad("lie outside its metadata device or on its superblock", blocks[~inside])
+        self.bad("[lies|lie] outside its metadata device or on its superblock", blocks[~inside])
         return inside
 
     def walk(
@@ -136,7 +135,7 @@ class Store:
             keep = self.inside(block)
             pair, times = np.unique(tree[keep] * self.blocks + block[keep], return_counts=True)
             again = (times > 1) | np.isin(pair, seen)
-            self.bad("are reached twice in one tree", pair[again] % max(self.blocks, 1))
+            self.bad("[is|are] reached twice in one tree", pair[again] % max(self.blocks, 1))
             fresh = np.setdiff1d(pair, seen, assume_unique=True)
             seen = np.union1d(seen, fresh)
             if len(seen) > MAX_NODES:
@@ -158,7 +157,7 @@ class Store:
                     shared -= max(0, len(into[-1].keys) - len(entries.keys))
             below = _join(children)
             tree, block = below.tree, below.numbers()
-        self.bad(f"lie deeper than {MAX_DEPTH} levels", block)
+        self.bad(f"[lies|lie] deeper than {MAX_DEPTH} levels", block)
         return _join(found)
 
     def _nodes(
@@ -173,15 +172,15 @@ class Store:
         wanted = np.where(internal, 8, value_size)
         good = (head["blocknr"] == blocks) & (internal | leaf) & (size == wanted) & (count <= limit)
         good &= limit <= (BLOCK - NODE.itemsize) // (8 + wanted)
-        self.bad(f"are no nodes of {part}", blocks[~good])
+        self.bad(f"[is not a node|are not nodes] of {part}", blocks[~good])
         self.take(part, blocks[good])
         words, results = data.view("<u8"), []
         for kind, length in ((internal, 8), (leaf, value_size)):
             row, step = expand(np.where(good & kind, count, 0))
             keys = words[row, 4 + step]
             unsorted = (row[1:] == row[:-1]) & (keys[1:] <= keys[:-1])
-            self.bad("have keys out of order", blocks[np.unique(row[1:][unsorted])])
-            self.bad("have keys that no tree holds", blocks[np.unique(row[keys >> np.uint64(63) != 0])])
+            self.bad("[has|have] keys out of order", blocks[np.unique(row[1:][unsorted])])
+            self.bad("[has|have] keys that no tree holds", blocks[np.unique(row[keys >> np.uint64(63) != 0])])
             if length == 8:
                 values = words[row, 4 + limit[row] + step].view(np.uint8).reshape(-1, 8)
             else:
@@ -198,7 +197,7 @@ class Store:
         each = (BLOCK - ARRAY_BLOCK.itemsize) // value_size
         keep = self.inside(blocks) & (keys < -(-size // each))
         blocks, keys = blocks[keep], keys[keep]
-        afford(self.reader, size * value_size, f"an array of {size:,} entries")
+        afford(self.reader, size * value_size, f"an array of {plural(size, 'entry', 'entries')}")
         result = np.zeros((-(-size // each) * each, value_size), np.uint8)
         for start in range(0, len(blocks), MAX_BATCH):
             batch, at = blocks[start : start + MAX_BATCH], keys[start : start + MAX_BATCH]
@@ -206,7 +205,7 @@ class Store:
             head = np.ascontiguousarray(data[:, : ARRAY_BLOCK.itemsize]).view(ARRAY_BLOCK)[:, 0]
             count = widen(head["nr_entries"], "nr_entries")
             good = (head["blocknr"] == batch) & (head["value_size"] == value_size) & (count <= each)
-            self.bad(f"are no blocks of {part}", batch[~good])
+            self.bad(f"[is not a block|are not blocks] of {part}", batch[~good])
             self.take(part, batch[good])
             rows = data[good, ARRAY_BLOCK.itemsize : ARRAY_BLOCK.itemsize + each * value_size].reshape(
                 -1, each, value_size
@@ -252,11 +251,12 @@ class Store:
         blocks, keys = blocks[keep], keys[keep]
         blocks, first = np.unique(blocks, return_index=True)
         if len(first) < len(keys):
-            self.bad("of the space map are there for several parts of it", blocks[:1])
+            self.bad("[is|are] there for several parts of the space map", blocks[:1])
         keys = keys[first]
         self.take("space map", blocks)
         if total > len(blocks) * ENTRIES_PER_BITMAP:
-            self.bad("of the space map are missing; what they describe counts as in use", ints([0]))
+            what = "blocks of the space map are missing; what they describe counts as in use"
+            self.damage.say("tree", what, 0)
             total = (
                 int(keys.max() + 1) * ENTRIES_PER_BITMAP
                 if len(keys) and keys.max() < 2 * len(keys) + 8

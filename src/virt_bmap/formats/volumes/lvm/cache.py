@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, runs
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct, widen
@@ -99,7 +100,7 @@ def read_writecache(reader: Reader) -> tuple[Cached, ExtentRows]:
     start = -(-table // max(size, 1)) * size
     if not SECTOR <= size <= 1 << 20 or start + count * size > reader.size:
         raise Corrupt(
-            f"the writecache says it has {count} blocks of {size} bytes, more than its volume",
+            f"the writecache says it has {plural(count, 'block')} of {size:,} bytes, more than its volume",
             0x10,
             "superblock",
         )

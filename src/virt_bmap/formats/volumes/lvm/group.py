@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import complement, ints
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.reader import Reader
@@ -91,7 +92,7 @@ class Group:
         """So many extents in bytes. Raises Corrupt where that is more than any volume has."""
         if not 0 <= extents * self.extent_size <= MAX_BYTES:
             raise Corrupt(
-                f"{extents} extents of {self.extent_size} bytes are more than any volume has",
+                f"{plural(extents, 'extent')} of {self.extent_size:,} bytes are more than any volume has",
                 code="mapping",
             )
         return extents * self.extent_size
@@ -109,7 +110,7 @@ class Group:
         if key in PHYSICAL_OR_LOGICAL and name in self.physical:
             return False, name
         if name not in self.logical:
-            raise Corrupt(f"{key} names {name!r}, which is no volume of the group")
+            raise Corrupt(f"{key} names {name!r}, which is not a volume of the group")
         return True, name
 
     def space(self, key: str, name: str) -> Located | None:
@@ -166,7 +167,8 @@ def new_group(text: Section, name: str, pvs: list[Pv], assembly: Assembly) -> Gr
     group = Group(name, group_text.text("id"), group_text, extent_size, assembly, pvs)
     if len(group.volumes) > MAX_VOLUMES:
         raise Corrupt(
-            f"it lists {len(group.volumes)} logical volumes, more than {MAX_VOLUMES}", code="too-many"
+            f"it lists {plural(len(group.volumes), 'logical volume')}, more than {MAX_VOLUMES:,}",
+            code="too-many",
         )
     by_uuid = {pv.uuid: pv for pv in pvs}
     for label, section in group_text.section("physical_volumes").sections.items():

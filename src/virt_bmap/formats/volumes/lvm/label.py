@@ -141,7 +141,7 @@ def _crc(data: bytes) -> int:
 
 
 def _areas(sector: bytes, at: int) -> tuple[list[tuple[int, int]], int]:
-    """A list of areas that an entry of zeroes ends, and the offset behind it."""
+    """A list of areas that an entry of zeroes ends, and the offset after it."""
     found: list[tuple[int, int]] = []
     while at + DISK_LOCN.itemsize <= SECTOR and len(found) < MAX_AREAS:
         area = record(sector, DISK_LOCN, at)
@@ -184,7 +184,7 @@ def _read_text(pv: Pv, offset: int, size: int) -> str:
             f"the LVM metadata area at byte {offset:#x} places its text at {start:#x}+{length:#x}, "
             "outside itself"
         )
-    # the area is a ring: what does not fit at its end goes on behind the header
+    # the area is a ring: what does not fit at its end goes on after the header
     first = min(length, size - start)
     text = reader.read_ranges(
         np.array([offset + start, offset + MDA_HEADER_SIZE]), np.array([first, length - first])

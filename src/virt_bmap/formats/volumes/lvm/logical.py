@@ -1,7 +1,7 @@
 """Logical volumes, one after the other: which kind each is, where its bytes lie, and what it is called in the
 map.
 
-Inner volumes keep their names (`/dev/VG/pool_tdata`); the store of a snapshot gets `-cow` behind the
+Inner volumes keep their names (`/dev/VG/pool_tdata`); the store of a snapshot gets `-cow` after the
 snapshot's name, as device-mapper calls it. A thin pool or cache pool is no volume of its own: its data and
 metadata volumes are.
 """
@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import complement
 from virt_bmap.core.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.core.mapping import COPY, DATA, Rows
@@ -76,7 +77,7 @@ def _read_volume(group: Group, name: str) -> None:
 
 
 def _kind(segment: Section) -> str:
-    """The type without the options behind a plus sign (striped+caw, thin+...)."""
+    """The type without the options after a plus sign (striped+caw, thin+...)."""
     return segment.text("type").partition("+")[0]
 
 
@@ -100,7 +101,7 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
             parts.append(SHAPES[kind](group, name, segment))
             zeroes += [(start, start + length)] if kind == "zero" else []
         else:
-            raise Unsupported(f"segments of type {kind!r} are not read")
+            raise Unsupported(f"segments of type {kind!r} are not supported")
         size = max(size, start + length)
         if log := group.logical.get(segment.text("mirror_log")):
             group.all_metadata(log.place.parent, "mirror log")
@@ -112,14 +113,14 @@ def _plain(group: Group, name: str, shown: str, segments: list[Section]) -> Chil
         Child("lv", f"/dev/{group.name}/{shown}", size, rows, detail=", ".join(dict.fromkeys(kinds)),
             open=opener, holes=zeroes),
     )  # fmt: skip
-    if lost:
-        child.damage.say("truncated", f"{lost} of its bytes lie behind the end of their disks")
+    what = "of its bytes [lies|lie] beyond the end of [its disk|their disks]"
+    child.damage.add("truncated", what, count=lost)
     if absent:
         _say_missing(group, name, child, absent)
     if store := group.merging.get(name):
         detail = (
-            f"the snapshot {store} is being merged into it; what is not merged yet is shown in the "
-            "snapshot only"
+            f"the snapshot {store} is being merged into it; what "
+            "is not merged yet is shown in the snapshot only"
         )
         child.damage.say("half-done", detail)
     return child
@@ -188,8 +189,8 @@ def _thin_pool(group: Group, name: str, segment: Section) -> None:
              if part.text("thin_pool") == name]  # fmt: skip
     if others := np.setdiff1d(pool.devices, known).tolist():
         detail = (
-            f"thin devices {', '.join(map(str, others[:10]))} are in the pool, but LVM knows no "
-            "volume for them"
+            f"thin devices {', '.join(map(str, others[:10]))} "
+            "are in the pool, but LVM knows no volume for them"
         )
         about.damage.say("simplified", detail)
 
@@ -247,11 +248,10 @@ def _snapshot(group: Group, name: str, segments: list[Section]) -> None:
         Rows.make(start, store.number, found.new * found.chunk, run),
         Rows.make(starts, origin.place.parent, starts, ends - starts),
     ])  # fmt: skip
-    detail = f"snapshot of {group.snapshots[name]}, {int(found.count.sum())} chunks of its own"
+    detail = f"snapshot of {group.snapshots[name]}, {plural(int(found.count.sum()), 'chunk')} of its own"
     child = Child("lv", f"/dev/{group.name}/{name}", origin.size, rows, detail=detail)
-    if found.outside:
-        detail = f"{found.outside} exceptions lie outside the origin or the store"
-        child.damage.say("outside", detail)
+    what = "[exception lies|exceptions lie] outside the origin or the store"
+    child.damage.add("outside", what, count=found.outside)
     _add(group, name, child, inner=False)
 
 
@@ -313,7 +313,8 @@ def _add_cached(
     held = Rows.make(start, data, first + found.place[keep], run, role=np.where(dirty, DATA, COPY))
     starts, ends = complement(start[dirty], start[dirty] + run[dirty], 0, origin.size)
     rows = Rows.concat([held, Rows.make(starts, origin.place.parent, starts, ends - starts)])
-    detail = f"{kind}, {len(start)} blocks cached, {int(dirty.sum())} of them newer than the origin"
+    blocks = f"{plural(len(start), 'block')} cached, {int(dirty.sum()):,} of them newer than the origin"
+    detail = f"{kind}, {blocks}"
     child = Child("lv", f"/dev/{group.name}/{name}", origin.size, rows, detail=detail)
     child.damage.take(found.damage)
     _add(group, name, child)

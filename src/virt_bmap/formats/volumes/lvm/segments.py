@@ -7,6 +7,7 @@ drivers/md/dm-raid.c.
 
 from collections.abc import Callable
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.mapping import Rows
 from virt_bmap.formats.common import stripes
@@ -31,7 +32,7 @@ def areas(group: Group, segment: Section, key: str) -> list[Area]:
             raise Corrupt(f"{key} lists {name!r}, {extent!r} instead of a volume and an extent")
         found.append((group.space(key, name), group.bytes(extent)))
     if not 1 <= len(found) <= MAX_STRIPES or len(items) % 2:
-        raise Corrupt(f"{key} has {len(items)} items instead of pairs for 1 to {MAX_STRIPES} areas")
+        raise Corrupt(f"{key} has {plural(len(items), 'item')} instead of pairs for 1 to {MAX_STRIPES} areas")
     return found
 
 

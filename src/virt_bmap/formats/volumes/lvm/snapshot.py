@@ -44,7 +44,7 @@ class Exceptions:
 
 
 def read_exceptions(reader: Reader, origin_size: int) -> Exceptions:
-    """All exceptions of a store. Raises Corrupt where it is none, or was given up because it was full."""
+    """All exceptions of a store. Raises Corrupt where it is not one, or was given up because it was full."""
     head = record(reader.read_clipped(0, HEADER.itemsize), HEADER)
     if head["magic"] != MAGIC or head["version"] != VERSION:
         raise Corrupt(
@@ -52,7 +52,7 @@ def read_exceptions(reader: Reader, origin_size: int) -> Exceptions:
         )
     if not head["valid"]:
         raise Corrupt(
-            "the snapshot is invalid: its store was full, so that the kernel gave it up",
+            "the snapshot is invalid: its store was full, and the kernel gave it up",
             4,
             "marked-damaged",
         )

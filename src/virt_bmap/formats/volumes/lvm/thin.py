@@ -147,7 +147,7 @@ def _mappings(store: Store, head: np.void, blocks: int) -> tuple[Int, tuple[Int,
         np.ascontiguousarray(entries.values[:, at : at + 8]).view(np.int64)[:, 0] for at in (0, 8)
     )
     inside = (block >= 0) & (block + count <= blocks)
-    store.bad("map blocks outside the pool", block[~inside])
+    store.bad("[maps|map] blocks outside the pool", block[~inside])
     return devices.keys, merged(
         devices.keys[entries.tree][inside], entries.keys[inside], block[inside], count[inside]
     )
@@ -163,8 +163,9 @@ def _data_rows(
     starts, ends = complement(np.concatenate([starts, used[0]]), np.concatenate([ends, used[1]]), 0, total)
     if len(starts):
         rows.add(UNKNOWN, starts * size, (ends - starts) * size)
-        detail = f"{int((ends - starts).sum())} pool blocks are allocated, but no thin volume maps them"
-        damage.say("unowned", detail, int(starts[0]) * size, severity=NOTE if held else "warning")
+        what = "pool [block is|blocks are] allocated, but no thin volume maps [it|them]"
+        count, first = int((ends - starts).sum()), int(starts[0]) * size
+        damage.add("unowned", what, first, count, severity=NOTE if held else "warning")
     return rows
 
 
@@ -186,9 +187,7 @@ def _metadata_rows(store: Store, free: np.ndarray, damage: Damage, held: bool) -
     starts, ends = complement(np.concatenate([starts, used]), np.concatenate([ends, used + 1]), 0, len(free))
     if len(starts):
         rows.add(UNKNOWN, starts * BLOCK, (ends - starts) * BLOCK)
-        detail = (
-            f"{int((ends - starts).sum())} blocks of the pool's metadata are allocated, but nothing "
-            "refers to them"
-        )
-        damage.say("unowned", detail, int(starts[0]) * BLOCK, severity=NOTE if held else "warning")
+        what = "[block|blocks] of the pool's metadata [is|are] allocated, but nothing refers to [it|them]"
+        count, first = int((ends - starts).sum()), int(starts[0]) * BLOCK
+        damage.add("unowned", what, first, count, severity=NOTE if held else "warning")
     return rows

@@ -123,13 +123,12 @@ def _check(array: Array, cut: int, strangers: list[str], damage: Damage) -> None
         words = "its bytes are lost" if beyond else REDUNDANCY.get(array.head.level, "there are copies")
         head = array.head
         detail = (
-            f"members in slots {', '.join(map(str, missing))} are missing, says the superblock at "
-            f"byte {head.offset:#x} of {head.member.name}: {words}"
+            f"members in slots {', '.join(map(str, missing))} are missing, says the superblock at byte "
+            f"{head.offset:#x} of {head.member.name}: {words}"
         )
         detail += f"; {', '.join(strangers)} belong to other arrays" if strangers else ""
         damage.say("missing-member", detail, severity=ERROR if beyond else NOTE)
-    if cut:
-        damage.say("truncated", f"{cut} of its bytes lie behind the end of their disks")
+    damage.add("truncated", "of its bytes [lies|lie] beyond the end of [its disk|their disks]", count=cut)
 
 
 def _structures() -> Structures:

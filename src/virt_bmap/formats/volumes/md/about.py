@@ -1,5 +1,6 @@
 """What is said of an array and of its members."""
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import FormatError
 from virt_bmap.formats.volumes.md.arrays import NAMES, RAID4, RAID5, RAID6, Array
 from virt_bmap.model.contract import (
@@ -17,7 +18,7 @@ REDUNDANCY = dict.fromkeys((RAID4, RAID5, RAID6), "they are computed from parity
 def volume_state(array: Array) -> str:
     """Level, members and state in a few words."""
     head = array.head
-    words = [NAMES[head.level], f"{len(array.present)} of {len(array.slots)} members"]
+    words = [NAMES[head.level], f"{len(array.present)} of {plural(len(array.slots), 'member')}"]
     words += [] if head.clean else ["not in sync"]
     return ", ".join(words)
 

@@ -6,6 +6,7 @@ raid5.c, raid10.c.
 
 from dataclasses import dataclass
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.formats.common import stripes
@@ -49,7 +50,8 @@ def gather(members: list[Superblock]) -> Array:
     fresh = max(members, key=lambda member: (member.events, member.role < SPARE))
     if fresh.raid_disks > stripes.MAX_MEMBERS:
         raise Unsupported(
-            f"an array of {fresh.raid_disks} members is not read, the limit is {stripes.MAX_MEMBERS}"
+            f"an array of {plural(fresh.raid_disks, 'member')} is "
+            f"not supported; the limit is {stripes.MAX_MEMBERS}"
         )
     array = Array(fresh, members, [None] * fresh.raid_disks)
     for member in sorted(members, key=lambda one: (one.replacement, one.recovered is not None)):
@@ -59,8 +61,8 @@ def gather(members: list[Superblock]) -> Array:
         elif member.events + 1 < fresh.events:
             _unused(
                 member,
-                f"it has seen {member.events} events, the array {fresh.events}: it dropped out and "
-                "is not used",
+                f"it has seen {member.events} events, the array "
+                f"{fresh.events}: it dropped out, and is not used",
             )
         elif role == FAULTY or (role != SPARE and role >= fresh.raid_disks):
             _unused(member, "the array calls it faulty: it is not used")
@@ -87,7 +89,7 @@ def place(array: Array) -> tuple[int, Rows, Stripes | None]:
     """(bytes of the array, mapping rows, how to compute what is missing). Raises Corrupt or Unsupported."""
     head = array.head
     if head.level not in NAMES:
-        raise Unsupported(f"an md array of level {OTHERS.get(head.level, head.level)} is not read")
+        raise Unsupported(f"an md array of level {OTHERS.get(head.level, head.level)} is not supported")
     if head.reshaping:
         raise Unsupported(
             "the array is being reshaped: its bytes lie partly in the old and partly in the new layout",

@@ -294,9 +294,8 @@ def _bad_blocks(found: Superblock, start: int, length: int) -> None:
     if 0 <= start <= found.member.reader.size - length:
         entries = np.frombuffer(found.member.reader.read(start, length), "<u8")
         used = int(((entries != 0xFFFFFFFFFFFFFFFF) & (entries != 0)).sum())
-        if used:
-            detail = f"{used} ranges are listed as unreadable in its bad block log"
-            found.damage.say("bad-blocks", detail, start)
+        what = "[range is|ranges are] listed as unreadable in its bad block log"
+        found.damage.add("bad-blocks", what, start, used)
 
 
 def _uuid(raw: bytes) -> str:
