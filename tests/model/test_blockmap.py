@@ -5,6 +5,7 @@ import contextlib
 import io
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,8 @@ from virt_bmap.core.errors import MapError, UsageError
 from virt_bmap.core.escape import escape, escape_all, unescape
 from virt_bmap.core.mapping import COPY, Row, Rows
 from virt_bmap.model import tables
-from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.blockmap import BlockMap, Owners
+from virt_bmap.model.listing import describe
 from virt_bmap.saved import bmap as text
 from virt_bmap.saved import bmap_reader, parquet
 
@@ -172,6 +174,23 @@ def test_text_map_has_every_owner_of_every_byte():
                 (letters[row["kind"]], devices[volume])
             }
         assert seen[byte] == expected, byte
+
+
+def test_words_of_the_text_map_are_made_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words take hundreds of bytes an owner, and there may be millions of these."""
+    bmap, whole, batched = stack(), io.BytesIO(), io.BytesIO()
+    text.save(bmap, whole)
+    described = []
+
+    def counted(bmap: BlockMap, disk: int, owners: Owners) -> pa.Table:
+        described.append(len(owners.query))
+        return describe(bmap, disk, owners)
+
+    monkeypatch.setattr(text, "BATCH", 3)
+    monkeypatch.setattr(text, "describe", counted)
+    text.save(bmap, batched)
+    assert batched.getvalue() == whole.getvalue()
+    assert max(described) <= 3 < len(described)
 
 
 def test_text_map_is_read_back():

@@ -36,11 +36,10 @@ def save(bmap: BlockMap, file: BinaryIO) -> int:
         segment = low[owner] + step
         order = np.argsort(segment, kind="stable")
         owner, segment = owner[order], segment[order]
-        first, words = _words(bmap, disk, owners)
         for at in range(0, len(owner), BATCH):
-            lines += _write(
-                file, disk, bounds, owner[at : at + BATCH], segment[at : at + BATCH], first, words
-            )
+            mine, place = np.unique(owner[at : at + BATCH], return_inverse=True)
+            first, words = _words(bmap, disk, owners.take(mine))
+            lines += _write(file, disk, bounds, place, segment[at : at + BATCH], first, words)
     return lines
 
 
