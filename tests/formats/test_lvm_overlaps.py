@@ -3,6 +3,7 @@ thousand volumes show is not read a thousand times."""
 
 import json
 import random
+import struct
 import subprocess
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 import recipes
 from btrfs_images import loops
 from recipes.made import blank
-from recipes.volumes import LINEAR, write_lvm_text
+from recipes.volumes import LINEAR, lvm_crc, write_lvm_text
 from support import mapped, need, run
+from virt_bmap.core.errors import Corrupt
+from virt_bmap.formats.volumes.lvm import label, text
+from virt_bmap.formats.volumes.lvm.text import parse
 from virt_bmap.model.blockmap import BlockMap
 
 MIB, EXTENT, EXTENTS = 1 << 20, 256 << 10, 60
@@ -156,6 +160,10 @@ SHARED = {
     "images of two arrays": [*PARTS, volume("a", RAID.format('"p1", "p2", "p3", "p4"')),
         volume("b", RAID.format('"p5", "p2", "p6", "p4"'))],
     "an image twice": [*PARTS, volume("a", RAID.format('"p1", "p2", "p3", "p2"'))],
+    "empty images of two arrays": [
+        *(linear(f"p{number}", 0, 0) for number in range(1, 5)),
+        *(volume(name, RAID.format('"p1", "p2", "p3", "p4"')) for name in "ab"),
+    ],
     "the metadata of two images": [*PARTS, volume("a", RAID.format('"p1", "p2", "p1", "p4"'))],
     "one origin of two with checksums": [
         INNER, *PARTS[:2],
@@ -165,10 +173,14 @@ SHARED = {
 }  # fmt: skip
 
 
+def volume_names(texts: list[str]) -> set[str]:
+    return {text.split(None, 1)[0] for text in texts}
+
+
 @pytest.mark.parametrize("how", SHARED)
 def test_a_volume_is_a_part_of_one_other_only(disk: Disk, how: str) -> None:
     bmap = disk.given(*SHARED[how])
-    last = "b" if how in ("two over one", "images of two arrays", "one origin of two with checksums") else "a"
+    last = "b" if volume_names(SHARED[how]) >= {"a", "b"} else "a"
     assert refused(bmap) == [last]
     assert (["a"] if last == "b" else []) == [name for name in names(bmap) if name in "ab"]
 
@@ -184,3 +196,57 @@ def test_a_thin_device_is_one_volume(tmp_path: Path) -> None:
     bmap = mapped(image)
     assert names(bmap)[-1] == "t1"
     assert refused(bmap) == ["t2"]
+
+
+# ---- texts -------------------------------------------------------------------------------------------------
+
+
+def test_what_areas_hold_alike_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two disks with three areas; LVM writes the same text into each."""
+    parsed: list[str] = []
+    monkeypatch.setattr(label, "parse", lambda text: parsed.append(text) or parse(text))
+    disks = recipes.make("lvm", tmp_path).disks
+    assert names(mapped(*disks))[-3:] == ["lin", "str", "two"]
+    assert len(parsed) == 1
+    # the limits leave room for what LVM writes: more bytes a word than MAX_TEXT has for each of MAX_WORDS
+    assert len(parsed[0]) / sum(1 for _ in text._tokens(parsed[0])) > label.MAX_TEXT / text.MAX_WORDS
+
+
+def test_a_text_of_too_many_words_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MAX_WORDS", 100)
+    assert len(parse("a { } " * 33).sections) == 1
+    with pytest.raises(Corrupt, match="more than 100 words"):
+        parse("a { } " * 34)
+
+
+def test_metadata_areas_that_overlap(tmp_path: Path) -> None:
+    """A second area in the first one, whose header leads to the first one's text: one text is not read for
+    each of sixteen areas."""
+    made = Disk(tmp_path)
+    made.given(linear("lin", 4, 0))
+    with open(made.image, "r+b") as file:
+        sector = bytearray(file.read(1024)[512:])
+        assert sector[:8] == b"LABELONE"
+        first, size = struct.unpack_from("<QQ", sector, 32 + 40 + 32)
+        inner = first + (size >> 1)
+        file.seek(first)
+        head = bytearray(file.read(512))
+        begin, length = struct.unpack_from("<QQ", head, 40)
+        file.seek(first + begin)
+        words = file.read(length)
+        struct.pack_into("<QQ", head, 24, inner, size >> 1)
+        head[:4] = struct.pack("<I", lvm_crc(bytes(head[4:])))
+        for at, data in ((inner, bytes(head)), (inner + begin, words)):
+            file.seek(at)
+            file.write(data)
+        # behind the first area its end, then the extension: one more area before that
+        behind = bytes(sector[32 + 40 + 48 :])
+        struct.pack_into("<QQ", sector, 32 + 40 + 48, inner, size >> 1)
+        sector[32 + 40 + 64 :] = behind[: 512 - (32 + 40 + 64)]
+        sector[16:20] = struct.pack("<I", lvm_crc(bytes(sector[20:])))
+        file.seek(512)
+        file.write(sector)
+    bmap = mapped(made.image)
+    assert names(bmap)[-1] == "lin"
+    said = [row for row in bmap.problems.to_pylist() if row["code"] == "two-owners"]
+    assert ["overlaps another one" in row["detail"] for row in said] == [True]

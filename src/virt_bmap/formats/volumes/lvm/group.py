@@ -10,6 +10,7 @@ Sources: lvm2 lib/format_text/import_vsn1.c (the text's sections), lib/metadata/
 from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from virt_bmap.core.amounts import plural
@@ -84,6 +85,8 @@ class Group:
     """Origins into which a snapshot is being merged, and its store."""
     readers: dict[int, Reader] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    """Logical volumes that are images of a RAID volume, and of which."""
     taken: dict[int, list[tuple[int, int, str]]] = field(default_factory=dict)
     """What segments take of each physical and logical volume: (first byte, end, whose it is), sorted and
     apart."""
@@ -143,6 +146,27 @@ class Group:
                 )
                 raise Corrupt(detail, max(start, place.offset), "two-owners")
         taken.insert(at, (place.offset, place.offset + size, owner))
+
+    def take_whole(self, owner: str, key: str, name: str) -> Located | None:
+        """The volume that `key` names, which serves its owner alone, also where it is missing or empty."""
+        space = self.space(key, name)
+        if name in self.whole:
+            raise Corrupt(f"its image {name} is also one of {self.whole[name]}", code="two-owners")
+        self.whole[name] = owner
+        if space:
+            self.take(owner, space.place, space.size)
+        return space
+
+    @cached_property
+    def thin_devices(self) -> dict[str, list[int]]:
+        """The numbers of the thin devices of each pool that are volumes of the group."""
+        found: dict[str, list[int]] = {}
+        for section in self.volumes.values():
+            for segment in segments_of(section):
+                device = segment.values.get("device_id")
+                if isinstance(device, int):
+                    found.setdefault(segment.text("thin_pool"), []).append(device)
+        return found
 
     def all_metadata(self, number: int, part: str) -> None:
         """A volume holds nothing but one kind of metadata."""

@@ -30,7 +30,7 @@ RAW_LOCN_IGNORED = 1
 MAX_AREAS = 16
 """Data, metadata and boot loader areas in one header; LVM writes at most two of a kind."""
 MAX_TEXT = 16 << 20
-"""Bytes of metadata text.
+"""Bytes of metadata text, of all areas of a physical volume together; what several hold alike counts once.
 
 LVM's areas are 1 MiB unless asked otherwise; ten thousand volumes need some MiB.
 """
@@ -87,8 +87,9 @@ def find_label(reader: Reader) -> int:
     return -1
 
 
-def read_pv(member: Member) -> Pv:
-    """The label and all metadata areas of one physical volume.
+def read_pv(member: Member, texts: dict[str, Section]) -> Pv:
+    """The label and all metadata areas of one physical volume. `texts` are those that were parsed, of other
+    physical volumes, too: most areas of a group hold the same.
 
     Raises Corrupt where the label can't be used.
     """
@@ -116,13 +117,19 @@ def read_pv(member: Member) -> Pv:
         pv.boot, _ = _areas(sector, at + PV_HEADER_EXTENSION.itemsize) if extension["version"] else ([], 0)
         pv.used = extension["version"] < 2 or bool(extension["flags"] & PV_EXT_USED)  # version 1 does not say
         pv.empty = bool(pv.areas) and extension["version"] < 2
-    pv.areas = [area for area in pv.areas if _inside(pv, "metadata area", *area)]
+    pv.areas = _apart(pv, [area for area in pv.areas if _inside(pv, "metadata area", *area)])
     pv.boot = [area for area in pv.boot if _inside(pv, "boot loader area", *area)]
+    left = MAX_TEXT
     for offset, size in pv.areas:
         try:
             if text := _read_text(pv, offset, size):
                 pv.empty = False
-                pv.copies.append(parse(text))
+                if text not in texts:
+                    left -= len(text)
+                    if left < 0:
+                        raise Corrupt(f"the LVM metadata areas hold more than {MAX_TEXT:,} bytes of text")
+                    texts[text] = parse(text)
+                pv.copies.append(texts[text])
         except Corrupt as error:
             pv.empty = False
             pv.damage.say("copy-differs", str(error), offset)
@@ -157,6 +164,18 @@ def _inside(pv: Pv, what: str, offset: int, size: int) -> bool:
     if not inside:
         pv.damage.say("outside", f"the {what} at {offset:#x}+{size:#x} lies outside the physical volume")
     return inside
+
+
+def _apart(pv: Pv, areas: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The areas that share no bytes with one before them: each byte of a text is read once."""
+    apart: list[tuple[int, int]] = []
+    for offset, size in areas:
+        if all(offset + size <= start or start + length <= offset for start, length in apart):
+            apart.append((offset, size))
+        else:
+            words = f"the metadata area at {offset:#x}+{size:#x} overlaps another one: it is not read"
+            pv.damage.say("two-owners", words, offset)
+    return apart
 
 
 def _read_text(pv: Pv, offset: int, size: int) -> str:

@@ -184,10 +184,7 @@ def _thin_pool(group: Group, name: str, segment: Section) -> None:
     if (wanted := segment.number("transaction_id", 0)) != pool.transaction:
         detail = f"LVM expects transaction {wanted}, the pool's metadata is at {pool.transaction}"
         about.damage.say("stale", detail)
-    known = [part.number("device_id",
-            0) for section in group.volumes.values() for part in segments_of(section)
-             if part.text("thin_pool") == name]  # fmt: skip
-    if others := np.setdiff1d(pool.devices, known).tolist():
+    if others := np.setdiff1d(pool.devices, group.thin_devices.get(name, [])).tolist():
         detail = (
             f"thin devices {', '.join(map(str, others[:10]))} "
             "are in the pool, but LVM knows no volume for them"

@@ -19,9 +19,10 @@ NAME = "LVM2_member"
 def physical_volumes(members: Sequence[Member], assembly: Assembly) -> list[Pv]:
     """The physical volumes, each once, with rows for what LVM itself takes of them."""
     pvs: dict[str, Pv] = {}
+    texts: dict[str, Section] = {}
     for member in members:
         try:
-            pv = read_pv(member)
+            pv = read_pv(member, texts)
         except Corrupt as error:
             _whole(assembly, member).refuse(error)
             continue

@@ -57,10 +57,9 @@ def raid(group: Group, owner: str, segment: Section) -> tuple[int, Rows, Opener 
     start, size = span(group, segment)
     kind = segment.text("type").partition("+")[0]
     images, metadata = _parts(segment, kind)
-    spaces = [group.space("raids", name) for name in images]
-    for space in (*spaces, *(group.space("raids", name) for name in metadata)):
-        if space:
-            group.take(owner, space.place, space.size)
+    spaces = [group.take_whole(owner, "raids", name) for name in images]
+    for name in metadata:
+        group.take_whole(owner, "raids", name)
     heads = _superblocks(group, metadata)
     for at in _failed(group, images, heads):
         spaces[at] = None

@@ -13,6 +13,9 @@ from virt_bmap.core.layout import INT64_MAX
 
 MAX_DEPTH = 16
 """Sections within sections. LVM's own metadata has five: group, logical_volumes, volume, segment, list."""
+MAX_WORDS = 3 << 20
+"""Names, values and marks of one text. A word of a few bytes takes some hundred as an object; LVM itself
+writes some seven bytes a word."""
 
 TOKEN = re.compile(
     r'\s+|#[^\n]*|(?P<string>"(?:[^"\\]|\\.)*")|(?P<mark>[{}\[\]=,])|(?P<word>[^\s"{}\[\]=,#]+)|(?P<bad>.)',
@@ -22,7 +25,7 @@ TOKEN = re.compile(
 Value = int | str | list[int | str]
 
 
-@dataclass
+@dataclass(slots=True)
 class Section:
     """What stands between braces, in the order of the text: keys with values, and sections."""
 
@@ -59,7 +62,7 @@ class Section:
 def parse(text: str) -> Section:
     """The whole text as one section.
 
-    Raises Corrupt, naming the line, where it does not follow the grammar.
+    Raises Corrupt, naming the line, where it does not follow the grammar or has too many words.
     """
     top = Section()
     stack = [top]
@@ -95,8 +98,12 @@ def parse(text: str) -> Section:
 def _tokens(text: str) -> Iterator[tuple[int, str, str]]:
     """(line, kind, text) of every token that is not space or comment."""
     line = 1
+    words = 0
     for match in TOKEN.finditer(text):
         kind, word = match.lastgroup, match.group()
+        words += kind is not None
+        if words > MAX_WORDS:
+            raise Corrupt(f"LVM metadata, line {line}: more than {MAX_WORDS:,} words", code="too-many")
         if kind == "bad":
             raise Corrupt(f"LVM metadata, line {line}: a string that does not end", code="mapping")
         if kind == "string":
