@@ -21,7 +21,7 @@ from host_images import (
 from support import need, run
 from virt_bmap.core.errors import BmapError, ImageError
 from virt_bmap.core.mapped import MappedReader
-from virt_bmap.formats.images.vhd import split
+from virt_bmap.formats.images.layer import split
 from virt_bmap.open import open_image
 from virt_bmap.open.host import open_host
 

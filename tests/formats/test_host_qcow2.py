@@ -22,7 +22,7 @@ from support import need, run
 from virt_bmap.ask.check import check
 from virt_bmap.ask.records import owner_records
 from virt_bmap.core.arrays import ints
-from virt_bmap.formats.images.qcow2 import refcounts
+from virt_bmap.formats.images.qcow2 import allocator
 from virt_bmap.open.host import open_host
 from virt_bmap.survey.maps import map_disks
 
@@ -296,4 +296,4 @@ def test_every_refcount_width_is_decoded_as_qemu_writes_it():
                 int.from_bytes(bytes(flat[at : at + bits // 8]), "big")
                 for at in range(0, len(flat), bits // 8)
             ]
-        assert refcounts.decode(raw, bits).tolist() == expected
+        assert allocator.decode(raw, bits).tolist() == expected

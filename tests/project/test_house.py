@@ -112,7 +112,7 @@ def test_a_class_has_a_name_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(HOUSE.glob("formats/[fv]*/*/__init__.py")), ids=lambda path: path.parent.name
+    "path", sorted(HOUSE.glob("formats/[fiv]*/*/__init__.py")), ids=lambda path: path.parent.name
 )
 def test_a_format_begins_with_a_table_of_contents(path: Path) -> None:
     """What a format is, and the stages of `read` or `assemble`; each stage lies in the module of its role."""

@@ -95,10 +95,23 @@ def held(reader: "Reader", starts: Int, lengths: Int, most: int) -> Iterator[tup
     For tables and bitmaps whose size a number of the disk
     says, where zeroes say little: holes cost nothing.
     """
-    place = np.cumsum(lengths) - lengths
     for low, high in zip(*(side.tolist() for side in spans(reader, starts, lengths)), strict=True):
-        for at in range(low, high, most):
-            end = min(at + most, high)
-            mine = slice(int(np.searchsorted(place + lengths, at, "right")), int(np.searchsorted(place, end)))
-            begin, stop = np.maximum(place[mine], at), np.minimum((place + lengths)[mine], end)
-            yield at, reader.read_ranges(starts[mine] + begin - place[mine], stop - begin)
+        yield from _pieces(reader, starts, lengths, low, high, most)
+
+
+def whole(reader: "Reader", starts: Int, lengths: Int, most: int) -> Iterator[tuple[int, Bytes]]:
+    """The same with its holes, where zeroes say something. Who asks has looked whether it can be afforded."""
+    return _pieces(reader, starts, lengths, 0, int(lengths.sum()), most)
+
+
+def _pieces(
+    reader: "Reader", starts: Int, lengths: Int, low: int, high: int, most: int
+) -> Iterator[tuple[int, Bytes]]:
+    """The bytes [low, high) of the stream."""
+    ends = np.cumsum(lengths)
+    place = ends - lengths
+    for at in range(low, high, most):
+        end = min(at + most, high)
+        mine = slice(int(np.searchsorted(ends, at, "right")), int(np.searchsorted(place, end)))
+        begin, stop = np.maximum(place[mine], at), np.minimum(ends[mine], end)
+        yield at, reader.read_ranges(starts[mine] + begin - place[mine], stop - begin)

@@ -5,23 +5,25 @@ Only metadata is read, as arrays; content never is. Raises Corrupt or Unsupporte
 what is wrong but leaves the rest readable is damage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int, covered_twice, ints, joined, union
+from virt_bmap.core.arrays import EMPTY, Bool, Int, covered_twice, expand, ints, joined, runs, union
 from virt_bmap.core.layout import widen
 from virt_bmap.core.mapping import DATA, PACKED, ZERO, Rows
 from virt_bmap.core.reader import Reader
-from virt_bmap.core.stored import afford, held
+from virt_bmap.core.stored import ROW, afford, held, whole
 from virt_bmap.model import tables
 from virt_bmap.model.contract import ImageLayer, Inflate
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
 Ranges = tuple[Int, Int]
+BitOrder = Literal["big", "little"]
+"""Of a byte: which bit comes first."""
 IN_DATA, IN_ZERO = DATA, ZERO
 
 
@@ -151,19 +153,28 @@ class Draft:
 
 BATCH = 16 << 20
 """Bytes of a table that are looked into at a time."""
-ROW = 64
-"""Bytes that an entry in use takes as a row of a layer."""
+SECTORS = 1 << 23
+"""Sectors whose bits are looked into at a time."""
 
 
-def used_entries(image: Reader, offset: int, count: int, kind: str, unused: int) -> tuple[Int, Int]:
-    """(number, value) of the entries of a table that are not `unused`; `kind` is their NumPy type.
+def used_entries(
+    image: Reader, offset: Any, length: Any, kind: str, unused: int, mask: int | None = None
+) -> tuple[Int, Int]:
+    """(number, value) of the entries of a table that are not `unused`; `kind` is their NumPy type, `mask`
+    the bits of them that count.
 
-    A table can be large and empty: memory follows what is used.
+    The table may lie in several ranges of so many bytes, one after the other. It can be large and empty:
+    memory follows what is used.
     """
+    offset, length = ints(offset), ints(length)
     size, total = np.dtype(kind).itemsize, 0
     numbers, values = [EMPTY], [EMPTY]
-    for at, raw in _table(image, offset, count * size, skip_holes=unused == 0):
+    if unused:  # holes are entries, too
+        afford(image, int(length.sum()), "a table")
+    for at, raw in (held if unused == 0 else whole)(image, offset, length, BATCH):
         entry = raw.view(kind)
+        if mask is not None:
+            entry = entry & entry.dtype.type(mask)
         used = np.flatnonzero(entry != unused)
         total += len(used)
         afford(image, total * ROW, f"the rows of {total:,} table entries")  # in a hole each leads to block 0
@@ -172,14 +183,33 @@ def used_entries(image: Reader, offset: int, count: int, kind: str, unused: int)
     return np.concatenate(numbers), np.concatenate(values)
 
 
-def _table(image: Reader, offset: int, length: int, skip_holes: bool) -> Iterator[tuple[int, Bytes]]:
-    """(place in the table, bytes) in batches."""
-    if skip_holes:
-        yield from held(image, ints(offset), ints(length), BATCH)
-        return
-    afford(image, length, "a table")
-    for at in range(0, length, BATCH):
-        yield at, image.read_ranges(ints(offset + at), ints(min(BATCH, length - at)))
+def place_sectors(
+    draft: Draft, guest: Int, host: Int, bitmap: Int, sectors: int, sector: int, bitorder: BitOrder
+) -> None:
+    """Blocks of a differencing image, each of so many `sectors`: those that it has itself, by the bitmaps
+    that lie at `bitmap`; the others are the parent's, and stay unused in the block."""
+    image, step, total = draft.files[0], max(1, SECTORS // sectors), 0
+    for at in range(0, len(guest), step):
+        part = slice(at, at + step)
+        data = image.read_blocks(bitmap[part], -(-sectors // 8))
+        flags = np.unpackbits(data, axis=1, bitorder=bitorder)[:, :sectors].astype(bool)
+        for mine, used in ((flags, True), (~flags, False)):
+            start, end = split(*runs(mine.reshape(-1)), sectors)
+            total += len(start)
+            afford(image, total * ROW, f"{total:,} runs of sectors")
+            row, inside = start // sectors, start % sectors * sector
+            low, length = host[part][row] + inside, (end - start) * sector
+            if used:
+                draft.place(guest[part][row] + inside, low, length)
+            else:
+                draft.own("sectors not in use", low, length, tables.UNWRITTEN)
+
+
+def split(start: Int, end: Int, unit: int) -> tuple[Int, Int]:
+    """Ranges cut at the multiples of `unit`."""
+    row, nth = expand((end - 1) // unit - start // unit + 1)
+    bound = (start[row] // unit + nth) * unit
+    return np.maximum(start[row], bound), np.minimum(end[row], bound + unit)
 
 
 def _column(value: Any, n: int) -> Int:

@@ -67,7 +67,7 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     draft.own("block map", table, count * 4)
     draft.own("slack", *_between(table + count * 4, data), tables.GAP)
     draft.own("slack", *_between(HEADER.itemsize, table), tables.GAP)
-    number, entry = used_entries(image, table, count, "<u4", FREE)
+    number, entry = used_entries(image, table, count * 4, "<u4", FREE)
     place_blocks(draft, number, entry, block, data, head["cbBlockExtra"])
     known = int((entry < DISCARDED).sum())
     if known != head["cBlocksAllocated"]:
@@ -117,12 +117,14 @@ def place_blocks(draft: Draft, number: Int, entry: Int, block: int, data: int, e
     image = draft.files[0]
     guest = number * block
     there = entry < DISCARDED
-    host = data + entry * (block + extra)
-    wrong = there & (host >= image.size)
+    wrong = there & (entry >= -(-(image.size - data) // (block + extra)))
     draft.damage.add(
-        "outside", "block pointers lead behind the end of the file", np.minimum(host, image.size)[wrong]
+        "outside",
+        "block pointers lead behind the end of the file",
+        np.full(int(wrong.sum()), image.size),
     )
     there &= ~wrong
+    host = data + np.where(there, entry, 0) * (block + extra)
     draft.own("block header", host[there], extra)
     draft.place(guest[there], host[there] + extra, np.full(int(there.sum()), block))
     draft.zero(guest[entry == DISCARDED], np.full(int((entry == DISCARDED).sum()), block))

@@ -11,7 +11,7 @@ import struct
 from virt_bmap.core.errors import ImageError
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images.backing import name_at
-from virt_bmap.formats.images.qcow2.header import (
+from virt_bmap.formats.images.qcow2.ondisk import (
     DATA_FILE,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,

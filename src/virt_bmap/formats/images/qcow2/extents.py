@@ -4,24 +4,32 @@ Sources: QEMU docs/interop/qcow2.rst (v8.2) section "Cluster mapping" with "Exte
 block/qcow2.h (qcow2_get_subcluster_type).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import EMPTY, Bool, Int, expand
+from virt_bmap.core.arrays import EMPTY, Bool, Int, expand, ints
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.images.layer import Draft
-from virt_bmap.formats.images.qcow2.header import Header
+from virt_bmap.core.stored import ROW, afford, held
+from virt_bmap.formats.images.inflate import deflated, zstd
+from virt_bmap.formats.images.layer import Draft, used_entries
+from virt_bmap.formats.images.qcow2.header import Header, Table
+from virt_bmap.formats.images.qcow2.ondisk import (
+    ALL_ZEROS,
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    SECTOR,
+    SUBCLUSTERS,
+)
 
-OFFSET_MASK = 0x00FFFFFFFFFFFE00
-COPIED, COMPRESSED, ALL_ZEROS = 1 << 63, 1 << 62, 1
-SUBCLUSTERS = 32
-SECTOR = 512
 BATCH = 16 << 20
 """Bytes of L2 tables that are looked into at a time: memory follows this and the runs found, not the size of
 the image."""
+INFLATE = {"zlib": deflated, "zstd": zstd}
+"""By ondisk.COMPRESSION_TYPES."""
 
 IN_PLACE, ZERO_IN_PLACE, NOWHERE, PACKED, RESERVED = range(5)
 """Guest data at its cluster; a cluster kept for zeroes; zeroes without a cluster; compressed; a subcluster
@@ -59,23 +67,17 @@ class ClusterPieces(NamedTuple):
         return take(self, keep)
 
 
-def read_l2_tables(image: Reader, header: Header, draft: Draft) -> L2Tables:
-    """All L1 tables in one batch, and the L2 tables that they lead to."""
-    tables = [
-        (header.l1_offset, header.l1_size),
-        *((snapshot.l1_offset, snapshot.l1_size) for snapshot in header.snapshots),
-    ]
-    sizes = np.array([size for _, size in tables], np.int64)
-    raw = image.read_ranges(np.array([offset for offset, _ in tables], np.int64), sizes * 8)
-    who, nth = expand(sizes)
-    entry = np.frombuffer(raw, ">u8").astype(np.uint64) & np.uint64(OFFSET_MASK)
-    offset = entry.astype(np.int64)
-    used = offset != 0
-    where = np.array([start for start, _ in tables], np.int64)[who] + nth * 8
-    wrong = used & ((offset % header.cluster != 0) | (offset + header.cluster > image.size))
+def read_l2_tables(image: Reader, header: Header, tables: Sequence[Table], draft: Draft) -> L2Tables:
+    """The L2 tables that these L1 tables, of the current state and of the snapshots, lead to."""
+    starts, lengths = (ints([table[side] for table in tables]) for side in (0, 1))
+    number, offset = used_entries(image, starts, lengths, ">u8", 0, OFFSET_MASK)
+    ends = np.cumsum(lengths) // 8
+    who = np.searchsorted(ends, number, "right")
+    nth = number - (ends - lengths // 8)[who]
+    where = starts[who] + nth * 8
+    wrong = (offset % header.cluster != 0) | (offset > image.size - header.cluster)
     draft.damage.add("outside", "L1 entries lead outside the file or between clusters", where[wrong])
-    used &= ~wrong
-    who, nth, offset, where = who[used], nth[used], offset[used], where[used]
+    who, nth, offset, where = who[~wrong], nth[~wrong], offset[~wrong], where[~wrong]
     distinct, start, inverse = np.unique(offset, return_index=True, return_inverse=True)
     first, last = np.full(len(distinct), len(tables)), np.full(len(distinct), -1)
     np.minimum.at(first, inverse, who)
@@ -85,33 +87,47 @@ def read_l2_tables(image: Reader, header: Header, draft: Draft) -> L2Tables:
         "twice", "L1 entries lead to an L2 table that the same L1 table already has", where[again]
     )
     guest = nth[start] * header.l2_entries * header.cluster
-    return L2Tables(
-        distinct, guest, np.bincount(inverse, minlength=len(distinct)).astype(np.int64), first, last
-    )
+    uses = np.bincount(inverse, minlength=len(distinct)).astype(np.int64)
+    return L2Tables(distinct, guest, uses, first, last)
 
 
-def pieces(
+def read_clusters(
+    image: Reader, header: Header, l2: L2Tables, draft: Draft
+) -> tuple[ClusterPieces, ClusterPieces]:
+    """(what guest bytes are where, which host clusters are held), of all L2 tables."""
+    batches, total = [], 0
+    for batch in _pieces(image, header, l2, draft):
+        batches.append(batch)
+        total += len(batch[0].guest)
+        afford(image, total * ROW, f"{total:,} runs of clusters")
+
+    def join(side: int) -> ClusterPieces:
+        return stack(ClusterPieces, [batch[side] for batch in batches])
+
+    return _packed_cut(join(0)), join(1)
+
+
+def _pieces(
     image: Reader, header: Header, tables: L2Tables, draft: Draft
 ) -> Iterator[tuple[ClusterPieces, ClusterPieces]]:
     """For each batch of L2 tables: (what guest bytes are where, which host clusters are held). They differ
     where subclusters are in use."""
-    step = max(1, BATCH // header.cluster)
-    for at in range(0, len(tables.offset), step):
-        batch = slice(at, at + step)
-        raw = image.read_blocks(tables.offset[batch], header.cluster)
-        words = np.frombuffer(raw.tobytes(), ">u8").astype(np.uint64)
+    width, most = (16, BATCH // SUBCLUSTERS) if header.extended else (8, BATCH)
+    lengths = np.full(len(tables.offset), header.cluster)
+    for at, raw in held(image, tables.offset, lengths, max(most, header.cluster)):
+        words = raw.view(">u8").astype(np.uint64)
         entry, bitmap = (words[0::2], words[1::2]) if header.extended else (words, None)
         used = np.flatnonzero(entry if bitmap is None else entry | bitmap)
-        table = used // header.l2_entries + at
-        guest = tables.guest[table] + used % header.l2_entries * header.cluster
-        place = tables.offset[table] + used % header.l2_entries * (16 if header.extended else 8)
+        table, nth = np.divmod(used + at // width, header.l2_entries)
+        guest = tables.guest[table] + nth * header.cluster
+        place = tables.offset[table] + nth * width
         found = _entries(header, entry[used], guest, table)
         wrong = _wrong(image, header, found, place, draft)
-        held = found.take(~wrong & (found.host >= 0))
+        held_here = found.take(~wrong & (found.host >= 0))
         known = found.take(~wrong)
         if bitmap is not None:
             known = _subclusters(header, known, bitmap[used][~wrong])
-        yield _runs(known), _runs(held)
+        yield _runs(known), _runs(held_here)
 
 
 def _entries(header: Header, entry: np.ndarray, guest: Int, table: Int) -> ClusterPieces:
@@ -195,3 +211,16 @@ def _runs(found: ClusterPieces) -> ClusterPieces:
     return ClusterPieces(
         one.guest, one.host, length, np.where(one.kind == PACKED, one.stored, length), one.kind, one.table
     )
+
+
+def _packed_cut(found: ClusterPieces) -> ClusterPieces:
+    """Compressed clusters cut where the next one begins: their length is stored in sectors only, and they are
+    packed without gaps."""
+    packed = np.flatnonzero(found.kind == PACKED)
+    if len(packed) == 0:
+        return found
+    start = np.unique(found.host[packed])
+    behind = np.append(start[1:], np.iinfo(np.int64).max)[np.searchsorted(start, found.host[packed])]
+    stored = found.stored.copy()
+    stored[packed] = np.minimum(stored[packed], behind - found.host[packed])
+    return ClusterPieces(found.guest, found.host, found.length, stored, found.kind, found.table)

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from virt_bmap.core.errors import Corrupt, ImageError
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.images.vmdk.ondisk import MAX_CAPACITY, SECTOR
 from virt_bmap.model.contract import Rewritten, ShownFile
 
-SECTOR = 512
 MAGIC, COWD, START = b"KDMV", b"COWD", b"# Disk DescriptorFile"
 MAX_DESCRIPTOR = 1 << 20
 """Bytes; QEMU's limit for a descriptor of its own. Real ones have some hundreds."""
@@ -116,8 +116,11 @@ def parse(image: Reader, data: bytes, start: int, whole: bool) -> Descriptor:
     text = data.split(b"\0", 1)[0].decode("latin-1")
 
     def value(key: str) -> str | None:
-        found = re.search(rf'^{key}[ \t]*=[ \t]*"?([^"\r\n]*?)"?[ \t]*\r?$', text, re.MULTILINE)
-        return found[1] if found else None
+        for found in re.finditer(rf"^{key}[ \t]*=([^\r\n]*)\r?$", text, re.MULTILINE):
+            said = found[1].strip(" \t").removeprefix('"').removesuffix('"')
+            if '"' not in said:
+                return said
+        return None
 
     cid, parent_cid = ((value(key) or NO_PARENT).lower() for key in ("CID", "parentCID"))
     parent = value(HINT) if parent_cid != NO_PARENT else None
@@ -149,7 +152,14 @@ def _extent(image: Reader, line: str, start: int) -> Extent:
             start,
         )
     access, sectors, kind, file, offset = found.groups()
-    return Extent(access, int(sectors), kind, file or None, int(offset or 0))
+    extent = Extent(access, int(sectors), kind, file or None, int(offset or 0))
+    if extent.offset + extent.sectors > MAX_CAPACITY:
+        raise Corrupt(
+            f"{image.name}: its descriptor at byte {start:#x} has an extent of {extent.sectors:,} sectors at "
+            f"sector {extent.offset:,}",
+            start,
+        )
+    return extent
 
 
 def written(found: Descriptor, places: Sequence[str]) -> bytes:

@@ -8,18 +8,26 @@ Sources: QEMU docs/interop/qcow2.rst (v8.2) section "Host cluster management"; b
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import EMPTY, Int, expand, joined, union, weigh
+from virt_bmap.core.arrays import EMPTY, Int, ints, joined, union, weigh
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import PIECE, ROW, afford, held
 from virt_bmap.formats.images.layer import Draft, Ranges
 from virt_bmap.formats.images.qcow2.header import Header
+from virt_bmap.formats.images.qcow2.ondisk import DIRTY, REFCOUNT_MASK
+from virt_bmap.model import tables
+from virt_bmap.model.problems import ERROR, NOTE, WARNING
 
-OFFSET_MASK = 0xFFFFFFFFFFFFFE00
 BATCH = 16 << 20
-"""Bytes of refcount blocks that are looked into at a time."""
+"""Bytes that refcounts take while they are looked into."""
+LOW = "ranges of clusters have a refcount below the number of references to them"
+HIGH = "ranges of clusters have a refcount above the number of references to them"
+LEAKED = (
+    "ranges of clusters are counted as used, but nothing refers to them (qemu-img check -r leaks frees them)"
+)
 
 
 @dataclass
@@ -34,6 +42,16 @@ class Uses:
         low = start // self.cluster * self.cluster
         high = -(-(start + length) // self.cluster) * self.cluster
         self._parts.append((low, high, np.broadcast_to(np.asarray(times, np.int64), low.shape)))
+
+    def own_table(self, draft: Draft, part: str, offset: Any, length: Any) -> None:
+        """Tables that begin at clusters: what is left of the last cluster is slack."""
+        offset, length = ints(offset), ints(length)
+        some = length > 0
+        offset, length = offset[some], length[some]
+        draft.own(part, offset, length)
+        end = offset + length
+        draft.own("slack", end, -end % self.cluster, tables.GAP)
+        self.add(offset, length)
 
     def all(self) -> tuple[Int, Int, Int]:
         """(start, end, times) of all."""
@@ -54,12 +72,13 @@ class Balance(NamedTuple):
 def read_blocks(image: Reader, header: Header, draft: Draft) -> tuple[Int, Int]:
     """(position in the refcount table, offset) of each refcount block that can be read and that speaks of
     bytes in the file."""
-    raw = image.read(header.refcount_offset, header.refcount_clusters << header.cluster_bits)
-    offset = (np.frombuffer(raw, ">u8") & np.uint64(OFFSET_MASK)).astype(np.int64)
+    start, length = header.refcount_table
+    raw = image.read(start, length)
+    offset = (np.frombuffer(raw, ">u8") & np.uint64(REFCOUNT_MASK)).astype(np.int64)
     at = np.flatnonzero(offset)
     offset = offset[at]
-    place = header.refcount_offset + at * 8
-    wrong = (offset % header.cluster != 0) | (offset < 0) | (offset + header.cluster > image.size)
+    place = start + at * 8
+    wrong = (offset % header.cluster != 0) | (offset < 0) | (offset > image.size - header.cluster)
     draft.damage.add(
         "outside", "entries of the refcount table lead outside the file or between clusters", place[wrong]
     )
@@ -78,18 +97,20 @@ def read_counts(image: Reader, header: Header, at: Int, offset: Int) -> tuple[In
     entries = header.cluster * 8 // header.refcount_bits
     inside = at * entries * header.cluster < image.size
     at, offset = at[inside], offset[inside]
-    step = max(1, BATCH // (header.cluster * max(1, 64 // header.refcount_bits)))
     starts, ends, counts = [EMPTY], [EMPTY], [EMPTY]
-    for low in range(0, len(at), step):
-        value = decode(image.read_blocks(offset[low : low + step], header.cluster), header.refcount_bits)
-        row, nth = expand(np.full(len(at[low : low + step]), entries, np.int64))
-        number = at[low : low + step][row] * entries + nth
+    total, most = 0, max(PIECE, BATCH // max(1, 64 // header.refcount_bits))
+    for place, raw in held(image, offset, np.full(len(offset), header.cluster), most):
+        value = decode(raw, header.refcount_bits)
+        nth = place * 8 // header.refcount_bits + np.arange(len(value))
+        number = at[nth // entries] * entries + nth % entries
         first = np.flatnonzero(np.append(True, (value[1:] != value[:-1]) | (number[1:] != number[:-1] + 1)))
         last = np.append(first[1:], len(value)) - 1
         some = value[first] != 0
         starts.append(number[first][some] * header.cluster)
         ends.append((number[last][some] + 1) * header.cluster)
         counts.append(value[first][some])
+        total += len(counts[-1])
+        afford(image, total * ROW, f"{total:,} runs of refcounts")
     start, end, count = (np.concatenate(column) for column in (starts, ends, counts))
     order = np.argsort(start, kind="stable")
     return start[order], end[order], count[order]
@@ -135,3 +156,42 @@ def compare(uses: Uses, counted: tuple[Int, Int, Int], size: int) -> Balance:
         where(need > have),
         where((need > 0) & (have > need)),
     )
+
+
+def own_free_clusters(image: Reader, draft: Draft, head: Header, uses: Uses) -> None:
+    """Refcount structures, and what they say against what refers to the clusters.
+
+    Of a dirty image they say nothing.
+    """
+    at, block = read_blocks(image, head, draft)
+    uses.own_table(draft, "refcount table", *head.refcount_table)
+    draft.own("refcount block", block, head.cluster)
+    uses.add(block, np.full(len(block), head.cluster))
+    found = compare(uses, read_counts(image, head, at, block), image.size)
+    draft.own("free cluster", found.free[0], found.free[1] - found.free[0], tables.FREE)
+    if head.incompatible & DIRTY:
+        draft.damage.say(
+            "unclean",
+            "the image was not closed: its refcounts are out of date until qemu-img check -r all",
+            72,
+            severity=NOTE,
+        )
+        draft.own("leaked cluster", found.leaked[0], found.leaked[1] - found.leaked[0], tables.GAP)
+        return
+    draft.own("leaked cluster", found.leaked[0], found.leaked[1] - found.leaked[0], tables.UNKNOWN)
+    for code, ranges, what, severity in (
+        ("unowned", found.leaked, LEAKED, WARNING),
+        (
+            "count",
+            found.low,
+            LOW,
+            ERROR,
+        ),
+        (
+            "count",
+            found.high,
+            HIGH,
+            WARNING,
+        ),
+    ):
+        draft.damage.add(code, what, ranges[0], severity=severity)

@@ -1,0 +1,93 @@
+"""Footer and dynamic disk header of a VHD, checked.
+
+Sources: Microsoft "Virtual Hard Disk Image Format Specification" 1.0; QEMU block/vpc.c for how large a disk
+is.
+"""
+
+from typing import NamedTuple
+
+from virt_bmap.core.errors import Corrupt, Unsupported
+from virt_bmap.core.layout import record
+from virt_bmap.core.reader import Reader
+from virt_bmap.formats.images.vhd.ondisk import FOOTER, HEADER, SECTOR, TYPES
+
+SIZE_BY_BYTES = (b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
+"""Programs whose disks have `current_size` bytes; of all others the geometry counts (QEMU vpc_open)."""
+MAX_GEOMETRY = 65535 * 16 * 255
+MAX_SIZE = 1 << 62
+"""Bytes of a disk: sums with it must stay in 64 bits."""
+
+
+class Footer(NamedTuple):
+    """What matters of the footer and, unless the image is fixed, of the dynamic disk header."""
+
+    kind: str
+    size: int
+    header: int
+    table: int = 0
+    entries: int = 0
+    block: int = 0
+    wrong: bool = False
+    """A checksum does not hold."""
+
+
+def read_footer(image: Reader) -> Footer:
+    """The footer at the end, or its copy at the start; sizes as QEMU takes them.
+
+    Raises Corrupt or Unsupported.
+    """
+    if image.size < SECTOR:
+        raise Corrupt(f"{image.name}: is too short for a VHD: {image.size} bytes", 0)
+    places = [at for at in (0, image.size - SECTOR) if image.read(at, 8) == b"conectix"]
+    if not places:
+        raise Corrupt(
+            f"{image.name}: has a VHD footer neither at its start nor at its end", image.size - SECTOR
+        )
+    sector = image.read(places[0], SECTOR)
+    raw = record(sector, FOOTER)
+    wrong = checksum(sector, 64) != int(raw["checksum"])
+    kind = TYPES.get(int(raw["disk_type"]))
+    if kind is None or (kind != "fixed" and places[0] != 0):
+        raise Unsupported(
+            f"{image.name}: its VHD footer at byte {places[0]:#x} says type {int(raw['disk_type'])}; "
+            "fixed, dynamic and differencing are known",
+            places[0] + 60,
+        )
+    sectors = int(raw["cylinder"]) * int(raw["heads"]) * int(raw["sectors"])
+    size = sectors * SECTOR
+    if raw["creator_application"].tobytes() in SIZE_BY_BYTES or sectors == MAX_GEOMETRY:
+        size = int(raw["current_size"]) // SECTOR * SECTOR
+    if size > MAX_SIZE:
+        raise Corrupt(f"{image.name}: its VHD footer says that the disk has {size:#x} bytes", places[0] + 48)
+    if kind == "fixed":
+        return Footer(kind, size, 0, wrong=wrong)
+    at = int(raw["data_offset"])
+    if at + HEADER.itemsize > image.size:
+        raise Corrupt(
+            f"{image.name}: its dynamic disk header at byte {at:#x} lies behind the end of the file", 16
+        )
+    head = record(image.read(at, HEADER.itemsize), HEADER)
+    table, entries, block = (int(head[name]) for name in ("table_offset", "max_table_entries", "block_size"))
+    if (
+        bytes(head["cookie"]) != b"cxsparse"
+        or block < SECTOR
+        or block & (block - 1)
+        or table + entries * 4 > image.size
+    ):
+        raise Corrupt(
+            f"{image.name}: its dynamic disk header at byte {at:#x} is damaged: {entries:,} blocks "
+            f"of {block:,} bytes, table at byte {table:#x}",
+            at,
+        )
+    if not size <= entries * block <= MAX_SIZE:
+        raise Corrupt(
+            f"{image.name}: its {entries:,} blocks of {block:,} bytes do not make up the disk's {size:,}",
+            at + 28,
+        )
+    wrong |= checksum(image.read(at, HEADER.itemsize), 36) != int(head["checksum"])
+    return Footer(kind, size, at, table, entries, block, wrong)
+
+
+def checksum(data: bytes, at: int) -> int:
+    """The one's complement of the sum of all bytes but the checksum's own, which lie at `at`."""
+    return ~(sum(data) - sum(data[at : at + 4])) & 0xFFFFFFFF
