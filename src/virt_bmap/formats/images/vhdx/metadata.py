@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.images.vhdx.header import Region, read_regions
+from virt_bmap.formats.images.vhdx.header import Region, read_header, read_regions
 from virt_bmap.formats.images.vhdx.ondisk import (
     AREA,
     DISK_SIZE,
@@ -77,6 +77,7 @@ def read_metadata(image: Reader, region: Region) -> Metadata:
 
 def parent(image: Reader) -> str | None:
     """The name of a differencing image's parent; Unsupported where it has none that can be followed."""
+    read_header(image)  # raises, too: what a header claims of the log is QEMU's to search
     region = read_regions(image).metadata
     about = read_metadata(image, region)
     if about.differencing and not about.parent:
