@@ -15,7 +15,7 @@ from btrfs_images import FILL, fill, make, mounted_pool
 from virt_bmap.ask.check import check
 from virt_bmap.core import checksums
 from virt_bmap.core.arrays import total
-from virt_bmap.formats.filesystems.btrfs import ondisk
+from virt_bmap.formats.filesystems.btrfs import ondisk, owners
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.open.raw import RawReader
@@ -286,11 +286,17 @@ def test_free_space_bitmaps(tmp_path: Path) -> None:
     support.assert_proven(support.mapped(*images))
 
 
-def test_what_fsync_wrote_after_the_last_commit(tmp_path: Path) -> None:
-    images = make(tmp_path, "160M", "")
-    copy = tmp_path / "copy.img"
-    with mounted_pool(images, tmp_path / "mnt", "commit=300") as where:
-        fill(where, "head -c 100000 /dev/urandom > old; mkdir d; sync -f .")
+def fsynced(folder: Path) -> tuple[Path, dict[str, bytes]]:
+    """A copy with a log tree, and what a mount shows of its files: new ones, one that was changed, one that
+    was cut, one under another name; one that is gone."""
+    images = make(folder, "160M", "")
+    copy = folder / "copy.img"
+    with mounted_pool(images, folder / "mnt", "commit=300") as where:
+        fill(
+            where,
+            "mkdir d many; for f in old cut many/old many/gone; do head -c 100000 /dev/urandom > $f; done",
+        )
+        support.sync(where)
         for name, size in (("new", 50000), ("d/tiny", 300)):
             with open(where / name, "wb") as file:
                 file.write(os.urandom(size))
@@ -301,20 +307,66 @@ def test_what_fsync_wrote_after_the_last_commit(tmp_path: Path) -> None:
             file.write(os.urandom(20000))
             file.flush()
             os.fsync(file.fileno())
+        with open(where / "cut", "r+b") as file:
+            file.truncate(9000)
+            os.fsync(file.fileno())
+        os.rename(where / "many/old", where / "many/renamed")
+        os.unlink(where / "many/gone")
+        fsync(where / "many")
         support.run("cp", "--sparse=always", images[0], copy)
-        expected = {name: (where / name).read_bytes() for name in ("new", "d/tiny")}
+        expected = {f"/{path.relative_to(where)}": path.read_bytes() for path in where.rglob("*")
+                    if path.is_file()}  # fmt: skip
+    return copy, expected
+
+
+def fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def test_what_fsync_wrote_after_the_last_commit(tmp_path: Path) -> None:
+    copy, expected = fsynced(tmp_path)
     bmap = support.mapped(copy)
     support.assert_proven(bmap)
-    volume = pool(bmap)
-    assert bmap.filesystems.column("state").to_pylist() == ["needs recovery"]
+    volume, disk = pool(bmap), RawReader(str(copy))
+    assert bmap.filesystems.column("state").to_pylist() == ["recovered"]
     paths = support.tree(bmap, volume)
-    disk = RawReader(str(copy))
+    assert paths.keys() == {"/", "/d", "/many", *expected}
     for name, content in expected.items():
-        assert support.content(bmap, [disk], volume, paths[f"/{name}"]) == content
+        assert support.content(bmap, [disk], volume, paths[name]) == content
     disk.close()
-    assert [(row["file_offset"], row["inode"]) for row in rows_of(bmap, volume, part="log")] == [
-        (8192, paths["/old"])
-    ]
+
+
+def test_a_log_that_is_damaged_is_not_replayed(tmp_path: Path) -> None:
+    """Neither does a mount. What lies in the log's extents is not called free."""
+    copy, _ = fsynced(tmp_path)
+    bmap = support.mapped(copy)
+    volume, new = pool(bmap), support.tree(bmap, pool(bmap))["/new"]
+    lies = [(row["volume_offset"], row["length"]) for row in rows_of(bmap, volume, inode=new)]
+    logs = rows_of(bmap, volume, part="log tree")
+    start = np.array([row["volume_offset"] for row in logs])
+    found = bmap.descend(volume, start, start + np.array([row["length"] for row in logs]))
+    with open(copy, "r+b") as file:
+        for low, high in zip(found.start.tolist(), found.end.tolist(), strict=True):
+            for block in range(low, high, 16384):
+                file.seek(block + 0x65)
+                file.write(bytes(0x100))
+    bmap = support.mapped(copy)
+    assert bmap.filesystems.column("state").to_pylist() == ["needs recovery"]
+    assert "not-replayed" in bmap.problems.column("code").to_pylist()
+    assert support.tree(bmap, volume).keys() == {
+        "/",
+        "/d",
+        "/many",
+        "/old",
+        "/cut",
+        "/many/old",
+        "/many/gone",
+    }
+    free = {(row["volume_offset"], row["length"]) for row in rows_of(bmap, volume, kind="free")}
+    assert lies
+    assert all(high <= at or low >= at + size for low, high in free for at, size in lies)
 
 
 def test_relocation_and_deletion_that_were_interrupted(tmp_path: Path) -> None:
@@ -345,6 +397,14 @@ def test_relocation_and_deletion_that_were_interrupted(tmp_path: Path) -> None:
         balance.wait()
     for image in [*taken, *images]:
         support.assert_proven(support.mapped(image))
+
+
+def test_what_only_a_relocation_refers_to_is_told_apart() -> None:
+    """A relocation's tree refers to what its subvolume refers to, but for what was exchanged already."""
+    part = np.array([0, 0, owners.MOVED, owners.MOVED, owners.RELOCATION])
+    base = np.array([4096, 8192, 8192, 16384, 20480])
+    rows = owners.FileExtents(*(base,) * len(owners.FileExtents._fields))._replace(part=part, base=base)
+    assert owners.only_moved(rows).base.tolist() == [4096, 8192, 16384, 20480]
 
 
 # ---- damage ------------------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ disk, count from 2^23 or 2^40 downwards. Subvolumes are directories where they a
 in a mount of the top level. A snapshot holds an empty directory (objectid 2) in the place of a subvolume.
 
 Part "bookend": what is left of an extent after a part of it was overwritten; it stays allocated, with the
-inode of a file that keeps it. Part "log": written to a file by fsync after the last commit, to be put into
-its place at the next mount; until then the file's other extents are those of the commit, as are its size and
-its names. Files that were created and fsynced since are shown as they will be.
+inode of a file that keeps it. What fsync wrote after the last commit lies in log trees, and is shown as the
+next mount will put it in its place (`replay`). Part "log": where it can't be, since the log is damaged.
 
 Sources: include/uapi/linux/btrfs_tree.h, fs/btrfs/ (v6.12); btrfs-progs Documentation/dev/On-disk-format.rst.
 """
@@ -24,11 +23,11 @@ import numpy as np
 
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs import inodes as files
-from virt_bmap.formats.filesystems.btrfs import items, ondisk
+from virt_bmap.formats.filesystems.btrfs import items, ondisk, replay
 from virt_bmap.formats.filesystems.btrfs.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.filesystems.btrfs.extents import extents_of
 from virt_bmap.formats.filesystems.btrfs.pool import pool_of
-from virt_bmap.formats.filesystems.btrfs.trees import READ_TREES, read_trees, source_of
+from virt_bmap.formats.filesystems.btrfs.trees import READ_TREES, Log, read_log, read_trees, source_of
 from virt_bmap.formats.filesystems.btrfs.verified import VerifiedReader
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
@@ -53,24 +52,35 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     if int(superblock["flags"]) & ondisk.SUPER_FLAG_METADUMP:
         damage.say("elsewhere", "it was restored from btrfs-image: the content of files is not there")
     found, links = read_trees(source, superblock, READ_TREES, damage)
-    inodes, fresh = files.inodes(items.join(found.inodes), links, damage)
-    names, stubs = files.names(items.join(found.names), found.name_bytes, links, fresh, damage)
-    extents = extents_of(source, pool, found, links, (inodes, fresh), damage)
+    subvolumes = files.Subvolumes(
+        files.inodes(items.join(found.inodes), links, damage),
+        files.entries(items.join(found.names), links, damage),
+        found.name_bytes,
+    )
+    log = read_log(source, links, damage) if int(superblock["log_root"]) else None
+    if log and log.whole and log.found.inodes:
+        subvolumes = replay.replay(log, subvolumes, damage)
+    names, stubs = files.name_table(subvolumes.entries, subvolumes.name_bytes)
     return Filesystem(
         type="btrfs", size=reader.size, block_size=source.sectorsize, root=ondisk.FIRST_FREE,
-        state=_state(superblock, damage),
-        reader=VerifiedReader(reader, source, links.roots, links.forest),
-        inodes=files.inode_table(inodes, stubs), names=names, extents=extents,
+        state=_state(superblock, log, damage),
+        reader=VerifiedReader(
+            reader, source, links.roots, [links.forest, *([log.links.forest] if log else [])]
+        ),
+        inodes=files.inode_table(subvolumes.inodes, stubs), names=names,
+        extents=extents_of(source, pool, (found, links), subvolumes, log, damage),
         uuid=ondisk.uuid_text(superblock["fsid"]),
         label=bytes(superblock["label"]).decode(errors="replace") or None,
         features=ondisk.feature_names(superblock),
     )  # fmt: skip
 
 
-def _state(superblock: np.void, damage: Damage) -> str:
+def _state(superblock: np.void, log: Log | None, damage: Damage) -> str:
     if int(superblock["flags"]) & ondisk.SUPER_FLAG_ERROR:
         damage.say("marked-damaged", "the superblock says that the kernel found errors")
-    return tables.NEEDS_RECOVERY if int(superblock["log_root"]) else tables.CLEAN
+    if log is None:
+        return tables.CLEAN
+    return tables.RECOVERED if log.whole else tables.NEEDS_RECOVERY
 
 
 def _structures() -> Structures:

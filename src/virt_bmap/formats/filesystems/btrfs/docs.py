@@ -8,7 +8,7 @@ FEATURES = (
     "all subvolumes and snapshots", "skinny and full extent items", "mixed block groups", "block group tree",
     "free space tree (checked)", "free space cache v1", "inline extents",
     "zlib, LZO and zstd extents (flagged)", "preallocated extents", "reflinks", "bookend extents",
-    "log tree (new files are shown; what changes old ones is named, not replayed)",
+    "log tree, replayed as a mount does: inodes, names, links, extents",
     "deletion and relocation that were interrupted", "nodes of 4 to 64 KiB", "changed fsid (metadata_uuid)",
 )  # fmt: skip
 
@@ -19,8 +19,8 @@ REFUSED = ("btrfs-image dumps",)
 ORACLES = (
     "kernel FIEMAP through a loop mount", "btrfs inspect-internal dump-tree",
     "btrfs inspect-internal logical-resolve", "content through the map", "the extent tree against all owners",
-    ("the free space tree against the "
-        "extent tree"),
+    "the free space tree against the extent tree",
+    "the kernel's own recovery of copies taken while it was written",
 )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import Int
+from virt_bmap.core.arrays import EMPTY, Int
+from virt_bmap.core.columns import take
 from virt_bmap.formats.filesystems.btrfs import ondisk, owners
 from virt_bmap.formats.filesystems.btrfs.items import NO_TIME, Columns, is_subvolume
 from virt_bmap.formats.filesystems.btrfs.owners import FileExtents
@@ -55,8 +56,9 @@ class Links(NamedTuple):
 
     @property
     def tree_id(self) -> Int:
-        """The tree that each root stands for: log trees stand for their subvolume."""
-        return np.where(self.roots.id == ondisk.TREE_LOG, self.roots.offset, self.roots.id)
+        """The tree that each root stands for: log trees and relocation trees stand for their subvolume."""
+        other = np.isin(self.roots.id, (ondisk.TREE_LOG, ondisk.TREE_RELOC))
+        return np.where(other, self.roots.offset, self.roots.id)
 
     @property
     def has_files(self) -> np.ndarray:
@@ -75,7 +77,7 @@ class Links(NamedTuple):
         part = np.zeros(len(self.roots.id), np.int64)
         part[self.roots.id == ondisk.ROOT_TREE] = owners.CACHE
         part[self.roots.id == ondisk.DATA_RELOC_TREE] = owners.RELOCATION
-        part[self.roots.id == ondisk.TREE_LOG] = owners.LOG
+        part[self.roots.id == ondisk.TREE_RELOC] = owners.MOVED
         return part
 
 
@@ -83,7 +85,7 @@ class Links(NamedTuple):
 
 
 class Inodes(NamedTuple):
-    """Inodes as columns, in the terms of the table `inodes`."""
+    """Inodes as columns, in the terms of the table `inodes`; and the transaction that made each."""
 
     inode: Int
     type: np.ndarray
@@ -95,11 +97,11 @@ class Inodes(NamedTuple):
     mtime_ns: Int
     flags: Int
     record_offset: Int
+    generation: Int
 
 
-def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
-    """Every inode of every tree, and which of them only a log knows: they were created and fsynced after the
-    last commit."""
+def inodes(rows: Columns, links: Links, damage: Damage) -> Inodes:
+    """Every inode of every tree."""
     beyond = ~_fits(rows["objectid"], OBJECT_BITS)
     damage.add(
         "inode",
@@ -113,13 +115,9 @@ def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
         np.maximum(far, -1),
     )
     row, tree = links.spread(rows)
-    inode = number(links.tree_id[tree], rows["objectid"][row])
     part = links.parts[tree]
-    fresh = inode[:0]
-    if (part == owners.LOG).any():
-        new = (part == owners.LOG) & (positions(inode[part != owners.LOG], inode) < 0)
-        fresh, keep = np.unique(inode[new]), (part != owners.LOG) | new
-        row, tree, inode, part = row[keep], tree[keep], inode[keep], part[keep]
+    if (mine := part != owners.MOVED).sum() < len(part):
+        row, tree, part = row[mine], tree[mine], part[mine]
     column = {name: values[row] for name, values in rows.items()}
     damage.add("inode", "[inode has|inodes have] an impossible size", column["record"][column["size"] < 0])
     special = (part == owners.CACHE) | (part == owners.RELOCATION) | (column["objectid"] < 0)
@@ -133,13 +131,16 @@ def inodes(rows: Columns, links: Links, damage: Damage) -> tuple[Inodes, Int]:
         flags |= np.where((column["flags"] & bit) != 0, flag, 0)
     kind = np.where(special, tables.T_METADATA, tables.type_of_mode(mode))
     return Inodes(
-        inode, kind, mode, column["uid"], column["gid"], np.maximum(column["size"], 0), nlink,
-        column["mtime_ns"], flags, column["record"],
-    ), fresh  # fmt: skip
+        number(links.tree_id[tree], column["objectid"]), kind, mode, column["uid"], column["gid"],
+        np.maximum(column["size"], 0), nlink, column["mtime_ns"], flags, column["record"],
+        column["generation"],
+    )  # fmt: skip
 
 
 def inode_table(found: Inodes, stubs: Int) -> pa.Table:
     """The table `inodes`, with the empty directories in the place of subvolumes inside snapshots."""
+    columns = found._asdict()
+    del columns["generation"]
     if len(stubs):
         n = len(stubs)
         extra: dict[str, int] = {
@@ -147,26 +148,41 @@ def inode_table(found: Inodes, stubs: Int) -> pa.Table:
             "mtime_ns": NO_TIME, "flags": 0, "record_offset": -1,
         }  # fmt: skip
         added = {"inode": stubs, **{name: np.full(n, value) for name, value in extra.items()}}
-        found = Inodes(**{name: np.append(column, added[name]) for name, column in found._asdict().items()})
-    return tables.make("inodes", volume=0, **found._asdict())
+        columns = {name: np.append(column, added[name]) for name, column in columns.items()}
+    return tables.make("inodes", volume=0, **columns)
 
 
 # ---- names -------------------------------------------------------------------------------------------------
 
 
-def names(
-    rows: Columns, name_bytes: list[pa.Array], links: Links, fresh: Int, damage: Damage
-) -> tuple[pa.Table, Int]:
-    """The table `names`, and the inode numbers of directories that stand where a subvolume is not.
+class Entries(NamedTuple):
+    """Names in directories, as columns: `name` counts the rows of an array of names, `place` is the entry's
+    index in its directory, `subvolume` says which lead to the root of another tree, or to an empty directory
+    (a stub) where that tree is not."""
 
-    A log names only what is `fresh`.
-    """
+    parent: Int
+    inode: Int
+    place: Int
+    name: Int
+    subvolume: np.ndarray
+    stub: np.ndarray
+
+
+class Subvolumes(NamedTuple):
+    """Inodes and names of all subvolumes. `logged` are the inodes whose items a log has, `cut` those of them
+    that end at the size they have now."""
+
+    inodes: Inodes
+    entries: Entries
+    name_bytes: list[pa.Array]
+    logged: Int = EMPTY
+    cut: Int = EMPTY
+
+
+def entries(rows: Columns, links: Links, damage: Damage) -> Entries:
+    """Every name of every tree."""
     row, tree = links.spread(rows)
-    keep = (links.parts[tree] == 0) & (rows["ref"][row] == 0)
-    if len(fresh):
-        new = (links.parts[tree] == owners.LOG) & (rows["ref"][row] == 1)
-        keep |= new & np.isin(number(links.tree_id[tree], rows["target"][row]), fresh)
-    keep &= _fits(rows["target"][row], OBJECT_BITS)
+    keep = (links.parts[tree] == 0) & _fits(rows["target"][row], OBJECT_BITS)
     row, tree = row[keep], tree[keep]
     tree_id, objectid, target = links.tree_id[tree], rows["objectid"][row], rows["target"][row]
     child = number(tree_id, target)
@@ -185,13 +201,19 @@ def names(
         number(target[at], root),
         number(tree_id[at], np.full(len(at), ondisk.EMPTY_SUBVOL_DIR, np.int64)),
     )
+    stub = np.zeros(len(row), bool)
+    stub[at] = ~there
+    found = Entries(number(tree_id, objectid), child, rows["index"][row], row, subvolume, stub)
+    return take(found, ~odd) if odd.any() else found
+
+
+def name_table(found: Entries, name_bytes: list[pa.Array]) -> tuple[pa.Table, Int]:
+    """The table `names`, and the inode numbers of directories that stand where a subvolume is not."""
     every = pa.chunked_array(name_bytes, pa.binary()).combine_chunks()
-    if odd.any() or len(row) != len(every):
-        every = every.take(pa.array(row[~odd]))
-    table = tables.make(
-        "names", volume=0, parent=number(tree_id, objectid)[~odd], inode=child[~odd], name=every
-    )
-    return table, np.unique(child[at[~there]])
+    if len(found.name) != len(every) or (np.diff(found.name) != 1).any():
+        every = every.take(pa.array(found.name))
+    table = tables.make("names", volume=0, parent=found.parent, inode=found.inode, name=every)
+    return table, np.unique(found.inode[found.stub])
 
 
 def _mounted(links: Links, parent: Int, child: Int, dirid: Int) -> np.ndarray:
@@ -210,23 +232,16 @@ def _mounted(links: Links, parent: Int, child: Int, dirid: Int) -> np.ndarray:
 # ---- file extents ------------------------------------------------------------------------------------------
 
 
-def regular(rows: Columns, links: Links, fresh: Int) -> FileExtents:
-    """Extents with blocks of their own, a row for every inode of every tree that refers to them.
-
-    What a log holds of inodes that are `fresh` is plain content, of others it is part "log": beside it lies
-    what it is to replace.
-    """
+def regular(rows: Columns, links: Links) -> FileExtents:
+    """Extents with blocks of their own, a row for every inode of every tree that refers to them."""
     row, tree = links.spread(rows)
     column = {name: values[row] for name, values in rows.items()}
     inode, part = number(links.tree_id[tree], column["objectid"]), links.parts[tree]
-    logged = part == owners.LOG
-    if len(fresh):
-        part[np.isin(inode, fresh)] = 0
     compressed = column["compression"] != 0
     base, whole = column["disk_bytenr"], column["disk_num_bytes"]
     unwritten = column["type"] == ondisk.FILE_EXTENT_PREALLOC
     kind = np.where(
-        (part == owners.CACHE) | (part == owners.RELOCATION),
+        (part == owners.CACHE) | (part == owners.RELOCATION) | (part == owners.MOVED),
         tables.METADATA,
         np.where(unwritten, tables.UNWRITTEN, tables.DATA),
     )
@@ -234,7 +249,6 @@ def regular(rows: Columns, links: Links, fresh: Int) -> FileExtents:
         inode=inode, kind=kind, part=part, file_offset=column["file_offset"],
         file_length=column["num_bytes"], start=np.where(compressed, base, base + column["offset"]),
         length=np.where(compressed, whole, column["num_bytes"]), flags=_flags(column), base=base, whole=whole,
-        logged=logged,
     )  # fmt: skip
 
 
@@ -244,23 +258,38 @@ def _flags(column: Columns) -> Int:
     return flags
 
 
-def add_inline(out: tables.ExtentRows, rows: Columns, links: Links, known: Inodes, fresh: Int) -> None:
-    """Rows of content and link targets that lie in tree blocks."""
+class Inline(NamedTuple):
+    """Content that lies in tree blocks, as columns; `file_length` is what it holds, uncompressed."""
+
+    inode: Int
+    file_offset: Int
+    file_length: Int
+    start: Int
+    length: Int
+    flags: Int
+
+
+def inline(rows: Columns, links: Links) -> Inline:
+    """What of every inode of every tree lies in tree blocks."""
     row, tree = links.spread(rows)
-    inode = number(links.tree_id[tree], rows["objectid"][row])
     keep = links.parts[tree] == 0
-    if len(fresh):
-        keep |= (links.parts[tree] == owners.LOG) & np.isin(inode, fresh)
-    inode, row = inode[keep], row[keep]
+    row, tree = row[keep], tree[keep]
     column = {name: values[row] for name, values in rows.items()}
-    at = positions(known.inode, inode)
+    held = np.where(column["compression"] == 0, column["length"], np.maximum(column["ram_bytes"], 0))
+    shared = np.where(links.forest.count[column["leaf"]] > 1, tables.SHARED, 0)
+    return Inline(
+        number(links.tree_id[tree], column["objectid"]), np.maximum(column["file_offset"], 0), held,
+        column["start"], column["length"], _flags(column) | shared | tables.INLINE,
+    )  # fmt: skip
+
+
+def add_inline(out: tables.ExtentRows, found: Inline, known: Inodes) -> None:
+    """Rows of content and link targets that lie in tree blocks."""
+    at = positions(known.inode, found.inode)
     symlink: np.ndarray = (
         (at >= 0) & (known.type[np.maximum(at, 0)] == tables.T_SYMLINK) if len(known.inode) else at >= 0
     )
-    shared = np.where(links.forest.count[column["leaf"]] > 1, tables.SHARED, 0)
-    length = np.where(column["compression"] == 0, column["length"], np.maximum(column["ram_bytes"], 0))
     out.add(
-        np.where(symlink, tables.SYMLINK, tables.DATA), column["start"], column["length"], inode=inode,
-        file_offset=np.maximum(column["file_offset"], 0), file_length=length,
-        flags=_flags(column) | shared | tables.INLINE,
+        np.where(symlink, tables.SYMLINK, tables.DATA), found.start, found.length, inode=found.inode,
+        file_offset=found.file_offset, file_length=found.file_length, flags=found.flags,
     )  # fmt: skip

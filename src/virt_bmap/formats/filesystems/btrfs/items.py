@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import Int, gather
+from virt_bmap.core.arrays import EMPTY, Int, gather
 from virt_bmap.core.stored import ROW, afford
 from virt_bmap.formats.filesystems.btrfs import ondisk
 from virt_bmap.formats.filesystems.btrfs.tree import DROP_KEY, Items, Leaves, TreeRoots
@@ -37,15 +37,12 @@ class Tables:
     free_space: list[Columns] = field(default_factory=list)
     accounts: list[Columns] = field(default_factory=list)
 
-    def add(self, leaves: Leaves, sectorsize: int, refs: bool) -> None:
-        """The items of one batch of leaves.
-
-        `refs`: names are read from INODE_REFs, too; a log has them only there.
-        """
+    def add(self, leaves: Leaves, sectorsize: int) -> None:
+        """The items of one batch of leaves."""
         self.inodes.append(_inodes(leaves))
-        for names, name_bytes in (_names(leaves), *([_inode_refs(leaves)] if refs else [])):
-            self.names.append(names)
-            self.name_bytes.append(name_bytes)
+        names, name_bytes = _names(leaves)
+        self.names.append(names)
+        self.name_bytes.append(name_bytes)
         regular, inline = _file_extents(leaves)
         self.regular.append(regular)
         self.inline.append(inline)
@@ -53,6 +50,34 @@ class Tables:
         self.groups.append(_groups(leaves))
         self.accounts.append(_accounts(leaves))
         self.free_space += [_free_space_extents(leaves), _free_space_bitmaps(leaves, sectorsize)]
+
+
+@dataclass
+class LogTables:
+    """The same of the leaves of log trees, of what is replayed from them."""
+
+    inodes: list[Columns] = field(default_factory=list)
+    names: list[Columns] = field(default_factory=list)
+    name_bytes: list[pa.Array] = field(default_factory=list)
+    refs: list[Columns] = field(default_factory=list)
+    ref_bytes: list[pa.Array] = field(default_factory=list)
+    ranges: list[Columns] = field(default_factory=list)
+    regular: list[Columns] = field(default_factory=list)
+    inline: list[Columns] = field(default_factory=list)
+
+    def add(self, leaves: Leaves) -> None:
+        """The items of one batch of leaves."""
+        self.inodes.append(_inodes(leaves))
+        names, name_bytes = _names(leaves)
+        self.names.append(names)
+        self.name_bytes.append(name_bytes)
+        refs, ref_bytes = _inode_refs(leaves)
+        self.refs.append(refs)
+        self.ref_bytes.append(ref_bytes)
+        self.ranges.append(_dir_ranges(leaves))
+        regular, inline = _file_extents(leaves, holes=True)
+        self.regular.append(regular)
+        self.inline.append(inline)
 
 
 def join(parts: list[Columns]) -> Columns:
@@ -73,7 +98,9 @@ def _inodes(leaves: Leaves) -> Columns:
     items = leaves.of(ondisk.INODE_ITEM_KEY, ondisk.INODE_ITEM.itemsize)
     records = items.records(ondisk.INODE_ITEM)
     columns = _columns(
-        items, records, {name: name for name in ("size", "nlink", "uid", "gid", "mode", "flags")}
+        items,
+        records,
+        {name: name for name in ("generation", "size", "nlink", "uid", "gid", "mode", "flags")},
     )
     seconds = records["mtime.sec"].astype(np.int64)
     known = (seconds > -MAX_SECONDS) & (seconds < MAX_SECONDS)
@@ -98,28 +125,49 @@ def _names(leaves: Leaves) -> tuple[Columns, pa.Array]:
         )
         items, records, length = items.select(whole), records[whole], length[whole]
     columns = _columns(items, records, {"target": "location.objectid", "target_type": "location.type"})
-    columns |= {"objectid": items.objectid, "ref": np.zeros(len(items), np.int64)}
+    columns |= {"objectid": items.objectid, "index": items.offset}
     return columns, binary(items.data, items.start + ondisk.DIR_ITEM.itemsize, length)
 
 
 def _inode_refs(leaves: Leaves) -> tuple[Columns, pa.Array]:
-    """The same of INODE_REF items, `ref` 1: each the first name (of one, but for hard links in one directory)
-    of its inode in a directory."""
-    items = leaves.of(ondisk.INODE_REF_KEY, ondisk.INODE_REF.itemsize)
-    length = items.records(ondisk.INODE_REF)["name_len"].astype(np.int64)
-    whole = (
-        (length > 0) & (ondisk.INODE_REF.itemsize + length <= items.size) & (items.objectid != items.offset)
-    )  # the root is its own parent
-    items, length = items.select(whole), length[whole]
-    kind = np.full(len(items), ondisk.INODE_ITEM_KEY, np.int64)
-    columns = {
-        "target": items.objectid,
-        "target_type": kind,
-        "objectid": items.offset,
-        "leaf": items.leaf,
-        "ref": np.ones_like(kind),
-    }
-    return columns, binary(items.data, items.start + ondisk.INODE_REF.itemsize, length)
+    """The names that inodes say they have: (`objectid`, the directory; `target`, the inode; `index`), from
+    INODE_REF and INODE_EXTREF items, which hold one or more each. The n-th names of all items are one step.
+    """
+    parts, starts, lengths = [], [EMPTY], [EMPTY]
+    for key, record in (
+        (ondisk.INODE_REF_KEY, ondisk.INODE_REF),
+        (ondisk.INODE_EXTREF_KEY, ondisk.INODE_EXTREF),
+    ):
+        items = leaves.of(key, record.itemsize)
+        at = items.start
+        end = items.start + items.size
+        while len(items):
+            fields = ondisk.records_at(items.data, at, record)
+            length = fields["name_len"].astype(np.int64)
+            whole = (length > 0) & (at + record.itemsize + length <= end)
+            leaves.damage.add(
+                "directory", "names of inodes are longer than their item", items.logical[~whole]
+            )
+            parent = items.offset if key == ondisk.INODE_REF_KEY else fields["parent"].astype(np.int64)
+            columns = {"target": items.objectid, "objectid": parent, "leaf": items.leaf}
+            columns["index"] = fields["index"].astype(np.int64)
+            parts.append({name: values[whole] for name, values in columns.items()})
+            starts.append((at + record.itemsize)[whole])
+            lengths.append(length[whole])
+            at = at + record.itemsize + length
+            more = whole & (at + record.itemsize <= end)
+            items, at, end = items.select(more), at[more], end[more]
+    none = dict.fromkeys(("target", "objectid", "leaf", "index"), EMPTY)
+    return join(parts) or none, binary(leaves.data, np.concatenate(starts), np.concatenate(lengths))
+
+
+def _dir_ranges(leaves: Leaves) -> Columns:
+    """Of which indexes of a directory a log has every entry that there is: [`start`, `end`], both
+    included."""
+    items = leaves.of(ondisk.DIR_LOG_INDEX_KEY, ondisk.DIR_LOG_ITEM.itemsize)
+    end = items.records(ondisk.DIR_LOG_ITEM)["end"].astype(np.int64)
+    end = np.where(end < 0, np.iinfo(np.int64).max, end)
+    return {"leaf": items.leaf, "objectid": items.objectid, "start": items.offset, "end": end}
 
 
 def binary(data: np.ndarray, starts: Int, lengths: Int) -> pa.Array:
@@ -134,8 +182,8 @@ def binary(data: np.ndarray, starts: Int, lengths: Int) -> pa.Array:
 # ---- where files lie ---------------------------------------------------------------------------------------
 
 
-def _file_extents(leaves: Leaves) -> tuple[Columns, Columns]:
-    """Extents in blocks of their own, and extents inside their item."""
+def _file_extents(leaves: Leaves, holes: bool = False) -> tuple[Columns, Columns]:
+    """Extents in blocks of their own, with or without holes, and extents inside their item."""
     items = leaves.of(ondisk.EXTENT_DATA_KEY, ondisk.FILE_EXTENT_HEAD.itemsize)
     kind = items.records(ondisk.FILE_EXTENT_HEAD)["type"]
     inline = kind == ondisk.FILE_EXTENT_INLINE
@@ -145,11 +193,11 @@ def _file_extents(leaves: Leaves) -> tuple[Columns, Columns]:
         "file extent [item has|items have] an unknown type, or [is|are] too short",
         items.logical[~inline & ~regular],
     )
-    return _regular(items.select(regular)), _inline(items.select(inline))
+    return _regular(items.select(regular), holes), _inline(items.select(inline))
 
 
-def _regular(items: Items) -> Columns:
-    """Rows with the fields of btrfs_file_extent_item; holes (disk_bytenr 0) give none."""
+def _regular(items: Items, holes: bool) -> Columns:
+    """Rows with the fields of btrfs_file_extent_item; holes (disk_bytenr 0) only where they are asked for."""
     records = items.records(ondisk.FILE_EXTENT)
     fields = {
         name: name
@@ -165,7 +213,7 @@ def _regular(items: Items) -> Columns:
     }
     columns = _columns(items, records, fields) | {"objectid": items.objectid, "file_offset": items.offset}
     data = columns["disk_bytenr"] != 0
-    return columns if data.all() else {name: values[data] for name, values in columns.items()}
+    return columns if holes or data.all() else {name: values[data] for name, values in columns.items()}
 
 
 def _inline(items: Items) -> Columns:

@@ -187,7 +187,8 @@ KEY_PTR = struct(KEY_PTR_SIZE, [
 """Numbers of 64 bits are read as signed: from 2^63 on they are special ids (the kernel writes -9ULL) or
 damage, and then negative."""
 
-INODE_ITEM_KEY, INODE_REF_KEY, DIR_INDEX_KEY, EXTENT_DATA_KEY = 1, 12, 96, 108
+INODE_ITEM_KEY, INODE_REF_KEY, INODE_EXTREF_KEY, DIR_LOG_INDEX_KEY = 1, 12, 13, 72
+DIR_INDEX_KEY, EXTENT_DATA_KEY = 96, 108
 ROOT_ITEM_KEY = 132
 ROOT_REF_KEY = 156
 EXTENT_ITEM_KEY = 168
@@ -214,14 +215,17 @@ TREE_NAMES = {
 }  # fmt: skip
 
 INODE_ITEM = struct(160, [
-    (16, "size", "<i8"), (40, "nlink", "<u4"), (44, "uid", "<u4"), (48, "gid", "<u4"), (52, "mode", "<u4"),
-    (64, "flags", "<u8"), (136, "mtime.sec", "<i8"), (144, "mtime.nsec", "<u4"),
+    (0, "generation", "<i8"), (16, "size", "<i8"), (40, "nlink", "<u4"), (44, "uid", "<u4"),
+    (48, "gid", "<u4"), (52, "mode", "<u4"), (64, "flags", "<u8"), (136, "mtime.sec", "<i8"),
+    (144, "mtime.nsec", "<u4"),
 ])  # fmt: skip
 INODE_IMMUTABLE, INODE_COMPRESS, INODE_RO_VERITY = 1 << 6, 1 << 11, 1 << 32
 DIR_ITEM = struct(30, [
     (0, "location.objectid", "<i8"), (8, "location.type", "u1"), (27, "name_len", "<u2"),
 ])  # fmt: skip
-INODE_REF = struct(10, [(8, "name_len", "<u2")])
+INODE_REF = struct(10, [(0, "index", "<i8"), (8, "name_len", "<u2")])
+INODE_EXTREF = struct(18, [(0, "parent", "<i8"), (8, "index", "<i8"), (16, "name_len", "<u2")])
+DIR_LOG_ITEM = struct(8, [(0, "end", "<i8")])
 FILE_EXTENT_INLINE, FILE_EXTENT_PREALLOC = 0, 2
 FILE_EXTENT_HEAD = struct(
     21, [(8, "ram_bytes", "<i8"), (16, "compression", "u1"), (17, "encryption", "u1"), (20, "type", "u1")]

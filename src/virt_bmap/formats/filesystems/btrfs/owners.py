@@ -50,18 +50,17 @@ class FileExtents(NamedTuple):
     flags: Int
     base: Int
     whole: Int
-    logged: np.ndarray
-    """Which of them a log holds: they need not have an extent item yet."""
 
     def select(self, keep: np.ndarray) -> "FileExtents":
         """Those for which the boolean or index array asks."""
         return take(self, keep)
 
 
-PARTS = (None, "free space cache", "data relocation", "log")
-"""What file extents are that belong to no file of a subvolume; "log": written by fsync after the last
-commit."""
-CACHE, RELOCATION, LOG = 1, 2, 3
+PARTS = (None, "free space cache", "data relocation", "data relocation", "log")
+"""What file extents are that belong to no file of a subvolume. "data relocation": where data that is moved
+goes, or where it came from, as long as only the tree of a relocation refers to it. "log": written by fsync
+after the last commit, and not replayed."""
+CACHE, RELOCATION, MOVED, LOG = 1, 2, 3, 4
 
 
 class Allocated(NamedTuple):
@@ -77,6 +76,12 @@ class Allocated(NamedTuple):
             return np.full(len(starts), -1, np.int64)
         at = np.minimum(np.searchsorted(self.start, starts), len(self.start) - 1)
         return np.where(self.start[at] == starts, at, -1)
+
+    def ranges(self, starts: Int) -> tuple[Int, Int]:
+        """(starts, ends) of the extents that begin at these addresses, as far as there are any."""
+        at = self.find(starts)
+        at = at[at >= 0]
+        return self.start[at], self.start[at] + self.length[at]
 
 
 def allocated(items: Columns, nodesize: int, pool: Pool, damage: Damage) -> Allocated:
@@ -173,7 +178,7 @@ def share(extents: FileExtents) -> FileExtents:
     return FileExtents(
         pieces.inode, pieces.kind, pieces.part, pieces.file_offset + (begin - pieces.start),
         np.where(compressed[row], pieces.file_length, stop - begin), begin, stop - begin,
-        pieces.flags | np.where(several, tables.SHARED, 0), pieces.base, pieces.whole, pieces.logged,
+        pieces.flags | np.where(several, tables.SHARED, 0), pieces.base, pieces.whole,
     )  # fmt: skip
 
 
@@ -198,15 +203,22 @@ def add_files(out: ExtentRows, extents: FileExtents) -> None:
         )  # fmt: skip
 
 
-def add_bookends(out: ExtentRows, extents: FileExtents, used: Allocated) -> None:
+def only_moved(extents: FileExtents) -> FileExtents:
+    """Without what the tree of a relocation refers to and others as well: it is a copy of a subvolume's tree,
+    in all but name, until the two are merged block by block."""
+    moved = extents.part == MOVED
+    if not moved.any():
+        return extents
+    return extents.select(~moved | ~np.isin(extents.base, extents.base[~moved]))
+
+
+def add_bookends(out: ExtentRows, extents: FileExtents, held: int) -> None:
     """What of an allocated extent no file refers to any more since it was overwritten: it stays used as long
-    as any part of it is.
+    as any part of it is. `held`: bytes of all extents of data.
 
     Part "bookend", with the inode of one of the files that keep it.
     """
-    if len(extents.start) == 0 or total(extents.start, extents.start + extents.length) == int(
-        used.length[used.data != 0].sum()
-    ):
+    if len(extents.start) == 0 or total(extents.start, extents.start + extents.length) == held:
         return
     keeper, first = np.unique(extents.base, return_index=True)
     whole = extents.whole[first]
@@ -222,9 +234,16 @@ def add_bookends(out: ExtentRows, extents: FileExtents, used: Allocated) -> None
 
 
 def add_space(
-    out: ExtentRows, pool: Pool, used: Allocated, logged: tuple[Int, Int], groups: Columns, damage: Damage
+    out: ExtentRows,
+    pool: Pool,
+    used: Allocated,
+    freed: tuple[Int, Int],
+    logged: tuple[Int, Int],
+    groups: Columns,
+    damage: Damage,
 ) -> tuple[Int, Int]:
-    """Rows of what is free, reserved for superblocks, or in no chunk.
+    """Rows of what is free, reserved for superblocks, or in no chunk; a log has `freed` and taken (`logged`)
+    what extent items do not know of.
 
     Returns what of the chunks has no extent item.
     """
@@ -235,7 +254,8 @@ def add_space(
     reserved = subtract(pool.reserved.starts, pool.reserved.ends, used.start, used.start + used.length)
     out.add(tables.METADATA, reserved[0], reserved[1] - reserved[0], part="superblock")
     free = subtract(chunks.starts, chunks.ends, used.start, used.start + used.length)
-    left = subtract(*free, np.append(reserved[0], logged[0]), np.append(reserved[1], logged[1]))
+    left = np.append(free[0], freed[0]), np.append(free[1], freed[1])
+    left = subtract(*left, np.append(reserved[0], logged[0]), np.append(reserved[1], logged[1]))
     left = intersect(*left, chunks.starts[trusted], chunks.ends[trusted])
     out.add(tables.FREE, left[0], left[1] - left[0])
     return free

@@ -1,5 +1,7 @@
 """All trees that a superblock leads to, walked together."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from virt_bmap.core.errors import Corrupt
@@ -8,14 +10,13 @@ from virt_bmap.formats.filesystems.btrfs import inodes as files
 from virt_bmap.formats.filesystems.btrfs import items, ondisk, tree
 from virt_bmap.formats.filesystems.btrfs.pool import Pool
 from virt_bmap.model.damage import Damage
-from virt_bmap.model.problems import NOTE
 
 READ_TREES = {
     ondisk.EXTENT_TREE,
     ondisk.FREE_SPACE_TREE,
     ondisk.BLOCK_GROUP_TREE,
     ondisk.DATA_RELOC_TREE,
-    ondisk.TREE_LOG,
+    ondisk.TREE_RELOC,
 }
 
 
@@ -35,10 +36,36 @@ def read_trees(
     forest = tree.walk(source, roots, damage)
     found = items.Tables()
     for leaves in tree.read_leaves(source, forest, damage):
-        found.add(leaves, source.sectorsize, refs=bool(superblock["log_root"]))
+        found.add(leaves, source.sectorsize)
     if not found.inodes:
         raise Corrupt(f"{source.reader.name}: no leaf of any tree can be read", None, "tree")
     return found, files.Links(roots, forest, refs)
+
+
+class Log(NamedTuple):
+    """The log trees of a filesystem: what fsync wrote after the last commit."""
+
+    found: items.LogTables
+    links: files.Links
+    whole: bool
+
+
+def read_log(source: tree.TreeSource, links: files.Links, damage: Damage) -> Log:
+    """The logs of all subvolumes that there are. A mount refuses those that can't be read whole."""
+    roots, faults = links.roots, Damage()
+    logs = roots.select(roots.id == ondisk.TREE_LOG)
+    alive = roots.id[items.is_subvolume(roots.id) & (roots.refs > 0)]
+    logs = logs._replace(
+        wanted=(logs.offset == 0) | np.isin(logs.offset, alive)
+    )  # 0: the tree of their roots
+    forest, found = tree.walk(source, logs, faults), items.LogTables()
+    for leaves in tree.read_leaves(source, forest, faults):
+        found.add(leaves)
+    whole = not faults.problems()
+    if not whole:
+        words = "its log tree can't be read whole: a mount refuses it, the map shows the last commit"
+        damage.say("not-replayed", words)
+    return Log(found, links._replace(roots=logs, forest=forest), whole)
 
 
 def _roots(
@@ -66,7 +93,6 @@ def _roots(
                 generation + 1,
             )
         )
-        damage.say("not-replayed", "its log tree is to be replayed at the next mount", severity=NOTE)
     known = tree.TreeRoots.join(first)
     known = known._replace(wanted=known.id != ondisk.CHUNK_TREE)
     forest = tree.walk(source, known, Damage())  # what is wrong is noted when all trees are walked

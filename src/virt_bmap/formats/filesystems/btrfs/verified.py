@@ -150,11 +150,14 @@ class VerifiedReader(Reader):
 
     corrects = True
 
-    def __init__(self, base: Reader, source: TreeSource, roots: TreeRoots, forest: Forest) -> None:
+    def __init__(self, base: Reader, source: TreeSource, roots: TreeRoots, forests: list[Forest]) -> None:
         super().__init__(base.size, base.name)
         self._base, self._source, self.near = base, source, base.near
         self.below = [base]
-        self._leaf, self._generation = forest.leaf_address, forest.leaf_generation
+        leaf = np.concatenate([forest.leaf_address for forest in forests])
+        order = np.argsort(leaf, kind="stable")
+        self._leaf = leaf[order]
+        self._generation = np.concatenate([forest.leaf_generation for forest in forests])[order]
         self._checksums = Checksums(source, roots)
         self._checked, self._found = (EMPTY, EMPTY), NOTHING
         """What was looked at last, and what of it is lost."""
