@@ -116,4 +116,4 @@ def test_a_class_has_a_name_of_its_own() -> None:
 )
 def test_a_format_begins_with_a_table_of_contents(path: Path) -> None:
     """What a format is, and the stages of `read` or `assemble`; each stage lies in the module of its role."""
-    assert len(path.read_text().splitlines()) <= 150
+    assert len(path.read_text().splitlines()) <= 120

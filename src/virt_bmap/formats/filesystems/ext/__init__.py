@@ -25,22 +25,9 @@ from virt_bmap.formats.filesystems.ext import names as directories
 from virt_bmap.formats.filesystems.ext import owners as owned
 from virt_bmap.formats.filesystems.ext.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.filesystems.ext.owners import block_map, directory_blocks
-from virt_bmap.formats.filesystems.ext.superblock import (
-    check_size,
-    probe,
-    read_superblock,
-    volume_state,
-)
+from virt_bmap.formats.filesystems.ext.superblock import check_size, probe, read_superblock, volume_state
 from virt_bmap.model import tables
-from virt_bmap.model.contract import (
-    Docs,
-    Filesystem,
-    FilesystemFormat,
-    History,
-    Proof,
-    Structure,
-    Structures,
-)
+from virt_bmap.model.contract import Docs, Filesystem, FilesystemFormat, History, Proof, Structure, Structures
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 

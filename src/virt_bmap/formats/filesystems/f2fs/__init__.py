@@ -21,40 +21,14 @@ from virt_bmap.core.columns import stack
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import foreign
 from virt_bmap.formats.filesystems.f2fs import allocator as checkpoint
-from virt_bmap.formats.filesystems.f2fs import forward, journal
+from virt_bmap.formats.filesystems.f2fs import forward, journal, owners
 from virt_bmap.formats.filesystems.f2fs import inodes as nodes
 from virt_bmap.formats.filesystems.f2fs.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.filesystems.f2fs.forward import newer_nodes, volume_state
-from virt_bmap.formats.filesystems.f2fs.inodes import (
-    BlockRuns,
-    inode_table,
-    types_of,
-    without_links,
-)
+from virt_bmap.formats.filesystems.f2fs.inodes import BlockRuns, inode_table, types_of, without_links
 from virt_bmap.formats.filesystems.f2fs.names import Directories
-from virt_bmap.formats.filesystems.f2fs.ondisk import (
-    BLOCK,
-    MAGIC,
-    SUPERBLOCKS,
-    read_superblock,
-)
-from virt_bmap.formats.filesystems.f2fs.owners import (
-    add_areas,
-    add_content,
-    add_free,
-    add_inline,
-    add_nodes,
-    check_counts,
-)
-from virt_bmap.model.contract import (
-    PROVEN,
-    Docs,
-    Filesystem,
-    FilesystemFormat,
-    Proof,
-    Structure,
-    Structures,
-)
+from virt_bmap.formats.filesystems.f2fs.ondisk import BLOCK, MAGIC, SUPERBLOCKS, read_superblock
+from virt_bmap.model.contract import Docs, Filesystem, FilesystemFormat, Proof, Structure, Structures
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
@@ -90,14 +64,14 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
         tree, lost = forward.add_names(volume, newer, inodes, tree)
         inodes = without_links(inodes, lost)
     else:
-        check_counts(pack, sit.blocks + found.promised, len(inodes.number), damage)
+        owners.check_counts(pack, sit.blocks + found.promised, len(inodes.number), damage)
     types = types_of(volume, inodes)
     rows = ExtentRows()
-    add_areas(rows, volume)
-    add_nodes(rows, inodes, found)
-    add_inline(rows, inodes, types)
-    add_content(rows, volume, inodes, types, runs)
-    add_free(rows, sit.free(volume), old, newer)
+    owners.add_areas(rows, volume)
+    owners.add_nodes(rows, inodes, found)
+    owners.add_inline(rows, inodes, types)
+    owners.add_content(rows, volume, inodes, types, runs)
+    owners.add_free(rows, sit.free(volume), old, newer)
     return Filesystem(
         type=NAME, size=volume.block_count * BLOCK, block_size=BLOCK, root=volume.number("root_ino"),
         state=volume_state(pack, chain, newer, damage), reader=reader,
@@ -119,18 +93,9 @@ def _structures() -> Structures:
 
 
 def _prove(found: Filesystem, damage: Damage) -> list[Proof]:
-    """Names and targets; all checksums are verified whenever a volume is read."""
-    from virt_bmap.formats.common.proving import check_names, check_targets
+    from virt_bmap.formats.filesystems.f2fs.proof import prove
 
-    check_names(found, damage)
-    check_targets(found, damage)
-    features = (found.features or "").split()
-    with_sums = [
-        what
-        for feature, what in (("sb_checksum", "superblock"), ("inode_checksum", "inodes"))
-        if feature in features
-    ]
-    return [Proof("checksums", PROVEN, ", ".join(["checkpoints", *with_sums]))]
+    return prove(found, damage)
 
 
 FORMAT = FilesystemFormat(

@@ -40,14 +40,7 @@ from virt_bmap.formats.filesystems.ntfs.mft import read_mft
 from virt_bmap.formats.filesystems.ntfs.owners import claim
 from virt_bmap.formats.filesystems.ntfs.superblock import is_boot, read_boot, tail
 from virt_bmap.model import tables
-from virt_bmap.model.contract import (
-    Docs,
-    Filesystem,
-    FilesystemFormat,
-    History,
-    Structure,
-    Structures,
-)
+from virt_bmap.model.contract import Docs, Filesystem, FilesystemFormat, History, Structure, Structures
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.volumes.lvm.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.volumes.lvm.group import new_group
 from virt_bmap.formats.volumes.lvm.label import find_label
 from virt_bmap.formats.volumes.lvm.logical import read_group
@@ -25,46 +26,7 @@ from virt_bmap.formats.volumes.lvm.physical import (
     newest_texts,
     physical_volumes,
 )
-from virt_bmap.model.contract import (
-    Assembly,
-    Checks,
-    Docs,
-    Member,
-    Structure,
-    Structures,
-    VolumeFormat,
-)
-
-FEATURES = (
-    "linear and striped volumes, mirrors, unfinished pvmove",
-    "RAID0, 1, 4, 5, 6 and 10 with all layouts, failed and missing images computed from parity",
-    "thin pools, thin volumes, their snapshots and external origins",
-    "snapshots of the old kind",
-    "dm-cache (pool or single volume) and dm-writecache: blocks that are newer than the origin",
-    "integrity",
-    "several physical volumes, also with some missing; several metadata areas, the newest valid text",
-)
-REFUSED = (
-    "VDO",
-    "volumes in the middle of a RAID reshape",
-    "fresh data in the journal of dm-integrity that was not shut down",
-    "LVM1",
-)
-ORACLES = (
-    "lvs and pvs on the same loop devices",
-    "every volume as a kernel reads it in the appliance of libguestfs",
-    "thin_dump",
-    "the pool's own space maps",
-)
-CHECKS = Checks(
-    checksums="label, metadata headers and text; superblocks and blocks of thin and cache metadata",
-    rules=(
-        "label and metadata areas: places, the newest text",
-        "metadata text: segments, sizes, overlaps",
-        "thin metadata: B-tree nodes' flags, counts, order of keys, each block once",
-    ),
-    unchecked=("integrity checksums of volumes, space maps of thin metadata",),
-)
+from virt_bmap.model.contract import Assembly, Docs, Member, Structure, Structures, VolumeFormat
 
 
 def probe(reader: Reader) -> bool:
