@@ -20,7 +20,7 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.ext import allocator as groups
-from virt_bmap.formats.filesystems.ext import inline, inodes, journal
+from virt_bmap.formats.filesystems.ext import inline, inodes, journal, orphans
 from virt_bmap.formats.filesystems.ext import names as directories
 from virt_bmap.formats.filesystems.ext import owners as owned
 from virt_bmap.formats.filesystems.ext.docs import CHECKS, FEATURES, ORACLES, REFUSED
@@ -50,11 +50,14 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     nodes, bodies = inodes.read_inodes(reader, superblock, found, used, damage)
     types = inodes.types_of(superblock, nodes)
     runs, trees = block_map(reader, superblock, nodes, types, damage)
+    content = (runs.start, runs.start + runs.count) if superblock.cluster > 1 else (EMPTY, EMPTY)
+    if superblock.number("s_last_orphan") or superblock.has("orphan_present"):
+        runs, cut = orphans.separate(reader, superblock, nodes, types, runs, damage)
+        owned.add_cut(rows, superblock, nodes, cut)
     owned.add_content(rows, superblock, nodes, types, runs)
     attributes = owned.add_trees_and_attributes(rows, superblock, nodes, trees, damage)
     inline.add_symlinks(rows, superblock, nodes, types)
     parents, holding = directory_blocks(superblock, nodes, types, runs, damage)
-    content = (runs.start, runs.start + runs.count) if superblock.cluster > 1 else (EMPTY, EMPTY)
     del runs  # what follows finds room where these were
     nodes = nodes._replace(block=np.zeros((0, inodes.I_BLOCK_SIZE), np.uint8))
     names = directories.read_names(reader, superblock, parents, holding, damage)

@@ -29,7 +29,11 @@ FEATURES = (
         "backups of the superblock and of descriptors where the primary ones are damaged; checksums of "
         "both verified"
     ),
-    "files deleted while open, times from 1901 to 2262 in nanoseconds",
+    (
+        'files deleted while open; what a file that was being cut has behind its end: part "cut off", which '
+        "the next mount frees"
+    ),
+    "times from 1901 to 2262 in nanoseconds",
 )
 
 

@@ -78,6 +78,12 @@ def add_content(
              inode=nodes.number[runs.owner], file_offset=runs.logical * size, flags=flags)  # fmt: skip
 
 
+def add_cut(rows: ExtentRows, superblock: Superblock, nodes: Inodes, cut: Runs) -> None:
+    """Rows for what lies behind the end of files that were being cut: the next mount frees it."""
+    size = superblock.block_size
+    rows.add(tables.DATA, cut.start * size, cut.count * size, part="cut off", inode=nodes.number[cut.owner])
+
+
 def _verity(superblock: Superblock, nodes: Inodes, runs: Runs) -> tuple[Runs, Runs]:
     """Cut the runs of verity files where their Merkle trees begin: (content, trees)."""
     border = -(-nodes.size[runs.owner] // VERITY_ALIGNMENT) * (VERITY_ALIGNMENT // superblock.block_size)
