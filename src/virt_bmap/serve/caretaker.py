@@ -4,7 +4,7 @@ A guest must keep its disk when the watch is killed. Then nobody empties the ser
 any more, which lies in memory, nor removes the folder in the end: this process does,
 until the server has ended with its last client. The end of its standard input tells it
 that the watch is gone. It is the standard library's only, so that it takes little memory;
-and it holds the folder's lock, by which other runs know that the folder is in use.
+and it holds the folder's lock, by which other runs know that the folder is in use, as the server does.
 
     caretaker.py FOLDER LOCK        (LOCK: the number of the descriptor)
 """

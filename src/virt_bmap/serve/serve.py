@@ -132,7 +132,7 @@ def lasting(
     Raises as `serve` does.
     """
     with contextlib.ExitStack() as stack:
-        served = stack.enter_context(serve(source, folder.name, write, lasts=True, address=address))
+        served = stack.enter_context(serve(source, folder.name, write, lock=folder.lock, address=address))
         link = stack.enter_context(contextlib.closing(NbdReader(served.address.uri(export))))
         try:
             yield served
@@ -152,28 +152,29 @@ def serve(
     folder: str,
     write: bool,
     in_order: bool = False,
-    lasts: bool = False,
+    lock: int | None = None,
     address: Address | None = None,
 ) -> Iterator[Served]:
     """Serve a disk until the block ends, at `address`, or at a socket in the folder.
 
-    `in_order`: each connection's requests are served, and logged, one after the other as they come. `lasts`:
-    the server ends with its last client, and not with us.
+    `in_order`: each connection's requests are served, and logged, one after the other as they come. `lock`:
+    the server ends with its last client, and not with us; until then it keeps the folder's lock.
 
     Raises MissingTool, and ImageError with the server's words.
     """
     program = programs.required(
         "nbdkit", f"{source.image}: serving it", "apt-get install nbdkit, or dnf install nbdkit"
     )
+    lasts = lock is not None
     below: list[subprocess.Popen[bytes]] = []
-    claims: list[int] = []
+    handed = [] if lock is None else [lock]
     with contextlib.ExitStack() as stack:
         if write and not magic.is_uri(source.image):  # qemu-nbd locks what it opens by itself
             in_use.refuse(source.image)
             if source.format == RAW:
                 # the server has it, too, and for as long as it lasts
-                claims.append(in_use.claim(source.image))
-                stack.callback(os.close, claims[-1])
+                handed.append(in_use.claim(source.image))
+                stack.callback(os.close, handed[-1])
         if magic.is_uri(source.image):
             plugin = ["nbd", f"uri={source.image}", "shared=true"]
         elif source.format == RAW:
@@ -206,7 +207,7 @@ def serve(
         ]
         # the log's times have no zone
         process = stack.enter_context(
-            _running(command, messages, programs.environment({"TZ": "UTC0", "LC_ALL": "C"}), lasts, claims)
+            _running(command, messages, programs.environment({"TZ": "UTC0", "LC_ALL": "C"}), lasts, handed)
         )
         served = Served(address, log, process, messages, [process, *below])
         _wait_for(f"{folder}/pid", served, source)
