@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import recipes
 from support import need, run
 from virt_bmap.core.arrays import PAIRS, Intervals
 from virt_bmap.core.checksums import crc32c
@@ -19,6 +20,7 @@ from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.core.reader import BytesReader
 from virt_bmap.core.stored import CLAIM_FREE, afford, stored_bytes
 from virt_bmap.open.raw import RawReader
+from virt_bmap.survey.maps import load
 
 MEMORY, SECONDS = 1 << 30, 10
 
@@ -108,6 +110,28 @@ def iso(folder: Path) -> Path:
     return grown(path, 1 << 43)
 
 
+def raid0(folder: Path) -> list[Path]:
+    """Three members of an array of 1.5 EiB, each a superblock in a hole."""
+    need("mke2fs", "e2fsprogs")
+    disks = recipes.make("md-raid5", folder).disks
+    for path in disks:
+        with open(path, "r+b") as file:
+            file.seek(4096)
+            head = bytearray(file.read(256 + 2 * len(disks)))
+            assert head[:4] == b"\xfc\x4e\x2b\xa9"
+            struct.pack_into("<i", head, 0x48, 0)
+            struct.pack_into("<QI", head, 0x50, 1 << 43, 1)
+            struct.pack_into("<Q", head, 0x88, 1 << 43)
+            head[0xD8:0xDC] = bytes(4)
+            words = np.frombuffer(bytes(head).ljust(-(-len(head) // 4) * 4, b"\0"), "<u4")
+            total = int(words.astype(np.uint64).sum())
+            struct.pack_into("<I", head, 0xD8, (total & 0xFFFFFFFF) + (total >> 32) & 0xFFFFFFFF)
+            file.seek(4096)
+            file.write(head)
+        grown(path, 1 << 43)
+    return disks
+
+
 BOMBS: dict[str, Callable[[Path], Path]] = {
     "ext4: 2^30 groups": lambda folder: ext4(folder, 1 << 33, 8, 8, 1 << 43),
     "ext4: 2^24 groups": lambda folder: ext4(folder, 1 << 32, 256, 8, 1 << 42),
@@ -121,6 +145,17 @@ BOMBS: dict[str, Callable[[Path], Path]] = {
 def test_holes_cost_nothing(name: str, tmp_path: Path) -> None:
     path = BOMBS[name](tmp_path)
     memory, seconds, said = cost("map", "-q", "--format", "raw", "-o", "/dev/null", path)
+    assert memory < MEMORY, said
+    assert seconds < SECONDS, said
+
+
+def test_an_array_of_holes_costs_nothing(tmp_path: Path) -> None:
+    """What no kernel is asked for: members as large as a file may be, of an array that is larger still."""
+    out = tmp_path / "map.parquet"
+    memory, seconds, said = cost("map", "-o", out, *raid0(tmp_path))
+    (array,) = [row for row in load(str(out)).volumes.to_pylist() if row["name"] == "/dev/md127"]
+    assert array["size"] == 3 << 52
+    assert "checksum" not in said
     assert memory < MEMORY, said
     assert seconds < SECONDS, said
 

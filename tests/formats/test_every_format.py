@@ -241,6 +241,33 @@ def test_hostile_names_are_harmless(specimen: Specimen) -> None:
         image.restore()
 
 
+def test_hostile_labels_are_harmless(specimen: Specimen) -> None:
+    """The same with what volumes are called: labels, names of partitions, groups, arrays."""
+    volumes = specimen.bmap.volumes
+    words = {word for word in volumes.column("label").to_pylist() if word and len(word) > 2}
+    words |= {
+        word for name in volumes.column("name").to_pylist() for word in name.split("/")[2:-1] if word
+    } - {"mapper"}
+    if not words or specimen.image.host:  # of an image, the guest's disk is not what is damaged
+        return
+    image = specimen.image
+    try:
+        overwrite(image, [pair for word in words for pair in coded(word, HOSTILE[1])])
+        image.sealer.seal()
+        with image.opened() as (bmap, readers):
+            assert_sound(bmap, check(bmap))
+            called = [*bmap.volumes.column("label").to_pylist(), *bmap.volumes.column("name").to_pylist()]
+            assert any(MARK in word for word in called if word)
+            lines = io.BytesIO()
+            text_map.save(bmap, lines)
+            use = consumers.Use(random.Random(specimen.name), image, bmap, readers)
+            printed = (consumers.command(name, *use.words()).encode() for name in ("info", "check"))
+            for said in (lines.getvalue(), *printed):
+                assert not CONTROL.search(said)
+    finally:
+        image.restore()
+
+
 def rename(specimen: Specimen) -> None:
     """Overwrite some names, the long and the first, wherever they stand in metadata and however they are
     coded there."""
@@ -248,11 +275,16 @@ def rename(specimen: Specimen) -> None:
     plain = sorted(name.decode() for name in names if re.fullmatch(rb"[\w .-]{5,}", name))
     chosen = list(dict.fromkeys([*sorted(plain, key=len)[-15:], *plain[:15]]))
     pairs = [pair for n, name in enumerate(chosen) for pair in coded(name, HOSTILE[n % len(HOSTILE)])]
-    for disk, low, high in chain.from_iterable(specimen.image.classes):
-        data = specimen.image.disks[disk].read(low, min(high - low, 1 << 20))
+    overwrite(specimen.image, pairs)
+
+
+def overwrite(image: Image, pairs: list[tuple[bytes, bytes]]) -> None:
+    """Put the second of each pair where the first stands in metadata."""
+    for disk, low, high in chain.from_iterable(image.classes):
+        data = image.disks[disk].read(low, min(high - low, 1 << 20))
         for old, new in pairs:
             for found in re.finditer(re.escape(old), data):
-                specimen.image.disks[disk].write(low + found.start(), new)
+                image.disks[disk].write(low + found.start(), new)
 
 
 def coded(name: str, hostile: str) -> Iterator[tuple[bytes, bytes]]:
