@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_watch_serving import folder_of, gone
+from test_watch_serving import folder_of, gone, seen
 
 from boot_sector import boot_sector
 from support import need, run
@@ -69,7 +69,7 @@ def test_a_file_for_those_that_take_no_uri(image: Path, tmp_path: Path) -> None:
     assert named(done) >= {"read f /dev/sda /boot/kernel", "write f /dev/sda /boot/kernel"}
     assert image.read_bytes() == before
     path = Path((tmp_path / "file").read_text().strip())
-    assert gone(str(path.parent.parent))
+    assert gone(seen(str(path.parent.parent)))
 
 
 def test_a_file_that_is_still_open_stays(image: Path, tmp_path: Path) -> None:
@@ -89,12 +89,12 @@ def test_a_killed_watch_leaves_the_file_until_nobody_uses_it(image: Path, tmp_pa
     command = [BMAP, "watch", "-q", image, "--", "sh", "-c", f"exec 5<$file; {later}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     wait_for(tmp_path / "open")
-    folder = folder_of(process)
+    known = seen(folder_of(process))
     process.send_signal(signal.SIGKILL)
     process.wait()
     wait_for(tmp_path / "done")
     assert (tmp_path / "read").read_bytes() == image.read_bytes()[at : at + 1024]
-    assert gone(folder)
+    assert gone(known)
 
 
 def wait_for(path: Path) -> None:
