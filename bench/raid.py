@@ -20,7 +20,8 @@ from fair import seconds
 
 from virt_bmap.core.arrays import Int, ints, union
 from virt_bmap.core.mapping import DATA
-from virt_bmap.survey.maps import open_volumes
+from virt_bmap.open.disks import Disks
+from virt_bmap.survey.maps import opened
 
 TIB, MIB = 1 << 40, 1 << 20
 DISKS = 4
@@ -73,7 +74,7 @@ def plain(disks: list[Path]) -> Path:
     made = disks[0].parent / "plain"
     if not made.exists():
         with (
-            open_volumes([str(disk) for disk in disks], "raw") as (bmap, readers),
+            opened(Disks([str(disk) for disk in disks], format="raw")) as (bmap, readers),
             made.with_suffix(".part").open("wb") as file,
         ):
             volume = bmap.volume_named("/dev/md127")

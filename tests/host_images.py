@@ -189,7 +189,9 @@ def raw_content(image: Path, format: str, target: Path) -> bytes:
 
 def proven(*images: str | os.PathLike[str], references: bool = True, format: str | None = None) -> BlockMap:
     """The map on the host's files; check must find nothing."""
-    bmap = map_disks([os.fspath(image) for image in images], format, references, host_offsets=True)
+    bmap = map_disks(
+        [os.fspath(image) for image in images], format=format, references=references, host_offsets=True
+    )
     for name in BlockMap.TABLES:
         tables.check(name, getattr(bmap, name))
     assert_proven(bmap)

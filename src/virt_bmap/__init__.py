@@ -7,6 +7,11 @@
     virt_bmap.describe(bmap, 1, owners).to_pandas()     # with names
     bmap.inodes, bmap.names, bmap.extents               # Arrow tables: pandas, Polars and DuckDB take them
 
+`opened` keeps the disks open, to read what lies on them; `map_disks` is short for the map alone:
+
+    with virt_bmap.opened(virt_bmap.Disks(["disk.qcow2"])) as (bmap, readers):
+        readers[bmap.volume_named("/dev/sda1")].read(0, 4096)
+
 The tables are described in `virt_bmap.model.tables`, the errors in `virt_bmap.core.errors`.
 """
 
@@ -22,18 +27,21 @@ if TYPE_CHECKING:
     from virt_bmap.core.errors import BmapError
     from virt_bmap.model.blockmap import BlockMap
     from virt_bmap.model.listing import describe
-    from virt_bmap.survey.maps import load, map_disks
+    from virt_bmap.open.disks import Disks
+    from virt_bmap.survey.maps import load, map_disks, opened
 
-__all__ = ["BlockMap", "BmapError", "check_map", "describe", "load", "map_disks"]
+__all__ = ["BlockMap", "BmapError", "Disks", "check_map", "describe", "load", "map_disks", "opened"]
 __version__ = "2.0.0.dev0"
 
 _HOME = {
     "BlockMap": ("model.blockmap", "BlockMap"),
     "BmapError": ("core.errors", "BmapError"),
+    "Disks": ("open.disks", "Disks"),
     "check_map": ("ask.check", "check"),
     "describe": ("model.listing", "describe"),
     "load": ("survey.maps", "load"),
     "map_disks": ("survey.maps", "map_disks"),
+    "opened": ("survey.maps", "opened"),
 }
 
 

@@ -31,8 +31,11 @@ from virt_bmap.core.printable import one_line, say
 from virt_bmap.host import children, in_use, notices, programs, protection
 from virt_bmap.host.files import growing
 from virt_bmap.host.ours import is_log
+from virt_bmap.model.contract import RAW
+from virt_bmap.open.disks import Opening
 from virt_bmap.serve import between
-from virt_bmap.serve.source import mapped, saved, source
+from virt_bmap.serve.source import saved, source
+from virt_bmap.survey.maps import map_disks
 from virt_bmap.watch import plugin
 from virt_bmap.watch.lines import LineLog
 from virt_bmap.watch.naming import Naming
@@ -148,7 +151,7 @@ def _main(arguments: Sequence[str]) -> int:
         return 0
     if "file" not in given:
         raise UsageError("file=DISK is missing (see bmaplogger --help)")
-    if given.get("format", "raw") != "raw":
+    if given.get("format", RAW) != RAW:
         raise UsageError("only raw disks can be served here; for other formats use virt-bmap watch")
     for name in ("file", "bmap"):
         protection.reads(given.get(name, ""))
@@ -161,13 +164,14 @@ def _main(arguments: Sequence[str]) -> int:
 
 def _logged(given: dict[str, str], options: Sequence[str]) -> int:
     """Serve the disk and log what is done with it: the exit status."""
-    disk = source(given["file"], given.get("format"))
-    if disk.format != "raw":
+    disk = source(given["file"], Opening(format=given.get("format")))
+    if disk.format != RAW:
         raise UsageError(
             f"{disk.image}: looks like {disk.format}; use virt-bmap "
             "watch for it, or say format=raw if it is a raw disk"
         )
-    resolver = Resolver(saved(given["bmap"], [disk]) if "bmap" in given else mapped([disk]))
+    bmap = saved(given["bmap"], [disk]) if "bmap" in given else map_disks([disk.image], format=disk.format)
+    resolver = Resolver(bmap)
     with contextlib.ExitStack() as stack:
         log = sys.stdout
         if "logfile" in given:

@@ -21,7 +21,7 @@ from test_dump import _raid5, digests
 
 import ntfs_images
 from support import mapped, mounted, need, need_root, run, wait_for_socket
-from virt_bmap.act.sparsify.in_place import opened
+from virt_bmap.act.sparsify.in_place import kept
 from virt_bmap.act.sparsify.plan import plan
 from virt_bmap.cli import run as bmap
 from virt_bmap.core.errors import ImageError, OutputError, UsageError
@@ -466,7 +466,7 @@ def test_qemu_can_not_start_while_an_image_is_changed(ext4: Path, tmp_path: Path
     image = tmp_path / "image"
     shutil.copyfile(ext4, image)
     write = ["qemu-io", "-f", "raw", "-c", "write 0 512", str(image)]
-    with opened(str(image), None, False):
+    with kept(str(image)):
         assert "lock" in subprocess.run(write, capture_output=True, text=True).stderr
     run(*write)
 

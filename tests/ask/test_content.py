@@ -24,6 +24,7 @@ from virt_bmap.ask import content
 from virt_bmap.ask.content import Files
 from virt_bmap.cli import run as bmap
 from virt_bmap.core.errors import BmapError, OutputError, Unsupported, UsageError
+from virt_bmap.open.disks import Disks
 from virt_bmap.survey import maps
 from virt_bmap.survey.survey import survey_open
 
@@ -151,7 +152,7 @@ def test_windows_filesystems(tmp_path: Path) -> None:
     assert {path: row[2:] for path, row in whole.items()} == {path: row[2:] for path, row in before.items()}
     out = tmp_path / "ntfs"
     out.mkdir()
-    with maps.open_volumes([str(volume.image)]) as (bmap_, readers):
+    with maps.opened(Disks([str(volume.image)])) as (bmap_, readers):
         files = Files(bmap_, 0, readers[0])
         for (path, stream), data in volume.streams.items():
             inode = files.find(path.encode())
@@ -290,7 +291,7 @@ def test_cat_says_what_is_wrong(disk: Path, tmp_path: Path) -> None:
 
 def test_batches_however_small_give_the_same(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "BATCH", 1000)
-    with maps.open_volumes([str(disk)]) as (bmap_, readers):
+    with maps.opened(Disks([str(disk)])) as (bmap_, readers):
         files = Files(bmap_, 0, readers[0])
         inodes = [files.find(path) for path in (b"sizes/3145733", b"holes", b"sizes/0", b"sizes/4097")]
         found = [np.zeros(files.length(inode), np.uint8) for inode in inodes]

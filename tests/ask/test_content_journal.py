@@ -10,7 +10,8 @@ import pytest
 import xfs_images
 from support import mounted, need, need_root, run, sync
 from virt_bmap import cli
-from virt_bmap.survey.maps import open_volumes
+from virt_bmap.open.disks import Disks
+from virt_bmap.survey.maps import opened
 
 OLD = b"OLD-CONTENT-"
 MIB = 1 << 20
@@ -79,7 +80,7 @@ def test_paths_lead_through_links_that_only_the_journal_holds(links: tuple[Path,
     image, _ = links
     from virt_bmap.ask.content import Files
 
-    with open_volumes([str(image)]) as (bmap, readers):
+    with opened(Disks([str(image)])) as (bmap, readers):
         files = Files(bmap, 0, readers[0])
         assert files.target(files.find(b"/d/l7", follow=False)) == b"long/" * 100 + b"7"
 

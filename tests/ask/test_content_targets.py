@@ -17,7 +17,8 @@ from virt_bmap.formats import registry as formats
 from virt_bmap.formats.filesystems import udf
 from virt_bmap.formats.filesystems.udf import links
 from virt_bmap.model import tables
-from virt_bmap.survey.maps import open_volumes
+from virt_bmap.open.disks import Disks
+from virt_bmap.survey.maps import opened
 
 TARGETS = {
     "plain": "data", "dots": "./../d/./../../data", "root": "/", "absolute": "/etc/passwd", "up": "..",
@@ -207,7 +208,7 @@ def test_a_link_whose_blocks_are_behind_the_end_has_no_target(tmp_path: Path) ->
     with mounted(image) as where:
         (where / "fill").write_bytes(bytes(range(1, 256)) * 20_000)
         os.symlink("long/" * 100, where / "link")
-    with open_volumes([str(image)]) as (bmap, readers):
+    with opened(Disks([str(image)])) as (bmap, readers):
         files = Files(bmap, 0, readers[0])
         assert files.target(files.find(b"/link", follow=False)) == b"long/" * 100
         rows = [row for row in bmap.extents.to_pylist() if row["kind"] == "symlink"]

@@ -21,6 +21,7 @@ from fat_images import UTF8
 from support import mounted, need, need_root, run
 from virt_bmap.ask import history
 from virt_bmap.model import tables
+from virt_bmap.open.disks import Disks
 from virt_bmap.survey import maps
 
 KINDS = ("fat12", "fat16", "fat32", "ntfs", "exfat", "ext2", "btrfs")
@@ -177,7 +178,7 @@ class Asked:
 
     def __enter__(self) -> "Asked":
         self.stack = contextlib.ExitStack()
-        self.bmap, self.readers = self.stack.enter_context(maps.open_volumes([str(self.image)]))
+        self.bmap, self.readers = self.stack.enter_context(maps.opened(Disks([str(self.image)])))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,18 +16,25 @@ from diff_images import APPENDED, CHANGED, CREATED, DIRECTORIES, FILESYSTEMS, FI
 from support import need, run
 from virt_bmap.accesses.ranges import parse
 from virt_bmap.diff import Answer, Question, diff
+from virt_bmap.open.disks import Disks
 
 SECTOR = 512
+
+
+def overlay(made: Changed) -> Disks:
+    return Disks([str(made.overlay)], references=True)
+
+
 WAYS: dict[str, Callable[[Changed], Question]] = {
-    "images": lambda made: Question(str(made.old), str(made.new)),
-    "image and overlay": lambda made: Question(str(made.old), str(made.overlay), references=True),
-    "overlay": lambda made: Question(None, str(made.overlay), references=True),
-    "overlay, verified": lambda made: Question(None, str(made.overlay), references=True, verify=True),
-    "bitmap": lambda made: Question(str(made.old), str(made.overlay), bitmap="b0", references=True),
-    "bitmap, verified": lambda made: Question(
-        str(made.old), str(made.overlay), bitmap="b0", references=True, verify=True
+    "images": lambda made: Question(str(made.old), Disks([str(made.new)])),
+    "image and overlay": lambda made: Question(str(made.old), overlay(made)),
+    "overlay": lambda made: Question(None, overlay(made)),
+    "overlay, verified": lambda made: Question(None, overlay(made), verify=True),
+    "bitmap": lambda made: Question(str(made.old), overlay(made), bitmap="b0"),
+    "bitmap, verified": lambda made: Question(str(made.old), overlay(made), bitmap="b0", verify=True),
+    "ranges": lambda made: Question(
+        str(made.old), Disks([str(made.new)]), ranges=parse(changed_blocks(made), "list")
     ),
-    "ranges": lambda made: Question(str(made.old), str(made.new), ranges=parse(changed_blocks(made), "list")),
 }
 EXACT = ("images", "overlay, verified", "bitmap, verified")
 
@@ -205,7 +212,7 @@ def test_metadata_that_is_blamed_did_change(made: Changed, answers: dict[str, An
 
 
 def test_a_delta_without_an_older_side_tells_whose_the_bytes_are(made: Changed) -> None:
-    answer = diff(Question(None, str(made.overlay), bitmap="b0", references=True))
+    answer = diff(Question(None, overlay(made), bitmap="b0"))
     found = by_path(answer)
     assert sum(answer.rows.column("bytes").to_pylist()) == answer.size
     assert {path for path in CHANGED if found[path].get("changed")} >= {
@@ -220,12 +227,12 @@ def test_a_delta_without_an_older_side_tells_whose_the_bytes_are(made: Changed) 
 
 
 def test_nothing_changed_is_an_empty_result(made: Changed) -> None:
-    answer = diff(Question(str(made.old), str(made.old)))
+    answer = diff(Question(str(made.old), Disks([str(made.old)])))
     assert (answer.size, answer.rows.num_rows, answer.count) == (0, 0, 0)
 
 
 def test_a_delta_backwards_is_as_large(made: Changed, answers: dict[str, Answer]) -> None:
-    answer = diff(Question(str(made.new), str(made.old)))
+    answer = diff(Question(str(made.new), Disks([str(made.old)])))
     assert answer.size == answers["images"].size == sum(answer.rows.column("bytes").to_pylist())
     found = by_path(answer)
     for path, change in (

@@ -11,6 +11,7 @@ import pytest
 
 from support import need, run
 from virt_bmap.diff import Answer, Question, diff
+from virt_bmap.open.disks import Disks
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 ROOT = 2 << 20
@@ -106,7 +107,7 @@ def files(answer: Answer) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_the_delta_of_two_boots_names_the_log_and_the_journal(folder: Path, verify: bool) -> None:
-    answer = diff(Question(None, str(folder / "top.qcow2"), references=True, verify=verify))
+    answer = diff(Question(None, Disks([str(folder / "top.qcow2")], references=True), verify=verify))
     assert sum(answer.rows.column("bytes").to_pylist()) == answer.size > 0
     found = files(answer)
     assert found["/var/log/messages"] & {"added", "grown"}

@@ -14,7 +14,8 @@ from virt_bmap.core.layers import bottom
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import CLAIM_FREE, CLAIM_STORED, afford, stored_bytes
 from virt_bmap.model.blockmap import BlockMap
-from virt_bmap.survey.maps import open_volumes
+from virt_bmap.open.disks import Disks
+from virt_bmap.survey.maps import opened
 
 MIB = 1 << 20
 PROFILES = {"single": 1, "dup": 1, "raid0": 2, "raid1": 2, "raid1c3": 3, "raid10": 4, "raid5": 3, "raid6": 4}
@@ -51,7 +52,7 @@ def pool_of(bmap: BlockMap, readers: list[Reader]) -> Reader:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_pool_lies_on_its_disks(profile: str, tmp_path: Path) -> None:
     images = made(tmp_path, profile)
-    with open_volumes([str(image) for image in images]) as (bmap, readers):
+    with opened(Disks([str(image) for image in images])) as (bmap, readers):
         pool, disks = pool_of(bmap, readers), [readers[number] for number in bmap.disks]
         assert {reader.name for reader in bottom(pool)} == {str(image) for image in images}
         assert bottom(pool) == set().union(*(bottom(disk) for disk in disks))
@@ -62,7 +63,7 @@ def test_a_pool_lies_on_its_disks(profile: str, tmp_path: Path) -> None:
 
 def test_of_a_pool_with_a_disk_lost_the_others_are_the_bottom(tmp_path: Path) -> None:
     images = made(tmp_path, "raid1c3")[1:]
-    with open_volumes([str(image) for image in images]) as (bmap, readers):
+    with opened(Disks([str(image) for image in images])) as (bmap, readers):
         pool = pool_of(bmap, readers)
         assert {reader.name for reader in bottom(pool)} == {str(image) for image in images}
         assert stored_bytes(pool) == min(pool.size, sum(map(data_of, images)))
@@ -75,7 +76,7 @@ def test_what_a_pool_can_afford_follows_the_files(tmp_path: Path) -> None:
     with loops(images) as devices:
         run("mkfs.btrfs", "-q", "-f", "-d", "raid0", "-m", "raid1", *devices)
     most = CLAIM_FREE + CLAIM_STORED * sum(map(data_of, images))
-    with open_volumes([str(image) for image in images]) as (bmap, readers):
+    with opened(Disks([str(image) for image in images])) as (bmap, readers):
         pool = pool_of(bmap, readers)
         afford(pool, most, "tables")
         with pytest.raises(Corrupt, match="they lie in holes"):

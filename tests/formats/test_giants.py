@@ -27,11 +27,10 @@ from recipes.volumes import LINEAR, write_lvm_text
 from support import need, run
 from virt_bmap.ask.check import PROVEN, check
 from virt_bmap.core.errors import BmapError
-from virt_bmap.core.keys import NO_KEYS
 from virt_bmap.model import tables
+from virt_bmap.open.disks import Disks
 from virt_bmap.open.host import open_host
 from virt_bmap.survey import maps
-from virt_bmap.survey.nested import NOTHING
 from virt_bmap.survey.survey import survey_host
 
 MEMORY, SECONDS = 1 << 30, 10
@@ -191,9 +190,9 @@ def test_tables_in_holes_cost_nothing(name: str, work: Path) -> None:
 
     def mapped() -> str:
         if not path.endswith(".img"):
-            with open_host([path], None, False) as host:
-                return f"{survey_host(host, lambda _: None, NO_KEYS, NOTHING)[0].extents.num_rows} extents"
-        with maps.open_volumes([path], "raw", False, NO_KEYS, None, NOTHING) as (bmap, _):
+            with open_host([path]) as host:
+                return f"{survey_host(host)[0].extents.num_rows} extents"
+        with maps.opened(Disks([path], format="raw")) as (bmap, _):
             check(bmap)
             return f"{bmap.extents.num_rows} extents"
 
@@ -214,7 +213,7 @@ def test_one_extent_is_no_thousand_filesystems(tmp_path: Path) -> None:
     ]
     head, _, _ = text.partition("logical_volumes")
     write_lvm_text(disk, (head + "logical_volumes {\n" + "\n".join(volumes) + "\n} }").encode())
-    with maps.open_volumes([str(disk)], "raw", False, NO_KEYS, None, NOTHING) as (bmap, _):
+    with maps.opened(Disks([str(disk)], format="raw")) as (bmap, _):
         assert bmap.volumes.column("name").to_pylist() == ["/dev/sda", "/dev/my-vg/lv0"]
         assert bmap.problems.column("code").to_pylist().count("two-owners") == 299
 
@@ -244,7 +243,7 @@ def test_an_honest_giant_in_holes_is_proven(name: str, work: Path) -> None:
     fresh.unlink()
 
     def proven() -> str:
-        with maps.open_volumes([str(path)], "raw", False, NO_KEYS, None, NOTHING) as (bmap, _):
+        with maps.opened(Disks([str(path)], format="raw")) as (bmap, _):
             assert bmap.filesystems.column("type").to_pylist() == [name]
             free = tables.codes(bmap.extents, "kind") == tables.FREE
             assert tables.integers(bmap.extents, "length")[free].sum() > (size // 2 if name != "btrfs" else 0)

@@ -23,6 +23,7 @@ from virt_bmap.core.errors import BmapError, ImageError
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.formats.images.layer import split
 from virt_bmap.open import open_image
+from virt_bmap.open.disks import Opening
 from virt_bmap.open.host import open_host
 
 SIZE = 7 << 20
@@ -79,7 +80,7 @@ def test_the_map_is_qemus_and_the_content_too(disk, tmp_path, name):
     format, options, cluster = FORMATS[name]
     image = convert(disk, format, options, tmp_path / f"a.{format}")
     for step in range(2):
-        with open_host([str(image)], format, references=True) as host:
+        with open_host([str(image)], Opening(format=format, references=True)) as host:
             if name in AS_FILE:
                 assert lies_in(qemus(image, format), ours(host))
             elif format != "vhdx":  # QEMU does not tell where a VHDX has its blocks
@@ -114,7 +115,7 @@ def test_a_vmdk_delta_link_is_a_chain(disk, tmp_path):
     top = tmp_path / "top.vmdk"
     run("qemu-img", "create", "-q", "-f", "vmdk", "-b", base, "-F", "vmdk", top)
     random_writes(top, SIZE, 65536, seed=4, count=10, packed=False, format="vmdk")
-    with open_host([str(top)], references=True) as host:
+    with open_host([str(top)], Opening(references=True)) as host:
         assert ours(host) == qemus(top, "vmdk")
         assert content(host) == raw_content(top, "vmdk", tmp_path / "raw")
     assert "hidden by an overlay" in parts(proven(top), 1)
@@ -160,7 +161,7 @@ def test_a_differencing_vhd_shows_its_parents_sectors(disk, tmp_path):
     child.write_bytes(as_child(whole, "parent.vhd", 2 << 20, present))
     mask = np.repeat(present[: SIZE // 512], 512)
     expected = np.where(mask, np.frombuffer(fresh, np.uint8), np.fromfile(disk, np.uint8)).tobytes()
-    with open_host([str(child)], references=True) as host:
+    with open_host([str(child)], Opening(references=True)) as host:
         assert content(host)[:SIZE] == expected
     found = parts(proven(child))
     assert {
@@ -170,7 +171,7 @@ def test_a_differencing_vhd_shows_its_parents_sectors(disk, tmp_path):
         "footer copy",
         "dynamic disk header",
     } <= set(found)
-    reader = open_image(str(child), references=True)
+    reader = open_image(str(child), Opening(references=True))
     assert reader.read(0, SIZE) == expected, "all commands read it, though QEMU does not"
     reader.close()
     with pytest.raises(ImageError, match=r"parent.vhd.*--references"):
@@ -219,7 +220,7 @@ def test_a_differencing_vhdx_shows_its_parents_sectors(disk, tmp_path):
     child.write_bytes(data)
     mask = np.repeat(present, 512)
     expected = np.where(mask, np.frombuffer(fresh, np.uint8), np.fromfile(disk, np.uint8)).tobytes()
-    with open_host([str(child)], references=True) as host:
+    with open_host([str(child)], Opening(references=True)) as host:
         assert content(host) == expected
     assert {"sector bitmap", "sectors not in use", "block allocation table", "metadata region", "log"} <= set(
         parts(proven(child))
@@ -296,7 +297,7 @@ def refused(tmp_path: Path, name: str, data: bytes, words: str, format: str | No
     (tmp_path / name).write_bytes(data)
     with (
         pytest.raises(BmapError, match=words) as found,
-        open_host([str(tmp_path / name)], format, references=True),
+        open_host([str(tmp_path / name)], Opening(format=format, references=True)),
     ):
         pass
     assert "\n" not in str(found.value)
@@ -334,7 +335,7 @@ def test_a_file_used_in_two_formats_is_refused(disk, tmp_path):
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", tmp_path / "top.qcow2")
     with (
         pytest.raises(ImageError, match="used as qcow2 by one image and as raw by another"),
-        open_host([str(base), str(tmp_path / "top.qcow2")], None, True),
+        open_host([str(base), str(tmp_path / "top.qcow2")], Opening(references=True)),
     ):
         pass
 
@@ -359,7 +360,7 @@ def test_a_loop_of_backing_files_ends(tmp_path):
     run("qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", tmp_path / "a.qcow2")
     with (
         pytest.raises(ImageError, match="or loops"),
-        open_host([str(tmp_path / "a.qcow2")], references=True),
+        open_host([str(tmp_path / "a.qcow2")], Opening(references=True)),
     ):
         pass
 
@@ -370,5 +371,5 @@ def test_what_an_image_names_is_not_opened_unasked(disk, tmp_path):
         pass
     raw = tmp_path / "guest.raw"  # what a guest writes into its own raw disk
     raw.write_bytes((tmp_path / "top.qcow2").read_bytes())
-    with open_host([str(raw)], "raw") as host:
+    with open_host([str(raw)], Opening(format="raw")) as host:
         assert host.paths == [str(raw)]

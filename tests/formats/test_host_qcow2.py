@@ -23,6 +23,7 @@ from virt_bmap.ask.check import check
 from virt_bmap.ask.records import owner_records
 from virt_bmap.core.arrays import ints
 from virt_bmap.formats.images.qcow2 import allocator
+from virt_bmap.open.disks import Opening
 from virt_bmap.open.host import open_host
 from virt_bmap.survey.maps import map_disks
 
@@ -70,7 +71,7 @@ def leaks_and_errors(image: Path) -> tuple[int, int]:
 def same_as_qemu(
     image: Path, tmp_path: Path, inflate: bool = True, sparse: bool = False, data: Path | None = None
 ) -> None:
-    with open_host([str(image)], references=True) as host:
+    with open_host([str(image)], Opening(references=True)) as host:
         assert ours(host, sparse=sparse) == qemus(image, data=data)
         if inflate:
             assert content(host) == raw_content(image, "qcow2", tmp_path / "raw")
@@ -119,7 +120,7 @@ def test_a_chain_is_one_map_over_all_its_files(tmp_path, options):
     same_as_qemu(top, tmp_path)
     bmap = proven(top)
     assert bmap.volumes.column("name").to_pylist() == [str(top), str(middle), str(base), "/dev/sda"]
-    with open_host([str(top)], references=True) as host:
+    with open_host([str(top)], Opening(references=True)) as host:
         rows = host.disks[0].rows
         for number in (1, 2):
             shown = sum(int(n) for n in rows.parent_run[rows.parent == number])

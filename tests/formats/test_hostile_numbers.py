@@ -217,7 +217,7 @@ def test_a_fault_among_volumes_leaves_the_others(tmp_path: Path, monkeypatch: py
     with open(image, "r+b") as file:
         file.seek((5 << 20) + 512)
         file.write(label)
-    before = map_disks([str(image)], "raw")
+    before = map_disks([str(image)], format="raw")
     monkeypatch.delenv("VIRT_BMAP_STRICT")
 
     def fails(_: object) -> object:
@@ -228,7 +228,7 @@ def test_a_fault_among_volumes_leaves_the_others(tmp_path: Path, monkeypatch: py
         "FORMAT",
         lvm.FORMAT._replace(assemble=fails, probe=lambda reader: reader.read_clipped(512, 8) == b"LABELONE"),
     )
-    bmap = sound(map_disks([str(image)], "raw"))
+    bmap = sound(map_disks([str(image)], format="raw"))
     assert "unexpected" in bmap.problems.column("code").to_pylist()
     assert bmap.inodes.num_rows == before.inodes.num_rows > 100
     assert bmap.volumes.column("name").to_pylist() == ["/dev/sda", "/dev/sda1", "/dev/sda2", "/dev/sda3"]
@@ -242,7 +242,7 @@ def test_the_program_ends_with_one_line(tmp_path: Path) -> None:
     script = (
         "import sys; from virt_bmap import cli; from virt_bmap.survey import maps\n"
         "def fails(*_, **__): raise KeyError('what\\x1b')\n"
-        "maps.map_disks = fails\nsys.argv[1:] = ['info', 'x']\ncli.main()"
+        "maps.mapped = fails\nsys.argv[1:] = ['info', 'x']\ncli.main()"
     )
     for strict in ("", "1"):
         done = subprocess.run(
@@ -277,12 +277,12 @@ def test_a_volume_that_lost_its_only_file(tmp_path: Path, capsys: pytest.Capture
     """A UDF volume whose root can't be read has no inode left."""
     old = made("udf-512", tmp_path)
     run("cp", old, new := tmp_path / "new.img")
-    bmap = map_disks([str(old)], "raw")
+    bmap = map_disks([str(old)], format="raw")
     at = tables.integers(bmap.inodes, "record_offset")[0]
     with open(new, "r+b") as file:
         file.seek(int(at))
         file.write(bytes(512))
-    assert map_disks([str(new)], "raw").inodes.num_rows == 0
+    assert map_disks([str(new)], format="raw").inodes.num_rows == 0
     for first, second in ((old, new), (new, old)):
         assert cli.run(["diff", "--format", "raw", str(first), str(second)]) in (0, 1)
     capsys.readouterr()
@@ -290,7 +290,7 @@ def test_a_volume_that_lost_its_only_file(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_udf_volume_without_a_root(tmp_path: Path) -> None:
     """Nothing beside the tree is listed, and nothing is unpacked."""
-    bmap = map_disks([str(image := made("udf-512", tmp_path))], "raw")
+    bmap = map_disks([str(image := made("udf-512", tmp_path))], format="raw")
     data = bytearray(image.read_bytes())
     for part in ("file set descriptor", "file entry"):
         for row in bmap.extents.to_pylist():
@@ -299,7 +299,7 @@ def test_a_udf_volume_without_a_root(tmp_path: Path) -> None:
                     row["length"] - 16
                 )
     image.write_bytes(data)
-    sound(map_disks([str(image)], "raw"))
+    sound(map_disks([str(image)], format="raw"))
 
 
 def test_a_block_map_of_holes(tmp_path: Path) -> None:

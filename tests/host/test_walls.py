@@ -24,6 +24,7 @@ from virt_bmap.commands import COMMANDS
 from virt_bmap.core.errors import BmapError, ImageError
 from virt_bmap.host import confine
 from virt_bmap.open import open_image, qemu
+from virt_bmap.open.disks import Opening
 from virt_bmap.open.graph import Graph
 from virt_bmap.open.magic import recognise
 from virt_bmap.open.nbd import NbdReader
@@ -162,7 +163,7 @@ def test_nobody_is_called_for_a_parent(tmp_path: Path) -> None:
             (tmp_path / f"{number}.img").write_bytes(content)
             for references in (False, True):
                 with pytest.raises(ImageError):
-                    open_image(str(tmp_path / f"{number}.img"), references=references)
+                    open_image(str(tmp_path / f"{number}.img"), Opening(references=references))
         with pytest.raises(BlockingIOError):
             server.accept()
 
@@ -221,7 +222,7 @@ def test_vmdks_are_read_as_before(tmp_path: Path, subformat: str) -> None:
         tmp_path / "disk.raw",
         tmp_path / "disk.vmdk",
     )
-    with contextlib.closing(open_image(str(tmp_path / "disk.vmdk"), references=True)) as reader:
+    with contextlib.closing(open_image(str(tmp_path / "disk.vmdk"), Opening(references=True))) as reader:
         assert reader.read(0, reader.size) == data
 
 
@@ -234,15 +235,15 @@ def test_a_vmdk_of_many_pieces(tmp_path: Path) -> None:
     (tmp_path / "two").write_bytes(two)
     lines = ('RW 4 FLAT "one" 1', "RW 8 ZERO", 'RDONLY 8 FLAT "two" 0', 'RW 4 FLAT "one" 5')
     (tmp_path / "disk.vmdk").write_text(text(*lines, kind="twoGbMaxExtentFlat"))
-    with contextlib.closing(open_image(str(tmp_path / "disk.vmdk"), references=True)) as reader:
+    with contextlib.closing(open_image(str(tmp_path / "disk.vmdk"), Opening(references=True))) as reader:
         assert reader.read(0, reader.size) == one[:2048] + bytes(4096) + two + one[2048:]
     with contextlib.closing(RawReader(str(tmp_path / "disk.vmdk"))) as image:
         with pytest.raises(ImageError, match="some of its extents are read-only"):
-            Graph(image, "vmdk", True, write=True)
+            Graph(image, "vmdk", Opening(references=True), write=True)
         (tmp_path / "disk.vmdk").write_text(text(lines[0], 'RW 8 FLAT "two" 0', kind="twoGbMaxExtentFlat"))
     with (
         contextlib.closing(RawReader(str(tmp_path / "disk.vmdk"))) as image,
-        contextlib.closing(Graph(image, "vmdk", True, write=True)) as graph,
+        contextlib.closing(Graph(image, "vmdk", Opening(references=True), write=True)) as graph,
     ):
         writer = qemu.connected(NbdWriter, "this test", graph, [])
     with contextlib.closing(writer):
@@ -259,7 +260,7 @@ class Trusting(Graph):
     """No first wall: QEMU gets the image as it is."""
 
     def _image(
-        self, image: RawReader, format: str, references: bool, write: bool, depth: int
+        self, image: RawReader, format: str, opening: Opening, write: bool, depth: int
     ) -> dict[str, object]:
         return {"driver": format, "file": self._file(image.fileno(), image.name, write)}
 
@@ -267,7 +268,7 @@ class Trusting(Graph):
 def opened(image: Path, format: str, write: bool = False) -> NbdReader:
     with (
         contextlib.closing(RawReader(str(image))) as reader,
-        contextlib.closing(Trusting(reader, format, True, write)) as graph,
+        contextlib.closing(Trusting(reader, format, Opening(references=True), write)) as graph,
     ):
         return qemu.connected(
             NbdWriter if write else NbdReader, "this test", graph, [] if write else ["--read-only"]
@@ -504,7 +505,7 @@ def test_a_backing_file_that_is_no_file_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "top.qcow2").write_bytes(qcow2("fifo", "raw"))
     with pytest.raises(ImageError, match="fifo: is a FIFO"):
-        open_image(str(tmp_path / "top.qcow2"), references=True)
+        open_image(str(tmp_path / "top.qcow2"), Opening(references=True))
 
 
 # ---- images in use -----------------------------------------------------------------------------------------
@@ -529,8 +530,8 @@ def used(tmp_path: Path) -> Iterator[Path]:
 
 def test_an_image_in_use_is_read_when_that_is_asked_for(used: Path, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"is in use: .*-U \(--force-share\)"):
-        open_image(str(used), references=True)
-    with contextlib.closing(open_image(str(used), references=True, force_share=True)) as reader:
+        open_image(str(used), Opening(references=True))
+    with contextlib.closing(open_image(str(used), Opening(references=True, force_share=True))) as reader:
         assert reader.read(0, 4096) == (tmp_path / "base.raw").read_bytes()[:4096]
     for words in ("info", "map -q -o -", "explain {} 0", "sparsify --estimate"):
         command, *rest = words.split()

@@ -18,6 +18,7 @@ from support import need, run, wait_for_socket
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import ImageError, UsageError
 from virt_bmap.open import open_image
+from virt_bmap.open.disks import Opening
 from virt_bmap.open.nbd import NbdReader
 from virt_bmap.open.raw import RawReader
 
@@ -71,7 +72,7 @@ def test_fixed_vhd_has_its_magic_at_the_end(disk):
 
 
 def test_format_raw_overrides_the_magic(disk):
-    reader = open_image(str(convert(disk, "qcow2")), format="raw")
+    reader = open_image(str(convert(disk, "qcow2")), Opening(format="raw"))
     assert isinstance(reader, RawReader)
     assert reader.read(0, 4) == b"QFI\xfb"
     reader.close()
@@ -110,7 +111,7 @@ def test_backing_file_is_not_opened_unasked(tmp_path, secret):
     disk = tmp_path / "guest.raw"
     disk.write_bytes((tmp_path / "overlay.qcow2").read_bytes().ljust(2 << 20, b"\0"))
     refused(disk, str(secret))
-    raw = open_image(str(disk), format="raw")
+    raw = open_image(str(disk), Opening(format="raw"))
     assert raw.size == 2 << 20
     raw.close()
 
@@ -152,7 +153,7 @@ def test_a_chain_is_read_when_asked_and_formats_are_never_guessed(tmp_path, disk
     run(
         "qemu-img", "create", "-q", "-f", "qcow2", "-b", "middle.qcow2", "-F", "qcow2", tmp_path / "top.qcow2"
     )
-    reader = open_image(str(tmp_path / "top.qcow2"), references=True)
+    reader = open_image(str(tmp_path / "top.qcow2"), Opening(references=True))
     assert reader.read(1 << 20, 4096) == disk.read_bytes()[1 << 20 : (1 << 20) + 4096]
     reader.close()
     run(
@@ -172,7 +173,7 @@ def test_a_chain_is_read_when_asked_and_formats_are_never_guessed(tmp_path, disk
         run("qemu-img", "info", "-U", "--output=json", tmp_path / "top.qcow2")
     ):
         with pytest.raises(ImageError, match="without a format"):
-            open_image(str(tmp_path / "top.qcow2"), references=True)
+            open_image(str(tmp_path / "top.qcow2"), Opening(references=True))
 
 
 def test_a_loop_of_backing_files_ends(tmp_path):
@@ -194,7 +195,7 @@ def test_a_loop_of_backing_files_ends(tmp_path):
     )
     run("qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", tmp_path / "a.qcow2")
     with pytest.raises(ImageError, match="or loops"):
-        open_image(str(tmp_path / "a.qcow2"), references=True)
+        open_image(str(tmp_path / "a.qcow2"), Opening(references=True))
 
 
 def test_a_damaged_qcow2_is_qemus_complaint_in_one_line(tmp_path, disk):

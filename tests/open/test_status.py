@@ -20,6 +20,7 @@ from support import need, run, wait_for_socket
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import ImageError
 from virt_bmap.open import open_image
+from virt_bmap.open.disks import Opening
 from virt_bmap.open.status import ALLOCATION, DEPTH, DIRTY, StatusReader
 
 SIZE = 96 << 20
@@ -119,7 +120,7 @@ def test_status_equals_what_nbdinfo_says(chain: Path, context: str, options: lis
 
 
 def test_the_layer_of_a_cluster_is_what_qemu_img_map_says(chain: Path) -> None:
-    reader = open_image(str(chain / "top.qcow2"), references=True, status=[DEPTH])
+    reader = open_image(str(chain / "top.qcow2"), Opening(references=True), status=[DEPTH])
     starts, ends, flags = reader.status(DEPTH)  # type: ignore[attr-defined]
     reader.close()
     top = bytes_of(starts[flags == 1], ends[flags == 1])
@@ -138,7 +139,7 @@ def test_reads_by_structured_replies_are_the_bytes(chain: Path) -> None:
     random.seed(11)
     offsets = ints(sorted(random.sample(range(SIZE - 300000), 200)))
     lengths = ints([random.randrange(1, 300000) for _ in range(200)])
-    reader = open_image(str(chain / "top.qcow2"), references=True, status=[])
+    reader = open_image(str(chain / "top.qcow2"), Opening(references=True), status=[])
     assert isinstance(reader, StatusReader)
     got = reader.read_ranges(offsets, lengths).tobytes()
     whole = reader.read(0, SIZE)
@@ -173,7 +174,7 @@ def test_a_bitmap_that_is_not_there_is_named_with_those_that_are(chain: Path) ->
     with pytest.raises(
         ImageError, match=r"top\.qcow2: qemu-nbd can't open it as qcow2: Bitmap 'b1' is not found"
     ):
-        open_image(str(chain / "top.qcow2"), references=True, status=[f"{DIRTY}b1"])
+        open_image(str(chain / "top.qcow2"), Opening(references=True), status=[f"{DIRTY}b1"])
     with pytest.raises(ImageError, match=r"base\.raw: is a raw disk, which has no dirty-bitmap:b1"):
         open_image(str(chain / "base.raw"), status=[f"{DIRTY}b1"])
 

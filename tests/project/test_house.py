@@ -117,3 +117,21 @@ def test_a_class_has_a_name_of_its_own() -> None:
 def test_a_format_begins_with_a_table_of_contents(path: Path) -> None:
     """What a format is, and the stages of `read` or `assemble`; each stage lies in the module of its role."""
     assert len(path.read_text().splitlines()) <= 120
+
+
+DISK_OPTIONS = {"references", "force_share", "key", "nested", "host_offsets"}
+"""Options of every command that opens disks; --format has a second meaning for `trace`."""
+
+
+def test_what_is_said_of_disks_is_read_from_the_command_line_in_one_place() -> None:
+    """All others get it as a `Disks`."""
+    readers = {
+        module
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr in DISK_OPTIONS
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "args"
+    }
+    assert readers == {"virt_bmap.commands.common"}

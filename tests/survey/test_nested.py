@@ -11,8 +11,9 @@ from support import assert_proven, content, need, run, tree
 from virt_bmap.cli import run as cli
 from virt_bmap.core.errors import UsageError
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open.disks import nested
 from virt_bmap.open.raw import RawReader
-from virt_bmap.survey.nested import MAX_LEVELS, parse
+from virt_bmap.survey.nested import MAX_LEVELS
 from virt_bmap.survey.survey import survey
 
 MIB = 1 << 20
@@ -41,7 +42,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mapped(disk: Path, *options: str) -> BlockMap:
-    return survey([RawReader(str(disk))], nested=parse(list(options)))
+    return survey([RawReader(str(disk))], nested=nested(list(options)))
 
 
 def test_not_unless_asked_for(disk: Path) -> None:

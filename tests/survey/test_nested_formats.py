@@ -17,9 +17,9 @@ from virt_bmap.core.mapping import PACKED, ROLES
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open.disks import nested as files
 from virt_bmap.open.raw import RawReader
 from virt_bmap.survey import nested
-from virt_bmap.survey.nested import parse
 from virt_bmap.survey.survey import survey_open
 
 MIB = 1 << 20
@@ -89,7 +89,7 @@ def outer(folder: Path, name: str = "outer", size: str = "64m") -> Path:
 
 def opened(disk: Path | Reader, *options: str) -> tuple[BlockMap, list[Reader]]:
     return survey_open(
-        [RawReader(str(disk)) if isinstance(disk, Path) else disk], nested=parse(list(options))
+        [RawReader(str(disk)) if isinstance(disk, Path) else disk], nested=files(list(options))
     )
 
 

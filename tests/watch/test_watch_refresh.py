@@ -21,8 +21,8 @@ from support import mapped, need, need_root, run
 from virt_bmap.accesses.accesses import Accesses, LogParser
 from virt_bmap.accesses.resolve import OPEN, Resolver, Touched
 from virt_bmap.accesses.trace import Trace
-from virt_bmap.core.keys import NO_KEYS
 from virt_bmap.model import tables
+from virt_bmap.open.disks import Disks
 from virt_bmap.serve.serve import Source, private_folder, serve
 from virt_bmap.watch import naming as naming_module
 from virt_bmap.watch.lines import LineLog
@@ -507,7 +507,7 @@ def test_the_map_comes_from_the_server_and_the_guest_is_not_blamed(
     disks: SimpleNamespace, served: tuple[str, str]
 ) -> None:
     folder, uri = served
-    refresher = Refresher(NO_KEYS)
+    refresher = Refresher(Disks([]))
     refresher.serve(folder, [uri])
     try:
         for number in (1, 2):
@@ -529,7 +529,7 @@ def test_the_map_comes_from_the_server_and_the_guest_is_not_blamed(
 
 def test_what_can_not_be_read_is_said_and_tried_again(served: tuple[str, str]) -> None:
     folder, _ = served
-    refresher = Refresher(NO_KEYS)
+    refresher = Refresher(Disks([]))
     refresher.serve(folder, [f"nbd+unix:///?socket={folder}/nobody"])
     try:
         for _ in range(2):
@@ -541,7 +541,7 @@ def test_what_can_not_be_read_is_said_and_tried_again(served: tuple[str, str]) -
 
 def test_a_process_that_is_killed_is_started_again_a_few_times(served: tuple[str, str]) -> None:
     folder, uri = served
-    refresher = Refresher(NO_KEYS)
+    refresher = Refresher(Disks([]))
     refresher.serve(folder, [uri])
     refresher.begin()
     refresher._process.kill()

@@ -265,7 +265,7 @@ def many_ranges(use: Use) -> None:
 
 
 def nested(use: Use) -> None:
-    from virt_bmap.survey.nested import Nested
+    from virt_bmap.open.disks import Nested
 
     with use.image.opened(Nested(frozenset(), True)):
         pass

@@ -17,10 +17,8 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
-from virt_bmap.open.host import open_host
+from virt_bmap.open.disks import NOTHING, Disks, Nested
 from virt_bmap.survey import maps
-from virt_bmap.survey.nested import NOTHING, Nested
-from virt_bmap.survey.survey import survey_host
 
 from . import consumers, growth
 from .damage import HOW_MANY, Class, Damage
@@ -63,12 +61,10 @@ class Image:
         self, nested: Nested = NOTHING, asks: Asks = NOTHING_MORE
     ) -> Iterator[tuple[BlockMap, list[Reader]]]:
         """The map of the disks as they are now, and the readers of its volumes."""
-        if self.host:
-            with open_host(self.paths, None, False) as host:
-                yield survey_host(host, lambda _: None, KEYS, nested, asks)
-        else:
-            with maps.open_volumes(self.paths, "raw", False, KEYS, None, nested, asks=asks) as found:
-                yield found
+        format = None if self.host else "raw"
+        disks = Disks(self.paths, format=format, keys=KEYS, nested=nested, host_offsets=self.host)
+        with maps.opened(disks, asks=asks) as found:
+            yield found
 
     def mutate(self, number: int) -> list[str]:
         """The damage with this number; what was done."""

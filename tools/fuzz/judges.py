@@ -19,6 +19,7 @@ from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import BmapError
 from virt_bmap.model.contract import Asks
 from virt_bmap.open import open_disks
+from virt_bmap.open.disks import Opening
 from virt_bmap.survey.survey import survey
 
 from .damage import Damage
@@ -142,7 +143,7 @@ def _proven(image: Image) -> bool:
         if image.host:
             with image.opened() as (bmap, _):
                 return not check(bmap).disagreements
-        with open_disks(image.paths, "raw", False) as disks:
+        with open_disks(image.paths, Opening(format="raw")) as disks:
             return not check(survey(disks, asks=Asks.PROOFS)).disagreements
     except BmapError:
         return False

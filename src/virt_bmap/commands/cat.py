@@ -9,9 +9,7 @@ from virt_bmap.commands.common import (
     add_disk_options,
     add_nested_option,
     add_partial_option,
-    keys_of,
-    nested_of,
-    opening,
+    disks_of,
 )
 from virt_bmap.commands.extract import warn_of_doubts
 from virt_bmap.commands.paths import INPUT
@@ -51,14 +49,8 @@ def run(args: argparse.Namespace) -> int:
             f"cat needs {'DEVICE and PATH' if args.add else 'a disk, DEVICE and PATH'}; "
             f"given: {' '.join(args.arguments)}"
         )
-    images, (device, path) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
-    with (
-        Progress() as progress,
-        maps.open_volumes(
-            images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args)
-        ) as opened,
-    ):
-        bmap, readers = opened
+    disks, (device, path) = disks_of(args, args.arguments[:-2]), args.arguments[-2:]
+    with Progress() as progress, maps.opened(disks, progress.watch) as (bmap, readers):
         volume = bmap.volume_named(device)
         files = Files(bmap, volume, readers[volume])
         inode = files.find(os.fsencode(path))

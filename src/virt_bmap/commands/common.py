@@ -14,15 +14,14 @@ from virt_bmap.commands.paths import INPUT, Input, Output
 from virt_bmap.core import keys
 from virt_bmap.core.amounts import human
 from virt_bmap.core.errors import UsageError
-from virt_bmap.core.keys import Keys
 from virt_bmap.core.printable import say, to_json
 from virt_bmap.core.reader import Reader
 from virt_bmap.host import ours
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
+from virt_bmap.open.disks import Disks, Opening, nested
 from virt_bmap.open.magic import FORMATS
-from virt_bmap.survey import maps, nested
-from virt_bmap.survey.nested import Nested
+from virt_bmap.survey import maps
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,14 +82,9 @@ def add_trust_options(group: "argparse._ArgumentGroup | argparse.ArgumentParser"
     )
 
 
-def opening(args: argparse.Namespace) -> dict[str, Any]:
-    """How images are to be opened, as `images.open_image` and `maps` take it."""
-    return {"format": args.format, "references": args.references, "force_share": args.force_share}
-
-
-def refuse_shared(args: argparse.Namespace, what: str) -> None:
+def refuse_shared(opening: Opening, what: str) -> None:
     """UsageError where an image is to be written though others may have it open."""
-    if args.force_share:
+    if opening.force_share:
         raise UsageError(f"-U is for reading images that are in use; {what} writes to them")
 
 
@@ -115,11 +109,6 @@ def add_partial_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def nested_of(args: argparse.Namespace) -> Nested:
-    """The files of --nested, for commands that have it."""
-    return nested.parse(getattr(args, "nested", []))
-
-
 def add_host_option(parser: argparse.ArgumentParser) -> None:
     """For commands that can count in bytes of image files."""
     parser.add_argument(
@@ -130,32 +119,28 @@ def add_host_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def keys_of(args: argparse.Namespace) -> Keys:
-    """The keys of --key and --keys-from-stdin."""
-    lines = sys.stdin.buffer.read().splitlines() if args.keys_from_stdin else []
-    return keys.parse(args.key, lines)
+def opening_of(args: argparse.Namespace) -> Opening:
+    """How images are to be opened."""
+    return Opening(format=args.format, references=args.references, force_share=args.force_share)
 
 
-def disks_of(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
-    """The images from -a and from plain arguments; UsageError without any."""
-    images = [*args.add, *given]
+def disks_of(args: argparse.Namespace, given: Sequence[str] = (), first: Sequence[str] = ()) -> Disks:
+    """The disks of -a and of plain arguments, and all that the command line says of them; UsageError without
+    any. Standard input may be read for it: once."""
+    images = [*first, *args.add, *given]
     if not images:
         raise UsageError("no disk given: name an image, a block device or an NBD URI")
-    return images
+    passphrases = sys.stdin.buffer.read().splitlines() if args.keys_from_stdin else []
+    return Disks(
+        images, keys=keys.parse(args.key, passphrases), nested=nested(getattr(args, "nested", [])),
+        host_offsets=getattr(args, "host_offsets", False), **vars(opening_of(args)),
+    )  # fmt: skip
 
 
-def map_disks(
-    args: argparse.Namespace, images: Sequence[str], secrets: Keys | None = None, asks: Asks = NOTHING_MORE
-) -> BlockMap:
-    """Map the disks, with progress on a terminal.
-
-    `secrets` where the keys were taken from the command line before; `asks` as in `maps.map_disks`.
-    """
+def mapped(disks: Disks, asks: Asks = NOTHING_MORE) -> BlockMap:
+    """Map the disks, with progress on a terminal."""
     with Progress() as progress:
-        return maps.map_disks(
-            images, keys=secrets or keys_of(args), watcher=progress.watch, nested=nested_of(args),
-            host_offsets=getattr(args, "host_offsets", False), asks=asks, **opening(args),
-        )  # fmt: skip
+        return maps.mapped(disks, progress.watch, asks)
 
 
 def map_or_disks(args: argparse.Namespace, given: Sequence[str], asks: Asks = NOTHING_MORE) -> BlockMap:
@@ -163,7 +148,7 @@ def map_or_disks(args: argparse.Namespace, given: Sequence[str], asks: Asks = NO
     proven as far as the readers can); -a names disks only."""
     if len(given) == 1 and not args.add and maps.is_saved(given[0]):
         return load(args, given[0])
-    return map_disks(args, disks_of(args, given), asks=asks)
+    return mapped(disks_of(args, given), asks)
 
 
 def load(args: argparse.Namespace, path: str) -> BlockMap:

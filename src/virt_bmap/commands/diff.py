@@ -12,9 +12,9 @@ from virt_bmap.commands.common import (
     Progress,
     add_result_options,
     add_trust_options,
+    disks_of,
     elapsed,
     emit,
-    keys_of,
 )
 from virt_bmap.commands.dump import bar
 from virt_bmap.commands.lookup import read_list
@@ -179,9 +179,8 @@ def _question(args: argparse.Namespace) -> "Question":
         raise UsageError("--old-format is the format of OLD, which is not given")
     ranges = parse(*read_list(args.ranges, args.keys_from_stdin)) if args.ranges is not None else None
     return Question(
-        args.old, args.new, args.bitmap, ranges, args.disk, args.verify, args.force,
-        (args.old_format, args.format), args.references, args.force_share, keys_of(args),
-        (tuple(args.old_add), tuple(args.add)),
+        args.old, disks_of(args, first=[args.new]), args.bitmap, ranges, args.disk, args.verify, args.force,
+        args.old_format, tuple(args.old_add),
     )  # fmt: skip
 
 

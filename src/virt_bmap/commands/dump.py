@@ -5,7 +5,7 @@ import contextlib
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from virt_bmap.commands.common import (
@@ -13,9 +13,7 @@ from virt_bmap.commands.common import (
     add_disk_options,
     add_nested_option,
     add_partial_option,
-    keys_of,
-    nested_of,
-    opening,
+    disks_of,
 )
 from virt_bmap.core.amounts import human
 from virt_bmap.core.arrays import EMPTY, total
@@ -71,21 +69,10 @@ def run(args: argparse.Namespace) -> int:
             f"dump needs {'DEVICE and OUT' if args.add else 'a disk, DEVICE and OUT'}; "
             f"given: {' '.join(args.arguments)}"
         )
-    images, (device, out) = [*args.add, *args.arguments[:-2]], args.arguments[-2:]
-    refuse_target(out, images, args.force)
-    with (
-        Progress() as progress,
-        maps.open_volumes(
-            images,
-            keys=keys_of(args),
-            watcher=progress.watch,
-            nested=nested_of(args),
-            status=(),
-            asks=Asks.SLEEP if args.skip_free else NOTHING_MORE,
-            **opening(args),
-        ) as opened,
-    ):
-        bmap, readers = opened
+    disks, (device, out) = disks_of(args, args.arguments[:-2]), args.arguments[-2:]
+    refuse_target(out, disks.images, args.force)
+    asks = Asks.SLEEP if args.skip_free else NOTHING_MORE
+    with Progress() as progress, maps.opened(disks, progress.watch, asks, status=()) as (bmap, readers):
         volume = device_named(bmap, device)
         reader = raw(readers[volume])
         skip = (EMPTY, EMPTY)
@@ -152,7 +139,7 @@ def device_named(bmap: BlockMap, name: str) -> int:
     return volume
 
 
-def refuse_target(out: str, images: list[str], force: bool) -> None:
+def refuse_target(out: str, images: Sequence[str], force: bool) -> None:
     """UsageError where writing OUT would destroy something that was not named for it, or an image that is
     being read."""
     for image in images:

@@ -11,10 +11,7 @@ from virt_bmap.commands.common import (
     add_host_option,
     add_nested_option,
     disks_of,
-    keys_of,
     load,
-    nested_of,
-    opening,
 )
 from virt_bmap.commands.lookup import line, parse_range
 from virt_bmap.commands.paths import INPUT
@@ -27,6 +24,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic
+from virt_bmap.open.disks import Disks, Opening
 from virt_bmap.survey import maps
 
 HELP = "say all that is known of one byte of a disk: every layer, the owner, and the bytes there"
@@ -78,10 +76,8 @@ def run(args: argparse.Namespace) -> int:
             "history": None,
             "unread": "the map was saved without the disk's bytes",
         }
-    elif args.host_offsets:
-        answer = _of_files(args, disks_of(args, given), disk, start)
     else:
-        answer = _of_disks(args, disks_of(args, given), disk, start)
+        answer = _read(disks_of(args, given), disk, start)
     if args.json:
         say(to_json(answer))
     else:
@@ -89,31 +85,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_disks(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
+def _read(disks: Disks, disk: int, offset: int) -> Found:
     """The answer with the bytes themselves, read while the disks are open; a bad sector is a reason to ask,
     so that is not an error."""
-    with Progress() as progress, maps.open_volumes(
-        images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args),
-    ) as (bmap, readers):  # fmt: skip
+    with Progress() as progress, maps.opened(disks, progress.watch) as (bmap, readers):
         progress.stop()
         answer = explain(bmap, disk, offset)
-        host = _host(images[disk - 1], args, offset)
-        return answer | {"image": _shown(images[disk - 1]), "host": host} | _bytes(bmap, answer, readers)
+        if bmap.on_files:
+            image, host = bmap.volumes.column("name")[bmap.disk(disk)].as_py(), None
+        else:
+            image = disks.images[disk - 1]
+            host = _host(image, disks, offset)
+        return answer | {"image": _shown(image), "host": host} | _bytes(bmap, answer, readers)
 
 
-def _of_files(args: argparse.Namespace, images: list[str], disk: int, offset: int) -> Found:
-    """The answer for a byte of an image file."""
-    from virt_bmap.open.host import open_host
-    from virt_bmap.survey.survey import survey_host
-
-    with open_host(images, **opening(args)) as host:
-        with Progress() as progress:
-            bmap, readers = survey_host(host, progress.watch(host.files), keys_of(args), nested_of(args))
-        answer = explain(bmap, disk, offset)
-        return answer | {"image": _shown(host.paths[disk - 1]), "host": None} | _bytes(bmap, answer, readers)
-
-
-def _host(image: str, args: argparse.Namespace, offset: int) -> Found | None:
+def _host(image: str, opening: Opening, offset: int) -> Found | None:
     """Where a byte of the disk lies in the image's files; None where the file is the disk, over NBD, and
     where the format's layer is not read."""
     if magic.is_uri(image):
@@ -121,7 +107,7 @@ def _host(image: str, args: argparse.Namespace, offset: int) -> Found | None:
     from virt_bmap.open.host import open_host
 
     try:
-        with open_host([image], **opening(args)) as host:
+        with open_host([image], opening) as host:
             return None if host.disks[0].format == RAW else host.place(0, offset) | {"unread": None}
     except Unsupported:
         return None

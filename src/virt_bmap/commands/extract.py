@@ -10,9 +10,7 @@ from virt_bmap.commands.common import (
     add_disk_options,
     add_nested_option,
     add_partial_option,
-    keys_of,
-    nested_of,
-    opening,
+    disks_of,
 )
 from virt_bmap.commands.dump import bar, doubts
 from virt_bmap.commands.paths import INPUT
@@ -66,19 +64,14 @@ def run(args: argparse.Namespace) -> int:
             f"and PATHs; given: {' '.join(args.arguments)}"
         )
     first = 0 if args.add else 1
-    images, device = [*args.add, *args.arguments[:first]], args.arguments[first]
+    device = args.arguments[first]
     paths = [os.fsencode(path) for path in args.arguments[first + 1 :]]
     if args.same_owner and os.geteuid() != 0:
         raise UsageError("--same-owner: only root can give files to other users")
     if not os.path.isdir(args.directory):
         raise OutputError(f"{args.directory}: can't be written: it is not a directory")
-    with (
-        Progress() as progress,
-        maps.open_volumes(
-            images, keys=keys_of(args), watcher=progress.watch, nested=nested_of(args), **opening(args)
-        ) as opened,
-    ):
-        bmap, readers = opened
+    disks = disks_of(args, args.arguments[:first])
+    with Progress() as progress, maps.opened(disks, progress.watch) as (bmap, readers):
         volume = bmap.volume_named(device)
         files = Files(bmap, volume, readers[volume])
         wanted = named(files, paths)

@@ -12,7 +12,7 @@ from virt_bmap.commands.common import (
     add_result_options,
     emit_records,
     map_or_disks,
-    opening,
+    opening_of,
 )
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.core.amounts import human, plural
@@ -24,6 +24,7 @@ from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic
+from virt_bmap.open.disks import Opening
 from virt_bmap.survey import maps
 
 HELP = "show the tree of disks, volumes and filesystems with sizes, types, labels, UUIDs and states"
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     found = volumes(bmap)
     if not (len(args.disk) == 1 and not args.add and maps.is_saved(args.disk[0])):
         for image, disk in zip([*args.add, *args.disk], bmap.disks, strict=True):
-            found[disk]["image"] = image_facts(image, args)
+            found[disk]["image"] = image_facts(image, opening_of(args))
     if args.json or args.output is not None:
         emit_records(args, found, SCHEMA, str)
     else:
@@ -96,7 +97,7 @@ def volumes(bmap: BlockMap) -> list[dict[str, Any]]:
     return result
 
 
-def image_facts(image: str, args: argparse.Namespace) -> dict[str, Any] | None:
+def image_facts(image: str, opening: Opening) -> dict[str, Any] | None:
     """What the image format itself says of a disk, names escaped; None for a raw disk, over NBD, and for
     formats whose layer is not read."""
     if magic.is_uri(image):
@@ -104,7 +105,7 @@ def image_facts(image: str, args: argparse.Namespace) -> dict[str, Any] | None:
     from virt_bmap.open.host import describe, open_host
 
     try:
-        with open_host([image], **opening(args)) as host:
+        with open_host([image], opening) as host:
             facts: dict[str, Any] | None = None if host.disks[0].format == RAW else _escaped(describe(host))
             return facts
     except Unsupported:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 from virt_bmap.commands.common import (
     add_disk_options,
@@ -11,7 +12,7 @@ from virt_bmap.commands.common import (
     add_nested_option,
     disks_of,
     elapsed,
-    map_disks,
+    mapped,
 )
 from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.core.amounts import plural
@@ -56,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
-    images = disks_of(args, args.disk)
-    if args.method == "observe" and args.host_offsets:
+    disks = disks_of(args, args.disk)
+    if args.method == "observe" and disks.host_offsets:
         raise UsageError(
             "--host-offsets reads the image formats' own metadata; "
             "an observation counts in bytes of the guest's disks"
@@ -65,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
     if args.method == "observe":
         from virt_bmap.commands.observing import observe
 
-        with observe(args, images) as bmap:
-            write(bmap, args.output, images)
+        with observe(args, disks) as bmap:
+            write(bmap, args.output, disks.images)
     elif args.resume:
         raise UsageError("--resume goes on with an observation: it needs --method observe")
     else:
-        bmap = map_disks(args, images)
-        refuse_unknown(bmap, images)
-        write(bmap, args.output, images)
+        bmap = mapped(disks)
+        refuse_unknown(bmap, disks.images)
+        write(bmap, args.output, disks.images)
     if not args.quiet:
         summary(bmap, args.output, elapsed(start))
     if args.method == "auto":
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write(bmap: BlockMap, output: str, images: list[str]) -> None:
+def write(bmap: BlockMap, output: str, images: Sequence[str]) -> None:
     """The map as text, or as tables where the name says so."""
     with replacing(output) as file:
         if output.endswith(".parquet"):
@@ -96,7 +97,7 @@ def write(bmap: BlockMap, output: str, images: list[str]) -> None:
             text.save(bmap, file)
 
 
-def refuse_unknown(bmap: BlockMap, images: list[str]) -> None:
+def refuse_unknown(bmap: BlockMap, images: Sequence[str]) -> None:
     """ImageError where nothing on a disk is known: no partition table, volume or filesystem."""
     disks = [number for number, kind in enumerate(bmap.volumes.column("kind").to_pylist()) if kind == "disk"]
     for image, disk in zip(images, disks, strict=False):

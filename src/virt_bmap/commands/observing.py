@@ -6,17 +6,18 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from virt_bmap.commands.common import keys_of, opening, stages
+from virt_bmap.commands.common import stages
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.open.disks import Disks
 from virt_bmap.serve.source import source
 
 
 @contextlib.contextmanager
-def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
+def observe(args: argparse.Namespace, disks: Disks) -> Iterator[BlockMap]:
     """The observed map. What was seen is kept beside the output until the block, which writes the map, has
     ended well."""
     from virt_bmap.observe.journal import SUFFIX, Journal
@@ -24,12 +25,12 @@ def observe(args: argparse.Namespace, images: list[str]) -> Iterator[BlockMap]:
 
     if args.output == "-":
         raise UsageError("an observation keeps what it has seen beside the map: give it a file with -o")
-    sources = [source(image, **opening(args)) for image in images]
+    sources = [source(image, disks) for image in disks.images]
     journal = Journal(args.output + SUFFIX, sources, args.resume)
     if journal.seen and not args.quiet:
         say(f"resuming: {plural(len(journal.seen), 'file')} observed before")
     try:
-        with stages() as tell, session(sources, keys_of(args), tell) as found:
+        with stages() as tell, session(sources, disks.keys, tell) as found:
             bmap = observed_map(found, journal, tell)
         say_left(found.left)
         yield bmap

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from virt_bmap.commands.common import add_trust_options, opening
+from virt_bmap.commands.common import add_trust_options, opening_of
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.disk < 1:
         raise UsageError(f"--disk counts from 1; given: {args.disk}")
     profile = load(args.profile)
-    reader = open_image(args.image, **opening(args))
+    reader = open_image(args.image, opening_of(args))
     try:
         done = replay(profile, reader, args.disk, args.common)
     finally:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from virt_bmap.commands.common import (
@@ -13,8 +14,6 @@ from virt_bmap.commands.common import (
     add_disk_options,
     add_partial_option,
     disks_of,
-    keys_of,
-    opening,
     print_json,
     refuse_shared,
 )
@@ -28,6 +27,7 @@ from virt_bmap.formats import registry as formats
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import RAW, Asks, Writing
 from virt_bmap.open import magic
+from virt_bmap.open.disks import Opening
 from virt_bmap.open.raw import RawReader
 from virt_bmap.survey import maps
 
@@ -105,18 +105,15 @@ def _copy(args: argparse.Namespace) -> int:
             f"--estimate; given: {' '.join(args.disk) or 'nothing'}"
         )
     image, out = args.disk
-    images = [*args.add, image]
-    _refuse_out(out, images, args.force)
-    format = _format_of_copy(args, image)
-    if not args.force_share:
-        _refuse_writers(images)
+    disks = disks_of(args, [image])
+    _refuse_out(out, disks.images, args.force)
+    format = _format_of_copy(args, image, disks)
+    if not disks.force_share:
+        _refuse_writers(disks.images)
     with (
         Progress() as progress,
-        maps.open_volumes(
-            images, keys=keys_of(args), watcher=progress.watch, status=(), asks=Asks.SLEEP, **opening(args)
-        ) as opened,
+        maps.opened(disks, progress.watch, Asks.SLEEP, status=()) as (bmap, readers),
     ):
-        bmap, readers = opened
         disk = bmap.disks[-1]
         reader = raw(readers[disk])
         space = plan(bmap, disk, args.swap)
@@ -127,7 +124,8 @@ def _copy(args: argparse.Namespace) -> int:
     if missing:
         say(f"virt-bmap: {image}: zeroes were written for {missing}", file=sys.stderr)
     _tell(
-        args, [{"disk": len(images), "image": image, "out": out, "size": reader.size, **_sizes(image, out)}]
+        args,
+        [{"disk": len(disks.images), "image": image, "out": out, "size": reader.size, **_sizes(image, out)}],
     )
     return 0
 
@@ -138,7 +136,7 @@ def _sizes(image: str, out: str) -> dict[str, Any]:
     return {"host_before": None if magic.is_uri(image) else held(image), "host_after": held(out)}
 
 
-def _refuse_out(out: str, images: list[str], force: bool) -> None:
+def _refuse_out(out: str, images: Sequence[str], force: bool) -> None:
     """UsageError where OUT is not a plain file or must not be replaced."""
     if out == "-" or magic.is_uri(out) or (os.path.exists(out) and not stat.S_ISREG(os.stat(out).st_mode)):
         raise UsageError(
@@ -148,12 +146,12 @@ def _refuse_out(out: str, images: list[str], force: bool) -> None:
     refuse_target(out, images, force)
 
 
-def _format_of_copy(args: argparse.Namespace, image: str) -> str:
+def _format_of_copy(args: argparse.Namespace, image: str, opening: Opening) -> str:
     """The format of OUT: as asked for, or as the disk has it."""
     found: str = args.convert or RAW
     if args.convert is None and not magic.is_uri(image):
         plain = RawReader(image)
-        found = args.format or magic.recognise(plain)
+        found = opening.format or magic.recognise(plain)
         plain.close()
         if Writing.ANYWHERE not in magic.known(found).writing:
             raise UsageError(
@@ -169,7 +167,7 @@ def _format_of_copy(args: argparse.Namespace, image: str) -> str:
     return found
 
 
-def _refuse_writers(images: list[str]) -> None:
+def _refuse_writers(images: Sequence[str]) -> None:
     """ImageError where somebody may change an image while it is copied."""
     from virt_bmap.host.in_use import writer_of
 
@@ -182,17 +180,18 @@ def _refuse_writers(images: list[str]) -> None:
 
 
 def _in_place(args: argparse.Namespace) -> int:
-    from virt_bmap.act.sparsify.in_place import held, opened
+    from virt_bmap.act.sparsify.in_place import held, kept
     from virt_bmap.act.sparsify.plan import plan
     from virt_bmap.survey.survey import survey
 
-    refuse_shared(args, "--in-place")
-    images = disks_of(args, args.disk)
+    named = disks_of(args, args.disk)
+    refuse_shared(named, "--in-place")
+    images = named.images
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack, Progress() as progress:
-        disks = [stack.enter_context(opened(image, args.format, args.references)) for image in images]
+        disks = [stack.enter_context(kept(image, named)) for image in images]
         readers = [disk.reader for disk in disks]
-        bmap = survey(readers, progress.watch(readers), keys_of(args), asks=Asks.SLEEP)
+        bmap = survey(readers, progress.watch(readers), named.keys, asks=Asks.SLEEP)
         plans = [plan(bmap, number, args.swap) for number in bmap.disks]
         progress.stop()
         for volume, reason in {
@@ -232,18 +231,12 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 def _estimate(args: argparse.Namespace) -> int:
     from virt_bmap.act.sparsify.estimate import estimate, host_of
 
-    images = disks_of(args, args.disk)
+    disks = disks_of(args, args.disk)
     rows: list[dict[str, Any]] = []
-    with (
-        Progress() as progress,
-        maps.open_volumes(
-            images, keys=keys_of(args), watcher=progress.watch, asks=Asks.SLEEP, **opening(args)
-        ) as opened,
-    ):
-        bmap, readers = opened
+    with Progress() as progress, maps.opened(disks, progress.watch, Asks.SLEEP) as (bmap, readers):
         progress.stop()
         names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
-        for number, (image, disk) in enumerate(zip(images, bmap.disks, strict=True), 1):
+        for number, (image, disk) in enumerate(zip(disks.images, bmap.disks, strict=True), 1):
             gains, left = estimate(
                 bmap, disk, host_of(image) if isinstance(raw(readers[disk]), RawReader) else None, args.swap
             )

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from virt_bmap.commands.common import add_disk_options, disks_of, keys_of, opening, print_json, stages
+from virt_bmap.commands.common import add_disk_options, disks_of, print_json, stages
 from virt_bmap.commands.observing import say_left
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.core.amounts import human, plural
@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--sample {args.sample}: must be 1 or more")
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must not be negative")
-    images = disks_of(args, args.disk)
-    sources = [source(image, **opening(args)) for image in images]
+    disks = disks_of(args, args.disk)
+    sources = [source(image, disks) for image in disks.images]
     with stages() as tell:
-        found, left = verify(sources, keys_of(args), args.sample, args.seed, tell)
+        found, left = verify(sources, disks.keys, args.sample, args.seed, tell)
     say_left(left)
     if args.json:
         print_json([_figures(device, verdict) for device, verdict in found])

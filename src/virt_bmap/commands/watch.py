@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from virt_bmap.commands.common import (
     add_disk_options,
     add_force_option,
-    keys_of,
-    map_disks,
-    opening,
+    disks_of,
+    mapped,
     refuse_shared,
 )
 from virt_bmap.commands.paths import INPUT, Output
@@ -140,15 +139,14 @@ def run(args: argparse.Namespace) -> int:
     from virt_bmap.watch.sinks import EachDisk
     from virt_bmap.watch.summary import Summary
 
+    disks = disks_of(args, first=[args.disk])
     if args.write:
-        refuse_shared(args, "--write")
-    images = [args.disk, *args.add]
-    sources = [source(image, **opening(args)) for image in images]
-    keys = keys_of(args)
+        refuse_shared(disks, "--write")
+    sources = [source(image, disks) for image in disks.images]
     tui = args.tui and _can_show()
     with contextlib.ExitStack() as stack:
-        refresher = None if args.no_refresh else stack.enter_context(contextlib.closing(Refresher(keys)))
-        resolver = Resolver(saved(args.map, sources) if args.map else map_disks(args, images, keys))
+        refresher = None if args.no_refresh else stack.enter_context(contextlib.closing(Refresher(disks)))
+        resolver = Resolver(saved(args.map, sources) if args.map else mapped(disks))
         summaries = {disk: Summary(resolver, disk) for disk in range(1, len(sources) + 1)}
         printer = Printer(stack.enter_context(growing(args.log)))
         lines = {disk: LineLog(resolver, printer.write, args.inline) for disk in summaries}

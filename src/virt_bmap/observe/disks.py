@@ -42,7 +42,7 @@ class _ServedDisk:
     """The highest connection that is not the appliance's but our own."""
 
 
-class Disks:
+class ServedDisks:
     """The served disks of one machine."""
 
     def __init__(self, disks: list[_ServedDisk]) -> None:
@@ -98,7 +98,7 @@ class Disks:
 
 
 @contextlib.contextmanager
-def watched(sources: Sequence[Source]) -> Iterator[Disks]:
+def watched(sources: Sequence[Source]) -> Iterator[ServedDisks]:
     """Serve these disks until the block ends."""
     with contextlib.ExitStack() as stack:
         disks = []
@@ -111,4 +111,4 @@ def watched(sources: Sequence[Source]) -> Iterator[Disks]:
                     source, stack.enter_context(serve(source, folder, write=False, in_order=True)), follower
                 )
             )
-        yield Disks(disks)
+        yield ServedDisks(disks)

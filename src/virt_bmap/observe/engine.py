@@ -25,7 +25,7 @@ from virt_bmap.observe import trace
 from virt_bmap.observe.advice import mount_options
 from virt_bmap.observe.appliance import Appliance, CallFailed
 from virt_bmap.observe.climb import climb
-from virt_bmap.observe.disks import Disks
+from virt_bmap.observe.disks import ServedDisks
 from virt_bmap.observe.files import ListedName
 
 PIECE = 1 << 20
@@ -77,7 +77,9 @@ class Observed:
 class Observer:
     """Reads files of one mounted filesystem."""
 
-    def __init__(self, appliance: Appliance, disks: Disks, bmap: BlockMap, target: ObservedVolume) -> None:
+    def __init__(
+        self, appliance: Appliance, disks: ServedDisks, bmap: BlockMap, target: ObservedVolume
+    ) -> None:
         self._appliance, self._disks, self._bmap, self._target = appliance, disks, bmap, target
         self._fuse = "fuse" in appliance.call("debug", "sh", ["grep ' /sysroot ' /proc/mounts || true"])
 

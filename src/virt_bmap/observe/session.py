@@ -16,13 +16,13 @@ from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.observe import build, engine
 from virt_bmap.observe.appliance import Appliance, CallFailed, launched
 from virt_bmap.observe.climb import climb
-from virt_bmap.observe.disks import Disks, watched
+from virt_bmap.observe.disks import ServedDisks, watched
 from virt_bmap.observe.engine import Observed, ObservedVolume, Observer
 from virt_bmap.observe.files import ListedName, Listing, listed
 from virt_bmap.observe.journal import Journal
-from virt_bmap.open import open_disks
+from virt_bmap.open.disks import Disks
 from virt_bmap.serve.serve import Source
-from virt_bmap.survey.survey import survey_open
+from virt_bmap.survey.maps import opened
 
 DIRECTORY_BATCH = 256
 """Directories whose blocks are read between two times of forgetting what was read."""
@@ -34,7 +34,7 @@ class Session(NamedTuple):
     """A running appliance, the map of the disks as it is read directly, and a reader for each volume."""
 
     appliance: Appliance
-    disks: Disks
+    disks: ServedDisks
     bmap: BlockMap
     readers: list[Reader]
     folder: str
@@ -55,8 +55,7 @@ def session(
     with contextlib.ExitStack() as stack:
         disks = stack.enter_context(watched(sources))
         # what the appliance writes when it recovers a journal is in these readers, too
-        readers = stack.enter_context(open_disks(disks.uris, "raw"))
-        bmap, volumes = survey_open(readers, keys=keys)
+        bmap, volumes = stack.enter_context(opened(Disks(disks.uris, keys=keys)))
         disks.appliance_comes()
         folder = stack.enter_context(private_folder())
         tell("launching the appliance", 0, 0)

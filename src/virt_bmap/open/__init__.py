@@ -1,5 +1,5 @@
 """One file for each way to open a disk image; `open_image`
-chooses by magic, or by the format that the caller names.
+chooses by magic, or by the format that the caller names (`open/disks.py`).
 
 Safe by default. A guest can write any magic into the first bytes of its raw disk, and an image can name any
 file of the host as its backing or data file. So the format is found by magic and said aloud, and a file that
@@ -16,26 +16,18 @@ from virt_bmap.core.errors import ImageError
 from virt_bmap.core.reader import Reader
 from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic, raw
+from virt_bmap.open.disks import SAFELY, Opening
 
 PACKED = 16
 """Bytes of a guest's disk that one of an image's file may stand for, where it is compressed: of metadata,
 which is what counts here, less."""
 
 
-def open_image(
-    image: str,
-    format: str | None = None,
-    references: bool = False,
-    status: Sequence[str] | None = None,
-    force_share: bool = False,
-) -> Reader:
+def open_image(image: str, opening: Opening = SAFELY, status: Sequence[str] | None = None) -> Reader:
     """Open a path or NBD URI for reading.
 
-    `format` is one of magic.FORMATS, or None to go by magic. `references` allows an image to consist of
-    further files (backing files, external data files, VMDK extents). `status`, where given, asks NBD servers
-    (qemu-nbd included) for these metadata contexts, and for allocation where they tell it. `force_share`
-    opens an image in one of QEMU's formats even while QEMU has it open for writing: what is read may
-    then mix several states. Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
+    `status`, where given, asks NBD servers (qemu-nbd included) for these metadata contexts, and for
+    allocation where they tell it. Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
     """
     if magic.is_uri(image):
         if status is not None:
@@ -46,7 +38,7 @@ def open_image(
 
         return nbd.NbdReader(image)
     plain = raw.RawReader(image)
-    found = format or magic.recognise(plain)
+    found = opening.format or magic.recognise(plain)
     if found == RAW:
         if status:
             plain.close()
@@ -57,10 +49,10 @@ def open_image(
 
     try:
         if not magic.known(found).follows and references_of(plain, found).backing:
-            return host.open_by_layers(image, found, references)
-        reader = qemu.open_with_qemu(plain, found, references, status, force_share)
+            return host.LayeredReader(image, opening)
+        reader = qemu.open_with_qemu(plain, found, opening, status)
         reader.in_use = plain.in_use
-        if not references:  # QEMU reads nothing but this file
+        if not opening.references:  # QEMU reads nothing but this file
             reader.stored_most = min(reader.size, PACKED * os.fstat(plain.fileno()).st_blocks * 512)
         return reader
     finally:
@@ -69,16 +61,12 @@ def open_image(
 
 @contextlib.contextmanager
 def open_disks(
-    images: Sequence[str],
-    format: str | None = None,
-    references: bool = False,
-    status: Sequence[str] | None = None,
-    force_share: bool = False,
+    images: Sequence[str], opening: Opening = SAFELY, status: Sequence[str] | None = None
 ) -> Iterator[list[Reader]]:
     """The disks of one machine, in order, opened as `open_image` does; closed at the end of the block."""
     with contextlib.ExitStack() as stack:
         disks = []
         for image in images:
-            disks.append(open_image(image, format, references, status, force_share))
+            disks.append(open_image(image, opening, status))
             stack.callback(disks[-1].close)
         yield disks

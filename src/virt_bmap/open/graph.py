@@ -18,6 +18,7 @@ from typing import Any
 from virt_bmap.host.looked_at import open_looked_at
 from virt_bmap.model.contract import Rewritten, ShownFile
 from virt_bmap.open import magic
+from virt_bmap.open.disks import Opening
 from virt_bmap.open.raw import RawReader
 from virt_bmap.open.references import allowed_references
 
@@ -31,17 +32,14 @@ class Graph:
     """What QEMU is to open: the nodes of one image and of all that it refers to, and their files, which are
     held open until `close`."""
 
-    def __init__(
-        self, image: RawReader, format: str, references: bool, write: bool = False, force_share: bool = False
-    ) -> None:
-        """`force_share`: read what somebody else has open for writing."""
+    def __init__(self, image: RawReader, format: str, opening: Opening, write: bool = False) -> None:
         self.name, self.format = image.name, format
         self.read: list[int] = []
         self.write: list[int] = []
         self._names: dict[str, str] = {}
         try:
-            self.node = self._image(image, format, references, write, 0)
-            if force_share:
+            self.node = self._image(image, format, opening, write, 0)
+            if opening.force_share:
                 self.node["force-share"] = True
         except BaseException:
             self.close()
@@ -69,9 +67,9 @@ class Graph:
         """What QEMU says, with the files' names in the place of their descriptors."""
         return re.sub(r"/proc/self/fd/\d+", lambda found: self._names.get(found[0], found[0]), said)
 
-    def _image(self, image: RawReader, format: str, references: bool, write: bool, depth: int) -> Node:
+    def _image(self, image: RawReader, format: str, opening: Opening, write: bool, depth: int) -> Node:
         known = magic.known(format)
-        found = allowed_references(image, format, references, depth)
+        found = allowed_references(image, format, opening, depth)
         folder = os.path.dirname(os.path.abspath(image.name))
         node: Node = {"driver": known.name, "backing": None}
         rewritten = known.rewritten(image, write) if known.rewritten else None
@@ -85,7 +83,7 @@ class Graph:
         if found.backing:
             assert found.backing_format  # or it would not be allowed
             with contextlib.closing(RawReader(os.path.join(folder, found.backing))) as backing:
-                node["backing"] = self._image(backing, found.backing_format, references, False, depth + 1)
+                node["backing"] = self._image(backing, found.backing_format, opening, False, depth + 1)
         return node
 
     def _file(self, fd: int, name: str, write: bool) -> Node:

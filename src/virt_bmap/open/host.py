@@ -8,7 +8,7 @@ shows is named, too.
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from virt_bmap.core.arrays import ints
@@ -20,19 +20,16 @@ from virt_bmap.model import tables
 from virt_bmap.model.contract import RAW, Assembly, Member, References
 from virt_bmap.open import magic, open_image
 from virt_bmap.open.chains import ChainedDisk, Chains
+from virt_bmap.open.disks import SAFELY, Opening
 from virt_bmap.open.raw import RawReader
 from virt_bmap.open.references import allowed_references
 
 
 @dataclass
 class Host(Chains):
-    """All files of some images, those that were given first, and the disks in them.
+    """All files of some images, those that were given first, and the disks in them."""
 
-    `allowed`: may images refer to further files? `force_share` as for `open_image`.
-    """
-
-    allowed: bool = False
-    force_share: bool = False
+    opening: Opening = SAFELY
     paths: list[str] = field(default_factory=list)
     name, allocator, checks = "image", "that of each image's own format", None
     _known: dict[object, int] = field(default_factory=dict)
@@ -56,7 +53,7 @@ class Host(Chains):
         return self._known[key]
 
     def references(self, number: int, format: str, depth: int) -> References:
-        return allowed_references(self.files[number], format, self.allowed, depth)
+        return allowed_references(self.files[number], format, self.opening, depth)
 
     def beside(self, number: int, name: str) -> int:
         return self.file(os.path.join(os.path.dirname(os.path.abspath(self.files[number].name)), name))
@@ -106,21 +103,19 @@ class Host(Chains):
             return None
         # content is QEMU's to inflate
         return lambda _: self._stack.enter_context(
-            contextlib.closing(
-                open_image(disk.image, disk.format, self.allowed, force_share=self.force_share)
-            )
+            contextlib.closing(open_image(disk.image, replace(self.opening, format=disk.format)))
         )
 
 
 class LayeredReader(MappedReader):
-    """A disk read through its image's own layers.
+    """A disk that QEMU does not open, read through its image's own layers.
 
-    Raises Unsupported where that takes more than to follow the rows.
+    Raises as `open_host` does, and Unsupported where that takes more than to follow the rows.
     """
 
-    def __init__(self, image: str, format: str, references: bool) -> None:
+    def __init__(self, image: str, opening: Opening) -> None:
         self._stack = contextlib.ExitStack()
-        host = self._stack.enter_context(open_host([image], format, references))
+        host = self._stack.enter_context(open_host([image], opening))
         disk = host.disks[0]
         if disk.unreadable or (disk.rows.role == PACKED).any():
             self._stack.close()
@@ -129,11 +124,6 @@ class LayeredReader(MappedReader):
 
     def close(self) -> None:
         self._stack.close()
-
-
-def open_by_layers(image: str, format: str, references: bool) -> Reader:
-    """A disk that QEMU does not open. Raises as `open_host` does."""
-    return LayeredReader(image, format, references)
 
 
 def describe(host: Host, disk: int = 0) -> dict[str, Any]:
@@ -162,19 +152,16 @@ def _backing(host: Host, disk: int) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def open_host(
-    images: Sequence[str], format: str | None = None, references: bool = False, force_share: bool = False
-) -> Iterator[Host]:
-    """The files of these images, and of all that they refer to where `references` allow it; closed at the end
-    of the block.
+def open_host(images: Sequence[str], opening: Opening = SAFELY) -> Iterator[Host]:
+    """The files of these images, and of all that they may refer to; closed at the end of the block.
 
     Raises ImageError, and FormatError where an image's own tables can't be read.
     """
-    host = Host(allowed=references, force_share=force_share)
+    host = Host(opening=opening)
     try:
         numbers = [host.file(image) for image in images]
         for image, number in zip(images, numbers, strict=True):
-            found = RAW if magic.is_uri(image) else format or magic.recognise(host.files[number])
+            found = RAW if magic.is_uri(image) else opening.format or magic.recognise(host.files[number])
             host.disks.append(host.disk(image, number, found))
         yield host
     finally:

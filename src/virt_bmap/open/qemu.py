@@ -26,6 +26,7 @@ from virt_bmap.core.errors import BmapError, ImageError, MissingTool
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import CLAIM_STORED
 from virt_bmap.host import children, confine, leftovers, programs, signals
+from virt_bmap.open.disks import Opening
 from virt_bmap.open.graph import Graph
 from virt_bmap.open.nbd import TIMEOUT, NbdReader
 from virt_bmap.open.raw import RawReader
@@ -57,17 +58,13 @@ Client = TypeVar("Client", bound=NbdReader)
 
 
 def open_with_qemu(
-    image: RawReader,
-    format: str,
-    references: bool,
-    status: Sequence[str] | None = None,
-    force_share: bool = False,
+    image: RawReader, format: str, opening: Opening, status: Sequence[str] | None = None
 ) -> Reader:
-    """Serve the image with qemu-nbd and read it from there; parameters as for `images.open_image`.
+    """Serve the image, whose format was found, with qemu-nbd and read it from there; see `open_image`.
 
     Raises ImageError, and MissingTool without qemu-nbd.
     """
-    with contextlib.closing(Graph(image, format, references, force_share=force_share)) as graph:
+    with contextlib.closing(Graph(image, format, opening)) as graph:
         options = ["--read-only", *_status_options(status or ())]
         client = NbdReader if status is None else functools.partial(StatusReader, wanted=status)
         return connected(client, f"{image.name}: a {format} image", graph, options)

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Iterator
 
 from virt_bmap.core.errors import OutputError
+from virt_bmap.open.disks import SAFELY, Opening
 from virt_bmap.open.graph import Graph
 from virt_bmap.open.nbd_writer import NbdWriter
 from virt_bmap.open.qemu import connected
@@ -12,7 +13,7 @@ from virt_bmap.open.raw import RawReader
 
 
 @contextlib.contextmanager
-def writing(path: str, format: str, references: bool, compress: bool = False) -> Iterator[NbdWriter]:
+def writing(path: str, format: str, opening: Opening = SAFELY, compress: bool = False) -> Iterator[NbdWriter]:
     """The disk inside an image, for reading and writing; space is given back to the host on a trim.
 
     `compress`: what is written is stored compressed.
@@ -22,7 +23,7 @@ def writing(path: str, format: str, references: bool, compress: bool = False) ->
     """
     with (
         contextlib.closing(RawReader(path)) as plain,
-        contextlib.closing(Graph(plain, format, references, write=True)) as graph,
+        contextlib.closing(Graph(plain, format, opening, write=True)) as graph,
     ):
         graph.give_back()
         if compress:

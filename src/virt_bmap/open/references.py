@@ -15,6 +15,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.host import protection
 from virt_bmap.model.contract import References
 from virt_bmap.open import magic
+from virt_bmap.open.disks import Opening
 from virt_bmap.open.raw import RawReader
 
 MAX_CHAIN = 64
@@ -33,16 +34,16 @@ class ChainImage(NamedTuple):
     cluster: int
 
 
-def allowed_references(image: Reader, format: str, references: bool, depth: int) -> References:
+def allowed_references(image: Reader, format: str, opening: Opening, depth: int) -> References:
     """What the image refers to.
 
-    ImageError where it does so though `references` are not allowed, where the backing file has no stated
+    ImageError where it does so though references are not allowed, where the backing file has no stated
     format, and where the chain, of which this is number `depth`, does not end."""
     try:
         found = references_of(image, format)
     except Corrupt as error:
         raise ImageError(f"{error} ({AS_RAW})") from error
-    if found.names() and not references:
+    if found.names() and not opening.references:
         raise ImageError(
             f"{image.name}: its {format} header refers to {', '.join(map(repr, found.names()))}, which is "
             "not opened unless asked for, since whoever wrote the image chose that name; if you trust it, "
@@ -72,14 +73,15 @@ def references_of(image: Reader, format: str) -> References:
     return found
 
 
-def backing_chain(path: str, format: str | None, references: bool) -> list[ChainImage]:
+def backing_chain(path: str, opening: Opening) -> list[ChainImage]:
     """An image and those below it, uppermost first, as their headers name them; of each only the header is
     read. Raises as `allowed_references` does."""
     chain: list[ChainImage] = []
+    format = opening.format
     while True:
         with contextlib.closing(RawReader(path)) as image:
             format = format or magic.recognise(image)
-            found = allowed_references(image, format, references, len(chain))
+            found = allowed_references(image, format, opening, len(chain))
             chain.append(ChainImage(path, format, magic.known(format).cluster(image)))
         if not found.backing:
             return chain

@@ -7,6 +7,7 @@ one anything. The file's metadata names the disks and the version of the schema.
 """
 
 import json
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -26,7 +27,7 @@ ALIKE = {"volume", "mode", "uid", "gid", "nlink", "flags"}
 """Columns that mostly repeat a value, which LZ4 finds sooner than differences are packed."""
 
 
-def save(bmap: BlockMap, file: BinaryIO, disks: list[str] | None = None) -> None:
+def save(bmap: BlockMap, file: BinaryIO, disks: Sequence[str] | None = None) -> None:
     """Write the map; `disks` are the images' names, kept so that a map can be told from another disk's."""
     from pyarrow.parquet import ParquetWriter  # 20 ms to import, and only this output needs it
 

@@ -28,6 +28,7 @@ from virt_bmap.host import children, in_use, leftovers, programs
 from virt_bmap.host.punch import punch
 from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic
+from virt_bmap.open.disks import SAFELY, Opening
 from virt_bmap.open.graph import Graph
 from virt_bmap.open.nbd import NbdReader
 from virt_bmap.open.qemu import served_by
@@ -53,13 +54,13 @@ COW_LARGE = 1 << 41
 
 
 class Source(NamedTuple):
-    """A disk to serve: a path and the format it was mapped with, or an NBD URI (format "raw")."""
+    """A disk to serve: a path, or an NBD URI, and the format that was found (of a URI raw), which it is
+    mapped with, too."""
 
     image: str
     format: str
     size: int
-    references: bool = False
-    force_share: bool = False
+    opening: Opening = SAFELY
 
 
 class Served(NamedTuple):
@@ -229,9 +230,7 @@ def _qemu_nbd(
     """
     with (
         contextlib.closing(RawReader(source.image)) as image,
-        contextlib.closing(
-            Graph(image, source.format, source.references, write, source.force_share)
-        ) as graph,
+        contextlib.closing(Graph(image, source.format, source.opening, write)) as graph,
     ):
         options = ["--shared=0", *([] if write else ["--read-only"])]
         reader, server = served_by(

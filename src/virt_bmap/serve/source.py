@@ -1,57 +1,32 @@
 """Where the map and the disks of a watch come from."""
 
+import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from virt_bmap.core.amounts import counted, plural
 from virt_bmap.core.errors import MapError
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import RAW
 from virt_bmap.open import magic, open_image
+from virt_bmap.open.disks import SAFELY, Opening
 from virt_bmap.open.raw import RawReader
 from virt_bmap.serve.serve import Source
 from virt_bmap.survey import maps
-from virt_bmap.survey.survey import survey
 
 PARQUET_MAGIC = b"PAR1"
 
 
-def source(
-    image: str, format: str | None = None, references: bool = False, force_share: bool = False
-) -> Source:
+def source(image: str, opening: Opening = SAFELY) -> Source:
     """A disk to serve. Its format is found once, here, so that what is served is what was mapped."""
-    if magic.is_uri(image):
-        reader = open_image(image)
-        reader.close()
-        return Source(image, RAW, reader.size, references)
-    found = format
+    found = RAW if magic.is_uri(image) else opening.format
     if found is None:
-        plain = RawReader(image)
-        try:
+        with contextlib.closing(RawReader(image)) as plain:
             found = magic.recognise(plain)
-        finally:
-            plain.close()
-    reader = open_image(image, found, references, force_share=force_share)
-    reader.close()
-    return Source(image, found, reader.size, references, force_share)
-
-
-def mapped(sources: Sequence[Source]) -> BlockMap:
-    """Map the disks now."""
-    readers = [
-        open_image(
-            disk.image,
-            None if magic.is_uri(disk.image) else disk.format,
-            disk.references,
-            force_share=disk.force_share,
-        )
-        for disk in sources
-    ]
-    try:
-        return survey(readers)
-    finally:
-        for reader in readers:
-            reader.close()
+    opening = replace(opening, format=found)
+    with contextlib.closing(open_image(image, opening)) as reader:
+        return Source(image, found, reader.size, opening)
 
 
 def saved(path: str, sources: Sequence[Source]) -> BlockMap:

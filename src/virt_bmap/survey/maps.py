@@ -11,60 +11,58 @@ from virt_bmap.host.looked_at import open_looked_at
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
 from virt_bmap.open import open_disks
-from virt_bmap.survey.nested import NOTHING, Nested
-from virt_bmap.survey.survey import survey, survey_host, survey_open
+from virt_bmap.open.disks import NOTHING, Disks, Nested
+from virt_bmap.survey.survey import survey_host, survey_open
+
+Watcher = Callable[[Sequence[Reader]], Callable[[str], None]]
+"""Given the open disks, returns what is called with each volume's name before it is read."""
+
+
+@contextlib.contextmanager
+def opened(
+    disks: Disks,
+    watcher: Watcher = lambda _: lambda _: None,
+    asks: Asks = NOTHING_MORE,
+    status: Sequence[str] | None = None,
+) -> Iterator[tuple[BlockMap, list[Reader]]]:
+    """The map of these disks, and the reader of each volume, by its number, good until the block ends.
+
+    `asks` is what is wanted beside the map. `status=()`: the readers can also tell what is stored, as far as
+    servers know; see `open_image`. Raises ImageError where a disk can't be opened or read, FormatError where
+    an image's own tables can't; what is wrong *on* a disk becomes rows of the table `problems`.
+    """
+    if disks.host_offsets:
+        from virt_bmap.open.host import open_host
+
+        with open_host(disks.images, disks) as host:
+            yield survey_host(host, watcher(host.files), disks.keys, disks.nested, asks)
+    else:
+        with open_disks(disks.images, disks, status) as readers:
+            yield survey_open(readers, watcher(readers), disks.keys, disks.nested, asks)
+
+
+def mapped(disks: Disks, watcher: Watcher = lambda _: lambda _: None, asks: Asks = NOTHING_MORE) -> BlockMap:
+    """The map alone. Raises as `opened` does."""
+    with opened(disks, watcher, asks) as (bmap, _):
+        return bmap
 
 
 def map_disks(
     images: Sequence[str],
+    *,
     format: str | None = None,
     references: bool = False,
+    force_share: bool = False,
     keys: Keys = NO_KEYS,
-    watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
     nested: Nested = NOTHING,
     host_offsets: bool = False,
-    asks: Asks = NOTHING_MORE,
-    force_share: bool = False,
 ) -> BlockMap:
-    """Map images, block devices or NBD URIs as the disks of one machine, /dev/sda, /dev/sdb, ...
-
-    `format`, `references` and `force_share` as for `images.open_image`; `keys` open encrypted volumes;
-    `nested` says which files are disks, too. `watcher` is given the open disks and returns what is called
-    with each volume's name. With `host_offsets` the map counts in bytes of the image files: these are its
-    disks 1, 2, ..., and the guest's disks volumes that lie in them. `asks` is what is wanted beside the map.
-    Raises ImageError where a disk can't be opened or read, FormatError where an image's own tables can't;
-    what is wrong *on* a disk becomes rows of the table `problems`.
-    """
-    if host_offsets:
-        from virt_bmap.open.host import open_host
-
-        with open_host(images, format, references, force_share) as host:
-            return survey_host(host, watcher(host.files) if watcher else lambda _: None, keys, nested, asks)[
-                0
-            ]
-    with open_disks(images, format, references, force_share=force_share) as disks:
-        return survey(disks, watcher(disks) if watcher else lambda _: None, keys, nested, asks)
-
-
-@contextlib.contextmanager
-def open_volumes(
-    images: Sequence[str],
-    format: str | None = None,
-    references: bool = False,
-    keys: Keys = NO_KEYS,
-    watcher: Callable[[Sequence[Reader]], Callable[[str], None]] | None = None,
-    nested: Nested = NOTHING,
-    status: Sequence[str] | None = None,
-    force_share: bool = False,
-    asks: Asks = NOTHING_MORE,
-) -> Iterator[tuple[BlockMap, list[Reader]]]:
-    """Map disks as `map_disks` does, and keep them open: also the reader of each volume, by its number, good
-    until the block ends.
-
-    `status=()`: the readers can also tell what is stored, as far as servers know; see `images.open_image`.
-    """
-    with open_disks(images, format, references, status, force_share) as disks:
-        yield survey_open(disks, watcher(disks) if watcher else lambda _: None, keys, nested, asks)
+    """The map of `Disks(images, ...)`, where that is all that is wanted. Raises as `opened` does."""
+    disks = Disks(
+        images, format=format, references=references, force_share=force_share, keys=keys, nested=nested,
+        host_offsets=host_offsets,
+    )  # fmt: skip
+    return mapped(disks)
 
 
 def is_saved(path: str) -> bool:

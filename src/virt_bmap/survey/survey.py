@@ -49,7 +49,8 @@ from virt_bmap.model.contract import (
 )
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.damage import table as damage_table
-from virt_bmap.survey.nested import MAX_LEVELS, NOTHING, ImageBudget, Nested
+from virt_bmap.open.disks import NOTHING, Nested
+from virt_bmap.survey.nested import MAX_LEVELS, ImageBudget
 from virt_bmap.survey.owners import check_names, check_owners
 from virt_bmap.survey.sleeping import asleep_in
 

@@ -16,16 +16,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from virt_bmap.accesses.resolve import Resolver
 from virt_bmap.core.errors import BmapError
-from virt_bmap.core.keys import Keys
 from virt_bmap.host import children, leftovers, programs
 from virt_bmap.model.blockmap import BlockMap
-from virt_bmap.survey.maps import map_disks
+from virt_bmap.open.disks import Disks
+from virt_bmap.survey.maps import mapped
 from virt_bmap.watch import oom
 
 NICENESS = 10
@@ -59,11 +60,11 @@ class Refresher:
     which it should not, the next map that is asked for starts it again.
     """
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, disks: Disks) -> None:
+        self._named = disks
         self._number = 0
         self._rest = b""
-        self._disks: tuple[str, list[str]] | None = None
+        self._asked: tuple[str, Disks] | None = None
         self._deaths = 0
         """One after the other, without a map in between."""
         self.busy = False
@@ -89,8 +90,8 @@ class Refresher:
 
         Returns when the process is ready.
         """
-        self._disks = folder, list(uris)
-        self._tell(pickle.dumps((*self._disks, self._keys)))
+        self._asked = folder, replace(self._named, images=uris)
+        self._tell(pickle.dumps(self._asked))
         if select.select([self._from], [], [], START)[0]:
             # nothing: it ended, which will be noticed when a map is wanted
             os.read(self._from.fileno(), len(READY))
@@ -102,10 +103,10 @@ class Refresher:
     def begin(self) -> None:
         """Ask for a map of the disks as they are now."""
         self.busy = True
-        if self._process.poll() is not None and self._disks:
+        if self._process.poll() is not None and self._asked:
             self._stop()
             self._start()
-            self._tell(pickle.dumps((*self._disks, self._keys)))
+            self._tell(pickle.dumps(self._asked))
         self._tell(b"again\n")
 
     def result(self) -> Refreshed | None:
@@ -163,10 +164,10 @@ class Refresher:
         """End the process, and remove what it left on its way here."""
         self._process.kill()
         self._stack.close()
-        if self._disks:
-            for name in os.listdir(self._disks[0]) if os.path.isdir(self._disks[0]) else []:
-                if name.startswith(MAP):
-                    os.unlink(f"{self._disks[0]}/{name}")
+        folder = self._asked[0] if self._asked else ""
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            if name.startswith(MAP):
+                os.unlink(f"{folder}/{name}")
 
     def close(self) -> None:
         """End the process."""
@@ -179,19 +180,19 @@ class Refresher:
 
 def main() -> None:
     """Answer until standard input ends, which it does with the watch."""
-    folder, uris, keys = pickle.load(sys.stdin.buffer)
+    folder, disks = pickle.load(sys.stdin.buffer)
     os.nice(NICENESS)
     oom.first()
     print(READY.decode(), end="", flush=True)
     for number, _ in enumerate(sys.stdin.buffer):
-        print(json.dumps(_answer(f"{folder}/{MAP}{number}", uris, keys)), flush=True)
+        print(json.dumps(_answer(f"{folder}/{MAP}{number}", disks)), flush=True)
 
 
-def _answer(file: str, uris: Sequence[str], keys: Keys) -> dict[str, Any]:
+def _answer(file: str, disks: Disks) -> dict[str, Any]:
     begun, started = time.time_ns(), time.monotonic()
     ended, error = begun, ""
     try:
-        bmap = map_disks(uris, keys=keys)
+        bmap = mapped(disks)
         ended = time.time_ns()
         save(bmap, file)
     except BmapError as problem:

@@ -52,7 +52,7 @@ def copy(
         with open(path, "r+b") as file:
             return dump(reader, SparseFile(file, reader.size), free, tell, GRAIN, partial)
     _create(path, format, reader.size)
-    with writing(path, format, references=False, compress=compress) as writer:
+    with writing(path, format, compress=compress) as writer:
         return dump(reader, FreshImage(writer), free, tell, CLUSTER, partial)
 
 

@@ -21,6 +21,7 @@ from virt_bmap.host.in_use import claim, refuse
 from virt_bmap.host.punch import punch
 from virt_bmap.model.contract import RAW, Writing
 from virt_bmap.open import magic
+from virt_bmap.open.disks import SAFELY, Opening
 from virt_bmap.open.nbd_writer import NbdWriter
 from virt_bmap.open.qemu_writer import writing
 from virt_bmap.open.raw import RawReader
@@ -44,7 +45,7 @@ class Disk(Protocol):
 
 
 @contextlib.contextmanager
-def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
+def kept(image: str, opening: Opening = SAFELY) -> Iterator[Disk]:
     """An image for reading and giving back, kept from others until the block ends.
 
     Raises UsageError where it is of a kind that can't give space back, ImageError where somebody uses it,
@@ -57,7 +58,7 @@ def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
         )
     plain = RawReader(image)
     try:
-        found = format or magic.recognise(plain)
+        found = opening.format or magic.recognise(plain)
     finally:
         plain.close()
     if Writing.FREEING not in magic.known(found).writing:
@@ -72,7 +73,7 @@ def opened(image: str, format: str | None, references: bool) -> Iterator[Disk]:
             disk.close()
     else:
         refuse(image)
-        with writing(image, found, references) as writer:
+        with writing(image, found, opening) as writer:
             yield TrimmedImage(writer)
 
 

@@ -9,26 +9,11 @@ that such an image carries is ever looked up on the host, and QEMU never sees it
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 MAX_IMAGES = 256
 """Images opened in one map. A disk can hold a million small files that look like disks."""
 MAX_LEVELS = 3
 """Images inside images. A hostile filesystem can have itself as a file, without end."""
-
-
-class Nested(NamedTuple):
-    """Which files to open: these paths (bytes, from the root of whichever filesystem has them), and with
-    `all` every file that begins as a disk does."""
-
-    paths: frozenset[bytes] = frozenset()
-    all: bool = False
-
-    def __bool__(self) -> bool:
-        return self.all or bool(self.paths)
-
-
-NOTHING = Nested()
 
 
 @dataclass
@@ -38,15 +23,3 @@ class ImageBudget:
 
     paths: set[bytes] = field(default_factory=set)
     left: int = MAX_IMAGES
-
-
-def parse(options: list[str]) -> Nested:
-    """The files of `--nested` options: paths, or `all`."""
-    return Nested(
-        frozenset(
-            b"/" + option.encode(errors="surrogateescape").strip(b"/")
-            for option in options
-            if option != "all"
-        ),
-        "all" in options,
-    )

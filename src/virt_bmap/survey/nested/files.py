@@ -17,7 +17,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import paths, tables
 from virt_bmap.model.contract import Filesystem
-from virt_bmap.survey.nested import Nested
+from virt_bmap.open.disks import Nested
 from virt_bmap.survey.vouching import VERITY_MAGIC
 
 LEAST_DISK, LEAST_IMAGE = 1 << 20, 64 << 10

@@ -23,8 +23,9 @@ from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import NOTE
 from virt_bmap.open import magic
 from virt_bmap.open.chains import ChainedDisk, Chains
+from virt_bmap.open.disks import Nested
 from virt_bmap.open.references import MAX_CHAIN, references_of
-from virt_bmap.survey.nested import MAX_IMAGES, ImageBudget, Nested
+from virt_bmap.survey.nested import MAX_IMAGES, ImageBudget
 from virt_bmap.survey.nested.files import Image, ImageFiles
 
 MAX_READ, FREE_READ = 4, 16 << 20
