@@ -19,7 +19,6 @@ from virt_bmap.ask.space import free_space
 from virt_bmap.cli import run as bmap
 from virt_bmap.core.arrays import EMPTY, Bytes, Int, complement, ints
 from virt_bmap.core.errors import ImageError, OutputError, UsageError
-from virt_bmap.core.lost import Lost
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.model import tables
@@ -380,9 +379,9 @@ class Asked(BytesReader):
 
     asked = 0
 
-    def read_known(self, offsets: Int, lengths: Int) -> tuple[Bytes, Lost]:
+    def read_ranges(self, offsets: Int, lengths: Int) -> Bytes:
         self.asked += int(lengths.sum())
-        return super().read_known(offsets, lengths)
+        return super().read_ranges(offsets, lengths)
 
 
 def test_batches_and_skips_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

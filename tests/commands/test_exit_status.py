@@ -23,6 +23,7 @@ from virt_bmap.core.lost import BEHIND, CHECKSUM, MISSING, NAMED, UNREADABLE, Lo
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.core.reader import BytesReader, Reader
+from virt_bmap.core.salvage import read_known
 
 MIB = 1 << 20
 FILL = np.random.default_rng(3).bytes(5 * MIB)
@@ -174,7 +175,7 @@ def test_dump_passes_over_bad_sectors_only_where_that_is_known(tmp_path: Path) -
 
 def test_a_disk_that_fails_everywhere_is_not_asked_for_ever() -> None:
     reader = Failing(bytes(64 * MIB), [(0, 64 * MIB)])
-    data, lost = reader.read_known(ints(0), ints(64 * MIB))
+    data, lost = read_known(reader, ints(0), ints(64 * MIB))
     assert not data.any()
     assert int((lost.ends - lost.starts).sum()) == 64 * MIB
     assert reader.asked < 2100

@@ -11,6 +11,7 @@ from virt_bmap.core.arrays import EMPTY, Bytes, Int, ints, runs, subtract
 from virt_bmap.core.errors import ImageError
 from virt_bmap.core.lost import Lost, Missing
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.salvage import read_known
 
 Ranges = tuple[Int, Int]
 
@@ -139,7 +140,7 @@ def _batch(reader: Reader, wanted: Ranges, skip: Ranges, low: int, high: int) ->
     first = np.searchsorted(wanted[1], low, "right")
     last = np.searchsorted(wanted[0], high, "left")
     starts, ends = np.clip(wanted[0][first:last], low, high), np.clip(wanted[1][first:last], low, high)
-    data, lost = reader.read_known(starts, ends - starts)
+    data, lost = read_known(reader, starts, ends - starts)
     if not reader.whole:
         lost = Lost.join(
             [lost, _lost(reader, (np.append(skip[0], starts), np.append(skip[1], ends)), low, high)]

@@ -22,6 +22,7 @@ from virt_bmap.core.columns import take
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.core.lost import BEHIND, NOTHING, NOWHERE, REUSED, Lost, Missing
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.salvage import read_known
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -229,7 +230,7 @@ class Files:
             coded = self._link_coded[low:high]
         if coded.any() or not 0 < length.sum() <= MAX_TARGET:
             return None
-        data, lost = self.reader.read_known(at, length)
+        data, lost = read_known(self.reader, at, length)
         return None if len(lost.starts) else data.tobytes()
 
     # ---- deleted files -------------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ class Files:
         """The bytes of pieces, one after the other; and (which piece, what of it is lost, in bytes of the
         piece), by piece."""
         there = why < 0
-        data, lost = self.reader.read_known(start[there], length[there])
+        data, lost = read_known(self.reader, start[there], length[there])
         piece, gone = lost.within(start[there], start[there] + length[there])
         piece = np.flatnonzero(there)[piece]
         gone = gone._replace(starts=gone.starts - start[piece], ends=gone.ends - start[piece])

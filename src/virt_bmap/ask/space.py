@@ -17,6 +17,7 @@ import numpy as np
 from virt_bmap.ask.check import check
 from virt_bmap.core.arrays import EMPTY, Int, complement, intersect, subtract, union
 from virt_bmap.core.mapping import PARITY, Rows
+from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 
@@ -25,9 +26,6 @@ NONE: Ranges = (EMPTY, EMPTY)
 HARMLESS = ("copy-missing",)
 """Problems of a layer that place no byte elsewhere: the first partition table is valid, and the disk was made
 larger or smaller."""
-GROUPED = "LVM2_member"
-"""Volumes of one group are described together: what is wrong with one (the metadata of a thin pool) casts
-doubt on all."""
 ADVICE = {
     tables.CHECKSUMMED: "discard it from inside instead (fstrim)",
     tables.VERIFIED: "discard it before the hashes are made",
@@ -143,7 +141,9 @@ def distrust(bmap: BlockMap, volume: int) -> str | None:
             continue
         if number == volume:
             return f"it has a problem: {row['code']}"
-        if number in below or (row["format"] == GROUPED and _same_group(bmap, layers(bmap, number), below)):
+        if number in below or (
+            _is_spanning(row["format"]) and _same_group(bmap, layers(bmap, number), below)
+        ):
             return f"{names[number]}, on which it lies, has a problem: {row['code']}"
     return None
 
@@ -191,10 +191,17 @@ def _noted(bmap: BlockMap, volume: int, code: str) -> str | None:
     )
 
 
+def _is_spanning(type: str | None) -> bool:
+    """Does this format describe the volumes that it makes together? Then what is wrong with one (the metadata
+    of a thin pool) casts doubt on all."""
+    format = formats.volume(type)
+    return format is not None and format.spans
+
+
 def _same_group(bmap: BlockMap, some: set[int], others: set[int]) -> bool:
-    """Do two volumes share a physical volume?"""
+    """Do two volumes share a member of what spans several: a physical volume?"""
     types = bmap.volumes.column("type").to_pylist()
-    return any(types[number] == GROUPED for number in some & others)
+    return any(_is_spanning(types[number]) for number in some & others)
 
 
 def layers(bmap: BlockMap, volume: int) -> set[int]:

@@ -24,6 +24,8 @@ Row = tuple[str, Check, *tuple[Check, ...]]
 """(type in blkid's words, checks that must all hold; the first one has no mask)."""
 
 SECTOR = 512
+VERITY, INTEGRITY = "DM_verity_hash", "DM_integrity"
+VERITY_MAGIC = b"verity\0\0"
 
 
 def _le(value: int, size: int = 4) -> bytes:
@@ -91,8 +93,8 @@ MEMBERS: tuple[Row, ...] = (
     ("drbdmanage_control_volume", (0, b"$DRBDmgr=q")),
     ("drbdproxy_datalog", (0, b"DRBDdlh*")),
     ("DM_snapshot_cow", (0, b"SnAp"), (4, _le(1))),
-    ("DM_verity_hash", (0, b"verity\0\0")),
-    ("DM_integrity", (0, b"integrt\0")),
+    (VERITY, (0, VERITY_MAGIC)),
+    (INTEGRITY, (0, b"integrt\0")),
     ("Android vbmeta", (0, b"AVB0")),
     ("DM_thin_metadata", (DM_MAGIC, _le(27022010, 8))),
     ("DM_cache_metadata", (DM_MAGIC, _le(6142003, 8))),
@@ -243,8 +245,8 @@ CONTAINERS: tuple[Row, ...] = (
 """Not a disk but a file that holds one: opening it with the right format shows what is inside."""
 
 TRAITS = {
-    "DM_verity_hash": VOUCHING,
-    "DM_integrity": VOUCHING,
+    VERITY: VOUCHING,
+    INTEGRITY: VOUCHING,
     "Android vbmeta": VOUCHING,
     "swsuspend": SLEEPING,
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 from virt_bmap.core.errors import ImageError, MissingTool
 from virt_bmap.host import children, kvm, programs
+from virt_bmap.model.contract import RAW
 from virt_bmap.observe.advice import INSTALL
 
 GUEST = Path(__file__).with_name("guest.py")
@@ -160,7 +161,7 @@ def launched(sockets: Sequence[str], folder: str) -> Iterator[Appliance]:
         if "LIBGUESTFS_BACKEND_SETTINGS" not in os.environ and kvm.can_tell() and kvm.accelerator() == "tcg":
             appliance.call("set_backend_settings", ["force_tcg"])
         for socket in sockets:
-            appliance.call("add_drive_opts", "", format="raw", protocol="nbd", server=[f"unix:{socket}"])
+            appliance.call("add_drive_opts", "", format=RAW, protocol="nbd", server=[f"unix:{socket}"])
         try:
             appliance.call("launch", timeout=LAUNCH_TIMEOUT)
         except CallFailed as error:

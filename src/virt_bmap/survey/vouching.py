@@ -21,10 +21,10 @@ from typing import NamedTuple
 from virt_bmap.core.errors import FormatError
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.foreign import INTEGRITY, VERITY, VERITY_MAGIC
 from virt_bmap.model.tables import CHECKSUMMED, VERIFIED, VOUCHING
 
-VERITY, INTEGRITY = "DM_verity_hash", "DM_integrity"
-VERITY_MAGIC, AVB_FOOTER_MAGIC = b"verity\0\0", b"AVBf"
+AVB_FOOTER_MAGIC = b"AVBf"
 SECTOR, AVB_FOOTER = 512, 64
 SUPERBLOCK = struct(SECTOR, [
     (0, "signature", "V8"), (8, "version", "<u4"), (12, "hash_type", "<u4"), (32, "algorithm", "S32"),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from virt_bmap.act.make import tools
+from virt_bmap.act.make.filesystems import FILESYSTEMS
 from virt_bmap.core.errors import ImageError, MissingTool
 
 TIMEOUT = 900.0
@@ -52,7 +53,7 @@ def shell(*words: str) -> Step:
 
 def fill(device: str, kind: str, archive: Path) -> list[Step]:
     """Put a tar archive into the filesystem on a device."""
-    extended = ("xattrs:true", "acls:true") if kind in ("ext2", "ext3", "ext4", "xfs", "btrfs") else ()
+    extended = ("xattrs:true", "acls:true") if FILESYSTEMS[kind].extended else ()
     return [("mount", device, "/"), ("tar-in", str(archive), "/", *extended), ("umount", "/")]
 
 

@@ -277,12 +277,10 @@ def _array(work: Work, members: int) -> None:
 def _inside(work: Work, device: str, parameter: str, where: str) -> None:
     """A filesystem made and filled in the appliance."""
     kind, tree = work.spec.filesystem(parameter), work.trees.get(where)
-    if kind == "swap":
-        if tree:
-            raise UsageError("swap holds no files: leave --tree away")
-        work.steps.append(("mkswap", device))
-        return
-    work.steps.append(("mkfs", kind, device))
+    if tree:
+        filesystems.refuse_files(kind)
+    holds_files = FILESYSTEMS[kind].fills != "never"
+    work.steps.append(("mkfs", kind, device) if holds_files else ("mkswap", device))
     if tree:
         work.steps += appliance.fill(device, kind, appliance.archived(tree, work.folder / f"{parameter}.tar"))
 

@@ -21,13 +21,16 @@ class Type(NamedTuple):
 
     `make(file, tree)` makes it over the whole of a file, and fills it where
     `fills` is "tool". "mount": a kernel has to, by the filesystem type
-    `kernel`; "never": it holds no files. Partition types for MBR and GPT."""
+    `kernel`; "never": it holds no files. Partition types for MBR and GPT.
+    `owners`: it keeps owners and modes of files; `extended`: and ACLs and extended attributes."""
 
     make: Maker
     fills: str
     mbr: str = "83"
     gpt: str = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
     kernel: str = ""
+    owners: bool = True
+    extended: bool = False
 
 
 def _ext(kind: str) -> Maker:
@@ -62,18 +65,24 @@ def _f2fs(file: Path, tree: Path | None) -> None:
 
 BASIC_DATA = "EBD0A0A2-B9E5-4433-87C0-68B6B72699C7"
 FILESYSTEMS = {
-    "ext2": Type(_ext("ext2"), "tool"),
-    "ext3": Type(_ext("ext3"), "tool"),
-    "ext4": Type(_ext("ext4"), "tool"),
-    "xfs": Type(_command("mkfs.xfs", "-q", "-f"), "mount", kernel="xfs"),
-    "btrfs": Type(_btrfs, "tool"),
-    "vfat": Type(_vfat, "tool", "0c", BASIC_DATA),
-    "ntfs": Type(_command("mkntfs", "-F", "-Q", "-q"), "mount", "07", BASIC_DATA, kernel="ntfs-3g"),
-    "exfat": Type(_command("mkfs.exfat"), "mount", "07", BASIC_DATA, kernel="exfat"),
+    "ext2": Type(_ext("ext2"), "tool", extended=True),
+    "ext3": Type(_ext("ext3"), "tool", extended=True),
+    "ext4": Type(_ext("ext4"), "tool", extended=True),
+    "xfs": Type(_command("mkfs.xfs", "-q", "-f"), "mount", kernel="xfs", extended=True),
+    "btrfs": Type(_btrfs, "tool", extended=True),
+    "vfat": Type(_vfat, "tool", "0c", BASIC_DATA, owners=False),
+    "ntfs": Type(_command("mkntfs", "-F", "-Q", "-q"), "mount", "07", BASIC_DATA, "ntfs-3g", owners=False),
+    "exfat": Type(_command("mkfs.exfat"), "mount", "07", BASIC_DATA, "exfat", owners=False),
     "f2fs": Type(_f2fs, "tool"),
     "minix": Type(_command("mkfs.minix", "-3"), "mount", "81", kernel="minix"),
     "swap": Type(_command("mkswap"), "never", "82", "0657FD6D-A4AB-43C4-84E5-0933C84B4F4F"),
 }
+
+
+def refuse_files(kind: str) -> None:
+    """UsageError where this type holds no files."""
+    if FILESYSTEMS[kind].fills == "never":
+        raise UsageError(f"{kind} holds no files: leave --tree away")
 
 
 def make(kind: str, file: Path, tree: Path | None) -> str | None:
@@ -81,24 +90,24 @@ def make(kind: str, file: Path, tree: Path | None) -> str | None:
     None where the tree is still to be put in, by the appliance. Raises ImageError with the tool's words,
     MissingTool, UsageError where this type holds no files."""
     found = FILESYSTEMS[kind]
-    if tree and found.fills == "never":
-        raise UsageError(f"{kind} holds no files: leave --tree away")
+    if tree:
+        refuse_files(kind)
     try:
         found.make(file, tree if found.fills == "tool" else None)
     except ImageError as error:
         raise type(error)(f"{kind} of {file.stat().st_size:,} bytes: {error}") from error
     if not tree or found.fills == "tool":
         return "files"
-    return "mount" if _filled(found.kernel, file, tree) else None
+    return "mount" if _filled(found, file, tree) else None
 
 
-def _filled(kernel: str, file: Path, tree: Path) -> bool:
+def _filled(found: Type, file: Path, tree: Path) -> bool:
     """Copy the tree in through a mount; False where this host can't mount it."""
     if not tools.can_loop():
         return False
-    keep = ["--preserve=timestamps"] if kernel in ("ntfs-3g", "exfat") else ["-a"]
+    keep = ["-a"] if found.owners else ["--preserve=timestamps"]
     with private_folder() as folder:
-        return tools.filled(file, kernel, Path(folder), tree, keep)
+        return tools.filled(file, found.kernel, Path(folder), tree, keep)
 
 
 def folder_of(tree: str) -> Path:

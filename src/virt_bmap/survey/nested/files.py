@@ -15,10 +15,10 @@ from virt_bmap.core.arrays import EMPTY, Bool, Int, scatter
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import registry as formats
+from virt_bmap.formats.foreign import VERITY_MAGIC
 from virt_bmap.model import paths, tables
 from virt_bmap.model.contract import Filesystem
 from virt_bmap.open.disks import Nested
-from virt_bmap.survey.vouching import VERITY_MAGIC
 
 LEAST_DISK, LEAST_IMAGE = 1 << 20, 64 << 10
 """Bytes of a file that is looked at without being asked for by its name.
