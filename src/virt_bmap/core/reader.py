@@ -37,6 +37,10 @@ class Reader:
     instead of one that is wrong?"""
     stored_most: int | None = None
     """At most so many bytes are stored of it, once that is known: see `core/stored.py`."""
+    sector: int | None = None
+    """Bytes of a sector, where the device tells them, or the user."""
+    is_sector_sure = False
+    """Did the user say so?"""
     in_use: str | None = None
     """Who may be changing it while it is read, in a few words."""
 

@@ -187,6 +187,11 @@ def volume_on(reader: Reader, has_header: bool = False) -> VolumeFormat | None:
     return volume("crypto_LUKS") if has_header else _first(VOLUMES, reader)
 
 
+def is_known(reader: Reader) -> bool:
+    """Does a volume begin as one of a format that is read?"""
+    return volume_on(reader) is not None or filesystem_on(reader) is not None
+
+
 def image_on(reader: Reader) -> ImageFormat | None:
     """The format of the image in a file, by magic; None for a raw disk."""
     return _first(IMAGES, reader)

@@ -5,8 +5,10 @@ giving an error.
 """
 
 import errno
+import fcntl
 import os
 import stat
+import struct
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from virt_bmap.core.errors import ImageError
 from virt_bmap.core.reader import Reader
 from virt_bmap.host import in_use, notices, protection
 from virt_bmap.host.looked_at import open_looked_at
+
+BLKSSZGET = 0x1268
+"""linux/fs.h."""
 
 
 class RawReader(Reader):
@@ -37,6 +42,8 @@ class RawReader(Reader):
         self.in_use = in_use.writer_of_open(self._fd)
         if self.in_use:
             notices.say(f"{path}: is in use: {self.in_use}; what is read of it may mix several states")
+        if stat.S_ISBLK(mode):
+            self.sector = sector_of(self._fd)
         self.near = stat.S_ISREG(mode)  # most files are in the kernel's cache, most devices are not
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
@@ -74,6 +81,17 @@ class RawReader(Reader):
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def sector_of(device: int) -> int | None:
+    """Bytes of a logical sector of an open block device; None where it does not tell."""
+    answer = bytearray(struct.calcsize("i"))
+    try:
+        fcntl.ioctl(device, BLKSSZGET, answer)
+    except OSError:
+        return None
+    size: int = struct.unpack("i", answer)[0]
+    return size
 
 
 def data_ranges(file: int, size: int) -> tuple[Int, Int]:

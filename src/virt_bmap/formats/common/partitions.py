@@ -1,7 +1,7 @@
 """What all partition tables have in common: names of partitions, their place on the disk, and what is wrong
 between them."""
 
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 from virt_bmap.core.mapping import Rows
@@ -41,17 +41,34 @@ def add_partition(
     assembly.add(Child("partition", name, length, Rows.make(0, disk.number, start, length), **about))
 
 
-def check_overlaps(assembly: Assembly, damage: Damage) -> None:
-    """Say which partitions begin inside the one before them on the disk."""
+def check_overlaps(partitions: Sequence[Child], damage: Damage) -> None:
+    """Say which partitions begin inside another one that lies before them on the disk."""
     spans = sorted(
         (start, start + child.size, child.name)
-        for child in assembly.children
+        for child in partitions
         for start in child.rows.parent_offset.tolist()
     )
-    for (_, end, before), (start, _, name) in pairwise(spans):
-        if start < end:
-            words = f"{name} begins at byte {start:#x}, inside {before}, which ends at {end:#x}"
+    reach, before = 0, ""
+    for start, end, name in spans:
+        if start < reach:
+            words = f"{name} begins at byte {start:#x}, inside {before}, which ends at {reach:#x}"
             damage.say("two-owners", words, start)
+        if end > reach:
+            reach, before = end, name
+
+
+DYNAMIC: dict[str, Any] = {"type": "ldm", "contents": False, "unread": "ldm"}
+"""About a partition of a Windows dynamic disk: a volume may begin there, and go on somewhere else."""
+
+
+def say_dynamic(partitions: Sequence[Child], damage: Damage) -> None:
+    """Name a dynamic disk."""
+    if any(child.type == DYNAMIC["type"] for child in partitions):
+        damage.say(
+            "unsupported",
+            "a Windows dynamic disk: which volumes lie in its partitions, only its own database (LDM) knows, "
+            "which is not read",
+        )
 
 
 def is_cd(reader: Reader) -> bool:

@@ -102,7 +102,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
     own = assembly.about(disk).extents
     own.add(tables.METADATA, 0, SECTOR, part="driver descriptor")
     own.add(tables.METADATA, size, count * size, part="partition map")
-    check_overlaps(assembly, damage)
+    check_overlaps(assembly.children, damage)
     return assembly
 
 

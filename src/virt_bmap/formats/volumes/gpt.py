@@ -1,4 +1,4 @@
-"""GUID partition tables: both headers and entry arrays, their checksums, sectors of 512 and 4096 bytes.
+"""GUID partition tables: both headers and entry arrays, their checksums, sectors of 512 to 4096 bytes.
 
 Sources: UEFI specification 2.10, section 5.3; Linux block/partitions/efi.c (a GPT counts only after a
 protective or hybrid MBR).
@@ -15,7 +15,9 @@ from virt_bmap.core.arrays import Int
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, struct, widen
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps
+from virt_bmap.formats.common import boot_record
+from virt_bmap.formats.common.boot_record import SECTOR
+from virt_bmap.formats.common.partitions import DYNAMIC, add_partition, check_overlaps, say_dynamic
 from virt_bmap.formats.volumes import mbr
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
@@ -34,11 +36,11 @@ NAME = "gpt"
 FEATURES = (
     "primary and backup header",
     "CRCs of headers and entries",
-    "512- and 4096-byte sectors",
+    "sectors of 512 to 4096 bytes",
     "protective and hybrid MBR",
     "partition names",
 )
-REFUSED = ()
+REFUSED = ("partitions of Windows dynamic disks (named only)",)
 ORACLES = ("sfdisk --dump",)
 CHECKS = Checks(
     checksums="CRC-32 of both headers and both entry arrays",
@@ -46,12 +48,13 @@ CHECKS = Checks(
     unchecked=(),
 )
 
-SECTORS = (512, 4096)
+SECTORS = (512, 4096, 2048, 1024)
 MAX_ENTRIES = 16384
 """Entries that are read: 128 is usual, and 16,384 of 128 bytes are 2 MiB, more than the gap before any first
 partition."""
+BIOS_BOOT = "BIOS boot"
 TYPES = {
-    "c12a7328-f81f-11d2-ba4b-00a0c93ec93b": "EFI System", "21686148-6449-6e6f-744e-656564454649": "BIOS boot",
+    "c12a7328-f81f-11d2-ba4b-00a0c93ec93b": "EFI System", "21686148-6449-6e6f-744e-656564454649": BIOS_BOOT,
     "0fc63daf-8483-4772-8e79-3d69d8477de4": "Linux filesystem",
     "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f": "Linux swap", "e6d6d379-f507-44c2-a23c-238f2a3df928": "Linux LVM",
     "a19d880f-05fc-4d3b-a006-743f0f84911e": "Linux RAID",
@@ -68,6 +71,8 @@ TYPES = {
     "fe3a2a5d-4f32-41a7-b725-accc3285a309": "ChromeOS kernel",
     "3cb8e202-3b7e-47dd-8a3c-7ff2a13cfcec": "ChromeOS root",
 }  # fmt: skip
+LDM = ("5808c8aa-7e8f-42e0-85d2-e1e90434cfb3", "af9b60a0-1431-4f62-bc68-3311714a69ad")
+"""Of Windows dynamic disks."""
 VERITY = {
     "root verity": (
         "d13c5d3b-b5d1-422a-b29f-9454fdc89d76", "2c7357ed-ebd2-46d9-aec1-23d437ec2bf5",
@@ -164,7 +169,10 @@ def probe(reader: Reader) -> bool:
     """A protective entry in the MBR and a header at one end of the disk; a CD image that is partitioned as
     well stays a CD image."""
     sector = reader.read_clipped(0, SECTOR)
-    if sector[mbr.SIGNATURE :] != b"\x55\xaa" or mbr.PROTECTIVE not in mbr.entries(sector)["os_type"]:
+    if (
+        sector[boot_record.SIGNATURE :] != b"\x55\xaa"
+        or mbr.PROTECTIVE not in boot_record.raw_entries(sector)["os_type"]
+    ):
         return False
     places = [(size, at) for size in SECTORS for at in (size, reader.size - size)]
     if not any(at > 0 and reader.read_clipped(at, 8) == b"EFI PART" for _, at in places):
@@ -188,8 +196,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
     about = assembly.about(disk)
     own, damage = about.extents, about.damage
     table, backup = _both(disk.reader, damage)
-    own.add(tables.BOOT, 0, mbr.ENTRIES, part="boot code")
-    own.add(tables.METADATA, mbr.ENTRIES, SECTOR - mbr.ENTRIES, part="protective MBR")
+    own.add(tables.BOOT, 0, boot_record.ENTRIES, part="boot code")
+    own.add(tables.METADATA, boot_record.ENTRIES, SECTOR - boot_record.ENTRIES, part="protective MBR")
     for found, words in ((table, "GPT"), (backup, "backup GPT")):
         if found:
             primary = "backup GPT" if found.at > found.sector else "GPT"
@@ -204,7 +212,8 @@ def assemble(members: Sequence[Member]) -> Assembly:
     about.uuid = table.disk_guid
     for index in _used(table).tolist():
         _add(assembly, disk, table, table.entries[index], index + 1, damage)
-    check_overlaps(assembly, damage)
+    check_overlaps(assembly.children, damage)
+    say_dynamic(assembly.children, damage)
     return assembly
 
 
@@ -226,8 +235,8 @@ def _add(
         assembly, disk, number, first * table.sector, (last + 1 - first) * table.sector,
         uuid=_guid(entry["unique_partition_guid"]), label=name or None,
         detail=TYPES.get(kind, f"type {kind}"),
-        unread="BIOS boot" if TYPES.get(kind) == "BIOS boot" else None,
         traits=TRAITS.get(kind, VOUCHING if name.startswith(VBMETA) else 0),
+        **(DYNAMIC if kind in LDM else {"unread": BIOS_BOOT if TYPES.get(kind) == BIOS_BOOT else None}),
     )  # fmt: skip
 
 
@@ -336,7 +345,7 @@ def _structures() -> Structures:
     return {
         "GPT header": Structure(HEADER),
         "GPT entries": Structure(ENTRY, many=True),
-        "protective MBR": Structure(mbr.ENTRY, many=True),
+        "protective MBR": Structure(boot_record.ENTRY, many=True),
     }
 
 

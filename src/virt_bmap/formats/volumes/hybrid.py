@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from virt_bmap.core.arrays import Int, intersect, ints
 from virt_bmap.core.errors import FormatError
+from virt_bmap.formats.common.boot_record import raw_entries
 from virt_bmap.formats.common.partitions import SECTOR, check_overlaps
 from virt_bmap.formats.volumes import gpt, mbr
 from virt_bmap.model import tables
@@ -35,7 +36,7 @@ class Hybrid:
             if self._is_apart(int(child.rows.parent_offset[0]), child.size):
                 kept.add(child)
         about = kept.about(disk)
-        check_overlaps(kept, about.damage)
+        check_overlaps(kept.children, about.damage)
         for row in found.about(disk).extents.table(0).to_pylist():
             if self._is_apart(row["volume_offset"], row["length"]):
                 about.extents.add(
@@ -50,7 +51,7 @@ class Hybrid:
 def _table(disk: Member) -> Assembly:
     """The disk's partitions, by the GPT where the MBR says that there is one; none where the table can't be
     used."""
-    protective = mbr.PROTECTIVE in mbr.entries(disk.reader.read(0, SECTOR))["os_type"]
+    protective = mbr.PROTECTIVE in raw_entries(disk.reader.read(0, SECTOR))["os_type"]
     try:
         return gpt.assemble([disk]) if protective else mbr.assemble([disk])
     except FormatError:

@@ -3,26 +3,46 @@ one.
 
 Sources: UEFI specification 2.10, section 5.2 (legacy and protective MBR); Linux block/partitions/msdos.c for
 what is taken for a table, for the chain of extended boot records, and for numbering: primary partitions 1 to
-4 by slot, logical ones from 5 in chain order.
+4 by slot, logical ones of all extended partitions from 5 in chain order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from virt_bmap.core.layout import record, records, struct, widen
+from virt_bmap.core.layout import widen
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps, is_cd
+from virt_bmap.formats.common import sectors
+from virt_bmap.formats.common.boot_record import (
+    ENTRIES,
+    ENTRY,
+    SECTOR,
+    SIGNATURE,
+    Entry,
+    chain,
+    entries,
+    raw_entries,
+)
+from virt_bmap.formats.common.partitions import (
+    DYNAMIC,
+    add_partition,
+    check_overlaps,
+    is_cd,
+    say_dynamic,
+)
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
     Assembly,
     Checks,
+    Child,
     Docs,
     Member,
     Structure,
     Structures,
     VolumeFormat,
 )
+from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import WARNING
 
 NAME = "dos"
@@ -31,40 +51,29 @@ FEATURES = (
     "boot code and the gap behind it",
     "isohybrid disks left to ISO 9660",
     "partitions cut off by the disk's end",
+    "sectors of 512 to 4096 bytes: by what lies there, by the device, by `--blocksize`",
 )
-REFUSED = ("4096-byte sectors without GPT: sizes are taken in 512-byte sectors",)
-ORACLES = ("sfdisk --dump",)
+REFUSED = ("partitions of Windows dynamic disks (named only)",)
+ORACLES = ("sfdisk --dump", "partx", "parted")
 CHECKS = Checks(
     checksums=None,
     rules=("partition table: places, overlaps, the chain of logical partitions",),
     unchecked=(),
 )
 
-ENTRIES, SIGNATURE = 446, 510
-MAX_LOGICAL = 256
-"""Links of the chain of extended boot records that are followed; the kernel stops at 256 partitions."""
-EXTENDED = (0x05, 0x0F, 0x85)
+FIRST_LOGICAL, MAX_PARTITIONS = 5, 256
+"""The kernel's numbers: logical partitions from 5 on, and none from 256 on."""
+SFS = 0x42
 PROTECTIVE = 0xEE
 TYPES = {
-    0x01: "FAT12", 0x04: "FAT16 <32M", 0x05: "Extended", 0x06: "FAT16", 0x07: "HPFS/NTFS/exFAT",
+    0x00: "Empty", 0x01: "FAT12", 0x04: "FAT16 <32M", 0x05: "Extended", 0x06: "FAT16",
+    0x07: "HPFS/NTFS/exFAT",
     0x0B: "W95 FAT32", 0x0C: "W95 FAT32 (LBA)", 0x0E: "W95 FAT16 (LBA)", 0x0F: "W95 Ext'd (LBA)",
     0x27: "Hidden NTFS WinRE", 0x42: "SFS (dynamic disk)", 0x82: "Linux swap", 0x83: "Linux",
     0x85: "Linux extended", 0x8E: "Linux LVM", 0xA5: "FreeBSD", 0xA6: "OpenBSD", 0xA8: "Darwin UFS",
     0xA9: "NetBSD", 0xAF: "HFS / HFS+", 0xBF: "Solaris", 0xEE: "GPT", 0xEF: "EFI System", 0xFB: "VMware VMFS",
     0xFD: "Linux raid autodetect",
 }  # fmt: skip
-
-ENTRY = struct(16, [
-    (0, "boot_indicator", "u1"),
-    (4, "os_type", "u1"),
-    (8, "starting_lba", "<u4"),
-    (12, "size_in_lba", "<u4"),
-])  # fmt: skip
-
-
-def entries(sector: bytes) -> np.ndarray:
-    """The four entries of a boot record, as ENTRY records."""
-    return records(sector[ENTRIES : ENTRIES + 64], ENTRY)
 
 
 def probe(reader: Reader) -> bool:
@@ -78,7 +87,7 @@ def probe(reader: Reader) -> bool:
         or _boot_sector_of_fat(sector)
     ):
         return False
-    table = entries(sector)
+    table = raw_entries(sector)
     used = table[(table["os_type"] != 0) & (table["size_in_lba"] != 0)]
     if not len(used) or not np.isin(table["boot_indicator"], (0, 0x80)).all():
         return False
@@ -108,6 +117,9 @@ def _boot_sector_of_fat(sector: bytes) -> bool:
     )  # fmt: skip
 
 
+LINKS = "extended partition"
+
+
 def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk. Its partitions are children, logical ones too."""
     (disk,) = members
@@ -116,74 +128,57 @@ def assemble(members: Sequence[Member]) -> Assembly:
     own, damage = about.extents, about.damage
     own.add(tables.BOOT, 0, ENTRIES, part="boot code")
     own.add(tables.METADATA, ENTRIES, SECTOR - ENTRIES, part="partition table")
-    signature = f"{int.from_bytes(disk.reader.read(440, 4), 'little'):08x}"
-    about.uuid = signature
-    for slot, entry in enumerate(entries(disk.reader.read(0, SECTOR)), 1):
-        kind, start = int(entry["os_type"]), int(entry["starting_lba"]) * SECTOR
-        length = int(entry["size_in_lba"]) * SECTOR
-        if kind == 0 or length == 0:
-            continue
-        if kind in EXTENDED:
+    about.uuid = f"{int.from_bytes(disk.reader.read(440, 4), 'little'):08x}"
+    primary = entries(disk.reader.read(0, SECTOR))
+    sector = sectors.counted_in(disk, [entry for entry in primary if entry.length], about)
+    number, records = FIRST_LOGICAL, list[int]()
+    for slot, entry in enumerate(primary, 1):
+        if entry.length and entry.is_link:
             # the kernel shows an extended partition as its first two sectors, so that boot loaders can be put
             # there
-            add_partition(
-                assembly,
-                disk,
-                slot,
-                start,
-                min(length, 2 * SECTOR),
-                **_about(kind, slot, signature),
-                contents=False,
-                unread="extended partition",
-            )
-            _logical(assembly, disk, start, length, signature)
-        else:
-            add_partition(assembly, disk, slot, start, length, **_about(kind, slot, signature))
-    check_overlaps(assembly, damage)
+            room = min(entry.length * sector, max(sector, 2 * SECTOR))
+            shown = _about(entry.kind, slot, about.uuid) | {"contents": False, "unread": LINKS}
+            add_partition(assembly, disk, slot, entry.start * sector, room, **shown)
+            for record in chain(disk.reader, entry, sector, damage):
+                own.add(tables.METADATA, record.at, SECTOR, part="extended boot record")
+                records.append(record.at)
+                if number + len(record.partitions) > MAX_PARTITIONS:
+                    words = f"partitions from number {number} on are left out"
+                    damage.say("too-many", words, record.at)
+                    break
+                for logical in record.partitions:
+                    _add(assembly, disk, number, logical, about.uuid)
+                    number += 1
+        elif entry.length:
+            place = Entry(entry.kind, entry.start * sector, entry.length * sector)
+            _add(assembly, disk, slot, place, about.uuid)
+    partitions = [child for child in assembly.children if child.unread != LINKS]
+    check_overlaps(partitions, damage)
+    _check_records(partitions, records, damage)
+    say_dynamic(partitions, damage)
     _post_mbr_gap(disk, own, [int(child.rows.parent_offset[0]) for child in assembly.children])
     return assembly
 
 
-def _logical(assembly: Assembly, disk: Member, base: int, length: int, signature: str) -> None:
-    """Follow the chain of extended boot records; entry 1 is relative to this record, entry 2 to the extended
-    partition."""
-    own, damage = assembly.about(disk).extents, assembly.about(disk).damage
-    at, number, seen = base, 5, set[int]()
-    while at not in seen and len(seen) < MAX_LOGICAL:
-        seen.add(at)
-        if at + SECTOR > disk.reader.size or disk.reader.read(at + SIGNATURE, 2) != b"\x55\xaa":
-            damage.say(
-                "mapping",
-                f"there is no extended boot record at byte {at:#x}, where the chain of logical "
-                "partitions leads",
-                at,
-            )
-            return
-        own.add(tables.METADATA, at, SECTOR, part="extended boot record")
-        sector = disk.reader.read(at, SECTOR)
-        logical = record(sector, ENTRY, ENTRIES)
-        further = record(sector, ENTRY, ENTRIES + 16)
-        if logical["os_type"] and logical["size_in_lba"]:
-            start, size = at + int(logical["starting_lba"]) * SECTOR, int(logical["size_in_lba"]) * SECTOR
-            if start + size > base + length:
-                damage.say(
-                    "outside",
-                    f"logical partition {number} reaches beyond its extended partition",
-                    at,
-                    severity=WARNING,
-                )
-            add_partition(
-                assembly, disk, number, start, size, **_about(int(logical["os_type"]), number, signature)
-            )
-            number += 1
-        if int(further["os_type"]) not in EXTENDED or further["size_in_lba"] == 0:
-            return
-        at = base + int(further["starting_lba"]) * SECTOR
-    damage.say("twice", f"the chain of extended boot records comes back to byte {at:#x}", at)
+def _add(assembly: Assembly, disk: Member, number: int, entry: Entry, signature: str) -> None:
+    """A partition that is no container, its entry in bytes of the disk."""
+    about = _about(entry.kind, number, signature)
+    more = DYNAMIC if entry.kind == SFS else {}
+    add_partition(assembly, disk, number, entry.start, entry.length, **about, **more)
 
 
-def _about(kind: int, number: int, signature: str) -> dict[str, str]:
+def _about(kind: int, number: int, signature: str) -> dict[str, Any]:
     return {"uuid": f"{signature}-{number:02x}", "detail": f"{kind:#04x} {TYPES.get(kind, 'unknown type')}"}
+
+
+def _check_records(partitions: Sequence[Child], records: Sequence[int], damage: Damage) -> None:
+    """Say which extended boot records lie in partitions: they are read, but a write there ends the chain."""
+    for child in partitions:
+        start = int(child.rows.parent_offset[0])
+        for at in records:
+            if start <= at < start + child.size:
+                words = f"the extended boot record at byte {at:#x} lies inside {child.name}"
+                damage.say("two-owners", words, at, severity=WARNING)
 
 
 def _post_mbr_gap(disk: Member, own: tables.ExtentRows, starts: list[int]) -> None:

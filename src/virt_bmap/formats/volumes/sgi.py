@@ -95,7 +95,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
                 length,
                 detail=TYPES.get(kind, f"type {kind:#x}"),
             )
-    check_overlaps(assembly, assembly.about(disk).damage)
+    check_overlaps(assembly.children, assembly.about(disk).damage)
     return assembly
 
 

@@ -92,7 +92,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
     for number, tag, start, length in _slices(label):
         if tag != WHOLE_DISK:
             add_partition(assembly, disk, number, start, length, detail=TAGS.get(tag, f"tag {tag:#x}"))
-    check_overlaps(assembly, about.damage)
+    check_overlaps(assembly.children, about.damage)
     return assembly
 
 
