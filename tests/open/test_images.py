@@ -17,7 +17,7 @@ import pytest
 from support import need, run, wait_for_socket
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import ImageError, UsageError
-from virt_bmap.open import open_image
+from virt_bmap.open import open_image, qemu
 from virt_bmap.open.disks import Opening
 from virt_bmap.open.nbd import NbdReader
 from virt_bmap.open.raw import RawReader
@@ -338,3 +338,15 @@ def test_a_server_that_dies_is_one_line(disk, nbdkit, tmp_path):
     with pytest.raises(ImageError, match=r"closed the connection|broke"):
         reader.read(1 << 20, 4096)
     reader.close()
+
+
+def test_qemus_reason_is_the_line_that_holds_it():
+    said = (
+        "qemu-nbd: warning: something is old\nA driver has something to say\n"
+        "qemu-nbd: Failed to blk_new_open 'json:{}': Could not open 'a': no key\n"
+        "To find it, run:\nsomething\n"
+    )
+    assert qemu.reason(said, "json:{}") == "Could not open 'a': no key"
+    assert qemu.reason("module dmg-bz2 not found\nqemu-nbd: warning: old\nqemu-nbd: Bad\n", "x") == "Bad"
+    assert qemu.reason("qemu-nbd: warning: old\n", "x") == "warning: old"
+    assert qemu.reason("", "x") == ""

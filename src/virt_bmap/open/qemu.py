@@ -47,6 +47,7 @@ PACKAGES = "apt-get install qemu-utils, or dnf install qemu-img"
 LOCKED = re.compile(r"Failed to get .* lock|Is another process using the image")
 MODULE = re.compile(r"module \S+ not found")
 """A part of QEMU that is not installed, and often not needed: of dmg's two ways to pack, say."""
+WARNING = re.compile(r"(qemu(-nbd)?: )?(warning|info): ")
 CANT_RUN = (126, 127)
 """Exit statuses of sh: what it was to run is not there, or no program of this machine."""
 IN_USE = {
@@ -125,6 +126,16 @@ def _connected(
     return made, server
 
 
+def reason(text: str, nodes: str) -> str:
+    """The line that says why `nodes` can't be opened, among what QEMU and its drivers print before it, and
+    the advice behind it; else the first that complains, or the first."""
+    lines = [line for line in text.strip().splitlines() if not MODULE.search(line)]
+    failed = f"Failed to blk_new_open '{nodes}': "
+    said = [line.split(failed, 1)[1] for line in lines if failed in line]
+    said += [line for line in lines if not WARNING.match(line)] + lines
+    return re.sub(r"^qemu(-nbd)?: ", "", said[0]) if said else ""
+
+
 class Server:
     """A qemu-nbd. It ends with `link`, our connection."""
 
@@ -177,15 +188,9 @@ class Server:
                          stderr=self._messages, process_group=0, env=programs.environment())  # fmt: skip
 
     def words(self) -> str:
-        """The first thing that it said, if it said anything."""
-        text = os.pread(self._messages.fileno(), 65536, 0).decode(errors="replace").strip()
-        lines = [line for line in text.splitlines() if not MODULE.search(line)]
-        said = (
-            re.sub(r"^qemu(-nbd)?: ", "", lines[0]).replace(f"Failed to blk_new_open '{self._nodes}': ", "")
-            if lines
-            else ""
-        )
-        return self._graph.in_words(said)
+        """What it said, if it said anything: why it failed, or the first thing."""
+        text = os.pread(self._messages.fileno(), 65536, 0).decode(errors="replace")
+        return self._graph.in_words(reason(text, self._nodes))
 
     def refusal(self) -> BmapError | None:
         """Why it does not serve the image; None where that is not its fault."""
