@@ -411,6 +411,11 @@ def no_references(image: Reader) -> References:
     return References()
 
 
+def no_options(image: Reader) -> Mapping[str, str]:
+    """A format whose driver needs no word more."""
+    return {}
+
+
 def one_size(image: Reader) -> int:
     """Bytes of a cluster that nothing else is said of: the default of qcow2 and of QEMU's dirty bitmaps."""
     return 64 << 10
@@ -431,8 +436,9 @@ class ImageFormat(NamedTuple):
     Corrupt where it can't be followed; `cluster(image)` in what units it shows bytes of its own.
 
     QEMU is given the file, or what `rewritten(image, write)` says where its parser would take more for a
-    name than is one; None: this image as it is. `follows`: QEMU reads the backing files of such an image.
-    `refusal`: nothing opens these, and what to do instead. `suffix`: of files that are made in this format.
+    name than is one; None: this image as it is. `options(image)` are those of its driver. `follows`: QEMU
+    reads the backing files of such an image. `refusal`: nothing opens these, and what to do instead.
+    `suffix`: of files that are made in this format.
     """
 
     name: str
@@ -445,6 +451,7 @@ class ImageFormat(NamedTuple):
     references: Callable[[Reader], References] = no_references
     cluster: Callable[[Reader], int] = one_size
     rewritten: Callable[[Reader, bool], Rewritten | None] | None = None
+    options: Callable[[Reader], Mapping[str, str]] = no_options
     follows: bool = True
     writing: Writing = Writing(0)
     suffix: str = ""

@@ -71,7 +71,7 @@ class Graph:
         known = magic.known(format)
         found = allowed_references(image, format, opening, depth)
         folder = os.path.dirname(os.path.abspath(image.name))
-        node: Node = {"driver": known.name, "backing": None}
+        node: Node = {"driver": known.name, "backing": None, **known.options(image)}
         rewritten = known.rewritten(image, write) if known.rewritten else None
         node["file"] = (
             self._rewritten(image, rewritten, folder, write)

@@ -2,7 +2,11 @@
 
 from virt_bmap.model.contract import Checks
 
-FEATURES = ("fixed, dynamic and differencing images", "sector bitmaps of differencing images")
+FEATURES = (
+    "fixed, dynamic and differencing images",
+    "sector bitmaps of differencing images",
+    "sizes by geometry or in bytes, as the program that made the image counts them",
+)
 REFUSED = ("parents by anything but a relative or absolute path",)
 ORACLES = ("qemu-img map", "content read through the map", "sectors of a parent and child laid out by hand")
 CHECKS = Checks(

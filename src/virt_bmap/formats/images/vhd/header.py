@@ -1,7 +1,7 @@
 """Footer and dynamic disk header of a VHD, checked.
 
-Sources: Microsoft "Virtual Hard Disk Image Format Specification" 1.0; QEMU block/vpc.c for how large a disk
-is.
+Sources: Microsoft "Virtual Hard Disk Image Format Specification" 1.0; QEMU block/vpc.c (v10.0)
+for how large a disk is.
 """
 
 from typing import NamedTuple
@@ -11,8 +11,13 @@ from virt_bmap.core.layout import record
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images.vhd.ondisk import FOOTER, HEADER, SECTOR, TYPES
 
-SIZE_BY_BYTES = (b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
-"""Programs whose disks have `current_size` bytes; of all others the geometry counts (QEMU vpc_open)."""
+SIZE_BY_GEOMETRY = (b"vpc ", b"qemu")
+"""Programs whose disks have as many sectors as their geometry: Virtual PC, and old
+QEMU.
+
+All others' have `current_size` bytes: Hyper-V ("win "), Azure ("wa"), Disk2vhd ("d2v "), XenServer ("tap"),
+XenConverter ("CTXS"), VirtualBox ("vbox"), newer QEMU ("qem2"). QEMU itself knows Azure's since 10.0.
+"""
 MAX_GEOMETRY = 65535 * 16 * 255
 MAX_SIZE = 1 << 62
 """Bytes of a disk: sums with it must stay in 64 bits."""
@@ -23,6 +28,7 @@ class Footer(NamedTuple):
 
     kind: str
     size: int
+    by_geometry: bool
     header: int
     table: int = 0
     entries: int = 0
@@ -54,13 +60,12 @@ def read_footer(image: Reader) -> Footer:
             places[0] + 60,
         )
     sectors = int(raw["cylinder"]) * int(raw["heads"]) * int(raw["sectors"])
-    size = sectors * SECTOR
-    if raw["creator_application"].tobytes() in SIZE_BY_BYTES or sectors == MAX_GEOMETRY:
-        size = int(raw["current_size"]) // SECTOR * SECTOR
+    by_geometry = raw["creator_application"].tobytes() in SIZE_BY_GEOMETRY and sectors != MAX_GEOMETRY
+    size = (sectors if by_geometry else int(raw["current_size"]) // SECTOR) * SECTOR
     if size > MAX_SIZE:
         raise Corrupt(f"{image.name}: its VHD footer says that the disk has {size:#x} bytes", places[0] + 48)
     if kind == "fixed":
-        return Footer(kind, size, 0, wrong=wrong)
+        return Footer(kind, size, by_geometry, 0, wrong=wrong)
     at = int(raw["data_offset"])
     if at + HEADER.itemsize > image.size:
         raise Corrupt(
@@ -85,7 +90,12 @@ def read_footer(image: Reader) -> Footer:
             at + 28,
         )
     wrong |= checksum(image.read(at, HEADER.itemsize), 36) != int(head["checksum"])
-    return Footer(kind, size, at, table, entries, block, wrong)
+    return Footer(kind, size, by_geometry, at, table, entries, block, wrong)
+
+
+def options(image: Reader) -> dict[str, str]:
+    """How QEMU is to take the disk's size: which creators it knows depends on its version."""
+    return {"force_size_calc": "chs" if read_footer(image).by_geometry else "current_size"}
 
 
 def checksum(data: bytes, at: int) -> int:
