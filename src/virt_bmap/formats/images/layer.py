@@ -176,11 +176,19 @@ def used_entries(
         if mask is not None:
             entry = entry & entry.dtype.type(mask)
         used = np.flatnonzero(entry != unused)
-        total += len(used)
-        afford(image, total * ROW, f"the rows of {total:,} table entries")  # in a hole each leads to block 0
         numbers.append(used + at // size)
         values.append(widen(entry[used], "table entry"))
+        total += _runs_of(values[-1])
+        afford(image, total * ROW, f"the rows of {total:,} runs of table entries")
     return np.concatenate(numbers), np.concatenate(values)
+
+
+def _runs_of(entry: Int) -> int:
+    """How many runs entries of a table make: those that go up by one step are in one. Entries in a hole are
+    equal, and each leads to the same place."""
+    step = np.diff(entry)
+    goes_on = (step[1:] == step[:-1]) & (step[1:] != 0)
+    return len(entry) - int(np.count_nonzero(goes_on))
 
 
 def place_sectors(
