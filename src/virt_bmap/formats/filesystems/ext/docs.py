@@ -53,6 +53,7 @@ ORACLES = (
     "debugfs blocks of inodes, dumpe2fs for places and counts, blkid for types",
     "content by SHA-256 through the map, also of files in blocks larger than this kernel mounts",
     "the block bitmap: every byte owned or free, none both",
+    "the kernel's own recovery of copies taken while it was written",
     "e2fsck: the map of a crashed disk equals that of the same disk recovered, and its blocks byte for byte",
     "tables of mounted walks over images of other projects",
 )

@@ -23,6 +23,7 @@ from virt_bmap.formats.filesystems.xfs.allocator import read_groups
 from virt_bmap.formats.filesystems.xfs.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.filesystems.xfs.extents import Extents, tree_extents, usable
 from virt_bmap.formats.filesystems.xfs.inodes import inode_table, read_inodes
+from virt_bmap.formats.filesystems.xfs.intents import finished, sharing, unowned
 from virt_bmap.formats.filesystems.xfs.names import read_directories, stack_names
 from virt_bmap.formats.filesystems.xfs.owners import add_forks, check_orphans, of_kind
 from virt_bmap.formats.filesystems.xfs.replay import recovered
@@ -44,7 +45,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     geometry = read_geometry(reader)
     rows = tables.ExtentRows()
     damage.ends_early(geometry.size, reader.size)
-    reader, state = recovered(reader, geometry, others, damage)
+    reader, state, intents = recovered(reader, geometry, others, damage)
     if state in (tables.RECOVERED, tables.FROZEN):
         geometry = read_geometry(reader)  # the superblock may be in the log, too
     if geometry.has("needsrepair"):
@@ -54,13 +55,18 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
         rows.add(
             tables.METADATA, geometry.block_offset(log), geometry.logblocks * geometry.block_size, part="log"
         )
-    groups = read_groups(reader, geometry, damage, rows)
+    groups = read_groups(reader, geometry, damage, intents, rows)
     contents = read_inodes(reader, geometry, damage, groups, rows)
     inodes = contents.inodes
     grown = tree_extents(reader, geometry, damage, contents.roots, inodes.number, rows)
     extents = usable(
         geometry, damage, stack(Extents, [contents.extents, grown]), inodes.realtime, inodes.record
     )
+    if state == tables.RECOVERED:
+        extents = finished(extents, inodes.number, intents)
+        low, high = unowned(geometry, intents, extents)
+        rows.add(tables.FREE, low, high - low)
+        groups = groups._replace(shared=sharing(geometry, intents, extents, groups.shared))
     in_blocks = read_directories(
         reader, geometry, damage, take(extents, of_kind(extents, inodes, tables.T_DIRECTORY)), inodes.number
     )

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.core.amounts import plural
-from virt_bmap.core.arrays import Bool, Bytes, Int, expand, union
+from virt_bmap.core.arrays import Bool, Bytes, Int, expand, subtract, union
 from virt_bmap.core.layout import records
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import afford
 from virt_bmap.formats.filesystems.xfs import ondisk
 from virt_bmap.formats.filesystems.xfs.btree import Nodes, Shape, Walked, fits, walk
+from virt_bmap.formats.filesystems.xfs.intents import Intents, ranges
 from virt_bmap.formats.filesystems.xfs.superblock import Geometry
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
@@ -85,7 +86,7 @@ class _Header(NamedTuple):
 
 
 def read_groups(
-    reader: Reader, geometry: Geometry, damage: Damage, rows: tables.ExtentRows
+    reader: Reader, geometry: Geometry, damage: Damage, intents: Intents, rows: tables.ExtentRows
 ) -> AllocationGroups:
     """Read all headers and trees; their own blocks, free space and staging extents become `rows`."""
     sectors, agno = _read_headers(reader, geometry, damage)
@@ -100,7 +101,7 @@ def read_groups(
     _free_space(geometry, damage, found["bnobt"], rows)
     shared = np.zeros(0, np.int64), np.zeros(0, np.int64)
     if "refcountbt" in found:
-        shared = _shared(geometry, damage, found["refcountbt"], rows)
+        shared = _shared(geometry, damage, found["refcountbt"], intents, rows)
     inobt = found["inobt"]
     return AllocationGroups(
         inobt.owner, records(inobt.rows, ondisk.INOBT_REC), shared, _unlinked(geometry, headers["AGI"])
@@ -238,15 +239,20 @@ def _free_space(geometry: Geometry, damage: Damage, walked: Walked, rows: tables
     rows.add(tables.FREE, starts, ends - starts)
 
 
-def _shared(geometry: Geometry, damage: Damage, walked: Walked, rows: tables.ExtentRows) -> tuple[Int, Int]:
+def _shared(
+    geometry: Geometry, damage: Damage, walked: Walked, intents: Intents, rows: tables.ExtentRows
+) -> tuple[Int, Int]:
     """Ranges with more than one owner, merged.
 
-    Copy-on-write staging extents, which no file owns yet, become rows.
+    Copy-on-write staging extents, which no file owns yet, become rows, but for those that a file takes.
     """
     found = records(walked.rows, ondisk.REFCOUNT_REC)
     raw, count = found["rc_startblock"].astype(np.int64), found["rc_blockcount"].astype(np.int64)
     starts, ends, good = _ranges(geometry, damage, walked, raw & ~ondisk.REFC_COWFLAG, count, "refcountbt")
     staging = (raw[good] & ondisk.REFC_COWFLAG) != 0
-    rows.add(tables.METADATA, starts[staging], (ends - starts)[staging], part=tables.STAGING)
+    low, high = starts[staging], ends[staging]
+    if len(intents.landed[0]):
+        low, high = subtract(low, high, *ranges(geometry, intents.landed))
+    rows.add(tables.METADATA, low, high - low, part=tables.STAGING)
     several = ~staging & (found["rc_refcount"][good] > 1)
     return union(starts[several], ends[several])

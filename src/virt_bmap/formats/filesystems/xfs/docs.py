@@ -13,7 +13,10 @@ FEATURES = (
     "sparse inode chunks, large extent counters, big timestamps",
     "orphans: files deleted while open",
     "quota inodes, bitmap and summary of a real-time device",
-    "the log, internal or on another disk, replayed in memory (version 5)",
+    (
+        "the log, internal or on another disk, replayed in memory (version 5); operations that were begun and "
+        "not ended are finished: extents freed, mapped, their owners counted"
+    ),
 )
 
 
@@ -29,7 +32,7 @@ REFUSED = (
 
 ORACLES = (
     "kernel FIEMAP, GETFSMAP, stat and contents through a loop mount",
-    "the kernel's own log recovery",
+    "the kernel's own log recovery, and its recovery of copies taken while it was written",
     "xfs_db blockuse and bmap on version 4",
     "head and tail of xfs_logprint",
     "truth tables of images from other projects",

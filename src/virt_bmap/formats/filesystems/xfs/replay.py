@@ -6,8 +6,8 @@ metadata with the place in the log where it was last changed, so that what is ne
 Nothing is written: the result is a reader with some sectors replaced.
 
 Not done are the kernel's last two steps, which make new changes: finishing operations whose intent is logged
-but not their end, and freeing orphans. The first are counted; the second stay visible as deleted inodes,
-consistently.
+but not their end, and freeing orphans. The first are done to the tables (`intents`); the second stay visible
+as deleted inodes, consistently.
 
 The loop runs once for each item of the log; its length is bounded by MAX_ACTIVE.
 
@@ -30,6 +30,7 @@ from virt_bmap.core.errors import Corrupt, FormatError, Unsupported
 from virt_bmap.core.mapped import Patch, PatchedReader
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.xfs import ondisk
+from virt_bmap.formats.filesystems.xfs.intents import BUI, CUI, EFI, RUI, Intents, intents_of
 from virt_bmap.formats.filesystems.xfs.journal import BLOCK, Log, find_log
 from virt_bmap.formats.filesystems.xfs.records import records
 from virt_bmap.formats.filesystems.xfs.superblock import Geometry, read_geometry
@@ -50,8 +51,8 @@ LI_BUF = 0x123C
 LI_DQUOT = 0x123D
 LI_QUOTAOFF = 0x123E
 LI_ICREATE = 0x123F
-INTENTS = (0x1236, 0x1240, 0x1242, 0x1244, 0x1246, 0x1248, 0x124A, 0x124C, 0x124E)
-"""EFI, RUI, CUI, BUI, ATTRI, XMI and those of real-time groups; the number after each says that it is
+INTENTS = (EFI, RUI, CUI, BUI, 0x1246, 0x1248, 0x124A, 0x124C, 0x124E)
+"""After those of `intents` ATTRI, XMI and those of real-time groups; the number after each says that it is
 done."""
 
 BLF_INODE_BUF, BLF_CANCEL = 1, 2
@@ -151,14 +152,15 @@ those of all sizes."""
 
 
 class ReplayedLog(NamedTuple):
-    """A reader that shows the volume as it is after recovery; `unfinished` operations a kernel would then
-    still finish.
+    """A reader that shows the volume as the log leaves it; what a kernel would then still finish, and how
+    much of that is not known here.
 
     `superblock_only`: all else was in place already.
     """
 
     reader: Reader
     items: int
+    intents: Intents
     unfinished: int
     superblock_only: bool
 
@@ -191,16 +193,21 @@ def replay(reader: Reader, geometry: Geometry, log: Log) -> ReplayedLog:
             _replay_inode(memory, geometry, item, cancelled)
         elif item.kind == LI_ICREATE:
             _replay_icreate(memory, geometry, item, cancelled)
-    begun = Counter(
-        (item.kind, _unpack("<Q", item.regions[0], 8)[0]) for item in items if item.kind in INTENTS
-    )
-    begun.subtract(
-        (item.kind - 1, _unpack("<Q", item.regions[0], 8)[0]) for item in items if item.kind - 1 in INTENTS
-    )
+    left = _unfinished(items)
     superblock_only = all(item.kind == LI_BUF and _buffer(item)[0] == 0 for item in items)
-    return ReplayedLog(
-        memory.reader(), len(items), sum(count for count in begun.values() if count > 0), superblock_only
-    )
+    return ReplayedLog(memory.reader(), len(items), *intents_of(geometry, left), superblock_only)
+
+
+def _unfinished(items: list[Item]) -> list[tuple[int, bytes]]:
+    """(type, data) of intents whose end is not in the log. Their numbers are addresses in the kernel's
+    memory, and come again."""
+    pending: dict[tuple[int, int], bytes] = {}
+    for item in items:
+        if item.kind in INTENTS:
+            pending[item.kind, _unpack("<Q", item.regions[0], 8)[0]] = item.regions[0]
+        elif item.kind - 1 in INTENTS:
+            pending.pop((item.kind - 1, _unpack("<Q", item.regions[0], 8)[0]), None)
+    return [(kind, data) for (kind, _), data in pending.items()]
 
 
 def _grown(reader: Reader, geometry: Geometry, items: list[Item]) -> Geometry:
@@ -492,22 +499,22 @@ def _replay_icreate(memory: _Memory, geometry: Geometry, item: Item, cancelled: 
 
 def recovered(
     reader: Reader, geometry: Geometry, others: Sequence[Reader], damage: Damage
-) -> tuple[Reader, str]:
-    """The volume as it is once its log is replayed, and its state."""
+) -> tuple[Reader, str, Intents]:
+    """The volume as it is once its log is replayed, its state, and what is then still to be finished."""
     try:
         log = find_log(reader, geometry, others)
     except Corrupt as error:
         damage.say("journal", f"the log can't be followed: {error}", error.offset)
-        return reader, tables.NEEDS_RECOVERY
+        return reader, tables.NEEDS_RECOVERY, Intents()
     if log is None:
         damage.say(
             "journal-missing",
             "the log is on another device, which is not among "
             "the disks: it may hold changes that are not in place",
         )
-        return reader, tables.NEEDS_RECOVERY
+        return reader, tables.NEEDS_RECOVERY, Intents()
     if log.clean:
-        return reader, tables.CLEAN
+        return reader, tables.CLEAN, Intents()
     from virt_bmap.formats.filesystems.xfs.replay import (
         replay,  # most volumes were unmounted, and do without it
     )
@@ -516,10 +523,10 @@ def recovered(
         done = replay(reader, geometry, log)
     except FormatError as error:
         damage.say("not-replayed", f"a log with {log.active:,} bytes of changes was not replayed: {error}")
-        return reader, tables.NEEDS_RECOVERY
+        return reader, tables.NEEDS_RECOVERY, Intents()
     # xfs_fs_freeze empties the log, then logs the superblock so that orphans are freed after a crash
     if done.superblock_only:
-        return done.reader, tables.FROZEN
+        return done.reader, tables.FROZEN, Intents()
     damage.add(
         "journal-replayed",
         "[change|changes] of the log [is|are] applied in memory; the image itself is unchanged",
@@ -531,4 +538,4 @@ def recovered(
             "[it|them], and what [it frees|they free] is still shown as it was"
         )
         damage.add("not-replayed", text, count=done.unfinished)
-    return done.reader, tables.RECOVERED
+    return done.reader, tables.RECOVERED, done.intents
