@@ -14,8 +14,8 @@ FEATURES = (
     "orphans: files deleted while open",
     "quota inodes, bitmap and summary of a real-time device",
     (
-        "the log, internal or on another disk, replayed in memory (version 5); operations that were begun and "
-        "not ended are finished: extents freed, mapped, their owners counted"
+        "the log, internal or on another disk, replayed in memory (version 5); operations that were begun "
+        "and not ended are finished: extents freed, mapped, their owners counted"
     ),
 )
 
