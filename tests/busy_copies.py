@@ -30,7 +30,8 @@ from virt_bmap.ask.content import Files
 from virt_bmap.core.arrays import ints
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
-from virt_bmap.survey.maps import open_volumes
+from virt_bmap.open.disks import Disks
+from virt_bmap.survey.maps import opened
 
 MIB = 1 << 20
 FICLONE = 0x40049409
@@ -405,7 +406,7 @@ KINDS = {"file": "-", "directory": "d", "symlink": "l", "fifo": "p", "socket": "
 def by_map(image: Path) -> tuple[BlockMap, dict[bytes, Entry]]:
     """The same by the map of an image as it is."""
     found = dict[bytes, Entry]()
-    with open_volumes([str(image)]) as (bmap, readers):
+    with opened(Disks([str(image)])) as (bmap, readers):
         volume = int(tables.integers(bmap.filesystems, "volume")[0])
         files = Files(bmap, volume, readers[volume])
         _, table = bmap.slice_of("inodes", volume)
