@@ -457,6 +457,19 @@ def test_a_volume_that_is_cut_off(small):
     assert codes(survives(data[:20000]), "error") == {"truncated"}  # inside the FATs: nothing can be read
 
 
+@pytest.mark.parametrize(("flavour", "at"), [("fat16", 22), ("fat32-small", 36)])
+def test_fats_too_short_for_the_volume(tmp_path, flavour, at):
+    """fsck.fat gives up on it; the kernel takes the clusters that have entries."""
+    image = make(tmp_path, flavour)
+    data = bytearray(image.read_bytes())
+    struct.pack_into("<H", data, at, struct.unpack_from("<H", data, at)[0] // 2)
+    image.write_bytes(data)
+    assert not fsck(image)[0]
+    bmap = survives(np.frombuffer(bytes(data), np.uint8))
+    assert says(bmap, "superblock", "a FAT has entries for")
+    assert bmap.filesystems.column("state").to_pylist() == [tables.DAMAGED]
+
+
 def test_a_root_directory_that_is_nowhere(tmp_path):
     data = np.frombuffer(make(tmp_path, "fat32-small").read_bytes(), np.uint8).copy()
     for cluster in 0, 1, 9, 0xFFFFFFFF:

@@ -1,6 +1,6 @@
 """What the volume says of itself: how it was left, its label, how much is free."""
 
-from virt_bmap.core.amounts import counted
+from virt_bmap.core.amounts import counted, plural
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.fat.allocator import ClusterRuns
@@ -46,8 +46,15 @@ def volume_label(labels: list[bytes]) -> str | None:
 
 
 def check_rest(reader: Reader, geometry: Geometry, runs: ClusterRuns, parser: Parser, damage: Damage) -> None:
-    """A volume that ends too early, slots of long names that are nobody's, a wrong count of free clusters."""
+    """A volume that ends too early, FATs that are too short for it, slots of long names that are nobody's, a
+    wrong count of free clusters."""
     damage.ends_early(geometry.size, reader.size)
+    clusters = (geometry.size - geometry.data_start) // geometry.cluster_size
+    if clusters > geometry.clusters:
+        sentence = (
+            f"a FAT has entries for {geometry.clusters:,} of the volume's {plural(clusters, 'cluster')}"
+        )
+        damage.say("superblock", sentence, 0)
     what = "[entry|entries] of long names [belongs|belong] to no file"
     damage.add("directory", what, count=parser.orphans, severity=NOTE)
     if geometry.fsinfo:
