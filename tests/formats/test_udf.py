@@ -1,18 +1,19 @@
 """UDF: volumes of mkudffs and mkisofs, and ones that a kernel filled and aged in the appliance; what was put
 in comes back through the map."""
 
-import binascii
 import hashlib
 import lzma
 import os
 import random
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import udf_images
 from appliance import Step, made
 from support import BytesReader, assert_proven, content, mapped, need, run, survives, tree
 from virt_bmap.formats.filesystems import iso9660, udf
@@ -227,7 +228,7 @@ def test_names_of_any_length_are_found_like_one_by_one() -> None:
             np.arange(len(base)),
             np.array(base),
             np.array(size),
-            [],
+            Damage(),
         )
         assert list(zip(parsed.parent.tolist(), parsed.name.strings(), strict=True)) == [
             one for one in expected if one[1] is not None
@@ -365,15 +366,59 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
     assert seen > 5
 
 
+# ---- what took another's place -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", udf_images.KINDS)
+def test_the_newest_state_counts(tmp_path: Path, name: str) -> None:
+    """ICBs that lead to newer ones, blocks that a later session wrote anew, packets that were moved."""
+    need("mkudffs", "udftools")
+    udf_images.make(name, tmp_path / "image")
+    bmap = mapped(tmp_path / "image")
+    assert_proven(bmap)
+    root = next(row for row in bmap.inodes.to_pylist() if row["type"] == "directory")
+    assert root["inode"] == bmap.filesystems.column("root").to_pylist()[0]
+    assert root["uid"] == udf_images.NEWEST
+    parts = bmap.extents.column("part").to_pylist()
+    assert parts.count("ICB") == (6 if name == "replaced" else 0)
+    assert ("virtual allocation table" in " ".join(filter(None, parts))) == (name == "virtual")
+    assert ("packet that sparing has moved" in parts) == (name == "spared")
+
+
+@pytest.mark.slow
+def test_a_kernel_sees_the_same_state() -> None:
+    need("mkudffs", "udftools")
+    script = Path(udf_images.__file__)
+    host = f"# {hashlib.sha256(script.read_bytes()).hexdigest()}\nexport PATH=$PATH:/sbin\n"
+    look = "modprobe udf; mkdir -p /sysroot\n"
+    for name in udf_images.KINDS:
+        host += f"{sys.executable} {script} {name} {name}\n"
+        look += f"mount -t udf -o ro /dev/disk/guestfs/{name} /sysroot; stat -c '{name} %u' /sysroot\n"
+        look += "umount /sysroot\n"
+    folder = made("udfnew", dict.fromkeys(udf_images.KINDS, 0), [("host", host), ("sh", look)])
+    log = (folder / "log").read_text()
+    assert re.findall(r"^(\w+) (\d+)$", log, re.MULTILINE) == [
+        (name, str(udf_images.NEWEST)) for name in udf_images.KINDS
+    ]
+
+
+@pytest.mark.parametrize("to", [4, 100, 1 << 20])
+def test_icbs_that_lead_back_or_nowhere(tmp_path: Path, to: int) -> None:
+    need("mkudffs", "udftools")
+    udf_images.make("replaced", tmp_path / "image")
+    volume = udf_images.Volume((tmp_path / "image").read_bytes())
+    for block in (volume.start + 101, volume.start + 201):
+        indirect = volume.get(block) if block == volume.start + 101 else volume.get(volume.start + 101)
+        indirect[12:16] = (block - volume.start).to_bytes(4, "little")
+        indirect[40:44] = to.to_bytes(4, "little")
+        volume.put(block, udf_images.sealed(indirect))
+    bmap = survey([BytesReader(np.frombuffer(bytes(volume.data), np.uint8))])
+    assert ("error", "inode") in zip(
+        bmap.problems.column("severity").to_pylist(), bmap.problems.column("code").to_pylist(), strict=True
+    )
+
+
 # ---- metadata partitions -----------------------------------------------------------------------------------
-
-
-def sealed(block: bytearray) -> bytearray:
-    """A descriptor with its tag's CRC and checksum made right again."""
-    covered = int.from_bytes(block[10:12], "little")
-    block[8:10] = binascii.crc_hqx(bytes(block[16 : 16 + covered]), 0).to_bytes(2, "little")
-    block[4] = (sum(block[:4]) + sum(block[5:16])) & 0xFF
-    return block
 
 
 def metadata_file(model: bytearray, block: int, kind: int, extents: list[tuple[int, int]]) -> bytearray:
@@ -385,7 +430,7 @@ def metadata_file(model: bytearray, block: int, kind: int, extents: list[tuple[i
     entry[172:176] = (8 * len(extents)).to_bytes(4, "little")
     for length, at in extents:
         entry += length.to_bytes(4, "little") + at.to_bytes(4, "little")
-    return sealed(entry)
+    return udf_images.sealed(entry)
 
 
 def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
@@ -419,7 +464,7 @@ def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
                 number.to_bytes(4, "little"),
                 (1).to_bytes(2, "little"),
             )
-        put(start + place(to), sealed(block))
+        put(start + place(to), udf_images.sealed(block))
 
     moved(file_set, 2, (404,))
     parent = (
@@ -433,7 +478,7 @@ def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
         (9).to_bytes(4, "little"),
         (1).to_bytes(2, "little"),
     )
-    root[parent : parent + 40] = sealed(fid)
+    root[parent : parent + 40] = udf_images.sealed(fid)
     moved(root, 9, ())
     for at, kind in ((600, 250), (601, 251)):
         put(start + at, metadata_file(root, at, kind, [(8 * size, 1000), (32 * size, 500)]))
@@ -458,7 +503,7 @@ def with_metadata_partition(image: Path) -> tuple[bytes, dict[str, int]]:
         maps,
     )
     logical[10:12] = (440 + len(maps) - 16).to_bytes(2, "little")
-    put(descriptors[6], sealed(logical))
+    put(descriptors[6], udf_images.sealed(logical))
     bitmap = start + int.from_bytes(get(descriptors[5])[68:72], "little")
     bits = np.unpackbits(
         np.frombuffer(bytes(data[bitmap * size + 24 : bitmap * size + 24 + 2048]), np.uint8),

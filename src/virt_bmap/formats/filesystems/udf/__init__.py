@@ -25,7 +25,7 @@ from virt_bmap.formats.filesystems.udf.owners import (
     add_content,
     add_free,
     add_structures,
-    open_metadata,
+    open_partitions,
     tiled,
 )
 from virt_bmap.formats.filesystems.udf.tree import T_OF, add_beside, inode_table, walk_tree
@@ -74,7 +74,7 @@ def read_alone(reader: Reader, damage: Damage) -> Filesystem:
     """The UDF volume, whatever lies beside it."""
     disk = superblock.read_volume(reader, damage)
     rows = tables.ExtentRows()
-    open_metadata(reader, disk, rows, damage)
+    open_partitions(reader, disk, rows, damage)
     place, file_set = superblock.read_file_set(reader, disk)
     partition, block = ints(int(file_set["RootPartition"])), ints(int(file_set["RootBlock"]))
     found, extents, names, beside = walk_tree(reader, disk, partition, block, rows, damage)
@@ -85,7 +85,7 @@ def read_alone(reader: Reader, damage: Damage) -> Filesystem:
     add_structures(rows, reader, disk, place)
     add_free(rows, reader, disk, damage)
     root = int(disk.places(partition, block)[0])
-    ends = [part.start + part.length * disk.block_size for part in disk.partitions if part.runs is None]
+    ends = [part.start + part.length * disk.block_size for part in disk.partitions if not part.below]
     size = min(reader.size, max([*ends, *(end for _, _, end in disk.areas)]))
     extent_table = tiled(rows.table(0), disk, size)
     state = tables.CLEAN if disk.closed else tables.IN_USE

@@ -6,12 +6,13 @@ from virt_bmap.model.contract import (
 
 FEATURES = (
     (
-        "UDF 1.02 to 2.60 with blocks of 512 bytes to 16 KiB, plain and sparable partitions; metadata "
-        "partitions (checked with one written by hand: no tool here makes them)"
+        "UDF 1.02 to 2.60 with blocks of 512 bytes to 16 KiB; plain partitions, sparable ones with packets "
+        "that were moved, virtual ones (VAT), metadata partitions (checked with one written by hand: no "
+        "tool here makes them)"
     ),
     (
         "file entries and extended ones; short, long, extended and embedded allocation descriptors, and "
-        "blocks in which they go on"
+        "blocks in which they go on; ICBs of strategy 4 and, for media written once, 4096"
     ),
     "sparse and preallocated files, hard links, symbolic links, devices, names in 8 and 16 bits",
     "space bitmaps and tables of unallocated space; both descriptor sequences and all anchors",
@@ -20,8 +21,7 @@ FEATURES = (
 
 
 REFUSED = (
-    "virtual partitions of discs that are written in sessions (VAT)", "packets that sparing has moved",
-    "ICBs with a strategy other than 4", "names of streams: their bytes are owned by their file",
+    "ICBs with a strategy other than 4 and 4096", "names of streams: their bytes are owned by their file",
 )  # fmt: skip
 
 

@@ -14,16 +14,18 @@ from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, ints, joined
 from virt_bmap.core.columns import stack
 from virt_bmap.core.layout import records, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.filesystems.udf.superblock import ALLOCATION, LogicalVolume
+from virt_bmap.formats.filesystems.udf.superblock import ALLOCATION, LogicalVolume, tagged
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import ERROR
 
-FILE, UNALLOCATED, EXTENDED = 261, 263, 266
+INDIRECT, FILE, UNALLOCATED, EXTENDED = 259, 261, 263, 266
 SHORT, LONG, WIDE, EMBEDDED = range(4)
 AD_SIZE = np.array([8, 16, 20, 1])
 WRITTEN, ALLOCATED, HOLE, CONTINUED = range(4)
-STRATEGY = 4
-DIRECTORY, SYMLINK, STREAMS = 4, 12, 13
+STRATEGY, WRITTEN_ONCE = 4, 4096
+MAX_REPLACED = 1024
+"""ICBs that one after the other took another's place: UDF_MAX_ICB_NESTING of fs/udf/inode.c."""
+VAT_150, DIRECTORY, SYMLINK, STREAMS, VAT = 0, 4, 12, 13, 248
 MODES = {4: 0o4, 5: 0o10, 6: 0o6, 7: 0o2, 9: 0o1, 10: 0o14, 12: 0o12, 249: 0o10}
 """File types of the ICB tag, as the upper bits of st_mode."""
 BATCH = 16 << 20
@@ -53,6 +55,9 @@ EXTENDED_ENTRY = struct(216, [
     (212, "ADLength", "<u4"),
 ])  # fmt: skip
 CONTINUATION = struct(24, [(0, "TagIdentifier", "<u2"), (20, "ADLength", "<u4")])
+INDIRECT_ENTRY = struct(52, [
+    (0, "TagIdentifier", "<u2"), (36, "Length", "<u4"), (40, "Block", "<u4"), (44, "Partition", "<u2"),
+])  # fmt: skip
 UNALLOCATED_ENTRY = struct(40, [(0, "TagIdentifier", "<u2"), (34, "Flags", "<u2"), (36, "ADLength", "<u4")])
 TIMESTAMP = struct(12, [
     (0, "TypeAndTimezone", "<u2"), (2, "Year", "<i2"), (4, "Month", "u1"), (5, "Day", "u1"),
@@ -65,10 +70,12 @@ TIMESTAMP = struct(12, [
 class FileEntries:
     """One row for each file entry that is whole.
 
-    `inode` is the byte of the volume at which its ICB lies, `partition` the reference that it was reached by.
+    `inode` is the byte of the volume at which its ICB lies, `record` that of its newest entry, `partition`
+    the reference that it was reached by.
     """
 
     inode: Int
+    record: Int
     partition: Int
     file_type: Int
     size: Int
@@ -96,12 +103,14 @@ class Extents:
 
 @dataclass
 class EntryBatch:
-    """A batch of ICBs: entries, extents, the blocks with further allocation descriptors as (start, inode),
-    and the ICBs of stream directories and of extended attributes as (inode, partition, block)."""
+    """A batch of ICBs: entries, extents, the blocks with further allocation descriptors and those of ICBs
+    beside the newest entry, both as (start, inode), and the ICBs of stream directories and of extended
+    attributes as (inode, partition, block)."""
 
     entries: FileEntries
     extents: Extents
     continued: tuple[Int, Int]
+    linked: tuple[Int, Int]
     beside: tuple[Int, Int, Int]
 
 
@@ -115,15 +124,18 @@ def read_entries(
         "[ICB lies outside its|ICBs lie outside their] partition",
         (block * volume.block_size)[place < 0],
     )
-    partition, place = partition[place >= 0], place[place >= 0]
-    place, first = np.unique(place, return_index=True)
-    partition = partition[first]
+    there = np.flatnonzero(place >= 0)
+    place, first = np.unique(place[there], return_index=True)
+    partition, block = partition[there[first]], block[there[first]]
     step = max(1, BATCH // volume.block_size)
     for at in range(0, len(place), step):
-        yield _batch(reader, volume, partition[at : at + step], place[at : at + step], damage)
+        mine = slice(at, at + step)
+        yield _batch(reader, volume, partition[mine], block[mine], place[mine], damage)
 
 
-def _batch(reader: Reader, volume: LogicalVolume, partition: Int, place: Int, damage: Damage) -> EntryBatch:
+def _batch(
+    reader: Reader, volume: LogicalVolume, partition: Int, block: Int, place: Int, damage: Damage
+) -> EntryBatch:
     """What the blocks at `place` hold. All rows are read as both kinds of entry, which agree on the first 56
     bytes; `field` takes each row's own. Of five blocks of 2048 bytes:
 
@@ -131,10 +143,10 @@ def _batch(reader: Reader, volume: LogicalVolume, partition: Int, place: Int, da
         a file       261      4     yes        176            176        184   one short descriptor
         a directory  266      4     yes        216            216        300   84 bytes of names, embedded
         a file       266      4     yes        216            316        324   100 bytes of attributes
-        old style    261   4096      no                                        "unsupported"
+        any          261      1      no                                        "unsupported"
         zeroes         0             no                                        damage "inode"
     """
-    data = reader.read_blocks(place, volume.block_size)
+    data, newest, linked = _newest(reader, volume, partition, block, place, damage)
     common = records(data, COMMON)
     extended = common["TagIdentifier"] == EXTENDED
     good = tagged(data) & (extended | (common["TagIdentifier"] == FILE))
@@ -143,10 +155,10 @@ def _batch(reader: Reader, volume: LogicalVolume, partition: Int, place: Int, da
         "[block that should hold a file entry does|blocks that should hold file entries do] not",
         place[~good],
     )
-    other = good & (common["StrategyType"] != STRATEGY)
+    other = good & ~np.isin(common["StrategyType"], (STRATEGY, WRITTEN_ONCE))
     damage.add(
         "unsupported",
-        "[ICB has|ICBs have] a strategy other than 4, which is not supported",
+        "[ICB has|ICBs have] a strategy other than 4 and 4096, which is not supported",
         place[other],
         severity=ERROR,
     )
@@ -155,7 +167,7 @@ def _batch(reader: Reader, volume: LogicalVolume, partition: Int, place: Int, da
     common = common[rows]
     extended = extended[rows]
     partition = partition[rows]
-    place = place[rows]
+    place, newest = place[rows], newest[rows]
     plain, wide = records(data, FILE_ENTRY), records(data, EXTENDED_ENTRY)
 
     def field(name: str) -> np.ndarray:
@@ -206,7 +218,7 @@ def _batch(reader: Reader, volume: LogicalVolume, partition: Int, place: Int, da
         np.where(extended, wide["ModificationTime"], plain["ModificationTime"]).view(np.uint8).reshape(-1, 12)
     )
     entries = FileEntries(
-        place, partition, kind, np.where(huge, 0, size).astype(np.int64), mode | upper[kind] << 12,
+        place, newest, partition, kind, np.where(huge, 0, size).astype(np.int64), mode | upper[kind] << 12,
         _identity(common["Uid"]), _identity(common["Gid"]), common["FileLinkCount"].astype(np.int64),
         times(stamps),
     )  # fmt: skip
@@ -217,26 +229,62 @@ def _batch(reader: Reader, volume: LogicalVolume, partition: Int, place: Int, da
     inside = Extents(
         embedded,
         embedded * 0,
-        place[embedded] + (head + attributes)[embedded],
+        newest[embedded] + (head + attributes)[embedded],
         length[embedded],
         embedded * 0,
         embedded * 0 + 1,
     )
     return EntryBatch(
-        entries, stack(Extents, [extents, inside]), continued, (beside[0], beside[1], beside[2])
+        entries, stack(Extents, [extents, inside]), continued, linked, (beside[0], beside[1], beside[2])
     )
+
+
+def _newest(
+    reader: Reader, volume: LogicalVolume, partition: Int, block: Int, place: Int, damage: Damage
+) -> tuple[Bytes, Int, tuple[Int, Int]]:
+    """The blocks of the newest entries of ICBs, where each lies, and the other blocks of the ICBs as (start,
+    inode).
+
+    On media that are written once (strategy 4096) an ICB has a second block, which leads to the ICB that took
+    its place, if any:
+
+        block    7                 8                     20             21
+        holds    entry, replaced   indirect entry: 20    entry, newest  nothing, or a terminal entry
+    """
+    data, newest = reader.read_blocks(place, volume.block_size), place.copy()
+    partition, block, seen = partition.copy(), block.copy(), place
+    starts, owners = [EMPTY], [EMPTY]
+    rows = np.arange(len(place))
+    for _ in range(MAX_REPLACED):
+        rows = rows[tagged(data[rows]) & (records(data[rows], COMMON)["StrategyType"] == WRITTEN_ONCE)]
+        second = volume.places(partition[rows], block[rows] + 1)
+        rows, second = rows[second >= 0], second[second >= 0]
+        if not len(rows):
+            break
+        starts.append(second)
+        owners.append(place[rows])
+        found = reader.read_blocks(second, volume.block_size)
+        head = records(found, INDIRECT_ENTRY)
+        leads = tagged(found) & (head["TagIdentifier"] == INDIRECT) & (head["Length"] & 0x3FFFFFFF > 0)
+        rows, head = rows[leads], head[leads]
+        to, next_block = head["Partition"].astype(np.int64), head["Block"].astype(np.int64)
+        at = volume.places(to, next_block)
+        fresh = (at >= 0) & ~np.isin(at, seen)
+        fresh[np.setdiff1d(np.arange(len(at)), np.unique(at, return_index=True)[1])] = False
+        what = "[ICB leads|ICBs lead] out of the partition, or to one that was read before"
+        damage.add("inode", what, newest[rows[~fresh]])
+        rows, at = rows[fresh], at[fresh]
+        partition[rows], block[rows] = to[fresh], next_block[fresh]
+        starts.append(newest[rows])
+        owners.append(place[rows])
+        seen, newest[rows] = np.append(seen, at), at
+        data[rows] = reader.read_blocks(at, volume.block_size)
+    return data, newest, (np.concatenate(starts), np.concatenate(owners))
 
 
 def _identity(values: np.ndarray) -> Int:
     """User and group ids; all ones mean none."""
     return np.where(values == 0xFFFFFFFF, -1, values.astype(np.int64))
-
-
-def tagged(data: Bytes) -> np.ndarray:
-    """Which rows begin with a tag whose checksum is right."""
-    head = data[:, :16].astype(np.int64)
-    found: np.ndarray = (head.sum(axis=1) - head[:, 4]) & 0xFF == head[:, 4]
-    return found
 
 
 def times(stamps: Bytes) -> Int:

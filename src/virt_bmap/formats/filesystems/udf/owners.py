@@ -3,23 +3,30 @@
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import complement, ints, subtract, union
+from virt_bmap.core.arrays import EMPTY, Int, complement, ints, subtract, union
 from virt_bmap.core.columns import take
+from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import afford
 from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.udf import inodes as entries
 from virt_bmap.formats.filesystems.udf import superblock
-from virt_bmap.formats.filesystems.udf.inodes import Extents, FileEntries
-from virt_bmap.formats.filesystems.udf.superblock import LogicalVolume
+from virt_bmap.formats.filesystems.udf.inodes import EntryBatch, Extents, FileEntries
+from virt_bmap.formats.filesystems.udf.superblock import LogicalVolume, Partition
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
+
+VAT_WITHIN = 4
+"""Blocks at the end in which the virtual allocation table's ICB may lie: Linux' udf_find_vat_block()."""
+VAT_TAIL = 36
+STEP = 1 << 20
 
 
 def add_content(
     rows: tables.ExtentRows, found: FileEntries, extents: Extents, block_size: int, damage: Damage
 ) -> None:
     """ICBs, and what lies where they say. Bytes that several files have are shared."""
-    rows.add(tables.METADATA, found.inode, block_size, part="file entry", inode=found.inode)
+    rows.add(tables.METADATA, found.record, block_size, part="file entry", inode=found.inode)
     kind = np.array([tables.DATA, tables.DIRECTORY, tables.SYMLINK])[
         (found.file_type == entries.DIRECTORY) + 2 * (found.file_type == entries.SYMLINK)
     ]
@@ -46,54 +53,131 @@ def add_content(
     )
 
 
-def open_metadata(reader: Reader, disk: LogicalVolume, rows: tables.ExtentRows, damage: Damage) -> None:
-    """Where the blocks of metadata partitions lie: the extents of their files, which the partition below
-    holds. The mirror serves where the file is lost."""
+def open_partitions(reader: Reader, disk: LogicalVolume, rows: tables.ExtentRows, damage: Damage) -> None:
+    """Where the blocks of partitions lie that are files of others."""
     for part in disk.partitions[:]:
-        about, below = part.metadata_map, part.below
-        if about is None or below is None:
+        if part.below is None:
             continue
         reference = next(
-            (at for at, one in enumerate(disk.partitions) if one.runs is None and one.number == part.number),
-            -1,
+            (at for at, one in enumerate(disk.partitions) if not one.below and one.number == part.number), -1
         )
         if reference < 0:
             reference = len(disk.partitions)
-            disk.partitions.append(below)  # after those that references count
-        for name, part_name in (
-            ("MetadataFileLocation", "metadata file"),
-            ("MetadataMirrorFileLocation", "metadata mirror file"),
-            ("MetadataBitmapFileLocation", "metadata bitmap file"),
-        ):
-            block = int(about[name])
-            if block == superblock.NONE:
+            disk.partitions.append(part.below)  # after those that references count
+        if part.metadata_map is None:
+            _open_virtual(reader, disk, part, reference, rows)
+        else:
+            _open_metadata(reader, disk, part, part.metadata_map, reference, rows, damage)
+
+
+def _open_virtual(
+    reader: Reader, disk: LogicalVolume, part: Partition, reference: int, rows: tables.ExtentRows
+) -> None:
+    """The virtual allocation table, whose ICB is the last block that was written: where each block of the
+    partition lies in the one below. Raises Corrupt where there is none."""
+    size, below = disk.block_size, disk.partitions[reference]
+    last = (min(reader.size, _last_written(reader)) - below.start - 1) // size
+    tried = np.arange(last, max(-1, last - VAT_WITHIN), -1)
+    for block in tried[tried < below.length].tolist():
+        for found in entries.read_entries(reader, disk, ints(reference), ints(block), Damage()):
+            table = _virtual_table(reader, found)
+            if table is None:
                 continue
-            for found in entries.read_entries(reader, disk, ints(reference), ints(block), damage):
-                out = take(found.extents, np.flatnonzero(found.extents.embedded == 0))
-                rows.add(
-                    tables.METADATA,
-                    found.entries.inode,
-                    disk.block_size,
-                    part=f"file entry of the {part_name}",
+            rows.add(
+                tables.METADATA, found.entries.record, size, part="file entry of the virtual allocation table"
+            )
+            out = take(found.extents, np.flatnonzero(found.extents.embedded == 0))
+            rows.add(tables.METADATA, out.start, out.length, part="virtual allocation table")
+            there = np.flatnonzero(table < below.length)
+            new = np.append(True, (np.diff(there) != 1) | (np.diff(table[there]) != 1))[: len(there)]
+            first = there[new]
+            count = np.diff(np.append(np.flatnonzero(new), len(there)))
+            part.runs, part.length = (first, below.start + table[first] * size, count), len(table)
+            return
+    raise Corrupt(f"{reader.name}: no virtual allocation table ends what was written", last * size)
+
+
+def _virtual_table(reader: Reader, found: EntryBatch) -> Int | None:
+    """The table that this file holds, as blocks of the partition below; None where it is another file.
+
+    UDF 2.60, 2.2.11: a header says how long it is, then one number for each block. UDF 1.50, 2.2.10: the
+    numbers, then the name of the table and where the one before it lies.
+    """
+    if len(found.entries.inode) != 1 or found.entries.file_type[0] not in (entries.VAT, entries.VAT_150):
+        return None
+    order = np.argsort(found.extents.file_offset)
+    start, length = found.extents.start[order], found.extents.length[order]
+    size = min(int(found.entries.size[0]), int(length.sum()))
+    afford(reader, size, "a virtual allocation table")
+    data = reader.read_ranges(start, length)[:size]
+    if found.entries.file_type[0] == entries.VAT:
+        data = data[int.from_bytes(data[:2].tobytes(), "little") :]
+    else:
+        name = data[max(0, size - VAT_TAIL) :].tobytes()[1:]
+        if not name.startswith(b"*UDF Virtual Alloc Tbl"):
+            return None
+        data = data[: size - VAT_TAIL]
+    return data[: len(data) // 4 * 4].view("<u4").astype(np.int64)
+
+
+def _last_written(reader: Reader) -> int:
+    """Where the zeroes begin that the image ends in."""
+    _, ends = reader.stored()
+    end = int(ends.max(initial=0))
+    while end > 0:
+        start = max(0, end - STEP)
+        used = np.flatnonzero(np.frombuffer(reader.read(start, end - start), np.uint8))
+        if len(used):
+            return start + int(used[-1]) + 1
+        end = start
+    return 0
+
+
+def _open_metadata(
+    reader: Reader,
+    disk: LogicalVolume,
+    part: Partition,
+    about: np.void,
+    reference: int,
+    rows: tables.ExtentRows,
+    damage: Damage,
+) -> None:
+    """The extents of the files in which a metadata partition lies; the mirror serves where the file is
+    lost."""
+    for name, part_name in (
+        ("MetadataFileLocation", "metadata file"),
+        ("MetadataMirrorFileLocation", "metadata mirror file"),
+        ("MetadataBitmapFileLocation", "metadata bitmap file"),
+    ):
+        block = int(about[name])
+        if block == superblock.NONE:
+            continue
+        for found in entries.read_entries(reader, disk, ints(reference), ints(block), damage):
+            out = take(found.extents, np.flatnonzero(found.extents.embedded == 0))
+            rows.add(
+                tables.METADATA,
+                found.entries.inode,
+                disk.block_size,
+                part=f"file entry of the {part_name}",
+            )
+            rows.add(
+                tables.METADATA,
+                found.continued[0],
+                disk.block_size,
+                part=f"{part_name}, allocation extent",
+            )
+            if part_name == "metadata bitmap file":
+                rows.add(tables.METADATA, out.start, out.length, part=part_name)
+                continue
+            disk.held.append((part_name, out.start, out.start + out.length))
+            if part.length == 0 and len(out.start):
+                order = np.argsort(out.file_offset, kind="stable")
+                part.runs = (
+                    out.file_offset[order] // disk.block_size,
+                    out.start[order],
+                    out.length[order] // disk.block_size,
                 )
-                rows.add(
-                    tables.METADATA,
-                    found.continued[0],
-                    disk.block_size,
-                    part=f"{part_name}, allocation extent",
-                )
-                if part_name == "metadata bitmap file":
-                    rows.add(tables.METADATA, out.start, out.length, part=part_name)
-                    continue
-                disk.held.append((part_name, out.start, out.start + out.length))
-                if part.length == 0 and len(out.start):
-                    order = np.argsort(out.file_offset, kind="stable")
-                    part.runs = (
-                        out.file_offset[order] // disk.block_size,
-                        out.start[order],
-                        out.length[order] // disk.block_size,
-                    )
-                    part.length = int((part.runs[0] + part.runs[2]).max())
+                part.length = int((part.runs[0] + part.runs[2]).max())
 
 
 def add_structures(rows: tables.ExtentRows, reader: Reader, disk: LogicalVolume, file_set: int) -> None:
@@ -113,40 +197,50 @@ def add_free(rows: tables.ExtentRows, reader: Reader, disk: LogicalVolume, damag
 
     Where nothing can be written any more, nobody has to keep them: they are not an allocator's word.
     """
-    size = disk.block_size
+    plain = {part.number: at for at, part in reversed([*enumerate(disk.partitions)]) if not part.below}
     for one in disk.descriptors:
+        number = plain.get(int(one["PartitionNumber"]), -1)
+        if number < 0:  # of no logical volume
+            continue
+        part = disk.partitions[number]
         kind = tables.FREE if int(one["AccessType"]) in superblock.REWRITABLE else tables.UNREFERENCED
-        start = int(one["PartitionStartingLocation"]) * size
-        blocks = min(int(one["PartitionLength"]), max(0, reader.size - start) // size)
         for name in ("UnallocatedSpaceBitmap", "FreedSpaceBitmap"):
             length, block = (int(value) for value in one[name])
             length &= 0x3FFFFFFF
-            if length == 0 or block >= blocks:
-                continue
-            place = start + block * size
-            found = superblock.free_blocks(reader, place, length, blocks)
-            rows.add(
-                tables.METADATA,
-                place,
-                min(-(-length // size) * size, (blocks - block) * size),
-                part="space bitmap",
-            )
-            if found is None:
-                damage.say(
-                    "allocator",
-                    f"the space bitmap at byte {place:#x} is not valid: free space is not known",
-                    place,
+            if length and block < part.length:
+                length = min(length, (part.length - block) * disk.block_size)
+                low, high = _free_blocks(rows, reader, disk, number, block, length, damage)
+                rows.add(
+                    kind, *entries.pieces(disk, low * 0 + number, low, (high - low) * disk.block_size)[2:]
                 )
-                continue
-            rows.add(kind, start + found[0] * size, (found[1] - found[0]) * size)
         length, block = (int(value) for value in one["UnallocatedSpaceTable"])
-        number = next(
-            (at for at, part in enumerate(disk.partitions) if part.runs is None and part.start == start), -1
-        )
-        if length & 0x3FFFFFFF and block < blocks and number >= 0:
-            place = start + block * size
-            rows.add(tables.METADATA, place, size, part="unallocated space entry")
+        place = int(disk.places(ints(number), ints(block))[0])
+        if length & 0x3FFFFFFF and place >= 0:
+            rows.add(tables.METADATA, place, disk.block_size, part="unallocated space entry")
             rows.add(kind, *entries.unallocated(reader, disk, number, place))
+
+
+def _free_blocks(
+    rows: tables.ExtentRows,
+    reader: Reader,
+    disk: LogicalVolume,
+    number: int,
+    block: int,
+    length: int,
+    damage: Damage,
+) -> tuple[Int, Int]:
+    """(starts, ends) of the free blocks of a partition by its bitmap of `length` bytes at `block`, which gets
+    a row; nothing where it can't be read."""
+    _, _, start, size = entries.pieces(disk, ints(number), ints(block), ints(length))
+    rows.add(tables.METADATA, start, size, part="space bitmap")
+    place = int(start.min(initial=reader.size))
+    if len(start) == 1:
+        found = superblock.free_blocks(reader, place, length, disk.partitions[number].length)
+        if found is not None:
+            return found
+    what = "is not valid" if len(start) == 1 else "lies in packets that sparing has moved"
+    damage.say("allocator", f"the space bitmap at byte {place:#x} {what}: free space is not known", place)
+    return EMPTY, EMPTY
 
 
 def tiled(table: pa.Table, disk: LogicalVolume, size: int) -> pa.Table:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from virt_bmap.core.amounts import counted
-from virt_bmap.core.arrays import EMPTY, Int, ints
+from virt_bmap.core.arrays import EMPTY, Bytes, Int, complement, ints
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
@@ -75,6 +74,9 @@ INTEGRITY_DESCRIPTOR = struct(80, [
 ])  # fmt: skip
 BITMAP_HEADER = struct(24, [(0, "TagIdentifier", "<u2"), (20, "NumberOfBytes", "<u4")])
 SPARING_TABLE = struct(56, [(48, "ReallocationTableLength", "<u2")])
+SPARING = b"*UDF Sparing Table"
+NOT_SPARED = 0xFFFFFFF0
+"""Above it, entries of a sparing table have no original packet: the spare one is free, or defective."""
 CLOSED = 1
 REWRITABLE = (3, 4)
 """Access types (3/10.5.7) of partitions in which a block that is free may be written: rewritable,
@@ -91,11 +93,11 @@ class Partition:
     length: int
     number: int
     runs: tuple[Int, Int, Int] | None = None
-    """Of a metadata partition: (first block in it, first byte in the volume, blocks) of each run, by
-    block."""
+    """Of a partition that lies in pieces: (first block in it, first byte in the volume, blocks) of each run,
+    by block."""
     metadata_map: np.void | None = None
     below: "Partition | None" = None
-    """The partition in which a metadata partition's file lies."""
+    """The partition in which the file of a metadata or virtual partition lies."""
 
 
 @dataclass
@@ -162,6 +164,13 @@ def is_tag(data: bytes, identifier: int, location: int | None = None) -> bool:
         (sum(data[:16]) - data[4]) & 0xFF == tag["TagChecksum"]
         and binascii.crc_hqx(covered, 0) == tag["DescriptorCRC"]
     )
+
+
+def tagged(data: Bytes) -> np.ndarray:
+    """Which rows begin with a tag whose checksum is right."""
+    head = data[:, :16].astype(np.int64)
+    found: np.ndarray = (head.sum(axis=1) - head[:, 4]) & 0xFF == head[:, 4]
+    return found
 
 
 def read_volume(reader: Reader, damage: Damage) -> LogicalVolume:
@@ -295,12 +304,16 @@ def _partitions(
         )
         if name == "*UDF Sparable Partition":
             spared = record(one, SPARABLE_MAP)
-            result.append(_plain(reader, size, int(spared["PartitionNumber"]), known))
-            _sparing_tables(reader, size, spared, areas)
+            whole = _plain(reader, size, int(spared["PartitionNumber"]), known)
+            whole.runs = _spared(reader, size, spared, whole, areas)
+            result.append(whole)
+        elif name == "*UDF Virtual Partition":
+            below = _plain(reader, size, int.from_bytes(one[38:40], "little"), known)
+            result.append(Partition(below.start, 0, below.number, (EMPTY, EMPTY, EMPTY), below=below))
         elif name == "*UDF Metadata Partition":
             about = record(one, METADATA_MAP)
             below = _plain(reader, size, int(about["PartitionNumber"]), known)
-            result.append(Partition(below.start, 0, below.number, (EMPTY, EMPTY, EMPTY), about, below))
+            result.append(Partition(below.start, 0, below.number, (EMPTY, EMPTY, EMPTY), about, below=below))
         else:
             raise Unsupported(f"{reader.name}: a partition map of the kind {name} is not supported")
     if not result:
@@ -324,26 +337,44 @@ def _plain(reader: Reader, size: int, number: int, known: dict[int, np.void]) ->
     return Partition(start, min(length, (reader.size - start) // size), number)
 
 
-def _sparing_tables(reader: Reader, size: int, spared: np.void, areas: list[tuple[str, int, int]]) -> None:
-    """Note where they lie. Unsupported where packets were moved: then content lies elsewhere than extents
-    say."""
+def _spared(
+    reader: Reader, size: int, spared: np.void, whole: Partition, areas: list[tuple[str, int, int]]
+) -> tuple[Int, Int, Int] | None:
+    """Where the blocks of a sparable partition lie, as `Partition.runs`; None where no packet was moved. The
+    first table that is whole counts, as in Linux' fs/udf/super.c, and all are noted.
+
+    Packets of 32 blocks; the table says that the one at block 64 was moved to block 9000 of the volume:
+
+        first block in the partition     0     64     96
+        where it lies                    0   9000     96     the last two counted from where they begin
+        blocks                          64     32    ...
+    """
+    found: list[Int] = []
+    packet = int(spared["PacketLength"])
     for location in spared["LocationsOfSparingTables"][: int(spared["NumberOfSparingTables"])].tolist():
         start = location * size
-        data = reader.read_clipped(start, SPARING_TABLE.itemsize)
         length = min(int(spared["SizeOfEachSparingTable"]), 1 << 20, max(0, reader.size - start))
-        entries = min(
-            int(record(data, SPARING_TABLE)["ReallocationTableLength"]),
-            max(0, length - SPARING_TABLE.itemsize) // 8,
-        )
-        moved = np.frombuffer(reader.read_clipped(start + SPARING_TABLE.itemsize, entries * 8), "<u4")[::2]
-        if (moved < 0xFFFFFFF0).any():
-            raise Unsupported(
-                f"{reader.name}: "
-                f"{counted(int((moved < 0xFFFFFFF0).sum()), '[packet was|packets were] moved by sparing')}, "
-                "which is not supported",
-                start,
-            )
+        data = reader.read_clipped(start, length)
         areas.append(("sparing table", start, start + -(-length // size) * size))
+        if is_tag(data, 0) and data[17 : 17 + len(SPARING)] == SPARING:
+            said = int(record(data, SPARING_TABLE)["ReallocationTableLength"])
+            count = min(said, (len(data) - SPARING_TABLE.itemsize) // 8)
+            raw = data[SPARING_TABLE.itemsize :][: count * 8]
+            found.append(np.frombuffer(raw, "<u4").astype(np.int64).reshape(-1, 2))
+    moved = found[0][found[0][:, 0] < NOT_SPARED] if found else np.zeros((0, 2), np.int64)
+    moved = moved[(moved[:, 0] < whole.length) & (moved[:, 0] % max(1, packet) == 0)]
+    if not len(moved) or not packet:
+        return None
+    _, once = np.unique(moved[:, 0], return_index=True)
+    first, to = moved[once].T
+    count = np.minimum(packet, whole.length - first)
+    for at, blocks in zip((whole.start + first * size).tolist(), count.tolist(), strict=True):
+        areas.append(("packet that sparing has moved", at, at + blocks * size))
+    low, high = complement(first, first + count, 0, whole.length)
+    begin = np.concatenate([first, low])
+    order = np.argsort(begin)
+    place = np.concatenate([to * size, whole.start + low * size])
+    return begin[order], place[order], np.concatenate([count, high - low])[order]
 
 
 def _integrity(reader: Reader, size: int, logical: np.void, areas: list[tuple[str, int, int]]) -> bool:

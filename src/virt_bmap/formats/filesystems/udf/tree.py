@@ -36,13 +36,8 @@ def walk_tree(
     for _ in range(MAX_LEVELS):
         level: list[tuple[FileEntries, Extents]] = []
         for batch in entries.read_entries(reader, disk, partition, block, damage):
-            rows.add(
-                tables.TREE,
-                batch.continued[0],
-                disk.block_size,
-                part="allocation extent",
-                inode=batch.continued[1],
-            )
+            for part, (start, inode) in (("allocation extent", batch.continued), ("ICB", batch.linked)):
+                rows.add(tables.TREE, start, disk.block_size, part=part, inode=inode)
             level.append((batch.entries, batch.extents))
             beside.append(batch.beside)
         found += [one for one, _ in level]
@@ -101,12 +96,13 @@ def add_beside(
             owner = inode[np.searchsorted(place, batch.entries.inode)]
             rows.add(
                 tables.METADATA,
-                batch.entries.inode,
+                batch.entries.record,
                 disk.block_size,
                 part="file entry of a stream",
                 inode=owner,
             )
             rows.add(tables.TREE, batch.continued[0], disk.block_size, part="allocation extent")
+            rows.add(tables.TREE, batch.linked[0], disk.block_size, part="ICB")
             out = take(batch.extents, np.flatnonzero(batch.extents.embedded == 0))
             rows.add(tables.METADATA, out.start, out.length, part="stream", inode=owner[out.owner])
         names, budget = _names(
@@ -177,5 +173,5 @@ def inode_table(found: FileEntries) -> pa.Table:
     return tables.make(
         "inodes", volume=0, inode=found.inode, type=known,
         mode=np.where(known == tables.T_METADATA, -1, found.mode), uid=found.uid, gid=found.gid,
-        size=found.size, nlink=found.nlink, mtime_ns=found.mtime_ns, flags=0, record_offset=found.inode,
+        size=found.size, nlink=found.nlink, mtime_ns=found.mtime_ns, flags=0, record_offset=found.record,
     )  # fmt: skip
