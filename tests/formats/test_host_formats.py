@@ -326,7 +326,7 @@ def test_what_is_not_read_is_named(disk, tmp_path):
         tmp_path,
         "d.qcow2",
         convert(disk, "qcow2", (), tmp_path / "e.qcow2").read_bytes()[:100_000],
-        "L1 table lies at bytes .*behind the end",
+        "L1 table lies at bytes .*beyond the end",
     )
 
 

@@ -96,7 +96,7 @@ class InflatingReader(Reader):
             self._clusters.move_to_end(key)
             return self._clusters[key]
         layer = self._layers[file]
-        why = "it ends early" if layer.inflate else "its compression is not known"
+        why = "it ends early" if layer.inflate else "its compression is not supported"
         try:
             found = layer.inflate(self._files[file].read(at, stored), layer.cluster) if layer.inflate else b""
         except ValueError as error:
@@ -104,8 +104,8 @@ class InflatingReader(Reader):
         start = int(self._rows.volume_offset[row]) // layer.cluster * layer.cluster
         if len(found) < min(layer.cluster, self.size - start):
             raise Corrupt(
-                f"{self.name}: the compressed cluster at byte {at:#x} of {self._files[file].name} "
-                f"can't be inflated: {why}",
+                f"{self.name}: the compressed cluster at byte {at:#x} "
+                f"of {self._files[file].name} can't be inflated: {why}",
                 start,
                 "mapping",
             )

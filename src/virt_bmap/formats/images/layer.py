@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import EMPTY, Bool, Int, covered_twice, expand, ints, joined, runs, union
 from virt_bmap.core.layout import widen
 from virt_bmap.core.mapping import DATA, PACKED, ZERO, Rows
@@ -125,14 +126,16 @@ class Draft:
         return [column[keep] for column in (guest, host, kept, np.where(plain, kept, stored), role, file)]
 
     def _inside_files(self, columns: list[Int]) -> list[Int]:
-        """Rows cut at the ends of their files, behind which zeroes are read."""
+        """Rows cut at the ends of their files, beyond which zeroes are read."""
         guest, host, length, stored, role, file = columns
         ends = np.array([reader.size for reader in self.files], np.int64)[file]
         left = np.clip(ends - host, 0, stored)
         plain = role != PACKED
         kept = np.where(plain, left, np.where(left > 0, length, 0))
         self.damage.add(
-            "outside", "runs of data lie behind the end of the file", host[(left == 0) & (role != IN_ZERO)]
+            "outside",
+            "[run|runs] of data [lies|lie] beyond the end of the file",
+            host[(left == 0) & (role != IN_ZERO)],
         )
         self.zero(guest + kept, length - kept)
         keep = kept > 0
@@ -148,7 +151,7 @@ class Draft:
             ends = np.concatenate([(host + stored)[mine], *(end for _, end in owned)])
             twice = covered_twice(starts, ends)
             of = f" of {reader.name}" if number else ""
-            self.damage.add("two-owners", f"ranges{of} have two owners", twice[0])
+            self.damage.add("two-owners", f"[range|ranges]{of} [has|have] two owners", twice[0])
 
 
 BATCH = 16 << 20
@@ -179,7 +182,7 @@ def used_entries(
         numbers.append(used + at // size)
         values.append(widen(entry[used], "table entry"))
         total += _runs_of(values[-1])
-        afford(image, total * ROW, f"the rows of {total:,} runs of table entries")
+        afford(image, total * ROW, f"the rows of {plural(total, 'run')} of table entries")
     return np.concatenate(numbers), np.concatenate(values)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, complement, ints
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
@@ -73,7 +74,7 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     if known != head["cBlocksAllocated"]:
         draft.damage.add(
             "count",
-            f"blocks have a place, but the header counts {head['cBlocksAllocated']:,}",
+            f"[block has|blocks have] a place, but the header counts {head['cBlocksAllocated']:,}",
             np.full(known, 0x184),
             severity=NOTE,
         )
@@ -86,33 +87,33 @@ def check(image: Reader, head: dict[str, int]) -> str:
     if head["u32Version"] != VERSION:
         raise Unsupported(
             f"{image.name}: is VDI of version "
-            f"{head['u32Version'] >> 16}.{head['u32Version'] & 0xFFFF}; 1.1 is known",
+            f"{head['u32Version'] >> 16}.{head['u32Version'] & 0xFFFF}; 1.1 is supported",
             0x44,
         )
     if kind not in ("dynamic", "static"):
         raise Unsupported(
-            f"{image.name}: is a VDI image of the kind {kind}, which refers to another by UUID; "
-            "dynamic and static ones are read",
+            f"{image.name}: is a VDI image of the kind {kind}, which refers "
+            "to another by UUID; dynamic and static images are supported",
             0x4C,
         )
     size, block, count = head["cbDisk"], head["cbBlock"], head["cBlocks"]
     if block == 0 or block % 512 or count > MAX_BLOCKS or count * block < size:
         raise Corrupt(
-            f"{image.name}: its VDI header at byte 0x170 says {size:,} bytes "
-            f"in {count:,} blocks of {block:,}",
+            f"{image.name}: its VDI header at byte 0x170 says "
+            f"{size:,} bytes in {plural(count, 'block')} of {block:,}",
             0x170,
         )
     if head["offBlocks"] < HEADER.itemsize or head["offBlocks"] + count * 4 > image.size:
         raise Corrupt(
-            f"{image.name}: its block map of {count * 4:,} bytes at byte {head['offBlocks']:#x} does "
-            "not fit into the file",
+            f"{image.name}: its block map of {count * 4:,} bytes at "
+            f"byte {head['offBlocks']:#x} does not fit into the file",
             0x154,
         )
     return kind
 
 
 def place_blocks(draft: Draft, number: Int, entry: Int, block: int, data: int, extra: int) -> None:
-    """Blocks where their pointers say, each behind `extra` bytes of its own; what of the data area no pointer
+    """Blocks where their pointers say, each after `extra` bytes of its own; what of the data area no pointer
     leads to is free."""
     image = draft.files[0]
     guest = number * block
@@ -120,7 +121,7 @@ def place_blocks(draft: Draft, number: Int, entry: Int, block: int, data: int, e
     wrong = there & (entry >= -(-(image.size - data) // (block + extra)))
     draft.damage.add(
         "outside",
-        "block pointers lead behind the end of the file",
+        "block [pointer leads|pointers lead] beyond the end of the file",
         np.full(int(wrong.sum()), image.size),
     )
     there &= ~wrong

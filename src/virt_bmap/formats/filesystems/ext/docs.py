@@ -30,7 +30,7 @@ FEATURES = (
         "both verified"
     ),
     (
-        'files deleted while open; what a file that was being cut has behind its end: part "cut off", which '
+        'files deleted while open; what a file that was being cut has beyond its end: part "cut off", which '
         "the next mount frees"
     ),
     "times from 1901 to 2262 in nanoseconds",

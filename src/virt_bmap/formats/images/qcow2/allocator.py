@@ -23,10 +23,17 @@ from virt_bmap.model.problems import ERROR, NOTE, WARNING
 
 BATCH = 16 << 20
 """Bytes that refcounts take while they are looked into."""
-LOW = "ranges of clusters have a refcount below the number of references to them"
-HIGH = "ranges of clusters have a refcount above the number of references to them"
+LOW = (
+    "[range of clusters has a refcount below the number of references to it|ranges of clusters have a "
+    "refcount below the number of references to them]"
+)
+HIGH = (
+    "[range of clusters has a refcount above the number of references to it|ranges of clusters have a "
+    "refcount above the number of references to them]"
+)
 LEAKED = (
-    "ranges of clusters are counted as used, but nothing refers to them (qemu-img check -r leaks frees them)"
+    "[range of clusters is counted as used, but nothing refers to it|ranges of clusters are counted as "
+    "used, but nothing refers to them] (qemu-img check -r leaks frees [it|them])"
 )
 
 
@@ -80,14 +87,18 @@ def read_blocks(image: Reader, header: Header, draft: Draft) -> tuple[Int, Int]:
     place = start + at * 8
     wrong = (offset % header.cluster != 0) | (offset < 0) | (offset > image.size - header.cluster)
     draft.damage.add(
-        "outside", "entries of the refcount table lead outside the file or between clusters", place[wrong]
+        "outside",
+        "[entry|entries] of the refcount table [leads|lead] outside the file or between clusters",
+        place[wrong],
     )
     at, offset, place = at[~wrong], offset[~wrong], place[~wrong]
     _, first = np.unique(offset, return_index=True)
     again = np.ones(len(at), bool)
     again[first] = False
     draft.damage.add(
-        "outside", "entries of the refcount table lead to a block that another has", place[again]
+        "outside",
+        "[entry|entries] of the refcount table [leads|lead] to a block that another has",
+        place[again],
     )
     return at[~again], offset[~again]
 
@@ -172,7 +183,7 @@ def own_free_clusters(image: Reader, draft: Draft, head: Header, uses: Uses) -> 
     if head.incompatible & DIRTY:
         draft.damage.say(
             "unclean",
-            "the image was not closed: its refcounts are out of date until qemu-img check -r all",
+            "the image was not closed: its refcounts are out of date until qemu-img check -r all is run",
             72,
             severity=NOTE,
         )

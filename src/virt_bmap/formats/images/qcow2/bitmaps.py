@@ -83,7 +83,9 @@ def own_tables(image: Reader, draft: Draft, head: Header, bitmaps: Bitmaps, uses
     _, place = used_entries(image, offset, length, ">u8", 0, OFFSET_MASK)
     wrong = (place % head.cluster != 0) | (place >= image.size)
     draft.damage.add(
-        "outside", "entries of bitmap tables lead outside the file or between clusters", place[wrong]
+        "outside",
+        "[entry of a bitmap table leads|entries of bitmap tables lead] outside the file or between clusters",
+        place[wrong],
     )
     place = place[~wrong]
     draft.own("bitmap data", place, head.cluster)

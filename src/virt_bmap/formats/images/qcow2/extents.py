@@ -76,7 +76,9 @@ def read_l2_tables(image: Reader, header: Header, tables: Sequence[Table], draft
     nth = number - (ends - lengths // 8)[who]
     where = starts[who] + nth * 8
     wrong = (offset % header.cluster != 0) | (offset > image.size - header.cluster)
-    draft.damage.add("outside", "L1 entries lead outside the file or between clusters", where[wrong])
+    draft.damage.add(
+        "outside", "L1 [entry leads|entries lead] outside the file or between clusters", where[wrong]
+    )
     who, nth, offset, where = who[~wrong], nth[~wrong], offset[~wrong], where[~wrong]
     distinct, start, inverse = np.unique(offset, return_index=True, return_inverse=True)
     first, last = np.full(len(distinct), len(tables)), np.full(len(distinct), -1)
@@ -84,7 +86,9 @@ def read_l2_tables(image: Reader, header: Header, tables: Sequence[Table], draft
     np.maximum.at(last, inverse, who)
     again = (who == who[start][inverse]) & (np.arange(len(who)) != start[inverse])
     draft.damage.add(
-        "twice", "L1 entries lead to an L2 table that the same L1 table already has", where[again]
+        "twice",
+        "L1 [entry leads|entries lead] to an L2 table that the same L1 table already has",
+        where[again],
     )
     guest = nth[start] * header.l2_entries * header.cluster
     uses = np.bincount(inverse, minlength=len(distinct)).astype(np.int64)
@@ -148,17 +152,19 @@ def _entries(header: Header, entry: np.ndarray, guest: Int, table: Int) -> Clust
 
 
 def _wrong(image: Reader, header: Header, found: ClusterPieces, place: Int, draft: Draft) -> Bool:
-    """Entries that lead nowhere, reported: between clusters, or behind the end of the file."""
+    """Entries that lead nowhere, reported: between clusters, or beyond the end of the file."""
     plain = found.kind != PACKED
     between = plain & (found.host >= 0) & (found.host % header.cluster != 0)
-    draft.damage.add("outside", "L2 entries lead between clusters", place[between])
+    draft.damage.add("outside", "L2 [entry leads|entries lead] between clusters", place[between])
     if header.external:
         draft.damage.add(
-            "outside", "L2 entries are compressed, which an external data file can't hold", place[~plain]
+            "outside",
+            "L2 [entry is|entries are] compressed, which an external data file can't hold",
+            place[~plain],
         )
         return _any(between, ~plain)
     behind = found.host >= image.size
-    draft.damage.add("outside", "L2 entries lead behind the end of the file", place[behind])
+    draft.damage.add("outside", "L2 [entry leads|entries lead] beyond the end of the file", place[behind])
     empty = plain & (found.host < 0) & (found.kind == IN_PLACE) & (not header.extended)
     return _any(between, behind, empty)
 

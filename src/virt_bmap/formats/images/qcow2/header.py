@@ -130,11 +130,10 @@ def read_header(image: Reader) -> Header:
     fields = {name: int(record(raw, HEADER)[name]) for name in HEADER.names or ()}
     version, bits = fields["version"], fields["cluster_bits"]
     if version not in (2, 3):
-        raise Unsupported(f"{image.name}: is qcow2 of version {version}; 2 and 3 are known", 4)
+        raise Unsupported(f"{image.name}: is qcow2 of version {version}; 2 and 3 are supported", 4)
     if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
         raise Corrupt(
-            f"{image.name}: its qcow2 header at byte 0x14 says 2^{bits} bytes a cluster; there are "
-            "2^9 to 2^21",
+            f"{image.name}: its qcow2 header at byte 0x14 says 2^{bits} bytes a cluster, not 2^9 to 2^21",
             20,
         )
     v3 = version == 3
@@ -142,14 +141,14 @@ def read_header(image: Reader) -> Header:
     order = fields["refcount_order"] if v3 else 4
     if order > 6 or not V2_LENGTH <= length <= 1 << bits or (v3 and length < 104):
         raise Corrupt(
-            f"{image.name}: its qcow2 header at byte 0x60 has refcount order {order} "
-            f"and a length of {length}",
+            f"{image.name}: its qcow2 header at byte 0x60 has "
+            f"refcount order {order} and a length of {length}",
             96,
         )
     incompatible = fields["incompatible_features"] if v3 else 0
     if unknown := incompatible & ~sum(INCOMPATIBLE):
         raise Unsupported(
-            f"{image.name}: has incompatible qcow2 features that nobody has named yet ({unknown:#x})", 72
+            f"{image.name}: has incompatible qcow2 features that are not known ({unknown:#x})", 72
         )
     size, (name_at, name_size) = fields["size"], (fields["backing_file_offset"], fields["backing_file_size"])
     if size > MAX_SIZE:
@@ -158,8 +157,8 @@ def read_header(image: Reader) -> Header:
         )
     if name_at and (name_size > 1023 or name_at + name_size > 1 << bits):
         raise Corrupt(
-            f"{image.name}: the backing file name at byte {name_at:#x}, {name_size} bytes long, leaves "
-            "the first cluster",
+            f"{image.name}: the backing file name at byte {name_at:#x}, "
+            f"{name_size} bytes long, leaves the first cluster",
             8,
         )
     kind = image.read_clipped(104, 1)[0] if v3 and length > 104 else 0
@@ -181,14 +180,16 @@ def placed(image: Reader, what: str, offset: int, length: int, limit: int, at: i
     file. `at` is the field that places it."""
     if length > limit:
         raise Corrupt(
-            f"{image.name}: its {what} has {length:,} bytes, more than the {limit:,} that QEMU "
-            f"allows (field at byte {at:#x})",
+            f"{image.name}: its {what} has {length:,} bytes, more than "
+            f"the {limit:,} that QEMU allows (field at byte {at:#x})",
             at,
         )
     if length and offset + length > image.size:
-        raise Corrupt(f"{image.name}: its {what} lies at bytes {offset:#x}-{offset + length:#x}, behind "
-            f"the end of the file at {image.size:#x}: "
-                      "it is truncated, or its header is damaged", at)  # fmt: skip
+        raise Corrupt(
+            f"{image.name}: its {what} lies at bytes {offset:#x}-{offset + length:#x}, beyond the end of the "
+            f"file at {image.size:#x}: it is truncated, or its header is damaged",
+            at,
+        )
     return (offset, length) if length else (0, 0)
 
 
@@ -205,8 +206,8 @@ def _read_extensions(image: Reader, header: Header) -> None:
             break
         if len(body) < size or at + size > limit:
             raise Corrupt(
-                f"{image.name}: the header extension at byte {at - 8:#x}, {size} bytes long, leaves "
-                "the first cluster",
+                f"{image.name}: the header extension at byte {at - 8:#x}, "
+                f"{size} bytes long, leaves the first cluster",
                 at - 8,
             )
         if kind == EXT_BACKING_FORMAT:

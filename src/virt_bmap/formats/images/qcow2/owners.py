@@ -46,7 +46,7 @@ def own_l2_tables(draft: Draft, head: Header, l2: L2Tables, uses: Uses) -> None:
 
 
 def place_current(draft: Draft, head: Header, known: ClusterPieces) -> None:
-    """Where the disk lies now, and what of the clusters is kept without being in use; behind the disk's end
+    """Where the disk lies now, and what of the clusters is kept without being in use; beyond the disk's end
     lies the VM state."""
     state = known.guest >= -(-head.size // head.cluster) * head.cluster
     draft.own("VM state", known.host[state & (known.host >= 0)], known.stored[state & (known.host >= 0)])

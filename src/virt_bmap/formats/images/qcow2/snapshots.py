@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, ints, weigh
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.reader import Reader
@@ -75,7 +76,7 @@ def read_snapshots(image: Reader, header: Header) -> Snapshots:
     if count == 0:
         return Snapshots((0, 0), [])
     if count > MAX_SNAPSHOTS:
-        raise Corrupt(f"{image.name}: says that it has {count:,} snapshots (byte 0x3c)", 60)
+        raise Corrupt(f"{image.name}: says that it has {plural(count, 'snapshot')} (byte 0x3c)", 60)
     area = image.read_clipped(start, max(0, min(MAX_SNAPSHOT_TABLE, count * MAX_ENTRY, image.size - start)))
     found, at = [], 0
     for number in range(1, count + 1):
@@ -84,7 +85,7 @@ def read_snapshots(image: Reader, header: Header) -> Snapshots:
         at = end + -end % 8
     if sum(one.l1[1] for one in found) > image.size:
         raise Corrupt(
-            f"{image.name}: the L1 tables of its {len(found)} snapshots together are larger than the file",
+            f"{image.name}: the L1 tables of {plural(len(found), 'snapshot')} are larger than the file",
             start,
         )
     return Snapshots((start, min(at, len(area))), found)

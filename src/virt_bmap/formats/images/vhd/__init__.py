@@ -29,7 +29,7 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     if foot.wrong:
         draft.damage.say(
             "checksum",
-            "the checksum of the footer or of the dynamic disk header does not hold",
+            "the checksum of the footer or of the dynamic disk header is wrong",
             foot.header,
             severity=WARNING,
         )

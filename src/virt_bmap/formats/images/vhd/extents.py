@@ -34,7 +34,9 @@ def place_blocks(image: Reader, draft: Draft, foot: Footer) -> None:
     bitmap = -(-(sectors // 8) // SECTOR) * SECTOR
     host = entry * SECTOR
     wrong = host + bitmap >= image.size
-    draft.damage.add("outside", "blocks lie behind the end of the file", foot.table + number[wrong] * 4)
+    draft.damage.add(
+        "outside", "[block lies|blocks lie] beyond the end of the file", foot.table + number[wrong] * 4
+    )
     number, host = number[~wrong], host[~wrong]
     draft.own("block bitmap", host, bitmap)
     if foot.kind == "differencing":

@@ -6,6 +6,7 @@ for how large a disk is.
 
 from typing import NamedTuple
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record
 from virt_bmap.core.reader import Reader
@@ -46,17 +47,15 @@ def read_footer(image: Reader) -> Footer:
         raise Corrupt(f"{image.name}: is too short for a VHD: {image.size} bytes", 0)
     places = [at for at in (0, image.size - SECTOR) if image.read(at, 8) == b"conectix"]
     if not places:
-        raise Corrupt(
-            f"{image.name}: has a VHD footer neither at its start nor at its end", image.size - SECTOR
-        )
+        raise Corrupt(f"{image.name}: has no VHD footer at its start or at its end", image.size - SECTOR)
     sector = image.read(places[0], SECTOR)
     raw = record(sector, FOOTER)
     wrong = checksum(sector, 64) != int(raw["checksum"])
     kind = TYPES.get(int(raw["disk_type"]))
     if kind is None or (kind != "fixed" and places[0] != 0):
         raise Unsupported(
-            f"{image.name}: its VHD footer at byte {places[0]:#x} says type {int(raw['disk_type'])}; "
-            "fixed, dynamic and differencing are known",
+            f"{image.name}: its VHD footer at byte {places[0]:#x} says type {int(raw['disk_type'])}; fixed, "
+            "dynamic and differencing are supported",
             places[0] + 60,
         )
     sectors = int(raw["cylinder"]) * int(raw["heads"]) * int(raw["sectors"])
@@ -69,7 +68,7 @@ def read_footer(image: Reader) -> Footer:
     at = int(raw["data_offset"])
     if at + HEADER.itemsize > image.size:
         raise Corrupt(
-            f"{image.name}: its dynamic disk header at byte {at:#x} lies behind the end of the file", 16
+            f"{image.name}: its dynamic disk header at byte {at:#x} lies beyond the end of the file", 16
         )
     head = record(image.read(at, HEADER.itemsize), HEADER)
     table, entries, block = (int(head[name]) for name in ("table_offset", "max_table_entries", "block_size"))
@@ -80,13 +79,14 @@ def read_footer(image: Reader) -> Footer:
         or table + entries * 4 > image.size
     ):
         raise Corrupt(
-            f"{image.name}: its dynamic disk header at byte {at:#x} is damaged: {entries:,} blocks "
-            f"of {block:,} bytes, table at byte {table:#x}",
+            f"{image.name}: its dynamic disk header at byte "
+            f"{at:#x} is damaged: {plural(entries, 'block')} of "
+            f"{block:,} bytes, table at byte {table:#x}",
             at,
         )
     if not size <= entries * block <= MAX_SIZE:
         raise Corrupt(
-            f"{image.name}: its {entries:,} blocks of {block:,} bytes do not make up the disk's {size:,}",
+            f"{image.name}: its {plural(entries, 'block')} of {block:,} bytes make no disk of {size:,}",
             at + 28,
         )
     wrong |= checksum(image.read(at, HEADER.itemsize), 36) != int(head["checksum"])

@@ -36,8 +36,8 @@ def parent(image: Reader) -> str | None:
     name = names.get(b"W2ru") or names.get(b"W2ku")
     if not name:
         raise Unsupported(
-            f"{image.name}: is a differencing VHD that names its parent neither by a relative nor by "
-            "an absolute path",
+            f"{image.name}: is a differencing VHD that names its "
+            "parent by neither a relative nor an absolute path",
             foot.header,
         )
     return name.replace("\\", "/")

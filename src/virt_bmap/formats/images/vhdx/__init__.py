@@ -30,8 +30,8 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     header.say_damaged(image, draft.damage)
     if head.log_in_use:
         words = (
-            "the log has changes that were not carried out: the map may be out of date until the image is "
-            "opened for writing"
+            "the log has changes that are not in place: the map may "
+            "be out of date until the image is opened for writing"
         )
         draft.damage.say("not-replayed", words, head.log[0])
     return draft.finish(NAME, about.block, about.facts() | head.facts())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from virt_bmap.core.amounts import counted
 from virt_bmap.core.arrays import Bool, Int
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.reader import Reader
@@ -45,8 +46,8 @@ def read_bat(image: Reader, about: Metadata, bat: Region, damage: Damage) -> Pay
     need = chunks * (chunk + 1) if about.differencing else blocks + max(0, blocks - 1) // chunk
     if need * 8 > bat[1]:
         raise Corrupt(
-            f"{image.name}: its block allocation table at byte {bat[0]:#x} has "
-            f"{bat[1]:,} bytes, but {blocks:,} blocks need {need * 8:,}",
+            f"{image.name}: its block allocation table at byte {bat[0]:#x} has {bat[1]:,} bytes, but "
+            f"{counted(blocks, '[block needs|blocks need]')} {need * 8:,}",
             bat[0],
         )
     number, entry = used_entries(image, bat[0], need * 8, "<u8", NOT_PRESENT)
@@ -59,7 +60,7 @@ def read_bat(image: Reader, about: Metadata, bat: Region, damage: Damage) -> Pay
     kept = np.isin(state, (ZERO, UNMAPPED, UNMAPPED_V095)) & (host > 0)
     there = np.isin(state, (FULLY_PRESENT, PARTIALLY_PRESENT)) | kept
     wrong = there & ((host >= image.size) | (host < MIB))
-    damage.add("outside", "blocks lie outside the file", bat[0] + number[wrong] * 8)
+    damage.add("outside", "[block lies|blocks lie] outside the file", bat[0] + number[wrong] * 8)
     return PayloadBlocks(number, state, host, there & ~wrong, *bitmaps)
 
 
@@ -78,7 +79,11 @@ def place_blocks(draft: Draft, about: Metadata, blocks: PayloadBlocks) -> None:
     draft.own("sector bitmap", bitmap, MIB)
     partly = there & (state == PARTIALLY_PRESENT)
     known = partly & np.isin(number // about.chunk, chunk)
-    draft.damage.add("mapping", "blocks are partly present, but have no sector bitmap", host[partly & ~known])
+    draft.damage.add(
+        "mapping",
+        "[block is|blocks are] partly present, but [has|have] no sector bitmap",
+        host[partly & ~known],
+    )
     number, host = number[known], host[known]
     sectors = about.block // about.sector
     at = bitmap[np.searchsorted(chunk, number // about.chunk)] + number % about.chunk * (sectors // 8)

@@ -61,14 +61,14 @@ def read_header(image: Reader) -> Header:
     found = [record(data, HEADER) for data in raw if data[:4] == b"head" and is_sound(data)]
     if not found:
         raise Corrupt(
-            f"{image.name}: has a VHDX header with a right checksum neither at byte {HEADERS[0]:#x} "
-            f"nor at byte {HEADERS[1]:#x}",
+            f"{image.name}: has no VHDX header with a right checksum "
+            f"at byte {HEADERS[0]:#x} or at byte {HEADERS[1]:#x}",
             HEADERS[0],
         )
     head = max(found, key=lambda head: int(head["SequenceNumber"]))
     if int(head["Version"]) != 1:
         raise Unsupported(
-            f"{image.name}: is VHDX of version {int(head['Version'])}; 1 is known", HEADERS[0] + 66
+            f"{image.name}: is VHDX of version {int(head['Version'])}; 1 is supported", HEADERS[0] + 66
         )
     offset, length = int(head["LogOffset"]), int(head["LogLength"])
     _require_inside(image, "log", offset, length, HEADERS[0] + 72)
@@ -82,8 +82,8 @@ def _require_inside(image: Reader, what: str, offset: int, length: int, at: int)
     """Behind the header section and in the file; `at` is the field that places it."""
     if offset + length > image.size or offset < REGION_TABLES[1] + AREA:
         raise Corrupt(
-            f"{image.name}: its VHDX {what} at bytes {offset:#x}-{offset + length:#x} does not fit into the "
-            "file",
+            f"{image.name}: its VHDX {what} at bytes "
+            f"{offset:#x}-{offset + length:#x} does not fit into the file",
             at,
         )
 
@@ -100,7 +100,7 @@ def say_damaged(image: Reader, damage: Damage) -> None:
         if not is_sound(image.read_clipped(at, size)):
             damage.say(
                 "checksum",
-                f"the header or region table at byte {at:#x} has a wrong checksum; another copy is used",
+                f"the header or region table at byte {at:#x} has a wrong checksum; the other copy is used",
                 at,
                 severity=WARNING,
             )
@@ -134,14 +134,12 @@ def _valid_table(image: Reader) -> dict[uuid.UUID, Region]:
             offset = int(entry["FileOffset"])
             length = int(entry["Length"])
             if guid not in (BAT, METADATA_REGION) and entry["Required"]:
-                raise Unsupported(
-                    f"{image.name}: has a VHDX region of the unknown kind {guid} that must be understood", at
-                )
+                raise Unsupported(f"{image.name}: has a required VHDX region of the unknown kind {guid}", at)
             _require_inside(image, "region", offset, length, at)
             found[guid] = offset, length
         return found
     raise Corrupt(
-        f"{image.name}: has a VHDX region table neither at byte {REGION_TABLES[0]:#x} nor at byte "
-        f"{REGION_TABLES[1]:#x}",
+        f"{image.name}: has no VHDX region table at byte "
+        f"{REGION_TABLES[0]:#x} or at byte {REGION_TABLES[1]:#x}",
         REGION_TABLES[0],
     )

@@ -66,8 +66,8 @@ def read_metadata(image: Reader, region: Region) -> Metadata:
         or size > MAX_SIZE
     ):
         raise Corrupt(
-            f"{image.name}: its VHDX metadata says {size:,} bytes in blocks of {block:,} and sectors "
-            f"of {sector:,}",
+            f"{image.name}: its VHDX metadata says {size:,} bytes, "
+            f"blocks of {block:,} bytes, sectors of {sector:,}",
             region[0],
         )
     differencing = bool(flags & HAS_PARENT)
@@ -82,8 +82,8 @@ def parent(image: Reader) -> str | None:
     about = read_metadata(image, region)
     if about.differencing and not about.parent:
         raise Unsupported(
-            f"{image.name}: is a differencing VHDX that names its parent neither by a relative nor "
-            "by an absolute path",
+            f"{image.name}: is a differencing VHDX that names its "
+            "parent by neither a relative nor an absolute path",
             region[0],
         )
     return about.parent
@@ -104,8 +104,8 @@ def _items(image: Reader, region: Region) -> dict[uuid.UUID, bytes]:
         offset, length = int(entry["Offset"]), int(entry["Length"])
         if offset + length > size:
             raise Corrupt(
-                f"{image.name}: a VHDX metadata item at byte {start + offset:#x}, {length} bytes "
-                "long, leaves its region",
+                f"{image.name}: a VHDX metadata item at byte "
+                f"{start + offset:#x}, {length} bytes long, leaves its region",
                 start,
             )
         item = uuid.UUID(bytes_le=entry["ItemId"].tobytes())

@@ -12,7 +12,7 @@ from virt_bmap.model import tables
 
 
 def own_regions(draft: Draft, head: Header, regions: Regions) -> None:
-    """The header section is one MiB; the regions lie anywhere behind it."""
+    """The header section is one MiB; the regions lie anywhere after it."""
     draft.own("file identifier", 0, AREA)
     draft.own("header", ints(HEADERS), AREA)
     draft.own("region table", ints(REGION_TABLES), AREA)

@@ -32,7 +32,7 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
 
     found, separate = descriptor.find(image)
     if found is None and image.read_clipped(0, 4) == b"COWD":
-        raise Unsupported(f"{image.name}: is a COWD (vmfsSparse) extent, which is not read", 0)
+        raise Unsupported(f"{image.name}: is a COWD (vmfsSparse) extent, which is not supported", 0)
     if found is not None and separate:
         return several.read_several(image, others, found)
     head = header.read_header(image)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt, ImageError
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images.vmdk.ondisk import MAX_CAPACITY, SECTOR
@@ -81,7 +82,7 @@ def find(image: Reader) -> tuple[Descriptor | None, bool]:
         return parse(image, image.read_clipped(0, min(image.size, MAX_DESCRIPTOR)), 0, True), True
     if head[:4] not in (MAGIC, COWD):  # QEMU would take whatever it is for a descriptor
         raise Corrupt(
-            f"{image.name}: is no VMDK: it begins neither as a sparse extent nor as a descriptor", 0
+            f"{image.name}: is not a VMDK: it does not begin as a sparse extent or as a descriptor", 0
         )
     found, whole = None, False
     if head[:4] == MAGIC:
@@ -101,8 +102,8 @@ def find(image: Reader) -> tuple[Descriptor | None, bool]:
     seen = image.read_clipped(*WINDOW).split(b"\0", 1)[0].find(HINT.encode())
     if seen >= 0 and (found is None or found.parent is None):
         raise Corrupt(
-            f"{image.name}: at byte {WINDOW[0] + seen:#x} something names a parent, but no "
-            "descriptor does: programs do not agree on whether there is one",
+            f"{image.name}: something at byte {WINDOW[0] + seen:#x} names a parent, but no descriptor does: "
+            "programs do not agree on whether there is one",
             WINDOW[0] + seen,
         )
     return found, whole
@@ -131,8 +132,7 @@ def parse(image: Reader, data: bytes, start: int, whole: bool) -> Descriptor:
     if bool(parent) != (parent_cid != NO_PARENT) or (HINT in text and not parent):
         raise Corrupt(
             f"{image.name}: its descriptor at byte {start:#x} has parentCID={parent_cid} and "
-            f"{'a' if HINT in text else 'no'} {HINT}: "
-            "programs do not agree on whether there is a parent",
+            f"{'a' if HINT in text else 'no'} {HINT}: programs do not agree on whether there is a parent",
             start,
         )
     extents = (
@@ -147,16 +147,16 @@ def _extent(image: Reader, line: str, start: int) -> Extent:
     found = EXTENT.fullmatch(line)
     if not found:
         raise Corrupt(
-            f"{image.name}: its descriptor at byte {start:#x} has the line {line[:100]!r}, which is "
-            "no proper line of an extent",
+            f"{image.name}: its descriptor at byte {start:#x} has the line "
+            f"{line[:100]!r}, which is not a proper line for an extent",
             start,
         )
     access, sectors, kind, file, offset = found.groups()
     extent = Extent(access, int(sectors), kind, file or None, int(offset or 0))
     if extent.offset + extent.sectors > MAX_CAPACITY:
         raise Corrupt(
-            f"{image.name}: its descriptor at byte {start:#x} has an extent of {extent.sectors:,} sectors at "
-            f"sector {extent.offset:,}",
+            f"{image.name}: its descriptor at byte {start:#x} has an extent "
+            f"of {plural(extent.sectors, 'sector')} at sector {extent.offset:,}",
             start,
         )
     return extent

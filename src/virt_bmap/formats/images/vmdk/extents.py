@@ -58,8 +58,8 @@ def own_tables(draft: Draft, image: Reader, sparse: Sparse, directory: int, word
     count = -(-sparse.size // (sparse.grain * sparse.entries))
     if directory + count * 4 > image.size:
         raise Corrupt(
-            f"{image.name}: its {word}grain directory of {count * 4:,} bytes at byte {directory:#x} "
-            "does not fit into the file",
+            f"{image.name}: its {word}grain directory of {count * 4:,} "
+            f"bytes at byte {directory:#x} does not fit into the file",
             56,
         )
     draft.own(f"{word}grain directory", directory, count * 4, file=sparse.file)
@@ -68,7 +68,7 @@ def own_tables(draft: Draft, image: Reader, sparse: Sparse, directory: int, word
     wrong = at + size > image.size
     draft.damage.add(
         "outside",
-        f"entries of the {word}grain directory lead behind the end of the file",
+        f"[entry|entries] of the {word}grain directory [leads|lead] beyond the end of the file",
         directory + number[wrong] * 4,
     )
     number, at = number[~wrong], at[~wrong]
@@ -77,7 +77,7 @@ def own_tables(draft: Draft, image: Reader, sparse: Sparse, directory: int, word
     again[first] = False
     draft.damage.add(
         "outside",
-        f"entries of the {word}grain directory lead to a table that another has",
+        f"[entry|entries] of the {word}grain directory [leads|lead] to a table that another has",
         directory + number[again] * 4,
     )
     number, at = number[~again], at[~again]
@@ -98,7 +98,11 @@ def place_grains(draft: Draft, image: Reader, sparse: Sparse, number: Int, table
     draft.zero(sparse.base + guest[zero], np.full(int(zero.sum()), sparse.grain))
     host = sector * SECTOR
     wrong = ~zero & (host >= image.size)
-    draft.damage.add("outside", "entries of grain tables lead behind the end of the file", place[wrong])
+    draft.damage.add(
+        "outside",
+        "[entry of a grain table leads|entries of grain tables lead] beyond the end of the file",
+        place[wrong],
+    )
     keep = ~zero & ~wrong & (guest < sparse.size)
     guest, host = guest[keep], host[keep]
     length = np.minimum(sparse.grain, sparse.size - guest)
@@ -121,5 +125,5 @@ def _stored(image: Reader, sparse: Sparse, host: Int) -> Int:
 
 
 def inflate(data: bytes, size: int) -> bytes:
-    """A grain, behind its marker."""
+    """A grain, after its marker."""
     return deflated(data[GRAIN_MARKER.itemsize :], size, zlib.MAX_WBITS)

@@ -3,6 +3,7 @@
 Sources: VMware "Virtual Disk Format 5.0", "Hosted Sparse Extent Header".
 """
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record
 from virt_bmap.core.reader import Reader
@@ -24,14 +25,16 @@ def read_header(image: Reader, at: int = 0) -> dict[str, int]:
     raw = record(image.read_clipped(at, HEADER.itemsize), HEADER)
     if bytes(raw["magicNumber"]) != b"KDMV":
         what = (
-            "is a COWD (vmfsSparse) extent, which is not read"
+            "is a COWD (vmfsSparse) extent, which is not supported"
             if bytes(raw["magicNumber"]) == b"COWD"
             else "has no VMDK sparse header"
         )
         raise (Unsupported if "COWD" in what else Corrupt)(f"{image.name}: {what} at byte {at:#x}", at)
     head = {name: int(raw[name]) for name in (HEADER.names or ())[1:]}
     if head["version"] not in (1, 2, 3):
-        raise Unsupported(f"{image.name}: is a VMDK of version {head['version']}; 1 to 3 are known", at + 4)
+        raise Unsupported(
+            f"{image.name}: is a VMDK of version {head['version']}; 1 to 3 are supported", at + 4
+        )
     grain, entries = head["grainSize"], head["numGTEsPerGT"]
     if (
         not 0 < grain * SECTOR <= MAX_GRAIN
@@ -40,8 +43,9 @@ def read_header(image: Reader, at: int = 0) -> dict[str, int]:
         or head["capacity"] > MAX_CAPACITY
     ):
         raise Corrupt(
-            f"{image.name}: its VMDK header at byte {at:#x} says {head['capacity']:,} sectors, "
-            f"{grain:,} a grain and {entries:,} grains a table",
+            f"{image.name}: its VMDK header at byte {at:#x} says "
+            f"{plural(head['capacity'], 'sector')}, {grain:,} a "
+            f"grain and {entries:,} grains a table",
             at + 12,
         )
     if head["gdOffset"] == AT_END and at == 0:

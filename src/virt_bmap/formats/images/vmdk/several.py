@@ -5,6 +5,7 @@ Sources: VMware "Virtual Disk Format 5.0", "The Descriptor File".
 
 from collections.abc import Sequence
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.reader import Reader
@@ -29,8 +30,8 @@ def read_several(image: Reader, others: Sequence[Reader], found: Descriptor) -> 
     size = sum(extent.sectors for extent in found.extents) * SECTOR
     if not found.extents or size > MAX_CAPACITY * SECTOR:
         raise Corrupt(
-            f"{image.name}: its descriptor at byte {found.start:#x} gives {len(found.extents)} "
-            f"extents with {size:,} bytes",
+            f"{image.name}: its descriptor at byte {found.start:#x} "
+            f"gives {plural(len(found.extents), 'extent')} with {size:,} bytes",
             found.start,
         )
     draft = Draft(files, size)
@@ -43,8 +44,8 @@ def read_several(image: Reader, others: Sequence[Reader], found: Descriptor) -> 
             draft.zero(ints(base), ints(length))
         elif reader is None or extent.type not in (*descriptor.FLAT, "SPARSE"):
             raise Unsupported(
-                f"{image.name}: has an extent of type {extent.type}, which is not read; FLAT, VMFS, "
-                "SPARSE and ZERO are",
+                f"{image.name}: has an extent of type {extent.type}, "
+                "which is not supported; FLAT, VMFS, SPARSE and ZERO are",
                 found.start,
             )
         elif extent.type == "SPARSE":
