@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.core.arrays import EMPTY, Bool, Bytes, Int
-from virt_bmap.core.columns import take
+from virt_bmap.core.columns import stack, take
 from virt_bmap.model import tables
 
 LONGEST_LINE = 64 << 10
@@ -23,6 +23,9 @@ LONGEST_LINE = 64 << 10
 
 Real lines have some 90; only export names, up to 4096 bytes, make longer ones.
 """
+SLICE = 512 << 10
+"""Bytes of lines that are taken apart at once: what that takes stays in the heap (see startup.LARGE), and in
+the processor's cache."""
 LONGEST_NUMBER = 20
 """Digits of the largest 64-bit number."""
 _PAD = 64
@@ -66,6 +69,15 @@ class Ended(NamedTuple):
 
 
 NONE = Accesses(*(np.zeros(0, np.int64) for _ in range(5)))
+
+
+class _Parsed(NamedTuple):
+    """What some lines say: the accesses, the number of each in its connection, and the ends of writes."""
+
+    accesses: Accesses
+    numbers: Int
+    ended: Ended
+
 
 # the first four letters of an action tell it
 _ACTIONS = {
@@ -123,12 +135,18 @@ class LogParser:
         if len(self._rest) > LONGEST_LINE:
             self._rest = b""
             self.unread += 1
-        if end == 0:
-            self.numbers, self.ended = EMPTY, Ended(EMPTY, EMPTY, EMPTY)
-            return NONE
-        return self._parse(np.frombuffer(data[:end] + bytes(_PAD), np.uint8), end)
+        found: list[_Parsed] = []
+        start = 0
+        while start < end:
+            stop = data.rfind(b"\n", start, start + SLICE) + 1 or data.find(b"\n", start) + 1
+            buffer = np.frombuffer(data[start:stop] + bytes(_PAD), np.uint8)
+            found.append(self._parse(buffer, stop - start))
+            start = stop
+        self.numbers = np.concatenate([EMPTY, *(part.numbers for part in found)])
+        self.ended = stack(Ended, [part.ended for part in found])
+        return stack(Accesses, [part.accesses for part in found])
 
-    def _parse(self, buffer: Bytes, size: int) -> Accesses:
+    def _parse(self, buffer: Bytes, size: int) -> _Parsed:
         tokens = _Tokens(buffer, size)
         word = _four_bytes(buffer, tokens.start(3))
         connected = tokens.has(4) & (buffer[tokens.start(2)] == ord("c"))
@@ -140,7 +158,7 @@ class LogParser:
         done = connected & ((word & 0xFFFFFF) == _DOTS) & tokens.has(6)
         self.failed += int((buffer[tokens.start(5) + len("return=")][done] == ord("-")).sum())
 
-        self.ended = _ended(buffer, tokens, np.flatnonzero(done))
+        ended = _ended(buffer, tokens, np.flatnonzero(done))
         action = np.argmax(word[:, None] == _WORDS, axis=1)
         asked = np.flatnonzero(connected & (word == _WORDS[action]))
         op = _CODES[action[asked]]
@@ -154,8 +172,7 @@ class LogParser:
         self.unread += int((~good).sum())
         self._count(connection[good], id_[good])
         good &= op >= 0  # block status queries (Extents) move no bytes
-        self.numbers = id_[good]
-        return Accesses(time_ns, connection, op, offset, length).take(good)
+        return _Parsed(Accesses(time_ns, connection, op, offset, length).take(good), id_[good], ended)
 
     def _is_own(self, buffer: Bytes, tokens: "_Tokens", connects: Int) -> Bool:
         """Which lines are of the watcher's own connections, the
@@ -185,10 +202,8 @@ class _Tokens:
 
     def __init__(self, buffer: Bytes, size: int) -> None:
         self.buffer = buffer
-        self.gaps = np.flatnonzero((buffer[:size] == ord(" ")) | (buffer[:size] == ord("\n"))).astype(
-            np.int64
-        )
-        self.last = np.flatnonzero(buffer[self.gaps] == ord("\n")).astype(np.int64)
+        self.gaps = np.flatnonzero((buffer[:size] == ord(" ")) | (buffer[:size] == ord("\n")))
+        self.last = np.flatnonzero(buffer[self.gaps] == ord("\n"))
         self.first = np.append(0, self.last[:-1] + 1)
 
     def take(self, keep: Int) -> "_Tokens":
@@ -245,14 +260,15 @@ def _four_bytes(buffer: Bytes, start: Int) -> np.ndarray:
 def _times(buffer: Bytes, start: Int) -> Int:
     """`YYYY-MM-DD HH:MM:SS.uuuuuu` at each position as
     nanoseconds since 1970; -1 where it is something else."""
-    digit = _DIGIT[buffer[start[:, None] + np.arange(26)]].astype(np.int64)
+    digit = _DIGIT[buffer[start[:, None] + np.arange(26)]]
     places = [*range(4), 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, *range(20, 26)]
     valid = (digit[:, places] < 10).all(axis=1)
-    digit = np.where(valid[:, None], digit, 0)
+    digit[~valid] = 0
 
     def number(low: int, high: int) -> Int:
-        weights = 10 ** np.arange(high - low - 1, -1, -1)
-        value: Int = digit[:, low:high] @ weights
+        value: Int = digit[:, low].astype(np.int64)
+        for place in range(low + 1, high):
+            value = value * 10 + digit[:, place]
         return value
 
     months = (number(0, 4) - 1970) * 12 + number(5, 7) - 1
