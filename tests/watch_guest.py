@@ -109,6 +109,14 @@ class Guest:
                 if subprocess.run(["umount", self.top]).returncode == 0:
                     break
                 time.sleep(0.5)
+            self.wait_until_free()
+
+    def wait_until_free(self) -> None:
+        """Whoever got a mount namespace of his own meanwhile has the filesystem mounted there still."""
+        for _ in range(240):
+            with contextlib.suppress(OSError), contextlib.closing(_Fd(self.loop, os.O_RDONLY | os.O_EXCL)):
+                return
+            time.sleep(0.5)
 
     # ---- what happens to files -----------------------------------------------------------------------------
 
