@@ -226,19 +226,44 @@ def _with_metadata(bmap: BlockMap, offset: int) -> BlockMap:
     )
 
 
-def test_a_map_without_its_journal_is_not_used(disks: SimpleNamespace, guest: SimpleNamespace) -> None:
-    problem = disks.maps[1].problems.schema.empty_table()
+def _with_problem(bmap: BlockMap, severity: str, code: str, detail: str) -> BlockMap:
+    """The map of a disk on which this is wrong."""
     row = {
-        "severity": "warning",
+        "severity": severity,
         "format": "xfs",
         "volume": 0,
         "volume_offset": None,
-        "code": "not-replayed",
-        "detail": "was not replayed",
+        "code": code,
+        "detail": detail,
     }
-    stale = replace(
-        disks.maps[1], problems=pa.concat_tables([problem, pa.Table.from_pylist([row], problem.schema)])
-    )
+    return replace(bmap, problems=pa.Table.from_pylist([row], bmap.problems.schema))
+
+
+def test_a_map_that_was_torn_by_writes_is_not_used(disks: SimpleNamespace, guest: SimpleNamespace) -> None:
+    """Parts of a tree were given back and written over while it was read."""
+    damaged = _with_problem(disks.maps[1], "error", "tree", "2 nodes are not what their parent says")
+    differing = _with_problem(disks.maps[1], "error", "owned-but-free", "1 range is owned, but free")
+    begun = guest.clock.now + 10 * MS
+    guest.access(WRITE, SUPERBLOCK)
+    guest.after(300)
+    guest.access(WRITE, SUPERBLOCK)
+    guest.give(damaged, begun)
+    assert guest.naming.resolver.number == 0
+    assert "was written while it was read: 2 nodes" in guest.naming.failure
+    guest.after(2000)
+    guest.give(differing, begun)  # two accounts of the same, read one after the other
+    assert guest.naming.resolver.number == 1
+    guest.after(2000)
+    guest.give(damaged, guest.clock.now)  # nothing is written: the disk is like that
+    assert guest.naming.resolver.number == 2
+    guest.access(WRITE, SUPERBLOCK)
+    guest.after(2000)
+    guest.give(damaged, guest.clock.now - 1900 * MS)  # and was so before
+    assert guest.naming.resolver.number == 3
+
+
+def test_a_map_without_its_journal_is_not_used(disks: SimpleNamespace, guest: SimpleNamespace) -> None:
+    stale = _with_problem(disks.maps[1], "warning", "not-replayed", "was not replayed")
     guest.access(WRITE, SUPERBLOCK)
     guest.after(300)
     guest.give(stale, guest.clock.now)

@@ -62,6 +62,20 @@ writes nothing else fills no memory."""
 
 NOT_REPLAYED = ("journal", "journal-missing", "not-replayed")
 """Codes of problems with which a map lacks what a journal holds."""
+UNREADABLE = (
+    "checksum",
+    "corrupt",
+    "directory",
+    "extents",
+    "group",
+    "inode",
+    "mapping",
+    "no-root",
+    "superblock",
+    "tree",
+)
+"""Codes of problems with which a map lacks a part of what it was made from. (Two accounts of the same that
+were read at different moments differ in good maps, too.)"""
 
 # by kind; the last element is for -1, a volume of which nothing is known
 _NAMELESS = np.isin(
@@ -262,8 +276,9 @@ class Naming:
         # half of the time at most: the guest needs the machine, too
         self._rest_until = now + int(found.seconds * 1e9)
         error = found.error
-        if found.resolver and (self._changes > found.begun_ns).any():
-            error = lost(self.resolver.bmap, found.resolver.bmap)
+        if found.resolver and (self._changes > found.begun_ns - SETTLE).any():
+            older, newer = self.resolver.bmap, found.resolver.bmap
+            error = lost(older, newer) or torn(older, newer)
         if found.resolver:
             error = error or behind(found.resolver.bmap)
         if error or not found.resolver:
@@ -502,3 +517,26 @@ def lost(older: BlockMap, newer: BlockMap) -> str:
     )
     missing = sorted(before - after)
     return f"no filesystem was found on {', '.join(missing)}, which is being written" if missing else ""
+
+
+def torn(older: BlockMap, newer: BlockMap) -> str:
+    """What could not be read for a newer map, and was no trouble for an older one, in words; empty where
+    there is nothing.
+
+    Trees of which parts are given back and written over while they are read look damaged. Of what they held,
+    the map has bytes without names, or nothing.
+    """
+    before, after = (
+        {
+            (row["volume"], row["detail"])
+            for row in bmap.problems.to_pylist()
+            if row["severity"] == "error" and row["code"] in UNREADABLE
+        }
+        for bmap in (older, newer)
+    )
+    found = next(iter(sorted(after - before)), None)
+    if found is None:
+        return ""
+    volume, detail = found
+    name = newer.volumes.column("name")[volume].as_py()
+    return f"{name} was written while it was read: {detail}"
