@@ -184,7 +184,7 @@ def main() -> int:
                     shared,
                 )
             )
-            if len(counts) > 1 and len(samples) % 60 == 0:
+            if len(counts) > 1 and len(samples) % 20 == 0:
                 print(f"{samples[-1][0]:6.0f} s {counts[-1]:>11,} writes   watch "
                     f"{samples[-1][1] / MIB:6.0f} MiB   reader {samples[-1][2] / MIB:6.0f} MiB   "
                       f"between them {samples[-1][3] / MIB:5.0f} MiB", flush=True)  # fmt: skip
