@@ -21,10 +21,9 @@ SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 """Environment variables that the libraries look at while they are imported."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 MADV_HUGEPAGE, LARGE_PAGE = 14, 2 << 20
-LARGE, SPARE = 1 << 20, 8 << 20
-"""Bytes: an array of LARGE is pages of its own in a long process, and the heap's end goes back when SPARE is
-free there. What names a batch of accesses is smaller, and comes again and again: new pages each time took as
-long as all else."""
+SOON = 1 << 18
+"""Bytes: an array of this size is pages of its own in a long process, and the heap's end goes back when so
+much is free there."""
 LARGEST = 32 << 20
 """Bytes: glibc lets nothing larger lie in its heap."""
 HEAP = 12 * LARGEST
@@ -88,8 +87,8 @@ def _give_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_THRESHOLD, LARGE)
-        mallopt(M_TRIM_THRESHOLD, SPARE)
+        mallopt(M_MMAP_THRESHOLD, SOON)
+        mallopt(M_TRIM_THRESHOLD, SOON)
 
 
 def _keep_memory() -> None:

@@ -24,8 +24,8 @@ LONGEST_LINE = 64 << 10
 Real lines have some 90; only export names, up to 4096 bytes, make longer ones.
 """
 SLICE = 512 << 10
-"""Bytes of lines that are taken apart at once: what that takes stays in the heap (see startup.LARGE), and in
-the processor's cache."""
+"""Bytes of lines that are taken apart at once: the arrays that this takes stay small, and in the processor's
+cache."""
 LONGEST_NUMBER = 20
 """Digits of the largest 64-bit number."""
 _PAD = 64
