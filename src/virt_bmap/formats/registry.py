@@ -29,7 +29,7 @@ class Listed(NamedTuple, Generic[F]):
     and the types that its volumes have (in blkid's words) or by which its images are asked for (QEMU's).
 
     `disk`: a file that begins so is most likely a disk (`--nested all`). `title`: what an image is called
-    where it is only named (`foreign`).
+    where it is only named (`foreign`). `table`: it is a partition table.
     """
 
     package: str
@@ -37,6 +37,7 @@ class Listed(NamedTuple, Generic[F]):
     types: tuple[str, ...]
     disk: bool = False
     title: str = ""
+    table: bool = False
 
     def load(self) -> F:
         """The declaration."""
@@ -101,11 +102,11 @@ VOLUMES: tuple[Listed[VolumeFormat], ...] = (
     ),
     Listed("volumes.bitlocker", ((3, b"-FVE-FS-"), (3, b"MSWIN4.1")), ("BitLocker",)),
     Listed("filesystems.btrfs.devices", ((0x10040, b"_BHRfS_M"),), ("btrfs",)),
-    Listed("volumes.gpt", (BOOT_SIGNATURE,), ("gpt",), disk=True),
-    Listed("volumes.mbr", (BOOT_SIGNATURE,), ("dos",), disk=True),
-    Listed("volumes.apm", tuple((size, b"PM\0\0") for size in (512, 1024, 2048, 4096)), ("mac",)),
-    Listed("volumes.sun", ((508, b"\xda\xbe"),), ("sun",)),
-    Listed("volumes.sgi", ((0, b"\x0b\xe5\xa9\x41"),), ("sgi",)),
+    Listed("volumes.gpt", (BOOT_SIGNATURE,), ("gpt",), disk=True, table=True),
+    Listed("volumes.mbr", (BOOT_SIGNATURE,), ("dos",), disk=True, table=True),
+    Listed("volumes.apm", tuple((size, b"PM\0\0") for size in (512, 1024, 2048, 4096)), ("mac",), table=True),
+    Listed("volumes.sun", ((508, b"\xda\xbe"),), ("sun",), table=True),
+    Listed("volumes.sgi", ((0, b"\x0b\xe5\xa9\x41"),), ("sgi",), table=True),
 )
 """In probe order. Members of arrays and groups come before partition tables, since their data area can hold
 one; md before LVM, since a mirror whose superblock lies at its end shows LVM's label at its start; GPT
@@ -185,6 +186,11 @@ def filesystem_on(reader: Reader) -> FilesystemFormat | None:
 def volume_on(reader: Reader, has_header: bool = False) -> VolumeFormat | None:
     """The volume format whose magic a volume carries; with a detached LUKS header there is none on it."""
     return volume("crypto_LUKS") if has_header else _first(VOLUMES, reader)
+
+
+def table_on(reader: Reader) -> VolumeFormat | None:
+    """The partition table that a disk carries, whatever else it carries."""
+    return _first(tuple(listed for listed in VOLUMES if listed.table), reader)
 
 
 def is_known(reader: Reader) -> bool:

@@ -347,6 +347,27 @@ class Assembler(Protocol):
         """The volumes that lie in these."""
 
 
+class Slice(NamedTuple):
+    """A partition in bytes of its disk, and whether something known begins there."""
+
+    start: int
+    end: int
+    known: bool
+
+
+class Beside(NamedTuple):
+    """A partition table on a disk that carries another format's superblock as well."""
+
+    partitions: Sequence[Slice]
+    reaches_beyond: bool
+    """Does it count further than the disk goes?"""
+
+
+def outlived(reader: Reader, table: Beside) -> bool | None:
+    """A superblock that is left over where a partition holds something."""
+    return any(part.known for part in table.partitions)
+
+
 class VolumeFormat(NamedTuple):
     """A partition table, volume manager, array or encryption.
 
@@ -354,7 +375,8 @@ class VolumeFormat(NamedTuple):
 
     `assemble` gets one member; where the format `spans` volumes, all that were found so far. `allocator` as
     in FilesystemFormat. `holds`: what the volumes hold that it makes, where that is one filesystem of its own
-    (btrfs).
+    (btrfs). `is_leftover(reader, table)`: is its superblock one that was forgotten on a disk which has this
+    partition table, too? None: the table is part of what the volume holds.
     """
 
     name: str
@@ -366,6 +388,7 @@ class VolumeFormat(NamedTuple):
     allocator: str | None = None
     structures: Callable[[], Structures] = no_structures
     holds: FilesystemFormat | None = None
+    is_leftover: Callable[[Reader, Beside], bool | None] = outlived
 
 
 RAW = "raw"

@@ -93,6 +93,7 @@ TABLE = (
     Code("unused-member", NOTE, "structure", "a member that its volume does not use"),
     Code("bad-blocks", NOTE, "structure", "a member that has a list of bytes that it does not hold"),
     Code("elsewhere", NOTE, "structure", "content of files that lies on another device, or nowhere"),
+    Code("leftover", NOTE, "structure", "what an earlier use of the disk left behind; it is not believed"),
     Code("sectors", NOTE, "structure", "a table counts in sectors of another size than is usual"),
     Code("simplified", NOTE, "structure", "the disk knows more than the map keeps apart"),
     Code("hidden", NOTE, "structure", "files that only another tree of names leads to"),

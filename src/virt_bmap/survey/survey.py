@@ -50,6 +50,7 @@ from virt_bmap.model.contract import (
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.damage import table as damage_table
 from virt_bmap.open.disks import NOTHING, Nested
+from virt_bmap.survey import rivals
 from virt_bmap.survey.nested import MAX_LEVELS, ImageBudget
 from virt_bmap.survey.owners import check_names, check_owners
 from virt_bmap.survey.sleeping import asleep_in
@@ -67,6 +68,10 @@ MAX_VOLUMES = 16384
 
 A group of ten thousand logical volumes is real; a table that shows itself again and again must end.
 """
+
+
+PARTITIONED = ("disk", "image", "md")
+"""Kinds of volumes in which a kernel looks for partitions."""
 
 
 @dataclass
@@ -277,6 +282,9 @@ class _Survey:
             self.found.append((volume, volume.holds))
             return
         format = formats.volume_on(volume.reader, has_header=self.keys.header_of(volume.name) is not None)
+        if format and volume.kind in PARTITIONED and (verdict := rivals.judge(volume.reader, format)):
+            format = verdict.believed
+            volume.damage("survey").say("leftover", verdict.words)
         again = format.name if format and self._shows_again(volume, format) else None
         if format and not again:
             volume.type = format.name

@@ -26,7 +26,7 @@ from virt_bmap.formats.volumes.lvm.physical import (
     newest_texts,
     physical_volumes,
 )
-from virt_bmap.model.contract import Assembly, Docs, Member, Structure, Structures, VolumeFormat
+from virt_bmap.model.contract import Assembly, Beside, Docs, Member, Structure, Structures, VolumeFormat
 
 
 def probe(reader: Reader) -> bool:
@@ -65,6 +65,11 @@ def assemble(members: Sequence[Member]) -> Assembly:
     return assembly
 
 
+def is_leftover(reader: Reader, table: Beside) -> bool:
+    """LVM takes no disk that has partitions: lvm2 lib/filters/filter-partitioned.c."""
+    return True
+
+
 def _structures() -> Structures:
     from virt_bmap.formats.volumes.lvm.label import LABEL_HEADER, MDA_HEADER
 
@@ -84,4 +89,5 @@ FORMAT = VolumeFormat(
     "the tables of snapshot stores and write caches",
     spans=True,
     structures=_structures,
+    is_leftover=is_leftover,
 )

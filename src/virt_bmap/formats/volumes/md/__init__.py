@@ -19,6 +19,7 @@ from virt_bmap.formats.common.stripes import bounded
 from virt_bmap.formats.volumes.md.about import NAME, REDUNDANCY, describe, refuse, volume_state
 from virt_bmap.formats.volumes.md.arrays import Array, gather, lost, place
 from virt_bmap.formats.volumes.md.docs import CHECKS, FEATURES, ORACLES, REFUSED
+from virt_bmap.formats.volumes.md.leftover import is_leftover
 from virt_bmap.formats.volumes.md.superblock import JOURNAL, Superblock, find, read
 from virt_bmap.model.contract import Assembly, Child, Docs, Member, Structure, Structures, VolumeFormat
 from virt_bmap.model.damage import Damage
@@ -111,5 +112,6 @@ def _structures() -> Structures:
 
 
 FORMAT = VolumeFormat(
-    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, spans=True, structures=_structures
-)
+    NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, spans=True, structures=_structures,
+    is_leftover=is_leftover,
+)  # fmt: skip

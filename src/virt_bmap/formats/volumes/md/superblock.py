@@ -11,7 +11,6 @@ import numpy as np
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.volumes import gpt, mbr
 from virt_bmap.model.contract import Member
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import WARNING
@@ -111,15 +110,14 @@ def places(size: int) -> list[tuple[str, int]]:
 
 
 def find(reader: Reader) -> tuple[str, int] | None:
-    """(version, byte) of the superblock; None where there is none, or where it belongs to the last
-    partition."""
+    """(version, byte) of the superblock; None where there is none."""
     for version, offset in places(reader.size):
         head = reader.read_clipped(offset, SUPERBLOCK_1.itemsize)
         if version == "0.90":
             if any(
                 record(head + bytes(MD_SB_BYTES), kind)["md_magic"] == MD_SB_MAGIC
                 for kind in SUPERBLOCK_0.values()
-            ) and (not _in_a_partition(reader, offset)):
+            ):
                 return version, offset
             continue
         found = record(head, SUPERBLOCK_1)
@@ -130,23 +128,6 @@ def find(reader: Reader) -> tuple[str, int] | None:
         ):
             return version, offset
     return None
-
-
-def _in_a_partition(reader: Reader, offset: int) -> bool:
-    """Version 0.90 does not say where its device begins: at the end of a disk it can be the last
-    partition's."""
-    for module in (gpt, mbr):
-        if module.probe(reader):
-            try:
-                children = module.assemble([Member(0, "", reader)]).children
-            except Corrupt:
-                return False
-            return any(
-                row.parent_offset <= offset < row.parent_offset + row.run
-                for child in children
-                for row in child.rows
-            )
-    return False
 
 
 def read(member: Member) -> Superblock:
