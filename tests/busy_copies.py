@@ -292,6 +292,7 @@ class Flavour(NamedTuple):
 
 FLAVOURS = {
     "ext4": Flavour("ext4", "commit=2"),
+    "ext4-torn": Flavour("ext4", "commit=2", torn=True),
     "ext4-orphan-file": Flavour("ext4", "commit=1", "-O orphan_file -b 1024"),
     "xfs": Flavour("xfs"),
     "btrfs": Flavour("btrfs", "commit=10"),
@@ -375,29 +376,40 @@ class Entry(NamedTuple):
     extents: tuple[Extent, ...]
 
 
-def by_kernel(image: Path, flavour: Flavour) -> dict[bytes, Entry]:
-    """All files of an image as this kernel shows them after its own recovery."""
-    found = dict[bytes, Entry]()
+def by_kernel(image: Path, flavour: Flavour) -> dict[bytes, Entry | None]:
+    """All files of an image as this kernel shows them after its own recovery; None for those that it can't
+    read in a torn copy."""
+    found = dict[bytes, Entry | None]()
     with mounted(image, "noatime,skip_balance" if flavour.moves else "noatime") as where:
-        for folder, folders, names in os.walk(os.fsencode(where), onerror=raise_it):
-            for name in [b"", *folders, *names] if folder == os.fsencode(where) else [*folders, *names]:
-                path = os.path.join(folder, name) if name else folder
-                about = os.lstat(path)
-                regular, link = stat.S_ISREG(about.st_mode), stat.S_ISLNK(about.st_mode)
-                found[path[len(os.fsencode(where)) :].rstrip(b"/")] = Entry(
-                    stat.filemode(about.st_mode)[0], stat.S_IMODE(about.st_mode), about.st_nlink,
-                    about.st_size if regular or link or stat.S_ISDIR(about.st_mode) else 0,
-                    os.readlink(path) if link else None,
-                    hashlib.sha256(Path(os.fsdecode(path)).read_bytes()).hexdigest() if regular else "",
-                    tuple(fiemap(os.fsdecode(path))) if regular else (),
-                )  # fmt: skip
+        top = os.fsencode(where)
+        found[b""] = by_kernel_of(top)
+        for folder, folders, names in os.walk(top):
+            for path in (os.path.join(folder, name) for name in [*folders, *names]):
+                try:
+                    found[path[len(top) :]] = by_kernel_of(path)
+                except OSError as error:
+                    if not (flavour.torn and error.errno in UNREADABLE):
+                        raise
+                    found[path[len(top) :]] = None
     return found
 
 
-def raise_it(error: OSError) -> None:
-    """os.walk would leave out what it can't list. A torn copy has what the kernel itself can't read."""
-    if error.errno not in (errno.EUCLEAN, errno.EIO):
-        raise error
+UNREADABLE = (errno.EUCLEAN, errno.EBADMSG, errno.EIO)
+"""What the kernel says of what a torn copy has in pieces: nobody can read it."""
+
+
+def by_kernel_of(path: bytes) -> Entry:
+    """One file of a mounted filesystem."""
+    about = os.lstat(path)
+    regular, link = stat.S_ISREG(about.st_mode), stat.S_ISLNK(about.st_mode)
+    name = os.fsdecode(path)
+    return Entry(
+        stat.filemode(about.st_mode)[0], stat.S_IMODE(about.st_mode), about.st_nlink,
+        about.st_size if regular or link or stat.S_ISDIR(about.st_mode) else 0,
+        os.readlink(path) if link else None,
+        hashlib.sha256(Path(name).read_bytes()).hexdigest() if regular else "",
+        tuple(fiemap(name)) if regular else (),
+    )  # fmt: skip
 
 
 KINDS = {"file": "-", "directory": "d", "symlink": "l", "fifo": "p", "socket": "s"}
@@ -449,12 +461,16 @@ def digest(files: Files, inode: int) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def differences(kernel: dict[bytes, Entry], bmap: dict[bytes, Entry], moves: bool = False) -> list[str]:
+def differences(
+    kernel: dict[bytes, Entry | None], bmap: dict[bytes, Entry], moves: bool = False
+) -> list[str]:
     """Where both sides differ, a line each; where data `moves`, extents need not be equal."""
     lines = [f"only the kernel has {path!r}" for path in sorted(kernel.keys() - bmap.keys())]
     lines += [f"only the map has {path!r}" for path in sorted(bmap.keys() - kernel.keys())]
     for path in sorted(kernel.keys() & bmap.keys()):
         one, other = kernel[path], bmap[path]
+        if one is None:
+            continue
         lines += [
             f"{path!r}: {name} is {getattr(one, name)!r} by the kernel, {getattr(other, name)!r} by the map"
             for name in Entry._fields

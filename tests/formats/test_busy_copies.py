@@ -10,6 +10,7 @@ import pytest
 
 from busy_copies import FLAVOURS, by_kernel, by_map, copies, differences
 from support import need_root, run
+from virt_bmap.model import tables
 
 COPIES = int(os.environ.get("BMAP_COPIES", "3"))
 
@@ -23,7 +24,10 @@ def test_a_busy_copy_is_mapped_as_the_kernel_recovers_it(name: str, tmp_path: Pa
     flavour = FLAVOURS[name]
     for number, copy in enumerate(copies(flavour, tmp_path, COPIES)):
         bmap, mine = by_map(copy)
-        dirty += bmap.filesystems.column("state").to_pylist() == ["recovered"]
+        state = bmap.filesystems.column("state")[0].as_py()
+        dirty += state == tables.RECOVERED
+        if flavour.torn and state == tables.DAMAGED:  # what was torn apart, and is said
+            continue
         recovered = copy.with_suffix(".recovered")
         run("cp", "--reflink=always", copy, recovered)
         found[number] = differences(by_kernel(recovered, flavour), mine, flavour.moves)

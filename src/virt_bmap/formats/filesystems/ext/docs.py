@@ -40,6 +40,7 @@ FEATURES = (
 REFUSED = (
     "features that the superblock calls incompatible and that no released kernel knows",
     "compression (e2compr)",
+    "a block that two directories claim, as in torn copies: its names are told of one, and a problem says so",
     "fast commits: not replayed, and named where there are any that a mount would replay",
     (
         "a journal on another disk that is not among the disks: the state before recovery is mapped, and "

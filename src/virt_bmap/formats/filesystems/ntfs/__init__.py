@@ -74,7 +74,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     rows.add(tables.FREE, *free_space(reader, geometry, contents, damage))
     size = tail(reader, geometry, rows)
     asleep = hibernated(reader, tree, contents)
-    condition, features = state(reader, mft, contents, damage, asleep)
+    condition, features = state(reader, geometry, mft, contents, damage, asleep)
     return Filesystem(
         type="ntfs", size=size, block_size=geometry.cluster_size, root=root, state=condition,
         reader=reader, inodes=inode_table(mft, tree, types, sizes, flags), names=name_table(tree),

@@ -7,10 +7,12 @@ ntfs_volume_get_free_space().
 
 import numpy as np
 
+from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Int, ints
 from virt_bmap.core.layout import record
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.bitmaps import bitmap_runs
+from virt_bmap.formats.filesystems.ntfs import journal
 from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
 from virt_bmap.formats.filesystems.ntfs.contents import Contents
 from virt_bmap.formats.filesystems.ntfs.inodes import NameTree
@@ -29,7 +31,9 @@ def label(mft: Mft) -> str | None:
     return name[: len(name) & ~1].decode("utf-16-le", errors="backslashreplace") or None
 
 
-def state(reader: Reader, mft: Mft, contents: Contents, damage: Damage, asleep: bool) -> tuple[str, str]:
+def state(
+    reader: Reader, geometry: Geometry, mft: Mft, contents: Contents, damage: Damage, asleep: bool
+) -> tuple[str, str]:
     """(how the volume was left, its version and notable features)."""
     value = resident_value(mft.system, ntfs.VOLUME, ntfs.VOLUME_INFORMATION)
     features = []
@@ -43,8 +47,20 @@ def state(reader: Reader, mft: Mft, contents: Contents, damage: Damage, asleep: 
     if asleep:
         return tables.HIBERNATED, " ".join(features)
     if not log_is_clean(contents.read(reader, ntfs.LOGFILE, ntfs.DATA, 2 * ntfs.RESTART_PAGE_SIZE)):
+        _say_what_waits(contents.read(reader, ntfs.LOGFILE, ntfs.DATA, journal.MOST), geometry, damage)
         return tables.NEEDS_RECOVERY, " ".join(features)
     return tables.IN_USE if dirty else tables.CLEAN, " ".join(features)
+
+
+def _say_what_waits(log: bytes, geometry: Geometry, damage: Damage) -> None:
+    """The map is of the volume as it is; what may be otherwise once the log is replayed."""
+    found = journal.pending(log, geometry)
+    words = "its $LogFile is not replayed"
+    if found is None:
+        damage.say("not-replayed", f"{words}: what changed last may be missing from the map")
+    elif found.changes:
+        what = f"{plural(found.changes, 'change')} in it to {plural(found.records, 'record')} of the $MFT"
+        damage.say("not-replayed", f"{words}: {what}, and to directories and bitmaps, may not be in place")
 
 
 def hibernated(reader: Reader, tree: NameTree, contents: Contents) -> bool:

@@ -26,11 +26,19 @@ FEATURES = (
 REFUSED = (
     "records larger than 4096 bytes",
     "clusters larger than 2 MiB",
-    "replay of $LogFile: `state` says that it is needed",
+    (
+        "replay of $LogFile: `state` says that it is needed, and a problem how many changes to how many "
+        "records of the $MFT may not be in place"
+    ),
 )
 
 
-ORACLES = ("ntfs-3g (mount, ntfsinfo, ntfscluster)", "The Sleuth Kit (fls, istat)", "$Bitmap")
+ORACLES = (
+    "ntfs-3g (mount, ntfsinfo, ntfscluster)",
+    "The Sleuth Kit (fls, istat)",
+    "$Bitmap",
+    "ntfsrecover (changes in the log)",
+)
 
 
 CHECKS = Checks(
