@@ -100,14 +100,14 @@ class Patch(NamedTuple):
 
 
 class PatchedReader(Reader):
-    """A reader over another with some of its blocks replaced:
-    a journal replayed in memory, never into the image."""
+    """A reader over another with some of its blocks replaced, and of another size where one is given: a
+    journal replayed in memory, never into the image."""
 
     in_turn = False
     corrects = True
 
-    def __init__(self, base: Reader, patch: Patch) -> None:
-        super().__init__(base.size, base.name)
+    def __init__(self, base: Reader, patch: Patch, size: int | None = None) -> None:
+        super().__init__(base.size if size is None else size, base.name)
         self._base = base
         self._patch = patch
         self.near = base.near
@@ -126,7 +126,11 @@ class PatchedReader(Reader):
 
     def lost(self, starts: Int, ends: Int) -> Lost:
         size = self._patch.blocks.shape[1]
-        return self._base.lost(starts, ends).without(self._patch.offsets, self._patch.offsets + size)
+        there = starts < self._base.size
+        ends = np.minimum(ends, self._base.size)
+        return self._base.lost(starts[there], ends[there]).without(
+            self._patch.offsets, self._patch.offsets + size
+        )
 
     def stored(self) -> tuple[Int, Int]:
         there, size = self._base.stored(), self._patch.blocks.shape[1]
@@ -135,9 +139,7 @@ class PatchedReader(Reader):
         )
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
-        data = self._base.read_ranges(offsets, lengths)
-        if not data.flags.writeable:
-            data = data.copy()
+        data = self._unpatched(offsets, lengths)
         n, size = self._patch.blocks.shape
         rows = Rows.make(self._patch.offsets, 0, np.arange(n, dtype=np.int64) * size, size)
         pieces = rows.down(offsets, offsets + lengths)
@@ -146,4 +148,15 @@ class PatchedReader(Reader):
         scatter(
             data, place, pieces.length, gather(self._patch.blocks.reshape(-1), pieces.target, pieces.length)
         )
+        return data
+
+    def _unpatched(self, offsets: Int, lengths: Int) -> Bytes:
+        """A copy of the bytes below; zeroes behind their end."""
+        there = np.clip(self._base.size - offsets, 0, lengths)
+        if (there == lengths).all():
+            data = self._base.read_ranges(offsets, lengths)
+            return data if data.flags.writeable else data.copy()
+        data, some = np.zeros(int(lengths.sum()), np.uint8), there > 0
+        place = np.cumsum(lengths) - lengths
+        scatter(data, place[some], there[some], self._base.read_ranges(offsets[some], there[some]))
         return data

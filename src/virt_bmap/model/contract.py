@@ -434,6 +434,11 @@ def no_references(image: Reader) -> References:
     return References()
 
 
+def as_it_is(image: Reader) -> Reader:
+    """A format without a log."""
+    return image
+
+
 def no_options(image: Reader) -> Mapping[str, str]:
     """A format whose driver needs no word more."""
     return {}
@@ -460,8 +465,9 @@ class ImageFormat(NamedTuple):
 
     QEMU is given the file, or what `rewritten(image, write)` says where its parser would take more for a
     name than is one; None: this image as it is. `options(image)` are those of its driver. `follows`: QEMU
-    reads the backing files of such an image. `refusal`: nothing opens these, and what to do instead.
-    `suffix`: of files that are made in this format.
+    reads the backing files of such an image. `recovered(image)` is the file with its log replayed, and the
+    same reader where there is none: `read` is given this, and QEMU replays none of what it only reads.
+    `refusal`: nothing opens these, and what to do instead. `suffix`: of files that are made in this format.
     """
 
     name: str
@@ -475,6 +481,7 @@ class ImageFormat(NamedTuple):
     cluster: Callable[[Reader], int] = one_size
     rewritten: Callable[[Reader, bool], Rewritten | None] | None = None
     options: Callable[[Reader], Mapping[str, str]] = no_options
+    recovered: Callable[[Reader], Reader] = as_it_is
     follows: bool = True
     writing: Writing = Writing(0)
     suffix: str = ""

@@ -45,14 +45,16 @@ def open_image(image: str, opening: Opening = SAFELY, status: Sequence[str] | No
             raise ImageError(f"{image}: is a raw disk, which has no {status[0].removeprefix('qemu:')}")
         return plain
     from virt_bmap.open import host, qemu
-    from virt_bmap.open.references import references_of
+    from virt_bmap.open.graph import NotForQemu
 
     try:
-        if not magic.known(found).follows and references_of(plain, found).backing:
-            return host.LayeredReader(image, opening)
-        reader = qemu.open_with_qemu(plain, found, opening, status)
+        reader: Reader
+        try:
+            reader = qemu.open_with_qemu(plain, found, opening, status)
+        except NotForQemu:
+            reader = host.LayeredReader(image, opening)
         reader.in_use = plain.in_use
-        if not opening.references:  # QEMU reads nothing but this file
+        if not opening.references:  # nothing but this file is read
             reader.stored_most = min(reader.size, PACKED * os.fstat(plain.fileno()).st_blocks * 512)
         return reader
     finally:

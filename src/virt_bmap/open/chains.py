@@ -104,8 +104,8 @@ class Chains:
             if other != format:
                 raise ImageError(f"{reader.name}: is used as {other} by one image and as {format} by another")
             return link
-        read = magic.known(format).read
-        if read is None:
+        known = magic.known(format)
+        if known.read is None:
             raise Unsupported(
                 f"{reader.name}: where the bytes of a {format} image lie in its file is not known here; it "
                 f"is for {', '.join(each.name for each in formats.images() if each.read)}"
@@ -114,7 +114,8 @@ class Chains:
             self.beside(number, name) for name in (*([names.data] if names.data else []), *names.extents)
         ]
         try:
-            layer = read(reader, [self.files[other] for other in others])
+            self.files[number] = known.recovered(reader)
+            layer = known.read(self.files[number], [self.files[other] for other in others])
         except Corrupt as error:
             raise (
                 error

@@ -15,6 +15,7 @@ import re
 import stat
 from typing import Any
 
+from virt_bmap.core.errors import ImageError
 from virt_bmap.host.looked_at import open_looked_at
 from virt_bmap.model.contract import Rewritten, ShownFile
 from virt_bmap.open import magic
@@ -26,6 +27,10 @@ FIRST_FREE = 4
 """The lowest descriptor that a file may be handed over as: those below are taken."""
 
 Node = dict[str, Any]
+
+
+class NotForQemu(ImageError):
+    """QEMU does not read such an image, or not without writing to it."""
 
 
 class Graph:
@@ -70,6 +75,13 @@ class Graph:
     def _image(self, image: RawReader, format: str, opening: Opening, write: bool, depth: int) -> Node:
         known = magic.known(format)
         found = allowed_references(image, format, opening, depth)
+        if found.backing and not known.follows:
+            raise NotForQemu(f"{image.name}: QEMU does not read the parent of an image in {format}")
+        if not write and known.recovered(image) is not image:
+            raise NotForQemu(
+                f"{image.name}: its log has changes that are not in place yet, and QEMU carries them out "
+                "only where it may write: qemu-img check -r all does it"
+            )
         folder = os.path.dirname(os.path.abspath(image.name))
         node: Node = {"driver": known.name, "backing": None, **known.options(image)}
         rewritten = known.rewritten(image, write) if known.rewritten else None

@@ -64,7 +64,8 @@ def allowed_references(image: Reader, format: str, opening: Opening, depth: int)
 
 def references_of(image: Reader, format: str) -> References:
     """What else an image of this format would make QEMU open."""
-    found = magic.known(format).references(image)
+    known = magic.known(format)
+    found = known.references(known.recovered(image))
     if found.backing_format not in (None, *magic.FORMATS):
         raise ImageError(
             f"{image.name}: its header states the backing format {found.backing_format!r}; there "

@@ -206,9 +206,9 @@ class Inner(Chains):
 
     def _file(self, number: int, name: str, contents: bool = True) -> Child:
         """A volume that is a file of the filesystem."""
-        image = self._images[number]
-        rows = image.rows.placed(0, ints(self._member.number))
-        return Child("image", name, image.size, rows, contents=contents, holes=[(0, image.size)])
+        rows, file = self._images[number].rows.placed(0, ints(self._member.number)), self.files[number]
+        replay = magic.known(self._links[number][0]).recovered if file.corrects else None
+        return Child("image", name, file.size, rows, open=replay, contents=contents, holes=[(0, file.size)])
 
     def _opener(self, disk: ChainedDisk) -> Callable[[Reader], Reader] | None:
         packed = disk.rows.role == PACKED

@@ -17,7 +17,7 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     """The layer of one VHDX file."""
     # imported here: who only opens an image asks for its references
     from virt_bmap.formats.images.layer import Draft
-    from virt_bmap.formats.images.vhdx import extents, header, metadata, owners
+    from virt_bmap.formats.images.vhdx import extents, header, log, metadata, owners
 
     head = header.read_header(image)
     regions = header.read_regions(image)
@@ -28,12 +28,7 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     extents.place_blocks(draft, about, blocks)
     owners.own_unreferenced(draft, about, head, regions, blocks)
     header.say_damaged(image, draft.damage)
-    if head.log_in_use:
-        words = (
-            "the log has changes that are not in place: the map may "
-            "be out of date until the image is opened for writing"
-        )
-        draft.damage.say("not-replayed", words, head.log[0])
+    log.say_replayed(image, head, draft.damage)
     return draft.finish(NAME, about.block, about.facts() | head.facts())
 
 
@@ -42,6 +37,13 @@ def references(image: Reader) -> References:
     from virt_bmap.formats.images.vhdx.metadata import parent
 
     return of_parent(image, NAME, parent)
+
+
+def recovered(image: Reader) -> Reader:
+    """With its log carried out."""
+    from virt_bmap.formats.images.vhdx.log import replayed
+
+    return replayed(image)
 
 
 def _structures() -> Structures:
@@ -57,6 +59,7 @@ FORMAT = ImageFormat(
     read=read,
     structures=_structures,
     references=references,
+    recovered=recovered,
     follows=False,
     writing=Writing.ANYWHERE,
     suffix=".vhdx",

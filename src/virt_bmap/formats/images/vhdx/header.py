@@ -37,6 +37,7 @@ class Header(NamedTuple):
 
     log: Region
     log_guid: bytes
+    log_version: int = 0
 
     @property
     def log_in_use(self) -> bool:
@@ -72,7 +73,7 @@ def read_header(image: Reader) -> Header:
         )
     offset, length = int(head["LogOffset"]), int(head["LogLength"])
     _require_inside(image, "log", offset, length, HEADERS[0] + 72)
-    current = Header((offset, length), head["LogGuid"].tobytes())
+    current = Header((offset, length), head["LogGuid"].tobytes(), int(head["LogVersion"]))
     if current.log_in_use:
         afford(image, length, "its log")
     return current

@@ -1,7 +1,7 @@
 """The structures of a VHDX file.
 
-Sources: Microsoft [MS-VHDX] v7.0 sections 2.2 "Header Section", 2.5 "BAT", 2.6 "Metadata Region"; QEMU
-block/vhdx.h.
+Sources: Microsoft [MS-VHDX] v7.0 sections 2.2 "Header Section", 2.3 "Log", 2.5 "BAT", 2.6 "Metadata
+Region"; QEMU block/vhdx.h.
 """
 
 import uuid
@@ -21,6 +21,24 @@ METADATA_TABLE = struct(32, [(0, "Signature", "S8"), (10, "EntryCount", "<u2")])
 METADATA = struct(
     32, [(0, "ItemId", "V16"), (16, "Offset", "<u4"), (20, "Length", "<u4"), (24, "Flags", "<u4")]
 )
+ENTRY = struct(64, [
+    (0, "Signature", "S4"), (4, "Checksum", "<u4"), (8, "EntryLength", "<u4"), (12, "Tail", "<u4"),
+    (16, "SequenceNumber", "<u8"), (24, "DescriptorCount", "<u4"), (32, "LogGuid", "V16"),
+    (48, "FlushedFileOffset", "<u8"), (56, "LastFileOffset", "<u8"),
+])  # fmt: skip
+DESCRIPTOR = struct(
+    32,
+    [
+        (0, "Signature", "S4"),
+        (8, "ZeroLength", "<u8"),
+        (16, "FileOffset", "<u8"),
+        (24, "SequenceNumber", "<u8"),
+    ],
+)
+"""Of zeroes, or of a data sector: that holds back its bytes TRAILING and LEADING for it."""
+TRAILING, LEADING = slice(4, 8), slice(8, 16)
+DATA_SECTOR = struct(4096, [(0, "Signature", "S4"), (4, "SequenceHigh", "<u4"), (4092, "SequenceLow", "<u4")])
+LOG_SECTOR = 4096
 HEADERS, REGION_TABLES = (64 * KIB, 128 * KIB), (192 * KIB, 256 * KIB)
 AREA = 64 * KIB
 """What the file identifier, each header and each region table takes."""
@@ -35,6 +53,8 @@ HAS_PARENT = 2
 MAX_PARENT = 64 * KIB
 MAX_SIZE = 64 << 40
 """The largest disk that the format allows, in bytes."""
+MAX_FILE = 1 << 61
+"""Bytes of a file: sums with it must stay in 64 bits."""
 
 NOT_PRESENT, UNDEFINED, ZERO, UNMAPPED, UNMAPPED_V095, FULLY_PRESENT, PARTIALLY_PRESENT = 0, 1, 2, 3, 5, 6, 7
 """States of payload blocks; 5 is QEMU's name for what drafts of the format called unmapped."""
