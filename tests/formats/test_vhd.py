@@ -65,7 +65,7 @@ def test_blocks_are_powers_of_two(block: int, tmp_path: Path) -> None:
 
 
 def test_blocks_make_up_the_disk(tmp_path: Path) -> None:
-    refused(tmp_path, 28, 2, "do not make up the disk")
+    refused(tmp_path, 28, 2, "make no disk of 8,390,144")
 
 
 def refused(tmp_path: Path, field: int, value: int, words: str) -> None:
