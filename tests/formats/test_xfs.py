@@ -519,7 +519,7 @@ def test_a_truncated_volume_is_read_as_far_as_it_goes(small: bytes) -> None:
 
 @pytest.mark.parametrize(("offset", "value", "words"), [
     (0x04, b"\0\0\x10\x01", "sb_blocksize at byte 0x4 is 4097"),
-    (0x58, b"\0\0\0\x07", "sb_agcount at byte 0x58 is 7, it should be 1"),
+    (0x58, b"\0\0\0\x07", "sb_agcount at byte 0x58 is 7, but should be 1"),
     (0xD8, b"\0\0\x01\x0b", "metadir"),
     (0xD8, b"\x80\0\0\x0b", "incompat-0x80000000"),
     (0x64, b"\xb4\xa7", "version 7"),
