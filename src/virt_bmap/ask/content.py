@@ -61,6 +61,7 @@ class Files:
         self.state: str = system.column("state")[0].as_py()
         self.reader = reader
         self._map, self._volume, self._recalled = bmap, volume, False
+        self._targets: tuple[Int, pa.Array] | None = None
         self._inode_columns(bmap.slice_of("inodes", volume)[1])
         self._name_columns(bmap.slice_of("names", volume)[1])
         self._extent_columns(bmap.slice_of("extents", volume)[1])
@@ -209,6 +210,11 @@ class Files:
         if row < 0:
             return None
         format, size = formats.filesystem(self.type), int(self.size[row])
+        if format and format.targets:
+            self._targets = self._targets or format.targets(self.reader)
+            at = int(np.searchsorted(self._targets[0], inode))
+            there = at < len(self._targets[0]) and self._targets[0][at] == inode
+            return self._targets[1][at].as_py() if there else None
         data = self._target_bytes(inode)
         if data is None or not 0 < len(data) <= MAX_TARGET:
             return None

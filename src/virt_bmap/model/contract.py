@@ -297,7 +297,8 @@ class FilesystemFormat(NamedTuple):
     `fixed_records`: inodes' own records all have one size, so that `record_offset`s tell it. `journals`: the
     parts of a map that are journals. `inode`: what numbers stand for, where the format has none.
     `target(data, size)`: the path in the bytes of a symbolic link whose inode has this size, None where it is
-    none; formats that keep the plain path have no such function.
+    none; formats that keep the plain path have no such function. `targets(reader)`: the inodes of all
+    symbolic links, ascending, and their paths, for a format that keeps them packed.
 
     `in_place`: metadata is where it belongs before anything refers to it, with no journal between. `moving`:
     of a filesystem's own metadata, the parts that take free blocks and give them back; all else lies where
@@ -322,6 +323,7 @@ class FilesystemFormat(NamedTuple):
     reuses_numbers: bool = True
     inode: str = ""
     target: Callable[[bytes, int], bytes | None] | None = None
+    targets: Callable[[Reader], tuple[Int, pa.Array]] | None = None
     in_place: bool = False
     moving: tuple[str, ...] = ()
     mount: str | None = ""

@@ -25,12 +25,12 @@ from virt_bmap.formats.filesystems.squashfs.inodes import (
     root_inode,
     walk,
 )
+from virt_bmap.formats.filesystems.squashfs.links import targets
 from virt_bmap.formats.filesystems.squashfs.metadata import read_tables
 from virt_bmap.formats.filesystems.squashfs.owners import add_content, add_inside_tables
 from virt_bmap.formats.filesystems.squashfs.superblock import (
     FLAGS,
     SUPERBLOCK,
-    place_of,
     read_superblock,
 )
 from virt_bmap.model import tables
@@ -57,9 +57,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     superblock = read_superblock(reader)
     rows = ExtentRows()
     found = read_tables(reader, superblock, rows, damage)
-    tree = walk(found.inodes, found.directories, place_of(superblock, "inode_table_start"),
-        int(superblock["root_inode"]),
-                int(superblock["block_size"]), damage)  # fmt: skip
+    tree = walk(found, superblock, damage)
     root = root_inode(found.inodes, superblock, tree, reader)
     add_content(rows, reader, superblock, found, tree, damage)
     add_inside_tables(rows, found, tree)
@@ -80,4 +78,6 @@ def _structures() -> Structures:
     }
 
 
-FORMAT = FilesystemFormat(NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures)
+FORMAT = FilesystemFormat(
+    NAME, probe, read, Docs(FEATURES, REFUSED, ORACLES), CHECKS, structures=_structures, targets=targets
+)

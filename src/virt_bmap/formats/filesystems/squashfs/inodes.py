@@ -79,16 +79,12 @@ def windows(data: Bytes, at: Int, dtype: np.dtype[np.void]) -> np.ndarray:
     return records(data[at[:, None] + np.arange(dtype.itemsize)], dtype) if len(at) else np.zeros(0, dtype)
 
 
-def walk(
-    inodes: MetadataBlocks,
-    directories: MetadataBlocks,
-    inode_start: int,
-    root: int,
-    block_size: int,
-    damage: Damage,
-) -> WalkedTree:
+def walk(tables_: MetadataTables, superblock: np.void, damage: Damage) -> WalkedTree:
     """Everything that can be reached from the root's reference (block << 16 | offset, relative to the inode
-    table at `inode_start`)."""
+    table)."""
+    inodes, directories = tables_.inodes, tables_.directories
+    inode_start = place_of(superblock, "inode_table_start")
+    root, block_size = int(superblock["root_inode"]), int(superblock["block_size"])
     found: list[dict[str, Int]] = []
     names: list[tuple[Int, Int, Bytes, Int]] = []
     listings: list[tuple[Int, Int, Int]] = []

@@ -6,10 +6,11 @@ from virt_bmap.core.arrays import Int, expand
 from virt_bmap.core.layout import widen
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.sharing import cut_shared
+from virt_bmap.formats.filesystems.squashfs import links
 from virt_bmap.formats.filesystems.squashfs.compression import (
     MetadataBlocks,
 )
-from virt_bmap.formats.filesystems.squashfs.inodes import INVALID, REG, SYMLINK, WalkedTree
+from virt_bmap.formats.filesystems.squashfs.inodes import INVALID, REG, WalkedTree
 from virt_bmap.formats.filesystems.squashfs.metadata import MetadataTables
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
@@ -143,12 +144,7 @@ def add_inside_tables(rows: ExtentRows, found: MetadataTables, tree: WalkedTree)
         )
 
     add(tables.DIRECTORY, found.directories, *tree.listing)
-    link = (
-        (column["type"] == SYMLINK)
-        & (column["size"] > 0)
-        & (column["list_at"] + column["size"] <= found.inodes.length)
-    )
-    link &= np.cumsum(np.where(link, column["size"], 0)) <= found.inodes.length
+    link = links.whole(found, tree)
     add(
         tables.SYMLINK,
         found.inodes,
