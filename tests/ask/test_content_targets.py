@@ -114,6 +114,44 @@ def test_formats_that_keep_the_path_itself(kind: str, source: Path, tmp_path: Pa
     assert extracted(image, tmp_path / "out") == TARGETS
 
 
+def windows_link(tag: int, substitute: str, shown: str, flags: bytes) -> bytes:
+    """The data of a reparse point, by [MS-FSCC] 2.1.2.4 and 2.1.2.5."""
+    both = [name.encode("utf-16-le") for name in (substitute, shown)]
+    names = struct.pack("<4H", 0, len(both[0]), len(both[0]) + 2, len(both[1]))
+    body = names + flags + both[0] + bytes(2) + both[1] + bytes(2)
+    return struct.pack("<IHH", tag, len(body), 0) + body
+
+
+def test_links_of_windows(tmp_path: Path) -> None:
+    """Relative ones as ntfs-3g shows them; it puts its own mount point before the rest of absolute ones."""
+    import ntfs_images
+
+    image, made = tmp_path / "n.img", {
+        "relative": (0xA000000C, "..\\dir\\file", "..\\dir\\file", struct.pack("<I", 1), "../dir/file"),
+        "absolute": (0xA000000C, "\\??\\C:\\dir", "C:\\dir", bytes(4), "C:/dir"),
+        "junction": (0xA0000003, "\\??\\C:\\dir", "C:\\dir", b"", "C:/dir"),
+        "unnamed": (0xA0000003, "\\??\\C:\\dir", "", b"", "C:/dir"),
+    }  # fmt: skip
+    run("truncate", "-s", "16M", image)
+    run(need("mkntfs", "ntfs-3g"), "-q", "-F", image)
+    with ntfs_images.fuse(image, "rw") as where:
+        (where / "dir").mkdir(), (where / "in").mkdir()
+        (where / "dir/file").write_bytes(b"x")
+        for name, (tag, substitute, shown, flags, _) in made.items():
+            link = where / "in" / name
+            link.write_bytes(b"") if name == "relative" else link.mkdir()
+            os.setxattr(link, "system.ntfs_reparse_data", windows_link(tag, substitute, shown, flags))
+    with ntfs_images.fuse(image, "ro") as where:
+        shown = {name: os.readlink(where / "in" / name) for name in made}
+    assert shown["relative"] == made["relative"][-1]
+    assert all(shown[name].endswith("/dir") for name in ("absolute", "junction", "unnamed")), shown
+    (tmp_path / "out").mkdir()
+    assert cli.run(["extract", "-q", "-C", str(tmp_path / "out"), str(image), "/dev/sda", "/in"]) == 0
+    assert {name: os.readlink(tmp_path / "out/in" / name) for name in made} == {
+        name: row[-1] for name, row in made.items()
+    }
+
+
 def test_ntfs(source: Path, tmp_path: Path) -> None:
     import ntfs_images
 
