@@ -303,6 +303,29 @@ def test_high_sierra_is_refused_by_name(tmp_path: Path) -> None:
     assert "High Sierra" in bmap.problems.column("detail")[0].as_py()
 
 
+def test_sessions_that_come_after_are_named(tmp_path: Path) -> None:
+    """As genisoimage writes them; isoinfo finds the second one's tree where it was written. The same image
+    merely copied there is no session."""
+    need("genisoimage", "genisoimage"), need("isoinfo", "genisoimage")
+    first, second, sectors = tmp_path / "first", tmp_path / "second", 240
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"file-{name}").write_bytes(name.encode())
+    run("genisoimage", "-quiet", "-R", "-o", first, tmp_path / "one")
+    os.truncate(first, sectors * 2048)
+    words = ["-M", first, "-C", f"0,{sectors}"]
+    run("genisoimage", "-quiet", "-R", *words, "-o", second, tmp_path / "two")
+    disc, copied = tmp_path / "disc.iso", tmp_path / "copied.iso"
+    disc.write_bytes(first.read_bytes() + second.read_bytes())
+    copied.write_bytes(first.read_bytes() * 2)
+    shown = run("isoinfo", "-R", "-f", "-T", str(sectors), "-i", disc).decode()
+    assert "file-two" in shown
+    found = [row for row in mapped(disc).problems.to_pylist() if row["code"] == "hidden"]
+    assert [row["volume_offset"] for row in found] == [sectors * 2048]
+    assert "1 later session begins" in found[0]["detail"]
+    assert "hidden" not in mapped(copied).problems.column("code").to_pylist()
+
+
 def test_few_reads(rock_ridge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = RawReader._fetch

@@ -33,6 +33,7 @@ from virt_bmap.formats.filesystems.iso9660.names import (
 from virt_bmap.formats.filesystems.iso9660.owners import add_boot, add_content, add_metadata
 from virt_bmap.formats.filesystems.iso9660.superblock import (
     FIRST_DESCRIPTOR,
+    later_sessions,
     read_descriptors,
 )
 from virt_bmap.model import tables
@@ -78,6 +79,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     owned = add_boot(rows, reader, found, owned, damage)
     size = min(reader.size, max(found.size, int(owned[1].max(initial=0))))
     damage.ends_early(found.size, reader.size, NOTE)
+    later_sessions(reader, size, damage)
     low, high = complement(*owned, 0, size)
     rows.add(tables.UNREFERENCED, low, high - low)
     features = features_of(reader, found, main[1], walks, files)

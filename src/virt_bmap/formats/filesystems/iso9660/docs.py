@@ -15,7 +15,7 @@ FEATURES = (
 
 REFUSED = (
     "High Sierra",
-    "earlier sessions of a multi-session disc (unreferenced)",
+    "earlier sessions of a multi-session disc (unreferenced), later ones after it (named)",
     "HFS of hybrid discs (unreferenced)",
 )
 

@@ -9,15 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import Int, ints
+from virt_bmap.core.arrays import EMPTY, Int, ints
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, struct
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import held
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import WARNING
 
 SECTOR = 2048
 FIRST_DESCRIPTOR = 16 * SECTOR
+PRIMARY_VOLUME = np.frombuffer(b"\1CD001\1", np.uint8)
+ROOT_AT = 158
+"""Where a volume descriptor says at which block the root directory lies."""
+MAX_AFTER = 64 << 20
+"""Bytes after the volume that are searched for later sessions: what stands between two is some 20 MiB."""
 MAX_DESCRIPTORS = 100
 """As Linux: descriptors looked at before giving up on a terminator."""
 BOOT_RECORD, PRIMARY, SUPPLEMENTARY, TERMINATOR = 0, 1, 2, 255
@@ -229,3 +235,22 @@ def _boot_image(reader: Reader, entry: np.void, platform: str) -> BootImage | No
 def sorted_ranges(ranges: list[tuple[int, int]]) -> tuple[Int, Int]:
     """Pairs (start, end) as two arrays."""
     return ints([start for start, _ in ranges] or []), ints([end for _, end in ranges] or [])
+
+
+def later_sessions(reader: Reader, end: int, damage: Damage) -> None:
+    """Say where sessions begin that were written after this one, at byte `end`: a drive shows the last one.
+
+    Their blocks are counted from the first session's start, so that an image that merely lies there is none.
+    """
+    start = -(-end // SECTOR) * SECTOR
+    length = max(0, min(reader.size - start, MAX_AFTER))
+    found = []
+    for at, raw in held(reader, ints(start), ints(length // SECTOR * SECTOR), MAX_AFTER):
+        skip = -at % SECTOR
+        data = raw[skip : skip + (len(raw) - skip) // SECTOR * SECTOR].reshape(-1, SECTOR)
+        rows = np.flatnonzero((data[:, :7] == PRIMARY_VOLUME).all(axis=1))
+        sector = (start + at + skip) // SECTOR + rows
+        root = data[rows, ROOT_AT : ROOT_AT + 4].copy().view("<u4")[:, 0]
+        found.append((sector - FIRST_DESCRIPTOR // SECTOR)[root > sector] * SECTOR)
+    what = "later [session begins|sessions begin] after this volume; [its|their] files are not shown"
+    damage.add("hidden", what, np.concatenate([EMPTY, *found]), severity=WARNING)
