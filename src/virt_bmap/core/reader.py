@@ -43,6 +43,8 @@ class Reader:
     """Did the user say so?"""
     in_use: str | None = None
     """Who may be changing it while it is read, in a few words."""
+    marked: str | None = None
+    """Which file it comes from is marked as damaged, and by whom."""
 
     def __init__(self, size: int, name: str) -> None:
         self.size = size

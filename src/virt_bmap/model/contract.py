@@ -441,6 +441,11 @@ def as_it_is(image: Reader) -> Reader:
     return image
 
 
+def unmarked(image: Reader) -> str | None:
+    """A format in which nobody marks an image as damaged."""
+    return None
+
+
 def no_options(image: Reader) -> Mapping[str, str]:
     """A format whose driver needs no word more."""
     return {}
@@ -469,7 +474,8 @@ class ImageFormat(NamedTuple):
     name than is one; None: this image as it is. `options(image)` are those of its driver. `follows`: QEMU
     reads the backing files of such an image. `recovered(image)` is the file with its log replayed, and the
     same reader where there is none: `read` is given this, and QEMU replays none of what it only reads.
-    `refusal`: nothing opens these, and what to do instead. `suffix`: of files that are made in this format.
+    `marked(image)`: who has marked it as damaged. `refusal`: nothing opens these, and what to do instead.
+    `suffix`: of files that are made in this format.
     """
 
     name: str
@@ -484,6 +490,7 @@ class ImageFormat(NamedTuple):
     rewritten: Callable[[Reader, bool], Rewritten | None] | None = None
     options: Callable[[Reader], Mapping[str, str]] = no_options
     recovered: Callable[[Reader], Reader] = as_it_is
+    marked: Callable[[Reader], str | None] = unmarked
     follows: bool = True
     writing: Writing = Writing(0)
     suffix: str = ""

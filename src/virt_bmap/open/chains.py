@@ -45,6 +45,12 @@ class ChainedDisk:
         return self.chain[0].layer.size
 
     @property
+    def marked(self) -> str | None:
+        """The first of its images that is marked as damaged, and by whom."""
+        problems = (problem for link in self.chain for problem in link.layer.damage.problems())
+        return next((problem.detail for problem in problems if problem.code == "marked-damaged"), None)
+
+    @property
     def unreadable(self) -> str | None:
         """Why the guest's bytes can't be read; None where they can."""
         return next((link.layer.unreadable for link in self.chain if link.layer.unreadable), None)
@@ -122,6 +128,8 @@ class Chains:
                 if reader.name in str(error)
                 else Corrupt(f"{reader.name}: {error}", error.offset, error.code)
             ) from error
+        if words := known.marked(reader):
+            layer.damage.say("marked-damaged", words)
         link = Link(layer, ints([self.files.index(file) for file in layer.files]), names)
         self._links[number] = format, link
         return link

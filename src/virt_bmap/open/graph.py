@@ -39,6 +39,7 @@ class Graph:
 
     def __init__(self, image: RawReader, format: str, opening: Opening, write: bool = False) -> None:
         self.name, self.format = image.name, format
+        self.marked: str | None = None
         self.read: list[int] = []
         self.write: list[int] = []
         self._names: dict[str, str] = {}
@@ -82,6 +83,7 @@ class Graph:
                 f"{image.name}: its log has changes that are not in place yet, and QEMU carries them out "
                 "only where it may write: qemu-img check -r all does it"
             )
+        self.marked = self.marked or known.marked(image)
         folder = os.path.dirname(os.path.abspath(image.name))
         node: Node = {"driver": known.name, "backing": None, **known.options(image)}
         rewritten = known.rewritten(image, write) if known.rewritten else None

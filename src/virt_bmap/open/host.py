@@ -121,6 +121,7 @@ class LayeredReader(MappedReader):
             self._stack.close()
             raise Unsupported(f"{image}: can't be read here: {disk.unreadable or 'it is compressed'}")
         super().__init__(disk.size, image, dict(enumerate(host.files)), disk.rows)
+        self.marked = disk.marked
 
     def close(self) -> None:
         self._stack.close()

@@ -68,7 +68,9 @@ def open_with_qemu(
     with contextlib.closing(Graph(image, format, opening)) as graph:
         options = ["--read-only", *_status_options(status or ())]
         client = NbdReader if status is None else functools.partial(StatusReader, wanted=status)
-        return connected(client, f"{image.name}: a {format} image", graph, options)
+        reader: Reader = connected(client, f"{image.name}: a {format} image", graph, options)
+        reader.marked = graph.marked
+        return reader
 
 
 def _status_options(contexts: Sequence[str]) -> list[str]:

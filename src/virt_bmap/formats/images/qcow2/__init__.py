@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images.qcow2.docs import CHECKS, FEATURES, ORACLES, REFUSED
-from virt_bmap.formats.images.qcow2.references import cluster, references
+from virt_bmap.formats.images.qcow2.references import cluster, marked, references
 from virt_bmap.model.contract import Docs, ImageFormat, ImageLayer, Structure, Structures, Writing
 
 NAME = "qcow2"
@@ -65,6 +65,7 @@ FORMAT = ImageFormat(
     allocator="the refcounts",
     structures=_structures,
     references=references,
+    marked=marked,
     cluster=cluster,
     writing=Writing.ANYWHERE | Writing.COMPRESSED | Writing.FREEING,
     suffix=".qcow2",

@@ -12,6 +12,7 @@ from virt_bmap.core.errors import ImageError
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images.backing import name_at
 from virt_bmap.formats.images.qcow2.ondisk import (
+    CORRUPT,
     DATA_FILE,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,
@@ -27,6 +28,14 @@ MAX_EXTENSIONS = 64 << 10
 
 Real ones have some hundreds, and what is not found is refused.
 """
+
+
+def marked(image: Reader) -> str | None:
+    """QEMU marks an image whose tables it has met in contradiction, and writes to it no more."""
+    version, features = struct.unpack_from(">I64xQ", image.read_clipped(0, 104), 4)
+    if version < 3 or not features & CORRUPT:
+        return None
+    return f"{image.name}: QEMU has marked it as damaged, and what is read may be wrong: see qemu-img check"
 
 
 def references(image: Reader) -> References:
