@@ -103,14 +103,15 @@ def finished(extents: Extents, number: Int, intents: Intents) -> Extents:
     """The extents of all inodes (`number`, sorted) with those that were still to come or go."""
     for want in intents.mapped:
         row = int(np.searchsorted(number, want["owner"]))
-        if row == len(number) or number[row] != want["owner"]:
-            continue  # it was deleted meanwhile
+        what = int(want["flags"]) & KIND
+        if what not in (MAP, UNMAP) or row == len(number) or number[row] != want["owner"]:
+            continue
         fork = ATTR_FORK if want["flags"] & OF_ATTRIBUTES else DATA_FORK
         low, high = int(want["place"]), int(want["place"]) + int(want["count"])
         mine = (extents.owner == row) & (extents.fork == fork)
         mine &= (extents.file_block < high) & (extents.file_block + extents.count > low)
         kept = [take(extents, ~mine), *_around(take(extents, mine), low, high)]
-        if want["flags"] & KIND == MAP:
+        if what == MAP:
             unwritten = int(bool(want["flags"] & UNWRITTEN))
             new = (row, fork, low, int(want["start"]), high - low, unwritten)
             kept.append(Extents(*(np.array([value], np.int64) for value in new)))
