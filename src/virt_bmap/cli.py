@@ -66,6 +66,14 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     return made
 
 
+def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """The words of a command; options may stand between plain arguments."""
+    try:
+        return parser.parse_intermixed_args(words)
+    except TypeError:  # argparse's word for: another program's command line follows
+        return parser.parse_args(words)
+
+
 def prepared(arguments: Sequence[str]) -> Callable[[], int]:
     """The command that the arguments ask for, ready to run: what it returns is the exit status.
 
@@ -76,7 +84,7 @@ def prepared(arguments: Sequence[str]) -> Callable[[], int]:
     command, rest = (arguments[0], arguments[1:]) if arguments[0] in COMMANDS else ("map", arguments)
     import_libraries(COMMANDS[command].process)
     module = importlib.import_module(f"virt_bmap.commands.{command}")
-    args = parser(command).parse_args(rest)
+    args = parsed(parser(command), rest)
     protection.check(getattr(args, "force", False))
 
     def work() -> int:

@@ -393,6 +393,21 @@ def test_layout_keeps_room_for_gpts_second_table() -> None:
         assert len({entry.size for entry in entries}) == 1
 
 
+@pytest.mark.parametrize("members", [4, 5, 7])
+def test_more_than_four_members_lie_in_logical_partitions(members: int, tmp_path: Path) -> None:
+    """sfdisk finds the partitions where they were meant to lie, by the numbers that the array is made of."""
+    spec = parse(f"md:raid5:ext4:{members}:1G:mbr")
+    work = disk.Work(spec, tmp_path, tmp_path / "disk", {}, None)
+    tools.blank(work.disk, spec.size)
+    entries = disk.layout(spec)
+    disk._write_table(work, entries)
+    rows = json.loads(run("sfdisk", "--json", work.disk))["partitiontable"]["partitions"]
+    found = {row["node"].removeprefix(str(work.disk)): (row["start"] * 512, row["size"] * 512)
+             for row in rows if row["type"] == "fd"}  # fmt: skip
+    meant = zip(disk.numbers("dos", members), entries, strict=True)
+    assert found == {str(number): (entry.start, entry.size) for number, entry in meant}
+
+
 # ---- the appliance -----------------------------------------------------------------------------------------
 
 SPECS = (

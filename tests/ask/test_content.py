@@ -136,6 +136,22 @@ def test_trees_are_as_they_were(kind: str, tmp_path: Path, capsys: pytest.Captur
         assert (out / "holes").stat().st_blocks * 512 < MIB, "holes stay holes"
 
 
+def test_options_stand_between_plain_arguments(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "words").write_text("here")
+    with open(tmp_path / "disk", "wb") as file:
+        file.truncate(4 << 20)
+    run("mke2fs", "-q", "-t", "ext4", "-d", source, tmp_path / "disk")
+    orders = ("{} /dev/sda -C OUT /words", "{} -C OUT /dev/sda /words", "-a {} /dev/sda -q /words -C OUT")
+    for at, words in enumerate(orders):
+        out = tmp_path / str(at)
+        out.mkdir()
+        given = [word.format(tmp_path / "disk").replace("OUT", str(out)) for word in words.split()]
+        assert bmap(["extract", *given]) == 0
+        assert (out / "words").read_text() == "here"
+
+
 def test_windows_filesystems(tmp_path: Path) -> None:
     need("mkntfs", "ntfs-3g"), need("ntfs-3g", "ntfs-3g"), need_root()
     volume = ntfs_images.make(tmp_path / "ntfs.img", 24, 4096, 512)

@@ -36,6 +36,8 @@ from virt_bmap.ask.content import Files, spread
 from virt_bmap.ask.explain import explain, fields_at
 from virt_bmap.ask.history import former_owners
 from virt_bmap.core.reader import Reader
+from virt_bmap.diff import attribute
+from virt_bmap.diff.delta import of_owners
 from virt_bmap.formats import registry
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -126,6 +128,15 @@ def test_it_is_what_blkid_says(specimen: Specimen) -> None:
 def plain(uuid: str) -> str:
     """Without what stands between the digits."""
     return re.sub(r"\W", "", uuid.lower())
+
+
+def test_it_does_not_differ_from_itself(specimen: Specimen) -> None:
+    """A map beside itself: no byte has another owner, whatever owners this format has."""
+    for disk in range(1, len(specimen.made.disks) + 1):
+        volume = specimen.bmap.volumes.column("disk").to_pylist().index(disk)
+        delta = of_owners(specimen.bmap.size_of(volume))
+        answer = attribute(specimen.bmap, specimen.bmap, disk, delta)
+        assert (answer.rows.num_rows, answer.size) == (0, 0), answer.rows.to_pylist()[:5]
 
 
 def test_names_and_content_are_those_put_in(specimen: Specimen) -> None:

@@ -134,3 +134,15 @@ def _disk(magic: bytes, at: int, size: int = 1 << 20) -> BytesReader:
     data = np.zeros(size, np.uint8)
     data[at : at + len(magic)] = np.frombuffer(magic, np.uint8)
     return BytesReader(data)
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (bytes.fromhex("bebafeca00000000 0100000002000000"), "seSparse VMDK extent"),
+        (b"shdw\0\0\0\1\0\0\2\0", "ASIF image"),
+    ],
+)
+def test_images_of_virtual_machines_that_nothing_opens_are_named(head, name):
+    """Headers as QEMU's block/vmdk.c (SESPARSE_CONST_HEADER_MAGIC) and macOS 26 (ASIF) have them."""
+    assert foreign.recognise(BytesReader(np.frombuffer(head.ljust(1 << 20, b"\0"), np.uint8))) == name

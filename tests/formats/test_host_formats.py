@@ -19,6 +19,7 @@ from host_images import (
     raw_content,
 )
 from support import need, run
+from virt_bmap import cli
 from virt_bmap.core.errors import BmapError, ImageError
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.formats.images.layer import split
@@ -388,3 +389,12 @@ def test_a_large_disk_of_which_all_is_allocated(format, option, tmp_path):
         rows = host.disks[0].rows
         assert len(rows.parent) < 20
         assert int(rows.parent_run.sum()) == size
+
+
+@pytest.mark.parametrize("format", ["qcow2", "vmdk", "vhdx", "vdi"])
+def test_an_image_whose_disk_is_blank_is_mapped(format: str, tmp_path: Path) -> None:
+    """Nothing is known on the disk, but all of the image's own metadata is, and it can be checked."""
+    image, saved = tmp_path / "image", tmp_path / "map.parquet"
+    run(need("qemu-img", "qemu-utils"), "create", "-q", "-f", format, image, "16M")
+    assert cli.run(["-q", "--host-offsets", "-o", str(saved), str(image)]) == 0
+    assert cli.run(["check", "--host-offsets", str(image)]) == 0

@@ -98,7 +98,10 @@ def write(bmap: BlockMap, output: str, images: Sequence[str]) -> None:
 
 
 def refuse_unknown(bmap: BlockMap, images: Sequence[str]) -> None:
-    """ImageError where nothing on a disk is known: no partition table, volume or filesystem."""
+    """ImageError where nothing on a disk is known: no partition table, volume or filesystem. A map of image
+    files has their own metadata in any case."""
+    if bmap.on_files:
+        return
     disks = [number for number, kind in enumerate(bmap.volumes.column("kind").to_pylist()) if kind == "disk"]
     for image, disk in zip(images, disks, strict=False):
         if bmap.volumes.column("type")[disk].as_py() is None:

@@ -260,15 +260,16 @@ def _owned(view: View) -> Bool:
 
 
 def _alike(found: Segments) -> Bool:
-    """Segments whose owner is the same in both maps; where content lies in its file is not asked here."""
+    """Segments whose owner is the same in both maps, and content the same piece of its file."""
     old, new = found.old, found.new
     same: Bool = (
         (old.object == new.object)
         & (old.volume == new.volume)
         & (old.kind == new.kind)
         & (old.part == new.part)
+        & (old.offset == new.offset)
     )
-    return same & ~((new.object >= 0) & (new.offset >= 0))
+    return same
 
 
 def _decided(rows: Changes, objects: Objects, otherwise: int) -> dict[str, Int]:

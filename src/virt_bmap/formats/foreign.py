@@ -214,6 +214,8 @@ CONTAINERS: tuple[Row, ...] = (
         for offset, magic in listed.magics
         if listed.title and offset is not None
     ),
+    ("seSparse VMDK extent", (0, _le(0xCAFEBABE, 8))),
+    ("ASIF image", (0, b"shdw")),
     ("cloop image", (0, b"#!/bin/sh\n#V2.0 Format")),
     ("EWF logical image", (0, b"LVF\x09\x0d\x0a\xff\0")),
     ("EWF logical image", (0, b"LEF2\x0d\x0a\x81\0")),

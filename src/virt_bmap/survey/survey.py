@@ -28,6 +28,7 @@ from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.layers import raw
 from virt_bmap.core.mapping import Groups, Rows
 from virt_bmap.core.reader import Reader
+from virt_bmap.core.stored import stored_bytes
 from virt_bmap.formats import foreign
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
@@ -305,6 +306,8 @@ class _Survey:
             self.unclaimed.append(volume)  # an external journal ("jbd") is of use to its filesystem
             self._whole(volume, name)
         else:
+            if volume.kind == "disk" and stored_bytes(volume.reader) == 0:
+                volume.detail = "blank: nothing is stored of it"
             self.unclaimed.append(volume)
             self._whole(volume, volume.unread)
 

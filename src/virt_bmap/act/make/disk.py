@@ -95,15 +95,30 @@ def layout(spec: Spec) -> list[NewPartition]:
         sizes, kinds = [boot, end - START - boot], [(first.mbr, first.gpt), _type(spec)]
     else:
         count = int(spec.values.get("members", 1))
-        sizes, kinds = [(end - START) // count // MIB * MIB] * count, [_type(spec)] * count
+        room = end - START - (count - logical_from(spec.table, count)) * MIB
+        sizes, kinds = [room // count // MIB * MIB] * count, [_type(spec)] * count
     if min(sizes) < MIB:
         raise UsageError(
             f"a disk of {spec.size:,} bytes has no room for that: "
             "partitions begin at 1 MiB and are at least as large"
         )
-    starts = [START + sum(sizes[:number]) for number in range(len(sizes))]
+    logical = logical_from(spec.table, len(sizes))
+    # a record lies in front of each logical partition
+    starts = [START + sum(sizes[:n]) + max(0, n + 1 - logical) * MIB for n in range(len(sizes))]
     return [NewPartition(start, size, kind, number == 0 and spec.kind.startswith("boot"))
             for number, (start, size, kind) in enumerate(zip(starts, sizes, kinds, strict=True))]  # fmt: skip
+
+
+def logical_from(table: str, count: int) -> int:
+    """How many of so many partitions come before the first logical one: a DOS table has four entries, and
+    the last leads to the others."""
+    return 3 if table == "dos" and count > 4 else count
+
+
+def numbers(table: str, count: int) -> list[int]:
+    """The numbers of so many partitions: logical ones begin at 5."""
+    first = logical_from(table, count)
+    return [*range(1, first + 1), *range(5, 5 + count - first)]
 
 
 def _type(spec: Spec) -> tuple[str, str]:
@@ -119,7 +134,11 @@ def _type(spec: Spec) -> tuple[str, str]:
 def _write_table(work: Work, partitions: list[NewPartition]) -> None:
     gpt = work.spec.table == "gpt"
     lines = [f"label: {work.spec.table}"]
-    for entry in partitions:
+    first = logical_from(work.spec.table, len(partitions))
+    for number, entry in enumerate(partitions):
+        if number == first:
+            start, last = entry.start - MIB, partitions[-1]
+            lines.append(f"start={start // 512}, size={(last.start + last.size - start) // 512}, type=5")
         boot = ", bootable" if entry.bootable and not gpt else ""
         lines.append(f"start={entry.start // 512}, size={entry.size // 512}, type={entry.type[gpt]}{boot}")
     # without --no-tell-kernel it calls sync(2) before it asks the kernel, and waits for every disk of the
@@ -258,7 +277,7 @@ def _array(work: Work, members: int) -> None:
     They are blank: copies and parity of zeroes are in place already, nothing needs to be synchronised.
     """
     device = "/dev/md127"
-    devices = [f"{appliance.DISK}{number}" for number in range(1, members + 1)]
+    devices = [f"{appliance.DISK}{number}" for number in numbers(work.spec.table, members)]
     words = (
         "--run",
         "--assume-clean",
