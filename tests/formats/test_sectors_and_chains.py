@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import assert_proven, mapped, need, need_root, run
+from virt_bmap import cli
 
 MIB, SECTORS = 1 << 20, 40960
 Slots = list[tuple[int, int, int]]
@@ -196,6 +197,22 @@ def test_a_device_tells_its_sectors(sector, tmp_path, capsys):
     finally:
         run("losetup", "--detach", loop)
     assert by_us(mapped(path)) == {1: (256, 1000), 2: (2000, 500)}
+
+
+def test_the_user_knows_better(tmp_path, capsys):
+    """What lies there shows sectors of 4096 bytes; said is something else, also where files are mapped."""
+    need("mkfs.fat", "dosfstools")
+    path = table_in(4096, tmp_path / "disk")
+    cli.run(["info", "--json", "--blocksize", "512", str(path)])
+    assert '"ext4"' not in capsys.readouterr().out
+    cli.run(["info", "--json", "--blocksize", "4096", str(path)])
+    said = capsys.readouterr().out
+    assert '"ext4"' in said
+    assert '"sectors"' not in said
+    saved = tmp_path / "map.parquet"
+    cli.run(["-q", "--host-offsets", "--blocksize", "512", "-o", str(saved), str(path)])
+    cli.run(["info", "--json", str(saved)])
+    assert '"ext4"' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", ["dos", "gpt"])

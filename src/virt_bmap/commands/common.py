@@ -19,7 +19,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.host import ours
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
-from virt_bmap.open.disks import Disks, Opening, nested
+from virt_bmap.open.disks import SIZES, Disks, Opening, nested
 from virt_bmap.open.magic import FORMATS
 from virt_bmap.survey import maps
 
@@ -48,6 +48,13 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         metavar="FORMAT",
         help=f"image format, instead of what its magic says: {', '.join(FORMATS)}",
+    )
+    group.add_argument(
+        "--blocksize",
+        metavar="BYTES",
+        type=int,
+        choices=SIZES,
+        help="the disk's sectors, in which its DOS table counts: 512, 1024, 2048 or 4096 bytes",
     )
     add_trust_options(group)
     group.add_argument(
@@ -121,7 +128,12 @@ def add_host_option(parser: argparse.ArgumentParser) -> None:
 
 def opening_of(args: argparse.Namespace) -> Opening:
     """How images are to be opened."""
-    return Opening(format=args.format, references=args.references, force_share=args.force_share)
+    return Opening(
+        format=args.format,
+        references=args.references,
+        force_share=args.force_share,
+        blocksize=getattr(args, "blocksize", None),
+    )
 
 
 def disks_of(args: argparse.Namespace, given: Sequence[str] = (), first: Sequence[str] = ()) -> Disks:

@@ -8,12 +8,17 @@ if TYPE_CHECKING:
 
 def bottom(reader: "Reader") -> set["Reader"]:
     """The readers at the bottom of all layers, each once however often the layers lead to it."""
+    return {one for one in layers(reader) if not one.below}
+
+
+def layers(reader: "Reader") -> set["Reader"]:
+    """A reader and all those below it, each once."""
     seen, todo = {reader}, [reader]
     for one in todo:
         fresh = set(one.below) - seen
         seen |= fresh
         todo += fresh
-    return {one for one in seen if not one.below}
+    return seen
 
 
 def raw(reader: "Reader") -> "Reader":

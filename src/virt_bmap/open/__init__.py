@@ -71,4 +71,6 @@ def open_disks(
         for image in images:
             disks.append(open_image(image, opening, status))
             stack.callback(disks[-1].close)
+            if opening.blocksize:
+                disks[-1].sector, disks[-1].is_sector_sure = opening.blocksize, True
         yield disks

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from virt_bmap.core.keys import NO_KEYS, Keys
 
+SIZES = (512, 1024, 2048, 4096)
+"""What sectors can have, in bytes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
@@ -15,6 +18,8 @@ class Opening:
     """One of `magic.FORMATS`; None to go by magic. What an NBD server shows is raw."""
     references: bool = False
     """An image may consist of further files: backing files, external data files, VMDK extents."""
+    blocksize: int | None = None
+    """Bytes of a sector of the disks; None to go by what lies there, or by what a device tells."""
     force_share: bool = False
     """Images in QEMU's formats are read even while QEMU has them open for writing: what is read may then mix
     several states."""

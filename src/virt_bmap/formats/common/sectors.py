@@ -9,6 +9,7 @@ Sources: Linux block/partitions/msdos.c (queue_logical_block_size).
 
 from collections.abc import Iterator, Sequence
 
+from virt_bmap.core.layers import layers
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
@@ -21,8 +22,11 @@ SIZES = (512, 1024, 2048, 4096)
 def counted_in(disk: Member, partitions: Sequence[Entry], about: About) -> int:
     """Bytes of the sectors in which these primary partitions of a disk are counted; where that is not the
     usual, it is said in `about` the disk."""
-    usual = disk.reader.sector or SECTOR
-    found = usual if disk.reader.is_sector_sure else _by_contents(disk.reader, partitions, usual)
+    below = layers(disk.reader)
+    usual = max((one.sector for one in below if one.sector), default=SECTOR)
+    found = (
+        usual if any(one.is_sector_sure for one in below) else _by_contents(disk.reader, partitions, usual)
+    )
     if found != SECTOR:
         about.detail = f"sectors of {found:,} bytes"
     if found != usual:
