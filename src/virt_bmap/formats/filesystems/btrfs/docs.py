@@ -9,7 +9,9 @@ FEATURES = (
     "free space tree (checked)", "free space cache v1", "inline extents",
     "zlib, LZO and zstd extents (flagged)", "preallocated extents", "reflinks", "bookend extents",
     "log tree, replayed as a mount does: inodes, names, links, extents",
-    "deletion and relocation that were interrupted", "nodes of 4 to 64 KiB", "changed fsid (metadata_uuid)",
+    "deletion and relocation that were interrupted",
+    "files deleted while open, shown as deleted until a mount frees them", "nodes of 4 to 64 KiB",
+    "changed fsid (metadata_uuid)",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ FEATURES = (
         "copy-on-write staging"
     ),
     "sparse inode chunks, large extent counters, big timestamps",
-    "orphans: files deleted while open",
+    "orphans: files deleted while open, shown as deleted until a mount frees them",
     "quota inodes, bitmap and summary of a real-time device",
     (
         "the log, internal or on another disk, replayed in memory (version 5); operations that were begun "
@@ -27,6 +27,10 @@ REFUSED = (
     "incompatible features that are not known",
     "replay of version 4 logs: the state says that recovery is needed",
     "content on a real-time device: a note",
+    (
+        "what the kernel does later than recovery: space preallocated behind the end of a file is shown, "
+        "though it is given back when the file is closed"
+    ),
 )
 
 
