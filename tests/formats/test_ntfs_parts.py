@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ntfs_images
 from ntfs_images import fuse
-from support import BytesReader, assert_proven, mapped, need, tree
+from support import BytesReader, assert_proven, mapped, need, run, tree
 from virt_bmap.core.arrays import bit_runs
 from virt_bmap.formats.filesystems.ntfs.allocator import log_is_clean
 from virt_bmap.formats.filesystems.ntfs.extents import HOLE, decode
@@ -416,3 +416,64 @@ def test_a_truncated_image_is_mapped_as_far_as_it_goes(image: Path) -> None:
     start, length = tables.integers(found.extents, "volume_offset"), tables.integers(found.extents, "length")
     assert int((start + length).max()) <= len(data) - (1 << 20)
     assert "/long" in tree(found, 0)
+
+
+# ---- indexes -----------------------------------------------------------------------------------------------
+
+
+def without_entry(record: bytearray, name: str) -> bytearray:
+    """The record of a small directory without the entry for this name in its index."""
+    start, count = struct.unpack_from("<HH", record, 4)
+    number, kept = record[start : start + 2], record[start + 2 : start + 2 * count]
+    for sector in range(count - 1):
+        record[510 + 512 * sector : 512 + 512 * sector] = kept[2 * sector : 2 * sector + 2]
+    entry = record.index(name.encode("utf-16-le"), record.index("$I30".encode("utf-16-le"))) - 66 - 16
+    header = record.index("$I30".encode("utf-16-le")) + 8 + 16
+    length, used = (
+        struct.unpack_from("<H", record, entry + 8)[0],
+        struct.unpack_from("<I", record, header + 4)[0],
+    )
+    end = header + used
+    record[entry:end] = record[entry + length : end] + bytes(length)
+    struct.pack_into("<I", record, header + 4, used - length)
+    for sector in range(count - 1):
+        last = 510 + 512 * sector
+        record[start + 2 + 2 * sector : start + 4 + 2 * sector] = record[last : last + 2]
+        record[last : last + 2] = number
+    return record
+
+
+def test_names_that_an_index_lacks_are_noted(tmp_path: Path) -> None:
+    """A driver finds files by the index alone, so ntfs-3g does not show it."""
+    image = tmp_path / "n.img"
+    run("truncate", "-s", "16M", image)
+    run(need("mkntfs", "ntfs-3g"), "-q", "-F", image)
+    with fuse(image, "rw") as root:
+        (root / "small").mkdir(), (root / "large").mkdir()
+        (root / "small/gone").touch(), (root / "small/kept").touch()
+        for number in range(700):
+            (root / f"large/a name of some length, number {number}").touch()
+    bmap = mapped(image)
+    assert_proven(bmap)
+    assert "directory" not in bmap.problems.column("code").to_pylist()
+    rows = {row["inode"]: row["record_offset"] for row in bmap.inodes.to_pylist()}
+    paths = tree(bmap, 0)
+    data = bytearray(image.read_bytes())
+    at = rows[paths["/small"]]
+    data[at : at + 1024] = without_entry(data[at : at + 1024], "gone")
+    image.write_bytes(data)
+    with fuse(image, "ro") as root:
+        assert os.listdir(root / "small") == ["kept"]
+    (found,) = [row for row in mapped(image).problems.to_pylist() if row["code"] == "directory"]
+    assert found["severity"] == "note"
+    assert found["detail"].startswith("1 name is in its file's record alone")
+    assert found["volume_offset"] == rows[paths["/small/gone"]]
+    block = next(
+        row["volume_offset"]
+        for row in bmap.extents.to_pylist()
+        if row["inode"] == paths["/large"] and row["kind"] == "directory" and not row["flags"]
+    )
+    data[block + 510] ^= 1  # a torn block, and all names in it
+    image.write_bytes(data)
+    details = [row["detail"] for row in mapped(image).problems.to_pylist() if row["code"] == "directory"]
+    assert any(words.startswith("1 block of indexes is torn") for words in details), details

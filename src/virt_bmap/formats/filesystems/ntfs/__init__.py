@@ -38,6 +38,7 @@ from virt_bmap.formats.filesystems.ntfs.inodes import (
 from virt_bmap.formats.filesystems.ntfs.links import target
 from virt_bmap.formats.filesystems.ntfs.mft import read_mft
 from virt_bmap.formats.filesystems.ntfs.owners import claim
+from virt_bmap.formats.filesystems.ntfs.proof import prove
 from virt_bmap.formats.filesystems.ntfs.superblock import is_boot, read_boot, tail
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Docs, Filesystem, FilesystemFormat, History, Structure, Structures
@@ -106,6 +107,7 @@ FORMAT = FilesystemFormat(
     Docs(FEATURES, REFUSED, ORACLES),
     CHECKS,
     allocator="$Bitmap",
+    prove=prove,
     structures=_structures,
     history=_history,
     journals=("$LogFile",),

@@ -42,15 +42,16 @@ ORACLES = (
 
 
 CHECKS = Checks(
-    checksums="update sequences of records (torn writes)",
+    checksums="update sequences of records, and of index blocks of directories (torn writes)",
     rules=(
         "boot sector: geometry",
         "records: signature, numbers, attributes' lengths",
         "run lists: place, order, overlaps, against $Bitmap",
+        "indexes of directories: blocks, entries' lengths, that every name is there",
     ),
     unchecked=(
         "content of files",
-        "indexes of directories: names are those of the records",
+        "order of names in indexes",
         "security descriptors, $UsnJrnl",
         "what a replay of $LogFile would change",
     ),
