@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from support import mapped, need, need_root, run
+from virt_bmap import cli
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -154,3 +155,25 @@ def test_btrfs_that_was_forgotten_in_front_of_the_first_partition(tmp_path):
     assert found(path)[1][0] == "btrfs"  # nothing tells that the table is younger
     ext4(path, MIB, "32M")
     assert found(path) == (["/dev/sda", "/dev/sda1"], ["dos", "ext4"], ["leftover"])
+
+
+def test_clones_that_are_files_of_one_disk_are_machines_of_their_own(tmp_path, capfd):
+    """Both say that they are the same member of the same array; what lies in them differs."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in (1, 2):
+        source, image = tmp_path / f"source{number}", images / f"g{number}.raw"
+        source.mkdir()
+        (source / "f").write_text(f"guest {number}")
+        image.write_bytes(bytes(40 * MIB))
+        mirror_12(image, 4 * MIB, 32 * MIB)
+        run("mke2fs", "-q", "-F", "-t", "ext4", "-d", source, "-E", f"offset={4 * MIB}", image, "32M")
+        examined(image)
+    host = tmp_path / "host"
+    with open(host, "wb") as file:
+        file.truncate(200 * MIB)
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-d", images, host)
+    for number in (1, 2):
+        device = f"/dev/sda:/g{number}.raw:/dev/md127"
+        assert cli.run(["cat", "--nested", "/g1.raw", "--nested", "/g2.raw", str(host), device, "/f"]) == 0
+        assert capfd.readouterr().out == f"guest {number}"

@@ -81,12 +81,16 @@ class BlockMap:
     # ---- parts of it ---------------------------------------------------------------------------------------
 
     def volume_named(self, name: str) -> int:
-        """The number of a device; the innermost where several layers share a name.
+        """The number of a device; the innermost where several layers share a name. A device of a machine
+        whose disks are files may be called by what follows their name, where no other is called so.
 
         UsageError lists the names there are.
         """
         names = self.volumes.column("name").to_pylist()
         found = [number for number, known in enumerate(names) if known == name]
+        inner = [(number, known) for number, known in enumerate(names) if known.endswith(f":{name}")]
+        if not found and len({known for _, known in inner}) == 1:
+            found = [number for number, _ in inner]
         if not found:
             raise UsageError(f"no device {name} in this map; there are: {', '.join(dict.fromkeys(names))}")
         return found[-1]

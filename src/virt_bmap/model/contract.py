@@ -349,6 +349,20 @@ class Assembler(Protocol):
         """The volumes that lie in these."""
 
 
+class Identity(NamedTuple):
+    """Who a member of something that spans volumes is: of which group, which of its members, and in which
+    state the group was when it was written last."""
+
+    group: str
+    member: str
+    state: int
+
+
+def nobody(reader: Reader) -> Identity | None:
+    """A format whose volumes span nothing."""
+    return None
+
+
 class Slice(NamedTuple):
     """A partition in bytes of its disk, and whether something known begins there."""
 
@@ -378,7 +392,8 @@ class VolumeFormat(NamedTuple):
     `assemble` gets one member; where the format `spans` volumes, all that were found so far. `allocator` as
     in FilesystemFormat. `holds`: what the volumes hold that it makes, where that is one filesystem of its own
     (btrfs). `is_leftover(reader, table)`: is its superblock one that was forgotten on a disk which has this
-    partition table, too? None: the table is part of what the volume holds.
+    partition table, too? None: the table is part of what the volume holds. `identify(reader)`: which member
+    it is, where members span disks.
     """
 
     name: str
@@ -391,6 +406,7 @@ class VolumeFormat(NamedTuple):
     structures: Callable[[], Structures] = no_structures
     holds: FilesystemFormat | None = None
     is_leftover: Callable[[Reader, Beside], bool | None] = outlived
+    identify: Callable[[Reader], Identity | None] = nobody
 
 
 RAW = "raw"

@@ -52,6 +52,7 @@ from virt_bmap.model.damage import Damage
 from virt_bmap.model.damage import table as damage_table
 from virt_bmap.open.disks import NOTHING, Nested
 from virt_bmap.survey import rivals
+from virt_bmap.survey.machines import Candidate, Machines
 from virt_bmap.survey.nested import MAX_LEVELS, ImageBudget
 from virt_bmap.survey.owners import check_names, check_owners
 from virt_bmap.survey.sleeping import asleep_in
@@ -94,6 +95,8 @@ class _Volume:
     traits: int = 0
     is_counted: bool = True
     rows: Rows | None = None
+    image: "_Volume | None" = None
+    """The image that is a file, in which it lies: a disk of another machine."""
     extents: list[pa.Table] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
@@ -186,6 +189,8 @@ class _Survey:
         self.todo = list(self.volumes)
         self.waiting: dict[str, tuple[VolumeFormat, list[_Volume]]] = {}
         """Members of what spans volumes, by the format's name; complete when no volume is left to look at."""
+        self.machines = Machines()
+        self.names: dict[str, int] = {}
         self.unclaimed: list[_Volume] = []
         self.found: list[tuple[_Volume, FilesystemFormat]] = []
 
@@ -204,7 +209,7 @@ class _Survey:
                 while self.todo:
                     self._look_at(self.todo.pop(0))
                 if self.waiting:
-                    self._assemble(*self.waiting.pop(min(self.waiting, key=formats.rank)))
+                    self._assemble_machines(*self.waiting.pop(min(self.waiting, key=formats.rank)))
             fresh, done = self.found[done:], len(self.found)
             for volume, format in fresh:
                 self._read(volume, format)
@@ -319,6 +324,21 @@ class _Survey:
             return False
         return bool(self.volumes[int(rows.parent[0])].type == format.name)
 
+    def _assemble_machines(self, format: VolumeFormat, members: list[_Volume]) -> None:
+        """Those of each machine by themselves: other machines may have the same names and identities."""
+        images = [volume.image for volume in members]
+        candidates = [
+            Candidate(image.number, image.name, format.identify(volume.reader))
+            for volume, image in zip(members, images, strict=True)
+            if image
+        ]
+        machine = iter(self.machines.sort(candidates))
+        groups: dict[int, list[_Volume]] = {}
+        for volume, image in zip(members, images, strict=True):
+            groups.setdefault(next(machine) if image else -1, []).append(volume)
+        for group in groups.values():
+            self._assemble(format, group)
+
     def _assemble(self, by: Assembler, members: list[_Volume]) -> None:
         """Let a volume format make volumes of its members; where it refuses, they are one piece each, with
         the reason."""
@@ -358,6 +378,13 @@ class _Survey:
         parents = {at: self.volumes[numbers[at]] for at in child.parents}
         disks = {parent.disk for parent in parents.values()}
         images = dict.fromkeys(parent.reader.name.rpartition(" of ")[2] for parent in parents.values())
+        image = next((parent.image for parent in parents.values() if parent.image), None)
+        if image and child.kind != "image":
+            root = self.volumes[self.machines.of(image.number)]
+            if not child.name.startswith(root.name) and not child.name.startswith(image.name):
+                child.name = f"{root.name}:{child.name}"
+        if child.kind in ("partition", "lv", "md", "image"):
+            child.name = self._own_name(child.name)
         name = f"{child.name} of {', '.join(images)}"
         reader = child.over({at: parent.reader for at, parent in parents.items()}, name)
         depth = 1 + max((parent.depth for parent in parents.values()), default=0)
@@ -365,10 +392,17 @@ class _Survey:
         volume.size, volume.rows = child.size, child.rows.placed(volume.number, numbers)
         volume.unread, volume.traits = child.unread or volume.unread, child.traits
         volume.holds = child.holds
+        volume.image = volume if child.kind == "image" else image
         if child.contents:
             self.todo.append(volume)
         elif child.unread:
             self._whole(volume, child.unread)
+
+    def _own_name(self, name: str) -> str:
+        """The name, with a number behind it where another volume is called so."""
+        known = self.names.setdefault(name, 0)
+        self.names[name] += 1
+        return f"{name}#{known + 1}" if known else name
 
     def _read(self, volume: _Volume, format: FilesystemFormat) -> None:
         """Let a filesystem's reader read its volume."""

@@ -34,7 +34,7 @@ from virt_bmap.formats.filesystems.btrfs.copies import Copies, Device, Devices, 
 from virt_bmap.formats.filesystems.btrfs.ondisk import STRIPE_LEN
 from virt_bmap.formats.filesystems.btrfs.pool import LogicalRanges, Pool, PoolReader
 from virt_bmap.model import tables
-from virt_bmap.model.contract import About, Assembly, Checks, Child, Docs, Member, VolumeFormat
+from virt_bmap.model.contract import About, Assembly, Checks, Child, Docs, Identity, Member, VolumeFormat
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import ERROR, NOTE
 
@@ -67,6 +67,16 @@ def probe(reader: Reader) -> bool:
     """The superblock's magic and its own address."""
     head = reader.read_clipped(ondisk.SUPER_OFFSETS[0] + 0x30, 24)
     return head[16:] == ondisk.MAGIC and int.from_bytes(head[:8], "little") == ondisk.SUPER_OFFSETS[0]
+
+
+def identify(reader: Reader) -> Identity | None:
+    """As `contract.VolumeFormat` asks it."""
+    try:
+        superblock, _ = ondisk.read_superblock(reader)
+    except FormatError:
+        return None
+    device = Device(Member(0, reader.name, reader), superblock)
+    return Identity(bytes(superblock["fsid"]).hex(), device.uuid.hex(), device.generation)
 
 
 def assemble(members: Sequence[Member]) -> Assembly:
@@ -244,4 +254,5 @@ FORMAT = VolumeFormat(
     allocator="the device extents of the chunks",
     spans=True,
     holds=btrfs.FORMAT,
+    identify=identify,
 )

@@ -16,7 +16,7 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.volumes.lvm.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.volumes.lvm.group import new_group
-from virt_bmap.formats.volumes.lvm.label import find_label
+from virt_bmap.formats.volumes.lvm.label import find_label, read_pv
 from virt_bmap.formats.volumes.lvm.logical import read_group
 from virt_bmap.formats.volumes.lvm.physical import (
     NAME,
@@ -26,7 +26,16 @@ from virt_bmap.formats.volumes.lvm.physical import (
     newest_texts,
     physical_volumes,
 )
-from virt_bmap.model.contract import Assembly, Beside, Docs, Member, Structure, Structures, VolumeFormat
+from virt_bmap.model.contract import (
+    Assembly,
+    Beside,
+    Docs,
+    Identity,
+    Member,
+    Structure,
+    Structures,
+    VolumeFormat,
+)
 
 
 def probe(reader: Reader) -> bool:
@@ -70,6 +79,19 @@ def is_leftover(reader: Reader, table: Beside) -> bool:
     return True
 
 
+def identify(reader: Reader) -> Identity | None:
+    """As `contract.VolumeFormat` asks it: a physical volume of the group that its newest text describes."""
+    try:
+        pv = read_pv(Member(0, reader.name, reader), {})
+    except Corrupt:
+        return None
+    groups = [group for text in pv.copies for group in text.sections.values()]
+    newest = max(groups, key=lambda group: group.number("seqno", 0), default=None)
+    if newest is None:
+        return None
+    return Identity(newest.text("id"), pv.uuid, newest.number("seqno", 0))
+
+
 def _structures() -> Structures:
     from virt_bmap.formats.volumes.lvm.label import LABEL_HEADER, MDA_HEADER
 
@@ -90,4 +112,5 @@ FORMAT = VolumeFormat(
     spans=True,
     structures=_structures,
     is_leftover=is_leftover,
+    identify=identify,
 )

@@ -19,7 +19,7 @@ from virt_bmap.formats.common.stripes import bounded
 from virt_bmap.formats.volumes.md.about import NAME, REDUNDANCY, describe, refuse, volume_state
 from virt_bmap.formats.volumes.md.arrays import Array, gather, lost, place
 from virt_bmap.formats.volumes.md.docs import CHECKS, FEATURES, ORACLES, REFUSED
-from virt_bmap.formats.volumes.md.leftover import is_leftover
+from virt_bmap.formats.volumes.md.leftover import identify, is_leftover
 from virt_bmap.formats.volumes.md.superblock import JOURNAL, Superblock, find, read
 from virt_bmap.model.contract import Assembly, Child, Docs, Member, Structure, Structures, VolumeFormat
 from virt_bmap.model.damage import Damage
@@ -58,7 +58,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
 
 def _first_minor(members: Sequence[Member]) -> int:
     """127, or one less than the arrays that these members lie on."""
-    below = [int(found[1]) for member in members if (found := re.match(r"/dev/md(\d+)", member.name))]
+    below = [int(found[1]) for member in members if (found := re.search(r"/dev/md(\d+)", member.name))]
     return max(0, min(below, default=FIRST_MINOR + 1) - 1)
 
 
@@ -113,5 +113,5 @@ def _structures() -> Structures:
 
 FORMAT = VolumeFormat(
     NAME, probe, assemble, Docs(FEATURES, REFUSED, ORACLES), CHECKS, spans=True, structures=_structures,
-    is_leftover=is_leftover,
+    is_leftover=is_leftover, identify=identify,
 )  # fmt: skip

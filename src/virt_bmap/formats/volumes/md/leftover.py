@@ -12,7 +12,7 @@ from virt_bmap.core.reader import Reader
 from virt_bmap.formats import registry
 from virt_bmap.formats.volumes.md.arrays import RAID1
 from virt_bmap.formats.volumes.md.superblock import read
-from virt_bmap.model.contract import Beside, Member
+from virt_bmap.model.contract import Beside, Identity, Member
 
 
 def is_leftover(reader: Reader, table: Beside) -> bool | None:
@@ -33,6 +33,15 @@ def is_leftover(reader: Reader, table: Beside) -> bool | None:
     own = max(start, found.chunk)  # what the array itself has written, or would have
     found_there = any(part.known and part.start >= own for part in table.partitions)
     return found_there if start else found_there or None
+
+
+def identify(reader: Reader) -> Identity | None:
+    """As `contract.VolumeFormat` asks it."""
+    try:
+        found = read(Member(0, reader.name, reader))
+    except FormatError:
+        return None
+    return Identity(found.uuid, str(found.number), found.events)
 
 
 def _is_known(reader: Reader, start: int, length: int) -> bool:
