@@ -28,7 +28,7 @@ REFUSED = (
     "replay of version 4 logs: the state says that recovery is needed",
     "content on a real-time device: a note",
     (
-        "what the kernel does later than recovery: space preallocated behind the end of a file is shown, "
+        "what the kernel does later than recovery: space preallocated beyond the end of a file is shown, "
         "though it is given back when the file is closed"
     ),
 )
