@@ -155,7 +155,7 @@ def test_the_log_of_a_crashed_hypervisor(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_descriptors_in_several_sectors(dirty: Dirty) -> None:
-    """126 are beside the header, 128 in each sector behind it; QEMU 7.2 to 10.0 refuses more than 126."""
+    """126 are beside the header, 128 in each sector behind it; QEMU 7.2 refuses more than 126."""
     random = np.random.default_rng(2)
     writes: list[Write] = [(dirty.bat, dirty.after)]
     writes += [(dirty.bat + SECTOR * int(nth), random.bytes(SECTOR)) for nth in random.integers(2, 200, 190)]
