@@ -1,7 +1,7 @@
 # Two commands: each does all of its own set-up on a fresh Debian 12 (system packages, a virtual environment in .venv).
 #   make demo   boots a small real guest and shows live which files it reads
 #   make test   linter, types, tests and the fuzzer's smoke run
-# And: make fuzz-smoke damages small images of every format for four minutes and looks whether anything of ours falls over (docs/fuzzing.md).
+# And: make fuzz-smoke damages small images of every format for five minutes and looks whether anything of ours falls over (docs/fuzzing.md).
 # And: make test-appliance runs the tests that let a real kernel make arrays and volume groups, in libguestfs's appliance (15 minutes the first time).
 
 PYTHON ?= /usr/bin/python3
@@ -18,7 +18,7 @@ test: setup lint
 	$(MAKE) fuzz-smoke
 
 fuzz-smoke: setup
-	found=$$(mktemp -d) && $(RUN)/python -m tools.fuzz run --minutes 4 --jobs $$(nproc) --found "$$found"
+	found=$$(mktemp -d) && $(RUN)/python -m tools.fuzz run --minutes 5 --jobs $$(nproc) --found "$$found"
 
 test-appliance: setup
 	$(RUN)/pytest -m slow

@@ -311,7 +311,7 @@ def test_what_fsync_wrote_is_checked_by_the_log(
         for image, copy in zip(images, copies, strict=True):
             run("cp", "--sparse=always", image, copy)
     bmap = mapped(*copies)
-    assert bmap.filesystems.column("state").to_pylist() == ["needs recovery"]
+    assert bmap.filesystems.column("state").to_pylist() == ["recovered"]
     for _, disk, offset, role in places(bmap, "/logged"):
         if role == DATA:
             spoil(copies[disk], offset)

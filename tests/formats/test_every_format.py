@@ -30,7 +30,7 @@ from tools.fuzz.seeds import Seed
 
 import recipes
 from recipes.made import Made, Tree
-from support import assert_proven, need
+from support import need
 from virt_bmap.ask.check import check
 from virt_bmap.ask.content import Files, spread
 from virt_bmap.ask.explain import explain, fields_at
@@ -86,11 +86,16 @@ def specimen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 # ---- as it was made ----------------------------------------------------------------------------------------
 
 
+SAID = {"iso-sessions": {"hidden"}}
+"""What is said of images that are more than their map shows."""
+
+
 def test_every_byte_has_an_owner(specimen: Specimen) -> None:
     """And no allocator, checksum or rule of the format says anything else."""
     bmap = specimen.bmap
-    assert_proven(bmap)
-    assert_sound(bmap, check(bmap))
+    found = check(bmap)
+    assert {row.code for row in found.disagreements} == SAID.get(specimen.name, set())
+    assert_sound(bmap, found)
     for type in specimen.types():
         SHOWN[type].add("an image")
     assert specimen.types() & ALL, specimen.types()

@@ -46,7 +46,8 @@ class Checksums:
         self.source = source
         self.size = ondisk.CSUM_SIZES[source.csum_type]
         self._roots = roots.select(roots.id == ondisk.CSUM_TREE)
-        self._logs = roots.select((roots.id == ondisk.TREE_LOG) & (roots.offset > 0))
+        logs = roots.select((roots.id == ondisk.TREE_LOG) & (roots.offset > 0))
+        self._logs = logs._replace(wanted=np.ones(len(logs.id), bool))
 
     def of(self, sectors: Int) -> tuple[Bytes, np.ndarray, np.ndarray]:
         """For sorted addresses of sectors: (the checksums, which sectors have one, which have one that can't
