@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from test_lvm import Group, group, loops, with_text  # noqa: F401  (group is a fixture: two disks in a group)
-from test_udf import mkudffs, sealed
+from test_udf import mkudffs
 
 from support import BytesReader, assert_proven, mapped, mounted, need, run
+from udf_images import sealed
 from virt_bmap.ask.space import free_space
 from virt_bmap.cli import run as bmap
 from virt_bmap.model import tables

@@ -30,9 +30,12 @@ class Output:
 
     def __init__(self, ours: Callable[[str], bool] | None) -> None:
         self.ours = ours
+        self._said: str | None = None
 
     def __call__(self, path: str) -> str:
-        protection.writes(path, self.ours)
+        if path != self._said:  # argparse asks for a default's twice where options stand between arguments
+            protection.writes(path, self.ours)
+        self._said = path
         return path
 
 

@@ -53,14 +53,15 @@ def map_disks(
     format: str | None = None,
     references: bool = False,
     force_share: bool = False,
+    blocksize: int | None = None,
     keys: Keys = NO_KEYS,
     nested: Nested = NOTHING,
     host_offsets: bool = False,
 ) -> BlockMap:
     """The map of `Disks(images, ...)`, where that is all that is wanted. Raises as `opened` does."""
     disks = Disks(
-        images, format=format, references=references, force_share=force_share, keys=keys, nested=nested,
-        host_offsets=host_offsets,
+        images, format=format, references=references, force_share=force_share, blocksize=blocksize,
+        keys=keys, nested=nested, host_offsets=host_offsets,
     )  # fmt: skip
     return mapped(disks)
 
