@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -436,3 +437,25 @@ def test_what_is_not_stored_is_not_read(tmp_path: Path) -> None:
         there[low // 4096 : -(-high // 4096)] = True
     assert (there == data.any(axis=1)).all()
     parents[0].close()
+
+
+def test_a_device_that_loses_what_is_written(disk: Path, tmp_path: Path) -> None:
+    """The kernel takes it all, and tells of the loss when it is flushed."""
+    need_root(), need("nbdfuse", "libnbd-bin"), need("nbdkit", "nbdkit")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    served = subprocess.Popen(
+        ["nbdfuse", str(folder), "--command", "nbdkit", "-s", "--exit-with-parent", "--filter=error", "memory", "40M", "error-pwrite=EIO", "error-pwrite-rate=100%"]
+    )  # fmt: skip
+    try:
+        while not (folder / "nbd").exists() and served.poll() is None:
+            time.sleep(0.05)
+        loop = run("losetup", "-f", "--show", folder / "nbd").decode().strip()
+        try:
+            with pytest.raises(OutputError, match="can't be written: Input/output error"):
+                dump("--force", disk, "/dev/sda1", loop)
+        finally:
+            run("losetup", "-d", loop)
+    finally:
+        run("umount", folder)
+        served.wait()

@@ -88,6 +88,9 @@ def _device(path: str) -> Iterator[BinaryIO]:
         ) from error
     with open(file, "wb") as opened:
         yield opened
+        if stat.S_ISBLK(about.st_mode):  # what can't be written is told here, and nowhere else
+            opened.flush()
+            os.fsync(file)
 
 
 def _target(path: str) -> str:
