@@ -444,9 +444,8 @@ def test_a_device_that_loses_what_is_written(disk: Path, tmp_path: Path) -> None
     need_root(), need("nbdfuse", "libnbd-bin"), need("nbdkit", "nbdkit")
     folder = tmp_path / "served"
     folder.mkdir()
-    served = subprocess.Popen(
-        ["nbdfuse", str(folder), "--command", "nbdkit", "-s", "--exit-with-parent", "--filter=error", "memory", "40M", "error-pwrite=EIO", "error-pwrite-rate=100%"]
-    )  # fmt: skip
+    failing = ["nbdkit", "-s", "--exit-with-parent", "--filter=error", "memory", "40M", "error-pwrite=EIO"]
+    served = subprocess.Popen(["nbdfuse", str(folder), "--command", *failing, "error-pwrite-rate=100%"])
     try:
         while not (folder / "nbd").exists() and served.poll() is None:
             time.sleep(0.05)
