@@ -104,6 +104,7 @@ def test_every_byte_has_an_owner(specimen: Specimen) -> None:
         assert states <= {tables.RECOVERED, tables.CLEAN}
     else:
         assert states <= ({tables.RECOVERED} if specimen.name.endswith("dirty") else {tables.CLEAN})
+    MADE.add(specimen.name)
 
 
 def test_it_is_what_blkid_says(specimen: Specimen) -> None:
