@@ -2,8 +2,11 @@
 
 import pytest
 
+from virt_bmap.core.keys import NO_KEYS
 from virt_bmap.model.contract import Identity
+from virt_bmap.open.disks import NOTHING
 from virt_bmap.survey.machines import Candidate, Machines
+from virt_bmap.survey.survey import _Survey
 
 
 def sorted_by_hand(*members: tuple[str, str, str, int]) -> list[list[str]]:
@@ -40,3 +43,12 @@ def test_clones_that_were_never_started_go_together_by_their_names(order):
     ]
     found = sorted_by_hand(*(disks[at] for at in order))
     assert sorted(map(sorted, found)) == [["/vm1/a", "/vm1/b"], ["/vm2/a", "/vm2/b"]]
+
+
+def test_no_two_volumes_have_one_name() -> None:
+    """Not even where one is called as another would be with a number behind its name."""
+    names = ["a", "a#2", "a", "a", "a#2", "b"]
+    work = _Survey([], lambda _: None, NO_KEYS, NOTHING)
+    own = [work._own_name(name) for name in names]
+    assert len(set(own)) == len(names)
+    assert [own[0], own[1], own[5]] == ["a", "a#2", "b"]

@@ -15,11 +15,11 @@ from virt_bmap.core import keys
 from virt_bmap.core.amounts import human
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.printable import say, to_json
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import SECTORS, Reader
 from virt_bmap.host import ours
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
-from virt_bmap.open.disks import SIZES, Disks, Opening, nested
+from virt_bmap.open.disks import Disks, Opening, nested
 from virt_bmap.open.magic import FORMATS
 from virt_bmap.survey import maps
 
@@ -53,7 +53,7 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         "--blocksize",
         metavar="BYTES",
         type=int,
-        choices=SIZES,
+        choices=SECTORS,
         help="the disk's sectors, in which its DOS table counts: 512, 1024, 2048 or 4096 bytes",
     )
     add_trust_options(group)

@@ -23,6 +23,8 @@ HEAD = 128 << 10
 kept: all magic numbers but md's and GPT's copies lie there."""
 TAIL = 128 << 10
 """Likewise at the end: the backup GPT's header, md 0.90 (up to 128 KiB from the end) and 1.0."""
+SECTORS = (512, 1024, 2048, 4096)
+"""Bytes that sectors of disks have."""
 
 
 class Reader:

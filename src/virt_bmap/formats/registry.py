@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Generic, NamedTuple, TypeVar
 
+from virt_bmap.core.mapped import MappedReader
+from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import TAIL, Reader
 from virt_bmap.model.contract import RAW, FilesystemFormat, ImageFormat, VolumeFormat
 
@@ -193,9 +195,10 @@ def table_on(reader: Reader) -> VolumeFormat | None:
     return _first(tuple(listed for listed in VOLUMES if listed.table), reader)
 
 
-def is_known(reader: Reader) -> bool:
-    """Does a volume begin as one of a format that is read?"""
-    return volume_on(reader) is not None or filesystem_on(reader) is not None
+def is_known(disk: Reader, start: int, length: int) -> bool:
+    """Do these bytes of a disk begin as a volume of a format that is read?"""
+    part = MappedReader(length, disk.name, {0: disk}, Rows.make(0, 0, start, length))
+    return volume_on(part) is not None or filesystem_on(part) is not None
 
 
 def image_on(reader: Reader) -> ImageFormat | None:

@@ -6,9 +6,6 @@ from typing import NamedTuple
 
 from virt_bmap.core.keys import NO_KEYS, Keys
 
-SIZES = (512, 1024, 2048, 4096)
-"""What sectors can have, in bytes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:

@@ -9,8 +9,6 @@ believed is said all the same.
 from typing import NamedTuple
 
 from virt_bmap.core.errors import FormatError
-from virt_bmap.core.mapped import MappedReader
-from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import registry as formats
 from virt_bmap.model.contract import Beside, Member, Slice, VolumeFormat
@@ -36,7 +34,7 @@ def judge(reader: Reader, claims: VolumeFormat) -> Rivalry | None:
         return None
     damage: Damage = assembly.volumes[0].damage
     partitions = [
-        Slice(start, start + child.size, _is_known(reader, start, child.size))
+        Slice(start, start + child.size, start > 0 and formats.is_known(reader, start, child.size))
         for child in assembly.children
         if child.contents
         for start in child.rows.parent_offset.tolist()
@@ -50,9 +48,3 @@ def judge(reader: Reader, claims: VolumeFormat) -> Rivalry | None:
     if is_leftover:
         return Rivalry(table, f"a superblock ({claims.name}) lies beside its partition table: left over")
     return Rivalry(claims, f"a partition table ({table.name}) lies at its start: left over")
-
-
-def _is_known(reader: Reader, start: int, length: int) -> bool:
-    """Does something known begin in this partition?"""
-    part = MappedReader(length, reader.name, {0: reader}, Rows.make(0, 0, start, length))
-    return start > 0 and formats.is_known(part)

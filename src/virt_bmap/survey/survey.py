@@ -400,9 +400,11 @@ class _Survey:
 
     def _own_name(self, name: str) -> str:
         """The name, with a number behind it where another volume is called so."""
-        known = self.names.setdefault(name, 0)
-        self.names[name] += 1
-        return f"{name}#{known + 1}" if known else name
+        number = self.names.get(name, 0) + 1
+        while (own := f"{name}#{number}" if number > 1 else name) in self.names:
+            number += 1
+        self.names[own], self.names[name] = 1, number
+        return own
 
     def _read(self, volume: _Volume, format: FilesystemFormat) -> None:
         """Let a filesystem's reader read its volume."""

@@ -10,13 +10,9 @@ Sources: Linux block/partitions/msdos.c (queue_logical_block_size).
 from collections.abc import Iterator, Sequence
 
 from virt_bmap.core.layers import layers
-from virt_bmap.core.mapped import MappedReader
-from virt_bmap.core.mapping import Rows
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import SECTORS, Reader
 from virt_bmap.formats.common.boot_record import SECTOR, SIGNATURE, Entry
 from virt_bmap.model.contract import About, Member
-
-SIZES = (512, 1024, 2048, 4096)
 
 
 def counted_in(disk: Member, partitions: Sequence[Entry], about: About) -> int:
@@ -44,7 +40,7 @@ def _by_contents(reader: Reader, partitions: Sequence[Entry], usual: int) -> int
     On nearly all disks the last partition would end behind the disk by any other: then nothing is read.
     """
     last = max((entry.start + entry.length for entry in partitions), default=0)
-    sizes = [size for size in SIZES if size == usual or last * size <= reader.size]
+    sizes = [size for size in SECTORS if size == usual or last * size <= reader.size]
     if len(sizes) == 1:
         return usual
     return max(sizes, key=lambda size: (sum(_known(reader, partitions, size)), size == usual))
@@ -61,5 +57,4 @@ def _known(reader: Reader, partitions: Sequence[Entry], size: int) -> Iterator[b
         if entry.is_link:
             yield reader.read_clipped(start, SECTOR)[SIGNATURE:] == b"\x55\xaa"
         else:
-            part = MappedReader(length, reader.name, {0: reader}, Rows.make(0, 0, start, length))
-            yield registry.is_known(part)
+            yield registry.is_known(reader, start, length)

@@ -6,8 +6,6 @@ or those of the partitions, tell which of the two was there last.
 """
 
 from virt_bmap.core.errors import FormatError
-from virt_bmap.core.mapped import MappedReader
-from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import registry
 from virt_bmap.formats.volumes.md.arrays import RAID1
@@ -28,7 +26,9 @@ def is_leftover(reader: Reader, table: Beside) -> bool | None:
         return True
     if start == 0 and found.level == RAID1:
         return any(part.end > found.size for part in table.partitions) or None
-    if start and _is_known(reader, start, min(found.data_size, reader.size - start)):
+    if 0 < start < reader.size and registry.is_known(
+        reader, start, min(found.data_size, reader.size - start)
+    ):
         return False
     own = max(start, found.chunk)  # what the array itself has written, or would have
     found_there = any(part.known and part.start >= own for part in table.partitions)
@@ -42,8 +42,3 @@ def identify(reader: Reader) -> Identity | None:
     except FormatError:
         return None
     return Identity(found.uuid, str(found.number), found.events)
-
-
-def _is_known(reader: Reader, start: int, length: int) -> bool:
-    data = MappedReader(max(0, length), reader.name, {0: reader}, Rows.make(0, 0, start, max(0, length)))
-    return registry.is_known(data)
