@@ -17,6 +17,7 @@ import numpy as np
 from virt_bmap.core.arrays import Bytes
 from virt_bmap.core.layout import record, records, struct
 from virt_bmap.formats.filesystems.ntfs import ondisk as ntfs
+from virt_bmap.formats.filesystems.ntfs.records import put_back
 from virt_bmap.formats.filesystems.ntfs.superblock import Geometry
 
 MOST = 256 << 20
@@ -109,7 +110,5 @@ def _without_fixups(pages: Bytes) -> Bytes:
     strides = pages.shape[1] // ntfs.STRIDE
     start = heads["usa_ofs"].astype(np.int64)
     good = np.flatnonzero((heads["usa_count"] == strides + 1) & (start % 2 == 0) & (start < ntfs.STRIDE // 2))
-    words = pages.view("<u2")
-    for stride in range(1, strides + 1):
-        words[good, stride * ntfs.STRIDE // 2 - 1] = words[good, start[good] // 2 + stride]
+    put_back(pages.reshape(-1).view("<u2"), good * pages.shape[1], start[good], strides)
     return pages

@@ -11,6 +11,7 @@ from virt_bmap.core.layout import records, struct
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import afford
 from virt_bmap.formats.filesystems.ntfs.ondisk import REFERENCE, STRIDE
+from virt_bmap.formats.filesystems.ntfs.records import put_back
 from virt_bmap.model import tables
 from virt_bmap.model.contract import Filesystem, Proof
 from virt_bmap.model.damage import Damage
@@ -91,13 +92,13 @@ def _roots(reader: Reader, rows: _Rows, damage: Damage) -> tuple[Int, Int, tuple
     bounds = np.append(0, np.cumsum(length))[np.append(at, len(length))]
     begin, length = bounds[:-1], np.diff(bounds)
     head = records(data[begin[:, None] + np.arange(ROOT.itemsize)], ROOT)
-    good = (length >= ROOT.itemsize) & np.isin(head["index_block_size"], SIZES)
+    known = (length >= ROOT.itemsize) & np.isin(head["index_block_size"], SIZES)
+    good = known.copy()
     first = begin + 16 + head["entries_offset"].astype(np.int64)
     end = np.minimum(begin + length, begin + 16 + head["index_length"].astype(np.int64))
     row, child, (above, block), broken = _entries(data, first[good], end[good])
     good[np.flatnonzero(good)[broken]] = False
     damage.add("directory", "[root of an index|roots of indexes] can't be read", start[at[~good]])
-    known = (length >= ROOT.itemsize) & np.isin(head["index_block_size"], SIZES)
     inode = inode[known]
     return inode, head["index_block_size"][known].astype(np.int64), (inode[row], child), (inode[above], block)
 
@@ -141,7 +142,8 @@ def _blocks(
             damage.add("directory", what, first[good][broken])
             listed.append((owner[good][found], child))
             below.append((owner[good][above], block))
-        level = joined(below, 2)[0], joined(below, 2)[1]
+        owner, number = joined(below, 2)
+        level = owner, number
     return listed
 
 
@@ -152,13 +154,8 @@ def _whole(block: Bytes) -> Bool:
     start = head["usa_ofs"].astype(np.int64)
     good: Bool = (head["magic"] == b"INDX") & (head["usa_count"] == strides + 1)
     good &= (start >= 24) & (start % 2 == 0) & (start + 2 * (strides + 1) <= size)
-    words, row = block.view("<u2"), np.flatnonzero(good)
-    first = start[row] // 2
-    number = words[row, first]
-    for stride in range(1, strides + 1):
-        last = stride * (STRIDE // 2) - 1
-        good[row[words[row, last] != number]] = False
-        words[row, last] = words[row, first + stride]
+    row = np.flatnonzero(good)
+    good[row] = put_back(block.reshape(-1).view("<u2"), row * size, start[row], strides)
     return good
 
 

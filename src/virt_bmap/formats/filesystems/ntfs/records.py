@@ -196,18 +196,24 @@ def undo_update_sequence(buffer: Buffer, heads: NDArray[np.void]) -> tuple[Bool,
         & (start >= 0x28)
         & (start + 2 * (strides + 1) <= ntfs.STRIDE - 2)
     )
-    words = buffer.bytes.view("<u2")
     row = np.flatnonzero(whole)
-    base = row * (buffer.size // 2)
-    first = base + start[row] // 2
-    number = words[first]
+    whole[row] = put_back(buffer.bytes.view("<u2"), row * buffer.size, start[row], strides)
+    return whole, is_file & ~whole
+
+
+def put_back(words: NDArray[np.uint16], base: Int, start: Int, strides: int) -> Bool:
+    """Undo the update sequences of structures of so many strides, at bytes `base` of a buffer of words, whose
+    arrays lie `start` bytes behind; which of them fit."""
+    base = base // 2
+    first = base + start // 2
+    number, whole = words[first], np.ones(len(base), bool)
     for stride in range(1, strides + 1):
         last = base + (stride * (ntfs.STRIDE // 2) - 1)
         found = words[last]
         fits = found == number
         words[last] = np.where(fits, words[first + stride], found)
-        whole[row[~fits]] = False
-    return whole, is_file & ~whole
+        whole &= fits
+    return whole
 
 
 def attributes(buffer: Buffer, heads: NDArray[np.void], row: Int) -> tuple[Int, Int, Bool]:
