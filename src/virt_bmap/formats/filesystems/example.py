@@ -158,7 +158,12 @@ def _names(reader: Reader, directory: Int, start: Int, length: Int, damage: Dama
             inode = widen(np.ascontiguousarray(head[:, :4]).view("<u4")[:, 0], "inode")
             size = head[:, 4].astype(np.int64)
             fits = (inode == 0) | (at + RECORD + size <= BLOCK)
-            damage.check(fits, "directory", "records reach out of their block", place[part][block] + at)
+            damage.check(
+                fits,
+                "directory",
+                "[record reaches out of its|records reach out of their] block",
+                place[part][block] + at,
+            )
             good = fits & (inode > 0)
             block, at, inode, size = block[good], at[good], inode[good], size[good]
             parents.append(holder[part][block])

@@ -146,7 +146,9 @@ def _inode_refs(leaves: Leaves) -> tuple[Columns, pa.Array]:
             length = fields["name_len"].astype(np.int64)
             whole = (length > 0) & (at + record.itemsize + length <= end)
             leaves.damage.add(
-                "directory", "names of inodes are longer than their item", items.logical[~whole]
+                "directory",
+                "[name of an inode is|names of inodes are] longer than [its|their] item",
+                items.logical[~whole],
             )
             parent = items.offset if key == ondisk.INODE_REF_KEY else fields["parent"].astype(np.int64)
             columns = {"target": items.objectid, "objectid": parent, "leaf": items.leaf}

@@ -47,7 +47,7 @@ def replay(log: Log, committed: Subvolumes, damage: Damage) -> Subvolumes:
     inodes, entries = _counted(_grown(inodes, changed), entries, np.union1d(told.inode, changed.inode))
     damage.add(
         "journal-replayed",
-        "inodes are as the log tree has them, as after a mount; the image itself is unchanged",
+        "[inode is|inodes are] as the log tree has [it|them], as after a mount; the image is unchanged",
         count=len(told.inode),
     )
     return Subvolumes(inodes, entries, names, told.inode, told.inode[told.type == tables.T_FILE])

@@ -19,7 +19,9 @@ from virt_bmap.model.damage import Damage
 VAT_WITHIN = 4
 """Blocks at the end in which the virtual allocation table's ICB may lie: Linux' udf_find_vat_block()."""
 VAT_TAIL = 36
-STEP = 1 << 20
+STEP, MOST_ZEROES = 1 << 20, 1 << 30
+"""Bytes: how the end of what was written is looked for, and in how many zeroes at most, since servers do not
+tell what is stored."""
 
 
 def add_content(
@@ -124,7 +126,8 @@ def _last_written(reader: Reader) -> int:
     """Where the zeroes begin that the image ends in."""
     _, ends = reader.stored()
     end = int(ends.max(initial=0))
-    while end > 0:
+    least = max(0, end - MOST_ZEROES)
+    while end > least:
         start = max(0, end - STEP)
         used = np.flatnonzero(np.frombuffer(reader.read(start, end - start), np.uint8))
         if len(used):
