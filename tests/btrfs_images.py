@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support import need, need_root, run
+from support import detach, need, need_root, run
 
 FILL = """
 mkdir -p a/b a/empty; echo small > a/small; ln -s some/target a/link; ln a/small a/hard; mkfifo a/fifo
@@ -53,8 +53,8 @@ def loops(images: list[Path]) -> Iterator[list[str]]:
             found.append(run("losetup", "-f", "--show", image).decode().strip())
         yield found
     finally:
-        for loop in found:
-            run("losetup", "-d", loop)
+        for loop, image in zip(found, images, strict=False):
+            detach(loop, image)
 
 
 @contextlib.contextmanager

@@ -336,12 +336,17 @@ def mounted(
         finally:
             run("umount", where)
     finally:
-        run("losetup", "-d", loop)
         where.rmdir()
-        until = time.monotonic() + 10
-        # while another test looks at the device, it stays
-        while run("losetup", "-j", image) and time.monotonic() < until:
-            time.sleep(0.01)
+        detach(loop, image)
+
+
+def detach(loop: str, image: str | os.PathLike[str]) -> None:
+    """Give a loop device back, and wait until it is gone: while another test looks at it, or has our mount in
+    a namespace of its own, it stays, and not all is written yet."""
+    run("losetup", "-d", loop)
+    until = time.monotonic() + 10
+    while run("losetup", "-j", image) and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def sync(mount: Path) -> None:
