@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support import detach, need, need_root, run
+from support import detach, need, need_root, run, unmount
 
 FILL = """
 mkdir -p a/b a/empty; echo small > a/small; ln -s some/target a/link; ln a/small a/hard; mkfifo a/fifo
@@ -73,7 +73,7 @@ def mounted_pool(images: list[Path], where: Path, options: str = "noatime") -> I
         try:
             yield where
         finally:
-            run("umount", where)
+            unmount(where)
 
 
 def make(folder: Path, size: str, options: str, count: int = 1, name: str = "disk") -> list[Path]:

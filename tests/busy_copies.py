@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import random
+import signal
 import stat
 import subprocess
 import sys
@@ -325,18 +326,21 @@ def written(flavour: Flavour, image: Path, seed: int) -> Iterator[None]:
                     yield
                 assert writer.poll() is None, "the writer ended"
             finally:
-                writer.kill()
+                writer.terminate()
 
 
 @contextlib.contextmanager
 def balanced(where: Path) -> Iterator[None]:
     """While this lasts, a btrfs is balanced again and again."""
     loop = 'while btrfs balance start --full-balance "$0"; do :; done'
-    with subprocess.Popen(["sh", "-c", loop, where], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+    command = ["sh", "-c", loop, where]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as balance:
         try:
             yield
         finally:
-            subprocess.run(["btrfs", "balance", "cancel", where], capture_output=True)
+            while balance.poll() is None:  # between two balances there is nothing to cancel
+                subprocess.run(["btrfs", "balance", "cancel", where], capture_output=True)
+                time.sleep(0.01)
 
 
 def copies(flavour: Flavour, folder: Path, count: int, seed: int = 1, pause: float = 1.0) -> Iterator[Path]:
@@ -482,5 +486,7 @@ def differences(
 if __name__ == "__main__":
     kind, where, seed = sys.argv[1:]
     writer = Writer(Path(where), int(seed), kind)
-    while True:
+    stopped = list[int]()
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    while not stopped:  # an act ends with all its commands: a killed writer's own would keep the mount busy
         writer.step()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support import mounted, need, need_root, run
+from support import mounted, need, need_root, run, unmount
 
 Mount = Callable[[Path], "contextlib.AbstractContextManager[Path]"]
 
@@ -78,7 +78,7 @@ def fuse_ntfs(image: Path) -> Iterator[Path]:
     try:
         yield where
     finally:
-        run("umount", where)
+        unmount(where)
         where.rmdir()
 
 

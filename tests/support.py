@@ -334,10 +334,21 @@ def mounted(
         try:
             yield where
         finally:
-            run("umount", where)
+            unmount(where)
     finally:
         where.rmdir()
         detach(loop, image)
+
+
+def unmount(where: str | os.PathLike[str]) -> None:
+    """Unmount, and wait for whoever looks at it: a process that another test began in a mount namespace of
+    its own has this mount as well, and it is busy until that process has left it."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        if subprocess.run(["umount", where], capture_output=True).returncode == 0:
+            return
+        time.sleep(0.05)
+    run("umount", where)
 
 
 def detach(loop: str, image: str | os.PathLike[str]) -> None:

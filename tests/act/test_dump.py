@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_lvm import Group, group  # noqa: F401  (a fixture: a volume group on two disks, and what lvs says of it)
 
-from support import BytesReader, mapped, mounted, need, need_root, run, sync, wait_for_socket
+from support import BytesReader, mapped, mounted, need, need_root, run, sync, unmount, wait_for_socket
 from virt_bmap.act import dump as dumping
 from virt_bmap.ask.space import free_space
 from virt_bmap.cli import run as bmap
@@ -305,7 +305,7 @@ def test_no_space_and_read_only_leave_nothing_behind(disk: Path, tmp_path: Path)
         assert os.listdir(tmp_path) == ["out"]
         assert (tmp_path / "out").read_bytes() == b"mine"
     finally:
-        run("umount", tmp_path)
+        unmount(tmp_path)
     with pytest.raises(OutputError, match="No space left on device"):
         dump(disk, "/dev/sda1", "/dev/full")
 
@@ -456,5 +456,5 @@ def test_a_device_that_loses_what_is_written(disk: Path, tmp_path: Path) -> None
         finally:
             run("losetup", "-d", loop)
     finally:
-        run("umount", folder)
+        unmount(folder)
         served.wait()

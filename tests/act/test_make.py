@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support import assert_proven, mapped, mounted, need, need_root, run
+from support import assert_proven, mapped, mounted, need, need_root, run, unmount
 from virt_bmap.act.make import disk, make, tools
 from virt_bmap.act.make.spec import KINDS, bytes_of, parse, usage
 from virt_bmap.cli import run as bmap
@@ -378,7 +378,7 @@ def test_without_space_nothing_is_left(tmp_path: Path, tree: Path) -> None:
         with pytest.raises(OutputError, match="Read-only file system"):
             make("disk:1M", str(tmp_path / "small/out"))
     finally:
-        run("umount", tmp_path / "small")
+        unmount(tmp_path / "small")
 
 
 def test_layout_keeps_room_for_gpts_second_table() -> None:

@@ -20,7 +20,7 @@ import pytest
 from test_dump import _raid5, digests
 
 import ntfs_images
-from support import mapped, mounted, need, need_root, run, wait_for_socket
+from support import mapped, mounted, need, need_root, run, unmount, wait_for_socket
 from virt_bmap.act.sparsify.in_place import kept
 from virt_bmap.act.sparsify.plan import plan
 from virt_bmap.cli import run as bmap
@@ -211,7 +211,7 @@ def test_what_exists_stays_until_the_copy_is_complete(ext4: Path, tmp_path: Path
         assert os.listdir(out.parent) == ["out"]
         assert out.read_bytes() == b"mine"
     finally:
-        run("umount", out.parent)
+        unmount(out.parent)
 
 
 def test_killed_while_copying(ext4: Path, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_block_device(ext4: Path, tmp_path: Path) -> None:
         run("mount", "-o", "ro", loop, where)
         with pytest.raises(ImageError, match=f"{loop}: is in use: it is mounted"):
             sparsify("--in-place", loop)
-        run("umount", where)
+        unmount(where)
         sparsify("--in-place", loop)
     finally:
         run("losetup", "-d", loop)
@@ -513,7 +513,7 @@ def test_filesystems_of_the_host_that_can_not(ext4: Path, tmp_path: Path) -> Non
                 sparsify("--in-place", where / "image")
             assert (where / "image").read_bytes() == ext4.read_bytes()
         finally:
-            run("umount", where)
+            unmount(where)
 
 
 def test_swap_only_where_asked_for(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import btrfs_images
 import fat_images
 import ntfs_images
 import xfs_images
-from support import BytesReader, mounted, mutations, need, need_root, run
+from support import BytesReader, mounted, mutations, need, need_root, run, unmount
 from virt_bmap.act import extract as writer
 from virt_bmap.ask import content
 from virt_bmap.ask.content import Files
@@ -475,7 +475,7 @@ def test_no_space_and_no_permission_leave_nothing_behind(disk: Path, tmp_path: P
         with pytest.raises(OutputError, match="Read-only file system"):
             extract(disk, tmp_path, "/sizes/1")
     finally:
-        run("umount", tmp_path)
+        unmount(tmp_path)
 
 
 def test_what_is_no_filesystem_has_no_files(tmp_path: Path) -> None:

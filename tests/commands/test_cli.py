@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from support import need, run, wait_for_socket
+from support import need, run, unmount, wait_for_socket
 
 PROGRAM = [sys.executable, "-m", "virt_bmap"]
 
@@ -291,7 +291,7 @@ def test_a_full_disk_leaves_nothing_behind(disk, tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bmap", "full"]
         assert (tmp_path / "bmap").read_text().endswith("the old map")
     finally:
-        run("umount", tmp_path)
+        unmount(tmp_path)
 
 
 def test_a_reader_that_goes_away(disk):

@@ -142,7 +142,7 @@ def test_seed(tmp_path: Path) -> None:
             fill(where, "head -c 300000 /dev/urandom > new; sync -f .")
             expected = {name: (where / name).read_bytes() for name in ("old", "new")}
         finally:
-            support.run("umount", where)
+            support.unmount(where)
             support.run("losetup", "-d", loop)
             support.run("mount", "-o", "ro,loop", seed, where)  # what the fixture unmounts
     bmap = support.mapped(seed, sprout)

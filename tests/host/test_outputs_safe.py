@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support import need, need_root, run, wait_for_socket
+from support import need, need_root, run, unmount, wait_for_socket
 from virt_bmap.cli import parser
 from virt_bmap.cli import run as bmap
 from virt_bmap.commands import COMMANDS
@@ -404,7 +404,7 @@ def test_a_block_device_needs_force_and_must_not_be_used(
         with pytest.raises(OutputError, match="is in use"):
             bmap([*arguments, "--force"])
     finally:
-        run("umount", root)
+        unmount(root)
     assert digest(files["disk"]) == before
     assert bmap([*arguments, "--force"]) == 0
     assert Path(loop).read_bytes()[:2] == b"1 "
@@ -548,5 +548,5 @@ def test_a_mounted_device_is_in_use(loop: str, tmp_path: Path) -> None:
         try:
             done = subprocess.run([*PROGRAM, "info", loop], capture_output=True, text=True)
         finally:
-            run("umount", root)
+            unmount(root)
         assert done.stderr.count(f"{root} is mounted from it") == count

@@ -19,7 +19,7 @@ import pytest
 from test_watch import disk, place  # noqa: F401
 from test_watch_serving import EVER, PATCHED, client, patched, tools  # noqa: F401
 
-from support import mapped, need, need_root, run
+from support import mapped, need, need_root, run, unmount
 from virt_bmap.accesses import traces
 from virt_bmap.accesses.accesses import Accesses
 from virt_bmap.accesses.resolve import HELD, Resolver
@@ -200,7 +200,7 @@ def small(tmp_path: Path) -> Path:
     folder.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=256k", "none", folder)
     yield folder
-    run("umount", folder)
+    unmount(folder)
 
 
 def test_a_full_disk_stops_the_trace_and_nothing_else(disk: SimpleNamespace, small: Path) -> None:
