@@ -1,7 +1,8 @@
 """This machine's kernel as the guest of a judged watch: it does to a filesystem what machines do, and every
 block that it writes says whose it is.
 
-    watch_guest.py SOCKET FOLDER KIND SEED SECONDS [SCENARIO...]       (run by `virt-bmap watch`
+    watch_guest.py DISK FOLDER KIND SEED SECONDS [SCENARIO...]       (run by `virt-bmap watch`
+    DISK is the watch's socket, or a block device of a machine that has the served disk
     FOLDER gets `names`: JSON lines of what files were called)
 
 Scenarios, one after the other, each a share of the time: stress (anything, at random), mail (SQLite and a
@@ -29,7 +30,7 @@ from marked_disk import BLOCK, marked
 SIZE, GROWN = 400 << 20, 600 << 20
 """Bytes of the filesystem at first, and of the disk."""
 MAKE = {
-    "ext4": ["mkfs.ext4", "-q", "-F", "{disk}", "{size}k"],
+    "ext4": ["mkfs.ext4", "-q", "-F", "-b", str(BLOCK), "{disk}", "{size}k"],
     "xfs": ["mkfs.xfs", "-q", "-f", "-d", "size={size}k", "{disk}"],
     "btrfs": ["mkfs.btrfs", "-q", "-f", "-b", "{size}k", "{disk}"],
 }
@@ -361,19 +362,25 @@ class _Fd:
 
 
 def main() -> None:
-    """Export the served disk as a file, and work on it."""
-    socket = sys.argv[1]
-    folder = Path(sys.argv[2])
-    kind = sys.argv[3]
-    seed = int(sys.argv[4])
-    seconds = float(sys.argv[5])
+    """Work on the served disk."""
+    disk, folder, kind, seed, seconds = sys.argv[1:6]
+    with attached(disk, Path(folder)) as device:
+        Guest(Path(folder), kind, device, int(seed)).run(sys.argv[6:] or list(SCENARIOS), float(seconds))
+
+
+@contextlib.contextmanager
+def attached(disk: str, folder: Path) -> Iterator[str]:
+    """The served disk as a block device."""
+    if Path(disk).is_block_device():
+        yield disk
+        return
     export = folder / "export"
     export.touch()
     daemon = subprocess.Popen(
         [
             "qemu-storage-daemon",
             "--blockdev",
-            f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},discard=unmap",
+            f"driver=nbd,node-name=disk,server.type=unix,server.path={disk},discard=unmap",
             "--export",
             f"type=fuse,id=export,node-name=disk,mountpoint={export},writable=on",
         ]
@@ -387,7 +394,7 @@ def main() -> None:
             ["losetup", "-f", "--show", export], check=True, capture_output=True, text=True
         ).stdout.strip()
         try:
-            Guest(folder, kind, loop, seed).run(sys.argv[6:] or list(SCENARIOS), seconds)
+            yield loop
         finally:
             subprocess.run(["losetup", "-d", loop], check=True)
             time.sleep(0.3)

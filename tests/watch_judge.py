@@ -2,7 +2,7 @@
 reads them, and what the trace calls them.
 
     watch_judge.py [--kind ext4|xfs|btrfs]... [--seed N]... [--seconds S] [--scenario NAME]... [--files N]
-                   [--keep FOLDER]
+                   [--machine] [--keep FOLDER]
 
 Needs root, FUSE and loop devices. What counts: every marked block of every request. It is right where the
 trace names a file that was called so at some time (or one that shares its blocks), wrong where it names
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 import marked_disk
 import watch_guest
+import watch_machine
 
 BMAP = str(Path(sys.executable).parent / "virt-bmap")
 NEAR = 2_000_000_000
@@ -66,7 +67,15 @@ class Judged:
         )
 
 
-def watched(folder: Path, kind: str, seed: int, seconds: float, scenarios: list[str], files: int = 0) -> Path:
+def watched(
+    folder: Path,
+    kind: str,
+    seed: int,
+    seconds: float,
+    scenarios: list[str],
+    files: int = 0,
+    guest: str = watch_guest.__file__,
+) -> Path:
     """Run the guest under a watch, on a disk that reads its marks and has so many other files: the trace."""
     image, trace = folder / "disk.img", folder / "trace.parquet"
     with open(image, "wb") as file:
@@ -87,7 +96,7 @@ def watched(folder: Path, kind: str, seed: int, seconds: float, scenarios: list[
             folder / "summary",
             "--",
             sys.executable,
-            watch_guest.__file__,
+            guest,
             "$unixsocket",
             folder,
             kind,
@@ -283,12 +292,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--scenario", action="append", choices=watch_guest.SCENARIOS)
     parser.add_argument("--files", type=int, default=0, help="so many files lie there before")
+    parser.add_argument("--machine", action="store_true", help="the guest has a kernel of its own, emulated")
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="leave disks, logs and traces here")
     args = parser.parse_args()
     wrong = 0
     for kind in args.kind or watch_guest.MAKE:
         for seed in args.seed or [1]:
-            with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+            memory = os.path.isdir("/dev/shm") and not args.machine  # which has a /dev of its own
+            with tempfile.TemporaryDirectory(dir="/dev/shm" if memory else None) as name:
                 folder = Path(name)
                 if args.keep:
                     folder = args.keep / f"{kind}-{seed}"
@@ -302,6 +313,7 @@ def main() -> int:
                         args.seconds,
                         args.scenario or list(watch_guest.SCENARIOS),
                         args.files,
+                        watch_machine.__file__ if args.machine else watch_guest.__file__,
                     ),
                 )
             print(f"{kind} seed {seed}: {found}", flush=True)
