@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ TIMEOUT = 900
 """Seconds for one launch with all its commands."""
 Step = tuple[str, str]
 """("sh", commands for the virtual machine) or ("host", commands for this one, in the folder of the
-images)."""
+images; python3 is the one of the tests)."""
 
 
 def made(name: str, disks: dict[str, int], steps: list[Step]) -> Path:
@@ -46,9 +47,17 @@ def made(name: str, disks: dict[str, int], steps: list[Step]) -> Path:
 
 
 def _run(work: Path, disks: dict[str, int], steps: list[Step]) -> None:
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join(
+            [os.path.dirname(sys.executable), os.environ.get("PATH", ""), "/usr/sbin:/sbin"]
+        ),
+        "LIBGUESTFS_BACKEND": "direct",
+        "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg",
+    }
     first = next((at for at, (where, _) in enumerate(steps) if where == "sh"), len(steps))
     for _, command in steps[:first]:
-        subprocess.run(["sh", "-ec", command], cwd=work, check=True)
+        subprocess.run(["sh", "-ec", command], cwd=work, check=True, env=environment)
     for disk, size in disks.items():
         if size:
             with (work / disk).open("wb") as file:
@@ -62,7 +71,6 @@ def _run(work: Path, disks: dict[str, int], steps: list[Step]) -> None:
                 f'debug sh "echo {base64.b64encode(command.encode()).decode()} | base64 -d > '
                 '/tmp/step; sh -e /tmp/step 2>&1"'
             )
-    environment = {**os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
     done = subprocess.run(["guestfish"], input="\n".join(lines) + "\n", cwd=work, env=environment,
         capture_output=True, text=True,
                           timeout=TIMEOUT)  # fmt: skip

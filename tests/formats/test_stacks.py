@@ -114,12 +114,11 @@ def steps() -> list[Step]:
             f"cp --sparse=always disk{'abcd'[at]} {name}.{at + 1}" for at in range(STACKS[name])
         )
 
-    host = """python3 -c 'import numpy
-    open("random", "wb").write(numpy.random.default_rng(4).bytes(4 << 20))'
-        truncate -s 400M xfs; PATH=$PATH:/sbin mkfs.xfs -q xfs
-        truncate -s 24M inner; printf 'label: gpt\\nsize=8MiB\\n\\n' | PATH=$PATH:/sbin sfdisk -q inner
+    host = """python3 -c 'from numpy.random import PCG64; PCG64(4).random_raw(1 << 19).tofile("random")'
+        truncate -s 400M xfs; mkfs.xfs -q xfs
+        truncate -s 24M inner; printf 'label: gpt\\nsize=8MiB\\n\\n' | sfdisk -q inner
         mkdir tree; cp random tree/one
-        PATH=$PATH:/sbin mke2fs -q -t ext4 -d tree -E offset=1048576 inner 8m; rm -r tree"""
+        mke2fs -q -t ext4 -d tree -E offset=1048576 inner 8m; rm -r tree"""
     made_in_turn = [
         (EXT4_LVM_RAID5, "raid5"),
         (DEGRADED, "degraded"),
