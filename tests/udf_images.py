@@ -40,6 +40,9 @@ class Volume:
     def kind(self, block: int) -> int:
         return int.from_bytes(self.get(block)[:2], "little")
 
+    def kinds(self) -> set[int]:
+        return {self.kind(at) for at in range(self.start, len(self.data) // SIZE)}
+
     def find(self, kind: int, last: bool = False) -> int:
         """The first block, or the last, that holds a descriptor of this kind."""
         there = [at for at in range(self.start, len(self.data) // SIZE) if self.kind(at) == kind]
@@ -85,12 +88,20 @@ def replaced(volume: Volume) -> None:
 
 
 def virtual(volume: Volume) -> None:
-    """A second session: the root was written anew behind the first one's end, then a new table."""
-    last = volume.find(266, last=True)
+    """A second session: the root was written anew behind the first one's end, then a new table, which says
+    where the old one lies."""
+    last = max(volume.find(kind, last=True) for kind in (261, 266) if kind in volume.kinds())
     root, table = volume.root(), volume.get(last)
     volume.put(last + 1, newest(volume.get(root), root - volume.start))
-    header = 216 + int.from_bytes(table[208:212], "little")
-    entries = header + int.from_bytes(table[header : header + 2], "little")
+    is_old = table[27] == 0
+    header = (
+        176 + int.from_bytes(table[168:172], "little")
+        if is_old
+        else 216 + int.from_bytes(table[208:212], "little")
+    )
+    entries = header + (0 if is_old else int.from_bytes(table[header : header + 2], "little"))
+    before = header + (int.from_bytes(table[56:64], "little") - 4 if is_old else 132)
+    table[before : before + 4] = (last - volume.start).to_bytes(4, "little")
     at = entries + 4 * (root - volume.start)
     table[at : at + 4] = (last + 1 - volume.start).to_bytes(4, "little")
     table[12:16] = (last + 2 - volume.start).to_bytes(4, "little")
@@ -118,6 +129,7 @@ def spared(volume: Volume) -> None:
 KINDS: dict[str, tuple[list[str], Callable[[Volume], None]]] = {
     "replaced": (["--media-type=hd", "--strategy=4096"], replaced),
     "virtual": (["--media-type=cdr"], virtual),
+    "virtualold": (["--media-type=cdr", "--udfrev=1.50"], virtual),
     "spared": (["--media-type=cdrw"], spared),
 }
 

@@ -381,24 +381,27 @@ def test_the_newest_state_counts(tmp_path: Path, name: str) -> None:
     assert root["uid"] == udf_images.NEWEST
     parts = bmap.extents.column("part").to_pylist()
     assert parts.count("ICB") == (6 if name == "replaced" else 0)
-    assert ("virtual allocation table" in " ".join(filter(None, parts))) == (name == "virtual")
+    assert ("virtual allocation table" in " ".join(filter(None, parts))) == ("virtual" in name)
     assert ("packet that sparing has moved" in parts) == (name == "spared")
 
 
 @pytest.mark.slow
 def test_a_kernel_sees_the_same_state() -> None:
+    """But that of UDF 1.50 with a virtual allocation table inside its entry: Linux takes what stands before
+    the table for a part of it."""
     need("mkudffs", "udftools")
     script = Path(udf_images.__file__)
     host = f"# {hashlib.sha256(script.read_bytes()).hexdigest()}\nexport PATH=$PATH:/sbin\n"
     look = "modprobe udf; mkdir -p /sysroot\n"
-    for name in udf_images.KINDS:
+    kinds = [name for name in udf_images.KINDS if name != "virtualold"]
+    for name in kinds:
         host += f"{sys.executable} {script} {name} {name}\n"
         look += f"mount -t udf -o ro /dev/disk/guestfs/{name} /sysroot; stat -c '{name} %u' /sysroot\n"
         look += "umount /sysroot\n"
-    folder = made("udfnew", dict.fromkeys(udf_images.KINDS, 0), [("host", host), ("sh", look)])
+    folder = made("udfnew", dict.fromkeys(kinds, 0), [("host", host), ("sh", look)])
     log = (folder / "log").read_text()
     assert re.findall(r"^(\w+) (\d+)$", log, re.MULTILINE) == [
-        (name, str(udf_images.NEWEST)) for name in udf_images.KINDS
+        (name, str(udf_images.NEWEST)) for name in kinds
     ]
 
 

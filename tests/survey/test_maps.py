@@ -9,6 +9,7 @@ import pytest
 import virt_bmap
 from support import need, run
 from virt_bmap.core.keys import parse
+from virt_bmap.core.reader import DiscSession
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.open.disks import Disks, nested
 from virt_bmap.survey import maps
@@ -36,7 +37,8 @@ def test_the_short_form_says_all_that_disks_say(monkeypatch: pytest.MonkeyPatch)
     asked: list[Disks] = []
     monkeypatch.setattr(maps, "mapped", lambda disks: asked.append(disks) or BlockMap)
     words = {"format": "qcow2", "references": True, "force_share": True, "keys": parse(["all:key:secret"]),
-             "nested": nested(["all"]), "host_offsets": True, "blocksize": 4096}  # fmt: skip
+             "nested": nested(["all"]), "host_offsets": True, "blocksize": 4096,
+             "session": DiscSession(2)}  # fmt: skip
     defaults = {field.name: field.default for field in fields(Disks) if field.default is not MISSING}
     short = inspect.signature(maps.map_disks).parameters.values()
     assert {one.name: one.default for one in short if one.name != "images"} == defaults

@@ -15,7 +15,7 @@ from virt_bmap.core import keys
 from virt_bmap.core.amounts import human
 from virt_bmap.core.errors import UsageError
 from virt_bmap.core.printable import say, to_json
-from virt_bmap.core.reader import SECTORS, Reader
+from virt_bmap.core.reader import SECTORS, DiscSession, Reader
 from virt_bmap.host import ours
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
@@ -49,12 +49,23 @@ def add_disk_options(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help=f"image format, instead of what its magic says: {', '.join(FORMATS)}",
     )
+    add_mapping_options(group)
+
+
+def add_mapping_options(group: "argparse._ArgumentGroup") -> None:
+    """What whoever maps disks can be told of them, whichever disks these are."""
     group.add_argument(
         "--blocksize",
         metavar="BYTES",
         type=int,
         choices=SECTORS,
         help="the disk's sectors, in which its DOS table counts: 512, 1024, 2048 or 4096 bytes",
+    )
+    group.add_argument(
+        "--session",
+        metavar="N|last|sector:N",
+        type=session,
+        help="of a disc that was written in sessions show this one (from 1), not what lies at its start",
     )
     add_trust_options(group)
     group.add_argument(
@@ -133,6 +144,7 @@ def opening_of(args: argparse.Namespace) -> Opening:
         references=args.references,
         force_share=args.force_share,
         blocksize=getattr(args, "blocksize", None),
+        session=getattr(args, "session", None),
     )
 
 
@@ -284,6 +296,17 @@ def add_result_options(
         help="write the result to a file instead: .csv, .parquet or .jsonl (JSON lines)",
     )
     add_force_option(parser, more)
+
+
+def session(text: str) -> DiscSession:
+    """The session that --session names."""
+    match = re.fullmatch(r"(last)|([1-9][0-9]{0,8})|sector:([0-9]{1,12})", text)
+    if not match:
+        raise UsageError(
+            f"--session {text}: a session is a number from 1, `last`, or `sector:N` for the one that begins "
+            "at sector N of 2,048 bytes"
+        )
+    return DiscSession(int(match[2] or 0), None if match[3] is None else int(match[3]))
 
 
 class ResultFile(Output):

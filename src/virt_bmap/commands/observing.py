@@ -30,7 +30,7 @@ def observe(args: argparse.Namespace, disks: Disks) -> Iterator[BlockMap]:
     if journal.seen and not args.quiet:
         say(f"resuming: {plural(len(journal.seen), 'file')} observed before")
     try:
-        with stages() as tell, session(sources, disks.keys, tell) as found:
+        with stages() as tell, session(sources, disks, tell) as found:
             bmap = observed_map(found, journal, tell)
         say_left(found.left)
         yield bmap

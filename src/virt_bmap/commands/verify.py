@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     disks = disks_of(args, args.disk)
     sources = [source(image, disks) for image in disks.images]
     with stages() as tell:
-        found, left = verify(sources, disks.keys, args.sample, args.seed, tell)
+        found, left = verify(sources, disks, args.sample, args.seed, tell)
     say_left(left)
     if args.json:
         print_json([_figures(device, verdict) for device, verdict in found])

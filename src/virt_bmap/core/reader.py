@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,14 @@ SECTORS = (512, 1024, 2048, 4096)
 """Bytes that sectors of disks have."""
 
 
+class DiscSession(NamedTuple):
+    """Which session of a disc that was written in several: the `number`th (0: the last one), or the one that
+    begins at this sector of 2,048 bytes."""
+
+    number: int = 0
+    sector: int | None = None
+
+
 class Reader:
     """Bytes [0, size) of something. Subclasses provide `_fetch`. Several threads may read."""
 
@@ -43,6 +52,8 @@ class Reader:
     """Bytes of a sector, where the device tells them, or the user."""
     is_sector_sure = False
     """Did the user say so?"""
+    session: DiscSession | None = None
+    """The one that the user wants to see."""
     in_use: str | None = None
     """Who may be changing it while it is read, in a few words."""
     marked: str | None = None

@@ -303,8 +303,9 @@ class FilesystemFormat(NamedTuple):
     `in_place`: metadata is where it belongs before anything refers to it, with no journal between. `moving`:
     of a filesystem's own metadata, the parts that take free blocks and give them back; all else lies where
     it was made.
-    `mount`: options with which a kernel shows all of it, None where it holds no files. `scratch`: its content
-    is worth nothing while no machine runs.
+    `mount`: options with which a kernel shows all of it, None where it holds no files. `session`: of what may
+    have been written in sessions, the option with which a kernel is told at which sector the one begins that
+    it is to show. `scratch`: its content is worth nothing while no machine runs.
 
     `checks` says what is proven; `prove(found, damage)` asks what a map does not need, only for `check`.
     """
@@ -327,6 +328,7 @@ class FilesystemFormat(NamedTuple):
     in_place: bool = False
     moving: tuple[str, ...] = ()
     mount: str | None = ""
+    session: str | None = None
     scratch: bool = False
 
 

@@ -5,15 +5,18 @@ from collections.abc import Iterator
 from virt_bmap.core.escape import escape
 from virt_bmap.formats import foreign
 from virt_bmap.formats import registry as formats
+from virt_bmap.formats.common.sessions import sector_of
 from virt_bmap.model.blockmap import BlockMap
 
 INSTALL = "apt-get install python3-guestfs linux-image-amd64, or dnf install python3-libguestfs"
 
 
-def mount_options(type: str) -> str | None:
-    """What a kernel is told beside the type, to show all of a filesystem; None where it holds no files."""
+def mount_options(type: str, features: str | None = None) -> str | None:
+    """What a kernel is told beside the type, to show all of a filesystem whose map has these features; None
+    where it holds no files."""
     if format := formats.filesystem(type):
-        return format.mount
+        sector = sector_of(features)
+        return f"{format.session}={sector}" if format.session and sector else format.mount
     return None if formats.volume(type) or type in foreign.HOLDERS else ""
 
 

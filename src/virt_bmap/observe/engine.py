@@ -19,6 +19,7 @@ from virt_bmap.ask.hits import grouped_union
 from virt_bmap.core.arrays import Int, union
 from virt_bmap.core.layers import raw
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.common.sessions import OLDER
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.observe import trace
@@ -244,14 +245,17 @@ def targets(
     found: list[ObservedVolume] = []
     left: dict[str, str] = {}
     names = bmap.volumes.column("name").to_pylist()
+    features = {row["volume"]: row["features"] for row in bmap.filesystems.to_pylist()}
     for mountable, type in appliance.call("list_filesystems").items():
         if mountable.startswith("btrfsvol:"):
             continue  # its top-level volume shows all subvolumes
         volume = _volume(appliance, bmap, mountable, names)
-        if type in ("", "unknown") or (options := mount_options(type)) is None:
+        if type in ("", "unknown") or (options := mount_options(type, features.get(volume))) is None:
             continue
         if volume is None:
             left[mountable] = f"{type}, on a device that this map does not have"
+        elif OLDER in (features.get(volume) or ""):
+            left[mountable] = f"{type}, of which a kernel shows the newest state, whatever the session"
         else:
             found.append(
                 ObservedVolume(

@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap.core.arrays import union
 from virt_bmap.core.errors import BmapError, UsageError
-from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.reader import Reader
 from virt_bmap.host.leftovers import private_folder
 from virt_bmap.model import tables
@@ -20,7 +20,7 @@ from virt_bmap.observe.disks import ServedDisks, watched
 from virt_bmap.observe.engine import Observed, ObservedVolume, Observer
 from virt_bmap.observe.files import ListedName, Listing, listed
 from virt_bmap.observe.journal import Journal
-from virt_bmap.open.disks import Disks
+from virt_bmap.open.disks import NOTHING, Disks
 from virt_bmap.serve.serve import Source
 from virt_bmap.survey.maps import opened
 
@@ -45,17 +45,15 @@ class Session(NamedTuple):
 
 
 @contextlib.contextmanager
-def session(
-    sources: Sequence[Source], keys: Keys = NO_KEYS, tell: Tell = lambda *_: None
-) -> Iterator[Session]:
-    """Serve the disks and launch an appliance over them, until the block ends.
+def session(sources: Sequence[Source], said: Disks, tell: Tell = lambda *_: None) -> Iterator[Session]:
+    """Serve the disks, of which this is said, and launch an appliance over them, until the block ends.
 
     Raises MissingTool, and ImageError where it does not start.
     """
     with contextlib.ExitStack() as stack:
         disks = stack.enter_context(watched(sources))
         # what the appliance writes when it recovers a journal is in these readers, too
-        bmap, volumes = stack.enter_context(opened(Disks(disks.uris, keys=keys)))
+        bmap, volumes = stack.enter_context(opened(replace(said, images=disks.uris, nested=NOTHING)))
         disks.appliance_comes()
         folder = stack.enter_context(private_folder())
         tell("launching the appliance", 0, 0)

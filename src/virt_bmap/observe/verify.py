@@ -3,23 +3,23 @@
 from collections.abc import Sequence
 
 from virt_bmap.core.errors import UsageError
-from virt_bmap.core.keys import Keys
 from virt_bmap.model import tables
 from virt_bmap.observe.appliance import CallFailed
 from virt_bmap.observe.judge import Agreement, Judge
 from virt_bmap.observe.session import Session, Tell, mounted, observe_files, sample, session
+from virt_bmap.open.disks import Disks
 from virt_bmap.serve.serve import Source
 
 
 def verify(
-    sources: Sequence[Source], keys: Keys, count: int | None, seed: int, tell: Tell
+    sources: Sequence[Source], said: Disks, count: int | None, seed: int, tell: Tell
 ) -> tuple[list[tuple[str, Agreement]], dict[str, str]]:
     """Compare `count` files (all where it is None) of each filesystem that has a reader: (device, verdict) of
     each, and the devices left out with the reason.
 
     Raises UsageError where nothing can be compared, MissingTool and ImageError where no appliance can be had.
     """
-    with session(sources, keys, tell) as found:
+    with session(sources, said, tell) as found:
         direct = set(found.bmap.filesystems.column("volume").to_pylist())
         result = []
         for target in found.targets:

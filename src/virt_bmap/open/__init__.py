@@ -29,6 +29,12 @@ def open_image(image: str, opening: Opening = SAFELY, status: Sequence[str] | No
     `status`, where given, asks NBD servers (qemu-nbd included) for these metadata contexts, and for
     allocation where they tell it. Raises ImageError, and MissingTool where qemu-nbd is needed and not there.
     """
+    reader = _open(image, opening, status)
+    opening.tell(reader)
+    return reader
+
+
+def _open(image: str, opening: Opening, status: Sequence[str] | None) -> Reader:
     if magic.is_uri(image):
         if status is not None:
             from virt_bmap.open.status import StatusReader
@@ -71,6 +77,4 @@ def open_disks(
         for image in images:
             disks.append(open_image(image, opening, status))
             stack.callback(disks[-1].close)
-            if opening.blocksize:
-                disks[-1].sector, disks[-1].is_sector_sure = opening.blocksize, True
         yield disks

@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 from virt_bmap.core.keys import NO_KEYS, Keys
+from virt_bmap.core.reader import DiscSession, Reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +18,17 @@ class Opening:
     """An image may consist of further files: backing files, external data files, VMDK extents."""
     blocksize: int | None = None
     """Bytes of a sector of the disks; None to go by what lies there, or by what a device tells."""
+    session: DiscSession | None = None
+    """The session that is shown of discs that were written in several; None for what lies at their start."""
     force_share: bool = False
     """Images in QEMU's formats are read even while QEMU has them open for writing: what is read may then mix
     several states."""
+
+    def tell(self, disk: Reader) -> None:
+        """What a person says of the disk itself goes with its reader, to whom it concerns."""
+        if self.blocksize:
+            disk.sector, disk.is_sector_sure = self.blocksize, True
+        disk.session = self.session
 
 
 SAFELY = Opening()

@@ -47,8 +47,7 @@ class Host(Chains):
         if key not in self._known:
             reader = open_image(path) if magic.is_uri(path) else RawReader(path)
             self._stack.callback(reader.close)
-            if self.opening.blocksize:
-                reader.sector, reader.is_sector_sure = self.opening.blocksize, True
+            self.opening.tell(reader)
             self._known[key] = len(self.files)
             self.files.append(reader)
             self.paths.append(path if magic.is_uri(path) else os.path.abspath(path))

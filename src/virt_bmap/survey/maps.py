@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from virt_bmap.core.errors import ImageError
 from virt_bmap.core.keys import NO_KEYS, Keys
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import DiscSession, Reader
 from virt_bmap.host.looked_at import open_looked_at
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import NOTHING_MORE, Asks
@@ -54,6 +54,7 @@ def map_disks(
     references: bool = False,
     force_share: bool = False,
     blocksize: int | None = None,
+    session: DiscSession | None = None,
     keys: Keys = NO_KEYS,
     nested: Nested = NOTHING,
     host_offsets: bool = False,
@@ -61,7 +62,7 @@ def map_disks(
     """The map of `Disks(images, ...)`, where that is all that is wanted. Raises as `opened` does."""
     disks = Disks(
         images, format=format, references=references, force_share=force_share, blocksize=blocksize,
-        keys=keys, nested=nested, host_offsets=host_offsets,
+        session=session, keys=keys, nested=nested, host_offsets=host_offsets,
     )  # fmt: skip
     return mapped(disks)
 

@@ -222,6 +222,10 @@ class _Survey:
             raise UsageError(
                 f"no file {os.fsdecode(absent[0])!r} on any filesystem of these disks, to open it as a disk"
             )
+        if any(volume.reader.session for volume in self.volumes) and not any(
+            format.session for _, format in self.found
+        ):
+            raise UsageError("--session: no disc (ISO 9660 or UDF) is among these disks")
         rows = Rows.concat([volume.rows for volume in self.volumes if volume.rows is not None])
         inside = Groups(rows, rows.parent)
         self._note_covered()

@@ -5,7 +5,7 @@ continuation areas, path tables, the boot catalog and the images that it names. 
 where there is any, else from Joliet, else from the plain tree without `;1`; directories of the other trees
 are metadata. ISO 9660 has neither inode numbers nor an allocator: a directory's inode is the byte offset of
 its content, any other file's the offset of its (first) directory record, as Linux does; what nothing refers
-to is `unreferenced` (old sessions, HFS catalogs of hybrid discs, a second set of descriptors, padding). A
+to is `unreferenced` (other sessions, HFS catalogs of hybrid discs, a second set of descriptors, padding). A
 record for each name means that hard links are inodes of their own whose bytes are SHARED. The target of a
 symbolic link lies in system use entries, in pieces: its rows are INLINE without a file offset.
 
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from virt_bmap.core.arrays import complement
 from virt_bmap.core.errors import Unsupported
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.filesystems.iso9660 import sessions
 from virt_bmap.formats.filesystems.iso9660.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.filesystems.iso9660.inodes import (
     FileRecords,
@@ -33,7 +34,6 @@ from virt_bmap.formats.filesystems.iso9660.names import (
 from virt_bmap.formats.filesystems.iso9660.owners import add_boot, add_content, add_metadata
 from virt_bmap.formats.filesystems.iso9660.superblock import (
     FIRST_DESCRIPTOR,
-    later_sessions,
     read_descriptors,
 )
 from virt_bmap.model import tables
@@ -68,7 +68,12 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
             f"{reader.name}: a High Sierra volume, the format before ISO 9660, is not supported",
             FIRST_DESCRIPTOR,
         )
-    found = read_descriptors(reader)
+    return read_session(reader, sessions.wanted(reader), damage)
+
+
+def read_session(reader: Reader, start: int, damage: Damage) -> Filesystem:
+    """The tables of the session that begins at byte `start`."""
+    found = read_descriptors(reader, start)
     walks = [(tree, walk(reader, found.block_size, tree, damage)) for tree in distinct(found.trees)]
     main = main_tree(walks)
     files = FileRecords(main[0], main[1], found.block_size)
@@ -77,9 +82,10 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     hidden_files(files, [other for tree, other in walks if tree is not main[0]], damage)
     owned = add_content(rows, reader, found, files, owned, damage)
     owned = add_boot(rows, reader, found, owned, damage)
-    size = min(reader.size, max(found.size, int(owned[1].max(initial=0))))
-    damage.ends_early(found.size, reader.size, NOTE)
-    later_sessions(reader, size, damage)
+    end = start + found.size
+    size = min(reader.size, max(end, int(owned[1].max(initial=0))))
+    damage.ends_early(end, reader.size, NOTE)
+    sessions.say_others(reader, start, size, damage)
     low, high = complement(*owned, 0, size)
     rows.add(tables.UNREFERENCED, low, high - low)
     features = features_of(reader, found, main[1], walks, files)
@@ -109,4 +115,5 @@ FORMAT = FilesystemFormat(
     structures=_structures,
     inode=INODE,
     target=target,
+    session="sbsector",
 )

@@ -9,13 +9,13 @@ FEATURES = (
     "Rock Ridge with continuation areas and relocated directories", "Joliet", "multi-extent files",
     "interleaved files", "associated files as a stream", "extended attribute records", "path tables",
     "El Torito boot catalogs and images", "isohybrid system areas", "zisofs (as compressed)",
-    "hard links (as shared)",
+    "hard links (as shared)", "any session of a disc that was written in several (`--session`)",
 )  # fmt: skip
 
 
 REFUSED = (
     "High Sierra",
-    "earlier sessions of a multi-session disc (unreferenced), later ones after it (named)",
+    "the sessions of a disc that are not shown: earlier ones are unreferenced, later ones named",
     "HFS of hybrid discs (unreferenced)",
 )
 

@@ -6,6 +6,7 @@ import pyarrow.compute as pc
 
 from virt_bmap.core.arrays import EMPTY, Bool, Int, expand, ints
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.common.sessions import feature
 from virt_bmap.formats.filesystems.iso9660.names import ASSOCIATED, DIRECTORY, MULTI_EXTENT, Walk
 from virt_bmap.formats.filesystems.iso9660.superblock import (
     Descriptors,
@@ -29,7 +30,7 @@ def features_of(
         "zisofs": bool((files.real_size >= 0).any()), "isohybrid": system[510:512] == b"\x55\xaa",
         "apple-hybrid": system[:2] == b"ER",
     }  # fmt: skip
-    return [name for name, there in known.items() if there]
+    return [*(name for name, there in known.items() if there), *feature(found.start)]
 
 
 class FileRecords:

@@ -41,8 +41,10 @@ def add_metadata(
         SYSTEM_AREA,
         part="isohybrid system area" if system[510:] == b"\x55\xaa" else "system area",
     )
-    rows.add(tables.METADATA, FIRST_DESCRIPTOR, found.end - FIRST_DESCRIPTOR, part="volume descriptors")
-    owned: tuple[Int, Int] = (ints(0), ints(found.end))
+    own, first = max(found.start, SYSTEM_AREA), found.start + FIRST_DESCRIPTOR
+    rows.add(tables.BOOT, own, first - own, part="system area of the session")
+    rows.add(tables.METADATA, first, found.end - first, part="volume descriptors")
+    owned = union(*sorted_ranges([(0, SYSTEM_AREA), (own, found.end)]))
     for tree, seen in walks:
         low, size = seen.directories
         high = np.minimum(low + _whole(size, found.block_size), reader.size)

@@ -9,21 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import EMPTY, Int, ints
+from virt_bmap.core.arrays import Int, ints
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, records, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.core.stored import held
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import WARNING
 
 SECTOR = 2048
 FIRST_DESCRIPTOR = 16 * SECTOR
-PRIMARY_VOLUME = np.frombuffer(b"\1CD001\1", np.uint8)
-ROOT_AT = 158
-"""Where a volume descriptor says at which block the root directory lies."""
-MAX_AFTER = 64 << 20
-"""Bytes after the volume that are searched for later sessions: what stands between two is some 20 MiB."""
 MAX_DESCRIPTORS = 100
 """As Linux: descriptors looked at before giving up on a terminator."""
 BOOT_RECORD, PRIMARY, SUPPLEMENTARY, TERMINATOR = 0, 1, 2, 255
@@ -77,8 +71,10 @@ class DirectoryTree(NamedTuple):
 
 @dataclass
 class Descriptors:
-    """What the volume descriptors say; offsets and sizes in bytes."""
+    """What the volume descriptors of the session that begins at byte `start` say; offsets and sizes in
+    bytes, the size counted from there."""
 
+    start: int
     block_size: int
     size: int
     label: str | None
@@ -96,11 +92,12 @@ class BootImage(NamedTuple):
     name: str
 
 
-def read_descriptors(reader: Reader) -> Descriptors:
-    """All descriptors from sector 16 up to the terminator, those of a UDF bridge after it included in
-    `end`."""
-    count = max(0, min(MAX_DESCRIPTORS, (reader.size - FIRST_DESCRIPTOR) // SECTOR))
-    sectors = reader.read_blocks(FIRST_DESCRIPTOR + SECTOR * np.arange(count, dtype=np.int64), SECTOR)
+def read_descriptors(reader: Reader, start: int = 0) -> Descriptors:
+    """All descriptors from sector 16 of the session up to the terminator, those of a UDF bridge after it
+    included in `end`."""
+    place = start + FIRST_DESCRIPTOR
+    count = max(0, min(MAX_DESCRIPTORS, (reader.size - place) // SECTOR))
+    sectors = reader.read_blocks(place + SECTOR * np.arange(count, dtype=np.int64), SECTOR)
     table = records(sectors, VOLUME)
     ours = table["standard_identifier"] == b"CD001"
     last = int(np.argmin(ours)) if not ours.all() else count
@@ -109,14 +106,14 @@ def read_descriptors(reader: Reader) -> Descriptors:
     primary = [row for row in table[:last] if row["type"] == PRIMARY]
     if not primary:
         raise Corrupt(f"{reader.name}: no primary volume descriptor among the {last} descriptors from "
-            "byte 0x8000 on, so there is no root "
-                      "directory to start from", FIRST_DESCRIPTOR)  # fmt: skip
+            f"byte {place:#x} on, so there is no root "
+                      "directory to start from", place)  # fmt: skip
     main = primary[0]
     block_size = int(main["logical_block_size"])
     if block_size not in (512, 1024, 2048, 4096):
-        raise Corrupt(f"{reader.name}: logical_block_size at byte {FIRST_DESCRIPTOR + 128:#x} is "
+        raise Corrupt(f"{reader.name}: logical_block_size at byte {place + 128:#x} is "
             f"{block_size}, not 512, 1024, 2048 or 4096",
-                      FIRST_DESCRIPTOR + 128)  # fmt: skip
+                      place + 128)  # fmt: skip
     supplementary = [row for row in table[:last] if row["type"] == SUPPLEMENTARY]
     trees = [_tree("ISO 9660", main, block_size)]
     trees += [
@@ -134,8 +131,8 @@ def read_descriptors(reader: Reader) -> Descriptors:
         end += 1
     joliet = next((row for row in supplementary if is_joliet(row)), None)
     return Descriptors(
-        block_size, int(main["volume_space_size"]) * block_size, _label(main, joliet), _uuid(main), trees,
-        FIRST_DESCRIPTOR + end * SECTOR, catalogs,
+        start, block_size, int(main["volume_space_size"]) * block_size, _label(main, joliet), _uuid(main),
+        trees, place + end * SECTOR, catalogs,
     )  # fmt: skip
 
 
@@ -235,22 +232,3 @@ def _boot_image(reader: Reader, entry: np.void, platform: str) -> BootImage | No
 def sorted_ranges(ranges: list[tuple[int, int]]) -> tuple[Int, Int]:
     """Pairs (start, end) as two arrays."""
     return ints([start for start, _ in ranges] or []), ints([end for _, end in ranges] or [])
-
-
-def later_sessions(reader: Reader, end: int, damage: Damage) -> None:
-    """Say where sessions begin that were written after this one, at byte `end`: a drive shows the last one.
-
-    Their blocks are counted from the first session's start, so that an image that merely lies there is none.
-    """
-    start = -(-end // SECTOR) * SECTOR
-    length = max(0, min(reader.size - start, MAX_AFTER))
-    found = []
-    for at, raw in held(reader, ints(start), ints(length // SECTOR * SECTOR), MAX_AFTER):
-        skip = -at % SECTOR
-        data = raw[skip : skip + (len(raw) - skip) // SECTOR * SECTOR].reshape(-1, SECTOR)
-        rows = np.flatnonzero((data[:, :7] == PRIMARY_VOLUME).all(axis=1))
-        sector = (start + at + skip) // SECTOR + rows
-        root = data[rows, ROOT_AT : ROOT_AT + 4].copy().view("<u4")[:, 0]
-        found.append((sector - FIRST_DESCRIPTOR // SECTOR)[root > sector] * SECTOR)
-    what = "later [session begins|sessions begin] after this volume; [its|their] files are not shown"
-    damage.add("hidden", what, np.concatenate([EMPTY, *found]), severity=WARNING)

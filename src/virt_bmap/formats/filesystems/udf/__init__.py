@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import FormatError
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.common.sessions import LATER
 from virt_bmap.formats.filesystems.udf import inodes as entries
-from virt_bmap.formats.filesystems.udf import superblock
+from virt_bmap.formats.filesystems.udf import sessions, superblock
 from virt_bmap.formats.filesystems.udf.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.filesystems.udf.links import target
 from virt_bmap.formats.filesystems.udf.owners import (
@@ -38,6 +39,7 @@ from virt_bmap.model.contract import (
     Structures,
 )
 from virt_bmap.model.damage import Damage
+from virt_bmap.model.problems import WARNING
 
 NAME = "udf"
 INODE = "the byte of the volume at which its ICB lies"
@@ -59,22 +61,20 @@ def probe(reader: Reader) -> bool:
 
 
 def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
-    """All tables of the volume, or of the ISO 9660 volume beside it where that owns as much.
-
-    Raises Corrupt and Unsupported.
-    """
-    if not superblock.recognised(reader)[2]:
-        return read_alone(reader, damage)
+    """All tables of the session that is wanted, of the ISO 9660 volume in it where that owns as much."""
+    start, state = sessions.wanted(reader)
+    if superblock.is_alone(reader, start):
+        return read_alone(reader, damage, start, state)
     from virt_bmap.formats.filesystems.udf import bridge
 
-    return bridge.read(reader, others, damage)
+    return bridge.read(reader, damage, start, state)
 
 
-def read_alone(reader: Reader, damage: Damage) -> Filesystem:
-    """The UDF volume, whatever lies beside it."""
-    disk = superblock.read_volume(reader, damage)
+def read_alone(reader: Reader, damage: Damage, start: int = 0, state: int = 0) -> Filesystem:
+    """The UDF volume, whatever lies beside it; `start` and `state` as `sessions.wanted` gives them."""
+    disk = superblock.read_volume(reader, damage, start)
     rows = tables.ExtentRows()
-    open_partitions(reader, disk, rows, damage)
+    open_partitions(reader, disk, rows, damage, state)
     place, file_set = superblock.read_file_set(reader, disk)
     partition, block = ints(int(file_set["RootPartition"])), ints(int(file_set["RootBlock"]))
     found, extents, names, beside = walk_tree(reader, disk, partition, block, rows, damage)
@@ -85,15 +85,15 @@ def read_alone(reader: Reader, damage: Damage) -> Filesystem:
     add_structures(rows, reader, disk, place)
     add_free(rows, reader, disk, damage)
     root = int(disk.places(partition, block)[0])
-    ends = [part.start + part.length * disk.block_size for part in disk.partitions if not part.below]
-    size = min(reader.size, max([*ends, *(end for _, _, end in disk.areas)]))
+    size = min(reader.size, max([disk.end, *(end for _, _, end in disk.areas)]))
+    damage.add("hidden", LATER, sessions.later(reader, disk), severity=WARNING)
     extent_table = tiled(rows.table(0), disk, size)
-    state = tables.CLEAN if disk.closed else tables.IN_USE
     return Filesystem(
-        type=NAME, size=size, block_size=disk.block_size, root=root, state=state, reader=reader,
+        type=NAME, size=size, block_size=disk.block_size, root=root,
+        state=tables.CLEAN if disk.closed else tables.IN_USE, reader=reader,
         inodes=inode_table(found), names=names, extents=extent_table, uuid=disk.uuid,
         label=disk.label or None,
-        features=f"UDF{disk.revision >> 8:x}.{disk.revision & 0xFF:02x}" if disk.revision else None,
+        features=" ".join(sessions.features(disk)) or None,
     )  # fmt: skip
 
 
@@ -116,4 +116,5 @@ FORMAT = FilesystemFormat(
     structures=_structures,
     inode=INODE,
     target=target,
+    session="session",
 )

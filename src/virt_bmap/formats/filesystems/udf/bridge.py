@@ -5,8 +5,6 @@ The tree that owns more bytes of files; ISO 9660 where both own the same, since 
 file. What the other one alone owns is named.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 
@@ -21,16 +19,19 @@ from virt_bmap.model.damage import Damage
 NOBODYS = (tables.FREE, tables.UNREFERENCED)
 
 
-def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem:
-    """The one of the two volumes that holds more. Raises what ISO 9660's reader does."""
+def read(reader: Reader, damage: Damage, start: int = 0, state: int = 0) -> Filesystem:
+    """The one of the two volumes that holds more, in the session that begins at byte `start`, which may have
+    no UDF volume; `state` as in `read_alone`. Raises what ISO 9660's reader does."""
+    if start and not udf.superblock.recognised(reader, start)[0]:
+        return iso9660.read_session(reader, start, damage)
     of_udf, of_iso = Damage(), Damage()
     try:
-        found = udf.read_alone(reader, of_udf)
+        found = udf.read_alone(reader, of_udf, start, state)
     except FormatError as error:
-        other = iso9660.read(reader, others, damage)
+        other = iso9660.read_session(reader, start, damage)
         damage.say("beside", f"the UDF volume beside it is not read: {error}")
         return other
-    other = iso9660.read(reader, others, of_iso)
+    other = iso9660.read_session(reader, start, of_iso)
     has_more = _content(found) > _content(other)
     damage.take(of_udf if has_more else of_iso)
     return beside(found, other) if has_more else beside(other, found)

@@ -16,6 +16,7 @@ FEATURES = (
     ),
     "sparse and preallocated files, hard links, symbolic links, devices, names in 8 and 16 bits",
     "space bitmaps and tables of unallocated space; both descriptor sequences and all anchors",
+    "any session of a disc that was written in several, and what any VAT shows (`--session`)",
     "bridge discs with ISO 9660: the tree with more content is mapped, the other one's structures are named",
 )
 

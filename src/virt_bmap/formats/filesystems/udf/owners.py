@@ -1,24 +1,30 @@
 """Who owns the volume's blocks, and which ones the partitions call free."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow as pa
 
-from virt_bmap.core.arrays import EMPTY, Int, complement, ints, subtract, union
+from virt_bmap.core.arrays import EMPTY, Bytes, Int, complement, ints, subtract, union
 from virt_bmap.core.columns import take
 from virt_bmap.core.errors import Corrupt
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import DiscSession, Reader
 from virt_bmap.core.stored import afford
+from virt_bmap.formats.common import sessions
 from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.udf import inodes as entries
 from virt_bmap.formats.filesystems.udf import superblock
 from virt_bmap.formats.filesystems.udf.inodes import EntryBatch, Extents, FileEntries
+from virt_bmap.formats.filesystems.udf.sessions import later
 from virt_bmap.formats.filesystems.udf.superblock import LogicalVolume, Partition
 from virt_bmap.model import tables
 from virt_bmap.model.damage import Damage
 
 VAT_WITHIN = 4
 """Blocks at the end in which the virtual allocation table's ICB may lie: Linux' udf_find_vat_block()."""
-VAT_TAIL = 36
+VAT_TAIL, VAT_BEFORE = 36, 132
+"""Bytes after the numbers of a table of UDF 1.50; and where the header of a later one says where the table
+before it lies."""
 STEP, MOST_ZEROES = 1 << 20, 1 << 30
 """Bytes: how the end of what was written is looked for, and in how many zeroes at most, since servers do not
 tell what is stored."""
@@ -55,8 +61,14 @@ def add_content(
     )
 
 
-def open_partitions(reader: Reader, disk: LogicalVolume, rows: tables.ExtentRows, damage: Damage) -> None:
-    """Where the blocks of partitions lie that are files of others."""
+def open_partitions(
+    reader: Reader, disk: LogicalVolume, rows: tables.ExtentRows, damage: Damage, state: int = 0
+) -> None:
+    """Where the blocks of partitions lie that are files of others; `state`: by which of the virtual
+    allocation tables, from 1, which was the first to be written (0: the last one). UsageError where there are
+    not as many."""
+    if state and not any(part.below and part.metadata_map is None for part in disk.partitions):
+        sessions.begin(reader, DiscSession(state), lambda: [0])
     for part in disk.partitions[:]:
         if part.below is None:
             continue
@@ -67,45 +79,88 @@ def open_partitions(reader: Reader, disk: LogicalVolume, rows: tables.ExtentRows
             reference = len(disk.partitions)
             disk.partitions.append(part.below)  # after those that references count
         if part.metadata_map is None:
-            _open_virtual(reader, disk, part, reference, rows)
+            _open_virtual(reader, disk, part, reference, rows, state)
         else:
             _open_metadata(reader, disk, part, part.metadata_map, reference, rows, damage)
 
 
+class VirtualTable(NamedTuple):
+    """A virtual allocation table: the block of its ICB in the partition below, where each block of the
+    virtual partition lies there, and the block of the ICB of the table before it."""
+
+    block: int
+    blocks: Int
+    before: int
+    found: EntryBatch
+
+
 def _open_virtual(
-    reader: Reader, disk: LogicalVolume, part: Partition, reference: int, rows: tables.ExtentRows
+    reader: Reader, disk: LogicalVolume, part: Partition, reference: int, rows: tables.ExtentRows, state: int
 ) -> None:
-    """The virtual allocation table, whose ICB is the last block that was written: where each block of the
-    partition lies in the one below. Raises Corrupt where there is none."""
+    """Where each block of the partition lies in the one below. Raises Corrupt where no table says so,
+    UsageError where there are not as many as `state`."""
     size, below = disk.block_size, disk.partitions[reference]
-    last = (min(reader.size, _last_written(reader)) - below.start - 1) // size
-    tried = np.arange(last, max(-1, last - VAT_WITHIN), -1)
-    for block in tried[tried < below.length].tolist():
-        for found in entries.read_entries(reader, disk, ints(reference), ints(block), Damage()):
-            table = _virtual_table(reader, found)
-            if table is None:
-                continue
-            rows.add(
-                tables.METADATA, found.entries.record, size, part="file entry of the virtual allocation table"
-            )
-            out = take(found.extents, np.flatnonzero(found.extents.embedded == 0))
-            rows.add(tables.METADATA, out.start, out.length, part="virtual allocation table")
-            there = np.flatnonzero(table < below.length)
-            new = np.append(True, (np.diff(there) != 1) | (np.diff(table[there]) != 1))[: len(there)]
-            first = there[new]
-            count = np.diff(np.append(np.flatnonzero(new), len(there)))
-            part.runs, part.length = (first, below.start + table[first] * size, count), len(table)
-            return
-    raise Corrupt(f"{reader.name}: no virtual allocation table ends what was written", last * size)
+    table = _last_table(reader, disk, reference, reader.size)
+    for end in later(reader, disk)[:1].tolist() if table is None else []:
+        table = _last_table(reader, disk, reference, end)
+    if table is None:
+        raise Corrupt(f"{reader.name}: no virtual allocation table ends what was written", _written(reader))
+    if state:
+        table = _earlier(reader, disk, reference, table, state)
+        disk.virtual = below.start + table.block * size
+    what = "virtual allocation table"
+    rows.add(tables.METADATA, table.found.entries.record, size, part=f"file entry of the {what}")
+    out = take(table.found.extents, np.flatnonzero(table.found.extents.embedded == 0))
+    rows.add(tables.METADATA, out.start, out.length, part=what)
+    there = np.flatnonzero(table.blocks < below.length)
+    new = np.append(True, (np.diff(there) != 1) | (np.diff(table.blocks[there]) != 1))[: len(there)]
+    first = there[new]
+    count = np.diff(np.append(np.flatnonzero(new), len(there)))
+    part.runs = first, below.start + table.blocks[first] * size, count
+    part.length = len(table.blocks)
 
 
-def _virtual_table(reader: Reader, found: EntryBatch) -> Int | None:
-    """The table that this file holds, as blocks of the partition below; None where it is another file.
+def _last_table(reader: Reader, disk: LogicalVolume, reference: int, end: int) -> VirtualTable | None:
+    """The table whose ICB is the last block that was written before byte `end`."""
+    last = (_written(reader, end) - disk.partitions[reference].start - 1) // disk.block_size
+    tried = range(last, max(-1, last - VAT_WITHIN), -1)
+    found = (_virtual_table(reader, disk, reference, block) for block in tried)
+    return next((one for one in found if one), None)
+
+
+def _earlier(
+    reader: Reader, disk: LogicalVolume, reference: int, newest: VirtualTable, state: int
+) -> VirtualTable:
+    """The table that was the `state`th to be written: each says where the one before it lies."""
+    places, one = [newest.block], newest
+    while (before := one.before) < one.block:
+        found = _virtual_table(reader, disk, reference, before)
+        if found is None:
+            break
+        places.append(before)
+        one = found
+    below = disk.partitions[reference]
+    starts = [below.start + block * disk.block_size for block in reversed(places)]
+    sessions.begin(reader, DiscSession(state), lambda: starts)
+    chosen = _virtual_table(reader, disk, reference, places[-state])
+    assert chosen
+    return chosen
+
+
+def _virtual_table(reader: Reader, disk: LogicalVolume, reference: int, block: int) -> VirtualTable | None:
+    """The table whose ICB is this block of the partition below; None where that is another file.
 
     UDF 2.60, 2.2.11: a header says how long it is, then one number for each block. UDF 1.50, 2.2.10: the
     numbers, then the name of the table and where the one before it lies.
     """
-    if len(found.entries.inode) != 1 or found.entries.file_type[0] not in (entries.VAT, entries.VAT_150):
+    if not 0 <= block < disk.partitions[reference].length:
+        return None
+    found = next(entries.read_entries(reader, disk, ints(reference), ints(block), Damage()), None)
+    if (
+        found is None
+        or len(found.entries.inode) != 1
+        or found.entries.file_type[0] not in (entries.VAT, entries.VAT_150)
+    ):
         return None
     order = np.argsort(found.extents.file_offset)
     start, length = found.extents.start[order], found.extents.length[order]
@@ -113,19 +168,25 @@ def _virtual_table(reader: Reader, found: EntryBatch) -> Int | None:
     afford(reader, size, "a virtual allocation table")
     data = reader.read_ranges(start, length)[:size]
     if found.entries.file_type[0] == entries.VAT:
-        data = data[int.from_bytes(data[:2].tobytes(), "little") :]
+        before = _number(data[VAT_BEFORE : VAT_BEFORE + 4])
+        data = data[_number(data[:2]) :]
     else:
-        name = data[max(0, size - VAT_TAIL) :].tobytes()[1:]
-        if not name.startswith(b"*UDF Virtual Alloc Tbl"):
+        tail = data[max(0, size - VAT_TAIL) :]
+        if not tail.tobytes()[1:].startswith(b"*UDF Virtual Alloc Tbl"):
             return None
-        data = data[: size - VAT_TAIL]
-    return data[: len(data) // 4 * 4].view("<u4").astype(np.int64)
+        before, data = _number(tail[-4:]), data[: size - VAT_TAIL]
+    return VirtualTable(block, data[: len(data) // 4 * 4].view("<u4").astype(np.int64), before, found)
 
 
-def _last_written(reader: Reader) -> int:
-    """Where the zeroes begin that the image ends in."""
-    _, ends = reader.stored()
-    end = int(ends.max(initial=0))
+def _number(data: Bytes) -> int:
+    return int.from_bytes(data.tobytes(), "little")
+
+
+def _written(reader: Reader, end: int | None = None) -> int:
+    """Where the zeroes begin that lie before byte `end`, or that the image ends in."""
+    starts, ends = reader.stored()
+    end = min(reader.size if end is None else end, reader.size)
+    end = int(np.minimum(ends, end)[starts < end].max(initial=0))
     least = max(0, end - MOST_ZEROES)
     while end > least:
         start = max(0, end - STEP)
@@ -184,21 +245,20 @@ def _open_metadata(
 
 
 def add_structures(rows: tables.ExtentRows, reader: Reader, disk: LogicalVolume, file_set: int) -> None:
-    _, end, _ = superblock.recognised(reader)
+    _, end, _ = superblock.recognised(reader, disk.start)
+    first = disk.start + superblock.RECOGNITION
+    own = max(disk.start, superblock.RECOGNITION)
     rows.add(tables.BOOT, 0, superblock.RECOGNITION, part="system area")
-    rows.add(
-        tables.METADATA,
-        superblock.RECOGNITION,
-        end - superblock.RECOGNITION,
-        part="volume recognition sequence",
-    )
+    rows.add(tables.BOOT, own, first - own, part="system area of the session")
+    rows.add(tables.METADATA, first, end - first, part="volume recognition sequence")
     rows.add(tables.METADATA, file_set, disk.block_size, part="file set descriptor")
 
 
 def add_free(rows: tables.ExtentRows, reader: Reader, disk: LogicalVolume, damage: Damage) -> None:
     """What the partitions' own bitmaps and tables call free.
 
-    Where nothing can be written any more, nobody has to keep them: they are not an allocator's word.
+    Where nothing can be written any more, nobody has to keep them: they are not an allocator's word; nor is
+    one session's, of a disc that has several.
     """
     plain = {part.number: at for at, part in reversed([*enumerate(disk.partitions)]) if not part.below}
     for one in disk.descriptors:
@@ -206,7 +266,8 @@ def add_free(rows: tables.ExtentRows, reader: Reader, disk: LogicalVolume, damag
         if number < 0:  # of no logical volume
             continue
         part = disk.partitions[number]
-        kind = tables.FREE if int(one["AccessType"]) in superblock.REWRITABLE else tables.UNREFERENCED
+        is_word = int(one["AccessType"]) in superblock.REWRITABLE and not disk.start
+        kind = tables.FREE if is_word else tables.UNREFERENCED
         for name in ("UnallocatedSpaceBitmap", "FreedSpaceBitmap"):
             length, block = (int(value) for value in one[name])
             length &= 0x3FFFFFFF

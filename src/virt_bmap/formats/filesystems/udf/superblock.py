@@ -118,6 +118,16 @@ class LogicalVolume:
     held: list[tuple[str, Int, Int]] = field(default_factory=list)
     """(what, starts, ends) of files that others' blocks lie in: a metadata partition's."""
     closed: bool = True
+    start: int = 0
+    """Where the session begins whose descriptors these are."""
+    virtual: int = 0
+    """Where the file entry of the virtual allocation table lies that counts, if that is not the last one."""
+
+    @property
+    def end(self) -> int:
+        """Where the last of its partitions ends."""
+        ends = [part.start + part.length * self.block_size for part in self.partitions if not part.below]
+        return max(ends, default=0)
 
     def places(self, partition: Int, block: Int) -> Int:
         """The byte of the volume at which a block of a partition begins; -1 where there is none."""
@@ -135,21 +145,29 @@ class LogicalVolume:
         return result
 
 
-def recognised(reader: Reader) -> tuple[bool, int, bool]:
-    """(is it UDF?, end of the volume recognition sequence, does ISO 9660 share the volume?)."""
+def recognised(reader: Reader, start: int = 0) -> tuple[bool, int, bool]:
+    """(is it UDF?, end of the volume recognition sequence, does ISO 9660 share the volume?), of the session
+    that begins at byte `start`."""
+    first = start + RECOGNITION
     for step in (
         SECTOR,
         *(size for size in BLOCK_SIZES if size > SECTOR),
     ):  # a descriptor begins a sector, however large these are
         names = []
         for number in range(MAX_RECOGNITION):
-            name = reader.read_clipped(RECOGNITION + number * step + 1, 5)
+            name = reader.read_clipped(first + number * step + 1, 5)
             if name not in (b"BEA01", b"NSR02", b"NSR03", b"TEA01", b"BOOT2", b"CD001", b"CDW02"):
                 break
             names.append(name)
         if b"NSR02" in names or b"NSR03" in names:
-            return True, RECOGNITION + len(names) * step, b"CD001" in names
-    return False, RECOGNITION, False
+            return True, first + len(names) * step, b"CD001" in names
+    return False, first, False
+
+
+def is_alone(reader: Reader, start: int = 0) -> bool:
+    """Is this session UDF, and no ISO 9660 volume as well?"""
+    is_udf, _, is_iso9660 = recognised(reader, start)
+    return is_udf and not is_iso9660
 
 
 def is_tag(data: bytes, identifier: int, location: int | None = None) -> bool:
@@ -173,19 +191,20 @@ def tagged(data: Bytes) -> np.ndarray:
     return found
 
 
-def read_volume(reader: Reader, damage: Damage) -> LogicalVolume:
-    """The logical volume. Raises Corrupt where no anchor or no whole sequence is found, Unsupported for what
-    is not read."""
-    size, anchors = anchors_of(reader)
-    areas = [("anchor", at, at + size) for at, _ in anchors]
+def read_volume(reader: Reader, damage: Damage, start: int = 0) -> LogicalVolume:
+    """The logical volume of the session that begins at byte `start`. Raises Corrupt where no anchor or no
+    whole sequence is found, Unsupported for what is not read."""
+    size, anchors = anchors_of(reader, start)
+    # those that say something else are of another session
+    areas = [("anchor", at, at + size) for at, one in anchors if one == anchors[0][1]]
     found: dict[int, list[bytes]] = {}
     for words, length, location in (
         ("main", "MainLength", "MainLocation"),
         ("reserve", "ReserveLength", "ReserveLocation"),
     ):
         for _, anchor in anchors:
-            start = int(anchor[location])
-            sequence = _sequence(reader, size, start, int(anchor[length]), areas, words)
+            place = int(anchor[location])
+            sequence = _sequence(reader, size, place, int(anchor[length]), areas, words)
             if LOGICAL in sequence:
                 break
         found = found or (sequence if LOGICAL in sequence else {})
@@ -193,7 +212,7 @@ def read_volume(reader: Reader, damage: Damage) -> LogicalVolume:
             damage.say(
                 "copy-used",
                 f"the {words} volume descriptor sequence holds no whole logical volume descriptor",
-                start,
+                place,
                 severity=ERROR,
             )
     if LOGICAL not in found or PARTITION not in found:
@@ -224,17 +243,19 @@ def read_volume(reader: Reader, damage: Damage) -> LogicalVolume:
         partitions=_partitions(reader, size, logical, tail[LOGICAL_VOLUME.itemsize :], newest, areas),
         descriptors=list(newest.values()),
         file_set=(int(logical["FileSetPartition"]), int(logical["FileSetBlock"])), areas=areas,
+        start=start,
     )  # fmt: skip
     volume.closed = _integrity(reader, size, logical, areas)
     return volume
 
 
-def anchors_of(reader: Reader) -> tuple[int, list[tuple[int, np.void]]]:
-    """(block size, (place, anchor) of each that is whole)."""
+def anchors_of(reader: Reader, start: int = 0) -> tuple[int, list[tuple[int, np.void]]]:
+    """(block size, (place, anchor) of each that is whole): that of the session which begins at byte `start`,
+    or of one that is still open, and those at the end, which are the last one's."""
     for size in BLOCK_SIZES:
-        blocks = reader.size // size
+        blocks, first = reader.size // size, start // size
         found = []
-        for at in dict.fromkeys((ANCHOR_AT, blocks - 1 - ANCHOR_AT, blocks - 1, 512)):
+        for at in dict.fromkeys((first + ANCHOR_AT, blocks - 1 - ANCHOR_AT, blocks - 1, first + 512)):
             data = reader.read_clipped(at * size, 512) if 0 < at < blocks else b""
             if is_tag(data, ANCHOR, at):
                 found.append((at * size, record(data, ANCHOR_POINTER)))
