@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from virt_bmap.commands.common import (
-    KEY,
     Progress,
+    add_mapping_options,
     add_result_options,
-    add_trust_options,
     disks_of,
     elapsed,
     emit,
@@ -127,15 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="the same for OLD's machine (default: those of --add, taken as unchanged)",
     )
-    add_trust_options(images)
-    images.add_argument("--key", metavar="SELECTOR:key:PASSPHRASE|SELECTOR:file:FILE", action="append",
-        default=[], type=KEY,
-                        help="open encrypted volumes; SELECTOR is a device, a UUID or all")  # fmt: skip
-    images.add_argument(
-        "--keys-from-stdin",
-        action="store_true",
-        help="read passphrases for encrypted volumes from standard input, one a line",
-    )
+    add_mapping_options(images)
 
 
 def _columns() -> list[list[str]]:

@@ -67,6 +67,7 @@ def kept(image: str, opening: Opening = SAFELY) -> Iterator[Disk]:
         )
     if found == RAW:
         disk = PunchedFile(image)
+        opening.tell(disk.reader)
         try:
             yield disk
         finally:
@@ -74,6 +75,7 @@ def kept(image: str, opening: Opening = SAFELY) -> Iterator[Disk]:
     else:
         refuse(image)
         with writing(image, found, opening) as writer:
+            opening.tell(writer)
             yield TrimmedImage(writer)
 
 
