@@ -68,6 +68,7 @@ def test_the_table_is_sound() -> None:
     assert {code.severity for code in TABLE} <= set(SEVERITY_MEANING)
     assert {code.subject for code in TABLE} <= set(SUBJECTS)
     assert len({code.meaning for code in TABLE}) == len(TABLE), "a meaning has one code"
+    assert {code.severity for code in TABLE if code.torn} == {ERROR}, "what is torn lacks something"
     assert all("_" not in code.name and code.name == code.name.lower() for code in TABLE)
 
 

@@ -14,13 +14,22 @@ SEVERITY_MEANING = {
 }
 
 
+TORN = True
+"""For codes of which `Code.torn` holds."""
+
+
 class Code(NamedTuple):
-    """What a program can rely on: `severity` unless a reader knows better, and the subject of `check`."""
+    """What a program can rely on: `severity` unless a reader knows better, and the subject of `check`.
+
+    `torn`: as an error it says that a part of what the map is made from is lost; a disk that is written while
+    it is read looks like that, too.
+    """
 
     name: str
     severity: str
     subject: str
     meaning: str
+    torn: bool = False
 
 
 class Problem(NamedTuple):
@@ -48,23 +57,23 @@ TABLE = (
     Code("dangling-name", ERROR, "structure", "a name leads to an inode that is not in use"),
     Code("nameless-inode", ERROR, "structure", "an inode is in use, but no name leads to it"),
     Code("orphan-name", ERROR, "structure", "a name lies in a directory that is gone or never was one"),
-    Code("no-root", ERROR, "structure", "the root directory is missing, so that nothing has a path"),
+    Code("no-root", ERROR, "structure", "the root directory is missing, so that nothing has a path", TORN),
     # structures
-    Code("superblock", ERROR, "structure", "what describes the volume contradicts the format's rules"),
-    Code("group", ERROR, "structure", "what describes a part of the volume contradicts the rules"),
+    Code("superblock", ERROR, "structure", "what describes the volume contradicts the format's rules", TORN),
+    Code("group", ERROR, "structure", "what describes a part of the volume contradicts the rules", TORN),
     Code("allocator", ERROR, "allocator", "what says which bytes are free is wrong, or can't be read"),
-    Code("mapping", ERROR, "structure", "what says where a volume's bytes lie contradicts the rules"),
-    Code("tree", ERROR, "structure", "a node of a tree or index is not what its parent or the rules say"),
-    Code("inode", ERROR, "structure", "an inode contradicts the format's rules"),
-    Code("extents", ERROR, "structure", "what says where a file's bytes lie contradicts the rules"),
-    Code("directory", ERROR, "structure", "a directory or an entry of it contradicts the format's rules"),
+    Code("mapping", ERROR, "structure", "what says where a volume's bytes lie contradicts the rules", TORN),
+    Code("tree", ERROR, "structure", "a node of a tree or index is not what its parent or rules say", TORN),
+    Code("inode", ERROR, "structure", "an inode contradicts the format's rules", TORN),
+    Code("extents", ERROR, "structure", "what says where a file's bytes lie contradicts the rules", TORN),
+    Code("directory", ERROR, "structure", "a directory or an entry contradicts the format's rules", TORN),
     Code("name", ERROR, "structure", "a name that nobody can have given"),
     Code("symlink", ERROR, "structure", "a symbolic link contradicts the format's rules"),
     Code("orphan-list", ERROR, "structure", "the list of deleted files that were open is wrong"),
     Code("boot-catalog", ERROR, "structure", "the list of what a machine can start from is damaged"),
     Code("twice", ERROR, "structure", "a structure is referred to more than once; it is read once"),
     Code("count", WARNING, "structure", "a count that the format keeps is not what is there"),
-    Code("checksum", ERROR, "checksums", "a checksum of metadata is wrong"),
+    Code("checksum", ERROR, "checksums", "a checksum of metadata is wrong", TORN),
     Code("copy-used", WARNING, "structure", "a structure is damaged, and its copy is read instead"),
     Code("copy-differs", WARNING, "structure", "a copy of a structure is damaged or says something else"),
     Code("copy-missing", WARNING, "structure", "the copy of a structure is not where it should lie"),
@@ -76,7 +85,7 @@ TABLE = (
     Code("not-replayed", WARNING, "journal", "changes of a journal are missing from the map"),
     # what could not be read, or not wholly
     Code("truncated", ERROR, "structure", "the disk or volume ends before what lies on it does"),
-    Code("corrupt", ERROR, "structure", "it can't be read: its bytes contradict the format's rules"),
+    Code("corrupt", ERROR, "structure", "it can't be read: its bytes contradict the format's rules", TORN),
     Code("unsupported", WARNING, "structure", "a feature that is known by name, but not read"),
     Code("beside", WARNING, "structure", "another format's structures lie beside it, and can't be read"),
     Code("holes", ERROR, "structure", "structures that are not stored: they lie in holes or overlap"),
@@ -86,7 +95,7 @@ TABLE = (
     Code("missing-member", ERROR, "structure", "a disk or volume that it consists of is not there"),
     Code("no-key", WARNING, "content", "it is encrypted, and none of the given keys opens it"),
     Code("stale", WARNING, "structure", "it is older than what belongs to it"),
-    Code("duplicate", WARNING, "structure", "two volumes say that they are the same one; only one is used"),
+    Code("duplicate", WARNING, "structure", "two volumes say that they are the same one"),
     Code("half-done", WARNING, "structure", "a conversion was under way, and part of it is done"),
     Code("unclean", WARNING, "structure", "it was not closed or shut down in order"),
     # remarks

@@ -25,6 +25,7 @@ from virt_bmap.core.columns import stack, take
 from virt_bmap.core.reader import HEAD, TAIL
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.problems import CODES, ERROR
 from virt_bmap.watch.refresh import Refreshed, Refresher
 from virt_bmap.watch.sinks import Sinks
 from virt_bmap.watch.verdict import (
@@ -62,20 +63,6 @@ writes nothing else fills no memory."""
 
 NOT_REPLAYED = ("journal", "journal-missing", "not-replayed")
 """Codes of problems with which a map lacks what a journal holds."""
-UNREADABLE = (
-    "checksum",
-    "corrupt",
-    "directory",
-    "extents",
-    "group",
-    "inode",
-    "mapping",
-    "no-root",
-    "superblock",
-    "tree",
-)
-"""Codes of problems with which a map lacks a part of what it was made from. (Two accounts of the same that
-were read at different moments differ in good maps, too.)"""
 
 # by kind; the last element is for -1, a volume of which nothing is known
 _NAMELESS = np.isin(
@@ -524,13 +511,14 @@ def torn(older: BlockMap, newer: BlockMap) -> str:
     there is nothing.
 
     Trees of which parts are given back and written over while they are read look damaged. Of what they held,
-    the map has bytes without names, or nothing.
+    the map has bytes without names, or nothing. (Two accounts of the same that were read at different moments
+    differ in good maps, too.)
     """
     before, after = (
         {
             (row["volume"], row["detail"])
             for row in bmap.problems.to_pylist()
-            if row["severity"] == "error" and row["code"] in UNREADABLE
+            if row["severity"] == ERROR and CODES[row["code"]].torn
         }
         for bmap in (older, newer)
     )
