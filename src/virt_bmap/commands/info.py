@@ -191,8 +191,8 @@ def _lines(row: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
             f"  {state}; {human(system['free'])} free of {human(system['size'])}; blocks of "
             f"{human(system['block_size'])}; {counted}"
         )
-    lines += [f"{problem['severity']}: {problem['detail']}" for problem in row["problems"]]
-    return lines
+    said = [f"{problem['severity']}: {problem['detail']}" for problem in row["problems"]]
+    return lines + [text for text in said if text not in lines]  # the image may have said it
 
 
 NAMED = 10

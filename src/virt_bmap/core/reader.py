@@ -36,6 +36,15 @@ class DiscSession(NamedTuple):
     sector: int | None = None
 
 
+class Mark(NamedTuple):
+    """What an image says of itself: a code of problems, a sentence, and its severity where the code's own
+    does not hold."""
+
+    code: str
+    words: str
+    severity: str | None = None
+
+
 class Reader:
     """Bytes [0, size) of something. Subclasses provide `_fetch`. Several threads may read."""
 
@@ -56,8 +65,8 @@ class Reader:
     """The one that the user wants to see."""
     in_use: str | None = None
     """Who may be changing it while it is read, in a few words."""
-    marked: str | None = None
-    """Which file it comes from is marked as damaged, and by whom."""
+    marks: Sequence["Mark"] = ()
+    """What the files that it comes from say of themselves: that they are damaged, or were not closed."""
 
     def __init__(self, size: int, name: str) -> None:
         self.size = size

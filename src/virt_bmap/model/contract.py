@@ -23,7 +23,7 @@ from virt_bmap.core.arrays import Int, union
 from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Rows
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import Mark, Reader
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
@@ -459,8 +459,8 @@ def as_it_is(image: Reader) -> Reader:
     return image
 
 
-def unmarked(image: Reader) -> str | None:
-    """A format in which nobody marks an image as damaged."""
+def unmarked(image: Reader) -> Mark | None:
+    """A format whose images say nothing of their state."""
     return None
 
 
@@ -492,8 +492,8 @@ class ImageFormat(NamedTuple):
     name than is one; None: this image as it is. `options(image)` are those of its driver. `follows`: QEMU
     reads the backing files of such an image. `recovered(image)` is the file with its log replayed, and the
     same reader where there is none: `read` is given this, and QEMU replays none of what it only reads.
-    `marked(image)`: who has marked it as damaged. `refusal`: nothing opens these, and what to do instead.
-    `suffix`: of files that are made in this format.
+    `marked(image)`: that it is damaged, or was not closed, as its header alone tells. `refusal`: nothing
+    opens these, and what to do instead. `suffix`: of files that are made in this format.
     """
 
     name: str
@@ -508,7 +508,7 @@ class ImageFormat(NamedTuple):
     rewritten: Callable[[Reader, bool], Rewritten | None] | None = None
     options: Callable[[Reader], Mapping[str, str]] = no_options
     recovered: Callable[[Reader], Reader] = as_it_is
-    marked: Callable[[Reader], str | None] = unmarked
+    marked: Callable[[Reader], Mark | None] = unmarked
     follows: bool = True
     writing: Writing = Writing(0)
     suffix: str = ""

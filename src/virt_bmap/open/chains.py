@@ -13,7 +13,7 @@ import numpy as np
 from virt_bmap.core.arrays import Int, complement, ints, subtract, union
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported
 from virt_bmap.core.mapping import Rows
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import Mark, Reader
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
 from virt_bmap.model.contract import About, Child, ImageLayer, References
@@ -23,11 +23,13 @@ HIDDEN = "hidden by an overlay"
 
 
 class Link(NamedTuple):
-    """One image of a chain; `files` are the numbers (from 0) of its own files, the image file first."""
+    """One image of a chain; `files` are the numbers (from 0) of its own files, the image file first; `mark`
+    is what it says of itself."""
 
     layer: ImageLayer
     files: Int
     names: References
+    mark: Mark | None
 
 
 @dataclass
@@ -45,10 +47,9 @@ class ChainedDisk:
         return self.chain[0].layer.size
 
     @property
-    def marked(self) -> str | None:
-        """The first of its images that is marked as damaged, and by whom."""
-        problems = (problem for link in self.chain for problem in link.layer.damage.problems())
-        return next((problem.detail for problem in problems if problem.code == "marked-damaged"), None)
+    def marks(self) -> list[Mark]:
+        """What its images say of themselves, from the top down."""
+        return [link.mark for link in self.chain if link.mark]
 
     @property
     def unreadable(self) -> str | None:
@@ -128,9 +129,9 @@ class Chains:
                 if reader.name in str(error)
                 else Corrupt(f"{reader.name}: {error}", error.offset, error.code)
             ) from error
-        if words := known.marked(reader):
-            layer.damage.say("marked-damaged", words)
-        link = Link(layer, ints([self.files.index(file) for file in layer.files]), names)
+        if mark := known.marked(reader):
+            layer.damage.say(mark.code, mark.words, severity=mark.severity)
+        link = Link(layer, ints([self.files.index(file) for file in layer.files]), names, mark)
         self._links[number] = format, link
         return link
 

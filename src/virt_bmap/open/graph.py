@@ -16,8 +16,9 @@ import stat
 from typing import Any
 
 from virt_bmap.core.errors import ImageError
+from virt_bmap.core.reader import Mark, Reader
 from virt_bmap.host.looked_at import open_looked_at
-from virt_bmap.model.contract import Rewritten, ShownFile
+from virt_bmap.model.contract import ImageFormat, Rewritten, ShownFile
 from virt_bmap.open import magic
 from virt_bmap.open.disks import Opening
 from virt_bmap.open.raw import RawReader
@@ -39,7 +40,7 @@ class Graph:
 
     def __init__(self, image: RawReader, format: str, opening: Opening, write: bool = False) -> None:
         self.name, self.format = image.name, format
-        self.marked: str | None = None
+        self.marks: list[Mark] = []
         self.read: list[int] = []
         self.write: list[int] = []
         self._names: dict[str, str] = {}
@@ -83,12 +84,12 @@ class Graph:
                 f"{image.name}: its log has changes that are not in place yet, and QEMU carries them out "
                 "only where it may write: qemu-img check -r all does it"
             )
-        self.marked = self.marked or known.marked(image)
+        self._note(known, image)
         folder = os.path.dirname(os.path.abspath(image.name))
         node: Node = {"driver": known.name, "backing": None, **known.options(image)}
         rewritten = known.rewritten(image, write) if known.rewritten else None
         node["file"] = (
-            self._rewritten(image, rewritten, folder, write)
+            self._rewritten(image, known, rewritten, folder, write)
             if rewritten
             else self._file(image.fileno(), image.name, write)
         )
@@ -99,6 +100,10 @@ class Graph:
             with contextlib.closing(RawReader(os.path.join(folder, found.backing))) as backing:
                 node["backing"] = self._image(backing, found.backing_format, opening, False, depth + 1)
         return node
+
+    def _note(self, format: ImageFormat, image: Reader) -> None:
+        if mark := format.marked(image):
+            self.marks.append(mark)
 
     def _file(self, fd: int, name: str, write: bool) -> Node:
         """A node for an open file."""
@@ -115,13 +120,15 @@ class Graph:
         finally:
             os.close(fd)
 
-    def _rewritten(self, image: RawReader, found: Rewritten, folder: str, write: bool) -> Node:
+    def _rewritten(
+        self, image: RawReader, format: ImageFormat, found: Rewritten, folder: str, write: bool
+    ) -> Node:
         """A file in memory instead of the image, whose parts are open files."""
-        places = {part: self._part(part, folder, write) for part in dict.fromkeys(found.parts)}
+        places = {part: self._part(format, part, folder, write) for part in dict.fromkeys(found.parts)}
         content = found.content([places[part] for part in found.parts])
         return self._memory(content, f"the descriptor of {image.name}", write)
 
-    def _part(self, part: ShownFile, folder: str, write: bool) -> str:
+    def _part(self, format: ImageFormat, part: ShownFile, folder: str, write: bool) -> str:
         """The name by which QEMU is to open a part."""
         place: str
         if part.file is None:
@@ -130,6 +137,7 @@ class Graph:
         with contextlib.closing(RawReader(os.path.join(folder, part.file))) as file:
             if part.check:
                 part.check(file)
+                self._note(format, file)
             place = self._file(file.fileno(), file.name, write)["filename"]
         return place
 

@@ -122,7 +122,7 @@ class LayeredReader(MappedReader):
             self._stack.close()
             raise Unsupported(f"{image}: can't be read here: {disk.unreadable or 'it is compressed'}")
         super().__init__(disk.size, image, dict(enumerate(host.files)), disk.rows)
-        self.marked = disk.marked
+        self.marks = disk.marks
 
     def close(self) -> None:
         self._stack.close()

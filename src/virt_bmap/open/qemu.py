@@ -69,7 +69,7 @@ def open_with_qemu(
         options = ["--read-only", *_status_options(status or ())]
         client = NbdReader if status is None else functools.partial(StatusReader, wanted=status)
         reader: Reader = connected(client, f"{image.name}: a {format} image", graph, options)
-        reader.marked = graph.marked
+        reader.marks = graph.marks
         return reader
 
 

@@ -184,8 +184,8 @@ class _Survey:
             if reader.in_use:
                 words = f"was in use while it was read: {reader.in_use}; the map may mix several states"
                 disk.damage("survey").say("in-use", words)
-            if reader.marked:
-                disk.damage("survey").say("marked-damaged", reader.marked)
+            for mark in reader.marks:
+                disk.damage("survey").say(mark.code, mark.words, severity=mark.severity)
         self.todo = list(self.volumes)
         self.waiting: dict[str, tuple[VolumeFormat, list[_Volume]]] = {}
         """Members of what spans volumes, by the format's name; complete when no volume is left to look at."""

@@ -5,11 +5,12 @@ Sources: QEMU docs/interop/qed_spec.rst, block/qed.h.
 
 import struct
 
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import Mark, Reader
 from virt_bmap.formats.images.backing import name_at
+from virt_bmap.formats.images.closing import not_closed
 from virt_bmap.model.contract import ONLY_QEMU, RAW, Docs, ImageFormat, References
 
-BACKING_FILE, BACKING_FORMAT_NO_PROBE = 1, 4
+BACKING_FILE, NEED_CHECK, BACKING_FORMAT_NO_PROBE = 1, 2, 4
 """Bits of the features."""
 
 
@@ -23,6 +24,18 @@ def references(image: Reader) -> References:
     )
 
 
+def marked(image: Reader) -> Mark | None:
+    """The mark stands while clusters are given away: their tables may not be written yet."""
+    (features,) = struct.unpack("<Q", image.read_clipped(16, 8))
+    if not features & NEED_CHECK:
+        return None
+    return not_closed(image, "QED's need-check bit", "qemu-img check -r all puts it in order")
+
+
 FORMAT = ImageFormat(
-    "qed", Docs((), (ONLY_QEMU,), ("qemu-img convert",)), references=references, suffix=".qed"
+    "qed",
+    Docs((), (ONLY_QEMU,), ("qemu-img convert", "qemu-img check")),
+    references=references,
+    marked=marked,
+    suffix=".qed",
 )

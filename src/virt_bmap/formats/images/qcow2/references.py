@@ -9,11 +9,12 @@ import os
 import struct
 
 from virt_bmap.core.errors import ImageError
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import Mark, Reader
 from virt_bmap.formats.images.backing import name_at
 from virt_bmap.formats.images.qcow2.ondisk import (
     CORRUPT,
     DATA_FILE,
+    DIRTY,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,
     EXT_END,
@@ -22,6 +23,7 @@ from virt_bmap.formats.images.qcow2.ondisk import (
     V2_LENGTH,
 )
 from virt_bmap.model.contract import References
+from virt_bmap.model.problems import NOTE
 
 MAX_EXTENSIONS = 64 << 10
 """Bytes of header extensions that are looked at.
@@ -30,12 +32,20 @@ Real ones have some hundreds, and what is not found is refused.
 """
 
 
-def marked(image: Reader) -> str | None:
-    """QEMU marks an image whose tables it has met in contradiction, and writes to it no more."""
+def marked(image: Reader) -> Mark | None:
+    """QEMU marks an image whose tables it has met in contradiction, and writes to it no more; and one whose
+    refcounts it writes back late, while it is open."""
     version, features = struct.unpack_from(">I64xQ", image.read_clipped(0, 104), 4)
-    if version < 3 or not features & CORRUPT:
+    if version < 3 or not features & (CORRUPT | DIRTY):
         return None
-    return f"{image.name}: QEMU has marked it as damaged, and what is read may be wrong: see qemu-img check"
+    if features & CORRUPT:
+        words = "QEMU has marked it as damaged, and what is read may be wrong: see qemu-img check"
+        return Mark("marked-damaged", f"{image.name}: {words}")
+    words = (
+        "was not closed (qcow2's dirty bit): refcounts are not up to date, and qemu-img check -r all puts "
+        "them in order; what a guest reads is not affected"
+    )
+    return Mark("unclean", f"{image.name}: {words}", NOTE)
 
 
 def references(image: Reader) -> References:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images.vhd.docs import CHECKS, FEATURES, ORACLES, REFUSED
-from virt_bmap.formats.images.vhd.header import options, read_footer
+from virt_bmap.formats.images.vhd.header import marked, options, read_footer
 from virt_bmap.formats.images.vhd.ondisk import FOOTER, HEADER, SECTOR
 from virt_bmap.formats.images.vhd.references import references
 from virt_bmap.model import tables
@@ -61,6 +61,7 @@ FORMAT = ImageFormat(
     structures=_structures,
     references=references,
     options=options,
+    marked=marked,
     follows=False,
     suffix=".vhd",
 )

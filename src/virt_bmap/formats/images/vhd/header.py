@@ -9,7 +9,7 @@ from typing import NamedTuple
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import Mark, Reader
 from virt_bmap.formats.images.vhd.ondisk import FOOTER, HEADER, SECTOR, TYPES
 
 SIZE_BY_GEOMETRY = (b"vpc ", b"qemu")
@@ -91,6 +91,15 @@ def read_footer(image: Reader) -> Footer:
         )
     wrong |= checksum(image.read(at, HEADER.itemsize), 36) != int(head["checksum"])
     return Footer(kind, size, by_geometry, at, table, entries, block, wrong)
+
+
+def marked(image: Reader) -> Mark | None:
+    """A machine that was saved has not written everything that it would have at its end."""
+    foot = record(image.read_clipped(max(0, image.size - SECTOR), SECTOR), FOOTER)
+    if foot["cookie"] != b"conectix" or not foot["saved_state"]:
+        return None
+    words = "its machine was saved, not shut down: what it still had in memory is missing"
+    return Mark("unclean", f"{image.name}: {words}")
 
 
 def options(image: Reader) -> dict[str, str]:

@@ -9,6 +9,7 @@ FOOTER = struct(512, [
     (0, "cookie", "S8"), (12, "file_format_version", ">u4"), (16, "data_offset", ">u8"),
     (28, "creator_application", "V4"), (48, "current_size", ">u8"), (56, "cylinder", ">u2"),
     (58, "heads", "u1"), (59, "sectors", "u1"), (60, "disk_type", ">u4"), (64, "checksum", ">u4"),
+    (84, "saved_state", "u1"),
 ])  # fmt: skip
 HEADER = struct(1024, [
     (0, "cookie", "S8"), (16, "table_offset", ">u8"), (28, "max_table_entries", ">u4"),

@@ -6,7 +6,7 @@ Sources: VMware "Virtual Disk Format 5.0"; QEMU block/vmdk.c.
 from collections.abc import Sequence
 
 from virt_bmap.core.errors import Unsupported
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import Mark, Reader
 from virt_bmap.formats.images.vmdk import descriptor
 from virt_bmap.formats.images.vmdk.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.images.vmdk.ondisk import HEADER, MARKER, SECTOR
@@ -53,6 +53,13 @@ def references(image: Reader) -> References:
     return References(found.parent, NAME if found.parent else None, extents=extents)
 
 
+def marked(image: Reader) -> Mark | None:
+    """By its header, where it is no descriptor alone."""
+    from virt_bmap.formats.images.vmdk import header
+
+    return header.marked(image)
+
+
 def _structures() -> Structures:
     return {"header": Structure(HEADER), "footer": Structure(HEADER), "marker": Structure(MARKER)}
 
@@ -65,6 +72,7 @@ FORMAT = ImageFormat(
     structures=_structures,
     references=references,
     rewritten=descriptor.rewritten,
+    marked=marked,
     writing=Writing.ANYWHERE,
     suffix=".vmdk",
 )

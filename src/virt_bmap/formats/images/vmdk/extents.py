@@ -14,7 +14,7 @@ from virt_bmap.core.mapping import PACKED
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images.inflate import deflated
 from virt_bmap.formats.images.layer import IN_DATA, Draft, used_entries
-from virt_bmap.formats.images.vmdk.header import read_header
+from virt_bmap.formats.images.vmdk.header import marked, read_header
 from virt_bmap.formats.images.vmdk.ondisk import (
     COMPRESSED,
     GRAIN_DIRECTORY,
@@ -34,6 +34,8 @@ def own_sparse(draft: Draft, image: Reader, file: int, base: int, size: int) -> 
     The bytes of a grain.
     """
     head = read_header(image)
+    if mark := marked(image):
+        draft.damage.say(mark.code, mark.words)
     stream = bool(head["flags"] & MARKERS)
     sparse = Sparse(
         file, base, min(size, head["capacity"] * SECTOR), head["flags"], head["grainSize"] * SECTOR,

@@ -6,7 +6,8 @@ Sources: VMware "Virtual Disk Format 5.0", "Hosted Sparse Extent Header".
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import Mark, Reader
+from virt_bmap.formats.images.closing import not_closed
 from virt_bmap.formats.images.vmdk.ondisk import (
     AT_END,
     HEADER,
@@ -51,3 +52,11 @@ def read_header(image: Reader, at: int = 0) -> dict[str, int]:
     if head["gdOffset"] == AT_END and at == 0:
         return read_header(image, image.size - 2 * SECTOR)
     return head
+
+
+def marked(image: Reader) -> Mark | None:
+    """An extent says so itself, also where a descriptor beside it names the disk."""
+    head = record(image.read_clipped(0, HEADER.itemsize), HEADER)
+    if bytes(head["magicNumber"]) != b"KDMV" or not head["uncleanShutdown"]:
+        return None
+    return not_closed(image, "VMDK's uncleanShutdown", "vmware-vdiskmanager -R puts it in order")
