@@ -68,6 +68,7 @@ def data_model() -> str:
     ]
     for name in (*BlockMap.TABLES, "accesses"):
         lines += ["", f"## {name}", "", *columns(tables.SCHEMAS[name])]
+    lines += ["", "## Names of volumes", "", *NAMES]
     lines += [
         "",
         "## A trace",
@@ -109,6 +110,30 @@ def data_model() -> str:
     return "\n".join(lines) + "\n"
 
 
+NAMES = (
+    (
+        "Volumes are called as a system calls its devices: `/dev/sda`, `/dev/sda1`, `/dev/md127`, "
+        "`/dev/VG/LV`, `/dev/mapper/luks-UUID`, `/dev/mapper/bitlk-GUID`; a btrfs pool as the"
+    ),
+    (
+        "first of its devices. A disk that is a file of another one (`--nested`) is called after the "
+        "device and the path: `/dev/sda1:/images/guest.raw`, and with `:file` behind it where"
+    ),
+    (
+        "the volume is the file of an image in another format. What lies on such a disk has its name in "
+        "front: partitions as they are (`/dev/sda1:/images/guest.raw1`), all else after a"
+    ),
+    (
+        "colon (`/dev/sda1:/images/guest.raw:/dev/VG/LV`); where several of these files are the disks of "
+        "one machine, the name of the first."
+    ),
+    "",
+    (
+        "No two volumes have one name (but a btrfs pool that of its device): of several that would, as "
+        "those of two volume groups called alike, the later ones have a number behind"
+    ),
+    "it, `/dev/VG/LV#2`, and a problem of the code `duplicate` says so.",
+)
 TRACE = (
     (
         "`virt-bmap watch -o` and `virt-bmap trace import` write Parquet with a row for each request, in "

@@ -166,7 +166,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         _field("kind", TEXT, "disk, partition, lv, md, crypt, pool (btrfs chunks), "
             "image (nested), file (of the host: --host-offsets)"),
         _field("name", TEXT, "as libguestfs names it: /dev/sda, /dev/sda1, "
-            "/dev/VG/LV; the path of a file of the host"),
+            "/dev/VG/LV, see below; the path of a file of the host"),
         _field("size", I64, "bytes"),
         _field("type", TEXT, "what it contains, in blkid's words: gpt, dos, LVM2_member, ext4, ...",
             "nothing known"),
