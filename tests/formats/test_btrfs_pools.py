@@ -1,7 +1,6 @@
 """btrfs on several devices: every profile, against the kernel, its own copies and its own parity; with
 devices missing."""
 
-import os
 from functools import reduce
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import support
 from btrfs_images import fill, make, mounted_pool
 from virt_bmap.core.mapping import COPY, DATA, PARITY
 from virt_bmap.model.blockmap import BlockMap
-from virt_bmap.open.raw import RawReader
 
 FILL = (
     "for i in $(seq 12); do head -c $((i * 37000)) /dev/urandom > f$i; done; head -c 9000000 "
@@ -123,34 +121,5 @@ def test_two_copies_of_one_device(members: list[Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy.img"
     support.run("cp", "--sparse=always", members[0], copy)
     bmap = support.mapped(*members, copy)
-    assert [row["code"] for row in bmap.problems.to_pylist() if row["severity"] == "error"] == ["corrupt"]
+    assert [row["code"] for row in bmap.problems.to_pylist() if row["severity"] != "note"] == ["duplicate"]
     assert bmap.filesystems.num_rows == 1
-
-
-def test_seed(tmp_path: Path) -> None:
-    """A filesystem that has grown from a read-only seed onto another device."""
-    seed, sprout = make(tmp_path, "200M", "")[0], tmp_path / "sprout.img"
-    with mounted_pool([seed], tmp_path / "mnt") as where:
-        fill(where, "head -c 500000 /dev/urandom > old; sync -f .")
-    support.run("btrfstune", "-S", "1", seed)
-    support.run("truncate", "-s", "200M", sprout)
-    with mounted_pool([seed], tmp_path / "mnt", "ro") as where:
-        loop = support.run("losetup", "-f", "--show", sprout).decode().strip()
-        try:
-            support.run("btrfs", "device", "add", "-f", loop, where)
-            support.run("mount", "-o", "remount,rw", where)
-            fill(where, "head -c 300000 /dev/urandom > new; sync -f .")
-            expected = {name: (where / name).read_bytes() for name in ("old", "new")}
-        finally:
-            support.unmount(where)
-            support.run("losetup", "-d", loop)
-            support.run("mount", "-o", "ro,loop", seed, where)  # what the fixture unmounts
-    bmap = support.mapped(seed, sprout)
-    volume = pool(bmap)
-    assert bmap.filesystems.num_rows == 1
-    paths = support.tree(bmap, volume)
-    disks = [RawReader(os.fspath(image)) for image in (seed, sprout)]
-    for name, content in expected.items():
-        assert support.content(bmap, disks, volume, paths[f"/{name}"]) == content
-    for disk in disks:
-        disk.close()

@@ -318,6 +318,7 @@ def test_members_out_of_date_and_doubled_are_named(corpus: Path) -> None:
         "duplicate",
         "missing-member",
         "unused-member",
+        "unused-member",
     ]
     assert set(tables.integers(bmap.mappings, "parent").tolist()) == {0}
 

@@ -353,11 +353,12 @@ class Assembler(Protocol):
 
 class Identity(NamedTuple):
     """Who a member of something that spans volumes is: of which group, which of its members, and in which
-    state the group was when it was written last."""
+    state the group was when it was written last. `below` are other groups that this one lies on, too."""
 
     group: str
     member: str
     state: int
+    below: frozenset[str] = frozenset()
 
 
 def nobody(reader: Reader) -> Identity | None:

@@ -2,7 +2,7 @@
 
 Identity has a machine as its scope. Disks that carry members of one group belong together; two that carry the
 same member are clones, of two machines. Then those go together whose state is the same, and whose names begin
-alike.
+alike. What a group has grown from (a btrfs seed) belongs to its machine, too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,6 +62,26 @@ def _together(members: Sequence[Candidate], machines: Machines) -> Iterator[list
                     sets[n].append(member[at])
         for mine in sets:
             yield [one.image for one in mine]
+    yield from _grown(members, machines)
+
+
+def _grown(members: Sequence[Candidate], machines: Machines) -> Iterator[list[int]]:
+    """A member, and one of what its group lies on: several groups can lie there, but not two copies of
+    one."""
+    taken: set[tuple[int, str, str]] = set()
+    for one in members:
+        for below in sorted(one.identity.below) if one.identity else ():
+            assert one.identity
+            who = one.identity.group, one.identity.member
+            free = [
+                other
+                for other in members
+                if other.identity and other.identity.group == below and (other.image, *who) not in taken
+            ]
+            if free:
+                best = max(free, key=lambda other: _likeness(one, other, machines))
+                taken.add((best.image, *who))
+                yield [one.image, best.image]
 
 
 def _likeness(one: Candidate, other: Candidate, machines: Machines) -> tuple[bool, bool, int]:

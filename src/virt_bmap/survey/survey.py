@@ -74,6 +74,8 @@ A group of ten thousand logical volumes is real; a table that shows itself again
 
 PARTITIONED = ("disk", "image", "md")
 """Kinds of volumes in which a kernel looks for partitions."""
+NAMED = ("partition", "lv", "md", "crypt", "image")
+"""Kinds of volumes of which no two have one name; a btrfs pool is called as its first device."""
 
 
 @dataclass
@@ -383,12 +385,12 @@ class _Survey:
         disks = {parent.disk for parent in parents.values()}
         images = dict.fromkeys(parent.reader.name.rpartition(" of ")[2] for parent in parents.values())
         image = next((parent.image for parent in parents.values() if parent.image), None)
-        if image and child.kind != "image":
+        if image and child.kind not in ("image", "pool"):  # a pool has the whole name of a device
             root = self.volumes[self.machines.of(image.number)]
             if not child.name.startswith(root.name) and not child.name.startswith(image.name):
                 child.name = f"{root.name}:{child.name}"
-        if child.kind in ("partition", "lv", "md", "image"):
-            child.name = self._own_name(child.name)
+        if child.kind in NAMED:
+            self._name(child)
         name = f"{child.name} of {', '.join(images)}"
         reader = child.over({at: parent.reader for at, parent in parents.items()}, name)
         depth = 1 + max((parent.depth for parent in parents.values()), default=0)
@@ -401,6 +403,15 @@ class _Survey:
             self.todo.append(volume)
         elif child.unread:
             self._whole(volume, child.unread)
+
+    def _name(self, child: Child) -> None:
+        wanted, child.name = child.name, self._own_name(child.name)
+        if child.kind == "crypt" and child.name != wanted:
+            child.damage.say(
+                "duplicate",
+                f"{wanted} is the name of another volume, too: the same container twice, clones or one disk "
+                f"by two paths; both are shown, this one as {child.name}",
+            )
 
     def _own_name(self, name: str) -> str:
         """The name, with a number behind it where another volume is called so."""

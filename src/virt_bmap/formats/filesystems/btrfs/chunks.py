@@ -61,6 +61,14 @@ class Chunk(NamedTuple):
         return -(-self.length // (self.lanes * STRIPE_LEN)) * STRIPE_LEN if self.lanes > 1 else self.length
 
 
+class DeviceItem(NamedTuple):
+    """What a filesystem says of a device: its size, and the filesystem that it belongs to: another one, from
+    which this one has grown, where the device is a seed."""
+
+    size: int
+    fsid: bytes
+
+
 def system_chunks(superblock: np.void) -> Iterator[Chunk]:
     """The chunks of sys_chunk_array: pairs of key and chunk item, enough to read the chunk tree.
 
@@ -90,19 +98,22 @@ def system_chunks(superblock: np.void) -> Iterator[Chunk]:
 
 def chunk_tree(
     source: tree.TreeSource, superblock: np.void, damage: Damage
-) -> tuple[list[Chunk], dict[bytes, int]]:
-    """All chunks by logical address, and the size of each device by its uuid."""
+) -> tuple[list[Chunk], dict[bytes, DeviceItem]]:
+    """All chunks by logical address, and what is said of each device by its uuid."""
     level, generation = int(superblock["chunk_root_level"]), int(superblock["chunk_root_generation"])
     roots = tree.TreeRoots.single(ondisk.CHUNK_TREE, int(superblock["chunk_root"]), level, generation)
     forest = tree.walk(source, roots, damage)
     chunks: list[Chunk] = []
-    sizes: dict[bytes, int] = {}
+    known: dict[bytes, DeviceItem] = {}
     for leaves in tree.read_leaves(source, forest, damage):
         items = leaves.of(ondisk.CHUNK_ITEM_KEY, ondisk.CHUNK_HEAD + ondisk.STRIPE_SIZE)
         chunks += chunk_items(items.data, items.offset, items.start, items.size, damage)
         devices = leaves.of(ondisk.DEV_ITEM_KEY, ondisk.DEV_ITEM.itemsize).records(ondisk.DEV_ITEM)
-        sizes |= {bytes(device["uuid"]): int(device["total_bytes"]) for device in devices}
-    return sorted(chunks, key=lambda chunk: chunk.start), sizes
+        known |= {
+            bytes(device["uuid"]): DeviceItem(int(device["total_bytes"]), bytes(device["fsid"]))
+            for device in devices
+        }
+    return sorted(chunks, key=lambda chunk: chunk.start), known
 
 
 def chunk_items(data: np.ndarray, start: Int, at: Int, size: Int, damage: Damage) -> Iterator[Chunk]:

@@ -40,6 +40,11 @@ class Device(NamedTuple):
     def generation(self) -> int:
         return int(self.superblock["generation"])
 
+    @property
+    def filesystem(self) -> bytes:
+        """The filesystem that it belongs to, as its trees call it."""
+        return bytes(self.superblock["dev_item.fsid"])
+
 
 class Devices(NamedTuple):
     """The devices that are there, by uuid, and those of them that missed transactions."""

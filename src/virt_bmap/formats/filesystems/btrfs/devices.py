@@ -11,19 +11,22 @@ fs/btrfs/block-group.c, tree-checker.c (v6.12).
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from virt_bmap.core.amounts import counted
 from virt_bmap.core.arrays import Int, complement, covered_twice, ints, subtract, union
-from virt_bmap.core.errors import Corrupt, FormatError
+from virt_bmap.core.errors import FormatError
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.common.duplicates import Copy, choose
 from virt_bmap.formats.filesystems import btrfs
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
 from virt_bmap.formats.filesystems.btrfs.chunks import (
     TYPES,
     Chunk,
+    DeviceItem,
     chunk_tree,
     end_of,
     ranges,
@@ -76,7 +79,13 @@ def identify(reader: Reader) -> Identity | None:
     except FormatError:
         return None
     device = Device(Member(0, reader.name, reader), superblock)
-    return Identity(bytes(superblock["fsid"]).hex(), device.uuid.hex(), device.generation)
+    group, member = bytes(superblock["fsid"]).hex(), device.uuid.hex()
+    try:
+        _, items, _ = _read_chunks(device, Devices({device.uuid: device}, frozenset()), Damage())
+    except FormatError:  # the tree lies on other devices
+        items = {}
+    seeds = {item.fsid.hex() for item in items.values() if item.fsid != device.filesystem}
+    return Identity(group, member, device.generation, frozenset(seeds))
 
 
 def assemble(members: Sequence[Member]) -> Assembly:
@@ -91,15 +100,23 @@ def assemble(members: Sequence[Member]) -> Assembly:
             continue
         assembly.about(member).damage.take(damage)
         devices.append(Device(member, superblock))
-    used: set[int] = set()
-    for group in _groups(assembly, devices):
-        if all(device.member.number in used for device in group):
+    groups = _groups(assembly, devices)
+    every = [device for group in groups for device in group]
+    lies_on: dict[int, list[Made]] = {}
+    for group in groups:
+        if all(device.member.number in lies_on for device in group):
             continue  # the seed of a pool that has grown onto other devices
         try:
-            used |= _make_pool(assembly, group, devices)
+            made = _make_pool(assembly, group, every)
         except FormatError as error:
             for device in group:
                 _refuse(assembly, device.member, error)
+            continue
+        for device in made.devices:
+            lies_on.setdefault(device.member.number, []).append(made)
+    for device in every:
+        if pools := lies_on.get(device.member.number):
+            _device_extents(assembly.about(device.member), device, pools)
     return assembly
 
 
@@ -110,17 +127,13 @@ def _refuse(assembly: Assembly, member: Member, error: FormatError) -> None:
 
 
 def _groups(assembly: Assembly, devices: list[Device]) -> list[list[Device]]:
-    """Devices by filesystem, seeds last; of two with one device uuid (a copied image) the newer counts."""
-    newest: dict[tuple[bytes, bytes], Device] = {}
-    for device in sorted(devices, key=lambda device: (-device.generation, device.member.number)):
-        fsid = bytes(device.superblock["fsid"])
-        first = newest.setdefault((fsid, device.uuid), device)
-        if first is not device:
-            text = f"{device.member.name} is a copy of {first.member.name}: same btrfs device uuid"
-            _refuse(assembly, device.member, Corrupt(text, None, "corrupt"))
+    """Devices by filesystem, each once, seeds last."""
+    copies: dict[tuple[bytes, bytes], list[Device]] = {}
+    for device in devices:
+        copies.setdefault((bytes(device.superblock["fsid"]), device.uuid), []).append(device)
     groups: dict[bytes, list[Device]] = {}
-    for (fsid, _), device in newest.items():
-        groups.setdefault(fsid, []).append(device)
+    for (fsid, _), found in copies.items():
+        groups.setdefault(fsid, []).append(_one_of(assembly, found))
 
     def seeding(group: list[Device]) -> bool:
         return bool(int(group[0].superblock["flags"]) & ondisk.SUPER_FLAG_SEEDING)
@@ -128,28 +141,50 @@ def _groups(assembly: Assembly, devices: list[Device]) -> list[list[Device]]:
     return sorted(groups.values(), key=lambda group: (seeding(group), group[0].member.number))
 
 
-def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -> set[int]:
-    """The pool of the devices of one filesystem, and of its seeds.
+def _one_of(assembly: Assembly, copies: list[Device]) -> Device:
+    """The copy of a device that is used."""
+    superblock = copies[0].superblock
+    number, fsid = int(superblock["dev_item.devid"]), ondisk.uuid_text(superblock["fsid"])
+    claims = [
+        Copy(device.member, device.generation, assembly.about(device.member).damage) for device in copies
+    ]
+    used = copies[choose(claims, f"device {number} of the btrfs {fsid}", "generation")]
+    for device in copies:
+        if device is not used:
+            about = assembly.about(device.member)
+            about.extents.add(tables.CONTENT, 0, device.member.reader.size, part=NAME)
+    return used
 
-    Returns the numbers of the members it lies on.
+
+class Made(NamedTuple):
+    """A pool, what it says of its devices by their uuid, and those that are there."""
+
+    chunks: list[Chunk]
+    items: dict[bytes, DeviceItem]
+    devices: list[Device]
+
+
+def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -> Made:
+    """The pool of the devices of one filesystem, and of its seeds, which are among all `devices`.
+
+    Several pools can have grown from one seed.
     """
     newest = max(group, key=lambda device: device.generation)
     superblock = newest.superblock
-    known = {device.uuid: device for device in [*devices, *group]}
     # a device of this filesystem that is behind by more than the transaction in which all others may have
     # been cut off
     stale = frozenset(device.uuid for device in group if device.generation + 1 < newest.generation)
-    there = Devices(known, stale)
     damage = Damage()
-    system = list(system_chunks(superblock))
-    copies = Copies(system, there, end_of(system), newest.member.name)
-    source = tree.TreeSource.of(superblock, copies.first, copies, ranges(system))
-    chunks, sizes = chunk_tree(source, superblock, damage)
+    there = Devices({device.uuid: device for device in [*devices, *group]}, stale)
+    system, items, chunks = _read_chunks(newest, there, damage)
+    own = {device.member.number for device in group}
+    seeds = [device for device in devices if _is_of(device, items)]
+    known = {device.uuid: device for device in [*seeds, *group]}
+    there = Devices(known, stale)
     chunks = without_overlaps(chunks or system, damage)
     rows, unreachable = layout(chunks, there)
     size = end_of(chunks)
-    wanted = {uuid for chunk in chunks for uuid, _ in chunk.stripes} | set(sizes)
-    present = {uuid: device for uuid, device in known.items() if device in group or uuid in wanted}
+    wanted = {uuid for chunk in chunks for uuid, _ in chunk.stripes} | set(items)
     if lost := len(wanted - set(known)):
         strips = counted(unreachable, "[strip has|strips have] no other copy")
         what = f"[device|devices] of the filesystem [is|are] missing; {strips}"
@@ -167,20 +202,34 @@ def _make_pool(assembly: Assembly, group: list[Device], devices: list[Device]) -
         uuid=ondisk.uuid_text(superblock["fsid"]), detail=_detail(chunks), damage=damage,
         holds=btrfs.FORMAT,
     ))  # fmt: skip
-    for device in present.values():
+    for device in known.values():
         about = assembly.about(device.member)
-        _device_extents(
-            about, device, chunks, sizes.get(device.uuid, int(device.superblock["dev_item.total_bytes"]))
-        )
         about.detail = f"device {int(device.superblock['dev_item.devid'])} of {len(wanted)}"
         about.uuid = ondisk.uuid_text(device.superblock["dev_item.uuid"])
-        if device.generation < newest.generation and device in group:
+        if device.generation < newest.generation and device.member.number in own:
             text = (
                 f"{device.member.name} was last written in transaction {device.generation}, the newest "
                 f"in {newest.generation}"
             )
             about.damage.say("stale", text, ondisk.SUPER_OFFSETS[0])
-    return {device.member.number for device in present.values()}
+    return Made(chunks, items, list(known.values()))
+
+
+def _read_chunks(
+    device: Device, there: Devices, damage: Damage
+) -> tuple[list[Chunk], dict[bytes, DeviceItem], list[Chunk]]:
+    """The chunks by which the chunk tree is read, as a device has them, and what that tree says of devices
+    and of all chunks."""
+    system = list(system_chunks(device.superblock))
+    copies = Copies(system, there, end_of(system), device.member.name)
+    source = tree.TreeSource.of(device.superblock, copies.first, copies, ranges(system))
+    chunks, items = chunk_tree(source, device.superblock, damage)
+    return system, items, chunks
+
+
+def _is_of(device: Device, items: dict[bytes, DeviceItem]) -> bool:
+    """Is it one of these? A copy whose filesystem got another id kept its own."""
+    return device.uuid in items and items[device.uuid].fsid == device.filesystem
 
 
 def _detail(chunks: list[Chunk]) -> str:
@@ -216,22 +265,20 @@ def _super_stripes(chunks: list[Chunk]) -> tuple[Int, Int]:
     return ints([start for start, _ in found] or np.zeros(0)), ints([end for _, end in found] or np.zeros(0))
 
 
-def _device_extents(about: About, device: Device, chunks: list[Chunk], total: int) -> None:
-    """Name what of a device lies in no chunk, and its superblocks."""
+def _device_extents(about: About, device: Device, pools: list[Made]) -> None:
+    """Name what of a device lies in no chunk of the pools on it, and its superblocks."""
+    item = pools[0].items.get(device.uuid)
+    total = item.size if item else int(device.superblock["dev_item.total_bytes"])
     size = min(max(total, 0), device.member.reader.size)
-    stripes = [
-        (offset, offset + chunk.device_length)
-        for chunk in chunks
-        for uuid, offset in chunk.stripes
-        if uuid == device.uuid
-    ]
-    taken = np.array(stripes, np.int64).reshape(-1, 2)
-    twice = covered_twice(taken[:, 0], taken[:, 1])
+    each = [_stripes_on(device, made.chunks) for made in pools]
+    for stripes in each:
+        twice = covered_twice(stripes[:, 0], stripes[:, 1])
+        about.damage.add("two-owners", "[range belongs|ranges belong] to more than one chunk", twice[0])
+    taken = np.unique(np.concatenate(each), axis=0)  # a seed's chunks are those of all that grew from it
     end = device.member.reader.size
     beyond = int((taken[:, 1] > end).sum())
     text = f"[chunk reaches|chunks reach] beyond the end of {device.member.name}: it is truncated"
     about.damage.add("truncated", text, end, beyond)
-    about.damage.add("two-owners", "[range belongs|ranges belong] to more than one chunk", twice[0])
     supers = ints([offset for offset in ondisk.SUPER_OFFSETS if offset + ondisk.SUPER_SIZE <= size])
     super_ends = supers + ondisk.SUPER_SIZE
     out = about.extents
@@ -243,6 +290,17 @@ def _device_extents(about: About, device: Device, chunks: list[Chunk], total: in
         np.append(known[0], 0), np.append(known[1], ondisk.RESERVED), 0, max(size, ondisk.RESERVED)
     )
     out.add(tables.FREE, free[0], np.minimum(free[1], size) - free[0])
+
+
+def _stripes_on(device: Device, chunks: list[Chunk]) -> Int:
+    """(stripes, 2): [start, end) on the device of each of its stripes."""
+    stripes = [
+        (offset, offset + chunk.device_length)
+        for chunk in chunks
+        for uuid, offset in chunk.stripes
+        if uuid == device.uuid
+    ]
+    return np.array(stripes, np.int64).reshape(-1, 2)
 
 
 FORMAT = VolumeFormat(

@@ -43,7 +43,8 @@ SUPERBLOCK = struct(SUPER_SIZE, [
     (0xB4, "compat_ro_flags", "<u8"), (0xBC, "incompat_flags", "<u8"), (0xC4, "csum_type", "<u2"),
     (0xC6, "root_level", "u1"), (0xC7, "chunk_root_level", "u1"), (0xC8, "log_root_level", "u1"),
     (0xC9, "dev_item.devid", "<u8"), (0xD1, "dev_item.total_bytes", "<u8"),
-    (0x10B, "dev_item.uuid", "u1", (16,)), (0x12B, "label", "S256"), (0x23B, "metadata_uuid", "u1", (16,)),
+    (0x10B, "dev_item.uuid", "u1", (16,)), (0x11B, "dev_item.fsid", "u1", (16,)), (0x12B, "label", "S256"),
+    (0x23B, "metadata_uuid", "u1", (16,)),
     (0x32B, "sys_chunk_array", "u1", (2048,)),
     (0xB2B, "super_roots", "u1", (BACKUP_ROOTS * BACKUP.itemsize,)),
 ])  # fmt: skip
@@ -244,7 +245,9 @@ ROOT_REF = struct(18, [(0, "dirid", "<i8")])
 EXTENT_ITEM = struct(24, [(16, "flags", "<u8")])
 EXTENT_FLAG_DATA = 1
 BLOCK_GROUP_ITEM = struct(24, [(0, "used", "<i8")])
-DEV_ITEM = struct(98, [(0, "devid", "<i8"), (8, "total_bytes", "<i8"), (66, "uuid", "u1", (16,))])
+DEV_ITEM = struct(98, [
+    (0, "devid", "<i8"), (8, "total_bytes", "<i8"), (66, "uuid", "u1", (16,)), (82, "fsid", "u1", (16,)),
+])  # fmt: skip
 
 CHUNK_HEAD, STRIPE_SIZE = 48, 32
 CHUNK = struct(CHUNK_HEAD, [

@@ -9,6 +9,7 @@ Sources: lvm2 (sourceware.org/git/lvm2.git) lib/format_text, lib/metadata; man p
 lvmcache.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from virt_bmap.core.amounts import plural
@@ -47,21 +48,21 @@ def assemble(members: Sequence[Member]) -> Assembly:
     """All groups of these physical volumes, and their logical volumes."""
     assembly = Assembly(members)
     pvs = physical_volumes(members, assembly)
+    free = {pv.uuid: pv for pv in pvs}
     newest = newest_texts(pvs)
-    claimed: set[str] = set()
-    names = [name for _, name in newest]
+    called = Counter(name for _, name in newest)
     for text, name in newest:
-        listed = {
+        listed = (
             section.text("id")
             for section in text.sections[name].section("physical_volumes").sections.values()
-        }
-        mine = [pv for pv in pvs if pv.uuid in listed - claimed]
-        claimed |= listed
+        )
+        mine = [free.pop(uuid) for uuid in listed if uuid in free]
+        mine.sort(key=lambda pv: pv.member.number)
         add_stale(mine, text, name, assembly)
-        if names.count(name) > 1:
+        if called[name] > 1:
             for pv in mine[:1]:
                 detail = (
-                    f"{plural(names.count(name), 'volume group')} are called {name}, so their volumes have "
+                    f"{plural(called[name], 'volume group')} are called {name}, so their volumes have "
                     f"the same device names; this one, with the metadata at byte {pv.text_at:#x} of "
                     f"{pv.member.name}, has the id {text.sections[name].text('id')}"
                 )
@@ -70,7 +71,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
             read_group(new_group(text, name, mine, assembly))
         except Corrupt as error:
             add_unread(mine, error.code, f"volume group {name}: {error}", assembly)
-    add_orphans([pv for pv in pvs if pv.uuid not in claimed], assembly)
+    add_orphans(list(free.values()), assembly)
     return assembly
 
 
@@ -85,11 +86,9 @@ def identify(reader: Reader) -> Identity | None:
         pv = read_pv(Member(0, reader.name, reader), {})
     except Corrupt:
         return None
-    groups = [group for text in pv.copies for group in text.sections.values()]
-    newest = max(groups, key=lambda group: group.number("seqno", 0), default=None)
-    if newest is None:
+    if pv.newest is None:
         return None
-    return Identity(newest.text("id"), pv.uuid, newest.number("seqno", 0))
+    return Identity(pv.newest.text("id"), pv.uuid, pv.seqno)
 
 
 def _structures() -> Structures:

@@ -76,6 +76,17 @@ class Pv:
         """The byte at which the first metadata area begins, for messages; the label's where there is none."""
         return min((start for start, _ in self.areas), default=self.label_offset)
 
+    @property
+    def newest(self) -> Section | None:
+        """The group as its newest text describes it; None where it has none."""
+        groups = (group for text in self.copies for group in text.sections.values())
+        return max(groups, key=lambda group: group.number("seqno", 0), default=None)
+
+    @property
+    def seqno(self) -> int:
+        """The state of its group that it knows; 0 where it knows none."""
+        return self.newest.number("seqno", 0) if self.newest else 0
+
 
 def find_label(reader: Reader) -> int:
     """The byte offset of the label, in one of the first four sectors; -1 where there is none."""

@@ -31,25 +31,37 @@ MAX_SECTORS = 1 << 40
 """Of a cache volume, in which metadata and data have places of their own."""
 IMAGE = re.compile(r"_(rimage|rmeta|mimage|mlog)(_\d+)?$")
 """Names that LVM keeps for the parts of RAID volumes and mirrors (lvm(8), "Valid names")."""
+MOST_EXPLAINED = 3
+"""Logical volumes of which it is said one by one why they can't be read."""
 MAX_DEVICE = 1 << 24
 """Thin devices are numbered in 24 bits (MAX_DEV_ID in dm-thin.c)."""
 
 
 def read_group(group: Group) -> None:
     """Place every logical volume of the group. Raises Corrupt where their order can't be found."""
-    unread = False
+    unread: dict[str, list[tuple[str, FormatError]]] = {}
     for name in in_order(group):
         try:
             _read_volume(group, name)
         except FormatError as error:
-            unread = True
+            unread.setdefault(error.code, []).append((name, error))
             group.logical.setdefault(name, None)
             group.missing[True, name] = f"of {name}"
-            for pv in group.pvs[:1]:
-                detail = f"logical volume {group.name}/{name}: {error}"
-                group.assembly.about(pv.member).damage.say(error.code, detail, pv.text_at)
+    for code, found in unread.items():
+        for pv in group.pvs[:1]:
+            group.assembly.about(pv.member).damage.say(code, _unread(group, found), pv.text_at)
     _name_unread(group)
     add_free(group, UNREFERENCED if unread else FREE)
+
+
+def _unread(group: Group, found: list[tuple[str, FormatError]]) -> str:
+    """What is said of the logical volumes that can't be read for one kind of reason, however many."""
+    if len(found) == 1:
+        ((name, error),) = found
+        return f"logical volume {group.name}/{name}: {error}"
+    reasons = "; ".join(f"{name}: {error}" for name, error in found[:MOST_EXPLAINED])
+    more = f"; and {len(found) - MOST_EXPLAINED:,} more" if len(found) > MOST_EXPLAINED else ""
+    return f"{plural(len(found), 'logical volume')} of {group.name} can't be read: {reasons}{more}"
 
 
 def _name_unread(group: Group) -> None:

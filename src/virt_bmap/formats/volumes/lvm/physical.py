@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from virt_bmap.core.errors import Corrupt
+from virt_bmap.formats.common.duplicates import Copy, choose
 from virt_bmap.formats.volumes.lvm.label import SECTOR, Pv, read_pv
 from virt_bmap.formats.volumes.lvm.text import Section
 from virt_bmap.model.contract import (
@@ -18,29 +19,36 @@ NAME = "LVM2_member"
 
 def physical_volumes(members: Sequence[Member], assembly: Assembly) -> list[Pv]:
     """The physical volumes, each once, with rows for what LVM itself takes of them."""
-    pvs: dict[str, Pv] = {}
     texts: dict[str, Section] = {}
+    copies: dict[str, list[Pv]] = {}
     for member in members:
         try:
             pv = read_pv(member, texts)
         except Corrupt as error:
             _whole(assembly, member).refuse(error)
             continue
-        if pv.uuid in pvs:
-            first = pvs[pv.uuid].member.name
-            words = f"{first} is the same physical volume {pv.uuid}: this copy is not used"
-            _whole(assembly, member).say("duplicate", words, severity=ERROR)
-            continue
-        pvs[pv.uuid] = pv
-        about = assembly.about(member)
-        about.uuid, rows = pv.uuid, about.extents
-        about.damage.take(pv.damage)
-        rows.add(METADATA, pv.label_offset, SECTOR, part="LVM label")
-        for offset, size in pv.areas:
-            rows.add(METADATA, offset, size, part="LVM metadata area")
-        for offset, size in pv.boot:
-            rows.add(BOOT, offset, size, part="boot loader area")
-    return list(pvs.values())
+        copies.setdefault(pv.uuid, []).append(pv)
+    return [_one_of(found, assembly) for found in copies.values()]
+
+
+def _one_of(copies: list[Pv], assembly: Assembly) -> Pv:
+    """The copy of a physical volume that is used; what it and the others hold is said."""
+    claims = [Copy(pv.member, pv.seqno, assembly.about(pv.member).damage) for pv in copies]
+    first = choose(claims, f"the physical volume {copies[0].uuid}", "state of its group")
+    for pv in copies:
+        assembly.about(pv.member).uuid = pv.uuid
+        if pv is not copies[first]:
+            _whole(assembly, pv.member)
+    pv = copies[first]
+    about = assembly.about(pv.member)
+    about.damage.take(pv.damage)
+    rows = about.extents
+    rows.add(METADATA, pv.label_offset, SECTOR, part="LVM label")
+    for offset, size in pv.areas:
+        rows.add(METADATA, offset, size, part="LVM metadata area")
+    for offset, size in pv.boot:
+        rows.add(BOOT, offset, size, part="boot loader area")
+    return pv
 
 
 def _whole(assembly: Assembly, member: Member) -> Damage:

@@ -10,6 +10,7 @@ from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.mapping import Row, Rows
 from virt_bmap.formats.common import stripes
+from virt_bmap.formats.common.duplicates import Copy, choose
 from virt_bmap.formats.common.rebuild import Stripes
 from virt_bmap.formats.common.stripes import Place, Raid10
 from virt_bmap.formats.volumes.md.superblock import FAULTY, JOURNAL, SECTOR, SPARE, Superblock
@@ -54,7 +55,8 @@ def gather(members: list[Superblock]) -> Array:
             f"not supported; the limit is {stripes.MAX_MEMBERS}"
         )
     array = Array(fresh, members, [None] * fresh.raid_disks)
-    for member in sorted(members, key=lambda one: (one.replacement, one.recovered is not None)):
+    slots: dict[int, list[Superblock]] = {}
+    for member in members:
         role = fresh.roles[member.number] if member.number < len(fresh.roles) else SPARE
         if role == JOURNAL:
             member.metadata.append(("md journal", member.data_offset, member.data_size or member.size))
@@ -68,16 +70,25 @@ def gather(members: list[Superblock]) -> Array:
             _unused(member, "the array calls it faulty: it is not used")
         elif role == SPARE:
             _unused(member, "a spare: it holds no data of the array")
-        elif array.slots[role] is not None:
-            first = array.slots[role]
-            assert first is not None
-            words = f"slot {role} is held by {first.member.name}, too: this copy is not used"
-            member.damage.say("unused-member" if member.replacement else "duplicate", words)
         elif member.recovered is not None and member.recovered < fresh.size:
             _unused(member, f"only its first {member.recovered} bytes are rebuilt: it is not used")
         else:
-            array.slots[role] = member
+            slots.setdefault(role, []).append(member)
+    for slot, found in slots.items():
+        array.slots[slot] = _one_of(slot, found)
     return array
+
+
+def _one_of(slot: int, claims: list[Superblock]) -> Superblock:
+    """Who of several that claim one slot is used: rather not a replacement, or what was rebuilt lately."""
+    rank = min((one.replacement, one.recovered is not None) for one in claims)
+    equal = [one for one in claims if (one.replacement, one.recovered is not None) == rank]
+    what = f"the member in slot {slot} of the array {claims[0].uuid}"
+    used = equal[choose([Copy(one.member, one.events, one.damage) for one in equal], what, "events")]
+    for other in claims:
+        if other not in equal:
+            _unused(other, f"slot {slot} is held by {used.member.name}: this replacement is not used yet")
+    return used
 
 
 def _unused(member: Superblock, detail: str) -> None:
