@@ -508,11 +508,22 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
         bmap = support.mapped(unpack(corpus / name, tmp_path / "image"))
         for table in BlockMap.TABLES:
             tables.check(table, getattr(bmap, table))
+        assert alone(bmap) == [], name
         if line[-1] == "valid":
             support.assert_proven(bmap)
             assert bmap.filesystems.num_rows == 1, name
             valid += 1
     assert valid > 5
+
+
+def alone(bmap: BlockMap) -> list[int]:
+    """Where bytes are called shared that one row alone has, such as a leaf that a relocation refers to, too."""
+    start, length = tables.integers(bmap.extents, "volume_offset"), tables.integers(bmap.extents, "length")
+    shared = (tables.integers(bmap.extents, "flags") & tables.SHARED) != 0
+    inodes = tables.integers(bmap.extents, "inode") >= 0
+    low, high = start[inodes], (start + length)[inodes]
+    rows = zip(start[shared].tolist(), (start + length)[shared].tolist(), strict=True)
+    return [at for at, end in rows if np.count_nonzero((low < end) & (high > at)) < 2]
 
 
 @pytest.mark.parametrize("name", ["btrfs-default", "btrfs-subvolume-snapshot"])

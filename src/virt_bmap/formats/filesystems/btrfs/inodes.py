@@ -276,7 +276,7 @@ def inline(rows: Columns, links: Links) -> Inline:
     row, tree = row[keep], tree[keep]
     column = {name: values[row] for name, values in rows.items()}
     held = np.where(column["compression"] == 0, column["length"], np.maximum(column["ram_bytes"], 0))
-    shared = np.where(links.forest.count[column["leaf"]] > 1, tables.SHARED, 0)
+    shared = np.where(np.bincount(row)[row] > 1, tables.SHARED, 0)
     return Inline(
         number(links.tree_id[tree], column["objectid"]), np.maximum(column["file_offset"], 0), held,
         column["start"], column["length"], _flags(column) | shared | tables.INLINE,
