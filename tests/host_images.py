@@ -18,6 +18,9 @@ from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.open.host import Host
 from virt_bmap.survey.maps import map_disks
 
+PIECE = 4 << 20
+"""Bytes that are read together: more of a hole than that would be refused."""
+
 
 def io(image: Path, *commands: str, format: str = "qcow2", options: Sequence[str] = ()) -> None:
     """Let qemu-io write to an image."""
@@ -160,7 +163,10 @@ def content(host: Host, disk: int = 0, inflate: bool = True) -> bytes:
     """The guest's bytes, read where the rows say they lie: plain and zero rows through the mapping,
     compressed ones inflated one by one."""
     rows, size = host.disks[disk].rows, host.disks[disk].size
-    data = bytearray(MappedReader(size, "disk", dict(enumerate(host.files)), rows).read(0, size))
+    reader = MappedReader(size, "disk", dict(enumerate(host.files)), rows)
+    data = bytearray(size)
+    for at in range(0, size, PIECE):
+        data[at : at + PIECE] = reader.read(at, min(PIECE, size - at))
     packed = np.flatnonzero(rows.role == PACKED)
     for at in packed.tolist() if inflate else []:
         raw = host.files[int(rows.parent[at])].read(int(rows.parent_offset[at]), int(rows.parent_run[at]))

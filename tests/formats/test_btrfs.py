@@ -517,7 +517,7 @@ def test_corpus(corpus: Path, tmp_path: Path) -> None:
 
 
 def alone(bmap: BlockMap) -> list[int]:
-    """Where bytes are called shared that one row alone has, such as a leaf that a relocation refers to, too."""
+    """Where bytes are called shared that one row alone has, such as a leaf of a relocation's tree."""
     start, length = tables.integers(bmap.extents, "volume_offset"), tables.integers(bmap.extents, "length")
     shared = (tables.integers(bmap.extents, "flags") & tables.SHARED) != 0
     inodes = tables.integers(bmap.extents, "inode") >= 0

@@ -2,6 +2,7 @@
 QEMU's own reading."""
 
 import contextlib
+import os
 import struct
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from support import need, run
 from virt_bmap import cli
 from virt_bmap.core.errors import BmapError, ImageError
 from virt_bmap.core.mapped import MappedReader
+from virt_bmap.core.mapping import DATA
 from virt_bmap.formats.images.layer import split
 from virt_bmap.open import open_image
 from virt_bmap.open.disks import Opening
@@ -91,6 +93,28 @@ def test_the_map_is_qemus_and_the_content_too(disk, tmp_path, name):
         proven(image, format=format)
         if step == 0:
             random_writes(image, SIZE, cluster, seed=len(name), count=12, packed=False, format=format)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "raw"])
+def test_data_that_goes_on_beyond_the_end_is_told(disk, tmp_path, name):
+    """A copy that was broken off inside the last piece of data; of a fixed VHD with its footer behind it."""
+    format, options, _ = FORMATS[name]
+    image = convert(disk, format, options, tmp_path / f"a.{format}")
+    with open_host([str(image)], Opening(format=format, references=True)) as host:
+        rows, files = host.disks[0].rows, host.paths
+        assert not [problem for link in host.disks[0].chain for problem in link.layer.damage.problems()]
+        last = int(np.argmax(np.where(rows.role == DATA, rows.parent_offset + rows.run, 0)))
+        file, end = files[rows.parent[last]], int(rows.parent_offset[last] + rows.run[last])
+    with open(file, "r+b") as out:
+        out.seek(-512, os.SEEK_END)
+        footer = out.read()
+        out.truncate(end - 8192)
+        if format == "vpc":
+            out.seek(0, os.SEEK_END)
+            out.write(footer)
+    with open_host([str(image)], Opening(format=format, references=True)) as host:
+        said = [problem.code for link in host.disks[0].chain for problem in link.layer.damage.problems()]
+    assert "truncated" in said
 
 
 def test_a_stream_of_compressed_grains(disk, tmp_path):

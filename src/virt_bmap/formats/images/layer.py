@@ -34,6 +34,8 @@ class Draft:
 
     files: Sequence[Reader]
     size: int
+    may_end_early: bool = False
+    """The file's last bytes are left out where they are zero (QEMU writes qcow2 so)."""
     extents: list[ExtentRows] = field(default_factory=list)
     damage: Damage = field(default_factory=Damage)
     _pieces: list[tuple[Int, ...]] = field(default_factory=list)
@@ -136,6 +138,10 @@ class Draft:
             "outside",
             "[run|runs] of data [lies|lie] beyond the end of the file",
             host[(left == 0) & (role != IN_ZERO)],
+        )
+        cut = (left > 0) & (left < stored) & (role == IN_DATA) & (not self.may_end_early)
+        self.damage.add(
+            "truncated", "[run|runs] of data [goes|go] on beyond the end of the file", (host + left)[cut]
         )
         self.zero(guest + kept, length - kept)
         keep = kept > 0

@@ -23,7 +23,7 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     head = header.read_header(image)
     saved = snapshots.read_snapshots(image, head)
     marked = bitmaps.read_bitmaps(image, head)
-    draft = Draft([image, *others], head.size)
+    draft = Draft([image, *others], head.size, may_end_early=True)
     uses = allocator.Uses(head.cluster)
     owners.own_header(draft, head, uses)
     snapshots.own_tables(draft, head, saved, uses)

@@ -37,6 +37,11 @@ def read(image: Reader, others: Sequence[Reader] = ()) -> ImageLayer:
     if image.read(end, 8) == b"conectix":
         draft.own("footer", end, SECTOR)
     if foot.kind == "fixed":
+        if foot.size > end:
+            words = (
+                f"its disk has {foot.size:,} bytes, of which only {end:,} lie in the file before the footer"
+            )
+            draft.damage.say("truncated", words, end)
         draft.place(ints(0), ints(0), ints(min(foot.size, end)))
         draft.own("slack", min(foot.size, end), max(0, end - foot.size), tables.GAP)
         return draft.finish(NAME, 1, {"subformat": "fixed"})
