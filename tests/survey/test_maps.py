@@ -38,7 +38,7 @@ def test_the_short_form_says_all_that_disks_say(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(maps, "mapped", lambda disks: asked.append(disks) or BlockMap)
     words = {"format": "qcow2", "references": True, "force_share": True, "keys": parse(["all:key:secret"]),
              "nested": nested(["all"]), "host_offsets": True, "blocksize": 4096,
-             "session": DiscSession(2)}  # fmt: skip
+             "session": DiscSession(2), "machines": True}  # fmt: skip
     defaults = {field.name: field.default for field in fields(Disks) if field.default is not MISSING}
     short = inspect.signature(maps.map_disks).parameters.values()
     assert {one.name: one.default for one in short if one.name != "images"} == defaults

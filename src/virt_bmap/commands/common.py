@@ -67,6 +67,12 @@ def add_mapping_options(group: "argparse._ArgumentGroup") -> None:
         type=session,
         help="of a disc that was written in sessions show this one (from 1), not what lies at its start",
     )
+    group.add_argument(
+        "--machines",
+        action="store_true",
+        help="the disks are of several machines: which belong together their volumes tell, clones are apart, "
+        "and names begin with the machine's first disk",
+    )
     add_trust_options(group)
     group.add_argument(
         "--key",
@@ -157,7 +163,7 @@ def disks_of(args: argparse.Namespace, given: Sequence[str] = (), first: Sequenc
     passphrases = sys.stdin.buffer.read().splitlines() if args.keys_from_stdin else []
     return Disks(
         images, keys=keys.parse(args.key, passphrases), nested=nested(getattr(args, "nested", [])),
-        host_offsets=getattr(args, "host_offsets", False), **vars(opening_of(args)),
+        machines=args.machines, host_offsets=getattr(args, "host_offsets", False), **vars(opening_of(args)),
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def observe(args: argparse.Namespace, disks: Disks) -> Iterator[BlockMap]:
 
     if args.output == "-":
         raise UsageError("an observation keeps what it has seen beside the map: give it a file with -o")
+    refuse_machines(disks)
     sources = [source(image, disks) for image in disks.images]
     journal = Journal(args.output + SUFFIX, sources, args.resume)
     if journal.seen and not args.quiet:
@@ -46,6 +47,12 @@ def observe(args: argparse.Namespace, disks: Disks) -> Iterator[BlockMap]:
             journal.remove()
         raise
     journal.remove()
+
+
+def refuse_machines(disks: Disks) -> None:
+    """UsageError where the disks of several machines would become those of one appliance."""
+    if disks.machines:
+        raise UsageError("an appliance is one machine: without --machines, name the disks of one at a time")
 
 
 def say_left(left: dict[str, str]) -> None:

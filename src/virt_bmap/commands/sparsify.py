@@ -191,7 +191,7 @@ def _in_place(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack, Progress() as progress:
         disks = [stack.enter_context(kept(image, named)) for image in images]
         readers = [disk.reader for disk in disks]
-        bmap = survey(readers, progress.watch(readers), named.keys, asks=Asks.SLEEP)
+        bmap = survey(readers, progress.watch(readers), named.keys, asks=Asks.SLEEP, machines=named.machines)
         plans = [plan(bmap, number, args.swap) for number in bmap.disks]
         progress.stop()
         for volume, reason in {

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from virt_bmap.commands.common import add_disk_options, disks_of, print_json, stages
-from virt_bmap.commands.observing import say_left
+from virt_bmap.commands.observing import refuse_machines, say_left
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: must not be negative")
     disks = disks_of(args, args.disk)
+    refuse_machines(disks)
     sources = [source(image, disks) for image in disks.images]
     with stages() as tell:
         found, left = verify(sources, disks, args.sample, args.seed, tell)

@@ -150,7 +150,7 @@ def _open(
                 f"{name}: --disk counts the disks of saved maps; of images the first one named is compared"
             )
         readers = [reader, *stack.enter_context(open_disks(further, replace(disks, format=None)))]
-        bmap, volumes = survey_open(readers, telling.mapping(readers), disks.keys)
+        bmap, volumes = survey_open(readers, telling.mapping(readers), disks.keys, machines=disks.machines)
         side = OpenSide(name, bmap, reader, volumes)
     if bmap.on_files:
         raise MapError(f"{name}: is a map of an image file's own bytes, not of the disk that a guest sees")

@@ -63,7 +63,7 @@ def nested(options: Sequence[str]) -> Nested:
 
 @dataclass(frozen=True)
 class Disks(Opening):
-    """Images, block devices or NBD URIs as the disks of one machine, /dev/sda, /dev/sdb, ..."""
+    """Images, block devices or NBD URIs as the disks /dev/sda, /dev/sdb, ... of one machine, or several."""
 
     images: Sequence[str]
     _: KW_ONLY
@@ -71,5 +71,8 @@ class Disks(Opening):
     """They open encrypted volumes."""
     nested: Nested = NOTHING
     """Files on these disks that are disks, too."""
+    machines: bool = False
+    """They are disks of several machines: identity and names have the machine as their scope, and which disks
+    belong together their members tell."""
     host_offsets: bool = False
     """Count in bytes of the image files: these are disks 1, 2, ..., and the guest's disks volumes in them."""

@@ -1,4 +1,5 @@
-"""Which disks belong to one machine, where several machines' lie side by side: images that are files.
+"""Which disks belong to one machine, where several machines' lie side by side: images that are files, or
+those that were given where the user says so.
 
 Identity has a machine as its scope. Disks that carry members of one group belong together; two that carry the
 same member are clones, of two machines. Then those go together whose state is the same, and whose names begin
@@ -13,7 +14,7 @@ from virt_bmap.model.contract import Identity
 
 
 class Candidate(NamedTuple):
-    """A member of something that may span disks: the image it lies on, by number and name, and who it is."""
+    """A member of something that may span disks: the disk it lies on, by number and name, and who it is."""
 
     image: int
     name: str
@@ -90,5 +91,10 @@ def _likeness(one: Candidate, other: Candidate, machines: Machines) -> tuple[boo
     return (
         machines.of(one.image) == machines.of(other.image),
         one.identity.state == other.identity.state,
-        len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one.name, other.name, strict=False)))),
+        alike(one.name, other.name),
     )
+
+
+def alike(one: str, other: str) -> int:
+    """With how many characters that are the same two names begin."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))

@@ -35,10 +35,10 @@ def opened(
         from virt_bmap.open.host import open_host
 
         with open_host(disks.images, disks) as host:
-            yield survey_host(host, watcher(host.files), disks.keys, disks.nested, asks)
+            yield survey_host(host, watcher(host.files), disks.keys, disks.nested, asks, disks.machines)
     else:
         with open_disks(disks.images, disks, status) as readers:
-            yield survey_open(readers, watcher(readers), disks.keys, disks.nested, asks)
+            yield survey_open(readers, watcher(readers), disks.keys, disks.nested, asks, disks.machines)
 
 
 def mapped(disks: Disks, watcher: Watcher = lambda _: lambda _: None, asks: Asks = NOTHING_MORE) -> BlockMap:
@@ -57,12 +57,13 @@ def map_disks(
     session: DiscSession | None = None,
     keys: Keys = NO_KEYS,
     nested: Nested = NOTHING,
+    machines: bool = False,
     host_offsets: bool = False,
 ) -> BlockMap:
     """The map of `Disks(images, ...)`, where that is all that is wanted. Raises as `opened` does."""
     disks = Disks(
         images, format=format, references=references, force_share=force_share, blocksize=blocksize,
-        session=session, keys=keys, nested=nested, host_offsets=host_offsets,
+        session=session, keys=keys, nested=nested, machines=machines, host_offsets=host_offsets,
     )  # fmt: skip
     return mapped(disks)
 

@@ -7,8 +7,9 @@ its members are known.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +53,7 @@ from virt_bmap.model.damage import Damage
 from virt_bmap.model.damage import table as damage_table
 from virt_bmap.open.disks import NOTHING, Nested
 from virt_bmap.survey import rivals
-from virt_bmap.survey.machines import Candidate, Machines
+from virt_bmap.survey.machines import Candidate, Machines, alike
 from virt_bmap.survey.nested import MAX_LEVELS, ImageBudget
 from virt_bmap.survey.owners import check_names, check_owners
 from virt_bmap.survey.sleeping import asleep_in
@@ -97,13 +98,23 @@ class _Volume:
     traits: int = 0
     is_counted: bool = True
     rows: Rows | None = None
-    image: "_Volume | None" = None
-    """The image that is a file, in which it lies: a disk of another machine."""
+    home: "_Volume | None" = None
+    """The disk in which it lies, where that is one of several machines'."""
     extents: list[pa.Table] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
     holds: FilesystemFormat | None = None
     filesystem: Filesystem | None = None
+
+    @property
+    def source(self) -> str:
+        """The image or file that its bytes come from."""
+        return self.reader.name.rpartition(" of ")[2]
+
+    @property
+    def called(self) -> str:
+        """What a disk is called by those who keep several machines' apart: as its image is."""
+        return self.source if self.kind == "disk" else self.name
 
     def damage(self, source: str) -> Damage:
         """What this format, or part of the survey, finds on it."""
@@ -127,14 +138,16 @@ def survey(
     keys: Keys = NO_KEYS,
     nested: Nested = NOTHING,
     asks: Asks = NOTHING_MORE,
+    machines: bool = False,
 ) -> BlockMap:
-    """The block map of these disks of one machine, which become /dev/sda, /dev/sdb, ...
+    """The block map of these disks, which become /dev/sda, /dev/sdb, ...
 
     `progress` is called with the name of each volume before it is read; `keys` open encrypted volumes;
-    `nested` says which files are disks, too; `asks` is what is wanted beside the map. Raises ImageError where
+    `nested` says which files are disks, too; `asks` is what is wanted beside the map; the disks are of one
+    machine, or of several `machines`. Raises ImageError where
     a disk can't be read; what is wrong *on* a disk becomes rows of `problems`.
     """
-    return _Survey(disks, progress, keys, nested, asks).run()
+    return _Survey(disks, progress, keys, nested, asks, machines).run()
 
 
 def survey_host(
@@ -143,10 +156,11 @@ def survey_host(
     keys: Keys = NO_KEYS,
     nested: Nested = NOTHING,
     asks: Asks = NOTHING_MORE,
+    machines: bool = False,
 ) -> tuple[BlockMap, list[Reader]]:
     """The block map of the disks in these image files, in bytes of the files: these become disk 1, 2, ...,
     and the guest's disks volumes in them. And the reader of each volume, by its number."""
-    work = _Survey([], progress, keys, nested, asks)
+    work = _Survey([], progress, keys, nested, asks, machines)
     work.start_on(host)
     return work.run(), [volume.reader for volume in work.volumes]
 
@@ -157,13 +171,14 @@ def survey_open(
     keys: Keys = NO_KEYS,
     nested: Nested = NOTHING,
     asks: Asks = NOTHING_MORE,
+    machines: bool = False,
 ) -> tuple[BlockMap, list[Reader]]:
     """Like `survey`, with the reader of each volume by its number: opened, rebuilt from parity, journals
     replayed, as the map's rows mean the bytes.
 
     `layers.raw` of one are the bytes as they lie on the disk. They read while the disks are open.
     """
-    work = _Survey(disks, progress, keys, nested, asks)
+    work = _Survey(disks, progress, keys, nested, asks, machines)
     return work.run(), [volume.reader for volume in work.volumes]
 
 
@@ -175,9 +190,12 @@ class _Survey:
         keys: Keys,
         nested: Nested,
         asks: Asks = NOTHING_MORE,
+        machines: bool = False,
     ) -> None:
         self.nested, self.images = nested, ImageBudget()
         self.asks = asks
+        self.apart = ("image", "disk") if machines else ("image",)
+        """Kinds of volumes that are disks of other machines."""
         self.volumes: list[_Volume] = []
         self.progress = progress
         self.keys = keys
@@ -278,6 +296,7 @@ class _Survey:
 
     def _add(self, kind: str, name: str, reader: Reader, depth: int, disk: int | None) -> _Volume:
         volume = _Volume(len(self.volumes), kind, name, reader, depth, disk, reader.size)
+        volume.home = volume if kind in self.apart else None
         self.volumes.append(volume)
         return volume
 
@@ -332,16 +351,15 @@ class _Survey:
 
     def _assemble_machines(self, format: VolumeFormat, members: list[_Volume]) -> None:
         """Those of each machine by themselves: other machines may have the same names and identities."""
-        images = [volume.image for volume in members]
         candidates = [
-            Candidate(image.number, image.name, format.identify(volume.reader))
-            for volume, image in zip(members, images, strict=True)
-            if image
+            Candidate(volume.home.number, volume.home.called, format.identify(volume.reader))
+            for volume in members
+            if volume.home
         ]
         machine = iter(self.machines.sort(candidates))
         groups: dict[int, list[_Volume]] = {}
-        for volume, image in zip(members, images, strict=True):
-            groups.setdefault(next(machine) if image else -1, []).append(volume)
+        for volume in members:
+            groups.setdefault(next(machine) if volume.home else -1, []).append(volume)
         for group in groups.values():
             self._assemble(format, group)
 
@@ -383,12 +401,11 @@ class _Survey:
         """A new volume; `numbers` are those that the volumes of its assembly have here."""
         parents = {at: self.volumes[numbers[at]] for at in child.parents}
         disks = {parent.disk for parent in parents.values()}
-        images = dict.fromkeys(parent.reader.name.rpartition(" of ")[2] for parent in parents.values())
-        image = next((parent.image for parent in parents.values() if parent.image), None)
-        if image and child.kind not in ("image", "pool"):  # a pool has the whole name of a device
-            root = self.volumes[self.machines.of(image.number)]
-            if not child.name.startswith(root.name) and not child.name.startswith(image.name):
-                child.name = f"{root.name}:{child.name}"
+        images = dict.fromkeys(parent.source for parent in parents.values())
+        home = next((parent.home for parent in parents.values() if parent.home), None)
+        is_whole = child.kind in ("image", "pool")  # the name of a device is in it
+        if home and not is_whole and not _is_called_after(child.name, parents.values()):
+            child.name = f"{self.volumes[self.machines.of(home.number)].name}:{child.name}"
         if child.kind in NAMED:
             self._name(child)
         name = f"{child.name} of {', '.join(images)}"
@@ -398,7 +415,7 @@ class _Survey:
         volume.size, volume.rows = child.size, child.rows.placed(volume.number, numbers)
         volume.unread, volume.traits = child.unread or volume.unread, child.traits
         volume.holds = child.holds
-        volume.image = volume if child.kind == "image" else image
+        volume.home = volume.home or home
         if child.contents:
             self.todo.append(volume)
         elif child.unread:
@@ -426,7 +443,7 @@ class _Survey:
         self.progress(volume.name)
         with self._refusing([volume], format.name):
             damage = volume.damage(format.name)
-            found = format.read(volume.reader, [other.reader for other in self.unclaimed], damage)
+            found = format.read(volume.reader, [other.reader for other in self._beside(volume)], damage)
             damage.source = found.type
             check_names(found, damage)
             volume.proofs += said_of_all(format.checks)
@@ -507,6 +524,18 @@ class _Survey:
                 raise
             damage.say("unexpected", unexpected(error))
 
+    def _beside(self, volume: _Volume) -> list[_Volume]:
+        """What nobody claims, that of its own machine first: clones have journals of one identity, too."""
+        if not volume.home:
+            return self.unclaimed
+        return sorted(self.unclaimed, key=partial(self._nearness, volume), reverse=True)
+
+    def _nearness(self, one: _Volume, other: _Volume) -> tuple[bool, int]:
+        if not one.home or not other.home:
+            return False, 0
+        is_same = self.machines.of(one.home.number) == self.machines.of(other.home.number)
+        return is_same, alike(one.home.called, other.home.called)
+
     def _refused(self, volume: _Volume, name: str, error: FormatError) -> None:
         volume.damage(name).refuse(error)
         self._whole(volume, name)
@@ -576,6 +605,11 @@ def said_of_all(checks: Checks) -> list[Proof]:
     if checks.checksums is None:
         return [structure, Proof("checksums", NOT_LOOKED_AT, "the format has none")]
     return [structure, Proof("checksums", PROVEN, checks.checksums)]
+
+
+def _is_called_after(name: str, parents: Iterable[_Volume]) -> bool:
+    """Is this the name of one of these with more behind it: of a partition, of what lies in a file?"""
+    return any(name.startswith(one.name) and not name[len(one.name) :].startswith("/") for one in parents)
 
 
 def _columns(rows: Sequence[_Volume]) -> Callable[[str], list[object]]:

@@ -34,7 +34,8 @@ def choose(copies: Sequence[Copy], what: str, counter: str) -> int:
         used.damage.say(
             "duplicate",
             f"{_shown(used.member)} and {_shown(other.member)} are both {what}, clones or one disk by two "
-            f"paths: {used.member.name} is used, which {_why(used, other, counter)}; give one of them only",
+            f"paths: {used.member.name} is used, which {_why(used, other, counter)}; give one of them only, "
+            "or say --machines",
         )
         other.damage.say("unused-member", f"a copy of {_shown(used.member)}, which is used instead")
     return first
