@@ -78,12 +78,6 @@ def test_format_raw_overrides_the_magic(disk):
     reader.close()
 
 
-def test_expert_witness_is_named(tmp_path):
-    (tmp_path / "a.E01").write_bytes(b"EVF\t\r\n\xff\0" + bytes(9000))
-    with pytest.raises(ImageError, match=r"Expert Witness .* ewfmount"):
-        open_image(str(tmp_path / "a.E01"))
-
-
 # ---- attacks -----------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,16 @@ HOST = {
     "vhdx": ("vhdx", "block_size=1M"),
     "vdi": ("vdi", "static=off"),
 }
-ENDINGS = {"qcow2": ".qcow2", "vmdk": ".vmdk", "vpc": ".vhd", "vhdx": ".vhdx", "vdi": ".vdi"}
+EWF = {
+    "ewf": ("encase6", "best", ".E01"),
+    "ewf-stored": ("encase2", "none", ".E01"),
+    "ewf-smart": ("smart", "fast", ".s01"),
+}
+"""By name: ewfacquire's words for the format and how hard to compress, and the ending that it gives."""
+ENDINGS = {
+    "qcow2": ".qcow2", "vmdk": ".vmdk", "vpc": ".vhd", "vhdx": ".vhdx", "vdi": ".vdi",
+    "ewf": ".E01", "smart": ".s01",
+}  # fmt: skip
 """The endings of files whose own layer is what is looked at; all others are raw disks."""
 
 
@@ -63,8 +72,22 @@ def qcow2_compressed(kind: str, folder: Path) -> Made:
     return Made([image], trees)
 
 
+def ewf(format: str, level: str, ending: str, folder: Path) -> Made:
+    """The GPT disk above as a forensic program keeps it, in one segment."""
+    (raw,), trees = tables.gpt(folder)
+    return Made([acquired(raw, folder / "disk", format, level, ending)], trees)
+
+
+def acquired(raw: Path, target: Path, format: str, level: str, ending: str, *options: str) -> Path:
+    """The first segment of an Expert Witness image of a disk; `target` is its name without the ending."""
+    tool = need("ewfacquire", "ewf-tools")
+    run(tool, "-u", "-q", "-f", format, "-c", level, "-t", target, *options, raw)
+    return target.with_name(target.name + ending)
+
+
 RECIPES: dict[str, Recipe] = {
     **{name: partial(host, *how) for name, how in HOST.items()},
+    **{name: partial(ewf, *how) for name, how in EWF.items()},
     "qcow2-snapshots": qcow2_snapshots,
     "qcow2-zlib": partial(qcow2_compressed, "zlib"),
     "qcow2-zstd": partial(qcow2_compressed, "zstd"),

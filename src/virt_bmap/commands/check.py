@@ -9,15 +9,18 @@ from virt_bmap.commands.common import (
     add_host_option,
     add_nested_option,
     add_result_options,
+    disks_of,
     map_or_disks,
     print_json,
 )
 from virt_bmap.commands.map import refuse_unknown
 from virt_bmap.commands.paths import INPUT
 from virt_bmap.core.amounts import plural
+from virt_bmap.core.errors import UsageError
 from virt_bmap.core.escape import escape
 from virt_bmap.core.printable import say
 from virt_bmap.model.contract import CONTRADICTED, NOT_LOOKED_AT, PROVEN, Asks
+from virt_bmap.survey import maps
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="exit status 1 also where something was not looked at, what files hold excepted",
     )
+    parser.add_argument(
+        "--content",
+        action="store_true",
+        help="read all of the disks, and compare them with the checksums and hashes that their images keep",
+    )
     add_result_options(
         parser, lambda: [COLUMNS], "one JSON object a line: totals of each volume, then the verdicts"
     )
@@ -52,9 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from virt_bmap.ask.check import check
 
+    if args.content and len(args.disk) == 1 and not args.add and maps.is_saved(args.disk[0]):
+        raise UsageError(f"{args.disk[0]}: is a map; --content reads the disk itself")
     bmap = map_or_disks(args, args.disk, asks=Asks.PROOFS)
     refuse_unknown(bmap, [*args.add, *args.disk])
     report = check(bmap)
+    if args.content:
+        from virt_bmap.ask.vouched import add_content
+
+        add_content(report, bmap, disks_of(args, args.disk))
     names = [escape(name.encode()) for name in bmap.volumes.column("name").to_pylist()]
     if args.output is not None:
         from virt_bmap.saved import results
@@ -135,8 +149,8 @@ def _unseen(verdicts: "list[Verdict]", names: list[str]) -> str:
     """What was not looked at, volume by volume."""
     subjects: dict[str, list[str]] = {}
     for row in verdicts:
-        if row.result == NOT_LOOKED_AT:
-            subjects.setdefault(names[row.volume], []).append(row.subject)
+        if row.result == NOT_LOOKED_AT and row.subject not in subjects.setdefault(names[row.volume], []):
+            subjects[names[row.volume]].append(row.subject)
     devices: dict[str, list[str]] = {}
     for name, words in subjects.items():
         devices.setdefault(" and ".join(filter(None, (", ".join(words[:-1]), words[-1]))), []).append(name)

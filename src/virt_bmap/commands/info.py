@@ -223,8 +223,24 @@ def _image_lines(image: dict[str, Any]) -> list[str]:
             for word, file in zip(["backing file", *["on"] * 64], image["backing"], strict=False)
         ]
         lines += [f"  data in {file}" for file in image["data_files"]]
+        lines += _kept_lines(image)
         for word in ("snapshot", "bitmap"):
             names = [found["name"] for found in image.get(f"{word}s", [])]
             more = f", and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
             lines += [f"  {plural(len(names), word)}: {', '.join(names[:NAMED])}{more}"] if names else []
     return lines + [f"{problem['severity']}: {problem['detail']}" for problem in image["problems"]]
+
+
+def _kept_lines(image: dict[str, Any]) -> list[str]:
+    """What an image remembers of its making: what it is of, whose case that is, hashes of the disk."""
+    making = [
+        *([f"{image['media']} medium"] if image.get("media") else []),
+        *([f"sectors of {human(image['sector_size'])}"] if image.get("sector_size") else []),
+        *([f"write blocker {image['write_blocker']}"] if image.get("write_blocker") else []),
+        *([f"set {image['set_identifier']}"] if image.get("set_identifier") else []),
+        *([plural(len(image["sessions"]), "session")] if image.get("sessions") else []),
+    ]
+    case = [f"{word.replace('_', ' ')} {value!r}" for word, value in image.get("case", {}).items()]
+    hashes = [f"{name.upper()} {value}" for name, value in image.get("hashes", {}).items()]
+    return [f"  {words}: {', '.join(found)}" for words, found in
+            (("made of", making), ("case", case), ("kept of the disk", hashes)) if found]  # fmt: skip

@@ -134,11 +134,11 @@ IMAGES: tuple[Listed[ImageFormat], ...] = (
     Listed("images.bochs", ((0, b"Bochs Virtual HD Image"),), ("bochs",), title="Bochs image"),
     Listed("images.dmg", ((-512, b"koly"),), ("dmg",), title="DMG image"),
     Listed("images.luks", (), ("luks",)),
-    Listed("images.ewf", ((0, b"EVF\x09\x0d\x0a\xff\0"), (0, b"EVF2\x0d\x0a\x81\0")), (), title="EWF image"),
+    Listed("images.ewf", ((0, b"EVF\x09\x0d\x0a\xff\0"),), ("ewf",), title="EWF image"),
 )
 """In probe order. Those without types can't be asked for: nothing opens them."""
 IMAGE_TYPES = tuple(dict.fromkeys(type for listed in IMAGES for type in listed.types))
-"""The names of all formats of images that can be opened: QEMU's."""
+"""The names of all formats of images that can be opened, which are QEMU's where it has the format."""
 
 
 def filesystem(type: str | None) -> FilesystemFormat | None:

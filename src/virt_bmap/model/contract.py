@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from virt_bmap.core.arrays import Int, union
 from virt_bmap.core.keys import NO_KEYS, Keys
+from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Mark, Reader
@@ -45,7 +46,7 @@ PROVEN, CONTRADICTED, NOT_LOOKED_AT = "proven", "contradicted", "not looked at"
 SUBJECTS = ("owners", "allocator", "structure", "checksums", "journal", "content", "files")
 """What `check` asks: has every byte one owner? Does the allocator agree? Do the nodes keep the format's own
 rules? Do checksums of metadata hold? Was the journal replayed? Is something in there that was not looked
-into (encrypted, foreign)? Do files hold what they held?"""
+into (encrypted, foreign), or is it not what a hash was kept of? Do files hold what they held?"""
 
 
 class Proof(NamedTuple):
@@ -109,7 +110,8 @@ class About:
 
     `number` is its place in the assembly, by which mapping rows name it as a parent. `extents` are the rows
     of metadata that lie in it, and of what their allocator calls free; with the bytes that children's rows
-    take they tile a member, and what is left over survey calls `gap`. What is None stays as it was.
+    take they tile a member, and what is left over survey calls `gap`. What is None stays as it was. `checks`:
+    what is proven of it, where it is of another format than the assembly.
     """
 
     number: int = -1
@@ -119,6 +121,7 @@ class About:
     detail: str | None = None
     extents: ExtentRows = field(default_factory=ExtentRows)
     damage: Damage = field(default_factory=Damage)
+    checks: "Checks | None" = None
 
 
 @dataclass
@@ -188,7 +191,9 @@ class ImageLayer:
     are ranges that lie nowhere and read as zeroes even where a backing file has data; what neither they nor
     rows cover is the backing file's. `extents` has one entry for each file. `facts` is for people and JSON.
     `unreadable` says why the guest's bytes can't be read though it is known where they lie; `inflate` is for
-    compressed clusters, None where it is not known how they are.
+    compressed clusters, None where it is not known how they are. `lost` is what the image should hold of the
+    disk and does not. `prove(disk, damage)` reads the disk, and says what checksums and hashes that the image
+    keeps say of its bytes.
     """
 
     format: str
@@ -202,6 +207,8 @@ class ImageLayer:
     facts: dict[str, Any]
     unreadable: str | None = None
     inflate: Inflate | None = None
+    lost: Lost = NOTHING
+    prove: Callable[[Reader, Damage], list[Proof]] | None = None
 
     @property
     def allocated(self) -> tuple[Int, Int]:
@@ -213,15 +220,17 @@ class ImageLayer:
 
 
 class References(NamedTuple):
-    """Other files that an image's header names, and the backing format that it states."""
+    """Other files that an image's header names, and the backing format that it states; `continued` is the
+    file in which the image goes on behind its end."""
 
     backing: str | None = None
     backing_format: str | None = None
     data: str | None = None
     extents: tuple[str, ...] = ()
+    continued: str | None = None
 
     def names(self) -> list[str]:
-        return [name for name in (self.backing, self.data, *self.extents) if name]
+        return [name for name in (self.backing, self.data, *self.extents, self.continued) if name]
 
 
 # ---- what a format says of itself --------------------------------------------------------------------------
@@ -455,6 +464,11 @@ def no_references(image: Reader) -> References:
     return References()
 
 
+def ends_here(first: Reader, part: Reader, number: int) -> str | None:
+    """A format whose images go on in no other file."""
+    return None
+
+
 def as_it_is(image: Reader) -> Reader:
     """A format without a log."""
     return image
@@ -480,18 +494,21 @@ ONLY_QEMU = "where the bytes lie in the file: only QEMU knows"
 
 
 class ImageFormat(NamedTuple):
-    """The format of a file with a disk in it. `name` is that of QEMU's driver.
+    """The format of a file with a disk in it. `name` is that of QEMU's driver, where it has one.
 
-    `read(image, others)` gives the layer of an image; `others` are readers of the data file or the extents
-    that its header names, in its order. None: where the bytes lie only QEMU can say. `checks` says what is
-    proven then; `allocator` as in FilesystemFormat.
+    `read(image, others)` gives the layer of an image; `others` are readers of the data file, the extents and
+    the further parts that its header names, in its order. None: where the bytes lie only QEMU can say.
+    `checks` says what is proven then; `allocator` as in FilesystemFormat.
 
     `references(image)` tells from the header alone what other files it names, and raises ImageError or
     Corrupt where it can't be followed; `cluster(image)` in what units it shows bytes of its own.
+    `continued(first, part, number)`: the file in which it goes on behind this one, which is number `number`
+    from 1 of those that `first` begins; None behind the last one.
 
-    QEMU is given the file, or what `rewritten(image, write)` says where its parser would take more for a
-    name than is one; None: this image as it is. `options(image)` are those of its driver. `follows`: QEMU
-    reads the backing files of such an image. `recovered(image)` is the file with its log replayed, and the
+    `in_qemu`: QEMU has a driver for it; where it has none, an image is read by its layer alone. QEMU is given
+    the file, or what `rewritten(image, write)` says where its parser would take more for a name than is one;
+    None: this image as it is. `options(image)` are those of its driver. `follows`: QEMU reads the backing
+    files of such an image. `recovered(image)` is the file with its log replayed, and the
     same reader where there is none: `read` is given this, and QEMU replays none of what it only reads.
     `marked(image)`: that it is damaged, or was not closed, as its header alone tells. `refusal`: nothing
     opens these, and what to do instead. `suffix`: of files that are made in this format.
@@ -505,6 +522,8 @@ class ImageFormat(NamedTuple):
     allocator: str | None = None
     structures: Callable[[], Structures] = no_structures
     references: Callable[[Reader], References] = no_references
+    continued: Callable[[Reader, Reader, int], str | None] = ends_here
+    in_qemu: bool = True
     cluster: Callable[[Reader], int] = one_size
     rewritten: Callable[[Reader, bool], Rewritten | None] | None = None
     options: Callable[[Reader], Mapping[str, str]] = no_options

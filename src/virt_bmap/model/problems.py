@@ -93,6 +93,7 @@ TABLE = (
     Code("too-many", ERROR, "structure", "there is more of something than any real disk has"),
     Code("unexpected", ERROR, "structure", "a fault of virt-bmap itself"),
     Code("missing-member", ERROR, "structure", "a disk or volume that it consists of is not there"),
+    Code("content", ERROR, "content", "bytes are not those that a checksum or hash was kept of"),
     Code("no-key", WARNING, "content", "it is encrypted, and none of the given keys opens it"),
     Code("stale", WARNING, "structure", "it is older than what belongs to it"),
     Code("duplicate", WARNING, "structure", "two volumes say that they are the same one"),

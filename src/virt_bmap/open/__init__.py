@@ -60,7 +60,7 @@ def _open(image: str, opening: Opening, status: Sequence[str] | None) -> Reader:
         except NotForQemu:
             reader = host.LayeredReader(image, opening)
         reader.in_use = plain.in_use
-        if not opening.references:  # nothing but this file is read
+        if reader.stored_most is None and not opening.references:  # nothing but this file is read
             reader.stored_most = min(reader.size, PACKED * os.fstat(plain.fileno()).st_blocks * 512)
         return reader
     finally:

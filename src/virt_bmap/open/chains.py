@@ -6,30 +6,40 @@ files of the host, `survey/nested/inner.py` for files of a guest's filesystem.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from virt_bmap.core.arrays import Int, complement, ints, subtract, union
+from virt_bmap.core.arrays import EMPTY, Int, complement, ints, subtract, union
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported
-from virt_bmap.core.mapping import Rows
+from virt_bmap.core.lost import NOTHING, Lost
+from virt_bmap.core.mapping import PACKED, Rows
 from virt_bmap.core.reader import Mark, Reader
 from virt_bmap.formats import registry as formats
+from virt_bmap.formats.images.inflate import InflatingReader
 from virt_bmap.model import tables
-from virt_bmap.model.contract import About, Child, ImageLayer, References
+from virt_bmap.model.contract import About, Child, ImageFormat, ImageLayer, References
 from virt_bmap.open import magic
 
 HIDDEN = "hidden by an overlay"
 
 
 class Link(NamedTuple):
-    """One image of a chain; `files` are the numbers (from 0) of its own files, the image file first; `mark`
-    is what it says of itself."""
+    """One image of a chain; `files` are the numbers (from 0) of its own files, the image file first."""
 
     layer: ImageLayer
     files: Int
     names: References
-    mark: Mark | None
+
+    @property
+    def marks(self) -> list[Mark]:
+        """What it says of itself, and what else is wrong with it."""
+        name = self.layer.files[0].name
+        return [
+            Mark(code, words if words.startswith(name) else f"{name}: {words}", severity)
+            for code, words, _, severity in self.layer.damage.problems()
+        ]
 
 
 @dataclass
@@ -48,13 +58,33 @@ class ChainedDisk:
 
     @property
     def marks(self) -> list[Mark]:
-        """What its images say of themselves, from the top down."""
-        return [link.mark for link in self.chain if link.mark]
+        """What is wrong with its images, and what they say of themselves, from the top down."""
+        return [mark for link in self.chain for mark in link.marks]
 
     @property
     def unreadable(self) -> str | None:
         """Why the guest's bytes can't be read; None where they can."""
         return next((link.layer.unreadable for link in self.chain if link.layer.unreadable), None)
+
+    @property
+    def packed(self) -> Rows:
+        """The rows of what is compressed."""
+        return self.rows.take(self.rows.role == PACKED)
+
+    @property
+    def layers(self) -> dict[int, ImageLayer]:
+        """By the number of each file the layer that it belongs to."""
+        return {file: link.layer for link in self.chain for file in link.files.tolist()}
+
+    @property
+    def lost(self) -> Lost:
+        """What its images should hold and do not, as far as none above them has it."""
+        parts, above = [NOTHING], (EMPTY, EMPTY)
+        for link in self.chain:
+            parts.append(link.layer.lost.without(*above))
+            mine = link.layer.allocated
+            above = union(np.append(above[0], mine[0]), np.append(above[1], mine[1]))
+        return Lost.join(parts)
 
 
 @dataclass
@@ -120,6 +150,7 @@ class Chains:
         others = [
             self.beside(number, name) for name in (*([names.data] if names.data else []), *names.extents)
         ]
+        others += self.parts(number, known, names.continued)
         try:
             self.files[number] = known.recovered(reader)
             layer = known.read(self.files[number], [self.files[other] for other in others])
@@ -131,11 +162,35 @@ class Chains:
             ) from error
         if mark := known.marked(reader):
             layer.damage.say(mark.code, mark.words, severity=mark.severity)
-        link = Link(layer, ints([self.files.index(file) for file in layer.files]), names, mark)
+        link = Link(layer, ints([self.files.index(file) for file in layer.files]), names)
         self._links[number] = format, link
         return link
 
+    def parts(self, number: int, known: ImageFormat, name: str | None) -> list[int]:
+        """The numbers of the files in which the image in a file goes on, the first of which has this name."""
+        found = [number]
+        while name is not None:
+            try:
+                found.append(self.beside(number, name))
+            except (ImageError, Unsupported) as error:
+                words = f"{error}; {self.files[number].name} goes on in it"
+                raise Unsupported(words) if isinstance(error, Unsupported) else ImageError(words) from error
+            if found[-1] in found[:-1]:
+                raise Corrupt(
+                    f"{self.files[number].name}: {name!r}, in which it goes on, is a part that it has"
+                )
+            name = known.continued(self.files[number], self.files[found[-1]], len(found))
+        return found[1:]
+
     # ---- as a layer of the survey --------------------------------------------------------------------------
+
+    def opener(self, disk: ChainedDisk, files: Sequence[Reader]) -> Callable[[Reader], Reader] | None:
+        """What makes a reader of the disk of one that follows its plain rows in these files; None where that
+        is all that there is to it."""
+        packed, lost = disk.packed, disk.lost
+        if not len(packed) and not len(lost.starts):
+            return None
+        return partial(InflatingReader, rows=packed, files=files, layers=disk.layers, lost=lost)
 
     def own_files(self, volumes: Sequence[About]) -> None:
         """Who owns the files of the disks: the formats' metadata, and data of backing files that no disk
@@ -149,6 +204,7 @@ class Chains:
             for at, file in enumerate(link.files.tolist()):
                 about = volumes[file]
                 about.type = about.type or f"{link.layer.format} data"
+                about.checks = magic.known(link.layer.format).checks
                 about.extents = link.layer.extents[at]
                 low, high = subtract(*parent_ranges([link.layer.rows], at), *parent_ranges(shown, file))
                 about.extents.add(tables.CONTENT, low, high - low, part=HIDDEN)

@@ -76,6 +76,11 @@ class Graph:
 
     def _image(self, image: RawReader, format: str, opening: Opening, write: bool, depth: int) -> Node:
         known = magic.known(format)
+        if not known.in_qemu:
+            raise NotForQemu(
+                f"{image.name}: QEMU does not read images in {format}; make a raw copy first: "
+                f"virt-bmap dump {image.name} /dev/sda OUT"
+            )
         found = allowed_references(image, format, opening, depth)
         if found.backing and not known.follows:
             raise NotForQemu(f"{image.name}: QEMU does not read the parent of an image in {format}")

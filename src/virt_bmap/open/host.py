@@ -7,19 +7,20 @@ shows is named, too.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from virt_bmap.core.arrays import ints
 from virt_bmap.core.errors import Unsupported
 from virt_bmap.core.mapped import MappedReader
-from virt_bmap.core.mapping import PACKED, ROLES, ZERO
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.mapping import ROLES, ZERO
+from virt_bmap.core.stored import stored_bytes
+from virt_bmap.formats.images.inflate import InflatingReader
 from virt_bmap.model import tables
 from virt_bmap.model.contract import RAW, Assembly, Member, References
-from virt_bmap.open import magic, open_image
-from virt_bmap.open.chains import ChainedDisk, Chains
+from virt_bmap.open import PACKED, magic, open_image
+from virt_bmap.open.chains import Chains
 from virt_bmap.open.disks import SAFELY, Opening
 from virt_bmap.open.raw import RawReader
 from virt_bmap.open.references import allowed_references
@@ -96,33 +97,28 @@ class Host(Chains):
         files = list(result.volumes)
         self.own_files(files)
         for nth, disk in enumerate(self.disks, 1):
-            result.add(self.child(disk, "disk", tables.disk_name(nth), files, self._opener(disk)))
+            result.add(self.child(disk, "disk", tables.disk_name(nth), files, self.opener(disk, self.files)))
         return result
 
-    def _opener(self, disk: ChainedDisk) -> Callable[[Reader], Reader] | None:
-        if not (disk.rows.role == PACKED).any():
-            return None
-        # content is QEMU's to inflate
-        return lambda _: self._stack.enter_context(
-            contextlib.closing(open_image(disk.image, replace(self.opening, format=disk.format)))
-        )
 
-
-class LayeredReader(MappedReader):
+class LayeredReader(InflatingReader):
     """A disk that QEMU does not open, read through its image's own layers.
 
     Raises as `open_host` does, and Unsupported where that takes more than to follow the rows.
     """
 
     def __init__(self, image: str, opening: Opening) -> None:
-        self._stack = contextlib.ExitStack()
-        host = self._stack.enter_context(open_host([image], opening))
-        disk = host.disks[0]
-        if disk.unreadable or (disk.rows.role == PACKED).any():
-            self._stack.close()
-            raise Unsupported(f"{image}: can't be read here: {disk.unreadable or 'it is compressed'}")
-        super().__init__(disk.size, image, dict(enumerate(host.files)), disk.rows)
-        self.marks = disk.marks
+        with contextlib.ExitStack() as stack:
+            host = stack.enter_context(open_host([image], opening))
+            (disk,) = host.disks
+            if disk.unreadable:
+                raise Unsupported(f"{image}: can't be read here: {disk.unreadable}")
+            files = dict(enumerate(host.files))
+            plain = MappedReader(disk.size, image, files, disk.rows, [(0, disk.size)])
+            super().__init__(plain, disk.packed, host.files, disk.layers, disk.lost)
+            self.disk, self.marks = disk, disk.marks
+            self.stored_most = min(disk.size, PACKED * sum(map(stored_bytes, host.files)))
+            self._stack = stack.pop_all()
 
     def close(self) -> None:
         self._stack.close()

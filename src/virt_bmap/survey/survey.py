@@ -385,7 +385,9 @@ class _Survey:
                 f"{counted(len(assembly.children), '[volume lies|volumes lie] in it')}; of all disks "
                 f"together at most {MAX_VOLUMES:,} are looked at",
             )
-        for about, volume in zip(assembly.volumes, members + self.volumes[base:], strict=False):
+        for at, (about, volume) in enumerate(
+            zip(assembly.volumes, members + self.volumes[base:], strict=False)
+        ):
             for name in ("type", "label", "uuid", "detail"):
                 if (said := getattr(about, name)) is not None:
                     setattr(volume, name, said)
@@ -393,9 +395,8 @@ class _Survey:
                 extents = about.extents.table(volume.number)
                 self._add_extents(volume, by.name, _believed(extents, by.allocator))
             volume.damage(by.name).take(about.damage)
-        if by.checks:
-            for volume in members:
-                volume.proofs += said_of_all(by.checks)
+            if checks := about.checks or (by.checks if at < len(members) else None):
+                volume.proofs += said_of_all(checks)
 
     def _add_child(self, child: Child, numbers: Int) -> None:
         """A new volume; `numbers` are those that the volumes of its assembly have here."""

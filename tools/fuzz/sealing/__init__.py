@@ -21,7 +21,7 @@ MODULES = {
     "ext": "ext", "xfs": "xfs", "btrfs": "btrfs", "ntfs": "records", "exfat": "exfat", "udf": "udf",
     "iso9660": "udf", "erofs": "small", "f2fs": "f2fs", "gpt": "gpt", "LVM2_member": "lvm",
     "linux_raid_member": "md", "crypto_LUKS": "small", "BitLocker": "small", "sgi": "small", "sun": "small",
-    "vpc": "images", "vhdx": "images",
+    "vpc": "images", "vhdx": "images", "ewf": "ewf",
 }  # fmt: skip
 """By what a map says that a volume is; ext2, ext3 and ext4 are ext."""
 ROUNDS = 6

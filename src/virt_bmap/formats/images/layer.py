@@ -51,7 +51,7 @@ class Draft:
         host: Int,
         length: Int,
         role: Any = IN_DATA,
-        file: int = 0,
+        file: Any = 0,
         stored: Int | None = None,
     ) -> None:
         """The guest's bytes [guest, +length) lie at `host` of a file; `stored` bytes there where role is

@@ -7,22 +7,19 @@ it was given, and a header without a stated format may be believed by its magic.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Bytes, Int, ints
 from virt_bmap.core.errors import Corrupt, FormatError, ImageError, Unsupported
 from virt_bmap.core.mapped import MappedReader
-from virt_bmap.core.mapping import PACKED
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats import foreign
-from virt_bmap.formats.images.inflate import InflatingReader
 from virt_bmap.model.contract import RAW, About, Assembly, Child, Filesystem, Member, References
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import NOTE
 from virt_bmap.open import magic
-from virt_bmap.open.chains import ChainedDisk, Chains
+from virt_bmap.open.chains import Chains
 from virt_bmap.open.disks import Nested
 from virt_bmap.open.references import MAX_CHAIN, references_of
 from virt_bmap.survey.nested import MAX_IMAGES, ImageBudget
@@ -202,17 +199,10 @@ class Inner(Chains):
             else:
                 files[number].damage.say("unreadable", str(error))
         for disk in self.disks:
-            result.add(self.child(disk, "image", disk.image, files, self._opener(disk)))
+            result.add(self.child(disk, "image", disk.image, files, self.opener(disk, self._contents)))
 
     def _file(self, number: int, name: str, contents: bool = True) -> Child:
         """A volume that is a file of the filesystem."""
         rows, file = self._images[number].rows.placed(0, ints(self._member.number)), self.files[number]
         replay = magic.known(self._links[number][0]).recovered if file.corrects else None
         return Child("image", name, file.size, rows, open=replay, contents=contents, holes=[(0, file.size)])
-
-    def _opener(self, disk: ChainedDisk) -> Callable[[Reader], Reader] | None:
-        packed = disk.rows.role == PACKED
-        if not packed.any():
-            return None
-        layers = {file: link.layer for link in disk.chain for file in link.files.tolist()}
-        return partial(InflatingReader, rows=disk.rows.take(packed), files=self._contents, layers=layers)
