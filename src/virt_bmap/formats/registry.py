@@ -232,8 +232,9 @@ def _is_there(reader: Reader, magic: Magic, there: Seen) -> bool:
 
 
 def is_hybrid(reader: Reader) -> bool:
-    """Is this a CD image that has a partition table as well?"""
-    if not _is_there(reader, BOOT_SIGNATURE, {}):
+    """Is this a CD image that may have a partition table as well?"""
+    there: Seen = {}
+    if not any(_is_there(reader, magic, there) for one in VOLUMES if one.table for magic in one.magics):
         return False
     from virt_bmap.formats.common.partitions import is_cd
 

@@ -4,6 +4,8 @@ between them."""
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from virt_bmap.core.mapping import Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.model.contract import Assembly, Child, Member
@@ -71,6 +73,21 @@ def say_dynamic(partitions: Sequence[Child], damage: Damage) -> None:
         )
 
 
+DESCRIPTOR = 0x8000
+"""Where ISO 9660 begins on CDs."""
+
+
 def is_cd(reader: Reader) -> bool:
     """Does ISO 9660 begin where it does on CDs?"""
-    return reader.read_clipped(0x8001, 5) == b"CD001"
+    return reader.read_clipped(DESCRIPTOR + 1, 5) == b"CD001"
+
+
+def is_disc(reader: Reader, starts: np.ndarray, ends: np.ndarray) -> bool:
+    """Is this a CD image that is partitioned as well? Its descriptors lie inside a partition then, not in a
+    gap where an older image left them."""
+    return is_cd(reader) and holds_descriptors(starts, ends)
+
+
+def holds_descriptors(starts: np.ndarray, ends: np.ndarray) -> bool:
+    """Does one of these partitions hold what a CD begins with?"""
+    return bool(((starts <= DESCRIPTOR) & (ends > DESCRIPTOR)).any())

@@ -9,9 +9,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from virt_bmap.core.layout import record, records, struct
+from virt_bmap.core.layout import record, records, struct, widen
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps, is_cd
+from virt_bmap.formats.common.partitions import (
+    SECTOR,
+    add_partition,
+    check_overlaps,
+    holds_descriptors,
+    is_cd,
+)
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
     Assembly,
@@ -42,6 +48,8 @@ MAX_ENTRIES = 255
 """Entries that are read, as the kernel."""
 FREE = (b"Apple_Free", b"Apple_Void", b"Apple_Scratch", b"Apple_Extra")
 """Types of entries that are not partitions: what they cover is a gap."""
+FILLER = b"ISO9660_data"
+"""The type of entries that libisofs makes of what is left of a CD image."""
 DRIVERS = (b"Apple_Driver", b"Apple_Patches", b"Apple_FWDriver")
 
 DRIVER_DESCRIPTOR = struct(SECTOR, [
@@ -64,9 +72,22 @@ ENTRY = struct(SECTOR, [
 ])  # fmt: skip
 
 
+def labelled(reader: Reader) -> bool:
+    """An entry after block 0."""
+    return _block_size(reader) is not None
+
+
 def probe(reader: Reader) -> bool:
-    """An entry after block 0, on what is not a CD."""
-    return _block_size(reader) is not None and not is_cd(reader)
+    """A map, on what is no CD image: that lies where the map has something of it or nothing at all, an older
+    one that was left there in what the map calls free."""
+    size = _block_size(reader)
+    if size is None or not is_cd(reader):
+        return size is not None
+    entries, _ = _entries(reader, size)
+    entries = entries[np.isin(np.char.rstrip(entries["pmParType"]), FREE)]
+    start = widen(entries["pmPyPartStart"], "pmPyPartStart") * size
+    length = widen(entries["pmPartBlkCnt"], "pmPartBlkCnt") * size
+    return holds_descriptors(start, start + length)
 
 
 def _block_size(reader: Reader) -> int | None:
@@ -78,26 +99,32 @@ def _block_size(reader: Reader) -> int | None:
     return next((size for size in sizes if reader.read_clipped(size, 4) == b"PM\0\0"), None)
 
 
+def _entries(reader: Reader, size: int) -> tuple[np.ndarray, int]:
+    """(the entries of the map, how many it says that it has)."""
+    promised = int(record(reader.read_clipped(size, SECTOR), ENTRY)["pmMapBlkCnt"])
+    count = max(1, min(promised, MAX_ENTRIES))
+    blocks = np.frombuffer(reader.read_clipped(size, count * size), np.uint8).reshape(count, size)
+    entries = records(blocks[:, :SECTOR], ENTRY)
+    wrong = np.flatnonzero(entries["pmSig"] != b"PM")
+    return entries[: int(wrong[0])] if len(wrong) else entries, promised
+
+
 def assemble(members: Sequence[Member]) -> Assembly:
     """One member: the disk."""
     (disk,) = members
     assembly = Assembly(members)
     damage = assembly.about(disk).damage
     size = _block_size(disk.reader) or SECTOR
-    promised = int(record(disk.reader.read_clipped(size, SECTOR), ENTRY)["pmMapBlkCnt"])
-    count = max(1, min(promised, MAX_ENTRIES))
-    blocks = np.frombuffer(disk.reader.read_clipped(size, count * size), np.uint8).reshape(count, size)
-    entries = records(blocks[:, :SECTOR], ENTRY)
-    wrong = np.flatnonzero(entries["pmSig"] != b"PM")
-    if len(wrong):
-        count = int(wrong[0])
+    entries, promised = _entries(disk.reader, size)
+    count = len(entries)
+    if count < min(promised, MAX_ENTRIES):
         damage.say(
             "mapping",
             f"there is no partition map entry at byte {(count + 1) * size:#x}, though the map "
             f"says that it has {promised}",
             (count + 1) * size,
         )
-    for number, entry in enumerate(entries[:count], 1):
+    for number, entry in enumerate(entries, 1):
         _add(assembly, disk, number, entry, size)
     own = assembly.about(disk).extents
     own.add(tables.METADATA, 0, SECTOR, part="driver descriptor")
@@ -108,7 +135,7 @@ def assemble(members: Sequence[Member]) -> Assembly:
 
 def _add(assembly: Assembly, disk: Member, number: int, entry: np.void, size: int) -> None:
     kind = entry["pmParType"].rstrip()
-    if not entry["pmPartBlkCnt"] or kind in FREE:
+    if not entry["pmPartBlkCnt"] or kind in (*FREE, FILLER):
         return
     unread = (
         "partition map" if kind == b"Apple_partition_map" else "driver" if kind.startswith(DRIVERS) else None

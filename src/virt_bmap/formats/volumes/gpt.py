@@ -17,7 +17,7 @@ from virt_bmap.core.layout import record, records, struct, widen
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common import boot_record
 from virt_bmap.formats.common.boot_record import SECTOR
-from virt_bmap.formats.common.partitions import DYNAMIC, add_partition, check_overlaps, say_dynamic
+from virt_bmap.formats.common.partitions import DYNAMIC, add_partition, check_overlaps, is_disc, say_dynamic
 from virt_bmap.formats.volumes import mbr
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
@@ -165,23 +165,31 @@ class GptTable(NamedTuple):
     entries: np.ndarray
 
 
-def probe(reader: Reader) -> bool:
-    """A protective entry in the MBR and a header at one end of the disk; a CD image that is partitioned as
-    well stays a CD image."""
+def labelled(reader: Reader) -> bool:
+    """A protective entry in the MBR and a header at one end of the disk."""
     sector = reader.read_clipped(0, SECTOR)
     if (
         sector[boot_record.SIGNATURE :] != b"\x55\xaa"
         or mbr.PROTECTIVE not in boot_record.raw_entries(sector)["os_type"]
     ):
         return False
-    places = [(size, at) for size in SECTORS for at in (size, reader.size - size)]
-    if not any(at > 0 and reader.read_clipped(at, 8) == b"EFI PART" for _, at in places):
+    return any(at > 0 and reader.read_clipped(at, 8) == b"EFI PART" for _, at in _places(reader))
+
+
+def _places(reader: Reader) -> list[tuple[int, int]]:
+    """(size of a sector, where a header lies then)."""
+    return [(size, at) for size in SECTORS for at in (size, reader.size - size)]
+
+
+def probe(reader: Reader) -> bool:
+    """A table, on what is no CD image."""
+    if not labelled(reader):
         return False
-    for size, at in places:
+    for size, at in _places(reader):
         table, _ = _read_table(reader, size, at)
         if table:
             used = table.entries[_used(table)]
-            return not mbr.isohybrid(
+            return not is_disc(
                 reader,
                 used["starting_lba"] * np.uint64(size),
                 (used["ending_lba"] + np.uint64(1)) * np.uint64(size),

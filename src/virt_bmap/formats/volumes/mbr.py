@@ -28,7 +28,7 @@ from virt_bmap.formats.common.partitions import (
     DYNAMIC,
     add_partition,
     check_overlaps,
-    is_cd,
+    is_disc,
     say_dynamic,
 )
 from virt_bmap.model import tables
@@ -76,7 +76,7 @@ TYPES = {
 }  # fmt: skip
 
 
-def probe(reader: Reader) -> bool:
+def labelled(reader: Reader) -> bool:
     """A signature, four plausible entries of which one is used, and no filesystem whose boot sector merely
     looks like that."""
     sector = reader.read_clipped(0, SECTOR)
@@ -88,20 +88,19 @@ def probe(reader: Reader) -> bool:
     ):
         return False
     table = raw_entries(sector)
-    used = table[(table["os_type"] != 0) & (table["size_in_lba"] != 0)]
-    if not len(used) or not np.isin(table["boot_indicator"], (0, 0x80)).all():
+    is_used = bool(((table["os_type"] != 0) & (table["size_in_lba"] != 0)).any())
+    return is_used and bool(np.isin(table["boot_indicator"], (0, 0x80)).all())
+
+
+def probe(reader: Reader) -> bool:
+    """A table, on what is no CD image."""
+    if not labelled(reader):
         return False
     # isolinux gives the entry that covers the CD image type 0
+    table = raw_entries(reader.read_clipped(0, SECTOR))
     start = widen(table["starting_lba"], "starting_lba") * SECTOR
     size = widen(table["size_in_lba"], "size_in_lba") * SECTOR
-    return not isohybrid(reader, start, start + size)
-
-
-def isohybrid(reader: Reader, starts: np.ndarray, ends: np.ndarray) -> bool:
-    """A CD image that is also partitioned: its descriptors lie inside a partition, not in a gap where an
-    older one left them."""
-    descriptor = 0x8000
-    return is_cd(reader) and bool(((starts <= descriptor) & (ends > descriptor)).any())
+    return not is_disc(reader, start, start + size)
 
 
 def _boot_sector_of_fat(sector: bytes) -> bool:

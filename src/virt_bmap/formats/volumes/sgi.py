@@ -10,7 +10,7 @@ import numpy as np
 
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps
+from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps, is_disc
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
     Assembly,
@@ -27,6 +27,7 @@ FEATURES = (
     "up to sixteen partitions",
     "files of the volume directory",
     "the partition that is the whole volume left out",
+    "CD images left to ISO 9660",
 )
 REFUSED = ()
 ORACLES = ("sfdisk --dump",)
@@ -46,6 +47,7 @@ MAGIC = 0x0BE5A941
 
 FILE = np.dtype([("vd_name", "S8"), ("vd_lbn", ">i4"), ("vd_nbytes", ">i4")])
 PARTITION = np.dtype([("pt_nblks", ">u4"), ("pt_firstlbn", ">u4"), ("pt_type", ">u4")])
+WIDE = np.dtype([(name, np.int64) for name in PARTITION.names or ()])
 HEADER = struct(SECTOR, [
     (0, "vh_magic", ">u4"),
     (4, "vh_rootpt", ">u2"),
@@ -56,13 +58,22 @@ HEADER = struct(SECTOR, [
 FILES_AT, FILES, PARTITIONS_AT, PARTITIONS = 72, 15, 312, 16
 
 
-def probe(reader: Reader) -> bool:
+def labelled(reader: Reader) -> bool:
     """A header whose words add up to zero."""
     sector = reader.read_clipped(0, SECTOR)
     return (
         bool(record(sector, HEADER)["vh_magic"] == MAGIC)
         and int(np.frombuffer(sector, ">u4").sum(dtype=np.uint64)) & 0xFFFFFFFF == 0
     )
+
+
+def probe(reader: Reader) -> bool:
+    """A header, on what is no CD image."""
+    if not labelled(reader):
+        return False
+    entries = np.frombuffer(reader.read(0, SECTOR), PARTITION, PARTITIONS, PARTITIONS_AT).astype(WIDE)
+    start = entries["pt_firstlbn"] * SECTOR
+    return not is_disc(reader, start, start + entries["pt_nblks"] * SECTOR)
 
 
 def assemble(members: Sequence[Member]) -> Assembly:

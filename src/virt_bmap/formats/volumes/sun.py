@@ -10,7 +10,7 @@ import numpy as np
 
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps
+from virt_bmap.formats.common.partitions import SECTOR, add_partition, check_overlaps, is_disc
 from virt_bmap.model import tables
 from virt_bmap.model.contract import (
     Assembly,
@@ -23,7 +23,11 @@ from virt_bmap.model.contract import (
 )
 
 NAME = "sun"
-FEATURES = ("up to eight slices, named by the VTOC", "the slice that is the whole disk left out")
+FEATURES = (
+    "up to eight slices, named by the VTOC",
+    "the slice that is the whole disk left out",
+    "CD images left to ISO 9660",
+)
 REFUSED = ("Solaris x86 VTOCs inside an MBR partition (named only)",)
 ORACLES = ("sfdisk --dump",)
 CHECKS = Checks(
@@ -58,12 +62,21 @@ LABEL = struct(SECTOR, [
 MAGIC = 0xDABE
 
 
-def probe(reader: Reader) -> bool:
+def labelled(reader: Reader) -> bool:
     """A label whose words add up to zero without carry."""
     sector = reader.read_clipped(0, SECTOR)
     return bool(record(sector, LABEL)["dkl_magic"] == MAGIC) and not np.bitwise_xor.reduce(
         np.frombuffer(sector, ">u2")
     )
+
+
+def probe(reader: Reader) -> bool:
+    """A label, on what is no CD image."""
+    if not labelled(reader):
+        return False
+    slices = _slices(record(reader.read(0, SECTOR), LABEL))
+    _, _, start, length = np.array(slices, np.int64).reshape(-1, 4).T
+    return not is_disc(reader, start, start + length)
 
 
 def _slices(label: np.void) -> list[tuple[int, int, int, int]]:

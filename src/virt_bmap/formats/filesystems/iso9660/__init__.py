@@ -5,7 +5,7 @@ continuation areas, path tables, the boot catalog and the images that it names. 
 where there is any, else from Joliet, else from the plain tree without `;1`; directories of the other trees
 are metadata. ISO 9660 has neither inode numbers nor an allocator: a directory's inode is the byte offset of
 its content, any other file's the offset of its (first) directory record, as Linux does; what nothing refers
-to is `unreferenced` (other sessions, HFS catalogs of hybrid discs, a second set of descriptors, padding). A
+to is `unreferenced` (other sessions, a second set of descriptors, padding). A
 record for each name means that hard links are inodes of their own whose bytes are SHARED. The target of a
 symbolic link lies in system use entries, in pieces: its rows are INLINE without a file offset.
 

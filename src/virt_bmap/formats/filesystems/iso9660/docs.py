@@ -16,7 +16,7 @@ FEATURES = (
 REFUSED = (
     "High Sierra",
     "the sessions of a disc that are not shown: earlier ones are unreferenced, later ones named",
-    "HFS of hybrid discs (unreferenced)",
+    "HFS and HFS+ of hybrid discs (named)",
 )
 
 
