@@ -22,7 +22,7 @@ import fair
 
 INFLATE = """
 import sys, time
-from virt_bmap.formats.images.ewf import proof
+from virt_bmap.formats.images.ewf import extents
 from virt_bmap.open import open_image
 from virt_bmap.survey.survey import survey
 reader = open_image(sys.argv[1])
@@ -37,7 +37,7 @@ which = [row for part in asked for row in part]
 chunks = [reader._files[0].read(int(rows.parent_offset[row]), int(rows.parent_run[row])) for row in which]
 start = time.process_time()
 for chunk in chunks:
-    proof.inflate(chunk, reader.disk.chain[0].layer.cluster)
+    extents.inflate(chunk, reader.disk.chain[0].layer.cluster)
 print(time.process_time() - start, len(chunks), len(set(which)), len(rows))
 """
 """The chunks that a map inflates, inflated once more alone: seconds, how many, how many different ones, of

@@ -347,6 +347,31 @@ def test_an_image_that_was_never_finished_is_read_as_far_as_it_goes(disk: Path, 
         cli.run(["dump", str(image), "/dev/sda", str(tmp_path / "out")])
 
 
+def test_a_disk_whose_size_was_never_filled_in_is_what_the_tables_list(
+    disk: Path, whole: Path, tmp_path: Path
+) -> None:
+    """So ewfacquirestream leaves it when it is killed: 0 sectors, and nothing behind the tables."""
+
+    def interrupt(data: bytearray) -> None:
+        for at, format in ((4, "<I"), (16, "<Q")):
+            field(b"volume", at, format, 0, 1052)(data)
+        del data[place(data, b"data") - 76 :]
+
+    image = changed(whole, tmp_path / "a.E01", interrupt)
+    assert {"count", "truncated"} <= set(said(image))
+    assert content(image) == disk.read_bytes()
+
+
+def test_what_is_on_the_disk_does_not_matter_to_its_hash(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of memory, or of a disk that nobody knows, the hash can be compared as well."""
+    assert cli.run(["check", "--content", str(whole)]) == 0
+    assert "proven: content" in capsys.readouterr().out
+    with pytest.raises(BmapError, match="nothing known"):
+        cli.run(["check", str(whole)])
+
+
 def test_sectors_that_could_not_be_read_are_lost(whole: Path, tmp_path: Path) -> None:
     def add_errors(data: bytearray) -> None:
         done = next(at for kind, at, _ in sections(data) if kind == b"done")

@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if args.content and len(args.disk) == 1 and not args.add and maps.is_saved(args.disk[0]):
         raise UsageError(f"{args.disk[0]}: is a map; --content reads the disk itself")
     bmap = map_or_disks(args, args.disk, asks=Asks.PROOFS)
-    refuse_unknown(bmap, [*args.add, *args.disk])
+    if not args.content:  # whatever the disk holds can be compared
+        refuse_unknown(bmap, [*args.add, *args.disk])
     report = check(bmap)
     if args.content:
         from virt_bmap.ask.vouched import add_content
@@ -129,11 +130,11 @@ def _tell(report: "Checked", names: list[str]) -> None:
         where = (
             ""
             if found.start < 0
-            else f" byte {found.start:#x}"
+            else f": byte {found.start:#x}"
             if found.end < 0
-            else f" bytes {found.start:#x}-{found.end:#x}"
+            else f": bytes {found.start:#x}-{found.end:#x}"
         )
-        say(f"{names[found.volume]}:{where}: {found.code}: {escape(found.detail.encode())}")
+        say(f"{names[found.volume]}{where}: {found.code}: {escape(found.detail.encode())}")
     proven = Counter(row.subject for row in report.verdicts if row.result == PROVEN)
     volumes = len({row.volume for row in report.verdicts if row.result == PROVEN})
     what = ", ".join(f"{subject} ({count})" for subject, count in proven.items())

@@ -35,9 +35,9 @@ class Link(NamedTuple):
     @property
     def marks(self) -> list[Mark]:
         """What it says of itself, and what else is wrong with it."""
-        name = self.layer.files[0].name
+        names = tuple(file.name for file in self.layer.files)
         return [
-            Mark(code, words if words.startswith(name) else f"{name}: {words}", severity)
+            Mark(code, words if words.startswith(names) else f"{names[0]}: {words}", severity)
             for code, words, _, severity in self.layer.damage.problems()
         ]
 

@@ -192,3 +192,29 @@ def _ends(segment: SegmentFile, host: Int) -> Int:
 
 def _of(image: Reader, file: int) -> str:
     return f" in {image.name}" if file else ""
+
+
+def last_length(files: Sequence[Reader], chunks: Chunks, chunk: int) -> int:
+    """Bytes of the disk in the last of these chunks, which may be shorter than the others."""
+    at = int(np.argmax(chunks.number))
+    image, host, stored = files[chunks.file[at]], int(chunks.host[at]), int(chunks.stored[at])
+    if not chunks.packed[at]:
+        return min(max(stored - CHECKSUM, 0), chunk)
+    try:
+        return len(inflate(image.read(host, min(stored, 2 * chunk)), chunk))
+    except ValueError:  # who reads it is told
+        return chunk
+
+
+def inflate(data: bytes, size: int) -> bytes:
+    """A compressed chunk, of at most `size` bytes; its Adler-32 behind it must be right (RFC 1950)."""
+    stream = zlib.decompressobj()
+    try:
+        found = stream.decompress(data, size + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if len(found) > size:
+        raise ValueError("it holds more than a chunk")
+    if not stream.eof:
+        raise ValueError("it ends early")
+    return found

@@ -225,3 +225,17 @@ def _listed(
             continue
         found.append(records(raw[:length], entry))
     return np.concatenate(found)
+
+
+def facts(
+    files: Sequence[Reader], segments: Sequence[SegmentFile], volume: Volume, kept: Kept, damage: Damage
+) -> dict[str, Any]:
+    """What the image says, for people and JSON."""
+    return {
+        "version": 1,
+        "segments": len(segments),
+        **volume.facts(),
+        "case": read_case(files[0], segments[0], damage),
+        "hashes": {name: value.hex() for name, value in kept.hashes.items()},
+        "sessions": kept.sessions,
+    }

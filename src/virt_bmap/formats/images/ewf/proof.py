@@ -1,7 +1,6 @@
 """What an image's own checksums and hashes say of what it holds.
 
-Sources: RFC 1950 (a compressed chunk ends with its Adler-32); libyal/libewf, "Expert Witness Compression
-Format (EWF)", "Data chunk", "Digest section".
+Sources: libyal/libewf, "Expert Witness Compression Format (EWF)", "Data chunk", "Digest section".
 """
 
 import hashlib
@@ -24,20 +23,6 @@ from virt_bmap.model.damage import Damage
 WORDS = {"md5": "MD5", "sha1": "SHA-1"}
 BATCH = 8 << 20
 """Bytes that are hashed at a time."""
-
-
-def inflate(data: bytes, size: int) -> bytes:
-    """A compressed chunk, of at most `size` bytes; its checksum must be right."""
-    stream = zlib.decompressobj()
-    try:
-        found = stream.decompress(data, size + 1)
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
-    if len(found) > size:
-        raise ValueError("it holds more than a chunk")
-    if not stream.eof:
-        raise ValueError("it ends early")
-    return found
 
 
 class Stored(NamedTuple):

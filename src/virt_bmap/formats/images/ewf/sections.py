@@ -51,7 +51,7 @@ def number_of(image: Reader) -> int:
     head = image.read_clipped(0, FILE_HEADER.itemsize)
     number = int(record(head, FILE_HEADER)["segment_number"])
     if not head.startswith(SIGNATURE) or number == 0:
-        raise Corrupt(f"{image.name}: does not begin as a segment of an Expert Witness image does", 0)
+        raise Corrupt(f"{image.name}: does not begin as a segment of an E01 or s01 does", 0)
     return number
 
 

@@ -8,6 +8,7 @@ from virt_bmap.core.arrays import Int, complement, total
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.lost import Lost
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.images.ewf.extents import Chunks, last_length
 from virt_bmap.formats.images.ewf.header import Volume, identifier_of
 from virt_bmap.formats.images.ewf.sections import SegmentFile, walk
 from virt_bmap.model.contract import ImageLayer
@@ -30,15 +31,20 @@ def read_segments(files: Sequence[Reader], damage: Damage) -> list[SegmentFile]:
     return found
 
 
-def size_of(volume: Volume, listed: int, damage: Damage) -> int:
-    """Bytes of the disk. A program that was interrupted may not have filled in how large it was to be."""
+def size_so_far(files: Sequence[Reader], volume: Volume, chunks: Chunks) -> int:
+    """Bytes of a disk whose size was never filled in: a program that was interrupted leaves it so."""
+    if not len(chunks.number):
+        return 0
+    return int(chunks.number.max()) * volume.chunk + last_length(files, chunks, volume.chunk)
+
+
+def compare_counts(volume: Volume, listed: int, damage: Damage) -> None:
+    """What the volume section says of the disk's size, and what the tables list."""
+    needed = -(-volume.size // volume.chunk)
     if not volume.size:
         damage.say("count", "its volume section says 0 sectors: the disk is taken to be what the tables list")
-        return listed * volume.chunk
-    needed = -(-volume.size // volume.chunk)
-    if listed > needed:
+    elif listed > needed:
         damage.say("count", f"its tables list {plural(listed, 'chunk')}, but its disk has {needed:,}")
-    return volume.size
 
 
 def note_lost(layer: ImageLayer, unread: tuple[Int, Int]) -> None:
