@@ -2,16 +2,19 @@
 right, wrong and missing, damage."""
 
 import configparser
+import gzip
 import hashlib
+import random
 import re
 from pathlib import Path
 
 import pytest
 
-from bitlocker_images import COPIES, MIB, by_hand
+from bitlocker_images import BITMAPS, CHUNK, COPIES, EOW, MIB, by_hand
 from support import BytesReader, assert_proven, need, run
 from virt_bmap.ask.check import check
 from virt_bmap.core.keys import Keys, parse
+from virt_bmap.core.layers import raw
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
@@ -109,13 +112,19 @@ def test_a_damaged_copy_of_the_metadata_is_said_and_another_serves(
     assert "copy-differs" in codes(bmap)
 
 
+ON_WRITE = ("eow", "partially-encrypted")
+"""Of these images their authors kept the headers only: nobody knows what of them is encrypted."""
+
+
 def test_without_the_key_every_byte_is_named(images: tuple[Path, configparser.ConfigParser]) -> None:
     folder, facts = images
     for image in sorted(folder.glob("*.img")):
         if "clearkey" in image.name:
             continue
         bmap, _ = opened(image)
-        if "crc" not in image.name:
+        if any(word in image.name for word in ON_WRITE):
+            assert codes(bmap) == ["copy-differs", "copy-differs", "superblock"]
+        elif "crc" not in image.name:
             assert_proven(bmap)
         assert bmap.volumes.column("uuid")[0].as_py() == facts[image.stem]["GUID"]
         parts = bmap.extents.column("part").to_pylist()
@@ -156,10 +165,19 @@ def test_a_wrong_key_is_said_so(images: tuple[Path, configparser.ConfigParser], 
     assert bmap.volumes.num_rows == 1
 
 
-def test_a_conversion_that_encrypts_on_write_is_named(images: tuple[Path, configparser.ConfigParser]) -> None:
-    bmap, _ = opened(images[0] / "bitlk-aes-xts-128-eow.img", b"anaconda")
-    assert bmap.volumes.column("type").to_pylist() == ["BitLocker"]
-    assert codes(bmap) == ["unsupported"]
+@pytest.mark.slow
+def test_encrypted_on_write_as_windows_left_it(corpus: Path, tmp_path: Path) -> None:
+    """A conversion in the middle: what lies before its bitmaps is what libbde 20260916 reads."""
+    image = tmp_path / "eow.img"
+    with gzip.open(corpus / "images/fox-it+dissect.fve/tests/_data/bde/eow_partial.bin.gz") as packed:
+        image.write_bytes(packed.read())
+    bmap, readers = opened(image, b"password12!@")
+    assert bmap.filesystems.column("type").to_pylist() == ["ntfs"]
+    assert "150.3 MiB encrypted" in bmap.volumes.column("detail")[1].as_py()
+    found, source = hashlib.sha256(), raw(readers[1])
+    for at in range(0, 0x1553A000, 1 << 20):
+        found.update(source.read(at, min(1 << 20, 0x1553A000 - at)))
+    assert found.hexdigest() == "b62aff42d22a11efb258c9ba2faa556b5be9ec0732d79c7cbd1a6ae828d93910"
 
 
 # ---- a volume encrypted by hand ----------------------------------------------------------------------------
@@ -173,14 +191,67 @@ def ntfs(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize(("state", "encrypted"), [(4, None), (2, 12 * MIB), (5, 3 * MIB), (2, 0)])
-def test_a_volume_encrypted_by_hand_reads_as_it_was(ntfs: bytes, state: int, encrypted: int | None) -> None:
-    """Also in the middle of being encrypted (2) and decrypted (5), where the rest is plain."""
-    bmap, readers = survey_open([BytesReader(by_hand(ntfs, state, encrypted))])
+@pytest.mark.parametrize(
+    ("state", "encrypted", "method"),
+    [
+        (4, None, 0x8004),
+        (2, 12 * MIB, 0x8004),
+        (5, 3 * MIB, 0x8004),
+        (3, 12 * MIB, 0x8004),
+        (3, 3 * MIB, 0x8004),
+        (2, 0, 0x8004),
+        (1, 0, 0),
+        (1, 0, 0x8004),
+        (3, 12 * MIB, 0),
+    ],
+)
+def test_a_volume_encrypted_by_hand_reads_as_it_was(
+    ntfs: bytes, state: int, encrypted: int | None, method: int
+) -> None:
+    """Also in the middle of a conversion (2, 5), paused (3) or decrypted (1), where the rest is plain: the
+    place of the volume's header, too."""
+    data = by_hand(ntfs, state, encrypted, method)
+    bmap, readers = survey_open([BytesReader(data)])
     assert readers[1].read(0, len(ntfs)) == ntfs
     assert readers[1].read(8000, 9000) == ntfs[8000:17000]
     assert bmap.filesystems.column("type").to_pylist() == ["ntfs"]
     assert_proven(bmap)
+
+
+@pytest.mark.parametrize("state", [4, 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_encrypted_on_write_by_hand(ntfs: bytes, state: int, seed: int) -> None:
+    """Any chunks; zeroes stand where the information, the bitmaps and their logs lie."""
+    chosen = random.Random(seed)
+    every = range(len(ntfs) // CHUNK)
+    chunks = set(chosen.sample(every, chosen.choice([0, 1, 100, len(every)])))
+    shown = bytearray(ntfs)
+    for at in (*EOW, *BITMAPS):
+        shown[at : at + 1536] = bytes(1536)
+    data = by_hand(bytes(shown), state, chunks=chunks)
+    bmap, readers = survey_open([BytesReader(data)])
+    assert readers[1].read(0, len(shown)) == bytes(shown)
+    assert bmap.filesystems.column("type").to_pylist() == ["ntfs"]
+    assert_proven(bmap)
+    parts = [part for part in bmap.extents.column("part").to_pylist() if part and part.startswith("EOW")]
+    assert len(parts) == 2 + 2 * 2
+
+
+def test_damaged_bitmaps(ntfs: bytes) -> None:
+    """One copy of the information is enough, and one record of a bitmap."""
+    data = by_hand(ntfs, chunks={3, 200}).copy()
+    data[EOW[0] + 20] ^= 1
+    bmap, readers = survey_open([BytesReader(data)])
+    assert codes(bmap) == ["copy-differs"]
+    assert readers[1].read(0, len(ntfs)) == ntfs
+    data[BITMAPS[1] + 512 + 40] ^= 1  # now its older record tells, and wrongly
+    bmap, readers = survey_open([BytesReader(data)])
+    assert readers[1].read(200 * CHUNK, CHUNK) != ntfs[200 * CHUNK :][:CHUNK]
+    data[BITMAPS[1] + 1024 + 40] ^= 1
+    bmap, _ = survey_open([BytesReader(data)])
+    assert codes(bmap) == ["copy-differs", "superblock"]
+    assert f"bitmap at byte {BITMAPS[1]:#x}" in bmap.problems.column("detail")[1].as_py()
+    assert bmap.volumes.num_rows == 1
 
 
 def test_damaged_copies_of_the_metadata(ntfs: bytes) -> None:

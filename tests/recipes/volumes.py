@@ -217,12 +217,13 @@ def luks(version: str, folder: Path) -> Made:
     return Made([image], {f"/dev/mapper/luks-{UUID}": tree})
 
 
-def bitlocker(folder: Path) -> Made:
-    """A volume whose protection is suspended, encrypted by hand: nothing on Linux makes one."""
+def bitlocker(chunks: set[int] | None, folder: Path) -> Made:
+    """A volume whose protection is suspended, encrypted by hand: nothing on Linux makes one. With `chunks`
+    only these are, and the rest waits to be written."""
     (folder / "plain").mkdir()
     (plain,), trees = windows.ntfs(32, 4096, folder / "plain")
     image = folder / "disk.img"
-    image.write_bytes(bitlocker_images.by_hand(plain.read_bytes()).tobytes())
+    image.write_bytes(bitlocker_images.by_hand(plain.read_bytes(), chunks=chunks).tobytes())
     return Made([image], {"/dev/mapper/bitlk-33323130-3534-3736-3839-616263646566": trees["/dev/sda"]})
 
 
@@ -234,5 +235,6 @@ RECIPES: dict[str, Recipe] = {
     "md-raid5": partial(md, 5, 2),
     "luks1": partial(luks, "luks1"),
     "luks2": partial(luks, "luks2"),
-    "bitlocker": bitlocker,
+    "bitlocker": partial(bitlocker, None),
+    "bitlocker-on-write": partial(bitlocker, set(range(0, 512, 3))),
 }

@@ -126,11 +126,14 @@ def _powers(tweaks: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
 
 
 class DecryptedReader(Reader):
-    """The bytes behind a cipher. `first` is the number of the first sector, in units of 512 bytes."""
+    """The bytes behind a cipher. `first` is the number of the first sector, in units of 512 bytes; `ranges`,
+    where only these are encrypted, count bytes as the numbers count sectors: whole sectors, sorted."""
 
-    def __init__(self, base: Reader, cipher: Decrypts, first: int) -> None:
+    def __init__(
+        self, base: Reader, cipher: Decrypts, first: int, ranges: tuple[Int, Int] | None = None
+    ) -> None:
         super().__init__(base.size, base.name)
-        self._base, self._cipher, self._first = base, cipher, first
+        self._base, self._cipher, self._first, self._ranges = base, cipher, first, ranges
         self.below = [base]
 
     def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
@@ -141,9 +144,21 @@ class DecryptedReader(Reader):
         numbers = low[sector] + step
         unique, which = np.unique(numbers, return_inverse=True)
         data = self._base.read_ranges(unique * size, np.full(len(unique), size, np.int64))
-        plain = self._cipher.decrypt(data, self._first + unique * (size // IV_SECTOR))
+        plain = self._decrypted(data, self._first + unique * (size // IV_SECTOR))
         first = which[np.cumsum(count) - count]
         return gather(plain, first * size + offsets - low * size, lengths)
+
+    def _decrypted(self, data: Bytes, numbers: Int) -> Bytes:
+        """Whole sectors, as far as they are encrypted."""
+        if self._ranges is None:
+            return self._cipher.decrypt(data, numbers)
+        starts, ends = self._ranges
+        at = np.searchsorted(starts, numbers * IV_SECTOR, side="right") - 1
+        mine = at >= 0
+        mine[mine] = numbers[mine] * IV_SECTOR < ends[at[mine]]
+        plain = data.reshape(len(numbers), self._cipher.size).copy()
+        plain[mine] = self._cipher.decrypt(plain[mine].reshape(-1), numbers[mine]).reshape(plain[mine].shape)
+        return plain.reshape(-1)
 
     @property
     def whole(self) -> bool:

@@ -38,6 +38,10 @@ ORACLES = (
     "The Sleuth Kit (fls, istat)",
     "$Bitmap",
     "ntfsrecover (changes in the log)",
+    (
+        "public volumes of Windows 10 (builds 14393 to 18894), Server 2022 (20348) and Windows 11 (22000), "
+        "as their $UpCase:$Info tells: all have the layout 3.1; of Server 2025 (26100) none was found"
+    ),
 )
 
 

@@ -21,7 +21,6 @@ from virt_bmap.formats.volumes.bitlocker.opened import (
 )
 from virt_bmap.formats.volumes.bitlocker.unlock import volume_key
 from virt_bmap.model.contract import Assembly, Checks, Docs, Member, VolumeFormat
-from virt_bmap.model.problems import NOTE
 
 NAME = "BitLocker"
 FEATURES = (
@@ -29,12 +28,21 @@ FEATURES = (
     "AES in XTS, CBC, and CBC with the Elephant diffuser",
     "passwords, recovery passwords, startup keys (.BEK), suspended protection (clear key)",
     "the volume header that lies elsewhere, three copies of the metadata",
-    "volumes in the middle of being encrypted or decrypted",
+    "volumes in the middle of being encrypted or decrypted, paused ones, decrypted ones that kept metadata",
+    "encrypt-on-write (Windows 10 and later): bitmaps of what is encrypted",
 )
-REFUSED = ("Windows Vista's format", "encrypt-on-write conversions", "keys in a TPM or on a smart card")
-ORACLES = ("SHA-256 of the opened volumes of cryptsetup's test images", "cryptsetup bitlkDump")
+REFUSED = (
+    "Windows Vista's format",
+    "keys in a TPM or on a smart card",
+    "the logs of conversions that were interrupted (said)",
+)
+ORACLES = (
+    "SHA-256 of the opened volumes of cryptsetup's test images",
+    "cryptsetup bitlkDump",
+    "libbde and dissect.fve on volumes that Windows left decrypted, paused, half encrypted on write",
+)
 CHECKS = Checks(
-    checksums="CRC-32 of the copies of FVE metadata",
+    checksums="CRC-32 of the copies of FVE metadata, of the encrypt-on-write information and its bitmaps",
     rules=("FVE metadata: sizes, versions, key protectors",),
     unchecked=("the content that is not opened",),
 )
@@ -54,11 +62,14 @@ def assemble(members: Sequence[Member]) -> Assembly:
     about.uuid, about.damage = header.guid, header.damage
     about.detail = f"{header.cipher}, {holders(header)}"
     add_metadata(about.extents, header)
+    if header.is_plain:
+        add_volume(assembly, member, header, None)
+        return assembly
     secrets = member.keys.for_volume(member.name, header.guid)
     key = None if header.refused else volume_key(header, secrets)
     if key is None:
         if header.refused:
-            header.damage.say("unsupported", header.refused, 0, severity=NOTE)
+            header.damage.refuse(header.refused)
         elif secrets:
             header.damage.say(
                 "no-key",

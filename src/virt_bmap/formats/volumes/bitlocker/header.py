@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from virt_bmap.core.arrays import EMPTY, Int, intersect, ints
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.volumes.bitlocker.eow import Zone, read_conversion
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.problems import ERROR
 
@@ -32,7 +34,10 @@ CIPHERS = {
 }  # fmt: skip
 """Encryption method -> cipher in dm-crypt's words and bytes of its key (for Elephant, of each of its two
 keys)."""
-SWITCHING_ENCRYPTION, ENCRYPTED, SWITCHING_DECRYPTION = 2, 4, 5
+NO_CIPHER = 0
+"""The encryption method of a volume that was decrypted, and kept its metadata."""
+DECRYPTED, CONVERTING, PAUSED, ENCRYPTED, CONVERTING_SMALL = 1, 2, 3, 4, 5
+"""What the metadata says of the volume. While it is converted, it is encrypted up to some byte."""
 CLEAR_KEY, STARTUP_KEY, RECOVERY_PASSWORD, PASSWORD = 0x0000, 0x0200, 0x0800, 0x2000
 PROTECTIONS = {
     CLEAR_KEY: "clear key", 0x0100: "TPM", STARTUP_KEY: "startup key", 0x0500: "TPM and PIN",
@@ -48,7 +53,8 @@ VALUE_OFFSET_SIZE = 15
 
 FVE_METADATA = struct(112, [
     (0, "signature", "S8"), (8, "size", "<u2"), (10, "version", "<u2"), (12, "current_state", "<u2"),
-    (14, "next_state", "<u2"), (16, "encrypted_volume_size", "<u8"), (28, "volume_header_sectors", "<u4"),
+    (14, "next_state", "<u2"), (16, "encrypted_volume_size", "<u8"), (24, "state_size", "<u4"),
+    (28, "volume_header_sectors", "<u4"),
     (32, "fve_offset", "<u8", (3,)), (56, "volume_header_offset", "<u8"), (64, "metadata_size", "<u4"),
     (72, "metadata_header_size", "<u4"), (80, "volume_guid", "V16"), (100, "encryption_method", "<u2"),
 ])  # fmt: skip
@@ -79,8 +85,9 @@ class MasterKey(NamedTuple):
 class Header:
     """Everything that the metadata says.
 
-    The first `header_size` bytes of the volume lie encrypted at `header_offset`; bytes from `encrypted` on
-    are plain.
+    The first `header_size` bytes of the volume lie at `header_offset`; `encrypted` are the ranges of the
+    device that are, all else is plain. `zones` are what it keeps for itself beside the copies of the
+    metadata.
 
     `refused` says why the volume can't be read, whatever its key.
     """
@@ -92,11 +99,17 @@ class Header:
     metadata: list[int]
     header_offset: int
     header_size: int
-    encrypted: int
+    encrypted: tuple[Int, Int]
+    zones: list[Zone] = field(default_factory=list)
     keys: list[MasterKey] = field(default_factory=list)
     volume_key: bytes | None = None
-    refused: str = ""
+    refused: Corrupt | None = None
     damage: Damage = field(default_factory=Damage)
+
+    @property
+    def is_plain(self) -> bool:
+        """Is nothing of it encrypted?"""
+        return not self.refused and not len(self.encrypted[0])
 
 
 def identifier(sector: bytes) -> tuple[uuid.UUID, int] | None:
@@ -126,14 +139,20 @@ def read_header(reader: Reader) -> Header:
         raise Corrupt(f"the BitLocker boot sector says that sectors have {size} bytes", 11, "superblock")
     damage = Damage()
     data, at = _metadata(reader, offsets, damage)
-    header = _header(reader, data, at, size)
+    header = _header(reader, data, at, size, damage)
     header.metadata = sorted({at, *(offset for offset in offsets if offset <= reader.size - FVE_SIZE)})
-    header.damage = damage
-    if found[0] == ENCRYPT_ON_WRITE:  # a bitmap of blocks says which of them are encrypted already
-        header.refused = (
-            "a volume that is being encrypted as it is written "
-            "to (encrypt-on-write, Windows 10) is not supported"
-        )
+    if found[0] == ENCRYPT_ON_WRITE:
+        places = [int.from_bytes(sector[at : at + 8], "little") for at in (found[1] + 24, found[1] + 32)]
+        try:
+            conversion = read_conversion(reader, places, size, damage)
+        except Corrupt as error:
+            if header.is_plain:
+                damage.refuse(error)
+            else:
+                header.refused = error
+            return header
+        header.zones = conversion.zones
+        header.encrypted = intersect(*header.encrypted, *conversion.encrypted)
     return header
 
 
@@ -176,21 +195,30 @@ def _metadata(reader: Reader, offsets: list[int], damage: Damage) -> tuple[bytes
     return usable[0]
 
 
-def _header(reader: Reader, data: bytes, at: int, sector: int) -> Header:
+def _header(reader: Reader, data: bytes, at: int, sector: int, damage: Damage) -> Header:
     head = record(data, FVE_METADATA)
     method, state = int(head["encryption_method"]), int(head["current_state"])
-    if method not in CIPHERS:
+    if method != NO_CIPHER and method not in CIPHERS:
         raise Unsupported(f"the BitLocker encryption method {method:#x} is not supported", at + 100)
-    if state not in (SWITCHING_ENCRYPTION, ENCRYPTED, SWITCHING_DECRYPTION):
+    if state not in (DECRYPTED, CONVERTING, PAUSED, ENCRYPTED, CONVERTING_SMALL):
         raise Unsupported(f"a BitLocker volume in state {state} is not supported", at + 12)
     volume = reader.size // sector * sector
-    encrypted = (
-        volume if state == ENCRYPTED else min(int(head["encrypted_volume_size"]) // sector * sector, volume)
-    )
-    cipher, key_size = CIPHERS[method]
+    done = min(int(head["encrypted_volume_size"]) // sector * sector, volume)
+    if method == NO_CIPHER or state == DECRYPTED:
+        done = 0
+    elif state == ENCRYPTED:
+        done = done or volume
+    elif state == CONVERTING and head["state_size"]:
+        words = (
+            f"a conversion was interrupted at byte {done:#x}: {int(head['state_size']):,} bytes from there "
+            "on may lie in its log, which is not read"
+        )
+        damage.say("half-done", words, at)
+    cipher, key_size = CIPHERS.get(method, ("not encrypted", 0))
     guid = str(uuid.UUID(bytes_le=head["volume_guid"].tobytes()))
     offset, size = int(head["volume_header_offset"]), int(head["volume_header_sectors"]) * 512
-    header = Header(guid, sector, cipher, key_size, [], offset, size, encrypted)
+    encrypted = (ints(0), ints(done)) if done else (EMPTY, EMPTY)
+    header = Header(guid, sector, cipher, key_size, [], offset, size, encrypted, damage=damage)
     for entry in entries(
         data[FVE_METADATA.itemsize : 64 + int(head["metadata_size"])], at + FVE_METADATA.itemsize
     ):
