@@ -60,9 +60,8 @@ def read_conversion(reader: Reader, offsets: list[int], sector: int, damage: Dam
     head = record(data, EOW_INFORMATION)
     chunk, log = int(head["chunk_size"]), int(head["conversion_log_size"])
     if chunk == 0 or chunk % sector:
-        raise Corrupt(
-            f"the encrypt-on-write information at byte {at:#x} has chunks of {chunk} bytes", at, "superblock"
-        )
+        words = f"the encrypt-on-write information at byte {at:#x} says chunk_size {chunk}"
+        raise Corrupt(words, at, "superblock")
     places = np.frombuffer(data[EOW_INFORMATION.itemsize :], "<u8").tolist()
     afford(reader, len(places) * MAX_BITMAP, "the bitmaps of its encryption")
     zones = [
