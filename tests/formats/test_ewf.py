@@ -510,6 +510,34 @@ def test_hostile_numbers_are_said(
         reader.read(0, min(reader.size, 1 << 20))
 
 
+def test_a_chain_of_more_sections_than_anybody_writes_ends(whole: Path, tmp_path: Path) -> None:
+    """131,072 are followed."""
+
+    def lengthen(data: bytearray) -> None:
+        at = next(at for kind, at, _ in sections(data) if kind == b"done")
+        del data[at:]
+        for follows in range(at + 76, at + 76 * (1 << 17), 76):
+            section = bytearray(struct.pack("<16sQQ", b"more", follows, 76).ljust(76, b"\0"))
+            seal(section, 0, 76)
+            data += section
+
+    image = changed(whole, tmp_path / "a.E01", lengthen)
+    assert "too-many" in said(image)
+    assert len(content(image)) == SIZE
+
+
+def test_what_is_written_of_a_case_is_harmless(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = acquired(
+        disk, tmp_path / "a", "encase6", "best", ".E01", "-C", "x" * 2000, "-N", "\x1b[2J\x07\x9b31m"
+    )
+    assert cli.run(["info", str(image)]) == 0
+    told = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", told)
+    assert "x" * 200 + "..." in told
+
+
 def test_a_chunk_never_inflates_to_more_than_a_chunk(whole: Path, tmp_path: Path) -> None:
     """The first chunk is a bomb of 64 MiB, in the place of the chunks of 32 KiB that were there."""
     bomb = zlib.compress(bytes(64 << 20), 9)

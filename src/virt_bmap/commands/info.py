@@ -195,6 +195,8 @@ def _lines(row: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     return lines + [text for text in said if text not in lines]  # the image may have said it
 
 
+WRITTEN = 200
+"""Characters of what somebody wrote about a case that a person is shown; --json has them all."""
 NAMED = 10
 """Snapshots and bitmaps that a person is shown; --json has them all."""
 
@@ -231,6 +233,10 @@ def _image_lines(image: dict[str, Any]) -> list[str]:
     return lines + [f"{problem['severity']}: {problem['detail']}" for problem in image["problems"]]
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= WRITTEN else text[:WRITTEN] + "..."
+
+
 def _kept_lines(image: dict[str, Any]) -> list[str]:
     """What an image remembers of its making: what it is of, whose case that is, hashes of the disk."""
     making = [
@@ -240,7 +246,7 @@ def _kept_lines(image: dict[str, Any]) -> list[str]:
         *([f"set {image['set_identifier']}"] if image.get("set_identifier") else []),
         *([plural(len(image["sessions"]), "session")] if image.get("sessions") else []),
     ]
-    case = [f"{word.replace('_', ' ')} {value!r}" for word, value in image.get("case", {}).items()]
+    case = [f"{word.replace('_', ' ')} '{_short(value)}'" for word, value in image.get("case", {}).items()]
     hashes = [f"{name.upper()} {value}" for name, value in image.get("hashes", {}).items()]
     return [f"  {words}: {', '.join(found)}" for words, found in
             (("made of", making), ("case", case), ("kept of the disk", hashes)) if found]  # fmt: skip

@@ -23,11 +23,15 @@ def own_sections(draft: Draft, segments: Sequence[SegmentFile]) -> None:
     """File headers, and sections that are one piece."""
     for file, segment in enumerate(segments):
         draft.own("file header", 0, FILE_HEADER.itemsize, file=file)
-        for section in segment.sections:  # some thousand at most
-            draft.own("section descriptor", section.descriptor, SECTION.itemsize, file=file)
+        places: dict[str, list[tuple[int, int]]] = {}
+        for section in segment.sections:
+            places.setdefault("section descriptor", []).append((section.descriptor, SECTION.itemsize))
             if section.kind not in (*TABLES, "sectors"):
                 part = PARTS.get(section.kind, "section of an unknown kind")
-                draft.own(part, section.start, section.end - section.start, file=file)
+                places.setdefault(part, []).append((section.start, section.end - section.start))
+        for part, found in places.items():
+            start, length = np.array(found, np.int64).T
+            draft.own(part, start, length, file=file)
 
 
 def place_chunks(draft: Draft, chunks: Chunks, chunk: int) -> Chunks:

@@ -4,6 +4,7 @@ Sources: libyal/libewf, "Expert Witness Compression Format (EWF)", "File header"
 "Corruption scenarios".
 """
 
+import struct
 import zlib
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.images.ewf.ondisk import (
+    CHECKSUM,
     DONE,
     FILE_HEADER,
     MAX_SECTIONS,
@@ -19,6 +21,12 @@ from virt_bmap.formats.images.ewf.ondisk import (
     SIGNATURE,
 )
 from virt_bmap.model.problems import Problem
+
+DESCRIPTOR = struct.Struct("<16sQQ40xI")
+"""As `ondisk.SECTION`, for those that are read one by one: each one says where the next one lies."""
+
+WINDOW = 4096
+"""Bytes that are read for a descriptor: small sections lie side by side."""
 
 
 class FileSection(NamedTuple):
@@ -62,6 +70,7 @@ def walk(image: Reader) -> SegmentFile:
     """
     found = SegmentFile(number_of(image), [], "", [])
     at, size = FILE_HEADER.itemsize, SECTION.itemsize
+    begin, data = 0, b""
 
     def said(code: str, words: str) -> SegmentFile:
         found.problems.append(Problem(code, words, at))
@@ -74,13 +83,15 @@ def walk(image: Reader) -> SegmentFile:
                 f"its sections go on at byte {at:#x}, but the file ends at {image.size:#x}: it was not "
                 "finished, or cut off",
             )
-        raw = image.read(at, size)
-        head = record(raw, SECTION)
-        if zlib.adler32(raw[: size - 4]) != int(head["checksum"]):
+        if not begin <= at <= begin + len(data) - size:
+            begin, data = at, image.read(at, min(WINDOW, image.size - at))
+        raw = data[at - begin : at - begin + size]
+        name, follows, length, checksum = DESCRIPTOR.unpack(raw)
+        if zlib.adler32(raw[:-CHECKSUM]) != checksum:
             return said(
                 "checksum", f"the section at byte {at:#x} has a wrong checksum: no section behind it is known"
             )
-        kind, follows = bytes(head["type"]).decode("latin-1"), int(head["next_offset"])
+        kind = name.rstrip(b"\0").decode("latin-1")
         if kind in (NEXT, DONE):
             found.sections.append(FileSection(kind, at, at + size, at + size))
             return found._replace(last=kind)
@@ -89,10 +100,10 @@ def walk(image: Reader) -> SegmentFile:
                 "mapping",
                 f"the section at byte {at:#x} leads back to byte {follows:#x}: no section behind it is known",
             )
-        if int(head["size"]) not in (0, follows - at):
+        if length not in (0, follows - at):
             said(
                 "mapping",
-                f"the section at byte {at:#x} is {int(head['size']):#x} bytes long, but the next one lies "
+                f"the section at byte {at:#x} is {length:#x} bytes long, but the next one lies "
                 f"{follows - at:#x} bytes on: programs do not agree on what the image holds",
             )
         found.sections.append(FileSection(kind, at, at + size, min(follows, image.size)))
