@@ -1,10 +1,13 @@
 """A superblock and a partition table on one disk: which is believed, and that both are said."""
 
+import os
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from recipes.volumes import RECIPES
 from support import mapped, need, need_root, run
 from virt_bmap import cli
 
@@ -20,6 +23,12 @@ def partitioned(path: Path, *partitions: str) -> Path:
     script = "\n".join(["label: dos", *partitions, ""]).encode()
     run("sfdisk", "-q", "--wipe", "never", path, stdin=script)
     return path
+
+
+def add_table(path: Path) -> None:
+    """A table with one partition, on a disk of whatever size, of which nothing else is changed."""
+    script = b"label: dos\nstart=2048,size=65536\n"
+    run(need("sfdisk", "fdisk"), "-q", "--no-tell-kernel", "--wipe", "never", path, stdin=script)
 
 
 def put(path: Path, at: int, data: bytes) -> None:
@@ -129,6 +138,111 @@ def test_an_array_behind_the_table(is_array, tmp_path):
     else:
         assert names == ["/dev/sda", "/dev/sda1", "/dev/sda2"]
         assert types == ["dos", None, "ext4"]
+
+
+def swap(path: Path) -> None:
+    run(need("mkswap", "util-linux"), "-q", path)
+
+
+def whole_ext4(path: Path) -> None:
+    run("mke2fs", "-q", "-F", "-t", "ext4", path)
+
+
+def xfs(path: Path) -> None:
+    os.truncate(path, 320 * MIB)
+    run(need("mkfs.xfs", "xfsprogs"), "-q", "-f", path)
+
+
+def f2fs(path: Path) -> None:
+    run(need("mkfs.f2fs", "f2fs-tools"), "-q", path)
+
+
+def ntfs(path: Path) -> None:
+    run(need("mkntfs", "ntfs-3g"), "-F", "-q", path)
+
+
+def fat(path: Path) -> None:
+    run(need("mkfs.vfat", "dosfstools"), path)
+
+
+def luks(version: int, path: Path) -> None:
+    words = ["--type", f"luks{version}", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+    run(need("cryptsetup", "cryptsetup-bin"), "luksFormat", "-q", *words, path, "-", stdin=b"secret")
+
+
+def bitlocker(path: Path) -> None:
+    (image,) = RECIPES["bitlocker"](path.parent).disks
+    put(path, 0, image.read_bytes())
+
+
+STALE = {
+    "ext4": whole_ext4, "xfs": xfs, "swap": swap, "f2fs": f2fs, "ntfs": ntfs, "vfat": fat,
+    "crypto_LUKS": partial(luks, 2), "BitLocker": bitlocker,
+}  # fmt: skip
+ENCRYPTED = ("crypto_LUKS", "BitLocker")
+UNSEEN = ("vfat",)
+"""Its superblock is the sector that became the table."""
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_a_superblock_that_outlived_a_table(name, tmp_path):
+    """Until something lies in a partition nothing tells whether an encrypted volume is older than the table;
+    filesystems are: who makes one clears the first sector. Both are there, says wipefs."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    STALE[name](path)
+    size = path.stat().st_size
+    run(
+        "sfdisk",
+        "-q",
+        "--no-tell-kernel",
+        "--wipe",
+        "never",
+        path,
+        stdin=b"label: dos\nstart=2048,size=65536\n",
+    )
+    there = run("wipefs", "--noheadings", "--output", "TYPE", path).decode().split()
+    assert name in there
+    assert "dos" in there or name in UNSEEN
+    names, types, said = found(path)
+    if name in ENCRYPTED:
+        assert (types[0], said.count("leftover")) == (name, 1)
+    else:
+        assert (names, types) == (["/dev/sda", "/dev/sda1"], ["dos", None])
+        assert said == ([] if name in UNSEEN else ["leftover"])
+    ext4(path, MIB, "32M")
+    assert path.stat().st_size == size
+    assert found(path)[:2] == (["/dev/sda", "/dev/sda1"], ["dos", "ext4"])
+    assert found(path)[2] == ([] if name in UNSEEN else ["leftover"])
+
+
+def test_what_a_doubted_superblock_calls_free_is_kept(tmp_path, capfd):
+    """A pool that may be older than the table beside it: in the partitions may lie what nobody here knows."""
+    need("mkfs.btrfs", "btrfs-progs")
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(2 * SIZE))
+    run("mkfs.btrfs", "-q", path)
+    add_table(path)
+    put(path, 32 * MIB, b"what nobody knows" * 1000)
+    before = path.read_bytes()
+    assert cli.run(["sparsify", "-q", "--in-place", str(path)]) == 0
+    assert path.read_bytes() == before
+    assert "has a problem: leftover" in capfd.readouterr().err
+
+
+def test_a_filesystem_in_a_partition_that_begins_with_the_disk_is_no_leftover(tmp_path):
+    """As Sun's first slice does, and mkfs.fat's own table."""
+    need("sfdisk", "fdisk"), need("mkfs.vfat", "dosfstools")
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    run("sfdisk", "-q", "--no-tell-kernel", path, stdin=b"label: sun\nstart=0,size=64260,type=83\n")
+    label = path.read_bytes()[:512]
+    run("mke2fs", "-q", "-F", "-t", "ext4", path, "31M")
+    put(path, 0, label)
+    assert found(path)[1:] == (["sun", "ext4"], [])
+    path.write_bytes(bytes(SIZE))
+    run("mkfs.vfat", "--mbr=y", path)
+    assert found(path)[1:] == (["vfat"], [])
 
 
 def test_lvm_takes_no_disk_that_has_partitions(tmp_path):

@@ -317,7 +317,7 @@ class _Survey:
         format = formats.volume_on(volume.reader, has_header=self.keys.header_of(volume.name) is not None)
         if format and volume.kind in PARTITIONED and (verdict := rivals.judge(volume.reader, format)):
             format = verdict.believed
-            volume.damage("survey").say("leftover", verdict.words)
+            volume.damage("survey").say("leftover", verdict.words, severity=verdict.severity)
         again = format.name if format and self._shows_again(volume, format) else None
         if format and not again:
             volume.type = format.name

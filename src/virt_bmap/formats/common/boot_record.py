@@ -63,6 +63,22 @@ def entries(sector: bytes) -> list[Entry]:
     ]
 
 
+def has_partitions(sector: bytes) -> bool:
+    """Does a first sector hold a table that can be used, whatever else it holds?
+
+    Who makes a filesystem there writes or clears all of the sector, so that the table is younger; and the
+    kernel reads it (block/partitions/msdos.c). `mkfs.fat --mbr` writes one whose partition is the volume.
+    """
+    table = raw_entries(sector)
+    used = table[table["size_in_lba"] > 0]
+    return bool(
+        sector[SIGNATURE:] == b"\x55\xaa"
+        and np.isin(table["boot_indicator"], (0, 0x80)).all()
+        and len(used)
+        and (used["starting_lba"] > 0).all()
+    )
+
+
 def chain(disk: Reader, extended: Entry, sector: int, damage: Damage) -> Iterator[Record]:
     """The records of one extended partition, `sector` the bytes that the table counts in."""
     first, last = extended.start * sector, (extended.start + extended.length) * sector

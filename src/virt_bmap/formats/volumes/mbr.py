@@ -22,6 +22,7 @@ from virt_bmap.formats.common.boot_record import (
     Entry,
     chain,
     entries,
+    has_partitions,
     raw_entries,
 )
 from virt_bmap.formats.common.partitions import (
@@ -80,12 +81,8 @@ def labelled(reader: Reader) -> bool:
     """A signature, four plausible entries of which one is used, and no filesystem whose boot sector merely
     looks like that."""
     sector = reader.read_clipped(0, SECTOR)
-    if (
-        sector[SIGNATURE:] != b"\x55\xaa"
-        or sector[3:7] == b"NTFS"
-        or sector[3:8] == b"EXFAT"
-        or _boot_sector_of_fat(sector)
-    ):
+    is_boot_sector = sector[3:7] == b"NTFS" or sector[3:8] == b"EXFAT" or _boot_sector_of_fat(sector)
+    if sector[SIGNATURE:] != b"\x55\xaa" or (is_boot_sector and not has_partitions(sector)):
         return False
     table = raw_entries(sector)
     is_used = bool(((table["os_type"] != 0) & (table["size_in_lba"] != 0)).any())

@@ -7,6 +7,7 @@ import numpy as np
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
+from virt_bmap.formats.common.boot_record import has_partitions
 
 BOOT_SECTOR = struct(512, [
     (0, "BS_jmpBoot", "u1", (3,)),
@@ -38,8 +39,6 @@ BOOT_SECTOR = struct(512, [
     (510, "Signature_word", "<u2"),
 ])  # fmt: skip
 
-PARTITION = struct(16, [(0, "status", "u1"), (8, "start", "<u4"), (12, "sectors", "<u4")])
-PARTITIONS_AT = 446
 
 MAX_CLUSTERS = {12: 0xFF4, 16: 0xFFF4, 32: 0xFFFFFF6}
 """By the width of a FAT entry, as in fs/fat/fat.h (MAX_FAT12, MAX_FAT16, MAX_FAT32)."""
@@ -98,7 +97,7 @@ def looks_like_fat(sector: bytes) -> bool:
     jumps = sector[0] in (0xEB, 0xE9, 0x60)  # 0x60 is the 68000's, on Atari disks
     if not (named or jumps or sector[510:512] == b"\x55\xaa"):
         return False
-    return _plausible(boot) and not _has_partitions(sector)
+    return _plausible(boot) and not has_partitions(sector)
 
 
 def _plausible(boot: np.void) -> bool:
@@ -114,14 +113,6 @@ def _plausible(boot: np.void) -> bool:
         and (boot["BPB_FATSz16"] > 0 or boot["BPB_FATSz32"] > 0)
         and (boot["BPB_TotSec16"] > 0 or boot["BPB_TotSec32"] > 0)
     )
-
-
-def _has_partitions(sector: bytes) -> bool:
-    if sector[510:512] != b"\x55\xaa":
-        return False
-    table = np.frombuffer(sector, PARTITION, count=4, offset=PARTITIONS_AT)
-    used = table[table["sectors"] > 0]
-    return bool(np.isin(table["status"], (0, 0x80)).all() and len(used) and (used["start"] > 0).all())
 
 
 def read_geometry(sector: bytes, name: str) -> Geometry:
