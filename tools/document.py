@@ -202,12 +202,15 @@ def formats_page() -> str:
         for module, format in formats.every():
             if isinstance(format, kind):
                 lines += described(format.name, module, format.docs, format.allocator)
+    opened = {type: listed.load() for listed in formats.IMAGES for type in listed.types if type != RAW}
     lines += [
         "",
         "## Image formats",
         "",
-        "Raw files, block devices and NBD exports are read directly; through `qemu-nbd`: "
-        + ", ".join(type for type in formats.IMAGE_TYPES if type != RAW)
+        "Raw files, block devices and NBD exports are read directly, and "
+        + ", ".join(type for type in opened if not opened[type].in_qemu)
+        + " by its layer alone; through `qemu-nbd`: "
+        + ", ".join(type for type in opened if opened[type].in_qemu)
         + ".",
         "",
         "Where something is read here, it is the format's own layer (`--host-offsets`, `info`, `explain`).",

@@ -155,12 +155,13 @@ def test_info_shows_it(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_image_of_a_guests_disk_is_read_as_well(tmp_path: Path) -> None:
-    """In a filesystem inside of an E01 lies an E01."""
+    """In a filesystem inside of an E01 lie the segments of an E01."""
     (raw,), trees = tables.gpt(tmp_path)
-    image = acquired(raw, tmp_path / "inner", "encase6", "best", ".E01")
+    image = acquired(raw, tmp_path / "inner", "encase6", "none", ".E01", "-S", str(1 << 20))
     folder = tmp_path / "files"
     folder.mkdir()
-    (folder / "inner.E01").write_bytes(image.read_bytes())
+    for segment in image.parent.glob("inner.E*"):
+        (folder / segment.name).write_bytes(segment.read_bytes())
     outer = tmp_path / "outer.raw"
     run(need("mke2fs", "e2fsprogs"), "-q", "-d", folder, outer, "24M")
     twice = acquired(outer, tmp_path / "outer", "encase6", "fast", ".E01")
