@@ -3,7 +3,8 @@ parts left to the caller as zeroes.
 
 Bytes come from the reader of the filesystem's own volume, so arrays, encryption and thin volumes are already
 undone, journals replayed, and copies checked. What can't be had is told with each piece (`Piece.lost`). What
-is stored compressed or encrypted by the filesystem itself is refused, a file at a time.
+is stored encrypted by the filesystem itself, or compressed in a way that is not read, is refused, a file at a
+time.
 
 A deleted file that a map still names (NTFS) has the clusters
 that its record names, as far as they are nobody's now.
@@ -21,11 +22,13 @@ from virt_bmap.core.arrays import Bytes, Int, Intervals, complement_by, expand, 
 from virt_bmap.core.columns import take
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.core.lost import BEHIND, NOTHING, NOWHERE, REUSED, Lost, Missing
+from virt_bmap.core.packed import Packed
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.salvage import read_known
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
+from virt_bmap.model.paths import positions
 
 BATCH = 8 << 20
 """Bytes of files read at once: enough for any disk's streaming speed, and no strain on memory."""
@@ -113,8 +116,26 @@ class Files:
         self._link_coded = flags[self._links] & (tables.COMPRESSED | tables.ENCRYPTED) != 0
         wof = np.flatnonzero(code == self.streams.get("WofCompressedData", -2))
         self._elsewhere = np.unique(inode[wof])
+        if self.reader.packed:
+            self._unpack(self.reader.packed, tables.integers(table, "file_length")[rows])
         reparse = [at for at, word in enumerate(words) if "REPARSE_POINT" in word]
         self._reparse = np.unique(inode[np.isin(code, reparse)])
+
+    def _unpack(self, packed: Packed, held: Int) -> None:
+        """The rows of files of which all is known that is compressed are put in the place of their own: they
+        lie in what it unpacks to, which begins where the volume ends. `held`: bytes that each row holds."""
+        mine = self._coded & (self._part == -1)
+        files = np.unique(self._owner[mine])
+        of, known_of = positions(files, self._owner[mine]), positions(files, packed.inode)
+        stored, known = np.zeros(len(files), np.int64), np.zeros(len(files), np.int64)
+        np.add.at(stored, of, held[mine])
+        np.add.at(known, known_of[known_of >= 0], packed.length[known_of >= 0])
+        whole = files[stored == known]
+        new = np.isin(packed.inode, whole)
+        self._keep(~(mine & np.isin(self._owner, whole)))
+        start = self.reader.size + packed.start[new]
+        length, plain = packed.length[new], np.zeros(new.sum(), np.int64)
+        self._add(packed.inode[new], packed.file_offset[new], start, length, plain, -1)
 
     # ---- names ---------------------------------------------------------------------------------------------
 
@@ -320,6 +341,12 @@ class Files:
         start, length = (tables.integers(table, name)[free] for name in ("volume_offset", "length"))
         return Intervals(*union(start, start + length))
 
+    def _keep(self, keep: np.ndarray) -> None:
+        """Only these rows of content."""
+        self._owner, self._part, self._at = self._owner[keep], self._part[keep], self._at[keep]
+        self._start, self._length = self._start[keep], self._length[keep]
+        self._inline, self._coded, self._why = self._inline[keep], self._coded[keep], self._why[keep]
+
     def _add(self, owner: Int, at: Int, start: Int, length: Int, flags: Int, why: int) -> None:
         """More rows of plain content; `why` as in `_why`."""
         owner, at = np.append(self._owner, owner), np.append(self._at, at)
@@ -407,18 +434,26 @@ class Files:
     def _read(self, start: Int, length: Int, why: Int) -> tuple[Bytes, tuple[Int, Lost]]:
         """The bytes of pieces, one after the other; and (which piece, what of it is lost, in bytes of the
         piece), by piece."""
-        there = why < 0
-        data, lost = read_known(self.reader, start[there], length[there])
-        piece, gone = lost.within(start[there], start[there] + length[there])
-        piece = np.flatnonzero(there)[piece]
-        gone = gone._replace(starts=gone.starts - start[piece], ends=gone.ends - start[piece])
-        if there.all():
-            return data, (piece, gone)
-        whole = np.zeros(int(length.sum()), np.uint8)
-        scatter(whole, (np.cumsum(length) - length)[there], length[there], data)
-        nowhere = np.flatnonzero(~there)
-        gone = Lost.join([gone, Lost(np.zeros(len(nowhere), np.int64), length[nowhere], why[nowhere])])
-        piece = np.append(piece, nowhere)
+        packed = start >= self.reader.size
+        nowhere = np.flatnonzero(why >= 0)
+        parts = [(self.reader, start, (why < 0) & ~packed)]
+        if self.reader.packed:
+            parts.append((self.reader.packed.reader, start - self.reader.size, packed))
+        place = np.cumsum(length) - length
+        whole = np.zeros(0 if any(mine.all() for _, _, mine in parts) else int(length.sum()), np.uint8)
+        pieces = [nowhere]
+        told = [Lost(np.zeros(len(nowhere), np.int64), length[nowhere], why[nowhere])]
+        for reader, at, mine in parts:
+            data, lost = read_known(reader, at[mine], length[mine])
+            piece, gone = lost.within(at[mine], (at + length)[mine])
+            piece = np.flatnonzero(mine)[piece]
+            pieces.append(piece)
+            told.append(gone._replace(starts=gone.starts - at[piece], ends=gone.ends - at[piece]))
+            if mine.all():
+                whole = data
+            else:
+                scatter(whole, place[mine], length[mine], data)
+        piece, gone = np.concatenate(pieces), Lost.join(told)
         order = np.argsort(piece, kind="stable")
         return whole, (piece[order], take(gone, order))
 

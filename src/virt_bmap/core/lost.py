@@ -18,8 +18,9 @@ REASONS = (
     "none of the members present holds them", "they lie beyond the end of the disk or volume",
     "no copy has the right checksum", "their checksums can't be read", "reading fails",
     "deleted: they belong to something else now", "deleted: where they lay is not kept",
+    "what they are compressed to is damaged",
 )  # fmt: skip
-MISSING, BEHIND, CHECKSUM, NO_CHECKSUM, UNREADABLE, REUSED, NOWHERE = range(len(REASONS))
+MISSING, BEHIND, CHECKSUM, NO_CHECKSUM, UNREADABLE, REUSED, NOWHERE, DAMAGED = range(len(REASONS))
 NAMED = 8
 """Ranges of one file that are named; all are counted."""
 

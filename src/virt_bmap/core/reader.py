@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.stored import afford
 from virt_bmap.core.threads import ahead
+
+if TYPE_CHECKING:
+    from virt_bmap.core.packed import Packed
 
 HEAD = 128 << 10
 """Bytes at the start of every volume that are read once and
@@ -67,6 +70,8 @@ class Reader:
     """Who may be changing it while it is read, in a few words."""
     marks: Sequence["Mark"] = ()
     """What the files that it comes from say of themselves: that they are damaged, or were not closed."""
+    packed: "Packed | None" = None
+    """The content that the filesystem in it keeps compressed, once that was read."""
 
     def __init__(self, size: int, name: str) -> None:
         self.size = size

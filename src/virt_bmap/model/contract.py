@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.core.arrays import Int, union
+from virt_bmap.core.codecs import Codec
 from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.mapped import MappedReader
@@ -179,10 +180,6 @@ class Assembly:
         return child
 
 
-Inflate = Callable[[bytes, int], bytes]
-"""What is stored of a cluster, and its size, to its bytes. Raises ValueError."""
-
-
 @dataclass
 class ImageLayer:
     """One disk image: `size` bytes that the guest sees, in clusters (grains, blocks) of `cluster` bytes.
@@ -206,7 +203,7 @@ class ImageLayer:
     damage: Damage
     facts: dict[str, Any]
     unreadable: str | None = None
-    inflate: Inflate | None = None
+    inflate: Codec | None = None
     lost: Lost = NOTHING
     prove: Callable[[Reader, Damage], list[Proof]] | None = None
 

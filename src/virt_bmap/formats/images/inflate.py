@@ -5,12 +5,10 @@ Sources: QEMU docs/interop/qcow2.rst (v8.2), "Compressed Clusters Descriptor" an
 "Virtual Disk Format 5.0", "Stream-Optimized Compressed Sparse Extents".
 """
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
 
 from virt_bmap.core.arrays import Bytes, Int, gather, ints, scatter, union
 from virt_bmap.core.errors import Corrupt
@@ -21,23 +19,6 @@ from virt_bmap.model.contract import ImageLayer
 
 KEPT = 16 << 20
 """Bytes of clusters that are kept: the next level of a tree often lies in the same one."""
-
-
-def deflated(data: bytes, size: int, window: int = -12) -> bytes:
-    """`contract.Inflate` for deflate; by its window the headers differ (zlib.decompressobj)."""
-    try:
-        return zlib.decompressobj(window).decompress(data, size)
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
-
-
-def zstd(data: bytes, size: int) -> bytes:
-    """`contract.Inflate` for Zstandard."""
-    try:
-        with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
-            return bytes(stream.read(size))
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(str(error)) from None
 
 
 class InflatingReader(Reader):

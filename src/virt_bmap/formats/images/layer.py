@@ -13,12 +13,13 @@ import numpy as np
 
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import EMPTY, Bool, Int, covered_twice, expand, ints, joined, runs, union
+from virt_bmap.core.codecs import Codec
 from virt_bmap.core.layout import widen
 from virt_bmap.core.mapping import DATA, PACKED, ZERO, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import ROW, afford, held, whole
 from virt_bmap.model import tables
-from virt_bmap.model.contract import ImageLayer, Inflate
+from virt_bmap.model.contract import ImageLayer
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows
 
@@ -89,7 +90,7 @@ class Draft:
         cluster: int,
         facts: dict[str, Any],
         unreadable: str | None = None,
-        inflate: Inflate | None = None,
+        inflate: Codec | None = None,
     ) -> ImageLayer:
         """The layer: rows cut at the ends of disk and files, sorted, and neighbours joined."""
         columns = joined(self._pieces, 6)

@@ -26,6 +26,7 @@ from virt_bmap.formats.filesystems.btrfs import inodes as files
 from virt_bmap.formats.filesystems.btrfs import items, ondisk, replay
 from virt_bmap.formats.filesystems.btrfs.docs import CHECKS, FEATURES, ORACLES, REFUSED
 from virt_bmap.formats.filesystems.btrfs.extents import extents_of
+from virt_bmap.formats.filesystems.btrfs.packed import packed_of
 from virt_bmap.formats.filesystems.btrfs.pool import pool_of
 from virt_bmap.formats.filesystems.btrfs.trees import READ_TREES, Log, read_log, read_trees, source_of
 from virt_bmap.formats.filesystems.btrfs.verified import VerifiedReader
@@ -61,14 +62,18 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     if log and log.whole and log.found.inodes:
         subvolumes = replay.replay(log, subvolumes, damage)
     names, stubs = files.name_table(subvolumes.entries, subvolumes.name_bytes)
+    extents, regular, inline = extents_of(source, pool, (found, links), subvolumes, log, damage)
+    forests = [links.forest, *([log.links.forest] if log else [])]
+    content = VerifiedReader(reader, source, links.roots, forests)
+    stored = [*found.regular, *found.inline]
+    stored += [*log.found.regular, *log.found.inline] if log else []
+    content.packed = packed_of(content, source.sectorsize, regular, inline, stored)
     return Filesystem(
         type="btrfs", size=reader.size, block_size=source.sectorsize, root=ondisk.FIRST_FREE,
         state=_state(superblock, log, damage),
-        reader=VerifiedReader(
-            reader, source, links.roots, [links.forest, *([log.links.forest] if log else [])]
-        ),
+        reader=content,
         inodes=files.inode_table(subvolumes.inodes, stubs), names=names,
-        extents=extents_of(source, pool, (found, links), subvolumes, log, damage),
+        extents=extents,
         uuid=ondisk.uuid_text(superblock["fsid"]),
         label=bytes(superblock["label"]).decode(errors="replace") or None,
         features=ondisk.feature_names(superblock),

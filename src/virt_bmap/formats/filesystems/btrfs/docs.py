@@ -7,7 +7,7 @@ from virt_bmap.model.contract import (
 FEATURES = (
     "all subvolumes and snapshots", "skinny and full extent items", "mixed block groups", "block group tree",
     "free space tree (checked)", "free space cache v1", "inline extents",
-    "zlib, LZO and zstd extents (flagged)", "preallocated extents", "reflinks", "bookend extents",
+    "zlib, LZO and zstd extents, with their content", "preallocated extents", "reflinks", "bookend extents",
     "log tree, replayed as a mount does: inodes, names, links, extents",
     "deletion and relocation that were interrupted",
     "files deleted while open, shown as deleted until a mount frees them", "nodes of 4 to 64 KiB",
@@ -23,8 +23,8 @@ REFUSED = (
 
 ORACLES = (
     "kernel FIEMAP through a loop mount", "btrfs inspect-internal dump-tree",
-    "btrfs inspect-internal logical-resolve", "content through the map", "the extent tree against all owners",
-    "the free space tree against the extent tree",
+    "btrfs inspect-internal logical-resolve", "content through the map, compressed content too",
+    "the extent tree against all owners", "the free space tree against the extent tree",
     "the kernel's own recovery of copies taken while it was written",
 )  # fmt: skip
 

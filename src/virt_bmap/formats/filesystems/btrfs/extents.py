@@ -7,6 +7,7 @@ from virt_bmap.core.arrays import EMPTY, total, union
 from virt_bmap.core.columns import stack
 from virt_bmap.formats.filesystems.btrfs import inodes as files
 from virt_bmap.formats.filesystems.btrfs import items, ondisk, owners, replay, tree
+from virt_bmap.formats.filesystems.btrfs.inodes import Inline
 from virt_bmap.formats.filesystems.btrfs.owners import FileExtents
 from virt_bmap.formats.filesystems.btrfs.pool import Pool
 from virt_bmap.formats.filesystems.btrfs.trees import Log
@@ -21,8 +22,9 @@ def extents_of(
     subvolumes: files.Subvolumes,
     log: Log | None,
     damage: Damage,
-) -> pa.Table:
-    """Rows for every logical byte that has an owner, is free, or lies in no chunk."""
+) -> tuple[pa.Table, FileExtents, Inline]:
+    """Rows for every logical byte that has an owner, is free, or lies in no chunk; and the extents of files
+    that they were made of."""
     found, links = trees
     out = tables.ExtentRows()
     used = owners.allocated(
@@ -61,7 +63,7 @@ def extents_of(
             for rows in (found.free_space, found.accounts)
         )
         owners.check_free_space(free, free_space, accounts, pool, damage)
-    return out.table(0)
+    return out.table(0), regular, inline
 
 
 def _told(log: Log, subvolumes: files.Subvolumes, pool: Pool, damage: Damage) -> FileExtents:

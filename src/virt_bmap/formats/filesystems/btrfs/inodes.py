@@ -249,6 +249,7 @@ def regular(rows: Columns, links: Links) -> FileExtents:
         inode=inode, kind=kind, part=part, file_offset=column["file_offset"],
         file_length=column["num_bytes"], start=np.where(compressed, base, base + column["offset"]),
         length=np.where(compressed, whole, column["num_bytes"]), flags=_flags(column), base=base, whole=whole,
+        origin=column["file_offset"] - column["offset"],
     )  # fmt: skip
 
 

@@ -205,6 +205,7 @@ def _regular(items: Items, holes: bool) -> Columns:
         name: name
         for name in (
             "type",
+            "ram_bytes",
             "compression",
             "encryption",
             "disk_bytenr",

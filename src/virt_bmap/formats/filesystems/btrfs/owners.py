@@ -37,7 +37,7 @@ class FileExtents(NamedTuple):
     `part` numbers PARTS, 0 for plain content.
 
     [start, start + length) are the bytes the file uses; `base` and `whole` are the extent as it was
-    allocated.
+    allocated, and `origin` is where in the file its first byte would be.
     """
 
     inode: Int
@@ -50,6 +50,7 @@ class FileExtents(NamedTuple):
     flags: Int
     base: Int
     whole: Int
+    origin: Int
 
     def select(self, keep: np.ndarray) -> "FileExtents":
         """Those for which the boolean or index array asks."""
@@ -178,7 +179,7 @@ def share(extents: FileExtents) -> FileExtents:
     return FileExtents(
         pieces.inode, pieces.kind, pieces.part, pieces.file_offset + (begin - pieces.start),
         np.where(compressed[row], pieces.file_length, stop - begin), begin, stop - begin,
-        pieces.flags | np.where(several, tables.SHARED, 0), pieces.base, pieces.whole,
+        pieces.flags | np.where(several, tables.SHARED, 0), pieces.base, pieces.whole, pieces.origin,
     )  # fmt: skip
 
 

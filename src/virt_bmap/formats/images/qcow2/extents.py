@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.core.arrays import EMPTY, Bool, Int, expand, ints
+from virt_bmap.core.codecs import deflated, zstd
 from virt_bmap.core.columns import stack, take
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import ROW, afford, held
-from virt_bmap.formats.images.inflate import deflated, zstd
 from virt_bmap.formats.images.layer import Draft, used_entries
 from virt_bmap.formats.images.qcow2.header import Header, Table
 from virt_bmap.formats.images.qcow2.ondisk import (

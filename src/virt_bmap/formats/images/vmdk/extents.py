@@ -8,11 +8,11 @@ import zlib
 import numpy as np
 
 from virt_bmap.core.arrays import Int, ints
+from virt_bmap.core.codecs import deflated
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import records, widen
 from virt_bmap.core.mapping import PACKED
 from virt_bmap.core.reader import Reader
-from virt_bmap.formats.images.inflate import deflated
 from virt_bmap.formats.images.layer import IN_DATA, Draft, used_entries
 from virt_bmap.formats.images.vmdk.header import marked, read_header
 from virt_bmap.formats.images.vmdk.ondisk import (

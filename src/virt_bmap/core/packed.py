@@ -1,0 +1,138 @@
+"""Content that a filesystem keeps compressed, as a reader of what it unpacks to.
+
+What is unpacked as one is a *unit*. All units, one after the other, are the bytes of a reader, so whoever
+reads content needs no word of compression: a piece of a file lies in the volume, or in here.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from virt_bmap.core import lost
+from virt_bmap.core.arrays import Bytes, Int, expand, subtract, union
+from virt_bmap.core.codecs import Codec
+from virt_bmap.core.lost import NOTHING, Lost
+from virt_bmap.core.reader import Reader
+from virt_bmap.core.salvage import read_known
+
+BATCH = 16 << 20
+"""Bytes, packed or unpacked, of the units that are in memory together: more than one only while they fit."""
+
+
+class Units(NamedTuple):
+    """What is packed, as columns: `size` bytes come out of each, `codec` is its number among the codecs.
+
+    Unit i lies in the ranges [first[i], first[i + 1]) of `starts` and `lengths`, bytes of the volume.
+    """
+
+    size: Int
+    codec: Int
+    first: Int
+    starts: Int
+    lengths: Int
+
+
+class UnpackedReader(Reader):
+    """The units that lie in a volume, unpacked, one after the other; those that are damaged are `lost`."""
+
+    def __init__(self, packed: Reader, units: Units, codecs: Sequence[Codec]) -> None:
+        super().__init__(int(units.size.sum()), packed.name)
+        self.below = [packed]
+        self.place = np.cumsum(units.size) - units.size
+        """Where each unit begins."""
+        self._packed, self._units, self._codecs = packed, units, codecs
+        self._weight = np.maximum(units.size, np.add.reduceat(units.lengths, units.first[:-1]))
+        self._last: dict[int, bytes | int] = {}
+        """The units of the last batch: their bytes, or a number of lost.REASONS."""
+        self._checked, self._found = union(self.place[:0], self.place[:0]), NOTHING
+        """What was read last, and what of it is lost."""
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    def lost(self, starts: Int, ends: Int) -> Lost:
+        with self._turn:
+            left = subtract(starts, ends, *self._checked)
+            parts = [self._found]
+            if len(left[0]):
+                self._fetch(left[0], left[1] - left[0])
+                parts.append(self._found)
+            return Lost.join(parts).within(starts, ends)[1]
+
+    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+        result = np.zeros(int(lengths.sum()), np.uint8)
+        first = np.searchsorted(self.place, offsets, "right") - 1
+        row, step = expand(np.searchsorted(self.place, offsets + lengths, "left") - first)
+        unit = first[row] + step
+        low = np.maximum(offsets[row], self.place[unit])
+        high = np.minimum((offsets + lengths)[row], self.place[unit] + self._units.size[unit])
+        to = (np.cumsum(lengths) - lengths)[row] + low - offsets[row]
+        bad: list[tuple[int, int, int]] = []
+        for needed in self._batches(np.unique(unit)):
+            found = self._unpacked(needed)
+            mine = slice(*np.searchsorted(unit, [needed[0], needed[-1] + 1]).tolist())
+            columns = (unit[mine], low[mine], high[mine], to[mine], (low - self.place[unit])[mine])
+            for number, start, end, at, skip in zip(*(column.tolist() for column in columns), strict=True):
+                data = found[number]
+                if isinstance(data, int):
+                    bad.append((start, end, data))
+                else:
+                    result[at : at + end - start] = np.frombuffer(data, np.uint8, end - start, skip)
+        self._checked = union(offsets, offsets + lengths)
+        self._found = Lost(*np.array(bad, np.int64).reshape(-1, 3).T)
+        return result
+
+    def _batches(self, units: Int) -> list[Int]:
+        """Units that are unpacked together."""
+        group = np.cumsum(self._weight[units]) // BATCH
+        edges = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(units)).tolist()
+        return [units[low:high] for low, high in pairwise(edges)]
+
+    def _unpacked(self, units: Int) -> dict[int, bytes | int]:
+        """Each of these units, and no others: what it unpacks to, or why it does not."""
+        known = {number: self._last[number] for number in units.tolist() if number in self._last}
+        new = units[~np.isin(units, np.fromiter(known, np.int64, len(known)))]
+        first, units_of = self._units.first, self._units
+        count = first[new + 1] - first[new]
+        row, step = expand(count)
+        piece = first[new][row] + step
+        length = units_of.lengths[piece]
+        data, gone = read_known(self._packed, units_of.starts[piece], length)
+        which, told = gone.within(units_of.starts[piece], units_of.starts[piece] + length)
+        why = np.full(len(new), -1, np.int64)
+        why[row[which]] = told.why
+        ends = np.cumsum(np.add.reduceat(length, np.cumsum(count) - count)) if len(new) else count
+        starts = np.append(0, ends)[:-1]
+        work = zip(
+            *(column.tolist() for column in (starts, ends, units_of.size[new], units_of.codec[new], why)),
+            strict=True,
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            done = pool.map(lambda unit: self._unpack(data, *unit), work)
+            self._last = known | dict(zip(new.tolist(), done, strict=True))
+        return self._last
+
+    def _unpack(self, data: Bytes, start: int, end: int, size: int, codec: int, why: int) -> bytes | int:
+        if why >= 0:
+            return why
+        try:
+            found = self._codecs[codec](data[start:end].tobytes(), size)
+        except ValueError:
+            return lost.DAMAGED
+        return found if len(found) == size else lost.DAMAGED
+
+
+class Packed(NamedTuple):
+    """The plain content of files that is kept packed, as columns: bytes [file_offset, file_offset + length)
+    of a file are bytes [start, start + length) of `reader`."""
+
+    reader: UnpackedReader
+    inode: Int
+    file_offset: Int
+    length: Int
+    start: Int
