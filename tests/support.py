@@ -3,6 +3,7 @@ map."""
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
@@ -18,13 +19,16 @@ import numpy as np
 import pytest
 
 from virt_bmap.ask.check import check
+from virt_bmap.ask.content import Files
 from virt_bmap.core.errors import FormatError
 from virt_bmap.core.mapping import COPY, PARITY, Row, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.model import tables
 from virt_bmap.model.blockmap import BlockMap
 from virt_bmap.model.contract import Asks
+from virt_bmap.open.disks import Disks
 from virt_bmap.open.raw import RawReader
+from virt_bmap.survey import maps
 from virt_bmap.survey.survey import survey
 
 
@@ -245,6 +249,28 @@ def tree(bmap: BlockMap, volume: int) -> dict[str, int]:
     them."""
     inode, path = bmap.paths(volume)
     return dict(zip((os.fsdecode(p) for p in path.to_pylist()), inode.tolist(), strict=True))
+
+
+def hashes(image: str | os.PathLike[str]) -> dict[str, str]:
+    """SHA-256 of every regular file of the one filesystem of an image, read as `cat` reads; nothing may be
+    lost."""
+    with maps.opened(Disks([str(image)])) as (bmap, readers):
+        volume = int(tables.integers(bmap.filesystems, "volume")[0])
+        files = Files(bmap, volume, readers[volume])
+        found = {
+            path.removeprefix("/"): inode
+            for path, inode in tree(bmap, volume).items()
+            if files.is_kind(inode, tables.T_FILE)
+        }
+        refused = {path: files.refusal(inode) for path, inode in found.items()}
+        assert not any(refused.values()), refused
+        inodes = list(found.values())
+        content = [np.zeros(files.length(inode), np.uint8) for inode in inodes]
+        for piece in files.pieces(inodes):
+            assert not len(piece.lost.starts), piece
+            content[piece.file][piece.offset : piece.offset + len(piece.data)] = piece.data
+    digests = [hashlib.sha256(data).hexdigest() for data in content]
+    return dict(zip(found, digests, strict=True))
 
 
 def lz4_block(data: bytes) -> bytes:

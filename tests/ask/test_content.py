@@ -318,10 +318,10 @@ def test_batches_however_small_give_the_same(disk: Path, monkeypatch: pytest.Mon
 
 
 def test_compressed_and_encrypted_files_are_refused_by_name(tmp_path: Path) -> None:
-    tree, image = tmp_path / "tree", tmp_path / "packed.squashfs"
+    tree, image = tmp_path / "tree", tmp_path / "packed.erofs"
     tree.mkdir()
     (tree / "packed").write_bytes(b"again and again " * 10_000)
-    run(need("mksquashfs", "squashfs-tools"), tree, image, "-quiet", "-no-progress", "-all-root")
+    run(need("mkfs.erofs", "erofs-utils"), "--quiet", "-zlz4", image, tree)
     done = virt_bmap("cat", image, "/dev/sda", "/packed")
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"/packed on /dev/sda: can't be read: stored compressed or encrypted" in done.stderr

@@ -1,21 +1,23 @@
-"""Compression: packed bytes back to what they were, by libraries that each algorithm has.
+"""Compression: packed bytes back to what they were, by the library of each algorithm.
 
-A codec is given packed bytes, behind which padding may lie, and how many bytes they become at most. It
-raises ValueError, in words, where they are damaged.
+Each is a `packed.Codec`. Padding behind the packed bytes does no harm but to LZ4 and LZO.
 """
 
+import lzma
 import sys
 import zlib
-from collections.abc import Callable
+
+import lz4.block
+import lzallright
 
 if sys.version_info >= (3, 14):
     from compression import zstd as zstandard
 else:
     from backports import zstd as zstandard
 
-from virt_bmap.core.errors import MissingTool
-
-Codec = Callable[[bytes, int], bytes]
+MEMORY_LIMIT = 64 << 20
+"""Bytes for a dictionary of LZMA: those of filesystems are at most as large as a block, 1 MiB; a hostile
+stream may ask for 4 GiB."""
 
 
 def deflated(data: bytes, size: int, window: int = -12) -> bytes:
@@ -26,21 +28,47 @@ def deflated(data: bytes, size: int, window: int = -12) -> bytes:
         raise ValueError(str(error)) from None
 
 
+def zlibbed(data: bytes, size: int) -> bytes:
+    """Deflate with zlib's header."""
+    return deflated(data, size, zlib.MAX_WBITS)
+
+
 def zstd(data: bytes, size: int) -> bytes:
-    """Zstandard: one frame."""
+    """One frame of Zstandard."""
     try:
         return zstandard.ZstdDecompressor().decompress(data, size)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
 
 
-def lzo1x(data: bytes, size: int) -> bytes:
-    """One block of LZO1X. Raises MissingTool where the library is not installed."""
+def lzma1(data: bytes, size: int) -> bytes:
+    """LZMA with the header of its old tool."""
+    return _lzma(data, size, lzma.FORMAT_ALONE)
+
+
+def xz(data: bytes, size: int) -> bytes:
+    """XZ, with whatever filters."""
+    return _lzma(data, size, lzma.FORMAT_XZ)
+
+
+def _lzma(data: bytes, size: int, form: int) -> bytes:
     try:
-        import lzallright
-    except ImportError as error:
-        raise MissingTool("LZO needs the Python package lzallright (pip install 'virt-bmap[lzo]')") from error
+        return lzma.LZMADecompressor(form, memlimit=MEMORY_LIMIT).decompress(data, size)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(str(error)) from None
+
+
+def lz4_block(data: bytes, size: int) -> bytes:
+    """One block of LZ4, of which no header says how long it becomes."""
+    try:
+        return bytes(lz4.block.decompress(data, uncompressed_size=size))
+    except lz4.block.LZ4BlockError as error:
+        raise ValueError(str(error)) from None
+
+
+def lzo1x(data: bytes, size: int) -> bytes:
+    """One block of LZO1X."""
     try:
         return bytes(lzallright.LZOCompressor.decompress(data, size))
     except (lzallright.LZOError, lzallright.InputNotConsumed) as error:
-        raise ValueError(str(error) or "not LZO1X") from None
+        raise ValueError(str(error) or "this is no LZO1X") from None

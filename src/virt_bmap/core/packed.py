@@ -5,8 +5,7 @@ reads content needs no word of compression: a piece of a file lies in the volume
 """
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,10 +13,13 @@ import numpy as np
 
 from virt_bmap.core import lost
 from virt_bmap.core.arrays import Bytes, Int, expand, subtract, union
-from virt_bmap.core.codecs import Codec
 from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.salvage import read_known
+
+Codec = Callable[[bytes, int], bytes]
+"""Packed bytes, and how many bytes they become at most, to what they were. Raises ValueError, in words, where
+they are damaged."""
 
 BATCH = 16 << 20
 """Bytes, packed or unpacked, of the units that are in memory together: more than one only while they fit."""
@@ -112,6 +114,8 @@ class UnpackedReader(Reader):
             *(column.tolist() for column in (starts, ends, units_of.size[new], units_of.codec[new], why)),
             strict=True,
         )
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             done = pool.map(lambda unit: self._unpack(data, *unit), work)
             self._last = known | dict(zip(new.tolist(), done, strict=True))
@@ -127,6 +131,22 @@ class UnpackedReader(Reader):
         return found if len(found) == size else lost.DAMAGED
 
 
+class Rows(NamedTuple):
+    """Content of files as columns, each row a part of one unit, which lies in one piece.
+
+    Bytes [file_offset, file_offset + length) of a file are those from `skip` on of what bytes
+    [start, start + stored) of the volume unpack to, by the codec of this number.
+    """
+
+    inode: Int
+    file_offset: Int
+    length: Int
+    skip: Int
+    start: Int
+    stored: Int
+    codec: Int
+
+
 class Packed(NamedTuple):
     """The plain content of files that is kept packed, as columns: bytes [file_offset, file_offset + length)
     of a file are bytes [start, start + length) of `reader`."""
@@ -136,3 +156,18 @@ class Packed(NamedTuple):
     file_offset: Int
     length: Int
     start: Int
+
+    @staticmethod
+    def of(volume: Reader, rows: Rows, size: Int, codecs: Sequence[Codec]) -> "Packed | None":
+        """These rows, None where there are none; `size` is, for each of them, what its unit unpacks to. Units
+        that begin at the same byte are one."""
+        if not len(rows.inode):
+            return None
+        start, first, unit = np.unique(rows.start, return_index=True, return_inverse=True)
+        whole = np.zeros(len(start), np.int64)
+        np.maximum.at(whole, unit, size)
+        each = np.arange(len(start) + 1)
+        reader = UnpackedReader(
+            volume, Units(whole, rows.codec[first], each, start, rows.stored[first]), codecs
+        )
+        return Packed(reader, rows.inode, rows.file_offset, rows.length, reader.place[unit] + rows.skip)

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 
 from virt_bmap.core.arrays import Int, union
-from virt_bmap.core.codecs import Codec
 from virt_bmap.core.keys import NO_KEYS, Keys
 from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.mapped import MappedReader
 from virt_bmap.core.mapping import Rows
+from virt_bmap.core.packed import Codec
 from virt_bmap.core.reader import Mark, Reader
 from virt_bmap.model.damage import Damage
 from virt_bmap.model.tables import ExtentRows

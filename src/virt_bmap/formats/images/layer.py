@@ -13,9 +13,9 @@ import numpy as np
 
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import EMPTY, Bool, Int, covered_twice, expand, ints, joined, runs, union
-from virt_bmap.core.codecs import Codec
 from virt_bmap.core.layout import widen
 from virt_bmap.core.mapping import DATA, PACKED, ZERO, Rows
+from virt_bmap.core.packed import Codec
 from virt_bmap.core.reader import Reader
 from virt_bmap.core.stored import ROW, afford, held, whole
 from virt_bmap.model import tables

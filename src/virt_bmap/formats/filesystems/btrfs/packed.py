@@ -7,14 +7,14 @@ Sources: fs/btrfs/compression.h, zlib.c, zstd.c, lzo.c ("Btrfs LZO compression f
 uncompress_inline() (v6.12).
 """
 
-import zlib
 from functools import partial
 
 import numpy as np
 
-from virt_bmap.core.arrays import Int
-from virt_bmap.core.codecs import Codec, deflated, lzo1x, zstd
-from virt_bmap.core.packed import Packed, Units, UnpackedReader
+from virt_bmap.core.arrays import EMPTY, Int
+from virt_bmap.core.codecs import lzo1x, zlibbed, zstd
+from virt_bmap.core.columns import take
+from virt_bmap.core.packed import Codec, Packed, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs.inodes import Inline
 from virt_bmap.formats.filesystems.btrfs.items import Columns
@@ -38,32 +38,21 @@ def packed_of(
     Left out is what claims to be what it can't: an unknown compression, more bytes than an extent may have.
     """
     mine = _is_packed(regular.flags) & (regular.kind == tables.DATA) & (regular.part == 0)
-    regular = regular.select(mine)
-    small = _is_packed(inline.flags)
-    if not (len(regular.inode) or small.any()):
-        return None
-    start = np.append(regular.base, inline.start[small])
-    length = np.append(regular.whole, inline.length[small])
-    offset = np.append(regular.file_offset, inline.file_offset[small])
-    count = np.append(regular.file_length, inline.file_length[small])
-    skip = np.append(regular.file_offset - regular.origin, np.zeros(small.sum(), np.int64))
-    at, first, unit = np.unique(start, return_index=True, return_inverse=True)
-    compression, size = _told(items, at)
-    known = np.isin(compression, (ZLIB, LZO, ZSTD)) & (size > 0) & (size <= MAX_UNCOMPRESSED)
-    fits = known[unit] & (skip >= 0) & (skip + count <= size[unit])
-    if not fits.any():
-        return None
-    number = np.cumsum(known) - 1
-    kept = np.flatnonzero(known)
-    units = Units(size[kept], compression[kept], np.arange(len(kept) + 1), at[kept], length[first[kept]])
-    unpacked = UnpackedReader(reader, units, _codecs(sectorsize))
-    return Packed(
-        unpacked,
-        np.append(regular.inode, inline.inode[small])[fits],
-        offset[fits],
-        count[fits],
-        unpacked.place[number[unit[fits]]] + skip[fits],
+    regular, small = regular.select(mine), take(inline, _is_packed(inline.flags))
+    start = np.append(regular.base, small.start)
+    compression, size = _told(items, start)
+    rows = Rows(
+        np.append(regular.inode, small.inode),
+        np.append(regular.file_offset, small.file_offset),
+        np.append(regular.file_length, small.file_length),
+        np.append(regular.file_offset - regular.origin, np.zeros(len(small.inode), np.int64)),
+        start,
+        np.append(regular.whole, small.length),
+        compression,
     )
+    fits = np.isin(compression, (ZLIB, LZO, ZSTD)) & (size > 0) & (size <= MAX_UNCOMPRESSED)
+    fits &= (rows.skip >= 0) & (rows.skip + rows.length <= size)
+    return Packed.of(reader, take(rows, fits), size[fits], _codecs(sectorsize))
 
 
 def _is_packed(flags: Int) -> np.ndarray:
@@ -72,13 +61,11 @@ def _is_packed(flags: Int) -> np.ndarray:
 
 
 def _told(items: list[Columns], at: Int) -> tuple[Int, Int]:
-    """(compression, ram_bytes) of the extents that begin at these sorted addresses; 0 where no item has
-    them."""
-    address = np.concatenate([rows.get("disk_bytenr", rows.get("start")) for rows in items])
+    """(compression, ram_bytes) of the extents that begin at these addresses; 0 where no item has them."""
+    address = np.concatenate([EMPTY, *(rows.get("disk_bytenr", rows.get("start")) for rows in items)])
     row = positions(address, at)
-    there = row >= 0
     compression, size = (
-        np.where(there, np.concatenate([rows[name] for rows in items])[row], 0)
+        np.where(row >= 0, np.concatenate([EMPTY, *(rows[name] for rows in items), [0]])[row], 0)
         for name in ("compression", "ram_bytes")
     )
     return compression, size
@@ -91,7 +78,7 @@ def _codecs(sectorsize: int) -> tuple[Codec, ...]:
     """By the field `compression`."""
     return (
         _filled(lambda data, size: data),
-        _filled(partial(deflated, window=zlib.MAX_WBITS)),
+        _filled(zlibbed),
         _filled(partial(lzo, sectorsize)),
         _filled(zstd),
     )

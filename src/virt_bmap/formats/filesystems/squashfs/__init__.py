@@ -59,7 +59,7 @@ def read(reader: Reader, others: Sequence[Reader], damage: Damage) -> Filesystem
     found = read_tables(reader, superblock, rows, damage)
     tree = walk(found, superblock, damage)
     root = root_inode(found.inodes, superblock, tree, reader)
-    add_content(rows, reader, superblock, found, tree, damage)
+    reader.packed = add_content(rows, reader, superblock, found, tree, damage)
     add_inside_tables(rows, found, tree)
     size = int(superblock["bytes_used"])
     damage.ends_early(size, reader.size)

@@ -11,7 +11,7 @@ from virt_bmap.formats.filesystems.squashfs.compression import (
     METADATA_SIZE,
     UNCOMPRESSED,
     MetadataBlocks,
-    decompressor,
+    codec_of,
     read_blocks,
 )
 from virt_bmap.formats.filesystems.squashfs.superblock import COMPRESSOR_OPTIONS, SUPERBLOCK, place_of
@@ -47,7 +47,7 @@ class _TableReader:
 
     def __init__(self, reader: Reader, superblock: np.void, rows: ExtentRows, damage: Damage) -> None:
         self.reader, self.superblock, self.rows, self.damage = reader, superblock, rows, damage
-        self.unpack = decompressor(int(superblock["compression"]))
+        self.codec = codec_of(superblock)
         self.end = min(int(superblock["bytes_used"]), reader.size)
         self.regions: list[tuple[int, int]] = []
 
@@ -67,7 +67,7 @@ class _TableReader:
 
     def blocks(self, part: str, start: int, stop: int) -> MetadataBlocks:
         """The metadata blocks that fill [start, stop)."""
-        table, broken = read_blocks(self.region(part, start, stop), start, self.unpack, part)
+        table, broken = read_blocks(self.region(part, start, stop), start, self.codec, part)
         self.damage.add("tree", f"metadata [block|blocks] of the {part} can't be read", start, broken)
         return table
 
@@ -77,7 +77,7 @@ class _TableReader:
         """A table of `count` records of `size` bytes, whose metadata blocks are found through pointers
         `header` bytes after the superblock's `column`; and where the first of them lies."""
         index = place_of(self.superblock, column)
-        none = read_blocks(np.zeros(0, np.uint8), 0, self.unpack, part)[0]
+        none = read_blocks(np.zeros(0, np.uint8), 0, self.codec, part)[0]
         if index >= self.end or count == 0:
             return none, min(index, self.end)
         pointers = -(-count * size // METADATA_SIZE)
@@ -97,7 +97,7 @@ class _TableReader:
     def xattrs(self) -> tuple[MetadataBlocks, np.ndarray, int]:
         """The attributes, the records that inodes refer to, and where the first of both lies."""
         at = place_of(self.superblock, "xattr_id_table_start")
-        none = read_blocks(np.zeros(0, np.uint8), 0, self.unpack, "xattr table")[0]
+        none = read_blocks(np.zeros(0, np.uint8), 0, self.codec, "xattr table")[0]
         if at > self.end - 16:
             return none, np.zeros(0, XATTR_ID), self.end
         header = np.frombuffer(self.reader.read(at, 16), "<u4")

@@ -3,13 +3,13 @@
 import numpy as np
 
 from virt_bmap.core.arrays import Int, expand
+from virt_bmap.core.columns import take
 from virt_bmap.core.layout import widen
+from virt_bmap.core.packed import Codec, Packed, Rows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.squashfs import links
-from virt_bmap.formats.filesystems.squashfs.compression import (
-    MetadataBlocks,
-)
+from virt_bmap.formats.filesystems.squashfs.compression import MetadataBlocks, codec_of
 from virt_bmap.formats.filesystems.squashfs.inodes import INVALID, REG, WalkedTree
 from virt_bmap.formats.filesystems.squashfs.metadata import MetadataTables
 from virt_bmap.model import tables
@@ -31,18 +31,20 @@ def add_content(
     found: MetadataTables,
     tree: WalkedTree,
     damage: Damage,
-) -> None:
-    """Rows of all blocks and fragments."""
+) -> Packed | None:
+    """Rows of all blocks and fragments; and the content of those that are compressed."""
     block_size = int(superblock["block_size"])
     parts = [
         _block_rows(found.inodes, tree, block_size, damage),
         _fragment_rows(found.fragments, tree, block_size, damage),
     ]
-    inode, at, size, start, length, packed = (np.concatenate([part[i] for part in parts]) for i in range(6))
+    inode, at, size, start, length, packed, skip = (
+        np.concatenate([part[i] for part in parts]) for i in range(7)
+    )
     inside = (start >= 0) & (start <= min(int(superblock["bytes_used"]), reader.size) - length)
     damage.check(inside, "outside", "[block of a file lies|blocks of files lie] outside the image", start)
-    inode, at, size, start, length, packed = (
-        values[inside] for values in (inode, at, size, start, length, packed)
+    inode, at, size, start, length, packed, skip = (
+        values[inside] for values in (inode, at, size, start, length, packed, skip)
     )
     pieces = cut_shared(start, start + length)
     shared = np.zeros(len(start), bool)
@@ -56,10 +58,17 @@ def add_content(
     rows.add(tables.DATA, low, pieces.end[plain] - low, inode=inode[row],
         file_offset=at[row] + low - start[row],
              flags=tables.SHARED * pieces.shared[plain])  # fmt: skip
+    whole &= (skip >= 0) & (skip + size <= block_size)
+    units = Rows(inode, at, size, skip, start, length, np.zeros(len(start), np.int64))
+    codec = codec_of(superblock)
+    # LZ4 wants to be told what a whole block may become, of which only this much is asked for
+    unpack: Codec = lambda data, wanted: codec(data, block_size)[:wanted]  # noqa: E731
+    return Packed.of(reader, take(units, whole), (skip + size)[whole], [unpack])
 
 
-Columns = tuple[Int, Int, Int, Int, Int, Int]
-"""inode, file offset, bytes of the file, volume offset, bytes there, whether they are compressed."""
+Columns = tuple[Int, Int, Int, Int, Int, Int, Int]
+"""inode, file offset, bytes of the file, volume offset, bytes there, whether they are compressed, and from
+which byte on of what they unpack to."""
 
 
 def _block_rows(table: MetadataBlocks, tree: WalkedTree, block_size: int, damage: Damage) -> Columns:
@@ -92,7 +101,7 @@ def _block_rows(table: MetadataBlocks, tree: WalkedTree, block_size: int, damage
     # a stored last block is as long as what it holds; a file's row never claims more
     return (column["inode"][file][row][there], at[there], np.where(stored, length, held)[there], start[there],
         length[there],
-            (~stored)[there].astype(np.int64))  # fmt: skip
+            (~stored)[there].astype(np.int64), np.zeros(there.sum(), np.int64))  # fmt: skip
 
 
 def _words(table: MetadataBlocks, at: Int) -> Int:
@@ -121,7 +130,7 @@ def _fragment_rows(fragments: np.ndarray, tree: WalkedTree, block_size: int, dam
     offset = column["offset"][file]
     return (column["inode"][file], column["size"][file] - tail, tail, np.where(stored, start + offset, start),
         np.where(stored, tail, length),
-            (~stored).astype(np.int64))  # fmt: skip
+            (~stored).astype(np.int64), offset)  # fmt: skip
 
 
 def add_inside_tables(rows: ExtentRows, found: MetadataTables, tree: WalkedTree) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import EMPTY, Int, union
+from virt_bmap.core.codecs import deflated
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, records, widen
 from virt_bmap.core.reader import Reader
@@ -42,7 +43,6 @@ from virt_bmap.formats.images.ewf.ondisk import (
     VOLUME,
 )
 from virt_bmap.formats.images.ewf.sections import FileSection, SegmentFile
-from virt_bmap.formats.images.inflate import deflated
 from virt_bmap.model.damage import Damage
 
 VALUES = {
