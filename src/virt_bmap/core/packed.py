@@ -131,7 +131,7 @@ class UnpackedReader(Reader):
         return found if len(found) == size else lost.DAMAGED
 
 
-class Rows(NamedTuple):
+class PackedRows(NamedTuple):
     """Content of files as columns, each row a part of one unit, which lies in one piece.
 
     Bytes [file_offset, file_offset + length) of a file are those from `skip` on of what bytes
@@ -158,7 +158,7 @@ class Packed(NamedTuple):
     start: Int
 
     @staticmethod
-    def of(volume: Reader, rows: Rows, size: Int, codecs: Sequence[Codec]) -> "Packed | None":
+    def of(volume: Reader, rows: PackedRows, size: Int, codecs: Sequence[Codec]) -> "Packed | None":
         """These rows, None where there are none; `size` is, for each of them, what its unit unpacks to. Units
         that begin at the same byte are one."""
         if not len(rows.inode):

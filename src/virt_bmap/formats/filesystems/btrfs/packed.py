@@ -14,7 +14,7 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Int
 from virt_bmap.core.codecs import lzo1x, zlibbed, zstd
 from virt_bmap.core.columns import take
-from virt_bmap.core.packed import Codec, Packed, Rows
+from virt_bmap.core.packed import Codec, Packed, PackedRows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs.inodes import Inline
 from virt_bmap.formats.filesystems.btrfs.items import Columns
@@ -41,7 +41,7 @@ def packed_of(
     regular, small = regular.select(mine), take(inline, _is_packed(inline.flags))
     start = np.append(regular.base, small.start)
     compression, size = _told(items, start)
-    rows = Rows(
+    rows = PackedRows(
         np.append(regular.inode, small.inode),
         np.append(regular.file_offset, small.file_offset),
         np.append(regular.file_length, small.file_length),

@@ -5,7 +5,7 @@ import numpy as np
 from virt_bmap.core.arrays import Int, expand
 from virt_bmap.core.columns import take
 from virt_bmap.core.layout import widen
-from virt_bmap.core.packed import Codec, Packed, Rows
+from virt_bmap.core.packed import Codec, Packed, PackedRows
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.squashfs import links
@@ -59,7 +59,7 @@ def add_content(
         file_offset=at[row] + low - start[row],
              flags=tables.SHARED * pieces.shared[plain])  # fmt: skip
     whole &= (skip >= 0) & (skip + size <= block_size)
-    units = Rows(inode, at, size, skip, start, length, np.zeros(len(start), np.int64))
+    units = PackedRows(inode, at, size, skip, start, length, np.zeros(len(start), np.int64))
     codec = codec_of(superblock)
     # LZ4 wants to be told what a whole block may become, of which only this much is asked for
     unpack: Codec = lambda data, wanted: codec(data, block_size)[:wanted]  # noqa: E731
