@@ -33,7 +33,7 @@ import watch_machine
 
 BMAP = str(Path(sys.executable).parent / "virt-bmap")
 NEAR = 2_000_000_000
-"""ns between the watch's line and the disk's."""
+"""ns from the watch's line, which comes first, to the disk's."""
 FILE = ("data", "unwritten")
 
 
@@ -203,13 +203,13 @@ def judge(folder: Path, trace: Path) -> Judged:
         near = [
             row
             for row in known
-            if abs(row["time_ns"] - int(when)) < NEAR and (op == "read" or "used" not in row)
+            if 0 <= int(when) - row["time_ns"] < NEAR and (op == "read" or "used" not in row)
         ]
         if not near:
             if op == "write":
                 result.wrong.append(f"{line}: not in the trace")
             continue  # the reads of whoever reads the map again are not
-        row = min(near, key=lambda row: abs(row["time_ns"] - int(when)))
+        row = (min if op == "write" else max)(near, key=lambda row: row["time_ns"])
         row["used"] = True
         for block in blocks:
             at, number, index = map(int, block.split(":"))
