@@ -43,6 +43,24 @@ def test_commands_that_map_disks_take_the_same_options() -> None:
     assert {"map", "diff", "watch", "verify", "report", "sparsify", "info", "cat"} <= set(some)
 
 
+def test_what_a_map_can_be_of_a_report_can_be_of() -> None:
+    """A saved map is drawn whatever it counts in, so disks are."""
+    assert {"--nested", "--host-offsets"} <= of_command("map") & of_command("report")
+
+
+def test_a_report_of_image_files_and_of_images_in_them(tmp_path: Path) -> None:
+    need("qemu-img", "qemu-utils")
+    (tmp_path / "files").mkdir()
+    run("mke2fs", "-q", "-F", tmp_path / "files" / "inner.raw", "2m")
+    run("mke2fs", "-q", "-F", "-d", tmp_path / "files", tmp_path / "disk", "8m")
+    words = ["report", str(tmp_path / "disk"), "--nested", "all", "--host-offsets"]
+    assert cli.run([*words, "-o", str(tmp_path / "now.html")]) == 0
+    saved = str(tmp_path / "map.parquet")
+    assert cli.run(["map", "-q", *words[1:], "-o", saved]) == 0
+    assert cli.run(["report", saved, "--title", "disk", "-o", str(tmp_path / "saved.html")]) == 0
+    assert (tmp_path / "now.html").read_bytes() == (tmp_path / "saved.html").read_bytes()
+
+
 @contextlib.contextmanager
 def by_diff(disks: Disks) -> Iterator[Reader]:
     with contextlib.ExitStack() as stack:

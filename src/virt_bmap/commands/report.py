@@ -4,7 +4,13 @@ import argparse
 import os
 import sys
 
-from virt_bmap.commands.common import add_disk_options, add_force_option, map_or_disks
+from virt_bmap.commands.common import (
+    add_disk_options,
+    add_force_option,
+    add_host_option,
+    add_nested_option,
+    map_or_disks,
+)
 from virt_bmap.commands.paths import INPUT, Output
 from virt_bmap.core.amounts import human, plural
 from virt_bmap.core.errors import UsageError
@@ -27,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--title", metavar="TEXT", help="the page's heading (default: the name of the map or disk)"
     )
     add_force_option(parser)
+    add_host_option(parser)
     add_disk_options(parser)
+    add_nested_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
