@@ -308,6 +308,15 @@ def test_external_journal_is_found_among_the_disks(tmp_path: Path) -> None:
         assert_proven(found)
         assert found.volumes.column("type").to_pylist() == ["ext4", "jbd"]
         assert "journal-replayed" in found.problems.column("code").to_pylist()
+        stale = tmp_path / "stale.img"  # a copy from before: its superblock begins with an earlier sequence
+        data = bytearray(journal_disk.read_bytes())
+        data[2048 + 24 : 2048 + 32] = (1).to_bytes(4, "big") + bytes(4)
+        stale.write_bytes(data)
+        twice = mapped(disk, stale, journal_disk)
+        assert essence(twice) == essence(found)
+        (words,) = [row["detail"] for row in twice.problems.to_pylist() if row["code"] == "duplicate"]
+        assert words.startswith(f"{journal_disk} and {stale} are both the journal ")
+        assert "which was written last (sequence" in words
         alone = mapped(disk)
         assert alone.problems.column("code").to_pylist()[0] == "journal-missing"
         run("e2fsck", "-y", "-E", "journal_only", "-j", journal_disk, disk, ok=(0, 1))

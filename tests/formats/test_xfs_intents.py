@@ -22,6 +22,7 @@ from virt_bmap.formats.filesystems.xfs.extents import Extents
 from virt_bmap.formats.filesystems.xfs.journal import find_log
 from virt_bmap.formats.filesystems.xfs.replay import replay
 from virt_bmap.formats.filesystems.xfs.superblock import read_geometry
+from virt_bmap.model.damage import Damage
 from virt_bmap.open.raw import RawReader
 
 
@@ -72,7 +73,7 @@ def begun(image: Path) -> int:
     reader = RawReader(str(image))
     try:
         geometry = read_geometry(reader)
-        log = find_log(reader, geometry, ())
+        log = find_log(reader, geometry, (), Damage())
         if log is None or log.clean:
             return 0
         found = replay(reader, geometry, log).intents

@@ -110,7 +110,7 @@ def test_head_and_tail_as_xfs_logprint_finds_them(dirty: Path) -> None:
     # log tail: 2 head: 4040 state: <DIRTY>
     words = next(line for line in said.splitlines() if "log tail" in line).split()
     reader = RawReader(str(dirty))
-    log = find_log(reader, read_geometry(reader), ())
+    log = find_log(reader, read_geometry(reader), (), Damage())
     reader.close()
     assert log
     assert (log.tail, log.head, log.clean) == (int(words[2]), int(words[4]), False)
@@ -119,7 +119,7 @@ def test_head_and_tail_as_xfs_logprint_finds_them(dirty: Path) -> None:
 @pytest.mark.parametrize("dirty", ["default"], indirect=True)
 def test_a_record_with_a_wrong_checksum_is_not_replayed(dirty: Path) -> None:
     reader = RawReader(str(dirty))
-    log = find_log(reader, read_geometry(reader), ())
+    log = find_log(reader, read_geometry(reader), (), Damage())
     reader.close()
     assert log
     image = np.fromfile(dirty, np.uint8)
@@ -138,6 +138,7 @@ def external(folder: Path) -> tuple[Path, Path]:
     with open(log, "wb") as file:
         file.truncate(64 << 20)
     xfs_images.make(data, *SMALL, "-l", f"logdev={log}", size=96 << 20)
+    shutil.copyfile(log, log.with_suffix(".stale"))
     loop = run("losetup", "-f", "--show", log).decode().strip()
     try:
         with mounted(data, f"logdev={loop}") as where:
@@ -154,6 +155,18 @@ def test_an_external_log_is_found_among_the_other_disks(external: tuple[Path, Pa
     assert bmap.filesystems.column("state").to_pylist() == ["recovered"]
     assert "journal-replayed" in bmap.problems.column("code").to_pylist()
     assert bmap.names.num_rows > 100
+
+
+def test_of_two_copies_of_an_external_log_the_newer_is_used(external: tuple[Path, Path]) -> None:
+    """The older one says that there is nothing to do."""
+    data, log = external
+    stale = log.with_suffix(".stale")
+    bmap = mapped(data, stale, log)
+    assert bmap.filesystems.column("state").to_pylist() == ["recovered"]
+    assert bmap.names.equals(mapped(data, log).names)
+    (words,) = [row["detail"] for row in bmap.problems.to_pylist() if row["code"] == "duplicate"]
+    assert words.startswith(f"{log} and {stale} are both the log of this XFS, ")
+    assert "which was written last (log sequence number" in words
 
 
 def test_a_missing_external_log_is_said(external: tuple[Path, Path]) -> None:

@@ -24,6 +24,7 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import record, struct
 from virt_bmap.core.mapped import Patch, PatchedReader
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.common.duplicates import Copy, choose
 from virt_bmap.formats.filesystems.ext import extents, inodes
 from virt_bmap.formats.filesystems.ext.allocator import read_groups
 from virt_bmap.formats.filesystems.ext.extents import EXTENT_MAGIC
@@ -34,6 +35,7 @@ from virt_bmap.formats.filesystems.ext.superblock import (
     SUPER,
     Superblock,
 )
+from virt_bmap.model.contract import Member
 from virt_bmap.model.damage import Damage
 
 JOURNAL_MAGIC = 0xC03B3998
@@ -175,21 +177,29 @@ def _unrolled(superblock: Superblock, runs: extents.Runs) -> Int:
 
 
 def _external(superblock: Superblock, others: Sequence[Reader], damage: Damage) -> Log | None:
-    """The journal on a device of its own, known by its UUID."""
+    """The journal on a device of its own, known by its UUID; of several the one that was written last."""
     wanted = superblock.record["s_journal_uuid"].tobytes()
+    size = superblock.block_size
+    first = 2 if size == 1024 else 1
+    logs: list[Log] = []
     for other in others:
         found = record(other.read_clipped(OFFSET, SIZE), SUPER)
         if found["s_magic"] == MAGIC and found["s_uuid"].tobytes() == wanted:
-            size = superblock.block_size
-            first = 2 if size == 1024 else 1
             place = np.arange(first, other.size // size, dtype=np.int64) * size
             # its blocks are numbered from the device's start, its own superblock lies at block 1 (2 of 1 KiB)
             if log := _opened(other, superblock, place, first):
-                return log
-    uuid = wanted.hex()
+                logs.append(log)
+    if logs:
+        copies = [
+            Copy(Member(at, log.reader.name, log.reader), log.number("s_sequence"), Damage())
+            for at, log in enumerate(logs)
+        ]
+        used = choose(copies, f"the journal {wanted.hex()}", "sequence")
+        damage.take(copies[used].damage)
+        return logs[used]
     damage.say(
         "journal-missing",
-        f"needs recovery, but its journal (a device with UUID {uuid}) is not among the disks",
+        f"needs recovery, but its journal (a device with UUID {wanted.hex()}) is not among the disks",
     )
     return None
 

@@ -18,9 +18,12 @@ import numpy as np
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import Bool, Bytes, Int
 from virt_bmap.core.errors import Corrupt
-from virt_bmap.core.layout import record, records, struct
+from virt_bmap.core.layout import INT64_MAX, record, records, struct
 from virt_bmap.core.reader import Reader
+from virt_bmap.formats.common.duplicates import Copy, choose
 from virt_bmap.formats.filesystems.xfs.superblock import Geometry
+from virt_bmap.model.contract import Member
+from virt_bmap.model.damage import Damage
 
 BLOCK = 512
 """BBSIZE: the log's unit, whatever the sector size."""
@@ -57,7 +60,7 @@ class Log(NamedTuple):
 
     Work between `tail` and `head` (block numbers in the ring) is not in place yet.
 
-    `clean`: nothing needs to be recovered.
+    `clean`: nothing needs to be recovered. `lsn`: that of its last record, by which copies are told apart.
     """
 
     reader: Reader
@@ -66,6 +69,7 @@ class Log(NamedTuple):
     head: int
     tail: int
     clean: bool
+    lsn: int = 0
 
     @property
     def active(self) -> int:
@@ -77,8 +81,9 @@ class Log(NamedTuple):
         return self.offset + (self.tail + at) % self.blocks * BLOCK
 
 
-def find_log(reader: Reader, geometry: Geometry, others: Sequence[Reader]) -> Log | None:
-    """The log with its head and tail; None where it is external and none of `others` is it.
+def find_log(reader: Reader, geometry: Geometry, others: Sequence[Reader], damage: Damage) -> Log | None:
+    """The log with its head and tail; None where it is external and none of `others` is it, and of several
+    the one that was written last.
 
     Corrupt where it makes no sense.
     """
@@ -93,14 +98,25 @@ def find_log(reader: Reader, geometry: Geometry, others: Sequence[Reader]) -> Lo
         return _measure(
             reader, int(geometry.block_offset(start)[0]), geometry.logblocks * geometry.block_size // BLOCK
         )
-    for other in others:
-        head = record(other.read_clipped(0, BLOCK), RECORD)
-        if head["h_magicno"] == HEADER_MAGIC and head["h_fs_uuid"].tobytes() in (
-            geometry.uuid,
-            geometry.meta_uuid,
-        ):
-            return _measure(other, 0, min(geometry.logblocks * geometry.block_size, other.size) // BLOCK)
-    return None
+    logs = [
+        _measure(other, 0, min(geometry.logblocks * geometry.block_size, other.size) // BLOCK)
+        for other in others
+        if _is_log_of(geometry, other)
+    ]
+    if not logs:
+        return None
+    copies = [Copy(Member(at, log.reader.name, log.reader), log.lsn, Damage()) for at, log in enumerate(logs)]
+    used = choose(copies, "the log of this XFS", "log sequence number")
+    damage.take(copies[used].damage)
+    return logs[used]
+
+
+def _is_log_of(geometry: Geometry, other: Reader) -> bool:
+    head = record(other.read_clipped(0, BLOCK), RECORD)
+    return bool(head["h_magicno"] == HEADER_MAGIC) and head["h_fs_uuid"].tobytes() in (
+        geometry.uuid,
+        geometry.meta_uuid,
+    )
 
 
 def _measure(reader: Reader, offset: int, blocks: int) -> Log:
@@ -171,7 +187,8 @@ def _last_record(reader: Reader, offset: int, blocks: int, data: Bytes, window: 
         mark = (
             int(head["h_num_logops"]) == 1 and body < len(data) and int(data[body, OP_FLAGS]) & UNMOUNT_TRANS
         )
-        return Log(reader, offset, blocks, end % blocks, tail, bool(mark))
+        lsn = min(int(head["h_lsn"]), INT64_MAX)
+        return Log(reader, offset, blocks, end % blocks, tail, bool(mark), lsn)
     raise Corrupt(
         f"XFS log at byte {offset:#x}: no whole record before its head, block {end % blocks}", offset
     )

@@ -502,7 +502,7 @@ def recovered(
 ) -> tuple[Reader, str, Intents]:
     """The volume as it is once its log is replayed, its state, and what is then still to be finished."""
     try:
-        log = find_log(reader, geometry, others)
+        log = find_log(reader, geometry, others, damage)
     except Corrupt as error:
         damage.say("journal", f"the log can't be followed: {error}", error.offset)
         return reader, tables.NEEDS_RECOVERY, Intents()
