@@ -154,6 +154,7 @@ def test_each_clone_has_its_own_journal(tmp_path: Path) -> None:
     assert alone[0] != alone[1]
     for order in ((one[0], two[0], two[1], one[1]), (two[0], one[0], one[1], two[1])):
         bmap = map_disks(paths(order), machines=True)
+        assert "duplicate" not in bmap.problems.column("code").to_pylist()
         for volume, disk in enumerate(order[:2]):
             assert essence(bmap, volume) == alone[disk.parent.name == "two"]
 

@@ -260,6 +260,15 @@ MAGICS: tuple[Row, ...] = (*ENCRYPTED, *MEMBERS, *FILESYSTEMS, *PARTITION_TABLES
 anything."""
 
 
+LOGS = {"jbd": 0x468, "xfs_external_log": 0x130}
+"""Journals on devices of their own: where the UUID lies by which their filesystem finds them."""
+
+
+def log_of(reader: Reader, type: str | None) -> bytes | None:
+    """Whose journal this is; None where it is none."""
+    return reader.read_clipped(LOGS[type], 16) if type in LOGS else None
+
+
 def recognise(reader: Reader) -> str | None:
     """The type in blkid's words where it has one, or None."""
     have = _wanted_bytes(reader)

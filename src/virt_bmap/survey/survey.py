@@ -526,10 +526,14 @@ class _Survey:
             damage.say("unexpected", unexpected(error))
 
     def _beside(self, volume: _Volume) -> list[_Volume]:
-        """What nobody claims, that of its own machine first: clones have journals of one identity, too."""
+        """What nobody claims; where there are several machines, of journals of one identity the nearest one
+        only: clones have each their own."""
         if not volume.home:
             return self.unclaimed
-        return sorted(self.unclaimed, key=partial(self._nearness, volume), reverse=True)
+        nearest: dict[object, _Volume] = {}
+        for other in sorted(self.unclaimed, key=partial(self._nearness, volume), reverse=True):
+            nearest.setdefault(foreign.log_of(other.reader, other.type) or other.number, other)
+        return list(nearest.values())
 
     def _nearness(self, one: _Volume, other: _Volume) -> tuple[bool, int]:
         if not one.home or not other.home:
