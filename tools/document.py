@@ -182,8 +182,12 @@ def described(name: str, package: str, docs: Docs, allocator: str | None) -> lis
     return lines
 
 
+HELD = "## Beside readers of other projects"
+
+
 def formats_page() -> str:
-    """The page on the formats."""
+    """The page on the formats, and what readers of other projects showed of them, which was written by
+    hand."""
     lines = [
         "# Formats",
         "",
@@ -224,8 +228,10 @@ def formats_page() -> str:
         "Named in `info` and in the map as one piece: "
         + ", ".join(sorted({row[0] for row in foreign.MAGICS}, key=str.lower))
         + ".",
+        "",
     ]
-    return "\n".join(lines) + "\n"
+    _, held, told = (DOCS / "formats.md").read_text().partition(HELD)
+    return "\n".join(lines) + "\n" + held + told
 
 
 BY_FORMAT = "## Format by format"
