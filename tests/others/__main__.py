@@ -43,14 +43,14 @@ WHY: dict[str, dict[str, str]] = {
         "GRUB": "names with a slash or none; see *",
         "libyal (FAT)": "a name that is none; see *",
         "The Sleuth Kit": "deleted entries as if alive; control characters as ^; see *",
-        "Linux 6.1 of libguestfs": "see *",
+        "Linux 6.1 of libguestfs": "names that are none; see *",
     },
     "ext": {
         "7-Zip": "features that it does not know; sparse files read otherwise",
         "debugfs": "files inside of inodes are padded to 60 bytes; wrong checksums; cut off",
         "GRUB": "features that it does not know; slow on large directories",
         "libyal (EXT)": "inline data in attributes; metadata images; features that it does not know",
-        "Linux": "cut off",
+        "Linux": "cut off; damaged journals",
         "The Sleuth Kit": "control characters as ^; damage; features that it does not know",
     },
     "f2fs": {
@@ -95,6 +95,7 @@ WHY: dict[str, dict[str, str]] = {
         "Linux 6.1 of libguestfs": "hides files that are marked so; VAT that is not at the end",
     },
     "vfat": {
+        "Linux 6.1 of libguestfs": "a loop of directories goes one level deeper",
         "7-Zip": "FAT32 with few clusters",
         "GRUB": "more than 100 directories are not asked for",
         "libyal (FAT)": "FAT32 with few clusters",
