@@ -26,7 +26,8 @@ PROGRAM = [sys.executable, "-m", "virt_bmap"]
 LOGGER = [sys.executable, "-m", "virt_bmap.bmaplogger"]
 
 NO_FILES = {
-    "nested": "a path inside a guest", "range": "bytes", "status": "letters", "block_size": "bytes",
+    "nested": "a path inside a guest", "session": "a number, or where it begins",
+    "range": "bytes", "status": "letters", "block_size": "bytes",
     "device": "a volume's name", "sample": "a number", "seed": "a number", "bitmap": "a bitmap's name",
     "depth": "a number", "limit": "a number", "command": "run, not read", "top": "a number",
     "stream": "a name", "title": "text", "agent": "a socket", "mountpoint": "inside a guest",
