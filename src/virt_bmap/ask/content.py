@@ -22,8 +22,7 @@ from virt_bmap.core.arrays import Bytes, Int, Intervals, complement_by, expand, 
 from virt_bmap.core.columns import take
 from virt_bmap.core.errors import Corrupt, ImageError, Unsupported, UsageError
 from virt_bmap.core.lost import BEHIND, NOTHING, NOWHERE, REUSED, Lost, Missing
-from virt_bmap.core.packed import Packed
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import Packed, Reader
 from virt_bmap.core.salvage import read_known
 from virt_bmap.formats import registry as formats
 from virt_bmap.model import tables

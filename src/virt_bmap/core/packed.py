@@ -14,7 +14,7 @@ import numpy as np
 from virt_bmap.core import lost
 from virt_bmap.core.arrays import Bytes, Int, expand, subtract, union
 from virt_bmap.core.lost import NOTHING, Lost
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.reader import Packed, Reader
 from virt_bmap.core.salvage import read_known
 
 Codec = Callable[[bytes, int], bytes]
@@ -147,27 +147,14 @@ class PackedRows(NamedTuple):
     codec: Int
 
 
-class Packed(NamedTuple):
-    """The plain content of files that is kept packed, as columns: bytes [file_offset, file_offset + length)
-    of a file are bytes [start, start + length) of `reader`."""
-
-    reader: UnpackedReader
-    inode: Int
-    file_offset: Int
-    length: Int
-    start: Int
-
-    @staticmethod
-    def of(volume: Reader, rows: PackedRows, size: Int, codecs: Sequence[Codec]) -> "Packed | None":
-        """These rows, None where there are none; `size` is, for each of them, what its unit unpacks to. Units
-        that begin at the same byte are one."""
-        if not len(rows.inode):
-            return None
-        start, first, unit = np.unique(rows.start, return_index=True, return_inverse=True)
-        whole = np.zeros(len(start), np.int64)
-        np.maximum.at(whole, unit, size)
-        each = np.arange(len(start) + 1)
-        reader = UnpackedReader(
-            volume, Units(whole, rows.codec[first], each, start, rows.stored[first]), codecs
-        )
-        return Packed(reader, rows.inode, rows.file_offset, rows.length, reader.place[unit] + rows.skip)
+def unpacked(volume: Reader, rows: PackedRows, size: Int, codecs: Sequence[Codec]) -> Packed | None:
+    """These rows, None where there are none; `size` is, for each of them, what its unit unpacks to. Units
+    that begin at the same byte are one."""
+    if not len(rows.inode):
+        return None
+    start, first, unit = np.unique(rows.start, return_index=True, return_inverse=True)
+    whole = np.zeros(len(start), np.int64)
+    np.maximum.at(whole, unit, size)
+    each = np.arange(len(start) + 1)
+    reader = UnpackedReader(volume, Units(whole, rows.codec[first], each, start, rows.stored[first]), codecs)
+    return Packed(reader, rows.inode, rows.file_offset, rows.length, reader.place[unit] + rows.skip)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.stored import afford
 from virt_bmap.core.threads import ahead
-
-if TYPE_CHECKING:
-    from virt_bmap.core.packed import Packed
 
 HEAD = 128 << 10
 """Bytes at the start of every volume that are read once and
@@ -48,6 +45,17 @@ class Mark(NamedTuple):
     severity: str | None = None
 
 
+class Packed(NamedTuple):
+    """The plain content of files that is kept packed, as columns: bytes [file_offset, file_offset + length)
+    of a file are bytes [start, start + length) of `reader` (`core/packed.py`)."""
+
+    reader: "Reader"
+    inode: Int
+    file_offset: Int
+    length: Int
+    start: Int
+
+
 class Reader:
     """Bytes [0, size) of something. Subclasses provide `_fetch`. Several threads may read."""
 
@@ -70,7 +78,7 @@ class Reader:
     """Who may be changing it while it is read, in a few words."""
     marks: Sequence["Mark"] = ()
     """What the files that it comes from say of themselves: that they are damaged, or were not closed."""
-    packed: "Packed | None" = None
+    packed: Packed | None = None
     """The content that the filesystem in it keeps compressed, once that was read."""
 
     def __init__(self, size: int, name: str) -> None:

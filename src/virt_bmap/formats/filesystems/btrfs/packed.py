@@ -14,8 +14,8 @@ import numpy as np
 from virt_bmap.core.arrays import EMPTY, Int
 from virt_bmap.core.codecs import lzo1x, zlibbed, zstd
 from virt_bmap.core.columns import take
-from virt_bmap.core.packed import Codec, Packed, PackedRows
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.packed import Codec, PackedRows, unpacked
+from virt_bmap.core.reader import Packed, Reader
 from virt_bmap.formats.filesystems.btrfs.inodes import Inline
 from virt_bmap.formats.filesystems.btrfs.items import Columns
 from virt_bmap.formats.filesystems.btrfs.owners import FileExtents
@@ -52,7 +52,7 @@ def packed_of(
     )
     fits = np.isin(compression, (ZLIB, LZO, ZSTD)) & (size > 0) & (size <= MAX_UNCOMPRESSED)
     fits &= (rows.skip >= 0) & (rows.skip + rows.length <= size)
-    return Packed.of(reader, take(rows, fits), size[fits], _codecs(sectorsize))
+    return unpacked(reader, take(rows, fits), size[fits], _codecs(sectorsize))
 
 
 def _is_packed(flags: Int) -> np.ndarray:

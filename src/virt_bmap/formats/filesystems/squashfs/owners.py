@@ -5,8 +5,8 @@ import numpy as np
 from virt_bmap.core.arrays import Int, expand
 from virt_bmap.core.columns import take
 from virt_bmap.core.layout import widen
-from virt_bmap.core.packed import Codec, Packed, PackedRows
-from virt_bmap.core.reader import Reader
+from virt_bmap.core.packed import Codec, PackedRows, unpacked
+from virt_bmap.core.reader import Packed, Reader
 from virt_bmap.formats.common.sharing import cut_shared
 from virt_bmap.formats.filesystems.squashfs import links
 from virt_bmap.formats.filesystems.squashfs.compression import MetadataBlocks, codec_of
@@ -63,7 +63,7 @@ def add_content(
     codec = codec_of(superblock)
     # LZ4 wants to be told what a whole block may become, of which only this much is asked for
     unpack: Codec = lambda data, wanted: codec(data, block_size)[:wanted]  # noqa: E731
-    return Packed.of(reader, take(units, whole), (skip + size)[whole], [unpack])
+    return unpacked(reader, take(units, whole), (skip + size)[whole], [unpack])
 
 
 Columns = tuple[Int, Int, Int, Int, Int, Int, Int]
