@@ -166,3 +166,15 @@ def test_a_partition_that_is_the_disk_again_ends(tmp_path: Path) -> None:
         file.seek(446 + 8)
         file.write((0).to_bytes(4, "little") + (SIZE // 512).to_bytes(4, "little"))
     assert mapped(path).volumes.column("name").to_pylist() == ["/dev/sda", "/dev/sda1"]
+
+
+def test_a_slice_may_begin_beyond_what_64_bits_count(tmp_path: Path) -> None:
+    path = made(tmp_path / "disk", "sun")
+    label = np.frombuffer(path.read_bytes()[:512], ">u2").copy()
+    label[[218, 219, 222, 223]] = 0xFFFF  # heads, sectors of a track; where the first slice begins
+    label[255] = np.bitwise_xor.reduce(label[:255])
+    with path.open("r+b") as file:
+        file.write(label.tobytes())
+    bmap = mapped(path)
+    assert bmap.volumes.column("type")[0].as_py() == "sun"
+    assert "outside" in bmap.problems.column("code").to_pylist()

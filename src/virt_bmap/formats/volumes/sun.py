@@ -75,8 +75,9 @@ def probe(reader: Reader) -> bool:
     if not labelled(reader):
         return False
     slices = _slices(record(reader.read(0, SECTOR), LABEL))
-    _, _, start, length = np.array(slices, np.int64).reshape(-1, 4).T
-    return not is_disc(reader, start, start + length)
+    # in cylinders of any size, a slice may begin beyond what 64 bits count
+    places = [(min(start, reader.size), min(start + length, reader.size)) for _, _, start, length in slices]
+    return not is_disc(reader, *np.array(places, np.int64).reshape(-1, 2).T)
 
 
 def _slices(label: np.void) -> list[tuple[int, int, int, int]]:
