@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -334,6 +335,29 @@ def test_compressed_and_encrypted_files_are_refused_by_name(tmp_path: Path) -> N
         in done.stderr
     )
     assert not (out / "packed").exists()
+
+
+def test_what_lies_nowhere_is_told_and_takes_no_bytes(tmp_path: Path) -> None:
+    """On a disk that was cut off, a file of 8 TiB may have had content anywhere."""
+    tree, image, out = tmp_path / "tree", tmp_path / "cut.img", tmp_path / "out"
+    tree.mkdir()
+    out.mkdir()
+    with open(tree / "long", "wb") as file:
+        file.write(b"begin")
+        file.truncate(8 << 40)
+    run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, image, "64M")
+    os.truncate(image, 48 << 20)
+    begun = time.monotonic()
+    done = virt_bmap("extract", image, "/dev/sda", "/long", "-C", out)
+    assert done.returncode == 1
+    assert b"they lie beyond the end of the disk or volume" in done.stderr
+    assert not (out / "long").exists()
+    done = virt_bmap("extract", "--partial", image, "/dev/sda", "/long", "-C", out)
+    assert (out / "long").stat().st_size == 8 << 40
+    assert (out / "long").stat().st_blocks * 512 < 1 << 20
+    with open(out / "long", "rb") as file:
+        assert file.read(8) == b"begin\0\0\0"
+    assert time.monotonic() - begun < 30
 
 
 def test_a_filesystem_that_needs_recovery_is_said_to_be_old(disk: Path, tmp_path: Path) -> None:

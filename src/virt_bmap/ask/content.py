@@ -38,8 +38,8 @@ MAX_TARGET = 64 << 10
 
 
 class Piece(NamedTuple):
-    """`data` is content of file number `file` (of those asked for) from `offset` on, zeroes where it is
-    `lost` (in bytes of the file). The data is good until the next piece is asked for."""
+    """`data` is content of file number `file` (of those asked for) from `offset` on; where it is `lost` (in
+    bytes of the file) zeroes, or nothing if it lies nowhere. It is good until the next piece is asked for."""
 
     file: int
     offset: int
@@ -404,22 +404,26 @@ class Files:
         file, step = expand(bounds[:, 1] - bounds[:, 0])
         row = bounds[file, 0] + step
         length = np.clip(size[file] - self._at[row], 0, self._length[row])
-        part, nth = expand(-(-length // BATCH))
+        # what lies nowhere may be as long as a size can be, and is only told
+        count = np.where(self._why[row] >= 0, length > 0, -(-length // BATCH))
+        part, nth = expand(count)
         file, row, skip = file[part], row[part], nth * BATCH
         at = self._at[row] + skip
         start = self._start[row] + skip
-        length = np.minimum(length[part] - skip, BATCH)
-        group = (np.cumsum(length) - 1) // BATCH
-        edges = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(group)).tolist()
+        why = self._why[row]
+        length = np.where(why >= 0, length[part], np.minimum(length[part] - skip, BATCH))
+        stored = np.where(why >= 0, 0, length)
+        group = (np.cumsum(stored) - 1) // BATCH
+        edges = np.append(np.flatnonzero(np.diff(group, prepend=-2)), len(group)).tolist()
         for low, high in pairwise(edges):
-            data, lost = self._read(start[low:high], length[low:high], self._why[row[low:high]])
+            data, lost = self._read(start[low:high], stored[low:high], why[low:high], length[low:high])
             piece, gone = lost
             bounds = np.searchsorted(piece, np.arange(high - low + 1)).tolist()
-            ends = np.cumsum(length[low:high]).tolist()
+            ends = np.cumsum(stored[low:high]).tolist()
             columns = (
                 file[low:high].tolist(),
                 at[low:high].tolist(),
-                length[low:high].tolist(),
+                stored[low:high].tolist(),
                 ends,
                 pairwise(bounds),
             )
@@ -430,9 +434,9 @@ class Files:
                     told = told._replace(starts=told.starts + offset, ends=told.ends + offset)
                 yield Piece(number, offset, data[end - n : end], told)
 
-    def _read(self, start: Int, length: Int, why: Int) -> tuple[Bytes, tuple[Int, Lost]]:
+    def _read(self, start: Int, length: Int, why: Int, held: Int) -> tuple[Bytes, tuple[Int, Lost]]:
         """The bytes of pieces, one after the other; and (which piece, what of it is lost, in bytes of the
-        piece), by piece."""
+        piece), by piece. Pieces that lie nowhere have no bytes, but would hold as many as `held` says."""
         packed = start >= self.reader.size
         nowhere = np.flatnonzero(why >= 0)
         parts = [(self.reader, start, (why < 0) & ~packed)]
@@ -441,7 +445,7 @@ class Files:
         place = np.cumsum(length) - length
         whole = np.zeros(0 if any(mine.all() for _, _, mine in parts) else int(length.sum()), np.uint8)
         pieces = [nowhere]
-        told = [Lost(np.zeros(len(nowhere), np.int64), length[nowhere], why[nowhere])]
+        told = [Lost(np.zeros(len(nowhere), np.int64), held[nowhere], why[nowhere])]
         for reader, at, mine in parts:
             data, lost = read_known(reader, at[mine], length[mine])
             piece, gone = lost.within(at[mine], (at + length)[mine])
