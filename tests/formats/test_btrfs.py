@@ -4,6 +4,7 @@ import os
 import re
 import stat
 import subprocess
+import time
 import zlib
 from pathlib import Path
 
@@ -336,6 +337,31 @@ def test_what_fsync_wrote_after_the_last_commit(tmp_path: Path) -> None:
     for name, content in expected.items():
         assert support.content(bmap, [disk], volume, paths[name]) == content
     disk.close()
+
+
+def test_ranges_of_a_directorys_log_that_lie_in_each_other(tmp_path: Path) -> None:
+    """A directory that is logged again when its deletions have come into the tree: the range of the first
+    time lies inside of that of the second."""
+    images = make(tmp_path, "160M", "")
+    copy, recovered = tmp_path / "copy.img", tmp_path / "recovered.img"
+    with mounted_pool(images, tmp_path / "mnt", "commit=300") as where:
+        fill(where, "mkdir d e; for i in $(seq 10 50); do : > d/$i; done")
+        support.sync(where)
+        (where / "d/30").unlink()
+        fsync(where / "d")
+        for name in ("29", "31", "32"):
+            (where / "d" / name).unlink()
+        for number in range(4000):  # so many that the kernel puts what it has delayed into the trees
+            (where / f"e/{number}").touch()
+        time.sleep(1)
+        fsync(where / "d")
+        support.run("cp", "--sparse=always", images[0], copy)
+    support.run("cp", "--sparse=always", copy, recovered)
+    with mounted_pool([recovered], tmp_path / "again") as where:
+        theirs = {f"/{path.relative_to(where)}" for path in where.rglob("*")}
+    bmap = support.mapped(copy)
+    assert set(support.tree(bmap, pool(bmap))) - {"/"} == theirs
+    assert not {f"/d/{number}" for number in range(29, 33)} & theirs
 
 
 def test_a_log_that_is_damaged_is_not_replayed(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ Sources: fs/btrfs/tree-log.c replay_one_buffer(), replay_dir_deletes(), replay_o
 replay_one_extent(), fixup_inode_link_count() (v6.18).
 """
 
+from bisect import bisect_right
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -150,7 +152,26 @@ def _ranges(log: Log, logged: Int) -> tuple[Int, Int, Int]:
     mine = np.isin(folder, logged)
     folder, start, end = folder[mine], rows["start"][row][mine], rows["end"][row][mine]
     order = np.lexsort((start, folder))
-    return folder[order], start[order], end[order]
+    folder, start, end = folder[order], start[order], end[order]
+    kept = _reached(folder, start, end)
+    return folder[kept], start[kept], end[kept]
+
+
+def _reached(folder: Int, start: Int, end: Int) -> Bool:
+    """Which ranges recovery comes to, as it goes through a directory's indexes upwards (find_dir_range()): a
+    name that is moved after its directory was logged leaves a range inside of another, which is passed over.
+    """
+    kept = np.zeros(len(folder), bool)
+    edges = np.append(np.flatnonzero(np.diff(folder, prepend=-1)), len(folder)).tolist()
+    for low, high in pairwise(edges):
+        starts, ends, position = start[low:high].tolist(), end[low:high].tolist(), 0
+        while True:
+            at = max(bisect_right(starts, position) - 1, 0)
+            at += ends[at] < position
+            if at == len(starts):
+                break
+            kept[low + at], position = True, ends[at] + 1
+    return kept
 
 
 def _within(rows: Entries, ranges: tuple[Int, Int, Int]) -> Bool:
