@@ -32,10 +32,9 @@ import watch_guest
 import watch_machine
 
 BMAP = str(Path(sys.executable).parent / "virt-bmap")
-NEAR = {"read": 50_000_000}
+NEAR = {"read": 50_000_000, "write": 2_000_000_000}
 """ns from the watch's line, which comes first, to the disk's, at most: of reads the disk has more lines,
 those of whoever reads the map again."""
-FAR = 2_000_000_000
 FILE = ("data", "unwritten")
 
 
@@ -205,7 +204,7 @@ def judge(folder: Path, trace: Path) -> Judged:
         near = [
             row
             for row in known
-            if 0 <= int(when) - row["time_ns"] < NEAR.get(op, FAR) and (op == "read" or "used" not in row)
+            if 0 <= int(when) - row["time_ns"] < NEAR[op] and (op == "read" or "used" not in row)
         ]
         if not near:
             if op == "write":

@@ -106,6 +106,8 @@ class Files:
         self._coded = (flags[rows] & (tables.COMPRESSED | tables.ENCRYPTED)) != 0
         self._why = np.full(len(rows), -1, np.int64)
         """Of rows that lie nowhere the reason, a number of lost.REASONS."""
+        self._unpacked = np.zeros(len(rows), bool)
+        """Which rows lie in what the filesystem's compressed content unpacks to, and not in the volume."""
         links = np.flatnonzero((kind == tables.SYMLINK) & (file_offset < 0))
         self._links = links[np.argsort(inode[links], kind="stable")]
         self._link_owner = inode[self._links]
@@ -121,8 +123,8 @@ class Files:
         self._reparse = np.unique(inode[np.isin(code, reparse)])
 
     def _unpack(self, packed: Packed, held: Int) -> None:
-        """The rows of files of which all is known that is compressed are put in the place of their own: they
-        lie in what it unpacks to, which begins where the volume ends. `held`: bytes that each row holds."""
+        """Of files of which all is known that is compressed, rows that lie in what it unpacks to take the
+        place of those that lie in the volume. `held`: bytes that each row holds."""
         mine = self._coded & (self._part == -1)
         files = np.unique(self._owner[mine])
         of, known_of = positions(files, self._owner[mine]), positions(files, packed.inode)
@@ -132,9 +134,8 @@ class Files:
         whole = files[stored == known]
         new = np.isin(packed.inode, whole)
         self._keep(~(mine & np.isin(self._owner, whole)))
-        start = self.reader.size + packed.start[new]
-        length, plain = packed.length[new], np.zeros(new.sum(), np.int64)
-        self._add(packed.inode[new], packed.file_offset[new], start, length, plain, -1)
+        owner, at, length, start = (column[new] for column in packed[1:])
+        self._add(owner, at, start, length, np.zeros(len(owner), np.int64), -1, unpacked=True)
 
     # ---- names ---------------------------------------------------------------------------------------------
 
@@ -345,9 +346,12 @@ class Files:
         self._owner, self._part, self._at = self._owner[keep], self._part[keep], self._at[keep]
         self._start, self._length = self._start[keep], self._length[keep]
         self._inline, self._coded, self._why = self._inline[keep], self._coded[keep], self._why[keep]
+        self._unpacked = self._unpacked[keep]
 
-    def _add(self, owner: Int, at: Int, start: Int, length: Int, flags: Int, why: int) -> None:
-        """More rows of plain content; `why` as in `_why`."""
+    def _add(
+        self, owner: Int, at: Int, start: Int, length: Int, flags: Int, why: int, unpacked: bool = False
+    ) -> None:
+        """More rows of plain content; `why` as in `_why`, `unpacked` as in `_unpacked`."""
         owner, at = np.append(self._owner, owner), np.append(self._at, at)
         part = np.append(self._part, np.full(len(owner) - len(self._part), -1, np.int64))
         order = np.lexsort((at, part, owner))
@@ -359,6 +363,7 @@ class Files:
         self._inline = np.append(self._inline, flags & tables.INLINE != 0)[order]
         self._coded = np.append(self._coded, flags & (tables.COMPRESSED | tables.ENCRYPTED) != 0)[order]
         self._why = np.append(self._why, np.full(len(start), why, np.int64))[order]
+        self._unpacked = np.append(self._unpacked, np.full(len(start), unpacked))[order]
 
     # ---- content -------------------------------------------------------------------------------------------
 
@@ -416,7 +421,7 @@ class Files:
         group = (np.cumsum(stored) - 1) // BATCH
         edges = np.append(np.flatnonzero(np.diff(group, prepend=-2)), len(group)).tolist()
         for low, high in pairwise(edges):
-            data, lost = self._read(start[low:high], stored[low:high], why[low:high], length[low:high])
+            data, lost = self._read(row[low:high], start[low:high], stored[low:high], length[low:high])
             piece, gone = lost
             bounds = np.searchsorted(piece, np.arange(high - low + 1)).tolist()
             ends = np.cumsum(stored[low:high]).tolist()
@@ -434,24 +439,24 @@ class Files:
                     told = told._replace(starts=told.starts + offset, ends=told.ends + offset)
                 yield Piece(number, offset, data[end - n : end], told)
 
-    def _read(self, start: Int, length: Int, why: Int, held: Int) -> tuple[Bytes, tuple[Int, Lost]]:
-        """The bytes of pieces, one after the other; and (which piece, what of it is lost, in bytes of the
-        piece), by piece. Pieces that lie nowhere have no bytes, but would hold as many as `held` says."""
-        packed = start >= self.reader.size
+    def _read(self, row: Int, start: Int, length: Int, held: Int) -> tuple[Bytes, tuple[Int, Lost]]:
+        """The bytes of pieces of rows, one after the other; and (which piece, what of it is lost, in bytes of
+        the piece), by piece. Pieces that lie nowhere have no bytes, but would hold as many as `held` says."""
+        why, unpacked = self._why[row], self._unpacked[row]
         nowhere = np.flatnonzero(why >= 0)
-        parts = [(self.reader, start, (why < 0) & ~packed)]
+        parts = [(self.reader, (why < 0) & ~unpacked)]
         if self.reader.packed:
-            parts.append((self.reader.packed.reader, start - self.reader.size, packed))
+            parts.append((self.reader.packed.reader, unpacked))
         place = np.cumsum(length) - length
-        whole = np.zeros(0 if any(mine.all() for _, _, mine in parts) else int(length.sum()), np.uint8)
+        whole = np.zeros(0 if any(mine.all() for _, mine in parts) else int(length.sum()), np.uint8)
         pieces = [nowhere]
         told = [Lost(np.zeros(len(nowhere), np.int64), held[nowhere], why[nowhere])]
-        for reader, at, mine in parts:
-            data, lost = read_known(reader, at[mine], length[mine])
-            piece, gone = lost.within(at[mine], (at + length)[mine])
+        for reader, mine in parts:
+            data, lost = read_known(reader, start[mine], length[mine])
+            piece, gone = lost.within(start[mine], (start + length)[mine])
             piece = np.flatnonzero(mine)[piece]
             pieces.append(piece)
-            told.append(gone._replace(starts=gone.starts - at[piece], ends=gone.ends - at[piece]))
+            told.append(gone._replace(starts=gone.starts - start[piece], ends=gone.ends - start[piece]))
             if mine.all():
                 whole = data
             else:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.core import lost
-from virt_bmap.core.arrays import Bytes, Int, expand, subtract, union
-from virt_bmap.core.lost import NOTHING, Lost
+from virt_bmap.core.arrays import Bytes, Int, expand
+from virt_bmap.core.checked import CheckedReader
+from virt_bmap.core.lost import Lost
 from virt_bmap.core.reader import Packed, Reader
 from virt_bmap.core.salvage import read_known
 
@@ -38,7 +39,7 @@ class Units(NamedTuple):
     lengths: Int
 
 
-class UnpackedReader(Reader):
+class UnpackedReader(CheckedReader):
     """The units that lie in a volume, unpacked, one after the other; those that are damaged are `lost`."""
 
     def __init__(self, packed: Reader, units: Units, codecs: Sequence[Codec]) -> None:
@@ -50,23 +51,8 @@ class UnpackedReader(Reader):
         self._weight = np.maximum(units.size, np.add.reduceat(units.lengths, units.first[:-1]))
         self._last: dict[int, bytes | int] = {}
         """The units of the last batch: their bytes, or a number of lost.REASONS."""
-        self._checked, self._found = union(self.place[:0], self.place[:0]), NOTHING
-        """What was read last, and what of it is lost."""
 
-    @property
-    def whole(self) -> bool:
-        return False
-
-    def lost(self, starts: Int, ends: Int) -> Lost:
-        with self._turn:
-            left = subtract(starts, ends, *self._checked)
-            parts = [self._found]
-            if len(left[0]):
-                self._fetch(left[0], left[1] - left[0])
-                parts.append(self._found)
-            return Lost.join(parts).within(starts, ends)[1]
-
-    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+    def _look(self, offsets: Int, lengths: Int) -> tuple[Bytes, Lost]:
         result = np.zeros(int(lengths.sum()), np.uint8)
         first = np.searchsorted(self.place, offsets, "right") - 1
         row, step = expand(np.searchsorted(self.place, offsets + lengths, "left") - first)
@@ -85,9 +71,7 @@ class UnpackedReader(Reader):
                     bad.append((start, end, data))
                 else:
                     result[at : at + end - start] = np.frombuffer(data, np.uint8, end - start, skip)
-        self._checked = union(offsets, offsets + lengths)
-        self._found = Lost(*np.array(bad, np.int64).reshape(-1, 3).T)
-        return result
+        return result, Lost(*np.array(bad, np.int64).reshape(-1, 3).T)
 
     def _batches(self, units: Int) -> list[Int]:
         """Units that are unpacked together."""

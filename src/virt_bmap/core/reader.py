@@ -76,7 +76,7 @@ class Reader:
     """The one that the user wants to see."""
     in_use: str | None = None
     """Who may be changing it while it is read, in a few words."""
-    marks: Sequence["Mark"] = ()
+    marks: Sequence[Mark] = ()
     """What the files that it comes from say of themselves: that they are damaged, or were not closed."""
     packed: Packed | None = None
     """The content that the filesystem in it keeps compressed, once that was read."""

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from virt_bmap.core import lost
-from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, gather, scatter, subtract, union
+from virt_bmap.core.arrays import EMPTY, Bytes, Int, expand, gather, scatter, union
+from virt_bmap.core.checked import CheckedReader
 from virt_bmap.core.lost import NOTHING, Lost
 from virt_bmap.core.reader import Reader
 from virt_bmap.formats.filesystems.btrfs import ondisk, tree
@@ -146,7 +147,7 @@ class Checksums:
         return Index(key[order], address[order], generation[order], lost_starts, lost_ends)
 
 
-class VerifiedReader(Reader):
+class VerifiedReader(CheckedReader):
     """Logical bytes, each block of them checked."""
 
     corrects = True
@@ -160,31 +161,15 @@ class VerifiedReader(Reader):
         self._leaf = leaf[order]
         self._generation = np.concatenate([forest.leaf_generation for forest in forests])[order]
         self._checksums = Checksums(source, roots)
-        self._checked, self._found = (EMPTY, EMPTY), NOTHING
-        """What was looked at last, and what of it is lost."""
 
-    @property
-    def whole(self) -> bool:
-        return False
-
-    def lost(self, starts: Int, ends: Int) -> Lost:
-        with self._turn:
-            left = subtract(starts, ends, *self._checked)
-            parts = [self._found]
-            if len(left[0]):
-                self._fetch(left[0], left[1] - left[0])
-                parts.append(self._found)
-            return Lost.join(parts).within(starts, ends)[1]
-
-    def _fetch(self, offsets: Int, lengths: Int) -> Bytes:
+    def _look(self, offsets: Int, lengths: Int) -> tuple[Bytes, Lost]:
         result = np.zeros(int(lengths.sum()), np.uint8)
         place = np.cumsum(lengths) - lengths
         leaf = self._leaf_of(offsets, lengths)
         inside, outside = np.flatnonzero(leaf >= 0), np.flatnonzero(leaf < 0)
         parts = [self._of_leaves(offsets[inside], lengths[inside], leaf[inside], place[inside], result)]
         parts.append(self._of_sectors(offsets[outside], lengths[outside], place[outside], result))
-        self._checked, self._found = union(offsets, offsets + lengths), Lost.join(parts)
-        return result
+        return result, Lost.join(parts)
 
     def _leaf_of(self, offsets: Int, lengths: Int) -> Int:
         """The number of the leaf that holds each range; -1 where none does."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from virt_bmap.core.amounts import plural
 from virt_bmap.core.arrays import EMPTY, Int, union
-from virt_bmap.core.codecs import deflated
+from virt_bmap.core.codecs import zlibbed
 from virt_bmap.core.errors import Corrupt, Unsupported
 from virt_bmap.core.layout import record, records, widen
 from virt_bmap.core.reader import Reader
@@ -147,7 +147,7 @@ def read_case(image: Reader, segment: SegmentFile, damage: Damage) -> dict[str, 
         for section in segment.of(kind):
             data = image.read(section.start, min(section.end - section.start, MAX_TEXT))
             try:
-                text = deflated(data, MAX_TEXT, zlib.MAX_WBITS)
+                text = zlibbed(data, MAX_TEXT)
             except ValueError:
                 damage.add(
                     "checksum", f"section {kind!r} can't be inflated", section.start, severity="warning"

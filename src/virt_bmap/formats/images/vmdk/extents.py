@@ -3,12 +3,10 @@
 Sources: VMware "Virtual Disk Format 5.0", "Grain Directory" and "Grain Table"; QEMU block/vmdk.c.
 """
 
-import zlib
-
 import numpy as np
 
 from virt_bmap.core.arrays import Int, ints
-from virt_bmap.core.codecs import deflated
+from virt_bmap.core.codecs import zlibbed
 from virt_bmap.core.errors import Corrupt
 from virt_bmap.core.layout import records, widen
 from virt_bmap.core.mapping import PACKED
@@ -128,4 +126,4 @@ def _stored(image: Reader, sparse: Sparse, host: Int) -> Int:
 
 def inflate(data: bytes, size: int) -> bytes:
     """A grain, after its marker."""
-    return deflated(data[GRAIN_MARKER.itemsize :], size, zlib.MAX_WBITS)
+    return zlibbed(data[GRAIN_MARKER.itemsize :], size)
